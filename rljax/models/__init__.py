@@ -13,18 +13,30 @@ from rljax.models.decoder import (
     output_projection,
     unstack_layers,
 )
+from rljax.models.families import FAMILIES, config_from_hf, config_to_hf
+from rljax.models.gguf import load_gguf
+from rljax.models.huggingface import load_hf, save_hf
+from rljax.models.load import find_smollm2, load_model
 
 __all__ = [
+    "FAMILIES",
     "DecoderConfig",
     "RopeScaling",
     "abstract_params",
     "apply_layer",
+    "config_from_hf",
+    "config_to_hf",
     "embed",
     "final_norm",
+    "find_smollm2",
     "hidden_states",
     "init_params",
+    "load_gguf",
+    "load_hf",
+    "load_model",
     "logical_axes",
     "logits",
     "output_projection",
+    "save_hf",
     "unstack_layers",
 ]

@@ -57,6 +57,12 @@ def _frequencies(config: DecoderConfig, positions) -> tuple[Array | np.ndarray, 
             return _yarn(config, base, scaling)
 
 
+def llama3_divisors(scaling: RopeScaling, theta: float, head_dim: int) -> np.ndarray:
+    """What llama3 scaling divides each frequency by, float32 [head_dim / 2]."""
+    base = np.float32(1.0) / np.float32(theta) ** (np.arange(0, head_dim, 2, dtype=np.float32) / head_dim)
+    return base / _llama3(base, scaling)
+
+
 def _llama3(base: np.ndarray, scaling: RopeScaling) -> np.ndarray:
     original = scaling.original_max_position
     wavelength = 2 * math.pi / base

@@ -1,0 +1,89 @@
+"""From the tensors of a file to our stacked and sharded params, one weight at a time."""
+
+import concurrent.futures
+import itertools
+import os
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from rljax.models.config import DecoderConfig
+from rljax.models.decoder import abstract_params
+from rljax.models.families import Entry
+
+Fetch = Callable[[Entry], np.ndarray]
+"""`fetch(entry)` -> the tensor as the file lays it out, lazily (a view of the mapped file) or computed."""
+
+_BLOCK = 512  # a transposed copy goes in square blocks that fit the cache: four times faster than one strided copy
+
+
+def assemble(config: DecoderConfig, entries: Sequence[Entry], fetch: Fetch, shardings: Any = None) -> dict[str, Any]:
+    """Params in `config.param_dtype`, their layers stacked.
+
+    The host holds one weight (all its layers), or the shards of it that this process needs, at a time. `shardings` is
+    a tree like the params of `jax.sharding.Sharding`; None puts everything on the default device.
+    """
+    by_path: dict[str, list[Entry]] = {}
+    for entry in entries:
+        by_path.setdefault(entry.weight.path, []).append(entry)
+    abstract = abstract_params(config)
+    params: dict[str, Any] = {"layers": {}}
+    with concurrent.futures.ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        for path, group in by_path.items():
+            target, name = (params["layers"], path.removeprefix("layers/")) if "/" in path else (params, path)
+            leaf = abstract["layers"][name] if "/" in path else abstract[name]
+            sharding = None
+            if shardings is not None:
+                sharding = shardings["layers"][name] if "/" in path else shardings[name]
+            target[name] = _leaf(group, leaf, fetch, sharding, pool)
+    return params
+
+
+def _leaf(group: list[Entry], leaf: jax.ShapeDtypeStruct, fetch: Fetch, sharding, pool) -> jax.Array:
+    seen: dict[tuple, np.ndarray] = {}  # replicas ask for the same index again
+
+    def read(index: tuple[slice, ...]) -> np.ndarray:
+        bounds = tuple(s.indices(size)[:2] for s, size in zip(index, leaf.shape, strict=True))
+        if bounds not in seen:
+            seen[bounds] = _read_block(group, leaf, bounds, fetch, pool)
+        return seen[bounds]
+
+    if sharding is None:
+        return jax.device_put(read((slice(None),) * len(leaf.shape)))
+    return jax.make_array_from_callback(leaf.shape, sharding, read)
+
+
+def _read_block(group, leaf, bounds, fetch: Fetch, pool) -> np.ndarray:
+    out = _aligned_empty(tuple(stop - start for start, stop in bounds), np.dtype(leaf.dtype))
+    if group[0].layer is None:
+        _copy(out, fetch(group[0]), bounds, group[0].weight.transpose)
+        return out
+    start, stop = bounds[0]
+    copies = [
+        pool.submit(lambda i, e: _copy(out[i], fetch(e), bounds[1:], e.weight.transpose), i, entry)
+        for i, entry in enumerate(group[start:stop])
+    ]
+    for copy in copies:
+        copy.result()
+    return out
+
+
+def _copy(out: np.ndarray, source: np.ndarray, bounds: tuple[tuple[int, int], ...], transpose: bool) -> None:
+    window = tuple(slice(start, stop) for start, stop in bounds)
+    source = (source.T if transpose else source)[window]
+    if not transpose:
+        np.copyto(out, source, casting="same_kind" if source.dtype.itemsize >= out.dtype.itemsize else "unsafe")
+        return
+    for i, j in itertools.product(range(0, out.shape[0], _BLOCK), range(0, out.shape[1], _BLOCK)):
+        block = (slice(i, i + _BLOCK), slice(j, j + _BLOCK))
+        out[block] = source[block]
+
+
+def _aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """Uninitialised memory at a multiple of 64 bytes, which the CPU backend can take over without a copy."""
+    size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+    raw = np.empty(size + 64, np.uint8)
+    offset = -raw.ctypes.data % 64
+    return raw[offset : offset + size].view(dtype).reshape(shape)

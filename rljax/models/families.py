@@ -1,0 +1,334 @@
+"""The supported model families: one table each, from which import and export both derive.
+
+A table row pairs one of our weights with its name in a Hugging Face folder and in a GGUF file. Which rows a model has
+follows from its `DecoderConfig`: a row counts when the decoder declares that weight. Rows stand in the order of a
+PyTorch state dict, which decides how an export is split into files.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from rljax.models.config import DecoderConfig, RopeScaling
+from rljax.models.decoder import abstract_params
+
+
+class Weight(NamedTuple):
+    """One weight. `{}` in a name stands for the layer; `heads` says which count of heads shapes its rows."""
+
+    path: str
+    hf: str
+    gguf: str
+    transpose: bool = False  # theirs is [out, in], ours [in, out]
+    heads: str | None = None  # "num_heads" / "num_kv_heads": rows are rotated, and interleaved in GGUF's llama layout
+
+
+def _linear(path: str, hf: str, gguf: str, heads: str | None = None) -> tuple[Weight, ...]:
+    hf, gguf = f"model.layers.{{}}.{hf}", f"blk.{{}}.{gguf}"
+    return (
+        Weight(f"layers/{path}", f"{hf}.weight", f"{gguf}.weight", transpose=True, heads=heads),
+        Weight(f"layers/{path}_bias", f"{hf}.bias", f"{gguf}.bias", heads=heads),
+    )
+
+
+def _norm(path: str, hf: str, gguf: str) -> tuple[Weight, ...]:
+    return (Weight(f"layers/{path}", f"model.layers.{{}}.{hf}.weight", f"blk.{{}}.{gguf}.weight"),)
+
+
+_EMBEDDING = (Weight("embedding", "model.embed_tokens.weight", "token_embd.weight"),)
+_ATTENTION = (
+    *_linear("q", "self_attn.q_proj", "attn_q", heads="num_heads"),
+    *_linear("k", "self_attn.k_proj", "attn_k", heads="num_kv_heads"),
+    *_linear("v", "self_attn.v_proj", "attn_v"),
+    *_linear("o", "self_attn.o_proj", "attn_output"),
+)
+_QK_NORM = (
+    *_norm("q_norm", "self_attn.q_norm", "attn_q_norm"),
+    *_norm("k_norm", "self_attn.k_norm", "attn_k_norm"),
+)
+_MLP = (
+    *_linear("gate", "mlp.gate_proj", "ffn_gate"),
+    *_linear("up", "mlp.up_proj", "ffn_up"),
+    *_linear("down", "mlp.down_proj", "ffn_down"),
+)
+_NORMS = (
+    *_norm("attention_norm", "input_layernorm", "attn_norm"),
+    *_norm("mlp_norm", "post_attention_layernorm", "ffn_norm"),
+)
+_HEAD = (
+    Weight("final_norm", "model.norm.weight", "output_norm.weight"),
+    Weight("head", "lm_head.weight", "output.weight"),
+)
+
+LLAMA_WEIGHTS = (*_EMBEDDING, *_ATTENTION, *_MLP, *_NORMS, *_HEAD)
+QWEN3_WEIGHTS = (*_EMBEDDING, *_ATTENTION, *_QK_NORM, *_MLP, *_NORMS, *_HEAD)
+
+
+class Family(NamedTuple):
+    """What tells one family from another. `defaults` fill keys that a config.json leaves out."""
+
+    architecture: str
+    weights: tuple[Weight, ...]
+    defaults: Mapping[str, Any]
+    biases: tuple[str, ...] = ()  # DecoderConfig's bias fields that are always set
+    bias_keys: tuple[str, ...] = ()  # config.json's switches of biases that it knows
+    qk_norm: bool = False
+    sliding: str = "none"  # "all": every layer; "chosen": by `use_sliding_window` and `layer_types`
+
+
+FAMILIES: dict[str, Family] = {
+    "llama": Family(
+        "LlamaForCausalLM",
+        LLAMA_WEIGHTS,
+        {"max_position_embeddings": 2048},
+        bias_keys=("attention_bias", "mlp_bias"),
+    ),
+    "mistral": Family(
+        "MistralForCausalLM",
+        LLAMA_WEIGHTS,
+        {"max_position_embeddings": 131072, "num_key_value_heads": 8, "sliding_window": 4096},
+        sliding="all",
+    ),
+    "qwen2": Family(
+        "Qwen2ForCausalLM",
+        LLAMA_WEIGHTS,
+        {"max_position_embeddings": 32768, "num_key_value_heads": 32, "sliding_window": 4096, "max_window_layers": 28},
+        biases=("attention_bias",),
+        sliding="chosen",
+    ),
+    "qwen3": Family(
+        "Qwen3ForCausalLM",
+        QWEN3_WEIGHTS,
+        {
+            "max_position_embeddings": 32768,
+            "num_key_value_heads": 32,
+            "head_dim": 128,
+            "sliding_window": 4096,
+            "max_window_layers": 28,
+        },
+        bias_keys=("attention_bias",),
+        qk_norm=True,
+        sliding="chosen",
+    ),
+}
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+class Entry(NamedTuple):
+    """One tensor of a file: its name there, and the weight (and layer of it) that it holds."""
+
+    name: str
+    weight: Weight
+    layer: int | None
+    shape: tuple[int, ...]  # in the file: [out, in] for matrices
+
+
+def entries(config: DecoderConfig, kind: str = "hf") -> list[Entry]:
+    """The tensors that a file of this model holds, in state dict order. `kind` is "hf" or "gguf"."""
+    tree = abstract_params(config)
+    declared = {f"layers/{name}": leaf.shape[1:] for name, leaf in tree["layers"].items()}
+    declared |= {name: leaf.shape for name, leaf in tree.items() if name != "layers"}
+    rows = [weight for weight in family_of(config).weights if weight.path in declared]
+
+    def entry(weight: Weight, layer: int | None) -> Entry:
+        shape = declared[weight.path]
+        name = getattr(weight, kind)
+        return Entry(
+            name if layer is None else name.format(layer), weight, layer, shape[::-1] if weight.transpose else shape
+        )
+
+    stacked = [weight for weight in rows if weight.path.startswith("layers/")]
+    first, last = rows[: rows.index(stacked[0])], rows[rows.index(stacked[-1]) + 1 :]
+    middle = [entry(weight, layer) for layer in range(config.num_layers) for weight in stacked]
+    return [entry(weight, None) for weight in first] + middle + [entry(weight, None) for weight in last]
+
+
+def family_of(config: DecoderConfig) -> Family:
+    """The family of a config; ValueError when it is unknown."""
+    if config.family not in FAMILIES:
+        raise ValueError(f"family={config.family!r} is not supported; choose one of {', '.join(FAMILIES)}")
+    return FAMILIES[config.family]
+
+
+def config_from_hf(hf: Mapping[str, Any]) -> DecoderConfig:
+    """The `DecoderConfig` that a Hugging Face config.json describes.
+
+    Both spellings of rotary settings are read: `rope_parameters` (transformers 5) and `rope_theta` with
+    `rope_scaling`. `dtype` and `param_dtype` are the file's own. Raises ValueError for an unsupported architecture,
+    rope type, activation or layer type, and for a missing key.
+    """
+    name = hf.get("model_type")
+    supported = ", ".join(f"{key} ({family.architecture})" for key, family in FAMILIES.items())
+    if name not in FAMILIES:
+        raise ValueError(f"config.json: model_type={name!r} is not supported; supported are {supported}")
+    family = FAMILIES[name]
+    architecture = (hf.get("architectures") or [family.architecture])[0]
+    if architecture != family.architecture:
+        raise ValueError(f"config.json: architecture {architecture!r} is not supported; supported are {supported}")
+    if (activation := hf.get("hidden_act", "silu")) not in ("silu", "swish"):
+        raise ValueError(f"config.json: hidden_act={activation!r} is not supported; the decoder has silu alone")
+    get = {**family.defaults, **hf}.get
+    required = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    if missing := [key for key in required if get(key) is None]:
+        raise ValueError(f"config.json: {', '.join(missing)} missing; add it to the file")
+    heads = get("num_attention_heads")
+    max_position = get("max_position_embeddings")
+    theta, scaling = _rope_from_hf(hf, max_position)
+    window, sliding = _sliding_from_hf(family, get)
+    dtype = str(get("dtype") or get("torch_dtype") or "float32").removeprefix("torch.")
+    if dtype not in DTYPES:
+        raise ValueError(f"config.json: dtype={dtype!r} is not supported; supported are {', '.join(DTYPES)}")
+    attention_bias = "attention_bias" in family.bias_keys and bool(get("attention_bias"))
+    return DecoderConfig(
+        family=name,
+        vocab_size=get("vocab_size"),
+        num_layers=get("num_hidden_layers"),
+        embed_dim=get("hidden_size"),
+        num_heads=heads,
+        num_kv_heads=get("num_key_value_heads") or heads,
+        head_dim=get("head_dim") or get("hidden_size") // heads,
+        mlp_dim=get("intermediate_size"),
+        rope_theta=float(theta),
+        rope_scaling=scaling,
+        norm_eps=float(get("rms_norm_eps", 1e-6)),
+        tied_embeddings=bool(get("tie_word_embeddings", False)),
+        attention_bias=attention_bias or "attention_bias" in family.biases,
+        output_bias=attention_bias,
+        mlp_bias="mlp_bias" in family.bias_keys and bool(get("mlp_bias")),
+        qk_norm=family.qk_norm,
+        sliding_window=window,
+        sliding_layers=sliding,
+        max_position=max_position,
+        dtype=dtype,
+        param_dtype=dtype,
+    )
+
+
+def _sliding_from_hf(family: Family, get) -> tuple[int | None, tuple[bool, ...] | None]:
+    window, count, types = get("sliding_window"), get("num_hidden_layers"), get("layer_types")
+    if unknown := sorted(set(types or ()) - {"full_attention", "sliding_attention"}):
+        raise ValueError(
+            f"config.json: layer_types has {unknown[0]!r}; supported are full_attention and sliding_attention"
+        )
+    if types is not None and len(types) != count:
+        raise ValueError(f"config.json: layer_types has {len(types)} entries for num_hidden_layers={count}")
+    if family.sliding == "none" or window is None:
+        return None, None
+    if family.sliding == "all":
+        if types is not None and "full_attention" in types:
+            raise ValueError("config.json: layer_types mixes full_attention into a family whose layers all slide")
+        return window, None
+    if not get("use_sliding_window"):
+        return None, None
+    if types is None:
+        types = ["sliding_attention" if i >= get("max_window_layers") else "full_attention" for i in range(count)]
+    sliding = tuple(kind == "sliding_attention" for kind in types)
+    return (window if any(sliding) else None), (None if all(sliding) or not any(sliding) else sliding)
+
+
+_ROPE_KEYS = {  # ours -> config.json's, per type
+    "default": {},
+    "linear": {"factor": "factor"},
+    "dynamic": {"factor": "factor"},
+    "llama3": {
+        "factor": "factor",
+        "low_freq_factor": "low_freq_factor",
+        "high_freq_factor": "high_freq_factor",
+        "original_max_position": "original_max_position_embeddings",
+    },
+    "yarn": {
+        "factor": "factor",
+        "original_max_position": "original_max_position_embeddings",
+        "beta_fast": "beta_fast",
+        "beta_slow": "beta_slow",
+        "attention_factor": "attention_factor",
+        "mscale": "mscale",
+        "mscale_all_dim": "mscale_all_dim",
+        "truncate": "truncate",
+    },
+}
+
+
+def _rope_from_hf(hf: Mapping[str, Any], max_position: int) -> tuple[float, RopeScaling]:
+    rope = dict(hf.get("rope_scaling") or hf.get("rope_parameters") or {})
+    if any(isinstance(value, Mapping) for value in rope.values()):
+        raise ValueError("config.json: rope_parameters differ by layer type, which no supported family has")
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind not in _ROPE_KEYS:
+        raise ValueError(f"config.json: rope type {kind!r} is not supported; supported are {', '.join(_ROPE_KEYS)}")
+    partial = rope.get("partial_rotary_factor", hf.get("partial_rotary_factor"))
+    if partial not in (None, 1, 1.0):
+        raise ValueError(f"config.json: partial_rotary_factor={partial} is not supported; every head rotates whole")
+    theta = rope.get("rope_theta", hf.get("rope_theta", 10_000.0))
+    keys = _ROPE_KEYS[kind]
+    if "original_max_position" in keys:
+        top_level = hf.get("original_max_position_embeddings")
+        rope["original_max_position_embeddings"] = (
+            top_level or rope.get("original_max_position_embeddings") or max_position
+        )
+    if kind == "yarn" and rope.get("factor") is None:
+        rope["factor"] = max_position / rope["original_max_position_embeddings"]
+    if kind == "llama3" and (
+        missing := [k for k in ("factor", "low_freq_factor", "high_freq_factor") if rope.get(k) is None]
+    ):
+        raise ValueError(f"config.json: rope type llama3 needs {', '.join(missing)}")
+    if "factor" in keys and rope.get("factor") is None:
+        raise ValueError(f"config.json: rope type {kind} needs a factor")
+    given = {ours: rope[theirs] for ours, theirs in keys.items() if rope.get(theirs) is not None}
+    return theta, RopeScaling(
+        type=kind,
+        **{
+            key: value if key in ("truncate", "original_max_position") else float(value) for key, value in given.items()
+        },
+    )
+
+
+def config_to_hf(config: DecoderConfig) -> dict[str, Any]:
+    """The config.json of a `DecoderConfig`, complete for transformers 5 and, by `rope_theta` and `rope_scaling`, 4.
+
+    Raises ValueError when the family cannot express the config (say, biases in Mistral).
+    """
+    family = family_of(config)
+    keys = _ROPE_KEYS[config.rope_scaling.type]
+    scaling = {theirs: getattr(config.rope_scaling, ours) for ours, theirs in keys.items()}
+    scaling = {key: value for key, value in scaling.items() if value is not None} | {
+        "rope_type": config.rope_scaling.type
+    }
+    hf: dict[str, Any] = {
+        "architectures": [family.architecture],
+        "model_type": config.family,
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.embed_dim,
+        "intermediate_size": config.mlp_dim,
+        "num_hidden_layers": config.num_layers,
+        "num_attention_heads": config.num_heads,
+        "num_key_value_heads": config.num_kv_heads,
+        "head_dim": config.head_dim,
+        "hidden_act": "silu",
+        "max_position_embeddings": config.max_position,
+        "rms_norm_eps": config.norm_eps,
+        "rope_theta": config.rope_theta,
+        "rope_parameters": scaling | {"rope_theta": config.rope_theta},
+        "tie_word_embeddings": config.tied_embeddings,
+        "dtype": config.param_dtype,
+        "use_cache": True,
+    }
+    if keys:
+        hf["rope_scaling"] = scaling
+    hf |= {key: getattr(config, key) for key in family.bias_keys}
+    if family.sliding == "all":
+        hf["sliding_window"] = config.sliding_window
+    if family.sliding == "chosen":
+        sliding = [window == config.sliding_window for window in config.windows]
+        hf |= {
+            "use_sliding_window": config.sliding_window is not None,
+            "sliding_window": config.sliding_window,
+            "max_window_layers": sliding.index(True) if any(sliding) else config.num_layers,
+            "layer_types": ["sliding_attention" if s else "full_attention" for s in sliding],
+        }
+    back = dataclasses.replace(config_from_hf(hf), dtype=config.dtype)
+    if lost := [f.name for f in dataclasses.fields(config) if getattr(back, f.name) != getattr(config, f.name)]:
+        named = ", ".join(f"{name}={getattr(config, name)!r}" for name in lost)
+        raise ValueError(f"a {config.family} config.json cannot express {named}; change it or choose another family")
+    return hf

@@ -1,0 +1,204 @@
+"""Import from and export to Hugging Face folders: config.json and safetensors."""
+
+import dataclasses
+import json
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from rljax.models.assemble import assemble
+from rljax.models.config import DecoderConfig
+from rljax.models.families import DTYPES, Entry, config_from_hf, config_to_hf, entries
+from rljax.models.files import INDEX_FILE, SINGLE_FILE, SafetensorsFolder, split_into_files, write_safetensors
+from rljax.types import Params
+
+_IGNORED = re.compile(r"rotary_emb\.inv_freq$")  # a buffer that old checkpoints carry
+_GENERATION_KEYS = ("bos_token_id", "eos_token_id", "pad_token_id")
+
+
+class Saveable(Protocol):
+    """A tokenizer, as far as an export cares."""
+
+    def save(self, folder: Path) -> None: ...
+
+
+def load_hf(
+    folder: str | os.PathLike,
+    *,
+    dtype: str | None = None,
+    param_dtype: str | None = None,
+    shardings: Any = None,
+) -> tuple[DecoderConfig, dict[str, Any]]:
+    """Config and params of a folder with config.json and (sharded) safetensors.
+
+    `dtype` (activations) and `param_dtype` (weights) are "float32", "bfloat16" or "float16"; None keeps the file's.
+    Tensors are read lazily, each process its own shards alone. Raises ValueError naming the tensor when one is missing,
+    left over or of another shape than config.json implies.
+    """
+    folder = Path(folder)
+    if not (folder / "config.json").exists():
+        raise ValueError(f"{folder} has no config.json; give a Hugging Face model folder")
+    config = with_dtypes(config_from_hf(read_json(folder / "config.json")), dtype, param_dtype)
+    stored = SafetensorsFolder(folder)
+    wanted = entries(config)
+    check_names({entry.name for entry in wanted}, set(stored.tensors), _tolerated(config, stored), str(folder))
+    for entry in wanted:
+        check_shape(entry, stored.tensors[entry.name].shape, str(folder))
+    return config, assemble(config, wanted, lambda entry: stored.open(entry.name), shardings)
+
+
+def _tolerated(config: DecoderConfig, stored: SafetensorsFolder) -> set[str]:
+    tolerated = {name for name in stored.tensors if _IGNORED.search(name)}
+    if config.tied_embeddings and "lm_head.weight" in stored.tensors and "model.embed_tokens.weight" in stored.tensors:
+        head, embedding = stored.open("lm_head.weight"), stored.open("model.embed_tokens.weight")
+        if not np.array_equal(head, embedding):
+            raise ValueError(
+                "config.json says tie_word_embeddings, but lm_head.weight differs from model.embed_tokens.weight; "
+                "set tie_word_embeddings to false, or take lm_head.weight out"
+            )
+        tolerated.add("lm_head.weight")
+    return tolerated
+
+
+def save_hf(
+    folder: str | os.PathLike,
+    config: DecoderConfig,
+    params: Params,
+    *,
+    tokenizer: Saveable | None = None,
+    max_shard_bytes: int = 5 * 10**9,
+    hf_config: Mapping[str, Any] | None = None,
+) -> None:
+    """Writes config.json, safetensors (with an index when there are several files) and the tokenizer's files.
+
+    `hf_config` holds further keys of config.json, such as `eos_token_id` (or the whole config.json of the folder that
+    the weights came from); keys that describe the decoder are ours. bos, eos and pad ids also go to
+    generation_config.json. Weights are written in the dtype of `params`, gathered one tensor at a time; equal weights
+    give equal bytes. In a multi-process run every process must call it; process 0 writes.
+    """
+    folder = Path(folder)
+    found = {str(leaf.dtype) for leaf in jax.tree.leaves(params)}
+    if len(found) != 1 or not found <= set(DTYPES):
+        raise ValueError(f"params have dtypes {sorted(found)}; cast them all to one of {', '.join(DTYPES)}")
+    dtype = np.dtype(jax.tree.leaves(params)[0].dtype)
+    description = config_to_hf(dataclasses.replace(config, param_dtype=str(dtype)))
+    description = {key: value for key, value in (hf_config or {}).items() if key not in _OWNED} | description
+    wanted = {entry.name: entry for entry in entries(config)}
+    for entry in wanted.values():
+        check_shape(entry, _stored_shape(entry, _weight(params, entry)), "params")
+    writes = jax.process_index() == 0
+    if writes:
+        folder.mkdir(parents=True, exist_ok=True)
+        for old in [*folder.glob("model*.safetensors"), folder / INDEX_FILE]:
+            old.unlink(missing_ok=True)
+    sizes = {name: int(np.prod(entry.shape, dtype=np.int64)) for name, entry in wanted.items()}
+    files = split_into_files(((name, n * dtype.itemsize) for name, n in sizes.items()), max_shard_bytes)
+    weight_map = {}
+    for number, names in enumerate(files, start=1):
+        file = SINGLE_FILE if len(files) == 1 else f"model-{number:05d}-of-{len(files):05d}.safetensors"
+        weight_map |= dict.fromkeys(names, file)
+        if writes:
+            declared = {name: (dtype, wanted[name].shape) for name in names}
+            write_safetensors(folder / file, declared, lambda name: _to_host(params, wanted[name]))
+        else:
+            for name in sorted(names):  # the order in which process 0 asks: gathering is collective
+                _to_host(params, wanted[name])
+    if not writes:
+        return
+    if len(files) > 1:
+        total = {"total_parameters": sum(sizes.values()), "total_size": sum(sizes.values()) * dtype.itemsize}
+        write_json(folder / INDEX_FILE, {"metadata": total, "weight_map": weight_map})
+    write_json(folder / "config.json", description)
+    generation = {key: description[key] for key in _GENERATION_KEYS if description.get(key) is not None}
+    if generation:
+        write_json(folder / "generation_config.json", {"_from_model_config": True, **generation})
+    if tokenizer is not None:
+        tokenizer.save(folder)
+
+
+# Keys that an imported config.json may hold and that only config_to_hf may write.
+_OWNED = frozenset(
+    {
+        "attention_bias",
+        "dtype",
+        "layer_types",
+        "max_window_layers",
+        "mlp_bias",
+        "original_max_position_embeddings",
+        "partial_rotary_factor",
+        "rope_parameters",
+        "rope_scaling",
+        "rope_theta",
+        "sliding_window",
+        "torch_dtype",
+        "use_sliding_window",
+    }
+)
+
+
+def _weight(params: Params, entry: Entry) -> jax.Array:
+    path = entry.weight.path
+    return params["layers"][path.removeprefix("layers/")] if entry.layer is not None else params[path]
+
+
+def _stored_shape(entry: Entry, value: jax.Array) -> tuple[int, ...]:
+    shape = value.shape if entry.layer is None else value.shape[1:]
+    return shape[::-1] if entry.weight.transpose else shape
+
+
+@jax.jit
+def _take_layer(stacked: jax.Array, layer: jax.Array) -> jax.Array:
+    return jax.lax.dynamic_index_in_dim(stacked, layer, keepdims=False)
+
+
+def _to_host(params: Params, entry: Entry) -> np.ndarray:
+    """One tensor in the file's layout; collective when its shards live in several processes."""
+    value = _weight(params, entry)
+    if entry.layer is not None:
+        value = value[entry.layer] if isinstance(value, np.ndarray) else _take_layer(value, np.int32(entry.layer))
+    if isinstance(value, jax.Array) and not value.is_fully_addressable and not value.is_fully_replicated:
+        value = multihost_utils.process_allgather(value, tiled=True)
+    host = np.asarray(value)
+    return host.T if entry.weight.transpose else host
+
+
+def with_dtypes(config: DecoderConfig, dtype: str | None, param_dtype: str | None) -> DecoderConfig:
+    """The config with other dtypes; None keeps one. ValueError for a name that is not in `families.DTYPES`."""
+    for field, value in (("dtype", dtype), ("param_dtype", param_dtype)):
+        if value is not None and value not in DTYPES:
+            raise ValueError(f"{field}={value!r} is not supported; choose one of {', '.join(DTYPES)}")
+    return dataclasses.replace(config, dtype=dtype or config.dtype, param_dtype=param_dtype or config.param_dtype)
+
+
+def check_names(wanted: set[str], stored: set[str], tolerated: set[str], where: str) -> None:
+    """ValueError naming the tensors that `where` lacks, or holds without the config asking for them."""
+    if missing := sorted(wanted - stored):
+        raise ValueError(f"{where} lacks tensor {missing[0]} ({len(missing)} missing in all); the file is incomplete")
+    if extra := sorted(stored - wanted - tolerated):
+        raise ValueError(
+            f"{where} holds tensor {extra[0]} ({len(extra)} left over in all), which its config does not describe; "
+            "importing would drop it"
+        )
+
+
+def check_shape(entry: Entry, shape: tuple[int, ...], where: str) -> None:
+    """ValueError when a tensor's shape is not the one that the config implies."""
+    if tuple(shape) != tuple(entry.shape):
+        raise ValueError(f"{where}: tensor {entry.name} is {list(shape)}, the config implies {list(entry.shape)}")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from error
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")

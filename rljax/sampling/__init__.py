@@ -1,0 +1,16 @@
+"""Sampling from the model: logits processing, the decoder, scoring."""
+
+from rljax.sampling.compile_counter import compile_count
+from rljax.sampling.logits import SamplingParams, process_logits, sampling_params
+from rljax.sampling.sampler import Sampler
+from rljax.sampling.slots import Request, Sample
+
+__all__ = [
+    "Request",
+    "Sample",
+    "Sampler",
+    "SamplingParams",
+    "compile_count",
+    "process_logits",
+    "sampling_params",
+]

@@ -1,0 +1,228 @@
+"""The decoder's device side: prefill prompts into the cache, then sample step by step in one `while_loop`.
+
+Rows form a grid `[P, G]` of prompt slots and sample slots (see `rljax.models.cache`). Every function here is pure; the
+host side, which fills the slots, is `rljax.sampling.sampler`.
+"""
+
+import chex
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from rljax.models.attention import forest_attention
+from rljax.models.cache import PREFIX_AXES, KVCache, cached_attention, write_column
+from rljax.models.config import DecoderConfig
+from rljax.models.decoder import apply_layer, embed, final_norm, logits
+from rljax.models.rope import rotary_table
+from rljax.parallel import constrain
+from rljax.sampling.logits import SamplingParams, process_logits, sample_tokens
+from rljax.types import ArrayLike, Params
+
+
+@chex.dataclass(frozen=True, mappable_dataclass=False)
+class Rows:
+    """What the host tells the device about the grid of rows when it starts a run of steps."""
+
+    prompt_id: Int[ArrayLike, " P"]
+    prefix_length: Int[ArrayLike, " P"]  # prompt tokens in the cache: all but the last
+    sample_id: Int[ArrayLike, "P G"]
+    token: Int[ArrayLike, "P G"]  # the next one to feed: the prompt's last, then the last one sampled
+    steps: Int[ArrayLike, "P G"]  # tokens sampled so far
+    max_new_tokens: Int[ArrayLike, "P G"]
+    active: Bool[ArrayLike, "P G"]
+    waiting: Int[ArrayLike, " P"]  # samples of the slot's prompt that wait for a row
+
+
+@chex.dataclass(frozen=True, mappable_dataclass=False)
+class Emitted:
+    """Tokens of one run of steps; row (p, g) owns the first entries of `[:, p, g]`, as many as its `steps` grew."""
+
+    tokens: Int[Array, "K P G"]
+    logprobs: Float[Array, "K P G"]
+    entropies: Float[Array, "K P G"]
+
+
+@chex.dataclass(frozen=True, mappable_dataclass=False)
+class _Loop:
+    step: Array
+    cache: KVCache
+    token: Array
+    steps: Array
+    active: Array
+    emitted: Emitted
+
+
+def prefill(
+    config: DecoderConfig,
+    params: Params,
+    cache: KVCache,
+    tokens: Int[ArrayLike, "N S"],
+    slots: Int[ArrayLike, " N"],
+) -> KVCache:
+    """Writes the keys and values of `N` prompts (right-padded; the padding is never read) into prompt slots.
+
+    `params` have their layers unstacked.
+    """
+    count, length = tokens.shape
+    positions = jnp.broadcast_to(jnp.arange(length), tokens.shape)
+    end = jnp.full(tokens.shape, length)
+    rotary = rotary_table(config, positions)
+    x = embed(config, params, tokens)
+    prefix_k, prefix_v = [], []
+    for index, (layer_params, window) in enumerate(zip(params["layers"], config.windows, strict=True)):
+
+        def attend(q, k, v, window=window):
+            return forest_attention(q, k, v, positions, end, window), (k, v)
+
+        x, (k, v) = apply_layer(config, layer_params, x, rotary, attend)
+        prefix_k.append(_store(cache.prefix_k[index], k, slots))
+        prefix_v.append(_store(cache.prefix_v[index], v, slots))
+    return cache.replace(prefix_k=tuple(prefix_k), prefix_v=tuple(prefix_v))
+
+
+def _store(prefix: Array, new: Array, slots: Array) -> Array:
+    """`new` [N, S, KV, hd] into `prefix` [P, KV, Sp, hd] at `slots` [N]."""
+    new = jnp.swapaxes(new, 1, 2).astype(prefix.dtype)
+
+    def write(i, prefix):
+        return jax.lax.dynamic_update_slice(prefix, jax.lax.dynamic_slice_in_dim(new, i, 1), (slots[i], 0, 0, 0))
+
+    return constrain(jax.lax.fori_loop(0, new.shape[0], write, prefix), PREFIX_AXES)
+
+
+def copy_prompt(cache: KVCache, source: Int[ArrayLike, ""], target: Int[ArrayLike, ""]) -> KVCache:
+    """The cache with the prompt of one slot copied into another."""
+
+    def copy(prefix):
+        row = jax.lax.dynamic_slice_in_dim(prefix, source, 1)
+        return constrain(jax.lax.dynamic_update_slice_in_dim(prefix, row, target, 0), PREFIX_AXES)
+
+    return cache.replace(
+        prefix_k=tuple(copy(x) for x in cache.prefix_k), prefix_v=tuple(copy(x) for x in cache.prefix_v)
+    )
+
+
+def token_uniforms(
+    seed: Int[ArrayLike, ""],
+    step: Int[ArrayLike, ""],
+    prompt_id: Int[ArrayLike, "*B"],
+    sample_id: Int[ArrayLike, "*B"],
+    position: Int[ArrayLike, "*B"],
+) -> Float[Array, "*B"]:
+    """The uniform number in [0, 1) that decides a token: a function of these five integers alone.
+
+    `position` counts the tokens of the completion from 0.
+    """
+    key = jax.random.fold_in(jax.random.key(seed), step)
+
+    def one(prompt_id, sample_id, position):
+        own = jax.random.fold_in(jax.random.fold_in(jax.random.fold_in(key, prompt_id), sample_id), position)
+        return jax.random.uniform(own)
+
+    flat = [jnp.ravel(x) for x in jnp.broadcast_arrays(prompt_id, sample_id, position)]
+    return jax.vmap(one)(*flat).reshape(jnp.broadcast_shapes(*(jnp.shape(x) for x in (prompt_id, sample_id, position))))
+
+
+def decode(
+    config: DecoderConfig,
+    stop_tokens: tuple[int, ...],
+    buffer_length: int,
+    params: Params,
+    cache: KVCache,
+    column: Int[ArrayLike, ""],
+    rows: Rows,
+    sampling: SamplingParams,
+    seed: Int[ArrayLike, ""],
+    step: Int[ArrayLike, ""],
+    max_steps: Int[ArrayLike, ""],
+    other_work: Bool[ArrayLike, ""],
+    refill_rows: Int[ArrayLike, ""],
+) -> tuple[KVCache, Int[Array, ""], Int[Array, "P G"], Bool[Array, "P G"], Emitted]:
+    """Samples up to `max_steps <= buffer_length` tokens for every active row.
+
+    Stops early when no row is active, or when `refill_rows` rows could be given new work: idle rows with samples of
+    their own prompt `waiting`, and rows of wholly idle slots if there is `other_work`. `column` is the ring column of
+    the first step. Returns (cache, next column, steps, active, emitted).
+    """
+    ring = cache.suffix_k[0].shape[3]
+    shape = rows.token.shape
+    position = jnp.arange(buffer_length)[:, None, None] + rows.steps
+    uniforms = token_uniforms(seed, step, rows.prompt_id[:, None], rows.sample_id, position)
+    greedy = sampling.temperature <= 0
+
+    def refillable(active):
+        idle = jnp.sum(~active, axis=1)
+        own = jnp.minimum(idle, rows.waiting)
+        free = (idle == shape[1]) & (rows.waiting == 0) & other_work
+        return jnp.sum(own) + jnp.sum(free) * shape[1]
+
+    def keeps_going(loop: _Loop):
+        full = refillable(loop.active) < refill_rows
+        return (loop.step < max_steps) & jnp.any(loop.active) & full
+
+    def body(loop: _Loop) -> _Loop:
+        now = (column + loop.step) % ring
+        hidden, cache = _forward(config, params, loop.cache, loop.token, rows.prefix_length, loop.steps, now)
+        processed = process_logits(logits(config, params, hidden), sampling)
+        token, logprob, entropy = sample_tokens(processed, uniforms[loop.step], greedy)
+        steps = loop.steps + loop.active
+        stopped = steps >= rows.max_new_tokens
+        for stop in stop_tokens:
+            stopped |= token == stop
+        emitted = Emitted(
+            tokens=loop.emitted.tokens.at[loop.step].set(token),
+            logprobs=loop.emitted.logprobs.at[loop.step].set(logprob),
+            entropies=loop.emitted.entropies.at[loop.step].set(entropy),
+        )
+        return _Loop(
+            step=loop.step + 1,
+            cache=cache,
+            token=jnp.where(loop.active, token, loop.token),
+            steps=steps,
+            active=loop.active & ~stopped,
+            emitted=emitted,
+        )
+
+    empty = jnp.zeros((buffer_length, *shape))
+    start = _Loop(
+        step=jnp.int32(0),
+        cache=cache,
+        token=jnp.asarray(rows.token),
+        steps=jnp.asarray(rows.steps),
+        active=jnp.asarray(rows.active),
+        emitted=Emitted(tokens=empty.astype(jnp.int32), logprobs=empty, entropies=empty),
+    )
+    end = jax.lax.while_loop(keeps_going, body, start)
+    return end.cache, (column + end.step) % ring, end.steps, end.active, end.emitted
+
+
+def _forward(config, params, cache: KVCache, token, prefix_length, steps, column) -> tuple[Array, KVCache]:
+    """Final-normed hidden states [P, G, D] of one new token a row, and the cache with its keys and values."""
+    ring = cache.suffix_k[0].shape[3]
+    age = (column - jnp.arange(ring)) % ring
+    rotary = rotary_table(config, prefix_length[:, None] + steps)
+    x = constrain(embed(config, params, token), ("batch", None, None))
+    suffix_k, suffix_v = [], []
+    for index, (layer_params, window) in enumerate(zip(params["layers"], config.windows, strict=True)):
+
+        def attend(q, k, v, index=index, window=window):
+            new_k = write_column(cache.suffix_k[index], k, column)
+            new_v = write_column(cache.suffix_v[index], v, column)
+            out = cached_attention(
+                q,
+                cache.prefix_k[index],
+                cache.prefix_v[index],
+                new_k,
+                new_v,
+                prefix_length,
+                age,
+                steps,
+                window,
+            )
+            return out, (new_k, new_v)
+
+        x, (new_k, new_v) = apply_layer(config, layer_params, x, rotary, attend)
+        suffix_k.append(new_k)
+        suffix_v.append(new_v)
+    cache = cache.replace(suffix_k=tuple(suffix_k), suffix_v=tuple(suffix_v))
+    return final_norm(config, params, x), cache

@@ -1,0 +1,179 @@
+"""From logits to the distribution that is sampled from, and from one uniform number to a token of it.
+
+Decoder and trainer both call `process_logits`, so the log-prob of a sampled token is that of the distribution really
+used, on either side. Temperature and truncation are traced values: changing them compiles nothing.
+"""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from rljax.types import ArrayLike
+
+MASKED = -1e30
+"""Logit of a token that truncation removed: finite, so that probability times log-prob is 0 and never NaN."""
+
+
+@chex.dataclass(frozen=True, mappable_dataclass=False)
+class SamplingParams:
+    """How to sample: float32 and int32 scalars; build it with `sampling_params`, which checks the values."""
+
+    temperature: Float[ArrayLike, ""]  # 0 is greedy
+    top_k: Int[ArrayLike, ""]  # 0 is off
+    top_p: Float[ArrayLike, ""]  # 1 is off
+    min_p: Float[ArrayLike, ""]  # 0 is off
+
+
+def sampling_params(temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0) -> SamplingParams:
+    """Checked `SamplingParams`. Temperature 0 is greedy and ignores the rest.
+
+    Otherwise the logits are divided by the temperature and truncated: `top_k` keeps the k most probable tokens
+    (0 = all), `top_p` the fewest most probable ones whose share of what top-k left reaches p (1 = all; 1904.09751),
+    `min_p` those at least `min_p` times as probable as the best (0 = all; 2407.01082). Tokens tied with the last one
+    kept are kept too. Raises ValueError for a value out of range.
+    """
+    if not 0.0 <= temperature < float("inf"):
+        raise ValueError(f"temperature={temperature} must be finite and at least 0; 0 is greedy, 1 the model's own")
+    if int(top_k) != top_k or top_k < 0:
+        raise ValueError(f"top_k={top_k} must be a whole number of tokens, 0 to switch it off")
+    if not 0.0 < top_p <= 1.0:
+        raise ValueError(f"top_p={top_p} must be above 0 and at most 1; 1 switches it off")
+    if not 0.0 <= min_p <= 1.0:
+        raise ValueError(f"min_p={min_p} must be between 0 and 1; 0 switches it off")
+    return SamplingParams(
+        temperature=np.asarray(temperature, np.float32),
+        top_k=np.asarray(top_k, np.int32),
+        top_p=np.asarray(top_p, np.float32),
+        min_p=np.asarray(min_p, np.float32),
+    )
+
+
+def process_logits(logits: Float[Array, "*B V"], params: SamplingParams) -> Float[Array, "*B V"]:
+    """Tempered, truncated float32 logits: their softmax is the distribution that is sampled from.
+
+    Removed tokens get `MASKED`. Gradients flow through the logits of kept tokens; which tokens are kept counts as
+    constant. No truncation work runs while all of it is off. Greedy (temperature 0) samples a point mass, whose
+    log-probs would all be 0; the logits are then returned unchanged, so that log-prob and entropy are the model's own
+    at temperature 1.
+    """
+    greedy = params.temperature <= 0
+    scaled = logits.astype(jnp.float32) / jnp.where(greedy, 1.0, params.temperature)
+    truncates = ~greedy & ((params.top_k > 0) | (params.top_p < 1) | (params.min_p > 0))
+    detached = jax.lax.stop_gradient(scaled)
+    threshold = jax.lax.cond(
+        truncates, lambda x: _threshold(x, params), lambda x: jnp.full((*x.shape[:-1], 1), -jnp.inf), detached
+    )
+    return jnp.where(detached >= threshold, scaled, MASKED)
+
+
+def token_logprobs(processed: Float[Array, "*B V"], tokens: Int[Array, "*B"]) -> Float[Array, "*B"]:
+    """Log-probs (nats) of `tokens` under the softmax of processed logits."""
+    chosen = jnp.take_along_axis(processed, tokens[..., None], axis=-1)[..., 0]
+    return chosen - jax.nn.logsumexp(processed, axis=-1)
+
+
+def entropy(processed: Float[Array, "*B V"]) -> Float[Array, "*B"]:
+    """Entropy (nats) of the softmax of processed logits."""
+    logprobs = jax.nn.log_softmax(processed, axis=-1)
+    return -jnp.sum(jnp.exp(logprobs) * logprobs, axis=-1)
+
+
+def _threshold(x: Array, params: SamplingParams) -> Array:
+    """The smallest logit that is kept, [..., 1].
+
+    Every rule keeps `x >= t` for the largest `t` at which some decreasing function of `t` (a count, a mass) reaches
+    its goal. Bisection over the 2**32 float32 values in their order finds that `t` exactly, without a sort.
+    """
+    best = jnp.max(x, axis=-1, keepdims=True)
+    mass = jnp.exp(x - best)
+    vocab = x.shape[-1]
+    k = jnp.where(params.top_k > 0, jnp.minimum(params.top_k, vocab), vocab)
+    by_count = _largest(lambda t: jnp.sum(x >= t, axis=-1, keepdims=True) >= k, best)
+
+    def mass_above(t):
+        return jnp.sum(jnp.where(x >= t, mass, 0.0), axis=-1, keepdims=True)
+
+    goal = params.top_p * mass_above(by_count)
+    by_mass = jax.lax.cond(
+        params.top_p < 1, lambda: _largest(lambda t: mass_above(t) >= goal, best), lambda: jnp.full_like(best, -jnp.inf)
+    )
+    by_ratio = jnp.where(params.min_p > 0, best + jnp.log(params.min_p), -jnp.inf)
+    # Rounding of best + log(1) or of a mass must never remove the most probable token.
+    return jnp.minimum(best, jnp.maximum(jnp.maximum(by_count, by_mass), by_ratio))
+
+
+def _largest(reached, best: Array) -> Array:
+    """The largest float32 `t <= best` with `reached(t)`, which holds at -inf and is monotone."""
+
+    def to_float(order):  # int32 in the order of the floats -> float32
+        return jax.lax.bitcast_convert_type(jnp.where(order < 0, order ^ 0x7FFFFFFF, order), jnp.float32)
+
+    def to_order(value):
+        bits = jax.lax.bitcast_convert_type(value, jnp.int32)
+        return jnp.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+
+    def halve(_, bounds):
+        low, high = bounds  # reached(low), not reached(high)
+        middle = (low >> 1) + (high >> 1) + (low & high & 1)
+        good = reached(to_float(middle))
+        return jnp.where(good, middle, low), jnp.where(good, high, middle)
+
+    low = to_order(jnp.full_like(best, -jnp.inf))
+    return to_float(jax.lax.fori_loop(0, 32, halve, (low, to_order(best) + 1))[0])
+
+
+def sample_tokens(
+    processed: Float[Array, "*B V"], uniform: Float[Array, "*B"], greedy: Array
+) -> tuple[Int[Array, "*B"], Float[Array, "*B"], Float[Array, "*B"]]:
+    """One token a row by inverting the CDF at `uniform` in [0, 1), or the most probable one where `greedy`.
+
+    Returns (tokens int32, log-probs, entropies), the latter two of the softmax of `processed`, in nats. The CDF is
+    summed in blocks: the uniform number picks a block, then a token in it. A token of probability 0 is never chosen.
+    A uniform of 23 random bits resolves probabilities down to 1e-7.
+    """
+    vocab = processed.shape[-1]
+    size = block_size(vocab)
+    count = -(-vocab // size)
+    blocks = jnp.pad(
+        processed, [(0, 0)] * (processed.ndim - 1) + [(0, count * size - vocab)], constant_values=MASKED
+    ).reshape(*processed.shape[:-1], count, size)
+    best = jnp.max(processed, axis=-1)
+    shifted = blocks - best[..., None, None]
+    weights = jnp.exp(shifted)
+    block_weight = jnp.sum(weights, axis=-1)
+    block_moment = jnp.sum(weights * shifted, axis=-1)
+    total = jnp.sum(block_weight, axis=-1)
+
+    block, rest = _invert(block_weight, uniform * jnp.sum(block_weight, axis=-1))
+    inside = jnp.take_along_axis(blocks, block[..., None, None], axis=-2)[..., 0, :]
+    index, _ = _invert(jnp.exp(inside - best[..., None]), rest)
+    sampled = block * size + index
+
+    tokens = jax.lax.cond(greedy, lambda: jnp.argmax(processed, axis=-1).astype(jnp.int32), lambda: sampled)
+    chosen = jnp.take_along_axis(processed, tokens[..., None], axis=-1)[..., 0] - best
+    log_total = jnp.log(total)
+    return tokens, chosen - log_total, log_total - jnp.sum(block_moment, axis=-1) / total
+
+
+def block_size(vocab: int) -> int:
+    """Block length of the two-level CDF: a divisor of `vocab` near 256 where there is one, so nothing is padded."""
+    if vocab <= 512:
+        return vocab
+    divisors = [size for size in range(128, 513) if vocab % size == 0]
+    return min(divisors, key=lambda size: abs(size - 256)) if divisors else 256
+
+
+def _invert(weights: Array, target: Array) -> tuple[Array, Array]:
+    """First index whose cumulative weight exceeds `target`, and what of `target` remains inside it.
+
+    Sums of another order may round below `target`; the last index of positive weight is taken then.
+    """
+    cumulative = jnp.cumsum(weights, axis=-1)
+    index = jnp.sum(cumulative <= target[..., None], axis=-1)
+    positions = jnp.arange(weights.shape[-1])
+    last = jnp.max(jnp.where(weights > 0, positions, 0), axis=-1)
+    index = jnp.minimum(index, last).astype(jnp.int32)
+    before = jnp.take_along_axis(cumulative - weights, index[..., None], axis=-1)[..., 0]
+    return index, jnp.maximum(target - before, 0.0)

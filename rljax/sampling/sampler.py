@@ -1,0 +1,303 @@
+"""The decoder as its users see it: requests in, samples out, shapes from a bucket table."""
+
+import bisect
+import contextlib
+import functools
+import time
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from rljax.models.cache import KVCache, init_cache
+from rljax.models.config import DecoderConfig
+from rljax.models.decoder import abstract_params, logical_axes, unstack_layers
+from rljax.parallel import DECODE_RULES, shardings, use_mesh
+from rljax.sampling.generate import copy_prompt, decode, prefill
+from rljax.sampling.logits import SamplingParams, sampling_params
+from rljax.sampling.slots import FinishReason, Load, Request, Sample, Slots
+from rljax.types import Params
+
+_PREFILL_TOKENS = 8192
+_LARGEST_ID = 2**31 - 1
+
+_init_cache = jax.jit(init_cache, static_argnums=(0, 1, 2, 3, 4))
+_prefill = jax.jit(prefill, static_argnums=0, donate_argnums=2)
+_copy_prompt = jax.jit(copy_prompt, donate_argnums=0)
+_decode = jax.jit(decode, static_argnums=(0, 1, 2), donate_argnums=4)
+
+
+class Sampler:
+    """Samples completions with a grid of `prompt_slots` prompts x `sample_slots` samples of each.
+
+    `prompt_buckets` are the prompt lengths that programs are compiled for; a call uses the smallest that fits its
+    longest prompt, and after `warmup` no call compiles. `sample_slots` = group size decodes a group over one copy of
+    its prompt; 1 is plain continuous batching, best for ragged lengths. A token of `stop_tokens` ends a sample, and so
+    does text containing one of `stop_strings`, which needs `decode_text` (token ids -> text) and is looked for every
+    `check_every` steps. `refill_rows`: how many rows must be idle before decoding pauses to give them waiting work.
+
+    Rows are split over the `data` and `fsdp` axes of `mesh`, key-value heads over `tensor`.
+
+    Raises ValueError for impossible settings.
+    """
+
+    def __init__(
+        self,
+        config: DecoderConfig,
+        *,
+        prompt_buckets: Sequence[int],
+        max_new_tokens: int,
+        prompt_slots: int,
+        sample_slots: int,
+        stop_tokens: Sequence[int] = (),
+        stop_strings: Sequence[str] = (),
+        decode_text: Callable[[list[int]], str] | None = None,
+        check_every: int = 16,
+        refill_rows: int | None = None,
+        mesh: jax.sharding.Mesh | None = None,
+    ):
+        for name, value in (
+            ("max_new_tokens", max_new_tokens),
+            ("prompt_slots", prompt_slots),
+            ("sample_slots", sample_slots),
+            ("check_every", check_every),
+            ("refill_rows", 1 if refill_rows is None else refill_rows),
+            ("smallest prompt bucket", min(prompt_buckets, default=0)),
+        ):
+            if value < 1:
+                raise ValueError(f"{name}={value} must be at least 1")
+        if outside := [token for token in stop_tokens if not 0 <= token < config.vocab_size]:
+            raise ValueError(f"stop token {outside[0]} is outside the vocabulary of {config.vocab_size}; leave it out")
+        if stop_strings and decode_text is None:
+            raise ValueError("stop_strings need decode_text, a function from token ids to text; pass tokenizer.decode")
+        if "" in stop_strings:
+            raise ValueError("a stop string is empty and would end every sample at once; leave it out")
+        self.config, self.mesh = config, mesh
+        self.prompt_buckets = tuple(sorted(set(prompt_buckets)))
+        self.max_new_tokens, self.prompt_slots, self.sample_slots = max_new_tokens, prompt_slots, sample_slots
+        self.stop_tokens, self.stop_strings = tuple(sorted(set(stop_tokens))), tuple(stop_strings)
+        self.decode_text, self.check_every = decode_text, check_every
+        self.refill_rows = refill_rows or max(1, prompt_slots * sample_slots // 16)
+        self.last_stats: dict[str, float] = {}
+        self._params = None
+
+    def set_params(self, params: Params) -> None:
+        """Takes the weights to sample with. They are copied, layer by layer, into the buffers of the last ones."""
+        with self._on_mesh():
+            self._params = self._unstack()(params, self._params)
+
+    def drop_params(self) -> None:
+        """Frees the sampler's copy of the weights, for instance during an update."""
+        self._params = None
+
+    def warmup(self) -> None:
+        """Compiles every program that `generate` can need."""
+        params = self._weights()
+        with self._on_mesh():
+            for bucket in self.prompt_buckets:
+                cache = self._new_cache(bucket)
+                for length in (b for b in self.prompt_buckets if b <= bucket):
+                    for count in self._prefill_counts(length):
+                        zeros = np.zeros((count, length), np.int32)
+                        cache = _prefill(self.config, params, cache, zeros, np.zeros(count, np.int32))
+                cache = _copy_prompt(cache, np.int32(0), np.int32(0))
+                idle = Slots([], self.prompt_slots, self.sample_slots, self.max_new_tokens)
+                jax.block_until_ready(self._run(cache, np.int32(0), idle, sampling_params(), 0, 0))
+
+    def generate(
+        self, requests: Sequence[Request], sampling: SamplingParams, *, seed: int, step: int
+    ) -> list[list[Sample]]:
+        """Samples every request, in order: one list per request, one `Sample` per sample id.
+
+        A token is a function of the weights, the prompt, `sampling` and (seed, step, prompt id, sample id, position
+        in the completion): it does not depend on what else is in the call or where it runs, except that matrix
+        products of other shapes may round otherwise. `last_stats` then describes the call. Raises ValueError for a
+        request that cannot be served.
+        """
+        for index, request in enumerate(requests):
+            self._check(index, request)
+        for name, value in (("seed", seed), ("step", step)):
+            if not 0 <= value <= _LARGEST_ID:
+                raise ValueError(f"{name}={value} must lie between 0 and {_LARGEST_ID}")
+        params = self._weights()
+        slots = Slots(requests, self.prompt_slots, self.sample_slots, self.max_new_tokens)
+        stats = dict.fromkeys(("decode_steps", "row_steps", "prefill_tokens", "new_tokens", "runs"), 0)
+        seconds = {"prefill_seconds": 0.0, "decode_seconds": 0.0}
+        bucket = self._bucket(max((len(request.prompt) for request in requests), default=1))
+        with self._on_mesh():
+            cache, column = self._new_cache(bucket), np.int32(0)
+            loads = slots.assign()
+            while slots.active.any():
+                start = time.perf_counter()
+                cache = self._load(params, cache, slots, loads)
+                jax.block_until_ready(cache)
+                loaded = time.perf_counter()
+                before = slots.rows()
+                cache, column, *out = self._run(cache, column, slots, sampling, seed, step)
+                steps, active, emitted = jax.device_get(out)
+                new_tokens = int((steps - before.steps).sum())
+                taken = int((steps - before.steps).max())
+                self._harvest(slots, steps, active, emitted)
+                stats["decode_steps"] += taken
+                stats["row_steps"] += taken * active.size
+                stats["new_tokens"] += new_tokens
+                stats["runs"] += 1
+                stats["prefill_tokens"] += sum(len(requests[x.request].prompt) - 1 for x in loads if x.source is None)
+                seconds["prefill_seconds"] += loaded - start
+                loads = slots.assign()
+                seconds["decode_seconds"] += time.perf_counter() - loaded
+        self.last_stats = {
+            **stats,
+            **seconds,
+            "slot_occupancy": stats["new_tokens"] / max(stats.pop("row_steps"), 1),
+        }
+        return slots.results
+
+    def _run(self, cache: KVCache, column, slots: Slots, sampling: SamplingParams, seed: int, step: int):
+        """One call of `decode` for the rows as they stand."""
+        return _decode(
+            self.config,
+            self.stop_tokens,
+            self.max_new_tokens,
+            self._weights(),
+            cache,
+            column,
+            slots.rows(),
+            sampling,
+            np.int32(seed),
+            np.int32(step),
+            np.int32(min(self.check_every, self.max_new_tokens) if self.stop_strings else self.max_new_tokens),
+            np.bool_(slots.has_other_work()),
+            np.int32(self.refill_rows),
+        )
+
+    def _harvest(self, slots: Slots, steps: np.ndarray, active: np.ndarray, emitted) -> None:
+        """Takes over what the rows sampled, and frees those that are done."""
+        before = slots.rows().steps.copy()
+        for row, owner in slots.owners():
+            count = steps[row] - before[row]
+            slots.advance(
+                row, *(x[(slice(count), *row)] for x in (emitted.tokens, emitted.logprobs, emitted.entropies))
+            )
+            tokens = slots.tokens(owner)
+            reason: FinishReason = "stop" if tokens[-1] in self.stop_tokens else "length"
+            length = self._stop_string_end(tokens, int(before[row])) if self.stop_strings else None
+            if length is not None:
+                slots.finish(row, "stop_string", length)
+            elif not active[row]:
+                slots.finish(row, reason)
+
+    def _stop_string_end(self, tokens: np.ndarray, checked: int) -> int | None:
+        """The fewest tokens, more than `checked`, whose text contains a stop string."""
+        assert self.decode_text is not None
+        ids = tokens.tolist()
+        if not self._contains_stop(ids):
+            return None
+        return next(n for n in range(checked + 1, len(ids) + 1) if self._contains_stop(ids[:n]))
+
+    def _contains_stop(self, ids: list[int]) -> bool:
+        text = self.decode_text(ids)
+        return any(stop in text for stop in self.stop_strings)
+
+    def _load(self, params: Params, cache: KVCache, slots: Slots, loads: list[Load]) -> KVCache:
+        """Prefills and copies prompts. Prompts of one length bucket go together, in the compiled counts."""
+        by_bucket: dict[int, list[Load]] = {}
+        for load in loads:
+            if load.source is None:
+                by_bucket.setdefault(self._bucket(len(slots.requests[load.request].prompt)), []).append(load)
+        for bucket, group in by_bucket.items():
+            for count in self._prefill_counts(bucket):
+                while len(group) >= count:
+                    part, group = group[:count], group[count:]
+                    tokens = np.zeros((count, bucket), np.int32)
+                    for line, load in zip(tokens, part, strict=True):
+                        prefix = slots.requests[load.request].prompt[:-1]
+                        line[: len(prefix)] = prefix
+                    cache = _prefill(self.config, params, cache, tokens, np.array([x.slot for x in part], np.int32))
+        for load in loads:
+            if load.source is not None:
+                cache = _copy_prompt(cache, np.int32(load.source), np.int32(load.slot))
+        return cache
+
+    def _prefill_counts(self, length: int) -> list[int]:
+        """How many prompts a prefill takes: powers of 4, largest first; any number is a sum of few of them."""
+        counts = [4**i for i in range(16) if 4**i <= self.prompt_slots]
+        return [count for count in reversed(counts) if count == 1 or count * length <= _PREFILL_TOKENS]
+
+    def _bucket(self, length: int) -> int:
+        return self.prompt_buckets[bisect.bisect_left(self.prompt_buckets, length)]
+
+    def _new_cache(self, bucket: int) -> KVCache:
+        return _init_cache(self.config, self.prompt_slots, self.sample_slots, bucket, self.max_new_tokens)
+
+    def _weights(self) -> Params:
+        if self._params is None:
+            raise ValueError("the sampler has no weights; call set_params(params) first")
+        return self._params
+
+    def _on_mesh(self):
+        return contextlib.nullcontext() if self.mesh is None else use_mesh(self.mesh)
+
+    def _unstack(self):
+        return _unstack_program(self.config, self.mesh)
+
+    def _check(self, index: int, request: Request) -> None:
+        config, where = self.config, f"request {index} (prompt_id {request.prompt_id})"
+        prompt = np.asarray(request.prompt)
+        if not len(prompt):
+            raise ValueError(f"{where}: the prompt is empty; give at least one token, for instance the BOS token")
+        if len(prompt) > self.prompt_buckets[-1]:
+            raise ValueError(
+                f"{where}: prompt of {len(prompt)} tokens is longer than the largest bucket of prompt_buckets="
+                f"{self.prompt_buckets}; add a bucket or shorten the prompt"
+            )
+        if len(outside := prompt[(prompt < 0) | (prompt >= config.vocab_size)]):
+            raise ValueError(
+                f"{where}: token {outside[0]} is outside the vocabulary of {config.vocab_size}; "
+                "check that tokenizer and model belong together"
+            )
+        limit = self.max_new_tokens if request.max_new_tokens is None else request.max_new_tokens
+        if not 1 <= limit <= self.max_new_tokens:
+            raise ValueError(
+                f"{where}: max_new_tokens={limit} must lie between 1 and the sampler's {self.max_new_tokens}"
+            )
+        scaling = config.rope_scaling
+        dynamic = scaling.type == "dynamic"
+        longest = (scaling.original_max_position or config.max_position) if dynamic else config.max_position
+        if len(prompt) + limit > longest:
+            reason = "dynamic RoPE scaling would change all earlier keys" if dynamic else "the model knows no position"
+            raise ValueError(
+                f"{where}: {len(prompt)} prompt + {limit} new tokens exceed {longest}, beyond which {reason}; "
+                "shorten the prompt or lower max_new_tokens"
+            )
+        ids = [request.prompt_id, *request.sample_ids]
+        if wrong := [value for value in ids if not 0 <= value <= _LARGEST_ID]:
+            raise ValueError(f"{where}: id {wrong[0]} must lie between 0 and {_LARGEST_ID}; hash it to 31 bits")
+
+
+@functools.lru_cache(maxsize=16)
+def _unstack_program(config: DecoderConfig, mesh: jax.sharding.Mesh | None):
+    """jit of (stacked params, buffers to reuse or None) -> unstacked params in the compute dtype, norms as they are."""
+
+    def unstack(params, _):
+        cast = {
+            name: value if "norm" in name else value.astype(config.dtype)
+            for name, value in params.items()
+            if name != "layers"
+        }
+        layers = {
+            name: value if "norm" in name else value.astype(config.dtype) for name, value in params["layers"].items()
+        }
+        return jax.tree.map(jnp.copy, unstack_layers({**cast, "layers": layers}))
+
+    where = None
+    if mesh is not None:
+        stacked = shardings(mesh, logical_axes(config), abstract_params(config), DECODE_RULES)
+
+        def drop_layers(sharding):
+            return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*sharding.spec[1:]))
+
+        layer = {name: drop_layers(sharding) for name, sharding in stacked["layers"].items()}
+        where = {**stacked, "layers": (layer,) * config.num_layers}
+    return jax.jit(unstack, donate_argnums=1, keep_unused=True, out_shardings=where)

@@ -16,6 +16,7 @@ from rljax.models.decoder import (
 from rljax.models.families import FAMILIES, config_from_hf, config_to_hf
 from rljax.models.gguf import load_gguf
 from rljax.models.huggingface import load_hf, save_hf
+from rljax.models.layout import param_shardings
 from rljax.models.load import find_smollm2, load_model
 
 __all__ = [
@@ -37,6 +38,7 @@ __all__ = [
     "logical_axes",
     "logits",
     "output_projection",
+    "param_shardings",
     "save_hf",
     "unstack_layers",
 ]

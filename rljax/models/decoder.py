@@ -162,7 +162,8 @@ def unstack_layers(params: Params) -> dict[str, Any]:
 
 def embed(config: DecoderConfig, params: Params, tokens: Int[Array, "*B"]) -> Float[Array, "*B D"]:
     """Token embeddings in the compute dtype."""
-    return jnp.take(params["embedding"], tokens, axis=0).astype(config.dtype)
+    table = constrain(params["embedding"], ("vocab", None))  # whole rows: a lookup by split columns moves activations
+    return jnp.take(table, tokens, axis=0).astype(config.dtype)
 
 
 def apply_layer(

@@ -1,2 +1,172 @@
-def constrain(x, axes):
-    return x
+"""Where arrays live: one table from logical axis names to mesh axes.
+
+Weights and activations name their axes logically ("embed", "heads", "batch"); a table of rules says which mesh axes
+split each. Changing the layout of a run is changing the table.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array
+
+AnyMesh = Mesh | AbstractMesh
+"""An abstract mesh (sizes without devices) is enough to plan a layout."""
+
+Rules = Mapping[str, str | tuple[str, ...] | None]
+"""Logical axis -> the mesh axis or axes that split it, or None."""
+
+RULES: Rules = {
+    "batch": ("data", "fsdp"),
+    "layers": None,
+    "embed": "fsdp",
+    "heads": "tensor",
+    "kv_heads": "tensor",
+    "mlp": "tensor",
+    "vocab": "tensor",
+}
+"""For training: weights and optimizer state are split over every device but the `data` replicas."""
+
+DECODE_RULES: Rules = {**RULES, "embed": None}
+"""For decoding: weights whole along `fsdp`, since a step of one token is too short to gather them in."""
+
+
+def partition_spec(axes: Sequence[str | None], rules: Rules = RULES) -> PartitionSpec:
+    """The `PartitionSpec` of an array with these logical axes. ValueError for an axis without a rule, and when two
+    axes claim the same mesh axis."""
+    claimed: dict[str, str] = {}
+    parts: list[str | tuple[str, ...] | None] = []
+    for axis in axes:
+        if axis is not None and axis not in rules:
+            raise ValueError(f"logical axis {axis!r} has no rule; the rules know {', '.join(rules)}")
+        part = None if axis is None else rules[axis]
+        for name in _names(part):
+            if name in claimed:
+                raise ValueError(
+                    f"axes {tuple(axes)}: {claimed[name]!r} and {axis!r} both claim mesh axis {name!r}; "
+                    f"map one of them to another mesh axis or to None"
+                )
+            claimed[name] = str(axis)
+        parts.append(part)
+    return PartitionSpec(*parts)
+
+
+def _names(part: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    return () if part is None else (part,) if isinstance(part, str) else part
+
+
+def named_sharding(
+    mesh: AnyMesh, axes: Sequence[str | None], shape: Sequence[int], rules: Rules = RULES, *, name: str = "array"
+) -> NamedSharding:
+    """The sharding of one array. ValueError, with `name`, when a dimension does not divide over its mesh axes."""
+    if len(axes) != len(shape):
+        raise ValueError(f"{name} has shape {tuple(shape)} but axes {tuple(axes)}; give one axis name per dimension")
+    spec = partition_spec(axes, rules)
+    for axis, size, part in zip(axes, shape, spec, strict=True):
+        if unknown := [n for n in _names(part) if n not in mesh.shape]:
+            raise ValueError(f"axis {axis!r} is mapped to mesh axis {unknown[0]!r}; the mesh has {mesh.axis_names}")
+        parts = math.prod(mesh.shape[n] for n in _names(part))
+        if size % parts:
+            sizes = " x ".join(f"{n}={mesh.shape[n]}" for n in _names(part))
+            raise ValueError(
+                f"{name}: axis {axis!r} of size {size} does not divide over {sizes}; choose a mesh whose "
+                f"{' x '.join(_names(part))} divides {size}, or map {axis!r} to None in the rules"
+            )
+    return NamedSharding(mesh, spec)
+
+
+def shardings(mesh: AnyMesh, axes_tree: Any, shapes_tree: Any, rules: Rules = RULES) -> Any:
+    """A tree of `NamedSharding`, one for each array of `shapes_tree` (arrays or `ShapeDtypeStruct`s).
+
+    `axes_tree` is the same tree with a tuple of logical axis names (or None) on each leaf. Errors as in
+    `named_sharding`, naming the array by its path.
+    """
+
+    def leaf(path, axes, array):
+        return named_sharding(
+            mesh, axes, array.shape, rules, name=jax.tree_util.keystr(path, simple=True, separator="/")
+        )
+
+    return jax.tree_util.tree_map_with_path(leaf, axes_tree, shapes_tree, is_leaf=_is_axes)
+
+
+def _is_axes(node: Any) -> bool:
+    return isinstance(node, tuple) and all(item is None or isinstance(item, str) for item in node)
+
+
+def replicated(mesh: AnyMesh) -> NamedSharding:
+    """Every device holds the whole array."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def batch_sharding(mesh: AnyMesh, *, axis: int = 0, rules: Rules = RULES) -> NamedSharding:
+    """Dimension `axis` is split as a batch, the others are whole; fits arrays of any rank above `axis`."""
+    return NamedSharding(mesh, PartitionSpec(*(None,) * axis, rules["batch"]))
+
+
+def batch_parts(mesh: AnyMesh, rules: Rules = RULES) -> int:
+    """Into how many parts a batch is split; batch sizes must be multiples of it."""
+    return math.prod(mesh.shape[name] for name in _names(rules["batch"]))
+
+
+def put_batch(mesh: AnyMesh, tree: Any, *, axis: int = 0, rules: Rules = RULES) -> Any:
+    """Host arrays to devices, dimension `axis` split as a batch; arrays without that dimension are replicated.
+
+    In a multi-process run every process passes the same global arrays and sends its own part only. ValueError when a
+    batch does not divide.
+    """
+    sharding, parts = batch_sharding(mesh, axis=axis, rules=rules), batch_parts(mesh, rules)
+
+    def put(path, value):
+        value = np.asarray(value)
+        if value.ndim <= axis:
+            return put_host(value, replicated(mesh))
+        if value.shape[axis] % parts:
+            name = jax.tree_util.keystr(path, simple=True, separator="/") or "batch"
+            raise ValueError(
+                f"{name}: batch of {value.shape[axis]} does not divide over {parts} devices "
+                f"({' x '.join(f'{n}={mesh.shape[n]}' for n in _names(rules['batch']))}); "
+                f"make it a multiple of {parts}, or the mesh smaller along these axes"
+            )
+        return put_host(value, sharding)
+
+    return jax.tree_util.tree_map_with_path(put, tree)
+
+
+def put_host(tree: Any, sharding: Any) -> Any:
+    """Host arrays, the same in every process, to devices. `sharding` is one sharding or a tree of them."""
+
+    def put(value, where):
+        value = np.asarray(value)
+        return jax.make_array_from_callback(value.shape, where, lambda index: value[index])
+
+    if isinstance(sharding, jax.sharding.Sharding):
+        return jax.tree.map(lambda value: put(value, sharding), tree)
+    return jax.tree.map(put, tree, sharding)
+
+
+def reshard(params: Any, target: Any, *, donate: bool = False) -> Any:
+    """The same arrays under the shardings of `target`, say from the training layout to the decoding one. `donate`
+    frees the old ones."""
+    return jax.device_put(params, target, donate=donate)
+
+
+def constrain(x: Array, axes: Sequence[str | None], rules: Rules = RULES) -> Array:
+    """Asks the compiler to split activation `x` by its logical axes; without a mesh (`use_mesh`) `x` as it is.
+
+    A dimension that does not divide over its mesh axes is left to the compiler: decoding a single prompt on eight
+    devices is legal. Weights and batches are where this is an error.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return x
+    auto = {name for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind == AxisType.Auto}
+    parts: list[Any] = []
+    for size, part in zip(x.shape, partition_spec(axes, rules), strict=True):
+        names = tuple(name for name in _names(part) if name in auto)
+        divides = size % math.prod(mesh.shape[name] for name in names) == 0
+        parts.append((names or None) if divides else PartitionSpec.UNCONSTRAINED)
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(*parts))

@@ -1,0 +1,111 @@
+"""Several processes as one program: start-up, and the few collectives that host code needs.
+
+Every helper is a no-op, or the identity, in a single process.
+"""
+
+import os
+import pickle
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+COORDINATOR, PROCESSES, PROCESS_ID = "RLJAX_COORDINATOR", "RLJAX_NUM_PROCESSES", "RLJAX_PROCESS_ID"
+"""Environment variables that stand in for the arguments of `initialize`."""
+
+
+def initialize(coordinator: str | None = None, num_processes: int | None = None, process_id: int | None = None) -> bool:
+    """Joins the processes of a run; call it before anything else touches a device. Returns whether there are several.
+
+    The three arguments (or the environment variables above) belong together: `host:port` of process 0, the number of
+    processes and this one's index. Without them, a multi-host TPU, Slurm or Open MPI job is recognised by its
+    environment and left to JAX's own detection; otherwise the run has one process. Calling it again does nothing.
+    """
+    if jax.distributed.is_initialized():
+        return jax.process_count() > 1
+    given = {
+        COORDINATOR: coordinator or os.environ.get(COORDINATOR),
+        PROCESSES: num_processes if num_processes is not None else _env_int(PROCESSES),
+        PROCESS_ID: process_id if process_id is not None else _env_int(PROCESS_ID),
+    }
+    missing = [name for name, value in given.items() if value is None]
+    if len(missing) == 3:
+        if not on_cluster(os.environ):
+            return False
+        jax.distributed.initialize()
+        return jax.process_count() > 1
+    if missing:
+        raise ValueError(f"a run of several processes needs {', '.join(missing)} too; give all three or none")
+    count, index = given[PROCESSES], given[PROCESS_ID]
+    if not 0 <= index < count:
+        raise ValueError(f"process_id={index} must lie in 0..{count - 1} (num_processes={count})")
+    if ":" not in str(given[COORDINATOR]):
+        raise ValueError(f"coordinator={given[COORDINATOR]!r} must be host:port of process 0")
+    if count == 1:
+        return False
+    jax.distributed.initialize(given[COORDINATOR], count, index)
+    return True
+
+
+def _env_int(name: str) -> int | None:
+    text = os.environ.get(name)
+    if text is None:
+        return None
+    if not text.isdigit():
+        raise ValueError(f"{name}={text!r} must be a whole number")
+    return int(text)
+
+
+def on_cluster(environ: Mapping[str, str]) -> bool:
+    """Whether the environment belongs to a job of several processes that JAX can join by itself."""
+    workers = [host for host in environ.get("TPU_WORKER_HOSTNAMES", "").split(",") if host]
+    counts = [
+        environ.get(name, "1") for name in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "MEGASCALE_NUM_SLICES")
+    ]
+    return len(workers) > 1 or any(count.isdigit() and int(count) > 1 for count in counts)
+
+
+def is_main_process() -> bool:
+    """True in process 0, which writes files and prints."""
+    return jax.process_index() == 0
+
+
+def barrier(name: str) -> None:
+    """Waits until every process is here. `name` must be the same in all, and tells in an error where they parted."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(name)
+
+
+def broadcast(value: Any) -> Any:
+    """Process 0's `value` in every process: any picklable host object (texts, numpy arrays, plans)."""
+    if jax.process_count() == 1:
+        return value
+    data = np.frombuffer(pickle.dumps(value if is_main_process() else None), np.uint8)
+    size = int(multihost_utils.broadcast_one_to_all(np.int32(data.size)))
+    buffer = data if is_main_process() else np.zeros(size, np.uint8)
+    return pickle.loads(np.asarray(multihost_utils.broadcast_one_to_all(buffer)).tobytes())
+
+
+def gather(value: Any) -> list[Any]:
+    """The `value` of every process, by process index, in every process. Picklable host objects."""
+    if jax.process_count() == 1:
+        return [value]
+    data = np.frombuffer(pickle.dumps(value), np.uint8)
+    sizes = np.asarray(multihost_utils.process_allgather(np.int32(data.size)))
+    padded = np.zeros(int(sizes.max()), np.uint8)
+    padded[: data.size] = data
+    everything = np.asarray(multihost_utils.process_allgather(padded))
+    return [pickle.loads(row[:size].tobytes()) for row, size in zip(everything, sizes.reshape(-1), strict=True)]
+
+
+def to_host(tree: Any) -> Any:
+    """Device arrays as whole numpy arrays in every process, also when their shards lie in others."""
+
+    def fetch(value):
+        if isinstance(value, jax.Array) and not value.is_fully_addressable and not value.is_fully_replicated:
+            value = multihost_utils.process_allgather(value, tiled=True)
+        return np.asarray(value)
+
+    return jax.tree.map(fetch, tree)

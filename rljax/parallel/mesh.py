@@ -1,0 +1,46 @@
+"""The device mesh: `data` x `fsdp` x `tensor`."""
+
+import math
+from collections.abc import Sequence
+
+import jax
+from jax.sharding import AxisType, Mesh
+
+MESH_AXES = ("data", "fsdp", "tensor")
+
+
+def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1, *, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """A mesh over `devices` (all of them when None), with the axes of `MESH_AXES`.
+
+    `data` replicates weights and splits the batch, `fsdp` splits both, `tensor` splits heads, the MLP and the
+    vocabulary. One size may be -1: what is left. Axis types are Auto: shardings are hints to the compiler, and code
+    need not name them. Raises ValueError when the sizes do not multiply to the number of devices.
+    """
+    sizes = {"data": data, "fsdp": fsdp, "tensor": tensor}
+    count = jax.device_count() if devices is None else len(devices)
+    described = ", ".join(f"{name}={size}" for name, size in sizes.items())
+    if wrong := [name for name, size in sizes.items() if size != -1 and size < 1]:
+        raise ValueError(f"mesh {described}: {wrong[0]} must be at least 1, or -1 for what is left")
+    free = [name for name, size in sizes.items() if size == -1]
+    if len(free) > 1:
+        raise ValueError(f"mesh {described}: only one size may be -1, not {' and '.join(free)}")
+    fixed = math.prod(size for size in sizes.values() if size != -1)
+    if count % fixed or (not free and fixed != count):
+        remedy = f"choose sizes that multiply to {count}, or set one to -1 with the others dividing {count}"
+        raise ValueError(
+            f"mesh {described} needs {'a multiple of ' if free else ''}{fixed} devices, not {count}; {remedy}"
+        )
+    if free:
+        sizes[free[0]] = count // fixed
+    return jax.make_mesh(
+        tuple(sizes.values()),
+        MESH_AXES,
+        axis_types=(AxisType.Auto,) * len(MESH_AXES),
+        devices=None if devices is None else tuple(devices),
+    )
+
+
+def use_mesh(mesh: Mesh):
+    """Context manager inside which `constrain` acts on `mesh`. Part of jit's cache key: a function traced inside and
+    outside is compiled for each."""
+    return jax.set_mesh(mesh)

@@ -1,0 +1,79 @@
+"""Run by test_parallel_mesh.py in a process with eight virtual devices: prints a JSON object of what it found."""
+
+import json
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from rljax.models import DecoderConfig, abstract_params, hidden_states, init_params, logits, unstack_layers
+from rljax.models.layout import param_shardings
+from rljax.parallel import DECODE_RULES, make_mesh, put_batch, replicated, reshard, use_mesh
+
+CONFIG = DecoderConfig(
+    vocab_size=96, num_layers=2, embed_dim=32, num_heads=4, num_kv_heads=2, head_dim=8, mlp_dim=64, tied_embeddings=True
+)
+
+
+def batch():
+    tokens = np.random.default_rng(0).integers(0, CONFIG.vocab_size, (8, 16))
+    return {"tokens": tokens, "positions": np.broadcast_to(np.arange(16), (8, 16)), "end": np.full((8, 16), 16)}
+
+
+def loss(params, data, remat=False):
+    hidden = hidden_states(CONFIG, params, data["tokens"], data["positions"], data["end"], remat=remat)
+    scores = logits(CONFIG, params, hidden)
+    picked = jnp.take_along_axis(jax.nn.log_softmax(scores[:, :-1]), data["tokens"][:, 1:, None], -1)
+    return -picked.mean(), scores
+
+
+def difference(a, b):
+    a, b = jax.tree.map(np.asarray, (a, b))
+    return max(float(np.abs(x - y).max()) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
+
+
+def on_meshes(shapes):
+    params = jax.tree.map(np.asarray, init_params(CONFIG, jax.random.key(0)))
+    step = jax.jit(jax.value_and_grad(loss, has_aux=True))
+    data = batch()
+    (want, want_scores), want_grad = step(params, data)
+    found = {}
+    for shape in shapes:
+        mesh = make_mesh(*shape)
+        layout = param_shardings(CONFIG, mesh)
+        with use_mesh(mesh):
+            sharded = jax.device_put(params, layout)
+            (value, scores), grad = step(sharded, put_batch(mesh, data))
+            remat = jax.jit(jax.value_and_grad(lambda p, d: loss(p, d, True)[0]), out_shardings=(None, layout))
+            remat_value, remat_grad = remat(sharded, put_batch(mesh, data))
+            decode = reshard(sharded, param_shardings(CONFIG, mesh, DECODE_RULES))
+            unrolled = jax.jit(
+                lambda p, d: logits(
+                    CONFIG, p, hidden_states(CONFIG, p, d["tokens"], d["positions"], d["end"], scan=False)
+                )
+            )(decode, put_batch(mesh, data))
+        found["x".join(map(str, shape))] = {
+            "loss": abs(float(value - want)),
+            "scores": difference(scores, want_scores),
+            "grad": difference(grad, want_grad),
+            "remat": max(abs(float(remat_value - want)), difference(remat_grad, want_grad)),
+            "decode_layout": difference(unrolled, want_scores),
+            "reshard": difference(decode, params),
+            "batch_split": len({str(s.index[0]) for s in scores.addressable_shards}),
+            "q_bytes_share": sharded["layers"]["q"].addressable_shards[0].data.nbytes / params["layers"]["q"].nbytes,
+            "replicated": jax.device_put(1.0, replicated(mesh)).sharding.is_fully_replicated,
+        }
+    # the same jitted function outside a mesh afterwards is the unsharded one again
+    found["after"] = {"loss": abs(float(step(params, data)[0][0] - want))}
+    # one prompt on many devices is legal: its dimension is left to the compiler
+    mesh = make_mesh(1, 8, 1)
+    with use_mesh(mesh):
+        one = jax.tree.map(lambda x: x[:1], data)
+        found["one_row"] = {"scores": difference(jax.jit(loss)(params, one)[1], want_scores[:1])}
+    assert jax.tree.structure(unstack_layers(params)) != jax.tree.structure(abstract_params(CONFIG))
+    return found
+
+
+if __name__ == "__main__":
+    print(json.dumps(on_meshes([tuple(map(int, arg.split("x"))) for arg in sys.argv[1:]])))

@@ -6,7 +6,7 @@ import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import numpy as np
@@ -22,6 +22,7 @@ _IGNORED = re.compile(r"rotary_emb\.inv_freq$")  # a buffer that old checkpoints
 _GENERATION_KEYS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
+@runtime_checkable
 class Saveable(Protocol):
     """A tokenizer, as far as an export cares."""
 

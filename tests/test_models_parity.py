@@ -1,0 +1,272 @@
+"""Our decoder against Hugging Face transformers: the same logits from the same weights, in both directions.
+
+Needs torch, which the ordinary test environment leaves out:
+    pip install torch==2.13.0 transformers==5.23.0
+"""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch", reason="parity with transformers needs torch; pip install torch==2.13.0")
+transformers = pytest.importorskip("transformers", reason="parity needs transformers; pip install transformers")
+
+from rljax.models import (  # noqa: E402
+    DecoderConfig,
+    RopeScaling,
+    config_from_hf,
+    config_to_hf,
+    find_smollm2,
+    hidden_states,
+    init_params,
+    load_hf,
+    load_model,
+    logits,
+    save_hf,
+)
+
+LENGTH = 40
+TOLERANCE = 1e-4
+
+SHAPE = {
+    "vocab_size": 97,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.3,  # so that attention is far from uniform, and a wrong angle or mask shows
+}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 500.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+YARN = {"rope_type": "yarn", "rope_theta": 100.0, "factor": 4.0, "original_max_position_embeddings": 16}
+
+CASES = {
+    "llama": ("llama", {}),
+    "llama_multi_query": ("llama", {"num_key_value_heads": 1, "head_dim": 12}),
+    "llama_biases": ("llama", {"attention_bias": True, "mlp_bias": True}),
+    "llama3_scaling": ("llama", {"rope_parameters": LLAMA3, "rms_norm_eps": 1e-5}),
+    "linear_scaling": ("llama", {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}}),
+    "dynamic_scaling": (
+        "llama",
+        {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}, "max_position_embeddings": 16},
+    ),
+    "yarn_scaling": ("llama", {"rope_parameters": YARN}),
+    "yarn_untruncated": ("qwen3", {"rope_parameters": YARN | {"truncate": False, "beta_fast": 16.0, "beta_slow": 2.0}}),
+    "yarn_mscale": ("llama", {"rope_parameters": YARN | {"mscale": 0.7, "mscale_all_dim": 1.3}}),
+    "yarn_attention_factor": ("llama", {"rope_parameters": YARN | {"attention_factor": 1.5}}),
+    "mistral": ("mistral", {"sliding_window": None}),
+    "mistral_window": ("mistral", {"sliding_window": 7}),
+    "qwen2": ("qwen2", {}),
+    "qwen2_window": ("qwen2", {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1}),
+    "qwen3": ("qwen3", {"head_dim": 16}),
+    "qwen3_biases": ("qwen3", {"head_dim": 16, "attention_bias": True}),
+    "qwen3_layer_types": (
+        "qwen3",
+        {
+            "head_dim": 8,
+            "use_sliding_window": True,
+            "sliding_window": 6,
+            "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        },
+    ),
+}
+CLASSES = {
+    "llama": (transformers.LlamaConfig, transformers.LlamaForCausalLM),
+    "mistral": (transformers.MistralConfig, transformers.MistralForCausalLM),
+    "qwen2": (transformers.Qwen2Config, transformers.Qwen2ForCausalLM),
+    "qwen3": (transformers.Qwen3Config, transformers.Qwen3ForCausalLM),
+}
+
+
+def random_model(case: str, **overrides):
+    family, settings = CASES[case]
+    make_config, make_model = CLASSES[family]
+    torch.manual_seed(0)
+    model = make_model(make_config(**(SHAPE | settings | overrides))).eval()
+    with torch.no_grad():  # biases and norms begin at 0 and 1, where a swap would not show
+        for name, parameter in model.named_parameters():
+            if parameter.ndim == 1:
+                parameter.add_(0.2 * torch.randn_like(parameter))
+            assert parameter.dtype == torch.float32, name
+    return model
+
+
+def tokens(rows: int = 2, length: int = LENGTH) -> np.ndarray:
+    return np.random.default_rng(1).integers(0, SHAPE["vocab_size"], (rows, length))
+
+
+def their_logits(model, ids: np.ndarray) -> np.ndarray:
+    with torch.no_grad():
+        return model(torch.tensor(ids)).logits.float().numpy()
+
+
+def our_logits(config, params, ids: np.ndarray, **options) -> np.ndarray:
+    rows, length = ids.shape
+    positions = jnp.broadcast_to(jnp.arange(length), (rows, length))
+    hidden = hidden_states(config, params, jnp.asarray(ids), positions, jnp.full((rows, length), length), **options)
+    return np.asarray(logits(config, params, hidden))
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("case", CASES)
+def test_imported_weights_give_the_logits_of_transformers(case, tied, tmp_path):
+    model = random_model(case, tie_word_embeddings=tied)
+    model.save_pretrained(tmp_path)
+    config, params = load_hf(tmp_path)
+    assert config.tied_embeddings == tied
+    reference = their_logits(model, tokens())
+    assert np.abs(reference).max() > 1  # the comparison is about something
+    assert np.abs(our_logits(config, params, tokens()) - reference).max() < TOLERANCE
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("case", CASES)
+def test_exported_weights_give_our_logits_in_transformers(case, tied, tmp_path):
+    config = config_from_hf(random_model(case, tie_word_embeddings=tied).config.to_dict())
+    params = init_params(config, jax.random.key(3))
+    params = jax.tree.map(
+        lambda x: 10 * x if x.ndim > 2 else x + 0.1 * jnp.arange(x.size).reshape(x.shape) % 0.7, params
+    )
+    save_hf(tmp_path, config, params, max_shard_bytes=30_000)
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    assert type(model) is CLASSES[CASES[case][0]][1]
+    ours = our_logits(config, params, tokens())
+    assert np.abs(ours).max() > 1
+    assert np.abs(their_logits(model, tokens()) - ours).max() < TOLERANCE
+
+
+@pytest.mark.parametrize("case", ["llama", "qwen2", "qwen3_biases"])
+@pytest.mark.parametrize("max_shard", [10**9, 10_000], ids=["one_file", "shards"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_folder_of_transformers_comes_back_byte_for_byte(case, max_shard, dtype, tmp_path):
+    model = random_model(case).to(getattr(torch, dtype))
+    model.save_pretrained(tmp_path / "theirs", max_shard_size=max_shard)
+    config, params = load_hf(tmp_path / "theirs")
+    assert config.param_dtype == dtype
+    save_hf(tmp_path / "ours", config, params, max_shard_bytes=max_shard)
+    files = sorted(path.name for path in (tmp_path / "theirs").glob("model*"))
+    assert len(files) == 1 if max_shard > 10_000 else len(files) > 5
+    assert files == sorted(path.name for path in (tmp_path / "ours").glob("model*"))
+    for name in files:
+        assert (tmp_path / "ours" / name).read_bytes() == (tmp_path / "theirs" / name).read_bytes(), name
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_config_survives_transformers(case, tmp_path):
+    config = config_from_hf(random_model(case).config.to_dict())
+    (tmp_path / "config.json").write_text(json.dumps(config_to_hf(config)))
+    theirs = transformers.AutoConfig.from_pretrained(tmp_path)
+    theirs.save_pretrained(tmp_path / "again")
+    assert config_from_hf(json.loads((tmp_path / "again" / "config.json").read_text())) == config
+
+
+def test_older_spelling_of_rotary_settings_reads_the_same(tmp_path):
+    old = {
+        **SHAPE,
+        "model_type": "llama",
+        "architectures": ["LlamaForCausalLM"],
+        "torch_dtype": "float32",
+        "rope_theta": 500.0,
+        "rope_scaling": {key: value for key, value in LLAMA3.items() if key != "rope_theta"},
+    }
+    new = random_model("llama3_scaling").config
+    ours = config_from_hf(old)
+    assert (ours.rope_theta, ours.rope_scaling) == (new.rope_parameters["rope_theta"], _scaling(new))
+    (tmp_path / "config.json").write_text(json.dumps(old))
+    assert transformers.AutoConfig.from_pretrained(tmp_path).rope_parameters == new.rope_parameters
+
+
+def _scaling(config) -> RopeScaling:
+    return config_from_hf(config.to_dict()).rope_scaling
+
+
+def test_bfloat16_logits_are_as_near_as_those_of_transformers(tmp_path):
+    model = random_model("llama3_scaling", initializer_range=0.1)
+    model.save_pretrained(tmp_path)
+    exact = their_logits(model, tokens())
+    theirs = np.abs(their_logits(model.to(torch.bfloat16), tokens()) - exact).mean()
+    config, params = load_model(tmp_path, dtype="bfloat16")
+    ours = np.abs(our_logits(config, params, tokens()) - exact).mean()
+    assert 0 < ours < 1.2 * theirs
+
+
+PROMPTS = [
+    "The capital of France is",
+    "3 + 4 =",
+    "Once upon a time, there was",
+    "def fibonacci(n):",
+    "Water boils at",
+    "The largest planet of the solar system",
+    "List three colours:",
+    "My favourite book is",
+    "In 1969, the first",
+    "Translate to German: good morning",
+    "The opposite of hot is",
+    "Ein Haus ist",
+    "import numpy as np\n",
+    "Question: what is 12 * 12? Answer:",
+    "Dear Sir or Madam,",
+    "The quick brown fox",
+    "To make bread, you need",
+    "She opened the door and",
+    "1, 1, 2, 3, 5, 8,",
+    "A short poem about rain:",
+]
+
+
+@pytest.mark.slow
+def test_smollm2_decodes_greedily_token_for_token_like_transformers(tmp_path):
+    """20 prompts x 64 tokens. Where the two part, both candidates must be a tie within rounding."""
+    gguf = pytest.importorskip("gguf", reason="reads the tokenizer of the GGUF file")
+    config, params = load_model(find_smollm2())
+    save_hf(tmp_path, config, params)
+    model = transformers.LlamaForCausalLM.from_pretrained(tmp_path).eval()
+    encode = _gguf_tokenizer(gguf, find_smollm2())
+    forward = jax.jit(lambda p, ids: _last_logits(config, p, ids))
+    new, total = 64, 96
+    for prompt in PROMPTS:
+        ids = encode(prompt)
+        assert 0 < len(ids) <= total - new
+        reference = model.generate(
+            torch.tensor([ids]), max_new_tokens=new, do_sample=False, eos_token_id=None, pad_token_id=0
+        )[0].tolist()
+        # Teacher-forced on the reference, one forward pass tells every token that greedy decoding would choose.
+        padded = np.zeros((1, total), np.int64)
+        padded[0, : len(reference)] = reference
+        scores = np.asarray(forward(params, padded))[0, len(ids) - 1 : len(reference) - 1]
+        chosen, wanted = scores.argmax(-1), np.array(reference[len(ids) :])
+        assert len(wanted) == new
+        for step in np.flatnonzero(chosen != wanted):
+            gap = scores[step].max() - scores[step, wanted[step]]
+            print(f"{prompt!r} step {step}: ours {chosen[step]}, theirs {wanted[step]}, logit gap {gap:.2e}")
+            assert gap < 2 * TOLERANCE
+
+
+def _last_logits(config: DecoderConfig, params, ids):
+    positions = jnp.broadcast_to(jnp.arange(ids.shape[1]), ids.shape)
+    return logits(config, params, hidden_states(config, params, ids, positions, jnp.full(ids.shape, ids.shape[1])))
+
+
+def _gguf_tokenizer(gguf, path):
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    fields = gguf.GGUFReader(path).fields
+    vocabulary = {text: i for i, text in enumerate(fields["tokenizer.ggml.tokens"].contents())}
+    merges = [tuple(line.split(" ")) for line in fields["tokenizer.ggml.merges"].contents()]
+    tokenizer = Tokenizer(models.BPE(vocabulary, merges))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    return lambda text: tokenizer.encode(text).ids

@@ -1,0 +1,29 @@
+"""Tokenizers and chat templates: text in, token ids out. Nothing here imports jax.
+
+A tokenizer is anything that follows `Tokenizer`. `load_tokenizer` reads the three kinds of files that models come
+with; `CharTokenizer` and `ByteTokenizer` serve small models trained from nothing.
+"""
+
+from rljax.text.base import Message, Tokenizer
+from rljax.text.char import ByteTokenizer, CharTokenizer
+from rljax.text.gguf import load_gguf_tokenizer
+from rljax.text.gguf_metadata import read_gguf_metadata
+from rljax.text.huggingface import HuggingFaceTokenizer, load_huggingface_tokenizer
+from rljax.text.load import load_tokenizer
+from rljax.text.prompts import check_messages, render_prompt
+from rljax.text.spm import SentencePieceTokenizer
+
+__all__ = [
+    "ByteTokenizer",
+    "CharTokenizer",
+    "HuggingFaceTokenizer",
+    "Message",
+    "SentencePieceTokenizer",
+    "Tokenizer",
+    "check_messages",
+    "load_gguf_tokenizer",
+    "load_huggingface_tokenizer",
+    "load_tokenizer",
+    "read_gguf_metadata",
+    "render_prompt",
+]

@@ -1,0 +1,165 @@
+"""The tokenizer inside a GGUF file, rebuilt as a Hugging Face one: same ids, special tokens and chat template."""
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from rljax.text.gguf_metadata import read_gguf_metadata
+from rljax.text.huggingface import HuggingFaceTokenizer, import_transformers
+
+_UNKNOWN, _CONTROL, _USER_DEFINED = 2, 3, 4  # values of tokenizer.ggml.token_type
+_SPACE = "▁"
+
+_QWEN2 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_LLAMA3 = _QWEN2.replace(r"|\p{N}|", r"|\p{N}{1,3}|")
+_TEKKEN = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
+    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
+    r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+# tokenizer.ggml.pre -> what splits the text before merging. Splits of the same name in llama.cpp (src/llama-vocab.cpp)
+# and in the tokenizer.json of the models that use them.
+SPLIT_REGEX = {
+    "llama-bpe": _LLAMA3,
+    "llama3": _LLAMA3,
+    "llama-v3": _LLAMA3,
+    "qwen2": _QWEN2,
+    "deepseek-r1-qwen": _QWEN2,
+    "tekken": _TEKKEN,
+}
+SINGLE_DIGITS = ("smollm", "refact", "starcoder", "command-r")  # the GPT-2 split, each digit alone
+GPT2_SPLIT = ("gpt-2", "gpt2", "olmo")
+_WHOLE_TOKENS_FIRST = ("llama-bpe", "llama3", "llama-v3", "tekken")  # a chunk that is a token is not merged up to it
+_NFC = ("qwen2", "deepseek-r1-qwen")
+
+
+def load_gguf_tokenizer(
+    path: str | os.PathLike, *, template_kwargs: Mapping[str, Any] | None = None
+) -> HuggingFaceTokenizer:
+    """Rebuild the tokenizer from the metadata of a GGUF file; tensors are not read.
+
+    Byte-level BPE (`gpt2`) with the splits of SmolLM, Llama 3, Qwen 2 / 3, Mistral Tekken and GPT-2, and SentencePiece
+    BPE (`llama`). Raises ValueError for another kind, naming it, and if a field is missing.
+    """
+    wanted = ("tokenizer.", "general.name", "general.architecture")
+    meta = read_gguf_metadata(path, lambda key: key.startswith(wanted) or key.endswith(".context_length"))
+    kind = meta.get("tokenizer.ggml.model")
+    builders = {"gpt2": _byte_level_bpe, "llama": _sentencepiece_bpe}
+    if kind not in builders:
+        raise ValueError(
+            f"{path} has a tokenizer of the kind {kind!r}; {sorted(builders)} can be rebuilt. "
+            "Use the model's Hugging Face folder, or give its tokenizer by a path of its own"
+        )
+    tokens = _field(meta, "tokenizer.ggml.tokens", path)
+    types = meta.get("tokenizer.ggml.token_type") or [1] * len(tokens)
+    tokenizer = builders[kind](meta, tokens, path)
+    _add_special_tokens(tokenizer, tokens, types)
+    return _wrap(tokenizer, meta, tokens, template_kwargs)
+
+
+def _field(meta: Mapping[str, Any], key: str, path: str | os.PathLike) -> Any:
+    if key not in meta:
+        raise ValueError(f"{path} has no metadata field {key!r}, so its tokenizer cannot be rebuilt; convert it again")
+    return meta[key]
+
+
+def _byte_level_bpe(meta: Mapping[str, Any], tokens: list[str], path: str | os.PathLike) -> Any:
+    from tokenizers import Regex, Tokenizer, decoders, normalizers, pre_tokenizers
+    from tokenizers.models import BPE
+
+    pre = meta.get("tokenizer.ggml.pre")
+    if pre in SPLIT_REGEX:
+        split = [
+            pre_tokenizers.Split(Regex(SPLIT_REGEX[pre]), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    elif pre in SINGLE_DIGITS:
+        split = [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    elif pre in GPT2_SPLIT:
+        split = [pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    else:
+        known = sorted([*SPLIT_REGEX, *SINGLE_DIGITS, *GPT2_SPLIT])
+        raise ValueError(
+            f"{path} splits text by the rule {pre!r} (tokenizer.ggml.pre), which is not known here; known: {known}. "
+            "Use the model's Hugging Face folder, or give its tokenizer by a path of its own"
+        )
+    merges = [tuple(merge.split(" ", 1)) for merge in _field(meta, "tokenizer.ggml.merges", path)]
+    vocab = {token: i for i, token in enumerate(tokens)}
+    tokenizer = Tokenizer(BPE(vocab=vocab, merges=merges, ignore_merges=pre in _WHOLE_TOKENS_FIRST))
+    tokenizer.normalizer = normalizers.NFC() if pre in _NFC else None
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(split)
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
+
+
+def _sentencepiece_bpe(meta: Mapping[str, Any], tokens: list[str], path: str | os.PathLike) -> Any:
+    from tokenizers import Tokenizer, decoders, normalizers
+    from tokenizers.models import BPE
+
+    scores = _field(meta, "tokenizer.ggml.scores", path)
+    vocab = {token: i for i, token in enumerate(tokens)}
+    unknown = tokens[meta.get("tokenizer.ggml.unknown_token_id", 0)]
+    tokenizer = Tokenizer(
+        BPE(vocab=vocab, merges=_merges(vocab, scores), unk_token=unknown, fuse_unk=True, byte_fallback=True)
+    )
+    spaces = [normalizers.Replace(" ", _SPACE)]
+    prefix = meta.get("tokenizer.ggml.add_space_prefix", True)
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend(_SPACE), *spaces] if prefix else spaces)
+    strip = [decoders.Strip(" ", 1, 0)] if prefix else []
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), *strip]
+    )
+    return tokenizer
+
+
+def _merges(vocab: dict[str, int], scores: list[float]) -> list[tuple[str, str]]:
+    """SentencePiece joins the neighbours whose union scores highest, so the pairs of a better piece come first."""
+    ranked = []
+    for piece, i in vocab.items():
+        for cut in range(1, len(piece)):
+            left, right = vocab.get(piece[:cut]), vocab.get(piece[cut:])
+            if left is not None and right is not None:
+                ranked.append((-scores[i], left, right, piece[:cut], piece[cut:]))
+    ranked.sort(key=lambda row: row[:3])
+    return [row[3:] for row in ranked]
+
+
+def _add_special_tokens(tokenizer: Any, tokens: list[str], types: list[int]) -> None:
+    from tokenizers import AddedToken
+
+    special = [t for t, kind in zip(tokens, types) if kind in (_CONTROL, _UNKNOWN)]
+    tokenizer.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in special])
+    own = [t for t, kind in zip(tokens, types) if kind == _USER_DEFINED]
+    tokenizer.add_tokens([AddedToken(t, special=False, normalized=False) for t in own])
+
+
+def _wrap(
+    tokenizer: Any, meta: Mapping[str, Any], tokens: list[str], template_kwargs: Mapping[str, Any] | None
+) -> HuggingFaceTokenizer:
+    def token(name: str) -> str | None:
+        i = meta.get(f"tokenizer.ggml.{name}_token_id")
+        return tokens[i] if i is not None and 0 <= i < len(tokens) else None
+
+    adds_bos = meta.get("tokenizer.ggml.add_bos_token", meta["tokenizer.ggml.model"] == "llama")
+    bos, eos = token("bos"), token("eos")
+    if adds_bos and bos is not None:
+        from tokenizers.processors import TemplateProcessing
+
+        begin = [(bos, tokenizer.token_to_id(bos))]
+        tokenizer.post_processor = TemplateProcessing(
+            single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=begin
+        )
+    names = {"bos_token": bos, "eos_token": eos, "pad_token": token("padding"), "unk_token": token("unknown")}
+    context = next((v for k, v in meta.items() if k.endswith(".context_length")), None)
+    if context is not None:
+        names["model_max_length"] = context
+    wrapped = import_transformers().PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        clean_up_tokenization_spaces=False,
+        **{name: value for name, value in names.items() if value is not None},
+    )
+    wrapped.chat_template = meta.get("tokenizer.chat_template")
+    return HuggingFaceTokenizer(wrapped, adds_bos=bool(adds_bos) and bos is not None, template_kwargs=template_kwargs)

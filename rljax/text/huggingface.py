@@ -1,0 +1,126 @@
+"""A Hugging Face tokenizer, from a folder or built in memory, behind the `Tokenizer` protocol."""
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rljax.text.base import END_OF_TURN_TOKENS, Message, unique
+
+
+class HuggingFaceTokenizer:
+    """Wraps a `transformers` tokenizer.
+
+    `stop_ids` default to the tokenizer's end of sequence and the end-of-turn tokens that its vocabulary marks special.
+    `template_kwargs` go to the chat template at every call, such as `{"enable_thinking": False}`.
+    Raises ValueError if the tokenizer has no end-of-sequence token.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        *,
+        stop_ids: Sequence[int] = (),
+        adds_bos: bool | None = None,
+        template_kwargs: Mapping[str, Any] | None = None,
+    ):
+        self.hf = tokenizer
+        self.bos_id: int | None = tokenizer.bos_token_id
+        special = {str(token): i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+        named = [special.get(name) for name in END_OF_TURN_TOKENS]
+        self.stop_ids: tuple[int, ...] = unique([tokenizer.eos_token_id, *(stop_ids or named)])
+        if not self.stop_ids:
+            raise ValueError(
+                f"tokenizer {tokenizer.name_or_path!r} has no end-of-sequence token, so a completion could never end; "
+                "set eos_token in its tokenizer_config.json"
+            )
+        self.eos_id: int = self.stop_ids[0]
+        self.pad_id: int = self.eos_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+        self.vocab_size: int = max(tokenizer.get_vocab().values()) + 1
+        self.adds_bos: bool = self._finds_bos() if adds_bos is None else adds_bos
+        self._template_kwargs = dict(template_kwargs or {})
+
+    def _finds_bos(self) -> bool:
+        return self.bos_id is not None and self.hf.encode("a", add_special_tokens=True)[:1] == [self.bos_id]
+
+    @property
+    def has_chat_template(self) -> bool:
+        return bool(self.hf.chat_template)
+
+    def encode(self, text: str) -> list[int]:
+        """Names of special tokens in the text become those tokens."""
+        return list(self.hf.encode(text, add_special_tokens=False))
+
+    def decode(self, ids: Sequence[int]) -> str:
+        known = [int(i) for i in ids if 0 <= i < self.vocab_size]  # a model's vocabulary may be padded beyond ours
+        return self.hf.decode(known, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+    def apply_chat_template(self, messages: Sequence[Message], add_generation_prompt: bool = True) -> list[int]:
+        """Raises ValueError without a chat template, or if the template refuses the messages."""
+        if not self.has_chat_template:
+            raise ValueError(
+                "this tokenizer has no chat template, so it cannot take a list of messages; "
+                "give prompts as plain text, or add chat_template to its tokenizer_config.json"
+            )
+        try:
+            import jinja2
+        except ImportError:
+            raise ValueError("chat templates need the package jinja2: pip install 'jinja2>=3.1'") from None
+        try:
+            return list(
+                self.hf.apply_chat_template(
+                    list(messages),
+                    tokenize=True,
+                    return_dict=False,
+                    add_generation_prompt=add_generation_prompt,
+                    **self._template_kwargs,
+                )
+            )
+        except jinja2.TemplateError as error:
+            raise ValueError(f"the chat template refused {list(messages)!r}: {error}") from error
+
+    def save(self, folder: str | os.PathLike) -> None:
+        """Write `tokenizer.json`, `tokenizer_config.json` and the chat template."""
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        self.hf.save_pretrained(str(folder))
+
+
+def load_huggingface_tokenizer(
+    folder: str | os.PathLike, *, template_kwargs: Mapping[str, Any] | None = None
+) -> HuggingFaceTokenizer:
+    """The tokenizer of a local model folder; nothing is ever downloaded.
+
+    End tokens come from `generation_config.json` where the folder has one, else from the vocabulary. Raises ValueError
+    if the folder cannot be read.
+    """
+    transformers = import_transformers()
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+    except Exception as error:  # transformers raises many kinds, from deep inside
+        raise ValueError(
+            f"cannot load a tokenizer from the folder {folder}: {type(error).__name__}: {error}"
+        ) from error
+    return HuggingFaceTokenizer(tokenizer, stop_ids=_generation_stop_ids(Path(folder)), template_kwargs=template_kwargs)
+
+
+def _generation_stop_ids(folder: Path) -> list[int]:
+    file = folder / "generation_config.json"
+    if not file.is_file():
+        return []
+    try:
+        ids = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id")
+    except (json.JSONDecodeError, AttributeError) as error:
+        raise ValueError(f"{file} is not a JSON object ({error}); repair or remove it") from None
+    ids = [] if ids is None else ids if isinstance(ids, list) else [ids]
+    if not all(type(i) is int for i in ids):
+        raise ValueError(f"{file}: eos_token_id is {ids!r}; it must be an integer or a list of integers")
+    return ids
+
+
+def import_transformers() -> Any:
+    """`transformers`, without its advice about frameworks that this package does not need."""
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    import transformers
+
+    return transformers

@@ -1,0 +1,351 @@
+"""From ragged trajectories to the fixed shapes that are compiled: stacked rows, then packed forests. Host, numpy.
+
+Every dimension comes from a bucket table, and is a function of the data alone (not of earlier batches), so that a
+resumed run meets the same shapes.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Bool, Float, Int
+
+from rljax.trees import SortedRows, build_forest, sort_rows
+from rljax.types import ArrayLike, Packed, RolloutBatch, Rows, TrainBatch, Trajectory
+
+ROW_BUCKETS = tuple(sorted({m << p for p in range(17) for m in (1, 3)} - {1, 3}))
+"""2, 4, 6, 8, 12, 16, 24, ... Used where no table is given."""
+LENGTH_BUCKETS = tuple(b for b in ROW_BUCKETS if b >= 16)
+
+
+def bucket(size: int, table: Sequence[int], what: str) -> int:
+    """The smallest entry of the increasing `table` that holds `size`. ValueError when none does."""
+    for entry in table:
+        if entry >= size:
+            return entry
+    raise ValueError(f"{what} is {size}, but the largest bucket is {table[-1]}; add a bucket of at least {size}")
+
+
+def stack(
+    trajectories: Sequence[Trajectory],
+    *,
+    row_buckets: Sequence[int] = ROW_BUCKETS,
+    length_buckets: Sequence[int] = LENGTH_BUCKETS,
+) -> RolloutBatch:
+    """Pads trajectories on the right and below into numpy arrays; row `i` is `trajectories[i]`.
+
+    Groups and episodes are renumbered from 0 in order of appearance; padding rows form one invalid group and episode
+    of their own. ValueError for an empty list or fields of unequal length.
+    """
+    if not trajectories:
+        raise ValueError("there are no trajectories to stack; a rollout needs at least one")
+    rows = bucket(len(trajectories), row_buckets, "the number of trajectories")
+    lengths = [len(t.tokens) for t in trajectories]
+    width = bucket(max(lengths), length_buckets, "the longest trajectory")
+
+    def per_token(name: str, dtype) -> np.ndarray:
+        out = np.zeros((rows, width), dtype)
+        for i, trajectory in enumerate(trajectories):
+            values = getattr(trajectory, name)
+            if len(values) != lengths[i]:
+                raise ValueError(f"trajectory {i}: {name} has {len(values)} entries for {lengths[i]} tokens")
+            out[i, : lengths[i]] = values
+        return out
+
+    def per_row(name: str, dtype, fill=0) -> np.ndarray:
+        values = [getattr(t, name) for t in trajectories]
+        return np.array(values + [fill] * (rows - len(values)), dtype)
+
+    def renumbered(name: str) -> np.ndarray:
+        seen: dict[int, int] = {}
+        values = [seen.setdefault(getattr(t, name), len(seen)) for t in trajectories]
+        return np.array(values + [len(seen)] * (rows - len(values)), np.int32)
+
+    return RolloutBatch(
+        tokens=per_token("tokens", np.int32),
+        action_mask=per_token("action_mask", bool),
+        behavior_logprobs=per_token("behavior_logprobs", np.float32),
+        entropies=per_token("entropies", np.float32),
+        turn_ids=per_token("turn_ids", np.int32),
+        policy_version=per_token("policy_version", np.int32),
+        lengths=np.array(lengths + [0] * (rows - len(lengths)), np.int32),
+        reward=per_row("reward", np.float32),
+        is_valid=per_row("is_valid", bool, False),
+        is_truncated=per_row("is_truncated", bool),
+        group_id=renumbered("group_id"),
+        episode_id=renumbered("episode_id"),
+        source=per_row("source", np.int32),
+        parent_row=per_row("parent_row", np.int32, -1),
+        fork_index=per_row("fork_index", np.int32),
+        fork_score=per_row("fork_score", np.float32),
+        intervention=per_row("intervention", np.int32),
+    )
+
+
+def take_rows(batch: RolloutBatch, rows: Int[np.ndarray, " n"]) -> RolloutBatch:
+    """The batch of these rows alone. `group_id` and `parent_row` keep pointing into the whole batch."""
+    fields = {f.name: getattr(batch, f.name) for f in dataclasses.fields(batch)}
+    return RolloutBatch(**{name: None if v is None else np.asarray(v)[rows] for name, v in fields.items()})
+
+
+@dataclasses.dataclass(frozen=True)
+class PackSpec:
+    """How rows become packed rows.
+
+    `pack_length` is the capacity of a packed row and `packed_rows` how many make a microbatch. The tables bound the
+    compiled shapes; None takes: quarters of `pack_length` for its length, quarters of that for the scored tokens,
+    powers of two for rows and microbatches. Give tables of one entry each to have one shape. Microbatches that hold
+    nothing cost nothing.
+    """
+
+    pack_length: int
+    packed_rows: int = 1
+    share_prefixes: bool = True
+    length_buckets: tuple[int, ...] | None = None  # of S
+    score_buckets: tuple[int, ...] | None = None  # of K
+    row_buckets: tuple[int, ...] | None = None  # of B
+    microbatch_buckets: tuple[int, ...] | None = None  # of M
+
+    def __post_init__(self):
+        for name in ("pack_length", "packed_rows"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.length_buckets is not None and max(self.length_buckets) != self.pack_length:
+            raise ValueError(f"length_buckets={self.length_buckets} must end with pack_length={self.pack_length}")
+
+
+class Packing(NamedTuple):
+    """The layout of a minibatch, before any advantage or log-prob is attached.
+
+    `source_row[m, b]` is the row of the batch that line `b` of microbatch `m` shows, -1 for padding; `mask` marks the
+    tokens of these lines that are scored. `flat_tokens` counts the tokens of the rows, `unique_tokens` those packed,
+    `scored_tokens` the unique ones whose log-prob is wanted.
+    """
+
+    packed: Packed
+    row_index: Int[np.ndarray, "M B T"]
+    mask: Bool[np.ndarray, "M B T"]
+    source_row: Int[np.ndarray, "M B"]
+    flat_tokens: int
+    unique_tokens: int
+    scored_tokens: int
+
+    def rows_of(self, values: ArrayLike) -> np.ndarray:
+        """`values [batch rows, T]` as `[M, B, T]`, 0 off the mask."""
+        values = np.asarray(values)
+        return np.where(self.mask, values[np.maximum(self.source_row, 0)], np.zeros((), values.dtype))
+
+    def batch_of(self, values: ArrayLike, like: ArrayLike) -> np.ndarray:
+        """The inverse: `values [M, B, T]` as an array of the shape of `like [batch rows, T]`, 0 off the mask."""
+        out = np.zeros(np.shape(like), np.asarray(values).dtype)
+        real = self.source_row >= 0
+        out[self.source_row[real]] = np.where(self.mask, np.asarray(values), 0)[real]
+        return out
+
+
+def loss_mask(batch: RolloutBatch, extra_mask: ArrayLike | None = None) -> Bool[np.ndarray, "B T"]:
+    """Tokens that receive gradient: sampled by the policy, in a valid row, and kept by `extra_mask` if there is one."""
+    mask = np.asarray(batch.action_mask) & np.asarray(batch.is_valid)[:, None]
+    return mask if extra_mask is None else mask & np.asarray(extra_mask, bool)
+
+
+def pack(
+    batch: RolloutBatch,
+    advantages: Float[ArrayLike, "B T"],
+    spec: PackSpec,
+    *,
+    token_weights: Callable[[Bool[np.ndarray, "B T"]], ArrayLike] | None = None,
+    extra_mask: Bool[ArrayLike, "B T"] | None = None,
+    packing: Packing | None = None,
+) -> TrainBatch:
+    """One minibatch: the rows of `batch` that have loss tokens, packed, with everything that losses see.
+
+    `token_weights` gives the aggregation's weights from the loss mask of the whole minibatch; None is the token mean.
+    `old_logprobs` are the behavior's until the learner replaces them. `packing` is `layout` of the same loss mask, if
+    it was made before. ValueError as in `layout`.
+    """
+    mask = loss_mask(batch, extra_mask)
+    packing = layout(batch, mask, spec) if packing is None else packing
+    count = max(float(mask.sum()), 1.0)
+    weights = mask / np.float32(count) if token_weights is None else token_weights(mask)
+    lines = np.maximum(packing.source_row, 0)
+    behavior = packing.rows_of(np.asarray(batch.behavior_logprobs, np.float32))
+    rows = Rows(
+        row_index=packing.row_index,
+        loss_mask=packing.mask,
+        loss_weights=packing.rows_of(np.asarray(weights, np.float32)),
+        token_count=np.full(len(lines), count, np.float32),
+        advantages=packing.rows_of(np.asarray(advantages, np.float32)),
+        behavior_logprobs=behavior,
+        old_logprobs=behavior,
+        source=np.where(packing.source_row >= 0, np.asarray(batch.source)[lines], 0).astype(np.int32),
+        ref_logprobs=None
+        if batch.ref_logprobs is None
+        else packing.rows_of(np.asarray(batch.ref_logprobs, np.float32)),
+    )
+    return TrainBatch(packed=packing.packed, rows=rows)
+
+
+def layout(batch: RolloutBatch, mask: Bool[np.ndarray, "B T"], spec: PackSpec) -> Packing:
+    """Packs the rows of `batch` that `mask` wants something of, each up to its last wanted token.
+
+    Packed rows are filled group by group; a group too big for one is split, its prompt repeated. Groups that share a
+    prefix share its tokens where they meet. Rows without a wanted token are left out.
+
+    Raises ValueError for a row longer than `spec.pack_length`, for a wanted token that nothing precedes, and for a
+    size beyond its bucket table.
+    """
+    mask = np.asarray(mask, bool)
+    tokens, width = np.asarray(batch.tokens), mask.shape[1]
+    if mask[:, :1].any():
+        raise ValueError(
+            f"row {int(mask[:, 0].argmax())} is trained on its first token, which nothing precedes; "
+            "begin the prompt with at least one token, such as the BOS token"
+        )
+    lengths = np.where(mask.any(axis=1), width - mask[:, ::-1].argmax(axis=1), 0).astype(np.int32)
+    rows = np.flatnonzero(lengths)
+    if len(rows) and lengths.max() > spec.pack_length:
+        raise ValueError(
+            f"row {int(lengths.argmax())} has {int(lengths.max())} tokens but a packed row holds "
+            f"{spec.pack_length}; raise pack_length to at least {int(lengths.max())}, or sample fewer tokens"
+        )
+    bins, length = _choose_bins(tokens[rows], lengths[rows], np.asarray(batch.group_id)[rows], spec)
+    return _fill(tokens, lengths, mask, [rows[b] for b in bins], length, spec)
+
+
+def _fill(
+    tokens: np.ndarray, lengths: np.ndarray, mask: np.ndarray, bins: list[np.ndarray], length: int, spec: PackSpec
+) -> Packing:
+    """Writes the rows of every bin into the arrays of the layout."""
+    forests = [build_forest(tokens[b], lengths[b], share_prefixes=spec.share_prefixes) for b in bins]
+    scored = [np.unique(forest.index[mask[b]]) for forest, b in zip(forests, bins, strict=True)]
+    per_micro = spec.packed_rows
+    micro = bucket(max(-(-len(bins) // per_micro), 1), spec.microbatch_buckets or _POWERS, "the number of microbatches")
+    counts = [sum(map(len, bins[m : m + per_micro])) for m in range(0, len(bins), per_micro)]
+    height = bucket(max(counts, default=1), spec.row_buckets or _POWERS[3:], "the rows of a microbatch")
+    wanted = spec.score_buckets or _quarters(length)
+    wide = bucket(max(map(len, scored), default=1), wanted, "the scored tokens of a packed row")
+
+    shape, width = (micro, per_micro, length), tokens.shape[1]
+    packed = Packed(
+        tokens=np.zeros(shape, np.int32),
+        positions=np.zeros(shape, np.int32),
+        predecessor=np.full(shape, -1, np.int32),
+        subtree_end=np.zeros(shape, np.int32),
+        score_index=np.full((micro, per_micro, wide), -1, np.int32),
+    )
+    row_index = np.zeros((micro, height, width), np.int32)
+    row_mask = np.zeros((micro, height, width), bool)
+    source_row = np.full((micro, height), -1, np.int32)
+    line = 0
+    for i, (b, forest, wants) in enumerate(zip(bins, forests, scored, strict=True)):
+        m, r = divmod(i, per_micro)
+        line = 0 if r == 0 else line
+        for name in ("tokens", "positions", "predecessor", "subtree_end"):
+            values = getattr(forest, name)
+            getattr(packed, name)[m, r, : len(values)] = values
+        packed.score_index[m, r, : len(wants)] = wants
+        slot = np.zeros(len(forest.tokens) + 1, np.int32)  # the last entry answers index -1
+        slot[wants] = r * wide + np.arange(len(wants))
+        lines = slice(line, line + len(b))
+        row_mask[m, lines] = mask[b]
+        row_index[m, lines] = np.where(mask[b], slot[forest.index], 0)
+        source_row[m, lines] = b
+        line += len(b)
+    return Packing(
+        packed=packed,
+        row_index=row_index,
+        mask=row_mask,
+        source_row=source_row,
+        flat_tokens=int(lengths.sum()),
+        unique_tokens=sum(len(f.tokens) for f in forests),
+        scored_tokens=sum(map(len, scored)),
+    )
+
+
+_POWERS = tuple(1 << p for p in range(20))
+
+
+def _quarters(size: int) -> tuple[int, ...]:
+    return tuple(sorted({max(-(-size * n // 4), 1) for n in (1, 2, 3, 4)}))
+
+
+def _choose_bins(
+    tokens: np.ndarray, lengths: np.ndarray, groups: np.ndarray, spec: PackSpec
+) -> tuple[list[np.ndarray], int]:
+    """Bins of row numbers, and the packed length: the shortest that needs no more microbatches than the longest."""
+    table = spec.length_buckets or _quarters(spec.pack_length)
+    if not len(lengths):
+        return [], table[0]
+    if spec.share_prefixes:
+        order = sort_rows(tokens, lengths)
+    else:
+        order = SortedRows(order=np.arange(len(lengths), dtype=np.int32), shared=np.zeros(len(lengths), np.int32))
+    best, count = None, 0
+    for size in sorted(table, reverse=True):
+        if size < lengths.max():
+            break
+        bins = _pack_bins(order, lengths, groups, size)
+        micro = -(-len(bins) // spec.packed_rows)
+        if best is not None and micro > count:
+            break
+        best, count = (bins, size), micro
+    if best is None:
+        raise ValueError(f"length_buckets={table} hold no row of {int(lengths.max())} tokens; add a larger one")
+    return best
+
+
+def _pack_bins(rows: SortedRows, lengths: np.ndarray, groups: np.ndarray, size: int) -> list[np.ndarray]:
+    """Best-fit decreasing over units (the rows of a group, split where they exceed `size`); the cost of a unit in a
+    bin is its own tokens less the longest prefix it shares with a unit there."""
+    first, cost = _units(rows, lengths, groups, size)
+    stops = np.append(first[1:], len(lengths))
+    boundary = np.minimum.reduceat(rows.shared[: first[-1] + 1], np.append(0, first[:-1] + 1)[: len(first)])
+    sharing = bool(rows.shared.any())
+    members: list[list[int]] = []
+    used, unit_bin = np.zeros(len(first), np.int64), np.full(len(first), -1)
+    for unit in np.argsort(-cost, kind="stable"):
+        extra = np.full(len(members), cost[unit])
+        if sharing and members:
+            prefix = _prefix_with_others(boundary, unit, int(lengths[rows.order[first[unit]]]))
+            placed = unit_bin >= 0
+            saved = np.zeros(len(members), np.int64)
+            np.maximum.at(saved, unit_bin[placed], prefix[placed])
+            extra = extra - saved
+        after = used[: len(members)] + extra
+        fits = np.flatnonzero(after <= size)
+        if len(fits):
+            # Among the bins where it adds least, the fullest.
+            chosen = fits[np.lexsort((-after[fits], extra[fits]))[0]]
+        else:
+            chosen, after = len(members), np.append(after, cost[unit])
+            members.append([])
+        members[chosen].append(int(unit))
+        used[chosen], unit_bin[unit] = after[chosen], chosen
+    bins = [np.concatenate([np.arange(first[u], stops[u]) for u in sorted(units)]) for units in members]
+    return [rows.order[b] for b in sorted(bins, key=lambda b: b[0])]
+
+
+def _units(rows: SortedRows, lengths: np.ndarray, groups: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
+    """First place and number of unique tokens of every unit. Rows that share nothing are units of their own."""
+    first, cost = [], []
+    previous = None
+    for place, row in enumerate(rows.order):
+        length, shared, group = int(lengths[row]), int(rows.shared[place]), int(groups[row])
+        if group == previous and shared and cost[-1] + length - shared <= size:
+            cost[-1] += length - shared
+        else:
+            first.append(place)
+            cost.append(length)
+        previous = group
+    return np.array(first), np.array(cost)
+
+
+def _prefix_with_others(boundary: np.ndarray, unit: int, own: int) -> np.ndarray:
+    """Common prefix of the first row of `unit` with that of every unit, from the prefixes between neighbours."""
+    prefix = np.empty(len(boundary), np.int64)
+    prefix[unit] = own
+    prefix[unit + 1 :] = np.minimum.accumulate(boundary[unit + 1 :])
+    prefix[:unit] = np.minimum.accumulate(boundary[1 : unit + 1][::-1])[::-1]
+    return prefix

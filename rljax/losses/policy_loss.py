@@ -1,0 +1,106 @@
+"""The policy loss, composed of functions."""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from rljax.losses.aggregation import AggregateFn
+from rljax.losses.filters import FilterFn
+from rljax.losses.penalties import PenaltyFn
+from rljax.losses.ratios import RatioFn, log_difference
+from rljax.losses.surrogates import SurrogateFn
+from rljax.losses.weights import WeightFn
+from rljax.ops import as_float, masked_max, masked_sum
+from rljax.types import ArrayLike, Rows
+
+LossFn = Callable[[Array, Array, Rows], tuple[Array, dict[str, Array]]]
+"""(logprobs [B, T], entropies [B, T], rows) -> (loss, metrics), scalars."""
+
+
+class Loss(NamedTuple):
+    """`token_weights(loss_mask [B, T])` runs once over the global minibatch and fills `rows.loss_weights`;
+    `loss(logprobs, entropies, rows)` runs on each microbatch. Losses and metrics of microbatches add up, except metrics
+    named `*_max`, which combine by maximum."""
+
+    token_weights: AggregateFn
+    loss: LossFn
+
+
+def policy_loss(
+    ratio_fn: RatioFn,
+    surrogate_fn: SurrogateFn,
+    aggregate_fn: AggregateFn,
+    weight_fns: Sequence[WeightFn] = (),
+    filter_fns: Sequence[FilterFn] = (),
+    penalties: Sequence[PenaltyFn] = (),
+) -> Loss:
+    """`sum(loss_weights * (keep * prod(weights) * surrogate(ratio, A, lp) + sum(penalties)))`.
+
+    Gradient flows through the log-probs and entropies only, never through advantages, weights, or anything off
+    `rows.loss_mask`, where NaN is harmless. Metrics, means over `rows.token_count` unless said otherwise: `loss/policy`
+    (the policy part of the loss), `loss/clip_fraction`, `loss/ratio_mean`, `loss/ratio_max` (a maximum),
+    `loss/approx_kl` (k3 of old against current policy), `loss/entropy`, with weights `loss/weight_mean`, with filters
+    `loss/kept_fraction`, and what the penalties report.
+    """
+
+    def loss(
+        logprobs: Float[ArrayLike, "B T"], entropies: Float[ArrayLike, "B T"], rows: Rows
+    ) -> tuple[Float[Array, ""], dict[str, Array]]:
+        mask = jnp.asarray(rows.loss_mask)
+        rows = _without_garbage(rows)
+        logprobs, entropies = _masked(logprobs, mask), _masked(entropies, mask)
+        ratio = ratio_fn(logprobs, rows)
+        token_loss, is_clipped = surrogate_fn(ratio, jnp.asarray(rows.advantages), logprobs)
+        weight = jnp.ones(mask.shape, token_loss.dtype)
+        for weight_fn in weight_fns:
+            weight = weight * jax.lax.stop_gradient(weight_fn(logprobs, rows))
+        keep = mask
+        for filter_fn in filter_fns:
+            keep = keep & filter_fn(logprobs, rows)
+        # Kept tokens are chosen before the product, so that 0 * inf cannot arise.
+        token_loss = jnp.where(keep, token_loss, 0) * jnp.where(keep, weight, 0)
+        policy = masked_sum(rows.loss_weights * token_loss, mask)
+        total = policy
+        log_ratio = log_difference(logprobs, rows.old_logprobs, mask)
+        values = {
+            "loss/clip_fraction": is_clipped.astype(ratio.dtype),
+            "loss/ratio_mean": ratio,
+            "loss/approx_kl": jnp.exp(log_ratio) - 1 - log_ratio,
+            "loss/entropy": entropies,
+        }
+        if weight_fns:
+            values["loss/weight_mean"] = weight
+        if filter_fns:
+            values["loss/kept_fraction"] = keep.astype(ratio.dtype)
+        for penalty_fn in penalties:
+            penalty = penalty_fn(logprobs, entropies, rows)
+            total = total + masked_sum(rows.loss_weights * penalty.loss, mask)
+            values |= penalty.metrics
+        count = jnp.maximum(rows.token_count, 1)
+        metrics = {name: masked_sum(value, mask) / count for name, value in values.items()}
+        metrics |= {"loss/policy": policy, "loss/ratio_max": masked_max(ratio, mask)}
+        return total, jax.lax.stop_gradient(metrics)
+
+    return Loss(aggregate_fn, loss)
+
+
+def _masked(x: ArrayLike, mask: Array) -> Array:
+    return jnp.where(mask, as_float(x), 0)
+
+
+def _without_garbage(rows: Rows) -> Rows:
+    """`rows` as constants, with 0 off the loss mask."""
+
+    def clean(x: ArrayLike) -> Array:
+        return jax.lax.stop_gradient(_masked(x, jnp.asarray(rows.loss_mask)))
+
+    return rows.replace(
+        loss_weights=clean(rows.loss_weights),
+        advantages=clean(rows.advantages),
+        behavior_logprobs=clean(rows.behavior_logprobs),
+        old_logprobs=clean(rows.old_logprobs),
+        ref_logprobs=None if rows.ref_logprobs is None else clean(rows.ref_logprobs),
+    )

@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float, Int
 from rljax.models.attention import forest_attention
 from rljax.models.cache import PREFIX_AXES, KVCache, cached_attention, write_column
 from rljax.models.config import DecoderConfig
-from rljax.models.decoder import apply_layer, embed, final_norm, logits
+from rljax.models.decoder import apply_layer, embed, final_norm, output_projection
 from rljax.models.rope import rotary_table
 from rljax.parallel import constrain
 from rljax.sampling.logits import SamplingParams, process_logits, sample_tokens
@@ -63,7 +63,7 @@ def prefill(
 
     `params` have their layers unstacked.
     """
-    count, length = tokens.shape
+    length = tokens.shape[1]
     positions = jnp.broadcast_to(jnp.arange(length), tokens.shape)
     end = jnp.full(tokens.shape, length)
     rotary = rotary_table(config, positions)
@@ -163,7 +163,7 @@ def decode(
     def body(loop: _Loop) -> _Loop:
         now = (column + loop.step) % ring
         hidden, cache = _forward(config, params, loop.cache, loop.token, rows.prefix_length, loop.steps, now)
-        processed = process_logits(logits(config, params, hidden), sampling)
+        processed = process_logits(_vocab_first_logits(config, params, hidden), sampling, axis=0)
         token, logprob, entropy = sample_tokens(processed, uniforms[loop.step], greedy)
         steps = loop.steps + loop.active
         stopped = steps >= rows.max_new_tokens
@@ -194,6 +194,13 @@ def decode(
     )
     end = jax.lax.while_loop(keeps_going, body, start)
     return end.cache, (column + end.step) % ring, end.steps, end.active, end.emitted
+
+
+def _vocab_first_logits(config: DecoderConfig, params: Params, hidden: Array) -> Array:
+    """Float32 logits [V, P, G]. The product runs faster this way round on a CPU (weights in rows, few columns)."""
+    head = output_projection(config, params).astype(hidden.dtype)
+    out = jnp.einsum("vd,md->vm", head, hidden.reshape(-1, hidden.shape[-1]), preferred_element_type=jnp.float32)
+    return out.reshape(-1, *hidden.shape[:-1])
 
 
 def _forward(config, params, cache: KVCache, token, prefix_length, steps, column) -> tuple[Array, KVCache]:

@@ -8,7 +8,7 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from rljax.types import ArrayLike
 
@@ -50,8 +50,8 @@ def sampling_params(temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0
     )
 
 
-def process_logits(logits: Float[Array, "*B V"], params: SamplingParams) -> Float[Array, "*B V"]:
-    """Tempered, truncated float32 logits: their softmax is the distribution that is sampled from.
+def process_logits(logits: Float[Array, "..."], params: SamplingParams, *, axis: int = -1) -> Float[Array, "..."]:
+    """Tempered, truncated float32 logits: their softmax over `axis` is the distribution that is sampled from.
 
     Removed tokens get `MASKED`. Gradients flow through the logits of kept tokens; which tokens are kept counts as
     constant. No truncation work runs while all of it is off. Greedy (temperature 0) samples a point mass, whose
@@ -63,7 +63,10 @@ def process_logits(logits: Float[Array, "*B V"], params: SamplingParams) -> Floa
     truncates = ~greedy & ((params.top_k > 0) | (params.top_p < 1) | (params.min_p > 0))
     detached = jax.lax.stop_gradient(scaled)
     threshold = jax.lax.cond(
-        truncates, lambda x: _threshold(x, params), lambda x: jnp.full((*x.shape[:-1], 1), -jnp.inf), detached
+        truncates,
+        lambda x: _threshold(x, params, axis),
+        lambda x: jnp.full_like(jax.lax.slice_in_dim(x, 0, 1, axis=axis), -jnp.inf),
+        detached,
     )
     return jnp.where(detached >= threshold, scaled, MASKED)
 
@@ -80,20 +83,20 @@ def entropy(processed: Float[Array, "*B V"]) -> Float[Array, "*B"]:
     return -jnp.sum(jnp.exp(logprobs) * logprobs, axis=-1)
 
 
-def _threshold(x: Array, params: SamplingParams) -> Array:
-    """The smallest logit that is kept, [..., 1].
+def _threshold(x: Array, params: SamplingParams, axis: int) -> Array:
+    """The smallest logit that is kept; `axis` has length 1.
 
     Every rule keeps `x >= t` for the largest `t` at which some decreasing function of `t` (a count, a mass) reaches
     its goal. Bisection over the 2**32 float32 values in their order finds that `t` exactly, without a sort.
     """
-    best = jnp.max(x, axis=-1, keepdims=True)
+    best = jnp.max(x, axis=axis, keepdims=True)
     mass = jnp.exp(x - best)
-    vocab = x.shape[-1]
+    vocab = x.shape[axis]
     k = jnp.where(params.top_k > 0, jnp.minimum(params.top_k, vocab), vocab)
-    by_count = _largest(lambda t: jnp.sum(x >= t, axis=-1, keepdims=True) >= k, best)
+    by_count = _largest(lambda t: jnp.sum(x >= t, axis=axis, keepdims=True) >= k, best)
 
     def mass_above(t):
-        return jnp.sum(jnp.where(x >= t, mass, 0.0), axis=-1, keepdims=True)
+        return jnp.sum(jnp.where(x >= t, mass, 0.0), axis=axis, keepdims=True)
 
     goal = params.top_p * mass_above(by_count)
     by_mass = jax.lax.cond(
@@ -125,36 +128,39 @@ def _largest(reached, best: Array) -> Array:
 
 
 def sample_tokens(
-    processed: Float[Array, "*B V"], uniform: Float[Array, "*B"], greedy: Array
+    processed: Float[Array, "V *B"], uniform: Float[Array, "*B"], greedy: Bool[Array, ""]
 ) -> tuple[Int[Array, "*B"], Float[Array, "*B"], Float[Array, "*B"]]:
-    """One token a row by inverting the CDF at `uniform` in [0, 1), or the most probable one where `greedy`.
+    """One token a column by inverting the CDF at `uniform` in [0, 1), or the most probable one where `greedy`.
 
-    Returns (tokens int32, log-probs, entropies), the latter two of the softmax of `processed`, in nats. The CDF is
-    summed in blocks: the uniform number picks a block, then a token in it. A token of probability 0 is never chosen.
-    A uniform of 23 random bits resolves probabilities down to 1e-7.
+    Returns (tokens int32, log-probs, entropies), the latter two of the softmax of `processed`, in nats. The vocabulary
+    comes first, so that sums over it run along many columns at once. They are taken in blocks: the uniform number
+    picks a block, then a token in it. A token of probability 0 is never chosen. Uniforms of 23 random bits resolve
+    probabilities down to 1e-7.
     """
-    vocab = processed.shape[-1]
+    vocab, batch = processed.shape[0], processed.shape[1:]
     size = block_size(vocab)
     count = -(-vocab // size)
-    blocks = jnp.pad(
-        processed, [(0, 0)] * (processed.ndim - 1) + [(0, count * size - vocab)], constant_values=MASKED
-    ).reshape(*processed.shape[:-1], count, size)
-    best = jnp.max(processed, axis=-1)
-    shifted = blocks - best[..., None, None]
+    padding = [(0, count * size - vocab)] + [(0, 0)] * len(batch)
+    blocks = jnp.pad(processed, padding, constant_values=MASKED).reshape(count, size, -1)
+    best = jnp.max(blocks, axis=(0, 1))
+    shifted = blocks - best
     weights = jnp.exp(shifted)
-    block_weight = jnp.sum(weights, axis=-1)
-    block_moment = jnp.sum(weights * shifted, axis=-1)
-    total = jnp.sum(block_weight, axis=-1)
+    block_weight = jnp.sum(weights, axis=1)
+    block_moment = jnp.sum(weights * shifted, axis=1)
+    total = jnp.sum(block_weight, axis=0)
 
-    block, rest = _invert(block_weight, uniform * jnp.sum(block_weight, axis=-1))
-    inside = jnp.take_along_axis(blocks, block[..., None, None], axis=-2)[..., 0, :]
-    index, _ = _invert(jnp.exp(inside - best[..., None]), rest)
-    sampled = block * size + index
-
-    tokens = jax.lax.cond(greedy, lambda: jnp.argmax(processed, axis=-1).astype(jnp.int32), lambda: sampled)
-    chosen = jnp.take_along_axis(processed, tokens[..., None], axis=-1)[..., 0] - best
+    block, rest = _invert(block_weight, jnp.ravel(uniform) * jnp.cumsum(block_weight, axis=0)[-1])
+    inside = jnp.take_along_axis(blocks, block[None, None], axis=0)[0]
+    index, _ = _invert(jnp.exp(inside - best), rest)
+    tokens = jax.lax.cond(
+        greedy,
+        lambda: jnp.argmax(blocks.reshape(count * size, -1), axis=0).astype(jnp.int32),
+        lambda: block * size + index,
+    )
+    chosen = jnp.take_along_axis(blocks.reshape(count * size, -1), tokens[None], axis=0)[0] - best
     log_total = jnp.log(total)
-    return tokens, chosen - log_total, log_total - jnp.sum(block_moment, axis=-1) / total
+    entropies = log_total - jnp.sum(block_moment, axis=0) / total
+    return tokens.reshape(batch), (chosen - log_total).reshape(batch), entropies.reshape(batch)
 
 
 def block_size(vocab: int) -> int:
@@ -166,14 +172,13 @@ def block_size(vocab: int) -> int:
 
 
 def _invert(weights: Array, target: Array) -> tuple[Array, Array]:
-    """First index whose cumulative weight exceeds `target`, and what of `target` remains inside it.
+    """First index along axis 0 whose cumulative weight exceeds `target`, and what of `target` remains inside it.
 
     Sums of another order may round below `target`; the last index of positive weight is taken then.
     """
-    cumulative = jnp.cumsum(weights, axis=-1)
-    index = jnp.sum(cumulative <= target[..., None], axis=-1)
-    positions = jnp.arange(weights.shape[-1])
-    last = jnp.max(jnp.where(weights > 0, positions, 0), axis=-1)
+    cumulative = jnp.cumsum(weights, axis=0)
+    index = jnp.sum(cumulative <= target, axis=0)
+    last = jnp.max(jnp.where(weights > 0, jnp.arange(weights.shape[0])[:, None], 0), axis=0)
     index = jnp.minimum(index, last).astype(jnp.int32)
-    before = jnp.take_along_axis(cumulative - weights, index[..., None], axis=-1)[..., 0]
+    before = jnp.take_along_axis(cumulative - weights, index[None], axis=0)[0]
     return index, jnp.maximum(target - before, 0.0)

@@ -1,0 +1,109 @@
+"""Which examples a step trains on."""
+
+import hashlib
+import random
+from collections.abc import Sequence
+from typing import Any, Protocol, runtime_checkable
+
+from rljax.tasks.examples import Example, digest
+
+
+@runtime_checkable
+class Curriculum(Protocol):
+    """Chooses the examples of a step, may learn from their rewards, and can be written to a checkpoint.
+
+    `sample` may depend on nothing but the step, the constructor's arguments and what `observe` was told.
+    """
+
+    def sample(self, step: int, n: int) -> list[Example]:
+        """The `n` distinct examples of step `step`, counted from 0."""
+        ...
+
+    def observe(self, examples: Sequence[Example], rewards: Sequence[float]) -> None:
+        """Learn from the mean reward of each example of a step."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that a later `sample` depends on, as JSON-like data."""
+        ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a `state_dict`. Raises ValueError if it belongs to other data or another seed."""
+        ...
+
+
+class UniformCurriculum:
+    """All examples in a new order in every epoch.
+
+    The order depends on (seed, epoch) alone, and no example comes twice in an epoch or in a batch: when a batch spans
+    two epochs, what it already holds is put off to the end of the new one. The place reached is part of the state, so
+    a restored curriculum continues exactly. Raises ValueError for an empty data set.
+    """
+
+    def __init__(self, examples: Sequence[Example], seed: int = 0):
+        if not examples:
+            raise ValueError("a curriculum needs at least one example; the data set is empty")
+        self._examples = list(examples)
+        self._seed = seed
+        self._fingerprint = f"{digest([e.id for e in self._examples]):032x}"
+        self._start_epoch(0)
+
+    def _start_epoch(self, epoch: int) -> None:
+        self._put_off: list[int] = []
+        key = hashlib.blake2b(f"{self._seed}/{epoch}".encode(), digest_size=16).digest()
+        self._order = list(range(len(self._examples)))
+        random.Random(int.from_bytes(key, "big")).shuffle(self._order)
+        self._epoch, self._cursor = epoch, 0
+
+    @property
+    def epoch(self) -> int:
+        """Epochs begun before the current one."""
+        return self._epoch
+
+    def sample(self, step: int, n: int) -> list[Example]:
+        """The next `n` examples; `step` does not enter. Raises ValueError unless 1 <= n <= number of examples."""
+        if not 1 <= n <= len(self._examples):
+            raise ValueError(
+                f"cannot draw {n} distinct examples from {len(self._examples)}; "
+                "lower the number of prompts of a step, or give more data"
+            )
+        batch: list[int] = []
+        while len(batch) < n:
+            batch.append(self._next(set(batch)))
+        return [self._examples[i] for i in batch]
+
+    def _next(self, taken: set[int]) -> int:
+        while self._cursor < len(self._order):
+            i = self._order[self._cursor]
+            self._cursor += 1
+            if i not in taken:
+                return i
+            self._put_off.append(i)
+        if self._put_off:
+            return self._put_off.pop(0)  # never in `taken`: an epoch has n - r other examples for the batch's rest
+        self._start_epoch(self._epoch + 1)
+        return self._next(taken)
+
+    def observe(self, examples: Sequence[Example], rewards: Sequence[float]) -> None:
+        """Rewards do not change a uniform order."""
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "kind": type(self).__name__,
+            "seed": self._seed,
+            "data": self._fingerprint,
+            "epoch": self._epoch,
+            "cursor": self._cursor,
+            "put_off": list(self._put_off),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Raises ValueError if the state is of another kind of curriculum, other data or another seed."""
+        for name, mine in (("kind", type(self).__name__), ("seed", self._seed), ("data", self._fingerprint)):
+            if state.get(name) != mine:
+                raise ValueError(
+                    f"this curriculum state has {name} {state.get(name)!r}, and the run has {mine!r}; "
+                    "resume with the data and seed of the run that wrote it, or begin a new run folder"
+                )
+        self._start_epoch(int(state["epoch"]))
+        self._cursor, self._put_off = int(state["cursor"]), [int(i) for i in state["put_off"]]

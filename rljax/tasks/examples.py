@@ -1,0 +1,122 @@
+"""A row of data, and the split that keeps test items out of training."""
+
+import hashlib
+import json
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+Prompt = str | Sequence[Mapping[str, Any]]
+
+
+def digest(content: Any) -> int:
+    """A 128-bit hash of JSON-like content, the same in every process and on every machine.
+
+    BLAKE2b of the content as JSON with sorted keys; values that JSON lacks count by their `repr`.
+    """
+    text = json.dumps(content, sort_keys=True, ensure_ascii=False, separators=(",", ":"), default=repr)
+    return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest(), "big")
+
+
+def prompt_digest(example: "Example") -> int:
+    """Hash of the prompt alone: two rows with one prompt are one item, whatever their other columns say."""
+    return digest(example.prompt)
+
+
+@dataclass(frozen=True)
+class Example:
+    """One data row: a `prompt` (text, or a list of `{role, content}` messages) and the `columns` that rewards read.
+
+    `id` is a 31-bit hash of the content unless given; it names the prompt in sampling keys and logs.
+    """
+
+    prompt: Prompt
+    columns: Mapping[str, Any] = field(default_factory=dict)
+    id: int = -1
+
+    def __post_init__(self) -> None:
+        if self.id == -1:
+            object.__setattr__(self, "id", digest([self.prompt, dict(self.columns)]) >> 97)
+        elif not 0 <= self.id < 2**31:
+            raise ValueError(f"example id {self.id} must be in [0, 2**31), or left out to be a hash of the content")
+
+
+@dataclass(frozen=True)
+class Split:
+    """Training and test examples without an item in common, and the counts worth printing."""
+
+    train: list[Example]
+    test: list[Example]
+    num_rows: int
+    num_distinct: int
+
+    def describe(self) -> str:
+        """One line for a person."""
+        unused = self.num_distinct - len(self.train) - len(self.test)
+        return (
+            f"{self.num_rows} rows, {self.num_distinct} distinct items: "
+            f"{len(self.train)} for training, {len(self.test)} held out" + (f", {unused} unused" if unused else "")
+        )
+
+
+def split_by_hash(
+    examples: Sequence[Example],
+    *,
+    test_fraction: float | None = None,
+    num_test: int | None = None,
+    test_ids: Collection[int] | None = None,
+    key: Callable[[Example], int] = prompt_digest,
+) -> Split:
+    """Drop repeated items and take the test items out of training, by a hash of the item.
+
+    `key` gives a 128-bit hash of what makes an item (default: its prompt). With `test_fraction` an item is a test item
+    if its hash lies in the lowest fraction: the same item falls on the same side in every data set and for every seed.
+    With `num_test` alone, the items of lowest hash are taken; with both, at most `num_test` of those below the
+    fraction, and the others are left unused. With `test_ids` the items of these example ids are taken instead.
+    The order of the first occurrences is kept. Raises ValueError if a side would be empty, or for an argument out of
+    range.
+    """
+    if test_ids is not None and (test_fraction is not None or num_test is not None):
+        raise ValueError("give test_ids, or test_fraction / num_test, not both")
+    if test_fraction is not None and not 0.0 <= test_fraction < 1.0:
+        raise ValueError(f"test_fraction {test_fraction} must be in [0, 1)")
+    if num_test is not None and num_test < 0:
+        raise ValueError(f"num_test {num_test} must not be negative")
+    items: dict[int, Example] = {}
+    for example in examples:
+        items.setdefault(key(example), example)
+
+    if test_ids is not None:
+        held_out = {k for k, e in items.items() if e.id in set(test_ids)}
+    elif test_fraction is not None:
+        held_out = {k for k in items if k < test_fraction * 2.0**128}
+    else:
+        held_out = set(sorted(items)[: num_test or 0])
+    chosen = set(sorted(held_out)[:num_test])
+    test = [e for k, e in items.items() if k in chosen]
+    ids = {e.id for e in test}
+    train = [e for k, e in items.items() if k not in held_out and e.id not in ids]
+    _check_sides(len(items), len(train), len(test), test_ids, test_fraction, num_test)
+    return Split(train, test, len(examples), len(items))
+
+
+def _check_sides(
+    distinct: int,
+    train: int,
+    test: int,
+    test_ids: Collection[int] | None,
+    test_fraction: float | None,
+    num_test: int | None,
+) -> None:
+    if not train:
+        raise ValueError(
+            f"no training item is left: {distinct} distinct items, {test} of them held out "
+            f"(test_fraction={test_fraction}, num_test={num_test}); hold out fewer, or generate more"
+        )
+    wants_test = bool(test_ids) or bool(num_test) or (bool(test_fraction) and num_test is None)
+    if (wants_test and not test) or (num_test is not None and test < num_test):
+        raise ValueError(
+            f"only {test} of {distinct} distinct items can be held out, and {num_test or 'some'} were asked for "
+            f"(test_fraction={test_fraction}, test_ids={'given' if test_ids is not None else None}); "
+            "generate more items, raise test_fraction or lower num_test"
+        )

@@ -1,0 +1,165 @@
+"""Data sets of the package reasoning-gym: procedural items with their own verifiers.
+
+Three traps are dealt with here. Several verifiers give partial credit for junk, so by default a full score alone
+counts. Some can be fooled or run the answer as Python (`reasoning_gym_guards`). And another seed is not a held-out set,
+because small tasks have few distinct items, so training and test items are told apart by a hash of the question.
+"""
+
+import difflib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, ClassVar
+
+from rljax.tasks.answers import Extractor, whole_completion
+from rljax.tasks.examples import Example, Prompt, Split, digest, split_by_hash
+from rljax.tasks.reasoning_gym_guards import REFUSED, passes_guard
+
+Item = Mapping[str, Any]
+"""What reasoning-gym makes: `question`, `answer` and `metadata`."""
+
+
+@dataclass(frozen=True)
+class ReasoningGymVerifier:
+    """The reward of the data set `name`: what its `score_answer` gives.
+
+    Only a full score of 1.0 counts unless `full_score_only` is off. `extract` finds the answer in the completion. No
+    answer, and one over which `score_answer` raises, since it could not be read, score 0.
+    """
+
+    name: str
+    config: Mapping[str, Any] = field(default_factory=dict)
+    extract: Extractor = whole_completion
+    full_score_only: bool = True
+    required_columns: ClassVar[tuple[str, ...]] = ("question", "answer", "metadata")
+
+    def warm_up(self) -> None:
+        """Import the package, which takes a second."""
+        _scoring_dataset(self.name, self.config)
+
+    def __call__(self, completion: str, question: str, answer: Any, metadata: Mapping[str, Any]) -> float:
+        found = self.extract(completion)
+        if found is None or not passes_guard(self.name, found, answer, metadata):
+            return 0.0
+        dataset = _scoring_dataset(self.name, self.config)
+        try:
+            score = float(dataset.score_answer(found, {"question": question, "answer": answer, "metadata": metadata}))
+        except Exception:
+            return 0.0
+        return float(score == 1.0) if self.full_score_only else score
+
+
+@dataclass(frozen=True)
+class ReasoningGymTask:
+    """Training and test examples that share no question, and the reward that scores them."""
+
+    name: str
+    split: Split
+    verifier: ReasoningGymVerifier
+
+    @property
+    def train(self) -> list[Example]:
+        """Examples to train on."""
+        return self.split.train
+
+    @property
+    def test(self) -> list[Example]:
+        """Examples held out."""
+        return self.split.test
+
+    @property
+    def num_distinct(self) -> int:
+        """Distinct questions among the items made."""
+        return self.split.num_distinct
+
+    def describe(self) -> str:
+        """One line for a person."""
+        return f"{self.name}: {self.split.describe()}"
+
+
+def question(item: Item) -> Prompt:
+    """The question as the prompt, word for word."""
+    return item["question"]
+
+
+def reasoning_gym_task(
+    name: str,
+    *,
+    size: int,
+    seed: int = 0,
+    config: Mapping[str, Any] | None = None,
+    test_fraction: float | None = None,
+    num_test: int | None = None,
+    format_prompt: Callable[[Item], Prompt] = question,
+    extract: Extractor = whole_completion,
+    full_score_only: bool = True,
+) -> ReasoningGymTask:
+    """Make `size` items of the data set `name` and split the distinct ones into training and test.
+
+    `config` holds fields of the data set's own config, such as `{"max_terms": 2}` for chain_sum. `test_fraction` and
+    `num_test` are as in `split_by_hash`, by the hash of the question; without either nothing is held out.
+    `format_prompt` makes the prompt (text or chat messages) from an item.
+
+    Columns of the examples: `question`, `answer` and `metadata`, as reasoning-gym made them. Raises ValueError for an
+    unknown or refused name (see `REFUSED`), a bad config and a split with an empty side; ImportError, naming the
+    extra, without the package.
+    """
+    if size < 1:
+        raise ValueError(f"size {size} must be at least 1")
+    config = dict(config or {})
+    dataset = _create(name, {**config, "size": size, "seed": seed})
+    examples, keys = [], {}
+    for index in range(size):
+        item = dataset[index]
+        key = digest({"task": name, "question": item["question"]})
+        columns = {c: item[c] for c in ReasoningGymVerifier.required_columns}
+        example = Example(prompt=format_prompt(item), columns=columns, id=key >> 97)
+        keys[id(example)] = key
+        examples.append(example)
+    split = split_by_hash(
+        examples, test_fraction=test_fraction, num_test=num_test, key=lambda example: keys[id(example)]
+    )
+    return ReasoningGymTask(name, split, ReasoningGymVerifier(name, config, extract, full_score_only))
+
+
+def reasoning_gym_names() -> list[str]:
+    """Names of the data sets that can be used."""
+    return sorted(set(_registry()) - set(REFUSED))
+
+
+def _registry() -> Mapping[str, Any]:
+    try:
+        import reasoning_gym  # noqa: F401  registers the data sets
+        from reasoning_gym.factory import DATASETS
+    except ImportError:
+        raise ImportError("reasoning-gym tasks need the package reasoning-gym: pip install 'rljax[tasks]'") from None
+    return DATASETS
+
+
+def _create(name: str, config: Mapping[str, Any]) -> Any:
+    registry = _registry()
+    if name in REFUSED:
+        raise ValueError(f"the reasoning-gym data set {name!r} is refused: {REFUSED[name]}")
+    if name not in registry:
+        near = difflib.get_close_matches(name, registry, n=5)
+        hint = f"did you mean one of {near}?" if near else "reasoning_gym_names() lists all"
+        raise ValueError(f"reasoning-gym has no data set {name!r}; {hint}")
+    make_dataset, make_config = registry[name]
+    known = [f.name for f in fields(make_config)]
+    unknown = sorted(set(config) - set(known))
+    if unknown:
+        raise ValueError(f"the config of {name!r} has no {unknown}; its fields are {known}")
+    try:
+        return make_dataset(config=make_config(**config))
+    except (AssertionError, TypeError, ValueError) as error:
+        raise ValueError(f"reasoning-gym refuses the config {dict(config)} of {name!r}: {error}") from error
+
+
+_scoring_datasets: dict[str, Any] = {}
+
+
+def _scoring_dataset(name: str, config: Mapping[str, Any]) -> Any:
+    """A data set to score with, made once in a process; items do not come from it."""
+    key = f"{name} {sorted(config.items())!r}"
+    if key not in _scoring_datasets:
+        _scoring_datasets[key] = _create(name, {**config, "size": 1, "seed": 0})
+    return _scoring_datasets[key]

@@ -1,0 +1,262 @@
+"""Scores completions with any number of weighted rewards; what goes wrong costs one sample, never the run."""
+
+import math
+import os
+import pickle
+import re
+import threading
+import traceback
+from collections import Counter
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from absl import logging
+
+from rljax.tasks.callables import RewardInput, Wants, check_columns, inspect_reward, load_callable
+from rljax.tasks.workers import DONE, RAISED, TIMEOUT, Job, WorkerPool
+
+EXCEPTION, TIMED_OUT, CRASH, NOT_FINITE = FAILURES = ("exception", "timeout", "crash", "not_finite")
+"""Kinds of failure: it raised (or exited), ran beyond its time, its process died, or it gave no finite number."""
+
+_FLOAT32_MAX = 3.4028234e38
+
+
+@dataclass(frozen=True)
+class RewardSpec:
+    """One reward of a run.
+
+    `reward` is a callable (see `rljax.tasks.callables`) or its name `module:function`. `weight` multiplies its value.
+    `timeout_s` is the time of one call: one sample, or a whole batch. `in_process` runs it in this process, fast but
+    without a timeout; None does so for the built-in verifiers that cannot hang, and runs all else in worker processes.
+    """
+
+    reward: Callable[..., Any] | str
+    weight: float = 1.0
+    name: str | None = None
+    timeout_s: float = 10.0
+    in_process: bool | None = None
+
+
+@dataclass(frozen=True)
+class RewardResult:
+    """The weighted sum `value`, the unweighted `components` by name, and what failed, if anything.
+
+    If a component fails the sample is not valid: `value` is 0, `error` tells why, and the component is missing.
+    """
+
+    value: float
+    components: dict[str, float]
+    is_valid: bool = True
+    error: str | None = None
+
+
+class _Outcome(NamedTuple):
+    value: float
+    failure: str | None = None  # one of FAILURES
+    message: str = ""
+
+
+class _Scorer:
+    """Calls one reward on inputs and turns whatever happens into outcomes. Picklable if the reward is."""
+
+    def __init__(self, reward: Callable[..., Any], wants: Wants):
+        self.reward, self.wants = reward, wants
+
+    def warm_up(self) -> None:
+        """Whatever the reward does first and slowly, such as imports; a worker does it before its first job."""
+        getattr(self.reward, "warm_up", lambda: None)()
+
+    def __call__(self, inputs: Sequence[RewardInput]) -> list[_Outcome]:
+        try:
+            result = self.reward(**self.wants.keywords(inputs))
+            if not self.wants.is_batch:
+                return [_as_outcome(result)]
+            result = result.tolist() if hasattr(result, "tolist") else list(result)
+            if len(result) != len(inputs):
+                raise ValueError(f"a batch reward returned {len(result)} values for {len(inputs)} samples")
+            return [_as_outcome(value) for value in result]
+        except (Exception, SystemExit):
+            return [_Outcome(0.0, EXCEPTION, traceback.format_exc())] * len(inputs)
+
+
+def _as_outcome(value: Any) -> _Outcome:
+    if not isinstance(value, (bool, int, float)) and getattr(value, "ndim", None) == 0:
+        value = value.item()  # a scalar of numpy or jax
+    if not isinstance(value, (bool, int, float)):
+        return _Outcome(0.0, NOT_FINITE, f"it returned {value!r:.100} of type {type(value).__name__}, not a number")
+    if not -_FLOAT32_MAX <= value <= _FLOAT32_MAX:  # also false for NaN
+        return _Outcome(0.0, NOT_FINITE, f"it returned {value!r:.100}, which is no finite float32")
+    return _Outcome(float(value))
+
+
+@dataclass(frozen=True)
+class _Reward:
+    name: str
+    weight: float
+    timeout_s: float
+    in_process: bool
+    scorer: _Scorer
+
+
+class RewardRunner:
+    """Scores samples with weighted rewards, slow or unsafe ones in worker processes.
+
+    `rewards` holds `RewardSpec`s, bare callables or `(callable, weight)` pairs; `timeout_s` is for those without a
+    spec. `workers` defaults to the number of cores, at most 8; none start if every reward runs in process.
+
+    Values do not depend on the number of workers or on the order of the samples. `failures` counts samples by kind
+    since the start; the first failure of each reward and kind is logged with its traceback. Raises ValueError for no
+    rewards, a signature that is none of a reward's, a repeated name, a weight or timeout out of range, or a reward
+    that a worker process cannot load.
+    """
+
+    def __init__(
+        self,
+        rewards: Sequence[RewardSpec | tuple[Callable[..., Any] | str, float] | Callable[..., Any] | str],
+        *,
+        timeout_s: float = 10.0,
+        workers: int | None = None,
+        start_timeout_s: float = 60.0,
+    ):
+        self._rewards = [_resolve(_as_spec(reward, timeout_s)) for reward in rewards]
+        names = [r.name for r in self._rewards]
+        if not names:
+            raise ValueError("a reward runner needs at least one reward; none was given")
+        if len(set(names)) < len(names):
+            raise ValueError(f"reward names {names} must differ; set RewardSpec.name")
+        self.failures: Counter[str] = Counter(dict.fromkeys(FAILURES, 0))
+        self._logged: set[tuple[str, str]] = set()
+        self._lock = threading.Lock()
+        self._remote = [r for r in self._rewards if not r.in_process]
+        size = min(os.cpu_count() or 1, 8) if workers is None else workers
+        self._pool = (
+            WorkerPool([r.scorer for r in self._remote], size, start_timeout_s=start_timeout_s)
+            if self._remote
+            else None
+        )
+
+    def __enter__(self) -> "RewardRunner":
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the worker processes."""
+        if self._pool is not None:
+            self._pool.close()
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the rewards, the keys of `RewardResult.components`."""
+        return [r.name for r in self._rewards]
+
+    def check_columns(self, columns: Collection[str]) -> None:
+        """Raise ValueError, before anything is sampled, if a reward wants a column that the data lacks."""
+        for reward in self._rewards:
+            check_columns(reward.scorer.wants, reward.name, columns)
+
+    def score(self, inputs: Sequence[RewardInput]) -> list[RewardResult]:
+        """One result for each input, in order. Never raises for what a reward does."""
+        if not inputs:
+            return []
+        with self._lock:
+            outcomes = self._run_remote(inputs)
+            for reward in self._rewards:
+                if reward.in_process:
+                    batches = [inputs] if reward.scorer.wants.is_batch else [[i] for i in inputs]
+                    outcomes[reward.name] = [o for batch in batches for o in reward.scorer(batch)]
+            for reward in self._rewards:
+                self._count(reward, outcomes[reward.name])
+            return [self._combine({name: rows[i] for name, rows in outcomes.items()}) for i in range(len(inputs))]
+
+    def _run_remote(self, inputs: Sequence[RewardInput]) -> dict[str, list[_Outcome]]:
+        if self._pool is None:
+            return {}
+        jobs, owners = [], []
+        for index, reward in enumerate(self._remote):
+            batches = [inputs] if reward.scorer.wants.is_batch else [[i] for i in inputs]
+            jobs += [Job(index, batch, reward.timeout_s) for batch in batches]
+            owners += [(reward, len(batch)) for batch in batches]
+        outcomes: dict[str, list[_Outcome]] = {r.name: [] for r in self._remote}
+        for (reward, size), reply in zip(owners, self._pool.run(jobs)):
+            outcomes[reward.name] += reply.value if reply.kind == DONE else [_failed(reward, reply)] * size
+        return outcomes
+
+    def _count(self, reward: _Reward, outcomes: Sequence[_Outcome]) -> None:
+        for outcome in outcomes:
+            if outcome.failure is None:
+                continue
+            self.failures[outcome.failure] += 1
+            if (reward.name, outcome.failure) not in self._logged:
+                self._logged.add((reward.name, outcome.failure))
+                logging.warning(
+                    "Reward %s failed (%s); the sample takes no part. More of this kind are counted, not logged.\n%s",
+                    reward.name,
+                    outcome.failure,
+                    outcome.message,
+                )
+
+    def _combine(self, outcomes: dict[str, _Outcome]) -> RewardResult:
+        components = {r.name: outcomes[r.name].value for r in self._rewards if outcomes[r.name].failure is None}
+        errors = [
+            f"{name}: {o.failure}: {o.message.strip().rsplit(chr(10), 1)[-1]}"
+            for name, o in outcomes.items()
+            if o.failure is not None
+        ]
+        if errors:
+            return RewardResult(0.0, components, is_valid=False, error="; ".join(errors))
+        return RewardResult(math.fsum(r.weight * components[r.name] for r in self._rewards), components)
+
+
+def _failed(reward: _Reward, reply: Any) -> _Outcome:
+    if reply.kind == TIMEOUT:
+        return _Outcome(
+            0.0, TIMED_OUT, f"it ran longer than {reward.timeout_s} s and was ended; raise timeout_s if it may"
+        )
+    return _Outcome(0.0, EXCEPTION if reply.kind == RAISED else CRASH, str(reply.value))
+
+
+def _as_spec(reward: Any, timeout_s: float) -> RewardSpec:
+    if isinstance(reward, RewardSpec):
+        return reward
+    if isinstance(reward, tuple):
+        return RewardSpec(reward[0], weight=reward[1], timeout_s=timeout_s)
+    return RewardSpec(reward, timeout_s=timeout_s)
+
+
+def _resolve(spec: RewardSpec) -> _Reward:
+    function = load_callable(spec.reward) if isinstance(spec.reward, str) else spec.reward
+    if not callable(function):
+        raise ValueError(f"reward {function!r} cannot be called; give a function, or its name 'module:function'")
+    name = spec.name or _name(function)
+    if not math.isfinite(spec.weight):
+        raise ValueError(f"weight {spec.weight} of reward {name} must be a finite number")
+    if not 0 < spec.timeout_s < math.inf:
+        raise ValueError(f"timeout_s {spec.timeout_s} of reward {name} must be a positive number of seconds")
+    wants = inspect_reward(function, name)
+    in_process = getattr(function, "is_cheap", False) if spec.in_process is None else spec.in_process
+    if in_process and getattr(function, "needs_process", False):
+        raise ValueError(f"reward {name} relies on signals, so it must run in a worker process; leave in_process unset")
+    if not in_process:
+        _check_picklable(function, name)
+    return _Reward(name, float(spec.weight), float(spec.timeout_s), in_process, _Scorer(function, wants))
+
+
+def _name(function: Callable[..., Any]) -> str:
+    own = getattr(function, "__name__", None) or getattr(function, "name", None)
+    return own if isinstance(own, str) else re.sub(r"(?<=[a-z])(?=[A-Z])", "_", type(function).__name__).lower()
+
+
+def _check_picklable(function: Callable[..., Any], name: str) -> None:
+    remedy = (
+        "define it at the top level of a module that can be imported, or set RewardSpec.in_process "
+        "(then nothing stops it if it hangs)"
+    )
+    if getattr(function, "__module__", None) == "__main__" or type(function).__module__ == "__main__":
+        raise ValueError(f"reward {name} is defined in the main script, which worker processes do not run; {remedy}")
+    try:
+        pickle.dumps(function)
+    except Exception as error:
+        raise ValueError(f"reward {name} cannot be sent to a worker process ({error}); {remedy}") from None

@@ -1,0 +1,269 @@
+"""A small pool of processes for code that may hang or crash: a hung or dead worker is killed and replaced.
+
+`concurrent.futures` cannot end a job that hangs. Here every worker is a fresh Python process (not a fork of one that
+holds a device) that leads a process group of its own, talks over one socket pair and does one job at a time. A worker
+ends when that socket closes, so none outlives its parent, however the parent ends. It never runs the parent's main
+module, so a training script's imports cost it nothing.
+"""
+
+import contextlib
+import faulthandler
+import json
+import os
+import pickle
+import queue
+import random
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import traceback
+import weakref
+from collections import deque
+from collections.abc import Callable, Sequence
+from multiprocessing.connection import Connection, wait
+from typing import Any, NamedTuple
+
+DONE, RAISED, TIMEOUT, CRASHED = "done", "raised", "timeout", "crashed"
+
+_STARTED = "started"
+_GRACE_S = 2.0  # from the end of the parent to that of a busy worker
+_BACKSTOP_S = 10.0  # beyond the timeout; for a worker whose parent is gone and whose job never lets go of the GIL
+_MAX_FAILED_STARTS = 5
+_CHILD = (
+    "import json, sys; sys.path[:] = json.loads(sys.argv[2]); "
+    "from rljax.tasks.workers import serve; serve(int(sys.argv[1]))"
+)
+
+
+class Job(NamedTuple):
+    """Call `functions[function](argument)`, for at most `timeout_s` seconds."""
+
+    function: int
+    argument: Any
+    timeout_s: float
+
+
+class Reply(NamedTuple):
+    """`kind` DONE with the result in `value`; or RAISED, TIMEOUT or CRASHED with an explanation in it."""
+
+    kind: str
+    value: Any
+
+
+class _Worker:
+    """A process and where it stands. `job` is the index of what it works on; `deadline` that of its start or job."""
+
+    def __init__(self, payload: bytes, start_timeout_s: float):
+        ours, theirs = socket.socketpair()
+        with theirs:
+            arguments = [sys.executable, "-c", _CHILD, str(theirs.fileno()), json.dumps(sys.path)]
+            env = {"PYTHONHASHSEED": "0", **os.environ, "JAX_PLATFORMS": "cpu"}  # rewards never take the accelerator
+            self.process = subprocess.Popen(
+                arguments, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, start_new_session=True, env=env
+            )
+        self.connection = Connection(ours.detach())
+        self.ready = False
+        self.job: int | None = None
+        self.deadline = time.monotonic() + start_timeout_s
+        with contextlib.suppress(OSError):  # if it died at once, reading tells
+            self.connection.send_bytes(payload)
+
+    def kill(self) -> None:
+        """End the process and all that it started."""
+        self.connection.close()
+        if self.process.returncode is None:  # not yet reaped, so its id still names its group
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
+
+    def has_ended(self) -> bool:
+        """Whether it ended by itself; leaves it to `kill` to reap it."""
+        return os.waitid(os.P_PID, self.process.pid, os.WEXITED | os.WNOWAIT | os.WNOHANG) is not None
+
+
+def _close(workers: list[_Worker]) -> None:
+    idle = [w for w in workers if w.ready and w.job is None]
+    for worker in idle:
+        worker.connection.close()  # it then ends by itself, running its exit handlers
+    deadline = time.monotonic() + _GRACE_S
+    while not all(w.has_ended() for w in idle) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    for worker in workers:
+        worker.kill()
+    workers.clear()
+
+
+class WorkerPool:
+    """`size` processes that hold `functions`, which must be picklable: module-level functions, or objects of such.
+
+    Starts all workers and waits until they stand; a function's method `warm_up`, if it has one, is called in each. Raises ValueError if a function cannot be pickled or does not load
+    in a worker. Use as a context manager, or `close()`; not for several threads at once.
+    """
+
+    def __init__(self, functions: Sequence[Callable[[Any], Any]], size: int, *, start_timeout_s: float = 60.0):
+        if size < 1:
+            raise ValueError(f"a pool of {size} workers can do nothing; give at least 1")
+        self._payload = pickle.dumps(list(functions))
+        self._start_timeout_s = start_timeout_s
+        self._failed_starts = 0
+        self._workers: list[_Worker] = []
+        self._finalizer = weakref.finalize(self, _close, self._workers)
+        self._workers += [_Worker(self._payload, start_timeout_s) for _ in range(size)]
+        try:
+            while not all(w.ready for w in self._workers):
+                self._wait(first_start=True)
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> "WorkerPool":
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End all workers. The pool cannot be used again."""
+        self._finalizer()
+
+    @property
+    def pids(self) -> list[int]:
+        """Process ids of the workers at this moment."""
+        return [w.process.pid for w in self._workers]
+
+    def run(self, jobs: Sequence[Job]) -> list[Reply]:
+        """Do all jobs, several at a time; replies are in the order of the jobs.
+
+        A job's time runs from when a worker takes it. One that exceeds it is killed (TIMEOUT), one whose worker dies
+        is lost (CRASHED), and neither is tried again. Raises RuntimeError if the pool is closed or workers can no
+        longer be started.
+        """
+        if not self._workers:
+            raise RuntimeError("this worker pool is closed; make a new one")
+        waiting = deque(range(len(jobs)))
+        replies: dict[int, Reply] = {}
+        try:
+            while len(replies) < len(jobs):
+                for worker in self._workers:
+                    while waiting and worker.ready and worker.job is None:
+                        self._assign(worker, waiting, jobs, replies)
+                if len(replies) < len(jobs):
+                    replies.update(self._wait())
+        except BaseException:  # such as Ctrl-C: no worker may hold a job of this call in the next one
+            for worker in [w for w in self._workers if w.job is not None]:
+                self._replace(worker)
+            raise
+        return [replies[i] for i in range(len(jobs))]
+
+    def _assign(self, worker: _Worker, waiting: deque[int], jobs: Sequence[Job], replies: dict[int, Reply]) -> None:
+        index = waiting.popleft()
+        try:
+            message = pickle.dumps(tuple(jobs[index]))
+        except Exception:  # whatever a value's own pickling raises
+            replies[index] = Reply(RAISED, traceback.format_exc())
+            return
+        try:
+            worker.connection.send_bytes(message)
+        except OSError:  # it died while idle: not this job's fault
+            waiting.appendleft(index)
+            self._replace(worker)
+        else:
+            worker.job, worker.deadline = index, time.monotonic() + jobs[index].timeout_s
+
+    def _wait(self, first_start: bool = False) -> list[tuple[int, Reply]]:
+        """Sleep until something happens; replies of the jobs that ended by it."""
+        active = [w for w in self._workers if not w.ready or w.job is not None]
+        timeout = max(0.0, min(w.deadline for w in active) - time.monotonic())
+        heard = set(wait([w.connection for w in active], timeout))
+        now = time.monotonic()
+        ended = []
+        for worker in active:
+            job, starting = worker.job, not worker.ready
+            reply = self._hear(worker) if worker.connection in heard else None
+            if reply is None and now >= worker.deadline:
+                reply = Reply(TIMEOUT, "")
+            if reply is None:
+                continue
+            if starting:
+                self._after_start(worker, reply, first_start)
+                continue
+            if reply.kind in (TIMEOUT, CRASHED):
+                self._replace(worker)
+            worker.job = None
+            assert job is not None
+            ended.append((job, reply))
+        return ended
+
+    def _hear(self, worker: _Worker) -> Reply:
+        try:
+            return Reply(*pickle.loads(worker.connection.recv_bytes()))
+        except (EOFError, OSError):
+            worker.kill()
+            code = worker.process.returncode
+            how = f"was ended by signal {-code}" if code < 0 else f"ended with exit code {code}"
+            return Reply(CRASHED, f"the worker process {how}")
+
+    def _after_start(self, worker: _Worker, reply: Reply, first_start: bool) -> None:
+        if reply.kind == _STARTED:
+            worker.ready, self._failed_starts = True, 0
+            return
+        reason = str(reply.value).strip() or f"no answer in {self._start_timeout_s} s"
+        if first_start:
+            raise ValueError(
+                "a worker process cannot load its functions; they must come from modules that import on their own:\n"
+                + reason
+            )
+        self._failed_starts += 1
+        if self._failed_starts >= _MAX_FAILED_STARTS:
+            raise RuntimeError(f"{_MAX_FAILED_STARTS} worker processes in a row did not start; the last: {reason}")
+        self._replace(worker)
+
+    def _replace(self, worker: _Worker) -> None:
+        worker.kill()
+        self._workers[self._workers.index(worker)] = _Worker(self._payload, self._start_timeout_s)
+
+
+def serve(fd: int) -> None:
+    """The life of a worker process: load the functions, then do jobs until the socket closes."""
+    os.set_inheritable(fd, False)
+    connection = Connection(fd)
+    inbox: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
+    threading.Thread(target=_receive, args=(connection, inbox), daemon=True).start()
+    null = open(os.devnull, "w")  # noqa: SIM115  for the life of the process
+    functions: list[Callable[[Any], Any]] | None = None
+    for message in iter(inbox.get, None):
+        try:
+            if functions is None:
+                functions = pickle.loads(message)
+                for function in functions:
+                    getattr(function, "warm_up", lambda: None)()
+                reply = Reply(_STARTED, None)
+            else:
+                job = Job(*pickle.loads(message))
+                faulthandler.dump_traceback_later(job.timeout_s + _BACKSTOP_S, exit=True, file=null)
+                random.seed(0)  # which worker did what before must not show in the result
+                reply = Reply(DONE, functions[job.function](job.argument))
+            answer = pickle.dumps(tuple(reply))
+        except BaseException:
+            answer = pickle.dumps((RAISED, traceback.format_exc()))
+        finally:
+            faulthandler.cancel_dump_traceback_later()
+        try:
+            connection.send_bytes(answer)
+        except OSError:  # the parent is gone
+            return
+
+
+def _receive(connection: Connection, inbox: "queue.SimpleQueue[bytes | None]") -> None:
+    try:
+        while True:
+            inbox.put(connection.recv_bytes())
+    except (EOFError, OSError):
+        inbox.put(None)
+    time.sleep(_GRACE_S)
+    if os.getpgrp() == os.getpid():
+        os.killpg(os.getpid(), signal.SIGKILL)
+    os._exit(1)

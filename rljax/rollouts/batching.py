@@ -305,7 +305,7 @@ def _pack_bins(rows: SortedRows, lengths: np.ndarray, groups: np.ndarray, size: 
     sharing = bool(rows.shared.any())
     members: list[list[int]] = []
     used, unit_bin = np.zeros(len(first), np.int64), np.full(len(first), -1)
-    for unit in np.argsort(-cost, kind="stable"):
+    for unit in np.argsort(-cost, kind="stable").tolist():
         extra = np.full(len(members), cost[unit])
         if sharing and members:
             prefix = _prefix_with_others(boundary, unit, int(lengths[rows.order[first[unit]]]))

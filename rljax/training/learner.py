@@ -1,0 +1,323 @@
+"""The learner: rollouts to minibatches, minibatches to updates. It knows a loss, and no algorithm."""
+
+import contextlib
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol, runtime_checkable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh
+from jaxtyping import Array, Bool, Float
+
+from rljax.models import DecoderConfig
+from rljax.parallel import batch_parts, put_batch, put_host, replicated, use_mesh
+from rljax.rollouts.batching import Packing, PackSpec, layout, loss_mask, pack, take_rows
+from rljax.sampling import SamplingParams
+from rljax.sampling.score import score_tokens
+from rljax.training.guard import Guard
+from rljax.training.state import (
+    OptimizerConfig,
+    abstract_state,
+    create_state,
+    make_optimizer,
+    make_schedule,
+    state_shardings,
+)
+from rljax.types import ArrayLike, Packed, Params, RolloutBatch, Rows, TrainBatch, TrainState
+
+Metrics = dict[str, Array]
+
+
+@runtime_checkable
+class Loss(Protocol):
+    """What `rljax.losses.policy_loss` makes. `token_weights` maps the loss mask `[B, T]` of a whole minibatch to
+    weights; `loss(logprobs, entropies, rows)` is a sum over the tokens of a microbatch, with metrics that add up, or,
+    where a name ends in `_max`, combine by maximum."""
+
+    @property
+    def token_weights(self) -> Any: ...
+    @property
+    def loss(self) -> Any: ...
+
+
+class Learner:
+    """Makes minibatches of a rollout and updates the state with them.
+
+    `spec` says how rows are packed (under a mesh, `packed_rows` must divide over its batch axes). Log-probs are those
+    of the distribution that `sampling` describes; None is the model's own. Logits exist for `chunk` tokens at a time.
+    A rollout is split by whole groups into `minibatches`, in an order drawn from `seed` and the step if `shuffle`, and
+    gone through `epochs` times. `needs_reference` asks for the log-probs of `state.ref_params`.
+
+    An update whose loss or gradient is not finite leaves weights and optimizer as they are; after `max_skipped` of
+    them in a row `update` (or `check`) raises `FloatingPointError` with what was not finite.
+    """
+
+    def __init__(
+        self,
+        config: DecoderConfig,
+        optimizer: OptimizerConfig | optax.GradientTransformation,
+        loss: Loss,
+        spec: PackSpec,
+        *,
+        sampling: SamplingParams | None = None,
+        mesh: Mesh | None = None,
+        chunk: int = 512,
+        remat: bool = False,
+        scan: bool = True,
+        minibatches: int = 1,
+        epochs: int = 1,
+        shuffle: bool = False,
+        seed: int = 0,
+        needs_reference: bool = False,
+        max_skipped: int = 5,
+    ):
+        for name, value in {"chunk": chunk, "minibatches": minibatches, "epochs": epochs}.items():
+            if value < 1:
+                raise ValueError(f"{name}={value} must be at least 1")
+        if mesh is not None and spec.packed_rows % batch_parts(mesh):
+            raise ValueError(
+                f"packed_rows={spec.packed_rows} does not divide over the {batch_parts(mesh)} devices that split the "
+                f"batch; set it to a multiple of {batch_parts(mesh)}"
+            )
+        self.config, self.loss, self.spec, self.mesh = config, loss, spec, mesh
+        self.minibatches, self.epochs, self.shuffle, self.seed = minibatches, epochs, shuffle, seed
+        self.needs_reference = needs_reference
+        self._schedule = None
+        if isinstance(optimizer, OptimizerConfig):
+            self._schedule, optimizer = make_schedule(optimizer), make_optimizer(optimizer)
+        self.optimizer: optax.GradientTransformation = optimizer
+        self._sampling = None if sampling is None or _is_plain(sampling) else sampling
+        self._head = dict(chunk=chunk, remat=remat, scan=scan)
+        self._guard = Guard(max_skipped)
+        self._update = jax.jit(self._update_step, donate_argnums=(0, 1, 2, 3))
+        self._score = jax.jit(self._score_microbatches)
+
+    def init_state(self, params: Params) -> TrainState:
+        """A state at step 0 that owns `params`, sharded over the mesh; with a copy as reference if one is needed."""
+        where = None
+        if self.mesh is not None:
+            where = state_shardings(self.config, self.optimizer, reference=self.needs_reference, mesh=self.mesh)
+        return create_state(params, self.optimizer, reference=self.needs_reference, shardings=where)
+
+    def abstract_state(self) -> TrainState:
+        """What a checkpoint of the state is restored into."""
+        return abstract_state(self.config, self.optimizer, reference=self.needs_reference, mesh=self.mesh)
+
+    def prepare(
+        self,
+        state: TrainState,
+        batch: RolloutBatch,
+        advantages: Float[ArrayLike, "B T"],
+        extra_mask: Bool[ArrayLike, "B T"] | None = None,
+    ) -> list[TrainBatch]:
+        """The minibatches of one rollout, in order: each is one `update`, and they are on the device already.
+
+        With one update per rollout, `old_logprobs` are the update's own log-probs as constants, which costs nothing;
+        with several, the policy before the first is scored here. Reference log-probs are taken from the batch, or
+        scored if the learner needs them.
+        """
+        advantages = np.asarray(advantages, np.float32)
+        mask = loss_mask(batch, extra_mask)
+        parts = self._split(batch, state)
+        made = []
+        for rows in parts:
+            part = batch if len(parts) == 1 else take_rows(batch, rows)
+            packing = layout(part, mask[rows], self.spec)
+            train_batch = pack(
+                part,
+                advantages[rows],
+                self.spec,
+                token_weights=self.loss.token_weights,
+                extra_mask=mask[rows],
+                packing=packing,
+            )
+            train_batch = self._put(train_batch)
+            if len(parts) > 1 or self.epochs > 1:
+                train_batch = _with(train_batch, old_logprobs=self._score_packing(state.params, train_batch))
+            if self.needs_reference and batch.ref_logprobs is None:
+                train_batch = _with(train_batch, ref_logprobs=self._score_packing(state.ref_params, train_batch))
+            made.append(train_batch)
+        return made * self.epochs
+
+    def score_rows(
+        self, params: Params, batch: RolloutBatch, mask: Bool[ArrayLike, "B T"] | None = None
+    ) -> Float[np.ndarray, "B T"]:
+        """Log-probs under `params` of the tokens in `mask` (default: the action mask of valid rows), 0 elsewhere."""
+        packing: Packing = layout(batch, loss_mask(batch) if mask is None else np.asarray(mask, bool), self.spec)
+        packed, row_index, row_mask = self._put((packing.packed, packing.row_index, packing.mask))
+        with self._on_mesh():
+            values = self._score(params, packed, row_index, row_mask, self._sampling)
+        return packing.batch_of(jax.device_get(values), batch.tokens)
+
+    def update(self, state: TrainState, train_batch: TrainBatch) -> tuple[TrainState, Metrics]:
+        """One optimizer step, one jitted call; `state` is donated. The metrics are device scalars."""
+        with self._on_mesh():
+            params, opt_state, step, skipped, metrics, finite = self._update(
+                state.params, state.opt_state, state.step, state.skipped, train_batch, self._sampling
+            )
+        self._guard.observe(skipped, finite)
+        fields = dict(params=params, opt_state=opt_state, step=step, skipped=skipped)
+        return state.replace(**fields), metrics  # type: ignore[attr-defined]
+
+    def check(self) -> None:
+        """Raises for the last update too; `update` itself looks one update back, so as not to wait."""
+        self._guard.check()
+
+    def refresh_reference(self, state: TrainState, weight: float = 1.0) -> TrainState:
+        """Moves the reference to the policy: `weight` of the way (1 copies it; less is an exponential average)."""
+        if state.ref_params is None:
+            raise ValueError("the state has no reference params; build the learner with needs_reference=True")
+        return state.replace(ref_params=_mix(state.params, state.ref_params, weight))  # type: ignore[attr-defined]
+
+    def _split(self, batch: RolloutBatch, state: TrainState) -> list[np.ndarray]:
+        if self.minibatches == 1:
+            return [np.arange(len(batch.lengths))]
+        group_id = np.asarray(batch.group_id)
+        groups = np.unique(group_id[np.asarray(batch.lengths) > 0])
+        if len(groups) % self.minibatches:
+            raise ValueError(
+                f"{len(groups)} groups do not divide into {self.minibatches} minibatches of whole groups; "
+                "choose a divisor"
+            )
+        if self.shuffle:
+            groups = np.random.default_rng([self.seed, int(state.step)]).permutation(groups)
+        return [np.flatnonzero(np.isin(group_id, part)) for part in np.split(groups, self.minibatches)]
+
+    def _put(self, tree: Any) -> Any:
+        """Packed rows split over the batch axes of the mesh, everything else replicated."""
+        if self.mesh is None:
+            return jax.device_put(tree)
+        is_packed = lambda x: isinstance(x, Packed)  # noqa: E731
+        return jax.tree.map(
+            lambda x: put_batch(self.mesh, x, axis=1) if is_packed(x) else put_host(x, replicated(self.mesh)),
+            tree,
+            is_leaf=is_packed,
+        )
+
+    def _on_mesh(self):
+        return contextlib.nullcontext() if self.mesh is None else use_mesh(self.mesh)
+
+    def _score_packing(self, params: Params, batch: TrainBatch) -> Array:
+        with self._on_mesh():
+            return self._score(params, batch.packed, batch.rows.row_index, batch.rows.loss_mask, self._sampling)
+
+    def _rows_logprobs(self, params, packed: Packed, row_index, mask, sampling) -> tuple[Array, Array]:
+        """Log-probs and entropies of one microbatch, gathered into its rows; 0 off the mask."""
+        scored = score_tokens(self.config, params, packed, sampling, **self._head)
+        gathered = [jnp.where(mask, jnp.take(x.reshape(-1), row_index, axis=0), 0.0) for x in scored]
+        return gathered[0], gathered[1]
+
+    def _score_microbatches(self, params, packed: Packed, row_index, mask, sampling) -> Array:
+        def score(m, out):
+            one = jax.tree.map(lambda x: x[m], (packed, row_index, mask))
+            return out.at[m].set(self._rows_logprobs(params, *one, sampling)[0])
+
+        return jax.lax.fori_loop(0, _live_microbatches(mask), score, jnp.zeros(mask.shape, jnp.float32))
+
+    def _microbatch_loss(self, params, packed: Packed, rows: Rows, sampling) -> tuple[Array, Metrics]:
+        logprobs, entropies = self._rows_logprobs(params, packed, rows.row_index, rows.loss_mask, sampling)
+        if self.minibatches * self.epochs == 1:
+            rows = rows.replace(old_logprobs=jax.lax.stop_gradient(logprobs))  # type: ignore[attr-defined]
+        loss, metrics = self.loss.loss(logprobs, entropies, rows)
+        gap = jnp.abs(jax.lax.stop_gradient(rows.old_logprobs - rows.behavior_logprobs))
+        gap = jnp.where(rows.loss_mask, gap, 0.0)
+        metrics = dict(metrics) | {
+            "rollout/logprob_gap_max": jnp.max(gap),
+            "rollout/logprob_gap_mean": jnp.sum(gap) / rows.token_count,
+            "nonfinite_logprobs": jnp.sum(~jnp.isfinite(logprobs)).astype(jnp.float32),
+        }
+        return loss, jax.lax.stop_gradient(metrics)
+
+    def _gradients(self, params, batch: TrainBatch, sampling) -> tuple[Array, Metrics, Any]:
+        """(loss, metrics, gradients), added up over the microbatches that hold anything."""
+        value_and_grad = jax.value_and_grad(self._microbatch_loss, has_aux=True)
+
+        def of(m):
+            packed, rows = jax.tree.map(lambda x: x[m], (batch.packed, batch.rows))
+            (loss, metrics), grads = value_and_grad(params, packed, rows, sampling)
+            return loss, metrics, grads
+
+        if batch.rows.row_index.shape[0] == 1:  # no accumulators beside the gradients
+            return of(0)
+
+        def add(m, total):
+            loss, metrics, grads = of(m)
+            grads = jax.tree.map(lambda a, g: a + g.astype(a.dtype), total[2], grads)
+            metrics = {k: (jnp.maximum if k.endswith("_max") else jnp.add)(total[1][k], v) for k, v in metrics.items()}
+            return total[0] + loss, metrics, grads
+
+        shapes = jax.eval_shape(of, 0)
+        start = (
+            jnp.zeros(shapes[0].shape, jnp.float32),
+            {k: jnp.full(v.shape, -jnp.inf if k.endswith("_max") else 0.0, v.dtype) for k, v in shapes[1].items()},
+            jax.tree.map(lambda g: jnp.zeros(g.shape, jnp.float32), shapes[2]),
+        )
+        return jax.lax.fori_loop(0, jnp.maximum(_live_microbatches(batch.rows.loss_mask), 1), add, start)
+
+    def _update_step(self, params, opt_state, step, skipped, batch: TrainBatch, sampling):
+        loss, metrics, grads = self._gradients(params, batch, sampling)
+        grad_norm = optax.tree_utils.tree_norm(grads)
+        finite = {
+            "advantages": jnp.all(jnp.isfinite(jnp.where(batch.rows.loss_mask, batch.rows.advantages, 0.0))),
+            "logprobs": metrics.pop("nonfinite_logprobs") == 0,
+            "loss": jnp.isfinite(loss),
+            "gradient norm": jnp.isfinite(grad_norm),
+        }
+        ok = finite["loss"] & finite["gradient norm"]
+        updates, new_opt_state = self.optimizer.update(grads, opt_state, params)
+        new_params = optax.apply_updates(params, updates)
+        keep = lambda new, old: jnp.where(ok, new, old)  # noqa: E731
+        new_params, new_opt_state = jax.tree.map(keep, (new_params, new_opt_state), (params, opt_state))
+        skipped = jnp.where(ok, 0, skipped + 1).astype(jnp.int32)
+        metrics |= {"loss/total": loss, "loss/grad_norm": grad_norm, "loss/skipped": skipped.astype(jnp.float32)}
+        metrics |= _packing_metrics(batch)
+        if self._schedule is not None:
+            metrics["loss/learning_rate"] = jnp.asarray(self._schedule(_update_count(opt_state)), jnp.float32)
+        return new_params, new_opt_state, step + 1, skipped, metrics, finite
+
+
+def add_metrics(parts: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Metrics of several updates as one line: means, and maxima where the name ends in `_max`."""
+    host = [{k: float(v) for k, v in part.items()} for part in jax.device_get(list(parts))]
+    names = dict.fromkeys(name for part in host for name in part)
+    return {
+        name: float((np.max if name.endswith("_max") else np.mean)([part[name] for part in host if name in part]))
+        for name in names
+    }
+
+
+def _with(batch: TrainBatch, **fields: Any) -> TrainBatch:
+    return TrainBatch(packed=batch.packed, rows=batch.rows.replace(**fields))  # type: ignore[attr-defined]
+
+
+def _is_plain(sampling: SamplingParams) -> bool:
+    """Whether these parameters leave the model's distribution as it is; greedy scores under it too."""
+    s = {name: float(getattr(sampling, name)) for name in ("temperature", "top_k", "top_p", "min_p")}
+    return s["temperature"] == 0 or (s["temperature"] == 1 and s["top_k"] == 0 and s["top_p"] == 1 and s["min_p"] == 0)
+
+
+def _live_microbatches(mask: Array) -> Array:
+    """Microbatches up to the last that has a token to score."""
+    return jnp.max(jnp.where(jnp.any(mask, axis=(1, 2)), jnp.arange(mask.shape[0]) + 1, 0))
+
+
+def _packing_metrics(batch: TrainBatch) -> Metrics:
+    mask, real = jnp.asarray(batch.rows.loss_mask), jnp.asarray(batch.packed.subtree_end) > 0
+    flat = jnp.sum(jnp.max(jnp.where(mask, jnp.arange(mask.shape[-1]) + 1, 0), axis=-1))
+    unique = jnp.maximum(jnp.sum(real), 1)
+    capacity = jnp.maximum(_live_microbatches(mask), 1) * real.shape[1] * real.shape[2]
+    values = {"flat_tokens": flat, "unique_tokens": unique, "token_ratio": flat / unique, "fill": unique / capacity}
+    return {f"pack/{name}": jnp.asarray(value, jnp.float32) for name, value in values.items()}
+
+
+def _update_count(opt_state: Any) -> Array:
+    """How many updates the optimizer has applied (skipped ones do not count)."""
+    counts = optax.tree_utils.tree_get_all_with_path(opt_state, "count")
+    return counts[0][1]
+
+
+@jax.jit
+def _mix(params, reference, weight):
+    return jax.tree.map(lambda p, r: (weight * p + (1 - weight) * r).astype(r.dtype), params, reference)

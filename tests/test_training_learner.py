@@ -1,0 +1,279 @@
+"""Updates: packing, sharing and accumulation change nothing but the cost."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rljax import losses
+from rljax.models import DecoderConfig, init_params
+from rljax.rollouts.batching import PackSpec, stack
+from rljax.sampling import sampling_params
+from rljax.training import Learner, OptimizerConfig, add_metrics, sft_loss
+from rljax.types import Trajectory
+
+CONFIG = DecoderConfig(
+    vocab_size=37, num_layers=2, embed_dim=16, num_heads=4, num_kv_heads=2, head_dim=4, mlp_dim=24, tied_embeddings=True
+)
+FLAT = PackSpec(pack_length=32, packed_rows=8, share_prefixes=False)
+
+
+def grpo(kl=0.01):
+    return losses.policy_loss(
+        losses.token_ratio,
+        losses.clipped(clip_low=0.2, clip_high=0.2),
+        losses.sequence_mean,
+        penalties=[losses.entropy_bonus(kl)],
+    )
+
+
+def params(seed=0):
+    return jax.tree.map(lambda x: x * 5 if x.ndim > 1 else x, init_params(CONFIG, jax.random.key(seed)))
+
+
+def rollout(groups=4, samples=4, seed=0):
+    """Groups share a prompt, all prompts share two tokens; some samples fail, some share their first tokens."""
+    rng = np.random.default_rng(seed)
+    rows, system = [], rng.integers(0, 37, 2)
+    for group in range(groups):
+        prompt = np.concatenate([system, rng.integers(0, 37, rng.integers(3, 9))])
+        for sample in range(samples):
+            completion = rng.integers(0, 3, rng.integers(1, 9))
+            tokens = np.concatenate([prompt, completion]).astype(np.int32)
+            mask = np.arange(len(tokens)) >= len(prompt)
+            rows.append(
+                Trajectory(
+                    tokens=tokens,
+                    action_mask=mask,
+                    behavior_logprobs=np.where(mask, -rng.random(len(tokens)) * 4, 0).astype(np.float32),
+                    entropies=np.zeros(len(tokens), np.float32),
+                    turn_ids=np.zeros(len(tokens), np.int32),
+                    policy_version=np.zeros(len(tokens), np.int32),
+                    prompt_id=group,
+                    group_id=group,
+                    episode_id=len(rows),
+                    reward=float(rng.normal()),
+                    is_valid=bool(sample != 2 or group != 1),
+                )
+            )
+    batch = stack(rows)
+    advantages = np.where(batch.action_mask, rng.normal(size=batch.tokens.shape), 0).astype(np.float32)
+    return batch, advantages
+
+
+def make(spec, loss=None, **options):
+    return Learner(CONFIG, OptimizerConfig(learning_rate=1e-2), loss or grpo(), spec, **{"chunk": 16, **options})
+
+
+@functools.cache
+def gradient(spec, *, off_policy=False, **options):
+    """Gradient (and loss and metrics) of one minibatch with the given packing."""
+    learner = make(spec, epochs=2 if off_policy else 1, **options)
+    batch, advantages = rollout()
+    state = learner.init_state(jax.tree.map(lambda p, q: p + 0.03 * off_policy * q, params(0), params(1)))
+    minibatch = learner.prepare(state, batch, advantages)[0]
+    return jax.jit(learner._gradients)(params(0), minibatch, learner._sampling)
+
+
+def assert_close(got, want, relative=1e-5):
+    scale = max(float(jnp.abs(x).max()) for x in jax.tree.leaves(want))
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(a, b, atol=relative * scale)
+
+
+@pytest.mark.parametrize("off_policy", [False, True])
+@pytest.mark.parametrize(
+    "spec",
+    [
+        PackSpec(pack_length=64, packed_rows=8),
+        PackSpec(pack_length=128, packed_rows=2),
+        PackSpec(pack_length=64, packed_rows=1),
+        PackSpec(pack_length=32, packed_rows=2, share_prefixes=False),
+        PackSpec(pack_length=256, score_buckets=(256,), row_buckets=(64,), microbatch_buckets=(8,)),
+    ],
+    ids=["shared", "wide", "accumulated", "flat accumulated", "padded"],
+)
+def test_gradients_equal_those_of_flat_rows(spec, off_policy):
+    want = gradient(PackSpec(pack_length=32, packed_rows=16, share_prefixes=False), off_policy=off_policy)
+    got = gradient(spec, off_policy=off_policy)
+    assert_close(got[2], want[2])
+    np.testing.assert_allclose(got[0], want[0], rtol=1e-5)
+    for name in want[1]:
+        np.testing.assert_allclose(got[1][name], want[1][name], rtol=2e-4, atol=1e-6, err_msg=name)
+
+
+@pytest.mark.parametrize("options", [dict(remat=True), dict(scan=False), dict(chunk=1), dict(chunk=4096)], ids=str)
+def test_gradients_do_not_depend_on_how_they_are_computed(options):
+    spec = PackSpec(pack_length=64, packed_rows=2)
+    assert_close(gradient(spec, **options)[2], gradient(spec)[2])
+
+
+def test_flat_gradient_equals_a_plain_padded_forward_pass():
+    """Independent of packing, row gathers and the chunked head: dense log-softmax over padded rows."""
+    from rljax.models import hidden_states, logits
+
+    batch, advantages = rollout()
+    mask = batch.action_mask & batch.is_valid[:, None]
+    length = batch.tokens.shape[1]
+
+    def objective(p):
+        positions = jnp.broadcast_to(jnp.arange(length), batch.tokens.shape)
+        ends = jnp.broadcast_to(batch.lengths[:, None], batch.tokens.shape).astype(jnp.int32)
+        z = logits(CONFIG, p, hidden_states(CONFIG, p, jnp.asarray(batch.tokens), positions, ends))
+        log_p = jax.nn.log_softmax(z)[:, :-1]
+        lp = jnp.take_along_axis(log_p, batch.tokens[:, 1:, None], -1)[..., 0]
+        entropy = -jnp.sum(jnp.exp(log_p) * log_p, -1)
+        ratio = jnp.exp(lp - jax.lax.stop_gradient(lp))  # on-policy: the clip is inactive
+        token = -(ratio * advantages[:, 1:] + 0.01 * entropy)
+        m = mask[:, 1:]
+        counts = m.sum(1)
+        means = jnp.where(m, token, 0).sum(1) / np.maximum(counts, 1)
+        return means.sum() / (counts > 0).sum()
+
+    assert_close(gradient(FLAT)[2], jax.jit(jax.grad(objective))(params()))
+
+
+def test_a_step_moves_the_loss_down_and_counts():
+    learner = make(PackSpec(pack_length=128, packed_rows=2))
+    batch, advantages = rollout()
+    state = learner.init_state(params())
+    first = None
+    for _ in range(5):
+        (minibatch,) = learner.prepare(state, batch, advantages)
+        state, metrics = learner.update(state, minibatch)
+        if first is None:
+            first = add_metrics([metrics])
+    learner.check()
+    assert int(state.step) == 5 and int(state.skipped) == 0
+    logprobs = learner.score_rows(state.params, batch)
+    before = learner.score_rows(params(), batch)
+    assert ((logprobs - before) * advantages).sum() > 0
+    assert first["loss/ratio_max"] == 1.0 and first["loss/ratio_mean"] == pytest.approx(1.0, abs=1e-6)
+    assert first["pack/token_ratio"] > 1.2 and first["loss/learning_rate"] == pytest.approx(1e-2)
+
+
+def test_score_rows_is_zero_off_the_mask_and_equals_the_gap():
+    learner = make(PackSpec(pack_length=128))
+    batch, _ = rollout()
+    scored = learner.score_rows(params(), batch)
+    mask = batch.action_mask & batch.is_valid[:, None]
+    assert (scored[~mask] == 0).all() and (scored[mask] < 0).all()
+    _, metrics, _ = gradient(PackSpec(pack_length=128))
+    gap = np.abs(scored - batch.behavior_logprobs)[mask]
+    np.testing.assert_allclose(metrics["rollout/logprob_gap_max"], gap.max(), rtol=1e-5)
+    np.testing.assert_allclose(metrics["rollout/logprob_gap_mean"], gap.mean(), rtol=1e-5)
+
+
+def test_tokens_off_the_loss_mask_have_no_influence():
+    """Advantages, behavior log-probs and tokens of invalid rows may be anything."""
+    learner = make(PackSpec(pack_length=128))
+    batch, advantages = rollout()
+    spoilt = batch.replace(
+        tokens=np.where(batch.is_valid[:, None], batch.tokens, 1),
+        behavior_logprobs=np.where(batch.action_mask & batch.is_valid[:, None], batch.behavior_logprobs, np.nan),
+    )
+    noise = np.where(batch.action_mask & batch.is_valid[:, None], advantages, np.nan)
+    results = []
+    for one, a in ((batch, advantages), (spoilt, noise)):
+        state = learner.init_state(params())
+        state, metrics = learner.update(state, learner.prepare(state, one, a)[0])
+        results.append((state.params, float(metrics["loss/total"])))
+    assert int(state.skipped) == 0
+    jax.tree.map(np.testing.assert_array_equal, results[0][0], results[1][0])
+
+
+def test_the_sampled_distribution_is_the_one_scored():
+    batch, _ = rollout()
+    sampled = make(PackSpec(pack_length=128), sampling=sampling_params(0.5)).score_rows(params(), batch)
+    plain = make(PackSpec(pack_length=128)).score_rows(params(), batch)
+    colder = dict(params(), final_norm=params()["final_norm"] * 2)  # logits twice as large
+    np.testing.assert_allclose(sampled, make(PackSpec(pack_length=128)).score_rows(colder, batch), atol=1e-5)
+    assert np.abs(sampled - plain).max() > 0.1
+
+
+def test_minibatches_hold_whole_groups_and_old_logprobs_are_scored_once():
+    learner = make(PackSpec(pack_length=128), minibatches=2, epochs=2, shuffle=True)
+    batch, advantages = rollout()
+    state = learner.init_state(params())
+    made = learner.prepare(state, batch, advantages)
+    assert len(made) == 4 and made[0] is made[2] and made[1] is made[3]
+    tokens = sum(int(m.rows.loss_mask.sum()) for m in made[:2])
+    assert tokens == int((batch.action_mask & batch.is_valid[:, None]).sum())
+    scored = learner.score_rows(state.params, batch)
+    old = np.concatenate([np.asarray(m.rows.old_logprobs)[np.asarray(m.rows.loss_mask)] for m in made[:2]])
+    np.testing.assert_allclose(np.sort(old), np.sort(scored[scored != 0]), atol=1e-5)
+    again = learner.prepare(state, batch, advantages)
+    jax.tree.map(np.testing.assert_array_equal, made, again)
+    with pytest.raises(ValueError, match="4 groups do not divide into 3"):
+        make(PackSpec(pack_length=128), minibatches=3).prepare(state, batch, advantages)
+
+
+def test_reference_logprobs_follow_the_reference_and_its_refresh():
+    learner = make(PackSpec(pack_length=128), needs_reference=True)
+    batch, advantages = rollout()
+    state = learner.init_state(params())
+    before = learner.score_rows(params(), batch)
+    state, _ = learner.update(state, learner.prepare(state, batch, advantages)[0])
+    np.testing.assert_array_equal(learner.score_rows(state.ref_params, batch), before)
+    (minibatch,) = learner.prepare(state, batch, advantages)
+    mask = np.asarray(minibatch.rows.loss_mask)
+    np.testing.assert_allclose(
+        np.sort(np.asarray(minibatch.rows.ref_logprobs)[mask]), np.sort(before[before != 0]), atol=1e-6
+    )
+    half = learner.refresh_reference(state, 0.5)
+    np.testing.assert_allclose(
+        half.ref_params["embedding"], (state.params["embedding"] + state.ref_params["embedding"]) / 2, atol=1e-7
+    )
+    moved = learner.refresh_reference(state)
+    np.testing.assert_array_equal(moved.ref_params["embedding"], moved.params["embedding"])
+    moved, _ = learner.update(moved, minibatch)  # the copy is its own: donation leaves it alone
+    assert np.isfinite(np.asarray(moved.ref_params["embedding"])).all()
+
+
+@pytest.mark.parametrize("broken", ["advantages", "logprobs"])
+def test_a_step_that_is_not_finite_is_skipped_and_the_run_stopped_after_k(broken):
+    learner = make(PackSpec(pack_length=128), max_skipped=3)
+    batch, advantages = rollout()
+    state = learner.init_state(params())
+    good = learner.prepare(state, batch, advantages)[0]
+    if broken == "advantages":
+        bad = learner.prepare(state, batch, np.where(batch.action_mask, np.nan, 0))[0]
+    else:
+        bad, weights = good, params()
+        weights["final_norm"] = weights["final_norm"].at[0].set(np.nan)
+        state = state.replace(params=weights)
+    before = jax.device_get((state.params, state.opt_state))
+    state, metrics = learner.update(state, bad)
+    jax.tree.map(np.testing.assert_array_equal, before, jax.device_get((state.params, state.opt_state)))
+    assert int(state.skipped) == 1 and int(state.step) == 1
+    if broken == "advantages":
+        state, _ = learner.update(state, good)
+        assert int(state.skipped) == 0
+        state, _ = learner.update(state, bad)
+    state, _ = learner.update(state, bad)
+    state, _ = learner.update(state, bad)
+    with pytest.raises(FloatingPointError, match=rf"3 updates in a row .* {broken}"):
+        learner.check()
+
+
+def test_supervised_loss_is_the_mean_negative_logprob():
+    learner = make(PackSpec(pack_length=128), sft_loss())
+    batch, _ = rollout()
+    state = learner.init_state(params())
+    scored = learner.score_rows(state.params, batch)
+    _, metrics = learner.update(state, learner.prepare(state, batch, np.zeros(batch.tokens.shape, np.float32))[0])
+    np.testing.assert_allclose(metrics["loss/nll"], -scored[scored != 0].mean(), rtol=1e-5)
+
+
+def test_nothing_compiles_after_the_first_step_with_one_shape():
+    spec = PackSpec(
+        pack_length=64, length_buckets=(64,), score_buckets=(64,), row_buckets=(16,), microbatch_buckets=(16,)
+    )
+    learner = make(spec)
+    state = learner.init_state(params())
+    for seed in range(4):
+        batch, advantages = rollout(seed=seed)
+        state, _ = learner.update(state, learner.prepare(state, batch, advantages)[0])
+    assert learner._update._cache_size() == 1

@@ -44,14 +44,15 @@ def assemble(config: DecoderConfig, entries: Sequence[Entry], fetch: Fetch, shar
 def _leaf(group: list[Entry], leaf: jax.ShapeDtypeStruct, fetch: Fetch, sharding, pool) -> jax.Array:
     seen: dict[tuple, np.ndarray] = {}  # replicas ask for the same index again
 
-    def read(index: tuple[slice, ...]) -> np.ndarray:
-        bounds = tuple(s.indices(size)[:2] for s, size in zip(index, leaf.shape, strict=True))
+    def read(index: tuple[slice, ...] | None) -> np.ndarray:
+        whole = (slice(None),) * len(leaf.shape)
+        bounds = tuple(s.indices(size)[:2] for s, size in zip(index or whole, leaf.shape, strict=True))
         if bounds not in seen:
             seen[bounds] = _read_block(group, leaf, bounds, fetch, pool)
         return seen[bounds]
 
     if sharding is None:
-        return jax.device_put(read((slice(None),) * len(leaf.shape)))
+        return jax.device_put(read(None))
     return jax.make_array_from_callback(leaf.shape, sharding, read)
 
 

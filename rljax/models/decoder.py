@@ -107,8 +107,8 @@ def rms_norm(x: Float[Array, "*B D"], scale: Float[Array, " D"], eps: float) -> 
 @functools.lru_cache(maxsize=64)
 def _declarations(config: DecoderConfig) -> dict[str, Any]:
     """Nested dict like `params`, of the `nnx.Param` declarations; layers still unstacked."""
-    own = {path[-1]: param for path, param in nnx.to_flat_state(nnx.state(Decoder(config)))}
-    layer = {path[-1]: param for path, param in nnx.to_flat_state(nnx.state(Layer(config)))}
+    own: dict[str, Any] = {str(path[-1]): param for path, param in nnx.to_flat_state(nnx.state(Decoder(config)))}
+    layer = {str(path[-1]): param for path, param in nnx.to_flat_state(nnx.state(Layer(config)))}
     return own | {"layers": layer}
 
 

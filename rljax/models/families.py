@@ -6,7 +6,7 @@ PyTorch state dict, which decides how an export is split into files.
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from rljax.models.config import DecoderConfig, RopeScaling
@@ -168,7 +168,7 @@ def config_from_hf(hf: Mapping[str, Any]) -> DecoderConfig:
         raise ValueError(f"config.json: architecture {architecture!r} is not supported; supported are {supported}")
     if (activation := hf.get("hidden_act", "silu")) not in ("silu", "swish"):
         raise ValueError(f"config.json: hidden_act={activation!r} is not supported; the decoder has silu alone")
-    get = {**family.defaults, **hf}.get
+    get: Callable[..., Any] = {**family.defaults, **hf}.get
     required = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
     if missing := [key for key in required if get(key) is None]:
         raise ValueError(f"config.json: {', '.join(missing)} missing; add it to the file")
@@ -205,7 +205,7 @@ def config_from_hf(hf: Mapping[str, Any]) -> DecoderConfig:
     )
 
 
-def _sliding_from_hf(family: Family, get) -> tuple[int | None, tuple[bool, ...] | None]:
+def _sliding_from_hf(family: Family, get: Callable[..., Any]) -> tuple[int | None, tuple[bool, ...] | None]:
     window, count, types = get("sliding_window"), get("num_hidden_layers"), get("layer_types")
     if unknown := sorted(set(types or ()) - {"full_attention", "sliding_attention"}):
         raise ValueError(
@@ -227,7 +227,7 @@ def _sliding_from_hf(family: Family, get) -> tuple[int | None, tuple[bool, ...] 
     return (window if any(sliding) else None), (None if all(sliding) or not any(sliding) else sliding)
 
 
-_ROPE_KEYS = {  # ours -> config.json's, per type
+_ROPE_KEYS: dict[str, dict[str, str]] = {  # ours -> config.json's, per type
     "default": {},
     "linear": {"factor": "factor"},
     "dynamic": {"factor": "factor"},
@@ -275,13 +275,11 @@ def _rope_from_hf(hf: Mapping[str, Any], max_position: int) -> tuple[float, Rope
         raise ValueError(f"config.json: rope type llama3 needs {', '.join(missing)}")
     if "factor" in keys and rope.get("factor") is None:
         raise ValueError(f"config.json: rope type {kind} needs a factor")
-    given = {ours: rope[theirs] for ours, theirs in keys.items() if rope.get(theirs) is not None}
-    return theta, RopeScaling(
-        type=kind,
-        **{
-            key: value if key in ("truncate", "original_max_position") else float(value) for key, value in given.items()
-        },
-    )
+    casts: dict[str, Callable[[Any], Any]] = {"truncate": bool, "original_max_position": int}
+    given = {
+        ours: casts.get(ours, float)(rope[theirs]) for ours, theirs in keys.items() if rope.get(theirs) is not None
+    }
+    return theta, RopeScaling(type=kind, **given)
 
 
 def config_to_hf(config: DecoderConfig) -> dict[str, Any]:

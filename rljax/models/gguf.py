@@ -152,7 +152,11 @@ def _scaling(get, context: int, theta: float, head_dim: int, divisors: np.ndarra
 def _llama3_from_divisors(divisors: np.ndarray, theta: float, head_dim: int) -> RopeScaling:
     """The llama3 settings that give these divisors. All released models use bands 1 and 4 of 8192 positions."""
     scaling = RopeScaling(
-        type="llama3", factor=float(divisors.max()), low_freq_factor=1, high_freq_factor=4, original_max_position=8192
+        type="llama3",
+        factor=float(divisors.max()),
+        low_freq_factor=1.0,
+        high_freq_factor=4.0,
+        original_max_position=8192,
     )
     if not np.allclose(llama3_divisors(scaling, theta, head_dim), divisors, rtol=1e-4):
         raise ValueError(
@@ -191,16 +195,18 @@ def read_header(path: Path) -> tuple[dict[str, Any], dict[str, GGUFTensor]]:
     """Metadata (less the tokenizer's arrays) and tensor table of a GGUF file of version 2 or 3."""
     from gguf.constants import GGML_QUANT_SIZES
 
-    data = np.memmap(path, dtype=np.uint8, mode="r") if path.stat().st_size else np.empty(0, np.uint8)
+    sizes = {int(kind): item for kind, item in GGML_QUANT_SIZES.items()}
+    length = path.stat().st_size
+    data: np.ndarray = np.memmap(path, dtype=np.uint8, mode="r") if length else np.empty(0, np.uint8)
     try:
-        metadata, tensors = _parse_header(memoryview(data))
+        metadata, tensors = _parse_header(data.data)
     except (struct.error, IndexError, UnicodeDecodeError, KeyError) as error:
         raise ValueError(f"{path} is truncated or corrupt: its GGUF header ends early ({error})") from error
     for name, tensor in tensors.items():
-        if tensor.type not in GGML_QUANT_SIZES:
+        if tensor.type not in sizes:
             raise ValueError(f"{path}: tensor {name} has unknown GGUF type {tensor.type}; update the gguf package")
-        block, size = GGML_QUANT_SIZES[tensor.type]
-        if tensor.start + math.prod(tensor.shape) // block * size > len(data):
+        block, size = sizes[tensor.type]
+        if tensor.start + math.prod(tensor.shape) // block * size > length:
             raise ValueError(f"{path} is truncated: tensor {name} ends behind the file; copy or download it again")
     return metadata, tensors
 

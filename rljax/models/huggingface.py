@@ -100,7 +100,7 @@ def save_hf(
             old.unlink(missing_ok=True)
     sizes = {name: int(np.prod(entry.shape, dtype=np.int64)) for name, entry in wanted.items()}
     files = split_into_files(((name, n * dtype.itemsize) for name, n in sizes.items()), max_shard_bytes)
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number, names in enumerate(files, start=1):
         file = SINGLE_FILE if len(files) == 1 else f"model-{number:05d}-of-{len(files):05d}.safetensors"
         weight_map |= dict.fromkeys(names, file)

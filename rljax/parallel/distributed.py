@@ -25,27 +25,25 @@ def initialize(coordinator: str | None = None, num_processes: int | None = None,
     """
     if jax.distributed.is_initialized():
         return jax.process_count() > 1
-    given = {
-        COORDINATOR: coordinator or os.environ.get(COORDINATOR),
-        PROCESSES: num_processes if num_processes is not None else _env_int(PROCESSES),
-        PROCESS_ID: process_id if process_id is not None else _env_int(PROCESS_ID),
-    }
-    missing = [name for name, value in given.items() if value is None]
-    if len(missing) == 3:
+    coordinator = coordinator or os.environ.get(COORDINATOR)
+    num_processes = _env_int(PROCESSES) if num_processes is None else num_processes
+    process_id = _env_int(PROCESS_ID) if process_id is None else process_id
+    if coordinator is None and num_processes is None and process_id is None:
         if not on_cluster(os.environ):
             return False
         jax.distributed.initialize()
         return jax.process_count() > 1
-    if missing:
-        raise ValueError(f"a run of several processes needs {', '.join(missing)} too; give all three or none")
-    count, index = given[PROCESSES], given[PROCESS_ID]
-    if not 0 <= index < count:
-        raise ValueError(f"process_id={index} must lie in 0..{count - 1} (num_processes={count})")
-    if ":" not in str(given[COORDINATOR]):
-        raise ValueError(f"coordinator={given[COORDINATOR]!r} must be host:port of process 0")
-    if count == 1:
+    if coordinator is None or num_processes is None or process_id is None:
+        given = {COORDINATOR: coordinator, PROCESSES: num_processes, PROCESS_ID: process_id}
+        missing = ", ".join(name for name, value in given.items() if value is None)
+        raise ValueError(f"a run of several processes needs {missing} too; give all three or none")
+    if not 0 <= process_id < num_processes:
+        raise ValueError(f"process_id={process_id} must lie in 0..{num_processes - 1} ({num_processes=})")
+    if ":" not in coordinator:
+        raise ValueError(f"coordinator={coordinator!r} must be host:port of process 0")
+    if num_processes == 1:
         return False
-    jax.distributed.initialize(given[COORDINATOR], count, index)
+    jax.distributed.initialize(coordinator, num_processes, process_id)
     return True
 
 

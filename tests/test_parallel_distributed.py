@@ -1,0 +1,120 @@
+"""Start-up of several processes, and one program run as two processes over loopback."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from sharded_program import CONFIG, batch, loss
+
+from rljax import parallel
+from rljax.models import init_params, save_hf
+
+HERE = Path(__file__).parent
+
+
+@pytest.fixture(scope="module")
+def two_processes(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("two")
+    params = init_params(CONFIG, jax.random.key(0))
+    save_hf(folder / "model", CONFIG, params)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    env = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, str(HERE / "two_processes.py"), str(index), address, str(folder)],
+            env=env,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for index in range(2)
+    ]
+    try:
+        outputs = [process.communicate(timeout=240) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    for process, (_, errors) in zip(processes, outputs, strict=True):
+        assert process.returncode == 0, errors[-3000:]
+    value, grad = jax.jit(jax.value_and_grad(lambda p, d: loss(p, d)[0]))(params, batch())
+    found = [json.loads(output.strip().splitlines()[-1]) for output, _ in outputs]
+    return found, folder, float(value), jax.tree.leaves(grad)
+
+
+def test_two_processes_are_one_program(two_processes):
+    found, _, value, _ = two_processes
+    for index, result in enumerate(found):
+        assert result["several"] is True
+        assert result["devices"] == [8, 4]
+        assert result["main"] == (index == 0)
+        assert result["addressable"] is False  # weights really are spread over both
+        assert abs(result["loss"] - value) < 2e-6
+
+
+def test_two_processes_give_the_gradient_of_one(two_processes):
+    _, folder, _, grad = two_processes
+    for index in range(2):
+        with np.load(folder / f"grad{index}.npz") as stored:
+            for name, want in zip(stored.files, grad, strict=True):
+                assert np.abs(stored[name] - want).max() < 1e-6
+
+
+def test_host_data_crosses_processes(two_processes):
+    for result in two_processes[0]:
+        assert result["gathered"] == [{"process": 0, "text": ""}, {"process": 1, "text": "xxxxx"}]
+        assert result["broadcast"] == ["from", 0]
+        assert result["moved"] == 0
+
+
+def test_an_export_from_two_processes_is_the_export_from_one(two_processes):
+    folder = two_processes[1]
+    for name in ("model.safetensors", "config.json"):
+        assert (folder / "again" / name).read_bytes() == (folder / "model" / name).read_bytes()
+
+
+def test_one_process_needs_no_start_up(monkeypatch):
+    for name in ("RLJAX_COORDINATOR", "RLJAX_NUM_PROCESSES", "RLJAX_PROCESS_ID", "SLURM_STEP_NUM_TASKS"):
+        monkeypatch.delenv(name, raising=False)
+    assert parallel.initialize() is False
+    assert parallel.initialize("localhost:1", 1, 0) is False
+    assert parallel.is_main_process()
+    parallel.barrier("alone")
+    assert parallel.broadcast({"a": 1}) == {"a": 1}
+    assert parallel.gather("x") == ["x"]
+    assert parallel.to_host({"x": jax.numpy.ones(2)})["x"].tolist() == [1, 1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "environment", "message"),
+    [
+        (("localhost:1", None, None), {}, "needs RLJAX_NUM_PROCESSES, RLJAX_PROCESS_ID too; give all three or none"),
+        ((None, 2, 0), {}, "needs RLJAX_COORDINATOR too"),
+        (("localhost:1", 2, 2), {}, r"process_id=2 must lie in 0\.\.1"),
+        (("localhost", 2, 0), {}, "coordinator='localhost' must be host:port"),
+        (("localhost:1", None, 0), {"RLJAX_NUM_PROCESSES": "two"}, "RLJAX_NUM_PROCESSES='two' must be a whole number"),
+    ],
+)
+def test_incomplete_start_up_is_refused(arguments, environment, message, monkeypatch):
+    for name in ("RLJAX_COORDINATOR", "RLJAX_NUM_PROCESSES", "RLJAX_PROCESS_ID"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match=message):
+        parallel.initialize(*arguments)
+
+
+def test_clusters_are_recognised_by_their_environment():
+    assert parallel.on_cluster({"TPU_WORKER_HOSTNAMES": "a,b"})
+    assert parallel.on_cluster({"SLURM_STEP_NUM_TASKS": "4"})
+    assert parallel.on_cluster({"OMPI_COMM_WORLD_SIZE": "2"})
+    assert not parallel.on_cluster({})
+    assert not parallel.on_cluster({"TPU_WORKER_HOSTNAMES": "localhost", "SLURM_STEP_NUM_TASKS": "1"})
+    assert not parallel.on_cluster({"SLURM_NTASKS": "8"})  # an allocation without a step runs one process

@@ -1,0 +1,42 @@
+"""Run twice by test_parallel_distributed.py, as processes 0 and 1 of one program of 2 x 4 virtual devices."""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+from sharded_program import CONFIG, batch, difference, loss
+
+from rljax import parallel
+from rljax.models import load_model, param_shardings, save_hf
+
+os.environ["RLJAX_NUM_PROCESSES"] = "2"
+os.environ["RLJAX_PROCESS_ID"] = sys.argv[1]
+several = parallel.initialize(coordinator=sys.argv[2])
+folder = Path(sys.argv[3])
+assert parallel.initialize() is True  # a second call is harmless
+
+mesh = parallel.make_mesh(data=2, fsdp=2, tensor=2)
+layout = param_shardings(CONFIG, mesh)
+_, params = load_model(folder / "model", shardings=layout)
+with parallel.use_mesh(mesh):
+    step = jax.jit(jax.value_and_grad(lambda p, d: loss(p, d)[0]), out_shardings=(None, layout))
+    value, grad = step(params, parallel.put_batch(mesh, batch()))
+moved = parallel.reshard(params, param_shardings(CONFIG, mesh, parallel.DECODE_RULES))
+save_hf(folder / "again", CONFIG, params)
+parallel.barrier("saved")
+
+result = {
+    "several": several,
+    "devices": [jax.device_count(), jax.local_device_count()],
+    "main": parallel.is_main_process(),
+    "loss": float(value),
+    "gathered": parallel.gather({"process": jax.process_index(), "text": "x" * (5 * jax.process_index())}),
+    "broadcast": parallel.broadcast(["from", jax.process_index()]),
+    "moved": difference(parallel.to_host(moved), parallel.to_host(params)),
+    "addressable": params["layers"]["q"].is_fully_addressable,
+}
+np.savez(folder / f"grad{sys.argv[1]}.npz", *jax.tree.leaves(parallel.to_host(grad)))
+print(json.dumps(result))

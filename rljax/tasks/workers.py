@@ -99,8 +99,9 @@ def _close(workers: list[_Worker]) -> None:
 class WorkerPool:
     """`size` processes that hold `functions`, which must be picklable: module-level functions, or objects of such.
 
-    Starts all workers and waits until they stand; a function's method `warm_up`, if it has one, is called in each. Raises ValueError if a function cannot be pickled or does not load
-    in a worker. Use as a context manager, or `close()`; not for several threads at once.
+    Starts all workers and waits until they stand; a function's method `warm_up`, if it has one, is called in each.
+    Raises ValueError if a function does not load in a worker. Use as a context manager, or `close()`; not for several
+    threads at once.
     """
 
     def __init__(self, functions: Sequence[Callable[[Any], Any]], size: int, *, start_timeout_s: float = 60.0):
@@ -147,8 +148,8 @@ class WorkerPool:
         replies: dict[int, Reply] = {}
         try:
             while len(replies) < len(jobs):
-                for worker in self._workers:
-                    while waiting and worker.ready and worker.job is None:
+                for worker in list(self._workers):
+                    if worker.ready and worker.job is None:
                         self._assign(worker, waiting, jobs, replies)
                 if len(replies) < len(jobs):
                     replies.update(self._wait())
@@ -159,18 +160,20 @@ class WorkerPool:
         return [replies[i] for i in range(len(jobs))]
 
     def _assign(self, worker: _Worker, waiting: deque[int], jobs: Sequence[Job], replies: dict[int, Reply]) -> None:
-        index = waiting.popleft()
-        try:
-            message = pickle.dumps(tuple(jobs[index]))
-        except Exception:  # whatever a value's own pickling raises
-            replies[index] = Reply(RAISED, traceback.format_exc())
-            return
-        try:
-            worker.connection.send_bytes(message)
-        except OSError:  # it died while idle: not this job's fault
-            waiting.appendleft(index)
-            self._replace(worker)
-        else:
+        """Give the worker the first waiting job that can be sent."""
+        while waiting and worker.job is None:
+            index = waiting.popleft()
+            try:
+                message = pickle.dumps(tuple(jobs[index]))
+            except Exception:  # whatever a value's own pickling raises
+                replies[index] = Reply(RAISED, traceback.format_exc())
+                continue
+            try:
+                worker.connection.send_bytes(message)
+            except OSError:  # it died while idle: not this job's fault
+                waiting.appendleft(index)
+                self._replace(worker)
+                return
             worker.job, worker.deadline = index, time.monotonic() + jobs[index].timeout_s
 
     def _wait(self, first_start: bool = False) -> list[tuple[int, Reply]]:

@@ -5,6 +5,7 @@ padding) take no part in any statistic. A result is 0 off `action_mask` and for 
 for differentiation. A group of equal rewards gives exactly 0, unless a function says otherwise.
 """
 
+import dataclasses
 from collections.abc import Callable
 
 import jax
@@ -31,7 +32,7 @@ def group_normalized(*, epsilon: float = 1e-6) -> AdvantageFn:
 
     def advantages(batch: RolloutBatch) -> Float[Array, "B T"]:
         std = segment_std(batch.reward, batch.group_id, batch.is_valid, ddof=1)
-        return _on_tokens(_centered(batch) / (std[jnp.asarray(batch.group_id)] + epsilon), batch)
+        return _on_tokens(_centered(batch, batch.group_id) / (std[jnp.asarray(batch.group_id)] + epsilon), batch)
 
     return advantages
 
@@ -40,7 +41,7 @@ def group_centered() -> AdvantageFn:
     """`R - mean` of the group (Dr.GRPO, 2503.20783)."""
 
     def advantages(batch: RolloutBatch) -> Float[Array, "B T"]:
-        return _on_tokens(_centered(batch), batch)
+        return _on_tokens(_centered(batch, batch.group_id), batch)
 
     return advantages
 
@@ -50,7 +51,7 @@ def leave_one_out() -> AdvantageFn:
 
     def advantages(batch: RolloutBatch) -> Float[Array, "B T"]:
         count = segment_count(batch.group_id, batch.is_valid)[jnp.asarray(batch.group_id)]
-        return _on_tokens(_centered(batch) * (count / jnp.maximum(count - 1, 1)), batch)
+        return _on_tokens(_centered(batch, batch.group_id) * count / jnp.maximum(count - 1, 1), batch)
 
     return advantages
 
@@ -62,7 +63,8 @@ def group_centered_whitened(*, epsilon: float = 1e-8) -> AdvantageFn:
     """
 
     def advantages(batch: RolloutBatch) -> Float[Array, "B T"]:
-        return _constant(masked_whiten(_on_tokens(_centered(batch), batch), _valid_tokens(batch), epsilon=epsilon))
+        centered = _on_tokens(_centered(batch, batch.group_id), batch)
+        return _constant(masked_whiten(centered, _valid_tokens(batch), epsilon=epsilon))
 
     return advantages
 
@@ -84,7 +86,7 @@ def batch_centered() -> AdvantageFn:
 
     def advantages(batch: RolloutBatch) -> Float[Array, "B T"]:
         everyone = jnp.zeros_like(jnp.asarray(batch.group_id))
-        return _on_tokens(_centered(batch.replace(group_id=everyone)), batch)
+        return _on_tokens(_centered(batch, everyone), batch)
 
     return advantages
 
@@ -100,7 +102,8 @@ def kl_in_reward(advantage_fn: AdvantageFn, *, kl_coef: float) -> AdvantageFn:
         if kl_coef == 0:
             return advantage_fn(batch)
         kl = masked_sum(_token_k1(batch), _valid_tokens(batch), axis=1)
-        return advantage_fn(batch.replace(reward=as_float(batch.reward) - kl_coef * kl))
+        shaped = as_float(batch.reward) - kl_coef * kl
+        return advantage_fn(dataclasses.replace(batch, reward=shaped))  # type: ignore[type-var]
 
     return advantages
 
@@ -131,11 +134,10 @@ def _valid_tokens(batch: RolloutBatch) -> Array:
     return jnp.asarray(batch.action_mask) & jnp.asarray(batch.is_valid)[:, None]
 
 
-def _centered(batch: RolloutBatch) -> Array:
+def _centered(batch: RolloutBatch, group_id: ArrayLike) -> Array:
     """`R - mean` of the group, [B]; 0 for rows that are not valid."""
-    group_id = jnp.asarray(batch.group_id)
-    mean = segment_mean(batch.reward, group_id, batch.is_valid)
-    return jnp.where(batch.is_valid, as_float(batch.reward) - mean[group_id], 0)
+    mean = segment_mean(batch.reward, group_id, batch.is_valid)[jnp.asarray(group_id)]
+    return jnp.where(batch.is_valid, as_float(batch.reward) - mean, 0)
 
 
 def _on_tokens(row_values: ArrayLike, batch: RolloutBatch) -> Array:

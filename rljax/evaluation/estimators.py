@@ -6,13 +6,16 @@ Everything is per problem; a benchmark's value is the mean over problems, the sa
 import math
 from collections import Counter
 from collections.abc import Hashable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
+
+Counts = int | np.integer | Sequence[int] | NDArray[Any]
+Values = Sequence[Any] | NDArray[Any]
 
 
-def pass_at_k(n: ArrayLike, c: ArrayLike, k: int) -> NDArray[np.float64]:
+def pass_at_k(n: Counts, c: Counts, k: int) -> NDArray[np.float64]:
     """Unbiased pass@k `1 - C(n - c, k) / C(n, k)` of problems with `c` correct among `n` samples (2107.03374).
 
     `n` and `c` broadcast; a scalar result is a 0-d array. Exactly 0 for c = 0 and exactly 1 for n - c < k. With n = k
@@ -30,13 +33,13 @@ def pass_at_k(n: ArrayLike, c: ArrayLike, k: int) -> NDArray[np.float64]:
     return np.asarray(np.where(n - c < k, 1.0, 1.0 - product), np.float64)
 
 
-def all_at_k(n: ArrayLike, c: ArrayLike, k: int) -> NDArray[np.float64]:
+def all_at_k(n: Counts, c: Counts, k: int) -> NDArray[np.float64]:
     """`C(c, k) / C(n, k)`: the chance that all of k samples are correct. Arguments and errors as `pass_at_k`."""
     n, c = np.broadcast_arrays(np.asarray(n), np.asarray(c))
-    return 1.0 - pass_at_k(n, n - c, k)
+    return np.asarray(1.0 - pass_at_k(n, n - c, k))
 
 
-def avg_at_k(correct: ArrayLike, k: int | None = None) -> NDArray[np.float64]:
+def avg_at_k(correct: Values, k: int | None = None) -> NDArray[np.float64]:
     """Mean over the first `k` samples (all by default) of `correct` [N, n]: an estimate of pass@1 per problem, [N].
 
     Raises ValueError for k outside [1, n].
@@ -78,14 +81,14 @@ def maj_at_k(answers: Sequence[Hashable | None], gold: Hashable, k: int) -> floa
     return float(min(expected / _binomial(n, p)[k], 1.0))
 
 
-def standard_error(values: ArrayLike) -> float:
+def standard_error(values: Values) -> float:
     """`std / sqrt(N)` of values per problem [N], ddof 1; NaN for a single problem, whose spread is unknown."""
     values = np.asarray(values, np.float64)
     return float(values.std(ddof=1) / math.sqrt(len(values))) if len(values) > 1 else math.nan
 
 
 def bootstrap_interval(
-    values: ArrayLike, *, confidence: float = 0.95, resamples: int = 10_000, seed: int = 0
+    values: Values, *, confidence: float = 0.95, resamples: int = 10_000, seed: int = 0
 ) -> tuple[float, float]:
     """Percentile interval of the mean of values per problem [N], from resampled problems; the same for the same seed.
 
@@ -114,7 +117,7 @@ class Difference(NamedTuple):
 
 
 def paired_difference(
-    after: ArrayLike, before: ArrayLike, *, confidence: float = 0.95, resamples: int = 10_000, seed: int = 0
+    after: Values, before: Values, *, confidence: float = 0.95, resamples: int = 10_000, seed: int = 0
 ) -> Difference:
     """`after - before` of the same problems in the same order, [N] each. Raises ValueError for unequal shapes."""
     after, before = np.asarray(after, np.float64), np.asarray(before, np.float64)
@@ -129,9 +132,7 @@ def _check_counts(n: NDArray, c: NDArray, k: int) -> None:
     if k < 1:
         raise ValueError(f"k={k} must be at least 1")
     if n.size and k > n.min():
-        raise ValueError(
-            f"pass@{k} needs at least {k} samples of every problem, one has {n.min()}; draw more or lower k"
-        )
+        raise ValueError(f"k={k} needs at least {k} samples of every problem, one has {n.min()}; draw more or lower k")
     if np.any((c < 0) | (c > n)):
         raise ValueError(f"correct counts must lie within [0, n]; got c from {c.min()} to {c.max()}")
 

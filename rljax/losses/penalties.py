@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from rljax.losses.ratios import log_difference, token_ratio
+from rljax.ops import as_float
 from rljax.types import ArrayLike, Rows
 
 MAX_K3 = 10.0
@@ -31,22 +32,23 @@ PenaltyFn = Callable[[Array, Array, Rows], Penalty]
 """(logprobs [B, T], entropies [B, T], rows) -> Penalty."""
 
 
-def k1(l: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+def k1(l: Float[ArrayLike, "*shape"]) -> Float[Array, "*shape"]:
     """`l`: unbiased, may be negative. As a loss on-policy its expected gradient is 0; use it in the reward."""
-    return l
+    return as_float(l)
 
 
-def k2(l: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+def k2(l: Float[ArrayLike, "*shape"]) -> Float[Array, "*shape"]:
     """`l^2 / 2`: biased value, whose on-policy gradient is that of the reverse KL(policy || ref)."""
-    return jnp.square(l) / 2
+    return jnp.square(as_float(l)) / 2
 
 
-def k3(l: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+def k3(l: Float[ArrayLike, "*shape"]) -> Float[Array, "*shape"]:
     """`exp(-l) + l - 1`, at most 10: unbiased and not negative; its on-policy gradient is that of KL(ref || policy)."""
+    l = as_float(l)
     return jnp.minimum(jnp.exp(-l) + l - 1, MAX_K3)
 
 
-def k3_plus(l: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+def k3_plus(l: Float[ArrayLike, "*shape"]) -> Float[Array, "*shape"]:
     """The value of `k3` with the gradient of `k2` (straight-through)."""
     gradient = k2(l)
     return gradient + jax.lax.stop_gradient(k3(l) - gradient)

@@ -1,5 +1,6 @@
 """The policy loss, composed of functions."""
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -97,7 +98,8 @@ def _without_garbage(rows: Rows) -> Rows:
     def clean(x: ArrayLike) -> Array:
         return jax.lax.stop_gradient(_masked(x, jnp.asarray(rows.loss_mask)))
 
-    return rows.replace(
+    return dataclasses.replace(  # type: ignore[type-var]
+        rows,
         loss_weights=clean(rows.loss_weights),
         advantages=clean(rows.advantages),
         behavior_logprobs=clean(rows.behavior_logprobs),

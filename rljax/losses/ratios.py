@@ -1,6 +1,6 @@
 """Importance ratios of the current policy, `[B, T]`: functions of (logprobs, rows).
 
-Every log difference is masked first and clamped to +-20, so that no ratio overflows; beyond the clamp the gradient is 0.
+Every log difference is masked first and clamped to +-20, so that no ratio overflows; beyond it the gradient is 0.
 """
 
 from collections.abc import Callable
@@ -44,9 +44,10 @@ def sequence_ratio(logprobs: Float[ArrayLike, "B T"], rows: Rows) -> Float[Array
 
 
 def sequence_token_ratio(logprobs: Float[ArrayLike, "B T"], rows: Rows) -> Float[Array, "B T"]:
-    """`sg(s) * exp(lp - sg(lp))`: the value of `sequence_ratio`, each token's gradient its own (GSPO-token, 2507.18071).
+    """`sg(s) * exp(lp - sg(lp))`: the value of `sequence_ratio`, to each token its own gradient.
 
-    With one advantage per row and equal weights within a row, value and gradient equal those of `sequence_ratio`.
+    GSPO-token, 2507.18071. With one advantage per row and equal weights within a row, value and gradient equal those of
+    `sequence_ratio`.
     """
     difference = log_difference(logprobs, rows.old_logprobs, rows.loss_mask)
     mean = masked_mean(difference, rows.loss_mask, axis=1, keepdims=True)

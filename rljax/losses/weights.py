@@ -1,9 +1,9 @@
 """Constant multipliers of the token loss for data that another policy sampled: importance weights
 `rho = exp(lp_old - lp_behavior)`.
 
-Factories of functions (logprobs, rows) -> [B, T]; `policy_loss` stops their gradient. The denominator of the aggregation
-stays the original token count, so that rejecting data does not raise the step size of the rest. Products over rows much
-beyond a thousand tokens are nearly always extreme: take token weights there.
+Factories of functions (logprobs, rows) -> [B, T]; `policy_loss` stops their gradient. The denominator of the
+aggregation stays the original token count, so that rejecting data does not raise the step size of the rest. Products
+over rows much beyond a thousand tokens are nearly always extreme: take token weights there.
 """
 
 from collections.abc import Callable
@@ -25,7 +25,7 @@ def behavior_weights(rows: Rows) -> Float[Array, "B T"]:
 
 
 def sequence_behavior_weights(rows: Rows) -> Float[Array, "B T"]:
-    """`prod_t rho` of the row, on each of its tokens; the log of the product is clamped to +-20 like that of a token."""
+    """`prod_t rho` of the row, on each of its tokens; the log of the product is clamped to +-20."""
     difference = log_difference(rows.old_logprobs, rows.behavior_logprobs, rows.loss_mask)
     total = masked_sum(difference, rows.loss_mask, axis=1, keepdims=True)
     return jnp.broadcast_to(jnp.exp(jnp.clip(total, -20, 20)), difference.shape)

@@ -1,0 +1,123 @@
+"""How fast we update, beside PyTorch and Tunix: one policy-gradient step on 8 rows.
+
+    python benchmarks/train_step.py --preset=full --json=train_step.json
+
+`full` is the 57.9M Llama in float32. The 8 rows are 64-token completions of one 512-token prompt, and the loss is on
+the completions: token mean of the clipped surrogate on-policy, gradient clipped by its global norm, Adam. `step` shares
+nothing (8 x 576 tokens, as the rivals compute it); `group_step` packs the rows with the prompt computed once. Loss and
+gradient norm of the first step must be the same for everybody. PyTorch computes logits of the completions alone, or of
+all positions; the faster form is the denominator. `small` and `gpu` as in rollout.py.
+"""
+
+import numpy as np
+from _common import (
+    QWEN3_0P6B,
+    QWEN3_TINY,
+    SETTING_A,
+    TINY,
+    Cost,
+    finish,
+    has_gpu,
+    measure,
+    parse_arguments,
+    random_prompts,
+    result,
+    write_model,
+)
+from _environments import CORES
+
+SIZES = {
+    "small": dict(rows=4, prompt=48, completion=16, packed_rows=4),
+    "full": dict(rows=8, prompt=512, completion=64, packed_rows=8),
+    "gpu": dict(rows=32, prompt=1024, completion=512, packed_rows=8),
+}
+
+
+def group_rows(shape, size) -> list[list[int]]:
+    """Completions of one prompt that differ in their first token."""
+    prompt = random_prompts(shape, 1, size["prompt"], 1)[0]
+    rng = np.random.default_rng(2)
+    answers = rng.integers(3, shape["vocab_size"], (size["rows"], size["completion"]))
+    answers[:, 0] = 3 + np.arange(size["rows"])
+    return [prompt + answer for answer in answers.tolist()]
+
+
+def limits(shape, size, host) -> dict[str, float]:
+    """Seconds that forward, backward (twice the forward) and Adam would need at the machine's measured rates."""
+    cost = Cost(shape, 4)
+    rows, prompt, completion = size["rows"], size["prompt"], size["completion"]
+    length, scored = prompt + completion, rows * completion
+    own = completion * prompt + completion * (completion + 1) / 2
+    return {
+        "step": cost.update_seconds(rows * length, rows * length * (length + 1) / 2, scored, host),
+        "group_step": cost.update_seconds(
+            prompt + rows * completion, prompt * (prompt + 1) / 2 + rows * own, scored, host
+        ),
+    }
+
+
+def check_same_work(found, tolerance: float) -> None:
+    """The first step of everybody has the loss and gradient norm of our flat step."""
+    wanted = found.answers["rljax", "step"][0]
+    for (who, task), answers in found.answers.items():
+        for key in ("loss", "grad_norm"):
+            off = abs(answers[0][key] - wanted[key]) / max(abs(wanted[key]), 1e-3)
+            if not off <= tolerance:
+                print(f"note: {key} of {who} {task} is {answers[0][key]:.6g}, ours {wanted[key]:.6g}")
+
+
+def main() -> None:
+    arguments = parse_arguments(__doc__.splitlines()[0], rivals=("hf", "tunix"))
+    on_gpu = arguments.preset == "gpu" and has_gpu()
+    size = SIZES["small" if arguments.preset == "gpu" and not on_gpu else arguments.preset]
+    shapes = {"small": TINY, "full": SETTING_A, "gpu": QWEN3_0P6B if on_gpu else QWEN3_TINY}
+    shape, dtype = shapes[arguments.preset], "bfloat16" if arguments.preset == "gpu" else "float32"
+    advantages = np.random.default_rng(3).standard_normal(size["rows"])
+    job = {
+        "model": write_model(shape),
+        "model_shape": shape,
+        "dtype": dtype,
+        "param_dtype": "float32",
+        "threads": CORES,
+        "device": "cuda" if on_gpu else "cpu",
+        "rows": group_rows(shape, size),
+        "prompt_length": size["prompt"],
+        "packed_rows": size["packed_rows"],
+        "advantages": advantages.tolist(),
+        "clip": 0.2,
+        "learning_rate": 1e-6,
+        "remat": on_gpu,
+        "variables": {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.45"} if on_gpu else {},
+    }
+    tasks = {
+        "rljax": ["step", "group_step"],
+        "hf": ["step", "step_all_logits"],
+        "hf_here": ["step"] if on_gpu else ["step", "step_all_logits"],
+        "tunix": ["step"],
+    }
+    workers = ("rljax", *arguments.rivals)
+    found, host = measure({name: job for name in workers}, tasks, arguments.repeats)
+    check_same_work(found, 2e-2 if dtype == "bfloat16" else 1e-3)
+    tokens = size["rows"] * (size["prompt"] + size["completion"])
+    limit = limits(shape, size, host)
+    limit["step_all_logits"] = limit["step"]
+    results = [
+        result(found, who, task, tokens=tokens, limit_seconds=limit[task]) for who in workers for task in tasks[who]
+    ]
+    for line in filter(None, results):
+        first = found.answers[line["who"], line["name"]][0]
+        line |= {key: first[key] for key in ("loss", "grad_norm")}
+    torch = "hf_here" if arguments.preset == "gpu" else "hf"
+    step, group = found.median("rljax", "step"), found.median("rljax", "group_step")
+    ratios = {
+        "step_vs_tunix": found.ratio("tunix", step, "step"),
+        "step_vs_torch": found.ratio(torch, step, "step", "step_all_logits"),
+        "group_step_vs_torch": found.ratio(torch, group, "step", "step_all_logits"),
+        "group_step_vs_step": found.ratio("rljax", group, "step"),
+    }
+    setting = {"model": shape, "dtype": dtype, **size, "versions": found.versions}
+    finish("train_step", arguments, host, setting, results, ratios, found.missing)
+
+
+if __name__ == "__main__":
+    main()

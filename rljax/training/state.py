@@ -117,7 +117,7 @@ def abstract_state(
 
     Without a mesh everything lies on the first device.
     """
-    state = jax.eval_shape(lambda p: create_state(p, optimizer, reference=reference), abstract_params(config))
+    state = _abstract_arrays(config, optimizer, reference)
     where = state_shardings(config, optimizer, reference=reference, mesh=mesh, rules=rules)
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, where)
 
@@ -146,10 +146,18 @@ def state_shardings(
         by_param,
         transform_non_params=lambda _: everywhere,
     )
-    return TrainState(
-        params=by_param,
-        opt_state=opt_state,
-        step=everywhere,
-        skipped=everywhere,
-        ref_params=by_param if reference else None,
+    fields = {"params": by_param, "opt_state": opt_state, "step": everywhere, "skipped": everywhere}
+    if reference:
+        fields["ref_params"] = by_param
+    by_path = {_name(path): sharding for path, sharding in jax.tree_util.tree_leaves_with_path(fields)}
+    return jax.tree_util.tree_map_with_path(
+        lambda path, _: by_path[_name(path)], _abstract_arrays(config, optimizer, reference)
     )
+
+
+def _abstract_arrays(config: DecoderConfig, optimizer: optax.GradientTransformation, reference: bool) -> TrainState:
+    return jax.eval_shape(lambda p: create_state(p, optimizer, reference=reference), abstract_params(config))
+
+
+def _name(path: Any) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator="/")

@@ -1,0 +1,135 @@
+"""Metrics to files: JSONL and TensorBoard always, Weights & Biases if asked; and the time of each phase."""
+
+import contextlib
+import json
+import math
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+
+class MetricsWriter:
+    """Appends one line a step to `folder/metrics.jsonl`, the same to TensorBoard in `folder/tensorboard`, and to W&B
+    when `wandb_project` is named (the extra `wandb`).
+
+    Lines are flushed at once. Lines of steps after `resume_after` are dropped (0: all of them), so that a resumed run's
+    file goes on where its checkpoint was; TensorBoard is told to forget them too. Values that are not finite are written as strings.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        *,
+        resume_after: int = 0,
+        wandb_project: str = "",
+        run_name: str = "",
+        config: Mapping[str, Any] | None = None,
+    ):
+        from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+        from tensorboard.summary.writer.event_file_writer import EventFileWriter
+
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        self.path = folder / "metrics.jsonl"
+        truncate_jsonl(self.path, resume_after)
+        self._file = self.path.open("a", encoding="utf-8")
+        self._events = EventFileWriter(str(folder / "tensorboard"))
+        if resume_after:
+            start = SessionLog(status=SessionLog.START)
+            self._events.add_event(Event(wall_time=time.time(), step=resume_after + 1, session_log=start))
+        self._wandb = None
+        if wandb_project:
+            import wandb
+
+            self._wandb = wandb.init(
+                project=wandb_project,
+                name=run_name or None,
+                id=_run_id(folder),
+                resume="allow",
+                dir=str(folder),
+                config=dict(config or {}),
+            )
+
+    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+        """One line for `step`, keys sorted."""
+        from tensorboard.compat.proto.event_pb2 import Event
+        from tensorboard.compat.proto.summary_pb2 import Summary
+
+        values = {name: float(value) for name, value in sorted(metrics.items())}
+        self._file.write(json.dumps({"step": step} | {k: _json_number(v) for k, v in values.items()}) + "\n")
+        self._file.flush()
+        summary = Summary(value=[Summary.Value(tag=name, simple_value=value) for name, value in values.items()])
+        self._events.add_event(Event(wall_time=time.time(), step=step, summary=summary))
+        self._events.flush()
+        if self._wandb is not None:
+            self._wandb.log(values, step=step)
+
+    def close(self) -> None:
+        self._file.close()
+        self._events.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+
+
+def _run_id(folder: Path) -> str:
+    """A W&B id that a resumed run finds again."""
+    file = folder / "wandb_id"
+    if not file.exists():
+        file.write_text(f"{time.time_ns():x}")
+    return file.read_text().strip()
+
+
+def _json_number(value: float) -> float | str:
+    return value if math.isfinite(value) else str(value)
+
+
+def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
+    """The lines of a JSONL file; a last line that a kill cut off is left out. Missing files are empty."""
+    path = Path(path)
+    if not path.exists():
+        return []
+    lines = path.read_text(encoding="utf-8").split("\n")
+    return [json.loads(line) for line in lines[:-1] if line]
+
+
+def truncate_jsonl(path: str | Path, last_step: int) -> None:
+    """Drops the lines of steps after `last_step`, and a line cut off by a kill. The file is replaced in one move."""
+    path = Path(path)
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").split("\n")[:-1]:
+        if line and json.loads(line)["step"] <= last_step:
+            kept.append(line + "\n")
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("".join(kept), encoding="utf-8")
+    temporary.replace(path)
+
+
+class PhaseTimer:
+    """Seconds by phase of a step: `with timer("sample"): ...`. Phases may repeat; they add up.
+
+    A phase that dispatches device work must wait for it inside, or the next phase is charged.
+    """
+
+    def __init__(self):
+        self.seconds: dict[str, float] = {}
+        self._start = time.perf_counter()
+
+    @contextlib.contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start
+
+    @property
+    def total(self) -> float:
+        """Seconds since the timer was made."""
+        return time.perf_counter() - self._start
+
+    def metrics(self) -> dict[str, float]:
+        """`time/<phase>_s` for each phase, and `time/total_s`."""
+        return {f"time/{phase}_s": seconds for phase, seconds in self.seconds.items()} | {"time/total_s": self.total}

@@ -1,0 +1,259 @@
+"""The folder of a run: what it was, what it did, and where it can go on."""
+
+import importlib.metadata
+import json
+import platform
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+from tqdm import tqdm
+
+from rljax.parallel import barrier, is_main_process
+from rljax.training.metrics import MetricsWriter, read_jsonl
+
+PACKAGES = ("rljax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "transformers", "reasoning-gym")
+
+
+class RunFolder:
+    """`config.json`, `versions.json`, `metrics.jsonl`, `tensorboard/`, `rollouts/`, `evaluations/`, `checkpoints/` and
+    `learning_curve.png` under one path.
+
+    A context manager. Only the main process writes. `fresh` empties the folder first. Call `start` with the step that
+    a checkpoint gave (0 for a new run) before the first `log_step`: what was written after that step is dropped, and
+    written again.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        config: Mapping[str, Any] | None = None,
+        fresh: bool = False,
+        total_steps: int | None = None,
+        wandb_project: str = "",
+    ):
+        self.path = Path(path).absolute()
+        self.config = dict(config or {})
+        self.total_steps = total_steps or self.config.get("steps")
+        self._wandb = wandb_project or (self.config.get("log") or {}).get("wandb_project", "")
+        self._writer: MetricsWriter | None = None
+        self._bar: tqdm | None = None
+        if not is_main_process():
+            barrier("run folder")
+            return
+        if self.path.exists() and not self.path.is_dir():
+            raise ValueError(f"workdir {self.path} is a file; name a folder")
+        if fresh and self.path.exists():
+            self._empty()
+        for name in ("rollouts", "evaluations", "checkpoints"):
+            (self.path / name).mkdir(parents=True, exist_ok=True)
+        self.write_json(self.path / "config.json", self.config)
+        self.write_json(self.path / "versions.json", versions())
+        barrier("run folder")
+
+    def _empty(self) -> None:
+        """Removes what a run writes; anything else in the folder stays."""
+        for name in ("rollouts", "evaluations", "checkpoints", "checkpoints_unreadable", "tensorboard", "wandb"):
+            shutil.rmtree(self.path / name, ignore_errors=True)
+        for name in ("config.json", "versions.json", "metrics.jsonl", "summary.json", "learning_curve.png", "wandb_id"):
+            (self.path / name).unlink(missing_ok=True)
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    def evaluation_file(self, step: int) -> Path:
+        """Where the evaluation of `step` is kept."""
+        return self.path / "evaluations" / f"step_{step:06d}.json"
+
+    def start(self, step: int) -> None:
+        """Opens the logs to go on after `step`."""
+        if not is_main_process():
+            return
+        for file in self._later(self.path / "rollouts", step) + self._later(self.path / "evaluations", step):
+            file.unlink()
+        self._writer = MetricsWriter(
+            self.path,
+            resume_after=step,
+            wandb_project=self._wandb,
+            run_name=str(self.config.get("name", "")),
+            config=self.config,
+        )
+        self._bar = tqdm(total=self.total_steps, initial=step, unit="step", dynamic_ncols=True)
+
+    @staticmethod
+    def _later(folder: Path, step: int) -> list[Path]:
+        return [file for file in folder.glob("step_*.json*") if int(file.stem.split("_")[1]) > step]
+
+    def log_step(self, step: int, metrics: Mapping[str, float], records: Iterable[Mapping[str, Any]] = ()) -> None:
+        """Metrics of the step that brought the count to `step`, and its rollouts, one JSON line each."""
+        if not is_main_process():
+            return
+        if self._writer is None:
+            raise RuntimeError("RunFolder.start(step) must be called before log_step")
+        records = list(records)
+        if records:  # before the metrics, so that a line of metrics tells that the rollouts are whole
+            lines = "".join(json.dumps(record, ensure_ascii=False, default=_plain) + "\n" for record in records)
+            (self.path / "rollouts" / f"step_{step:06d}.jsonl").write_text(lines, encoding="utf-8")
+        self._writer.write(step, metrics)
+        if self._bar is not None:
+            self._bar.n = step
+            self._bar.set_postfix_str(progress_line(metrics))
+
+    def progress(self, label: str, done: int, total: int, metrics: Mapping[str, Any]) -> None:
+        """A bar for work outside the loop, such as the supervised warm-up."""
+        if not is_main_process():
+            return
+        if self._bar is None or self._bar.desc != f"{label}: ":
+            self._close_bar()
+            self._bar = tqdm(total=total, desc=label, unit="step", dynamic_ncols=True)
+        self._bar.n = done
+        self._bar.set_postfix_str(progress_line(metrics))
+        if done >= total:
+            self._close_bar()
+            if self._writer is not None:
+                self._bar = tqdm(total=self.total_steps, unit="step", dynamic_ncols=True)
+
+    def write_json(self, file: str | Path, content: Any) -> Path:
+        """Writes JSON in one move, so that a kill leaves the old file or the new one. Returns the path."""
+        file = self.path / file
+        if is_main_process():
+            file.parent.mkdir(parents=True, exist_ok=True)
+            temporary = file.with_name(file.name + ".tmp")
+            temporary.write_text(
+                json.dumps(content, indent=2, ensure_ascii=False, default=_plain) + "\n", encoding="utf-8"
+            )
+            temporary.replace(file)
+        return file
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """The lines of metrics so far."""
+        return read_jsonl(self.path / "metrics.jsonl")
+
+    def plot(self, held_out: Sequence[tuple[int, float]] = ()) -> Path:
+        """Draws `learning_curve.png`; `held_out` are (step, score) pairs."""
+        file = self.path / "learning_curve.png"
+        if is_main_process():
+            plot_learning_curve(file, self.metrics(), held_out, title=str(self.config.get("name", self.path.name)))
+        return file
+
+    def close(self) -> None:
+        self._close_bar()
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None
+
+    def _close_bar(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+
+    def __enter__(self) -> "RunFolder":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _plain(value: Any) -> Any:
+    """numpy and paths as JSON."""
+    return value.tolist() if hasattr(value, "tolist") else str(value)
+
+
+_PROGRESS = {
+    "reward": ("rollout/reward_mean", "{:.3f}"),
+    "length": ("rollout/length_mean", "{:.1f}"),
+    "kl": ("loss/approx_kl", "{:.1e}"),
+    "entropy": ("rollout/entropy", "{:.2f}"),
+    "nll": ("loss/nll", "{:.3f}"),
+    "tok/s": ("time/tokens_per_s", "{:.0f}"),
+}
+
+
+def progress_line(metrics: Mapping[str, Any]) -> str:
+    """Reward, length, KL, entropy and tokens/s, those of them that there are."""
+    present = {name: (key, form) for name, (key, form) in _PROGRESS.items() if key in metrics}
+    return " ".join(f"{name}={form.format(float(metrics[key]))}" for name, (key, form) in present.items())
+
+
+def versions() -> dict[str, Any]:
+    """Python, platform, devices, package versions and the git revision of the source (with `+` when it is changed)."""
+    found = {}
+    for package in PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "command": sys.argv,
+        "devices": [f"{d.platform}:{d.device_kind}" for d in jax.devices()],
+        "processes": jax.process_count(),
+        "git": git_revision(),
+        "packages": found,
+    }
+
+
+def git_revision() -> str | None:
+    """The commit of the checkout that this package runs from; None outside of one."""
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(Path(__file__).parent), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+
+    try:
+        return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def plot_learning_curve(
+    file: str | Path,
+    metrics: Sequence[Mapping[str, Any]],
+    held_out: Sequence[tuple[int, float]] = (),
+    *,
+    title: str = "",
+) -> None:
+    """A picture of reward and held-out score, completion length, and entropy by step."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(12, 3.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(1, 3)
+    panels = [
+        ("reward", {"sampled, training prompts": "rollout/reward_mean"}),
+        ("completion length (tokens)", {"": "rollout/length_mean"}),
+        ("entropy (nats per token)", {"": "rollout/entropy"}),
+    ]
+    for axis, (name, curves) in zip(axes, panels, strict=True):
+        for label, key in curves.items():
+            points = [(m["step"], m[key]) for m in metrics if isinstance(m.get(key), (int, float))]
+            if points:
+                x, y = zip(*points, strict=True)
+                noisy = len(y) >= 10
+                axis.plot(x, y, color="tab:blue", alpha=0.35 if noisy else 1.0, label=None if noisy else label or None)
+                if noisy:
+                    axis.plot(x, _smooth(y), color="tab:blue", label=(label + " (smoothed)") if label else None)
+        axis.set(title=name, xlabel="step")
+        axis.grid(alpha=0.3)
+    if held_out:
+        axes[0].plot(*zip(*sorted(held_out), strict=True), "o-", color="tab:orange", label="held-out problems")
+    if axes[0].get_legend_handles_labels()[0]:
+        axes[0].legend(fontsize=8)
+    if title:
+        figure.suptitle(title)
+    figure.savefig(file, dpi=110)
+
+
+def _smooth(values: Sequence[float], width: int = 5) -> list[float]:
+    """Centred running mean over up to `2 * (width // 2) + 1` points."""
+    half = width // 2
+    windows = [values[max(0, i - half) : i + half + 1] for i in range(len(values))]
+    return [sum(w) / len(w) for w in windows]

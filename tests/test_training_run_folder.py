@@ -1,0 +1,101 @@
+"""The run folder: files that can be read while a run goes on, and that a resumed run continues."""
+
+import json
+
+import numpy as np
+import pytest
+
+from rljax.training import MetricsWriter, PhaseTimer, RunFolder, read_jsonl
+from rljax.training.run_folder import progress_line
+
+
+def write(folder, steps, start):
+    with RunFolder(folder, config={"name": "test", "steps": 10}) as run:
+        run.start(start)
+        for step in steps:
+            records = [{"text": "é", "tokens": np.arange(2), "reward": np.float32(1)}]
+            run.log_step(step, {"rollout/reward_mean": step / 10, "loss/total": float("nan")}, records)
+            run.write_json(run.evaluation_file(step), {"score": step})
+
+
+def test_a_resumed_run_continues_its_files(tmp_path):
+    write(tmp_path / "whole", range(1, 9), 0)
+    write(tmp_path / "cut", range(1, 7), 0)
+    with (tmp_path / "cut" / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 7, "rollout/rew')  # cut off by a kill
+    write(tmp_path / "cut", range(5, 9), 4)
+    for name in ("metrics.jsonl", *(f"rollouts/step_{s:06d}.jsonl" for s in range(1, 9))):
+        assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    lines = read_jsonl(tmp_path / "cut" / "metrics.jsonl")
+    assert [line["step"] for line in lines] == list(range(1, 9)) and lines[0]["loss/total"] == "nan"
+    assert read_jsonl(tmp_path / "cut" / "rollouts" / "step_000001.jsonl")[0] == {
+        "text": "é",
+        "tokens": [0, 1],
+        "reward": 1.0,
+    }
+
+
+def test_what_was_written_after_the_checkpoint_is_dropped_at_once(tmp_path):
+    write(tmp_path, range(1, 7), 0)
+    with RunFolder(tmp_path) as run:
+        run.start(4)
+        assert [line["step"] for line in run.metrics()] == [1, 2, 3, 4]
+        assert not run.evaluation_file(5).exists() and run.evaluation_file(4).exists()
+        assert len(list((tmp_path / "rollouts").iterdir())) == 4
+
+
+def test_fresh_empties_what_a_run_writes_and_nothing_else(tmp_path):
+    write(tmp_path, range(1, 3), 0)
+    (tmp_path / "notes.txt").write_text("mine")
+    with RunFolder(tmp_path, fresh=True) as run:
+        run.start(0)
+        assert run.metrics() == [] and not list((tmp_path / "rollouts").iterdir())
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
+def test_tensorboard_reads_the_events(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    writer = MetricsWriter(tmp_path)
+    for step in (1, 2, 3):
+        writer.write(step, {"loss/total": 0.5 * step})
+    writer.close()
+    resumed = MetricsWriter(tmp_path, resume_after=2)
+    resumed.write(3, {"loss/total": 9.0})
+    resumed.close()
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert [(e.step, e.value) for e in events.Scalars("loss/total")] == [(1, 0.5), (2, 1.0), (3, 9.0)]
+
+
+def test_versions_and_config_are_recorded(tmp_path):
+    write(tmp_path, [1], 0)
+    versions = json.loads((tmp_path / "versions.json").read_text())
+    assert versions["packages"]["jax"] and versions["devices"] and versions["python"]
+    assert json.loads((tmp_path / "config.json").read_text()) == {"name": "test", "steps": 10}
+
+
+def test_the_picture_is_drawn(tmp_path):
+    write(tmp_path, range(1, 9), 0)
+    assert RunFolder(tmp_path).plot([(0, 0.1), (8, 0.9)]).read_bytes().startswith(b"\x89PNG")
+
+
+def test_log_step_before_start_says_what_was_forgotten(tmp_path):
+    with pytest.raises(RuntimeError, match="start"):
+        RunFolder(tmp_path).log_step(1, {})
+
+
+def test_a_file_is_no_folder(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="is a file"):
+        RunFolder(tmp_path / "file")
+
+
+def test_phases_add_up_and_the_progress_line_shows_what_there_is():
+    timer = PhaseTimer()
+    for _ in range(2):
+        with timer("sample"):
+            pass
+    metrics = timer.metrics()
+    assert 0 < metrics["time/sample_s"] < metrics["time/total_s"]
+    assert progress_line({"rollout/reward_mean": 0.5, "time/tokens_per_s": 812.3}) == "reward=0.500 tok/s=812"

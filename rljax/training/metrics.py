@@ -14,7 +14,8 @@ class MetricsWriter:
     when `wandb_project` is named (the extra `wandb`).
 
     Lines are flushed at once. Lines of steps after `resume_after` are dropped (0: all of them), so that a resumed run's
-    file goes on where its checkpoint was; TensorBoard is told to forget them too. Values that are not finite are written as strings.
+    file goes on where its checkpoint was; TensorBoard is told to forget them too. Values that are not
+    finite are written as strings.
     """
 
     def __init__(

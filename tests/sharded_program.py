@@ -9,7 +9,7 @@ import numpy as np
 
 from rljax.models import DecoderConfig, abstract_params, hidden_states, init_params, logits, unstack_layers
 from rljax.models.layout import param_shardings
-from rljax.parallel import DECODE_RULES, make_mesh, put_batch, replicated, reshard, use_mesh
+from rljax.parallel import DECODE_RULES, constrain, make_mesh, put_batch, replicated, reshard, use_mesh
 
 CONFIG = DecoderConfig(
     vocab_size=96, num_layers=2, embed_dim=32, num_heads=4, num_kv_heads=2, head_dim=8, mlp_dim=64, tied_embeddings=True
@@ -66,6 +66,11 @@ def on_meshes(shapes):
         }
     # the same jitted function outside a mesh afterwards is the unsharded one again
     found["after"] = {"loss": abs(float(step(params, data)[0][0] - want))}
+    # activations are split by their logical axes, whatever the layout of what they come from
+    mesh = make_mesh(2, 2, 2)
+    with use_mesh(mesh):
+        spread = jax.jit(lambda x: constrain(2 * x, ("batch", None, "mlp")))(jnp.ones((8, 3, 4)))
+    found["constrained"] = [*spread.addressable_shards[0].data.shape]
     # one prompt on many devices is legal: its dimension is left to the compiler
     mesh = make_mesh(1, 8, 1)
     with use_mesh(mesh):

@@ -41,7 +41,7 @@ CONFIGS = {
         qk_norm=True,
         num_kv_heads=1,
         rope_theta=100.0,
-        rope_scaling=RopeScaling(type="yarn", factor=4.0, original_max_position=16),
+        rope_scaling=RopeScaling(type="yarn", factor=4.0, original_max_position=256, beta_fast=8.0),
     ),
 }
 

@@ -24,6 +24,7 @@ from rljax.models import (
     load_model,
     save_hf,
 )
+from rljax.models.files import write_safetensors
 
 TINY = DecoderConfig(
     vocab_size=62, num_layers=3, embed_dim=24, num_heads=4, num_kv_heads=2, head_dim=8, mlp_dim=40, max_position=64
@@ -90,6 +91,15 @@ def test_files_equal_those_of_the_reference_library(dtype, tmp_path):
     save_file(tensors, tmp_path / "reference", metadata={"format": "pt"})
     assert (tmp_path / "reference").read_bytes() == (tmp_path / "model.safetensors").read_bytes()
     assert tensors["model.layers.2.mlp.down_proj.weight"].shape == (config.embed_dim, config.mlp_dim)
+
+
+def test_headers_of_every_length_are_padded_like_the_reference_library(tmp_path):
+    value = np.arange(6, dtype=np.float32).reshape(2, 3)
+    for length in range(1, 9):
+        name = "x" * length
+        write_safetensors(tmp_path / "ours", {name: (value.dtype, value.shape)}, lambda _: value)
+        save_file({name: value}, tmp_path / "reference", metadata={"format": "pt"})
+        assert (tmp_path / "ours").read_bytes() == (tmp_path / "reference").read_bytes()
 
 
 def test_exporting_over_another_export_leaves_nothing_of_it(folder):

@@ -51,6 +51,10 @@ def test_arrays_are_really_split(sharded, mesh):
     assert found["replicated"]
 
 
+def test_activations_are_split_by_their_logical_axes(sharded):
+    assert sharded["constrained"] == [2, 3, 2]
+
+
 def test_a_mesh_does_not_leak_into_calls_outside_it(sharded):
     assert sharded["after"]["loss"] == 0
 

@@ -1,0 +1,40 @@
+"""GRPO on SmolLM2-135M-Instruct, one-digit sums of reasoning-gym, on a 2-core CPU.
+
+    make quickstart
+    python launch/train.py --config=configs/quickstart.py --workdir=runs/quickstart
+
+Expected curve: TO BE MEASURED
+"""
+
+from rljax.algorithms import GRPO
+from rljax.config import (
+    CheckpointConfig,
+    Config,
+    EvaluationConfig,
+    PretrainedModel,
+    ReasoningGymData,
+    SamplingConfig,
+    UpdateConfig,
+)
+from rljax.training import OptimizerConfig
+
+
+def get_config() -> Config:
+    return Config(
+        name="quickstart",
+        steps=24,
+        prompts_per_step=8,
+        model=PretrainedModel(path="smollm2"),
+        data=ReasoningGymData(
+            task="chain_sum",
+            args={"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1},
+            size=2000,
+            test_size=56,
+        ),
+        algorithm=GRPO(group_size=8, kl_coef=0.0),
+        sampling=SamplingConfig(max_new_tokens=14, prompt_buckets=(64,)),
+        update=UpdateConfig(pack_length=512, packed_rows=1, head_chunk=512),
+        optimizer=OptimizerConfig(learning_rate=1e-5, weight_decay=0.0),
+        evaluation=EvaluationConfig(every=0, problems=56, samples=8),
+        checkpoint=CheckpointConfig(every=0),
+    )

@@ -1,0 +1,26 @@
+"""Supervised fine-tuning: next-token loss on the completions of a data set, prompts masked out.
+
+    python launch/sft.py --config=configs/sft_tiny.py --workdir=runs/sft
+    python launch/sft.py --config=configs/sft_tiny.py --workdir=runs/sft --config.warmup.optimizer.learning_rate=3e-4
+
+Steps, batch size and optimizer are those of config.warmup. The same command again resumes.
+"""
+
+from absl import flags
+from cli import define_config, launch
+
+_CONFIG = define_config("configs/sft_tiny.py")
+_WORKDIR = flags.DEFINE_string("workdir", None, "Run folder: config, metrics, checkpoints, curve, summary.")
+_FRESH = flags.DEFINE_bool("fresh", False, "Empty the run folder first instead of resuming from it.")
+
+
+def main() -> None:
+    from rljax import run
+
+    if _WORKDIR.value is None:
+        raise ValueError("--workdir is missing; name a folder for the run, e.g. --workdir=runs/sft")
+    run.supervise(_CONFIG.value, _WORKDIR.value, fresh=_FRESH.value)
+
+
+if __name__ == "__main__":
+    launch(main)

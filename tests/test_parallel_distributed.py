@@ -83,8 +83,8 @@ def test_an_export_from_two_processes_is_the_export_from_one(two_processes):
 def test_one_process_needs_no_start_up(monkeypatch):
     for name in ("RLJAX_COORDINATOR", "RLJAX_NUM_PROCESSES", "RLJAX_PROCESS_ID", "SLURM_STEP_NUM_TASKS"):
         monkeypatch.delenv(name, raising=False)
-    assert parallel.initialize() is False
-    assert parallel.initialize("localhost:1", 1, 0) is False
+    assert parallel.initialize_distributed() is False
+    assert parallel.initialize_distributed("localhost:1", 1, 0) is False
     assert parallel.is_main_process()
     parallel.barrier("alone")
     assert parallel.broadcast({"a": 1}) == {"a": 1}
@@ -108,7 +108,7 @@ def test_incomplete_start_up_is_refused(arguments, environment, message, monkeyp
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(ValueError, match=message):
-        parallel.initialize(*arguments)
+        parallel.initialize_distributed(*arguments)
 
 
 def test_clusters_are_recognised_by_their_environment():

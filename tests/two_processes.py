@@ -14,9 +14,9 @@ from rljax.models import load_model, param_shardings, save_hf
 
 os.environ["RLJAX_NUM_PROCESSES"] = "2"
 os.environ["RLJAX_PROCESS_ID"] = sys.argv[1]
-several = parallel.initialize(coordinator=sys.argv[2])
+several = parallel.initialize_distributed(coordinator=sys.argv[2])
 folder = Path(sys.argv[3])
-assert parallel.initialize() is True  # a second call is harmless
+assert parallel.initialize_distributed() is True  # a second call is harmless
 
 mesh = parallel.make_mesh(data=2, fsdp=2, tensor=2)
 layout = param_shardings(CONFIG, mesh)

@@ -1,6 +1,14 @@
 """Mesh, sharding rules and multi-host helpers."""
 
-from rljax.parallel.distributed import barrier, broadcast, gather, initialize, is_main_process, on_cluster, to_host
+from rljax.parallel.distributed import (
+    barrier,
+    broadcast,
+    gather,
+    initialize_distributed,
+    is_main_process,
+    on_cluster,
+    to_host,
+)
 from rljax.parallel.mesh import MESH_AXES, make_mesh, use_mesh
 from rljax.parallel.sharding import (
     DECODE_RULES,
@@ -31,7 +39,7 @@ __all__ = [
     "broadcast",
     "constrain",
     "gather",
-    "initialize",
+    "initialize_distributed",
     "is_main_process",
     "make_mesh",
     "named_sharding",

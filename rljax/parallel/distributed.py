@@ -13,10 +13,12 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 COORDINATOR, PROCESSES, PROCESS_ID = "RLJAX_COORDINATOR", "RLJAX_NUM_PROCESSES", "RLJAX_PROCESS_ID"
-"""Environment variables that stand in for the arguments of `initialize`."""
+"""Environment variables that stand in for the arguments of `initialize_distributed`."""
 
 
-def initialize(coordinator: str | None = None, num_processes: int | None = None, process_id: int | None = None) -> bool:
+def initialize_distributed(
+    coordinator: str | None = None, num_processes: int | None = None, process_id: int | None = None
+) -> bool:
     """Joins the processes of a run; call it before anything else touches a device. Returns whether there are several.
 
     The three arguments (or the environment variables above) belong together: `host:port` of process 0, the number of

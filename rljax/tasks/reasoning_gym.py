@@ -1,11 +1,14 @@
 """Data sets of the package reasoning-gym: procedural items with their own verifiers.
 
-Three traps are dealt with here. Several verifiers give partial credit for junk, so by default a full score alone
-counts. Some can be fooled or run the answer as Python (`reasoning_gym_guards`). And another seed is not a held-out set,
-because small tasks have few distinct items, so training and test items are told apart by a hash of the question.
+Four traps are dealt with here. Several verifiers give partial credit for junk, so by default a full score alone
+counts. Some can be fooled or run the answer as Python (`reasoning_gym_guards`). Another seed is not a held-out set,
+because small tasks have few distinct items, so training and test items are told apart by a hash of the question. And
+some generators draw from Python's global generator or depend on the hash seed of the process, so items are made in a
+worker process in which both are fixed: the same arguments give the same items in every run.
 """
 
 import difflib
+import importlib.util
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar
@@ -13,6 +16,9 @@ from typing import Any, ClassVar
 from rljax.tasks.answers import Extractor, whole_completion
 from rljax.tasks.examples import Example, Prompt, Split, digest, split_by_hash
 from rljax.tasks.reasoning_gym_guards import REFUSED, passes_guard
+from rljax.tasks.workers import DONE, Job, WorkerPool
+
+_GENERATION_TIMEOUT_S = 3600.0
 
 Item = Mapping[str, Any]
 """What reasoning-gym makes: `question`, `answer` and `metadata`."""
@@ -106,13 +112,10 @@ def reasoning_gym_task(
     if size < 1:
         raise ValueError(f"size {size} must be at least 1")
     config = dict(config or {})
-    dataset = _create(name, {**config, "size": size, "seed": seed})
     examples, keys = [], {}
-    for index in range(size):
-        item = dataset[index]
+    for item in _make_items(name, {**config, "size": size, "seed": seed}):
         key = digest({"task": name, "question": item["question"]})
-        columns = {c: item[c] for c in ReasoningGymVerifier.required_columns}
-        example = Example(prompt=format_prompt(item), columns=columns, id=key >> 97)
+        example = Example(prompt=format_prompt(item), columns=item, id=key >> 97)
         keys[id(example)] = key
         examples.append(example)
     split = split_by_hash(
@@ -121,24 +124,53 @@ def reasoning_gym_task(
     return ReasoningGymTask(name, split, ReasoningGymVerifier(name, config, extract, full_score_only))
 
 
+def _make_items(name: str, config: Mapping[str, Any]) -> list[dict[str, Any]]:
+    _check_installed()
+    if name in REFUSED:
+        raise ValueError(f"the reasoning-gym data set {name!r} is refused: {REFUSED[name]}")
+    with WorkerPool([_items], 1) as pool:
+        (reply,) = pool.run([Job(0, (name, dict(config)), _GENERATION_TIMEOUT_S)])
+    if reply.kind != DONE:
+        raise RuntimeError(f"reasoning-gym failed to make items of {name!r} ({reply.kind}): {reply.value}")
+    if isinstance(reply.value, Exception):
+        raise reply.value
+    return reply.value
+
+
+def _items(arguments: tuple[str, dict[str, Any]]) -> list[dict[str, Any]] | Exception:
+    """All items of a data set; runs in a worker of its own."""
+    name, config = arguments
+    try:
+        dataset = _create(name, config)
+    except (ImportError, ValueError) as error:
+        return error.with_traceback(None)
+    import numpy as np
+
+    np.random.seed(0)  # noqa: NPY002  the generators' own, in a process that does nothing else
+    items = (dataset[index] for index in range(config["size"]))
+    return [{c: item[c] for c in ReasoningGymVerifier.required_columns} for item in items]
+
+
 def reasoning_gym_names() -> list[str]:
     """Names of the data sets that can be used."""
     return sorted(set(_registry()) - set(REFUSED))
 
 
+def _check_installed() -> None:
+    if importlib.util.find_spec("reasoning_gym") is None:
+        raise ImportError("reasoning-gym tasks need the package reasoning-gym: pip install 'rljax[tasks]'")
+
+
 def _registry() -> Mapping[str, Any]:
-    try:
-        import reasoning_gym  # noqa: F401  registers the data sets
-        from reasoning_gym.factory import DATASETS
-    except ImportError:
-        raise ImportError("reasoning-gym tasks need the package reasoning-gym: pip install 'rljax[tasks]'") from None
+    _check_installed()
+    import reasoning_gym  # noqa: F401  registers the data sets
+    from reasoning_gym.factory import DATASETS
+
     return DATASETS
 
 
 def _create(name: str, config: Mapping[str, Any]) -> Any:
     registry = _registry()
-    if name in REFUSED:
-        raise ValueError(f"the reasoning-gym data set {name!r} is refused: {REFUSED[name]}")
     if name not in registry:
         near = difflib.get_close_matches(name, registry, n=5)
         hint = f"did you mean one of {near}?" if near else "reasoning_gym_names() lists all"

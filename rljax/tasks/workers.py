@@ -60,7 +60,8 @@ class _Worker:
         ours, theirs = socket.socketpair()
         with theirs:
             arguments = [sys.executable, "-c", _CHILD, str(theirs.fileno()), json.dumps(sys.path)]
-            env = {"PYTHONHASHSEED": "0", **os.environ, "JAX_PLATFORMS": "cpu"}  # rewards never take the accelerator
+            # results must not depend on the hash seed of a process, and no worker may take the accelerator
+            env = {**os.environ, "PYTHONHASHSEED": "0", "JAX_PLATFORMS": "cpu"}
             self.process = subprocess.Popen(
                 arguments, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, start_new_session=True, env=env
             )

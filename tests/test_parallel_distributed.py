@@ -111,6 +111,18 @@ def test_incomplete_start_up_is_refused(arguments, environment, message, monkeyp
         parallel.initialize_distributed(*arguments)
 
 
+def test_detection_that_finds_nothing_says_what_to_give(monkeypatch):
+    for name in ("RLJAX_COORDINATOR", "RLJAX_NUM_PROCESSES", "RLJAX_PROCESS_ID"):
+        monkeypatch.delenv(name, raising=False)
+
+    def undefined():
+        raise ValueError("coordinator_address should be defined.")
+
+    monkeypatch.setattr(jax.distributed, "initialize", undefined)
+    with pytest.raises(ValueError, match="recognises no cluster in this environment; give coordinator"):
+        parallel.initialize_distributed(auto=True)
+
+
 def test_clusters_are_recognised_by_their_environment():
     assert parallel.on_cluster({"TPU_WORKER_HOSTNAMES": "a,b"})
     assert parallel.on_cluster({"SLURM_STEP_NUM_TASKS": "4"})

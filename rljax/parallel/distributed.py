@@ -17,13 +17,18 @@ COORDINATOR, PROCESSES, PROCESS_ID = "RLJAX_COORDINATOR", "RLJAX_NUM_PROCESSES",
 
 
 def initialize_distributed(
-    coordinator: str | None = None, num_processes: int | None = None, process_id: int | None = None
+    coordinator: str | None = None,
+    num_processes: int | None = None,
+    process_id: int | None = None,
+    *,
+    auto: bool = False,
 ) -> bool:
     """Joins the processes of a run; call it before anything else touches a device. Returns whether there are several.
 
-    The three arguments (or the environment variables above) belong together: `host:port` of process 0, the number of
-    processes and this one's index. Without them, a multi-host TPU, Slurm or Open MPI job is recognised by its
-    environment and left to JAX's own detection; otherwise the run has one process. Calling it again does nothing.
+    The first three arguments (or the environment variables above) belong together: `host:port` of process 0, the
+    number of processes and this one's index. Without them, a multi-host TPU, Slurm or Open MPI job is recognised by its
+    environment and left to JAX's own detection; `auto` asks for that detection in any case (say, on Kubernetes).
+    Otherwise the run has one process. Calling it again does nothing. ValueError for incomplete or impossible arguments.
     """
     if jax.distributed.is_initialized():
         return jax.process_count() > 1
@@ -31,9 +36,14 @@ def initialize_distributed(
     num_processes = _env_int(PROCESSES) if num_processes is None else num_processes
     process_id = _env_int(PROCESS_ID) if process_id is None else process_id
     if coordinator is None and num_processes is None and process_id is None:
-        if not on_cluster(os.environ):
+        if not (auto or on_cluster(os.environ)):
             return False
-        jax.distributed.initialize()
+        try:
+            jax.distributed.initialize()
+        except ValueError as error:
+            raise ValueError(
+                "JAX recognises no cluster in this environment; give coordinator, num_processes and process_id"
+            ) from error
         return jax.process_count() > 1
     if coordinator is None or num_processes is None or process_id is None:
         given = {COORDINATOR: coordinator, PROCESSES: num_processes, PROCESS_ID: process_id}

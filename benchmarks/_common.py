@@ -219,6 +219,7 @@ def _round(found: Measurements, workers: dict[str, Worker], tasks: Mapping[str, 
             except Missing as reason:
                 _drop(found, workers, name, reason)
                 continue
+            print(f"  {task}, {name}: {answer['seconds']:.3g} s", flush=True)
             found.seconds.setdefault((name, task), []).append(answer["seconds"])
             found.answers[name, task].append(answer)
 
@@ -343,7 +344,7 @@ def finish(
     lines = [line for line in results if line is not None]
     known = {name: value for name, value in ratios.items() if value is not None}
     print()
-    print_table(lines)
+    print_table(lines, COLUMNS if any("who" in line for line in lines) else {"name": "what", "value": "value"})
     print(
         f"\nlimit: {host['matmul_gflops']:.0f} GFLOP/s of {host['matmul_dtype']} matrix products and "
         f"{host['read_gbs']:.1f} GB/s read, measured on {host['device']}; {host['cores']} cores, {host['cpu']}, "

@@ -19,7 +19,7 @@ def read_job() -> dict[str, Any]:
 
 
 def serve(tasks: Mapping[str, Callable[[], dict[str, Any] | None]], about: dict[str, Any]) -> None:
-    """Answers `{"task": name}` with its wall seconds, the processor seconds of all its threads, and what it returned, until stdin closes.
+    """Answers `{"task": name}` until stdin closes: wall seconds, processor seconds of all threads, what it returned.
 
     `about` goes out first and tells that imports and loading are done. A task that raises is answered with `error`;
     the worker lives on.

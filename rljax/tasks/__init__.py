@@ -7,7 +7,7 @@ A data row is an `Example`; a reward is a plain callable (`rljax.tasks.callables
 from rljax.tasks.answers import AfterMarker, Extractor, InTag, in_box, last_number, whole_completion, whole_number
 from rljax.tasks.callables import RewardInput, batch_reward, load_callable
 from rljax.tasks.curriculum import Curriculum, UniformCurriculum
-from rljax.tasks.examples import Example, Prompt, Split, split_by_hash
+from rljax.tasks.examples import Example, Prompt, Split, hold_apart, split_by_hash
 from rljax.tasks.files import load_jsonl, load_parquet
 from rljax.tasks.reasoning_gym import (
     ReasoningGymTask,
@@ -40,6 +40,7 @@ __all__ = [
     "Split",
     "UniformCurriculum",
     "batch_reward",
+    "hold_apart",
     "in_box",
     "last_number",
     "load_callable",

@@ -100,6 +100,27 @@ def split_by_hash(
     return Split(train, test, len(examples), len(items))
 
 
+def hold_apart(
+    train: Sequence[Example], test: Sequence[Example], *, key: Callable[[Example], int] = prompt_digest
+) -> Split:
+    """Take the items of a given test set out of a training set, and repeated items out of both.
+
+    `key` is as in `split_by_hash`. Raises ValueError if no training item is left.
+    """
+    held_out = {key(example): example for example in reversed(test)}  # of repeats the first one stays
+    test_ids = {e.id for e in held_out.values()}
+    items: dict[int, Example] = {}
+    for example in train:
+        items.setdefault(key(example), example)
+    kept = [e for k, e in items.items() if k not in held_out and e.id not in test_ids]
+    if not kept:
+        raise ValueError(
+            f"no training item is left: all {len(items)} distinct items are also among the {len(held_out)} of the test "
+            "set; give other training data"
+        )
+    return Split(kept, list(reversed(held_out.values())), len(train) + len(test), len(items.keys() | held_out.keys()))
+
+
 def _check_sides(
     distinct: int,
     train: int,

@@ -129,7 +129,7 @@ class RewardRunner:
         self._logged: set[tuple[str, str]] = set()
         self._lock = threading.Lock()
         self._remote = [r for r in self._rewards if not r.in_process]
-        size = min(os.cpu_count() or 1, 8) if workers is None else workers
+        size = min(_cores(), 8) if workers is None else workers
         self._pool = (
             WorkerPool([r.scorer for r in self._remote], size, start_timeout_s=start_timeout_s)
             if self._remote
@@ -208,6 +208,10 @@ class RewardRunner:
         if errors:
             return RewardResult(0.0, components, is_valid=False, error="; ".join(errors))
         return RewardResult(math.fsum(r.weight * components[r.name] for r in self._rewards), components)
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _failed(reward: _Reward, reply: Any) -> _Outcome:

@@ -16,6 +16,7 @@ from rljax.config import (
     SamplingConfig,
     UpdateConfig,
 )
+from rljax.tasks import final_number
 from rljax.training import OptimizerConfig
 
 
@@ -30,6 +31,7 @@ def get_config() -> Config:
             args={"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1},
             size=2000,
             test_size=56,
+            extract=final_number,
         ),
         algorithm=GRPO(group_size=8, kl_coef=0.0),
         sampling=SamplingConfig(max_new_tokens=14, prompt_buckets=(64,)),

@@ -1,9 +1,9 @@
 """Converts weights and tokenizer to a Hugging Face folder.
 
-    python launch/convert.py --source=model.gguf --target=folder
-    python launch/convert.py --source=smollm2 --target=folder --dtype=bfloat16
-    python launch/convert.py --source=runs/x --target=folder             # the newest checkpoint of a run
-    python launch/convert.py --source=runs/x --target=folder --step=20
+python launch/convert.py --source=model.gguf --target=folder
+python launch/convert.py --source=smollm2 --target=folder --dtype=bfloat16
+python launch/convert.py --source=runs/x --target=folder             # the newest checkpoint of a run
+python launch/convert.py --source=runs/x --target=folder --step=20
 """
 
 from absl import flags

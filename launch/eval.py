@@ -1,9 +1,9 @@
 """Evaluates a model on the held-out problems of a config: greedy, avg@k, pass@k, maj@k with 95% intervals.
 
-    python launch/eval.py --config=configs/quickstart.py                          # the config's initial model
-    python launch/eval.py --config=configs/quickstart.py --checkpoint=runs/x      # the newest checkpoint of a run
-    python launch/eval.py --config=configs/quickstart.py --checkpoint=runs/x --step=20 --json=result.json
-    python launch/eval.py --config=configs/quickstart.py --config.model.path=my/folder --config.evaluation.samples=64
+python launch/eval.py --config=configs/quickstart.py                          # the config's initial model
+python launch/eval.py --config=configs/quickstart.py --checkpoint=runs/x      # the newest checkpoint of a run
+python launch/eval.py --config=configs/quickstart.py --checkpoint=runs/x --step=20 --json=result.json
+python launch/eval.py --config=configs/quickstart.py --config.model.path=my/folder --config.evaluation.samples=64
 """
 
 from absl import flags

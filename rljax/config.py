@@ -14,6 +14,7 @@ from rljax.models import DecoderConfig, find_smollm2
 from rljax.rollouts.plans import Plan
 from rljax.tasks import (
     Example,
+    Extractor,
     RewardRunner,
     RewardSpec,
     load_callable,
@@ -21,11 +22,10 @@ from rljax.tasks import (
     load_parquet,
     reasoning_gym_task,
     split_by_hash,
+    whole_completion,
 )
 from rljax.text import CharTokenizer, Tokenizer, load_tokenizer
 from rljax.training import OptimizerConfig
-
-field = dataclasses.field
 
 
 class Dataset(Protocol):
@@ -81,17 +81,18 @@ class ReasoningGymData:
     """A reasoning-gym task; test items are kept out of training by the hash of the item.
 
     `prompt` is formatted with `question` and the item's metadata; with `chat` it becomes a user message of the chat
-    template.
+    template. `extract` finds the answer in a completion; with `full_score_only` partial credit counts as 0.
     """
 
     task: str = "chain_sum"
-    args: dict[str, Any] = field(default_factory=dict)
+    args: dict[str, Any] = dataclasses.field(default_factory=dict)
     size: int = 2000
     test_size: int = 64
     seed: int = 0
     prompt: str = "{question}"
     chat: bool | None = True
     full_score_only: bool = True
+    extract: Extractor = whole_completion
 
     def load(self) -> Dataset:
         return reasoning_gym_task(
@@ -102,6 +103,7 @@ class ReasoningGymData:
             config=self.args,
             format_prompt=self._format,
             full_score_only=self.full_score_only,
+            extract=self.extract,
         )
 
     def _format(self, item: dict[str, Any]) -> str:
@@ -160,7 +162,7 @@ class RewardConfig:
     of `rljax.tasks.verifiers`. Several rewards add up by `weight`."""
 
     reward: str = "rljax.tasks.verifiers:NumberMatch"
-    args: dict[str, Any] = field(default_factory=dict)
+    args: dict[str, Any] = dataclasses.field(default_factory=dict)
     weight: float = 1.0
     timeout_s: float = 10.0
 
@@ -173,20 +175,22 @@ class RewardConfig:
                 raise ValueError(f"reward {self.reward}: args {self.args} do not fit: {error}") from None
         elif self.args:
             raise ValueError(f"reward {self.reward} is a function; args {self.args} are for classes that make one")
-        return RewardSpec(
-            target, weight=self.weight, timeout_s=self.timeout_s, name=self.reward.split(":")[-1]
-        )
+        return RewardSpec(target, weight=self.weight, timeout_s=self.timeout_s, name=self.reward.split(":")[-1])
 
 
 @dataclasses.dataclass
 class SamplingConfig:
-    """`prompt_slots x sample_slots` rows decode at once; 0 means as many as one step has. Temperature 0 is greedy."""
+    """`prompt_slots x sample_slots` rows decode at once; 0 means as many as one step has.
+
+    With `truncated_is_wrong` a completion that runs into `max_new_tokens` earns no reward, in training and evaluation.
+    """
 
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
     min_p: float = 0.0
     max_new_tokens: int = 64
+    truncated_is_wrong: bool = True
     stop_strings: tuple[str, ...] = ()
     prompt_buckets: tuple[int, ...] = (64, 128, 256, 512)
     prompt_slots: int = 0
@@ -223,7 +227,7 @@ class WarmupConfig:
     batch_size: int = 64
     completion_column: str = "completion"
     demonstrations: Callable[[list[Example]], list[Example]] | None = None
-    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
 
 
 @dataclasses.dataclass
@@ -272,19 +276,19 @@ class Config:
     seed: int = 0
     steps: int = 100
     prompts_per_step: int = 8
-    model: PretrainedModel | FreshModel = field(default_factory=PretrainedModel)
-    data: ReasoningGymData | FileData = field(default_factory=ReasoningGymData)
+    model: PretrainedModel | FreshModel = dataclasses.field(default_factory=PretrainedModel)
+    data: ReasoningGymData | FileData = dataclasses.field(default_factory=ReasoningGymData)
     rewards: tuple[RewardConfig, ...] = ()
-    algorithm: Recipe = field(default_factory=GRPO)
+    algorithm: Recipe = dataclasses.field(default_factory=GRPO)
     reference_refresh: int = 0
-    sampling: SamplingConfig = field(default_factory=SamplingConfig)
-    update: UpdateConfig = field(default_factory=UpdateConfig)
-    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
-    warmup: WarmupConfig = field(default_factory=WarmupConfig)
-    mesh: MeshConfig = field(default_factory=MeshConfig)
-    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
-    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
-    log: LogConfig = field(default_factory=LogConfig)
+    sampling: SamplingConfig = dataclasses.field(default_factory=SamplingConfig)
+    update: UpdateConfig = dataclasses.field(default_factory=UpdateConfig)
+    optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
+    warmup: WarmupConfig = dataclasses.field(default_factory=WarmupConfig)
+    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+    evaluation: EvaluationConfig = dataclasses.field(default_factory=EvaluationConfig)
+    checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
+    log: LogConfig = dataclasses.field(default_factory=LogConfig)
 
 
 def check(config: Config, device_count: int | None = None) -> Algorithm:
@@ -315,7 +319,9 @@ def check(config: Config, device_count: int | None = None) -> Algorithm:
         )
     buckets = config.sampling.prompt_buckets
     if not buckets or list(buckets) != sorted(set(buckets)) or buckets[0] < 1:
-        raise ValueError(f"config.sampling.prompt_buckets={buckets} must be increasing positive lengths, e.g. (64, 128)")
+        raise ValueError(
+            f"config.sampling.prompt_buckets={buckets} must be increasing positive lengths, e.g. (64, 128)"
+        )
     if config.sampling.temperature <= 0 and plan.group_size > 1:
         raise ValueError(
             f"config.sampling.temperature={config.sampling.temperature} makes all {plan.group_size} samples of a group "
@@ -339,7 +345,8 @@ def _check_mesh(mesh: MeshConfig, device_count: int) -> None:
         raise ValueError(f"config.mesh {shape}: sizes must be positive, and at most one may be -1")
     if (product != device_count) if len(known) == len(sizes) else device_count % product:
         raise ValueError(
-            f"config.mesh {shape} does not multiply to the {device_count} devices here; set one axis to -1, or change the sizes"
+            f"config.mesh {shape} does not multiply to the {device_count} devices here; "
+            "set one axis to -1, or change the sizes"
         )
 
 

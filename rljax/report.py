@@ -4,6 +4,42 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rljax.evaluation.evaluate import Evaluation
+from rljax.parallel import is_main_process
+from rljax.training import RunFolder, versions
+
+
+def finish(folder: RunFolder, before: Evaluation, after: Evaluation, *, wall_seconds: float) -> dict[str, Any]:
+    """Writes `summary.json` and the learning curve, prints the tables; returns the summary.
+
+    `wall_seconds` are those of this process: of a resumed run, since it was resumed.
+    """
+    folder.close()
+    history = folder.metrics()
+    summary = {
+        "name": folder.config.get("name"),
+        "seed": folder.config.get("seed"),
+        "before": before.metrics,
+        "after": after.metrics,
+        "intervals": {
+            when: {name: [e.low, e.high] for name, e in evaluation.estimates.items()}
+            for when, evaluation in (("before", before), ("after", after))
+        },
+        "steps": len(history),
+        "wall_seconds": round(wall_seconds, 1),
+        "new_tokens": int(sum(m["rollout/new_tokens"] for m in history)),
+        "trained_tokens": int(sum(m["pack/unique_tokens"] for m in history)),
+        "compiles_after_warmup": int(sum(m["compile/count"] for m in history[2:])),
+        "versions": versions(),
+    }
+    folder.write_json("summary.json", summary)
+    held_out = [(m["step"], m[key]) for m in history for key in m if key.startswith("eval/avg@")]
+    name = f"avg@{after.samples}"
+    curve = folder.plot([(before.step, before.metrics[name]), *held_out, (after.step, after.metrics[name])])
+    if is_main_process():
+        print(f"\n{comparison_table(before, after)}\n\n{sample_table(before, after)}\n")
+        print(f"{summary['steps']} steps, {summary['new_tokens']} new tokens, {wall_seconds:.0f} s")
+        print(f"learning curve  {curve}\nsummary         {folder.path / 'summary.json'}\nrun folder      {folder.path}")
+    return summary
 
 
 def comparison_table(before: Evaluation, after: Evaluation) -> str:
@@ -15,7 +51,9 @@ def comparison_table(before: Evaluation, after: Evaluation) -> str:
     for name in ("length_mean", "truncated_share"):
         old, new = before.metrics[name], after.metrics[name]
         rows.append((name.replace("_", " "), f"{old:.2f}", f"{new:.2f}", f"{new - old:+.2f}"))
-    title = f"held-out problems: {before.num_problems}, {before.samples} samples each at temperature {before.temperature:g}"
+    title = (
+        f"held-out problems: {before.num_problems}, {before.samples} samples each at temperature {before.temperature:g}"
+    )
     return title + "\n" + aligned(rows)
 
 
@@ -35,7 +73,9 @@ def aligned(rows: Sequence[Sequence[str]]) -> str:
     """A plain-text table: first column left, the others right."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = [
-        "  ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True)))
+        "  ".join(
+            cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+        )
         for row in rows
     ]
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])

@@ -3,58 +3,21 @@
 import dataclasses
 import json
 import time
-from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 from absl import logging
 
-from rljax.algorithms import Algorithm
-from rljax.config import Config, Dataset, FreshModel, check, make_rewards, make_tokenizer, model_path, to_dict
+from rljax.build import Run, build
+from rljax.config import Config, to_dict
 from rljax.evaluation.evaluate import Evaluation, evaluate
-from rljax.models import DecoderConfig, init_params, load_model
-from jax.sharding import Mesh
-
-from rljax.parallel import make_mesh, use_mesh
-from rljax.report import comparison_table, sample_table
-from rljax.rollouts.batching import PackSpec, stack
+from rljax.parallel import use_mesh
+from rljax.report import finish
+from rljax.rollouts.batching import stack
 from rljax.rollouts.collect import Rollout, collect
-from rljax.sampling import Sampler, SamplingParams, compile_count, sampling_params
-from rljax.tasks import RewardRunner, UniformCurriculum
-from rljax.text import Tokenizer, render_prompt
-from rljax.training import Checkpointer, Learner, PhaseTimer, RunFolder, add_metrics, sft_loss
-from rljax.types import TrainState, Trajectory
-
-
-@dataclasses.dataclass
-class Run:
-    """Everything a run holds, built once from its config; `state` is replaced at every update."""
-
-    config: Config
-    algorithm: Algorithm
-    dataset: Dataset
-    tokenizer: Tokenizer
-    rewards: RewardRunner
-    curriculum: UniformCurriculum
-    mesh: Mesh
-    decoder: DecoderConfig
-    sampling: SamplingParams
-    sampler: Sampler
-    learner: Learner
-    state: TrainState | None = None
-
-    @property
-    def rollout_setup(self) -> dict[str, Any]:
-        """What collecting and evaluating have in common."""
-        return {
-            "sampler": self.sampler,
-            "tokenizer": self.tokenizer,
-            "reward_runner": self.rewards,
-            "seed": self.config.seed,
-            "chat": self.config.data.chat,
-            "stop_strings": self.config.sampling.stop_strings,
-        }
+from rljax.sampling import compile_count
+from rljax.supervised import warm_up
+from rljax.training import Checkpointer, PhaseTimer, RunFolder, add_metrics
 
 
 def train(config: Config, workdir: str, *, fresh: bool = False) -> dict[str, Any]:
@@ -65,7 +28,7 @@ def train(config: Config, workdir: str, *, fresh: bool = False) -> dict[str, Any
     started = time.perf_counter()
     run, params = build(config)
     folder = RunFolder(workdir, config=to_dict(config), fresh=fresh)
-    checkpoints = Checkpointer(folder.checkpoints, config.checkpoint)
+    checkpoints = open_checkpoints(config, folder)
     with run.rewards, folder, use_mesh(run.mesh):
         first = resume(run, checkpoints, folder)
         if run.state is None:
@@ -83,97 +46,19 @@ def train(config: Config, workdir: str, *, fresh: bool = False) -> dict[str, Any
         run.learner.check()
         checkpoints.wait()
         after = held_out(run, folder, config.steps)
-        return finish(run, folder, before, after, time.perf_counter() - started)
+        return finish(folder, before, after, wall_seconds=time.perf_counter() - started)
 
 
-def build(config: Config) -> tuple[Run, Any]:
-    """The run and its initial params. What can be wrong in the config or the data is refused before weights load."""
-    algorithm = check(config, jax.device_count())
-    tokenizer = make_tokenizer(config.model)
-    dataset = config.data.load()
-    rewards = make_rewards(config, dataset)
-    curriculum = UniformCurriculum(dataset.train, seed=config.seed)
-    check_prompts(config, dataset, tokenizer)
-    mesh = make_mesh(**dataclasses.asdict(config.mesh))
-    decoder, params = load_params(config, tokenizer)
-    s = config.sampling
-    sampling = sampling_params(temperature=s.temperature, top_k=s.top_k, top_p=s.top_p, min_p=s.min_p)
-    sampler = Sampler(
-        decoder,
-        prompt_buckets=s.prompt_buckets,
-        max_new_tokens=s.max_new_tokens,
-        prompt_slots=s.prompt_slots or config.prompts_per_step,
-        sample_slots=s.sample_slots or algorithm.plan.group_size,
-        stop_tokens=tokenizer.stop_ids,
-        stop_strings=s.stop_strings,
-        decode_text=tokenizer.decode,
-        mesh=mesh,
-    )
-    learner = make_learner(config, decoder, algorithm, sampling, mesh)
-    return Run(
-        config, algorithm, dataset, tokenizer, rewards, curriculum, mesh, decoder, sampling, sampler, learner
-    ), params
-
-
-def make_learner(config: Config, decoder: DecoderConfig, algorithm: Algorithm, sampling, mesh: Mesh) -> Learner:
-    update = config.update
-    return Learner(
-        decoder,
-        config.optimizer,
-        algorithm.loss,
-        pack_spec(config),
-        sampling=sampling,
-        mesh=mesh,
-        chunk=update.head_chunk,
-        remat=update.remat,
-        minibatches=update.minibatches,
-        epochs=update.epochs,
-        seed=config.seed,
-        needs_reference=algorithm.plan.needs_ref,
-        max_skipped=update.max_skipped,
-    )
-
-
-def pack_spec(config: Config) -> PackSpec:
-    update = config.update
-    return PackSpec(update.pack_length, packed_rows=update.packed_rows, share_prefixes=update.share_prefixes)
-
-
-def load_params(config: Config, tokenizer: Tokenizer) -> tuple[DecoderConfig, Any]:
-    """The decoder's config and its initial weights, on the default device."""
-    model = config.model
-    if isinstance(model, FreshModel):
-        decoder = model.decoder(tokenizer.vocab_size)
-        return decoder, init_params(decoder, jax.random.key(config.seed))
-    decoder, params = load_model(model_path(model.path), dtype=model.dtype, param_dtype=model.param_dtype)
-    if tokenizer.vocab_size > decoder.vocab_size:
-        raise ValueError(
-            f"the tokenizer has ids up to {tokenizer.vocab_size - 1}, but {model.path} has embeddings for "
-            f"{decoder.vocab_size}; use the tokenizer that belongs to the model"
-        )
-    return decoder, params
-
-
-def check_prompts(config: Config, dataset: Dataset, tokenizer: Tokenizer) -> None:
-    """Renders every prompt once; ValueError for one that is longer than the largest bucket."""
-    longest = max((len(render_prompt(tokenizer, e.prompt, config.data.chat)), e.id) for e in [*dataset.train, *dataset.test])
-    if longest[0] > config.sampling.prompt_buckets[-1]:
-        raise ValueError(
-            f"the longest prompt has {longest[0]} tokens (id {longest[1]}), more than the largest of "
-            f"config.sampling.prompt_buckets={config.sampling.prompt_buckets}; add a bucket or drop the row"
-        )
-    total = longest[0] + config.sampling.max_new_tokens
-    if total > config.update.pack_length:
-        raise ValueError(
-            f"config.update.pack_length={config.update.pack_length} cannot hold the longest prompt ({longest[0]} tokens) "
-            f"and config.sampling.max_new_tokens={config.sampling.max_new_tokens}; raise it to at least {total}"
-        )
+def open_checkpoints(config: Config, folder: RunFolder) -> Checkpointer:
+    keep = {name: getattr(config.checkpoint, name) for name in ("keep_last", "keep_best", "best_metric")}
+    return Checkpointer(folder.checkpoints, **keep)
 
 
 def resume(run: Run, checkpoints: Checkpointer, folder: RunFolder) -> int:
     """Restores the newest good checkpoint into `run`; returns the step to go on with, 0 for a new run."""
     restored = checkpoints.restore(run.learner.abstract_state())
     if restored is None:
+        folder.evaluation_file(0).unlink(missing_ok=True)
         folder.start(0)
         return 0
     run.state, host, step = restored
@@ -243,65 +128,3 @@ def held_out(run: Run, folder: RunFolder, step: int) -> Evaluation:
     )
     folder.write_json(file, evaluation.to_dict())
     return evaluation
-
-
-def warm_up(run: Run, params: Any, folder: RunFolder) -> Any:
-    """Supervised steps before the first rollout; returns the params, which it consumes."""
-    config = run.config.warmup
-    if not config.steps:
-        return params
-    learner, curriculum = supervised(run)
-    state = learner.init_state(params)
-    for step in range(config.steps):
-        state, metrics = supervised_step(run, learner, curriculum, state, step)
-        folder.progress("warm-up", step + 1, config.steps, metrics)
-    return state.params
-
-
-def supervised(run: Run) -> tuple[Learner, UniformCurriculum]:
-    """The learner and the demonstrations of `config.warmup`."""
-    config = run.config.warmup
-    make = config.demonstrations or (lambda examples: examples)
-    examples = make(run.dataset.train)
-    missing = next((e for e in examples if config.completion_column not in e.columns), None)
-    if missing is not None:
-        raise ValueError(
-            f"supervised examples need the column {config.completion_column!r}; one has {sorted(missing.columns)}. "
-            "Name it with config.warmup.completion_column, or make it with config.warmup.demonstrations"
-        )
-    learner = Learner(
-        run.decoder, config.optimizer, sft_loss(), pack_spec(run.config), mesh=run.mesh, chunk=run.config.update.head_chunk
-    )
-    return learner, UniformCurriculum(examples, seed=run.config.seed)
-
-
-def supervised_step(
-    run: Run, learner: Learner, curriculum: UniformCurriculum, state: TrainState, step: int
-) -> tuple[TrainState, dict[str, Any]]:
-    """One update on `config.warmup.batch_size` demonstrations; each ends with the end-of-sequence token."""
-    config, tokenizer = run.config.warmup, run.tokenizer
-    rows = []
-    for index, example in enumerate(curriculum.sample(step, config.batch_size)):
-        prompt = render_prompt(tokenizer, example.prompt, run.config.data.chat)
-        completion = [*tokenizer.encode(str(example.columns[config.completion_column])), tokenizer.eos_id]
-        rows.append(demonstration(prompt, completion, example.id, index))
-    batch = stack(rows)
-    (minibatch,) = learner.prepare(state, batch, np.zeros(batch.tokens.shape, np.float32))
-    return learner.update(state, minibatch)
-
-
-def demonstration(prompt: list[int], completion: list[int], prompt_id: int, index: int) -> Trajectory:
-    """A given completion as a row: its tokens count as sampled, with unknown behavior."""
-    tokens = np.array([*prompt, *completion], np.int32)
-    zeros = np.zeros(len(tokens), np.float32)
-    return Trajectory(
-        tokens=tokens,
-        action_mask=np.arange(len(tokens)) >= len(prompt),
-        behavior_logprobs=zeros,
-        entropies=zeros,
-        turn_ids=np.zeros(len(tokens), np.int32),
-        policy_version=np.zeros(len(tokens), np.int32),
-        prompt_id=prompt_id,
-        group_id=index,
-        episode_id=index,
-    )

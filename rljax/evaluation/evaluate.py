@@ -67,7 +67,9 @@ def evaluate(
     metrics say how many (`invalid_rewards`). Estimators: `rljax.evaluation.estimators`.
     """
     greedy = _in_batches(examples, 1, sampling_params(temperature=0.0), batch_prompts, **setup)
-    sampled = _in_batches(examples, samples, sampling_params(temperature=temperature, top_p=top_p), batch_prompts, **setup)
+    sampled = _in_batches(
+        examples, samples, sampling_params(temperature=temperature, top_p=top_p), batch_prompts, **setup
+    )
     solved = np.array([[_solved(r) for r in group.results] for group in sampled])
     counts = solved.sum(axis=1)
     per_problem = {"greedy": np.array([float(_solved(group.results[0])) for group in greedy])}

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -48,10 +49,12 @@ def sample_and_score(
     step: int,
     chat: bool | None = None,
     stop_strings: Sequence[str] = (),
+    truncated_is_wrong: bool = False,
     phase: Callable[[str], AbstractContextManager] = nullcontext,
 ) -> list[Scored]:
     """Samples every example `samples_each` times and runs the rewards on the texts. `phase(name)` is entered around
-    each of the two, to time them.
+    each of the two, to time them. With `truncated_is_wrong` a completion cut off by the length limit is worth 0 at
+    most, whatever its reward says.
 
     A prompt that occurs again gets fresh sample ids, so that its samples differ from the first ones.
     """
@@ -61,7 +64,9 @@ def sample_and_score(
     for example, prompt in zip(examples, prompts, strict=True):
         first = samples_each * seen.setdefault(example.id, 0)
         seen[example.id] += 1
-        requests.append(Request(prompt=prompt, prompt_id=example.id, sample_ids=tuple(range(first, first + samples_each))))
+        requests.append(
+            Request(prompt=prompt, prompt_id=example.id, sample_ids=tuple(range(first, first + samples_each)))
+        )
     with phase("sample"):
         groups = sampler.generate(requests, sampling, seed=seed, step=step)
     texts = [[completion_text(tokenizer, sample, stop_strings) for sample in group] for group in groups]
@@ -72,6 +77,12 @@ def sample_and_score(
     ]
     with phase("reward"):
         results = reward_runner.score(inputs)
+    if truncated_is_wrong:
+        flat = [sample for group in groups for sample in group]
+        results = [
+            replace(result, value=min(result.value, 0.0)) if sample.finish_reason == "length" else result
+            for result, sample in zip(results, flat, strict=True)
+        ]
     return [
         Scored(example, prompts[i], groups[i], texts[i], results[i * samples_each : (i + 1) * samples_each])
         for i, example in enumerate(examples)
@@ -104,8 +115,8 @@ def collect(
     else:
         raise RuntimeError(
             f"dynamic sampling kept {len(kept)} of the {num_groups} groups it needs after {plan.max_sampling_rounds} "
-            f"rounds ({drawn} prompts): nearly all groups have equal rewards; choose easier or harder prompts, a larger "
-            "group_size, or an algorithm without dynamic sampling"
+            f"rounds ({drawn} prompts): nearly all groups have equal rewards; choose easier or harder prompts, "
+            "a larger group_size, or an algorithm without dynamic sampling"
         )
     kept = kept[:num_groups]
     trajectories, records = [], []

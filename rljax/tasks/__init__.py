@@ -4,7 +4,16 @@ A data row is an `Example`; a reward is a plain callable (`rljax.tasks.callables
 `RewardRunner` calls rewards so that one that fails costs a sample and never the run.
 """
 
-from rljax.tasks.answers import AfterMarker, Extractor, InTag, in_box, last_number, whole_completion, whole_number
+from rljax.tasks.answers import (
+    AfterMarker,
+    Extractor,
+    InTag,
+    final_number,
+    in_box,
+    last_number,
+    whole_completion,
+    whole_number,
+)
 from rljax.tasks.callables import RewardInput, batch_reward, load_callable
 from rljax.tasks.curriculum import Curriculum, UniformCurriculum
 from rljax.tasks.examples import Example, Prompt, Split, hold_apart, split_by_hash
@@ -40,6 +49,7 @@ __all__ = [
     "Split",
     "UniformCurriculum",
     "batch_reward",
+    "final_number",
     "hold_apart",
     "in_box",
     "last_number",

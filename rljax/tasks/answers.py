@@ -61,6 +61,12 @@ def last_number(text: str) -> Fraction | None:
     return _fraction(found[-1]) if found else None
 
 
+def final_number(completion: str) -> str | None:
+    """The last number of the completion, as an extractor gives it: `The sum is 4 + 3 = 7.` has the answer `7`."""
+    number = last_number(completion)
+    return None if number is None else str(number)
+
+
 def whole_number(text: str) -> Fraction | None:
     """The number that the text is, exactly; None if anything stands beside it. Also `3/4`."""
     numerator, slash, denominator = text.strip().partition("/")

@@ -1,0 +1,135 @@
+"""From a config to everything a run holds. What can be wrong is refused before weights load."""
+
+import dataclasses
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from rljax.algorithms import Algorithm
+from rljax.config import Config, Dataset, FreshModel, check, make_rewards, make_tokenizer, model_path
+from rljax.models import DecoderConfig, init_params, load_model
+from rljax.parallel import make_mesh
+from rljax.rollouts.batching import PackSpec
+from rljax.sampling import Sampler, SamplingParams, sampling_params
+from rljax.tasks import RewardRunner, UniformCurriculum
+from rljax.text import Tokenizer, render_prompt
+from rljax.training import Learner
+from rljax.types import TrainState
+
+
+@dataclasses.dataclass
+class Run:
+    """Everything a run holds, built once from its config; `state` is replaced at every update."""
+
+    config: Config
+    algorithm: Algorithm
+    dataset: Dataset
+    tokenizer: Tokenizer
+    rewards: RewardRunner
+    curriculum: UniformCurriculum
+    mesh: Mesh
+    decoder: DecoderConfig
+    sampling: SamplingParams
+    sampler: Sampler
+    learner: Learner
+    state: TrainState | None = None
+
+    @property
+    def rollout_setup(self) -> dict[str, Any]:
+        """What collecting and evaluating have in common."""
+        return {
+            "sampler": self.sampler,
+            "tokenizer": self.tokenizer,
+            "reward_runner": self.rewards,
+            "seed": self.config.seed,
+            "chat": self.config.data.chat,
+            "stop_strings": self.config.sampling.stop_strings,
+            "truncated_is_wrong": self.config.sampling.truncated_is_wrong,
+        }
+
+
+def build(config: Config) -> tuple[Run, Any]:
+    """The run and its initial params. What can be wrong in the config or the data is refused before weights load."""
+    algorithm = check(config, jax.device_count())
+    tokenizer = make_tokenizer(config.model)
+    dataset = config.data.load()
+    rewards = make_rewards(config, dataset)
+    curriculum = UniformCurriculum(dataset.train, seed=config.seed)
+    check_prompts(config, dataset, tokenizer)
+    mesh = make_mesh(**dataclasses.asdict(config.mesh))
+    decoder, params = load_params(config, tokenizer)
+    s = config.sampling
+    sampling = sampling_params(temperature=s.temperature, top_k=s.top_k, top_p=s.top_p, min_p=s.min_p)
+    sampler = Sampler(
+        decoder,
+        prompt_buckets=s.prompt_buckets,
+        max_new_tokens=s.max_new_tokens,
+        prompt_slots=s.prompt_slots or config.prompts_per_step,
+        sample_slots=s.sample_slots or algorithm.plan.group_size,
+        stop_tokens=tokenizer.stop_ids,
+        stop_strings=s.stop_strings,
+        decode_text=tokenizer.decode,
+        mesh=mesh,
+    )
+    learner = make_learner(config, decoder, algorithm, sampling, mesh)
+    return Run(
+        config, algorithm, dataset, tokenizer, rewards, curriculum, mesh, decoder, sampling, sampler, learner
+    ), params
+
+
+def make_learner(config: Config, decoder: DecoderConfig, algorithm: Algorithm, sampling, mesh: Mesh) -> Learner:
+    update = config.update
+    return Learner(
+        decoder,
+        config.optimizer,
+        algorithm.loss,
+        pack_spec(config),
+        sampling=sampling,
+        mesh=mesh,
+        chunk=update.head_chunk,
+        remat=update.remat,
+        minibatches=update.minibatches,
+        epochs=update.epochs,
+        seed=config.seed,
+        needs_reference=algorithm.plan.needs_ref,
+        max_skipped=update.max_skipped,
+    )
+
+
+def pack_spec(config: Config) -> PackSpec:
+    update = config.update
+    return PackSpec(update.pack_length, packed_rows=update.packed_rows, share_prefixes=update.share_prefixes)
+
+
+def load_params(config: Config, tokenizer: Tokenizer) -> tuple[DecoderConfig, Any]:
+    """The decoder's config and its initial weights, on the default device."""
+    model = config.model
+    if isinstance(model, FreshModel):
+        decoder = model.decoder(tokenizer.vocab_size)
+        return decoder, init_params(decoder, jax.random.key(config.seed))
+    decoder, params = load_model(model_path(model.path), dtype=model.dtype, param_dtype=model.param_dtype)
+    if tokenizer.vocab_size > decoder.vocab_size:
+        raise ValueError(
+            f"the tokenizer has ids up to {tokenizer.vocab_size - 1}, but {model.path} has embeddings for "
+            f"{decoder.vocab_size}; use the tokenizer that belongs to the model"
+        )
+    return decoder, params
+
+
+def check_prompts(config: Config, dataset: Dataset, tokenizer: Tokenizer) -> None:
+    """Renders every prompt once; ValueError for one that is longer than the largest bucket."""
+    longest = max(
+        (len(render_prompt(tokenizer, e.prompt, config.data.chat)), e.id) for e in [*dataset.train, *dataset.test]
+    )
+    if longest[0] > config.sampling.prompt_buckets[-1]:
+        raise ValueError(
+            f"the longest prompt has {longest[0]} tokens (id {longest[1]}), more than the largest of "
+            f"config.sampling.prompt_buckets={config.sampling.prompt_buckets}; add a bucket or drop the row"
+        )
+    total = longest[0] + config.sampling.max_new_tokens
+    if total > config.update.pack_length:
+        raise ValueError(
+            f"config.update.pack_length={config.update.pack_length} cannot hold the longest prompt "
+            f"({longest[0]} tokens) and config.sampling.max_new_tokens={config.sampling.max_new_tokens}; raise it to at least {total}"
+        )

@@ -1,0 +1,79 @@
+"""Supervised training on given completions: the warm-up before a run, and `launch/sft.py`."""
+
+from typing import Any
+
+import numpy as np
+
+from rljax.build import Run, pack_spec
+from rljax.rollouts.batching import stack
+from rljax.tasks import UniformCurriculum
+from rljax.text import render_prompt
+from rljax.training import Learner, RunFolder, sft_loss
+from rljax.types import TrainState, Trajectory
+
+
+def warm_up(run: Run, params: Any, folder: RunFolder) -> Any:
+    """Supervised steps before the first rollout; returns the params, which it consumes."""
+    config = run.config.warmup
+    if not config.steps:
+        return params
+    learner, curriculum = supervised(run)
+    state = learner.init_state(params)
+    for step in range(config.steps):
+        state, metrics = supervised_step(run, learner, curriculum, state, step)
+        folder.progress("warm-up", step + 1, config.steps, metrics)
+    return state.params
+
+
+def supervised(run: Run) -> tuple[Learner, UniformCurriculum]:
+    """The learner and the demonstrations of `config.warmup`."""
+    config = run.config.warmup
+    make = config.demonstrations or (lambda examples: examples)
+    examples = make(run.dataset.train)
+    missing = next((e for e in examples if config.completion_column not in e.columns), None)
+    if missing is not None:
+        raise ValueError(
+            f"supervised examples need the column {config.completion_column!r}; one has {sorted(missing.columns)}. "
+            "Name it with config.warmup.completion_column, or make it with config.warmup.demonstrations"
+        )
+    learner = Learner(
+        run.decoder,
+        config.optimizer,
+        sft_loss(),
+        pack_spec(run.config),
+        mesh=run.mesh,
+        chunk=run.config.update.head_chunk,
+    )
+    return learner, UniformCurriculum(examples, seed=run.config.seed)
+
+
+def supervised_step(
+    run: Run, learner: Learner, curriculum: UniformCurriculum, state: TrainState, step: int
+) -> tuple[TrainState, dict[str, Any]]:
+    """One update on `config.warmup.batch_size` demonstrations; each ends with the end-of-sequence token."""
+    config, tokenizer = run.config.warmup, run.tokenizer
+    rows = []
+    for index, example in enumerate(curriculum.sample(step, config.batch_size)):
+        prompt = render_prompt(tokenizer, example.prompt, run.config.data.chat)
+        completion = [*tokenizer.encode(str(example.columns[config.completion_column])), tokenizer.eos_id]
+        rows.append(demonstration(prompt, completion, example.id, index))
+    batch = stack(rows)
+    (minibatch,) = learner.prepare(state, batch, np.zeros(batch.tokens.shape, np.float32))
+    return learner.update(state, minibatch)
+
+
+def demonstration(prompt: list[int], completion: list[int], prompt_id: int, index: int) -> Trajectory:
+    """A given completion as a row: its tokens count as sampled, with unknown behavior."""
+    tokens = np.array([*prompt, *completion], np.int32)
+    zeros = np.zeros(len(tokens), np.float32)
+    return Trajectory(
+        tokens=tokens,
+        action_mask=np.arange(len(tokens)) >= len(prompt),
+        behavior_logprobs=zeros,
+        entropies=zeros,
+        turn_ids=np.zeros(len(tokens), np.int32),
+        policy_version=np.zeros(len(tokens), np.int32),
+        prompt_id=prompt_id,
+        group_id=index,
+        episode_id=index,
+    )

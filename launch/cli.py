@@ -10,7 +10,7 @@ import typing
 from collections.abc import Callable
 from pathlib import Path
 
-from absl import app, flags
+from absl import app, flags, logging
 from ml_collections import config_flags
 
 _OVERRIDE = re.compile(r"--?config\.([\w.]+)")
@@ -30,6 +30,7 @@ def launch(main: Callable[[], None]) -> None:
 
 
 def _run(main: Callable[[], None]) -> None:
+    logging.set_verbosity(logging.WARNING)  # Orbax tells every step of its life at INFO
     try:
         main()
     except (ValueError, FileNotFoundError) as error:

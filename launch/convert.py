@@ -16,9 +16,9 @@ _DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Type of
 
 
 def main() -> None:
-    from rljax import run
+    from rljax import commands
 
-    run.convert(_SOURCE.value, _TARGET.value, step=_STEP.value, dtype=_DTYPE.value)
+    commands.convert(_SOURCE.value, _TARGET.value, step=_STEP.value, dtype=_DTYPE.value)
 
 
 if __name__ == "__main__":

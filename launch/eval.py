@@ -16,9 +16,9 @@ _JSON = flags.DEFINE_string("json", None, "Write the result, with every completi
 
 
 def main() -> None:
-    from rljax import run
+    from rljax import commands
 
-    run.evaluate_model(_CONFIG.value, checkpoint=_CHECKPOINT.value, step=_STEP.value, json_file=_JSON.value)
+    commands.evaluate_model(_CONFIG.value, checkpoint=_CHECKPOINT.value, step=_STEP.value, json_file=_JSON.value)
 
 
 if __name__ == "__main__":

@@ -15,11 +15,11 @@ _FRESH = flags.DEFINE_bool("fresh", False, "Empty the run folder first instead o
 
 
 def main() -> None:
-    from rljax import run
+    from rljax import commands
 
     if _WORKDIR.value is None:
         raise ValueError("--workdir is missing; name a folder for the run, e.g. --workdir=runs/sft")
-    run.supervise(_CONFIG.value, _WORKDIR.value, fresh=_FRESH.value)
+    commands.fine_tune(_CONFIG.value, _WORKDIR.value, fresh=_FRESH.value)
 
 
 if __name__ == "__main__":

@@ -93,13 +93,22 @@ def make_learner(config: Config, decoder: DecoderConfig, algorithm: Algorithm, s
         epochs=update.epochs,
         seed=config.seed,
         needs_reference=algorithm.plan.needs_ref,
+        anchor_to_behavior=update.anchor_to_behavior,
         max_skipped=update.max_skipped,
     )
 
 
 def pack_spec(config: Config) -> PackSpec:
     update = config.update
-    return PackSpec(update.pack_length, packed_rows=update.packed_rows, share_prefixes=update.share_prefixes)
+    return PackSpec(
+        update.pack_length,
+        packed_rows=update.packed_rows,
+        share_prefixes=update.share_prefixes,
+        length_buckets=update.length_buckets or None,
+        score_buckets=update.score_buckets or None,
+        row_buckets=update.row_buckets or None,
+        microbatch_buckets=update.microbatch_buckets or None,
+    )
 
 
 def load_params(config: Config, tokenizer: Tokenizer) -> tuple[DecoderConfig, Any]:
@@ -131,5 +140,6 @@ def check_prompts(config: Config, dataset: Dataset, tokenizer: Tokenizer) -> Non
     if total > config.update.pack_length:
         raise ValueError(
             f"config.update.pack_length={config.update.pack_length} cannot hold the longest prompt "
-            f"({longest[0]} tokens) and config.sampling.max_new_tokens={config.sampling.max_new_tokens}; raise it to at least {total}"
+            f"({longest[0]} tokens) and config.sampling.max_new_tokens={config.sampling.max_new_tokens}; "
+            f"raise it to at least {total}"
         )

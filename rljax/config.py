@@ -203,6 +203,10 @@ class UpdateConfig:
 
     The rollout is split into `minibatches`, one optimizer step each, `epochs` times over. A minibatch is packed into
     rows of `pack_length` tokens, `packed_rows` to a microbatch. Logits exist for `head_chunk` tokens at a time.
+
+    `anchor_to_behavior` takes the sampler's log-probs as the old ones instead of scoring the rollout once more. The
+    bucket tables bound the compiled shapes: packed length, scored tokens of a packed row, rows of a microbatch,
+    microbatches; empty is a table that fits anything, one entry each is a single shape.
     """
 
     minibatches: int = 1
@@ -210,6 +214,11 @@ class UpdateConfig:
     pack_length: int = 1024
     packed_rows: int = 1
     share_prefixes: bool = True
+    anchor_to_behavior: bool = False
+    length_buckets: tuple[int, ...] = ()
+    score_buckets: tuple[int, ...] = ()
+    row_buckets: tuple[int, ...] = ()
+    microbatch_buckets: tuple[int, ...] = ()
     head_chunk: int = 512
     remat: bool = False
     max_skipped: int = 5

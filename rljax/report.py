@@ -57,6 +57,16 @@ def comparison_table(before: Evaluation, after: Evaluation) -> str:
     return title + "\n" + aligned(rows)
 
 
+def evaluation_table(evaluation: Evaluation) -> str:
+    """Held-out metrics of one model, each with its 95% interval over problems."""
+    rows = [("", "estimate"), *((name, str(estimate)) for name, estimate in evaluation.estimates.items())]
+    rows += [(name.replace("_", " "), f"{value:.2f}") for name, value in evaluation.metrics.items() if "_" in name]
+    return (
+        f"held-out problems: {evaluation.num_problems}, {evaluation.samples} samples each at temperature "
+        f"{evaluation.temperature:g}, top-p {evaluation.top_p:g}\n{aligned(rows)}"
+    )
+
+
 def sample_table(before: Evaluation, after: Evaluation, count: int = 3) -> str:
     """Greedy completions of the same problems before and after; those that changed for the better come first."""
     pairs = list(zip(before.problems, after.problems, strict=True))

@@ -10,7 +10,8 @@ from absl import logging
 
 from rljax.build import Run, build
 from rljax.config import Config, to_dict
-from rljax.evaluation.evaluate import Evaluation, evaluate
+from rljax.evaluation import Evaluation, evaluate
+from rljax.models import config_to_hf
 from rljax.parallel import use_mesh
 from rljax.report import finish
 from rljax.rollouts.batching import stack
@@ -18,6 +19,7 @@ from rljax.rollouts.collect import Rollout, collect
 from rljax.sampling import compile_count
 from rljax.supervised import warm_up
 from rljax.training import Checkpointer, PhaseTimer, RunFolder, add_metrics
+from rljax.types import Params
 
 
 def train(config: Config, workdir: str, *, fresh: bool = False) -> dict[str, Any]:
@@ -34,6 +36,7 @@ def train(config: Config, workdir: str, *, fresh: bool = False) -> dict[str, Any
         if run.state is None:
             run.state = run.learner.init_state(warm_up(run, params, folder))
         del params
+        save_description(run, folder)
         before = held_out(run, folder, 0)
         for step in range(first, config.steps):
             metrics, rollout = train_step(run, step)
@@ -68,6 +71,13 @@ def resume(run: Run, checkpoints: Checkpointer, folder: RunFolder) -> int:
     return step
 
 
+def save_description(run: Run, folder: RunFolder) -> None:
+    """Writes `model/`: config.json and tokenizer, what `launch/convert.py` needs beside a checkpoint."""
+    if is_main_process():
+        run.tokenizer.save(folder.path / "model")
+        folder.write_json("model/config.json", config_to_hf(run.decoder))
+
+
 def host_state(run: Run) -> dict[str, Any]:
     return {"curriculum": run.curriculum.state_dict()}
 
@@ -97,6 +107,8 @@ def train_step(run: Run, step: int) -> tuple[dict[str, float], Rollout]:
             run.state, stats = run.learner.update(run.state, minibatch)
             updates.append(stats)
         metrics = add_metrics(updates)
+        # Only before the first update is the trainer still the policy that sampled.
+        metrics |= {name: float(value) for name, value in updates[0].items() if name.startswith("rollout/logprob_gap")}
     if config.reference_refresh and (step + 1) % config.reference_refresh == 0:
         run.state = run.learner.refresh_reference(run.state)
     run.curriculum.observe(rollout.examples, np.nan_to_num(rollout.rewards).mean(axis=1))
@@ -114,11 +126,17 @@ def held_out(run: Run, folder: RunFolder, step: int) -> Evaluation:
     file = folder.evaluation_file(step)
     if file.exists():
         return Evaluation.from_dict(json.loads(file.read_text()))
+    evaluation = evaluate_run(run, run.state.params, step)
+    folder.write_json(file, evaluation.to_dict())
+    return evaluation
+
+
+def evaluate_run(run: Run, params: Params, step: int) -> Evaluation:
+    """The evaluation that `config.evaluation` describes, of `params`."""
     config = run.config.evaluation
-    run.sampler.set_params(run.state.params)
-    examples = run.dataset.test[: config.problems or None]
-    evaluation = evaluate(
-        examples,
+    run.sampler.set_params(params)
+    return evaluate(
+        run.dataset.test[: config.problems or None],
         samples=config.samples,
         temperature=config.temperature,
         top_p=config.top_p,
@@ -126,5 +144,3 @@ def held_out(run: Run, folder: RunFolder, step: int) -> Evaluation:
         batch_prompts=config.batch_prompts,
         **run.rollout_setup,
     )
-    folder.write_json(file, evaluation.to_dict())
-    return evaluation

@@ -1,6 +1,6 @@
 """State, learner, checkpoints, metrics."""
 
-from rljax.training.checkpoint import Checkpointer, fingerprint
+from rljax.training.checkpoint import Checkpointer, fingerprint, restore_params
 from rljax.training.learner import Learner, Loss, add_metrics
 from rljax.training.metrics import MetricsWriter, PhaseTimer, read_jsonl
 from rljax.training.run_folder import RunFolder, plot_learning_curve, versions
@@ -30,6 +30,7 @@ __all__ = [
     "make_schedule",
     "plot_learning_curve",
     "read_jsonl",
+    "restore_params",
     "sft_loss",
     "state_shardings",
     "versions",

@@ -147,6 +147,25 @@ class Checkpointer:
             return None
 
 
+def restore_params(folder: str | Path, target: Any, step: int | None = None) -> tuple[Any, int]:
+    """(params, step) of one checkpoint, without optimizer state; `step` None is the newest.
+
+    `target` is the params' tree of `jax.ShapeDtypeStruct`s, with shardings if they are to be placed. Raises ValueError
+    when there is no such checkpoint.
+    """
+    with ocp.CheckpointManager(
+        Path(folder).absolute(), item_handlers={"state": ocp.PyTreeCheckpointHandler()}
+    ) as manager:
+        steps = sorted(manager.all_steps())
+        if not steps or step not in (None, *steps):
+            raise ValueError(f"no checkpoint of step {step} in {folder}; there are {steps}")
+        step = steps[-1] if step is None else step
+        item = {"params": target}
+        arguments = ocp.checkpoint_utils.construct_restore_args(item)
+        restore = ocp.args.PyTreeRestore(item, restore_args=arguments, partial_restore=True)
+        return manager.restore(step, args=ocp.args.Composite(state=restore))["state"]["params"], step
+
+
 def _finite(value: Any) -> float | None:
     value = None if value is None else float(value)
     return value if value is not None and abs(value) < float("inf") else None

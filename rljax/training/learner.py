@@ -48,7 +48,9 @@ class Learner:
     `spec` says how rows are packed (under a mesh, `packed_rows` must divide over its batch axes). Log-probs are those
     of the distribution that `sampling` describes; None is the model's own. Logits exist for `chunk` tokens at a time.
     A rollout is split by whole groups into `minibatches`, in an order drawn from `seed` and the step if `shuffle`, and
-    gone through `epochs` times. `needs_reference` asks for the log-probs of `state.ref_params`.
+    gone through `epochs` times. `needs_reference` asks for the log-probs of `state.ref_params`. With
+    `anchor_to_behavior` the sampler's log-probs serve as the old ones, which saves a forward pass where sampler and
+    trainer agree to rounding; else several updates per rollout score the old policy first.
 
     An update whose loss or gradient is not finite leaves weights and optimizer as they are; after `max_skipped` of
     them in a row `update` (or `check`) raises `FloatingPointError` with what was not finite.
@@ -71,6 +73,7 @@ class Learner:
         shuffle: bool = False,
         seed: int = 0,
         needs_reference: bool = False,
+        anchor_to_behavior: bool = False,
         max_skipped: int = 5,
     ):
         for name, value in {"chunk": chunk, "minibatches": minibatches, "epochs": epochs}.items():
@@ -83,7 +86,7 @@ class Learner:
             )
         self.config, self.loss, self.spec, self.mesh = config, loss, spec, mesh
         self.minibatches, self.epochs, self.shuffle, self.seed = minibatches, epochs, shuffle, seed
-        self.needs_reference = needs_reference
+        self.needs_reference, self.anchor_to_behavior = needs_reference, anchor_to_behavior
         self._schedule = None
         if isinstance(optimizer, OptimizerConfig):
             self._schedule, optimizer = make_schedule(optimizer), make_optimizer(optimizer)
@@ -134,7 +137,7 @@ class Learner:
                 packing=packing,
             )
             train_batch = self._put(train_batch)
-            if len(parts) > 1 or self.epochs > 1:
+            if (len(parts) > 1 or self.epochs > 1) and not self.anchor_to_behavior:
                 train_batch = _with(train_batch, old_logprobs=self._score_packing(state.params, train_batch))
             if self.needs_reference and batch.ref_logprobs is None:
                 train_batch = _with(train_batch, ref_logprobs=self._score_packing(state.ref_params, train_batch))
@@ -221,7 +224,8 @@ class Learner:
         if self.minibatches * self.epochs == 1:
             rows = rows.replace(old_logprobs=jax.lax.stop_gradient(logprobs))  # type: ignore[attr-defined]
         loss, metrics = self.loss.loss(logprobs, entropies, rows)
-        gap = jnp.abs(jax.lax.stop_gradient(rows.old_logprobs - rows.behavior_logprobs))
+        sampled_by = logprobs if self.anchor_to_behavior else rows.old_logprobs
+        gap = jnp.abs(jax.lax.stop_gradient(sampled_by - rows.behavior_logprobs))
         gap = jnp.where(rows.loss_mask, gap, 0.0)
         metrics = dict(metrics) | {
             "rollout/logprob_gap_max": jnp.max(gap),

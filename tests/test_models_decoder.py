@@ -46,12 +46,12 @@ CONFIGS = {
 }
 
 
-def weights(config, seed=0):
+def weights(config, seed=0, scale=0.3):
     """Random weights large enough that every part of the decoder shows in its output."""
     keys = iter(jax.random.split(jax.random.key(seed), 64))
     shapes = abstract_params(config)
     return jax.tree.map(
-        lambda leaf: (0.3 * jax.random.normal(next(keys), leaf.shape) + (leaf.ndim < 3)).astype(leaf.dtype), shapes
+        lambda leaf: (scale * jax.random.normal(next(keys), leaf.shape) + (leaf.ndim < 3)).astype(leaf.dtype), shapes
     )
 
 
@@ -220,7 +220,7 @@ def test_a_token_depends_on_its_path_alone():
 @pytest.mark.parametrize("name", ["tied_llama3", "biases_window"])
 def test_scanned_unrolled_and_rematerialised_layers_agree(name):
     config = CONFIGS[name]
-    params = weights(config)
+    params = weights(config, scale=0.1)  # rounding of the inputs alone moves the gradient of larger ones by 1e-5
     tokens, positions, ends, _ = forest()
 
     def loss(params, **options):

@@ -1,5 +1,11 @@
-"""Attention over forests: queries see the keys on their own path."""
+"""Attention over forests: queries see the keys on their own path.
 
+Queries go through in blocks, each against the keys up to its own end, since a later key is never visible. The backward
+pass keeps the result and the log-sum-exp of each query, and computes the weights again block by block (2205.14135),
+with scores transposed, so that no product transposes an array of the size of the scores.
+"""
+
+import functools
 import math
 
 import jax
@@ -8,6 +14,8 @@ from jaxtyping import Array, Float, Int
 
 MASKED = -1e30
 """Score of an invisible key: finite, so that a padding query, which sees nothing, yields no NaN."""
+
+MIN_BLOCK, MAX_BLOCKS = 128, 8
 
 
 def forest_attention(
@@ -22,11 +30,87 @@ def forest_attention(
     `window` positions back on the path. Scores and softmax are float32; the result has the dtype of `q`.
     """
     rows, length, heads, head_dim = q.shape
-    groups = heads // k.shape[2]
-    index = jnp.arange(length)
-    visible = (index[None, None, :] <= index[None, :, None]) & (index[None, :, None] < subtree_end[:, None, :])
-    visible &= positions[:, :, None] - positions[:, None, :] < window
-    q = q.reshape(rows, length, heads // groups, groups, head_dim)
-    scores = jnp.einsum("rqkgd,rskd->rkgqs", q, k, preferred_element_type=jnp.float32) / math.sqrt(head_dim)
-    weights = jax.nn.softmax(jnp.where(visible[:, None, None], scores, MASKED), axis=-1).astype(v.dtype)
-    return jnp.einsum("rkgqs,rskd->rqkgd", weights, v).reshape(rows, length, heads, head_dim)
+    kv_heads = k.shape[2]
+    grouped = q.reshape(rows, length, kv_heads, heads // kv_heads, head_dim).transpose(0, 2, 1, 3, 4)
+    k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
+    out = _attend(grouped, k, v, positions, subtree_end, jnp.asarray(window, jnp.int32))
+    return out.transpose(0, 2, 1, 3, 4).reshape(rows, length, heads, head_dim)
+
+
+def _blocks(length: int) -> list[tuple[int, int]]:
+    size = max(MIN_BLOCK, -(-length // MAX_BLOCKS))
+    return [(start, min(start + size, length)) for start in range(0, length, size)]
+
+
+def _visible(start: int, stop: int, positions, subtree_end, window) -> Array:
+    """[R, queries start..stop, keys 0..stop]"""
+    query, key = jnp.arange(start, stop)[None, :, None], jnp.arange(stop)[None, None, :]
+    visible = (key <= query) & (query < subtree_end[:, None, :stop])
+    return visible & (positions[:, start:stop, None] - positions[:, None, :stop] < window)
+
+
+def _flat(x: Array, start: int, stop: int) -> Array:
+    """Queries of a block, those of one key head side by side: [R, KV, n * G, hd]."""
+    rows, kv_heads, _, groups, head_dim = x.shape
+    return x[:, :, start:stop].reshape(rows, kv_heads, (stop - start) * groups, head_dim)
+
+
+def _product(equation: str, a: Array, b: Array) -> Array:
+    return jnp.einsum(equation, a, b, preferred_element_type=jnp.float32)
+
+
+@jax.custom_vjp
+def _attend(q, k, v, positions, subtree_end, window) -> Array:
+    """q [R, KV, S, G, hd]; k, v [R, KV, S, hd] -> [R, KV, S, G, hd]."""
+    return _attend_forward(q, k, v, positions, subtree_end, window)[0]
+
+
+def _attend_forward(q, k, v, positions, subtree_end, window):
+    rows, kv_heads, length, groups, head_dim = q.shape
+    scale = 1.0 / math.sqrt(head_dim)
+    outs, normalisers = [], []
+    for start, stop in _blocks(length):
+        scores = _product("rkqd,rksd->rkqs", _flat(q, start, stop), k[:, :, :stop]) * scale
+        scores = scores.reshape(rows, kv_heads, stop - start, groups, stop)
+        visible = _visible(start, stop, positions, subtree_end, window)
+        scores = jnp.where(visible[:, None, :, None, :], scores, MASKED)
+        best = jnp.max(scores, axis=-1, keepdims=True)
+        weights = jnp.exp(scores - best)
+        total = jnp.sum(weights, axis=-1)
+        flat_weights = weights.reshape(rows, kv_heads, -1, stop).astype(v.dtype)
+        out = _product("rkqs,rksd->rkqd", flat_weights, v[:, :, :stop])
+        outs.append((out.reshape(rows, kv_heads, stop - start, groups, head_dim) / total[..., None]).astype(q.dtype))
+        normalisers.append(best[..., 0] + jnp.log(total))
+    out = jnp.concatenate(outs, axis=2)
+    return out, (q, k, v, positions, subtree_end, window, out, jnp.concatenate(normalisers, axis=2))
+
+
+def _attend_backward(residuals, d_out):
+    q, k, v, positions, subtree_end, window, out, normalisers = residuals
+    rows, kv_heads, length, groups, head_dim = q.shape
+    scale = 1.0 / math.sqrt(head_dim)
+    # sum_s p_s dp_s of each query, from the result itself
+    expected = jnp.sum(out.astype(jnp.float32) * d_out.astype(jnp.float32), axis=-1)
+    d_q, d_k, d_v = [], 0.0, 0.0
+    for start, stop in _blocks(length):
+        block = functools.partial(_flat, start=start, stop=stop)
+        # Made once, so that the loops over scores run along all queries of the block at a stretch.
+        visible = jnp.repeat(_visible(start, stop, positions, subtree_end, window).swapaxes(1, 2), groups, axis=2)
+        visible = jax.lax.optimization_barrier(visible)[:, None]
+        scores = _product("rksd,rkqd->rksq", k[:, :, :stop], block(q)) * scale
+        normaliser, mean = (
+            x[:, :, start:stop].reshape(rows, kv_heads, 1, (stop - start) * groups) for x in (normalisers, expected)
+        )
+        weights = jnp.exp(jnp.where(visible, scores, MASKED) - normaliser)
+        d_weights = _product("rksd,rkqd->rksq", v[:, :, :stop], block(d_out))
+        d_scores = (weights * (d_weights - mean) * scale).astype(q.dtype)
+        weights = weights.astype(d_out.dtype)
+        rest = ((0, 0), (0, 0), (0, length - stop), (0, 0))
+        d_v = d_v + jnp.pad(_product("rksq,rkqd->rksd", weights, block(d_out)), rest)
+        d_k = d_k + jnp.pad(_product("rksq,rkqd->rksd", d_scores, block(q)), rest)
+        part = jax.lax.optimization_barrier(_product("rksd,rksq->rkdq", k[:, :, :stop], d_scores))
+        d_q.append(part.swapaxes(2, 3).reshape(rows, kv_heads, stop - start, groups, head_dim))
+    return jnp.concatenate(d_q, axis=2).astype(q.dtype), d_k.astype(k.dtype), d_v.astype(v.dtype), None, None, None
+
+
+_attend.defvjp(_attend_forward, _attend_backward)

@@ -21,6 +21,7 @@ from jaxtyping import Array, Float, Int
 
 from rljax.models.attention import forest_attention
 from rljax.models.config import DecoderConfig
+from rljax.models.functional import linear, rms_norm, swiglu
 from rljax.models.rope import apply_rotary, rotary_table
 from rljax.parallel import constrain
 from rljax.types import Params
@@ -77,11 +78,11 @@ class Layer(nnx.Module):
         out = checkpoint_name(out.reshape(*x.shape[:-1], c.num_heads * c.head_dim), "attention")
         x = constrain(x + self._linear(out, "o"), ("batch", *(None,) * (x.ndim - 1)))
         h = rms_norm(x, self.mlp_norm[...], c.norm_eps)
-        h = jax.nn.silu(self._linear(h, "gate")) * self._linear(h, "up")
+        h = swiglu(self._linear(h, "gate"), self._linear(h, "up"))
         return constrain(x + self._linear(h, "down"), ("batch", *(None,) * (x.ndim - 1))), aux
 
     def _linear(self, x: Array, name: str) -> Array:
-        out = x @ getattr(self, name)[...].astype(x.dtype)
+        out = linear(x, getattr(self, name)[...])
         bias = getattr(self, f"{name}_bias", None)
         return out if bias is None else out + bias[...].astype(x.dtype)
 
@@ -95,13 +96,6 @@ class Decoder(nnx.Module):
         self.final_norm = weight((config.embed_dim,), (None,), init="ones")
         if not config.tied_embeddings:
             self.head = weight((config.vocab_size, config.embed_dim), ("vocab", "embed"))
-
-
-def rms_norm(x: Float[Array, "*B D"], scale: Float[Array, " D"], eps: float) -> Float[Array, "*B D"]:
-    """Root-mean-square norm (1910.07467), computed in float32; the dtype of `x` is kept."""
-    wide = x.astype(jnp.float32)
-    wide = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + eps)
-    return (wide * scale.astype(jnp.float32)).astype(x.dtype)
 
 
 @functools.lru_cache(maxsize=64)

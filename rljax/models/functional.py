@@ -1,0 +1,79 @@
+"""Parts of a layer with gradients of their own: the values are the plain ones, the backward pass saves fewer arrays
+and transposes only small ones."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+
+@jax.custom_vjp
+def linear(x: Float[Array, "*B D"], weight: Float[Array, "D E"]) -> Float[Array, "*B E"]:
+    """`x @ weight`, in the dtype of `x`. The weight's gradient is summed in float32."""
+    return x @ weight.astype(x.dtype)
+
+
+def _linear_forward(x, weight):
+    return linear(x, weight), (x, weight)
+
+
+def _linear_backward(residuals, g):
+    x, weight = residuals
+    flat, flat_g = x.reshape(-1, x.shape[-1]), g.reshape(-1, g.shape[-1])
+    # A product contracted over tokens transposes its left operand: that should be the narrow one.
+    product = functools.partial(jnp.einsum, "na,nb->ab", preferred_element_type=jnp.float32)
+    d_weight = product(flat, flat_g) if x.shape[-1] <= g.shape[-1] else product(flat_g, flat).T
+    return jnp.einsum("...e,de->...d", g, weight.astype(g.dtype)), d_weight.astype(weight.dtype)
+
+
+linear.defvjp(_linear_forward, _linear_backward)
+
+
+@jax.custom_vjp
+def swiglu(gate: Float[Array, "*B"], up: Float[Array, "*B"]) -> Float[Array, "*B"]:
+    """`silu(gate) * up` (2002.05202). The backward pass keeps the two inputs alone."""
+    return jax.nn.silu(gate) * up
+
+
+def _swiglu_forward(gate, up):
+    return swiglu(gate, up), (gate, up)
+
+
+def _swiglu_backward(residuals, g):
+    gate, up = residuals
+    s = jax.nn.sigmoid(gate)
+    silu = gate * s
+    return g * up * (s + silu * (1 - s)), g * silu
+
+
+swiglu.defvjp(_swiglu_forward, _swiglu_backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def rms_norm(x: Float[Array, "*B D"], scale: Float[Array, " D"], eps: float) -> Float[Array, "*B D"]:
+    """Root-mean-square norm (1910.07467), computed in float32; the dtype of `x` is kept."""
+    wide = x.astype(jnp.float32)
+    return (wide * _inverse_rms(wide, eps) * scale.astype(jnp.float32)).astype(x.dtype)
+
+
+def _inverse_rms(wide: Array, eps: float) -> Array:
+    return jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + eps)
+
+
+def _rms_norm_forward(x, scale, eps):
+    return rms_norm(x, scale, eps), (x, scale)
+
+
+def _rms_norm_backward(eps, residuals, g):
+    x, scale = residuals
+    wide, g = x.astype(jnp.float32), g.astype(jnp.float32)
+    inverse = _inverse_rms(wide, eps)
+    unit = wide * inverse
+    scaled = g * scale.astype(jnp.float32)
+    d_x = inverse * (scaled - unit * jnp.mean(scaled * unit, axis=-1, keepdims=True))
+    d_scale = jnp.sum(g * unit, axis=tuple(range(g.ndim - 1)))
+    return d_x.astype(x.dtype), d_scale.astype(scale.dtype)
+
+
+rms_norm.defvjp(_rms_norm_forward, _rms_norm_backward)

@@ -1,0 +1,166 @@
+"""Stacking and packing: nothing is lost, everything fits, shapes come from tables."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rljax.rollouts.batching import PackSpec, bucket, layout, loss_mask, pack, stack
+from rljax.types import Trajectory
+
+
+def trajectory(tokens, prompt_length, group, **fields):
+    tokens = np.asarray(tokens, np.int32)
+    mask = np.arange(len(tokens)) >= prompt_length
+    return Trajectory(
+        tokens=tokens,
+        action_mask=mask,
+        behavior_logprobs=np.where(mask, -1.0 - np.arange(len(tokens)), 0).astype(np.float32),
+        entropies=np.zeros(len(tokens), np.float32),
+        turn_ids=np.zeros(len(tokens), np.int32),
+        policy_version=np.zeros(len(tokens), np.int32),
+        prompt_id=group,
+        group_id=group,
+        episode_id=0,
+        **fields,
+    )
+
+
+@st.composite
+def rollouts(draw):
+    rows = []
+    for group in range(draw(st.integers(1, 4))):
+        prompt = draw(st.lists(st.integers(0, 2), min_size=1, max_size=6))
+        for _ in range(draw(st.integers(1, 5))):
+            completion = draw(st.lists(st.integers(0, 2), max_size=6))
+            valid = draw(st.booleans()) or draw(st.booleans())
+            rows.append(trajectory(prompt + completion, len(prompt), group + 7, is_valid=valid))
+    return draw(st.permutations(rows))
+
+
+@settings(max_examples=150, deadline=None)
+@given(rollouts(), st.integers(12, 40), st.integers(1, 3), st.booleans())
+def test_every_loss_token_is_scored_once_on_its_own_path(rows, length, packed_rows, share):
+    """Follows predecessors from every scored token: the path must spell the row up to it."""
+    batch = stack(rows)
+    mask = loss_mask(batch)
+    spec = PackSpec(length, packed_rows=packed_rows, share_prefixes=share)
+    packing = layout(batch, mask, spec)
+    seen = np.zeros(batch.tokens.shape, int)
+    for m, (index, wanted, source) in enumerate(zip(packing.row_index, packing.mask, packing.source_row, strict=True)):
+        for b in range(len(source)):
+            if source[b] < 0:
+                assert not wanted[b].any()
+                continue
+            np.testing.assert_array_equal(wanted[b], mask[source[b]])
+            for t in np.flatnonzero(wanted[b]):
+                r, k = divmod(int(index[b, t]), packing.packed.score_index.shape[-1])
+                at, path = packing.packed.score_index[m, r, k], []
+                assert packing.packed.positions[m, r, at] == t
+                while at >= 0:
+                    path.append(int(packing.packed.tokens[m, r, at]))
+                    at = packing.packed.predecessor[m, r, at]
+                assert path[::-1] == batch.tokens[source[b], : t + 1].tolist()
+                seen[source[b], t] += 1
+    np.testing.assert_array_equal(seen, mask)
+    used = packing.packed.subtree_end > 0
+    assert used.sum() == packing.unique_tokens <= packing.flat_tokens
+    values = np.arange(mask.size, dtype=np.float32).reshape(mask.shape)
+    np.testing.assert_array_equal(packing.batch_of(packing.rows_of(values), values), np.where(mask, values, 0))
+
+
+@settings(max_examples=50, deadline=None)
+@given(rollouts())
+def test_weights_and_counts_are_those_of_the_whole_minibatch(rows):
+    batch = stack(rows)
+    mask = loss_mask(batch)
+    advantages = np.where(mask, np.arange(mask.size).reshape(mask.shape), np.nan).astype(np.float32)
+    packed = pack(batch, advantages, PackSpec(12))
+    assert (packed.rows.token_count == max(mask.sum(), 1)).all()
+    np.testing.assert_allclose(packed.rows.loss_weights.sum(), float(mask.any()), rtol=1e-5)
+    assert np.nansum(packed.rows.advantages) == np.nansum(advantages)
+    assert (packed.rows.advantages[~packed.rows.loss_mask] == 0).all()
+
+
+def test_groups_share_their_prompt_and_prompts_their_common_prefix():
+    system = [1, 2, 3, 4]
+    rows = [trajectory([*system, 10 + g, 20 + s], 5, g) for g in range(3) for s in range(4)]
+    batch = stack(rows)
+    packing = layout(batch, loss_mask(batch), PackSpec(32))
+    assert packing.flat_tokens == 72 and packing.unique_tokens == 4 + 3 * (1 + 4)
+    split = layout(batch, loss_mask(batch), PackSpec(9))  # a group alone: 5 + 4 tokens
+    assert split.packed.tokens.shape[0] == 4 and split.unique_tokens == 3 * 9
+    halved = layout(batch, loss_mask(batch), PackSpec(7))  # two of its four samples
+    assert halved.unique_tokens == 6 * 7
+
+
+def test_one_shape_whatever_the_rollout():
+    spec = PackSpec(32, length_buckets=(32,), score_buckets=(32,), row_buckets=(16,), microbatch_buckets=(16,))
+    shapes = set()
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        rows = [
+            trajectory(rng.integers(0, 5, rng.integers(5, 20)), int(rng.integers(1, 5)), g)
+            for g in range(4)
+            for _ in "ab"
+        ]
+        batch = stack(rows, row_buckets=(8,), length_buckets=(32,))
+        packed = pack(batch, batch.action_mask.astype(np.float32), spec)
+        shapes.add((packed.packed.tokens.shape, packed.packed.score_index.shape, packed.rows.row_index.shape))
+    assert shapes == {((16, 1, 32), (16, 1, 32), (16, 16, 32))}
+
+
+def test_the_packed_length_is_the_shortest_that_costs_no_microbatch():
+    rows = [trajectory(np.arange(10), 5, g) for g in range(2)]
+    batch = stack([r.replace(tokens=r.tokens + 20 * i) for i, r in enumerate(rows)])
+    assert layout(batch, loss_mask(batch), PackSpec(80)).packed.tokens.shape == (1, 1, 20)
+    assert layout(batch, loss_mask(batch), PackSpec(80, packed_rows=2)).packed.tokens.shape == (1, 2, 20)
+
+
+def test_padding_rows_are_an_invalid_group_of_their_own():
+    batch = stack([trajectory([1, 2, 3], 1, 40), trajectory([1, 2], 1, 30)], row_buckets=(4,), length_buckets=(8,))
+    np.testing.assert_array_equal(batch.group_id, [0, 1, 2, 2])
+    np.testing.assert_array_equal(batch.is_valid, [True, True, False, False])
+    np.testing.assert_array_equal(batch.lengths, [3, 2, 0, 0])
+    assert batch.tokens.shape == (4, 8)
+
+
+def test_a_rollout_without_loss_tokens_packs_to_nothing():
+    batch = stack([trajectory([1, 2, 3], 1, 0, is_valid=False)])
+    packed = pack(batch, np.zeros(batch.tokens.shape, np.float32), PackSpec(16))
+    assert not packed.rows.loss_mask.any() and not (packed.packed.subtree_end > 0).any()
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (
+            lambda: layout(b := stack([trajectory(np.arange(9), 2, 0)]), loss_mask(b), PackSpec(8)),
+            "raise pack_length to",
+        ),
+        (lambda: layout(b := stack([trajectory([1, 2], 0, 0)]), loss_mask(b), PackSpec(8)), "begin the prompt"),
+        (lambda: stack([]), "no trajectories"),
+        (lambda: stack([trajectory([1], 0, 0)], length_buckets=(0,)), "add a bucket of at least 1"),
+        (lambda: bucket(5, (2, 4), "rows"), "rows is 5"),
+        (lambda: PackSpec(0), "pack_length=0"),
+        (lambda: PackSpec(8, length_buckets=(4,)), "must end with pack_length=8"),
+    ],
+)
+def test_what_cannot_work_is_refused_with_a_remedy(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_a_large_rollout_packs_in_a_moment():
+    import time
+
+    rng = np.random.default_rng(0)
+    rows = []
+    for group in range(64):
+        prompt = rng.integers(0, 1000, 500)
+        rows += [trajectory(np.concatenate([prompt, rng.integers(0, 1000, 500)]), 500, group) for _ in range(8)]
+    batch = stack(rows)
+    start = time.perf_counter()
+    packing = layout(batch, loss_mask(batch), PackSpec(8192))
+    assert time.perf_counter() - start < 3.0
+    assert packing.unique_tokens == 64 * (500 + 8 * 500)

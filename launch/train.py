@@ -24,6 +24,7 @@ _PROCESS_ID = flags.DEFINE_integer("process_id", None, "Index of this process, w
 
 def main() -> None:
     from rljax import run
+    from rljax.dry_run import print_plan
     from rljax.parallel import initialize_distributed
 
     if _WORKDIR.value is None and not _DRY_RUN.value:
@@ -35,7 +36,7 @@ def main() -> None:
         process_id=_PROCESS_ID.value,
     )
     if _DRY_RUN.value:
-        run.print_plan(_CONFIG.value)
+        print_plan(_CONFIG.value)
     else:
         run.train(_CONFIG.value, _WORKDIR.value, fresh=_FRESH.value)
 

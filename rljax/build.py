@@ -8,7 +8,7 @@ from jax.sharding import Mesh
 
 from rljax.algorithms import Algorithm
 from rljax.config import Config, Dataset, FreshModel, check, make_rewards, make_tokenizer, model_path
-from rljax.models import DecoderConfig, init_params, load_model
+from rljax.models import DecoderConfig, init_params, load_config, load_model, param_shardings
 from rljax.parallel import make_mesh
 from rljax.rollouts.batching import PackSpec
 from rljax.sampling import Sampler, SamplingParams, sampling_params
@@ -50,15 +50,21 @@ class Run:
 
 
 def build(config: Config) -> tuple[Run, Any]:
-    """The run and its initial params. What can be wrong in the config or the data is refused before weights load."""
+    """The run and its initial params."""
+    run = plan(config)
+    return run, load_params(config, run.decoder, run.mesh)
+
+
+def plan(config: Config) -> Run:
+    """The run without weights. ValueError for what can be wrong in the config or the data."""
     algorithm = check(config, jax.device_count())
     tokenizer = make_tokenizer(config.model)
     dataset = config.data.load()
     rewards = make_rewards(config, dataset)
     curriculum = UniformCurriculum(dataset.train, seed=config.seed)
     check_prompts(config, dataset, tokenizer)
+    decoder = load_decoder(config, tokenizer)
     mesh = make_mesh(**dataclasses.asdict(config.mesh))
-    decoder, params = load_params(config, tokenizer)
     s = config.sampling
     sampling = sampling_params(temperature=s.temperature, top_k=s.top_k, top_p=s.top_p, min_p=s.min_p)
     sampler = Sampler(
@@ -73,9 +79,7 @@ def build(config: Config) -> tuple[Run, Any]:
         mesh=mesh,
     )
     learner = make_learner(config, decoder, algorithm, sampling, mesh)
-    return Run(
-        config, algorithm, dataset, tokenizer, rewards, curriculum, mesh, decoder, sampling, sampler, learner
-    ), params
+    return Run(config, algorithm, dataset, tokenizer, rewards, curriculum, mesh, decoder, sampling, sampler, learner)
 
 
 def make_learner(config: Config, decoder: DecoderConfig, algorithm: Algorithm, sampling, mesh: Mesh) -> Learner:
@@ -111,19 +115,26 @@ def pack_spec(config: Config) -> PackSpec:
     )
 
 
-def load_params(config: Config, tokenizer: Tokenizer) -> tuple[DecoderConfig, Any]:
-    """The decoder's config and its initial weights, on the default device."""
+def load_decoder(config: Config, tokenizer: Tokenizer) -> DecoderConfig:
+    """The decoder's config, read without its weights. ValueError when the tokenizer belongs to another model."""
     model = config.model
     if isinstance(model, FreshModel):
-        decoder = model.decoder(tokenizer.vocab_size)
-        return decoder, init_params(decoder, jax.random.key(config.seed))
-    decoder, params = load_model(model_path(model.path), dtype=model.dtype, param_dtype=model.param_dtype)
+        return model.decoder(tokenizer.vocab_size)
+    decoder = load_config(model_path(model.path), dtype=model.dtype, param_dtype=model.param_dtype)
     if tokenizer.vocab_size > decoder.vocab_size:
         raise ValueError(
             f"the tokenizer has ids up to {tokenizer.vocab_size - 1}, but {model.path} has embeddings for "
             f"{decoder.vocab_size}; use the tokenizer that belongs to the model"
         )
-    return decoder, params
+    return decoder
+
+
+def load_params(config: Config, decoder: DecoderConfig, mesh: Mesh) -> Any:
+    """The initial weights; each shard goes straight to its device."""
+    model, where = config.model, param_shardings(decoder, mesh)
+    if isinstance(model, FreshModel):
+        return jax.jit(lambda key: init_params(decoder, key), out_shardings=where)(jax.random.key(config.seed))
+    return load_model(model_path(model.path), dtype=model.dtype, param_dtype=model.param_dtype, shardings=where)[1]
 
 
 def check_prompts(config: Config, dataset: Dataset, tokenizer: Tokenizer) -> None:

@@ -85,7 +85,8 @@ def fine_tune(config: Config, workdir: str, *, fresh: bool = False) -> dict[str,
 def convert(source: str, target: str, *, step: int | None = None, dtype: str = "float32") -> Path:
     """Writes weights and tokenizer as a Hugging Face folder.
 
-    `source` is a Hugging Face folder, a GGUF file, a run folder or `smollm2`. `step` picks a checkpoint of a run folder. ValueError for anything else, and for a target that is not empty.
+    `source` is a Hugging Face folder, a GGUF file, a run folder or `smollm2`; `step` picks a checkpoint of a run
+    folder. ValueError for anything else, and for a target that is not empty.
     """
     goal = Path(target)
     if goal.exists() and any(goal.iterdir()):

@@ -12,7 +12,7 @@ from rljax.build import Run, build
 from rljax.config import Config, to_dict
 from rljax.evaluation import Evaluation, evaluate
 from rljax.models import config_to_hf
-from rljax.parallel import use_mesh
+from rljax.parallel import is_main_process, use_mesh
 from rljax.report import finish
 from rljax.rollouts.batching import stack
 from rljax.rollouts.collect import Rollout, collect

@@ -17,7 +17,7 @@ from rljax.models.families import FAMILIES, config_from_hf, config_to_hf
 from rljax.models.gguf import load_gguf
 from rljax.models.huggingface import load_hf, save_hf
 from rljax.models.layout import param_shardings
-from rljax.models.load import find_smollm2, load_model
+from rljax.models.load import find_smollm2, load_config, load_model
 
 __all__ = [
     "FAMILIES",
@@ -32,6 +32,7 @@ __all__ = [
     "find_smollm2",
     "hidden_states",
     "init_params",
+    "load_config",
     "load_gguf",
     "load_hf",
     "load_model",

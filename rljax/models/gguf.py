@@ -47,10 +47,7 @@ def load_gguf(
     quants = _gguf_package()
     metadata, tensors = read_header(path)
     data = np.memmap(path, dtype=np.uint8, mode="r")
-    divisors = None
-    if _ROPE_FACTORS in tensors:
-        divisors = _dequantise(quants, data, tensors[_ROPE_FACTORS])
-    config = with_dtypes(config_from_gguf(metadata, tensors, divisors), dtype, param_dtype)
+    config = with_dtypes(_read_config(quants, metadata, tensors, data), dtype, param_dtype)
     wanted = entries(config, "gguf")
     check_names({entry.name for entry in wanted}, set(tensors), {_ROPE_FACTORS}, str(path))
     for entry in wanted:
@@ -64,6 +61,17 @@ def load_gguf(
         return value
 
     return config, assemble(config, wanted, fetch, shardings)
+
+
+def load_gguf_config(path: str | os.PathLike) -> DecoderConfig:
+    """The config alone, in float32; no weight is read. Errors as in `load_gguf`."""
+    metadata, tensors = read_header(Path(path))
+    return _read_config(_gguf_package(), metadata, tensors, np.memmap(path, dtype=np.uint8, mode="r"))
+
+
+def _read_config(quants, metadata: dict[str, Any], tensors: dict[str, GGUFTensor], data: np.ndarray) -> DecoderConfig:
+    divisors = _dequantise(quants, data, tensors[_ROPE_FACTORS]) if _ROPE_FACTORS in tensors else None
+    return config_from_gguf(metadata, tensors, divisors)
 
 
 def _gguf_package():

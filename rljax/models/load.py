@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from rljax.models.config import DecoderConfig
-from rljax.models.gguf import load_gguf
-from rljax.models.huggingface import load_hf
+from rljax.models.families import config_from_hf
+from rljax.models.gguf import load_gguf, load_gguf_config
+from rljax.models.huggingface import load_hf, read_json, with_dtypes
 
 
 def load_model(
@@ -23,13 +24,25 @@ def load_model(
     the params, sends each shard straight to its device. Raises ValueError when the path is neither, and for every
     defect that `load_hf` and `load_gguf` name.
     """
+    path = _check_path(path)
+    load = load_hf if path.is_dir() else load_gguf
+    return load(path, dtype=dtype, param_dtype=param_dtype or dtype, shardings=shardings)
+
+
+def load_config(path: str | os.PathLike, *, dtype: str = "float32", param_dtype: str | None = None) -> DecoderConfig:
+    """The config that `load_model` would return; no weight is read. ValueError as there."""
+    path = _check_path(path)
+    config = config_from_hf(read_json(path / "config.json")) if path.is_dir() else load_gguf_config(path)
+    return with_dtypes(config, dtype, param_dtype or dtype)
+
+
+def _check_path(path: str | os.PathLike) -> Path:
     path = Path(path).expanduser()
     if not path.exists():
         raise ValueError(f"{path} does not exist; give a Hugging Face folder or a .gguf file")
     if path.is_file() and path.suffix != ".gguf":
         raise ValueError(f"{path} is neither a Hugging Face folder nor a .gguf file; give one of these")
-    load = load_hf if path.is_dir() else load_gguf
-    return load(path, dtype=dtype, param_dtype=param_dtype or dtype, shardings=shardings)
+    return path
 
 
 def find_smollm2() -> Path:

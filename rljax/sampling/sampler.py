@@ -12,8 +12,9 @@ import numpy as np
 
 from rljax.models.cache import KVCache, init_cache
 from rljax.models.config import DecoderConfig
-from rljax.models.decoder import abstract_params, logical_axes, unstack_layers
-from rljax.parallel import DECODE_RULES, shardings, use_mesh
+from rljax.models.decoder import unstack_layers
+from rljax.models.layout import param_shardings
+from rljax.parallel import DECODE_RULES, use_mesh
 from rljax.sampling.generate import copy_prompt, decode, prefill
 from rljax.sampling.logits import SamplingParams, sampling_params
 from rljax.sampling.slots import FinishReason, Load, Request, Sample, Slots
@@ -147,11 +148,8 @@ class Sampler:
                 seconds["prefill_seconds"] += loaded - start
                 loads = slots.assign()
                 seconds["decode_seconds"] += time.perf_counter() - loaded
-        self.last_stats = {
-            **stats,
-            **seconds,
-            "slot_occupancy": stats["new_tokens"] / max(stats.pop("row_steps"), 1),
-        }
+        occupancy = stats["new_tokens"] / max(stats.pop("row_steps"), 1)
+        self.last_stats = {**stats, **seconds, "slot_occupancy": occupancy}
         return slots.results
 
     def _run(self, cache: KVCache, column, slots: Slots, sampling: SamplingParams, seed: int, step: int):
@@ -293,7 +291,7 @@ def _unstack_program(config: DecoderConfig, mesh: jax.sharding.Mesh | None):
 
     where = None
     if mesh is not None:
-        stacked = shardings(mesh, logical_axes(config), abstract_params(config), DECODE_RULES)
+        stacked = param_shardings(config, mesh, DECODE_RULES)
 
         def drop_layers(sharding):
             return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*sharding.spec[1:]))

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from rljax.models import DecoderConfig, abstract_params, logical_axes
-from rljax.parallel import RULES, Rules, replicated, shardings
+from rljax.models import DecoderConfig, abstract_params, param_shardings
+from rljax.parallel import RULES, Rules, replicated
 from rljax.types import Params, TrainState
 
 
@@ -138,7 +138,7 @@ def state_shardings(
         by_param = jax.tree.map(lambda _: everywhere, params)
     else:
         everywhere = replicated(mesh)
-        by_param = shardings(mesh, logical_axes(config), params, rules)
+        by_param = param_shardings(config, mesh, rules)
     opt_state = optax.tree_utils.tree_map_params(
         optimizer,
         lambda _, sharding: sharding,

@@ -1,0 +1,199 @@
+"""The plan of a run, before it runs: parameters, tokens, shapes, mesh, and memory per device by part."""
+
+import os
+from typing import Any
+
+import jax
+import numpy as np
+
+from rljax.build import Run, pack_spec, plan
+from rljax.config import Config
+from rljax.models import abstract_params, param_shardings
+from rljax.models.cache import cache_bytes
+from rljax.parallel import DECODE_RULES, batch_parts, is_main_process, use_mesh
+from rljax.report import aligned
+from rljax.rollouts.batching import PackSpec, layout, loss_mask, stack
+from rljax.supervised import demonstration
+from rljax.text import render_prompt
+from rljax.types import Rows, TrainBatch
+
+GIB = 2**30
+_ADVICE = {
+    "parameters": "a larger config.mesh.fsdp or config.mesh.tensor, or config.model.param_dtype=bfloat16",
+    "optimizer": "a larger config.mesh.fsdp",
+    "gradients": "a larger config.mesh.fsdp",
+    "reference": "an algorithm with kl_coef=0, which needs no reference model",
+    "decoder weights": "a larger config.mesh.tensor, or config.model.dtype=bfloat16",
+    "KV cache": "fewer config.sampling.prompt_slots x sample_slots, or a smaller max_new_tokens or prompt bucket",
+    "activations": "config.update.remat=True, or a smaller config.update.pack_length or packed_rows",
+    "logits": "a smaller config.update.head_chunk",
+}
+
+
+def print_plan(config: Config, *, measure: bool = True) -> dict[str, Any]:
+    """Prints the plan and returns it. With `measure` the update is compiled, not run, and the compiler asked."""
+    run = plan(config)
+    run.rewards.close()
+    batch = worst_batch(run)
+    predicted = predict_memory(run, batch)
+    result = {
+        "parameters": sum(int(np.prod(x.shape)) for x in jax.tree.leaves(abstract_params(run.decoder))),
+        "shapes": {
+            "packed [M, R, S]": batch.packed.tokens.shape,
+            "scored [M, R, K]": batch.packed.score_index.shape,
+            "rows [M, B, T]": batch.rows.row_index.shape,
+        },
+        "predicted": predicted,
+        "measured": measure_update(run, batch) if measure else {},
+        "total": sum(predicted.values()),
+        "limit": device_memory(),
+    }
+    if is_main_process():
+        print(describe(run, result))
+    return result
+
+
+def describe(run: Run, result: dict[str, Any]) -> str:
+    """The plan as text."""
+    config, update = run.config, run.config.update
+    samples = config.prompts_per_step * run.algorithm.plan.group_size
+    shapes = ", ".join(f"{name} = {list(shape)}" for name, shape in result["shapes"].items())
+    lines = [
+        f"model        {result['parameters'] / 1e6:.1f}M parameters, {run.decoder.family}, {run.decoder.dtype}",
+        f"data         {len(run.dataset.train)} training examples, {len(run.dataset.test)} held out",
+        f"mesh         {dict(run.mesh.shape)} on {jax.device_count()} x {jax.devices()[0].device_kind}",
+        f"a step       {config.prompts_per_step} prompts x {run.algorithm.plan.group_size} = {samples} samples, up to "
+        f"{samples * config.sampling.max_new_tokens} new tokens, {update.minibatches * update.epochs} updates",
+        f"prompts      buckets {config.sampling.prompt_buckets}",
+        f"an update    at most {shapes}; {_tables(pack_spec(config))}",
+    ]
+    rows = [(name, f"{size / GIB:.3f}") for name, size in result["predicted"].items()]
+    rows += [("total", f"{result['total'] / GIB:.3f}"), ("device has", f"{result['limit'] / GIB:.3f}")]
+    lines += ["", aligned([("memory per device (GiB)", "predicted"), *rows])]
+    if result["measured"]:
+        rows = [(name, f"{size / GIB:.3f}") for name, size in result["measured"].items()]
+        lines += ["", aligned([("compiled update, per device (GiB)", "measured"), *rows])]
+    fits = result["total"] <= result["limit"]
+    return "\n".join(
+        [*lines, "", "it fits" if fits else _remedy(result["predicted"], result["total"], result["limit"])]
+    )
+
+
+def _tables(spec: PackSpec) -> str:
+    names = ("length_buckets", "score_buckets", "row_buckets", "microbatch_buckets")
+    return ", ".join(f"{name} {getattr(spec, name) or 'automatic'}" for name in names)
+
+
+def _remedy(predicted: dict[str, int], total: int, limit: int) -> str:
+    largest = sorted(predicted, key=lambda name: -predicted[name])[:2]
+    advice = "; ".join(f"{name}: {_ADVICE[name]}" for name in largest)
+    return f"DOES NOT FIT: {total / GIB:.2f} GiB of {limit / GIB:.2f}. Largest parts first, {advice}"
+
+
+def worst_batch(run: Run) -> TrainBatch:
+    """The largest minibatch of the config, as shapes: every completion of full length, sharing only prompts."""
+    config = run.config
+    prompts = sorted((render_prompt(run.tokenizer, e.prompt, config.data.chat) for e in run.dataset.train), key=len)
+    group = run.algorithm.plan.group_size
+    rng, rows = np.random.default_rng(0), []
+    for index in range(config.prompts_per_step // config.update.minibatches):
+        for _ in range(group):
+            completion = rng.integers(0, run.decoder.vocab_size, config.sampling.max_new_tokens).tolist()
+            rows.append(demonstration(prompts[-1 - index % len(prompts)], completion, index, index))
+    batch = stack(rows)
+    packing = layout(batch, loss_mask(batch), pack_spec(config))
+    like = packing.row_index.shape
+
+    def shaped(shape, dtype):
+        return jax.ShapeDtypeStruct(shape, dtype)
+
+    packed = jax.tree.map(lambda x: shaped(x.shape, x.dtype), packing.packed)
+    real = shaped(like, np.float32)
+    ref = real if run.algorithm.plan.needs_ref else None
+    return TrainBatch(
+        packed=packed,
+        rows=Rows(
+            row_index=shaped(like, np.int32),
+            loss_mask=shaped(like, bool),
+            loss_weights=real,
+            token_count=shaped(like[:1], np.float32),
+            advantages=real,
+            behavior_logprobs=real,
+            old_logprobs=real,
+            source=shaped(like[:2], np.int32),
+            ref_logprobs=ref,
+        ),
+    )
+
+
+def predict_memory(run: Run, batch: TrainBatch) -> dict[str, int]:
+    """Bytes per device by part, from shapes and shardings alone.
+
+    Activations are what the backward pass keeps of one microbatch: per token and layer the inputs of each product, or
+    with remat the layer's input alone (and one layer's worth while it is recomputed).
+    """
+    config, c, mesh = run.config, run.decoder, run.mesh
+    state = run.learner.abstract_state()
+    weights = _bytes(state.params, param_shardings(c, mesh))
+    gradients = _bytes(_as_float32(state.params), param_shardings(c, mesh))
+    tensor, parts = mesh.shape["tensor"], batch_parts(mesh)
+    micro, packed_rows, length = batch.packed.tokens.shape
+    tokens = packed_rows * length // parts
+    width = np.dtype(c.dtype).itemsize
+    heads = (2 * c.num_heads + 2 * c.num_kv_heads) * c.head_dim // tensor
+    per_layer = tokens * width * (4 * c.embed_dim + heads + 3 * c.mlp_dim // tensor)
+    scores = packed_rows // parts * c.num_heads // tensor * length * length * 4 // 2
+    kept = tokens * width * c.embed_dim * c.num_layers + per_layer + scores
+    if not config.update.remat:
+        kept = (per_layer + scores) * c.num_layers
+    cache = cache_bytes(
+        c,
+        run.sampler.prompt_slots,
+        run.sampler.sample_slots,
+        config.sampling.prompt_buckets[-1],
+        config.sampling.max_new_tokens,
+    )
+    compute = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, np.dtype(c.dtype)), state.params)
+    return {
+        "parameters": weights,
+        "optimizer": _bytes(state.opt_state),
+        "gradients": gradients * (2 if micro > 1 else 1),
+        **({"reference": weights} if state.ref_params is not None else {}),
+        "decoder weights": _bytes(compute, param_shardings(c, mesh, DECODE_RULES)),
+        "KV cache": cache // parts,
+        "activations": int(kept),
+        "logits": min(config.update.head_chunk, packed_rows * batch.packed.score_index.shape[-1])
+        * c.vocab_size
+        * 4
+        * 3
+        // (parts * tensor),
+    }
+
+
+def measure_update(run: Run, batch: TrainBatch) -> dict[str, int]:
+    """What the compiler says of the update's memory per device: arguments (state and batch) and temporaries."""
+    with use_mesh(run.mesh):
+        analysis = run.learner.lower_update(batch).compile().memory_analysis()
+    return {"state and batch": int(analysis.argument_size_in_bytes), "temporaries": int(analysis.temp_size_in_bytes)}
+
+
+def device_memory() -> int:
+    """Bytes that one device may use: what the backend allows, or this machine's memory shared by its CPU devices."""
+    stats = jax.local_devices()[0].memory_stats()
+    if stats and "bytes_limit" in stats:
+        return int(stats["bytes_limit"])
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // jax.local_device_count()
+
+
+def _as_float32(tree: Any) -> Any:
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, np.float32), tree)
+
+
+def _bytes(tree: Any, where: Any = None) -> int:
+    """Bytes on one device of a tree of `ShapeDtypeStruct`s; `where` are the shardings if the leaves have none."""
+    leaves = jax.tree.leaves(tree)
+    places = [x.sharding for x in leaves] if where is None else jax.tree.leaves(where)
+    return sum(
+        int(np.prod(place.shard_shape(x.shape))) * np.dtype(x.dtype).itemsize
+        for x, place in zip(leaves, places, strict=True)
+    )

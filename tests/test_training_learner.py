@@ -15,7 +15,7 @@ from rljax.training import Learner, OptimizerConfig, add_metrics, sft_loss
 from rljax.types import Trajectory
 
 CONFIG = DecoderConfig(
-    vocab_size=37, num_layers=2, embed_dim=16, num_heads=4, num_kv_heads=2, head_dim=4, mlp_dim=24, tied_embeddings=True
+    vocab_size=40, num_layers=2, embed_dim=16, num_heads=4, num_kv_heads=2, head_dim=4, mlp_dim=24, tied_embeddings=True
 )
 FLAT = PackSpec(pack_length=32, packed_rows=8, share_prefixes=False)
 

@@ -94,7 +94,11 @@ class Learner:
         self._sampling = None if sampling is None or _is_plain(sampling) else sampling
         self._head = dict(chunk=chunk, remat=remat, scan=scan)
         self._guard = Guard(max_skipped)
-        self._update = jax.jit(self._update_step, donate_argnums=(0, 1, 2, 3))
+        outputs: dict[str, Any] = {}
+        if mesh is not None:  # the state comes back as it lay, so that nothing is moved or compiled again
+            where = state_shardings(config, self.optimizer, mesh=mesh)
+            outputs["out_shardings"] = (where.params, where.opt_state, where.step, where.skipped, None, None)
+        self._update = jax.jit(self._update_step, donate_argnums=(0, 1, 2, 3), **outputs)
         self._score = jax.jit(self._score_microbatches)
 
     def init_state(self, params: Params) -> TrainState:
@@ -163,6 +167,13 @@ class Learner:
         self._guard.observe(skipped, finite)
         fields = dict(params=params, opt_state=opt_state, step=step, skipped=skipped)
         return state.replace(**fields), metrics  # type: ignore[attr-defined]
+
+    def lower_update(self, train_batch: TrainBatch) -> jax.stages.Lowered:
+        """The update lowered for a batch of `jax.ShapeDtypeStruct`s, to compile and inspect; nothing runs."""
+        state = self.abstract_state()
+        arguments = (state.params, state.opt_state, state.step, state.skipped, train_batch, self._sampling)
+        with self._on_mesh():
+            return self._update.lower(*arguments)
 
     def check(self) -> None:
         """Raises for the last update too; `update` itself looks one update back, so as not to wait."""

@@ -192,6 +192,7 @@ def measure(
                     found.versions[name] = {k: v for k, v in worker.about.items() if k != "ready"}
                     for task in tasks[name]:
                         answer = worker.run(task)
+                        print(f"  {task}, {name}: first call {answer['seconds']:.3g} s", flush=True)
                         found.first[name, task] = answer["seconds"]
                         found.answers[name, task] = [answer]
                 except Missing as reason:

@@ -23,7 +23,7 @@ from rljax.training import OptimizerConfig
 def get_config() -> Config:
     return Config(
         name="quickstart",
-        steps=24,
+        steps=20,
         prompts_per_step=8,
         model=PretrainedModel(path="smollm2"),
         data=ReasoningGymData(
@@ -39,7 +39,7 @@ def get_config() -> Config:
             minibatches=2,
             anchor_to_behavior=True,
             pack_length=576,
-            length_buckets=(576,),
+            length_buckets=(256, 576),
             score_buckets=(448,),
             row_buckets=(32,),
             microbatch_buckets=(1,),

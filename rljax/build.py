@@ -33,7 +33,7 @@ class Run:
     sampling: SamplingParams
     sampler: Sampler
     learner: Learner
-    state: TrainState | None = None
+    state: TrainState = None  # type: ignore[assignment]  # until weights are loaded or restored
 
     @property
     def rollout_setup(self) -> dict[str, Any]:

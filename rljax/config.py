@@ -5,7 +5,7 @@ names. `check` refuses what cannot work, in one line, before any device is touch
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -31,9 +31,20 @@ from rljax.training import OptimizerConfig
 class Dataset(Protocol):
     """What a data config loads: examples, disjoint by content hash, and the reward that comes with them, if any."""
 
-    train: list[Example]
-    test: list[Example]
-    verifier: Callable[..., Any] | None
+    @property
+    def train(self) -> list[Example]: ...
+    @property
+    def test(self) -> list[Example]: ...
+    @property
+    def verifier(self) -> Callable[..., Any] | None: ...
+
+
+class DataSource(Protocol):
+    """Where examples come from; `chat` is that of `rljax.text.render_prompt`."""
+
+    chat: bool | None
+
+    def load(self) -> Dataset: ...
 
 
 class Recipe(Protocol):
@@ -106,7 +117,7 @@ class ReasoningGymData:
             extract=self.extract,
         )
 
-    def _format(self, item: dict[str, Any]) -> str:
+    def _format(self, item: Mapping[str, Any]) -> str:
         known = {**item["metadata"], "question": item["question"]}
         try:
             return self.prompt.format(**known)
@@ -286,7 +297,7 @@ class Config:
     steps: int = 100
     prompts_per_step: int = 8
     model: PretrainedModel | FreshModel = dataclasses.field(default_factory=PretrainedModel)
-    data: ReasoningGymData | FileData = dataclasses.field(default_factory=ReasoningGymData)
+    data: DataSource = dataclasses.field(default_factory=ReasoningGymData)
     rewards: tuple[RewardConfig, ...] = ()
     algorithm: Recipe = dataclasses.field(default_factory=GRPO)
     reference_refresh: int = 0
@@ -382,12 +393,14 @@ def make_rewards(config: Config, dataset: Dataset) -> RewardRunner:
     """The configured rewards, or the data set's own verifier. ValueError when there is neither, or when a reward wants
     a column that the data lacks."""
     specs = [reward.load() for reward in config.rewards]
-    if not specs and dataset.verifier is None:
-        raise ValueError(
-            "config.rewards is empty and the data has no verifier of its own; add e.g. "
-            "rewards=(RewardConfig('my_rewards:correct'),)"
-        )
-    runner = RewardRunner(specs or [RewardSpec(dataset.verifier, name=type(dataset.verifier).__name__)])
+    if not specs:
+        if dataset.verifier is None:
+            raise ValueError(
+                "config.rewards is empty and the data has no verifier of its own; add e.g. "
+                "rewards=(RewardConfig('my_rewards:correct'),)"
+            )
+        specs = [RewardSpec(dataset.verifier, name=type(dataset.verifier).__name__)]
+    runner = RewardRunner(specs)
     runner.check_columns(set.intersection(*(set(e.columns) for e in [*dataset.train, *dataset.test])))
     return runner
 

@@ -173,7 +173,7 @@ def predict_memory(run: Run, batch: TrainBatch) -> dict[str, int]:
 def measure_update(run: Run, batch: TrainBatch) -> dict[str, int]:
     """What the compiler says of the update's memory per device: arguments (state and batch) and temporaries."""
     with use_mesh(run.mesh):
-        analysis = run.learner.lower_update(batch).compile().memory_analysis()
+        analysis: Any = run.learner.lower_update(batch).compile().memory_analysis()
     return {"state and batch": int(analysis.argument_size_in_bytes), "temporaries": int(analysis.temp_size_in_bytes)}
 
 

@@ -49,8 +49,8 @@ def comparison_table(before: Evaluation, after: Evaluation) -> str:
         new = after.estimates[name]
         rows.append((name, str(old), str(new), f"{new.value - old.value:+.3f}"))
     for name in ("length_mean", "truncated_share"):
-        old, new = before.metrics[name], after.metrics[name]
-        rows.append((name.replace("_", " "), f"{old:.2f}", f"{new:.2f}", f"{new - old:+.2f}"))
+        was, became = before.metrics[name], after.metrics[name]
+        rows.append((name.replace("_", " "), f"{was:.2f}", f"{became:.2f}", f"{became - was:+.2f}"))
     title = (
         f"held-out problems: {before.num_problems}, {before.samples} samples each at temperature {before.temperature:g}"
     )

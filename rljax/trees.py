@@ -26,15 +26,15 @@ class Forest(NamedTuple):
     """`N` unique tokens in depth-first order, and where each row's tokens lie among them.
 
     `positions` is the depth on the path, `predecessor` the packed index of the token before (-1 for a root),
-    `subtree_end` one past the last packed index of the subtree. `index[b, t]` is the packed index of token `t` of row
-    `b`, -1 beyond its length. All int32.
+    `subtree_end` one past the last packed index of the subtree. `row_index[b, t]` is the packed index of token `t` of
+    row `b`, -1 beyond its length. All int32.
     """
 
     tokens: Int[np.ndarray, " N"]
     positions: Int[np.ndarray, " N"]
     predecessor: Int[np.ndarray, " N"]
     subtree_end: Int[np.ndarray, " N"]
-    index: Int[np.ndarray, "B T"]
+    row_index: Int[np.ndarray, "B T"]
 
 
 def sort_rows(tokens: Int[np.ndarray, "B T"], lengths: Int[np.ndarray, " B"]) -> SortedRows:
@@ -77,13 +77,19 @@ def build_forest(
     next_place[:-1] = np.minimum.accumulate(np.where(own, place, count)[::-1], axis=0)[::-1]
     new = own & (column < ends[:, None])
     where = index[new]
-    forest = Forest(*(np.empty(total, np.int32) for _ in range(4)), index=np.empty((count, width), np.int32))
+    forest = Forest(
+        tokens=np.empty(total, np.int32),
+        positions=np.empty(total, np.int32),
+        predecessor=np.empty(total, np.int32),
+        subtree_end=np.empty(total, np.int32),
+        row_index=np.empty((count, width), np.int32),
+    )
     forest.tokens[where] = tokens[order][new]
     forest.positions[where] = np.broadcast_to(column, new.shape)[new]
     before = np.concatenate([np.full((count, 1), -1, np.int32), index[:, :-1]], axis=1)[:, :width]
     forest.predecessor[where] = before[new]
     forest.subtree_end[where] = starts[next_place[1:][new]]
-    forest.index[order] = index
+    forest.row_index[order] = index
     return forest
 
 

@@ -6,7 +6,7 @@ shifts by one is `rljax.sampling.score.score_tokens`.
 """
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar, dataclass_transform
 
 import chex
 import numpy as np
@@ -20,12 +20,22 @@ SOURCE_POLICY = 0
 
 INTERVENTION_NONE, INTERVENTION_INJECT, INTERVENTION_SUPPRESS = 0, 1, 2
 
+T = TypeVar("T")
+
+
+@dataclass_transform(frozen_default=True, kw_only_default=True)
+def struct(cls: type[T]) -> type[T]:
+    """A frozen dataclass that is a pytree. chex's kind is the one that also passes through `vmap`, `scan`, `eval_shape`
+    and trees of `PartitionSpec`s while the shapes of its fields are checked."""
+    return chex.dataclass(frozen=True, mappable_dataclass=False)(cls)
+
+
 ArrayLike = Array | np.ndarray
 Params = Mapping[str, Any]
 """Nested dict of arrays; the tree `rljax.models.init_params` returns."""
 
 
-@chex.dataclass(frozen=True, mappable_dataclass=False)
+@struct
 class Trajectory:
     """One sampled row on the host: numpy, ragged, prompt and completion in one sequence of length `T`.
 
@@ -52,7 +62,7 @@ class Trajectory:
     intervention: int = INTERVENTION_NONE
 
 
-@chex.dataclass(frozen=True, mappable_dataclass=False)
+@struct
 class RolloutBatch:
     """The same, padded on the right to `[B, T]`. What advantages see; never logits.
 
@@ -79,7 +89,7 @@ class RolloutBatch:
     ref_logprobs: Float[ArrayLike, "B T"] | None = None  # only when the algorithm needs them before the update
 
 
-@chex.dataclass(frozen=True, mappable_dataclass=False)
+@struct
 class Packed:
     """What the model sees: forests in depth-first order, any number of trees to a packed row.
 
@@ -96,7 +106,7 @@ class Packed:
     score_index: Int[ArrayLike, "*M R K"]
 
 
-@chex.dataclass(frozen=True, mappable_dataclass=False)
+@struct
 class Rows:
     """What losses see: one line per sampled row, whatever the packing was.
 
@@ -116,7 +126,7 @@ class Rows:
     ref_logprobs: Float[ArrayLike, "*M B T"] | None = None
 
 
-@chex.dataclass(frozen=True, mappable_dataclass=False)
+@struct
 class TrainBatch:
     """One minibatch, a leading axis `M` of microbatches on every field. A microbatch holds whole packed rows, and
     all rows that they carry."""
@@ -125,7 +135,7 @@ class TrainBatch:
     rows: Rows
 
 
-@chex.dataclass(frozen=True, mappable_dataclass=False)
+@struct
 class TrainState:
     """Everything on the device that a step changes. `params`, `opt_state` and `ref_params` are pytrees of arrays."""
 

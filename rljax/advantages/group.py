@@ -103,7 +103,7 @@ def kl_in_reward(advantage_fn: AdvantageFn, *, kl_coef: float) -> AdvantageFn:
             return advantage_fn(batch)
         kl = masked_sum(_token_k1(batch), _valid_tokens(batch), axis=1)
         shaped = as_float(batch.reward) - kl_coef * kl
-        return advantage_fn(dataclasses.replace(batch, reward=shaped))  # type: ignore[type-var]
+        return advantage_fn(dataclasses.replace(batch, reward=shaped))
 
     return advantages
 

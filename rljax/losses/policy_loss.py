@@ -98,7 +98,7 @@ def _without_garbage(rows: Rows) -> Rows:
     def clean(x: ArrayLike) -> Array:
         return jax.lax.stop_gradient(_masked(x, jnp.asarray(rows.loss_mask)))
 
-    return dataclasses.replace(  # type: ignore[type-var]
+    return dataclasses.replace(
         rows,
         loss_weights=clean(rows.loss_weights),
         advantages=clean(rows.advantages),

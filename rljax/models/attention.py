@@ -91,7 +91,8 @@ def _attend_backward(residuals, d_out):
     scale = 1.0 / math.sqrt(head_dim)
     # sum_s p_s dp_s of each query, from the result itself
     expected = jnp.sum(out.astype(jnp.float32) * d_out.astype(jnp.float32), axis=-1)
-    d_q, d_k, d_v = [], 0.0, 0.0
+    d_q: list[Array] = []
+    d_k = d_v = jnp.zeros(k.shape, jnp.float32)
     for start, stop in _blocks(length):
         block = functools.partial(_flat, start=start, stop=stop)
         # Made once, so that the loops over scores run along all queries of the block at a stretch.

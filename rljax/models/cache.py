@@ -5,7 +5,6 @@ Rows of the decoder form a grid `[P, G]`: `P` prompt slots, `G` samples of each 
 
 import math
 
-import chex
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
@@ -13,12 +12,13 @@ from jaxtyping import Array, Float, Int
 from rljax.models.attention import MASKED
 from rljax.models.config import DecoderConfig
 from rljax.parallel import constrain
+from rljax.types import struct
 
 PREFIX_AXES = ("batch", "kv_heads", None, None)
 SUFFIX_AXES = ("batch", None, "kv_heads", None, None)
 
 
-@chex.dataclass(frozen=True, mappable_dataclass=False)
+@struct
 class KVCache:
     """Keys (rotary applied) and values; one array per layer, so that each is updated in place inside a loop.
 

@@ -8,6 +8,7 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+import jax
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
@@ -85,8 +86,7 @@ def stack(
 
 def take_rows(batch: RolloutBatch, rows: Int[np.ndarray, " n"]) -> RolloutBatch:
     """The batch of these rows alone. `group_id` and `parent_row` keep pointing into the whole batch."""
-    fields = {f.name: getattr(batch, f.name) for f in dataclasses.fields(batch)}
-    return RolloutBatch(**{name: None if v is None else np.asarray(v)[rows] for name, v in fields.items()})
+    return jax.tree.map(lambda x: np.asarray(x)[rows], batch)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -219,7 +219,7 @@ def _fill(
 ) -> Packing:
     """Writes the rows of every bin into the arrays of the layout."""
     forests = [build_forest(tokens[b], lengths[b], share_prefixes=spec.share_prefixes) for b in bins]
-    scored = [np.unique(forest.index[mask[b]]) for forest, b in zip(forests, bins, strict=True)]
+    scored = [np.unique(forest.row_index[mask[b]]) for forest, b in zip(forests, bins, strict=True)]
     per_micro = spec.packed_rows
     micro = bucket(max(-(-len(bins) // per_micro), 1), spec.microbatch_buckets or _POWERS, "the number of microbatches")
     counts = [sum(map(len, bins[m : m + per_micro])) for m in range(0, len(bins), per_micro)]
@@ -250,7 +250,7 @@ def _fill(
         slot[wants] = r * wide + np.arange(len(wants))
         lines = slice(line, line + len(b))
         row_mask[m, lines] = mask[b]
-        row_index[m, lines] = np.where(mask[b], slot[forest.index], 0)
+        row_index[m, lines] = np.where(mask[b], slot[forest.row_index], 0)
         source_row[m, lines] = b
         line += len(b)
     return Packing(

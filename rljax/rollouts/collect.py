@@ -119,7 +119,8 @@ def collect(
             "a larger group_size, or an algorithm without dynamic sampling"
         )
     kept = kept[:num_groups]
-    trajectories, records = [], []
+    trajectories: list[Trajectory] = []
+    records: list[dict[str, Any]] = []
     for group_id, group in enumerate(kept):
         for sample_index, (sample, text, result) in enumerate(
             zip(group.samples, group.texts, group.results, strict=True)

@@ -4,7 +4,8 @@ Rows form a grid `[P, G]` of prompt slots and sample slots (see `rljax.models.ca
 host side, which fills the slots, is `rljax.sampling.sampler`.
 """
 
-import chex
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
@@ -16,10 +17,10 @@ from rljax.models.decoder import apply_layer, embed, final_norm, output_projecti
 from rljax.models.rope import rotary_table
 from rljax.parallel import constrain
 from rljax.sampling.logits import SamplingParams, process_logits, sample_tokens
-from rljax.types import ArrayLike, Params
+from rljax.types import ArrayLike, Params, struct
 
 
-@chex.dataclass(frozen=True, mappable_dataclass=False)
+@struct
 class Rows:
     """What the host tells the device about the grid of rows when it starts a run of steps."""
 
@@ -33,7 +34,7 @@ class Rows:
     waiting: Int[ArrayLike, " P"]  # samples of the slot's prompt that wait for a row
 
 
-@chex.dataclass(frozen=True, mappable_dataclass=False)
+@struct
 class Emitted:
     """Tokens of one run of steps; row (p, g) owns the first entries of `[:, p, g]`, as many as its `steps` grew."""
 
@@ -42,7 +43,7 @@ class Emitted:
     entropies: Float[Array, "K P G"]
 
 
-@chex.dataclass(frozen=True, mappable_dataclass=False)
+@struct
 class _Loop:
     step: Array
     cache: KVCache
@@ -67,6 +68,7 @@ def prefill(
     positions = jnp.broadcast_to(jnp.arange(length), tokens.shape)
     end = jnp.full(tokens.shape, length)
     rotary = rotary_table(config, positions)
+    tokens, slots = jnp.asarray(tokens), jnp.asarray(slots)
     x = embed(config, params, tokens)
     prefix_k, prefix_v = [], []
     for index, (layer_params, window) in enumerate(zip(params["layers"], config.windows, strict=True)):
@@ -77,7 +79,7 @@ def prefill(
         x, (k, v) = apply_layer(config, layer_params, x, rotary, attend)
         prefix_k.append(_store(cache.prefix_k[index], k, slots))
         prefix_v.append(_store(cache.prefix_v[index], v, slots))
-    return cache.replace(prefix_k=tuple(prefix_k), prefix_v=tuple(prefix_v))
+    return dataclasses.replace(cache, prefix_k=tuple(prefix_k), prefix_v=tuple(prefix_v))
 
 
 def _store(prefix: Array, new: Array, slots: Array) -> Array:
@@ -97,21 +99,21 @@ def copy_prompt(cache: KVCache, source: Int[ArrayLike, ""], target: Int[ArrayLik
         row = jax.lax.dynamic_slice_in_dim(prefix, source, 1)
         return constrain(jax.lax.dynamic_update_slice_in_dim(prefix, row, target, 0), PREFIX_AXES)
 
-    return cache.replace(
-        prefix_k=tuple(copy(x) for x in cache.prefix_k), prefix_v=tuple(copy(x) for x in cache.prefix_v)
+    return dataclasses.replace(
+        cache, prefix_k=tuple(copy(x) for x in cache.prefix_k), prefix_v=tuple(copy(x) for x in cache.prefix_v)
     )
 
 
 def token_uniforms(
     seed: Int[ArrayLike, ""],
     step: Int[ArrayLike, ""],
-    prompt_id: Int[ArrayLike, "*B"],
-    sample_id: Int[ArrayLike, "*B"],
-    position: Int[ArrayLike, "*B"],
-) -> Float[Array, "*B"]:
+    prompt_id: Int[ArrayLike, "..."],
+    sample_id: Int[ArrayLike, "..."],
+    position: Int[ArrayLike, "..."],
+) -> Float[Array, "..."]:
     """The uniform number in [0, 1) that decides a token: a function of these five integers alone.
 
-    `position` counts the tokens of the completion from 0.
+    `position` counts the tokens of the completion from 0. The three arrays broadcast against each other.
     """
     key = jax.random.fold_in(jax.random.key(seed), step)
 
@@ -119,8 +121,8 @@ def token_uniforms(
         own = jax.random.fold_in(jax.random.fold_in(jax.random.fold_in(key, prompt_id), sample_id), position)
         return jax.random.uniform(own)
 
-    flat = [jnp.ravel(x) for x in jnp.broadcast_arrays(prompt_id, sample_id, position)]
-    return jax.vmap(one)(*flat).reshape(jnp.broadcast_shapes(*(jnp.shape(x) for x in (prompt_id, sample_id, position))))
+    arrays = jnp.broadcast_arrays(prompt_id, sample_id, position)
+    return jax.vmap(one)(*(jnp.ravel(x) for x in arrays)).reshape(arrays[0].shape)
 
 
 def decode(
@@ -148,7 +150,7 @@ def decode(
     shape = rows.token.shape
     position = jnp.arange(buffer_length)[:, None, None] + rows.steps
     uniforms = token_uniforms(seed, step, rows.prompt_id[:, None], rows.sample_id, position)
-    greedy = sampling.temperature <= 0
+    greedy = jnp.asarray(sampling.temperature) <= 0
 
     def refillable(active):
         idle = jnp.sum(~active, axis=1)
@@ -193,7 +195,7 @@ def decode(
         emitted=Emitted(tokens=empty.astype(jnp.int32), logprobs=empty, entropies=empty),
     )
     end = jax.lax.while_loop(keeps_going, body, start)
-    return end.cache, (column + end.step) % ring, end.steps, end.active, end.emitted
+    return end.cache, (jnp.asarray(column) + end.step) % ring, end.steps, end.active, end.emitted
 
 
 def _vocab_first_logits(config: DecoderConfig, params: Params, hidden: Array) -> Array:
@@ -231,5 +233,5 @@ def _forward(config, params, cache: KVCache, token, prefix_length, steps, column
         x, (new_k, new_v) = apply_layer(config, layer_params, x, rotary, attend)
         suffix_k.append(new_k)
         suffix_v.append(new_v)
-    cache = cache.replace(suffix_k=tuple(suffix_k), suffix_v=tuple(suffix_v))
+    cache = dataclasses.replace(cache, suffix_k=tuple(suffix_k), suffix_v=tuple(suffix_v))
     return final_norm(config, params, x), cache

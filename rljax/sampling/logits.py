@@ -4,19 +4,18 @@ Decoder and trainer both call `process_logits`, so the log-prob of a sampled tok
 used, on either side. Temperature and truncation are traced values: changing them compiles nothing.
 """
 
-import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from rljax.types import ArrayLike
+from rljax.types import ArrayLike, struct
 
 MASKED = -1e30
 """Logit of a token that truncation removed: finite, so that probability times log-prob is 0 and never NaN."""
 
 
-@chex.dataclass(frozen=True, mappable_dataclass=False)
+@struct
 class SamplingParams:
     """How to sample: float32 and int32 scalars; build it with `sampling_params`, which checks the values."""
 

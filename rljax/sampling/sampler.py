@@ -150,7 +150,7 @@ class Sampler:
                 seconds["decode_seconds"] += time.perf_counter() - loaded
         occupancy = stats["new_tokens"] / max(stats.pop("row_steps"), 1)
         self.last_stats = {**stats, **seconds, "slot_occupancy": occupancy}
-        return slots.results
+        return [[sample for sample in group if sample is not None] for group in slots.results]
 
     def _run(self, cache: KVCache, column, slots: Slots, sampling: SamplingParams, seed: int, step: int):
         """One call of `decode` for the rows as they stand."""
@@ -188,13 +188,13 @@ class Sampler:
 
     def _stop_string_end(self, tokens: np.ndarray, checked: int) -> int | None:
         """The fewest tokens, more than `checked`, whose text contains a stop string."""
-        assert self.decode_text is not None
         ids = tokens.tolist()
         if not self._contains_stop(ids):
             return None
         return next(n for n in range(checked + 1, len(ids) + 1) if self._contains_stop(ids[:n]))
 
     def _contains_stop(self, ids: list[int]) -> bool:
+        assert self.decode_text is not None
         text = self.decode_text(ids)
         return any(stop in text for stop in self.stop_strings)
 

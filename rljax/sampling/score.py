@@ -35,11 +35,12 @@ def score_tokens(
     """
     if chunk < 1:
         raise ValueError(f"chunk={chunk} must be at least 1 token; 512 suits most machines")
-    hidden = hidden_states(config, params, packed.tokens, packed.positions, packed.subtree_end, remat=remat, scan=scan)
+    tokens, positions, subtree_end = (jnp.asarray(x) for x in (packed.tokens, packed.positions, packed.subtree_end))
+    hidden = hidden_states(config, params, tokens, positions, subtree_end, remat=remat, scan=scan)
     wanted = packed.score_index >= 0
     index = jnp.maximum(packed.score_index, 0)
-    targets = jnp.take_along_axis(packed.tokens, index, axis=1)
-    before = jnp.maximum(jnp.take_along_axis(packed.predecessor, index, axis=1), 0)
+    targets = jnp.take_along_axis(tokens, index, axis=1)
+    before = jnp.maximum(jnp.take_along_axis(jnp.asarray(packed.predecessor), index, axis=1), 0)
     hidden = jnp.take_along_axis(hidden, before[..., None], axis=1)
     return score_hidden(hidden, output_projection(config, params), targets, wanted, sampling_params, chunk=chunk)
 

@@ -95,8 +95,7 @@ class Slots:
     def owners(self) -> list[tuple[tuple[int, int], tuple[int, int]]]:
         """(row, (request, sample)) of every occupied row."""
         return [
-            ((p, g), (int(self._request[p]), int(self._sample[p, g])))
-            for p, g in zip(*np.nonzero(self.active), strict=True)
+            ((p, g), (int(self._request[p]), int(self._sample[p, g]))) for p, g in np.argwhere(self.active).tolist()
         ]
 
     def advance(self, row: tuple[int, int], tokens: np.ndarray, logprobs: np.ndarray, entropies: np.ndarray) -> None:

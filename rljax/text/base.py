@@ -1,10 +1,10 @@
 """What every tokenizer offers the rest of the package."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from os import PathLike
 from typing import Any, Protocol, runtime_checkable
 
-Message = dict[str, Any]
+Message = Mapping[str, Any]
 """One chat turn: `{"role": "user", "content": "text"}`, plus whatever else the chat template reads."""
 
 END_OF_TURN_TOKENS = (

@@ -92,7 +92,7 @@ class Learner:
             self._schedule, optimizer = make_schedule(optimizer), make_optimizer(optimizer)
         self.optimizer: optax.GradientTransformation = optimizer
         self._sampling = None if sampling is None or _is_plain(sampling) else sampling
-        self._head = dict(chunk=chunk, remat=remat, scan=scan)
+        self._head: dict[str, Any] = dict(chunk=chunk, remat=remat, scan=scan)
         self._guard = Guard(max_skipped)
         outputs: dict[str, Any] = {}
         if mesh is not None:  # the state comes back as it lay, so that nothing is moved or compiled again
@@ -201,11 +201,12 @@ class Learner:
 
     def _put(self, tree: Any) -> Any:
         """Packed rows split over the batch axes of the mesh, everything else replicated."""
-        if self.mesh is None:
+        mesh = self.mesh
+        if mesh is None:
             return jax.device_put(tree)
         is_packed = lambda x: isinstance(x, Packed)  # noqa: E731
         return jax.tree.map(
-            lambda x: put_batch(self.mesh, x, axis=1) if is_packed(x) else put_host(x, replicated(self.mesh)),
+            lambda x: put_batch(mesh, x, axis=1) if is_packed(x) else put_host(x, replicated(mesh)),
             tree,
             is_leaf=is_packed,
         )
@@ -225,8 +226,8 @@ class Learner:
 
     def _score_microbatches(self, params, packed: Packed, row_index, mask, sampling) -> Array:
         def score(m, out):
-            one = jax.tree.map(lambda x: x[m], (packed, row_index, mask))
-            return out.at[m].set(self._rows_logprobs(params, *one, sampling)[0])
+            one, index, kept = jax.tree.map(lambda x: x[m], (packed, row_index, mask))
+            return out.at[m].set(self._rows_logprobs(params, one, index, kept, sampling)[0])
 
         return jax.lax.fori_loop(0, _live_microbatches(mask), score, jnp.zeros(mask.shape, jnp.float32))
 
@@ -313,8 +314,9 @@ def _is_plain(sampling: SamplingParams) -> bool:
     return s["temperature"] == 0 or (s["temperature"] == 1 and s["top_k"] == 0 and s["top_p"] == 1 and s["min_p"] == 0)
 
 
-def _live_microbatches(mask: Array) -> Array:
+def _live_microbatches(mask: ArrayLike) -> Array:
     """Microbatches up to the last that has a token to score."""
+    mask = jnp.asarray(mask)
     return jnp.max(jnp.where(jnp.any(mask, axis=(1, 2)), jnp.arange(mask.shape[0]) + 1, 0))
 
 

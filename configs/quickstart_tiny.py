@@ -42,7 +42,7 @@ def half_scrambled(examples: list[Example]) -> list[Example]:
 def get_config() -> Config:
     return Config(
         name="quickstart-tiny",
-        steps=150,
+        steps=180,
         prompts_per_step=64,
         model=FreshModel(alphabet=string.ascii_letters + " =", num_layers=4, embed_dim=128, mlp_dim=384),
         data=ReasoningGymData(

@@ -49,12 +49,6 @@ class Run:
         }
 
 
-def build(config: Config) -> tuple[Run, Any]:
-    """The run and its initial params."""
-    run = plan(config)
-    return run, load_params(config, run.decoder, run.mesh)
-
-
 def plan(config: Config) -> Run:
     """The run without weights. ValueError for what can be wrong in the config or the data."""
     algorithm = check(config, jax.device_count())
@@ -129,11 +123,12 @@ def load_decoder(config: Config, tokenizer: Tokenizer) -> DecoderConfig:
     return decoder
 
 
-def load_params(config: Config, decoder: DecoderConfig, mesh: Mesh) -> Any:
+def load_params(run: Run) -> Any:
     """The initial weights; each shard goes straight to its device."""
-    model, where = config.model, param_shardings(decoder, mesh)
+    model, where = run.config.model, param_shardings(run.decoder, run.mesh)
     if isinstance(model, FreshModel):
-        return jax.jit(lambda key: init_params(decoder, key), out_shardings=where)(jax.random.key(config.seed))
+        make = jax.jit(lambda key: init_params(run.decoder, key), out_shardings=where)
+        return make(jax.random.key(run.config.seed))
     return load_model(model_path(model.path), dtype=model.dtype, param_dtype=model.param_dtype, shardings=where)[1]
 
 

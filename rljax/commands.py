@@ -6,10 +6,10 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from rljax.build import build
+from rljax.build import load_params, plan
 from rljax.config import Config, model_path, to_dict
 from rljax.evaluation import Evaluation
-from rljax.models import abstract_params, config_from_hf, load_model, save_hf
+from rljax.models import abstract_params, config_from_hf, load_model, param_shardings, save_hf
 from rljax.parallel import is_main_process, use_mesh
 from rljax.report import evaluation_table
 from rljax.run import evaluate_run, open_checkpoints
@@ -25,10 +25,17 @@ def evaluate_model(
 
     `step` None is the newest checkpoint. ValueError when there is none.
     """
-    run, params = build(config)
+    run = plan(config)
     with run.rewards, use_mesh(run.mesh):
-        if checkpoint is not None:
-            params, step = restore_params(run_checkpoints(checkpoint), abstract_params(run.decoder), step)
+        if checkpoint is None:
+            params = load_params(run)
+        else:
+            target = jax.tree.map(
+                lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where),
+                abstract_params(run.decoder),
+                param_shardings(run.decoder, run.mesh),
+            )
+            params, step = restore_params(run_checkpoints(checkpoint), target, step)
         evaluation = evaluate_run(run, params, step or 0)
     if is_main_process():
         print(evaluation_table(evaluation))
@@ -51,7 +58,7 @@ def fine_tune(config: Config, workdir: str, *, fresh: bool = False) -> dict[str,
     """`config.warmup.steps` supervised steps in a run folder, resuming from its newest checkpoint."""
     if config.warmup.steps < 1:
         raise ValueError(f"config.warmup.steps={config.warmup.steps} must be at least 1 for supervised fine-tuning")
-    run, params = build(config)
+    run = plan(config)
     learner, curriculum = supervised(run)
     folder = RunFolder(workdir, config=to_dict(config), fresh=fresh, total_steps=config.warmup.steps)
     checkpoints, metrics = open_checkpoints(config, folder), {}
@@ -60,11 +67,10 @@ def fine_tune(config: Config, workdir: str, *, fresh: bool = False) -> dict[str,
         first = 0 if restored is None else restored[2]
         folder.start(first)
         if restored is None:
-            state = learner.init_state(params)
+            state = learner.init_state(load_params(run))
         else:
             state = restored[0]
             curriculum.load_state_dict(restored[1]["curriculum"])
-        del params
         for step in range(first, config.warmup.steps):
             timer = PhaseTimer()
             with timer("update"):

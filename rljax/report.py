@@ -1,11 +1,32 @@
 """What a run prints at its end: the before / after table, samples, and where the files are."""
 
+import math
+import resource
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jax
+
+from rljax.build import Run
 from rljax.evaluation.evaluate import Evaluation
+from rljax.models import abstract_params
 from rljax.parallel import is_main_process
 from rljax.training import RunFolder, versions
+
+
+def say(text: str) -> None:
+    """Prints a line at once, on the main process."""
+    if is_main_process():
+        print(text, flush=True)
+
+
+def describe_run(run: Run) -> str:
+    """Model and data, in two lines."""
+    count = sum(math.prod(x.shape) for x in jax.tree.leaves(abstract_params(run.decoder)))
+    describe = getattr(run.dataset, "describe", None)
+    data = describe() if describe else f"{len(run.dataset.train)} training examples, {len(run.dataset.test)} held out"
+    return f"model  {count / 1e6:.1f}M parameters, {run.decoder.family}, {run.decoder.dtype}\ndata   {data}"
 
 
 def finish(folder: RunFolder, before: Evaluation, after: Evaluation, *, wall_seconds: float) -> dict[str, Any]:
@@ -29,17 +50,25 @@ def finish(folder: RunFolder, before: Evaluation, after: Evaluation, *, wall_sec
         "new_tokens": int(sum(m["rollout/new_tokens"] for m in history)),
         "trained_tokens": int(sum(m["pack/unique_tokens"] for m in history)),
         "compiles_after_warmup": int(sum(m["compile/count"] for m in history[2:])),
+        "peak_memory_gib": round(peak_memory() / 2**30, 2),
         "versions": versions(),
     }
     folder.write_json("summary.json", summary)
     held_out = [(m["step"], m[key]) for m in history for key in m if key.startswith("eval/avg@")]
     name = f"avg@{after.samples}"
     curve = folder.plot([(before.step, before.metrics[name]), *held_out, (after.step, after.metrics[name])])
-    if is_main_process():
-        print(f"\n{comparison_table(before, after)}\n\n{sample_table(before, after)}\n")
-        print(f"{summary['steps']} steps, {summary['new_tokens']} new tokens, {wall_seconds:.0f} s")
-        print(f"learning curve  {curve}\nsummary         {folder.path / 'summary.json'}\nrun folder      {folder.path}")
+    say(f"\n{comparison_table(before, after)}\n\n{sample_table(before, after)}\n")
+    say(
+        f"{summary['steps']} steps, {summary['new_tokens']} new tokens, {wall_seconds:.0f} s, "
+        f"{summary['peak_memory_gib']} GiB resident at most"
+    )
+    say(f"learning curve  {curve}\nsummary         {folder.path / 'summary.json'}\nrun folder      {folder.path}")
     return summary
+
+
+def peak_memory() -> int:
+    """Largest resident size of this process so far, in bytes."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def comparison_table(before: Evaluation, after: Evaluation) -> str:

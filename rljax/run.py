@@ -8,12 +8,12 @@ from typing import Any
 import numpy as np
 from absl import logging
 
-from rljax.build import Run, build
+from rljax.build import Run, load_params, plan
 from rljax.config import Config, to_dict
 from rljax.evaluation import Evaluation, evaluate
 from rljax.models import config_to_hf
 from rljax.parallel import is_main_process, use_mesh
-from rljax.report import finish
+from rljax.report import describe_run, finish, say
 from rljax.rollouts.batching import stack
 from rljax.rollouts.collect import Rollout, collect
 from rljax.sampling import compile_count
@@ -28,14 +28,14 @@ def train(config: Config, workdir: str, *, fresh: bool = False) -> dict[str, Any
     `fresh` empties the folder first. Raises ValueError, before any device work, for a config or data that cannot work.
     """
     started = time.perf_counter()
-    run, params = build(config)
+    run = plan(config)
+    say(describe_run(run))
     folder = RunFolder(workdir, config=to_dict(config), fresh=fresh)
     checkpoints = open_checkpoints(config, folder)
     with run.rewards, folder, use_mesh(run.mesh):
         first = resume(run, checkpoints, folder)
         if run.state is None:
-            run.state = run.learner.init_state(warm_up(run, params, folder))
-        del params
+            run.state = run.learner.init_state(warm_up(run, load_params(run), folder))
         save_description(run, folder)
         before = held_out(run, folder, 0)
         for step in range(first, config.steps):
@@ -126,6 +126,8 @@ def held_out(run: Run, folder: RunFolder, step: int) -> Evaluation:
     file = folder.evaluation_file(step)
     if file.exists():
         return Evaluation.from_dict(json.loads(file.read_text()))
+    if step in (0, run.config.steps):
+        say(f"evaluating held-out problems {'before' if step == 0 else 'after'} training")
     evaluation = evaluate_run(run, run.state.params, step)
     folder.write_json(file, evaluation.to_dict())
     return evaluation

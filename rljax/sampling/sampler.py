@@ -84,9 +84,10 @@ class Sampler:
         self._params = None
 
     def set_params(self, params: Params) -> None:
-        """Takes the weights to sample with. They are copied, layer by layer, into the buffers of the last ones."""
+        """Takes a copy of the weights to sample with, layer by layer; the last copy is freed first."""
+        self._params = None
         with self._on_mesh():
-            self._params = self._unstack()(params, self._params)
+            self._params = _unstack_program(self.config, self.mesh)(params)
 
     def drop_params(self) -> None:
         """Frees the sampler's copy of the weights, for instance during an update."""
@@ -237,9 +238,6 @@ class Sampler:
     def _on_mesh(self):
         return contextlib.nullcontext() if self.mesh is None else use_mesh(self.mesh)
 
-    def _unstack(self):
-        return _unstack_program(self.config, self.mesh)
-
     def _check(self, index: int, request: Request) -> None:
         config, where = self.config, f"request {index} (prompt_id {request.prompt_id})"
         prompt = np.asarray(request.prompt)
@@ -276,9 +274,9 @@ class Sampler:
 
 @functools.lru_cache(maxsize=16)
 def _unstack_program(config: DecoderConfig, mesh: jax.sharding.Mesh | None):
-    """jit of (stacked params, buffers to reuse or None) -> unstacked params in the compute dtype, norms as they are."""
+    """jit of stacked params -> a copy, unstacked, in the compute dtype but for norms."""
 
-    def unstack(params, _):
+    def unstack(params):
         cast = {
             name: value if "norm" in name else value.astype(config.dtype)
             for name, value in params.items()
@@ -298,4 +296,4 @@ def _unstack_program(config: DecoderConfig, mesh: jax.sharding.Mesh | None):
 
         layer = {name: drop_layers(sharding) for name, sharding in stacked["layers"].items()}
         where = {**stacked, "layers": (layer,) * config.num_layers}
-    return jax.jit(unstack, donate_argnums=1, keep_unused=True, out_shardings=where)
+    return jax.jit(unstack, out_shardings=where)

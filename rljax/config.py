@@ -7,7 +7,7 @@ names. `check` refuses what cannot work, in one line, before any device is touch
 import dataclasses
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from rljax.algorithms import GRPO, Algorithm
 from rljax.models import DecoderConfig, find_smollm2
@@ -28,6 +28,7 @@ from rljax.text import CharTokenizer, Tokenizer, load_tokenizer
 from rljax.training import OptimizerConfig
 
 
+@runtime_checkable
 class Dataset(Protocol):
     """What a data config loads: examples, disjoint by content hash, and the reward that comes with them, if any."""
 
@@ -39,6 +40,7 @@ class Dataset(Protocol):
     def verifier(self) -> Callable[..., Any] | None: ...
 
 
+@runtime_checkable
 class DataSource(Protocol):
     """Where examples come from; `chat` is that of `rljax.text.render_prompt`."""
 
@@ -47,6 +49,7 @@ class DataSource(Protocol):
     def load(self) -> Dataset: ...
 
 
+@runtime_checkable
 class Recipe(Protocol):
     """An entry of `rljax.algorithms`: hyperparameters that build an `Algorithm`."""
 

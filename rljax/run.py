@@ -111,7 +111,7 @@ def train_step(run: Run, step: int) -> tuple[dict[str, float], Rollout]:
         metrics |= {name: float(value) for name, value in updates[0].items() if name.startswith("rollout/logprob_gap")}
     if config.reference_refresh and (step + 1) % config.reference_refresh == 0:
         run.state = run.learner.refresh_reference(run.state)
-    run.curriculum.observe(rollout.examples, np.nan_to_num(rollout.rewards).mean(axis=1))
+    run.curriculum.observe(rollout.examples, np.nan_to_num(rollout.rewards).mean(axis=1).tolist())
     for record, row in zip(rollout.records, advantages, strict=False):
         record["advantage"] = float(row[np.abs(row).argmax()])
     metrics |= {f"rollout/{k}": v for k, v in rollout.stats.items()}

@@ -1,0 +1,65 @@
+"""A toy run that takes seconds: a tiny model, a task and its reward."""
+
+import dataclasses
+from typing import Any
+
+from rljax.algorithms import GRPO
+from rljax.config import (
+    CheckpointConfig,
+    Config,
+    EvaluationConfig,
+    FreshModel,
+    RewardConfig,
+    SamplingConfig,
+    UpdateConfig,
+)
+from rljax.tasks import Example
+from rljax.training import OptimizerConfig
+
+
+@dataclasses.dataclass
+class EchoData:
+    """Prompts `ab=` of two letters; the reward is the share of the completion that repeats the first letter."""
+
+    letters: str = "abcdefgh"
+    chat: bool | None = None
+
+    def load(self) -> "EchoData":
+        examples = [Example(f"{x}{y}=", {"answer": x}) for x in self.letters for y in self.letters]
+        self.test, self.train = examples[::5], [e for i, e in enumerate(examples) if i % 5]
+        self.verifier = None
+        return self
+
+
+def echo_reward(completion: str, answer: str) -> float:
+    """Share of four characters that are `answer`."""
+    return completion[:4].count(answer) / 4
+
+
+def tiny_config(**changes: Any) -> Config:
+    """A complete config whose run takes seconds; `changes` replace its fields."""
+    config = Config(
+        name="tiny",
+        steps=4,
+        prompts_per_step=4,
+        model=FreshModel(
+            alphabet="abcdefgh=", num_layers=2, embed_dim=32, num_heads=4, num_kv_heads=2, head_dim=8, mlp_dim=64
+        ),
+        data=EchoData(),
+        rewards=(RewardConfig("rljax.testing:echo_reward"),),
+        algorithm=GRPO(group_size=4, kl_coef=0.0),
+        sampling=SamplingConfig(max_new_tokens=4, truncated_is_wrong=False, prompt_buckets=(4,)),
+        update=UpdateConfig(
+            pack_length=64,
+            packed_rows=1,
+            length_buckets=(64,),
+            score_buckets=(64,),
+            row_buckets=(16,),
+            microbatch_buckets=(2,),
+            head_chunk=64,
+        ),
+        optimizer=OptimizerConfig(learning_rate=1e-2),
+        evaluation=EvaluationConfig(problems=8, samples=2),
+        checkpoint=CheckpointConfig(every=1),
+    )
+    return dataclasses.replace(config, **changes)

@@ -1,0 +1,20 @@
+"""Rewards that fail for some samples; test_run_loop.py names them by `module:function`."""
+
+import math
+
+from rljax.testing import echo_reward
+
+
+def raises_on_h(completion: str, answer: str) -> float:
+    if "h" in completion:
+        raise RuntimeError("no h, please")
+    return echo_reward(completion, answer)
+
+
+def nan_on_h(completion: str, answer: str) -> float:
+    return math.nan if "h" in completion else echo_reward(completion, answer)
+
+
+def nearly_always_equal(completion: str, answer: str) -> float:
+    """A reward that few groups disagree about."""
+    return float(completion.startswith(answer))

@@ -384,12 +384,18 @@ def make_tokenizer(model: PretrainedModel | FreshModel) -> Tokenizer:
     """The tokenizer that the model config names; it is loaded before the weights, since it fails faster."""
     if isinstance(model, FreshModel):
         return CharTokenizer(model.alphabet)
-    return load_tokenizer(model.tokenizer or model_path(model.path))
+    path = model_path(model.path)
+    return load_tokenizer(model.tokenizer or path)
 
 
 def model_path(path: str) -> Path:
-    """Where weights lie; `smollm2` is looked up in the package that carries it."""
-    return find_smollm2() if path == "smollm2" else Path(path).expanduser()
+    """Where weights lie; `smollm2` is looked up in the package that carries it. ValueError when there is nothing."""
+    found = find_smollm2() if path == "smollm2" else Path(path).expanduser()
+    if not found.exists():
+        raise ValueError(
+            f"no model at {path!r}: no such file or folder; give a local Hugging Face folder, a .gguf file or smollm2"
+        )
+    return found
 
 
 def make_rewards(config: Config, dataset: Dataset) -> RewardRunner:

@@ -18,9 +18,11 @@ _OVERRIDE = re.compile(r"--?config\.([\w.]+)")
 
 def define_config(default: str | None = None) -> flags.FlagHolder:
     """Defines `--config=FILE.py` and its overrides `--config.part.field=value`."""
-    return config_flags.DEFINE_config_file(
+    flag = config_flags.DEFINE_config_file(
         "config", default, "Python file with get_config(); override a field with --config.part.field=value."
     )
+    flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS["config"])  # so that --help shows it
+    return flag
 
 
 def launch(main: Callable[[], None]) -> None:

@@ -24,6 +24,8 @@ from rljax.tasks import (
     reasoning_gym_task,
     whole_number,
 )
+from rljax.tasks.reasoning_gym import _items
+from rljax.tasks.workers import DONE, Job, WorkerPool
 
 SUMS = {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1}
 
@@ -219,36 +221,33 @@ class TestReasoningGym:
 
     @pytest.mark.slow
     @pytest.mark.parametrize("name", reasoning_gym_names())
-    def test_every_data_set_makes_the_same_items_again_and_scores_them(self, name, monkeypatch):
-        task = reasoning_gym_task(name, size=5, seed=1)
-        monkeypatch.setenv("PYTHONHASHSEED", "77")
-        again = reasoning_gym_task(name, size=5, seed=1)
-        assert [e.id for e in task.train] == [e.id for e in again.train]
-        for example in task.train:
-            right = example.columns["answer"]
-            solved = right is not None and "Integral(" not in right  # sympy left some integrals as they were
-            assert not solved or task.verifier(right, **example.columns) == 1.0
-            for junk in [
-                "zzz",
-                "",
-                "0",
-                "nan",
-                "inf",
-                "-1",
-                "[]",
-                "{}",
-                "None",
-                "()",
-                "<answer>",
-                "1e9",
-                "\u221e",
-                "x" * 5000,
-            ]:
-                if junk.strip("0.") != str(right).strip("0."):
-                    assert task.verifier(junk, **example.columns) == 0.0, junk
-        samples = [RewardInput(e.prompt, "zzz", [1], e.columns) for e in task.train]
-        with RewardRunner([task.verifier], workers=1) as runner:
-            assert all(r.is_valid and r.value == 0.0 for r in runner.score(samples))
+    def test_every_data_set_makes_the_same_items_again_and_scores_them(self, name, pool):
+        first, again = pool.run([Job(0, (name, {"size": 5, "seed": 1}), 300.0)] * 2)
+        assert first.kind == again.kind == DONE
+        assert repr(first.value) == repr(again.value)
+        (scored,) = pool.run([Job(1, (name, first.value), 300.0)])
+        assert scored == (DONE, [])
+
+
+@pytest.fixture(scope="module")
+def pool():
+    with WorkerPool([_items, wrong_scores], 1) as made:
+        yield made
+
+
+def wrong_scores(arguments):
+    """(item, answer, score) where a right answer does not score 1, or junk does not score 0."""
+    name, items = arguments
+    verifier = ReasoningGymVerifier(name)
+    junk = ["zzz", "", "0", "nan", "inf", "-1", "[]", "{}", "None", "()", "<answer>", "1e9", "\u221e", "x" * 5000]
+    wrong = []
+    for i, item in enumerate(items):
+        right = item["answer"]
+        scores = {text: (verifier(text, **item), 0.0) for text in junk if text.strip("0.") != str(right).strip("0.")}
+        if right is not None and "Integral(" not in right:  # sympy left some integrals as they were
+            scores[right] = (verifier(right, **item), 1.0)
+        wrong += [(i, text[:50], score) for text, (score, expected) in scores.items() if score != expected]
+    return wrong
 
 
 def test_without_the_packages_the_extra_is_named(monkeypatch):

@@ -41,14 +41,25 @@ def init_cache(
     prefix = (prompt_slots, config.num_kv_heads, prefix_length, config.head_dim)
     suffix = (prompt_slots, sample_slots, config.num_kv_heads, suffix_length, config.head_dim)
 
-    def zeros(shape, axes):
-        return tuple(constrain(jnp.zeros(shape, config.dtype), axes) for _ in range(config.num_layers))
+    def zeros(shape):
+        return tuple(jnp.zeros(shape, config.dtype) for _ in range(config.num_layers))
+
+    return constrain_cache(
+        KVCache(prefix_k=zeros(prefix), prefix_v=zeros(prefix), suffix_k=zeros(suffix), suffix_v=zeros(suffix))
+    )
+
+
+def constrain_cache(cache: KVCache) -> KVCache:
+    """Asks the compiler to split prompt slots as a batch and heads over `tensor`; every program returns it so."""
+
+    def split(arrays, axes):
+        return tuple(constrain(x, axes) for x in arrays)
 
     return KVCache(
-        prefix_k=zeros(prefix, PREFIX_AXES),
-        prefix_v=zeros(prefix, PREFIX_AXES),
-        suffix_k=zeros(suffix, SUFFIX_AXES),
-        suffix_v=zeros(suffix, SUFFIX_AXES),
+        prefix_k=split(cache.prefix_k, PREFIX_AXES),
+        prefix_v=split(cache.prefix_v, PREFIX_AXES),
+        suffix_k=split(cache.suffix_k, SUFFIX_AXES),
+        suffix_v=split(cache.suffix_v, SUFFIX_AXES),
     )
 
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from rljax.models.attention import forest_attention
-from rljax.models.cache import PREFIX_AXES, KVCache, cached_attention, write_column
+from rljax.models.cache import KVCache, cached_attention, constrain_cache, write_column
 from rljax.models.config import DecoderConfig
 from rljax.models.decoder import apply_layer, embed, final_norm, output_projection
 from rljax.models.rope import rotary_table
@@ -79,7 +79,7 @@ def prefill(
         x, (k, v) = apply_layer(config, layer_params, x, rotary, attend)
         prefix_k.append(_store(cache.prefix_k[index], k, slots))
         prefix_v.append(_store(cache.prefix_v[index], v, slots))
-    return dataclasses.replace(cache, prefix_k=tuple(prefix_k), prefix_v=tuple(prefix_v))
+    return constrain_cache(dataclasses.replace(cache, prefix_k=tuple(prefix_k), prefix_v=tuple(prefix_v)))
 
 
 def _store(prefix: Array, new: Array, slots: Array) -> Array:
@@ -89,7 +89,7 @@ def _store(prefix: Array, new: Array, slots: Array) -> Array:
     def write(i, prefix):
         return jax.lax.dynamic_update_slice(prefix, jax.lax.dynamic_slice_in_dim(new, i, 1), (slots[i], 0, 0, 0))
 
-    return constrain(jax.lax.fori_loop(0, new.shape[0], write, prefix), PREFIX_AXES)
+    return jax.lax.fori_loop(0, new.shape[0], write, prefix)
 
 
 def copy_prompt(cache: KVCache, source: Int[ArrayLike, ""], target: Int[ArrayLike, ""]) -> KVCache:
@@ -97,11 +97,10 @@ def copy_prompt(cache: KVCache, source: Int[ArrayLike, ""], target: Int[ArrayLik
 
     def copy(prefix):
         row = jax.lax.dynamic_slice_in_dim(prefix, source, 1)
-        return constrain(jax.lax.dynamic_update_slice_in_dim(prefix, row, target, 0), PREFIX_AXES)
+        return jax.lax.dynamic_update_slice_in_dim(prefix, row, target, 0)
 
-    return dataclasses.replace(
-        cache, prefix_k=tuple(copy(x) for x in cache.prefix_k), prefix_v=tuple(copy(x) for x in cache.prefix_v)
-    )
+    prefix_k, prefix_v = tuple(map(copy, cache.prefix_k)), tuple(map(copy, cache.prefix_v))
+    return constrain_cache(dataclasses.replace(cache, prefix_k=prefix_k, prefix_v=prefix_v))
 
 
 def token_uniforms(

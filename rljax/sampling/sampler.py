@@ -20,7 +20,9 @@ from rljax.sampling.logits import SamplingParams, sampling_params
 from rljax.sampling.slots import FinishReason, Load, Request, Sample, Slots
 from rljax.types import Params
 
-_PREFILL_TOKENS = 8192
+# Tokens of one prefill: products of this many rows run at full speed, and `warmup` has to compute them once.
+_PREFILL_TOKENS = {"cpu": 2048}
+_PREFILL_TOKENS_ELSEWHERE = 16384
 _LARGEST_ID = 2**31 - 1
 
 _init_cache = jax.jit(init_cache, static_argnums=(0, 1, 2, 3, 4))
@@ -95,17 +97,19 @@ class Sampler:
 
     def warmup(self) -> None:
         """Compiles every program that `generate` can need."""
-        params = self._weights()
+        idle = Slots([], self.prompt_slots, self.sample_slots, self.max_new_tokens)
         with self._on_mesh():
             for bucket in self.prompt_buckets:
                 cache = self._new_cache(bucket)
-                for length in (b for b in self.prompt_buckets if b <= bucket):
-                    for count in self._prefill_counts(length):
-                        zeros = np.zeros((count, length), np.int32)
-                        cache = _prefill(self.config, params, cache, zeros, np.zeros(count, np.int32))
-                cache = _copy_prompt(cache, np.int32(0), np.int32(0))
-                idle = Slots([], self.prompt_slots, self.sample_slots, self.max_new_tokens)
-                jax.block_until_ready(self._run(cache, np.int32(0), idle, sampling_params(), 0, 0))
+                # The compiler may lay out a program's result otherwise than its argument on a mesh: go round twice.
+                for _ in range(1 if self.mesh is None else 2):
+                    for length in (b for b in self.prompt_buckets if b <= bucket):
+                        for count in self._prefill_counts(length):
+                            zeros = np.zeros((count, length), np.int32)
+                            cache = _prefill(self.config, self._weights(), cache, zeros, np.zeros(count, np.int32))
+                    cache = _copy_prompt(cache, np.int32(0), np.int32(0))
+                    cache, *_ = self._run(cache, 0, idle, sampling_params(), 0, 0)
+                jax.block_until_ready(cache)
 
     def generate(
         self, requests: Sequence[Request], sampling: SamplingParams, *, seed: int, step: int
@@ -128,7 +132,7 @@ class Sampler:
         seconds = {"prefill_seconds": 0.0, "decode_seconds": 0.0}
         bucket = self._bucket(max((len(request.prompt) for request in requests), default=1))
         with self._on_mesh():
-            cache, column = self._new_cache(bucket), np.int32(0)
+            cache, column = self._new_cache(bucket), 0
             loads = slots.assign()
             while slots.active.any():
                 start = time.perf_counter()
@@ -136,8 +140,8 @@ class Sampler:
                 jax.block_until_ready(cache)
                 loaded = time.perf_counter()
                 before = slots.rows()
-                cache, column, *out = self._run(cache, column, slots, sampling, seed, step)
-                steps, active, emitted = jax.device_get(out)
+                cache, *out = self._run(cache, column, slots, sampling, seed, step)
+                column, steps, active, emitted = jax.device_get(out)
                 new_tokens = int((steps - before.steps).sum())
                 taken = int((steps - before.steps).max())
                 self._harvest(slots, steps, active, emitted)
@@ -153,7 +157,7 @@ class Sampler:
         self.last_stats = {**stats, **seconds, "slot_occupancy": occupancy}
         return [[sample for sample in group if sample is not None] for group in slots.results]
 
-    def _run(self, cache: KVCache, column, slots: Slots, sampling: SamplingParams, seed: int, step: int):
+    def _run(self, cache: KVCache, column: int, slots: Slots, sampling: SamplingParams, seed: int, step: int):
         """One call of `decode` for the rows as they stand."""
         return _decode(
             self.config,
@@ -161,7 +165,7 @@ class Sampler:
             self.max_new_tokens,
             self._weights(),
             cache,
-            column,
+            np.int32(column),
             slots.rows(),
             sampling,
             np.int32(seed),
@@ -222,7 +226,8 @@ class Sampler:
     def _prefill_counts(self, length: int) -> list[int]:
         """How many prompts a prefill takes: powers of 4, largest first; any number is a sum of few of them."""
         counts = [4**i for i in range(16) if 4**i <= self.prompt_slots]
-        return [count for count in reversed(counts) if count == 1 or count * length <= _PREFILL_TOKENS]
+        most = _PREFILL_TOKENS.get(jax.default_backend(), _PREFILL_TOKENS_ELSEWHERE)
+        return [count for count in reversed(counts) if count == 1 or count * length <= most]
 
     def _bucket(self, length: int) -> int:
         return self.prompt_buckets[bisect.bisect_left(self.prompt_buckets, length)]

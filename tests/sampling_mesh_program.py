@@ -1,0 +1,42 @@
+"""Run by test_sampling_mesh.py in a process with eight virtual devices: prints, per mesh, what was sampled."""
+
+import json
+import sys
+
+import jax
+import numpy as np
+
+from rljax.models import DecoderConfig, init_params
+from rljax.models.layout import param_shardings
+from rljax.parallel import make_mesh
+from rljax.sampling import Request, Sampler, compile_count, sampling_params
+
+CONFIG = DecoderConfig(
+    vocab_size=96, num_layers=2, embed_dim=32, num_heads=4, num_kv_heads=2, head_dim=8, mlp_dim=64, tied_embeddings=True
+)
+
+
+def sample(mesh):
+    sampler = Sampler(
+        CONFIG, prompt_buckets=(8,), max_new_tokens=6, prompt_slots=4, sample_slots=2, stop_tokens=(5,), mesh=mesh
+    )
+    params = jax.tree.map(lambda x: 4 * np.asarray(x), init_params(CONFIG, jax.random.key(0)))
+    if mesh is not None:
+        params = jax.device_put(params, param_shardings(CONFIG, mesh))
+    sampler.set_params(params)
+    sampler.warmup()
+    before = compile_count()
+    rng = np.random.default_rng(0)
+    requests = [Request(rng.integers(0, 96, 1 + i).tolist(), i, range(3)) for i in range(7)]
+    groups = sampler.generate(requests, sampling_params(top_p=0.95), seed=3, step=4)
+    flat = [x for group in groups for x in group]
+    return {
+        "tokens": [x.tokens.tolist() for x in flat],
+        "logprobs": [x.logprobs.tolist() for x in flat],
+        "compiles": compile_count() - before,
+    }
+
+
+if __name__ == "__main__":
+    meshes = [[int(n) for n in shape.split("x")] for shape in sys.argv[1:]]
+    print(json.dumps([sample(None)] + [sample(make_mesh(*shape)) for shape in meshes]))

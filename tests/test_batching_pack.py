@@ -160,7 +160,7 @@ def test_a_large_rollout_packs_in_a_moment():
         prompt = rng.integers(0, 1000, 500)
         rows += [trajectory(np.concatenate([prompt, rng.integers(0, 1000, 500)]), 500, group) for _ in range(8)]
     batch = stack(rows)
-    start = time.perf_counter()
+    start = time.process_time()
     packing = layout(batch, loss_mask(batch), PackSpec(8192))
-    assert time.perf_counter() - start < 3.0
+    assert time.process_time() - start < 3.0
     assert packing.unique_tokens == 64 * (500 + 8 * 500)

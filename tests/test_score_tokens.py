@@ -123,7 +123,7 @@ def test_token_t_is_scored_by_the_token_before_it_on_its_own_path(scan):
         )
         log_p = jax.nn.log_softmax(logits(config, params, alone)[0])
         want = [log_p[t - 1, row[t]] for t in range(1, len(row))]
-        np.testing.assert_allclose(logprobs[0, forest.index[b, 1 : len(row)]], want, atol=1e-5)
+        np.testing.assert_allclose(logprobs[0, forest.row_index[b, 1 : len(row)]], want, atol=1e-5)
 
 
 def test_peak_memory_falls_with_the_chunk():

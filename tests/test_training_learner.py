@@ -245,7 +245,7 @@ def test_a_step_that_is_not_finite_is_skipped_and_the_run_stopped_after_k(broken
         weights["final_norm"] = weights["final_norm"].at[0].set(np.nan)
         state = state.replace(params=weights)
     before = jax.device_get((state.params, state.opt_state))
-    state, metrics = learner.update(state, bad)
+    state, _ = learner.update(state, bad)
     jax.tree.map(np.testing.assert_array_equal, before, jax.device_get((state.params, state.opt_state)))
     assert int(state.skipped) == 1 and int(state.step) == 1
     if broken == "advantages":

@@ -17,6 +17,7 @@ from rljax.tasks import (
     Extractor,
     RewardRunner,
     RewardSpec,
+    hold_apart,
     load_callable,
     load_jsonl,
     load_parquet,
@@ -135,7 +136,8 @@ class ReasoningGymData:
 class FileData:
     """JSONL or Parquet with a prompt column (text, or a list of chat messages) and whatever columns the reward wants.
 
-    Without a `test` file, `test_fraction` of `train` is held out by hash of the row.
+    What the `test` file holds is taken out of training by the hash of its prompts; without one, `test_fraction` of
+    `train` is held out.
     """
 
     train: str = ""
@@ -147,10 +149,9 @@ class FileData:
     def load(self) -> Dataset:
         train = _load_rows(self.train, self.prompt_column)
         if self.test:
-            test = _load_rows(self.test, self.prompt_column)
-            held_out = {example.id for example in test}
-            return FileRows([e for e in train if e.id not in held_out], test)
-        split = split_by_hash(train, test_fraction=self.test_fraction)
+            split = hold_apart(train, _load_rows(self.test, self.prompt_column))
+        else:
+            split = split_by_hash(train, test_fraction=self.test_fraction)
         return FileRows(split.train, split.test)
 
 
@@ -408,7 +409,7 @@ def make_rewards(config: Config, dataset: Dataset) -> RewardRunner:
                 "config.rewards is empty and the data has no verifier of its own; add e.g. "
                 "rewards=(RewardConfig('my_rewards:correct'),)"
             )
-        specs = [RewardSpec(dataset.verifier, name=type(dataset.verifier).__name__)]
+        specs = [RewardSpec(dataset.verifier)]
     runner = RewardRunner(specs)
     runner.check_columns(set.intersection(*(set(e.columns) for e in [*dataset.train, *dataset.test])))
     return runner

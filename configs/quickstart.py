@@ -43,7 +43,7 @@ def get_config() -> Config:
             score_buckets=(448,),
             row_buckets=(32,),
             microbatch_buckets=(1,),
-            head_chunk=64,
+            head_chunk=128,
         ),
         optimizer=OptimizerConfig(learning_rate=1e-5, weight_decay=0.0),
         evaluation=EvaluationConfig(every=0, problems=56, samples=8),

@@ -64,7 +64,8 @@ CASES = {
     "yarn_scaling": ("llama", {"rope_parameters": YARN}),
     "yarn_untruncated": ("qwen3", {"rope_parameters": YARN | {"truncate": False, "beta_fast": 16.0, "beta_slow": 2.0}}),
     "yarn_mscale": ("llama", {"rope_parameters": YARN | {"mscale": 0.7, "mscale_all_dim": 1.3}}),
-    "yarn_attention_factor": ("llama", {"rope_parameters": YARN | {"attention_factor": 1.5}}),
+    # 1.2: a larger factor sharpens the softmax until either side is 5e-5 from float64 by rounding alone.
+    "yarn_attention_factor": ("llama", {"rope_parameters": YARN | {"attention_factor": 1.2}}),
     "mistral": ("mistral", {"sliding_window": None}),
     "mistral_window": ("mistral", {"sliding_window": 7}),
     "qwen2": ("qwen2", {}),

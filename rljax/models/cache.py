@@ -15,7 +15,7 @@ from rljax.parallel import constrain
 from rljax.types import struct
 
 PREFIX_AXES = ("batch", "kv_heads", None, None)
-SUFFIX_AXES = ("batch", None, "kv_heads", None, None)
+SUFFIX_AXES = ("batch", "kv_heads", None, None, None)
 
 
 @struct
@@ -25,13 +25,14 @@ class KVCache:
     `prefix_*[layer]` hold the prompts, all tokens but the last, stored and read once for the `G` samples of a slot.
     `suffix_*[layer]` are rings over what follows: step `t` of the decoder writes column `t mod Ss` of every row. The
     last `n` columns written belong to a row that has run for `n` steps; older ones are its predecessor's. A row may
-    therefore start at any step, in any slot, and nothing is moved.
+    therefore start at any step, in any slot, and nothing is moved. Keys of the ring lie transposed: the products of a
+    step, one query each, run faster so on a CPU.
     """
 
     prefix_k: tuple[Float[Array, "P KV Sp hd"], ...]
     prefix_v: tuple[Float[Array, "P KV Sp hd"], ...]
-    suffix_k: tuple[Float[Array, "P G KV Ss hd"], ...]
-    suffix_v: tuple[Float[Array, "P G KV Ss hd"], ...]
+    suffix_k: tuple[Float[Array, "P KV G hd Ss"], ...]
+    suffix_v: tuple[Float[Array, "P KV G Ss hd"], ...]
 
 
 def init_cache(
@@ -39,13 +40,15 @@ def init_cache(
 ) -> KVCache:
     """An empty cache in the compute dtype. Call it under `jax.jit`."""
     prefix = (prompt_slots, config.num_kv_heads, prefix_length, config.head_dim)
-    suffix = (prompt_slots, sample_slots, config.num_kv_heads, suffix_length, config.head_dim)
+    suffix = (prompt_slots, config.num_kv_heads, sample_slots)
+    suffix_k = (*suffix, config.head_dim, suffix_length)
+    suffix_v = (*suffix, suffix_length, config.head_dim)
 
     def zeros(shape):
         return tuple(jnp.zeros(shape, config.dtype) for _ in range(config.num_layers))
 
     return constrain_cache(
-        KVCache(prefix_k=zeros(prefix), prefix_v=zeros(prefix), suffix_k=zeros(suffix), suffix_v=zeros(suffix))
+        KVCache(prefix_k=zeros(prefix), prefix_v=zeros(prefix), suffix_k=zeros(suffix_k), suffix_v=zeros(suffix_v))
     )
 
 
@@ -75,8 +78,8 @@ def cached_attention(
     q: Float[Array, "P G H hd"],
     prefix_k: Float[Array, "P KV Sp hd"],
     prefix_v: Float[Array, "P KV Sp hd"],
-    suffix_k: Float[Array, "P G KV Ss hd"],
-    suffix_v: Float[Array, "P G KV Ss hd"],
+    suffix_k: Float[Array, "P KV G hd Ss"],
+    suffix_v: Float[Array, "P KV G Ss hd"],
     prefix_length: Int[Array, " P"],
     age: Int[Array, " Ss"],
     steps: Int[Array, "P G"],
@@ -88,25 +91,39 @@ def cached_attention(
     is this step's). The token's position is `prefix_length + steps`. Keys `window` or more positions back are hidden.
     """
     slots, samples, heads, head_dim = q.shape
-    kv_heads = prefix_k.shape[1]
-    q = q.reshape(slots, samples, kv_heads, heads // kv_heads, head_dim) / math.sqrt(head_dim)
-    column = jnp.arange(prefix_k.shape[2])
+    kv_heads, prefix_size = prefix_k.shape[1:3]
+    q = q.reshape(slots, samples, kv_heads, heads // kv_heads, head_dim).swapaxes(1, 2) / math.sqrt(head_dim)
+    column = jnp.arange(prefix_size)
     position = prefix_length[:, None] + steps
     in_prefix = (column < prefix_length[:, None, None]) & (position[:, :, None] - column < window)
     in_suffix = (age <= steps[:, :, None]) & (age < window)
-    prefix_scores = jnp.einsum("pgkrd,pksd->pgkrs", q, prefix_k, preferred_element_type=jnp.float32)
-    suffix_scores = jnp.einsum("pgkrd,pgksd->pgkrs", q, suffix_k, preferred_element_type=jnp.float32)
-    prefix_scores = jnp.where(in_prefix[:, :, None, None], prefix_scores, MASKED)
-    suffix_scores = jnp.where(in_suffix[:, :, None, None], suffix_scores, MASKED)
+
+    def product(equation, a, b):
+        return jnp.einsum(equation, a, b, preferred_element_type=jnp.float32)
+
+    # All queries of a prompt that share a key head meet its keys in one product.
+    shared = (slots, kv_heads, samples * q.shape[3])
+    prefix_scores = product("pknd,pksd->pkns", q.reshape(*shared, head_dim), prefix_k)
+    prefix_scores = prefix_scores.reshape(*q.shape[:-1], prefix_size)
+    prefix_scores = jnp.where(in_prefix[:, None, :, None], prefix_scores, MASKED)
+    suffix_scores = jnp.where(in_suffix[:, None, :, None], product("pkgrd,pkgds->pkgrs", q, suffix_k), MASKED)
     best = jnp.maximum(jnp.max(prefix_scores, -1, keepdims=True), jnp.max(suffix_scores, -1, keepdims=True))
     prefix_weights, suffix_weights = jnp.exp(prefix_scores - best), jnp.exp(suffix_scores - best)
     total = jnp.sum(prefix_weights, -1, keepdims=True) + jnp.sum(suffix_weights, -1, keepdims=True)
-    out = jnp.einsum(
-        "pgkrs,pksd->pgkrd", prefix_weights.astype(q.dtype), prefix_v, preferred_element_type=jnp.float32
-    ) + jnp.einsum("pgkrs,pgksd->pgkrd", suffix_weights.astype(q.dtype), suffix_v, preferred_element_type=jnp.float32)
-    return (out / total).reshape(slots, samples, heads, head_dim).astype(q.dtype)
+    prefix_weights = prefix_weights.astype(q.dtype).reshape(*shared, prefix_size)
+    out = product("pkns,pksd->pknd", prefix_weights, prefix_v).reshape(q.shape)
+    out += product("pkgrs,pkgsd->pkgrd", suffix_weights.astype(q.dtype), suffix_v)
+    return (out / total).swapaxes(1, 2).reshape(slots, samples, heads, head_dim).astype(q.dtype)
 
 
-def write_column(ring: Float[Array, "P G KV Ss hd"], new: Float[Array, "P G KV hd"], column: Int[Array, ""]) -> Array:
-    """The ring with `new` in one column of every row."""
-    return jax.lax.dynamic_update_slice(ring, new[:, :, :, None].astype(ring.dtype), (0, 0, 0, column, 0))
+def write_column(
+    suffix_k: Float[Array, "P KV G hd Ss"],
+    suffix_v: Float[Array, "P KV G Ss hd"],
+    k: Float[Array, "P G KV hd"],
+    v: Float[Array, "P G KV hd"],
+    column: Int[Array, ""],
+) -> tuple[Float[Array, "P KV G hd Ss"], Float[Array, "P KV G Ss hd"]]:
+    """The rings of a layer with the new keys and values in one column of every row."""
+    k, v = k.swapaxes(1, 2)[..., None].astype(suffix_k.dtype), v.swapaxes(1, 2)[..., None, :].astype(suffix_v.dtype)
+    update = jax.lax.dynamic_update_slice
+    return update(suffix_k, k, (0, 0, 0, 0, column)), update(suffix_v, v, (0, 0, 0, column, 0))

@@ -145,7 +145,7 @@ def decode(
     their own prompt `waiting`, and rows of wholly idle slots if there is `other_work`. `column` is the ring column of
     the first step. Returns (cache, next column, steps, active, emitted).
     """
-    ring = cache.suffix_k[0].shape[3]
+    ring = cache.suffix_v[0].shape[3]
     shape = rows.token.shape
     position = jnp.arange(buffer_length)[:, None, None] + rows.steps
     uniforms = token_uniforms(seed, step, rows.prompt_id[:, None], rows.sample_id, position)
@@ -206,7 +206,7 @@ def _vocab_first_logits(config: DecoderConfig, params: Params, hidden: Array) ->
 
 def _forward(config, params, cache: KVCache, token, prefix_length, steps, column) -> tuple[Array, KVCache]:
     """Final-normed hidden states [P, G, D] of one new token a row, and the cache with its keys and values."""
-    ring = cache.suffix_k[0].shape[3]
+    ring = cache.suffix_v[0].shape[3]
     age = (column - jnp.arange(ring)) % ring
     rotary = rotary_table(config, prefix_length[:, None] + steps)
     x = constrain(embed(config, params, token), ("batch", None, None))
@@ -214,8 +214,7 @@ def _forward(config, params, cache: KVCache, token, prefix_length, steps, column
     for index, (layer_params, window) in enumerate(zip(params["layers"], config.windows, strict=True)):
 
         def attend(q, k, v, index=index, window=window):
-            new_k = write_column(cache.suffix_k[index], k, column)
-            new_v = write_column(cache.suffix_v[index], v, column)
+            new_k, new_v = write_column(cache.suffix_k[index], cache.suffix_v[index], k, v, column)
             out = cached_attention(
                 q,
                 cache.prefix_k[index],

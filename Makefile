@@ -28,7 +28,7 @@ test-slow: $(VENV)/.base $(VENV)/.model $(VENV)/.parity
 	JAX_COMPILATION_CACHE_DIR=$(CACHE) $(BIN)/python -m pytest -m slow
 
 test-gpu: $(VENV)/.base $(VENV)/.model
-	$(BIN)/python -m pytest -m gpu
+	JAX_PLATFORMS=cuda $(BIN)/python -m pytest -m gpu
 
 lint: $(VENV)/.base
 	$(BIN)/ruff check .

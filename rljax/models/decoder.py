@@ -29,6 +29,9 @@ from rljax.types import Params
 Attend = Callable[[Array, Array, Array], tuple[Array, Any]]
 """`attend(q [..., H, hd], k [..., KV, hd], v [..., KV, hd]) -> (out [..., H, hd], aux)`; rotary is applied already."""
 
+Product = Callable[[Array, Array], Array]
+"""`product(x [..., D], weight) -> [..., E]`; `weight` is [D, E] unless the caller's params hold it otherwise."""
+
 
 def _weight(shape: tuple[int, ...], axes: tuple[str | None, ...], *, dtype: str, init: str = "normal") -> nnx.Param:
     return nnx.Param(jax.ShapeDtypeStruct(shape, jnp.dtype(dtype)), axes=axes, init=init)
@@ -64,10 +67,12 @@ class Layer(nnx.Module):
             self.up_bias = weight((c.mlp_dim,), ("mlp",), init="zeros")
             self.down_bias = weight((c.embed_dim,), (None,), init="zeros")
 
-    def __call__(self, x: Array, rotary: tuple[Array, Array], attend: Attend) -> tuple[Array, Any]:
-        c = self.config
+    def __call__(
+        self, x: Array, rotary: tuple[Array, Array], attend: Attend, product: Product = linear
+    ) -> tuple[Array, Any]:
+        c, project = self.config, functools.partial(self._project, product)
         h = rms_norm(x, self.attention_norm[...], c.norm_eps)
-        q, k, v = (self._linear(h, name) for name in ("q", "k", "v"))
+        q, k, v = (project(h, name) for name in ("q", "k", "v"))
         q = q.reshape(*q.shape[:-1], c.num_heads, c.head_dim)
         k = k.reshape(*k.shape[:-1], c.num_kv_heads, c.head_dim)
         v = v.reshape(*v.shape[:-1], c.num_kv_heads, c.head_dim)
@@ -76,13 +81,13 @@ class Layer(nnx.Module):
             k = rms_norm(k, self.k_norm[...], c.norm_eps)
         out, aux = attend(apply_rotary(q, *rotary), apply_rotary(k, *rotary), v)
         out = checkpoint_name(out.reshape(*x.shape[:-1], c.num_heads * c.head_dim), "attention")
-        x = constrain(x + self._linear(out, "o"), ("batch", *(None,) * (x.ndim - 1)))
+        x = constrain(x + project(out, "o"), ("batch", *(None,) * (x.ndim - 1)))
         h = rms_norm(x, self.mlp_norm[...], c.norm_eps)
-        h = swiglu(self._linear(h, "gate"), self._linear(h, "up"))
-        return constrain(x + self._linear(h, "down"), ("batch", *(None,) * (x.ndim - 1))), aux
+        h = swiglu(project(h, "gate"), project(h, "up"))
+        return constrain(x + project(h, "down"), ("batch", *(None,) * (x.ndim - 1))), aux
 
-    def _linear(self, x: Array, name: str) -> Array:
-        out = linear(x, getattr(self, name)[...])
+    def _project(self, product: Product, x: Array, name: str) -> Array:
+        out = product(x, getattr(self, name)[...])
         bias = getattr(self, f"{name}_bias", None)
         return out if bias is None else out + bias[...].astype(x.dtype)
 
@@ -161,11 +166,16 @@ def embed(config: DecoderConfig, params: Params, tokens: Int[Array, "*B"]) -> Fl
 
 
 def apply_layer(
-    config: DecoderConfig, layer_params: Params, x: Float[Array, "*B D"], rotary: tuple[Array, Array], attend: Attend
+    config: DecoderConfig,
+    layer_params: Params,
+    x: Float[Array, "*B D"],
+    rotary: tuple[Array, Array],
+    attend: Attend,
+    product: Product = linear,
 ) -> tuple[Float[Array, "*B D"], Any]:
     """One layer on activations `x`; returns what it makes of them and the `aux` of `attend`."""
     layer = nnx.merge(_layer_graph(config), dict(layer_params))
-    return layer(x, rotary, attend)
+    return layer(x, rotary, attend, product)
 
 
 @functools.lru_cache(maxsize=64)

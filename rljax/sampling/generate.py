@@ -17,6 +17,7 @@ from rljax.models.decoder import apply_layer, embed, final_norm, output_projecti
 from rljax.models.rope import rotary_table
 from rljax.parallel import constrain
 from rljax.sampling.logits import SamplingParams, process_logits, sample_tokens
+from rljax.sampling.weights import product, product_of_few
 from rljax.types import ArrayLike, Params, struct
 
 
@@ -62,7 +63,7 @@ def prefill(
 ) -> KVCache:
     """Writes the keys and values of `N` prompts (right-padded; the padding is never read) into prompt slots.
 
-    `params` have their layers unstacked.
+    `params` are those of `decode_weights`.
     """
     length = tokens.shape[1]
     positions = jnp.broadcast_to(jnp.arange(length), tokens.shape)
@@ -76,7 +77,7 @@ def prefill(
         def attend(q, k, v, window=window):
             return forest_attention(q, k, v, positions, end, window), (k, v)
 
-        x, (k, v) = apply_layer(config, layer_params, x, rotary, attend)
+        x, (k, v) = apply_layer(config, layer_params, x, rotary, attend, product)
         prefix_k.append(_store(cache.prefix_k[index], k, slots))
         prefix_v.append(_store(cache.prefix_v[index], v, slots))
     return constrain_cache(dataclasses.replace(cache, prefix_k=tuple(prefix_k), prefix_v=tuple(prefix_v)))
@@ -228,7 +229,7 @@ def _forward(config, params, cache: KVCache, token, prefix_length, steps, column
             )
             return out, (new_k, new_v)
 
-        x, (new_k, new_v) = apply_layer(config, layer_params, x, rotary, attend)
+        x, (new_k, new_v) = apply_layer(config, layer_params, x, rotary, attend, product_of_few)
         suffix_k.append(new_k)
         suffix_v.append(new_v)
     cache = dataclasses.replace(cache, suffix_k=tuple(suffix_k), suffix_v=tuple(suffix_v))

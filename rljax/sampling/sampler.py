@@ -7,17 +7,15 @@ import time
 from collections.abc import Callable, Sequence
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from rljax.models.cache import KVCache, init_cache
 from rljax.models.config import DecoderConfig
-from rljax.models.decoder import unstack_layers
-from rljax.models.layout import param_shardings
-from rljax.parallel import DECODE_RULES, use_mesh
+from rljax.parallel import use_mesh
 from rljax.sampling.generate import copy_prompt, decode, prefill
 from rljax.sampling.logits import SamplingParams, sampling_params
 from rljax.sampling.slots import FinishReason, Load, Request, Sample, Slots
+from rljax.sampling.weights import decode_shardings, decode_weights
 from rljax.types import Params
 
 # Tokens of one prefill: products of this many rows run at full speed, and `warmup` has to compute them once.
@@ -89,7 +87,7 @@ class Sampler:
         """Takes a copy of the weights to sample with, layer by layer; the last copy is freed first."""
         self._params = None
         with self._on_mesh():
-            self._params = _unstack_program(self.config, self.mesh)(params)
+            self._params = _weights_program(self.config, self.mesh)(params)
 
     def drop_params(self) -> None:
         """Frees the sampler's copy of the weights, for instance during an update."""
@@ -279,27 +277,6 @@ class Sampler:
 
 
 @functools.lru_cache(maxsize=16)
-def _unstack_program(config: DecoderConfig, mesh: jax.sharding.Mesh | None):
-    """jit of stacked params -> a copy, unstacked, in the compute dtype but for norms."""
-
-    def unstack(params):
-        cast = {
-            name: value if "norm" in name else value.astype(config.dtype)
-            for name, value in params.items()
-            if name != "layers"
-        }
-        layers = {
-            name: value if "norm" in name else value.astype(config.dtype) for name, value in params["layers"].items()
-        }
-        return jax.tree.map(jnp.copy, unstack_layers({**cast, "layers": layers}))
-
-    where = None
-    if mesh is not None:
-        stacked = param_shardings(config, mesh, DECODE_RULES)
-
-        def drop_layers(sharding):
-            return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*sharding.spec[1:]))
-
-        layer = {name: drop_layers(sharding) for name, sharding in stacked["layers"].items()}
-        where = {**stacked, "layers": (layer,) * config.num_layers}
-    return jax.jit(unstack, out_shardings=where)
+def _weights_program(config: DecoderConfig, mesh: jax.sharding.Mesh | None):
+    layout = None if mesh is None else decode_shardings(config, mesh)
+    return jax.jit(functools.partial(decode_weights, config), out_shardings=layout)

@@ -1,5 +1,6 @@
 """What the launch scripts do beside training: evaluate, fine-tune, convert."""
 
+import contextlib
 import json
 from pathlib import Path
 
@@ -62,7 +63,7 @@ def fine_tune(config: Config, workdir: str, *, fresh: bool = False) -> dict[str,
     learner, curriculum = supervised(run)
     folder = RunFolder(workdir, config=to_dict(config), fresh=fresh, total_steps=config.warmup.steps)
     checkpoints, metrics = open_checkpoints(config, folder), {}
-    with run.rewards, folder, use_mesh(run.mesh):
+    with run.rewards, folder, contextlib.closing(checkpoints), use_mesh(run.mesh):
         restored = checkpoints.restore(learner.abstract_state())
         first = 0 if restored is None else restored[2]
         folder.start(first)

@@ -1,5 +1,6 @@
 """The loop: sample, score, update, evaluate, checkpoint; top to bottom."""
 
+import contextlib
 import dataclasses
 import json
 import time
@@ -32,7 +33,7 @@ def train(config: Config, workdir: str, *, fresh: bool = False) -> dict[str, Any
     say(describe_run(run))
     folder = RunFolder(workdir, config=to_dict(config), fresh=fresh)
     checkpoints = open_checkpoints(config, folder)
-    with run.rewards, folder, use_mesh(run.mesh):
+    with run.rewards, folder, contextlib.closing(checkpoints), use_mesh(run.mesh):
         first = resume(run, checkpoints, folder)
         if run.state is None:
             run.state = run.learner.init_state(warm_up(run, load_params(run), folder))

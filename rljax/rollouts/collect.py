@@ -51,15 +51,17 @@ def sample_and_score(
     stop_strings: Sequence[str] = (),
     truncated_is_wrong: bool = False,
     phase: Callable[[str], AbstractContextManager] = nullcontext,
+    seen: dict[int, int] | None = None,
 ) -> list[Scored]:
     """Samples every example `samples_each` times and runs the rewards on the texts. `phase(name)` is entered around
     each of the two, to time them. With `truncated_is_wrong` a completion cut off by the length limit is worth 0 at
     most, whatever its reward says.
 
-    A prompt that occurs again gets fresh sample ids, so that its samples differ from the first ones.
+    A prompt that occurs again gets fresh sample ids, so that its samples differ from the first ones; `seen` counts
+    occurrences by prompt id, across calls when it is given.
     """
     prompts = [render_prompt(tokenizer, example.prompt, chat) for example in examples]
-    seen: dict[int, int] = {}
+    seen = {} if seen is None else seen
     requests = []
     for example, prompt in zip(examples, prompts, strict=True):
         first = samples_each * seen.setdefault(example.id, 0)
@@ -105,8 +107,9 @@ def collect(
     """
     kept: list[Scored] = []
     drawn = failed = 0
+    seen: dict[int, int] = {}
     for _ in range(plan.max_sampling_rounds if plan.keep_group else 1):
-        scored = sample_and_score(draw(num_groups), plan.group_size, step=step, **sampling_setup)
+        scored = sample_and_score(draw(num_groups), plan.group_size, step=step, seen=seen, **sampling_setup)
         drawn += len(scored)
         failed += sum(not r.is_valid for group in scored for r in group.results)
         kept += [group for group in scored if plan.keep_group is None or plan.keep_group(_valid_rewards(group))]
@@ -178,7 +181,7 @@ def _record(
     group: Scored, sample_index: int, sample: Sample, text: str, result: RewardResult, trajectory: Trajectory, step: int
 ) -> dict[str, Any]:
     return {
-        "step": step,
+        "step": step + 1,  # counted as the metrics count: by finished steps
         "prompt_id": group.example.id,
         "sample": sample_index,
         "prompt": group.example.prompt,

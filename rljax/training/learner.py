@@ -127,7 +127,7 @@ class Learner:
         """
         advantages = np.asarray(advantages, np.float32)
         mask = loss_mask(batch, extra_mask)
-        parts = self._split(batch, state)
+        parts = self._split(batch, int(state.step) if self.shuffle else None)
         made = []
         for rows in parts:
             part = batch if len(parts) == 1 else take_rows(batch, rows)
@@ -151,12 +151,20 @@ class Learner:
     def score_rows(
         self, params: Params, batch: RolloutBatch, mask: Bool[ArrayLike, "B T"] | None = None
     ) -> Float[np.ndarray, "B T"]:
-        """Log-probs under `params` of the tokens in `mask` (default: the action mask of valid rows), 0 elsewhere."""
-        packing: Packing = layout(batch, loss_mask(batch) if mask is None else np.asarray(mask, bool), self.spec)
-        packed, row_index, row_mask = self._put((packing.packed, packing.row_index, packing.mask))
-        with self._on_mesh():
-            values = self._score(params, packed, row_index, row_mask, self._sampling)
-        return packing.batch_of(jax.device_get(values), batch.tokens)
+        """Log-probs under `params` of the tokens in `mask` (default: the action mask of valid rows), 0 elsewhere.
+
+        A rollout is scored in as many parts as it has minibatches, so that both fit the same buckets.
+        """
+        mask = loss_mask(batch) if mask is None else np.asarray(mask, bool)
+        out = np.zeros(np.shape(batch.tokens), np.float32)
+        for rows in self._split(batch):
+            part = take_rows(batch, rows)
+            packing: Packing = layout(part, mask[rows], self.spec)
+            packed, row_index, row_mask = self._put((packing.packed, packing.row_index, packing.mask))
+            with self._on_mesh():
+                values = self._score(params, packed, row_index, row_mask, self._sampling)
+            out[rows] = packing.batch_of(jax.device_get(values), part.tokens)
+        return out
 
     def update(self, state: TrainState, train_batch: TrainBatch) -> tuple[TrainState, Metrics]:
         """One optimizer step, one jitted call; `state` is donated. The metrics are device scalars."""
@@ -185,7 +193,8 @@ class Learner:
             raise ValueError("the state has no reference params; build the learner with needs_reference=True")
         return state.replace(ref_params=_mix(state.params, state.ref_params, weight))  # type: ignore[attr-defined]
 
-    def _split(self, batch: RolloutBatch, state: TrainState) -> list[np.ndarray]:
+    def _split(self, batch: RolloutBatch, step: int | None = None) -> list[np.ndarray]:
+        """Rows of each minibatch; in an order drawn for update `step` if the learner shuffles and it is given."""
         if self.minibatches == 1:
             return [np.arange(len(batch.lengths))]
         group_id = np.asarray(batch.group_id)
@@ -195,8 +204,8 @@ class Learner:
                 f"{len(groups)} groups do not divide into {self.minibatches} minibatches of whole groups; "
                 "choose a divisor"
             )
-        if self.shuffle:
-            groups = np.random.default_rng([self.seed, int(state.step)]).permutation(groups)
+        if self.shuffle and step is not None:
+            groups = np.random.default_rng([self.seed, step]).permutation(groups)
         return [np.flatnonzero(np.isin(group_id, part)) for part in np.split(groups, self.minibatches)]
 
     def _put(self, tree: Any) -> Any:

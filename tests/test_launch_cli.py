@@ -1,0 +1,195 @@
+"""What the launch scripts say: each mistake is one line with the value and the remedy, before a device is touched."""
+
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from absl import logging
+from absl.testing import flagsaver
+
+from rljax.sampling import compile_count
+
+ROOT = Path(__file__).parent.parent
+CONFIG = """
+from rljax.config import FileData, PretrainedModel, RewardConfig
+from rljax.testing import tiny_config
+
+def get_config(kind="tiny"):
+    if kind == "tiny":
+        return tiny_config()
+    if kind == "data":
+        return tiny_config(data=FileData(train="{folder}/none.jsonl"))
+    return tiny_config(model=PretrainedModel(path="{folder}/none", tokenizer="smollm2"),
+                       data=FileData(train="{folder}/none.jsonl"))
+"""
+
+
+def load(name):
+    """A script of launch/ as a module; its flags are defined once."""
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(name, ROOT / "launch" / f"{name}.py")
+        sys.modules[name] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules[name])
+    return sys.modules[name]
+
+
+@pytest.fixture(scope="module")
+def script():
+    """(launch/cli.py, launch/train.py), their flags taken away again afterwards."""
+    with flagsaver.flagsaver():
+        yield load("cli"), load("train")
+    for name in ("cli", "train"):
+        del sys.modules[name]
+
+
+@pytest.fixture
+def config_file(tmp_path):
+    file = tmp_path / "tiny.py"
+    file.write_text(CONFIG.format(folder=tmp_path))
+    return file
+
+
+@pytest.fixture
+def mistake(script, capsys, tmp_path, config_file, monkeypatch):
+    """Runs launch/train.py with arguments that must fail, and returns what it says."""
+    cli, train = script
+    verbosity = logging.get_verbosity()
+
+    def run(*arguments, kind="tiny", workdir=True):
+        if not any(argument.startswith("--config=") for argument in arguments):
+            arguments = (f"--config={config_file}:{kind}", *arguments)
+        if workdir:
+            arguments = (*arguments, f"--workdir={tmp_path / 'run'}")
+        compiled = compile_count()
+        monkeypatch.setattr(sys, "argv", ["train.py", *arguments])  # where config overrides are read from
+        with flagsaver.flagsaver(), pytest.raises(SystemExit) as stop:
+            cli._parse(["train.py", *arguments])
+            cli._run(train.main)
+        assert stop.value.code == 2
+        assert compile_count() == compiled, "a device did work"
+        assert not (tmp_path / "run").exists(), "a run folder was made"
+        said = capsys.readouterr().err
+        lines = [line for line in said.splitlines() if line.startswith("error: ")]
+        rest = [line for line in said.splitlines() if line and not line.startswith(("error: ", "(RLJAX_TRACEBACK"))]
+        assert len(lines) == 1 and not rest, said
+        return lines[0]
+
+    yield run
+    logging.set_verbosity(verbosity)
+
+
+MISTAKES = {
+    "a misspelt field": (["--config.stepz=3"], r"--config\.stepz.*did you mean config\.steps\?"),
+    "a misspelt field of a part": (
+        ["--config.optimizer.learning_rat=1"],
+        r"did you mean config\.optimizer\.learning_rate\?.*weight_decay",
+    ),
+    "a part instead of a field": (["--config.mesh=8"], r"--config\.mesh is a part.*data, fsdp, tensor"),
+    "a field of a number": (["--config.steps.more=8"], r"config\.steps is a int, not a part"),
+    "a wrong type": (["--config.steps=many"], r"config\.steps.*many"),
+    "a group of one": (["--config.algorithm.group_size=1"], r"group_size=1.*at least 2"),
+    "a negative clip": (["--config.algorithm.clip_low=-1"], r"clip_low=-1"),
+    "a mesh of other devices": (["--config.mesh.data=3", "--config.mesh.fsdp=5"], r"data=3 x fsdp=5.*devices here.*-1"),
+    "two open axes": (["--config.mesh.data=-1"], r"at most one may be -1"),
+    "minibatches that do not divide": (
+        ["--config.update.minibatches=3"],
+        r"prompts_per_step=4.*minibatches=3.*divisor",
+    ),
+    "no steps": (["--config.steps=0"], r"config\.steps=0 must be at least 1"),
+    "greedy training": (["--config.sampling.temperature=0.0"], r"temperature=0.*above 0"),
+    "buckets out of order": (["--config.sampling.prompt_buckets=(8, 4)"], r"prompt_buckets=\(8, 4\).*increasing"),
+    "a prompt beyond the buckets": (["--config.sampling.prompt_buckets=(2,)"], r"longest prompt has 3.*\(2,\).*bucket"),
+    "a pack too short": (["--config.update.pack_length=6"], r"pack_length=6.*raise it to at least 7"),
+    "an unknown config file": (["--config=configs/nothing.py"], r"configs/nothing\.py does not exist.*quickstart"),
+    "a stray argument": (["stray"], r"unexpected arguments \['stray'\].*--name=value"),
+    "an unknown flag": (["--work_dir=x"], r"work_dir"),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_mistake_is_one_line_that_names_value_and_remedy(name, mistake, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    arguments, says = MISTAKES[name]
+    line = mistake(*arguments)
+    assert re.search(says, line), line
+
+
+def test_a_run_without_a_folder_is_refused(mistake):
+    assert re.search(r"--workdir is missing.*--workdir=", mistake(workdir=False))
+
+
+def test_what_is_not_on_disk_is_named(mistake, tmp_path):
+    line = mistake(kind="files")
+    assert str(tmp_path / "none") in line
+
+
+def test_a_model_that_does_not_exist_is_named(mistake, tmp_path, config_file):
+    config_file.write_text(
+        config_file.read_text().replace(
+            f'FileData(train="{tmp_path}/none.jsonl")', "__import__('rljax').testing.EchoData()"
+        )
+    )
+    line = mistake(kind="files")
+    assert re.search(rf"{tmp_path}/none.*(folder|exist)", line)
+
+
+def test_a_data_file_that_does_not_exist_is_named(mistake, tmp_path):
+    assert f"{tmp_path}/none.jsonl" in mistake(kind="data")
+
+
+@pytest.mark.parametrize(
+    ("reward", "says"),
+    [
+        ("no_such_module:correct", r"no_such_module"),
+        ("rljax.testing:no_such_reward", r"no_such_reward"),
+        ("rljax.testing", r"rljax\.testing.*module:"),
+    ],
+)
+def test_a_reward_that_cannot_be_loaded_is_named(reward, says, mistake, config_file):
+    text = config_file.read_text().replace("tiny_config()", f"tiny_config(rewards=(RewardConfig({reward!r}),))")
+    config_file.write_text(text)
+    assert re.search(says, mistake())
+
+
+def test_a_reward_that_wants_a_missing_column_is_named(mistake, config_file, tmp_path, monkeypatch):
+    (tmp_path / "wants_more.py").write_text("def reward(completion, solution):\n    return 0.0\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    text = config_file.read_text().replace("tiny_config()", "tiny_config(rewards=(RewardConfig('wants_more:reward'),))")
+    config_file.write_text(text)
+    assert re.search(r"solution.*answer", mistake())
+
+
+def run_script(*arguments):
+    environment = dict(os.environ, JAX_PLATFORMS="cpu", RLJAX_ALLOCATOR="system", PYTHONPATH=str(ROOT))
+    return subprocess.run(
+        [sys.executable, str(ROOT / "launch" / "train.py"), *arguments],
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=120,
+        cwd=ROOT,
+    )
+
+
+def test_help_names_config_and_workdir():
+    done = run_script("--help")
+    assert "--config" in done.stdout and "--workdir" in done.stdout and "--[no]dry_run" in done.stdout
+    assert "Traceback" not in done.stderr
+
+
+def test_a_mistake_in_a_process_of_its_own_ends_with_status_2(config_file, tmp_path):
+    done = run_script(f"--config={config_file}", f"--workdir={tmp_path / 'run'}", "--config.algorithm.group_size=1")
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ") and "group_size=1" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_a_dry_run_prints_the_plan_and_writes_nothing(config_file, tmp_path):
+    done = run_script(f"--config={config_file}", "--dry_run", f"--workdir={tmp_path / 'run'}", "--config.mesh.fsdp=1")
+    assert done.returncode == 0, done.stderr[-2000:]
+    for word in ("parameters", "new tokens", "buckets", "mesh", "packed [M, R, S] = [", "KV cache", "it fits"):
+        assert word in done.stdout, (word, done.stdout)
+    assert not (tmp_path / "run").exists()

@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from rljax.build import load_params, plan
@@ -107,7 +108,7 @@ def convert(source: str, target: str, *, step: int | None = None, dtype: str = "
         path = model_path(source)
         decoder, params = load_model(path)
         tokenizer = load_tokenizer(path)
-    params = jax.tree.map(lambda x: x.astype(dtype), params)
+    params = jax.tree.map(lambda x: jnp.asarray(x, dtype), params)
     save_hf(goal, decoder, params, tokenizer=tokenizer)
     count = sum(int(np.prod(x.shape)) for x in jax.tree.leaves(params))
     print(f"{count / 1e6:.1f}M parameters as {dtype} in {goal}")

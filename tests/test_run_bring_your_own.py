@@ -1,0 +1,87 @@
+"""A model, data and rewards of one's own, through training, conversion, evaluation and supervised fine-tuning."""
+
+import dataclasses
+import json
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+from rljax import commands
+from rljax.config import CheckpointConfig, FileData, PretrainedModel, RewardConfig, WarmupConfig
+from rljax.models import abstract_params, load_model
+from rljax.run import train
+from rljax.testing import tiny_config
+from rljax.training import OptimizerConfig, read_jsonl, restore_params
+
+REWARDS = """
+def correct(prompt, completion, token_ids, answer, **columns):
+    assert columns["level"] == 1 and len(token_ids) >= 1
+    return float(answer in completion)
+
+def batch(completions, answer):
+    return [c.count(a) / 4 for c, a in zip(completions, answer)]
+"""
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """(folder, config, run folder) of a run on a JSONL file with a per-sample and a batch reward."""
+    folder = tmp_path_factory.mktemp("own")
+    rows = [{"prompt": f"{a}{b}=", "answer": a, "level": 1} for a in "abcdefgh" for b in "abcdefgh"]
+    (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "own_rewards.py").write_text(REWARDS)
+    sys.path.insert(0, str(folder))
+    config = tiny_config(
+        steps=2,
+        data=FileData(train=str(folder / "train.jsonl"), test_fraction=0.2),
+        rewards=(RewardConfig("own_rewards:correct"), RewardConfig("own_rewards:batch", weight=0.5)),
+        checkpoint=CheckpointConfig(every=2),
+    )
+    train(config, str(folder / "run"))
+    yield folder, config, folder / "run"
+    sys.path.remove(str(folder))
+
+
+def test_rewards_of_a_file_are_weighted_and_logged(trained):
+    _, _, run = trained
+    for record in read_jsonl(run / "rollouts" / "step_000001.jsonl"):
+        assert record["error"] is None
+        parts = record["components"]
+        assert set(parts) == {"correct", "batch"}
+        assert record["reward"] == pytest.approx(parts["correct"] + 0.5 * parts["batch"])
+
+
+def test_a_run_converts_to_a_folder_that_trains_again(trained):
+    folder, config, run = trained
+    hf = commands.convert(str(run), str(folder / "hf"))
+    decoder, params = load_model(hf)
+    saved, step = restore_params(run / "checkpoints", abstract_params(decoder))
+    assert step == 2
+    jax.tree.map(np.testing.assert_array_equal, params, saved)
+    again = dataclasses.replace(config, model=PretrainedModel(path=str(hf)))
+    summary = train(again, str(folder / "again"))
+    assert summary["steps"] == 2
+
+
+def test_a_checkpoint_evaluates_as_the_run_did(trained, capsys):
+    _, config, run = trained
+    evaluation = commands.evaluate_model(config, checkpoint=str(run))
+    assert "avg@2" in capsys.readouterr().out
+    assert evaluation.metrics == json.loads((run / "evaluations" / "step_000002.json").read_text())["metrics"]
+
+
+def test_supervised_fine_tuning_learns_and_resumes(trained, tmp_path):
+    _, config, _ = trained
+    warmup = WarmupConfig(
+        steps=8, batch_size=8, completion_column="answer", optimizer=OptimizerConfig(learning_rate=3e-2)
+    )
+    config = dataclasses.replace(config, warmup=warmup, checkpoint=CheckpointConfig(every=4))
+    commands.fine_tune(config, str(tmp_path / "straight"))
+    losses = [line["loss/nll"] for line in read_jsonl(tmp_path / "straight" / "metrics.jsonl")]
+    assert len(losses) == 8 and losses[-1] < losses[0] / 2
+    half = dataclasses.replace(config, warmup=dataclasses.replace(warmup, steps=4))
+    commands.fine_tune(half, str(tmp_path / "resumed"))
+    commands.fine_tune(config, str(tmp_path / "resumed"))
+    assert [line["loss/nll"] for line in read_jsonl(tmp_path / "resumed" / "metrics.jsonl")] == losses

@@ -7,7 +7,7 @@ Half of the demonstrations are scrambled, so that the warm-up teaches the form o
 the rest is left to the reward. Test words are never trained on.
 
 Expected curve: the warm-up ends near 0.6 nats per character; reward from 0.2 at step 1 to 0.7 at step 45 and 0.9 at
-step 150. Unseen words: greedy 0.68 -> 0.97, avg@8 0.19 -> 0.90.
+step 150. Unseen words: greedy 0.68 -> 0.94, avg@8 0.19 -> 0.88, in 121 s.
 """
 
 import random

@@ -9,16 +9,27 @@ import numpy as np
 from rljax.models import DecoderConfig, init_params
 from rljax.models.layout import param_shardings
 from rljax.parallel import make_mesh
-from rljax.sampling import Request, Sampler, compile_count, sampling_params
+from rljax.sampling import Fork, Request, Sampler, compile_count, sampling_params
 
 CONFIG = DecoderConfig(
     vocab_size=96, num_layers=2, embed_dim=32, num_heads=4, num_kv_heads=2, head_dim=8, mlp_dim=64, tied_embeddings=True
 )
 
 
+def fork_twice(samples):
+    return [Fork(i, len(samples[i].tokens) // 2, 10 + i) for i in (0, 2)] if len(samples) == 3 else []
+
+
 def sample(mesh):
     sampler = Sampler(
-        CONFIG, prompt_buckets=(8,), max_new_tokens=6, prompt_slots=4, sample_slots=2, stop_tokens=(5,), mesh=mesh
+        CONFIG,
+        prompt_buckets=(8,),
+        max_new_tokens=6,
+        prompt_slots=4,
+        sample_slots=2,
+        stop_tokens=(5,),
+        path_slots=3,
+        mesh=mesh,
     )
     params = jax.tree.map(lambda x: 4 * np.asarray(x), init_params(CONFIG, jax.random.key(0)))
     if mesh is not None:
@@ -27,7 +38,7 @@ def sample(mesh):
     sampler.warmup()
     before = compile_count()
     rng = np.random.default_rng(0)
-    requests = [Request(rng.integers(0, 96, 1 + i).tolist(), i, range(3)) for i in range(7)]
+    requests = [Request(rng.integers(0, 96, 1 + i).tolist(), i, range(3), rounds=fork_twice) for i in range(7)]
     groups = sampler.generate(requests, sampling_params(top_p=0.95), seed=3, step=4)
     flat = [x for group in groups for x in group]
     return {

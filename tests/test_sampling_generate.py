@@ -241,7 +241,7 @@ def test_the_bookkeeping_serves_every_sample_once():
         slots = Slots(requests, int(rng.integers(1, 5)), int(rng.integers(1, 5)), 9)
         loaded, done = {}, []
         for _ in range(1000):
-            for load in slots.assign():
+            for load in slots.assign()[0]:
                 assert load.source is None or loaded[load.source] == load.request
                 loaded[load.slot] = load.request
             if not slots.active.any():

@@ -1,21 +1,24 @@
-"""The decoder's key-value cache: prompts stored once, completions in a ring, and attention over both.
+"""The decoder's key-value cache: prompts stored once, completions in a ring, finished paths kept for forks, and
+attention over the first two.
 
 Rows of the decoder form a grid `[P, G]`: `P` prompt slots, `G` samples of each prompt.
 """
 
+import dataclasses
 import math
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from rljax.models.attention import MASKED
 from rljax.models.config import DecoderConfig
-from rljax.parallel import constrain
-from rljax.types import struct
+from rljax.parallel import constrain, on_shards
+from rljax.types import ArrayLike, struct
 
 PREFIX_AXES = ("batch", "kv_heads", None, None)
 SUFFIX_AXES = ("batch", "kv_heads", None, None, None)
+K_COLUMNS, V_COLUMNS = 4, 3  # axis of the ring's columns in its keys and values
 
 
 @struct
@@ -27,28 +30,58 @@ class KVCache:
     last `n` columns written belong to a row that has run for `n` steps; older ones are its predecessor's. A row may
     therefore start at any step, in any slot, and nothing is moved. Keys of the ring lie transposed: the products of a
     step, one query each, run faster so on a CPU.
+
+    `path_*[layer]` keep the columns of up to `A` samples of a slot's prompt, oldest first, so that later samples
+    can start from any of their tokens. With `A` 0 there are none.
     """
 
     prefix_k: tuple[Float[Array, "P KV Sp hd"], ...]
     prefix_v: tuple[Float[Array, "P KV Sp hd"], ...]
     suffix_k: tuple[Float[Array, "P KV G hd Ss"], ...]
     suffix_v: tuple[Float[Array, "P KV G Ss hd"], ...]
+    path_k: tuple[Float[Array, "P KV A hd Ss"], ...] = ()
+    path_v: tuple[Float[Array, "P KV A Ss hd"], ...] = ()
+
+
+@struct
+class PathMoves:
+    """Rows of the ring to keep as paths, or paths to lay into rows: the first `count` entries.
+
+    `column` is the ring column of the path's first key.
+    """
+
+    slot: Int[ArrayLike, " J"]
+    row: Int[ArrayLike, " J"]
+    path: Int[ArrayLike, " J"]
+    column: Int[ArrayLike, " J"]
+    count: Int[ArrayLike, ""]
 
 
 def init_cache(
-    config: DecoderConfig, prompt_slots: int, sample_slots: int, prefix_length: int, suffix_length: int
+    config: DecoderConfig,
+    prompt_slots: int,
+    sample_slots: int,
+    prefix_length: int,
+    suffix_length: int,
+    path_slots: int = 0,
 ) -> KVCache:
     """An empty cache in the compute dtype. Call it under `jax.jit`."""
-    prefix = (prompt_slots, config.num_kv_heads, prefix_length, config.head_dim)
-    suffix = (prompt_slots, config.num_kv_heads, sample_slots)
-    suffix_k = (*suffix, config.head_dim, suffix_length)
-    suffix_v = (*suffix, suffix_length, config.head_dim)
 
-    def zeros(shape):
-        return tuple(jnp.zeros(shape, config.dtype) for _ in range(config.num_layers))
+    def zeros(*shape):
+        return tuple(
+            jnp.zeros((prompt_slots, config.num_kv_heads, *shape), config.dtype) for _ in range(config.num_layers)
+        )
 
+    head_dim = config.head_dim
     return constrain_cache(
-        KVCache(prefix_k=zeros(prefix), prefix_v=zeros(prefix), suffix_k=zeros(suffix_k), suffix_v=zeros(suffix_v))
+        KVCache(
+            prefix_k=zeros(prefix_length, head_dim),
+            prefix_v=zeros(prefix_length, head_dim),
+            suffix_k=zeros(sample_slots, head_dim, suffix_length),
+            suffix_v=zeros(sample_slots, suffix_length, head_dim),
+            path_k=zeros(path_slots, head_dim, suffix_length) if path_slots else (),
+            path_v=zeros(path_slots, suffix_length, head_dim) if path_slots else (),
+        )
     )
 
 
@@ -63,15 +96,66 @@ def constrain_cache(cache: KVCache) -> KVCache:
         prefix_v=split(cache.prefix_v, PREFIX_AXES),
         suffix_k=split(cache.suffix_k, SUFFIX_AXES),
         suffix_v=split(cache.suffix_v, SUFFIX_AXES),
+        path_k=split(cache.path_k, SUFFIX_AXES),
+        path_v=split(cache.path_v, SUFFIX_AXES),
     )
 
 
 def cache_bytes(
-    config: DecoderConfig, prompt_slots: int, sample_slots: int, prefix_length: int, suffix_length: int
+    config: DecoderConfig,
+    prompt_slots: int,
+    sample_slots: int,
+    prefix_length: int,
+    suffix_length: int,
+    path_slots: int = 0,
 ) -> int:
     """Bytes that such a cache takes over all devices."""
-    columns = prompt_slots * (prefix_length + sample_slots * suffix_length)
+    columns = prompt_slots * (prefix_length + (sample_slots + path_slots) * suffix_length)
     return 2 * config.num_layers * config.num_kv_heads * config.head_dim * columns * jnp.dtype(config.dtype).itemsize
+
+
+def keep_paths(cache: KVCache, moves: PathMoves) -> KVCache:
+    """The cache with rows of its ring kept as paths."""
+    return dataclasses.replace(
+        cache,
+        path_k=_move(cache.suffix_k, cache.path_k, moves, moves.row, moves.path, moves.column, K_COLUMNS),
+        path_v=_move(cache.suffix_v, cache.path_v, moves, moves.row, moves.path, moves.column, V_COLUMNS),
+    )
+
+
+def lay_paths(cache: KVCache, moves: PathMoves) -> KVCache:
+    """The cache with paths copied into rows of its ring, whatever their length: what a row sees of them is decided by
+    its `steps`."""
+    back = -jnp.asarray(moves.column)
+    return dataclasses.replace(
+        cache,
+        suffix_k=_move(cache.path_k, cache.suffix_k, moves, moves.path, moves.row, back, K_COLUMNS),
+        suffix_v=_move(cache.path_v, cache.suffix_v, moves, moves.path, moves.row, back, V_COLUMNS),
+    )
+
+
+def _move(sources, targets, moves: PathMoves, source_index, target_index, turn, axis: int) -> tuple[Array, ...]:
+    """`target[slot, :, target_index][c] = source[slot, :, source_index][(c + turn) mod columns]`, layer by layer."""
+
+    def move(source, target, first_slot):
+        def one(i, target):
+            slot = moves.slot[i] - first_slot
+            here = (slot >= 0) & (slot < target.shape[0])
+            slot = jnp.clip(slot, 0, target.shape[0] - 1)
+            old = jax.lax.dynamic_slice(target, (slot, 0, target_index[i], 0, 0), _one_row(target))
+            row = jax.lax.dynamic_slice(source, (slot, 0, source_index[i], 0, 0), _one_row(source))
+            twice = jnp.concatenate([row, row], axis)
+            row = jax.lax.dynamic_slice_in_dim(twice, turn[i] % row.shape[axis], row.shape[axis], axis)
+            return jax.lax.dynamic_update_slice(target, jnp.where(here, row, old), (slot, 0, target_index[i], 0, 0))
+
+        return jax.lax.fori_loop(0, moves.count, one, target)
+
+    run = on_shards(move, SUFFIX_AXES)
+    return tuple(run(source, target) for source, target in zip(sources, targets, strict=True))
+
+
+def _one_row(x: Array) -> tuple[int, ...]:
+    return (1, x.shape[1], 1, *x.shape[3:])
 
 
 def cached_attention(
@@ -122,8 +206,13 @@ def write_column(
     k: Float[Array, "P G KV hd"],
     v: Float[Array, "P G KV hd"],
     column: Int[Array, ""],
+    active: Bool[Array, "P G"] | None = None,
 ) -> tuple[Float[Array, "P KV G hd Ss"], Float[Array, "P KV G Ss hd"]]:
-    """The rings of a layer with the new keys and values in one column of every row."""
+    """The rings of a layer with the new keys and values in one column of every row, or of the `active` ones."""
     k, v = k.swapaxes(1, 2)[..., None].astype(suffix_k.dtype), v.swapaxes(1, 2)[..., None, :].astype(suffix_v.dtype)
+    if active is not None:
+        here = active[:, None, :, None, None]
+        k = jnp.where(here, k, jax.lax.dynamic_slice_in_dim(suffix_k, column, 1, K_COLUMNS))
+        v = jnp.where(here, v, jax.lax.dynamic_slice_in_dim(suffix_v, column, 1, V_COLUMNS))
     update = jax.lax.dynamic_update_slice
     return update(suffix_k, k, (0, 0, 0, 0, column)), update(suffix_v, v, (0, 0, 0, column, 0))

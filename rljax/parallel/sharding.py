@@ -5,7 +5,7 @@ split each. Changing the layout of a run is changing the table.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -170,3 +170,30 @@ def constrain(x: Array, axes: Sequence[str | None], rules: Rules = RULES) -> Arr
         divides = size % math.prod(mesh.shape[name] for name in names) == 0
         parts.append((names or None) if divides else PartitionSpec.UNCONSTRAINED)
     return jax.lax.with_sharding_constraint(x, PartitionSpec(*parts))
+
+
+def on_shards(fn: Callable[..., Array], axes: Sequence[str | None], rules: Rules = RULES) -> Callable[..., Array]:
+    """`fn(*arrays, first)` on each device's own part of arrays split by `axes`, the first of which is split, so that
+    indexing it needs no other device's part. `first` is the number of the part's first entry.
+
+    Arrays and result share `axes`. Without a mesh, or where a dimension does not divide, `fn` sees whole arrays.
+    """
+
+    def call(*arrays: Array) -> Array:
+        mesh = jax.sharding.get_abstract_mesh()
+        spec = partition_spec(axes, rules)
+        if mesh.empty or mesh.size == 1 or not all(_divides(mesh, x.shape, spec) for x in arrays):
+            return fn(*arrays, 0)
+
+        def part(*arrays):
+            return fn(*arrays, jax.lax.axis_index(_names(spec[0])) * arrays[0].shape[0])
+
+        return jax.shard_map(part, in_specs=(spec,) * len(arrays), out_specs=spec, check_vma=False)(*arrays)
+
+    return call
+
+
+def _divides(mesh: AnyMesh, shape: Sequence[int], spec: PartitionSpec) -> bool:
+    return all(
+        size % math.prod(mesh.shape[name] for name in _names(part)) == 0 for size, part in zip(shape, spec, strict=True)
+    )

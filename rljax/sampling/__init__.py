@@ -3,10 +3,12 @@
 from rljax.sampling.compile_counter import compile_count
 from rljax.sampling.logits import SamplingParams, process_logits, sampling_params
 from rljax.sampling.sampler import Sampler
-from rljax.sampling.slots import Request, Sample
+from rljax.sampling.slots import Fork, Request, Rounds, Sample
 
 __all__ = [
+    "Fork",
     "Request",
+    "Rounds",
     "Sample",
     "Sampler",
     "SamplingParams",

@@ -29,15 +29,20 @@ class Rows:
     prefix_length: Int[ArrayLike, " P"]  # prompt tokens in the cache: all but the last
     sample_id: Int[ArrayLike, "P G"]
     token: Int[ArrayLike, "P G"]  # the next one to feed: the prompt's last, then the last one sampled
-    steps: Int[ArrayLike, "P G"]  # tokens sampled so far
+    steps: Int[ArrayLike, "P G"]  # tokens of the completion so far, inherited ones too
     max_new_tokens: Int[ArrayLike, "P G"]
     active: Bool[ArrayLike, "P G"]
     waiting: Int[ArrayLike, " P"]  # samples of the slot's prompt that wait for a row
+    # Tokens of the completion that are given, not sampled: `forced[:forced_length]`, from `forced_start` on.
+    forced: Int[ArrayLike, "P G F"]
+    forced_start: Int[ArrayLike, "P G"]
+    forced_length: Int[ArrayLike, "P G"]
 
 
 @struct
 class Emitted:
-    """Tokens of one run of steps; row (p, g) owns the first entries of `[:, p, g]`, as many as its `steps` grew."""
+    """Tokens of one run of steps; row (p, g) owns the first entries of `[:, p, g]`, as many as its `steps` grew.
+    Log-prob and entropy of a forced token are 0."""
 
     tokens: Int[Array, "K P G"]
     logprobs: Float[Array, "K P G"]
@@ -137,13 +142,13 @@ def decode(
     seed: Int[ArrayLike, ""],
     step: Int[ArrayLike, ""],
     max_steps: Int[ArrayLike, ""],
-    other_work: Bool[ArrayLike, ""],
+    other_work: Bool[ArrayLike, " P"],
     refill_rows: Int[ArrayLike, ""],
 ) -> tuple[KVCache, Int[Array, ""], Int[Array, "P G"], Bool[Array, "P G"], Emitted]:
     """Samples up to `max_steps <= buffer_length` tokens for every active row.
 
     Stops early when no row is active, or when `refill_rows` rows could be given new work: idle rows with samples of
-    their own prompt `waiting`, and rows of wholly idle slots if there is `other_work`. `column` is the ring column of
+    their own prompt `waiting`, and rows of wholly idle slots that would find `other_work`. `column` is the ring column of
     the first step. Returns (cache, next column, steps, active, emitted).
     """
     ring = cache.suffix_v[0].shape[3]
@@ -164,13 +169,17 @@ def decode(
 
     def body(loop: _Loop) -> _Loop:
         now = (column + loop.step) % ring
-        hidden, cache = _forward(config, params, loop.cache, loop.token, rows.prefix_length, loop.steps, now)
+        writes = loop.active if loop.cache.path_k else None
+        hidden, cache = _forward(config, params, loop.cache, loop.token, rows.prefix_length, loop.steps, now, writes)
         processed = process_logits(_vocab_first_logits(config, params, hidden), sampling, axis=0)
         token, logprob, entropy = sample_tokens(processed, uniforms[loop.step], greedy)
+        if rows.forced.shape[-1]:
+            token, logprob, entropy = _force(rows, loop.steps, token, logprob, entropy)
         steps = loop.steps + loop.active
-        stopped = steps >= rows.max_new_tokens
+        stopped = jnp.zeros(shape, bool)
         for stop in stop_tokens:
             stopped |= token == stop
+        stopped = (stopped & ~_is_forced(rows, loop.steps)) | (steps >= rows.max_new_tokens)
         emitted = Emitted(
             tokens=loop.emitted.tokens.at[loop.step].set(token),
             logprobs=loop.emitted.logprobs.at[loop.step].set(logprob),
@@ -198,6 +207,19 @@ def decode(
     return end.cache, (jnp.asarray(column) + end.step) % ring, end.steps, end.active, end.emitted
 
 
+def _is_forced(rows: Rows, steps: Array) -> Array:
+    offset = steps - rows.forced_start
+    return (offset >= 0) & (offset < rows.forced_length)
+
+
+def _force(rows: Rows, steps: Array, token: Array, logprob: Array, entropy: Array) -> tuple[Array, Array, Array]:
+    """What was sampled, or the given token where there is one."""
+    forced, where = jnp.asarray(rows.forced), _is_forced(rows, steps)
+    offset = jnp.clip(steps - rows.forced_start, 0, forced.shape[-1] - 1)
+    given = jnp.take_along_axis(forced, offset[..., None], axis=-1)[..., 0]
+    return jnp.where(where, given, token), jnp.where(where, 0, logprob), jnp.where(where, 0, entropy)
+
+
 def _vocab_first_logits(config: DecoderConfig, params: Params, hidden: Array) -> Array:
     """Float32 logits [V, P, G]. The product runs faster this way round on a CPU (weights in rows, few columns)."""
     head = output_projection(config, params).astype(hidden.dtype)
@@ -205,8 +227,9 @@ def _vocab_first_logits(config: DecoderConfig, params: Params, hidden: Array) ->
     return out.reshape(-1, *hidden.shape[:-1])
 
 
-def _forward(config, params, cache: KVCache, token, prefix_length, steps, column) -> tuple[Array, KVCache]:
-    """Final-normed hidden states [P, G, D] of one new token a row, and the cache with its keys and values."""
+def _forward(config, params, cache: KVCache, token, prefix_length, steps, column, writes) -> tuple[Array, KVCache]:
+    """Final-normed hidden states [P, G, D] of one new token a row, and the cache with the keys and values of the rows
+    that `writes` marks, or of all."""
     ring = cache.suffix_v[0].shape[3]
     age = (column - jnp.arange(ring)) % ring
     rotary = rotary_table(config, prefix_length[:, None] + steps)
@@ -215,7 +238,7 @@ def _forward(config, params, cache: KVCache, token, prefix_length, steps, column
     for index, (layer_params, window) in enumerate(zip(params["layers"], config.windows, strict=True)):
 
         def attend(q, k, v, index=index, window=window):
-            new_k, new_v = write_column(cache.suffix_k[index], cache.suffix_v[index], k, v, column)
+            new_k, new_v = write_column(cache.suffix_k[index], cache.suffix_v[index], k, v, column, writes)
             out = cached_attention(
                 q,
                 cache.prefix_k[index],

@@ -9,12 +9,12 @@ from collections.abc import Callable, Sequence
 import jax
 import numpy as np
 
-from rljax.models.cache import KVCache, init_cache
+from rljax.models.cache import KVCache, PathMoves, init_cache, keep_paths, lay_paths
 from rljax.models.config import DecoderConfig
 from rljax.parallel import use_mesh
-from rljax.sampling.generate import copy_prompt, decode, prefill
+from rljax.sampling.generate import Rows, copy_prompt, decode, prefill
 from rljax.sampling.logits import SamplingParams, sampling_params
-from rljax.sampling.slots import FinishReason, Load, Request, Sample, Slots
+from rljax.sampling.slots import FinishReason, Load, Path, Request, Sample, Slots
 from rljax.sampling.weights import decode_shardings, decode_weights
 from rljax.types import Params
 
@@ -23,7 +23,9 @@ _PREFILL_TOKENS = {"cpu": 2048}
 _PREFILL_TOKENS_ELSEWHERE = 16384
 _LARGEST_ID = 2**31 - 1
 
-_init_cache = jax.jit(init_cache, static_argnums=(0, 1, 2, 3, 4))
+_init_cache = jax.jit(init_cache, static_argnums=(0, 1, 2, 3, 4, 5))
+_keep_paths = jax.jit(keep_paths, donate_argnums=0)
+_lay_paths = jax.jit(lay_paths, donate_argnums=0)
 _prefill = jax.jit(prefill, static_argnums=0, donate_argnums=2)
 _copy_prompt = jax.jit(copy_prompt, donate_argnums=0)
 _decode = jax.jit(decode, static_argnums=(0, 1, 2), donate_argnums=4)
@@ -37,6 +39,10 @@ class Sampler:
     its prompt; 1 is plain continuous batching, best for ragged lengths. A token of `stop_tokens` ends a sample, and so
     does text containing one of `stop_strings`, which needs `decode_text` (token ids -> text) and is looked for every
     `check_every` steps. `refill_rows`: how many rows must be idle before decoding pauses to give them waiting work.
+
+    Requests with `rounds` fork: later samples start from any token of the first `path_slots` samples of their request,
+    whose keys and values are kept (memory for as many completions in each prompt slot), and nothing is computed again.
+    A fork may begin with up to `max_injected` given tokens.
 
     Rows are split over the `data` and `fsdp` axes of `mesh`, key-value heads over `tensor`.
 
@@ -56,6 +62,8 @@ class Sampler:
         decode_text: Callable[[list[int]], str] | None = None,
         check_every: int = 16,
         refill_rows: int | None = None,
+        path_slots: int = 0,
+        max_injected: int = 0,
         mesh: jax.sharding.Mesh | None = None,
     ):
         for name, value in (
@@ -65,6 +73,8 @@ class Sampler:
             ("check_every", check_every),
             ("refill_rows", 1 if refill_rows is None else refill_rows),
             ("smallest prompt bucket", min(prompt_buckets, default=0)),
+            ("path_slots + 1", path_slots + 1),
+            ("max_injected + 1", max_injected + 1),
         ):
             if value < 1:
                 raise ValueError(f"{name}={value} must be at least 1")
@@ -80,6 +90,7 @@ class Sampler:
         self.stop_tokens, self.stop_strings = tuple(sorted(set(stop_tokens))), tuple(stop_strings)
         self.decode_text, self.check_every = decode_text, check_every
         self.refill_rows = refill_rows or max(1, prompt_slots * sample_slots // 16)
+        self.path_slots, self.max_injected = path_slots, max_injected
         self.last_stats: dict[str, float] = {}
         self._params = None
 
@@ -95,7 +106,7 @@ class Sampler:
 
     def warmup(self) -> None:
         """Compiles every program that `generate` can need."""
-        idle = Slots([], self.prompt_slots, self.sample_slots, self.max_new_tokens)
+        idle = self._slots([])
         with self._on_mesh():
             for bucket in self.prompt_buckets:
                 cache = self._new_cache(bucket)
@@ -107,6 +118,8 @@ class Sampler:
                             cache = _prefill(self.config, self._weights(), cache, zeros, np.zeros(count, np.int32))
                     cache = _copy_prompt(cache, np.int32(0), np.int32(0))
                     cache, *_ = self._run(cache, 0, idle, sampling_params(), 0, 0)
+                    if self.path_slots:
+                        cache = _lay_paths(_keep_paths(cache, self._moves([], [])), self._moves([], []))
                 jax.block_until_ready(cache)
 
     def generate(
@@ -125,35 +138,49 @@ class Sampler:
             if not 0 <= value <= _LARGEST_ID:
                 raise ValueError(f"{name}={value} must lie between 0 and {_LARGEST_ID}")
         params = self._weights()
-        slots = Slots(requests, self.prompt_slots, self.sample_slots, self.max_new_tokens)
-        stats = dict.fromkeys(("decode_steps", "row_steps", "prefill_tokens", "new_tokens", "runs"), 0)
+        slots = self._slots(requests)
+        counted = (
+            "decode_steps",
+            "row_steps",
+            "prefill_tokens",
+            "new_tokens",
+            "forced_tokens",
+            "reused_tokens",
+            "runs",
+        )
+        stats = dict.fromkeys(counted, 0)
         seconds = {"prefill_seconds": 0.0, "decode_seconds": 0.0}
         bucket = self._bucket(max((len(request.prompt) for request in requests), default=1))
         with self._on_mesh():
             cache, column = self._new_cache(bucket), 0
-            loads = slots.assign()
+            loads, paths = slots.assign()
             while slots.active.any():
                 start = time.perf_counter()
                 cache = self._load(params, cache, slots, loads)
+                if paths:
+                    cache = _lay_paths(cache, self._moves(paths, [column] * len(paths)))
                 jax.block_until_ready(cache)
                 loaded = time.perf_counter()
                 before = slots.rows()
                 cache, *out = self._run(cache, column, slots, sampling, seed, step)
                 next_column, steps, active, emitted = jax.device_get(out)
+                grown, forced = steps - before.steps, _forced_in_run(before, steps)
+                if ended := self._harvest(slots, grown, active, emitted):
+                    ends = [column + int(grown[path.slot, path.row]) for path in ended]
+                    cache = _keep_paths(cache, self._moves(ended, ends))
                 column = int(next_column)
-                new_tokens = int((steps - before.steps).sum())
-                taken = int((steps - before.steps).max())
-                self._harvest(slots, steps, active, emitted)
-                stats["decode_steps"] += taken
-                stats["row_steps"] += taken * active.size
-                stats["new_tokens"] += new_tokens
+                stats["decode_steps"] += int(grown.max())
+                stats["row_steps"] += int(grown.max()) * active.size
+                stats["forced_tokens"] += forced
+                stats["new_tokens"] += int(grown.sum()) - forced
+                stats["reused_tokens"] += sum(path.steps for path in paths)
                 stats["runs"] += 1
                 stats["prefill_tokens"] += sum(len(requests[x.request].prompt) - 1 for x in loads if x.source is None)
                 seconds["prefill_seconds"] += loaded - start
-                loads = slots.assign()
+                loads, paths = slots.assign()
                 seconds["decode_seconds"] += time.perf_counter() - loaded
-        occupancy = stats["new_tokens"] / max(stats.pop("row_steps"), 1)
-        self.last_stats = {**stats, **seconds, "slot_occupancy": occupancy}
+        busy = stats["new_tokens"] + stats["forced_tokens"]
+        self.last_stats = {**stats, **seconds, "slot_occupancy": busy / max(stats.pop("row_steps"), 1)}
         return [[sample for sample in group if sample is not None] for group in slots.results]
 
     def _run(self, cache: KVCache, column: int, slots: Slots, sampling: SamplingParams, seed: int, step: int):
@@ -170,25 +197,45 @@ class Sampler:
             np.int32(seed),
             np.int32(step),
             np.int32(min(self.check_every, self.max_new_tokens) if self.stop_strings else self.max_new_tokens),
-            np.bool_(slots.has_other_work()),
+            slots.other_work(),
             np.int32(self.refill_rows),
         )
 
-    def _harvest(self, slots: Slots, steps: np.ndarray, active: np.ndarray, emitted) -> None:
-        """Takes over what the rows sampled, and frees those that are done."""
-        before = slots.rows().steps.copy()
+    def _slots(self, requests: Sequence[Request]) -> Slots:
+        return Slots(
+            requests, self.prompt_slots, self.sample_slots, self.max_new_tokens, self.path_slots, self.max_injected
+        )
+
+    def _moves(self, paths: Sequence[Path], ends: Sequence[int]) -> PathMoves:
+        """What the device needs to move these paths; `ends` are the ring columns after the last of each."""
+        size = self.prompt_slots * self.sample_slots
+        columns = np.zeros((4, size), np.int32)
+        for i, (path, end) in enumerate(zip(paths, ends, strict=True)):
+            columns[:, i] = path.slot, path.row, path.path, (end - path.steps) % self.max_new_tokens
+        slot, row, index, first = columns
+        return PathMoves(slot=slot, row=row, path=index, column=first, count=np.array(len(paths), np.int32))
+
+    def _harvest(self, slots: Slots, grown: np.ndarray, active: np.ndarray, emitted) -> list[Path]:
+        """Takes over what the rows emitted, and frees those that are done; returns the paths to keep."""
+        ended = []
         for row, owner in slots.owners():
-            count = steps[row] - before[row]
-            slots.advance(
-                row, *(x[(slice(count), *row)] for x in (emitted.tokens, emitted.logprobs, emitted.entropies))
-            )
-            tokens = slots.tokens(owner)
+            new = (slice(grown[row]), *row)
+            slots.advance(row, emitted.tokens[new], emitted.logprobs[new], emitted.entropies[new])
+            tokens, given = slots.tokens(owner), slots.first_sampled(owner)
             reason: FinishReason = "stop" if tokens[-1] in self.stop_tokens else "length"
-            length = self._stop_string_end(tokens, int(before[row])) if self.stop_strings else None
+            length: int | None = None
+            if self.stop_strings:
+                checked = max(len(tokens) - int(grown[row]) - given, 0)
+                own = self._stop_string_end(tokens[given:], checked)
+                length = None if own is None else given + own
+            path = None
             if length is not None:
-                slots.finish(row, "stop_string", length)
+                path = slots.finish(row, "stop_string", length)
             elif not active[row]:
-                slots.finish(row, reason)
+                path = slots.finish(row, reason)
+            if path is not None:
+                ended.append(path)
+        return ended
 
     def _stop_string_end(self, tokens: np.ndarray, checked: int) -> int | None:
         """The fewest tokens, more than `checked`, whose text contains a stop string."""
@@ -232,7 +279,9 @@ class Sampler:
         return self.prompt_buckets[bisect.bisect_left(self.prompt_buckets, length)]
 
     def _new_cache(self, bucket: int) -> KVCache:
-        return _init_cache(self.config, self.prompt_slots, self.sample_slots, bucket, self.max_new_tokens)
+        return _init_cache(
+            self.config, self.prompt_slots, self.sample_slots, bucket, self.max_new_tokens, self.path_slots
+        )
 
     def _weights(self) -> Params:
         if self._params is None:
@@ -274,6 +323,13 @@ class Sampler:
         ids = [request.prompt_id, *request.sample_ids]
         if wrong := [value for value in ids if not 0 <= value <= _LARGEST_ID]:
             raise ValueError(f"{where}: id {wrong[0]} must lie between 0 and {_LARGEST_ID}; hash it to 31 bits")
+
+
+def _forced_in_run(before: Rows, steps: np.ndarray) -> int:
+    """How many of the tokens emitted in a run were given."""
+    start = np.clip(before.steps, before.forced_start, before.forced_start + before.forced_length)
+    stop = np.clip(steps, before.forced_start, before.forced_start + before.forced_length)
+    return int((stop - start).sum())
 
 
 @functools.lru_cache(maxsize=16)

@@ -1,38 +1,72 @@
 """Which sample runs in which row: the host's bookkeeping of the decoder's grid. No device work."""
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple
 
 import numpy as np
 
 from rljax.sampling.generate import Rows
+from rljax.types import NO_PARENT
 
 FinishReason = Literal["stop", "length", "stop_string"]
 _FREE = -1
 
 
+class Sample(NamedTuple):
+    """One completion. A stop token, having been sampled, is its last token; with 'stop_string' the last token is the
+    one that completed the string. `logprobs` and `entropies` (nats) are of the distribution sampled from.
+
+    A fork holds its whole path: the first `fork_index` tokens, and what belongs to them, are those of the sample
+    `parent` of the same request. Tokens in `forced`, spans [start, stop), were given and not sampled; log-prob and
+    entropy are 0 there.
+    """
+
+    tokens: np.ndarray  # int32 [T]
+    logprobs: np.ndarray  # float32 [T]
+    entropies: np.ndarray  # float32 [T]
+    finish_reason: FinishReason
+    parent: int = NO_PARENT
+    fork_index: int = 0
+    fork_score: float = 0.0
+    forced: tuple[tuple[int, int], ...] = ()
+
+    @property
+    def sampled(self) -> np.ndarray:
+        """bool [T]: False for the tokens that were given."""
+        mask = np.ones(len(self.tokens), bool)
+        for start, stop in self.forced:
+            mask[start:stop] = False
+        return mask
+
+
+class Fork(NamedTuple):
+    """A sample to be: the first `index` completion tokens of the sample `parent`, then the tokens `inject`, then what
+    the policy says. `score` is what chose it."""
+
+    parent: int
+    index: int
+    sample_id: int
+    inject: Sequence[int] = ()
+    score: float = 0.0
+
+
+Rounds = Callable[[Sequence[Sample]], Sequence[Fork]]
+"""Told all samples of a request so far, in order, says how to go on; nothing ends the request."""
+
+
 class Request(NamedTuple):
-    """A prompt to sample, once for each of `sample_ids`.
+    """A prompt to sample, once for each of `sample_ids`, and then whatever `rounds` asks for each time all are done.
 
     `prompt_id` and the sample ids (non-negative, 31 bits) name the random numbers: the same ids give the same samples.
-    `max_new_tokens` None takes the sampler's limit.
+    `max_new_tokens` bounds a completion, inherited and given tokens included; None takes the sampler's limit.
     """
 
     prompt: Sequence[int]
     prompt_id: int
     sample_ids: Sequence[int]
     max_new_tokens: int | None = None
-
-
-class Sample(NamedTuple):
-    """One completion. A stop token, having been sampled, is its last token; with 'stop_string' the last token is the
-    one that completed the string. `logprobs` and `entropies` (nats) are of the distribution sampled from."""
-
-    tokens: np.ndarray  # int32 [T]
-    logprobs: np.ndarray  # float32 [T]
-    entropies: np.ndarray  # float32 [T]
-    finish_reason: FinishReason
+    rounds: Rounds | None = None
 
 
 class Load(NamedTuple):
@@ -43,17 +77,39 @@ class Load(NamedTuple):
     source: int | None
 
 
+class Path(NamedTuple):
+    """Columns of a row of the grid that are kept as a path of its slot, or laid into the row from there. `steps` is
+    how many columns the row has."""
+
+    slot: int
+    row: int
+    path: int
+    steps: int
+
+
 class Slots:
     """A grid of `prompt_slots x sample_slots` rows that works through requests.
 
     A finished row takes the next waiting sample of its prompt; a slot whose rows are all idle and whose prompt has
-    none takes the next prompt, or else waiting samples of another slot's prompt.
+    none takes the next prompt, or else waiting samples of another slot's prompt. A request with `rounds` stays in its
+    slot, where the paths of its first `path_slots` samples are kept.
     """
 
-    def __init__(self, requests: Sequence[Request], prompt_slots: int, sample_slots: int, max_new_tokens: int):
+    def __init__(
+        self,
+        requests: Sequence[Request],
+        prompt_slots: int,
+        sample_slots: int,
+        max_new_tokens: int,
+        path_slots: int = 0,
+        max_injected: int = 0,
+    ):
         self.requests, self.max_new_tokens = requests, max_new_tokens
-        self.waiting = [deque(range(len(request.sample_ids))) for request in requests]
-        self.results: list[list[Sample | None]] = [[None] * len(request.sample_ids) for request in requests]
+        self.path_slots, self.max_injected = path_slots, max_injected
+        self._work = [[Fork(NO_PARENT, 0, i) for i in request.sample_ids] for request in requests]
+        self.waiting = [deque(range(len(work))) for work in self._work]
+        self.results: list[list[Sample | None]] = [[None] * len(work) for work in self._work]
+        self._unfinished = [len(work) for work in self._work]
         self._unloaded = deque(i for i, request in enumerate(requests) if len(request.sample_ids))
         self._request = np.full(prompt_slots, _FREE)
         shape = (prompt_slots, sample_slots)
@@ -62,19 +118,22 @@ class Slots:
         self._prompt_id, self._prefix_length = np.zeros(prompt_slots, np.int32), np.zeros(prompt_slots, np.int32)
         self._sample_id, self._token = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
         self._steps, self._limit = np.zeros(shape, np.int32), np.ones(shape, np.int32)
+        self._forced = np.zeros((*shape, max_injected), np.int32)
+        self._forced_start, self._forced_length = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
 
     @property
     def active(self) -> np.ndarray:
         return self._sample != _FREE
 
-    def assign(self) -> list[Load]:
-        """Fills idle rows; returns the prompts to load first, in this order."""
-        loads = []
+    def assign(self) -> tuple[list[Load], list[Path]]:
+        """Fills idle rows; returns the prompts to load first, in this order, and then the paths to lay."""
+        loads: list[Load] = []
+        paths: list[Path] = []
         for slot in range(len(self._request)):
             if not self.active[slot].any() and not self._waiting_in(slot) and (load := self._next_prompt(slot)):
                 loads.append(load)
-            self._fill(slot)
-        return loads
+            paths += self._fill(slot)
+        return loads, paths
 
     def rows(self) -> Rows:
         return Rows(
@@ -86,11 +145,16 @@ class Slots:
             max_new_tokens=self._limit,
             active=self.active,
             waiting=np.array([self._waiting_in(slot) for slot in range(len(self._request))], np.int32),
+            forced=self._forced,
+            forced_start=self._forced_start,
+            forced_length=self._forced_length,
         )
 
-    def has_other_work(self) -> bool:
-        """Whether a slot that runs dry would find work in another prompt."""
-        return bool(self._unloaded) or any(self.waiting)
+    def other_work(self) -> np.ndarray:
+        """bool [P]: whether a slot that runs dry may find work: in another prompt, or in a further round of its own."""
+        others = bool(self._unloaded) or bool(self._lenders())
+        rounds = np.array([i != _FREE and self.requests[i].rounds is not None for i in self._request])
+        return others | (rounds & self.active.any(axis=1))
 
     def owners(self) -> list[tuple[tuple[int, int], tuple[int, int]]]:
         """(row, (request, sample)) of every occupied row."""
@@ -99,7 +163,7 @@ class Slots:
         ]
 
     def advance(self, row: tuple[int, int], tokens: np.ndarray, logprobs: np.ndarray, entropies: np.ndarray) -> None:
-        """Adds what a row sampled."""
+        """Adds what a row emitted."""
         owner = (int(self._request[row[0]]), int(self._sample[row]))
         self.parts.setdefault(owner, []).append((tokens, logprobs, entropies))
         self._steps[row] += len(tokens)
@@ -109,14 +173,60 @@ class Slots:
     def tokens(self, owner: tuple[int, int]) -> np.ndarray:
         return np.concatenate([part[0] for part in self.parts[owner]])
 
-    def finish(self, row: tuple[int, int], reason: FinishReason, length: int | None = None) -> None:
-        """Frees a row; its sample keeps the first `length` tokens."""
+    def first_sampled(self, owner: tuple[int, int]) -> int:
+        """How many tokens of a sample were there before it: inherited or given."""
+        work = self._work[owner[0]][owner[1]]
+        return work.index + len(work.inject)
+
+    def finish(self, row: tuple[int, int], reason: FinishReason, length: int | None = None) -> Path | None:
+        """Frees a row; its sample keeps the first `length` tokens. Returns the path to keep, if later samples may
+        start from it. When it was the last of a round, the next one is asked for."""
         request, sample = int(self._request[row[0]]), int(self._sample[row])
         tokens, logprobs, entropies = (
             np.concatenate(arrays)[:length] for arrays in zip(*self.parts.pop((request, sample)), strict=True)
         )
-        self.results[request][sample] = Sample(tokens, logprobs, entropies, reason)
+        work = self._work[request][sample]
+        given = ((work.index, work.index + len(work.inject)),) if work.inject else ()
+        forced = _before(self._result(request, work.parent).forced, work.index) if work.parent != NO_PARENT else ()
+        self.results[request][sample] = Sample(
+            tokens, logprobs, entropies, reason, work.parent, work.index, work.score, forced + given
+        )
         self._sample[row] = _FREE
+        self._unfinished[request] -= 1
+        rounds = self.requests[request].rounds
+        if rounds is None:
+            return None
+        if not self._unfinished[request]:
+            self._extend(request, rounds([self._result(request, i) for i in range(len(self.results[request]))]))
+        return Path(*row, sample, int(self._steps[row])) if sample < self.path_slots else None
+
+    def _extend(self, request: int, forks: Sequence[Fork]) -> None:
+        """Queues the forks of a new round. ValueError for one that cannot be decoded."""
+        limit = self.requests[request].max_new_tokens or self.max_new_tokens
+        done = len(self.results[request])
+        for fork in forks:
+            where = f"request {request} (prompt_id {self.requests[request].prompt_id}): {fork}"
+            if not 0 <= fork.parent < min(done, self.path_slots):
+                raise ValueError(
+                    f"{where}: parent must be below {min(done, self.path_slots)}: the request has {done} samples and "
+                    f"the sampler keeps the first path_slots={self.path_slots}; raise path_slots"
+                )
+            length = len(self._result(request, fork.parent).tokens)
+            if not 0 <= fork.index <= length:
+                raise ValueError(f"{where}: index must lie between 0 and the parent's {length} tokens")
+            if len(fork.inject) > self.max_injected:
+                raise ValueError(f"{where}: more than max_injected={self.max_injected} tokens; raise max_injected")
+            if fork.index + len(fork.inject) >= limit:
+                raise ValueError(f"{where}: no room for a token within max_new_tokens={limit}; fork earlier")
+        self._work[request] += forks
+        self.waiting[request] += range(done, done + len(forks))
+        self.results[request] += [None] * len(forks)
+        self._unfinished[request] += len(forks)
+
+    def _result(self, request: int, sample: int) -> Sample:
+        result = self.results[request][sample]
+        assert result is not None
+        return result
 
     def _waiting_in(self, slot: int) -> int:
         return len(self.waiting[self._request[slot]]) if self._request[slot] != _FREE else 0
@@ -125,10 +235,10 @@ class Slots:
         if self._unloaded:
             load = Load(self._unloaded.popleft(), slot, None)
         else:
-            others = [other for other in range(len(self._request)) if self._waiting_in(other)]
-            if not others:
+            lenders = self._lenders()
+            if not lenders:
                 return None
-            source = max(others, key=self._waiting_in)
+            source = max(lenders, key=self._waiting_in)
             load = Load(int(self._request[source]), slot, source)
         request = self.requests[load.request]
         self._request[slot] = load.request
@@ -136,14 +246,35 @@ class Slots:
         self._prefix_length[slot] = len(request.prompt) - 1
         return load
 
-    def _fill(self, slot: int) -> None:
-        for sample_slot in np.flatnonzero(~self.active[slot]):
+    def _lenders(self) -> list[int]:
+        """Slots whose waiting samples another slot may take: not those that fork, whose paths lie in the slot."""
+        slots = range(len(self._request))
+        return [i for i in slots if self._waiting_in(i) and self.requests[self._request[i]].rounds is None]
+
+    def _fill(self, slot: int) -> list[Path]:
+        """Gives waiting samples of the slot's prompt to its idle rows; returns the paths that forks start from."""
+        paths = []
+        for sample_slot in np.flatnonzero(~self.active[slot]).tolist():
             if not self._waiting_in(slot):
-                return
-            request = self.requests[self._request[slot]]
-            sample, row = self.waiting[self._request[slot]].popleft(), (slot, sample_slot)
+                break
+            index = int(self._request[slot])
+            request, sample, row = self.requests[index], self.waiting[index].popleft(), (slot, sample_slot)
+            work = self._work[index][sample]
             self._sample[row] = sample
-            self._sample_id[row] = request.sample_ids[sample]
+            self._sample_id[row] = work.sample_id
             self._token[row] = request.prompt[-1]
-            self._steps[row] = 0
+            self._steps[row] = work.index
             self._limit[row] = request.max_new_tokens or self.max_new_tokens
+            self._forced[row][: len(work.inject)] = work.inject
+            self._forced_start[row], self._forced_length[row] = work.index, len(work.inject)
+            if work.index:
+                parent = self._result(index, work.parent)
+                inherited = tuple(x[: work.index] for x in (parent.tokens, parent.logprobs, parent.entropies))
+                self.parts[index, sample] = [inherited]
+                self._token[row] = parent.tokens[work.index - 1]
+                paths.append(Path(*row, work.parent, work.index))
+        return paths
+
+
+def _before(spans: tuple[tuple[int, int], ...], end: int) -> tuple[tuple[int, int], ...]:
+    return tuple((start, min(stop, end)) for start, stop in spans if start < end)

@@ -114,15 +114,19 @@ def test_a_fork_holds_its_parent_up_to_the_fork_then_what_is_given(trees):
         for _ in range(ROUNDS):
             for fork in request.rounds(group[:done]):
                 sample, parent = group[done], group[fork.parent]
-                assert (sample.parent, sample.fork_index, sample.fork_score) == (fork.parent, fork.index, fork.score)
+                assert (sample.parent, sample.fork_index, sample.fork_score) == (
+                    fork.parent,
+                    fork.fork_index,
+                    fork.score,
+                )
                 for name in ("tokens", "logprobs", "entropies"):
                     np.testing.assert_array_equal(
-                        getattr(sample, name)[: fork.index], getattr(parent, name)[: fork.index]
+                        getattr(sample, name)[: fork.fork_index], getattr(parent, name)[: fork.fork_index]
                     )
-                own = fork.index + len(fork.inject)
-                assert sample.tokens[fork.index : own].tolist() == list(fork.inject)
-                assert sample.sampled[own:].all() and not sample.sampled[fork.index : own].any()
-                assert sample.sampled[: fork.index].tolist() == parent.sampled[: fork.index].tolist()
+                own = fork.fork_index + len(fork.inject)
+                assert sample.tokens[fork.fork_index : own].tolist() == list(fork.inject)
+                assert sample.sampled[own:].all() and not sample.sampled[fork.fork_index : own].any()
+                assert sample.sampled[: fork.fork_index].tolist() == parent.sampled[: fork.fork_index].tolist()
                 assert own < len(sample.tokens) <= NEW
                 done += 1
         assert all(x.parent == -1 and x.sampled.all() for x in group[:3])

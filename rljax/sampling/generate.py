@@ -148,8 +148,9 @@ def decode(
     """Samples up to `max_steps <= buffer_length` tokens for every active row.
 
     Stops early when no row is active, or when `refill_rows` rows could be given new work: idle rows with samples of
-    their own prompt `waiting`, and rows of wholly idle slots that would find `other_work`. `column` is the ring column of
-    the first step. Returns (cache, next column, steps, active, emitted).
+    their own prompt `waiting`, and rows of wholly idle slots that would find `other_work`. `column` is the ring column
+    of the first step. Where the cache has room for paths, the columns of a row that ends stay as they are until the
+    call returns. Returns (cache, next column, steps, active, emitted).
     """
     ring = cache.suffix_v[0].shape[3]
     shape = rows.token.shape

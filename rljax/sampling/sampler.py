@@ -22,6 +22,7 @@ from rljax.types import Params
 _PREFILL_TOKENS = {"cpu": 2048}
 _PREFILL_TOKENS_ELSEWHERE = 16384
 _LARGEST_ID = 2**31 - 1
+_COUNTED = ("decode_steps", "row_steps", "prefill_tokens", "new_tokens", "forced_tokens", "reused_tokens", "runs")
 
 _init_cache = jax.jit(init_cache, static_argnums=(0, 1, 2, 3, 4, 5))
 _keep_paths = jax.jit(keep_paths, donate_argnums=0)

@@ -41,11 +41,11 @@ class Sample(NamedTuple):
 
 
 class Fork(NamedTuple):
-    """A sample to be: the first `index` completion tokens of the sample `parent`, then the tokens `inject`, then what
-    the policy says. `score` is what chose it."""
+    """A sample to be: the first `fork_index` completion tokens of the sample `parent`, then the tokens `inject`, then
+    what the policy says. `score` is what chose it."""
 
     parent: int
-    index: int
+    fork_index: int
     sample_id: int
     inject: Sequence[int] = ()
     score: float = 0.0
@@ -176,7 +176,7 @@ class Slots:
     def first_sampled(self, owner: tuple[int, int]) -> int:
         """How many tokens of a sample were there before it: inherited or given."""
         work = self._work[owner[0]][owner[1]]
-        return work.index + len(work.inject)
+        return work.fork_index + len(work.inject)
 
     def finish(self, row: tuple[int, int], reason: FinishReason, length: int | None = None) -> Path | None:
         """Frees a row; its sample keeps the first `length` tokens. Returns the path to keep, if later samples may
@@ -186,10 +186,10 @@ class Slots:
             np.concatenate(arrays)[:length] for arrays in zip(*self.parts.pop((request, sample)), strict=True)
         )
         work = self._work[request][sample]
-        given = ((work.index, work.index + len(work.inject)),) if work.inject else ()
-        forced = _before(self._result(request, work.parent).forced, work.index) if work.parent != NO_PARENT else ()
+        given = ((work.fork_index, work.fork_index + len(work.inject)),) if work.inject else ()
+        forced = _before(self._result(request, work.parent).forced, work.fork_index) if work.parent != NO_PARENT else ()
         self.results[request][sample] = Sample(
-            tokens, logprobs, entropies, reason, work.parent, work.index, work.score, forced + given
+            tokens, logprobs, entropies, reason, work.parent, work.fork_index, work.score, forced + given
         )
         self._sample[row] = _FREE
         self._unfinished[request] -= 1
@@ -212,11 +212,11 @@ class Slots:
                     f"the sampler keeps the first path_slots={self.path_slots}; raise path_slots"
                 )
             length = len(self._result(request, fork.parent).tokens)
-            if not 0 <= fork.index <= length:
-                raise ValueError(f"{where}: index must lie between 0 and the parent's {length} tokens")
+            if not 0 <= fork.fork_index <= length:
+                raise ValueError(f"{where}: fork_index must lie between 0 and the parent's {length} tokens")
             if len(fork.inject) > self.max_injected:
                 raise ValueError(f"{where}: more than max_injected={self.max_injected} tokens; raise max_injected")
-            if fork.index + len(fork.inject) >= limit:
+            if fork.fork_index + len(fork.inject) >= limit:
                 raise ValueError(f"{where}: no room for a token within max_new_tokens={limit}; fork earlier")
         self._work[request] += forks
         self.waiting[request] += range(done, done + len(forks))
@@ -263,16 +263,16 @@ class Slots:
             self._sample[row] = sample
             self._sample_id[row] = work.sample_id
             self._token[row] = request.prompt[-1]
-            self._steps[row] = work.index
+            self._steps[row] = work.fork_index
             self._limit[row] = request.max_new_tokens or self.max_new_tokens
             self._forced[row][: len(work.inject)] = work.inject
-            self._forced_start[row], self._forced_length[row] = work.index, len(work.inject)
-            if work.index:
+            self._forced_start[row], self._forced_length[row] = work.fork_index, len(work.inject)
+            if work.fork_index:
                 parent = self._result(index, work.parent)
-                inherited = tuple(x[: work.index] for x in (parent.tokens, parent.logprobs, parent.entropies))
-                self.parts[index, sample] = [inherited]
-                self._token[row] = parent.tokens[work.index - 1]
-                paths.append(Path(*row, work.parent, work.index))
+                end = work.fork_index
+                self.parts[index, sample] = [(parent.tokens[:end], parent.logprobs[:end], parent.entropies[:end])]
+                self._token[row] = parent.tokens[work.fork_index - 1]
+                paths.append(Path(*row, work.parent, work.fork_index))
         return paths
 
 

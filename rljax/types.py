@@ -124,6 +124,7 @@ class Rows:
     old_logprobs: Float[ArrayLike, "*M B T"]
     source: Int[ArrayLike, "*M B"]
     ref_logprobs: Float[ArrayLike, "*M B T"] | None = None
+    uniforms: Float[ArrayLike, "*M B T"] | None = None  # in [0, 1), drawn anew for every update, if the plan asks
 
 
 @struct

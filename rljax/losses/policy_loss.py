@@ -12,6 +12,7 @@ from rljax.losses.aggregation import AggregateFn
 from rljax.losses.filters import FilterFn
 from rljax.losses.penalties import PenaltyFn
 from rljax.losses.ratios import RatioFn, log_difference
+from rljax.losses.selection import SelectFn
 from rljax.losses.surrogates import SurrogateFn
 from rljax.losses.weights import WeightFn
 from rljax.ops import as_float, masked_max, masked_sum
@@ -21,13 +22,21 @@ LossFn = Callable[[Array, Array, Rows], tuple[Array, dict[str, Array]]]
 """(logprobs [B, T], entropies [B, T], rows) -> (loss, metrics), scalars."""
 
 
+ReportFn = Callable[[Array, Rows], dict[str, Array]]
+"""(logprobs [B, T], rows) -> metrics: token values [B, T], whose mean over loss tokens is reported."""
+
+
 class Loss(NamedTuple):
     """`token_weights(loss_mask [B, T])` runs once over the global minibatch and fills `rows.loss_weights`;
     `loss(logprobs, entropies, rows)` runs on each microbatch. Losses and metrics of microbatches add up, except metrics
-    named `*_max`, which combine by maximum."""
+    named `*_max`, which combine by maximum.
+
+    `select_fn`, if there is one, also runs over the global minibatch, once per update: the advantages of tokens that it
+    does not select count as 0. Denominators and penalties stay those of all loss tokens."""
 
     token_weights: AggregateFn
     loss: LossFn
+    select_fn: SelectFn | None = None
 
 
 def policy_loss(
@@ -37,6 +46,8 @@ def policy_loss(
     weight_fns: Sequence[WeightFn] = (),
     filter_fns: Sequence[FilterFn] = (),
     penalties: Sequence[PenaltyFn] = (),
+    report_fns: Sequence[ReportFn] = (),
+    select_fn: SelectFn | None = None,
 ) -> Loss:
     """`sum(loss_weights * (keep * prod(weights) * surrogate(ratio, A, lp) + sum(penalties)))`.
 
@@ -44,7 +55,7 @@ def policy_loss(
     `rows.loss_mask`, where NaN is harmless. Metrics, means over `rows.token_count` unless said otherwise: `loss/policy`
     (the policy part of the loss), `loss/clip_fraction`, `loss/ratio_mean`, `loss/ratio_max` (a maximum),
     `loss/approx_kl` (k3 of old against current policy), `loss/entropy`, with weights `loss/weight_mean`, with filters
-    `loss/kept_fraction`, and what the penalties report.
+    `loss/kept_fraction`, and what penalties and `report_fns` add. `select_fn` is passed on, for the trainer to apply.
     """
 
     def loss(
@@ -80,12 +91,14 @@ def policy_loss(
             penalty = penalty_fn(logprobs, entropies, rows)
             total = total + masked_sum(rows.loss_weights * penalty.loss, mask)
             values |= penalty.metrics
+        for report_fn in report_fns:
+            values |= {name: value.astype(ratio.dtype) for name, value in report_fn(logprobs, rows).items()}
         count = jnp.maximum(rows.token_count, 1)
         metrics = {name: masked_sum(value, mask) / count for name, value in values.items()}
         metrics |= {"loss/policy": policy, "loss/ratio_max": masked_max(ratio, mask)}
         return total, jax.lax.stop_gradient(metrics)
 
-    return Loss(aggregate_fn, loss)
+    return Loss(aggregate_fn, loss, select_fn)
 
 
 def _masked(x: ArrayLike, mask: Array) -> Array:
@@ -105,4 +118,5 @@ def _without_garbage(rows: Rows) -> Rows:
         behavior_logprobs=clean(rows.behavior_logprobs),
         old_logprobs=clean(rows.old_logprobs),
         ref_logprobs=None if rows.ref_logprobs is None else clean(rows.ref_logprobs),
+        uniforms=None if rows.uniforms is None else clean(rows.uniforms),
     )

@@ -1,6 +1,16 @@
-"""Masked reductions, statistics per group, and scans over rows with gaps."""
+"""Masked reductions, statistics per group, scans over rows with gaps, and noise per token."""
 
-from rljax.ops.masked import as_float, masked_max, masked_mean, masked_std, masked_sum, masked_var, masked_whiten
+from rljax.ops.masked import (
+    as_float,
+    masked_max,
+    masked_mean,
+    masked_quantile,
+    masked_std,
+    masked_sum,
+    masked_var,
+    masked_whiten,
+)
+from rljax.ops.noise import row_uniforms
 from rljax.ops.scans import discounted_sum, next_unmasked
 from rljax.ops.segments import segment_count, segment_mean, segment_std, segment_sum
 
@@ -9,11 +19,13 @@ __all__ = [
     "discounted_sum",
     "masked_max",
     "masked_mean",
+    "masked_quantile",
     "masked_std",
     "masked_sum",
     "masked_var",
     "masked_whiten",
     "next_unmasked",
+    "row_uniforms",
     "segment_count",
     "segment_mean",
     "segment_std",

@@ -69,6 +69,19 @@ def masked_max(
     return jnp.where(jnp.any(mask, axis=axis, keepdims=keepdims), largest, 0)
 
 
+def masked_quantile(
+    x: Float[ArrayLike, "*shape"], mask: Bool[ArrayLike, "*shape"], quantile: float
+) -> Float[Array, ""]:
+    """The `quantile` in [0, 1] of all `x` where `mask`, interpolated linearly as NumPy does; 0 for an empty mask."""
+    mask = jnp.asarray(mask)
+    ordered = jnp.sort(jnp.where(mask, as_float(x), jnp.inf), axis=None)
+    last = jnp.maximum(jnp.sum(mask) - 1, 0)
+    place = quantile * last.astype(ordered.dtype)
+    below = jnp.minimum(jnp.floor(place).astype(last.dtype), last)
+    low, high = ordered[below], ordered[jnp.minimum(below + 1, last)]
+    return jnp.where(jnp.any(mask), low + (place - below) * (high - low), 0)
+
+
 def masked_whiten(
     x: Float[ArrayLike, "*shape"], mask: Bool[ArrayLike, "*shape"], *, epsilon: float = 1e-8
 ) -> Float[Array, "*shape"]:

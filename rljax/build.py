@@ -33,6 +33,7 @@ class Run:
     sampling: SamplingParams
     sampler: Sampler
     learner: Learner
+    reference_step: int = 0  # the step after which the reference was last refreshed
     state: TrainState = None  # type: ignore[assignment]  # until weights are loaded or restored
 
     @property
@@ -91,6 +92,7 @@ def make_learner(config: Config, decoder: DecoderConfig, algorithm: Algorithm, s
         epochs=update.epochs,
         seed=config.seed,
         needs_reference=algorithm.plan.needs_ref,
+        needs_uniforms=algorithm.plan.needs_uniforms,
         anchor_to_behavior=update.anchor_to_behavior,
         max_skipped=update.max_skipped,
     )

@@ -122,6 +122,7 @@ def worst_batch(run: Run) -> TrainBatch:
             old_logprobs=real,
             source=shaped(like[:2], np.int32),
             ref_logprobs=ref,
+            uniforms=real if run.algorithm.plan.needs_uniforms else None,
         ),
     )
 

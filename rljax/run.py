@@ -42,6 +42,7 @@ def train(config: Config, workdir: str, *, fresh: bool = False) -> dict[str, Any
         for step in range(first, config.steps):
             metrics, rollout = train_step(run, step)
             done = step + 1
+            refresh_reference(run, folder, done)
             if config.evaluation.every and done % config.evaluation.every == 0 and done < config.steps:
                 metrics |= {f"eval/{k}": v for k, v in held_out(run, folder, done).metrics.items()}
             folder.log_step(done, metrics, rollout.records if step % config.log.rollouts_every == 0 else ())
@@ -67,6 +68,7 @@ def resume(run: Run, checkpoints: Checkpointer, folder: RunFolder) -> int:
         return 0
     run.state, host, step = restored
     run.curriculum.load_state_dict(host["curriculum"])
+    run.reference_step = host.get("reference_step", 0)
     folder.start(step)
     logging.info("resuming %s at step %d", folder.path, step)
     return step
@@ -80,7 +82,7 @@ def save_description(run: Run, folder: RunFolder) -> None:
 
 
 def host_state(run: Run) -> dict[str, Any]:
-    return {"curriculum": run.curriculum.state_dict()}
+    return {"curriculum": run.curriculum.state_dict(), "reference_step": run.reference_step}
 
 
 def train_step(run: Run, step: int) -> tuple[dict[str, float], Rollout]:
@@ -110,8 +112,6 @@ def train_step(run: Run, step: int) -> tuple[dict[str, float], Rollout]:
         metrics = add_metrics(updates)
         # Only before the first update is the trainer still the policy that sampled.
         metrics |= {name: float(value) for name, value in updates[0].items() if name.startswith("rollout/logprob_gap")}
-    if config.reference_refresh and (step + 1) % config.reference_refresh == 0:
-        run.state = run.learner.refresh_reference(run.state)
     run.curriculum.observe(rollout.examples, np.nan_to_num(rollout.rewards).mean(axis=1).tolist())
     for record, row in zip(rollout.records, advantages, strict=False):
         record["advantage"] = float(row[np.abs(row).argmax()])
@@ -120,6 +120,18 @@ def train_step(run: Run, step: int) -> tuple[dict[str, float], Rollout]:
     metrics["time/tokens_per_s"] = rollout.stats["new_tokens"] / timer.total
     metrics["compile/count"] = float(compile_count() - compiled)
     return metrics, rollout
+
+
+def refresh_reference(run: Run, folder: RunFolder, done: int) -> None:
+    """Copies the policy into the reference when config or plan say that it is due, unless the plan's gate objects to
+    what has become of the held-out scores since the last time."""
+    every = run.config.reference_refresh or run.algorithm.plan.refresh_every
+    if not every or done % every:
+        return
+    gate = run.algorithm.plan.refresh_gate
+    if gate is None or gate(*(held_out(run, folder, step).solved_share() for step in (done, run.reference_step))):
+        run.state = run.learner.refresh_reference(run.state)
+        run.reference_step = done
 
 
 def held_out(run: Run, folder: RunFolder, step: int) -> Evaluation:

@@ -1,10 +1,12 @@
 """Decoupled clip and dynamic sampling policy optimisation."""
 
 import dataclasses
+from collections.abc import Sequence
+from typing import Any
 
 from rljax.advantages import group_normalized
 from rljax.algorithms.base import Algorithm, check_at_least, check_clip, check_group, kl_and_entropy
-from rljax.losses import clipped, policy_loss, token_mean, token_ratio
+from rljax.losses import RatioFn, WeightFn, clipped, policy_loss, token_mean, token_ratio
 from rljax.rollouts.plans import Plan, has_signal, soft_overlong_punishment
 
 
@@ -37,6 +39,17 @@ class DAPO:
 
     def build(self) -> Algorithm:
         """Raises ValueError for hyperparameters that cannot work."""
+        return self.compose()
+
+    def compose(
+        self,
+        *,
+        ratio_fn: RatioFn = token_ratio,
+        weight_fns: Sequence[WeightFn] = (),
+        plan: dict[str, Any] | None = None,
+        **parts: Any,
+    ) -> Algorithm:
+        """DAPO, for methods that build on it, with `parts` of `policy_loss` added and fields of its plan changed."""
         check_group(self)
         check_clip(self)
         check_at_least(self, 0, "overlong_buffer", "overlong_factor", "kl_coef", "entropy_coef", "epsilon")
@@ -53,13 +66,15 @@ class DAPO:
                 max_sampling_rounds=self.max_sampling_rounds,
                 shape_reward=punishment,
                 mask_truncated=self.mask_truncated,
-                needs_ref=self.kl_coef > 0,
+                **{"needs_ref": self.kl_coef > 0} | (plan or {}),
             ),
             advantage_fn=group_normalized(epsilon=self.epsilon),
             loss=policy_loss(
-                ratio_fn=token_ratio,
+                ratio_fn=ratio_fn,
                 surrogate_fn=clipped(clip_low=self.clip_low, clip_high=self.clip_high, dual_clip=self.dual_clip),
                 aggregate_fn=token_mean,
+                weight_fns=weight_fns,
                 penalties=kl_and_entropy(self.kl_coef, self.entropy_coef),
+                **parts,
             ),
         )

@@ -1,10 +1,12 @@
 """Group sequence policy optimisation."""
 
 import dataclasses
+from collections.abc import Sequence
+from typing import Any
 
 from rljax.advantages import group_normalized
 from rljax.algorithms.base import Algorithm, check_at_least, check_clip, check_group, kl_and_entropy
-from rljax.losses import clipped, policy_loss, sequence_mean, sequence_ratio
+from rljax.losses import RatioFn, WeightFn, clipped, policy_loss, sequence_mean, sequence_ratio
 from rljax.rollouts.plans import Plan
 
 
@@ -30,16 +32,29 @@ class GSPO:
 
     def build(self) -> Algorithm:
         """Raises ValueError for hyperparameters that cannot work."""
+        return self.compose()
+
+    def compose(
+        self,
+        *,
+        ratio_fn: RatioFn = sequence_ratio,
+        weight_fns: Sequence[WeightFn] = (),
+        plan: dict[str, Any] | None = None,
+        **parts: Any,
+    ) -> Algorithm:
+        """GSPO, for methods that build on it, with `parts` of `policy_loss` added and fields of its plan changed."""
         check_group(self)
         check_clip(self)
         check_at_least(self, 0, "kl_coef", "entropy_coef", "epsilon")
         return Algorithm(
-            plan=Plan(group_size=self.group_size, needs_ref=self.kl_coef > 0),
+            plan=Plan(**{"group_size": self.group_size, "needs_ref": self.kl_coef > 0} | (plan or {})),
             advantage_fn=group_normalized(epsilon=self.epsilon),
             loss=policy_loss(
-                ratio_fn=sequence_ratio,
+                ratio_fn=ratio_fn,
                 surrogate_fn=clipped(clip_low=self.clip_low, clip_high=self.clip_high),
                 aggregate_fn=sequence_mean,
+                weight_fns=weight_fns,
                 penalties=kl_and_entropy(self.kl_coef, self.entropy_coef),
+                **parts,
             ),
         )

@@ -2,6 +2,17 @@
 
 from rljax.losses.aggregation import AggregateFn, fixed_length, sequence_mean, sequence_sum, token_mean, token_sum
 from rljax.losses.filters import FilterFn, geometric_band, max_behavior_k3, max_ratio, off_policy_sequence
+from rljax.losses.future_kl import future_kl_report, future_kl_weights, future_log_ratio, max_dual_clipped
+from rljax.losses.one_way import (
+    current_deviation,
+    exponential_gate,
+    is_reversed,
+    linear_gate,
+    old_deviation,
+    one_way_report,
+    one_way_weights,
+    sigmoid_gate,
+)
 from rljax.losses.penalties import (
     KlEstimator,
     Penalty,
@@ -14,7 +25,7 @@ from rljax.losses.penalties import (
     k3_plus,
     kl_penalty,
 )
-from rljax.losses.policy_loss import Loss, LossFn, policy_loss
+from rljax.losses.policy_loss import Loss, LossFn, ReportFn, policy_loss
 from rljax.losses.ratios import (
     RatioFn,
     behavior_ratio,
@@ -25,6 +36,9 @@ from rljax.losses.ratios import (
     sequence_token_ratio,
     token_ratio,
 )
+from rljax.losses.rescue import Rescue, inward, per_row, per_token, rescue, two_sided
+from rljax.losses.reweighting import divergence_weights, rare_token_weights
+from rljax.losses.selection import SelectFn, high_entropy
 from rljax.losses.surrogates import Surrogate, SurrogateFn, cispo, clipped, soft_gate, unclipped
 from rljax.losses.values import clipped_value_loss
 from rljax.losses.weights import (
@@ -47,6 +61,9 @@ __all__ = [
     "Penalty",
     "PenaltyFn",
     "RatioFn",
+    "ReportFn",
+    "Rescue",
+    "SelectFn",
     "Surrogate",
     "SurrogateFn",
     "WeightFn",
@@ -56,23 +73,41 @@ __all__ = [
     "cispo",
     "clipped",
     "clipped_value_loss",
+    "current_deviation",
+    "divergence_weights",
     "entropy_bonus",
+    "exponential_gate",
     "fixed_length",
+    "future_kl_report",
+    "future_kl_weights",
+    "future_log_ratio",
     "geometric_band",
     "geometric_ratio",
+    "high_entropy",
     "importance_corrected_kl",
     "interpolated_logprobs",
+    "inward",
+    "is_reversed",
     "k1",
     "k2",
     "k3",
     "k3_plus",
     "kl_penalty",
+    "linear_gate",
     "log_difference",
     "masked_is",
     "max_behavior_k3",
+    "max_dual_clipped",
     "max_ratio",
     "off_policy_sequence",
+    "old_deviation",
+    "one_way_report",
+    "one_way_weights",
+    "per_row",
+    "per_token",
     "policy_loss",
+    "rare_token_weights",
+    "rescue",
     "sequence_behavior_weights",
     "sequence_masked_is",
     "sequence_mean",
@@ -80,10 +115,12 @@ __all__ = [
     "sequence_sum",
     "sequence_token_ratio",
     "sequence_truncated_is",
+    "sigmoid_gate",
     "soft_gate",
     "token_mean",
     "token_ratio",
     "token_sum",
     "truncated_is",
+    "two_sided",
     "unclipped",
 ]

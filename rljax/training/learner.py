@@ -1,6 +1,7 @@
 """The learner: rollouts to minibatches, minibatches to updates. It knows a loss, and no algorithm."""
 
 import contextlib
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
@@ -12,6 +13,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float
 
 from rljax.models import DecoderConfig
+from rljax.ops import row_uniforms
 from rljax.parallel import batch_parts, put_batch, put_host, replicated, use_mesh
 from rljax.rollouts.batching import Packing, PackSpec, layout, loss_mask, pack, take_rows
 from rljax.sampling import SamplingParams
@@ -29,12 +31,19 @@ from rljax.types import ArrayLike, Packed, Params, RolloutBatch, Rows, TrainBatc
 
 Metrics = dict[str, Array]
 
+UNIFORMS = 0x756E69
+"""Folded into the run's key for the losses' random numbers, to keep them apart from the sampler's."""
+
 
 @runtime_checkable
 class Loss(Protocol):
     """What `rljax.losses.policy_loss` makes. `token_weights` maps the loss mask `[B, T]` of a whole minibatch to
     weights; `loss(logprobs, entropies, rows)` is a sum over the tokens of a microbatch, with metrics that add up, or,
-    where a name ends in `_max`, combine by maximum."""
+    where a name ends in `_max`, combine by maximum.
+
+    It may also have a `select_fn(entropies, loss_mask) -> bool`, over all microbatches `[M, B, T]` of a minibatch at
+    once: tokens that it does not select have their advantage set to 0. The entropies are those of the policy before
+    the update, of its full softmax at temperature 1, and cost one more forward pass."""
 
     @property
     def token_weights(self) -> Any: ...
@@ -48,7 +57,8 @@ class Learner:
     `spec` says how rows are packed (under a mesh, `packed_rows` must divide over its batch axes). Log-probs are those
     of the distribution that `sampling` describes; None is the model's own. Logits exist for `chunk` tokens at a time.
     A rollout is split by whole groups into `minibatches`, in an order drawn from `seed` and the step if `shuffle`, and
-    gone through `epochs` times. `needs_reference` asks for the log-probs of `state.ref_params`. With
+    gone through `epochs` times. `needs_reference` asks for the log-probs of `state.ref_params`, `needs_uniforms` for a
+    random number per token and update, drawn by seed, step, epoch, row of the rollout and position. With
     `anchor_to_behavior` the sampler's log-probs serve as the old ones, which saves a forward pass where sampler and
     trainer agree to rounding; else several updates per rollout score the old policy first.
 
@@ -73,6 +83,7 @@ class Learner:
         shuffle: bool = False,
         seed: int = 0,
         needs_reference: bool = False,
+        needs_uniforms: bool = False,
         anchor_to_behavior: bool = False,
         max_skipped: int = 5,
     ):
@@ -87,6 +98,7 @@ class Learner:
         self.config, self.loss, self.spec, self.mesh = config, loss, spec, mesh
         self.minibatches, self.epochs, self.shuffle, self.seed = minibatches, epochs, shuffle, seed
         self.needs_reference, self.anchor_to_behavior = needs_reference, anchor_to_behavior
+        self.needs_uniforms, self.select_fn = needs_uniforms, getattr(loss, "select_fn", None)
         self._schedule = None
         if isinstance(optimizer, OptimizerConfig):
             self._schedule, optimizer = make_schedule(optimizer), make_optimizer(optimizer)
@@ -128,7 +140,7 @@ class Learner:
         advantages = np.asarray(advantages, np.float32)
         mask = loss_mask(batch, extra_mask)
         parts = self._split(batch, int(state.step) if self.shuffle else None)
-        made = []
+        made, packings = [], []
         for rows in parts:
             part = batch if len(parts) == 1 else take_rows(batch, rows)
             packing = layout(part, mask[rows], self.spec)
@@ -146,7 +158,14 @@ class Learner:
             if self.needs_reference and batch.ref_logprobs is None:
                 train_batch = _with(train_batch, ref_logprobs=self._score_packing(state.ref_params, train_batch))
             made.append(train_batch)
-        return made * self.epochs
+            packings.append(packing)
+        if not self.needs_uniforms:
+            return made * self.epochs
+        return [
+            _with(train_batch, uniforms=self._put(packing.rows_of(uniforms[rows])))
+            for uniforms in (self._uniforms(batch, int(state.step), epoch) for epoch in range(self.epochs))
+            for rows, packing, train_batch in zip(parts, packings, made, strict=True)
+        ]
 
     def score_rows(
         self, params: Params, batch: RolloutBatch, mask: Bool[ArrayLike, "B T"] | None = None
@@ -208,6 +227,13 @@ class Learner:
             groups = np.random.default_rng([self.seed, step]).permutation(groups)
         return [np.flatnonzero(np.isin(group_id, part)) for part in np.split(groups, self.minibatches)]
 
+    def _uniforms(self, batch: RolloutBatch, step: int, epoch: int) -> Float[np.ndarray, "B T"]:
+        """A number in [0, 1) per token of the rollout. Rows count by their place in it, so that neither padding,
+        minibatches, packing nor devices matter."""
+        count, width = np.shape(batch.tokens)
+        key = functools.reduce(jax.random.fold_in, (UNIFORMS, step, epoch), jax.random.key(self.seed))
+        return np.asarray(_draw(key, np.arange(count), width=width))
+
     def _put(self, tree: Any) -> Any:
         """Packed rows split over the batch axes of the mesh, everything else replicated."""
         mesh = self.mesh
@@ -233,10 +259,12 @@ class Learner:
         gathered = [jnp.where(mask, jnp.take(x.reshape(-1), row_index, axis=0), 0.0) for x in scored]
         return gathered[0], gathered[1]
 
-    def _score_microbatches(self, params, packed: Packed, row_index, mask, sampling) -> Array:
+    def _score_microbatches(self, params, packed: Packed, row_index, mask, sampling, what: int = 0) -> Array:
+        """Log-probs (`what` 0) or entropies (1) of all microbatches."""
+
         def score(m, out):
             one, index, kept = jax.tree.map(lambda x: x[m], (packed, row_index, mask))
-            return out.at[m].set(self._rows_logprobs(params, one, index, kept, sampling)[0])
+            return out.at[m].set(self._rows_logprobs(params, one, index, kept, sampling)[what])
 
         return jax.lax.fori_loop(0, _live_microbatches(mask), score, jnp.zeros(mask.shape, jnp.float32))
 
@@ -256,6 +284,18 @@ class Learner:
         return loss, jax.lax.stop_gradient(metrics)
 
     def _gradients(self, params, batch: TrainBatch, sampling) -> tuple[Array, Metrics, Any]:
+        """(loss, metrics, gradients) of a minibatch, by its selected tokens if the loss selects."""
+        if self.select_fn is None:
+            return self._accumulate(params, batch, sampling)
+        mask = jnp.asarray(batch.rows.loss_mask)
+        entropies = self._score_microbatches(params, batch.packed, batch.rows.row_index, mask, None, 1)
+        selected = self.select_fn(entropies, mask)
+        batch = _with(batch, advantages=jnp.where(selected, batch.rows.advantages, 0))
+        loss, metrics, grads = self._accumulate(params, batch, sampling)
+        share = jnp.sum(selected & mask) / jnp.maximum(jnp.sum(mask), 1)
+        return loss, metrics | {"loss/selected_fraction": share}, grads
+
+    def _accumulate(self, params, batch: TrainBatch, sampling) -> tuple[Array, Metrics, Any]:
         """(loss, metrics, gradients), added up over the microbatches that hold anything."""
         value_and_grad = jax.value_and_grad(self._microbatch_loss, has_aux=True)
 
@@ -301,6 +341,11 @@ class Learner:
         if self._schedule is not None:
             metrics["loss/learning_rate"] = jnp.asarray(self._schedule(_update_count(opt_state)), jnp.float32)
         return new_params, new_opt_state, step + 1, skipped, metrics, finite
+
+
+@functools.partial(jax.jit, static_argnames="width")
+def _draw(key, row_id, *, width: int) -> Array:
+    return row_uniforms(key, row_id, width=width)
 
 
 def add_metrics(parts: Sequence[Mapping[str, Any]]) -> dict[str, float]:

@@ -205,7 +205,11 @@ def decode(
         emitted=Emitted(tokens=empty.astype(jnp.int32), logprobs=empty, entropies=empty),
     )
     end = jax.lax.while_loop(keeps_going, body, start)
-    return end.cache, (jnp.asarray(column) + end.step) % ring, end.steps, end.active, end.emitted
+    # The host of every process reads these whole.
+    steps, active, emitted = jax.tree.map(
+        lambda x: constrain(x, (None,) * x.ndim), (end.steps, end.active, end.emitted)
+    )
+    return end.cache, (jnp.asarray(column) + end.step) % ring, steps, active, emitted
 
 
 def _is_forced(rows: Rows, steps: Array) -> Array:

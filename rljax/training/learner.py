@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, Float
 
 from rljax.models import DecoderConfig
 from rljax.ops import row_uniforms
-from rljax.parallel import batch_parts, put_batch, put_host, replicated, use_mesh
+from rljax.parallel import batch_parts, put_batch, put_host, replicated, to_host, use_mesh
 from rljax.rollouts.batching import Packing, PackSpec, layout, loss_mask, pack, take_rows
 from rljax.sampling import SamplingParams
 from rljax.sampling.score import score_tokens
@@ -182,7 +182,7 @@ class Learner:
             packed, row_index, row_mask = self._put((packing.packed, packing.row_index, packing.mask))
             with self._on_mesh():
                 values = self._score(params, packed, row_index, row_mask, self._sampling)
-            out[rows] = packing.batch_of(jax.device_get(values), part.tokens)
+            out[rows] = packing.batch_of(to_host(values), part.tokens)
         return out
 
     def update(self, state: TrainState, train_batch: TrainBatch) -> tuple[TrainState, Metrics]:

@@ -1,0 +1,56 @@
+"""Run by test_run_mesh.py: the whole loop on the devices of this process or of several; prints what it computed."""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+from absl import logging
+
+from rljax.config import FreshModel, MeshConfig, UpdateConfig
+from rljax.parallel import initialize_distributed, is_main_process
+from rljax.run import train
+from rljax.testing import rollout_records, run_metrics, tiny_config
+from rljax.training import OptimizerConfig
+
+
+def config(mesh):
+    update = UpdateConfig(
+        pack_length=64,
+        packed_rows=8,
+        length_buckets=(64,),
+        score_buckets=(64,),
+        row_buckets=(32,),
+        microbatch_buckets=(1, 2),
+        head_chunk=64,
+    )
+    # Adam's own eps amplifies the rounding of tiny gradients.
+    optimizer = OptimizerConfig(learning_rate=1e-2, eps=1e-3)
+    model = FreshModel(  # an even vocabulary, to split over `tensor`
+        alphabet="abcdefghi=", num_layers=2, embed_dim=32, num_heads=4, num_kv_heads=2, head_dim=8, mlp_dim=64
+    )
+    return tiny_config(
+        steps=3, prompts_per_step=8, model=model, mesh=MeshConfig(*mesh), update=update, optimizer=optimizer
+    )
+
+
+def main(folder, shapes):
+    logging.set_verbosity(logging.ERROR)
+    found = {}
+    for shape in shapes:
+        workdir = Path(folder) / shape
+        summary = train(config([int(n) for n in shape.split("x")]), str(workdir))
+        if is_main_process():
+            found[shape] = {
+                "metrics": run_metrics(workdir),
+                "tokens": {name: [r["tokens"] for r in rows] for name, rows in rollout_records(workdir).items()},
+                "after": summary["after"],
+            }
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    if len(sys.argv) > 3:
+        os.environ |= {"RLJAX_NUM_PROCESSES": "2", "RLJAX_PROCESS_ID": sys.argv[3]}
+        assert initialize_distributed(coordinator=sys.argv[4])
+    main(sys.argv[1], sys.argv[2].split(","))

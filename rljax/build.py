@@ -60,14 +60,16 @@ def plan(config: Config) -> Run:
     check_prompts(config, dataset, tokenizer)
     decoder = load_decoder(config, tokenizer)
     mesh = make_mesh(**dataclasses.asdict(config.mesh))
-    s = config.sampling
+    s, forks = config.sampling, algorithm.plan.forks
     sampling = sampling_params(temperature=s.temperature, top_k=s.top_k, top_p=s.top_p, min_p=s.min_p)
     sampler = Sampler(
         decoder,
         prompt_buckets=s.prompt_buckets,
         max_new_tokens=s.max_new_tokens,
         prompt_slots=s.prompt_slots or config.prompts_per_step,
-        sample_slots=s.sample_slots or algorithm.plan.group_size,
+        sample_slots=s.sample_slots or (forks.chains if forks else algorithm.plan.group_size),
+        path_slots=forks.parents if forks else 0,
+        max_injected=forks.max_injected if forks else 0,
         stop_tokens=tokenizer.stop_ids,
         stop_strings=s.stop_strings,
         decode_text=tokenizer.decode,

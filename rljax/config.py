@@ -341,6 +341,13 @@ def check(config: Config, device_count: int | None = None) -> Algorithm:
             f"config.prompts_per_step={config.prompts_per_step} does not divide into config.update.minibatches="
             f"{config.update.minibatches}; a minibatch holds whole groups, so choose a divisor"
         )
+    if plan.forks is not None:
+        plan.forks.check()
+        if plan.forks.max_injected + 1 >= config.sampling.max_new_tokens:
+            raise ValueError(
+                f"config.sampling.max_new_tokens={config.sampling.max_new_tokens} leaves no room beside the "
+                f"{plan.forks.max_injected} tokens that a fork of {type(config.algorithm).__name__} begins with; raise it"
+            )
     buckets = config.sampling.prompt_buckets
     if not buckets or list(buckets) != sorted(set(buckets)) or buckets[0] < 1:
         raise ValueError(

@@ -153,6 +153,7 @@ def predict_memory(run: Run, batch: TrainBatch) -> dict[str, int]:
         run.sampler.sample_slots,
         config.sampling.prompt_buckets[-1],
         config.sampling.max_new_tokens,
+        run.sampler.path_slots,
     )
     compute = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, np.dtype(c.dtype)), state.params)
     return {

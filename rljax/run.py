@@ -99,7 +99,7 @@ def train_step(run: Run, step: int) -> tuple[dict[str, float], Rollout]:
         **run.rollout_setup,
     )
     with timer("score"):
-        batch = stack(rollout.trajectories)
+        batch = stack(rollout.trajectories, row_buckets=(rollout.rewards.size,))
         if run.algorithm.plan.needs_ref:
             batch = dataclasses.replace(batch, ref_logprobs=run.learner.score_rows(run.state.ref_params, batch))
         advantages = np.asarray(run.algorithm.advantage_fn(batch))
@@ -112,7 +112,7 @@ def train_step(run: Run, step: int) -> tuple[dict[str, float], Rollout]:
         metrics = add_metrics(updates)
         # Only before the first update is the trainer still the policy that sampled.
         metrics |= {name: float(value) for name, value in updates[0].items() if name.startswith("rollout/logprob_gap")}
-    run.curriculum.observe(rollout.examples, np.nan_to_num(rollout.rewards).mean(axis=1).tolist())
+    run.curriculum.observe(rollout.examples, rollout.mean_rewards())
     for record, row in zip(rollout.records, advantages, strict=False):
         record["advantage"] = float(row[np.abs(row).argmax()])
     metrics |= {f"rollout/{k}": v for k, v in rollout.stats.items()}

@@ -36,8 +36,8 @@ def stack(
 ) -> RolloutBatch:
     """Pads trajectories on the right and below into numpy arrays; row `i` is `trajectories[i]`.
 
-    Groups and episodes are renumbered from 0 in order of appearance; padding rows form one invalid group and episode
-    of their own. ValueError for an empty list or fields of unequal length.
+    Groups, episodes and tasks are renumbered from 0 in order of appearance; padding rows form one invalid group,
+    episode and task of their own. ValueError for an empty list or fields of unequal length.
     """
     if not trajectories:
         raise ValueError("there are no trajectories to stack; a rollout needs at least one")
@@ -81,6 +81,7 @@ def stack(
         fork_index=per_row("fork_index", np.int32),
         fork_score=per_row("fork_score", np.float32),
         intervention=per_row("intervention", np.int32),
+        task_id=renumbered("task_id"),
     )
 
 

@@ -1,16 +1,73 @@
 """What a rollout is to collect, as plain data and host functions; no jax here."""
 
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
+
+
+class ForkPoint(NamedTuple):
+    """Where new samples start: after the first `fork_index` completion tokens of sample `parent` of the prompt, and
+    after the tokens `inject`. `score` chose it; `intervention` is one of those in `rljax.types`."""
+
+    parent: int
+    fork_index: int
+    score: float = 0.0
+    inject: tuple[int, ...] = ()
+    intervention: int = 0
+
+
+ForkRule = Callable[[Any], Sequence[ForkPoint]]
+"""(`rljax.rollouts.forks.Grown`: a prompt's samples so far) -> where to fork, best first; fewer than asked for leaves
+slots unused."""
+
+
+class ForkPlan(NamedTuple):
+    """How the samples of a prompt branch: `chains` independent ones first (M), then `rounds` times (L) up to `points`
+    fork points for each chain (N), and `branches` new samples from each of them (B).
+
+    Attributes:
+        rule: chooses the points of a round, `points * chains` at most; what it returns beyond them is not used.
+        fork_forks: whether forks may be forked again; else only chains are.
+        max_injected: most tokens that a fork begins with and that are given to it.
+        step_delimiters: a token whose text contains one of these ends a step of the completion.
+    """
+
+    chains: int
+    points: int
+    rule: ForkRule
+    rounds: int = 1
+    branches: int = 1
+    fork_forks: bool = True
+    max_injected: int = 0
+    step_delimiters: tuple[str, ...] = ()
+
+    @property
+    def leaves(self) -> int:
+        """Samples of a prompt when every fork is made: M (1 + N L B)."""
+        return self.chains * (1 + self.points * self.rounds * self.branches)
+
+    @property
+    def parents(self) -> int:
+        """Samples that may be forked: what the decoder keeps the keys and values of."""
+        rounds = self.rounds - 1 if self.fork_forks else 0
+        return self.chains * (1 + self.points * rounds * self.branches)
+
+    def check(self) -> None:
+        """Raises ValueError for a plan that cannot be met."""
+        for name in ("chains", "points", "rounds", "branches"):
+            if getattr(self, name) < 1:
+                raise ValueError(
+                    f"a fork plan of {self.chains} chains, {self.points} points, {self.rounds} rounds and "
+                    f"{self.branches} branches forks nothing: {name} must be at least 1"
+                )
 
 
 class Plan(NamedTuple):
     """How the rollout of an algorithm is collected.
 
     Attributes:
-        group_size: samples per prompt.
+        group_size: samples per prompt, with `forks` at most.
         keep_group: dynamic sampling: told the raw rewards (float64, valid samples only) of a group, says whether the
             group is kept; None keeps all.
         max_sampling_rounds: rounds of prompts drawn to fill a batch under `keep_group` before giving up.
@@ -18,6 +75,7 @@ class Plan(NamedTuple):
         mask_truncated: overlong filtering: completions cut off by the length limit count in the statistics of their
             group, but receive no gradient (their `action_mask` is False).
         needs_ref: log-probs of the reference model are needed, in the reward or in the loss.
+        forks: how the samples of a prompt branch; None samples them independently.
         needs_uniforms: the loss wants a uniform random number per token (`Rows.uniforms`).
         refresh_every: steps after which the reference becomes a copy of the policy; 0 is never. A run's own
             `reference_refresh` goes before it.
@@ -34,6 +92,7 @@ class Plan(NamedTuple):
     needs_uniforms: bool = False
     refresh_every: int = 0
     refresh_gate: Callable[[np.ndarray, np.ndarray], bool] | None = None
+    forks: ForkPlan | None = None
 
 
 def has_signal(rewards: np.ndarray) -> bool:

@@ -7,7 +7,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from rljax.sampling.generate import Rows
-from rljax.types import NO_PARENT
+from rljax.types import INTERVENTION_NONE, NO_PARENT
 
 FinishReason = Literal["stop", "length", "stop_string"]
 _FREE = -1
@@ -30,6 +30,7 @@ class Sample(NamedTuple):
     fork_index: int = 0
     fork_score: float = 0.0
     forced: tuple[tuple[int, int], ...] = ()
+    intervention: int = INTERVENTION_NONE
 
     @property
     def sampled(self) -> np.ndarray:
@@ -42,13 +43,14 @@ class Sample(NamedTuple):
 
 class Fork(NamedTuple):
     """A sample to be: the first `fork_index` completion tokens of the sample `parent`, then the tokens `inject`, then
-    what the policy says. `score` is what chose it."""
+    what the policy says. `score` is what chose it, `intervention` what is done to it (see `rljax.types`)."""
 
     parent: int
     fork_index: int
     sample_id: int
     inject: Sequence[int] = ()
     score: float = 0.0
+    intervention: int = INTERVENTION_NONE
 
 
 Rounds = Callable[[Sequence[Sample]], Sequence[Fork]]
@@ -189,7 +191,15 @@ class Slots:
         given = ((work.fork_index, work.fork_index + len(work.inject)),) if work.inject else ()
         forced = _before(self._result(request, work.parent).forced, work.fork_index) if work.parent != NO_PARENT else ()
         self.results[request][sample] = Sample(
-            tokens, logprobs, entropies, reason, work.parent, work.fork_index, work.score, forced + given
+            tokens=tokens,
+            logprobs=logprobs,
+            entropies=entropies,
+            finish_reason=reason,
+            parent=work.parent,
+            fork_index=work.fork_index,
+            fork_score=work.score,
+            forced=forced + given,
+            intervention=work.intervention,
         )
         self._sample[row] = _FREE
         self._unfinished[request] -= 1

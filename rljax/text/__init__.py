@@ -12,6 +12,7 @@ from rljax.text.huggingface import HuggingFaceTokenizer, load_huggingface_tokeni
 from rljax.text.load import load_tokenizer
 from rljax.text.prompts import check_messages, render_prompt
 from rljax.text.spm import SentencePieceTokenizer
+from rljax.text.steps import StepSplitter
 
 __all__ = [
     "ByteTokenizer",
@@ -19,6 +20,7 @@ __all__ = [
     "HuggingFaceTokenizer",
     "Message",
     "SentencePieceTokenizer",
+    "StepSplitter",
     "Tokenizer",
     "check_messages",
     "load_gguf_tokenizer",

@@ -1,0 +1,199 @@
+"""Rules fork where they say, rounds keep to their plan, and a run over forks trains on every leaf."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from rljax.algorithms import GRPO
+from rljax.rollouts.forks import (
+    Grown,
+    eligible,
+    entropy_jump,
+    random_step,
+    random_token,
+    rounds_of,
+    top_entropy,
+    top_surprisal,
+)
+from rljax.rollouts.plans import ForkPlan, ForkPoint
+from rljax.run import train
+from rljax.sampling import Sample
+from rljax.testing import rollout_records, run_metrics, tiny_config
+from rljax.text import CharTokenizer, StepSplitter
+
+TOKENIZER = CharTokenizer("abcdefghijklmnopqrstuvwxyz .")
+SPLITTER = StepSplitter(TOKENIZER, (".",))
+
+
+def sample(text, *, logprobs=None, entropies=None, **fork):
+    tokens = np.array(TOKENIZER.encode(text), np.int32)
+    zeros = np.zeros(len(tokens), np.float32)
+    logprobs = zeros if logprobs is None else np.array(logprobs, np.float32)
+    entropies = zeros if entropies is None else np.array(entropies, np.float32)
+    return Sample(tokens, logprobs, entropies, "stop", **fork)
+
+
+def grown(samples, chains=1, seed=0, limit=64):
+    steps = [SPLITTER(s.tokens) for s in samples]
+    return Grown(samples, chains, 0, limit, np.random.default_rng(seed), steps, TOKENIZER)
+
+
+def test_steps_end_with_their_delimiter_and_prefixes_share_them():
+    assert SPLITTER(TOKENIZER.encode("ab.c..d")).tolist() == [0, 0, 0, 1, 1, 2, 3]
+    assert StepSplitter(TOKENIZER, ())(TOKENIZER.encode("a.b")).tolist() == [0, 0, 0]
+    with pytest.raises(ValueError, match="delimiter is empty"):
+        StepSplitter(TOKENIZER, ("",))
+
+
+def count(points):
+    counts = {}
+    for point in points:
+        counts[point.parent, point.fork_index] = counts.get((point.parent, point.fork_index), 0) + 1
+    return counts
+
+
+def test_random_steps_are_inner_ends_of_steps_and_the_root_evenly():
+    trees = grown([sample("ab.cd.e"), sample("q."), sample("ab.x.y", parent=0, fork_index=3)], chains=2)
+    assert trees.trees() == [[0, 2], [1]]
+    counts = count(random_step(6000)(trees))
+    # Tree 0: its root, after "ab.", after "cd.", after the fork's own "x."; tree 1 has no inner end, so its root.
+    assert counts.keys() == {(0, 0), (0, 3), (0, 6), (2, 5), (1, 0)}
+    assert counts.pop((1, 0)) == 6000
+    assert all(abs(n - 1500) < 200 for n in counts.values())  # six standard deviations
+    assert count(random_step(5, from_root=False)(trees)).keys() <= {(0, 3), (0, 6), (2, 5)}
+
+
+def test_top_tokens_are_pooled_over_a_tree_with_ties_to_the_first():
+    first = sample("abcdef", logprobs=[-9, -1, -5, -1, -2, -9], entropies=[9, 1, 2, 3, 4, 5])
+    fork = sample("abxyzw", logprobs=[-9, -1, -8, -5, -5, -1], entropies=np.arange(6), parent=0, fork_index=2)
+    other = sample("qrst", logprobs=[-1, -2, -3, -4])
+    trees = grown([first, other, fork], chains=2)
+    points = top_surprisal(3, tail=0.0)(trees)
+    # Position 0 of a chain, the fork's first token and where it forked (2 of the first) are no places to fork.
+    assert [(p.parent, p.fork_index, p.score) for p in points[:3]] == [(0, 5, 9.0), (2, 3, 5.0), (2, 4, 5.0)]
+    assert [(p.parent, p.fork_index) for p in points[3:]] == [(1, 3), (1, 2), (1, 1)]
+    assert [(p.parent, p.fork_index) for p in top_entropy(2, tail=0.0)(trees)][:2] == [(0, 5), (2, 5)]
+    assert [(p.parent, p.fork_index) for p in top_surprisal(1, tail=0.5)(trees)] == [(0, 1), (1, 1)]
+
+
+def test_too_few_candidates_leave_slots_unused():
+    assert top_surprisal(5, tail=0.0)(grown([sample("ab")])) == [ForkPoint(0, 1, -0.0)]
+    assert random_token(5)(grown([sample("a")])) == []
+    assert random_step(5, from_root=False)(grown([sample("abc")])) == []
+
+
+def test_nothing_is_forked_after_the_answer_or_in_given_tokens():
+    one = sample("so the answer is no", forced=((3, 6),))
+    allowed = eligible(grown([one]), 0, tail=0.0, last_words=("answer",))
+    # The word is complete with its last letter, which may still be drawn anew.
+    assert np.flatnonzero(allowed).tolist() == [1, 2, *range(6, 13)]
+    assert np.flatnonzero(eligible(grown([one]), 0, tail=0.5)).tolist() == [1, 2, *range(6, 9)]
+
+
+def test_random_tokens_are_drawn_evenly_and_without_repeats():
+    counts = {}
+    for seed in range(2000):
+        points = random_token(2, tail=0.2)(grown([sample("abcdef")], seed=seed))
+        assert len({p.fork_index for p in points}) == 2
+        for key, n in count(points).items():
+            counts[key] = counts.get(key, 0) + n
+    assert counts.keys() == {(0, 1), (0, 2), (0, 3)}
+    assert all(abs(n - 4000 / 3) < 150 for n in counts.values())
+
+
+def test_entropy_jumps_fork_in_proportion_to_the_jump():
+    """clip(0.5 + 0.2 D, 0, 1) with D = sums over the window / ln V, as the method sheet has it."""
+    low, high = [1.0, 1, 0, 0, 1, 0, 0], [0.0, 0, 0, 2, 2, 0, 0]
+    rule = entropy_jump(window=2, vocab_size=4)
+    for entropies, chance in ((low, 0.5 + 0.2 * (-1 / np.log(4))), (high, 0.5 + 0.2 * 4 / np.log(4))):
+        text = "abc.def" if entropies is low else "ab.cdef"
+        hits = [len(rule(grown([sample(text, entropies=entropies)], seed=seed))) for seed in range(2000)]
+        assert abs(np.mean(hits) - min(chance, 1)) < 0.07
+
+
+def plan_of(**changes):
+    return ForkPlan(**{"chains": 2, "points": 2, "rule": random_token(2, tail=0.0), **changes})
+
+
+def test_a_plan_counts_its_leaves_and_parents():
+    assert (plan_of(points=2).leaves, plan_of().parents) == (6, 2)  # Tree-GRPO (2, 2, 1)
+    assert plan_of(chains=6, branches=2).leaves == 30  # EPTree (6, 2, 1, 2)
+    eptree = plan_of(chains=8, points=4, rounds=2, branches=2)
+    assert (eptree.leaves, eptree.parents) == (136, 72)
+    assert eptree._replace(fork_forks=False).parents == 8
+    for name in ("chains", "points", "rounds", "branches"):
+        with pytest.raises(ValueError, match=f"{name} must be at least 1"):
+            plan_of(**{name: 0}).check()
+
+
+def test_rounds_number_their_forks_and_leave_out_what_has_no_room():
+    def rule(grown):
+        return [ForkPoint(0, 1, 2.0, (5,)), ForkPoint(0, 9), ForkPoint(1, 2), ForkPoint(1, 3), ForkPoint(0, 2)]
+
+    plan = plan_of(rule=rule, branches=2, rounds=2)
+    rounds = rounds_of(plan, TOKENIZER, SPLITTER, seed=0, step=0, prompt_id=0, first_id=30, limit=9)
+    samples = [sample("abcdefghi"), sample("abcdefghi")]
+    forks = rounds(samples)
+    assert [(f.parent, f.fork_index, f.sample_id) for f in forks] == [
+        (0, 1, 32), (0, 1, 33), (1, 2, 34), (1, 2, 35), (1, 3, 36), (1, 3, 37), (0, 2, 38), (0, 2, 39),
+    ]  # fmt: skip
+    assert forks[0].inject == (5,) and forks[0].score == 2.0
+    assert rounds(samples * 5)[0].sample_id == 40 and rounds(samples * 9) == []
+
+
+@dataclasses.dataclass
+class ForkedGRPO(GRPO):
+    """Random forks with GRPO's credit: the control of the tree methods."""
+
+    plan: ForkPlan = dataclasses.field(default_factory=lambda: plan_of(rounds=2))
+
+    def build(self):
+        algorithm = dataclasses.replace(self, group_size=self.plan.leaves)
+        built = GRPO(group_size=algorithm.group_size, kl_coef=0.0).build()
+        return built._replace(plan=built.plan._replace(forks=self.plan))
+
+
+def forked_config(**changes):
+    tiny = tiny_config(algorithm=ForkedGRPO(), steps=3)
+    update = dataclasses.replace(tiny.update, row_buckets=(48,), microbatch_buckets=(8,))
+    sampling = dataclasses.replace(tiny.sampling, max_new_tokens=8)
+    return dataclasses.replace(tiny, update=update, sampling=sampling, **changes)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("forks") / "run"
+    train(forked_config(), str(folder))
+    return folder
+
+
+def test_a_run_over_forks_logs_leaves_that_share_their_parents_tokens(run):
+    for line, records in zip(run_metrics(run), rollout_records(run).values(), strict=True):
+        groups = {}
+        for record in records:
+            groups.setdefault(record["prompt_id"], []).append(record)
+        new = reused = 0
+        for group in groups.values():
+            assert len(group) <= 10
+            for record in group:
+                at = record.get("fork_index", 0)
+                if "parent" in record:
+                    assert record["tokens"][:at] == group[record["parent"]]["tokens"][:at] and at
+                    assert record["logprobs"][:at] == group[record["parent"]]["logprobs"][:at]
+                new, reused = new + len(record["tokens"]) - at, reused + at
+        assert (line["rollout/new_tokens"], line["rollout/reused_tokens"]) == (new, reused)
+        assert line["rollout/leaves"] == len(records) and line["rollout/unused_forks"] == 40 - len(records)
+        assert line["rollout/logprob_gap_max"] < 2e-5
+
+
+def test_a_run_over_forks_compiles_nothing_once_it_has_begun(run):
+    from rljax.training import read_jsonl
+
+    assert [line["compile/count"] for line in read_jsonl(run / "metrics.jsonl")][1:] == [0, 0]
+
+
+def test_a_run_over_forks_repeats_bit_for_bit(run, tmp_path):
+    train(forked_config(), str(tmp_path / "again"))
+    assert run_metrics(tmp_path / "again") == run_metrics(run)
+    assert rollout_records(tmp_path / "again") == rollout_records(run)

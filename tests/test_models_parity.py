@@ -27,6 +27,7 @@ from rljax.models import (  # noqa: E402
     logits,
     save_hf,
 )
+from rljax.sampling import Request, Sampler, sampling_params  # noqa: E402
 
 LENGTH = 40
 TOLERANCE = 1e-4
@@ -234,23 +235,20 @@ def test_smollm2_decodes_greedily_token_for_token_like_transformers(tmp_path):
     save_hf(tmp_path, config, params)
     model = transformers.LlamaForCausalLM.from_pretrained(tmp_path).eval()
     encode = _gguf_tokenizer(gguf, find_smollm2())
-    forward = jax.jit(lambda p, ids: _last_logits(config, p, ids))
-    new, total = 64, 96
-    for prompt in PROMPTS:
-        ids = encode(prompt)
-        assert 0 < len(ids) <= total - new
+    new, prompts = 64, [encode(text) for text in PROMPTS]
+    sampler = Sampler(config, prompt_buckets=(32,), max_new_tokens=new, prompt_slots=10, sample_slots=1)
+    sampler.set_params(params)
+    requests = [Request(prompt=ids, prompt_id=i, sample_ids=(0,)) for i, ids in enumerate(prompts)]
+    groups = sampler.generate(requests, sampling_params(temperature=0.0), seed=0, step=0)
+    for ids, text, [sample] in zip(prompts, PROMPTS, groups, strict=True):
         reference = model.generate(
             torch.tensor([ids]), max_new_tokens=new, do_sample=False, eos_token_id=None, pad_token_id=0
-        )[0].tolist()
-        # Teacher-forced on the reference, one forward pass tells every token that greedy decoding would choose.
-        padded = np.zeros((1, total), np.int64)
-        padded[0, : len(reference)] = reference
-        scores = np.asarray(forward(params, padded))[0, len(ids) - 1 : len(reference) - 1]
-        chosen, wanted = scores.argmax(-1), np.array(reference[len(ids) :])
-        assert len(wanted) == new
-        for step in np.flatnonzero(chosen != wanted):
-            gap = scores[step].max() - scores[step, wanted[step]]
-            print(f"{prompt!r} step {step}: ours {chosen[step]}, theirs {wanted[step]}, logit gap {gap:.2e}")
+        )[0, len(ids) :].numpy()
+        assert len(sample.tokens) == len(reference) == new
+        for step in np.flatnonzero(sample.tokens != reference)[:1]:
+            scores = _last_logits(config, params, np.array([[*ids, *reference[:step]]]))[0, -1]
+            gap = float(scores.max() - scores[reference[step]])
+            print(f"{text!r} step {step}: ours {sample.tokens[step]}, theirs {reference[step]}, logit gap {gap:.2e}")
             assert gap < 2 * TOLERANCE
 
 

@@ -12,19 +12,46 @@ from objectives import NAN, make_batch, map_fields
 from rljax.algorithms import (
     CISPO,
     DAPO,
+    DIS,
+    FIPO,
     GRPO,
     GSPO,
+    OWPO,
     RECIPES,
+    PKPO,
     RLOO,
+    VCPO,
+    AgentRL,
+    DecoupledPPO,
+    DirectionReweighting,
+    DivergenceWeighting,
     DrGRPO,
+    HighEntropy,
+    IcePop,
+    NearBoundaryRescue,
+    NearBoundaryRescueGSPO,
+    PassAtK,
     Reinforce,
     ReinforcePlusPlus,
     ReinforcePlusPlusBaseline,
 )
 from rljax.types import RolloutBatch, Rows
 
-BATCH_STATISTICS = {Reinforce, ReinforcePlusPlus, ReinforcePlusPlusBaseline}
+BATCH_STATISTICS = {AgentRL, Reinforce, ReinforcePlusPlus, ReinforcePlusPlusBaseline}
 """Their baseline spans groups, so two batches apart differ from the two together."""
+
+ALWAYS_NEED_REF = {OWPO}
+"""They compare the policy with a reference in more than a KL penalty."""
+
+OWN_METRICS = {
+    FIPO: (
+        *("future_kl", "future_kl_excluded", "advantage_mean"),
+        *("influence_low", "influence_high", "influence_safety"),
+    ),
+    OWPO: ("inferior", "superior", "force_reversal"),
+    NearBoundaryRescue: ("clip_active", "rescued"),
+    NearBoundaryRescueGSPO: ("clip_active", "rescued"),
+}
 
 GROUP, WIDTH = 4, 9
 every_recipe = pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.__name__)
@@ -48,7 +75,7 @@ def to_rows(algorithm, batch, *, token_weights=None) -> Rows:
     mask = np.asarray(batch.action_mask) & np.asarray(batch.is_valid)[:, None]
     rng = np.random.default_rng(5)
     drift = 0.02 * rng.normal(size=(32, 32))[: mask.shape[0], : mask.shape[1]]
-    return Rows(
+    rows = Rows(
         row_index=np.zeros(mask.shape, np.int32),
         loss_mask=mask,
         loss_weights=algorithm.loss.token_weights(mask) if token_weights is None else token_weights,
@@ -58,7 +85,9 @@ def to_rows(algorithm, batch, *, token_weights=None) -> Rows:
         old_logprobs=(batch.behavior_logprobs + drift).astype(np.float32),
         source=batch.source,
         ref_logprobs=batch.ref_logprobs,
+        uniforms=np.abs(batch.behavior_logprobs) * 997 % 1,  # as the tokens' own: padding and order do not matter
     )
+    return rows if algorithm.loss.correct_fn is None else algorithm.loss.correct_fn(rows).rows
 
 
 def current(rows, spread=0.1, seed=6):
@@ -99,7 +128,8 @@ def test_metric_names_are_the_documented_ones(recipe):
     rows = to_rows(algorithm, example())
     _, metrics = algorithm.loss.loss(*current(rows), rows)
     names = {f"loss/{n}" for n in ("policy", "clip_fraction", "ratio_mean", "ratio_max", "approx_kl", "entropy")}
-    assert names <= set(metrics) <= names | {"loss/kl_ref"}
+    optional = {f"loss/{n}" for n in ("kl_ref", "weight_mean", "kept_fraction")}
+    assert names <= set(metrics) <= names | optional | {f"loss/{n}" for n in OWN_METRICS.get(recipe, ())}
 
 
 @every_recipe
@@ -212,6 +242,7 @@ def test_first_update_pushes_towards_reward_and_away_from_failure(recipe):
     """On-policy, the gradient of the loss by a log-prob has the sign of -advantage wherever there is an advantage."""
     algorithm = build(recipe, kl_coef=0.0, entropy_coef=0.0)
     rows = to_rows(algorithm, example())
+    rows = dataclasses.replace(rows, old_logprobs=rows.behavior_logprobs)
     old = jnp.asarray(rows.old_logprobs)
     (_, metrics), (slope, _) = gradients(algorithm, rows, old, jnp.zeros_like(old))
     advantages = np.asarray(rows.advantages)
@@ -248,7 +279,7 @@ def test_reward_rises_on_a_table_of_logits(recipe):
     algorithm = recipe(group_size=group, kl_coef=0.0).build()
     if recipe is DrGRPO:
         algorithm = recipe(group_size=group, horizon=length).build()
-    rng = np.random.default_rng(0)
+    rng, noise = np.random.default_rng(0), np.random.default_rng(1)
     targets = rng.integers(0, vocab, (prompts, length))
     prompt_of = np.repeat(np.arange(prompts), group)
 
@@ -296,6 +327,7 @@ def test_reward_rises_on_a_table_of_logits(recipe):
             old_logprobs=old,
             source=np.zeros(len(prompt_of), np.int32),
             ref_logprobs=old,
+            uniforms=noise.random(mask.shape).astype(np.float32),
         )
         for _ in range(2):
             table, state = update(table, state, tokens, rows)
@@ -307,10 +339,11 @@ def test_reward_rises_on_a_table_of_logits(recipe):
 def test_needs_ref_exactly_when_a_kl_coefficient_is_on(recipe):
     assert build(recipe).plan.needs_ref
     without = build(recipe, kl_coef=0.0)
-    assert not without.plan.needs_ref
+    assert without.plan.needs_ref == (recipe in ALWAYS_NEED_REF)
     batch = dataclasses.replace(example(), ref_logprobs=None)
-    rows = to_rows(without, batch)
-    assert np.isfinite(without.loss.loss(*current(rows), rows)[0])
+    if recipe not in ALWAYS_NEED_REF:
+        rows = to_rows(without, batch)
+        assert np.isfinite(without.loss.loss(*current(rows), rows)[0])
     with pytest.raises(ValueError, match="ref_logprobs"):
         rows = to_rows(build(recipe), batch)
         build(recipe).loss.loss(*current(rows), rows)
@@ -353,7 +386,25 @@ def test_every_recipe_names_its_paper_and_its_deviations(recipe):
         (CISPO(cispo_max_ratio=0.5), "cispo_max_ratio=0.5 must be at least 1"),
         (CISPO(cispo_min_ratio=1.5), "cispo_min_ratio=1.5 must be at most 1"),
         (GSPO(epsilon=-1.0), "epsilon=-1.0"),
+        (DIS(clip_low=1.5), "DIS: clip_low=1.5 must be at most 1"),
+        (IcePop(mismatch=0.5), "mismatch=0.5 must be at least 1"),
+        (DecoupledPPO(max_weight=0.5), "max_weight=0.5 must be at least 1"),
+        (VCPO(ess_base=0.0), "ess_base=0.0 must be above 0"),
+        (PassAtK(k=8, group_size=8), "PassAtK: k=8 must be at least 1 and below group_size=8"),
+        (PKPO(k=2, baseline=3), "baseline=3 must be k - 1 or k"),
         (RLOO(group_size=-3), "group_size=-3"),
+        (FIPO(influence_low=0.0), "influence_low=0.0 and influence_high=1.2 must enclose 1"),
+        (FIPO(influence_low=1.1), "influence_low=1.1"),
+        (FIPO(half_life=0.0), "half_life=0.0"),
+        (FIPO(safety_ratio=0.5), "safety_ratio=0.5 must be at least 1"),
+        (FIPO(max_dual_clipped=-1), "max_dual_clipped=-1"),
+        (OWPO(lock=1.0), "lock=1.0 must be below 1"),
+        (OWPO(accelerate=-0.1), "accelerate=-0.1"),
+        (NearBoundaryRescue(delta=1.0), "NearBoundaryRescue: delta=1.0"),
+        (NearBoundaryRescueGSPO(delta=-0.1), "NearBoundaryRescueGSPO: delta=-0.1"),
+        (DirectionReweighting(alpha=-0.1), "alpha=-0.1"),
+        (DivergenceWeighting(width=2.0), "width=2.0 must be at least 0 and below 2"),
+        (HighEntropy(fraction=0.0), "fraction=0.0 must be above 0"),
     ],
 )
 def test_impossible_hyperparameters_are_one_clear_line(recipe, message):
@@ -375,7 +426,7 @@ def test_dapo_drops_groups_without_signal_and_punishes_overlong_answers_in_token
 
 def test_plans_of_the_other_recipes_keep_all_groups_and_leave_rewards_alone():
     for recipe in RECIPES:
-        if recipe is not DAPO:
+        if not issubclass(recipe, DAPO):
             plan = recipe().build().plan
             assert plan.keep_group is None
             assert plan.shape_reward is None

@@ -52,6 +52,7 @@ class Trajectory:
     prompt_id: int
     group_id: int
     episode_id: int
+    task_id: int = 0  # rows of one task, of a mixture, share it
     reward: float = 0.0
     is_valid: bool = True  # False: its reward or tool failed; it takes no part in statistics or gradient
     is_truncated: bool = False
@@ -87,6 +88,7 @@ class RolloutBatch:
     fork_score: Float[ArrayLike, " B"]
     intervention: Int[ArrayLike, " B"]
     ref_logprobs: Float[ArrayLike, "B T"] | None = None  # only when the algorithm needs them before the update
+    task_id: Int[ArrayLike, " B"] | None = None  # counts tasks from 0, below B; None is a single task
 
 
 @struct

@@ -1,27 +1,37 @@
 """Recipes: one file per method, a dataclass of hyperparameters with `build() -> Algorithm`."""
 
+from rljax.algorithms.agentrl import AgentRL
 from rljax.algorithms.base import Algorithm
 from rljax.algorithms.cispo import CISPO
 from rljax.algorithms.dapo import DAPO
+from rljax.algorithms.decoupled_ppo import DecoupledPPO
+from rljax.algorithms.dis import DIS
 from rljax.algorithms.dr_grpo import DrGRPO
 from rljax.algorithms.fipo import FIPO
 from rljax.algorithms.gmpo import GMPO
 from rljax.algorithms.grpo import GRPO
 from rljax.algorithms.gspo import GSPO
 from rljax.algorithms.high_entropy import HighEntropy
+from rljax.algorithms.icepop import IcePop
+from rljax.algorithms.m2po import M2PO
 from rljax.algorithms.near_boundary_rescue import NearBoundaryRescue, NearBoundaryRescueGSPO
 from rljax.algorithms.owpo import OWPO
+from rljax.algorithms.pass_at_k import PKPO, PassAtK
 from rljax.algorithms.reinforce import Reinforce
 from rljax.algorithms.reinforce_pp import ReinforcePlusPlus, ReinforcePlusPlusBaseline
 from rljax.algorithms.rloo import RLOO
 from rljax.algorithms.rlvr_direction import DirectionReweighting
 from rljax.algorithms.sapo import SAPO
 from rljax.algorithms.sparse_but_critical import DivergenceWeighting
+from rljax.algorithms.vcpo import VCPO
 
 RECIPES = (
+    AgentRL,
     CISPO,
     DAPO,
+    DecoupledPPO,
     DirectionReweighting,
+    DIS,
     DivergenceWeighting,
     DrGRPO,
     FIPO,
@@ -29,35 +39,48 @@ RECIPES = (
     GRPO,
     GSPO,
     HighEntropy,
+    IcePop,
+    M2PO,
     NearBoundaryRescue,
     NearBoundaryRescueGSPO,
     OWPO,
-    RLOO,
+    PassAtK,
+    PKPO,
     Reinforce,
     ReinforcePlusPlus,
     ReinforcePlusPlusBaseline,
+    RLOO,
     SAPO,
+    VCPO,
 )
 """Every recipe; the conformance suite runs over these."""
 
 __all__ = [
     "CISPO",
     "DAPO",
+    "DIS",
     "FIPO",
     "GMPO",
     "GRPO",
     "GSPO",
+    "M2PO",
     "OWPO",
+    "PKPO",
     "RECIPES",
     "RLOO",
     "SAPO",
+    "VCPO",
+    "AgentRL",
     "Algorithm",
+    "DecoupledPPO",
     "DirectionReweighting",
     "DivergenceWeighting",
     "DrGRPO",
     "HighEntropy",
+    "IcePop",
     "NearBoundaryRescue",
     "NearBoundaryRescueGSPO",
+    "PassAtK",
     "Reinforce",
     "ReinforcePlusPlus",
     "ReinforcePlusPlusBaseline",

@@ -1,6 +1,16 @@
 """Ratios, surrogates, weights, filters, penalties and aggregations, and `policy_loss` to compose them."""
 
 from rljax.losses.aggregation import AggregateFn, fixed_length, sequence_mean, sequence_sum, token_mean, token_sum
+from rljax.losses.corrections import (
+    CorrectFn,
+    Correction,
+    effective_sample_size,
+    geometric_log_weights,
+    limit_second_moment,
+    product_log_weights,
+    scale_step_by_sample_size,
+    second_moment_mask,
+)
 from rljax.losses.filters import FilterFn, geometric_band, max_behavior_k3, max_ratio, off_policy_sequence
 from rljax.losses.future_kl import future_kl_report, future_kl_weights, future_log_ratio, max_dual_clipped
 from rljax.losses.one_way import (
@@ -39,6 +49,13 @@ from rljax.losses.ratios import (
 from rljax.losses.rescue import Rescue, inward, per_row, per_token, rescue, two_sided
 from rljax.losses.reweighting import divergence_weights, rare_token_weights
 from rljax.losses.selection import SelectFn, high_entropy
+from rljax.losses.staleness import (
+    behavior_sequence_ratio,
+    double_sided,
+    probability_band,
+    squared_log_ratio,
+    veto,
+)
 from rljax.losses.surrogates import Surrogate, SurrogateFn, cispo, clipped, soft_gate, unclipped
 from rljax.losses.values import clipped_value_loss
 from rljax.losses.weights import (
@@ -54,6 +71,8 @@ from rljax.losses.weights import (
 
 __all__ = [
     "AggregateFn",
+    "CorrectFn",
+    "Correction",
     "FilterFn",
     "KlEstimator",
     "Loss",
@@ -69,12 +88,15 @@ __all__ = [
     "WeightFn",
     "batch_normalized",
     "behavior_ratio",
+    "behavior_sequence_ratio",
     "behavior_weights",
     "cispo",
     "clipped",
     "clipped_value_loss",
     "current_deviation",
     "divergence_weights",
+    "double_sided",
+    "effective_sample_size",
     "entropy_bonus",
     "exponential_gate",
     "fixed_length",
@@ -82,6 +104,7 @@ __all__ = [
     "future_kl_weights",
     "future_log_ratio",
     "geometric_band",
+    "geometric_log_weights",
     "geometric_ratio",
     "high_entropy",
     "importance_corrected_kl",
@@ -93,6 +116,7 @@ __all__ = [
     "k3",
     "k3_plus",
     "kl_penalty",
+    "limit_second_moment",
     "linear_gate",
     "log_difference",
     "masked_is",
@@ -106,8 +130,12 @@ __all__ = [
     "per_row",
     "per_token",
     "policy_loss",
+    "probability_band",
+    "product_log_weights",
     "rare_token_weights",
     "rescue",
+    "scale_step_by_sample_size",
+    "second_moment_mask",
     "sequence_behavior_weights",
     "sequence_masked_is",
     "sequence_mean",
@@ -117,10 +145,12 @@ __all__ = [
     "sequence_truncated_is",
     "sigmoid_gate",
     "soft_gate",
+    "squared_log_ratio",
     "token_mean",
     "token_ratio",
     "token_sum",
     "truncated_is",
     "two_sided",
     "unclipped",
+    "veto",
 ]

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from rljax.losses.aggregation import AggregateFn
+from rljax.losses.corrections import CorrectFn
 from rljax.losses.filters import FilterFn
 from rljax.losses.penalties import PenaltyFn
 from rljax.losses.ratios import RatioFn, log_difference
@@ -32,11 +33,13 @@ class Loss(NamedTuple):
     named `*_max`, which combine by maximum.
 
     `select_fn`, if there is one, also runs over the global minibatch, once per update: the advantages of tokens that it
-    does not select count as 0. Denominators and penalties stay those of all loss tokens."""
+    does not select count as 0. Denominators and penalties stay those of all loss tokens. So does `correct_fn`: it is
+    given the rows with the old log-probs, and returns those to train on, metrics, and a factor for the step."""
 
     token_weights: AggregateFn
     loss: LossFn
     select_fn: SelectFn | None = None
+    correct_fn: CorrectFn | None = None
 
 
 def policy_loss(
@@ -48,6 +51,7 @@ def policy_loss(
     penalties: Sequence[PenaltyFn] = (),
     report_fns: Sequence[ReportFn] = (),
     select_fn: SelectFn | None = None,
+    correct_fn: CorrectFn | None = None,
 ) -> Loss:
     """`sum(loss_weights * (keep * prod(weights) * surrogate(ratio, A, lp) + sum(penalties)))`.
 
@@ -55,7 +59,8 @@ def policy_loss(
     `rows.loss_mask`, where NaN is harmless. Metrics, means over `rows.token_count` unless said otherwise: `loss/policy`
     (the policy part of the loss), `loss/clip_fraction`, `loss/ratio_mean`, `loss/ratio_max` (a maximum),
     `loss/approx_kl` (k3 of old against current policy), `loss/entropy`, with weights `loss/weight_mean`, with filters
-    `loss/kept_fraction`, and what penalties and `report_fns` add. `select_fn` is passed on, for the trainer to apply.
+    `loss/kept_fraction`, and what penalties and `report_fns` add. `select_fn` and `correct_fn` are passed on, for the
+    trainer to apply.
     """
 
     def loss(
@@ -98,7 +103,7 @@ def policy_loss(
         metrics |= {"loss/policy": policy, "loss/ratio_max": masked_max(ratio, mask)}
         return total, jax.lax.stop_gradient(metrics)
 
-    return Loss(aggregate_fn, loss, select_fn)
+    return Loss(aggregate_fn, loss, select_fn, correct_fn)
 
 
 def _masked(x: ArrayLike, mask: Array) -> Array:

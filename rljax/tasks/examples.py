@@ -40,6 +40,11 @@ class Example:
         elif not 0 <= self.id < 2**31:
             raise ValueError(f"example id {self.id} must be in [0, 2**31), or left out to be a hash of the content")
 
+    @property
+    def task_id(self) -> int:
+        """A 31-bit hash of the column `task`, by which the rows of a mixture tell tasks apart; 0 without one."""
+        return digest(self.columns["task"]) >> 97 if "task" in self.columns else 0
+
 
 @dataclass(frozen=True)
 class Split:

@@ -43,7 +43,9 @@ class Loss(Protocol):
 
     It may also have a `select_fn(entropies, loss_mask) -> bool`, over all microbatches `[M, B, T]` of a minibatch at
     once: tokens that it does not select have their advantage set to 0. The entropies are those of the policy before
-    the update, of its full softmax at temperature 1, and cost one more forward pass."""
+    the update, of its full softmax at temperature 1, and cost one more forward pass. And it may have a
+    `correct_fn(rows)`, over all microbatches too: given the old log-probs, it returns the rows to train on, metrics,
+    and a factor for the optimizer's step or None. With one update per rollout that costs a forward pass as well."""
 
     @property
     def token_weights(self) -> Any: ...
@@ -99,10 +101,11 @@ class Learner:
         self.minibatches, self.epochs, self.shuffle, self.seed = minibatches, epochs, shuffle, seed
         self.needs_reference, self.anchor_to_behavior = needs_reference, anchor_to_behavior
         self.needs_uniforms, self.select_fn = needs_uniforms, getattr(loss, "select_fn", None)
+        self.correct_fn = getattr(loss, "correct_fn", None)
         self._schedule = None
         if isinstance(optimizer, OptimizerConfig):
             self._schedule, optimizer = make_schedule(optimizer), make_optimizer(optimizer)
-        self.optimizer: optax.GradientTransformation = optimizer
+        self.optimizer = optax.with_extra_args_support(optimizer)
         self._sampling = None if sampling is None or _is_plain(sampling) else sampling
         self._head: dict[str, Any] = dict(chunk=chunk, remat=remat, scan=scan)
         self._guard = Guard(max_skipped)
@@ -246,6 +249,10 @@ class Learner:
             is_leaf=is_packed,
         )
 
+    @property
+    def _updates_once(self) -> bool:
+        return self.minibatches * self.epochs == 1
+
     def _on_mesh(self):
         return contextlib.nullcontext() if self.mesh is None else use_mesh(self.mesh)
 
@@ -268,9 +275,9 @@ class Learner:
 
         return jax.lax.fori_loop(0, _live_microbatches(mask), score, jnp.zeros(mask.shape, jnp.float32))
 
-    def _microbatch_loss(self, params, packed: Packed, rows: Rows, sampling) -> tuple[Array, Metrics]:
+    def _microbatch_loss(self, params, packed: Packed, rows: Rows, sampling, *, anchored) -> tuple[Array, Metrics]:
         logprobs, entropies = self._rows_logprobs(params, packed, rows.row_index, rows.loss_mask, sampling)
-        if self.minibatches * self.epochs == 1:
+        if self._updates_once and not anchored:
             rows = rows.replace(old_logprobs=jax.lax.stop_gradient(logprobs))  # type: ignore[attr-defined]
         loss, metrics = self.loss.loss(logprobs, entropies, rows)
         sampled_by = logprobs if self.anchor_to_behavior else rows.old_logprobs
@@ -283,21 +290,34 @@ class Learner:
         }
         return loss, jax.lax.stop_gradient(metrics)
 
-    def _gradients(self, params, batch: TrainBatch, sampling) -> tuple[Array, Metrics, Any]:
-        """(loss, metrics, gradients) of a minibatch, by its selected tokens if the loss selects."""
-        if self.select_fn is None:
-            return self._accumulate(params, batch, sampling)
-        mask = jnp.asarray(batch.rows.loss_mask)
-        entropies = self._score_microbatches(params, batch.packed, batch.rows.row_index, mask, None, 1)
-        selected = self.select_fn(entropies, mask)
-        batch = _with(batch, advantages=jnp.where(selected, batch.rows.advantages, 0))
-        loss, metrics, grads = self._accumulate(params, batch, sampling)
-        share = jnp.sum(selected & mask) / jnp.maximum(jnp.sum(mask), 1)
-        return loss, metrics | {"loss/selected_fraction": share}, grads
+    def _whole_minibatch(self, params, batch: TrainBatch, sampling) -> tuple[TrainBatch, Metrics, Array | None]:
+        """What the loss selects and corrects by all rows at once: the minibatch to train on, metrics, a step factor."""
+        metrics, scale = {}, None
+        if self.correct_fn is not None:
+            anchored = self._anchored(params, batch, sampling)
+            rows, metrics, scale = self.correct_fn(anchored.rows)
+            batch = TrainBatch(packed=batch.packed, rows=rows)
+        if self.select_fn is not None:
+            mask = jnp.asarray(batch.rows.loss_mask)
+            entropies = self._score_microbatches(params, batch.packed, batch.rows.row_index, mask, None, 1)
+            selected = self.select_fn(entropies, mask)
+            batch = _with(batch, advantages=jnp.where(selected, batch.rows.advantages, 0))
+            metrics = metrics | {"loss/selected_fraction": jnp.sum(selected & mask) / jnp.maximum(jnp.sum(mask), 1)}
+        return batch, metrics, scale
 
-    def _accumulate(self, params, batch: TrainBatch, sampling) -> tuple[Array, Metrics, Any]:
-        """(loss, metrics, gradients), added up over the microbatches that hold anything."""
-        value_and_grad = jax.value_and_grad(self._microbatch_loss, has_aux=True)
+    def _anchored(self, params, batch: TrainBatch, sampling) -> TrainBatch:
+        """The minibatch with old log-probs, which a single update would else leave to the loss itself."""
+        if not self._updates_once:
+            return batch
+        rows = batch.rows
+        return _with(
+            batch, old_logprobs=self._score_microbatches(params, batch.packed, rows.row_index, rows.loss_mask, sampling)
+        )
+
+    def _gradients(self, params, batch: TrainBatch, sampling, anchored: bool = False) -> tuple[Array, Metrics, Any]:
+        """(loss, metrics, gradients), added up over the microbatches that hold anything. `anchored` keeps the old
+        log-probs of the batch, at whatever params."""
+        value_and_grad = jax.value_and_grad(functools.partial(self._microbatch_loss, anchored=anchored), has_aux=True)
 
         def of(m):
             packed, rows = jax.tree.map(lambda x: x[m], (batch.packed, batch.rows))
@@ -322,22 +342,32 @@ class Learner:
         return jax.lax.fori_loop(0, jnp.maximum(_live_microbatches(batch.rows.loss_mask), 1), add, start)
 
     def _update_step(self, params, opt_state, step, skipped, batch: TrainBatch, sampling):
+        batch, whole_metrics, scale = self._whole_minibatch(params, batch, sampling)
         loss, metrics, grads = self._gradients(params, batch, sampling)
         grad_norm = optax.tree_utils.tree_norm(grads)
+        norms = [grad_norm]
+
+        def gradient_at(other):  # for optimizers that look elsewhere: nothing but the params differs
+            there = self._gradients(other, self._anchored(params, batch, sampling), sampling, anchored=True)[2]
+            norms.append(optax.tree_utils.tree_norm(there))
+            return there
+
         finite = {
             "advantages": jnp.all(jnp.isfinite(jnp.where(batch.rows.loss_mask, batch.rows.advantages, 0.0))),
             "logprobs": metrics.pop("nonfinite_logprobs") == 0,
             "loss": jnp.isfinite(loss),
-            "gradient norm": jnp.isfinite(grad_norm),
         }
+        updates, new_opt_state = self.optimizer.update(grads, opt_state, params, grad_fn=gradient_at)
+        finite["gradient norm"] = jnp.all(jnp.isfinite(jnp.stack(norms)))
         ok = finite["loss"] & finite["gradient norm"]
-        updates, new_opt_state = self.optimizer.update(grads, opt_state, params)
+        if scale is not None:
+            updates = jax.tree.map(lambda u: (u * scale).astype(u.dtype), updates)
         new_params = optax.apply_updates(params, updates)
         keep = lambda new, old: jnp.where(ok, new, old)  # noqa: E731
         new_params, new_opt_state = jax.tree.map(keep, (new_params, new_opt_state), (params, opt_state))
         skipped = jnp.where(ok, 0, skipped + 1).astype(jnp.int32)
         metrics |= {"loss/total": loss, "loss/grad_norm": grad_norm, "loss/skipped": skipped.astype(jnp.float32)}
-        metrics |= _packing_metrics(batch)
+        metrics |= whole_metrics | _packing_metrics(batch)
         if self._schedule is not None:
             metrics["loss/learning_rate"] = jnp.asarray(self._schedule(_update_count(opt_state)), jnp.float32)
         return new_params, new_opt_state, step + 1, skipped, metrics, finite

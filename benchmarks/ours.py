@@ -15,7 +15,7 @@ from _probe import probe
 from rljax.losses import clipped, policy_loss, token_mean, token_ratio
 from rljax.models import load_model
 from rljax.rollouts.batching import PackSpec, stack
-from rljax.sampling import Request, Sampler, compile_count, sampling_params
+from rljax.sampling import Fork, Request, Sampler, compile_count, sampling_params
 from rljax.training import Learner, OptimizerConfig
 from rljax.types import Trajectory
 
@@ -67,38 +67,57 @@ def make_ragged(job, model):
     return continuous, static
 
 
-def trajectories(job):
-    prompt = job["prompt_length"]
-    for i, (row, advantage) in enumerate(zip(job["rows"], job["advantages"], strict=True)):
+def trajectories(rows, prompt_length, rewards, group_size):
+    for i, (row, reward) in enumerate(zip(rows, rewards, strict=True)):
         length = len(row)
         zeros = np.zeros(length, np.float32)
         yield Trajectory(
             tokens=np.array(row, np.int32),
-            action_mask=np.arange(length) >= prompt,
+            action_mask=np.arange(length) >= prompt_length,
             behavior_logprobs=zeros,
             entropies=zeros,
             turn_ids=np.zeros(length, np.int32),
             policy_version=np.zeros(length, np.int32),
-            prompt_id=0,
-            group_id=0,
+            prompt_id=i // group_size,
+            group_id=i // group_size,
             episode_id=i,
-            reward=advantage,
+            reward=reward,
         )
 
 
 def make_step(job, model, *, share, packed_rows):
+    """One update on the rows of one prompt."""
+    rows, length = np.shape(job["rows"])
+    scored = length - job["prompt_length"]
+    if share:
+        size = job["prompt_length"] + rows * scored
+        spec = PackSpec(size, 1, True, (size,), (rows * scored,), (rows,), (1,))
+    else:
+        spec = PackSpec(length, packed_rows, False, (length,), (scored,), (packed_rows,), (rows // packed_rows,))
+    return make_update(job, model, job["rows"], job["advantages"], spec, group_size=rows)
+
+
+def make_forest_step(job, model, forest, *, share):
+    """One update on the rows of several trees: a tree to a packed row, or its leaves as rows of a microbatch."""
+    rows, leaves, trees = forest["rows"], forest["leaves"], len(forest["rows"]) // forest["leaves"]
+    length, prompt = len(rows[0]), job["prompt_length"]
+    unique, advantages = forest["unique"], np.random.default_rng(4).standard_normal(len(rows)).tolist()
+    if share:
+        spec = PackSpec(unique, 1, True, (unique,), (unique - prompt,), (leaves,), (trees,))
+    else:
+        spec = PackSpec(length, leaves, False, (length,), (length - prompt,), (leaves,), (trees,))
+    return make_update(job, model, rows, advantages, spec, group_size=leaves)
+
+
+def make_update(job, model, rows, advantages, spec, *, group_size):
     """`update`: loss, gradients, clipping by the global norm, Adam, the guard, all metrics. One minibatch."""
     config, params = model
-    rows, length = np.shape(job["rows"])
-    completions = rows * (length - job["prompt_length"])
-    if share:
-        size = job["prompt_length"] + completions
-        spec = PackSpec(size, 1, True, (size,), (completions,), (rows,), (1,))
-    else:
-        scored, micro = length - job["prompt_length"], rows // packed_rows
-        spec = PackSpec(length, packed_rows, False, (length,), (scored,), (packed_rows,), (micro,))
-    batch = stack(list(trajectories(job)), row_buckets=(rows,), length_buckets=(length,))
-    advantages = np.broadcast_to(np.array(job["advantages"], np.float32)[:, None], batch.tokens.shape)
+    batch = stack(
+        list(trajectories(rows, job["prompt_length"], advantages, group_size)),
+        row_buckets=(len(rows),),
+        length_buckets=(len(rows[0]),),
+    )
+    advantages = np.broadcast_to(np.array(advantages, np.float32)[:, None], batch.tokens.shape)
     loss = policy_loss(token_ratio, clipped(clip_low=job["clip"], clip_high=job["clip"]), token_mean)
     learner = Learner(
         config,
@@ -109,22 +128,119 @@ def make_step(job, model, *, share, packed_rows):
         scan=job.get("scan", True),
     )
     state = learner.init_state(jax.tree.map(jnp.array, params))
+    temporaries = None
 
     def step():
-        nonlocal state
+        nonlocal state, temporaries
         start = time.perf_counter()
         (train_batch,) = learner.prepare(state, batch, advantages)
         prepared = time.perf_counter()
         state, metrics = learner.update(state, train_batch)
         jax.block_until_ready(state.params)
+        if temporaries is None and job.get("memory"):
+            analysis = learner.lower_update(train_batch).compile().memory_analysis()
+            temporaries = int(analysis.temp_size_in_bytes)
         return {
             "prepare_seconds": prepared - start,
             "loss": float(metrics["loss/total"]),
             "grad_norm": float(metrics["loss/grad_norm"]),
             "packed_tokens": int(np.prod(train_batch.packed.tokens.shape)),
+            "temporaries": temporaries,
         }
 
     return step
+
+
+def make_branches(job, model):
+    """`fork`: branches from the end of a path that was just sampled, timed from there. `reprefill`: as many samples of
+    prompts that hold prompt and path, each on its own."""
+    fork = job["fork"]
+    config, params = model
+    prompts, path, branches, new = fork["prompts"], fork["path"], fork["branches"], fork["new_tokens"]
+    length = len(prompts[0])
+    forking = Sampler(
+        config,
+        prompt_buckets=(length,),
+        max_new_tokens=path + new,
+        prompt_slots=len(prompts),
+        sample_slots=branches,
+        path_slots=1,
+    )
+    plain = Sampler(
+        config,
+        prompt_buckets=(length + path,),
+        max_new_tokens=new,
+        prompt_slots=len(prompts) * branches,
+        sample_slots=1,
+    )
+    for sampler in (forking, plain):
+        sampler.set_params(params)
+        sampler.warmup()
+    steps = iter(range(10**6))
+
+    def fork_all():
+        began: list[float] = []
+
+        def rounds(samples):
+            began.append(time.perf_counter())
+            return [Fork(0, path, i) for i in range(1, branches + 1)] if len(samples) == 1 else []
+
+        requests = [Request(p, i, [0], rounds=rounds) for i, p in enumerate(prompts)]
+        samples = forking.generate(requests, sampling_params(), seed=0, step=next(steps))
+        seconds = time.perf_counter() - began[0]
+        return {"seconds": seconds, "new_tokens": sum(len(s.tokens) - path for group in samples for s in group[1:])}
+
+    def sample_all():
+        # The tokens do not matter for the time, only how many there are.
+        rows = np.random.default_rng(1).integers(3, config.vocab_size, (len(prompts) * branches, length + path))
+        requests = [Request(row.tolist(), i, [0]) for i, row in enumerate(rows)]
+        return report(plain, plain.generate(requests, sampling_params(), seed=0, step=next(steps)))
+
+    return fork_all, sample_all
+
+
+def make_random_forks(job, model):
+    """Rounds of forks at random places; reports how many programs were compiled after warm-up."""
+    config, params = model
+    size = job["random_forks"]
+    sampler = Sampler(
+        config,
+        prompt_buckets=(16, 32),
+        max_new_tokens=32,
+        prompt_slots=4,
+        sample_slots=4,
+        path_slots=12,
+        max_injected=4,
+    )
+    sampler.set_params(params)
+    sampler.warmup()
+    seeds = iter(range(10**6))
+
+    def rounds(rng):
+        def fork(samples):
+            if len(samples) >= 16:
+                return []
+            parents = rng.integers(0, len(samples), 4)
+            return [
+                Fork(
+                    int(p), int(rng.integers(0, 28)), len(samples) + i, rng.integers(3, 50, rng.integers(0, 4)).tolist()
+                )
+                for i, p in enumerate(parents)
+            ]
+
+        return fork
+
+    def run():
+        rng, before = np.random.default_rng(next(seeds)), compile_count()
+        lengths = rng.integers(1, 33, size["prompts"])
+        requests = [
+            Request(rng.integers(3, config.vocab_size, n).tolist(), i, range(4), rounds=rounds(rng))
+            for i, n in enumerate(lengths)
+        ]
+        out = report(sampler, sampler.generate(requests, sampling_params(), seed=0, step=next(seeds)))
+        return out | {"compiles": compile_count() - before}
+
+    return run
 
 
 def main():
@@ -140,6 +256,13 @@ def main():
     if "rows" in job:
         tasks["step"] = make_step(job, model, share=False, packed_rows=job["packed_rows"])
         tasks["group_step"] = make_step(job, model, share=True, packed_rows=1)
+    for ratio, forest in job.get("forests", {}).items():
+        tasks[f"forest_{ratio}"] = make_forest_step(job, model, forest, share=True)
+        tasks[f"flat_{ratio}"] = make_forest_step(job, model, forest, share=False)
+    if "fork" in job:
+        tasks["fork"], tasks["reprefill"] = make_branches(job, model)
+    if "random_forks" in job:
+        tasks["random_forks"] = make_random_forks(job, model)
     protocol.serve(tasks, {"jax": jax.__version__, "compiles": compile_count()})
 
 

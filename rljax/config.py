@@ -345,8 +345,9 @@ def check(config: Config, device_count: int | None = None) -> Algorithm:
         plan.forks.check()
         if plan.forks.max_injected + 1 >= config.sampling.max_new_tokens:
             raise ValueError(
-                f"config.sampling.max_new_tokens={config.sampling.max_new_tokens} leaves no room beside the "
-                f"{plan.forks.max_injected} tokens that a fork of {type(config.algorithm).__name__} begins with; raise it"
+                f"config.sampling.max_new_tokens={config.sampling.max_new_tokens} leaves no room beside the tokens "
+                f"that a fork of {type(config.algorithm).__name__} begins with; raise it to at least "
+                f"{plan.forks.max_injected + 2}"
             )
     buckets = config.sampling.prompt_buckets
     if not buckets or list(buckets) != sorted(set(buckets)) or buckets[0] < 1:

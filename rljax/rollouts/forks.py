@@ -1,8 +1,8 @@
 """Where to fork: rules over the samples of a prompt so far, and the rounds that apply them. Host side.
 
-A rule gets a `Grown` and returns fork points, best first. Rules that pick by chance draw from `Grown.rng`, whose numbers
-depend on the run's seed, the step, the prompt and the round alone. Positions count completion tokens; to fork *at*
-token `t` keeps the tokens before it, so that `t` itself is drawn anew.
+A rule gets a `Grown` and returns fork points, best first. Rules that pick by chance draw from `Grown.rng`, whose
+numbers depend on the run's seed, the step, the prompt and the round alone. Positions count completion tokens; to fork
+*at* token `t` keeps the tokens before it, so that `t` itself is drawn anew.
 """
 
 import dataclasses
@@ -24,8 +24,8 @@ TokenScore = Callable[["Grown", int], np.ndarray]
 class Grown:
     """The samples of one prompt when a round of forks begins.
 
-    `samples` are those that may be forked: the first `chains` are independent, the others forks of earlier ones. `steps`
-    numbers the steps of each one's completion; `limit` is the longest completion.
+    `samples` are those that may be forked: the first `chains` are independent, the others forks of earlier ones.
+    `steps` numbers the steps of each one's completion; `limit` is the longest completion.
     """
 
     samples: Sequence[Sample]
@@ -139,7 +139,7 @@ def top_entropy(points: int, *, tail: float = 0.1, last_words: Sequence[str] = (
 
 
 def top_tokens(score: TokenScore, points: int, tail: float = 0.0, last_words: Sequence[str] = ()) -> ForkRule:
-    """For each tree the `points` eligible tokens with the highest `score`; ties go to the earlier sample, then token."""
+    """For each tree the `points` eligible tokens of the highest `score`; ties go to the earlier sample, then token."""
 
     def rule(grown: Grown) -> list[ForkPoint]:
         chosen = []
@@ -155,9 +155,9 @@ def top_tokens(score: TokenScore, points: int, tail: float = 0.0, last_words: Se
 
 
 def eligible(grown: Grown, sample: int, tail: float = 0.0, last_words: Sequence[str] = ()) -> Bool[np.ndarray, " T"]:
-    """Tokens of a sample that may be drawn anew: its own, but not its first (the same prefix as its own fork), not where
-    it was forked before, not the last `tail` of the completion, and nothing after the first of `last_words`
-    (compared in lower case), since a fork in the final answer only words it again."""
+    """Tokens of a sample that may be drawn anew, bool [T]: its own, but not its first (the same prefix as its own
+    fork), not where it was forked before, not the last `tail` of the completion, and nothing after the first of
+    `last_words` (compared in lower case), since a fork in the final answer only words it again."""
     tokens = grown.samples[sample].tokens
     allowed = grown.own(sample)
     allowed[grown.samples[sample].fork_index] = False

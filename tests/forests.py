@@ -109,11 +109,17 @@ def random_forests(draw, *, max_rows=9, invalid=True):
     )
 
 
+def arrays_of(batch):
+    """The fields that are not None, by name."""
+    fields = {f.name: getattr(batch, f.name) for f in dataclasses.fields(batch)}
+    return {name: x for name, x in fields.items() if x is not None}
+
+
 def permute(batch, order):
     """The batch with row `i` at place `order[i]`."""
     order = np.asarray(order)
     place = np.argsort(order)
-    moved = {f.name: np.asarray(getattr(batch, f.name))[place] for f in dataclasses.fields(batch)}
+    moved = {name: np.asarray(x)[place] for name, x in arrays_of(batch).items()}
     parent = moved["parent_row"]
     moved["parent_row"] = np.where(parent >= 0, order[np.maximum(parent, 0)], -1).astype(np.int32)
     return dataclasses.replace(batch, **moved)
@@ -127,7 +133,7 @@ def pad(batch, rows=2, columns=3):
         fill = np.nan if x.dtype.kind == "f" else 0
         return np.pad(x, [(0, rows), (0, columns)][: x.ndim], constant_values=fill)
 
-    fields = {f.name: bigger(getattr(batch, f.name)) for f in dataclasses.fields(batch)}
+    fields = {name: bigger(x) for name, x in arrays_of(batch).items()}
     count = len(batch.group_id)
     fields["parent_row"][count:] = -1
     fields["group_id"][count:] = batch.group_id.max() + 1

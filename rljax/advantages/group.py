@@ -27,11 +27,11 @@ AdvantageFn = Callable[[RolloutBatch], Array]
 """RolloutBatch -> advantages [B, T]."""
 
 
-def group_normalized(*, epsilon: float = 1e-6) -> AdvantageFn:
-    """`(R - mean) / (std + epsilon)` of the group, std with ddof 1 (GRPO, 2402.03300)."""
+def group_normalized(*, epsilon: float = 1e-6, ddof: int = 1) -> AdvantageFn:
+    """`(R - mean) / (std + epsilon)` of the group, std with ddof 1 (GRPO, 2402.03300) or as given."""
 
     def advantages(batch: RolloutBatch) -> Float[Array, "B T"]:
-        std = segment_std(batch.reward, batch.group_id, batch.is_valid, ddof=1)
+        std = segment_std(batch.reward, batch.group_id, batch.is_valid, ddof=ddof)
         return _on_tokens(_centered(batch, batch.group_id) / (std[jnp.asarray(batch.group_id)] + epsilon), batch)
 
     return advantages

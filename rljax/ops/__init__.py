@@ -11,12 +11,22 @@ from rljax.ops.masked import (
     masked_whiten,
 )
 from rljax.ops.noise import row_uniforms
-from rljax.ops.scans import discounted_sum, next_unmasked
-from rljax.ops.segments import segment_count, segment_mean, segment_std, segment_sum
+from rljax.ops.phrases import find_phrases
+from rljax.ops.scans import discounted_sum, future_value, next_unmasked
+from rljax.ops.segments import (
+    segment_count,
+    segment_mean,
+    segment_std,
+    segment_sum,
+    segment_whiten,
+    segment_zscore,
+)
 
 __all__ = [
     "as_float",
     "discounted_sum",
+    "find_phrases",
+    "future_value",
     "masked_max",
     "masked_mean",
     "masked_quantile",
@@ -30,4 +40,6 @@ __all__ = [
     "segment_mean",
     "segment_std",
     "segment_sum",
+    "segment_whiten",
+    "segment_zscore",
 ]

@@ -29,3 +29,13 @@ def next_unmasked(x: Float[ArrayLike, "B T"], mask: Bool[ArrayLike, "B T"]) -> F
     index = jax.lax.cummin(jnp.where(mask, jnp.arange(length), length), axis=1, reverse=True)
     index = jnp.pad(index[:, 1:], ((0, 0), (0, 1)), constant_values=length)
     return jnp.take_along_axis(jnp.pad(x, ((0, 0), (0, 1))), index, axis=1)
+
+
+def future_value(
+    log_ratio: Float[ArrayLike, "B T"], mask: Bool[ArrayLike, "B T"], *, discount: float
+) -> Float[Array, "B T"]:
+    """`exp(sum_{k >= t} discount^(k - t) mask[k] log_ratio[k])`, the likelihood gain of the rest of the row from t on,
+    t included (APPO, 2606.12384). Distance counts positions, masked ones too; the sum is clamped to +-20."""
+    x = jnp.where(mask, as_float(log_ratio), 0)
+    total = discounted_sum(x, jnp.ones(x.shape, bool), discount=discount)
+    return jnp.exp(jnp.clip(total, -20, 20))

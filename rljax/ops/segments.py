@@ -44,5 +44,40 @@ def segment_std(
     return jnp.where(count > ddof, jnp.sqrt(squares / jnp.maximum(count - ddof, 1)), 0)
 
 
+def segment_zscore(
+    x: Float[ArrayLike, " B"],
+    group_id: Int[ArrayLike, " B"],
+    mask: Bool[ArrayLike, " B"],
+    *,
+    ddof: int = 1,
+    epsilon: float = 1e-6,
+    floor: float = 1e-6,
+) -> tuple[Float[Array, " B"], Bool[Array, " B"]]:
+    """`(x - mean) / (std + epsilon)` of *every* row, mean and std being those of its segment's rows where `mask`; and
+    whether that says anything. Unlike the others, the results are laid out on the rows.
+
+    It says nothing, and the score is 0, where the segment has fewer than two such rows, or is flat: a std of at most
+    `floor * max(1, |mean|)` is rounding.
+    """
+    x, group_id = as_float(x), jnp.asarray(group_id)
+    count, mean = segment_count(group_id, mask), segment_mean(x, group_id, mask)
+    std = segment_std(x, group_id, mask, ddof=ddof)
+    is_usable = ((count > 1) & (std > floor * jnp.maximum(1, jnp.abs(mean))))[group_id]
+    return jnp.where(is_usable, (x - mean[group_id]) / (std[group_id] + epsilon), 0), is_usable
+
+
+def segment_whiten(
+    x: Float[ArrayLike, " B"],
+    group_id: Int[ArrayLike, " B"],
+    mask: Bool[ArrayLike, " B"],
+    *,
+    ddof: int = 1,
+    epsilon: float = 1e-6,
+) -> Float[Array, " B"]:
+    """`segment_zscore` of the rows where `mask`, 0 for the others."""
+    score, _ = segment_zscore(x, group_id, mask, ddof=ddof, epsilon=epsilon)
+    return jnp.where(mask, score, 0)
+
+
 def _sum(x: Array, group_id: ArrayLike) -> Array:
     return jax.ops.segment_sum(x, jnp.asarray(group_id), num_segments=x.shape[0])

@@ -147,7 +147,7 @@ def child_mean(
     parents = jnp.asarray(tree.parents)
     is_child = (parents >= 0) & (jnp.asarray(tree.leaf_counts) > 0)
     above = jnp.where(is_child, parents, total)
-    last = jnp.where(is_leaf, _last_nodes(tree), total)
+    last = jnp.where(is_leaf, last_nodes(tree), total)
 
     def gather(of_nodes: Array, of_rows: Array) -> Array:
         return jnp.zeros(total, of_nodes.dtype).at[above].add(of_nodes, mode="drop").at[last].add(of_rows, mode="drop")
@@ -173,6 +173,19 @@ def parent_values(tree: Tree, values: Float[ArrayLike, " N"]) -> Float[Array, " 
     parents = jnp.asarray(tree.parents)
     values = as_float(values)
     return jnp.where(parents >= 0, values[jnp.maximum(parents, 0)], values)
+
+
+def root_values(tree: Tree, values: Float[ArrayLike, " N"]) -> Float[Array, " N"]:
+    """The value of the root node of each node's group."""
+    return as_float(values)[jnp.maximum(jnp.asarray(tree.roots), 0)]
+
+
+def last_nodes(tree: Tree) -> Int[Array, " B"]:
+    """The node in which each row ends; for rows that are not valid, the last that it shares with a valid one."""
+    node_ids = jnp.asarray(tree.node_ids)
+    last = jnp.max(jnp.where(node_ids >= 0, jnp.arange(node_ids.shape[1]), -1), axis=1)
+    inside = jnp.take_along_axis(node_ids, jnp.maximum(last, 0)[:, None], axis=1)[:, 0]
+    return jnp.where(last >= 0, inside, jnp.asarray(tree.group_id))
 
 
 def on_tokens(tree: Tree, values: Float[ArrayLike, " N"]) -> Float[Array, "B T"]:
@@ -266,12 +279,3 @@ def _shifted(tree: Tree, values: ArrayLike, mask: Array) -> tuple[Array, Array]:
     largest = jax.lax.stop_gradient(jnp.where(jnp.isfinite(largest), largest, 0))
     roots = jnp.asarray(tree.roots)
     return jnp.where(roots >= 0, largest[jnp.maximum(roots, 0)], 0), jnp.where(mask, x - largest[group_id], 0)
-
-
-def _last_nodes(tree: Tree) -> Array:
-    """The node in which each row ends."""
-    node_ids = jnp.asarray(tree.node_ids)
-    column = jnp.arange(node_ids.shape[1])
-    last = jnp.max(jnp.where(node_ids >= 0, column, -1), axis=1)
-    inside = jnp.take_along_axis(node_ids, jnp.maximum(last, 0)[:, None], axis=1)[:, 0]
-    return jnp.where(last >= 0, inside, jnp.asarray(tree.group_id))

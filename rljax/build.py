@@ -8,7 +8,15 @@ from jax.sharding import Mesh
 
 from rljax.algorithms import Algorithm
 from rljax.config import Config, Dataset, FreshModel, check, make_rewards, make_tokenizer, model_path
-from rljax.models import DecoderConfig, init_params, load_config, load_model, param_shardings
+from rljax.models import (
+    DecoderConfig,
+    forest_attention,
+    init_params,
+    kernel_attention,
+    load_config,
+    load_model,
+    param_shardings,
+)
 from rljax.parallel import make_mesh
 from rljax.rollouts.batching import PackSpec
 from rljax.sampling import Sampler, SamplingParams, sampling_params
@@ -90,6 +98,7 @@ def make_learner(config: Config, decoder: DecoderConfig, algorithm: Algorithm, s
         mesh=mesh,
         chunk=update.head_chunk,
         remat=update.remat,
+        attention=kernel_attention if update.attention_kernel else forest_attention,
         minibatches=update.minibatches,
         epochs=update.epochs,
         seed=config.seed,

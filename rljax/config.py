@@ -222,6 +222,9 @@ class UpdateConfig:
     `anchor_to_behavior` takes the sampler's log-probs as the old ones instead of scoring the rollout once more. The
     bucket tables bound the compiled shapes: packed length, scored tokens of a packed row, rows of a microbatch,
     microbatches; empty is a table that fits anything, one entry each is a single shape.
+
+    `attention_kernel` trains long packed rows with kernels that leave out blocks which see nothing, on a GPU or TPU;
+    a CPU, and short rows, keep the XLA form whatever it says.
     """
 
     minibatches: int = 1
@@ -236,6 +239,7 @@ class UpdateConfig:
     microbatch_buckets: tuple[int, ...] = ()
     head_chunk: int = 512
     remat: bool = False
+    attention_kernel: bool = False
     max_skipped: int = 5
 
 

@@ -1,5 +1,6 @@
 """Decoder-only language models as pure functions over a nested dict of weights."""
 
+from rljax.models.attention import Attention, forest_attention, kernel_attention
 from rljax.models.config import DecoderConfig, RopeScaling
 from rljax.models.decoder import (
     abstract_params,
@@ -21,6 +22,7 @@ from rljax.models.load import find_smollm2, load_config, load_model
 
 __all__ = [
     "FAMILIES",
+    "Attention",
     "DecoderConfig",
     "RopeScaling",
     "abstract_params",
@@ -30,8 +32,10 @@ __all__ = [
     "embed",
     "final_norm",
     "find_smollm2",
+    "forest_attention",
     "hidden_states",
     "init_params",
+    "kernel_attention",
     "load_config",
     "load_gguf",
     "load_hf",

@@ -7,15 +7,24 @@ with scores transposed, so that no product transposes an array of the size of th
 
 import functools
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from rljax.parallel import split_over
+
+Attention = Callable[..., Array]
+"""`attention(q, k, v, positions, subtree_end, window) -> out`, arguments and result as those of `forest_attention`."""
+
 MASKED = -1e30
 """Score of an invisible key: finite, so that a padding query, which sees nothing, yields no NaN."""
 
 MIN_BLOCK, MAX_BLOCKS = 128, 8
+
+KERNEL_LENGTH = 1024
+"""Packed rows from which on `kernel_attention` takes the kernels: shorter ones have few blocks to leave out."""
 
 
 def forest_attention(
@@ -35,6 +44,30 @@ def forest_attention(
     k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
     out = _attend(grouped, k, v, positions, subtree_end, jnp.asarray(window, jnp.int32))
     return out.transpose(0, 2, 1, 3, 4).reshape(rows, length, heads, head_dim)
+
+
+def kernel_attention(
+    q: Float[Array, "R S H hd"],
+    k: Float[Array, "R S KV hd"],
+    v: Float[Array, "R S KV hd"],
+    positions: Int[Array, "R S"],
+    subtree_end: Int[Array, "R S"],
+    window: Int[Array, ""] | int,
+) -> Float[Array, "R S H hd"]:
+    """`forest_attention` by the kernels of `rljax.models.attention_kernel`, on a GPU or TPU and for rows of at least
+    `KERNEL_LENGTH`; else as it is. Under a mesh each device runs them on its own rows and heads."""
+    arrays = q, k, v, positions, subtree_end, jnp.asarray(window, jnp.int32)
+    if jax.default_backend() == "cpu" or q.shape[1] < KERNEL_LENGTH:
+        return forest_attention(*arrays)
+    from rljax.models.attention_kernel import forest_attention_kernel  # Pallas is not needed elsewhere
+
+    return on_own_heads(forest_attention_kernel)(*arrays)
+
+
+def on_own_heads(attention: Attention) -> Attention:
+    """`attention` on each device's own rows and heads; what a kernel needs, which the compiler cannot split."""
+    heads, row = ("batch", None, "kv_heads", None), ("batch", None)  # queries go where their keys are
+    return split_over(attention, (heads, heads, heads, row, row, ()), heads)
 
 
 def _blocks(length: int) -> list[tuple[int, int]]:

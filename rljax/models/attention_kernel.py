@@ -11,6 +11,7 @@ XLA form on a GPU.
 
 import functools
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -36,7 +37,7 @@ class _Target(NamedTuple):
     block_q: int
     block_k: int
     scalars: Any = None  # memory space of the numbers that steer a loop
-    params: Any = None  # (bytes of the rows that a kernel walks over) -> the compiler's parameters
+    params: Any = None  # (arrays that a kernel walks over) -> the compiler's parameters
     interpret: bool = False
 
 
@@ -116,7 +117,7 @@ def _on_device(fn, options: _Options, *arrays):
     interpreted = functools.partial(fn, _with_blocks(_Target(GPU_BLOCK, GPU_BLOCK, interpret=True), options))
     if options.interpret:
         return interpreted(*arrays)
-    gpu = functools.partial(fn, _with_blocks(_gpu(), options))
+    gpu = functools.partial(fn, _with_blocks(_gpu(head_dim=arrays[0].shape[-1]), options))
     tpu = functools.partial(fn, _with_blocks(_tpu(), options))
     return jax.lax.platform_dependent(*arrays, cpu=interpreted, cuda=gpu, rocm=gpu, tpu=tpu)
 
@@ -128,9 +129,9 @@ def _with_blocks(target: _Target, options: _Options) -> _Target:
 def _tpu() -> _Target:
     from jax.experimental.pallas import tpu
 
-    def params(held: int):
-        # Double buffers of the rows and room for blocks; the compiler's own limit is enough for short rows.
-        need = 2 * held + (8 << 20)
+    def params(walked: Sequence[Array]):
+        # Double buffers of whole rows, and room for blocks; the compiler's own limit is enough for short rows.
+        need = 2 * sum(x.shape[2] * x.shape[3] * x.dtype.itemsize for x in walked) + (8 << 20)
         return tpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "arbitrary"),
             vmem_limit_bytes=None if need <= 16 << 20 else need,
@@ -139,13 +140,15 @@ def _tpu() -> _Target:
     return _Target(TPU_BLOCK, TPU_BLOCK, scalars=tpu.SMEM, params=params)
 
 
-def _gpu() -> _Target:
+def _gpu(head_dim: int) -> _Target:
     from jax.experimental.pallas import triton
 
-    def params(_: int):
-        return triton.CompilerParams(num_warps=4, num_stages=2)
+    def params(walked: Sequence[Array]):
+        # Blocks that are fetched ahead take shared memory, of which float32 needs all there is.
+        return triton.CompilerParams(num_warps=4, num_stages=2 if walked[0].dtype.itemsize < 4 else 1)
 
-    return _Target(GPU_BLOCK, GPU_BLOCK, params=params)
+    block = GPU_BLOCK if head_dim <= 128 else GPU_BLOCK // 2
+    return _Target(block, block, params=params)
 
 
 def _padded(x: Array, axis: int, size: int) -> Array:
@@ -214,7 +217,6 @@ def _call(target: _Target, kernel, name: str, block: int, lists, window, own, wa
         scalars((None, None, 1, numbers.shape[-1]), lambda r, h, i: (r, i, 0, 0)),
         scalars((1, 1), lambda r, h, i: (0, 0)),
     ]
-    held = sum(x.shape[2] * x.shape[3] * x.dtype.itemsize for x in walked)
     return pl.pallas_call(
         kernel,
         name=name,
@@ -223,7 +225,7 @@ def _call(target: _Target, kernel, name: str, block: int, lists, window, own, wa
         out_specs=[spec(x, True) for x in outputs],
         out_shape=outputs,
         interpret=target.interpret,
-        **({} if target.params is None else {"compiler_params": target.params(held)}),
+        **({} if target.params is None else {"compiler_params": target.params(walked)}),
     )(count, numbers, window, *own, *walked)
 
 

@@ -19,7 +19,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
-from rljax.models.attention import forest_attention
+from rljax.models.attention import Attention, forest_attention
 from rljax.models.config import DecoderConfig
 from rljax.models.functional import linear, rms_norm, swiglu
 from rljax.models.rope import apply_rotary, rotary_table
@@ -207,11 +207,12 @@ def hidden_states(
     *,
     remat: bool = False,
     scan: bool = True,
+    attention: Attention = forest_attention,
 ) -> Float[Array, "R S D"]:
     """Final-normed hidden states of packed forests (see `rljax.types.Packed`).
 
     `scan` runs the stacked layers as one `lax.scan` (compiles once); otherwise they are unrolled. `remat` keeps only
-    each layer's input for the backward pass.
+    each layer's input for the backward pass. `attention` is `forest_attention` or something that computes the same.
     """
     rotary = rotary_table(config, positions)
 
@@ -219,7 +220,7 @@ def hidden_states(
         layer_params, window = layer
 
         def attend(q, k, v):
-            return forest_attention(q, k, v, positions, subtree_end, window), None
+            return attention(q, k, v, positions, subtree_end, window), None
 
         return apply_layer(config, layer_params, x, rotary, attend)
 

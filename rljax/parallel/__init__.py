@@ -26,6 +26,7 @@ from rljax.parallel.sharding import (
     replicated,
     reshard,
     shardings,
+    split_over,
 )
 
 __all__ = [
@@ -52,6 +53,7 @@ __all__ = [
     "replicated",
     "reshard",
     "shardings",
+    "split_over",
     "to_host",
     "use_mesh",
 ]

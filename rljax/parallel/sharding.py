@@ -193,6 +193,40 @@ def on_shards(fn: Callable[..., Array], axes: Sequence[str | None], rules: Rules
     return call
 
 
+def split_over(
+    fn: Callable[..., Array],
+    in_axes: Sequence[Sequence[str | None]],
+    out_axes: Sequence[str | None],
+    rules: Rules = RULES,
+) -> Callable[..., Array]:
+    """`fn` on each device's own part of its arrays, for what the compiler cannot split itself: the parts need nothing
+    of each other. `in_axes` are the logical axes of each array, `out_axes` those of the result.
+
+    Mesh axes over which some dimension does not divide are left out: their devices all do the same work. Without a
+    mesh `fn` sees whole arrays.
+    """
+
+    def call(*arrays: Array) -> Array:
+        mesh = jax.sharding.get_abstract_mesh()
+        auto = {name for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind == AxisType.Auto}
+        if not auto or mesh.size == 1:
+            return fn(*arrays)
+        left_out = {*mesh.axis_names} - auto
+        for array, axes in zip(arrays, in_axes, strict=True):
+            for size, part in zip(array.shape, partition_spec(axes, rules), strict=True):
+                if size % math.prod(mesh.shape[name] for name in _names(part)):
+                    left_out |= {*_names(part)}
+
+        def spec(axes):
+            parts = (tuple(n for n in _names(part) if n not in left_out) for part in partition_spec(axes, rules))
+            return PartitionSpec(*(names or None for names in parts))
+
+        in_specs = tuple(spec(axes) for axes in in_axes)
+        return jax.shard_map(fn, in_specs=in_specs, out_specs=spec(out_axes), check_vma=False)(*arrays)
+
+    return call
+
+
 def _divides(mesh: AnyMesh, shape: Sequence[int], spec: PartitionSpec) -> bool:
     return all(
         size % math.prod(mesh.shape[name] for name in _names(part)) == 0 for size, part in zip(shape, spec, strict=True)

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from rljax.models import DecoderConfig, hidden_states, output_projection
+from rljax.models import Attention, DecoderConfig, forest_attention, hidden_states, output_projection
 from rljax.sampling.logits import SamplingParams, process_logits
 from rljax.types import ArrayLike, Packed, Params
 
@@ -25,18 +25,21 @@ def score_tokens(
     chunk: int = 512,
     remat: bool = False,
     scan: bool = True,
+    attention: Attention = forest_attention,
 ) -> tuple[Float[Array, "R K"], Float[Array, "R K"]]:
     """Log-probs and entropies (float32, nats) of the tokens that `packed.score_index` lists, each under the
     distribution that its predecessor's hidden state gives. 0 where `score_index` is -1.
 
     Both are differentiable in `params`. With `sampling_params` the distribution is the tempered and truncated one that
     is sampled from (a scored token that truncation would remove is kept); None is the model's own. Logits exist for
-    `chunk` tokens at a time (at least one per packed row). `remat` and `scan` are those of `hidden_states`.
+    `chunk` tokens at a time (at least one per packed row). `remat`, `scan` and `attention` are those of
+    `hidden_states`.
     """
     if chunk < 1:
         raise ValueError(f"chunk={chunk} must be at least 1 token; 512 suits most machines")
     tokens, positions, subtree_end = (jnp.asarray(x) for x in (packed.tokens, packed.positions, packed.subtree_end))
-    hidden = hidden_states(config, params, tokens, positions, subtree_end, remat=remat, scan=scan)
+    how: dict[str, Any] = dict(remat=remat, scan=scan, attention=attention)
+    hidden = hidden_states(config, params, tokens, positions, subtree_end, **how)
     wanted = packed.score_index >= 0
     index = jnp.maximum(packed.score_index, 0)
     targets = jnp.take_along_axis(tokens, index, axis=1)

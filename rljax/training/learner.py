@@ -12,21 +12,15 @@ import optax
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float
 
-from rljax.models import DecoderConfig
+from rljax.models import Attention, DecoderConfig, forest_attention
 from rljax.ops import row_uniforms
 from rljax.parallel import batch_parts, put_batch, put_host, replicated, to_host, use_mesh
 from rljax.rollouts.batching import Packing, PackSpec, layout, loss_mask, pack, take_rows
 from rljax.sampling import SamplingParams
 from rljax.sampling.score import score_tokens
 from rljax.training.guard import Guard
-from rljax.training.state import (
-    OptimizerConfig,
-    abstract_state,
-    create_state,
-    make_optimizer,
-    make_schedule,
-    state_shardings,
-)
+from rljax.training.optimizers import OptimizerConfig, make_optimizer, make_schedule
+from rljax.training.state import abstract_state, create_state, state_shardings
 from rljax.types import ArrayLike, Packed, Params, RolloutBatch, Rows, TrainBatch, TrainState
 
 Metrics = dict[str, Array]
@@ -80,6 +74,7 @@ class Learner:
         chunk: int = 512,
         remat: bool = False,
         scan: bool = True,
+        attention: Attention = forest_attention,
         minibatches: int = 1,
         epochs: int = 1,
         shuffle: bool = False,
@@ -107,7 +102,7 @@ class Learner:
             self._schedule, optimizer = make_schedule(optimizer), make_optimizer(optimizer)
         self.optimizer = optax.with_extra_args_support(optimizer)
         self._sampling = None if sampling is None or _is_plain(sampling) else sampling
-        self._head: dict[str, Any] = dict(chunk=chunk, remat=remat, scan=scan)
+        self._head: dict[str, Any] = dict(chunk=chunk, remat=remat, scan=scan, attention=attention)
         self._guard = Guard(max_skipped)
         outputs: dict[str, Any] = {}
         if mesh is not None:  # the state comes back as it lay, so that nothing is moved or compiled again

@@ -31,7 +31,8 @@ from _common import (
 )
 
 from rljax.models import DecoderConfig, init_params
-from rljax.rollouts.forks import random_step, rounds_of, top_surprisal
+from rljax.rollouts.fork_rules import random_step, top_surprisal
+from rljax.rollouts.forks import rounds_of
 from rljax.rollouts.plans import ForkPlan
 from rljax.sampling import Request, Sampler, sampling_params
 from rljax.text import CharTokenizer, StepSplitter
@@ -147,8 +148,8 @@ def main() -> None:
         ratios[f"memory_{ratio}"] = memory[0] / memory[1]
     ratios["fork_vs_reprefill"] = found.ratio("rljax", found.median("rljax", "fork"), "reprefill")
     plans = {
-        "tree_grpo": ForkPlan(2, 2, random_step(2, from_root=False), step_delimiters=(".",)),
-        "eptree": ForkPlan(6, 2, top_surprisal(2, tail=0.0, last_words=()), branches=2),
+        "tree_grpo": ForkPlan(2, 2, random_step(2, 2, from_root=False), step_delimiters=(".",)),
+        "eptree": ForkPlan(6, 2, top_surprisal(2, 6, tail=0.0, last_words=()), branches=2),
     }
     for name, plan in plans.items():
         ratios[f"leaves_per_token_{name}"] = leaves_per_token(plan)

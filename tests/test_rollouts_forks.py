@@ -2,25 +2,31 @@
 
 import dataclasses
 
+import jax
 import numpy as np
 import pytest
 
 from rljax.algorithms import GRPO
-from rljax.rollouts.forks import (
+from rljax.rollouts.fork_rules import (
     Grown,
-    eligible,
     entropy_jump,
+    grown_batch,
     random_step,
     random_token,
-    rounds_of,
+    summary_points,
+    top_branching_score,
     top_entropy,
     top_surprisal,
+    top_turn_surprisal,
 )
+from rljax.rollouts.forks import rounds_of
 from rljax.rollouts.plans import ForkPlan, ForkPoint
 from rljax.run import train
 from rljax.sampling import Sample
 from rljax.testing import rollout_records, run_metrics, tiny_config
 from rljax.text import CharTokenizer, StepSplitter
+from rljax.training import read_jsonl
+from rljax.types import INTERVENTION_INJECT, INTERVENTION_SUPPRESS
 
 TOKENIZER = CharTokenizer("abcdefghijklmnopqrstuvwxyz .")
 SPLITTER = StepSplitter(TOKENIZER, (".",))
@@ -34,9 +40,13 @@ def sample(text, *, logprobs=None, entropies=None, **fork):
     return Sample(tokens, logprobs, entropies, "stop", **fork)
 
 
-def grown(samples, chains=1, seed=0, limit=64):
-    steps = [SPLITTER(s.tokens) for s in samples]
-    return Grown(samples, chains, 0, limit, np.random.default_rng(seed), steps, TOKENIZER)
+def grown(samples, chains=1, seed=0, round=0):
+    batch = grown_batch(samples, 4, 24, [SPLITTER(s.tokens) for s in samples])
+    return Grown(batch, chains, round, jax.random.key(seed), TOKENIZER.decode)
+
+
+def places(points):
+    return [(p.parent, p.fork_index) for p in points]
 
 
 def test_steps_end_with_their_delimiter_and_prefixes_share_them():
@@ -47,21 +57,23 @@ def test_steps_end_with_their_delimiter_and_prefixes_share_them():
 
 
 def count(points):
-    counts = {}
-    for point in points:
-        counts[point.parent, point.fork_index] = counts.get((point.parent, point.fork_index), 0) + 1
-    return counts
+    found = places(points)
+    return {place: found.count(place) for place in found}
 
 
 def test_random_steps_are_inner_ends_of_steps_and_the_root_evenly():
     trees = grown([sample("ab.cd.e"), sample("q."), sample("ab.x.y", parent=0, fork_index=3)], chains=2)
-    assert trees.trees() == [[0, 2], [1]]
-    counts = count(random_step(6000)(trees))
+    counts = count(random_step(6000, 2)(trees))
     # Tree 0: its root, after "ab.", after "cd.", after the fork's own "x."; tree 1 has no inner end, so its root.
     assert counts.keys() == {(0, 0), (0, 3), (0, 6), (2, 5), (1, 0)}
     assert counts.pop((1, 0)) == 6000
     assert all(abs(n - 1500) < 200 for n in counts.values())  # six standard deviations
-    assert count(random_step(5, from_root=False)(trees)).keys() <= {(0, 3), (0, 6), (2, 5)}
+    assert count(random_step(50, 2, from_root=False)(trees)).keys() == {(0, 3), (0, 6), (2, 5)}
+
+
+def test_a_node_may_be_drawn_again_in_a_later_round():
+    trees = grown([sample("ab.cd"), sample("ab.xy", parent=0, fork_index=3)])
+    assert count(random_step(50, 1)(trees)).keys() == {(0, 0), (0, 3)}
 
 
 def test_top_tokens_are_pooled_over_a_tree_with_ties_to_the_first():
@@ -69,33 +81,34 @@ def test_top_tokens_are_pooled_over_a_tree_with_ties_to_the_first():
     fork = sample("abxyzw", logprobs=[-9, -1, -8, -5, -5, -1], entropies=np.arange(6), parent=0, fork_index=2)
     other = sample("qrst", logprobs=[-1, -2, -3, -4])
     trees = grown([first, other, fork], chains=2)
-    points = top_surprisal(3, tail=0.0)(trees)
+    points = top_surprisal(3, 2, tail=0.0)(trees)
     # Position 0 of a chain, the fork's first token and where it forked (2 of the first) are no places to fork.
     assert [(p.parent, p.fork_index, p.score) for p in points[:3]] == [(0, 5, 9.0), (2, 3, 5.0), (2, 4, 5.0)]
-    assert [(p.parent, p.fork_index) for p in points[3:]] == [(1, 3), (1, 2), (1, 1)]
-    assert [(p.parent, p.fork_index) for p in top_entropy(2, tail=0.0)(trees)][:2] == [(0, 5), (2, 5)]
-    assert [(p.parent, p.fork_index) for p in top_surprisal(1, tail=0.5)(trees)] == [(0, 1), (1, 1)]
+    assert places(points[3:]) == [(1, 3), (1, 2), (1, 1)]
+    assert places(top_entropy(2, 2, tail=0.0)(trees))[:2] == [(0, 5), (2, 5)]
+    assert places(top_surprisal(1, 2, tail=0.5)(trees)) == [(0, 1), (1, 1)]
 
 
 def test_too_few_candidates_leave_slots_unused():
-    assert top_surprisal(5, tail=0.0)(grown([sample("ab")])) == [ForkPoint(0, 1, -0.0)]
-    assert random_token(5)(grown([sample("a")])) == []
-    assert random_step(5, from_root=False)(grown([sample("abc")])) == []
+    assert places(top_surprisal(5, 1, tail=0.0)(grown([sample("ab")]))) == [(0, 1)]
+    assert random_token(5, 1)(grown([sample("a")])) == []
+    assert random_step(5, 1, from_root=False)(grown([sample("abc")])) == []
 
 
 def test_nothing_is_forked_after_the_answer_or_in_given_tokens():
-    one = sample("so the answer is no", forced=((3, 6),))
-    allowed = eligible(grown([one]), 0, tail=0.0, last_words=("answer",))
+    one = grown([sample("so the answer is no", forced=((3, 6),))])
+    rule = random_token(24, 1, tail=0.0, last_words=("answer",))
     # The word is complete with its last letter, which may still be drawn anew.
-    assert np.flatnonzero(allowed).tolist() == [1, 2, *range(6, 13)]
-    assert np.flatnonzero(eligible(grown([one]), 0, tail=0.5)).tolist() == [1, 2, *range(6, 9)]
+    assert sorted(places(rule(one))) == [(0, t) for t in (1, 2, *range(6, 13))]
+    assert sorted(places(random_token(24, 1, tail=0.5)(one))) == [(0, t) for t in (1, 2, *range(6, 11))]
 
 
 def test_random_tokens_are_drawn_evenly_and_without_repeats():
     counts = {}
+    rule = random_token(2, 1, tail=0.2)
     for seed in range(2000):
-        points = random_token(2, tail=0.2)(grown([sample("abcdef")], seed=seed))
-        assert len({p.fork_index for p in points}) == 2
+        points = rule(grown([sample("abcdef")], seed=seed))
+        assert len(set(places(points))) == 2
         for key, n in count(points).items():
             counts[key] = counts.get(key, 0) + n
     assert counts.keys() == {(0, 1), (0, 2), (0, 3)}
@@ -105,15 +118,44 @@ def test_random_tokens_are_drawn_evenly_and_without_repeats():
 def test_entropy_jumps_fork_in_proportion_to_the_jump():
     """clip(0.5 + 0.2 D, 0, 1) with D = sums over the window / ln V, as the method sheet has it."""
     low, high = [1.0, 1, 0, 0, 1, 0, 0], [0.0, 0, 0, 2, 2, 0, 0]
-    rule = entropy_jump(window=2, vocab_size=4)
-    for entropies, chance in ((low, 0.5 + 0.2 * (-1 / np.log(4))), (high, 0.5 + 0.2 * 4 / np.log(4))):
-        text = "abc.def" if entropies is low else "ab.cdef"
-        hits = [len(rule(grown([sample(text, entropies=entropies)], seed=seed))) for seed in range(2000)]
-        assert abs(np.mean(hits) - min(chance, 1)) < 0.07
+    rule = entropy_jump(3, scale=float(np.log(4)), window=2)
+    for text, entropies, jump in (("abc.def", low, -1), ("ab.cdef", high, 4)):
+        chance = 0.5 + 0.2 * jump / np.log(4)
+        found = [rule(grown([sample(text, entropies=entropies)], seed=seed)) for seed in range(1000)]
+        assert abs(np.mean([len(points) for points in found]) - min(chance, 1)) < 0.07
+        np.testing.assert_allclose([p.score for points in found for p in points], jump / np.log(4), rtol=1e-6)
+
+
+def test_the_branching_score_of_the_policys_own_samples_is_their_entropy():
+    one = sample("abcdef", entropies=[1, 5, 2, 4, 1, 1])
+    other = sample("abcd", entropies=[0, 0, 9, 1])
+    points = top_branching_score(4)(grown([one, other], chains=2))
+    # By z-score of each row, positive ones first: (1, 2) 1.7, (0, 1) 1.7, (0, 3) 1.0; then what is next.
+    assert set(places(points)[:2]) == {(1, 2), (0, 1)} and places(points)[2:] == [(0, 3), (0, 2)]
+
+
+def test_turns_are_chosen_by_their_surprisal_less_what_is_there():
+    one = sample("ab.cd.ef", logprobs=[-1, -1, -1, -4, -4, -4, -2, -2])
+    fork = sample("ab.xyz", logprobs=[-1, -1, -1, -1, -1, -1], parent=0, fork_index=3)
+    assert places(top_turn_surprisal(2)(grown([one]))) == [(0, 3), (0, 6)]
+    assert places(top_turn_surprisal(1, penalty=3.0)(grown([one, fork]))) == [(0, 6)]
+
+
+def test_summaries_fork_at_natural_phrases_first_then_with_given_ones():
+    detect, inject = [TOKENIZER.encode("in sum")], [TOKENIZER.encode("to sum up"), TOKENIZER.encode("so")]
+    rule = summary_points(detect, inject, chains=2, middle=0.5)
+    samples = [sample("one two. in sum three"), sample("abcdefghijklmnopqrst")]
+    natural, given = rule(grown(samples, chains=2))
+    assert natural == ForkPoint(0, 9, 1.0, (), INTERVENTION_SUPPRESS)
+    assert (given.parent, given.inject, given.intervention) == (1, tuple(inject[1]), INTERVENTION_INJECT)
+    hit = {rule(grown(samples, chains=2, seed=seed))[1].fork_index for seed in range(300)}
+    assert hit == set(range(5, 15))  # the middle half
+    samples.append(sample("one two. so three", parent=0, fork_index=9, intervention=INTERVENTION_SUPPRESS))
+    assert rule(grown(samples, chains=2, round=1))[0].intervention == INTERVENTION_INJECT  # the natural one is used
 
 
 def plan_of(**changes):
-    return ForkPlan(**{"chains": 2, "points": 2, "rule": random_token(2, tail=0.0), **changes})
+    return ForkPlan(**{"chains": 2, "points": 2, "rule": random_token(2, 2, tail=0.0), **changes})
 
 
 def test_a_plan_counts_its_leaves_and_parents():
@@ -188,8 +230,6 @@ def test_a_run_over_forks_logs_leaves_that_share_their_parents_tokens(run):
 
 
 def test_a_run_over_forks_compiles_nothing_once_it_has_begun(run):
-    from rljax.training import read_jsonl
-
     assert [line["compile/count"] for line in read_jsonl(run / "metrics.jsonl")][1:] == [0, 0]
 
 

@@ -1,0 +1,320 @@
+"""Where to fork: rules over the samples of a prompt so far, built from the scores and choices of `rljax.branching`.
+
+A rule gets a `Grown` and returns fork points. Positions count completion tokens; to fork *at* token `t` keeps the tokens
+before it, so that `t` itself is drawn anew. Rules that pick by chance draw from `Grown.key`, a function of the run's
+seed, the step, the prompt and the round alone. Each rule is one jitted program of fixed shape.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float
+
+from rljax.branching import (
+    Forks,
+    branching_candidates,
+    consecutive_forks,
+    draw_forks,
+    entropy_change,
+    first_of_place,
+    fork_counts,
+    fork_probability,
+    penalized,
+    select_forks,
+    surprisal,
+    turn_starts,
+    turn_surprisal,
+    without_tail,
+)
+from rljax.ops import find_phrases
+from rljax.rollouts.plans import ForkPoint, ForkRule
+from rljax.trees import Tree, build_tree
+from rljax.types import (
+    INTERVENTION_INJECT,
+    INTERVENTION_SUPPRESS,
+    NO_PARENT,
+    ArrayLike,
+    RolloutBatch,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Grown:
+    """The samples of one prompt when a round of forks begins, as a batch of fixed shape.
+
+    `batch` holds completions alone, without their prompt: rows are the samples that may be forked, the first `chains`
+    of which are independent; `turn_ids` numbers the steps. `decode` turns token ids into text.
+    """
+
+    batch: RolloutBatch
+    chains: int
+    round: int
+    key: Array
+    decode: Callable[[Sequence[int]], str]
+
+    def before(self, words: Sequence[str]) -> Bool[np.ndarray, "B T"]:
+        """Tokens up to the one with which the text first holds one of `words` (in lower case); all without words."""
+        mask = np.ones(np.shape(self.batch.tokens), bool)
+        if words:
+            for row, tokens, length in zip(mask, self.batch.tokens, self.batch.lengths, strict=True):
+                row[_first_with(self.decode, tokens[:length].tolist(), words) + 1 :] = False
+        return mask
+
+
+Choice = Callable[[RolloutBatch, Tree, Array, Array], tuple[Forks, Array]]
+"""(batch, its tree, eligible [B, T], key) -> (places, the scores [B, T] that chose them)."""
+
+
+def rule_of(choose: Choice, *, tail: float = 0.0, last_words: Sequence[str] = ()) -> ForkRule:
+    """A rule that forks where `choose` says. Eligible are a sample's own tokens, but not its first (the same prefix as
+    its own fork), not where it was forked before, not the last `tail` of the completion (and, with a tail, not its
+    first token, which makes one more independent sample), and none after the first of `last_words`."""
+
+    @jax.jit
+    def run(batch: RolloutBatch, mask: Array, key: Array) -> tuple[Forks, Array]:
+        tree = build_tree(batch)
+        sampled = jnp.asarray(batch.action_mask)
+        eligible = first_of_place(tree, sampled) & mask
+        eligible &= fork_counts(tree, batch.parent_row, batch.fork_index) == 0
+        eligible &= without_tail(sampled, fraction=tail) if tail else jnp.arange(sampled.shape[1]) > 0
+        forks, scores = choose(batch, tree, eligible, key)
+        return forks, scores[forks.row, forks.position]
+
+    def rule(grown: Grown) -> list[ForkPoint]:
+        forks, scores = jax.device_get(run(grown.batch, grown.before(last_words), grown.key))
+        return _points(forks, scores)
+
+    return rule
+
+
+def _points(forks: Forks, scores: ArrayLike) -> list[ForkPoint]:
+    fields = zip(*(np.ravel(x).tolist() for x in (*forks, scores)), strict=True)
+    return [ForkPoint(row, position, score) for row, position, is_active, score in fields if is_active]
+
+
+def each_tree(
+    choose: Callable[..., Forks], tree: Tree, chains: int, eligible: Bool[ArrayLike, "B T"], *args: Any
+) -> Forks:
+    """`choose(eligible, *args)` on the samples of each tree by itself; fields `[chains, n]`. `args` have one entry a
+    tree."""
+    own = tree.root_rows == jnp.arange(chains)[:, None]
+    return jax.vmap(choose)(jnp.asarray(eligible) & own[..., None], *args)
+
+
+def random_step(points: int, chains: int, *, from_root: bool = True) -> ForkRule:
+    """For each tree `points` draws, with replacement, among the ends of its steps but the last of a path, and its root
+    when `from_root` (Tree-GRPO, 2509.21240)."""
+
+    def choose(batch, tree, eligible, key):
+        mask = jnp.asarray(batch.action_mask)
+        starts = turn_starts(batch.turn_ids, mask) & first_of_place(tree, mask)
+        rows, columns = jnp.arange(mask.shape[0])[:, None], jnp.arange(mask.shape[1])
+        is_root = (columns == 0) & (rows < chains)
+        starts = jnp.where(is_root, from_root & (jnp.asarray(batch.lengths)[:, None] > 0), starts)
+        draw = functools.partial(_draw, n=points)
+        forks = each_tree(draw, tree, chains, starts, jax.random.split(key, chains))
+        return forks, jnp.zeros(mask.shape)
+
+    return rule_of(choose)
+
+
+def _draw(eligible: Array, key: Array, *, n: int) -> Forks:
+    return draw_forks(key, eligible, n)
+
+
+def random_token(points: int, chains: int, *, tail: float = 0.1, last_words: Sequence[str] = ()) -> ForkRule:
+    """For each tree `points` of its eligible tokens by chance: the control of every rule that looks."""
+    return top_tokens(
+        lambda batch, key: jax.random.uniform(key, jnp.shape(batch.tokens)),
+        points,
+        chains,
+        tail=tail,
+        last_words=last_words,
+    )
+
+
+def top_surprisal(
+    points: int, chains: int, *, tail: float = 0.1, last_words: Sequence[str] = ("answer", "conclusion")
+) -> ForkRule:
+    """For each tree its eligible tokens of the highest `-log pi(token)` (EPTree of TreeRL, 2506.11902)."""
+    return top_tokens(
+        lambda batch, key: surprisal(batch.behavior_logprobs, batch.action_mask),
+        points,
+        chains,
+        tail=tail,
+        last_words=last_words,
+    )
+
+
+def top_entropy(
+    points: int, chains: int, *, tail: float = 0.1, last_words: Sequence[str] = ("answer", "conclusion")
+) -> ForkRule:
+    """For each tree its eligible tokens drawn from the distributions of the highest entropy."""
+    return top_tokens(lambda batch, key: jnp.asarray(batch.entropies), points, chains, tail=tail, last_words=last_words)
+
+
+def top_tokens(
+    score: Callable[[RolloutBatch, Array], Float[Array, "B T"]],
+    points: int,
+    chains: int,
+    *,
+    tail: float = 0.0,
+    last_words: Sequence[str] = (),
+) -> ForkRule:
+    """For each tree the `points` eligible tokens of the highest `score(batch, key)`; ties go to the earlier sample, then
+    token."""
+
+    def choose(batch, tree, eligible, key):
+        scores = score(batch, key)
+        return each_tree(lambda e: select_forks(scores, e, points), tree, chains, eligible), scores
+
+    return rule_of(choose, tail=tail, last_words=last_words)
+
+
+def top_branching_score(points: int, *, tail: float = 0.0) -> ForkRule:
+    """The `points` best tokens of the prompt's samples by APPO's branching score (2606.12384, 3.3 and 3.4).
+
+    The samples are the current policy's own, so its future value is 1 everywhere and the score is `Z(H)`, behind its
+    sign gate and filled up by `Z(H)`.
+    """
+
+    def choose(batch, tree, eligible, key):
+        found = branching_candidates(jnp.ones(jnp.shape(batch.tokens)), batch.entropies, batch.action_mask)
+        then = (found.fill, found.is_allowed & eligible)
+        return select_forks(found.scores, found.is_strict & eligible, points, then=then), found.scores
+
+    return rule_of(choose, tail=tail)
+
+
+def entropy_jump(
+    points: int,
+    *,
+    scale: float,
+    window: int = 20,
+    base: float = 0.5,
+    weight: float = 0.2,
+    penalty: float = 0.0,
+) -> ForkRule:
+    """A fork at the start of a step, after the first, with probability `clip(base + weight dH, 0, 1)`, at most `points`
+    in a round, those of the largest jump dH of entropy first (ARPO, 2507.19849; `rljax.branching.entropy_change`).
+    `penalty` takes from the probability for each fork in a row before it (AEPO, 2510.14545)."""
+
+    def choose(batch, tree, eligible, key):
+        mask = jnp.asarray(batch.action_mask)
+        starts = turn_starts(batch.turn_ids, mask)
+        jump = entropy_change(batch.entropies, mask, batch.turn_ids, window=window, scale=scale)
+        counts = fork_counts(tree, batch.parent_row, batch.fork_index)
+        chance = penalized(
+            fork_probability(jump, base=base, weight=weight), consecutive_forks(counts, starts), penalty=penalty
+        )
+        is_drawn = jax.random.uniform(key, mask.shape) < chance
+        return select_forks(jump, eligible & starts & is_drawn, points), jump
+
+    return rule_of(choose)
+
+
+def top_turn_surprisal(points: int, *, penalty: float = 0.0) -> ForkRule:
+    """The `points` steps of the prompt's samples with the highest mean surprisal less `penalty` for each child that is
+    there already (AT2PO, 2601.04767)."""
+
+    def choose(batch, tree, eligible, key):
+        mask = jnp.asarray(batch.action_mask)
+        counts = fork_counts(tree, batch.parent_row, batch.fork_index)
+        scores = turn_surprisal(batch.behavior_logprobs, mask, batch.turn_ids, counts, penalty=penalty)
+        starts = turn_starts(batch.turn_ids, mask) & first_of_place(tree, mask)
+        return select_forks(scores, starts & (jnp.arange(mask.shape[1]) > 0), points), scores
+
+    return rule_of(choose)
+
+
+def summary_points(
+    detect: Sequence[Sequence[int]], inject: Sequence[Sequence[int]], chains: int, *, middle: float = 0.8
+) -> ForkRule:
+    """One fork of each chain in a round (ReSum, 2606.13316, section 4): before its next natural phrase of `detect`, which
+    is then missing from the fork, or, when it has none left, at a random place of its middle (a share `middle` of the
+    completion), with one of the phrases `inject`. Phrases are sequences of token ids."""
+
+    @jax.jit
+    def choose(batch: RolloutBatch, key: Array):
+        tokens, mask = jnp.asarray(batch.tokens), jnp.asarray(batch.action_mask)
+        used = fork_counts(build_tree(batch), batch.parent_row, batch.fork_index) > 0
+        place = jnp.arange(mask.shape[1])
+        natural = find_phrases(tokens, mask, detect) & ~used & (place > 0)
+        length = jnp.asarray(batch.lengths)[:, None]
+        cut = (1 - middle) / 2 * length
+        inner = mask & ~used & (place >= jnp.maximum(cut, 1)) & (place < jnp.maximum(length - cut, 2))
+        chance = jnp.where(inner, jax.random.uniform(key, mask.shape), -1)
+        return (
+            jnp.any(natural, axis=1),
+            jnp.argmax(natural, axis=1),
+            jnp.max(chance, axis=1),
+            jnp.argmax(chance, axis=1),
+        )
+
+    def rule(grown: Grown) -> list[ForkPoint]:
+        has_natural, first, best, random = jax.device_get(choose(grown.batch, grown.key))
+        points = []
+        for chain in range(grown.chains):
+            phrase = tuple(inject[(grown.round + chain) % len(inject)])
+            if has_natural[chain]:
+                points.append(ForkPoint(chain, int(first[chain]), 1.0, (), INTERVENTION_SUPPRESS))
+            elif best[chain] >= 0:
+                points.append(ForkPoint(chain, int(random[chain]), 0.0, phrase, INTERVENTION_INJECT))
+        return points
+
+    return rule
+
+
+def grown_batch(samples: Sequence[Any], rows: int, width: int, steps: Sequence[np.ndarray]) -> RolloutBatch:
+    """Samples of one prompt as a `RolloutBatch` `[rows, width]` of completions alone, in one group."""
+
+    def per_token(values: Sequence[np.ndarray], dtype) -> np.ndarray:
+        out = np.zeros((rows, width), dtype)
+        for line, value in zip(out, values, strict=False):
+            line[: len(value)] = value
+        return out
+
+    def per_row(values: Sequence[Any], dtype, fill=0) -> np.ndarray:
+        return np.array([*values, *[fill] * (rows - len(samples))], dtype)
+
+    nothing = np.zeros(rows, np.int32)
+    return RolloutBatch(
+        tokens=per_token([s.tokens for s in samples], np.int32),
+        action_mask=per_token([s.sampled for s in samples], bool),
+        behavior_logprobs=per_token([s.logprobs for s in samples], np.float32),
+        entropies=per_token([s.entropies for s in samples], np.float32),
+        turn_ids=per_token(steps, np.int32),
+        policy_version=np.zeros((rows, width), np.int32),
+        lengths=per_row([len(s.tokens) for s in samples], np.int32),
+        reward=np.zeros(rows, np.float32),
+        is_valid=per_row([True] * len(samples), bool, False),
+        is_truncated=np.zeros(rows, bool),
+        group_id=nothing,
+        episode_id=np.arange(rows, dtype=np.int32),
+        source=nothing,
+        parent_row=per_row([s.parent for s in samples], np.int32, NO_PARENT),
+        fork_index=per_row([s.fork_index for s in samples], np.int32),
+        fork_score=per_row([s.fork_score for s in samples], np.float32),
+        intervention=per_row([s.intervention for s in samples], np.int32),
+    )
+
+
+def _first_with(decode: Callable[[Sequence[int]], str], ids: Sequence[int], words: Sequence[str]) -> int:
+    """The first token up to which the text holds one of `words`; the number of tokens if none does."""
+
+    def holds(count: int) -> bool:
+        text = decode(ids[:count]).lower()
+        return any(word in text for word in words)
+
+    if not holds(len(ids)):
+        return len(ids)
+    low, high = 0, len(ids)  # the text grows with the count, so the first place is found by halving
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if holds(middle) else (middle, high)
+    return high - 1

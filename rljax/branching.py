@@ -130,11 +130,11 @@ def entropy_change(
 
 
 def fork_probability(
-    change: Float[ArrayLike, "*shape"], *, base: float = 0.5, weight: float = 0.2
+    change: Float[ArrayLike, "*shape"] | float, *, base: float = 0.5, weight: float = 0.2
 ) -> Float[Array, "*shape"]:
     """`clip(base + weight * change, 0, 1)` (ARPO, 2507.19849, as released). The paper forks where the unclipped value
     is above a threshold, 0.5."""
-    return jnp.clip(base + weight * as_float(change), 0, 1)
+    return jnp.clip(base + weight * jnp.asarray(change), 0, 1)
 
 
 def penalized(
@@ -283,8 +283,12 @@ def draw_forks(key: Key[Array, ""], eligible: Bool[ArrayLike, "B T"], n: int) ->
 
 
 def initial_rows(
-    budget: int, prompt_entropy: Float[ArrayLike, ""], tool_entropy: Float[ArrayLike, ""], *, beta: float = 1.0
+    budget: int,
+    prompt_entropy: Float[ArrayLike, ""] | float,
+    tool_entropy: Float[ArrayLike, ""] | float,
+    *,
+    beta: float = 1.0,
 ) -> Float[Array, ""]:
     """`budget * sigmoid(beta (H_prompt - H_tool))`: how many of a prompt's rows to start from scratch, the rest being
     forks (AEPO, 2510.14545). The released code takes `beta` 0.5 and `clip(floor(..) + 1, 1, budget)`."""
-    return budget * jax.nn.sigmoid(beta * (as_float(prompt_entropy) - as_float(tool_entropy)))
+    return budget * jax.nn.sigmoid(beta * (jnp.asarray(prompt_entropy) - tool_entropy))

@@ -7,6 +7,7 @@ equal scores the lower row wins, then the earlier position. To choose for each t
 `eligible`.
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -220,6 +221,7 @@ def without_tail(mask: Bool[ArrayLike, "B T"], *, fraction: float) -> Bool[Array
 # Choice
 
 
+@functools.partial(jax.jit, static_argnames=("n", "min_distance"))
 def select_forks(
     scores: Float[ArrayLike, "B T"],
     eligible: Bool[ArrayLike, "B T"],
@@ -231,7 +233,7 @@ def select_forks(
     """The `n` eligible places of the highest scores, any two of one row at least `min_distance` apart.
 
     Slots that these leave are filled from `then`, another (scores, eligible), and else stay inactive. NaN and -inf are
-    never chosen.
+    never chosen. `n` and `min_distance` are static.
     """
     tiers = [(scores, eligible)] if then is None else [(scores, eligible), then]
     keys = [jnp.where(jnp.asarray(e) & (as_float(s) > -jnp.inf), as_float(s), -jnp.inf) for s, e in tiers]
@@ -253,6 +255,7 @@ def select_forks(
     return forks
 
 
+@functools.partial(jax.jit, static_argnames=("n", "min_distance"))
 def select_forks_per_row(
     scores: Float[ArrayLike, "B T"],
     eligible: Bool[ArrayLike, "B T"],

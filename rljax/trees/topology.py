@@ -45,6 +45,7 @@ class Tree:
     is_leaf: Bool[ArrayLike, " B"]
 
 
+@jax.jit
 def build_tree(batch: RolloutBatch, owners: Int[ArrayLike, "B T"] | None = None) -> Tree:
     """The forest that the fork columns of `batch` describe, or `owners` if it is given (see `match_owners`)."""
     group_id, is_leaf, lengths = (jnp.asarray(x) for x in (batch.group_id, batch.is_valid, batch.lengths))
@@ -91,6 +92,7 @@ def build_tree(batch: RolloutBatch, owners: Int[ArrayLike, "B T"] | None = None)
     )
 
 
+@jax.jit
 def match_owners(batch: RolloutBatch) -> Int[Array, "B T"]:
     """Owners by equal text: a token belongs to the first row of its group whose path up to it is the same. This is the
     prefix trie of independent samples, which needs no fork columns (TEMPO, 2509.18314)."""
@@ -131,6 +133,7 @@ def leaf_mean(
     return jnp.where(count > 0, mean, 0)
 
 
+@jax.jit
 def child_mean(
     tree: Tree, values: Float[ArrayLike, " B"], weights: Float[ArrayLike, " N"] | None = None
 ) -> Float[Array, " N"]:

@@ -11,6 +11,7 @@ from rljax.evaluation.estimators import (
     standard_error,
 )
 from rljax.evaluation.evaluate import Estimate, Evaluation, evaluate
+from rljax.evaluation.shifts import summarize_shifts
 
 __all__ = [
     "Difference",
@@ -24,4 +25,5 @@ __all__ = [
     "paired_difference",
     "pass_at_k",
     "standard_error",
+    "summarize_shifts",
 ]

@@ -7,7 +7,7 @@ import jax
 from jax.sharding import Mesh
 
 from rljax.algorithms import Algorithm
-from rljax.config import Config, Dataset, FreshModel, check, make_rewards, make_tokenizer, model_path
+from rljax.config import Config, Dataset, FreshModel, check, check_forks, make_rewards, make_tokenizer, model_path
 from rljax.models import (
     DecoderConfig,
     forest_attention,
@@ -62,6 +62,9 @@ def plan(config: Config) -> Run:
     """The run without weights. ValueError for what can be wrong in the config or the data."""
     algorithm = check(config, jax.device_count())
     tokenizer = make_tokenizer(config.model)
+    if algorithm.bind is not None:
+        algorithm = algorithm.bind(tokenizer.encode, tokenizer.vocab_size)
+        check_forks(config, algorithm.plan)
     dataset = config.data.load()
     rewards = make_rewards(config, dataset)
     curriculum = UniformCurriculum(dataset.train, seed=config.seed)

@@ -345,14 +345,7 @@ def check(config: Config, device_count: int | None = None) -> Algorithm:
             f"config.prompts_per_step={config.prompts_per_step} does not divide into config.update.minibatches="
             f"{config.update.minibatches}; a minibatch holds whole groups, so choose a divisor"
         )
-    if plan.forks is not None:
-        plan.forks.check()
-        if plan.forks.max_injected + 1 >= config.sampling.max_new_tokens:
-            raise ValueError(
-                f"config.sampling.max_new_tokens={config.sampling.max_new_tokens} leaves no room beside the tokens "
-                f"that a fork of {type(config.algorithm).__name__} begins with; raise it to at least "
-                f"{plan.forks.max_injected + 2}"
-            )
+    check_forks(config, plan)
     buckets = config.sampling.prompt_buckets
     if not buckets or list(buckets) != sorted(set(buckets)) or buckets[0] < 1:
         raise ValueError(
@@ -437,3 +430,15 @@ def to_dict(config: Any) -> Any:
     if isinstance(config, (list, tuple)):
         return [to_dict(item) for item in config]
     return config
+
+
+def check_forks(config: Config, plan: Plan) -> None:
+    """Refuses forks that cannot be made, with a `ValueError` of one line."""
+    if plan.forks is None:
+        return
+    plan.forks.check()
+    if plan.forks.max_injected + 1 >= config.sampling.max_new_tokens:
+        raise ValueError(
+            f"config.sampling.max_new_tokens={config.sampling.max_new_tokens} leaves no room beside the tokens that a "
+            f"fork of {type(config.algorithm).__name__} begins with; raise it to at least {plan.forks.max_injected + 2}"
+        )

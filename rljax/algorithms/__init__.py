@@ -1,6 +1,8 @@
 """Recipes: one file per method, a dataclass of hyperparameters with `build() -> Algorithm`."""
 
 from rljax.algorithms.agentrl import AgentRL
+from rljax.algorithms.appo import APPO
+from rljax.algorithms.arpo import AEPO, ARPO
 from rljax.algorithms.base import Algorithm
 from rljax.algorithms.cispo import CISPO
 from rljax.algorithms.dapo import DAPO
@@ -8,6 +10,7 @@ from rljax.algorithms.decoupled_ppo import DecoupledPPO
 from rljax.algorithms.dis import DIS
 from rljax.algorithms.dr_grpo import DrGRPO
 from rljax.algorithms.fipo import FIPO
+from rljax.algorithms.forest import ForestRecipe, RandomForks
 from rljax.algorithms.gmpo import GMPO
 from rljax.algorithms.grpo import GRPO
 from rljax.algorithms.gspo import GSPO
@@ -19,10 +22,13 @@ from rljax.algorithms.owpo import OWPO
 from rljax.algorithms.pass_at_k import PKPO, PassAtK
 from rljax.algorithms.reinforce import Reinforce
 from rljax.algorithms.reinforce_pp import ReinforcePlusPlus, ReinforcePlusPlusBaseline
+from rljax.algorithms.resum import ReSum
 from rljax.algorithms.rloo import RLOO
 from rljax.algorithms.rlvr_direction import DirectionReweighting
 from rljax.algorithms.sapo import SAPO
 from rljax.algorithms.sparse_but_critical import DivergenceWeighting
+from rljax.algorithms.tree_grpo import TreeGRPO
+from rljax.algorithms.treerl import TreeRL
 from rljax.algorithms.vcpo import VCPO
 
 RECIPES = (
@@ -53,13 +59,20 @@ RECIPES = (
     SAPO,
     VCPO,
 )
-"""Every recipe; the conformance suite runs over these."""
+"""Recipes over independent samples; the conformance suite runs over these."""
+
+FOREST_RECIPES = (AEPO, APPO, ARPO, RandomForks, ReSum, TreeGRPO, TreeRL)
+"""Recipes whose samples branch."""
 
 __all__ = [
+    "AEPO",
+    "APPO",
+    "ARPO",
     "CISPO",
     "DAPO",
     "DIS",
     "FIPO",
+    "FOREST_RECIPES",
     "GMPO",
     "GRPO",
     "GSPO",
@@ -76,12 +89,17 @@ __all__ = [
     "DirectionReweighting",
     "DivergenceWeighting",
     "DrGRPO",
+    "ForestRecipe",
     "HighEntropy",
     "IcePop",
     "NearBoundaryRescue",
     "NearBoundaryRescueGSPO",
     "PassAtK",
+    "RandomForks",
+    "ReSum",
     "Reinforce",
     "ReinforcePlusPlus",
     "ReinforcePlusPlusBaseline",
+    "TreeGRPO",
+    "TreeRL",
 ]

@@ -1,5 +1,6 @@
 """What a recipe builds, and the checks that recipes share."""
 
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from rljax.advantages import AdvantageFn
@@ -7,12 +8,37 @@ from rljax.losses import Loss, PenaltyFn, entropy_bonus, kl_penalty
 from rljax.rollouts.plans import Plan
 
 
+Encode = Callable[[str], list[int]]
+"""Text to token ids."""
+
+
 class Algorithm(NamedTuple):
-    """A published method: what to collect, how to give credit, what to minimise."""
+    """A published method: what to collect, how to give credit, what to minimise.
+
+    `bind(encode, vocab_size)`, where a method speaks of words or of the vocabulary, gives the algorithm for a
+    tokenizer; it raises ValueError for words that the tokenizer cannot encode.
+    """
 
     plan: Plan
     advantage_fn: AdvantageFn
     loss: Loss
+    bind: Callable[[Encode, int], "Algorithm"] | None = None
+
+
+def encoded_phrases(encode: Encode, phrases: Sequence[str], what: str) -> list[list[int]]:
+    """Token ids of `phrases`. ValueError for none, and for one without tokens."""
+    if not phrases:
+        raise ValueError(f"{what} has no phrases; give at least one")
+    found = []
+    for phrase in phrases:
+        try:
+            ids = list(encode(phrase))
+        except ValueError as error:
+            raise ValueError(f"{what}: the tokenizer cannot encode the phrase {phrase!r}: {error}") from None
+        if not ids:
+            raise ValueError(f"{what}: the phrase {phrase!r} has no tokens; choose another")
+        found.append(ids)
+    return found
 
 
 def kl_and_entropy(kl_coef: float, entropy_coef: float) -> tuple[PenaltyFn, ...]:

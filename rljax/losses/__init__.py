@@ -56,7 +56,7 @@ from rljax.losses.staleness import (
     squared_log_ratio,
     veto,
 )
-from rljax.losses.surrogates import Surrogate, SurrogateFn, cispo, clipped, soft_gate, unclipped
+from rljax.losses.surrogates import Surrogate, SurrogateFn, cispo, clip_balanced, clipped, soft_gate, unclipped
 from rljax.losses.values import clipped_value_loss
 from rljax.losses.weights import (
     WeightFn,
@@ -91,6 +91,7 @@ __all__ = [
     "behavior_sequence_ratio",
     "behavior_weights",
     "cispo",
+    "clip_balanced",
     "clipped",
     "clipped_value_loss",
     "current_deviation",

@@ -43,6 +43,22 @@ def clipped(*, clip_low: float = 0.2, clip_high: float = 0.2, dual_clip: float |
     return surrogate
 
 
+def clip_balanced(*, clip_low: float = 0.2, clip_high: float = 0.28, dual_clip: float | None = 3.0) -> SurrogateFn:
+    """`clipped` in value; but where A > 0 and r > 1 + clip_high the gradient is that of r = 1 + clip_high,
+    `-(1 + clip_high) A`, in place of none (AEPO, 2510.14545)."""
+    plain = clipped(clip_low=clip_low, clip_high=clip_high, dual_clip=dual_clip)
+
+    def surrogate(
+        ratio: Float[Array, "B T"], advantages: Float[Array, "B T"], logprobs: Float[Array, "B T"]
+    ) -> Surrogate:
+        loss, is_clipped = plain(ratio, advantages, logprobs)
+        beyond = (advantages > 0) & (ratio > 1 + clip_high)
+        scale = (1 + clip_high) / jnp.where(beyond, jax.lax.stop_gradient(ratio), 1)
+        return Surrogate(jnp.where(beyond, -advantages * scale * ratio, loss), is_clipped)
+
+    return surrogate
+
+
 def unclipped() -> SurrogateFn:
     """`-A r`: the plain policy gradient, importance weighted (REINFORCE with an old policy)."""
 

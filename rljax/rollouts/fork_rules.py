@@ -1,8 +1,8 @@
 """Where to fork: rules over the samples of a prompt so far, built from the scores and choices of `rljax.branching`.
 
-A rule gets a `Grown` and returns fork points. Positions count completion tokens; to fork *at* token `t` keeps the tokens
-before it, so that `t` itself is drawn anew. Rules that pick by chance draw from `Grown.key`, a function of the run's
-seed, the step, the prompt and the round alone. Each rule is one jitted program of fixed shape.
+A rule gets a `Grown` and returns fork points. Positions count completion tokens; to fork *at* token `t` keeps the
+tokens before it, so that `t` itself is drawn anew. Rules that pick by chance draw from `Grown.key`, a function of the
+run's seed, the step, the prompt and the round alone. Each rule is one jitted program of fixed shape.
 """
 
 import dataclasses
@@ -166,8 +166,8 @@ def top_tokens(
     tail: float = 0.0,
     last_words: Sequence[str] = (),
 ) -> ForkRule:
-    """For each tree the `points` eligible tokens of the highest `score(batch, key)`; ties go to the earlier sample, then
-    token."""
+    """For each tree the `points` eligible tokens of the highest `score(batch, key)`; ties go to the earlier sample,
+    then token."""
 
     def choose(batch, tree, eligible, key):
         scores = score(batch, key)
@@ -218,6 +218,16 @@ def entropy_jump(
     return rule_of(choose)
 
 
+def filled(rule: ForkRule, points: int) -> ForkRule:
+    """`rule`, with independent samples in place of the forks that `points` has room for and it did not ask for."""
+
+    def all_points(grown: Grown) -> list[ForkPoint]:
+        found = list(rule(grown))[:points]
+        return found + [ForkPoint(i % grown.chains, 0) for i in range(points - len(found))]
+
+    return all_points
+
+
 def top_turn_surprisal(points: int, *, penalty: float = 0.0) -> ForkRule:
     """The `points` steps of the prompt's samples with the highest mean surprisal less `penalty` for each child that is
     there already (AT2PO, 2601.04767)."""
@@ -235,9 +245,9 @@ def top_turn_surprisal(points: int, *, penalty: float = 0.0) -> ForkRule:
 def summary_points(
     detect: Sequence[Sequence[int]], inject: Sequence[Sequence[int]], chains: int, *, middle: float = 0.8
 ) -> ForkRule:
-    """One fork of each chain in a round (ReSum, 2606.13316, section 4): before its next natural phrase of `detect`, which
-    is then missing from the fork, or, when it has none left, at a random place of its middle (a share `middle` of the
-    completion), with one of the phrases `inject`. Phrases are sequences of token ids."""
+    """One fork of each chain in a round (ReSum, 2606.13316, section 4): before its next natural phrase of `detect`,
+    which is then missing from the fork, or, when it has none left, at a random place of its middle (a share `middle` of
+    the completion), with one of the phrases `inject`. Phrases are sequences of token ids."""
 
     @jax.jit
     def choose(batch: RolloutBatch, key: Array):

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from rljax.rollouts.fork_rules import Grown, grown_batch
@@ -22,8 +23,8 @@ def rounds_of(
     first_id: int,
     limit: int,
 ) -> Rounds:
-    """The rounds of one prompt under `plan`, for its `Request`. Forks take the sample ids from `first_id` on; `limit` is
-    the longest completion. Points without room for a token of their own are left out.
+    """The rounds of one prompt under `plan`, for its `Request`. Forks take the sample ids from `first_id` on; `limit`
+    is the longest completion. Points without room for a token of their own are left out.
     """
     made = 0
 
@@ -37,7 +38,7 @@ def rounds_of(
             batch=grown_batch(parents, plan.parents, limit, [splitter(sample.tokens) for sample in parents]),
             chains=plan.chains,
             round=made,
-            key=jax.random.wrap_key_data(numbers, impl="threefry2x32"),
+            key=jax.random.wrap_key_data(jnp.asarray(numbers), impl="threefry2x32"),
             decode=tokenizer.decode,
         )
         made += 1

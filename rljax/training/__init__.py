@@ -2,23 +2,20 @@
 
 from rljax.training.checkpoint import Checkpointer, fingerprint, restore_params
 from rljax.training.learner import Learner, Loss, add_metrics
+from rljax.training.lightsam import scale_by_lightsam_adagrad, scale_by_lightsam_adam, scale_by_lightsam_norm
 from rljax.training.metrics import MetricsWriter, PhaseTimer, read_jsonl
+from rljax.training.optimizers import LightSAMConfig, MuonConfig, OptimizerConfig, make_optimizer, make_schedule
 from rljax.training.run_folder import RunFolder, plot_learning_curve, versions
 from rljax.training.sft import sft_loss
-from rljax.training.state import (
-    OptimizerConfig,
-    abstract_state,
-    create_state,
-    make_optimizer,
-    make_schedule,
-    state_shardings,
-)
+from rljax.training.state import abstract_state, create_state, state_shardings
 
 __all__ = [
     "Checkpointer",
     "Learner",
+    "LightSAMConfig",
     "Loss",
     "MetricsWriter",
+    "MuonConfig",
     "OptimizerConfig",
     "PhaseTimer",
     "RunFolder",
@@ -31,6 +28,9 @@ __all__ = [
     "plot_learning_curve",
     "read_jsonl",
     "restore_params",
+    "scale_by_lightsam_adagrad",
+    "scale_by_lightsam_adam",
+    "scale_by_lightsam_norm",
     "sft_loss",
     "state_shardings",
     "versions",

@@ -77,10 +77,10 @@ def visible_blocks(
     *,
     block_q: int,
     block_k: int,
-) -> Bool[Array, "R S//block_q S//block_k"]:
+) -> Bool[Array, "R N M"]:
     """Which blocks of keys a block of queries may see: some key begins before the queries' end and has its subtree end
     after their beginning, and the deepest key is within `window` of the shallowest query. Never False for a visible
-    pair. `S` must be a multiple of both block sizes."""
+    pair. `N` and `M` are the numbers of blocks; `S` must be a multiple of both block sizes."""
     rows, length = positions.shape
     first_query, first_key = jnp.arange(0, length, block_q)[:, None], jnp.arange(0, length, block_k)[None]
     last_end = jnp.max(subtree_end.reshape(rows, 1, -1, block_k), axis=-1)
@@ -196,7 +196,7 @@ def _whole_blocks(x: Float[Array, "R H S hd"], size: int) -> Float[Array, "R H s
     return _padded(_padded(x, 2, size), 3, max(pl.next_power_of_2(x.shape[3]), 16))
 
 
-def _call(target: _Target, kernel, name: str, block: int, lists, window, own, walked, outputs) -> list[Array]:
+def _call(target: _Target, kernel, name: str, block: int, lists, window, own, walked, outputs) -> Sequence[Array]:
     """Runs `kernel` on the grid `[R, H, blocks]`. Of an array `[R, N, ., .]` a head gets the one of `N` that it belongs
     to: the `block` entries whose turn it is if the array is in `own`, all of them if in `walked`. `outputs` are shapes,
     split like `own`."""

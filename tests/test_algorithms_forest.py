@@ -1,4 +1,4 @@
-"""The tree methods run through the whole loop, spend what their plan says, and train a forest as they would its rows."""
+"""The tree methods run through the loop, spend what their plan says, and train a forest as they would its rows."""
 
 import dataclasses
 
@@ -6,7 +6,19 @@ import jax
 import numpy as np
 import pytest
 
-from rljax.algorithms import AEPO, APPO, ARPO, FOREST_RECIPES, GRPO, RECIPES, RandomForks, ReSum, TreeGRPO, TreeRL
+from rljax.algorithms import (
+    AEPO,
+    APPO,
+    ARPO,
+    FOREST_RECIPES,
+    GRPO,
+    GSPO,
+    RECIPES,
+    RandomForks,
+    ReSum,
+    TreeGRPO,
+    TreeRL,
+)
 from rljax.config import check
 from rljax.models import DecoderConfig, init_params
 from rljax.rollouts.batching import PackSpec, stack
@@ -121,7 +133,7 @@ CONFIG = DecoderConfig(
 )
 
 
-def update_of(algorithm, batch, *, share, seed=0):
+def update_of(algorithm, batch, *, share):
     """(loss, gradients) of one minibatch, from weights that are not the ones that sampled."""
     learner = Learner(
         CONFIG,
@@ -134,8 +146,8 @@ def update_of(algorithm, batch, *, share, seed=0):
         needs_uniforms=algorithm.plan.needs_uniforms,
     )
     state = learner.init_state(init_params(CONFIG, jax.random.key(1)))
-    behavior = learner.score_rows(init_params(CONFIG, jax.random.key(2)), batch)
-    batch = dataclasses.replace(batch, behavior_logprobs=behavior)
+    behavior, ref = (learner.score_rows(init_params(CONFIG, jax.random.key(seed)), batch) for seed in (2, 3))
+    batch = dataclasses.replace(batch, behavior_logprobs=behavior, ref_logprobs=ref)
     advantages = np.asarray(algorithm.advantage_fn(batch))
     train_batch = learner.prepare(state, batch, advantages)[0]
     moved = jax.tree.map(lambda x: x + 0.01 * jax.random.normal(jax.random.key(x.size), x.shape), state.params)
@@ -143,7 +155,15 @@ def update_of(algorithm, batch, *, share, seed=0):
     return metrics, grads, train_batch
 
 
-@pytest.mark.parametrize("recipe", [*RECIPES, *FOREST_RECIPES], ids=lambda recipe: recipe.__name__)
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        pytest.param(
+            recipe, marks=() if recipe in (GRPO, GSPO, TreeRL, ReSum) else pytest.mark.slow, id=recipe.__name__
+        )
+        for recipe in (*RECIPES, *FOREST_RECIPES)
+    ],
+)
 def test_a_forest_trains_as_its_rows_do(recipe):
     """Loss and gradient of the forest equal those of the same rows packed one by one, to relative 1e-5."""
     if recipe in FOREST_RECIPES:

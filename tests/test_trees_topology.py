@@ -189,10 +189,9 @@ def test_rows_that_lost_their_action_mask_still_share_the_prompt():
     mask[0] = False
     a, b = (trees.build_tree(dataclasses.replace(batch, action_mask=m)) for m in (batch.action_mask, mask))
     np.testing.assert_array_equal(a.node_ids, b.node_ids)
-    mask[:] = False  # nothing tells the prompt, and nothing is trained on
-    assert np.isfinite(
-        trees.leaf_mean(trees.build_tree(dataclasses.replace(batch, action_mask=mask)), batch.reward)
-    ).all()
+    mask[:] = False  # nothing tells the prompt, so only the fork columns count
+    lost = trees.build_tree(dataclasses.replace(batch, action_mask=mask))
+    np.testing.assert_array_equal(trees.token_leaf_counts(lost), [[2, 2, 2, 1, 1], [2, 2, 2, 1, 1], [1, 1, 1, 1, 0]])
 
 
 def test_prefix_weights_are_powers_of_the_leaf_count():

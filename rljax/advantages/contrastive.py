@@ -110,8 +110,7 @@ def summary_counts(batch: RolloutBatch, phrases: Phrases) -> tuple[Int[Array, " 
     owners = jnp.asarray(build_tree(batch).owners)
     fork = jnp.where(jnp.asarray(batch.intervention) == INTERVENTION_INJECT, jnp.asarray(batch.fork_index), -1)
     column = jnp.arange(owners.shape[1])
-    is_token = column < jnp.asarray(batch.lengths)[:, None]
-    injected = jnp.sum(is_token & (fork[owners] == column), axis=1)
+    injected = jnp.sum(fork[owners] == column, axis=1)
     return natural.astype(jnp.int32), injected.astype(jnp.int32)
 
 

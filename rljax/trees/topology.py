@@ -30,7 +30,7 @@ class Tree:
     group, `depths` the number of nodes above, `leaf_counts` the valid rows below. On rows, `node_ids` is the node of a
     token, `node_starts` marks the first token of every node but the root, and `owners` names the row that generated a
     token. Tokens before the first action token of a group are its prompt; they belong to the root node, and their owner
-    is the first valid row of the group. `root_rows` is the sample a row descends from, `is_leaf` the valid rows.
+    is the first row of the group. `root_rows` is the sample a row descends from, `is_leaf` the valid rows.
     """
 
     parents: Int[ArrayLike, " N"]
@@ -246,15 +246,14 @@ def _walk_up(batch: RolloutBatch) -> tuple[Array, Array]:
 
 def _share_prompts(owners: Array, batch: RolloutBatch) -> Array:
     """Gives the tokens before a group's first action token to the first row of the group."""
-    is_valid, group_id = jnp.asarray(batch.is_valid), jnp.asarray(batch.group_id)
-    mask = jnp.asarray(batch.action_mask) & is_valid[:, None]
+    group_id = jnp.asarray(batch.group_id)
+    mask = jnp.asarray(batch.action_mask) & jnp.asarray(batch.is_valid)[:, None]
     rows, width = mask.shape
     # Overlong rows may have lost their action mask; another row of the group shows where the prompt ends.
     first = jnp.where(mask.any(axis=1), jnp.argmax(mask, axis=1), width)
     prompt = jax.ops.segment_min(first, group_id, num_segments=rows)[group_id]
     prompt = jnp.where(prompt < width, prompt, 0)
-    index = jnp.where(is_valid, jnp.arange(rows, dtype=jnp.int32), rows - 1)
-    first_row = jax.ops.segment_min(index, group_id, num_segments=rows)[group_id]
+    first_row = jax.ops.segment_min(jnp.arange(rows, dtype=jnp.int32), group_id, num_segments=rows)[group_id]
     return jnp.where(jnp.arange(width) < prompt[:, None], first_row[:, None], owners)
 
 

@@ -134,7 +134,7 @@ def test_failures_that_stay_are_errors_that_say_what_happened():
             stub.endpoint(retries=2).ask([])
         assert len(stub.requests) == 1
     closed = stub.endpoint(retries=1)
-    with pytest.raises(JudgeError, match="in 2 attempts.*refused"):
+    with pytest.raises(JudgeError, match=r"in 2 attempts.*refused"):
         closed.ask([])
 
 
@@ -205,8 +205,9 @@ def test_replies_are_read_from_their_end():
     assert read_choice("A is shorter, B is right: [[B]]") == "B"
     assert read_choice("C") == "C"
     assert read_flags("[1, 2] and then [0, 1]", 2) == [0, 1]
-    for read in (read_yes_no, read_choice, lambda reply: read_flags(reply, 2)):
-        with pytest.raises(ValueError, match="."):
+    readers = {"YES nor NO": read_yes_no, "none of A": read_choice, "no list of 2": lambda reply: read_flags(reply, 2)}
+    for message, read in readers.items():
+        with pytest.raises(ValueError, match=message):
             read("Know nothing, [1], BAD")
 
 

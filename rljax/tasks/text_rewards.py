@@ -15,8 +15,8 @@ from typing import Any, ClassVar
 from rljax.tasks.callables import RewardInput, Wants, inspect_reward
 from rljax.tasks.examples import Prompt
 
-_STOP_WORDS = """a an and are as at be by for from has how in is it its of on or that the this to was were what when where
-which who why will with"""
+_STOP_WORDS = """a an and are as at be by for from has how in is it its of on or that the this to was were what when
+where which who why will with"""
 STOP_WORDS = frozenset(_STOP_WORDS.split())
 
 FactCheck = Callable[[str, Sequence[str]], Sequence[float]]

@@ -4,9 +4,10 @@ Scores exist for one block of queries times one of keys at a time (2205.14135). 
 what its loop walks over in rows: each kernel loops over a list, made beforehand, of the blocks that its own one sees
 or is seen by, so that keys of other trees and branches are neither read nor multiplied. Accumulation is float32.
 
-What has been run: interpret mode on the CPU. For TPU (Mosaic) the kernels have been lowered, for NVIDIA GPUs (Triton)
-lowered too, by `tests/test_models_attention_kernel.py`; neither has been timed. `make test-gpu` compares them with the
-XLA form on a GPU.
+What has been run: interpret mode on the CPU, nothing else. The tests lower the kernels for TPU (Mosaic) and for GPU
+(Triton, which jax deprecates from 0.12 on). The compilers for TPU v4, v5e and v6e and for A100 and H200 take them, on a
+machine without such a device; bfloat16 heads of 64 and 128 then fit in a GPU's registers. None has been timed.
+`make test-gpu` compares them with the XLA form.
 """
 
 import functools
@@ -57,7 +58,8 @@ def forest_attention_kernel(
 
     A query that sees no key (padding) yields 0 and passes no gradient on. Blocks are `block_q` queries times `block_k`
     keys, powers of two from 16 (from 128 on a TPU); None is the device's own choice. Any length: rows are padded to
-    whole blocks here. A kernel for TPU keeps two arrays `[S, hd]` in vector memory. ValueError for other block sizes.
+    whole blocks here. A TPU keeps two arrays `[S, hd]` in vector memory: on a v4 (16 MiB) rows end at 8192 tokens in
+    bfloat16, 4096 in float32. ValueError for other block sizes, and for query heads that do not divide over key heads.
     """
     for name, size in {"block_q": block_q, "block_k": block_k}.items():
         if size is not None and (size < 16 or size & (size - 1)):
@@ -144,8 +146,9 @@ def _gpu(head_dim: int) -> _Target:
     from jax.experimental.pallas import triton
 
     def params(walked: Sequence[Array]):
-        # Blocks that are fetched ahead take shared memory, of which float32 needs all there is.
-        return triton.CompilerParams(num_warps=4, num_stages=2 if walked[0].dtype.itemsize < 4 else 1)
+        # Blocks that are fetched ahead take shared memory, and few warps registers, which float32 has not to spare.
+        wide = walked[0].dtype.itemsize >= 4
+        return triton.CompilerParams(num_warps=8 if wide else 4, num_stages=1 if wide else 2)
 
     block = GPU_BLOCK if head_dim <= 128 else GPU_BLOCK // 2
     return _Target(block, block, params=params)

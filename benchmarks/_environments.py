@@ -121,6 +121,14 @@ def allocator() -> str | None:
     return found[0] if found else None
 
 
+def relaunch_with_allocator() -> None:
+    """Starts the running script again under `allocator`, once; nothing where there is none."""
+    library = allocator()
+    if library and not os.environ.get("LD_PRELOAD"):
+        os.environ["LD_PRELOAD"] = library
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+
+
 class Worker:
     """A process that speaks `rivals/protocol.py`. One task at a time; the others wait on their stdin meanwhile."""
 

@@ -210,7 +210,9 @@ def entropy_jump(
         jump = entropy_change(batch.entropies, mask, batch.turn_ids, window=window, scale=scale)
         counts = fork_counts(tree, batch.parent_row, batch.fork_index)
         chance = penalized(
-            fork_probability(jump, base=base, weight=weight), consecutive_forks(counts, starts), penalty=penalty
+            fork_probability(jump, base=base, weight=weight),
+            consecutive_forks(counts, starts & (jnp.arange(mask.shape[1]) > 0)),
+            penalty=penalty,
         )
         is_drawn = jax.random.uniform(key, mask.shape) < chance
         return select_forks(jump, eligible & starts & is_drawn, points), jump

@@ -1,0 +1,371 @@
+"""Which method for which task? Methods side by side from one initial model, at equal measured tokens.
+
+    python benchmarks/arena.py --preset=small --workdir=runs/arena
+    python benchmarks/arena.py --preset=small --workdir=runs/arena --json=arena.json      # goes on where it stopped
+
+For each task one character model is warmed up on half wrong demonstrations; every method then trains from it with the
+same seeds and optimizer until it has spent the same number of *sampled* tokens, measured and not planned. Its rows:
+
+    GRPO                       independent samples
+    GRPO, more samples         as many samples of a prompt as the forests have leaves, until as many tokens have been
+                               *trained on* as under random forks: what the forests save in sampling, paid
+    random forks               forests forked at random tokens, GRPO's credit: what the sampler alone does
+    random forks, X's credit   the same forests, credit of method X: what the credit does
+    X                          the whole method: what its fork rule does
+
+Held-out avg@4 and greedy accuracy are measured at equal shares of the budget; the table gives mean and standard deviation
+over seeds, the curves mean and band. Every (task, method, seed) is one file in the work folder, so that an interrupted
+arena goes on where it stopped.
+"""
+
+import argparse
+import dataclasses
+import json
+import random
+import re
+import string
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from _environments import HOME, relaunch_with_allocator
+
+from rljax.advantages import global_and_local, intra_and_inter_tree
+from rljax.algorithms import GRPO, RandomForks, TreeGRPO, TreeRL
+from rljax.algorithms.base import Algorithm
+from rljax.build import load_params, plan
+from rljax.config import (
+    CheckpointConfig,
+    Config,
+    EvaluationConfig,
+    FreshModel,
+    PretrainedModel,
+    ReasoningGymData,
+    Recipe,
+    SamplingConfig,
+    UpdateConfig,
+    WarmupConfig,
+)
+from rljax.models import save_hf
+from rljax.parallel import use_mesh
+from rljax.run import evaluate_run, train_step
+from rljax.supervised import warm_up
+from rljax.tasks import Example, final_number
+from rljax.training import OptimizerConfig, RunFolder
+
+CHAINS, POINTS = 4, 2  # 4 x (1 + 2) = 12 leaves
+
+
+@dataclasses.dataclass
+class RandomForksWith(RandomForks):
+    """Random forks with the credit of another method."""
+
+    credit: Callable[[], Any] = intra_and_inter_tree
+
+    def build(self) -> Algorithm:
+        return super().build()._replace(advantage_fn=self.credit())
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """A row of the table. `budget` is what ends a run: tokens sampled, or tokens trained on."""
+
+    name: str
+    make: Callable[[tuple[str, ...]], Recipe]
+    budget: str = "sampled"
+
+
+METHODS = (
+    Method("GRPO", lambda steps: GRPO(group_size=8, kl_coef=0.0)),
+    Method("random forks", lambda steps: RandomForks(CHAINS, POINTS)),
+    Method("GRPO, more samples", lambda steps: GRPO(group_size=12, kl_coef=0.0), budget="trained"),
+    Method("random forks, Tree-GRPO's credit", lambda steps: RandomForksWith(CHAINS, POINTS)),
+    Method("Tree-GRPO", lambda steps: TreeGRPO(CHAINS, POINTS, step_delimiters=steps, kl_coef=0.0)),
+    Method("random forks, TreeRL's credit", lambda steps: RandomForksWith(CHAINS, POINTS, credit=global_and_local)),
+    Method("TreeRL", lambda steps: TreeRL(CHAINS, POINTS, branches=1, kl_coef=0.0, tail=0.0, last_words=())),
+)
+
+
+def misspelt(examples: Sequence[Example]) -> list[Example]:
+    """Words backwards; the letters of every second answer are shuffled."""
+    rng, made = random.Random(0), []
+    for index, example in enumerate(examples):
+        letters = list(example.columns["answer"])
+        if index % 2:
+            rng.shuffle(letters)
+        made.append(Example(prompt=example.prompt, columns={"completion": "".join(letters)}))
+    return made
+
+
+def miscounted(examples: Sequence[Example]) -> list[Example]:
+    """Running totals of a sum, `7;-1;0`; in every second answer one of them is off, and the rest follows from it."""
+    rng, made = random.Random(0), []
+    for index, example in enumerate(examples):
+        terms = [int(sign + digits) for sign, digits in re.findall(r"([+-]?) ?(\d+)", str(example.prompt))]
+        wrong = rng.randrange(1, len(terms)) if index % 2 else 0
+        total, totals = terms[0], []
+        for place, term in enumerate(terms[1:], 1):
+            total += term + (rng.choice((-2, -1, 1, 2)) if place == wrong else 0)
+            totals.append(str(total))
+        made.append(Example(prompt=example.prompt, columns={"completion": ";".join(totals)}))
+    return made
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """A reasoning-gym task for a character model; `steps` are the tokens that end a step of its solution."""
+
+    name: str
+    data: ReasoningGymData
+    alphabet: str
+    demonstrations: Callable[[Sequence[Example]], list[Example]]
+    steps: tuple[str, ...]
+    max_new_tokens: int
+    prompt_length: int
+
+
+TASKS = (
+    Task(
+        "spell_backward",
+        ReasoningGymData(
+            task="spell_backward",
+            args={"min_word_len": 4, "max_word_len": 7},
+            size=8000,
+            test_size=128,
+            prompt="{word} =",
+            chat=False,
+        ),
+        string.ascii_letters + " =",
+        misspelt,
+        tuple(string.ascii_letters),
+        9,
+        10,
+    ),
+    Task(
+        "chain_sum",
+        ReasoningGymData(
+            task="chain_sum",
+            args={"min_terms": 5, "max_terms": 5, "min_digits": 1, "max_digits": 1},
+            size=8000,
+            test_size=128,
+            prompt="{expression} =",
+            chat=False,
+            extract=final_number,
+        ),
+        "0123456789+-=; ",
+        miscounted,
+        (";",),
+        18,
+        24,
+    ),
+)
+PRESETS = {
+    "tiny": dict(prompts=8, tokens=4_000, points=2, seeds=1, warmup=20),
+    "small": dict(prompts=32, tokens=120_000, points=4, seeds=3, warmup=300),
+    "full": dict(prompts=64, tokens=1_000_000, points=10, seeds=5, warmup=300),
+}
+
+
+def config_of(task: Task, preset: dict[str, int], **changes: Any) -> Config:
+    length = task.prompt_length + task.max_new_tokens
+    return Config(
+        name=f"arena-{task.name}",
+        prompts_per_step=preset["prompts"],
+        model=FreshModel(alphabet=task.alphabet, num_layers=3, embed_dim=96, num_heads=3, num_kv_heads=3, mlp_dim=288),
+        data=task.data,
+        sampling=SamplingConfig(max_new_tokens=task.max_new_tokens, prompt_buckets=(task.prompt_length,)),
+        update=UpdateConfig(
+            pack_length=8 * length,
+            packed_rows=4,
+            length_buckets=(8 * length,),
+            score_buckets=(8 * length,),
+            row_buckets=(48 * 4,),
+            head_chunk=2048,
+        ),
+        optimizer=OptimizerConfig(learning_rate=3e-4),
+        warmup=WarmupConfig(
+            steps=preset["warmup"],
+            batch_size=128,
+            demonstrations=task.demonstrations,
+            optimizer=OptimizerConfig(
+                learning_rate=2e-3, schedule="cosine", warmup_steps=20, total_steps=max(preset["warmup"], 21)
+            ),
+        ),
+        evaluation=EvaluationConfig(problems=128, samples=4, batch_prompts=32),
+        checkpoint=CheckpointConfig(every=0),
+        **changes,
+    )
+
+
+def initial_model(task: Task, preset: dict[str, int], folder: Path) -> Path:
+    """The warmed-up model of a task as a Hugging Face folder, made once."""
+    target = folder / task.name / "initial"
+    if not (target / "config.json").exists():
+        config = config_of(task, preset)
+        run = plan(config)
+        with run.rewards, RunFolder(folder / task.name / "warmup", fresh=True) as log, use_mesh(run.mesh):
+            params = warm_up(run, load_params(run), log)
+            save_hf(target, run.decoder, params, tokenizer=run.tokenizer)
+    return target
+
+
+def compete(task: Task, method: Method, seed: int, preset: dict[str, int], model: Path, budget: int) -> dict[str, Any]:
+    """One run: the curve [(tokens sampled, tokens trained on, avg@4, greedy)] and what it cost."""
+    config = config_of(task, preset, seed=seed, algorithm=method.make(task.steps))
+    config.model = PretrainedModel(path=str(model), dtype="float32", param_dtype="float32")
+    config.warmup = WarmupConfig()
+    run = plan(config)
+    spent = {"sampled": 0, "trained": 0}
+    curve, step, began = [], 0, time.perf_counter()
+    stops = [budget * (i + 1) / preset["points"] for i in range(preset["points"])]
+
+    def look():
+        found = evaluate_run(run, run.state.params, step)
+        values = {name: estimate.value for name, estimate in found.estimates.items()}
+        curve.append([spent["sampled"], spent["trained"], values["avg@4"], values["greedy"]])
+
+    with run.rewards, use_mesh(run.mesh):
+        run.state = run.learner.init_state(load_params(run))
+        look()
+        while spent[method.budget] < budget:
+            metrics, rollout = train_step(run, step)
+            step += 1
+            spent["sampled"] += int(metrics["rollout/new_tokens"])
+            spent["trained"] += int(sum(t.action_mask.sum() for t in rollout.trajectories))
+            if spent[method.budget] >= stops[0]:
+                stops = [stop for stop in stops if stop > spent[method.budget]] or [float("inf")]
+                look()
+    return {
+        "task": task.name,
+        "method": method.name,
+        "seed": seed,
+        "steps": step,
+        "seconds": time.perf_counter() - began,
+        "curve": curve,
+    }
+
+
+def summarise(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One line for each task and method, over seeds."""
+    lines = []
+    for task in dict.fromkeys(r["task"] for r in results):
+        for method in dict.fromkeys(r["method"] for r in results):
+            runs = [r for r in results if (r["task"], r["method"]) == (task, method)]
+            if not runs:
+                continue
+            first, last = (np.array([r["curve"][i] for r in runs], float) for i in (0, -1))
+            lines.append(
+                {
+                    "task": task,
+                    "method": method,
+                    "seeds": len(runs),
+                    "before": first[:, 2].mean(),
+                    "avg@4": last[:, 2].mean(),
+                    "avg@4_std": last[:, 2].std(ddof=1) if len(runs) > 1 else 0.0,
+                    "greedy": last[:, 3].mean(),
+                    "sampled": last[:, 0].mean(),
+                    "trained": last[:, 1].mean(),
+                    "steps": float(np.mean([r["steps"] for r in runs])),
+                    "seconds": float(np.mean([r["seconds"] for r in runs])),
+                }
+            )
+    return lines
+
+
+def show(lines: Sequence[dict[str, Any]]) -> str:
+    """The table, in Markdown."""
+    rows = [
+        "| task | method | avg@4 | greedy | tokens sampled | trained on | steps | s |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for x in lines:
+        rows.append(
+            f"| {x['task']} | {x['method']} | {x['before']:.3f} -> {x['avg@4']:.3f} ± {x['avg@4_std']:.3f} | "
+            f"{x['greedy']:.3f} | {x['sampled'] / 1e3:.0f}k | {x['trained'] / 1e3:.0f}k | {x['steps']:.0f} | "
+            f"{x['seconds']:.0f} |"
+        )
+    return "\n".join(rows)
+
+
+def draw(results: Sequence[dict[str, Any]], path: Path) -> None:
+    """avg@4 over tokens sampled: mean over seeds, and the band of one standard deviation."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    tasks = list(dict.fromkeys(r["task"] for r in results))
+    figure = Figure(figsize=(6.5 * len(tasks), 4.5), layout="constrained")
+    FigureCanvasAgg(figure)
+    for axes, task in zip(np.ravel(figure.subplots(1, len(tasks))), tasks, strict=True):
+        for method in dict.fromkeys(r["method"] for r in results):
+            curves = [np.array(r["curve"], float) for r in results if (r["task"], r["method"]) == (task, method)]
+            if not curves:
+                continue
+            length = min(map(len, curves))
+            tokens = np.mean([c[:length, 0] for c in curves], axis=0) / 1e3
+            values = np.array([c[:length, 2] for c in curves])
+            mean, spread = values.mean(axis=0), values.std(axis=0)
+            (line,) = axes.plot(tokens, mean, label=method, marker=".")
+            axes.fill_between(tokens, mean - spread, mean + spread, alpha=0.12, color=line.get_color())
+        axes.set(title=task, xlabel="tokens sampled (thousands)", ylabel="held-out avg@4")
+        axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    figure.savefig(path, dpi=110)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--preset", choices=PRESETS, default="small")
+    parser.add_argument("--workdir", default="runs/arena")
+    parser.add_argument("--json", metavar="FILE", help="write the result there")
+    parser.add_argument("--tasks", help="comma-separated, of " + ", ".join(t.name for t in TASKS))
+    parser.add_argument("--seeds", type=int, help="seeds 0 .. n-1; the preset's number when left out")
+    arguments = parser.parse_args()
+    preset = PRESETS[arguments.preset]
+    names = arguments.tasks.split(",") if arguments.tasks else [t.name for t in TASKS]
+    if unknown := sorted(set(names) - {t.name for t in TASKS}):
+        parser.error(f"--tasks: {unknown[0]!r} is not one of {', '.join(t.name for t in TASKS)}")
+    relaunch_with_allocator()
+    jax.config.update("jax_compilation_cache_dir", str(HOME / "jax"))
+    folder = Path(arguments.workdir) / arguments.preset
+    seeds = range(preset["seeds"] if arguments.seeds is None else arguments.seeds)
+    entries = [(t, m, s) for s in seeds for t in TASKS if t.name in names for m in METHODS]
+    results: list[dict[str, Any]] = []
+    for number, (task, method, seed) in enumerate(entries, 1):
+        slug = re.sub(r"\W+", "_", method.name.lower())
+        file = folder / task.name / f"{slug}-{seed}.json"
+        if not file.exists():
+            model = initial_model(task, preset, folder)
+            budget = preset["tokens"]
+            if method.budget == "trained":
+                twin = next(
+                    r for r in results if (r["task"], r["method"], r["seed"]) == (task.name, "random forks", seed)
+                )
+                budget = twin["curve"][-1][1]
+            result = compete(task, method, seed, preset, model, budget)
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.with_suffix(".part").write_text(json.dumps(result) + "\n")
+            file.with_suffix(".part").rename(file)
+        results.append(json.loads(file.read_text()))
+        last = results[-1]
+        print(
+            f"[{number}/{len(entries)}] {task.name}, {method.name}, seed {seed}: avg@4 {last['curve'][0][2]:.3f} -> "
+            f"{last['curve'][-1][2]:.3f} in {last['seconds']:.0f} s",
+            file=sys.stderr,
+            flush=True,
+        )
+    lines = summarise(results)
+    print(show(lines))
+    draw(results, folder / "arena.png")
+    print(f"\ncurves: {folder / 'arena.png'}")
+    if arguments.json:
+        setting = {"preset": arguments.preset, **preset}
+        report = {"benchmark": "arena", "setting": setting, "results": lines, "runs": results}
+        Path(arguments.json).write_text(json.dumps(report, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -13,9 +13,9 @@ same seeds and optimizer until it has spent the same number of *sampled* tokens,
     random forks, X's credit   the same forests, credit of method X: what the credit does
     X                          the whole method: what its fork rule does
 
-Held-out avg@4 and greedy accuracy are measured at equal shares of the budget; the table gives mean and standard deviation
-over seeds, the curves mean and band. Every (task, method, seed) is one file in the work folder, so that an interrupted
-arena goes on where it stopped.
+Held-out avg@4 and greedy accuracy are measured at equal shares of the budget; the table gives mean and standard
+deviation over seeds, the curves mean and band. Every (task, method, seed) is one file in the work folder, so that an
+interrupted arena goes on where it stopped.
 """
 
 import argparse

@@ -8,6 +8,7 @@ from jax.sharding import Mesh
 
 from rljax.algorithms import Algorithm
 from rljax.config import Config, Dataset, FreshModel, check, check_forks, make_rewards, make_tokenizer, model_path
+from rljax.evaluation import Evaluation
 from rljax.models import (
     DecoderConfig,
     forest_attention,
@@ -41,7 +42,8 @@ class Run:
     sampling: SamplingParams
     sampler: Sampler
     learner: Learner
-    reference_step: int = 0  # the step after which the reference was last refreshed
+    evaluation: Evaluation | None = None  # the last one
+    reference_scores: list[float] = dataclasses.field(default_factory=list)  # per problem, of the reference
     state: TrainState = None  # type: ignore[assignment]  # until weights are loaded or restored
 
     @property

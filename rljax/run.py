@@ -39,6 +39,7 @@ def train(config: Config, workdir: str, *, fresh: bool = False) -> dict[str, Any
             run.state = run.learner.init_state(warm_up(run, load_params(run), folder))
         save_description(run, folder)
         before = held_out(run, folder, 0)
+        run.reference_scores = run.reference_scores or before.solved_shares()
         for step in range(first, config.steps):
             metrics, rollout = train_step(run, step)
             done = step + 1
@@ -68,7 +69,7 @@ def resume(run: Run, checkpoints: Checkpointer, folder: RunFolder) -> int:
         return 0
     run.state, host, step = restored
     run.curriculum.load_state_dict(host["curriculum"])
-    run.reference_step = host.get("reference_step", 0)
+    run.reference_scores = host.get("reference_scores", [])
     folder.start(step)
     logging.info("resuming %s at step %d", folder.path, step)
     return step
@@ -82,7 +83,7 @@ def save_description(run: Run, folder: RunFolder) -> None:
 
 
 def host_state(run: Run) -> dict[str, Any]:
-    return {"curriculum": run.curriculum.state_dict(), "reference_step": run.reference_step}
+    return {"curriculum": run.curriculum.state_dict(), "reference_scores": run.reference_scores}
 
 
 def train_step(run: Run, step: int) -> tuple[dict[str, float], Rollout]:
@@ -129,21 +130,27 @@ def refresh_reference(run: Run, folder: RunFolder, done: int) -> None:
     if not every or done % every:
         return
     gate = run.algorithm.plan.refresh_gate
-    if gate is None or gate(*(held_out(run, folder, step).solved_share() for step in (done, run.reference_step))):
-        run.state = run.learner.refresh_reference(run.state)
-        run.reference_step = done
+    if gate is not None:
+        scores = held_out(run, folder, done).solved_shares()
+        if not gate(np.array(scores), np.array(run.reference_scores)):
+            return
+        run.reference_scores = scores
+    run.state = run.learner.refresh_reference(run.state)
 
 
 def held_out(run: Run, folder: RunFolder, step: int) -> Evaluation:
     """Evaluates on held-out problems and keeps the result in the run folder; what is there already is read back."""
+    if run.evaluation is not None and run.evaluation.step == step:
+        return run.evaluation
     file = folder.evaluation_file(step)
     if file.exists():
-        return Evaluation.from_dict(json.loads(file.read_text()))
+        run.evaluation = Evaluation.from_dict(json.loads(file.read_text()))
+        return run.evaluation
     if step in (0, run.config.steps):
         say(f"evaluating held-out problems {'before' if step == 0 else 'after'} training")
-    evaluation = evaluate_run(run, run.state.params, step)
-    folder.write_json(file, evaluation.to_dict())
-    return evaluation
+    run.evaluation = evaluate_run(run, run.state.params, step)
+    folder.write_json(file, run.evaluation.to_dict())
+    return run.evaluation
 
 
 def evaluate_run(run: Run, params: Params, step: int) -> Evaluation:

@@ -1,4 +1,4 @@
-"""The whole loop, evaluation and checkpoints included, computes on a mesh, and in two processes, what one device does."""
+"""The whole loop, evaluation and checkpoints included: a mesh, or two processes, compute what one device does."""
 
 import json
 import os

@@ -416,6 +416,6 @@ def test_missing_columns_are_named_before_the_run():
 def test_a_reward_is_found_in_the_working_directory(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "path", [p for p in sys.path if p])
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "own_rewards.py").write_text("def score(completion, token_ids):\n    return len(token_ids) / 4\n")
-    with RewardRunner(["own_rewards:score"], workers=1) as made:
+    (tmp_path / "rewards_here.py").write_text("def score(completion, token_ids):\n    return len(token_ids) / 4\n")
+    with RewardRunner(["rewards_here:score"], workers=1) as made:
         assert made.score(inputs("x"))[0].components == {"score": 0.5}

@@ -10,7 +10,7 @@ import pytest
 from rljax import losses
 from rljax.models import DecoderConfig, init_params
 from rljax.rollouts.batching import PackSpec, stack
-from rljax.sampling import sampling_params
+from rljax.sampling import compile_count, sampling_params
 from rljax.training import Learner, OptimizerConfig, add_metrics, sft_loss
 from rljax.types import Trajectory
 
@@ -273,7 +273,11 @@ def test_nothing_compiles_after_the_first_step_with_one_shape():
     )
     learner = make(spec)
     state = learner.init_state(params())
+    counts = []
     for seed in range(4):
         batch, advantages = rollout(seed=seed)
-        state, _ = learner.update(state, learner.prepare(state, batch, advantages)[0])
-    assert learner._update._cache_size() == 1
+        minibatch = learner.prepare(state, batch, advantages)[0]
+        before = compile_count()
+        state, _ = learner.update(state, minibatch)
+        counts.append(compile_count() - before)
+    assert counts[0] > 0 and counts[1:] == [0, 0, 0]

@@ -31,7 +31,7 @@ def pass_at_k_normalized(k: int, *, epsilon: float = 1e-6) -> AdvantageFn:
         mean = rank.group_sum(rank.reward * rank.largest_of_all(k))
         spread = jnp.sqrt(rank.group_sum(jnp.square(rank.reward - mean) * rank.largest_of_all(k)))
         values = jnp.where(spread > 0, (rank.mean_with(k) - mean) / (spread + epsilon), 0)
-        return rank.on_tokens(jnp.where(rank.count >= k, values, 0), batch)
+        return rank.on_tokens(jnp.where(rank.size >= k, values, 0), batch)
 
     return advantages
 
@@ -54,7 +54,7 @@ def pass_at_k_unbiased(k: int, *, baseline: int | None = None) -> AdvantageFn:
     def advantages(batch: RolloutBatch) -> Float[Array, "B T"]:
         rank = _Ranked.of(batch)
         values = k * (rank.mean_with(k) - rank.mean_without(size))
-        return rank.on_tokens(jnp.where((rank.count >= k) & (rank.count > size), values, 0), batch)
+        return rank.on_tokens(jnp.where((rank.size >= k) & (rank.size > size), values, 0), batch)
 
     return advantages
 
@@ -65,7 +65,7 @@ class _Ranked(NamedTuple):
     order: Array
     group: Array
     place: Array  # in the ascending order of the group's valid rows, from 0
-    count: Array  # valid rows of the group
+    size: Array  # valid rows of the group
     is_valid: Array
     reward: Array  # less the group's largest, so that equal rewards are exactly 0
 
@@ -84,22 +84,22 @@ class _Ranked(NamedTuple):
 
     def largest_of_all(self, k: int) -> Array:
         """The share of sets of k rows in which the row is the largest: `C(place, k - 1) / C(n, k)`."""
-        return _choose_share(self.place, self.count - 1, k - 1) * k / jnp.maximum(self.count, 1)
+        return _choose_share(self.place, self.size - 1, k - 1) * k / jnp.maximum(self.size, 1)
 
     def mean_with(self, k: int) -> Array:
         """M(i): the row itself where it is the largest, and what lies above it where that is."""
-        own = self.reward * _choose_share(self.place, self.count - 1, k - 1)
+        own = self.reward * _choose_share(self.place, self.size - 1, k - 1)
         if k == 1:
             return own
-        others = jnp.maximum(self.count - 1, 1)
-        share = _choose_share(self.place - 1, self.count - 2, k - 2) * (k - 1) / others
+        others = jnp.maximum(self.size - 1, 1)
+        share = _choose_share(self.place - 1, self.size - 2, k - 2) * (k - 1) / others
         return own + self._sum_above(self.reward * share)
 
     def mean_without(self, k: int) -> Array:
         """L(i), sets of k: rows below i keep their place among the others, rows above move one down."""
-        others = jnp.maximum(self.count - 1, 1)
-        below = self.reward * _choose_share(self.place, self.count - 2, k - 1) * k / others
-        above = self.reward * _choose_share(self.place - 1, self.count - 2, k - 1) * k / others
+        others = jnp.maximum(self.size - 1, 1)
+        below = self.reward * _choose_share(self.place, self.size - 2, k - 1) * k / others
+        above = self.reward * _choose_share(self.place - 1, self.size - 2, k - 1) * k / others
         return self._sum_up_to(below) - below + self._sum_above(above)
 
     def group_sum(self, x: Array) -> Array:

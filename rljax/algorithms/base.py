@@ -7,7 +7,6 @@ from rljax.advantages import AdvantageFn
 from rljax.losses import Loss, PenaltyFn, entropy_bonus, kl_penalty
 from rljax.rollouts.plans import Plan
 
-
 Encode = Callable[[str], list[int]]
 """Text to token ids."""
 

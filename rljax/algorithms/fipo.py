@@ -1,10 +1,11 @@
 """Future-KL influenced policy optimisation."""
 
 import dataclasses
+from typing import Any
 
 from rljax.algorithms.base import Algorithm, check_at_least
 from rljax.algorithms.dapo import DAPO
-from rljax.losses import future_kl_report, future_kl_weights, max_dual_clipped
+from rljax.losses import FilterFn, future_kl_report, future_kl_weights, max_dual_clipped
 
 
 @dataclasses.dataclass
@@ -40,13 +41,13 @@ class FIPO(DAPO):
             )
         check_at_least(self, 1e-3, "half_life")
         check_at_least(self, 1, "participation_ratio")
-        filters = ()
+        filters: tuple[FilterFn, ...] = ()
         if self.max_dual_clipped is not None and self.dual_clip is not None:
             check_at_least(self, 0, "max_dual_clipped")
             filters = (max_dual_clipped(self.max_dual_clipped, dual_clip=self.dual_clip),)
         if self.safety_ratio is not None:
             check_at_least(self, 1, "safety_ratio")
-        influence = {
+        influence: dict[str, Any] = {
             "low": self.influence_low,
             "high": self.influence_high,
             "half_life": self.half_life,

@@ -44,9 +44,9 @@ class Evaluation:
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
 
-    def solved_share(self) -> np.ndarray:
-        """avg@k of each problem, float64 [N]."""
-        return np.array([np.mean([r is not None and r >= 1.0 for r in p["rewards"]]) for p in self.problems])
+    def solved_shares(self) -> list[float]:
+        """avg@k of each problem."""
+        return [float(np.mean([r is not None and r >= 1.0 for r in p["rewards"]])) for p in self.problems]
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> "Evaluation":

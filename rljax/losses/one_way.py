@@ -27,7 +27,7 @@ from rljax.types import ArrayLike, Rows
 Gate = Callable[[Array], Array]
 """Deviation d [B, T] -> weight [B, T]."""
 
-Deviation = Callable[[Array, Rows], Array]
+Deviation = Callable[[ArrayLike, Rows], Array]
 """(logprobs [B, T], rows) -> d [B, T]."""
 
 

@@ -109,8 +109,8 @@ def switch_where(criterion: Criterion, sampling: SamplingParams, *, budget: int 
 
     def choose(first: Array, second: Array, uniforms: Array, interventions: Array) -> Choice:
         own, other = (_draw(x, uniforms[0], sampling) for x in (first, second))
-        seen = (jax.nn.log_softmax(process_logits(x, sampling), axis=-1) for x in (first, second))
-        fires = criterion(*seen, uniforms[1])
+        of_first, of_second = (jax.nn.log_softmax(process_logits(x, sampling), axis=-1) for x in (first, second))
+        fires = criterion(of_first, of_second, uniforms[1])
         if budget is not None:
             fires = fires & (interventions < budget)
         tokens = jnp.where(fires, other, own)
@@ -178,8 +178,8 @@ def generate_with_two(
 
     def step(carry):
         index, tokens, lengths, active, flags = carry
-        seen = (next_logits(params, tokens, lengths) for params in (first, second))
-        choice = choose(*seen, uniforms[:, :, index], jnp.sum(flags[0], axis=1))
+        of_first, of_second = (next_logits(params, tokens, lengths) for params in (first, second))
+        choice = choose(of_first, of_second, uniforms[:, :, index], jnp.sum(flags[0], axis=1))
         emitted = jnp.where(active, choice.tokens.astype(jnp.int32), tokens[rows, lengths])
         tokens = tokens.at[rows, lengths].set(emitted)
         flags = flags.at[:, :, index].set(active & jnp.stack([choice.intervened, choice.changed]))

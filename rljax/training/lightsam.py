@@ -24,7 +24,7 @@ from rljax.ops import as_float
 class LightSAMState(NamedTuple):
     """`ascent` and `descent` accumulate squares of s and g; `momentum` averages g, or is None."""
 
-    count: jax.Array
+    count: jax.Array  # type: ignore[assignment]  # the name optax uses
     ascent: Any
     descent: Any
     momentum: Any = None

@@ -68,6 +68,7 @@ def _config_problems(argv: list[str]):
         near = ", ".join(sorted(str(p) for p in Path("configs").glob("*.py"))) or "none here"
         yield f"--config={file} does not exist; config files in configs/: {near}"
         return
+    sys.path.insert(0, str(Path(file).resolve().parent))  # a config may import its neighbours
     spec = importlib.util.spec_from_file_location("_checked_config", file)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

@@ -217,7 +217,8 @@ class UpdateConfig:
     """How a rollout becomes updates.
 
     The rollout is split into `minibatches`, one optimizer step each, `epochs` times over. A minibatch is packed into
-    rows of `pack_length` tokens, `packed_rows` to a microbatch. Logits exist for `head_chunk` tokens at a time.
+    rows of `pack_length` tokens, `packed_rows` to a microbatch; shared prefixes are packed once (`share_prefixes`; None
+    leaves it to how much is shared, `pack/token_ratio` tells). Logits exist for `head_chunk` tokens at a time.
 
     `anchor_to_behavior` takes the sampler's log-probs as the old ones instead of scoring the rollout once more. The
     bucket tables bound the compiled shapes: packed length, scored tokens of a packed row, rows of a microbatch,
@@ -231,7 +232,7 @@ class UpdateConfig:
     epochs: int = 1
     pack_length: int = 1024
     packed_rows: int = 1
-    share_prefixes: bool = True
+    share_prefixes: bool | None = None
     anchor_to_behavior: bool = False
     length_buckets: tuple[int, ...] = ()
     score_buckets: tuple[int, ...] = ()

@@ -94,6 +94,35 @@ def test_groups_share_their_prompt_and_prompts_their_common_prefix():
     assert halved.unique_tokens == 6 * 7
 
 
+def room(packing):
+    used = (packing.packed.subtree_end > 0).any(axis=(1, 2)).sum()
+    return int(used) * packing.packed.tokens.shape[1] * packing.packed.tokens.shape[2]
+
+
+def test_what_is_packed_as_a_forest_follows_from_how_much_is_shared():
+    """Left to choose, a tenth of shared tokens is packed as a forest, less only where it takes no more room."""
+    rng, taken = np.random.default_rng(0), {True: 0, False: 0}
+    for _ in range(60):
+        shared = [int(rng.integers(0, 7)) for _ in range(5)]
+        rows = [
+            trajectory([*[g] * shared[g], *rng.integers(10, 10**6, rng.integers(15, 31))], 1, g)
+            for g in range(5)
+            for _ in "abc"
+        ]
+        batch = stack(rows)
+        mask = loss_mask(batch)
+        made = {share: layout(batch, mask, PackSpec(64, share_prefixes=share)) for share in (True, False, None)}
+        shares = layout(batch, mask, PackSpec(512, share_prefixes=True))  # all in one packed row
+        trie = 1 - shares.unique_tokens / shares.flat_tokens
+        is_forest = made[None].unique_tokens < made[None].flat_tokens
+        if trie >= 0.1:
+            assert is_forest and room(made[None]) == room(made[True])
+        else:
+            assert room(made[None]) == min(room(made[True]), room(made[False]))
+            taken[is_forest] += 1
+    assert taken[True] > 0 and taken[False] > 0
+
+
 def test_one_shape_whatever_the_rollout():
     spec = PackSpec(32, length_buckets=(32,), score_buckets=(32,), row_buckets=(16,), microbatch_buckets=(16,))
     shapes = set()

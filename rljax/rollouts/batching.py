@@ -94,15 +94,16 @@ def take_rows(batch: RolloutBatch, rows: Int[np.ndarray, " n"]) -> RolloutBatch:
 class PackSpec:
     """How rows become packed rows.
 
-    `pack_length` is the capacity of a packed row and `packed_rows` how many make a microbatch. The tables bound the
-    compiled shapes; None takes: quarters of `pack_length` for its length, quarters of that for the scored tokens,
+    `pack_length` is the capacity of a packed row and `packed_rows` how many make a microbatch. `share_prefixes` packs
+    forests (True) or rows side by side (False); None takes forests unless so little is shared (less than a tenth of the
+    tokens) that rows side by side, which fill packed rows better, need less room. The tables bound the compiled shapes; None takes: quarters of `pack_length` for its length, quarters of that for the scored tokens,
     powers of two for rows and microbatches. Give tables of one entry each to have one shape. Microbatches that hold
     nothing cost nothing.
     """
 
     pack_length: int
     packed_rows: int = 1
-    share_prefixes: bool = True
+    share_prefixes: bool | None = None
     length_buckets: tuple[int, ...] | None = None  # of S
     score_buckets: tuple[int, ...] | None = None  # of K
     row_buckets: tuple[int, ...] | None = None  # of B
@@ -211,15 +212,22 @@ def layout(batch: RolloutBatch, mask: Bool[np.ndarray, "B T"], spec: PackSpec) -
             f"row {int(lengths.argmax())} has {int(lengths.max())} tokens but a packed row holds "
             f"{spec.pack_length}; raise pack_length to at least {int(lengths.max())}, or sample fewer tokens"
         )
-    bins, length = _choose_bins(tokens[rows], lengths[rows], np.asarray(batch.group_id)[rows], spec)
-    return _fill(tokens, lengths, mask, [rows[b] for b in bins], length, spec)
+    chosen = _choose_bins(tokens[rows], lengths[rows], np.asarray(batch.group_id)[rows], spec)
+    return _fill(tokens, lengths, mask, chosen._replace(bins=[rows[b] for b in chosen.bins]), spec)
 
 
-def _fill(
-    tokens: np.ndarray, lengths: np.ndarray, mask: np.ndarray, bins: list[np.ndarray], length: int, spec: PackSpec
-) -> Packing:
+class _Bins(NamedTuple):
+    """Row numbers of every packed row, the length of a packed row, and whether prefixes are shared in it."""
+
+    bins: list[np.ndarray]
+    length: int
+    is_forest: bool
+
+
+def _fill(tokens: np.ndarray, lengths: np.ndarray, mask: np.ndarray, chosen: _Bins, spec: PackSpec) -> Packing:
     """Writes the rows of every bin into the arrays of the layout."""
-    forests = [build_forest(tokens[b], lengths[b], share_prefixes=spec.share_prefixes) for b in bins]
+    bins, length, is_forest = chosen
+    forests = [build_forest(tokens[b], lengths[b], share_prefixes=is_forest) for b in bins]
     scored = [np.unique(forest.row_index[mask[b]]) for forest, b in zip(forests, bins, strict=True)]
     per_micro = spec.packed_rows
     micro = bucket(max(-(-len(bins) // per_micro), 1), spec.microbatch_buckets or _POWERS, "the number of microbatches")
@@ -272,17 +280,30 @@ def _quarters(size: int) -> tuple[int, ...]:
     return tuple(sorted({max(-(-size * n // 4), 1) for n in (1, 2, 3, 4)}))
 
 
-def _choose_bins(
-    tokens: np.ndarray, lengths: np.ndarray, groups: np.ndarray, spec: PackSpec
-) -> tuple[list[np.ndarray], int]:
-    """Bins of row numbers, and the packed length: the shortest that needs no more microbatches than the longest."""
+_LITTLE_SHARED = 0.1
+
+
+def _choose_bins(tokens: np.ndarray, lengths: np.ndarray, groups: np.ndarray, spec: PackSpec) -> _Bins:
+    """The bins of a forest or of rows side by side, as `spec.share_prefixes` says."""
     table = spec.length_buckets or _quarters(spec.pack_length)
     if not len(lengths):
-        return [], table[0]
-    if spec.share_prefixes:
-        order = sort_rows(tokens, lengths)
-    else:
-        order = SortedRows(order=np.arange(len(lengths), dtype=np.int32), shared=np.zeros(len(lengths), np.int32))
+        return _Bins([], table[0], bool(spec.share_prefixes))
+    rows = np.arange(len(lengths), dtype=np.int32)
+    side_by_side = SortedRows(order=rows, shared=np.zeros(len(lengths), np.int32))
+    if spec.share_prefixes is False:
+        return _Bins(*_bins_of(side_by_side, lengths, groups, table, spec), False)
+    as_trie = sort_rows(tokens, lengths)
+    forest = _Bins(*_bins_of(as_trie, lengths, groups, table, spec), True)
+    if spec.share_prefixes or as_trie.shared.sum() >= _LITTLE_SHARED * lengths.sum():
+        return forest
+    plain = _Bins(*_bins_of(side_by_side, lengths, groups, table, spec), False)
+    return min(forest, plain, key=lambda b: -(-len(b.bins) // spec.packed_rows) * b.length)
+
+
+def _bins_of(
+    order: SortedRows, lengths: np.ndarray, groups: np.ndarray, table: Sequence[int], spec: PackSpec
+) -> tuple[list[np.ndarray], int]:
+    """Bins, and the packed length: the shortest that needs no more microbatches than the longest."""
     best, count = None, 0
     for size in sorted(table, reverse=True):
         if size < lengths.max():

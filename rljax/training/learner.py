@@ -404,7 +404,13 @@ def _packing_metrics(batch: TrainBatch) -> Metrics:
     flat = jnp.sum(jnp.max(jnp.where(mask, jnp.arange(mask.shape[-1]) + 1, 0), axis=-1))
     unique = jnp.maximum(jnp.sum(real), 1)
     capacity = jnp.maximum(_live_microbatches(mask), 1) * real.shape[1] * real.shape[2]
-    values = {"flat_tokens": flat, "unique_tokens": unique, "token_ratio": flat / unique, "fill": unique / capacity}
+    values = {
+        "flat_tokens": flat,
+        "unique_tokens": unique,
+        "token_ratio": flat / unique,
+        "is_forest": flat > unique,
+        "fill": unique / capacity,
+    }
     return {f"pack/{name}": jnp.asarray(value, jnp.float32) for name, value in values.items()}
 
 

@@ -181,7 +181,7 @@ def test_a_rescued_update_accumulates_exactly():
         state, metrics = learner.update(learner.init_state(params()), minibatch)
         ends.append(jax.device_get((state.params, metrics)))
     assert_same_params(ends[0][0], ends[1][0])
-    shares = [[end[1][f"loss/{name}"] for name in ("clip_active", "rescued", "clip_fraction")] for end in ends]
+    shares = [[float(end[1][f"loss/{name}"]) for name in ("clip_active", "rescued", "clip_fraction")] for end in ends]
     assert shares[0] == pytest.approx(shares[1]) and shares[0][1] > 0
 
 

@@ -1,0 +1,76 @@
+"""Does a chat template keep the turns that it has rendered? Token bookkeeping over turns relies on it."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+Message = Mapping[str, Any]
+
+
+class ChatTokenizer(Protocol):
+    """What the check asks of a tokenizer."""
+
+    def decode(self, ids: Sequence[int]) -> str: ...
+
+    def apply_chat_template(self, messages: Sequence[Message], add_generation_prompt: bool = True) -> list[int]: ...
+
+
+def probe_conversation(role: str = "tool") -> list[dict[str, str]]:
+    """Two turns with thinking and an observation between, then a question of the user and an answer."""
+    think = "<think>\n{}\n</think>\n\n{}"
+    return [
+        {"role": "user", "content": "How old is the bridge?"},
+        {"role": "assistant", "content": think.format("I should look it up.", "Let me search.")},
+        {"role": role, "content": "The bridge was built in 1901."},
+        {"role": "assistant", "content": think.format("Now subtract.", "It is 125 years old.")},
+        {"role": "user", "content": "And the tower?"},
+        {"role": "assistant", "content": think.format("Another search.", "It is older.")},
+    ]
+
+
+def check_chat_template(
+    tokenizer: ChatTokenizer, messages: Sequence[Message] | None = None, *, role: str = "tool"
+) -> None:
+    """Raise ValueError unless rendering turn by turn only ever appends token ids.
+
+    Before every turn of the assistant the conversation is rendered up to where it begins to speak, and after it with its
+    turn; each rendering must begin with the ids of the one before. `messages` defaults to `probe_conversation(role)`,
+    with `role` that of observations. The error names the first turn that differs and the remedy.
+    """
+    conversation = list(messages) if messages is not None else probe_conversation(role)
+    before: list[int] = []
+    ends: list[int] = []  # ends[i]: how many ids the turns up to i took when they were last rendered
+    for i, message in enumerate(conversation):
+        if message.get("role") != "assistant":
+            continue
+        for count, prompting in ((i, True), (i + 1, False)):
+            if count == 0:
+                continue
+            ids = _render(tokenizer, conversation[:count], prompting)
+            if ids[: len(before)] != before:
+                raise ValueError(_explain(tokenizer, conversation, before, ids, ends, count))
+            ends += [len(ids)] * (count - len(ends))
+            before = ids
+
+
+def _render(tokenizer: ChatTokenizer, messages: Sequence[Message], prompting: bool) -> list[int]:
+    try:
+        return list(tokenizer.apply_chat_template(messages, add_generation_prompt=prompting))
+    except ValueError as error:
+        raise ValueError(
+            f"the chat template cannot render the first {len(messages)} turns, whose roles are "
+            f"{[m.get('role') for m in messages]} ({error}); choose the role of observations that it knows, such as "
+            "'tool', 'ipython' or 'user'"
+        ) from error
+
+
+def _explain(tokenizer, conversation, before, ids, ends, count) -> str:
+    same = next((k for k, pair in enumerate(zip(before, ids)) if pair[0] != pair[1]), min(len(before), len(ids)))
+    turn = next((k for k, end in enumerate(ends) if same < end), len(ends) - 1)
+    was, now = (tokenizer.decode(list(x[same : same + 12])) for x in (before, ids))
+    return (
+        f"the chat template rewrites history: turn {turn} ({conversation[turn].get('role')}) is not the same any more once "
+        f"{count} turns are rendered; at token {same} {was!r} became {now!r}. What was sampled would not be what a later "
+        "turn reads. Give the tokenizer a chat template that keeps earlier turns word for word (take out what drops or "
+        "moves their thinking, or set the template's own switch through template_kwargs), or render the first prompt alone "
+        "and append observations as plain text"
+    )

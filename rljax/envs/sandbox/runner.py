@@ -1,0 +1,436 @@
+"""The trainer's side of the sandbox: chooses a level, keeps sandboxes ready, runs programs in them."""
+
+import contextlib
+import json
+import os
+import select
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import weakref
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from rljax.envs.sandbox.server import KILL, MEMORY_ERROR, READY, RUN, SCRATCH
+
+LEVELS = ("namespaces", "landlock", "seccomp", "rlimits")
+"""Levels of isolation, strongest first. The first two are chosen by themselves, the others only when asked for."""
+
+OUTCOMES = ("ok", "error", "timeout", "cpu", "memory", "output", "signal", "lost")
+"""How a program ended: by itself, with an exception or exit code, over a limit, by a signal; or its sandbox was lost."""
+
+_STOPS = {
+    "namespaces": (
+        "stops: any network (there is none, and no socket can be made); seeing or writing any file but the interpreter "
+        "and system libraries (read-only) and a scratch folder in memory that vanishes; seeing or signalling any process "
+        "but its own; outliving the run, in any number of processes; the environment, /proc, /sys, devices; gaining "
+        "privileges; more CPU, memory, processes, output, files or time than the limits"
+    ),
+    "landlock": (
+        "stops: any socket; opening any file but the interpreter and system libraries (read-only) and a scratch folder; "
+        "starting or signalling processes, so nothing outlives the run; the environment; more CPU, memory, output or time "
+        "than the limits"
+    ),
+    "seccomp": (
+        "stops: any socket; starting or signalling processes, so nothing outlives the run; the environment; changing "
+        "modes or owners of files; more CPU, memory, output or time than the limits"
+    ),
+    "rlimits": "stops: more CPU or output or time than the limits, and on Linux more memory; the environment",
+}
+_LETS = {
+    "namespaces": (
+        "does not stop: a fault of the kernel itself; reading what the interpreter's own folder or /usr hold; timing "
+        "side channels; slowing other work within its CPU and memory limits"
+    ),
+    "landlock": (
+        "does not stop: a fault of the kernel itself; asking whether a file exists, its size and dates; filling the disk of "
+        "the scratch folder, file after file, until the run ends; seeing that other processes exist"
+    ),
+    "seccomp": (
+        "does not stop: READING AND WRITING EVERY FILE that the user may, /proc of the user's processes among them; filling "
+        "the disk"
+    ),
+    "rlimits": (
+        "does not stop: THE NETWORK; READING AND WRITING EVERY FILE that the user may; signalling the user's processes; "
+        "away from Linux also processes that leave their session. Not for code that nobody has read"
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Of one program: seconds on the wall, CPU seconds a process, MB for each process and for all together, processes
+    and threads, bytes of output (standard output and error together), MB of the scratch folder, open files."""
+
+    wall_s: float = 5.0
+    cpu_s: float = 5.0
+    memory_mb: int = 512
+    processes: int = 16
+    output_bytes: int = 32_768
+    scratch_mb: int = 32
+    open_files: int = 64
+
+    def __post_init__(self) -> None:
+        for name, value in asdict(self).items():
+            if not 0 < value < 2**31:
+                raise ValueError(f"sandbox limit {name} is {value}; it must be positive (and below 2**31)")
+
+
+@dataclass(frozen=True)
+class SandboxResult:
+    """`output` is what the program printed, standard output and error in the order they came; `start_s` the time until a
+    sandbox stood ready for it. `exit_code` is 128 + n for signal n, and None if the sandbox was lost."""
+
+    outcome: str
+    output: str
+    exit_code: int | None
+    wall_s: float
+    cpu_s: float
+    start_s: float
+    is_truncated: bool = False
+
+
+class _Unready(Exception):
+    """A sandbox did not come up."""
+
+
+class _Worker:
+    """Our ends of one sandbox that is used once: control socket, job pipe, output pipe."""
+
+    def __init__(self, server: socket.socket, scratch: str):
+        self.scratch = scratch
+        self.control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        job, self.job = os.pipe()
+        self.output, output = os.pipe()
+        os.set_blocking(self.output, False)
+        self.is_ready = False
+        try:
+            socket.send_fds(server, [b"+" + scratch.encode()], [theirs.fileno(), job, output])
+        except OSError as error:
+            self.close()
+            raise _Unready(f"the sandbox server is gone ({error})") from None
+        finally:
+            theirs.close()
+            os.close(job)
+            os.close(output)
+
+    def wait_ready(self, timeout_s: float) -> None:
+        if self.is_ready:
+            return
+        poller = select.poll()
+        poller.register(self.output, select.POLLIN)
+        if not poller.poll(timeout_s * 1000):
+            raise _Unready(f"no sandbox came up in {timeout_s} s")
+        first = os.read(self.output, 1)
+        if first != READY:
+            with contextlib.suppress(OSError):
+                first += os.read(self.output, 4096)
+            raise _Unready(first.decode("utf-8", "replace") or "the sandbox ended while it was set up")
+        self.is_ready = True
+
+    def execute(self, job: dict[str, object], limits: Limits, wall_s: float, start_s: float) -> SandboxResult:
+        begin = time.monotonic()
+        deadline, grace = begin + wall_s, 10.0
+        with contextlib.suppress(OSError):  # if it died just now, the report says so
+            self.control.send(RUN)
+            with open(self.job, "wb", closefd=True) as file:
+                self.job = -1
+                file.write(json.dumps(job).encode())
+        chunks: list[bytes] = []
+        size, verdict, report, is_open = 0, None, None, True
+        poller = select.poll()
+        poller.register(self.control, select.POLLIN)
+        poller.register(self.output, select.POLLIN)
+        while report is None:
+            left = deadline - time.monotonic()
+            if left <= 0:
+                if verdict is not None and left < -grace:
+                    break
+                if verdict is None:
+                    verdict = "timeout"
+                    self._kill()
+                left = grace
+            ready = {descriptor for descriptor, _ in poller.poll(1000 * left)}
+            if self.control.fileno() in ready:
+                report = self._report()
+            if (report is not None or self.output in ready) and is_open:
+                while is_open and (chunk := _read(self.output)) is not None:
+                    is_open = bool(chunk)
+                    chunks.append(chunk[: max(0, limits.output_bytes - size)])
+                    size += len(chunk)
+                    if size > limits.output_bytes and verdict is None:
+                        verdict, deadline = "output", time.monotonic()
+                        self._kill()
+                        break
+                    if time.monotonic() > deadline + grace:
+                        break
+                if not is_open:
+                    poller.unregister(self.output)
+        report = report or {}
+        code = report.get("code")
+        return SandboxResult(
+            outcome=verdict or _outcome(report, limits),
+            output=b"".join(chunks).decode("utf-8", "replace"),
+            exit_code=code,
+            wall_s=time.monotonic() - begin,
+            cpu_s=report.get("cpu_s", 0.0),
+            start_s=start_s,
+            is_truncated=size > limits.output_bytes,
+        )
+
+    def _kill(self) -> None:
+        with contextlib.suppress(OSError):
+            self.control.send(KILL)
+
+    def _report(self) -> dict:
+        try:
+            return json.loads(self.control.recv(4096) or b"{}")
+        except (OSError, ValueError):
+            return {}
+
+    def close(self) -> None:
+        """The guard ends the sandbox when this closes, if it still stands."""
+        self.control.close()
+        for descriptor in (self.job, self.output):
+            if descriptor >= 0:
+                os.close(descriptor)
+        self.job = self.output = -1
+        if self.scratch:
+            shutil.rmtree(self.scratch, ignore_errors=True)
+
+
+def _read(descriptor: int) -> bytes | None:
+    try:
+        return os.read(descriptor, 65536)
+    except BlockingIOError:
+        return None
+
+
+def _outcome(report: dict, limits: Limits) -> str:
+    code = report.get("code")
+    if code is None or report.get("reason") == "killed":
+        return "lost"
+    if report.get("reason") == "memory" or code == MEMORY_ERROR:
+        return "memory"
+    if code == 128 + 24 or (code == 128 + 9 and report.get("cpu_s", 0.0) >= limits.cpu_s):
+        return "cpu"
+    return "ok" if code == 0 else "signal" if code > 128 else "error"
+
+
+class _Server:
+    """The server process at one level, and the sandboxes that stand ready in it."""
+
+    def __init__(self, level: str, limits: Limits, preload: Sequence[str], start_timeout_s: float):
+        self.level = level
+        self.folder = Path(tempfile.mkdtemp(prefix="rljax-sandbox-"))
+        self.socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        config = {
+            "descriptor": theirs.fileno(),
+            "level": level,
+            "folder": str(self.folder),
+            "readable": readable_paths(),
+            "preload": list(preload),
+            **asdict(limits),
+        }
+        # one thread each: programs of a reinforcement learner run beside each other, not over many cores
+        threads = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
+        env = {"PATH": "/usr/bin:/bin", "LANG": "C.UTF-8", "HOME": SCRATCH, "PYTHONHASHSEED": "0", **threads}
+        script = str(Path(__file__).with_name("server.py"))
+        # -E and -s instead of -I: the hash seed above must count
+        arguments = [sys.executable, "-s", "-P", "-B", script, json.dumps(config)]
+        self.process = subprocess.Popen(
+            arguments,
+            pass_fds=[theirs.fileno()],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+            env=env,
+            cwd="/",
+        )
+        theirs.close()
+        self.ready: deque[_Worker] = deque()
+        self.socket.settimeout(start_timeout_s)
+        try:
+            answer = self.socket.recv(4096)
+        except OSError as error:
+            answer = str(error).encode()
+        self.socket.settimeout(None)
+        if answer != READY:
+            self.close()
+            raise _Unready(answer.decode("utf-8", "replace") or "the sandbox server ended while it started")
+
+    def spawn(self) -> _Worker:
+        scratch = "" if self.level == "namespaces" else tempfile.mkdtemp(dir=self.folder)
+        return _Worker(self.socket, scratch)
+
+    def close(self) -> None:
+        while self.ready:
+            self.ready.pop().close()
+        self.socket.close()
+        try:
+            self.process.wait(5)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def readable_paths() -> list[str]:
+    """What a program may read: the interpreter, its packages and the system's libraries. None lies within another."""
+    python = os.path.realpath(sys.executable)
+    own = [sys.prefix, sys.exec_prefix, sys.base_prefix, sys.base_exec_prefix, os.path.dirname(os.path.dirname(python))]
+    system = ["/usr", "/lib", "/lib64", "/lib32", "/bin", "/sbin", "/etc/ld.so.cache", "/etc/localtime"]
+    found: list[str] = []
+    for path in [*system, *own, *map(os.path.realpath, own)]:
+        path = os.path.abspath(path)
+        covered = any(path == other or (path + "/").startswith(other + "/") for other in found)
+        if path != "/" and os.path.lexists(path) and not covered:
+            found.append(path)
+    return found
+
+
+class Sandbox:
+    """Runs Python programs that nobody has read. Safe for many threads at once; a context manager.
+
+    `workers` programs run at a time, and as many sandboxes stand ready; each serves once, so nothing passes from one
+    program to the next. `level` None takes the stronger of "namespaces" and "landlock" that works here. `preload` names
+    modules that the server imports once, for programs to import at no cost; all packages of this interpreter can be
+    imported anyway. A sandbox or server that dies is replaced.
+
+    Raises ValueError if the level does not work here, saying why, or, without a level, if only weaker ones may.
+    """
+
+    def __init__(
+        self,
+        limits: Limits = Limits(),  # noqa: B008  frozen
+        *,
+        workers: int = 4,
+        level: str | None = None,
+        preload: Sequence[str] = (
+            "collections",
+            "datetime",
+            "fractions",
+            "heapq",
+            "itertools",
+            "math",
+            "re",
+            "statistics",
+        ),
+        start_timeout_s: float = 30.0,
+    ):
+        if workers < 1:
+            raise ValueError(f"a sandbox of {workers} workers can run nothing; give at least 1")
+        if level is not None and level not in LEVELS:
+            raise ValueError(f"sandbox level {level!r} is not one of {', '.join(LEVELS)}")
+        self.limits = limits
+        self._workers, self._preload, self._start_timeout_s = workers, tuple(preload), start_timeout_s
+        self._slots = threading.BoundedSemaphore(workers)
+        self._lock = threading.Lock()
+        self._servers: list[_Server] = []
+        self._finalizer = weakref.finalize(self, _close, self._servers)
+        self.refused: dict[str, str] = {}  # level: why it does not work here
+        for candidate in (level,) if level else LEVELS[:2]:
+            try:
+                self._start(candidate)
+                self.level = candidate
+                return
+            except (_Unready, OSError) as error:
+                self.refused[candidate] = str(error)
+        self.close()
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in self.refused.items())
+        raise ValueError(
+            f"no sandbox works here ({reasons}); "
+            + (
+                "choose another level"
+                if level
+                else "allow user namespaces or use Linux 5.13 or newer, or take level='seccomp' or 'rlimits' after "
+                "reading what they do not stop"
+            )
+        )
+
+    def _start(self, level: str) -> None:
+        """A server at this level that has proved itself on a program."""
+        server = _Server(level, self.limits, self._preload, self._start_timeout_s)
+        try:
+            worker = server.spawn()
+            try:
+                worker.wait_ready(self._start_timeout_s)
+                result = worker.execute({"code": "print(6*7)", "stdin": "", "echo": False}, self.limits, 30.0, 0.0)
+            finally:
+                worker.close()
+            if result.output != "42\n" or result.outcome != "ok":
+                raise _Unready(f"a first program ended with {result.outcome}: {result.output}")
+            server.ready.extend(server.spawn() for _ in range(self._workers))
+        except BaseException:
+            server.close()
+            raise
+        self._servers[:] = [server]
+
+    def __enter__(self) -> "Sandbox":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End all sandboxes, those that run a program too."""
+        self._finalizer()
+
+    def describe(self) -> str:
+        """What this level stops and what it does not, for a person."""
+        lines = [f"sandbox level: {self.level}", _STOPS[self.level], _LETS[self.level]]
+        lines += [f"not available here: {name} ({reason})" for name, reason in self.refused.items()]
+        limits = ", ".join(f"{name} {value:g}" for name, value in asdict(self.limits).items())
+        return "\n".join([*lines, f"limits: {limits}"])
+
+    def run(self, code: str, *, stdin: str = "", timeout_s: float | None = None, echo: bool = False) -> SandboxResult:
+        """Run one program; never raises for what it does. `timeout_s` replaces `wall_s`; with `echo` the value of a
+        last line that is an expression is printed, as in a notebook. Raises RuntimeError once closed."""
+        wall_s = self.limits.wall_s if timeout_s is None else timeout_s
+        job = {"code": code, "stdin": stdin, "echo": echo}
+        begin = time.monotonic()
+        with self._slots:
+            try:
+                worker = self._take()
+            except (_Unready, OSError) as error:
+                return SandboxResult("lost", str(error), None, 0.0, 0.0, time.monotonic() - begin)
+            try:
+                return worker.execute(job, self.limits, wall_s, time.monotonic() - begin)
+            finally:
+                worker.close()
+
+    def _take(self) -> _Worker:
+        """A sandbox that stands; another is ordered in its place."""
+        for attempt in range(3):
+            with self._lock:
+                if not self._finalizer.alive:
+                    raise RuntimeError("this sandbox is closed; make a new one")
+                (server,) = self._servers
+                if server.process.poll() is not None:
+                    server.close()
+                    self._start(self.level)
+                    (server,) = self._servers
+                worker = server.ready.popleft() if server.ready else server.spawn()
+                with contextlib.suppress(_Unready):
+                    while len(server.ready) < self._workers:
+                        server.ready.append(server.spawn())
+            try:
+                worker.wait_ready(self._start_timeout_s)
+                return worker
+            except _Unready:
+                worker.close()
+                if attempt == 2:
+                    raise
+        raise AssertionError
+
+
+def _close(servers: list[_Server]) -> None:
+    while servers:
+        servers.pop().close()

@@ -63,7 +63,9 @@ def score_hidden(
     """
     rows, length, _ = hidden.shape
     targets, wanted = jnp.asarray(targets), jnp.asarray(wanted)
-    step = min(max(chunk // rows, 1), length)
+    most = min(max(chunk // rows, 1), length)
+    chunks = -(-length // most)
+    step = min(8 * -(-length // (8 * chunks)), most)  # of one size, so that little of the last is padding
     padding = -length % step
     if padding:
         hidden = jnp.pad(hidden, ((0, 0), (0, padding), (0, 0)))

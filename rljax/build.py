@@ -23,8 +23,8 @@ from rljax.rollouts.batching import PackSpec
 from rljax.sampling import Sampler, SamplingParams, sampling_params
 from rljax.tasks import RewardRunner, UniformCurriculum
 from rljax.text import Tokenizer, render_prompt
-from rljax.training import Learner
-from rljax.types import TrainState
+from rljax.training import Critic, Learner, with_critic
+from rljax.types import Params, TrainState
 
 
 @dataclasses.dataclass
@@ -42,9 +42,29 @@ class Run:
     sampling: SamplingParams
     sampler: Sampler
     learner: Learner
+    critic: Critic | None = None
     evaluation: Evaluation | None = None  # the last one
     reference_scores: list[float] = dataclasses.field(default_factory=list)  # per problem, of the reference
     state: TrainState = None  # type: ignore[assignment]  # until weights are loaded or restored
+
+    def abstract_state(self) -> TrainState:
+        """What a checkpoint of `state` is restored into."""
+        return with_critic(self.learner.abstract_state(), self.critic and self.critic.abstract_state())
+
+    def init_state(self, params: Params) -> TrainState:
+        """The state at step 0, which owns `params`; a critic starts from a copy of them, or from its own model."""
+        critic = self.critic and self.critic.init_state(critic_params(self, params))
+        return with_critic(self.learner.init_state(params), critic)
+
+    def policy_moves(self, step: int) -> bool:
+        """Whether this step updates the policy, rather than the critic alone."""
+        return self.critic is None or step >= self.config.critic.warmup_steps
+
+    def check(self) -> None:
+        """Raises FloatingPointError if the last updates were all skipped."""
+        for learner in (self.learner, self.critic):
+            if learner is not None:
+                learner.check()
 
     @property
     def rollout_setup(self) -> dict[str, Any]:
@@ -89,7 +109,8 @@ def plan(config: Config) -> Run:
         mesh=mesh,
     )
     learner = make_learner(config, decoder, algorithm, sampling, mesh)
-    return Run(config, algorithm, dataset, tokenizer, rewards, curriculum, mesh, decoder, sampling, sampler, learner)
+    parts = (config, algorithm, dataset, tokenizer, rewards, curriculum, mesh, decoder, sampling, sampler, learner)
+    return Run(*parts, critic=make_critic(config, decoder, algorithm, mesh))
 
 
 def make_learner(config: Config, decoder: DecoderConfig, algorithm: Algorithm, sampling, mesh: Mesh) -> Learner:
@@ -100,18 +121,44 @@ def make_learner(config: Config, decoder: DecoderConfig, algorithm: Algorithm, s
         algorithm.loss,
         pack_spec(config),
         sampling=sampling,
-        mesh=mesh,
-        chunk=update.head_chunk,
-        remat=update.remat,
-        attention=kernel_attention if update.attention_kernel else forest_attention,
-        minibatches=update.minibatches,
         epochs=update.epochs,
-        seed=config.seed,
         needs_reference=algorithm.plan.needs_ref,
         needs_uniforms=algorithm.plan.needs_uniforms,
         anchor_to_behavior=update.anchor_to_behavior,
-        max_skipped=update.max_skipped,
+        **shared_options(config, mesh),
     )
+
+
+def make_critic(config: Config, decoder: DecoderConfig, algorithm: Algorithm, mesh: Mesh) -> Critic | None:
+    """The critic that the algorithm's plan asks for. ValueError for a model that it cannot start from."""
+    plan, critic = algorithm.plan.critic, config.critic
+    if plan is None:
+        return None
+    if critic.model:
+        own = load_config(model_path(critic.model), dtype=decoder.dtype, param_dtype=decoder.param_dtype)
+        if own.vocab_size < decoder.vocab_size:
+            raise ValueError(
+                f"config.critic.model={critic.model!r} has embeddings for {own.vocab_size} tokens, but the policy "
+                f"samples {decoder.vocab_size}; take a model with its vocabulary, or none to start from the policy"
+            )
+        decoder = own
+    options = shared_options(config, mesh)
+    spec = pack_spec(config)
+    return Critic(decoder, critic.optimizer, plan.loss, plan.returns_fn, spec, epochs=critic.epochs, **options)
+
+
+def shared_options(config: Config, mesh: Mesh) -> dict[str, Any]:
+    """What the learners of policy and critic have in common."""
+    update = config.update
+    return {
+        "mesh": mesh,
+        "chunk": update.head_chunk,
+        "remat": update.remat,
+        "attention": kernel_attention if update.attention_kernel else forest_attention,
+        "minibatches": update.minibatches,
+        "seed": config.seed,
+        "max_skipped": update.max_skipped,
+    }
 
 
 def pack_spec(config: Config) -> PackSpec:
@@ -148,6 +195,16 @@ def load_params(run: Run) -> Any:
         make = jax.jit(lambda key: init_params(run.decoder, key), out_shardings=where)
         return make(jax.random.key(run.config.seed))
     return load_model(model_path(model.path), dtype=model.dtype, param_dtype=model.param_dtype, shardings=where)[1]
+
+
+def critic_params(run: Run, params: Params) -> Params:
+    """The language model that the critic starts from: `params`, or `config.critic.model`."""
+    config, critic = run.config, run.critic
+    if critic is None or not config.critic.model:
+        return params
+    where = param_shardings(dataclasses.replace(critic.config, value_head=False), run.mesh)
+    dtypes = {"dtype": critic.config.dtype, "param_dtype": critic.config.param_dtype}
+    return load_model(model_path(config.critic.model), shardings=where, **dtypes)[1]
 
 
 def check_prompts(config: Config, dataset: Dataset, tokenizer: Tokenizer) -> None:

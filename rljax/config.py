@@ -245,6 +245,22 @@ class UpdateConfig:
 
 
 @dataclasses.dataclass
+class CriticConfig:
+    """The value function, for an algorithm that has one; others leave it alone.
+
+    Its trunk starts as a copy of the policy, or from `model` (a Hugging Face folder, a `.gguf` file or `smollm2`, of
+    any size with the policy's vocabulary); its head starts at 0. It is updated before the policy, on the policy's
+    minibatches, `epochs` times over each rollout. In the first `warmup_steps` steps of the run the policy stands still,
+    and the critic learns its values.
+    """
+
+    model: str = ""
+    epochs: int = 1
+    warmup_steps: int = 0
+    optimizer: OptimizerConfig = dataclasses.field(default_factory=lambda: OptimizerConfig(learning_rate=5e-5))
+
+
+@dataclasses.dataclass
 class WarmupConfig:
     """Supervised steps before the first rollout, or all there is to `launch/sft.py`.
 
@@ -313,6 +329,7 @@ class Config:
     sampling: SamplingConfig = dataclasses.field(default_factory=SamplingConfig)
     update: UpdateConfig = dataclasses.field(default_factory=UpdateConfig)
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
+    critic: CriticConfig = dataclasses.field(default_factory=CriticConfig)
     warmup: WarmupConfig = dataclasses.field(default_factory=WarmupConfig)
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
     evaluation: EvaluationConfig = dataclasses.field(default_factory=EvaluationConfig)
@@ -337,10 +354,13 @@ def check(config: Config, device_count: int | None = None) -> Algorithm:
         "update.packed_rows": config.update.packed_rows,
         "update.head_chunk": config.update.head_chunk,
         "evaluation.samples": config.evaluation.samples,
+        "critic.epochs": config.critic.epochs,
     }
     for name, value in positive.items():
         if value < 1:
             raise ValueError(f"config.{name}={value} must be at least 1")
+    if config.critic.warmup_steps < 0:
+        raise ValueError(f"config.critic.warmup_steps={config.critic.warmup_steps} must be at least 0")
     if config.prompts_per_step % config.update.minibatches:
         raise ValueError(
             f"config.prompts_per_step={config.prompts_per_step} does not divide into config.update.minibatches="

@@ -23,6 +23,7 @@ _ADVICE = {
     "optimizer": "a larger config.mesh.fsdp",
     "gradients": "a larger config.mesh.fsdp",
     "reference": "an algorithm with kl_coef=0, which needs no reference model",
+    "critic": "a larger config.mesh.fsdp, or an algorithm without a critic",
     "decoder weights": "a larger config.mesh.tensor, or config.model.dtype=bfloat16",
     "KV cache": "fewer config.sampling.prompt_slots x sample_slots, or a smaller max_new_tokens or prompt bucket",
     "activations": "config.update.remat=True, or a smaller config.update.pack_length or packed_rows",
@@ -155,12 +156,18 @@ def predict_memory(run: Run, batch: TrainBatch) -> dict[str, int]:
         config.sampling.max_new_tokens,
         run.sampler.path_slots,
     )
+    critic = {}
+    if run.critic is not None:  # weights and optimizer; gradients and activations are there one model at a time
+        own = run.critic.abstract_state()
+        critic["critic"] = _bytes(own.params) + _bytes(own.opt_state)
+        gradients = max(gradients, _bytes(_as_float32(own.params), jax.tree.map(lambda x: x.sharding, own.params)))
     compute = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, np.dtype(c.dtype)), state.params)
     return {
         "parameters": weights,
         "optimizer": _bytes(state.opt_state),
         "gradients": gradients * (2 if micro > 1 else 1),
         **({"reference": weights} if state.ref_params is not None else {}),
+        **critic,
         "decoder weights": _bytes(compute, param_shardings(c, mesh, DECODE_RULES)),
         "KV cache": cache // parts,
         "activations": int(kept),
@@ -176,7 +183,11 @@ def measure_update(run: Run, batch: TrainBatch) -> dict[str, int]:
     """What the compiler says of the update's memory per device: arguments (state and batch) and temporaries."""
     with use_mesh(run.mesh):
         analysis: Any = run.learner.lower_update(batch).compile().memory_analysis()
-    return {"state and batch": int(analysis.argument_size_in_bytes), "temporaries": int(analysis.temp_size_in_bytes)}
+        critic: Any = run.critic and run.critic.learner.lower_update(batch).compile().memory_analysis()
+    sizes = {"state and batch": analysis.argument_size_in_bytes, "temporaries": analysis.temp_size_in_bytes}
+    if critic is not None:
+        sizes |= {"critic and batch": critic.argument_size_in_bytes, "its temporaries": critic.temp_size_in_bytes}
+    return {name: int(size) for name, size in sizes.items()}
 
 
 def device_memory() -> int:

@@ -19,7 +19,7 @@ from rljax.rollouts.batching import stack
 from rljax.rollouts.collect import Rollout, collect
 from rljax.sampling import compile_count
 from rljax.supervised import warm_up
-from rljax.training import Checkpointer, PhaseTimer, RunFolder, add_metrics
+from rljax.training import Checkpointer, PhaseTimer, RunFolder, add_metrics, with_critic
 from rljax.types import Params
 
 
@@ -36,7 +36,7 @@ def train(config: Config, workdir: str, *, fresh: bool = False) -> dict[str, Any
     with run.rewards, folder, contextlib.closing(checkpoints), use_mesh(run.mesh):
         first = resume(run, checkpoints, folder)
         if run.state is None:
-            run.state = run.learner.init_state(warm_up(run, load_params(run), folder))
+            run.state = run.init_state(warm_up(run, load_params(run), folder))
         save_description(run, folder)
         before = held_out(run, folder, 0)
         run.reference_scores = run.reference_scores or before.solved_shares()
@@ -49,7 +49,7 @@ def train(config: Config, workdir: str, *, fresh: bool = False) -> dict[str, Any
             folder.log_step(done, metrics, rollout.records if step % config.log.rollouts_every == 0 else ())
             if config.checkpoint.every and (done % config.checkpoint.every == 0 or done == config.steps):
                 checkpoints.save(done, run.state, host_state(run), metrics)
-        run.learner.check()
+        run.check()
         checkpoints.wait()
         after = held_out(run, folder, config.steps)
         return finish(folder, before, after, wall_seconds=time.perf_counter() - started)
@@ -62,7 +62,7 @@ def open_checkpoints(config: Config, folder: RunFolder) -> Checkpointer:
 
 def resume(run: Run, checkpoints: Checkpointer, folder: RunFolder) -> int:
     """Restores the newest good checkpoint into `run`; returns the step to go on with, 0 for a new run."""
-    restored = checkpoints.restore(run.learner.abstract_state())
+    restored = checkpoints.restore(run.abstract_state())
     if restored is None:
         folder.evaluation_file(0).unlink(missing_ok=True)
         folder.start(0)
@@ -103,16 +103,23 @@ def train_step(run: Run, step: int) -> tuple[dict[str, float], Rollout]:
         batch = stack(rollout.trajectories, row_buckets=(rollout.rewards.size,))
         if run.algorithm.plan.needs_ref:
             batch = dataclasses.replace(batch, ref_logprobs=run.learner.score_rows(run.state.ref_params, batch))
+        if run.critic is not None:
+            batch = run.critic.with_values(run.state.critic, batch)
         advantages = np.asarray(run.algorithm.advantage_fn(batch))
-        minibatches = run.learner.prepare(run.state, batch, advantages)
+        minibatches = run.learner.prepare(run.state, batch, advantages) if run.policy_moves(step) else []
     with timer("update"):
+        metrics: dict[str, float] = {}
+        if run.critic is not None:
+            critic_state, metrics = run.critic.update(run.state.critic, batch)
+            run.state = with_critic(run.state, critic_state)
         updates = []
         for minibatch in minibatches:
             run.state, stats = run.learner.update(run.state, minibatch)
             updates.append(stats)
-        metrics = add_metrics(updates)
+        metrics |= add_metrics(updates)
         # Only before the first update is the trainer still the policy that sampled.
-        metrics |= {name: float(value) for name, value in updates[0].items() if name.startswith("rollout/logprob_gap")}
+        first = updates[0] if updates else {}
+        metrics |= {name: float(value) for name, value in first.items() if name.startswith("rollout/logprob_gap")}
     run.curriculum.observe(rollout.examples, rollout.mean_rewards())
     for record, row in zip(rollout.records, advantages, strict=False):
         record["advantage"] = float(row[np.abs(row).argmax()])

@@ -89,6 +89,7 @@ class RolloutBatch:
     intervention: Int[ArrayLike, " B"]
     ref_logprobs: Float[ArrayLike, "B T"] | None = None  # only when the algorithm needs them before the update
     task_id: Int[ArrayLike, " B"] | None = None  # counts tasks from 0, below B; None is a single task
+    values: Float[ArrayLike, "B T"] | None = None  # of the state before each action token, when there is a critic
 
 
 @struct
@@ -140,10 +141,12 @@ class TrainBatch:
 
 @struct
 class TrainState:
-    """Everything on the device that a step changes. `params`, `opt_state` and `ref_params` are pytrees of arrays."""
+    """Everything on the device that a step changes. `params`, `opt_state` and `ref_params` are pytrees of arrays;
+    `critic`, where there is one, is the `TrainState` of the value function."""
 
     params: Any
     opt_state: Any
     step: Int[ArrayLike, ""]
     skipped: Int[ArrayLike, ""]  # consecutive updates skipped for a non-finite loss or gradient
     ref_params: Any = None
+    critic: Any = None

@@ -71,9 +71,10 @@ def make_batch(*, group_id, rewards, lengths, prompt=2, width=None, is_valid=Non
     action_mask = (position >= prompt) & (position < prompt + lengths[:, None])
     logprobs = -rng.exponential(size=(rows, width)).astype(dtype)
     ref = (logprobs + 0.3 * rng.normal(size=logprobs.shape)).astype(dtype)
+    tokens, values = rng.integers(0, 7, (rows, width)).astype(np.int32), rng.normal(size=(rows, width)).astype(dtype)
     integers = np.zeros(rows, np.int32)
     return RolloutBatch(
-        tokens=rng.integers(0, 7, (rows, width)).astype(np.int32),
+        tokens=tokens,
         action_mask=action_mask,
         behavior_logprobs=np.where(action_mask, logprobs, np.nan).astype(dtype),
         entropies=np.where(action_mask, 1.0, 0.0).astype(dtype),
@@ -91,6 +92,7 @@ def make_batch(*, group_id, rewards, lengths, prompt=2, width=None, is_valid=Non
         fork_score=np.zeros(rows, dtype),
         intervention=integers,
         ref_logprobs=np.where(action_mask, ref, np.nan).astype(dtype),
+        values=np.where(action_mask, values, np.nan).astype(dtype),
     )
 
 

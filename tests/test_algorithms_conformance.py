@@ -18,6 +18,7 @@ from rljax.algorithms import (
     GSPO,
     OWPO,
     PKPO,
+    PPO,
     RECIPES,
     RLOO,
     VCPO,
@@ -37,7 +38,7 @@ from rljax.algorithms import (
 )
 from rljax.types import RolloutBatch, Rows
 
-BATCH_STATISTICS = {AgentRL, Reinforce, ReinforcePlusPlus, ReinforcePlusPlusBaseline}
+BATCH_STATISTICS = {PPO, AgentRL, Reinforce, ReinforcePlusPlus, ReinforcePlusPlusBaseline}
 """Their baseline spans groups, so two batches apart differ from the two together."""
 
 ALWAYS_NEED_REF = {OWPO}
@@ -144,7 +145,7 @@ def test_padding_rows_and_columns_change_nothing(recipe):
         width=WIDTH + 3,
         is_valid=[1] * 8 + [0, 0],
     )
-    fields = ("behavior_logprobs", "ref_logprobs")
+    fields = ("behavior_logprobs", "ref_logprobs", "values")
     for name in fields:  # the same numbers, whatever the width
         getattr(bigger, name)[:8, :WIDTH] = getattr(batch, name)
     rows, padded = to_rows(algorithm, batch), to_rows(algorithm, bigger)
@@ -230,7 +231,10 @@ def test_a_batch_without_a_single_token_gives_loss_0_and_gradient_0(recipe):
 @every_recipe
 def test_equal_rewards_without_kl_give_gradient_0(recipe):
     algorithm = build(recipe, kl_coef=0.0, entropy_coef=0.0)
-    rows = to_rows(algorithm, example(rewards=[0.1] * 8))
+    batch = example(rewards=[0.1] * 8)
+    if algorithm.plan.critic:  # that knows
+        batch = dataclasses.replace(batch, values=np.full_like(batch.values, 0.1))
+    rows = to_rows(algorithm, batch)
     np.testing.assert_array_equal(rows.advantages, 0)
     (value, _), (slope, _) = gradients(algorithm, rows, *current(rows))
     assert value == 0
@@ -308,6 +312,7 @@ def test_reward_rises_on_a_table_of_logits(recipe):
     blank = make_batch(
         group_id=prompt_of, rewards=np.zeros(prompts * group), lengths=[length] * len(prompt_of), prompt=0
     )
+    blank = dataclasses.replace(blank, values=np.zeros_like(blank.values))  # a critic that knows nothing
     mask = jnp.ones((len(prompt_of), length), bool)
     weights = algorithm.loss.token_weights(mask)
     for _ in range(40):
@@ -351,7 +356,7 @@ def test_needs_ref_exactly_when_a_kl_coefficient_is_on(recipe):
 
 @every_recipe
 def test_a_group_of_one_is_refused_where_the_group_is_the_baseline(recipe):
-    if recipe in {Reinforce, ReinforcePlusPlus}:
+    if recipe in {PPO, Reinforce, ReinforcePlusPlus}:
         assert recipe(group_size=1).build().plan.group_size == 1
     else:
         with pytest.raises(ValueError, match=rf"^{recipe.__name__} .*group_size=1 must be at least 2.*Reinforce"):

@@ -147,7 +147,7 @@ def update_of(algorithm, batch, *, share):
     )
     state = learner.init_state(init_params(CONFIG, jax.random.key(1)))
     behavior, ref = (learner.score_rows(init_params(CONFIG, jax.random.key(seed)), batch) for seed in (2, 3))
-    batch = dataclasses.replace(batch, behavior_logprobs=behavior, ref_logprobs=ref)
+    batch = dataclasses.replace(batch, behavior_logprobs=behavior, ref_logprobs=ref, values=ref)  # any numbers serve
     advantages = np.asarray(algorithm.advantage_fn(batch))
     train_batch = learner.prepare(state, batch, advantages)[0]
     moved = jax.tree.map(lambda x: x + 0.01 * jax.random.normal(jax.random.key(x.size), x.shape), state.params)

@@ -8,7 +8,13 @@ from rljax.advantages.contrastive import (
     summary_own_group,
     summary_reward,
 )
-from rljax.advantages.gae import generalized_advantage_estimation
+from rljax.advantages.gae import (
+    LambdaFn,
+    gae_advantages,
+    gae_returns,
+    generalized_advantage_estimation,
+    length_adaptive,
+)
 from rljax.advantages.group import (
     AdvantageFn,
     batch_centered,
@@ -44,12 +50,15 @@ from rljax.advantages.tree import (
 
 __all__ = [
     "AdvantageFn",
+    "LambdaFn",
     "ancestor_centered",
     "batch_centered",
     "below_probability",
     "depth_normalized",
     "dual_group",
     "entropy_scaled",
+    "gae_advantages",
+    "gae_returns",
     "generalized_advantage_estimation",
     "global_and_local",
     "global_and_local_released",
@@ -59,6 +68,7 @@ __all__ = [
     "intra_and_inter_tree",
     "kl_in_reward",
     "leave_one_out",
+    "length_adaptive",
     "pass_at_k_normalized",
     "pass_at_k_unbiased",
     "prefix_baseline",

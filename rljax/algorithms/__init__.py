@@ -20,6 +20,7 @@ from rljax.algorithms.m2po import M2PO
 from rljax.algorithms.near_boundary_rescue import NearBoundaryRescue, NearBoundaryRescueGSPO
 from rljax.algorithms.owpo import OWPO
 from rljax.algorithms.pass_at_k import PKPO, PassAtK
+from rljax.algorithms.ppo import PPO
 from rljax.algorithms.reinforce import Reinforce
 from rljax.algorithms.reinforce_pp import ReinforcePlusPlus, ReinforcePlusPlusBaseline
 from rljax.algorithms.resum import ReSum
@@ -52,6 +53,7 @@ RECIPES = (
     OWPO,
     PassAtK,
     PKPO,
+    PPO,
     Reinforce,
     ReinforcePlusPlus,
     ReinforcePlusPlusBaseline,
@@ -79,6 +81,7 @@ __all__ = [
     "M2PO",
     "OWPO",
     "PKPO",
+    "PPO",
     "RECIPES",
     "RLOO",
     "SAPO",

@@ -57,7 +57,7 @@ from rljax.losses.staleness import (
     veto,
 )
 from rljax.losses.surrogates import Surrogate, SurrogateFn, cispo, clip_balanced, clipped, soft_gate, unclipped
-from rljax.losses.values import clipped_value_loss
+from rljax.losses.values import clipped_value_loss, value_loss
 from rljax.losses.weights import (
     WeightFn,
     batch_normalized,
@@ -153,5 +153,6 @@ __all__ = [
     "truncated_is",
     "two_sided",
     "unclipped",
+    "value_loss",
     "veto",
 ]

@@ -19,6 +19,7 @@ from rljax.models.gguf import load_gguf
 from rljax.models.huggingface import load_hf, save_hf
 from rljax.models.layout import param_shardings
 from rljax.models.load import find_smollm2, load_config, load_model
+from rljax.models.value_head import value_config, value_params, values
 
 __all__ = [
     "FAMILIES",
@@ -46,4 +47,7 @@ __all__ = [
     "param_shardings",
     "save_hf",
     "unstack_layers",
+    "value_config",
+    "value_params",
+    "values",
 ]

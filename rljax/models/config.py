@@ -51,6 +51,7 @@ class DecoderConfig:
     output_bias: bool = False  # bias on the attention's output projection
     mlp_bias: bool = False
     qk_norm: bool = False
+    value_head: bool = False  # a scalar in place of the vocabulary's logits: a critic
     sliding_window: int | None = None
     sliding_layers: tuple[bool, ...] | None = None
     max_position: int = 2048

@@ -99,7 +99,10 @@ class Decoder(nnx.Module):
         weight = functools.partial(_weight, dtype=config.param_dtype)
         self.embedding = weight((config.vocab_size, config.embed_dim), ("vocab", "embed"))
         self.final_norm = weight((config.embed_dim,), (None,), init="ones")
-        if not config.tied_embeddings:
+        if config.value_head:
+            self.value_head = weight((config.embed_dim,), (None,), init="zeros")
+            self.value_bias = weight((), (), init="zeros")
+        elif not config.tied_embeddings:
             self.head = weight((config.vocab_size, config.embed_dim), ("vocab", "embed"))
 
 

@@ -8,8 +8,11 @@ from rljax.ops.masked import as_float
 from rljax.types import ArrayLike
 
 
-def discounted_sum(x: Float[ArrayLike, "B T"], mask: Bool[ArrayLike, "B T"], *, discount: float) -> Float[Array, "B T"]:
-    """`y[t] = x[t] + discount * y[next]`, `next` being the next *unmasked* position of the row; 0 where masked."""
+def discounted_sum(
+    x: Float[ArrayLike, "B T"], mask: Bool[ArrayLike, "B T"], *, discount: float | Float[ArrayLike, "B 1"]
+) -> Float[Array, "B T"]:
+    """`y[t] = x[t] + discount * y[next]`, `next` being the next *unmasked* position of the row; 0 where masked.
+    `discount` may be one for each row."""
     mask = jnp.asarray(mask)
     x = jnp.where(mask, as_float(x), 0)
     factor = jnp.where(mask, jnp.asarray(discount, x.dtype), jnp.ones((), x.dtype))

@@ -63,6 +63,18 @@ class ForkPlan(NamedTuple):
                 )
 
 
+class CriticPlan(NamedTuple):
+    """What a value function is trained towards beside the policy.
+
+    Attributes:
+        returns_fn: (`RolloutBatch` with its `values`) -> targets [B, T].
+        loss: as `rljax.losses.value_loss` makes it.
+    """
+
+    returns_fn: Callable[[Any], Any]
+    loss: Any
+
+
 class Plan(NamedTuple):
     """How the rollout of an algorithm is collected.
 
@@ -81,6 +93,7 @@ class Plan(NamedTuple):
             `reference_refresh` goes before it.
         refresh_gate: told the held-out scores per problem now and at the last refresh (the start counts as one), says
             whether a refresh that is due takes place; None always lets it.
+        critic: advantages need the values of a critic (`RolloutBatch.values`), which is trained as this says.
     """
 
     group_size: int
@@ -93,6 +106,7 @@ class Plan(NamedTuple):
     refresh_every: int = 0
     refresh_gate: Callable[[np.ndarray, np.ndarray], bool] | None = None
     forks: ForkPlan | None = None
+    critic: CriticPlan | None = None
 
 
 def has_signal(rewards: np.ndarray) -> bool:

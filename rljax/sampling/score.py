@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from rljax.models import Attention, DecoderConfig, forest_attention, hidden_states, output_projection
+from rljax.models import Attention, DecoderConfig, forest_attention, hidden_states, output_projection, values
 from rljax.sampling.logits import SamplingParams, process_logits
 from rljax.types import ArrayLike, Packed, Params
 
@@ -40,12 +40,42 @@ def score_tokens(
     tokens, positions, subtree_end = (jnp.asarray(x) for x in (packed.tokens, packed.positions, packed.subtree_end))
     how: dict[str, Any] = dict(remat=remat, scan=scan, attention=attention)
     hidden = hidden_states(config, params, tokens, positions, subtree_end, **how)
-    wanted = packed.score_index >= 0
-    index = jnp.maximum(packed.score_index, 0)
-    targets = jnp.take_along_axis(tokens, index, axis=1)
-    before = jnp.maximum(jnp.take_along_axis(jnp.asarray(packed.predecessor), index, axis=1), 0)
+    wanted, targets, before = _places(packed)
     hidden = jnp.take_along_axis(hidden, before[..., None], axis=1)
     return score_hidden(hidden, output_projection(config, params), targets, wanted, sampling_params, chunk=chunk)
+
+
+def score_values(
+    config: DecoderConfig,
+    params: Params,
+    packed: Packed,
+    sampling_params: SamplingParams | None = None,
+    *,
+    chunk: int = 512,
+    remat: bool = False,
+    scan: bool = True,
+    attention: Attention = forest_attention,
+) -> tuple[Float[Array, "R K"], Float[Array, "R K"]]:
+    """`score_tokens` of a critic: the value (float32) of the state in which each token of `packed.score_index` was
+    chosen, which is what its predecessor's hidden state gives; and zeros. 0 where `score_index` is -1.
+
+    Differentiable in `params`. A value belongs to no distribution and has no logits: `sampling_params` and `chunk`
+    change nothing. ValueError when the model has no value head.
+    """
+    tokens, positions, subtree_end = (jnp.asarray(x) for x in (packed.tokens, packed.positions, packed.subtree_end))
+    how: dict[str, Any] = dict(remat=remat, scan=scan, attention=attention)
+    found = values(config, params, hidden_states(config, params, tokens, positions, subtree_end, **how))
+    wanted, _, before = _places(packed)
+    found = jnp.where(wanted, jnp.take_along_axis(found, before, axis=1), 0.0)
+    return found, jnp.zeros_like(found)
+
+
+def _places(packed: Packed) -> tuple[Array, Array, Array]:
+    """Which of `score_index` are wanted, the tokens there, and where their predecessors lie, [R, K] each."""
+    wanted = jnp.asarray(packed.score_index) >= 0
+    index = jnp.maximum(packed.score_index, 0)
+    targets = jnp.take_along_axis(jnp.asarray(packed.tokens), index, axis=1)
+    return wanted, targets, jnp.maximum(jnp.take_along_axis(jnp.asarray(packed.predecessor), index, axis=1), 0)
 
 
 def score_hidden(

@@ -1,16 +1,18 @@
 """State, learner, checkpoints, metrics."""
 
 from rljax.training.checkpoint import Checkpointer, fingerprint, restore_params
+from rljax.training.critic import Critic, explained_variance
 from rljax.training.learner import Learner, Loss, add_metrics
 from rljax.training.lightsam import scale_by_lightsam_adagrad, scale_by_lightsam_adam, scale_by_lightsam_norm
 from rljax.training.metrics import MetricsWriter, PhaseTimer, read_jsonl
 from rljax.training.optimizers import LightSAMConfig, MuonConfig, OptimizerConfig, make_optimizer, make_schedule
 from rljax.training.run_folder import RunFolder, plot_learning_curve, versions
 from rljax.training.sft import sft_loss
-from rljax.training.state import abstract_state, create_state, state_shardings
+from rljax.training.state import abstract_state, create_state, state_shardings, with_critic
 
 __all__ = [
     "Checkpointer",
+    "Critic",
     "Learner",
     "LightSAMConfig",
     "Loss",
@@ -22,6 +24,7 @@ __all__ = [
     "abstract_state",
     "add_metrics",
     "create_state",
+    "explained_variance",
     "fingerprint",
     "make_optimizer",
     "make_schedule",
@@ -34,4 +37,5 @@ __all__ = [
     "sft_loss",
     "state_shardings",
     "versions",
+    "with_critic",
 ]

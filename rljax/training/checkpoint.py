@@ -1,5 +1,6 @@
 """Checkpoints that survive a kill at any moment, and that are known to be whole before they are used."""
 
+import dataclasses
 import json
 import shutil
 from collections.abc import Mapping
@@ -66,7 +67,7 @@ class Checkpointer:
             "score": None if metrics is None else _finite(metrics.get(self.best_metric)),
         }
         json.dumps(host, allow_nan=False)  # raises here, not in the writing thread
-        args = ocp.args.Composite(state=ocp.args.StandardSave(state), host=ocp.args.JsonSave(host))
+        args = ocp.args.Composite(state=ocp.args.StandardSave(_fields(state)), host=ocp.args.JsonSave(host))
         self._manager.save(step, args=args, force=True)
 
     def wait(self) -> None:
@@ -108,9 +109,9 @@ class Checkpointer:
         return None
 
     def _restore_step(self, step: int, target: TrainState) -> tuple[TrainState, dict[str, Any], int]:
-        args = ocp.args.Composite(state=ocp.args.StandardRestore(target), host=ocp.args.JsonRestore())
+        args = ocp.args.Composite(state=ocp.args.StandardRestore(_fields(target)), host=ocp.args.JsonRestore())
         restored = self._manager.restore(step, args=args)
-        state, host = restored["state"], restored["host"]
+        state, host = TrainState(**restored["state"]), restored["host"]
         saved, found = host["fingerprint"], fingerprint(state)
         if wrong := [name for name in found if saved.get(name) != found[name]]:
             raise ValueError(f"the contents of {wrong[0]} ({len(wrong)} arrays in all) are not what was saved")
@@ -164,6 +165,12 @@ def restore_params(folder: str | Path, target: Any, step: int | None = None) -> 
         arguments = ocp.checkpoint_utils.construct_restore_args(item)
         restore = ocp.args.PyTreeRestore(item, restore_args=arguments, partial_restore=True)
         return manager.restore(step, args=ocp.args.Composite(state=restore))["state"]["params"], step
+
+
+def _fields(state: TrainState) -> dict[str, Any]:
+    """What is saved of a state; nothing of a critic where there is none, as it was before there were any."""
+    fields = {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}
+    return {name: value for name, value in fields.items() if name != "critic" or value is not None}
 
 
 def _finite(value: Any) -> float | None:

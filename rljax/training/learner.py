@@ -2,7 +2,7 @@
 
 import contextlib
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import jax
@@ -24,6 +24,9 @@ from rljax.training.state import abstract_state, create_state, state_shardings
 from rljax.types import ArrayLike, Packed, Params, RolloutBatch, Rows, TrainBatch, TrainState
 
 Metrics = dict[str, Array]
+
+ScoreFn = Callable[..., tuple[Array, Array]]
+"""`score_tokens`, or a function of the same arguments: two numbers per scored token, the loss's first arguments."""
 
 UNIFORMS = 0x756E69
 """Folded into the run's key for the losses' random numbers, to keep them apart from the sampler's."""
@@ -56,7 +59,8 @@ class Learner:
     gone through `epochs` times. `needs_reference` asks for the log-probs of `state.ref_params`, `needs_uniforms` for a
     random number per token and update, drawn by seed, step, epoch, row of the rollout and position. With
     `anchor_to_behavior` the sampler's log-probs serve as the old ones, which saves a forward pass where sampler and
-    trainer agree to rounding; else several updates per rollout score the old policy first.
+    trainer agree to rounding; else several updates per rollout score the old policy first. `score_fn` says what is
+    trained: with `score_values` all that is said of log-probs here holds for values.
 
     An update whose loss or gradient is not finite leaves weights and optimizer as they are; after `max_skipped` of
     them in a row `update` (or `check`) raises `FloatingPointError` with what was not finite.
@@ -83,6 +87,7 @@ class Learner:
         needs_uniforms: bool = False,
         anchor_to_behavior: bool = False,
         max_skipped: int = 5,
+        score_fn: ScoreFn = score_tokens,
     ):
         for name, value in {"chunk": chunk, "minibatches": minibatches, "epochs": epochs}.items():
             if value < 1:
@@ -92,7 +97,7 @@ class Learner:
                 f"packed_rows={spec.packed_rows} does not divide over the {batch_parts(mesh)} devices that split the "
                 f"batch; set it to a multiple of {batch_parts(mesh)}"
             )
-        self.config, self.loss, self.spec, self.mesh = config, loss, spec, mesh
+        self.config, self.loss, self.spec, self.mesh, self.score_fn = config, loss, spec, mesh, score_fn
         self.minibatches, self.epochs, self.shuffle, self.seed = minibatches, epochs, shuffle, seed
         self.needs_reference, self.anchor_to_behavior = needs_reference, anchor_to_behavior
         self.needs_uniforms, self.select_fn = needs_uniforms, getattr(loss, "select_fn", None)
@@ -257,7 +262,7 @@ class Learner:
 
     def _rows_logprobs(self, params, packed: Packed, row_index, mask, sampling) -> tuple[Array, Array]:
         """Log-probs and entropies of one microbatch, gathered into its rows; 0 off the mask."""
-        scored = score_tokens(self.config, params, packed, sampling, **self._head)
+        scored = self.score_fn(self.config, params, packed, sampling, **self._head)
         gathered = [jnp.where(mask, jnp.take(x.reshape(-1), row_index, axis=0), 0.0) for x in scored]
         return gathered[0], gathered[1]
 

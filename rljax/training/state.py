@@ -4,6 +4,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import Mesh
 
@@ -83,6 +84,14 @@ def state_shardings(
     return jax.tree_util.tree_map_with_path(
         lambda path, _: by_path[_name(path)], _abstract_arrays(config, optimizer, reference)
     )
+
+
+def with_critic(state: TrainState, critic: TrainState | None) -> TrainState:
+    """The state with that of its critic, arrays and `jax.ShapeDtypeStruct`s alike."""
+    leaves, structure = jax.tree.flatten((state, critic))
+    # A struct checks what it is made of, and admits arrays alone; so it is made of their numbers.
+    policy, own = jax.tree.unflatten(structure, [np.array(i, np.int32) for i in range(len(leaves))])
+    return jax.tree.map(lambda i: leaves[int(i)], policy.replace(critic=own))
 
 
 def _abstract_arrays(config: DecoderConfig, optimizer: optax.GradientTransformation, reference: bool) -> TrainState:

@@ -1,0 +1,102 @@
+"""The critic: a learner of values."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+from jaxtyping import Bool, Float
+
+from rljax.models import DecoderConfig, param_shardings, value_config, value_params
+from rljax.rollouts.batching import PackSpec, loss_mask
+from rljax.sampling.score import score_values
+from rljax.training.learner import Learner, Loss, add_metrics
+from rljax.training.optimizers import OptimizerConfig
+from rljax.training.state import create_state, state_shardings
+from rljax.types import ArrayLike, Params, RolloutBatch, TrainState
+
+_RENAMED = {"loss/grad_norm": "critic/grad_norm", "loss/skipped": "critic/skipped"} | {
+    "loss/learning_rate": "critic/learning_rate"
+}
+
+
+class Critic:
+    """A value function V(s) with parameters of its own: the decoder, and a scalar head.
+
+    The value of an action token is that of the state in which it was chosen; it is read off the token before, so that
+    rows that share a prefix share its values. Packing, accumulation, meshes and the guard against non-finite updates
+    are a `Learner`'s, and `options` are its: `loss` sees values where a policy's sees log-probs, and what `returns_fn`
+    makes of the batch and its values where that sees advantages. `config` is that of a language model.
+    """
+
+    def __init__(
+        self,
+        config: DecoderConfig,
+        optimizer: OptimizerConfig | optax.GradientTransformation,
+        loss: Loss,
+        returns_fn: Callable[[RolloutBatch], Any],
+        spec: PackSpec,
+        **options: Any,
+    ):
+        self.config, self.returns_fn = value_config(config), returns_fn
+        # The values that the returns were made of are the old ones; they need not be scored again.
+        self.learner = Learner(
+            self.config, optimizer, loss, spec, score_fn=score_values, anchor_to_behavior=True, **options
+        )
+
+    def init_state(self, params: Params) -> TrainState:
+        """A state at step 0 whose trunk is a copy of a language model's `params`, and whose values are 0."""
+        mesh, where, outputs = self.learner.mesh, None, {}
+        if mesh is not None:
+            where = state_shardings(self.config, self.learner.optimizer, mesh=mesh)
+            outputs["out_shardings"] = param_shardings(self.config, mesh)
+        own = jax.jit(functools.partial(value_params, self.config), **outputs)(params)
+        return create_state(own, self.learner.optimizer, shardings=where)
+
+    def abstract_state(self) -> TrainState:
+        """What a checkpoint of the state is restored into."""
+        return self.learner.abstract_state()
+
+    def with_values(self, state: TrainState, batch: RolloutBatch) -> RolloutBatch:
+        """The batch with `values`, 0 off its loss mask."""
+        return dataclasses.replace(batch, values=self.learner.score_rows(state.params, batch))
+
+    def update(self, state: TrainState, batch: RolloutBatch) -> tuple[TrainState, dict[str, float]]:
+        """All updates on one rollout that has its values; `state` is donated.
+
+        Metrics are means over the updates, and `critic/explained_variance`, that of the returns by the values before
+        the first. FloatingPointError as in `Learner.update`.
+        """
+        returns = np.asarray(self.returns_fn(batch))
+        rows = dataclasses.replace(batch, behavior_logprobs=np.asarray(batch.values), ref_logprobs=None)
+        updates = []
+        for minibatch in self.learner.prepare(state, rows, returns):
+            state, stats = self.learner.update(state, minibatch)
+            updates.append(stats)
+        metrics = critic_metrics(add_metrics(updates))
+        metrics["critic/explained_variance"] = explained_variance(returns, rows.behavior_logprobs, loss_mask(batch))
+        return state, metrics
+
+    def check(self) -> None:
+        """Raises for the last update too, as `Learner.check`."""
+        self.learner.check()
+
+
+def critic_metrics(metrics: Mapping[str, float]) -> dict[str, float]:
+    """A learner's metrics under the names of a critic; what only a policy has is left out."""
+    named = {_RENAMED.get(name, name): value for name, value in metrics.items()}
+    return {name: value for name, value in named.items() if name.startswith(("critic/", "pack/"))}
+
+
+def explained_variance(
+    returns: Float[ArrayLike, "B T"], values: Float[ArrayLike, "B T"], mask: Bool[ArrayLike, "B T"]
+) -> float:
+    """`1 - var(returns - values) / var(returns)` over the mask: 1 for a perfect critic, 0 for one that knows the mean
+    alone, below 0 for a worse one. 0 where the returns do not vary."""
+    kept = np.asarray(mask)
+    target, value = (np.asarray(x, np.float64)[kept] for x in (returns, values))
+    spread = float(target.var()) if target.size else 0.0
+    return 1.0 - float((target - value).var()) / spread if spread > 0 else 0.0

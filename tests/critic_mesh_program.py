@@ -1,0 +1,37 @@
+"""Run by test_training_critic.py on 4 virtual devices: prints JSON of what a critic learns on several meshes."""
+
+import json
+
+import jax
+import numpy as np
+from test_training_critic import make
+from test_training_learner import params, rollout
+
+from rljax.parallel import make_mesh
+from rljax.rollouts.batching import PackSpec
+from rljax.training import OptimizerConfig
+
+MESHES = [None, (4, 1, 1), (1, 4, 1), (1, 2, 2)]
+
+
+def result(shape):
+    optimizer = OptimizerConfig(learning_rate=1e-2, eps=1e-3)  # Adam's own eps amplifies rounding of tiny gradients
+    mesh = None if shape is None else make_mesh(*shape)
+    critic = make(PackSpec(pack_length=64, packed_rows=4), optimizer=optimizer, mesh=mesh, epochs=2)
+    batch, _ = rollout(groups=6)
+    state = critic.init_state(params())
+    for _ in range(2):
+        batch = critic.with_values(state, batch)
+        state, metrics = critic.update(state, batch)
+    jax.tree.map(lambda x, target: x.sharding == target.sharding or 1 / 0, state, critic.abstract_state())
+    weight = state.params["layers"]["gate"]
+    return {
+        "metrics": metrics,
+        "values": np.asarray(critic.with_values(state, batch).values).tolist(),
+        "split": shape in (None, (4, 1, 1)) or weight.sharding.shard_shape(weight.shape) != weight.shape,
+    }
+
+
+if __name__ == "__main__":
+    assert jax.device_count() == 4
+    print(json.dumps([result(shape) for shape in MESHES]))

@@ -1,3 +1,94 @@
-"""Environments and tools that a policy acts in. Nothing here imports jax."""
+"""Environments and tools that a policy acts in. Nothing here imports jax.
 
-__all__: list[str] = []
+An environment has `reset(row)` and `step(action)`; an `EnvironmentPool` runs hundreds of episodes of it at once. Tools
+are plain functions in a `ToolBox`; model-written programs run in a `Sandbox`.
+"""
+
+from rljax.envs.base import (
+    END_REASONS,
+    FAILED,
+    Environment,
+    EnvironmentLimits,
+    Nonsense,
+    Prompt,
+    ReplayMismatch,
+    Snapshots,
+    Step,
+    fork,
+    replay,
+    replay_same,
+)
+from rljax.envs.calculator import calculate, calculator
+from rljax.envs.chat import check_chat_template, probe_conversation
+from rljax.envs.corpus import Corpus, Document, Hit, search_tool
+from rljax.envs.formats import (
+    FORMATS,
+    Parsed,
+    ParseProblem,
+    ToolCall,
+    ToolFormat,
+    after_thinking,
+    get_format,
+    tag_format,
+)
+from rljax.envs.pool import EnvironmentPool, Episode
+from rljax.envs.sandbox import LEVELS, Limits, Sandbox, SandboxResult
+from rljax.envs.tool_environment import ToolEnvironment
+from rljax.envs.tools import (
+    CALL_FAILURES,
+    ToolBox,
+    ToolResult,
+    answer,
+    final,
+    finish,
+    named,
+    python_tool,
+    tool_schema,
+)
+
+__all__ = [
+    "CALL_FAILURES",
+    "END_REASONS",
+    "FAILED",
+    "FORMATS",
+    "LEVELS",
+    "Corpus",
+    "Document",
+    "Environment",
+    "EnvironmentLimits",
+    "EnvironmentPool",
+    "Episode",
+    "Hit",
+    "Limits",
+    "Nonsense",
+    "ParseProblem",
+    "Parsed",
+    "Prompt",
+    "ReplayMismatch",
+    "Sandbox",
+    "SandboxResult",
+    "Snapshots",
+    "Step",
+    "ToolBox",
+    "ToolCall",
+    "ToolEnvironment",
+    "ToolFormat",
+    "ToolResult",
+    "after_thinking",
+    "answer",
+    "calculate",
+    "calculator",
+    "check_chat_template",
+    "final",
+    "finish",
+    "fork",
+    "get_format",
+    "named",
+    "probe_conversation",
+    "python_tool",
+    "replay",
+    "replay_same",
+    "search_tool",
+    "tag_format",
+    "tool_schema",
+]

@@ -1,11 +1,12 @@
 """Does a chat template keep the turns that it has rendered? Token bookkeeping over turns relies on it."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 Message = Mapping[str, Any]
 
 
+@runtime_checkable
 class ChatTokenizer(Protocol):
     """What the check asks of a tokenizer."""
 
@@ -32,13 +33,13 @@ def check_chat_template(
 ) -> None:
     """Raise ValueError unless rendering turn by turn only ever appends token ids.
 
-    Before every turn of the assistant the conversation is rendered up to where it begins to speak, and after it with its
-    turn; each rendering must begin with the ids of the one before. `messages` defaults to `probe_conversation(role)`,
-    with `role` that of observations. The error names the first turn that differs and the remedy.
+    Before every turn of the assistant the conversation is rendered up to where it begins to speak, and after it with
+    its turn; each rendering must begin with the ids of the one before. `messages` defaults to
+    `probe_conversation(role)`, with `role` that of observations. The error names the first turn that
+    differs and the remedy.
     """
     conversation = list(messages) if messages is not None else probe_conversation(role)
     before: list[int] = []
-    ends: list[int] = []  # ends[i]: how many ids the turns up to i took when they were last rendered
     for i, message in enumerate(conversation):
         if message.get("role") != "assistant":
             continue
@@ -47,8 +48,7 @@ def check_chat_template(
                 continue
             ids = _render(tokenizer, conversation[:count], prompting)
             if ids[: len(before)] != before:
-                raise ValueError(_explain(tokenizer, conversation, before, ids, ends, count))
-            ends += [len(ids)] * (count - len(ends))
+                raise ValueError(_explain(tokenizer, conversation[:count], before, ids))
             before = ids
 
 
@@ -63,14 +63,15 @@ def _render(tokenizer: ChatTokenizer, messages: Sequence[Message], prompting: bo
         ) from error
 
 
-def _explain(tokenizer, conversation, before, ids, ends, count) -> str:
+def _explain(tokenizer: ChatTokenizer, turns: Sequence[Message], before: list[int], ids: list[int]) -> str:
     same = next((k for k, pair in enumerate(zip(before, ids)) if pair[0] != pair[1]), min(len(before), len(ids)))
-    turn = next((k for k, end in enumerate(ends) if same < end), len(ends) - 1)
+    ends = (len(_render(tokenizer, turns[: k + 1], False)) for k in range(len(turns)))
+    turn = next((k for k, end in enumerate(ends) if same < end), len(turns) - 1)
     was, now = (tokenizer.decode(list(x[same : same + 12])) for x in (before, ids))
     return (
-        f"the chat template rewrites history: turn {turn} ({conversation[turn].get('role')}) is not the same any more once "
-        f"{count} turns are rendered; at token {same} {was!r} became {now!r}. What was sampled would not be what a later "
-        "turn reads. Give the tokenizer a chat template that keeps earlier turns word for word (take out what drops or "
-        "moves their thinking, or set the template's own switch through template_kwargs), or render the first prompt alone "
-        "and append observations as plain text"
+        f"the chat template rewrites history: turn {turn} ({turns[turn].get('role')}) is not the same once "
+        f"{len(turns)} turns are rendered; at token {same} {was!r} became {now!r}. What was sampled would not be what "
+        "a later turn reads. Give the tokenizer a chat template that keeps earlier turns word for word (take out what "
+        "drops or moves their thinking, or set the template's own switch through template_kwargs), or render the first "
+        "prompt alone and append observations as plain text"
     )

@@ -62,7 +62,7 @@ class ToolFormat:
 
 def after_thinking(text: str) -> str:
     """What follows the last `</think>`; nothing of a message that is still thinking. Calls count only there."""
-    head, end, visible = text.rpartition("</think>")
+    _, end, visible = text.rpartition("</think>")
     if "<think>" in visible:
         return visible.partition("<think>")[0]
     return visible if end else text
@@ -160,8 +160,8 @@ FORMATS: Mapping[str, ToolFormat] = {
 def get_format(choice: "str | Parser | ToolFormat") -> ToolFormat:
     """A format by name, by `module:function` or as a callable `text -> Parsed`, or a `ToolFormat` as it is.
 
-    A callable is guarded: what it raises, and an answer that is not `Parsed`, become a problem. Raises ValueError for an
-    unknown name and for a function that cannot be imported.
+    A callable is guarded: what it raises, and an answer that is not `Parsed`, become a problem. Raises ValueError for
+    an unknown name and for a function that cannot be imported.
     """
     if isinstance(choice, ToolFormat):
         return choice
@@ -225,7 +225,7 @@ def _as_call(value: Any, keys: tuple[str, ...]) -> ToolCall | ParseProblem:
     wanted = f'an object such as {{"name": "...", "{keys[0]}": {{...}}}}'
     if not isinstance(value, dict) or not isinstance(value.get("name"), str) or not value["name"]:
         return ParseProblem(BAD_CALL, f"A tool call must be {wanted}, not {_short(json.dumps(value))}.")
-    arguments = next((value[key] for key in keys if key in value), {})
+    arguments: Any = next((value[key] for key in keys if key in value), {})
     if isinstance(arguments, str):  # some models write the arguments as a JSON text
         try:
             arguments = _DECODER.decode(arguments)

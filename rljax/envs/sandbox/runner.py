@@ -23,19 +23,19 @@ LEVELS = ("namespaces", "landlock", "seccomp", "rlimits")
 """Levels of isolation, strongest first. The first two are chosen by themselves, the others only when asked for."""
 
 OUTCOMES = ("ok", "error", "timeout", "cpu", "memory", "output", "signal", "lost")
-"""How a program ended: by itself, with an exception or exit code, over a limit, by a signal; or its sandbox was lost."""
+"""How a program ended: well, with an exception or exit code, over a limit, by a signal; or its sandbox was lost."""
 
 _STOPS = {
     "namespaces": (
         "stops: any network (there is none, and no socket can be made); seeing or writing any file but the interpreter "
-        "and system libraries (read-only) and a scratch folder in memory that vanishes; seeing or signalling any process "
-        "but its own; outliving the run, in any number of processes; the environment, /proc, /sys, devices; gaining "
-        "privileges; more CPU, memory, processes, output, files or time than the limits"
+        "and system libraries (read-only) and a scratch folder in memory that vanishes; seeing or signalling any "
+        "process but its own; outliving the run, in any number of processes; the environment, /proc, /sys, devices; "
+        "gaining privileges; more CPU, memory, processes, output, files or time than the limits"
     ),
     "landlock": (
-        "stops: any socket; opening any file but the interpreter and system libraries (read-only) and a scratch folder; "
-        "starting or signalling processes, so nothing outlives the run; the environment; more CPU, memory, output or time "
-        "than the limits"
+        "stops: any socket; opening any file but the interpreter and system libraries (read-only) and a scratch "
+        "folder; starting or signalling processes, so nothing outlives the run; the environment; more CPU, memory, "
+        "output or time than the limits"
     ),
     "seccomp": (
         "stops: any socket; starting or signalling processes, so nothing outlives the run; the environment; changing "
@@ -49,16 +49,16 @@ _LETS = {
         "side channels; slowing other work within its CPU and memory limits"
     ),
     "landlock": (
-        "does not stop: a fault of the kernel itself; asking whether a file exists, its size and dates; filling the disk of "
-        "the scratch folder, file after file, until the run ends; seeing that other processes exist"
+        "does not stop: a fault of the kernel itself; asking whether a file exists, its size and dates; filling the "
+        "disk of the scratch folder, file after file, until the run ends; threads up to the memory limit"
     ),
     "seccomp": (
-        "does not stop: READING AND WRITING EVERY FILE that the user may, /proc of the user's processes among them; filling "
-        "the disk"
+        "does not stop: READING AND WRITING EVERY FILE that the user may, /proc of the user's processes among them; "
+        "filling the disk"
     ),
     "rlimits": (
-        "does not stop: THE NETWORK; READING AND WRITING EVERY FILE that the user may; signalling the user's processes; "
-        "away from Linux also processes that leave their session. Not for code that nobody has read"
+        "does not stop: THE NETWORK; READING AND WRITING EVERY FILE that the user may; signalling the user's "
+        "processes; away from Linux also processes that leave their session. Not for code that nobody has read"
     ),
 }
 
@@ -84,8 +84,9 @@ class Limits:
 
 @dataclass(frozen=True)
 class SandboxResult:
-    """`output` is what the program printed, standard output and error in the order they came; `start_s` the time until a
-    sandbox stood ready for it. `exit_code` is 128 + n for signal n, and None if the sandbox was lost."""
+    """`output` is what the program printed, standard output and error in the order they came; `start_s` the time until
+    a sandbox stood ready for it. `exit_code` is 128 + n for signal n, and None if the sandbox was lost. `cpu_s` leaves
+    out processes that were killed."""
 
     outcome: str
     output: str
@@ -309,7 +310,7 @@ class Sandbox:
 
     def __init__(
         self,
-        limits: Limits = Limits(),  # noqa: B008  frozen
+        limits: Limits = Limits(),
         *,
         workers: int = 4,
         level: str | None = None,
@@ -382,6 +383,21 @@ class Sandbox:
     def close(self) -> None:
         """End all sandboxes, those that run a program too."""
         self._finalizer()
+
+    @property
+    def server_pid(self) -> int:
+        """Process id of the server, which all sandboxes are children of."""
+        return self._servers[0].process.pid
+
+    @property
+    def folder(self) -> str:
+        """An empty folder of the server; its name stands on the command line of all its processes."""
+        return str(self._servers[0].folder)
+
+    @property
+    def num_ready(self) -> int:
+        """Sandboxes that stand, or come up, for programs to come."""
+        return len(self._servers[0].ready)
 
     def describe(self) -> str:
         """What this level stops and what it does not, for a person."""

@@ -36,9 +36,9 @@ _DEVICES = ("null", "zero", "full", "random", "urandom")
 
 
 def _load_kernel():
-    spec = importlib.util.spec_from_file_location(
-        "_sandbox_kernel", os.path.join(os.path.dirname(__file__), "kernel.py")
-    )
+    path = os.path.join(os.path.dirname(__file__), "kernel.py")
+    spec = importlib.util.spec_from_file_location("_sandbox_kernel", path)
+    assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -60,9 +60,8 @@ class Server:
             self._enter_namespaces()
         # what else counts as a process of the program: its init and, in a user namespace, the guard; or all of the user
         config["own_processes"] = 1 + self.rootless if self.level == "namespaces" else 512
-        with contextlib.suppress(OSError, ValueError):
-            with open(os.open(f"{os.getpid()}/statm", os.O_RDONLY, dir_fd=self.proc)) as file:
-                self.config["base_bytes"] = int(file.read().split()[0]) * resource.getpagesize()
+        if size := _read(self.proc, f"{os.getpid()}/statm"):
+            config["base_bytes"] = int(size.split()[0]) * resource.getpagesize()
 
     def _enter_namespaces(self):
         """Leave the network and the file system; from here on all there is is read-only."""
@@ -122,7 +121,7 @@ class Server:
                 try:
                     connection.close()
                     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-                    Guard(self, *descriptors, scratch=message[1:].decode() or SCRATCH).run()
+                    Guard(self, descriptors, message[1:].decode() or SCRATCH).run()
                     code = 0
                 finally:
                     os._exit(code)
@@ -131,9 +130,11 @@ class Server:
 
 
 class Guard:
-    def __init__(self, server, control, job, output, scratch):
+    """Sets up one sandbox, waits for its end and reports it."""
+
+    def __init__(self, server, descriptors, scratch):
         self.server, self.config, self.kernel = server, server.config, server.kernel
-        self.control, self.job, self.output, self.scratch = control, job, output, scratch
+        (self.control, self.job, self.output), self.scratch = descriptors, scratch
         self.uid, self.gid = server.uid, server.gid
         self.namespaces = server.level == "namespaces"
 
@@ -167,8 +168,8 @@ class Guard:
         else:
             kernel.unshare(spaces)
             self.uid = self.gid = self.server.first_uid - self.server.made % 20000  # a number of processes of its own
-        kernel.mount("tmpfs", SCRATCH, "tmpfs", kernel.MS_NOSUID | kernel.MS_NODEV,
-                     f"size={self.config['scratch_mb']}m,nr_inodes=4096,mode=700,uid={self.uid},gid={self.gid}")  # fmt: skip
+        options = f"size={self.config['scratch_mb']}m,nr_inodes=4096,mode=700,uid={self.uid},gid={self.gid}"
+        kernel.mount("tmpfs", SCRATCH, "tmpfs", kernel.MS_NOSUID | kernel.MS_NODEV, options)
 
     def _contained(self):
         """The child: process 1 of a namespace, or, where there are none, the program itself. Never returns."""

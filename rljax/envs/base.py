@@ -1,0 +1,146 @@
+"""What an environment is. Two methods; everything else is optional.
+
+class Guess:
+    def reset(self, row):
+        self.number = row["number"]
+        return "Guess a number from 1 to 9."
+
+    def step(self, action):
+        right = action.strip() == str(self.number)
+        return Step("right" if right else "wrong", reward=float(right), done=right)
+"""
+
+import copy
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, Protocol, runtime_checkable
+
+Prompt = str | Sequence[Mapping[str, Any]]
+"""What opens an episode: text, or a list of chat messages."""
+
+DONE, TURNS, TOOL_CALLS, SECONDS = "done", "turns", "tool_calls", "seconds"
+RAISED, TIMEOUT, NONSENSE, CRASHED, REPLAY = "raised", "timeout", "nonsense", "crashed", "replay"
+END_REASONS = (DONE, TURNS, TOOL_CALLS, SECONDS, RAISED, TIMEOUT, NONSENSE, CRASHED, REPLAY)
+"""Why an episode ended: the environment said so; a limit; or the environment failed: it raised, took too long, returned
+what no environment may, took its worker process down, or did not repeat itself when its actions were replayed."""
+FAILED = (RAISED, TIMEOUT, NONSENSE, CRASHED, REPLAY)
+
+
+@dataclass(frozen=True)
+class Step:
+    """What an action led to: the text that the policy reads next, a reward, whether the episode is over. `counts` are
+    added up over the episode; `tool_calls` is the one that has a limit."""
+
+    observation: str
+    reward: float = 0.0
+    done: bool = False
+    counts: Mapping[str, float] = field(default_factory=dict)
+
+
+@runtime_checkable
+class Environment(Protocol):
+    """One episode at a time. `row` is a row of data as a mapping, `action` the text of one turn of the policy."""
+
+    def reset(self, row: Mapping[str, Any]) -> Prompt: ...
+
+    def step(self, action: str) -> Step: ...
+
+
+@runtime_checkable
+class Snapshots(Protocol):
+    """An environment that can also be copied. It is asked for a snapshot, which must not change afterwards, after every
+    step; one without these methods is forked by replaying its actions."""
+
+    def snapshot(self) -> Any: ...
+
+    def restore(self, state: Any) -> None: ...
+
+
+@dataclass(frozen=True)
+class EnvironmentLimits:
+    """Of one episode: turns of the policy, tool calls; characters and tokens of one observation (a longer one loses its
+    middle); seconds of one reset or step, and of all together."""
+
+    turns: int = 16
+    tool_calls: int = 64
+    observation_chars: int = 16_384
+    observation_tokens: int = 2048
+    step_s: float = 30.0
+    episode_s: float = 600.0
+
+    def __post_init__(self) -> None:
+        for name, value in asdict(self).items():
+            if not 0 < value < 2**31:
+                raise ValueError(f"environment limit {name} is {value}; it must be positive (and below 2**31)")
+
+
+class ReplayMismatch(Exception):
+    """An environment did not do the same again."""
+
+
+class Nonsense(Exception):
+    """An environment returned what no environment may."""
+
+
+def checked_prompt(value: Any) -> Prompt:
+    """What `reset` returned, or Nonsense."""
+    if isinstance(value, str):
+        return value
+    if isinstance(value, (list, tuple)) and value and all(isinstance(m, Mapping) and "role" in m for m in value):
+        return list(value)
+    raise Nonsense(f"reset returned {value!r:.200}; it must be text or a non-empty list of chat messages")
+
+
+def checked_step(value: Any) -> Step:
+    """What `step` returned, its reward and flag as plain Python, or Nonsense."""
+    if not isinstance(value, Step):
+        raise Nonsense(f"step returned {value!r:.200} of type {type(value).__name__}; it must be a Step")
+    try:
+        reward, done = float(value.reward), value.done
+        counts = {str(name): float(number) for name, number in value.counts.items()}
+    except Exception as error:
+        raise Nonsense(f"step returned {value!r:.200} ({error})") from None
+    if getattr(done, "shape", None) == ():  # a scalar of numpy or jax
+        done = done.item()  # type: ignore[attr-defined]
+    if not isinstance(value.observation, str) or not isinstance(done, bool) or isinstance(value.reward, str):
+        raise Nonsense(f"step returned {value!r:.200}; it must hold text, a number and True or False")
+    if not all(math.isfinite(number) for number in (reward, *counts.values())):
+        raise Nonsense(f"step returned the reward {reward} and the counts {counts}; they must be finite")
+    return Step(value.observation, reward, done, counts)
+
+
+def replay(environment: Environment, row: Mapping[str, Any], actions: Sequence[str]) -> tuple[Prompt, list[Step]]:
+    """Bring a fresh environment to where these actions lead. Raises Nonsense as a first run would."""
+    opening = checked_prompt(environment.reset(copy.deepcopy(dict(row))))
+    return opening, [checked_step(environment.step(action)) for action in actions]
+
+
+def replay_same(
+    environment: Environment, row: Mapping[str, Any], opening: Prompt, actions: Sequence[str], steps: Sequence[Step]
+) -> None:
+    """`replay` of a recorded episode. Raises ReplayMismatch, naming the turn, if anything comes out differently."""
+    again = checked_prompt(environment.reset(copy.deepcopy(dict(row))))
+    if again != opening:
+        raise ReplayMismatch(f"reset began with {again!r:.100} instead of {opening!r:.100}; {_REMEDY}")
+    for turn, (action, step) in enumerate(zip(actions, steps, strict=True)):
+        new = checked_step(environment.step(action))
+        if new != step:
+            raise ReplayMismatch(f"turn {turn} led to {new!r:.200} instead of {step!r:.200}; {_REMEDY}")
+
+
+_REMEDY = "make the environment depend on its row and actions alone, or give it snapshot() and restore()"
+
+
+def fork(
+    make: Callable[[], Environment],
+    row: Mapping[str, Any],
+    opening: Prompt,
+    actions: Sequence[str],
+    steps: Sequence[Step],
+) -> Environment:
+    """A second environment that stands where the recorded actions led; any environment can be forked this way. Raises
+    ReplayMismatch if it does not repeat itself."""
+    environment = make()
+    replay_same(environment, row, opening, actions, steps)
+    return environment

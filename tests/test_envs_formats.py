@@ -1,0 +1,227 @@
+"""Tool-call formats: what is read, what is a problem, and that nothing raises. Chat templates that rewrite history."""
+
+import json
+
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from rljax.envs import FORMATS, Parsed, ParseProblem, ToolCall, check_chat_template, get_format, tag_format
+from rljax.envs.chat import probe_conversation
+
+CALL = '{"name": "search", "arguments": {"query": "old bridge"}}'
+SEARCH = ToolCall("search", {"query": "old bridge"})
+
+
+def parse(name, text):
+    return get_format(name).parse(text)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "calls"),
+    [
+        ("hermes", f"Let me look.\n<tool_call>\n{CALL}\n</tool_call>", [SEARCH]),
+        ("qwen", f"<tool_call>{CALL}</tool_call><tool_call>{CALL}</tool_call>", [SEARCH, SEARCH]),
+        ("hermes", f"<think>I may write <tool_call> here</think><tool_call>{CALL}</tool_call>", [SEARCH]),
+        ("hermes", f"still thinking of <tool_call>\n</think>\n<tool_call>{CALL}</tool_call>", [SEARCH]),
+        ("hermes", f"<think>not yet <tool_call>{CALL}</tool_call>", []),
+        ("hermes", '<tool_call>{"name": "finish"}</tool_call>', [ToolCall("finish", {})]),
+        ("hermes", '<tool_call>{"name": "f", "arguments": "{\\"x\\": 1}"}</tool_call>', [ToolCall("f", {"x": 1})]),
+        ("hermes", "The answer is 4.", []),
+        ("hermes", "", []),
+        ("llama3", '{"name": "search", "parameters": {"query": "old bridge"}}', [SEARCH]),
+        ("llama3", f"<|python_tag|>{CALL}; {CALL}<|eom_id|>", [SEARCH, SEARCH]),
+        ("llama3", "<|python_tag|>print(1)<|eom_id|>", [ToolCall("python", {"code": "print(1)"})]),
+        ("llama3", "The answer is {4}.", []),
+        ("llama3", '{"city": "Rome"}', []),
+        ("tags", "I look.\n<search> old bridge </search>", [SEARCH]),
+        ("tags", "<python>\n  x = 1\n  print(x)\n</python>", [ToolCall("python", {"code": "  x = 1\n  print(x)"})]),
+        ("tags", "<python>```python\nprint(1)\n```</python>", [ToolCall("python", {"code": "print(1)"})]),
+        ("tags", "<python>print('<search>')</python>", [ToolCall("python", {"code": "print('<search>')"})]),
+        ("tags", "<search>old bridge</search><answer>b</answer>", [SEARCH, ToolCall("answer", {"answer": "b"})]),
+        ("tags", "2 < 3 and <b>bold</b>", []),
+    ],
+)  # fmt: skip
+def test_calls_are_read(name, text, calls):
+    assert parse(name, text) == Parsed(tuple(calls))
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "kind", "says"),
+    [
+        ("hermes", "<tool_call>{", "unclosed", "never closed"),
+        ("hermes", "x</tool_call>", "unclosed", "never opened"),
+        ("hermes", "<tool_call>{'name': 1}</tool_call>", "bad_json", "not valid JSON"),
+        ("hermes", "<tool_call>[1]</tool_call>", "bad_call", 'an object such as {"name"'),
+        ("hermes", '<tool_call>{"arguments": {}}</tool_call>', "bad_call", "name"),
+        ("hermes", '<tool_call>{"name": "f", "arguments": [1]}</tool_call>', "bad_call", "arguments of f must be"),
+        ("hermes", '<tool_call>{"name": "f", "arguments": {"x": NaN}}</tool_call>', "bad_json", "NaN"),
+        ("hermes", "<tool_call>" + "[" * 100_000 + "</tool_call>", "bad_json", "nested too deeply"),
+        ("llama3", '{"name": "search", "parameters": ', "bad_json", "not valid JSON"),
+        ("llama3", '{"parameters": {}}', "bad_call", "parameters"),
+        ("tags", "<search>old", "unclosed", "<search> was opened"),
+        ("tags", "old</search>", "unclosed", "</search> was closed"),
+        ("tags", "<answer> </answer>", "bad_call", "<answer> is empty"),
+    ],
+)
+def test_a_malformed_call_says_what_is_wrong(name, text, kind, says):
+    problem = parse(name, text).problem
+    assert problem is not None and problem.kind == kind
+    assert says in problem.text and len(problem.text) < 500
+
+
+def test_calls_before_a_problem_count():
+    parsed = parse("hermes", f"<tool_call>{CALL}</tool_call><tool_call>oops</tool_call>")
+    assert parsed.calls == (SEARCH,) and parsed.problem.kind == "bad_json"
+
+
+PIECES = [
+    "<tool_call>",
+    "</tool_call>",
+    "<think>",
+    "</think>",
+    "<|python_tag|>",
+    "<search>",
+    "</search>",
+    "<python>",
+    "```",
+]
+PIECES += [
+    "</answer>",
+    CALL,
+    '{"name":',
+    "{",
+    "}",
+    "[",
+    "]",
+    '"',
+    ":",
+    ",",
+    ";",
+    "NaN",
+    "1e999",
+    "\\u",
+    "\0",
+    "\ud800",
+    " a",
+]
+
+
+@settings(max_examples=400, deadline=None)
+@given(
+    st.sampled_from(sorted(FORMATS)), st.lists(st.sampled_from(PIECES) | st.text(max_size=6), max_size=12).map("".join)
+)
+@example("hermes", "<tool_call>" + "9" * 5000 + "</tool_call>")
+@example("llama3", "{" + '"a":{' * 50_000)
+@example("tags", "<search>" * 2000)
+def test_no_input_makes_a_parser_raise(name, text):
+    parsed = parse(name, text)
+    assert all(isinstance(call, ToolCall) for call in parsed.calls)
+    json.dumps([dict(call.arguments) for call in parsed.calls])
+
+
+def test_parsing_long_text_takes_linear_time():
+    for name, text in (
+        ("hermes", "<tool_call>{}" * 20_000),
+        ("tags", "<search>a</search>" * 5_000),
+        ("llama3", "{" * 10**5),
+    ):
+        parse(name, text)
+
+
+def own_parser(text):
+    if "boom" in text:
+        raise RuntimeError("boom")
+    return None if "none" in text else Parsed((ToolCall("echo", {"text": text}),))
+
+
+def test_a_parser_of_ones_own_is_found_by_name_and_guarded():
+    chosen = get_format(f"{__name__}:own_parser")
+    assert chosen.parse("hi").calls == (ToolCall("echo", {"text": "hi"}),)
+    assert isinstance(chosen.parse("boom").problem, ParseProblem)
+    assert chosen.parse("none").problem.kind == "parser_failed"
+    assert get_format(own_parser).name == "own_parser"
+    assert get_format(chosen) is chosen
+
+
+def test_an_unknown_format_is_refused():
+    with pytest.raises(ValueError, match="'xml' is not one of hermes, qwen, llama3, tags"):
+        get_format("xml")
+    with pytest.raises(ValueError, match="cannot load 'nowhere:parse'"):
+        get_format("nowhere:parse")
+    with pytest.raises(ValueError, match="cannot be called"):
+        get_format(f"{__name__}:CALL")
+    with pytest.raises(ValueError, match="must be names"):
+        tag_format({"a b": "x"})
+
+
+def test_own_tags_and_observations():
+    chosen = tag_format({"move": "direction"})
+    assert chosen.parse("<move>north</move>").calls == (ToolCall("move", {"direction": "north"}),)
+    assert chosen.stop_strings == ("</move>",)
+    assert chosen.observation("A wall.") == "\n<result>\nA wall.\n</result>\n"
+
+
+# chat templates
+
+KEEPS = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+DROPS_THINKING = (  # of all turns before the last question of the user
+    "{% set ns = namespace(last=0) %}"
+    "{% for m in messages %}{% if m.role == 'user' %}{% set ns.last = loop.index0 %}{% endif %}{% endfor %}"
+    "{% for m in messages %}{% set text = m.content %}"
+    "{% if m.role == 'assistant' and loop.index0 < ns.last %}"
+    "{% set text = text.split('</think>')[-1].strip() %}{% endif %}"
+    "<|im_start|>{{ m.role }}\n{{ text }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+OPENS_THINKING = KEEPS.replace("assistant\n{% endif %}", "assistant\n<think>\n\n</think>\n\n{% endif %}")
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    """A byte-level tokenizer with chat tokens, made here."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    from rljax.text import HuggingFaceTokenizer
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    inner = Tokenizer(models.BPE({c: i for i, c in enumerate(alphabet)}, []))
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.decoder = decoders.ByteLevel()
+    inner.add_special_tokens([AddedToken(t, special=True) for t in ("<|im_start|>", "<|im_end|>")])
+
+    def make(template):
+        hf = PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<|im_end|>")
+        hf.chat_template = template
+        return HuggingFaceTokenizer(hf)
+
+    return make
+
+
+def test_a_template_that_only_appends_passes(tokenizer):
+    check_chat_template(tokenizer(KEEPS))
+    check_chat_template(tokenizer(KEEPS), probe_conversation("user")[:4])
+
+
+def test_a_template_that_drops_earlier_thinking_is_named_with_its_turn_and_a_remedy(tokenizer):
+    with pytest.raises(ValueError, match=r"turn 1 \(assistant\) is not the same once 5 turns") as caught:
+        check_chat_template(tokenizer(DROPS_THINKING))
+    assert "<think>" in str(caught.value) and "keeps earlier turns word for word" in str(caught.value)
+    check_chat_template(tokenizer(DROPS_THINKING), probe_conversation()[:4])  # within one question it is fine
+
+
+def test_a_prompt_that_the_turn_does_not_begin_with_is_found(tokenizer):
+    with pytest.raises(ValueError, match=r"turn 1 \(assistant\) is not the same once 2 turns"):
+        check_chat_template(tokenizer(OPENS_THINKING))
+
+
+def test_a_template_that_refuses_a_role_is_named(tokenizer):
+    refuses = (
+        "{% for m in messages %}{% if m.role == 'tool' %}{{ raise_exception('no tools') }}{% endif %}{% endfor %}x"
+    )
+    with pytest.raises(ValueError, match=r"cannot render the first 3 turns.*no tools.*choose the role of observations"):
+        check_chat_template(tokenizer(refuses))

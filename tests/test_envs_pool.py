@@ -1,0 +1,306 @@
+"""Environments at once: limits, failures that end their own episode, forks by replay and by snapshot."""
+
+import os
+import threading
+import time
+from concurrent.futures import wait
+
+import pytest
+
+from rljax.envs import (
+    EnvironmentLimits,
+    EnvironmentPool,
+    ReplayMismatch,
+    Step,
+    ToolBox,
+    ToolEnvironment,
+    answer,
+    calculator,
+    fork,
+    replay,
+)
+
+
+class Counter:
+    """Adds up numbers; done at the row's goal. Some actions misbehave."""
+
+    def reset(self, row):
+        self.total, self.goal = 0, row["goal"]
+        if row.get("bad"):
+            raise RuntimeError("no such row")
+        return f"Count to {self.goal}."
+
+    def step(self, action):
+        match action:
+            case "raise":
+                raise RuntimeError("oops")
+            case "exit":
+                raise SystemExit(3)
+            case "die":
+                os._exit(7)
+            case "hang":
+                time.sleep(60)
+            case "nonsense":
+                return "a text"
+            case "nan":
+                return Step("x", reward=float("nan"))
+            case "none":
+                return Step(None)
+            case "flag":
+                return Step("x", done="no")
+            case "long":
+                return Step("x" * 1000)
+            case "tool":
+                return Step("called", counts={"tool_calls": 1})
+        self.total += int(action)
+        done = self.total >= self.goal
+        return Step(f"{self.total} after {os.getpid() > 0}", reward=float(done), done=done)
+
+
+class Copyable(Counter):
+    resets = 0
+
+    def reset(self, row):
+        Copyable.resets += 1
+        return super().reset(row)
+
+    def snapshot(self):
+        return {"total": self.total, "goal": self.goal}
+
+    def restore(self, state):
+        self.__dict__.update(state)
+
+
+class Fickle(Counter):
+    made = 0
+
+    def reset(self, row):
+        Fickle.made += 1
+        return super().reset(row) + str(Fickle.made)
+
+
+LIMITS = EnvironmentLimits(turns=6, tool_calls=2, observation_chars=100, step_s=0.5)
+
+
+@pytest.fixture(scope="module", params=["threads", "processes"])
+def pool(request):
+    limits = LIMITS if request.param == "threads" else EnvironmentLimits(**{**vars(LIMITS), "step_s": 3.0})
+    with EnvironmentPool(Counter, workers=2, processes=request.param == "processes", limits=limits) as pool:
+        yield pool
+
+
+def play(pool, actions, row=None):
+    episode = pool.start(row or {"goal": 5}).result(60)
+    for action in actions:
+        if episode.end is None:
+            episode = pool.step(episode, action).result(60)
+    return episode
+
+
+def test_an_episode_runs_to_its_end(pool):
+    episode = play(pool, ["2", "3"])
+    assert episode.opening == "Count to 5."
+    assert [s.observation for s in episode.steps] == ["2 after True", "5 after True"]
+    assert (episode.end, episode.reward, episode.actions) == ("done", 1.0, ["2", "3"])
+    with pytest.raises(ValueError, match=r"has ended \(done\)"):
+        pool.step(episode, "1")
+
+
+@pytest.mark.parametrize(
+    ("action", "end", "says"),
+    [
+        ("raise", "raised", "RuntimeError: oops"),
+        ("exit", "raised", "SystemExit: 3"),
+        ("x", "raised", "ValueError"),
+        ("nonsense", "nonsense", "must be a Step"),
+        ("nan", "nonsense", "finite"),
+        ("none", "nonsense", "must hold text"),
+        ("flag", "nonsense", "True or False"),
+        ("hang", "timeout", "longer than"),
+    ],
+)
+def test_what_an_environment_does_wrong_ends_its_own_episode(pool, action, end, says):
+    before = pool.failures[end]
+    other = play(pool, ["1"])
+    episode = play(pool, ["1", action])
+    assert episode.end == end and says in episode.error
+    assert episode.actions == ["1"] and pool.failures[end] == before + 1
+    assert pool.step(other, "1").result(60).steps[-1].observation == "2 after True"
+    assert play(pool, ["5"]).end == "done"
+
+
+def test_a_row_that_cannot_be_opened_ends_its_episode(pool):
+    assert play(pool, [], {"goal": 1, "bad": True}).error == "RuntimeError: no such row"
+
+
+def test_limits_end_an_episode(pool):
+    assert play(pool, ["0"] * 9).end == "turns"
+    assert play(pool, ["tool"] * 9).end == "tool_calls"
+    assert play(pool, ["long"]).steps[0].observation == "x" * 75 + "\n[900 characters left out]\n" + "x" * 25
+
+
+def test_a_fork_goes_on_from_its_turn(pool):
+    first = play(pool, ["1", "long", "2"])
+    second = pool.fork(first, 2).result(60)
+    assert second.actions == ["1", "long"] and second.steps == first.steps[:2] and second.parent == first.id
+    assert pool.step(second, "1").result(60).steps[-1].observation == "2 after True"
+    assert pool.step(first, "1").result(60).steps[-1].observation == "4 after True"
+    assert pool.fork(first, 0).result(60).opening == "Count to 5."
+    with pytest.raises(ValueError, match="cannot be forked after turn 5"):
+        pool.fork(first, 5)
+    with pytest.raises(ValueError, match="nothing follows"):
+        pool.fork(play(pool, ["5"]), 1)
+
+
+def test_a_worker_that_dies_is_replaced_and_its_other_episodes_go_on():
+    limits = EnvironmentLimits(**{**vars(LIMITS), "step_s": 5.0})
+    with EnvironmentPool(Counter, workers=1, processes=True, limits=limits) as pool:
+        other, victim = play(pool, ["1", "1"]), play(pool, ["1", "die"])
+        assert (victim.end, victim.error) == ("crashed", "the worker process ended with exit code 7")
+        assert pool.step(other, "1").result(60).steps[-1].observation == "3 after True"
+        assert pool.failures == {"crashed": 1}
+
+
+def test_worker_processes_end_with_the_pool():
+    with EnvironmentPool(Counter, workers=1, processes=True, limits=LIMITS) as pool:
+        process = pool._lanes[0].process.process
+        assert process.poll() is None
+    assert process.poll() is not None
+    with pytest.raises(RuntimeError, match="closed"):
+        pool.start({"goal": 1})
+
+
+def test_closing_resolves_what_is_under_way():
+    pool = EnvironmentPool(Counter, workers=1, limits=EnvironmentLimits(step_s=20.0))
+    hanging = pool.step(pool.start({"goal": 1}).result(9), "hang")
+    waiting = pool.start({"goal": 2})
+    time.sleep(0.1)
+    pool.close()
+    assert {f.result(5).error for f in (hanging, waiting)} == {"the pool was closed"}
+
+
+def test_snapshots_are_used_where_an_environment_has_them():
+    with EnvironmentPool(Copyable, workers=2, limits=LIMITS) as pool:
+        first = play(pool, ["1", "2"])
+        resets = Copyable.resets
+        second = pool.fork(first, 1).result(9)
+        assert Copyable.resets == resets
+        assert pool.step(second, "1").result(9).steps[-1].observation == "2 after True"
+        third = pool.fork(second, 1).result(9)
+        assert pool.step(third, "3").result(9).steps[-1].observation == "4 after True"
+        pool.release(first)
+        assert pool.step(pool.fork(first, 1).result(9), "2").result(9).steps[-1].observation == "3 after True"
+        assert Copyable.resets == resets + 1  # its snapshots are gone, so it was played again
+
+
+def test_an_environment_that_does_not_repeat_itself_is_found():
+    with EnvironmentPool(Fickle, workers=1, limits=LIMITS) as pool:
+        episode = pool.fork(play(pool, ["1"]), 1).result(9)
+        assert episode.end == "replay" and "snapshot() and restore()" in episode.error
+    opening, steps = replay(Fickle(), {"goal": 3}, ["1"])
+    with pytest.raises(ReplayMismatch, match="reset began with"):
+        fork(Fickle, {"goal": 3}, opening, ["1"], steps)
+
+
+class Waits:
+    def reset(self, row):
+        return "go"
+
+    def step(self, action):
+        time.sleep(0.05)
+        return Step(action, done=action == "4")
+
+
+def test_hundreds_of_episodes_wait_at_the_same_time():
+    with EnvironmentPool(Waits, workers=128) as pool:
+        begin = time.monotonic()
+        episodes = [f.result() for f in [pool.start({}) for _ in range(256)]]
+        for turn in range(1, 5):
+            wait([pool.step(e, str(turn)) for e in episodes])
+        assert {e.end for e in episodes} == {"done"}
+        assert time.monotonic() - begin < 256 * 4 * 0.05 / 8  # at least eight at a time, on a busy machine
+
+
+def test_hung_threads_are_replaced():
+    with EnvironmentPool(Counter, workers=2, limits=EnvironmentLimits(step_s=0.1)) as pool:
+        episodes = [pool.start({"goal": 9}).result() for _ in range(4)]
+        wait([pool.step(e, "hang") for e in episodes])
+        assert {e.end for e in episodes} == {"timeout"}
+        assert play(pool, ["9"]).end == "done"
+        assert len(pool._lanes) == 2
+
+
+class Tokens:
+    def encode(self, text):
+        return [ord(c) for c in text]
+
+    def decode(self, ids):
+        return "".join(map(chr, ids))
+
+
+def test_observations_are_cut_by_tokens():
+    limits = EnvironmentLimits(observation_tokens=8)
+    with EnvironmentPool(Counter, workers=1, limits=limits, tokenizer=Tokens()) as pool:
+        assert play(pool, ["long"]).steps[0].observation == "x" * 6 + "\n[992 tokens left out]\n" + "xx"
+
+
+def test_bad_pools_are_refused():
+    with pytest.raises(ValueError, match="at least 1"):
+        EnvironmentPool(Counter, workers=0)
+    with pytest.raises(ValueError, match="cannot be sent to a worker process"):
+        EnvironmentPool(lambda: Counter(), workers=1, processes=True)
+    with pytest.raises(ValueError, match="cannot load 'nowhere:make'"):
+        EnvironmentPool("nowhere:make")
+    with pytest.raises(ValueError, match="turns is 0"):
+        EnvironmentLimits(turns=0)
+
+
+def right(answer, row):
+    return float(answer == row["answer"])
+
+
+@pytest.mark.parametrize("tool_format", ["hermes", "tags"])
+def test_a_tool_environment_plays_an_episode(tool_format):
+    environment = ToolEnvironment(ToolBox([calculator, answer]), right, tool_format=tool_format, system="Use tools.")
+    row = {"prompt": "What is 6 * 7?", "answer": "42"}
+    assert environment.reset(row) == "Use tools.\n\nWhat is 6 * 7?"
+    assert environment.reset({**row, "prompt": [{"role": "user", "content": "?"}]})[0] == {
+        "role": "system",
+        "content": "Use tools.",
+    }
+    environment.reset(row)
+    calls = {
+        "hermes": '<tool_call>{{"name": "{0}", "arguments": {{"{1}": "{2}"}}}}</tool_call>',
+        "tags": "<{0}>{2}</{0}>",
+    }[tool_format]
+    step = environment.step("Let me see. " + calls.format("calculator", "expression", "6 * 7"))
+    assert (step.observation, step.done, step.counts["tool_calls"]) == ("42", False, 1)
+    step = environment.step(calls.format("calculator", "expression", "6 *"))
+    assert "not an arithmetic expression" in step.observation and step.counts["tool_errors"] == 1
+    step = environment.step("<tool_call>{" if tool_format == "hermes" else "<answer>4")
+    assert "never closed" in step.observation and step.counts["malformed_calls"] == 1
+    step = environment.step(calls.format("answer", "answer", "42"))
+    assert (step.reward, step.done) == (1.0, True)
+
+
+def test_a_message_without_a_call_is_the_answer_or_gets_a_nudge():
+    box, row = ToolBox([calculator]), {"prompt": "?", "answer": "42"}
+    environment = ToolEnvironment(box, right)
+    environment.reset(row)
+    assert environment.step("<think>hm</think> 42 ") == Step(
+        "", 1.0, True, dict.fromkeys(("tool_calls", "tool_errors", "malformed_calls"), 0.0)
+    )
+    environment = ToolEnvironment(box, right, plain_text_ends=False)
+    environment.reset(row)
+    step = environment.step("42")
+    assert not step.done and "Call a tool" in step.observation
+
+
+def test_no_thread_of_a_pool_outlives_it():
+    before = threading.active_count()
+    with EnvironmentPool(Counter, workers=8) as pool:
+        pool.start({"goal": 1}).result()
+    deadline = time.monotonic() + 5
+    while threading.active_count() > before and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert threading.active_count() <= before

@@ -1,0 +1,159 @@
+"""The sandbox contains every attack on its list, ends with its programs, and goes on."""
+
+import os
+import sys
+import threading
+import time
+
+import pytest
+
+from rljax.envs.sandbox import LEVELS, Limits, Sandbox
+from rljax.envs.sandbox.attacks import ATTACKS, LIMITS, Outside, attacks
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="isolation is Linux's")
+
+
+def start(level, limits=LIMITS, **kwargs):
+    try:
+        return Sandbox(limits, level=level, **kwargs)
+    except ValueError as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture(scope="module", params=["namespaces", "landlock"])
+def box(request):
+    with start(request.param, workers=2) as sandbox:
+        yield sandbox
+
+
+@pytest.fixture(scope="module")
+def outside():
+    with Outside() as outside:
+        yield outside
+
+
+@pytest.mark.parametrize("attack", ATTACKS)
+def test_attack_is_contained_and_leaves_nothing_behind(box, outside, attack):
+    if attack not in attacks(box):
+        pytest.skip(f"level {box.level} says that it does not stop this")
+    result = box.run(outside.program(attack), timeout_s=0.6)
+    assert outside.leaks(result, box.limits) == []
+    assert outside.left_behind(box) == []
+    assert box.run("print(6 * 7)").output == "42\n"
+
+
+def test_an_attack_that_nothing_holds_is_noticed(outside):
+    """The list can fail: without isolation the harmless ones among the attacks get out."""
+    with start("rlimits", workers=1) as sandbox:
+        for attack in ("read the home", "sockets", "climb out", "survive as a daemon"):
+            found = outside.leaks(sandbox.run(outside.program(attack)), sandbox.limits)
+            assert bool(found) == (attack != "survive as a daemon"), attack  # on Linux the guard ends orphans here too
+        assert outside.left_behind(sandbox) == []
+
+
+def test_output_errors_and_exit_codes_are_reported(box):
+    assert box.run("import sys\nprint('a')\nprint('b', file=sys.stderr)\nprint('c')").output == "a\nb\nc\n"
+    failed = box.run("def f(x):\n    return 1 / x\nf(0)")
+    assert (failed.outcome, failed.exit_code) == ("error", 1)
+    assert "line 2, in f" in failed.output and "return 1 / x" in failed.output
+    assert "server.py" not in failed.output
+    assert box.run("import sys; sys.exit(3)").exit_code == 3
+    assert box.run("x = (").output.endswith("SyntaxError: '(' was never closed\n")
+    assert box.run("\0").outcome == "error"
+    assert box.run("print('\udc80')").outcome == "error"
+
+
+def test_each_program_gets_input_and_a_clean_start(box):
+    assert box.run("print(input() + input())", stdin="x\ny\n").output == "xy\n"
+    box.run("import math; math.pi = 3; open('left', 'w').write('x')")
+    assert box.run("import math, os; print(math.pi > 3.1, os.path.exists('left'))").output == "True False\n"
+    draw = "import random; print(random.random(), hash('word'))"
+    assert box.run(draw).output == box.run(draw).output
+
+
+def test_echo_prints_the_value_of_the_last_line(box):
+    assert box.run("x = 20\nx + 1", echo=True).output == "21\n"
+    assert box.run("x = 20\nx + 1").output == ""
+    assert box.run("None", echo=True).output == ""
+
+
+def test_each_limit_names_itself(box):
+    outcomes = {
+        "timeout": "import time\nprint('before', flush=True)\ntime.sleep(9)",
+        "memory": "x = bytearray(400_000_000)",
+        "output": "while True: print('x' * 500)",
+        "signal": "import ctypes; ctypes.string_at(0)",
+    }
+    results = {name: box.run(code, timeout_s=0.5 if name == "timeout" else None) for name, code in outcomes.items()}
+    assert {name: result.outcome for name, result in results.items()} == {name: name for name in outcomes}
+    assert results["timeout"].output == "before\n"
+    assert results["output"].is_truncated and len(results["output"].output) == LIMITS.output_bytes
+
+
+def test_cpu_time_is_limited(box):
+    result = box.run("while True: pass", timeout_s=20.0)
+    assert result.outcome == "cpu"
+
+
+def test_many_threads_share_a_sandbox(box):
+    outputs = {}
+
+    def work(i):
+        outputs[i] = box.run(f"print({i} ** 2)").output
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(16)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert outputs == {i: f"{i**2}\n" for i in range(16)}
+
+
+def test_a_dead_server_is_replaced():
+    with start("namespaces" if "namespaces" in working_levels() else "landlock", workers=1) as sandbox:
+        before = sandbox.server_pid
+        os.kill(before, 9)
+        outputs = [sandbox.run("print(1)").output for _ in range(3)]
+        assert outputs[-1] == "1\n"
+        assert sandbox.server_pid != before
+
+
+def test_closing_ends_everything(outside):
+    sandbox = start("landlock", workers=2)
+    folder, server = sandbox.folder, sandbox.server_pid
+    sandbox.close()
+    assert not os.path.exists(folder) and not os.path.exists(f"/proc/{server}")
+    with pytest.raises(RuntimeError, match="closed"):
+        sandbox.run("print(1)")
+
+
+def test_the_level_is_chosen_and_described():
+    with Sandbox(LIMITS, workers=1) as sandbox:
+        assert sandbox.level == working_levels()[0]
+        text = sandbox.describe()
+    assert f"level: {sandbox.level}" in text and "does not stop" in text and "memory_mb 96" in text
+    with pytest.raises(ValueError, match="'jail' is not one of namespaces, landlock"):
+        Sandbox(level="jail")
+    with pytest.raises(ValueError, match="wall_s is 0"):
+        Limits(wall_s=0.0)
+
+
+def test_a_sandbox_stands_ready_before_it_is_asked_for(box):
+    box.run("pass")
+    times = []
+    for _ in range(9):
+        time.sleep(0.03)
+        begin = time.monotonic()
+        times.append(float(box.run("import time; print(time.monotonic())").output) - begin)
+    assert sorted(times)[4] < 0.06
+
+
+def working_levels():
+    found = []
+    for level in LEVELS[:2]:
+        try:
+            Sandbox(LIMITS, workers=1, level=level).close()
+            found.append(level)
+        except ValueError:
+            pass
+    return found or pytest.skip("no isolation here")

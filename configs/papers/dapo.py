@@ -1,0 +1,15 @@
+"""DAPO, arXiv 2503.14476: a wider upper clip, token mean, groups without signal replaced.
+
+    python launch/train.py --config=configs/papers/dapo.py --workdir=runs/dapo
+
+Look at rollout/prompts_drawn, which grows as the task is learned: what dynamic sampling costs.
+"""
+
+from spelling import spelling_config
+
+from rljax.algorithms import DAPO
+from rljax.config import Config
+
+
+def get_config(size: str = "full") -> Config:
+    return spelling_config(DAPO(group_size=8, overlong_buffer=0), size, minibatches=4)

@@ -1,0 +1,15 @@
+"""Decoupled PPO, arXiv 2110.00641: the trust region is around the policy at the start of the updates.
+
+    python launch/train.py --config=configs/papers/decoupled_ppo.py --workdir=runs/decoupled_ppo
+
+Look at loss/weight_mean, 1 on fresh rollouts, as here.
+"""
+
+from spelling import spelling_config
+
+from rljax.algorithms import DecoupledPPO
+from rljax.config import Config
+
+
+def get_config(size: str = "full") -> Config:
+    return spelling_config(DecoupledPPO(group_size=8), size, minibatches=4)

@@ -1,0 +1,15 @@
+"""Double-sided importance sampling, arXiv 2602.15763: no old log-probs, tokens out of the interval dropped.
+
+    python launch/train.py --config=configs/papers/double_sided.py --workdir=runs/double_sided
+
+Look at loss/clip_fraction, the share of tokens dropped.
+"""
+
+from spelling import spelling_config
+
+from rljax.algorithms import DIS
+from rljax.config import Config
+
+
+def get_config(size: str = "full") -> Config:
+    return spelling_config(DIS(group_size=8), size, minibatches=4)

@@ -1,0 +1,15 @@
+"""Dr.GRPO, arXiv 2503.20783: GRPO without the division by length and by the group's std.
+
+    python launch/train.py --config=configs/papers/dr_grpo.py --workdir=runs/dr_grpo
+
+Look at rollout/length_mean, which the division would let grow for wrong answers.
+"""
+
+from spelling import spelling_config
+
+from rljax.algorithms import DrGRPO
+from rljax.config import Config
+
+
+def get_config(size: str = "full") -> Config:
+    return spelling_config(DrGRPO(group_size=8, horizon=8), size, minibatches=4)

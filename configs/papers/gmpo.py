@@ -1,0 +1,15 @@
+"""GMPO, arXiv 2507.20673: the geometric mean of clipped token ratios.
+
+    python launch/train.py --config=configs/papers/gmpo.py --workdir=runs/gmpo
+
+Look at loss/ratio_max, nearer to 1 than that of grpo.py.
+"""
+
+from spelling import spelling_config
+
+from rljax.algorithms import GMPO
+from rljax.config import Config
+
+
+def get_config(size: str = "full") -> Config:
+    return spelling_config(GMPO(group_size=8), size, minibatches=4)

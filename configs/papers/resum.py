@@ -1,0 +1,27 @@
+"""ReSum, arXiv 2606.13316: solutions branch at summaries; with and without one they are contrasted.
+
+    python launch/train.py --config=configs/papers/resum.py --workdir=runs/resum
+
+Look at rollout/forced_tokens, given to forks. What follows the last `=` is the answer, so that ` =` given to a fork
+lets it start over.
+"""
+
+from spelling import spelling_config
+
+from rljax.algorithms import ReSum
+from rljax.config import Config
+
+
+def after_equals(completion: str) -> str | None:
+    """What the model wrote last."""
+    return completion.rpartition("=")[2].strip()
+
+
+def get_config(size: str = "full") -> Config:
+    return spelling_config(
+        ReSum(chains=4, rounds=1, inject=(" =",), detect=(" =",), reward_if_correct=True),
+        size,
+        max_new_tokens=16,
+        extract=after_equals,
+        minibatches=4,
+    )

@@ -1,0 +1,15 @@
+"""SAPO, arXiv 2511.20347: a sigmoid gate in place of the clip interval.
+
+    python launch/train.py --config=configs/papers/sapo.py --workdir=runs/sapo
+
+Look at loss/clip_fraction, which is 0: nothing is clipped, tokens fade.
+"""
+
+from spelling import spelling_config
+
+from rljax.algorithms import SAPO
+from rljax.config import Config
+
+
+def get_config(size: str = "full") -> Config:
+    return spelling_config(SAPO(group_size=8), size, minibatches=4)

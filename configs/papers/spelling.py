@@ -1,0 +1,102 @@
+"""What the configs of this folder share: a character model learns to spell words backwards, by one method or another.
+
+The task and the model are those of configs/quickstart_tiny.py: a warm-up on demonstrations of which every second one is
+scrambled, then 60 steps of 64 prompts with 8 samples each. About a minute on two cores.
+
+Every config takes a size: `--config=configs/papers/fipo.py:smoke` is two steps of a far smaller model, to see it run.
+"""
+
+import random
+import string
+
+from rljax.config import (
+    CheckpointConfig,
+    Config,
+    CriticConfig,
+    EvaluationConfig,
+    FreshModel,
+    ReasoningGymData,
+    Recipe,
+    SamplingConfig,
+    UpdateConfig,
+    WarmupConfig,
+)
+from rljax.tasks import Example, Extractor, whole_completion
+from rljax.training import OptimizerConfig
+
+LETTERS = tuple(string.ascii_letters)
+"""As `step_delimiters`: every letter ends a step."""
+SIZES = ("full", "smoke")
+
+
+def half_scrambled(examples: list[Example]) -> list[Example]:
+    """Demonstrations of every training word; the letters of every second answer are shuffled."""
+    rng, made = random.Random(0), []
+    for index, example in enumerate(examples):
+        letters = list(example.columns["answer"])
+        if index % 2:
+            rng.shuffle(letters)
+        made.append(Example(prompt=example.prompt, columns={"completion": "".join(letters)}))
+    return made
+
+
+def spelling_config(
+    algorithm: Recipe,
+    size: str = "full",
+    *,
+    minibatches: int = 1,
+    max_new_tokens: int = 8,
+    extract: Extractor = whole_completion,
+    optimizer: OptimizerConfig | None = None,
+    critic_warmup: int = 0,
+) -> Config:
+    """`algorithm` on the spelling task; `minibatches` are updates per rollout. ValueError for an unknown `size`."""
+    if size not in SIZES:
+        raise ValueError(f"--config=...:{size}: the size must be one of {', '.join(SIZES)}")
+    smoke = size == "smoke"
+    prompts = 4 if smoke else 64
+    minibatches = min(minibatches, 2) if smoke else minibatches
+    length = 128 if smoke else 256
+    tiny = {"num_layers": 1, "embed_dim": 32, "num_heads": 2, "num_kv_heads": 2, "head_dim": 16, "mlp_dim": 64}
+    return Config(
+        name="spelling",
+        steps=2 if smoke else 60,
+        prompts_per_step=prompts,
+        model=FreshModel(alphabet=string.ascii_letters + " =", **tiny if smoke else {}),
+        data=ReasoningGymData(
+            task="spell_backward",
+            args={"min_word_len": 3, "max_word_len": 6},
+            size=200 if smoke else 8000,
+            test_size=4 if smoke else 256,
+            prompt="{word} =",
+            chat=False,
+            full_score_only=not smoke,  # two steps teach no word, but some letters
+            extract=extract,
+        ),
+        algorithm=algorithm,
+        sampling=SamplingConfig(max_new_tokens=max_new_tokens, prompt_buckets=(8,), truncated_is_wrong=not smoke),
+        update=UpdateConfig(
+            minibatches=minibatches,
+            pack_length=length,
+            packed_rows=8 // minibatches,
+            length_buckets=(length,),
+            score_buckets=(length,),
+            row_buckets=(prompts * algorithm.build().plan.group_size // minibatches,),
+            head_chunk=2048,
+        ),
+        optimizer=optimizer or OptimizerConfig(learning_rate=3e-4),
+        critic=CriticConfig(
+            warmup_steps=min(critic_warmup, 1) if smoke else critic_warmup,
+            optimizer=OptimizerConfig(learning_rate=1e-3),
+        ),
+        warmup=WarmupConfig(
+            steps=2 if smoke else 300,
+            batch_size=16 if smoke else 128,
+            demonstrations=half_scrambled,
+            optimizer=OptimizerConfig(learning_rate=2e-3, schedule="cosine", warmup_steps=20, total_steps=300),
+        ),
+        evaluation=EvaluationConfig(
+            problems=4 if smoke else 256, samples=2 if smoke else 8, batch_prompts=4 if smoke else 64
+        ),
+        checkpoint=CheckpointConfig(every=0),
+    )

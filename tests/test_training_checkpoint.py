@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rljax.training.checkpoint import Checkpointer, fingerprint
+from rljax.training.checkpoint import Checkpointer, fingerprint, restore_params
 from rljax.types import TrainState
 
 
@@ -120,6 +120,28 @@ def test_a_damaged_checkpoint_is_reported_and_the_one_before_used(two_steps, tmp
     assert fallbacks, "no damage was noticed at all"
     if damage in ("truncate", "empty"):
         assert {"host/metadata", "state/manifest.ocdbt"} <= set(fallbacks)
+
+
+def test_weights_alone_come_back_checked_and_in_the_dtype_asked_for(two_steps, tmp_path):
+    wanted = target().params
+    params, step = restore_params(two_steps, wanted)
+    assert step == 2
+    jax.tree.map(np.testing.assert_array_equal, params, make_state(2).params)
+    half = jax.tree.map(lambda t: t.update(dtype=jnp.bfloat16), wanted)
+    params, step = restore_params(two_steps, half, 1)
+    assert step == 1 and params["w"].dtype == jnp.bfloat16
+    np.testing.assert_array_equal(params["w"], make_state(1).params["w"].astype(jnp.bfloat16))
+    with pytest.raises(ValueError, match=r"no checkpoint of step 7 in .*; there are \[1, 2\]"):
+        restore_params(two_steps, wanted, 7)
+
+    folder = tmp_path / "checkpoints"
+    shutil.copytree(two_steps, folder)
+    file = next((folder / "2" / "host").glob("metadata"))
+    host = json.loads(file.read_text())
+    host["fingerprint"]["params/w"] ^= 1
+    file.write_text(json.dumps(host))
+    with pytest.raises(ValueError, match="the contents of params/w .* are not what was saved; .* take another step"):
+        restore_params(folder, wanted)
 
 
 def test_a_changed_bit_in_any_array_is_noticed(two_steps, tmp_path):

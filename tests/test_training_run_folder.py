@@ -1,6 +1,8 @@
 """The run folder: files that can be read while a run goes on, and that a resumed run continues."""
 
 import json
+import sys
+import types
 
 import numpy as np
 import pytest
@@ -66,6 +68,37 @@ def test_tensorboard_reads_the_events(tmp_path):
     events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
     assert [(e.step, e.value) for e in events.Scalars("loss/total")] == [(1, 0.5), (2, 1.0), (3, 9.0)]
+
+
+class FakeRun:
+    """What `wandb.init` returns, as far as it is used."""
+
+    def __init__(self, **settings):
+        self.settings, self.lines, self.is_finished = settings, [], False
+
+    def log(self, values, step):
+        self.lines.append((step, values))
+
+    def finish(self):
+        self.is_finished = True
+
+
+def test_weights_and_biases_gets_the_lines_and_a_resumed_run_its_id(tmp_path, monkeypatch):
+    made = []
+
+    def init(**settings):
+        made.append(FakeRun(**settings))
+        return made[-1]
+
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=init))
+    for start, step in ((0, 1), (1, 2)):
+        with RunFolder(tmp_path, config={"name": "test", "steps": 2, "log": {"wandb_project": "words"}}) as run:
+            run.start(start)
+            run.log_step(step, {"loss/total": 0.5 * step}, [])
+    assert [run.lines for run in made] == [[(1, {"loss/total": 0.5})], [(2, {"loss/total": 1.0})]]
+    assert all(run.is_finished and run.settings["project"] == "words" for run in made)
+    assert made[0].settings["id"] == made[1].settings["id"] and made[1].settings["resume"] == "allow"
+    assert made[0].settings["name"] == "test" and made[0].settings["config"]["steps"] == 2
 
 
 def test_versions_and_config_are_recorded(tmp_path):

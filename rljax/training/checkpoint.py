@@ -112,9 +112,7 @@ class Checkpointer:
         args = ocp.args.Composite(state=ocp.args.StandardRestore(_fields(target)), host=ocp.args.JsonRestore())
         restored = self._manager.restore(step, args=args)
         state, host = TrainState(**restored["state"]), restored["host"]
-        saved, found = host["fingerprint"], fingerprint(state)
-        if wrong := [name for name in found if saved.get(name) != found[name]]:
-            raise ValueError(f"the contents of {wrong[0]} ({len(wrong)} arrays in all) are not what was saved")
+        _check_contents(state, host["fingerprint"])
         return state, host["host"], int(host["step"])
 
     def _set_aside(self, steps: list[int]) -> None:
@@ -152,25 +150,38 @@ def restore_params(folder: str | Path, target: Any, step: int | None = None) -> 
     """(params, step) of one checkpoint, without optimizer state; `step` None is the newest.
 
     `target` is the params' tree of `jax.ShapeDtypeStruct`s, with shardings if they are to be placed. Raises ValueError
-    when there is no such checkpoint.
+    when there is no such checkpoint, and for one whose arrays are not what was saved.
     """
-    with ocp.CheckpointManager(
-        Path(folder).absolute(), item_handlers={"state": ocp.PyTreeCheckpointHandler()}
-    ) as manager:
+    handlers = {"state": ocp.PyTreeCheckpointHandler(), "host": ocp.JsonCheckpointHandler()}
+    with ocp.CheckpointManager(Path(folder).absolute(), item_handlers=handlers) as manager:
         steps = sorted(manager.all_steps())
         if not steps or step not in (None, *steps):
             raise ValueError(f"no checkpoint of step {step} in {folder}; there are {steps}")
         step = steps[-1] if step is None else step
-        item = {"params": target}
+        saved = manager.item_metadata(step)["state"].tree["params"]
+        item = {"params": jax.tree.map(lambda t, s: t.update(dtype=s.dtype), target, saved)}
         arguments = ocp.checkpoint_utils.construct_restore_args(item)
         restore = ocp.args.PyTreeRestore(item, restore_args=arguments, partial_restore=True)
-        return manager.restore(step, args=ocp.args.Composite(state=restore))["state"]["params"], step
+        restored = manager.restore(step, args=ocp.args.Composite(state=restore, host=ocp.args.JsonRestore()))
+        params = {"params": restored["state"]["params"]}
+        _check_contents(params, restored["host"]["fingerprint"])
+        return jax.tree.map(lambda x, t: x.astype(t.dtype), params["params"], target), step
 
 
 def _fields(state: TrainState) -> dict[str, Any]:
     """What is saved of a state; nothing of a critic where there is none, as it was before there were any."""
     fields = {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}
     return {name: value for name, value in fields.items() if name != "critic" or value is not None}
+
+
+def _check_contents(state: Any, saved: Mapping[str, int]) -> None:
+    """Raises ValueError unless the arrays are bit for bit those that were saved."""
+    found = fingerprint(state)
+    if wrong := [name for name in found if saved.get(name) != found[name]]:
+        raise ValueError(
+            f"the contents of {wrong[0]} ({len(wrong)} arrays in all) are not what was saved; the checkpoint is damaged, "
+            "take another step"
+        )
 
 
 def _finite(value: Any) -> float | None:

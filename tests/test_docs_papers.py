@@ -1,0 +1,225 @@
+"""The paper index is complete and true: each recipe has an entry, a block that is the recipe, a config that runs."""
+
+import dataclasses
+import importlib.util
+import inspect
+import re
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from objectives import make_batch, make_rows
+
+import rljax.advantages
+import rljax.algorithms
+import rljax.branching
+import rljax.losses
+from rljax.algorithms import FOREST_RECIPES, RECIPES
+from rljax.config import check, to_dict
+from rljax.rollouts.fork_rules import Grown
+from rljax.run import train
+from rljax.testing import run_metrics
+
+ROOT = Path(__file__).parent.parent
+CONFIGS = ROOT / "configs" / "papers"
+NAMES = sorted(path.stem for path in CONFIGS.glob("*.py") if path.stem != "spelling")
+PAGE = (ROOT / "docs" / "papers.md").read_text()
+ENTRIES = dict(re.findall(r"^### (\w+)\n(.*?)(?=^##|\Z)", PAGE, flags=re.MULTILINE | re.DOTALL))
+NO_PAPER = {"Reinforce", "RandomForks"}
+METRIC = re.compile(r"\b(?:rollout|loss|critic|pack)/\w+")
+ALWAYS_RUN = {"near_boundary_rescue", "tree_grpo", "ppo"}
+"""The other configs make their two steps in the slow suite."""
+
+every_config = pytest.mark.parametrize("name", NAMES)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def neighbours():
+    """Configs import their neighbours, as under `--config=`."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(CONFIGS)
+        yield
+    sys.modules.pop("spelling", None)
+
+
+def load(path):
+    spec = importlib.util.spec_from_file_location(f"paper_{path.stem}", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def blocks(text):
+    return re.findall(r"^```python\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
+
+
+@pytest.fixture(scope="module")
+def page():
+    """What the blocks of the page define."""
+    names: dict = {}
+    for block in blocks(PAGE):
+        exec(compile(block, "papers.md", "exec"), names)
+    return names
+
+
+def test_every_recipe_has_one_config_and_every_config_is_listed(neighbours):
+    recipes = [type(load(CONFIGS / f"{name}.py").get_config().algorithm) for name in NAMES]
+    assert sorted(r.__name__ for r in recipes) == sorted(r.__name__ for r in (*RECIPES, *FOREST_RECIPES))
+    for name, recipe in zip(NAMES, recipes, strict=True):
+        assert f"(../configs/papers/{name}.py)" in ENTRIES[recipe.__name__], name
+
+
+@pytest.mark.parametrize("recipe", (*RECIPES, *FOREST_RECIPES), ids=lambda recipe: recipe.__name__)
+def test_every_entry_says_what_it_is_how_it_differs_and_shows_a_dozen_lines_at_most(recipe):
+    entry = ENTRIES[recipe.__name__]
+    papers = re.findall(r"\b2\d{3}\.\d{5}\b|\b1\d{3}\.\d{5}\b", recipe.__doc__)
+    if recipe.__name__ not in NO_PAPER:
+        assert papers[0] in entry
+        assert "\nDiffers: " in entry
+    (block,) = blocks(entry)
+    assert len(block.splitlines()) <= 12
+
+
+@every_config
+def test_every_config_says_how_to_run_it_and_is_valid_in_both_sizes(name):
+    module = load(CONFIGS / f"{name}.py")
+    assert f"    python launch/train.py --config=configs/papers/{name}.py --workdir=runs/{name}\n" in module.__doc__
+    assert METRIC.search(module.__doc__) or "held-out" in module.__doc__
+    full, smoke = module.get_config(), module.get_config("smoke")
+    assert (full.steps, smoke.steps) == (60, 2)
+    for config in (full, smoke):
+        check(config)
+    assert {**to_dict(full.algorithm)} == {**to_dict(smoke.algorithm)}
+    with pytest.raises(ValueError, match="big: the size must be one of full, smoke"):
+        module.get_config("big")
+
+
+def test_a_config_does_not_hide_a_module_of_the_standard_library():
+    """The folder comes first on the path while a config of it runs."""
+    assert not set(NAMES) & sys.stdlib_module_names
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in ALWAYS_RUN else pytest.mark.slow) for name in NAMES]
+)
+def test_every_config_makes_two_steps_and_reports_what_it_says_to_look_at(name, tmp_path):
+    module = load(CONFIGS / f"{name}.py")
+    summary = train(module.get_config("smoke"), str(tmp_path))
+    lines = list(run_metrics(tmp_path))
+    assert len(lines) == 2 and np.isfinite(list(summary["after"].values())).all()
+    assert lines[-1]["loss/grad_norm"] > 0
+    for line in lines:
+        assert np.isfinite(list(line.values())).all()
+    assert set(METRIC.findall(module.__doc__)) <= set(lines[-1])
+
+
+PHRASES = ([[0]], [[0]])
+UNBOUND = {"resum": PHRASES, "arpo": (2,), "aepo": (2,)}
+"""What those are given here that need a tokenizer; a recipe that is not bound yet has the same."""
+
+
+def toy_batch():
+    """Two groups of six samples, the first chains of which were forked."""
+    batch = make_batch(
+        group_id=[0] * 6 + [1] * 6,
+        rewards=[1, 0, 0.5, 0, 0.2, 0.9, 0.9, 0, 0, 1, 0.3, 0.3],
+        lengths=[6, 4, 6, 1, 5, 6, 3, 6, 6, 2, 6, 4],
+        width=9,
+    )
+    parents = [-1, -1, -1, 0, 0, 2, -1, -1, -1, 7, 7, 8]
+    forks = [0, 0, 0, 2, 4, 3, 0, 0, 0, 4, 2, 3]
+    tokens = np.array(batch.tokens)
+    for row, (parent, fork) in enumerate(zip(parents, forks, strict=True)):
+        tokens[row, :fork] = tokens[parent, :fork]
+    fields = {"parent_row": np.array(parents, np.int32), "fork_index": np.array(forks, np.int32), "tokens": tokens}
+    entropies = np.where(batch.action_mask, 1 + 0.1 * tokens, 0).astype(np.float32)
+    return dataclasses.replace(batch, entropies=entropies, **fields)
+
+
+def gradients(algorithm, batch):
+    """Credit, loss, metrics and gradient on rows whose policy has moved; and what is chosen of the whole minibatch."""
+    rng = np.random.default_rng(3)
+    mask = np.asarray(batch.action_mask)
+    noise = rng.normal(size=(3, *mask.shape)).astype(np.float32)
+    old = batch.behavior_logprobs + 0.1 * noise[0]
+    advantages = np.asarray(algorithm.advantage_fn(batch))
+    rows = make_rows(
+        mask,
+        aggregate=algorithm.loss.token_weights,
+        old=old,
+        advantages=advantages,
+        behavior=batch.behavior_logprobs,
+        ref=batch.ref_logprobs,
+    )
+    rows = dataclasses.replace(rows, uniforms=jnp.asarray(rng.random(mask.shape), jnp.float32))
+    chosen = None if algorithm.loss.select_fn is None else algorithm.loss.select_fn(jnp.asarray(noise[2]), mask)
+    scale = None
+    if algorithm.loss.correct_fn is not None:
+        correction = algorithm.loss.correct_fn(jax.tree.map(lambda x: jnp.asarray(x)[None], rows))
+        rows, scale = jax.tree.map(lambda x: x[0], correction.rows), correction.step_scale
+    logprobs = jnp.where(mask, old + 0.3 * noise[1], 0)
+    value = jax.value_and_grad(algorithm.loss.loss, has_aux=True)(logprobs, jnp.ones(mask.shape), rows)
+    return {"advantages": advantages, "loss": value, "chosen": chosen, "scale": scale}
+
+
+def fork_points(plan):
+    """Where the rule of a fork plan forks the same samples."""
+    batch = make_batch(group_id=[0] * 8, rewards=[0] * 8, lengths=[7, 8, 5, 8, 6, 8, 8, 4], prompt=0, width=8)
+    entropies = np.random.default_rng(2).random((8, 8)).astype(np.float32)
+    batch = dataclasses.replace(batch, entropies=entropies, turn_ids=np.tile(np.arange(8, dtype=np.int32) // 3, (8, 1)))
+    grown = Grown(batch=batch, chains=plan.chains, round=0, key=jax.random.key(1), decode=lambda ids: "x" * len(ids))
+    return list(plan.rule(grown))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_block_of_an_entry_is_the_recipe(name, page):
+    recipe = type(load(CONFIGS / f"{name}.py").get_config().algorithm)
+    want, got = recipe().build(), page[name]
+    got = got(*UNBOUND[name]) if name in UNBOUND else got
+    for field in ("group_size", "max_sampling_rounds", "mask_truncated", "needs_ref", "needs_uniforms"):
+        assert getattr(got.plan, field) == getattr(want.plan, field), field
+    for field in ("keep_group", "refresh_every", "refresh_gate"):
+        assert getattr(got.plan, field) == getattr(want.plan, field), field
+    assert (got.plan.shape_reward is None) == (want.plan.shape_reward is None)
+    if want.plan.shape_reward:
+        lengths = (1, 16384, 18000, 20480, 30000)
+        assert [got.plan.shape_reward(1.0, n) for n in lengths] == [want.plan.shape_reward(1.0, n) for n in lengths]
+    batch = toy_batch()
+    assert (got.plan.critic is None) == (want.plan.critic is None)
+    if want.plan.critic:
+        for fn in ("returns_fn", "loss"):
+            assert type(getattr(got.plan.critic, fn)) is type(getattr(want.plan.critic, fn))
+        np.testing.assert_allclose(got.plan.critic.returns_fn(batch), want.plan.critic.returns_fn(batch), rtol=1e-6)
+    assert (got.plan.forks is None) == (want.plan.forks is None)
+    if want.plan.forks:
+        assert got.plan.forks._replace(rule=None) == want.plan.forks._replace(rule=None)
+        assert fork_points(got.plan.forks) == fork_points(want.plan.forks)
+    found, expected = gradients(got, batch), gradients(want, batch)
+    assert jax.tree.structure(found) == jax.tree.structure(expected)
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-7)
+
+
+def public(module):
+    """Names of the public functions and classes of `module`."""
+    names = getattr(module, "__all__", None)
+    if names is None:
+        names = [
+            n
+            for n, x in vars(module).items()
+            if not n.startswith("_") and getattr(x, "__module__", "") == module.__name__
+        ]
+    kinds = (inspect.isfunction, inspect.isclass)
+    return {n for n in names if any(is_kind(getattr(module, n)) for is_kind in kinds)}
+
+
+@pytest.mark.parametrize("room", ["losses", "advantages", "branching", "algorithms"])
+def test_every_public_function_is_in_the_index(room):
+    text = (ROOT / "docs" / "functions.md").read_text()
+    (section,) = re.findall(rf"^## rljax\.{room}\n(.*?)(?=^## |\Z)", text, flags=re.MULTILINE | re.DOTALL)
+    listed = re.findall(r"^\| `(\w+)` \| (.+) \|$", section, flags=re.MULTILINE)
+    assert {name for name, _ in listed} == public(getattr(rljax, room)), "python benchmarks/papers.py --functions"
+    assert len(listed) == len({name for name, _ in listed})

@@ -21,6 +21,14 @@ from rljax.envs import (
 )
 
 
+def ill_typed(**fields):
+    """A step that no type checker saw."""
+    step = Step("x")
+    for name, value in fields.items():
+        object.__setattr__(step, name, value)
+    return step
+
+
 class Counter:
     """Adds up numbers; done at the row's goal. Some actions misbehave."""
 
@@ -45,13 +53,13 @@ class Counter:
             case "nan":
                 return Step("x", reward=float("nan"))
             case "none":
-                return Step(None)
+                return ill_typed(observation=None)
             case "flag":
-                return Step("x", done="no")
+                return ill_typed(done="no")
             case "long":
                 return Step("x" * 1000)
             case "tool":
-                return Step("called", counts={"tool_calls": 1})
+                return Step("called", counts={"tool_calls": 1.0})
         self.total += int(action)
         done = self.total >= self.goal
         return Step(f"{self.total} after {os.getpid() > 0}", reward=float(done), done=done)
@@ -90,10 +98,10 @@ def pool(request):
 
 
 def play(pool, actions, row=None):
-    episode = pool.start(row or {"goal": 5}).result(60)
+    episode = pool.start(row or {"goal": 5}).result(20)
     for action in actions:
         if episode.end is None:
-            episode = pool.step(episode, action).result(60)
+            episode = pool.step(episode, action).result(20)
     return episode
 
 
@@ -125,7 +133,7 @@ def test_what_an_environment_does_wrong_ends_its_own_episode(pool, action, end, 
     episode = play(pool, ["1", action])
     assert episode.end == end and says in episode.error
     assert episode.actions == ["1"] and pool.failures[end] == before + 1
-    assert pool.step(other, "1").result(60).steps[-1].observation == "2 after True"
+    assert pool.step(other, "1").result(20).steps[-1].observation == "2 after True"
     assert play(pool, ["5"]).end == "done"
 
 
@@ -141,11 +149,11 @@ def test_limits_end_an_episode(pool):
 
 def test_a_fork_goes_on_from_its_turn(pool):
     first = play(pool, ["1", "long", "2"])
-    second = pool.fork(first, 2).result(60)
+    second = pool.fork(first, 2).result(20)
     assert second.actions == ["1", "long"] and second.steps == first.steps[:2] and second.parent == first.id
-    assert pool.step(second, "1").result(60).steps[-1].observation == "2 after True"
-    assert pool.step(first, "1").result(60).steps[-1].observation == "4 after True"
-    assert pool.fork(first, 0).result(60).opening == "Count to 5."
+    assert pool.step(second, "1").result(20).steps[-1].observation == "2 after True"
+    assert pool.step(first, "1").result(20).steps[-1].observation == "4 after True"
+    assert pool.fork(first, 0).result(20).opening == "Count to 5."
     with pytest.raises(ValueError, match="cannot be forked after turn 5"):
         pool.fork(first, 5)
     with pytest.raises(ValueError, match="nothing follows"):
@@ -157,7 +165,7 @@ def test_a_worker_that_dies_is_replaced_and_its_other_episodes_go_on():
     with EnvironmentPool(Counter, workers=1, processes=True, limits=limits) as pool:
         other, victim = play(pool, ["1", "1"]), play(pool, ["1", "die"])
         assert (victim.end, victim.error) == ("crashed", "the worker process ended with exit code 7")
-        assert pool.step(other, "1").result(60).steps[-1].observation == "3 after True"
+        assert pool.step(other, "1").result(20).steps[-1].observation == "3 after True"
         assert pool.failures == {"crashed": 1}
 
 

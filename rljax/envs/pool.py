@@ -17,6 +17,7 @@ from typing import Any, Protocol, runtime_checkable
 from rljax.envs.base import (
     CRASHED,
     DONE,
+    RAISED,
     SECONDS,
     TIMEOUT,
     TOOL_CALLS,
@@ -67,12 +68,10 @@ class Episode:
         return float(sum(step.reward for step in self.steps))
 
     @property
-    def counts(self) -> Counter[str]:
+    def counts(self) -> dict[str, float]:
         """Sums of the steps' counts."""
-        total: Counter[str] = Counter()
-        for step in self.steps:
-            total.update(step.counts)
-        return total
+        names = dict.fromkeys(name for step in self.steps for name in step.counts)
+        return {name: sum(step.counts.get(name, 0.0) for step in self.steps) for name in names}
 
 
 @dataclass(eq=False)
@@ -278,7 +277,7 @@ class EnvironmentPool:
         limits = self.limits
         if len(episode.steps) >= limits.turns:
             return TURNS
-        if episode.counts["tool_calls"] >= limits.tool_calls:
+        if episode.counts.get("tool_calls", 0.0) >= limits.tool_calls:
             return TOOL_CALLS
         return SECONDS if episode.seconds > limits.episode_s else None
 
@@ -312,7 +311,13 @@ def _serve(pool_ref: "weakref.ref[EnvironmentPool]", lane: _Lane) -> None:
         pool = pool_ref()
         if job is None or pool is None:
             return
-        pool._serve_job(lane, job)
+        try:
+            pool._serve_job(lane, job)
+        except Exception as error:  # a fault of ours must not leave anybody waiting
+            if not job.future.done():
+                job.done.set()
+                job.episode.end, job.episode.error = RAISED, f"{type(error).__name__}: {error}"
+                job.future.set_result(job.episode)
         del pool, job
 
 

@@ -49,11 +49,12 @@ class Run:
 
     def abstract_state(self) -> TrainState:
         """What a checkpoint of `state` is restored into."""
-        return with_critic(self.learner.abstract_state(), self.critic and self.critic.abstract_state())
+        critic = None if self.critic is None else self.critic.abstract_state()
+        return with_critic(self.learner.abstract_state(), critic)
 
     def init_state(self, params: Params) -> TrainState:
         """The state at step 0, which owns `params`; a critic starts from a copy of them, or from its own model."""
-        critic = self.critic and self.critic.init_state(critic_params(self, params))
+        critic = None if self.critic is None else self.critic.init_state(critic_params(self, params))
         return with_critic(self.learner.init_state(params), critic)
 
     def policy_moves(self, step: int) -> bool:
@@ -87,6 +88,7 @@ def plan(config: Config) -> Run:
     if algorithm.bind is not None:
         algorithm = algorithm.bind(tokenizer.encode, tokenizer.vocab_size)
         check_forks(config, algorithm.plan)
+    algorithm = algorithm._replace(advantage_fn=jax.jit(algorithm.advantage_fn))
     dataset = config.data.load()
     rewards = make_rewards(config, dataset)
     curriculum = UniformCurriculum(dataset.train, seed=config.seed)

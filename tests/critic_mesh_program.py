@@ -23,7 +23,7 @@ def result(shape):
     for _ in range(2):
         batch = critic.with_values(state, batch)
         state, metrics = critic.update(state, batch)
-    jax.tree.map(lambda x, target: x.sharding == target.sharding or 1 / 0, state, critic.abstract_state())
+    assert jax.tree.all(jax.tree.map(lambda x, target: x.sharding == target.sharding, state, critic.abstract_state()))
     weight = state.params["layers"]["gate"]
     return {
         "metrics": metrics,

@@ -361,7 +361,9 @@ def test_impossible_critics_are_refused():
 
 
 def test_a_dry_run_counts_the_critic_s_weights_and_moments():
-    run, without = (plan(tiny_config(algorithm=recipe)) for recipe in (PPO(group_size=4), GRPO(group_size=4, kl_coef=0.0)))
+    run, without = (
+        plan(tiny_config(algorithm=recipe)) for recipe in (PPO(group_size=4), GRPO(group_size=4, kl_coef=0.0))
+    )
     found, plain = (predict_memory(r, pack(*rollout(), FLAT)) for r in (run, without))
     count = sum(int(np.prod(x.shape)) for x in jax.tree.leaves(abstract_params(run.critic.config)))
     assert found.pop("critic") == pytest.approx(3 * 4 * count, abs=16)  # weights and two moments, and a counter

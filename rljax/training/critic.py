@@ -10,7 +10,7 @@ import numpy as np
 import optax
 from jaxtyping import Bool, Float
 
-from rljax.models import DecoderConfig, param_shardings, value_config, value_params
+from rljax.models import DecoderConfig, value_config, value_params
 from rljax.rollouts.batching import PackSpec, loss_mask
 from rljax.sampling.score import score_values
 from rljax.training.learner import Learner, Loss, add_metrics
@@ -18,9 +18,7 @@ from rljax.training.optimizers import OptimizerConfig
 from rljax.training.state import create_state, state_shardings
 from rljax.types import ArrayLike, Params, RolloutBatch, TrainState
 
-_RENAMED = {"loss/grad_norm": "critic/grad_norm", "loss/skipped": "critic/skipped"} | {
-    "loss/learning_rate": "critic/learning_rate"
-}
+_KEPT = ("grad_norm", "skipped", "learning_rate")
 
 
 class Critic:
@@ -49,10 +47,9 @@ class Critic:
 
     def init_state(self, params: Params) -> TrainState:
         """A state at step 0 whose trunk is a copy of a language model's `params`, and whose values are 0."""
-        mesh, where, outputs = self.learner.mesh, None, {}
-        if mesh is not None:
-            where = state_shardings(self.config, self.learner.optimizer, mesh=mesh)
-            outputs["out_shardings"] = param_shardings(self.config, mesh)
+        mesh = self.learner.mesh
+        where = None if mesh is None else state_shardings(self.config, self.learner.optimizer, mesh=mesh)
+        outputs: dict[str, Any] = {} if where is None else {"out_shardings": where.params}
         own = jax.jit(functools.partial(value_params, self.config), **outputs)(params)
         return create_state(own, self.learner.optimizer, shardings=where)
 
@@ -87,8 +84,8 @@ class Critic:
 
 def critic_metrics(metrics: Mapping[str, float]) -> dict[str, float]:
     """A learner's metrics under the names of a critic; what only a policy has is left out."""
-    named = {_RENAMED.get(name, name): value for name, value in metrics.items()}
-    return {name: value for name, value in named.items() if name.startswith(("critic/", "pack/"))}
+    named = {name: value for name, value in metrics.items() if name.startswith(("critic/", "pack/"))}
+    return named | {f"critic/{name}": metrics[f"loss/{name}"] for name in _KEPT if f"loss/{name}" in metrics}
 
 
 def explained_variance(

@@ -5,9 +5,11 @@ import contextlib
 import json
 import math
 import random
+import re
 import subprocess
 import sys
 import time
+from pathlib import Path
 from typing import Literal
 
 import pytest
@@ -353,3 +355,10 @@ def test_neither_environments_nor_search_load_jax():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["False", "False", "False"]
+
+
+def test_the_search_example_of_the_docs_runs():
+    pytest.importorskip("bm25s")
+    page = (Path(__file__).parent.parent / "docs" / "environments.md").read_text()
+    (block,) = re.findall(r"^```py\n(.*?)^```", page, flags=re.MULTILINE | re.DOTALL)
+    exec(block, {})

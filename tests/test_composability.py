@@ -1,0 +1,286 @@
+"""Forks, credit, ratio, surrogate, weights, filters, aggregation, penalties and corrections combine freely.
+
+The table below holds every pair of choices of different kinds at least once (a pairwise covering array, computed here).
+Each line is an `Algorithm` that makes two updates of a tiny decoder, on a rollout grown by its fork plan, packed as a
+forest and as flat rows: finite, not zero, and the same either way. The first lines, until each choice has had a turn,
+run by default; the others are slow.
+"""
+
+import dataclasses
+import functools
+import itertools
+import random
+
+import jax
+import numpy as np
+import optax
+import pytest
+
+from rljax import advantages as adv
+from rljax import losses as ls
+from rljax.algorithms import Algorithm, ReSum
+from rljax.build import load_params, plan
+from rljax.rollouts import fork_rules as rules
+from rljax.rollouts.batching import PackSpec, stack
+from rljax.rollouts.collect import collect
+from rljax.rollouts.plans import ForkPlan, Plan
+from rljax.testing import tiny_config
+from rljax.training import Learner
+
+GROUP, GROUPS = 6, 4
+STEPS = ("a", "b", "c")
+PHRASES = [[3, 4]]
+
+
+def forks(rule, **changes):
+    return ForkPlan(chains=2, points=2, rule=rule, step_delimiters=STEPS)._replace(**changes)
+
+
+FORKS = {
+    "independent": None,
+    "random_token": forks(rules.random_token(2, 2, tail=0.0)),
+    "random_step": forks(rules.random_step(2, 2)),
+    "top_surprisal": forks(rules.top_surprisal(2, 2, tail=0.0, last_words=())),
+    "top_branching_score": forks(rules.top_branching_score(4)),
+    "entropy_jump": forks(rules.filled(rules.entropy_jump(4, scale=2.0, window=2), 4)),
+    "summary": forks(
+        rules.summary_points([[5]], PHRASES, 2, middle=0.8), points=1, rounds=2, fork_forks=False, max_injected=2
+    ),
+}
+ADVANTAGES = {
+    "group_normalized": adv.group_normalized(),
+    "leave_one_out": adv.leave_one_out(),
+    "kl_in_reward": adv.kl_in_reward(adv.group_centered(), kl_coef=0.1),
+    "whitened_returns": adv.whitened_returns(kl_coef=0.1),
+    "gae": adv.gae_advantages(lam=0.9),
+    "pass_at_k": adv.pass_at_k_unbiased(2),
+    "task_normalized": adv.task_normalized(adv.group_normalized()),
+    "intra_and_inter_tree": adv.intra_and_inter_tree(),
+    "global_and_local": adv.global_and_local(),
+    "prefix_weighted": adv.prefix_weighted(adv.group_normalized(), power=0.5),
+    "shared_mean": adv.shared_mean(adv.group_normalized()),
+    "sibling_normalized": adv.sibling_normalized(),
+    "dual_group": adv.dual_group(),
+    "entropy_scaled": adv.entropy_scaled(adv.group_normalized()),
+    "summary_contrast": adv.summary_contrast(PHRASES),
+}
+RATIOS = {
+    "token": ls.token_ratio,
+    "behavior": ls.behavior_ratio,
+    "sequence": ls.sequence_ratio,
+    "sequence_token": ls.sequence_token_ratio,
+    "geometric": ls.geometric_ratio(),
+    "behavior_sequence": ls.behavior_sequence_ratio,
+    "rescued": ls.rescue(ls.token_ratio, clip_low=0.01, clip_high=0.01, noise=ls.two_sided(0.2)).ratio_fn,
+}
+SURROGATES = {
+    "clipped": ls.clipped(),
+    "dual_clip": ls.clipped(clip_high=0.28, dual_clip=3.0),
+    "clip_balanced": ls.clip_balanced(),
+    "cispo": ls.cispo(max_ratio=5.0),
+    "double_sided": ls.double_sided(),
+    "soft_gate": ls.soft_gate(),
+    "unclipped": ls.unclipped(),
+}
+WEIGHTS = {
+    "none": (),
+    "future_kl": (ls.future_kl_weights(low=0.8),),
+    "one_way": (ls.one_way_weights(ls.exponential_gate()),),
+    "rare_token": (ls.rare_token_weights(),),
+    "divergence": (ls.divergence_weights(),),
+    "truncated_is": (ls.truncated_is(2.0),),
+    "sequence_masked_is": (ls.sequence_masked_is(10.0),),
+    "procedure": (adv.procedure_weights(),),
+    "future_kl x one_way": (ls.future_kl_weights(low=0.8), ls.one_way_weights(ls.sigmoid_gate())),
+}
+FILTERS = {
+    "none": (),
+    "max_dual_clipped": (ls.max_dual_clipped(1, dual_clip=3.0),),
+    "max_ratio x off_policy": (ls.max_ratio(3.0), ls.off_policy_sequence(0.5)),
+    "veto": (ls.veto(),),
+}
+AGGREGATIONS = {
+    "token_mean": ls.token_mean,
+    "sequence_mean": ls.sequence_mean,
+    "sequence_sum": ls.sequence_sum,
+    "fixed_length": ls.fixed_length(8),
+}
+PENALTIES = {
+    "none": (),
+    "kl and entropy": (ls.kl_penalty(0.05), ls.entropy_bonus(0.01)),
+    "corrected kl": (ls.importance_corrected_kl(0.05),),
+    "squared_log_ratio": (ls.squared_log_ratio(0.05),),
+}
+WHOLE = {
+    "none": {},
+    "high_entropy": {"select_fn": ls.high_entropy(0.5)},
+    "second_moment": {"correct_fn": ls.limit_second_moment(1e-3)},
+    "step_scale": {"correct_fn": ls.scale_step_by_sample_size()},
+}
+KINDS = (FORKS, ADVANTAGES, RATIOS, SURROGATES, WEIGHTS, FILTERS, AGGREGATIONS, PENALTIES, WHOLE)
+Choice = tuple[int, str]
+"""(kind, name)."""
+
+
+def covering_array(seed: int = 0) -> list[tuple[str, ...]]:
+    """Lines of one name per kind, such that each pair of names of two kinds is in one of them; greedy."""
+    rng = random.Random(seed)
+    open_pairs = set(all_pairs())
+    lines = []
+    while open_pairs:
+        line: dict[int, str] = dict(rng.choice(sorted(open_pairs)))
+        for kind in rng.sample([k for k in range(len(KINDS)) if k not in line], len(KINDS) - 2):
+            names = rng.sample(list(KINDS[kind]), len(KINDS[kind]))
+            line[kind] = max(names, key=lambda n: len(open_pairs & set(pairs_with((kind, n), line))))
+        lines.append(tuple(line[kind] for kind in range(len(KINDS))))
+        open_pairs -= set(pairs_of(lines[-1]))
+    return lines
+
+
+def all_pairs() -> list[tuple[Choice, Choice]]:
+    kinds = range(len(KINDS))
+    return [((i, a), (j, b)) for i, j in itertools.combinations(kinds, 2) for a in KINDS[i] for b in KINDS[j]]
+
+
+def pairs_of(line: tuple[str, ...]) -> list[tuple[Choice, Choice]]:
+    return list(itertools.combinations(enumerate(line), 2))
+
+
+def pairs_with(choice: Choice, line: dict[int, str]) -> list[tuple[Choice, Choice]]:
+    return [(min(choice, other), max(choice, other)) for other in line.items()]
+
+
+def fast_part(lines: list[tuple[str, ...]]) -> int:
+    """How many lines it takes until every choice has occurred."""
+    missing = {(kind, name) for kind, names in enumerate(KINDS) for name in names}
+    for count, line in enumerate(lines, 1):
+        missing -= set(enumerate(line))
+        if not missing:
+            return count
+    raise AssertionError(missing)
+
+
+LINES = covering_array()
+FAST = fast_part(LINES)
+
+
+def build(line: tuple[str, ...]) -> Algorithm:
+    fork, credit, ratio, surrogate, weights, filters, aggregate, penalties, whole = (
+        names[name] for names, name in zip(KINDS, line, strict=True)
+    )
+    loss = ls.policy_loss(ratio, surrogate, aggregate, weights, filters, penalties, **whole)
+    return Algorithm(Plan(GROUP, forks=fork, needs_ref=True, needs_uniforms=True), credit, loss)
+
+
+@functools.cache
+def toy():
+    """(run, its params): a tiny decoder whose sampler serves all fork plans of the table."""
+    summaries = ReSum(chains=2, points=1, rounds=2, inject=("ab",), detect=("ab",), step_delimiters=STEPS)
+    config = tiny_config(algorithm=summaries)
+    config = dataclasses.replace(config, sampling=dataclasses.replace(config.sampling, max_new_tokens=8))
+    run = plan(config)
+    params = load_params(run)
+    run.sampler.set_params(params)
+    return run, params
+
+
+def near(seed: int, distance: float = 0.02):
+    """Weights near those that sampled."""
+    _, params = toy()
+    leaves, shape = jax.tree.flatten(params)
+    keys = jax.random.split(jax.random.key(seed), len(leaves))
+    return shape.unflatten([x + distance * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)])
+
+
+@functools.cache
+def rollout(name: str):
+    """The samples that a fork plan of the table grows, as a batch with the log-probs of a reference and values."""
+    run, _ = toy()
+    rollout = collect(
+        Plan(GROUP, forks=FORKS[name]),
+        lambda n: run.dataset.train[:n],
+        num_groups=GROUPS,
+        step=0,
+        sampling=run.sampling,
+        **run.rollout_setup,
+    )
+    batch = stack(rollout.trajectories, row_buckets=(GROUP * GROUPS,), length_buckets=(16,))
+    assert np.any(np.asarray(batch.parent_row)[np.asarray(batch.is_valid)] >= 0) == (name != "independent")
+    reference = learner(True).score_rows(near(2), batch)
+    return dataclasses.replace(batch, ref_logprobs=reference, values=0.1 * reference)
+
+
+@functools.cache
+def learner(share: bool) -> Learner:
+    """Lays rollouts out as a forest or as flat rows, always of one shape; it is given its losses by `gradients`."""
+    spec = PackSpec(
+        64,
+        packed_rows=8,
+        share_prefixes=share,
+        length_buckets=(64,),
+        score_buckets=(64,),
+        row_buckets=(GROUP * GROUPS,),
+        microbatch_buckets=(1,),
+    )
+    loss = ls.policy_loss(ls.token_ratio, ls.unclipped(), ls.token_mean)
+    return Learner(toy()[0].decoder, optax.sgd(1.0), loss, spec, epochs=2, needs_uniforms=True, chunk=64)
+
+
+@jax.jit
+def scores(params, packed, row_index, mask):
+    return learner(True)._rows_logprobs(params, packed, row_index, mask, None)
+
+
+@jax.jit
+def pull_back(params, packed, row_index, mask, slopes):
+    return jax.vjp(lambda p: scores(p, packed, row_index, mask), params)[1](slopes)[0]
+
+
+def gradients(algorithm: Algorithm, share: bool, batch, old, epoch: int, params):
+    """(loss, metrics, gradient by the weights, tokens computed) at `params`. The model is compiled once for all lines;
+    losses run op by op."""
+    loss, made = algorithm.loss, learner(share)
+    made.loss = loss
+    minibatch = made.prepare(made.init_state(jax.tree.map(np.array, old)), batch, algorithm.advantage_fn(batch))[epoch]
+    whole = minibatch.rows if loss.correct_fn is None else loss.correct_fn(minibatch.rows).rows
+    packed, rows = jax.tree.map(lambda x: x[0], (minibatch.packed, whole))
+    where = (params, packed, rows.row_index, rows.loss_mask)
+    logprobs, entropies = scores(*where)
+    if loss.select_fn is not None:
+        selected = loss.select_fn(entropies[None], rows.loss_mask[None])[0]
+        rows = dataclasses.replace(rows, advantages=np.where(selected, rows.advantages, 0))
+    (value, metrics), slopes = jax.value_and_grad(loss.loss, argnums=(0, 1), has_aux=True)(logprobs, entropies, rows)
+    return value, metrics, pull_back(*where, slopes), int(np.sum(np.asarray(packed.subtree_end) > 0))
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        pytest.param(line, id="-".join(line).replace(" ", "_"), marks=() if i < FAST else pytest.mark.slow)
+        for i, line in enumerate(LINES)
+    ],
+)
+def test_two_updates_are_finite_and_the_same_on_a_forest_and_on_its_rows(line):
+    algorithm, batch, old = build(line), rollout(line[0]), near(1)
+    params = old
+    for epoch in range(2):
+        value, metrics, grads, tokens = gradients(algorithm, True, batch, old, epoch, params)
+        flat_value, flat_metrics, flat_grads, flat_tokens = gradients(algorithm, False, batch, old, epoch, params)
+        assert tokens < flat_tokens
+        assert np.isfinite(value) and all(np.isfinite(v) for v in metrics.values()), metrics
+        np.testing.assert_allclose(value, flat_value, rtol=2e-5, atol=1e-6)
+        for name, metric in flat_metrics.items():
+            np.testing.assert_allclose(metrics[name], metric, rtol=2e-5, atol=1e-6, err_msg=name)
+        norm = float(optax.tree_utils.tree_norm(grads))
+        assert np.isfinite(norm) and norm > 1e-5
+        scale = max(float(np.abs(g).max()) for g in jax.tree.leaves(flat_grads))
+        for got, want in zip(jax.tree.leaves(grads), jax.tree.leaves(flat_grads), strict=True):
+            np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5 * scale)
+        params = jax.tree.map(lambda p, g: p - 0.05 / norm * g, params, grads)  # noqa: B023
+
+
+def test_every_pair_of_choices_is_in_the_table():
+    assert set(all_pairs()) == {pair for line in LINES for pair in pairs_of(line)}
+    assert len(LINES) < 1.6 * len(ADVANTAGES) * len(WEIGHTS)  # the least there can be is the product of the largest
+    for kind, names in enumerate(KINDS):
+        assert {line[kind] for line in LINES[:FAST]} == set(names)

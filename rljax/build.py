@@ -146,7 +146,8 @@ def make_critic(config: Config, decoder: DecoderConfig, algorithm: Algorithm, me
         decoder = own
     options = shared_options(config, mesh)
     spec = pack_spec(config)
-    return Critic(decoder, critic.optimizer, plan.loss, plan.returns_fn, spec, epochs=critic.epochs, **options)
+    returns_fn = jax.jit(plan.returns_fn)
+    return Critic(decoder, critic.optimizer, plan.loss, returns_fn, spec, epochs=critic.epochs, **options)
 
 
 def shared_options(config: Config, mesh: Mesh) -> dict[str, Any]:

@@ -90,6 +90,13 @@ def test_each_limit_names_itself(box):
     assert results["output"].is_truncated and len(results["output"].output) == LIMITS.output_bytes
 
 
+def test_too_many_processes_are_ended_where_the_kernel_does_not_count_them(outside):
+    with start("rlimits", workers=1) as sandbox:
+        bomb = "import os, time\nfor _ in range(30):\n    if os.fork() == 0: time.sleep(3); os._exit(0)\ntime.sleep(3)"
+        assert sandbox.run(bomb, timeout_s=2.0).outcome == "processes"
+        assert outside.left_behind(sandbox) == []
+
+
 def test_cpu_time_is_limited(box):
     result = box.run("while True: pass", timeout_s=20.0)
     assert result.outcome == "cpu"

@@ -226,6 +226,7 @@ _STOPPED = {
     "timeout": "it ran longer than {wall_s:g} s",
     "cpu": "it used more than {cpu_s:g} s of CPU time",
     "memory": "it used more than {memory_mb} MB of memory",
+    "processes": "it started more than {processes} processes",
     "output": "it printed more than {output_bytes} bytes",
     "signal": "it crashed with signal {signal}",
     "lost": "the sandbox was lost",

@@ -18,7 +18,7 @@ _CLONE_THREAD = 0x10000
 
 MS_RDONLY, MS_NOSUID, MS_NODEV, MS_BIND, MS_REC, MS_PRIVATE = 1, 2, 4, 4096, 16384, 1 << 18
 _MNT_DETACH, _AT_FDCWD, _AT_RECURSIVE = 2, -100, 0x8000
-_PR_SET_PDEATHSIG, _PR_SET_DUMPABLE, _PR_SET_SECCOMP = 1, 4, 22
+_PR_SET_PDEATHSIG, _PR_SET_SECCOMP = 1, 22
 _PR_SET_CHILD_SUBREAPER, _PR_SET_NO_NEW_PRIVS = 36, 38
 
 _libc: Any = ctypes.CDLL(None, use_errno=True) if sys.platform == "linux" else None
@@ -100,7 +100,6 @@ def drop_privileges(uid=None, gid=None):
     _prctl(_PR_SET_NO_NEW_PRIVS, 1)
     header, nothing = struct.pack("Ii", 0x20080522, 0), bytes(24)
     _syscall("capset", {"x86_64": 126, "aarch64": 91}[MACHINE], header, nothing)
-    _prctl(_PR_SET_DUMPABLE, 0)
 
 
 # Landlock: rights of files that the kernel's version knows, by ABI

@@ -22,7 +22,7 @@ from rljax.envs.sandbox.server import KILL, MEMORY_ERROR, READY, RUN, SCRATCH
 LEVELS = ("namespaces", "landlock", "seccomp", "rlimits")
 """Levels of isolation, strongest first. The first two are chosen by themselves, the others only when asked for."""
 
-OUTCOMES = ("ok", "error", "timeout", "cpu", "memory", "output", "signal", "lost")
+OUTCOMES = ("ok", "error", "timeout", "cpu", "memory", "processes", "output", "signal", "lost")
 """How a program ended: well, with an exception or exit code, over a limit, by a signal; or its sandbox was lost."""
 
 _STOPS = {
@@ -217,7 +217,9 @@ def _outcome(report: dict, limits: Limits) -> str:
     code = report.get("code")
     if code is None or report.get("reason") == "killed":
         return "lost"
-    if report.get("reason") == "memory" or code == MEMORY_ERROR:
+    if report.get("reason"):
+        return report["reason"]
+    if code == MEMORY_ERROR:
         return "memory"
     if code == 128 + 24 or (code == 128 + 9 and report.get("cpu_s", 0.0) >= limits.cpu_s):
         return "cpu"
@@ -241,6 +243,7 @@ class _Server:
         }
         # one thread each: programs of a reinforcement learner run beside each other, not over many cores
         threads = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
+        threads |= {k: v for k, v in os.environ.items() if k == "LD_LIBRARY_PATH"}  # some interpreters need it
         env = {"PATH": "/usr/bin:/bin", "LANG": "C.UTF-8", "HOME": SCRATCH, "PYTHONHASHSEED": "0", **threads}
         script = str(Path(__file__).with_name("server.py"))
         # -E and -s instead of -I: the hash seed above must count

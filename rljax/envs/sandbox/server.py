@@ -224,8 +224,8 @@ class Guard:
                     reason = reason or "killed"
                     _kill(pid)
                     poller.unregister(self.control)
-            elif self._memory(pid) > self.config["memory_mb"] * 2**20:
-                reason = reason or "memory"
+            elif excess := self._excess(pid):
+                reason = reason or excess
                 _kill(pid)
             ended, status, usage = os.wait4(pid, os.WNOHANG)
             if ended:
@@ -235,17 +235,20 @@ class Guard:
         code = os.waitstatus_to_exitcode(status)
         return {"code": 128 - code if code < 0 else code, "reason": reason, "cpu_s": usage.ru_utime + usage.ru_stime}
 
-    def _memory(self, pid):
-        """Bytes of all processes together, where there are several; the limit of one alone is the kernel's business."""
+    def _excess(self, pid):
+        """The limit that all processes together have passed, or None. Those of one alone are the kernel's business,
+        and so is the number of processes, except for users that it exempts."""
         processes = _descendants(self.server.proc, pid)
         if len(processes) < 2 + self.namespaces:
-            return 0
+            return None
+        if len(processes) > self.config["processes"] + 2:
+            return "processes"
         total = 0
         for process in processes:
             for line in _read(self.server.proc, f"{process}/smaps_rollup").splitlines():
                 if line.startswith("Pss:"):
                     total += int(line.split()[1]) * 1024
-        return total
+        return "memory" if total > self.config["memory_mb"] * 2**20 else None
 
     def _end_orphans(self, pid):
         with contextlib.suppress(OSError):

@@ -1,6 +1,11 @@
 """PPO: its credit and targets against loops, and its runs: that they train a critic, warm it up, resume and learn."""
 
 import dataclasses
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,6 +21,7 @@ from rljax.run import train
 from rljax.testing import params_fingerprint, rollout_records, run_metrics, tiny_config
 from rljax.training import Checkpointer, Critic, OptimizerConfig, fingerprint, read_jsonl
 
+TESTS = Path(__file__).parent
 EXAMPLE = make_batch(group_id=[0, 1], rewards=[1.0, 0.5], lengths=[4, 3], prompt=0, dtype=np.float64)
 EXAMPLE = dataclasses.replace(EXAMPLE, values=np.array([[0.1, 0.2, 0.3, 0.4], [0.5, 0.4, 0.3, NAN]]))
 
@@ -188,6 +194,27 @@ def test_a_run_that_breaks_off_and_goes_on_equals_one_that_does_not(straight, tm
     assert rollout_records(tmp_path) == rollout_records(straight[0])
     assert whole_state(tmp_path) == whole_state(straight[0])
     assert any(name.startswith("critic/opt_state") for name in whole_state(tmp_path))
+
+
+@pytest.mark.slow
+def test_a_killed_run_gives_the_same_critic(straight, tmp_path):
+    """Killed once two steps are logged, while the second checkpoint may still be on its way to the disk."""
+    program = "import sys; from test_algorithms_ppo import config, train; train(config(), sys.argv[1])"
+    environment = dict(os.environ, JAX_PLATFORMS="cpu", PYTHONPATH=f"{TESTS.parent}{os.pathsep}{TESTS}")
+    command = [sys.executable, "-c", program, str(tmp_path / "run")]
+    with open(tmp_path / "log", "ab") as log:
+        process = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
+        until = time.monotonic() + 300
+        while process.poll() is None and len(run_metrics(tmp_path / "run")) < 2:
+            assert time.monotonic() < until, "it never got there"
+            time.sleep(0.001)
+        assert process.poll() is None, (tmp_path / "log").read_text()[-3000:]
+        process.kill()
+        process.wait(timeout=60)
+        assert len(run_metrics(tmp_path / "run")) < 4
+        subprocess.run(command, env=environment, stdout=log, stderr=log, timeout=300, check=True)
+    assert run_metrics(tmp_path / "run") == run_metrics(straight[0])
+    assert whole_state(tmp_path / "run") == whole_state(straight[0])
 
 
 def test_advantages_of_a_run_are_those_of_the_critic_before_its_update(tmp_path, monkeypatch):

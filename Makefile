@@ -43,6 +43,7 @@ format: $(VENV)/.base
 lock:
 	uv pip compile pyproject.toml --extra dev --universal --python-version 3.11 \
 	  --no-emit-index-url --no-annotate --no-header -q -o requirements.lock
+	sed -i '1i # Universal lock of the package and its dev extras; made by `make lock`.' requirements.lock
 
 $(VENV)/.base: requirements.lock pyproject.toml
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if v >= (3, 11) else f"rljax needs Python 3.11 or newer, {sys.executable} is {v.major}.{v.minor}; try: make PYTHON=python3.12")'

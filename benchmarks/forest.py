@@ -4,8 +4,9 @@
 
 `forest_efficiency_2`, `_4`, `_8`: one update on the leaves of several trees, packed as forests, against the same leaves
 as plain rows, where plain rows hold 2, 4 and 8 times the tokens: the speed-up over the ratio of the floating-point
-operations that the mathematics asks for, vocabulary head included. `memory_2` ...: temporaries of the compiled update,
-forest over plain. `fork_vs_reprefill`: the time to decode branches from a prefix of prompt and path, sampled as new
+operations that the mathematics asks for, vocabulary head included. Two trees or four plain rows make a microbatch,
+which is about as many tokens. `memory_2` ...: temporaries of the update compiled for one tree a microbatch, over those
+for its leaves as plain rows. `fork_vs_reprefill`: the time to decode branches from a prefix of prompt and path, sampled as new
 prompts over forked. `leaves_per_token_*`: samples for each new token under the plans of Tree-GRPO (2, 2, 1) and EPTree
 (6, 2, 1, 2), over independent samples of the same length. `compiles_after_warmup`: with forks at random places.
 

@@ -98,19 +98,24 @@ def make_step(job, model, *, share, packed_rows):
 
 
 def make_forest_step(job, model, forest, *, share):
-    """One update on the rows of several trees: a tree to a packed row, or its leaves as rows of a microbatch."""
-    rows, leaves, trees = forest["rows"], forest["leaves"], len(forest["rows"]) // forest["leaves"]
+    """One update on the rows of several trees: two trees, or four plain rows, to a microbatch, which is about as many
+    tokens. Memory is that of a microbatch of one tree, or of its leaves."""
+    rows, leaves = forest["rows"], forest["leaves"]
     length, prompt = len(rows[0]), job["prompt_length"]
     unique, advantages = forest["unique"], np.random.default_rng(4).standard_normal(len(rows)).tolist()
-    if share:
-        spec = PackSpec(unique, 1, True, (unique,), (unique - prompt,), (leaves,), (trees,))
-    else:
-        spec = PackSpec(length, leaves, False, (length,), (length - prompt,), (leaves,), (trees,))
-    return make_update(job, model, rows, advantages, spec, group_size=leaves)
+    size = unique if share else length
+
+    def spec(packed_rows, rows_of_it):
+        scored, micro = (size - prompt,), (len(rows) // rows_of_it,)
+        return PackSpec(size, packed_rows, share, (size,), scored, (rows_of_it,), micro)
+
+    timed, held = (spec(2, 2 * leaves), spec(1, leaves)) if share else (spec(4, 4), spec(leaves, leaves))
+    return make_update(job, model, rows, advantages, timed, group_size=leaves, held=held)
 
 
-def make_update(job, model, rows, advantages, spec, *, group_size):
-    """`update`: loss, gradients, clipping by the global norm, Adam, the guard, all metrics. One minibatch."""
+def make_update(job, model, rows, advantages, spec, *, group_size, held=None):
+    """`update`: loss, gradients, clipping by the global norm, Adam, the guard, all metrics. One minibatch. Memory is
+    that of the update compiled for the packing `held`."""
     config, params = model
     batch = stack(
         list(trajectories(rows, job["prompt_length"], advantages, group_size)),
@@ -119,14 +124,12 @@ def make_update(job, model, rows, advantages, spec, *, group_size):
     )
     advantages = np.broadcast_to(np.array(advantages, np.float32)[:, None], batch.tokens.shape)
     loss = policy_loss(token_ratio, clipped(clip_low=job["clip"], clip_high=job["clip"]), token_mean)
-    learner = Learner(
-        config,
-        OptimizerConfig(learning_rate=job["learning_rate"]),
-        loss,
-        spec,
-        remat=job.get("remat", False),
-        scan=job.get("scan", True),
-    )
+
+    def make_learner(spec):
+        how = dict(remat=job.get("remat", False), scan=job.get("scan", True))
+        return Learner(config, OptimizerConfig(learning_rate=job["learning_rate"]), loss, spec, **how)
+
+    learner = make_learner(spec)
     state = learner.init_state(jax.tree.map(jnp.array, params))
     temporaries = None
 
@@ -138,8 +141,9 @@ def make_update(job, model, rows, advantages, spec, *, group_size):
         state, metrics = learner.update(state, train_batch)
         jax.block_until_ready(state.params)
         if temporaries is None and job.get("memory"):
-            analysis = learner.lower_update(train_batch).compile().memory_analysis()
-            temporaries = int(analysis.temp_size_in_bytes)
+            other = make_learner(held or spec)
+            (held_batch,) = other.prepare(state, batch, advantages)
+            temporaries = int(other.lower_update(held_batch).compile().memory_analysis().temp_size_in_bytes)
         return {
             "prepare_seconds": prepared - start,
             "loss": float(metrics["loss/total"]),

@@ -6,15 +6,10 @@ Look at rollout/forced_tokens, given to forks. What follows the last `=` is the 
 lets it start over.
 """
 
-from spelling import spelling_config
+from spelling import after_equals, spelling_config
 
 from rljax.algorithms import ReSum
 from rljax.config import Config
-
-
-def after_equals(completion: str) -> str | None:
-    """What the model wrote last."""
-    return completion.rpartition("=")[2].strip()
 
 
 def get_config(size: str = "full") -> Config:

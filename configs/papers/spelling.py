@@ -40,6 +40,11 @@ def half_scrambled(examples: list[Example]) -> list[Example]:
     return made
 
 
+def after_equals(completion: str) -> str | None:
+    """What the model wrote last. Not in a config file itself, which the processes that reward cannot import."""
+    return completion.rpartition("=")[2].strip()
+
+
 def spelling_config(
     algorithm: Recipe,
     size: str = "full",

@@ -102,14 +102,15 @@ def misspelt(examples: Sequence[Example]) -> list[Example]:
 
 
 def miscounted(examples: Sequence[Example]) -> list[Example]:
-    """Running totals of a sum, `7;-1;0`; in every second answer one of them is off, and the rest follows from it."""
+    """Running totals of a sum, `7;-1;0`; in every second answer the signs of the terms slip at one of them, and stay so
+    for the rest."""
     rng, made = random.Random(0), []
     for index, example in enumerate(examples):
         terms = [int(sign + digits) for sign, digits in re.findall(r"([+-]?) ?(\d+)", str(example.prompt))]
-        wrong = rng.randrange(1, len(terms)) if index % 2 else 0
+        slip = rng.randrange(1, len(terms)) if index % 2 else len(terms)
         total, totals = terms[0], []
         for place, term in enumerate(terms[1:], 1):
-            total += term + (rng.choice((-2, -1, 1, 2)) if place == wrong else 0)
+            total += term if place < slip else -term
             totals.append(str(total))
         made.append(Example(prompt=example.prompt, columns={"completion": ";".join(totals)}))
     return made
@@ -126,6 +127,8 @@ class Task:
     steps: tuple[str, ...]
     max_new_tokens: int
     prompt_length: int
+    learning_rate: float
+    warmup: int
 
 
 TASKS = (
@@ -144,12 +147,14 @@ TASKS = (
         tuple(string.ascii_letters),
         9,
         10,
+        3e-4,
+        300,
     ),
     Task(
         "chain_sum",
         ReasoningGymData(
             task="chain_sum",
-            args={"min_terms": 5, "max_terms": 5, "min_digits": 1, "max_digits": 1},
+            args={"min_terms": 4, "max_terms": 4, "min_digits": 1, "max_digits": 1},
             size=8000,
             test_size=128,
             prompt="{expression} =",
@@ -159,19 +164,22 @@ TASKS = (
         "0123456789+-=; ",
         miscounted,
         (";",),
-        18,
-        24,
+        14,
+        20,
+        1e-4,
+        600,
     ),
 )
 PRESETS = {
-    "tiny": dict(prompts=8, tokens=4_000, points=2, seeds=1, warmup=20),
-    "small": dict(prompts=32, tokens=120_000, points=4, seeds=3, warmup=300),
-    "full": dict(prompts=64, tokens=1_000_000, points=10, seeds=5, warmup=300),
+    "tiny": dict(prompts=8, tokens=4_000, points=2, seeds=1, warmup_share=0.1),
+    "small": dict(prompts=32, tokens=100_000, points=4, seeds=3, warmup_share=1.0),
+    "full": dict(prompts=64, tokens=1_000_000, points=10, seeds=5, warmup_share=1.0),
 }
 
 
-def config_of(task: Task, preset: dict[str, int], **changes: Any) -> Config:
+def config_of(task: Task, preset: dict[str, Any], **changes: Any) -> Config:
     length = task.prompt_length + task.max_new_tokens
+    warmup = int(task.warmup * preset["warmup_share"])
     return Config(
         name=f"arena-{task.name}",
         prompts_per_step=preset["prompts"],
@@ -183,17 +191,15 @@ def config_of(task: Task, preset: dict[str, int], **changes: Any) -> Config:
             packed_rows=4,
             length_buckets=(8 * length,),
             score_buckets=(8 * length,),
-            row_buckets=(48 * 4,),
+            row_buckets=(preset["prompts"] * CHAINS * (1 + POINTS),),
             head_chunk=2048,
         ),
-        optimizer=OptimizerConfig(learning_rate=3e-4),
+        optimizer=OptimizerConfig(learning_rate=task.learning_rate),
         warmup=WarmupConfig(
-            steps=preset["warmup"],
+            steps=warmup,
             batch_size=128,
             demonstrations=task.demonstrations,
-            optimizer=OptimizerConfig(
-                learning_rate=2e-3, schedule="cosine", warmup_steps=20, total_steps=max(preset["warmup"], 21)
-            ),
+            optimizer=OptimizerConfig(learning_rate=2e-3, schedule="cosine", warmup_steps=20, total_steps=warmup),
         ),
         evaluation=EvaluationConfig(problems=128, samples=4, batch_prompts=32),
         checkpoint=CheckpointConfig(every=0),
@@ -201,7 +207,7 @@ def config_of(task: Task, preset: dict[str, int], **changes: Any) -> Config:
     )
 
 
-def initial_model(task: Task, preset: dict[str, int], folder: Path) -> Path:
+def initial_model(task: Task, preset: dict[str, Any], folder: Path) -> Path:
     """The warmed-up model of a task as a Hugging Face folder, made once."""
     target = folder / task.name / "initial"
     if not (target / "config.json").exists():
@@ -213,7 +219,7 @@ def initial_model(task: Task, preset: dict[str, int], folder: Path) -> Path:
     return target
 
 
-def compete(task: Task, method: Method, seed: int, preset: dict[str, int], model: Path, budget: int) -> dict[str, Any]:
+def compete(task: Task, method: Method, seed: int, preset: dict[str, Any], model: Path, budget: int) -> dict[str, Any]:
     """One run: the curve [(tokens sampled, tokens trained on, avg@4, greedy)] and what it cost."""
     config = config_of(task, preset, seed=seed, algorithm=method.make(task.steps))
     config.model = PretrainedModel(path=str(model), dtype="float32", param_dtype="float32")
@@ -229,7 +235,7 @@ def compete(task: Task, method: Method, seed: int, preset: dict[str, int], model
         curve.append([spent["sampled"], spent["trained"], values["avg@4"], values["greedy"]])
 
     with run.rewards, use_mesh(run.mesh):
-        run.state = run.learner.init_state(load_params(run))
+        run.state = run.init_state(load_params(run))
         look()
         while spent[method.budget] < budget:
             metrics, rollout = train_step(run, step)

@@ -6,9 +6,10 @@
 as plain rows, where plain rows hold 2, 4 and 8 times the tokens: the speed-up over the ratio of the floating-point
 operations that the mathematics asks for, vocabulary head included. Two trees or four plain rows make a microbatch,
 which is about as many tokens. `memory_2` ...: temporaries of the update compiled for one tree a microbatch, over those
-for its leaves as plain rows. `fork_vs_reprefill`: the time to decode branches from a prefix of prompt and path, sampled as new
-prompts over forked. `leaves_per_token_*`: samples for each new token under the plans of Tree-GRPO (2, 2, 1) and EPTree
-(6, 2, 1, 2), over independent samples of the same length. `compiles_after_warmup`: with forks at random places.
+for its leaves as plain rows. `fork_vs_reprefill`: the time to decode branches from a prefix of prompt and path,
+sampled as new prompts over forked. `leaves_per_token_*`: samples for each new token under the plans of Tree-GRPO
+(2, 2, 1) and EPTree (6, 2, 1, 2), over independent samples of the same length. `compiles_after_warmup`: with forks at
+random places.
 
 `small` is a tiny model, `full` the 57.9M Llama in float32, `gpu` a Qwen3-0.6B shape in bfloat16. No rivals: no other
 JAX trainer has forests.

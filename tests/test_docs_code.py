@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from rljax.envs import Sandbox
+
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "BUILD.md", *sorted((ROOT / "docs").glob("*.md"))]
 
@@ -13,8 +15,18 @@ def blocks(page):
     return re.findall(r"^```python\n(.*?)^```", page.read_text(), flags=re.MULTILINE | re.DOTALL)
 
 
+def can_isolate():
+    try:
+        with Sandbox(workers=1):
+            return True
+    except ValueError:
+        return False
+
+
 @pytest.mark.parametrize("page", [p for p in PAGES if blocks(p)], ids=lambda p: p.name)
 def test_the_python_of_a_page_runs(page):
+    if page.stem == "environments" and not can_isolate():
+        pytest.skip("no isolation of programs on this machine")
     names = {"__name__": page.stem}
     for block in blocks(page):
         exec(compile(block, str(page), "exec"), names)

@@ -248,12 +248,16 @@ def test_calculator_gives_a_number_or_a_value_error(expression):
 
 
 def test_python_tool_says_what_stopped_a_program():
-    with Sandbox(workers=1) as sandbox:
-        box = ToolBox([python_tool(sandbox, timeout_s=0.3)], timeout_s=20.0)
+    try:
+        isolated = Sandbox(workers=1)
+    except ValueError as error:
+        pytest.skip(str(error))
+    with isolated as sandbox:
+        box = ToolBox([python_tool(sandbox, timeout_s=1.5)], timeout_s=20.0)
         assert box.call(ToolCall("python", {"code": "x = 6\nx * 7"})).text == "42"
         assert box.call(ToolCall("python", {"code": "x = 6"})).text == "[no output]"
         late = box.call(ToolCall("python", {"code": "import time\nprint(1, flush=True)\ntime.sleep(9)"}))
-        assert late.text == "1\n[stopped: it ran longer than 0.3 s]"
+        assert late.text == "1\n[stopped: it ran longer than 1.5 s]"
         assert "ZeroDivisionError" in box.call(ToolCall("python", {"code": "1/0"})).text
         assert (
             "crashed with signal 11"

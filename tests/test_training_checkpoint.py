@@ -140,7 +140,7 @@ def test_weights_alone_come_back_checked_and_in_the_dtype_asked_for(two_steps, t
     host = json.loads(file.read_text())
     host["fingerprint"]["params/w"] ^= 1
     file.write_text(json.dumps(host))
-    with pytest.raises(ValueError, match="the contents of params/w .* are not what was saved; .* take another step"):
+    with pytest.raises(ValueError, match=r"the contents of params/w .* are not what was saved; .* take another step"):
         restore_params(folder, wanted)
 
 

@@ -96,9 +96,11 @@ class PackSpec:
 
     `pack_length` is the capacity of a packed row and `packed_rows` how many make a microbatch. `share_prefixes` packs
     forests (True) or rows side by side (False); None takes forests unless so little is shared (less than a tenth of the
-    tokens) that rows side by side, which fill packed rows better, need less room. The tables bound the compiled shapes; None takes: quarters of `pack_length` for its length, quarters of that for the scored tokens,
-    powers of two for rows and microbatches. Give tables of one entry each to have one shape. Microbatches that hold
-    nothing cost nothing.
+    tokens) that rows side by side, which fill packed rows better, need less room.
+
+    The tables bound the compiled shapes; None takes: quarters of `pack_length` for its length, quarters of that for the
+    scored tokens, powers of two for rows and microbatches. Give tables of one entry each to have one shape.
+    Microbatches that hold nothing cost nothing.
     """
 
     pack_length: int

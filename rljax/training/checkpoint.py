@@ -179,8 +179,8 @@ def _check_contents(state: Any, saved: Mapping[str, int]) -> None:
     found = fingerprint(state)
     if wrong := [name for name in found if saved.get(name) != found[name]]:
         raise ValueError(
-            f"the contents of {wrong[0]} ({len(wrong)} arrays in all) are not what was saved; the checkpoint is damaged, "
-            "take another step"
+            f"the contents of {wrong[0]} ({len(wrong)} arrays in all) are not what was saved; the checkpoint is "
+            "damaged, take another step"
         )
 
 

@@ -33,6 +33,7 @@ class Rival:
     pythons: tuple[str, ...]
     requirements: tuple[str, ...]
     removed: tuple[str, ...] = ()
+    bare: tuple[str, ...] = ()  # installed without their dependencies
     variables: tuple[tuple[str, str], ...] = ()
     preloads: tuple[str, ...] = ()  # files inside the venv
 
@@ -51,6 +52,22 @@ RIVALS = {
         preloads=("lib/libiomp5.so",),
     ),
     "hf_here": Rival("torch_hf.py", (), ("torch", "transformers")),
+    "parity_trl": Rival("", ("3.11",), ("torch==2.13.0", "transformers==5.23.0", "trl==1.16.0")),
+    # verl pins what a cluster needs; its objectives import these.
+    "parity_verl": Rival(
+        "",
+        ("3.11",),
+        (
+            "torch==2.13.0",
+            "transformers==5.9.0",
+            "tensordict==0.10.0",
+            "omegaconf==2.3.1",
+            "hydra-core==1.3.8",
+            "ray==2.60.0",
+            "codetiming==1.4.0",
+        ),
+        bare=("verl==0.9.1",),
+    ),
 }
 
 
@@ -78,7 +95,8 @@ def ensure(name: str) -> str:
             raise Missing(f"this environment has no {' and no '.join(absent)}")
         return sys.executable
     folder = HOME / name
-    stamp, wanted = folder / "requirements.json", json.dumps([rival.requirements, rival.removed])
+    stamp = folder / "requirements.json"
+    wanted = json.dumps([rival.requirements, rival.removed, *([rival.bare] if rival.bare else [])])
     python = str(folder / "bin" / "python")
     if stamp.exists() and stamp.read_text() == wanted:
         return python
@@ -90,6 +108,8 @@ def ensure(name: str) -> str:
         [base, "-m", "venv", "--clear", str(folder)],
         [python, "-m", "pip", "install", "-q", *rival.requirements],
     ]
+    if rival.bare:
+        steps.append([python, "-m", "pip", "install", "-q", "--no-deps", *rival.bare])
     if rival.removed:
         steps.append([python, "-m", "pip", "uninstall", "-q", "-y", *rival.removed])
     with open(log, "w") as out:

@@ -1,6 +1,11 @@
 """LightSAM and Muon: worked examples, what they leave alone, and their state beside the weights."""
 
 import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +32,7 @@ from rljax.training import (
     state_shardings,
 )
 
+TESTS = Path(__file__).parent
 CONFIGS = {"muon": MuonConfig, "lightsam": LightSAMConfig}
 every_config = pytest.mark.parametrize("kind", CONFIGS)
 
@@ -339,3 +345,27 @@ def test_a_variant_set_from_the_command_line_is_checked_too():
     config.variant = "sgd"
     with pytest.raises(ValueError, match="variant='sgd' must be one of adam, adagrad, norm"):
         make_optimizer(config)
+
+
+@pytest.mark.slow  # four devices on few cores
+def test_a_mesh_moves_weights_as_one_device_does():
+    """Muon orthogonalises whole matrices and LightSAM takes two gradients, however the weights are split.
+
+    Up to 2e-3 of the largest step, which is how far sums of another order move LightSAM on one device too.
+    """
+    environment = dict(
+        os.environ,
+        JAX_PLATFORMS="cpu",
+        XLA_FLAGS="--xla_force_host_platform_device_count=4",
+        PYTHONPATH=f"{TESTS.parent}{os.pathsep}{TESTS}",
+    )
+    command = [sys.executable, str(TESTS / "optimizers_mesh_program.py")]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for name, found in json.loads(done.stdout.splitlines()[-1]).items():
+        assert {part["compiled"] for part in found.values()} == {1}, name
+        for weight, want in found["one device"]["moved"].items():
+            largest = np.abs(want).max()
+            assert largest > 1e-4, (name, weight)
+            got = found["mesh"]["moved"][weight]
+            np.testing.assert_allclose(got, want, atol=2e-3 * largest, err_msg=f"{name}: {weight}")

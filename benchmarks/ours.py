@@ -3,6 +3,7 @@
 Job fields as in `rivals/torch_hf.py`; of the ragged rollout `ragged_prompts`, `ragged_lengths` and `row_count` too.
 """
 
+import dataclasses
 import functools
 import time
 
@@ -12,6 +13,7 @@ import numpy as np
 import protocol
 from _probe import probe
 
+from rljax.algorithms import RECIPES
 from rljax.losses import clipped, policy_loss, token_mean, token_ratio
 from rljax.models import load_model
 from rljax.rollouts.batching import PackSpec, stack
@@ -155,6 +157,51 @@ def make_update(job, model, rows, advantages, spec, *, group_size, held=None):
     return step
 
 
+def make_objectives(job, model):
+    """An update per recipe of `job["objectives"]`, of the same packed rows, from one state that all of them hand on.
+    Old and reference log-probs are given; a model that a method scores beside the policy is not part of the update."""
+    config, params = model
+    rows, length = np.shape(job["rows"])
+    scored = length - job["prompt_length"]
+    size = job["prompt_length"] + rows * scored
+    spec = PackSpec(size, 1, True, (size,), (rows * scored,), (rows,), (1,))
+    rng = np.random.default_rng(5)
+    batch = stack(
+        list(trajectories(job["rows"], job["prompt_length"], job["advantages"], rows)),
+        row_buckets=(rows,),
+        length_buckets=(length,),
+    )
+    behavior = -rng.exponential(size=batch.tokens.shape).astype(np.float32)
+    batch = dataclasses.replace(batch, behavior_logprobs=behavior, ref_logprobs=behavior)
+    advantages = np.broadcast_to(np.array(job["advantages"], np.float32)[:, None], batch.tokens.shape)
+    shared = {}
+
+    def make(recipe):
+        algorithm = recipe().build()
+        learner = Learner(
+            config,
+            OptimizerConfig(learning_rate=job["learning_rate"]),
+            algorithm.loss,
+            spec,
+            needs_uniforms=algorithm.plan.needs_uniforms,
+            anchor_to_behavior=True,
+        )
+
+        def step():
+            if not shared:
+                shared["state"] = learner.init_state(jax.tree.map(jnp.array, params))
+            state = shared["state"]
+            minibatch = learner.prepare(state, batch, advantages)[0]
+            shared["state"], metrics = learner.update(state, minibatch)
+            jax.block_until_ready(shared["state"].params)
+            return {"loss": float(metrics["loss/total"])}
+
+        return step
+
+    recipes = {recipe.__name__: recipe for recipe in RECIPES}
+    return {f"update_{name}": make(recipes[name]) for name in job["objectives"]}
+
+
 def make_branches(job, model):
     """`fork`: branches from the end of a path that was just sampled, timed from there. `reprefill`: as many samples of
     prompts that hold prompt and path, each on its own."""
@@ -257,9 +304,11 @@ def main():
         tasks["prefill"] = make_rollout(job, model, job["prefill_prompts"], 1)
     if "ragged_prompts" in job:
         tasks["continuous_slots"], tasks["static_batches"] = make_ragged(job, model)
-    if "rows" in job:
+    if "rows" in job and "objectives" not in job:
         tasks["step"] = make_step(job, model, share=False, packed_rows=job["packed_rows"])
         tasks["group_step"] = make_step(job, model, share=True, packed_rows=1)
+    if "objectives" in job:
+        tasks |= make_objectives(job, model)
     for ratio, forest in job.get("forests", {}).items():
         tasks[f"forest_{ratio}"] = make_forest_step(job, model, forest, share=True)
         tasks[f"flat_{ratio}"] = make_forest_step(job, model, forest, share=False)

@@ -1,11 +1,12 @@
-"""What the objectives cost: one update under every recipe, over the same update under plain GRPO.
+"""What the objectives cost: an update under each recipe, over the same update under plain GRPO.
 
     python benchmarks/objectives.py --preset=full --json=objectives.json
 
 The rows are those of train_step.py, packed with their prompt computed once, so that next to nothing hides the cost of
 an objective. Old and reference log-probs are given: a second model that a method scores is not part of the update.
-`over_grpo_X` is the median over rounds of X's time over GRPO's in the same round. `small` is a tiny model, on which
-fixed costs dominate, `full` the 57.9M Llama in float32, `gpu` a Qwen3-0.6B shape in bfloat16.
+`over_grpo_X` is a median of X's time over that of the GRPO update just before it, since machines have good and bad
+minutes that differ by more than any objective. `small` is a tiny model, on which fixed costs dominate, `full` the 57.9M
+Llama in float32, `gpu` a Qwen3-0.6B shape in bfloat16.
 """
 
 import statistics
@@ -25,10 +26,28 @@ from _common import (
 )
 from train_step import SIZES, group_rows
 
-from rljax.algorithms import GRPO, PPO, RECIPES
+from rljax import algorithms
 
-# PPO's policy loss is that of the others; its critic is a model of its own.
-OBJECTIVES = ["GRPO", *(recipe.__name__ for recipe in RECIPES if recipe not in (GRPO, PPO))]
+# Those whose loss differs from GRPO's. The others differ in their advantages, which are not part of the update.
+RECIPES = (
+    algorithms.AgentRL,
+    algorithms.CISPO,
+    algorithms.DecoupledPPO,
+    algorithms.DirectionReweighting,
+    algorithms.DIS,
+    algorithms.DivergenceWeighting,
+    algorithms.FIPO,
+    algorithms.GMPO,
+    algorithms.GSPO,
+    algorithms.HighEntropy,
+    algorithms.IcePop,
+    algorithms.M2PO,
+    algorithms.NearBoundaryRescue,
+    algorithms.OWPO,
+    algorithms.SAPO,
+    algorithms.VCPO,
+)
+OBJECTIVES = [recipe.__name__ for recipe in RECIPES]
 
 
 def main() -> None:
@@ -50,11 +69,10 @@ def main() -> None:
     tasks = [f"update_{name}" for name in OBJECTIVES]
     found, host = measure({"rljax": job}, {"rljax": tasks}, arguments.repeats)
     results = list(filter(None, (result(found, "rljax", task) for task in tasks)))
-    plain = results[0]["all_seconds"]
-    ratios: dict[str, float | None] = {}
-    for name, line in zip(OBJECTIVES[1:], results[1:], strict=True):
-        each = [mine / theirs for mine, theirs in zip(line["all_seconds"], plain, strict=True)]
-        ratios[f"over_grpo_{name}"] = statistics.median(each)
+    ratios: dict[str, float | None] = {
+        f"over_grpo_{name}": statistics.median(a["over_grpo"] for a in found.answers["rljax", f"update_{name}"][1:])
+        for name in OBJECTIVES
+    }
     finish("objectives", arguments, host, {"model": shape, "dtype": dtype, **size}, results, ratios)
 
 

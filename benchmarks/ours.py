@@ -13,7 +13,7 @@ import numpy as np
 import protocol
 from _probe import probe
 
-from rljax.algorithms import RECIPES
+from rljax.algorithms import GRPO, RECIPES
 from rljax.losses import clipped, policy_loss, token_mean, token_ratio
 from rljax.models import load_model
 from rljax.rollouts.batching import PackSpec, stack
@@ -158,8 +158,9 @@ def make_update(job, model, rows, advantages, spec, *, group_size, held=None):
 
 
 def make_objectives(job, model):
-    """An update per recipe of `job["objectives"]`, of the same packed rows, from one state that all of them hand on.
-    Old and reference log-probs are given; a model that a method scores beside the policy is not part of the update."""
+    """Updates under each recipe of `job["objectives"]`, each after one under GRPO, of the same packed rows and from one
+    state that all of them hand on. Old and reference log-probs are given; a model that a method scores beside the policy
+    is not part of the update."""
     config, params = model
     rows, length = np.shape(job["rows"])
     scored = length - job["prompt_length"]
@@ -194,12 +195,25 @@ def make_objectives(job, model):
             minibatch = learner.prepare(state, batch, advantages)[0]
             shared["state"], metrics = learner.update(state, minibatch)
             jax.block_until_ready(shared["state"].params)
-            return {"loss": float(metrics["loss/total"])}
+            return float(metrics["loss/total"])
 
         return step
 
+    def seconds(step):
+        start = time.perf_counter()
+        step()
+        return time.perf_counter() - start
+
+    def in_turns(plain, other):
+        def run():
+            grpo, mine = seconds(plain), seconds(other)
+            return {"over_grpo": mine / grpo}
+
+        return run
+
     recipes = {recipe.__name__: recipe for recipe in RECIPES}
-    return {f"update_{name}": make(recipes[name]) for name in job["objectives"]}
+    plain = make(GRPO)
+    return {f"update_{name}": in_turns(plain, make(recipes[name])) for name in job["objectives"]}
 
 
 def make_branches(job, model):

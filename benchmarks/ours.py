@@ -159,8 +159,8 @@ def make_update(job, model, rows, advantages, spec, *, group_size, held=None):
 
 def make_objectives(job, model):
     """Updates under each recipe of `job["objectives"]`, each after one under GRPO, of the same packed rows and from one
-    state that all of them hand on. Old and reference log-probs are given; a model that a method scores beside the policy
-    is not part of the update."""
+    state that all of them hand on. Old and reference log-probs are given; a model that a method scores besides the
+    policy is not part of the update."""
     config, params = model
     rows, length = np.shape(job["rows"])
     scored = length - job["prompt_length"]

@@ -274,6 +274,15 @@ class _Server:
         scratch = "" if self.level == "namespaces" else tempfile.mkdtemp(dir=self.folder)
         return _Worker(self.socket, scratch)
 
+    def take(self, spare: int) -> _Worker:
+        """The oldest sandbox, `spare` others left ready. Raises _Unready if the server is gone, or going: its sockets
+        close well before the kernel has taken its namespaces down and the process can be waited for."""
+        if self.process.poll() is not None:
+            raise _Unready(f"the sandbox server ended with exit code {self.process.returncode}")
+        while len(self.ready) <= spare:
+            self.ready.append(self.spawn())
+        return self.ready.popleft()
+
     def close(self) -> None:
         while self.ready:
             self.ready.pop().close()
@@ -431,15 +440,12 @@ class Sandbox:
             with self._lock:
                 if not self._finalizer.alive:
                     raise RuntimeError("this sandbox is closed; make a new one")
-                (server,) = self._servers
-                if server.process.poll() is not None:
-                    server.close()
+                try:
+                    worker = self._servers[0].take(self._workers)
+                except _Unready:
+                    self._servers[0].close()
                     self._start(self.level)
-                    (server,) = self._servers
-                worker = server.ready.popleft() if server.ready else server.spawn()
-                with contextlib.suppress(_Unready):
-                    while len(server.ready) < self._workers:
-                        server.ready.append(server.spawn())
+                    worker = self._servers[0].take(self._workers)
             try:
                 worker.wait_ready(self._start_timeout_s)
                 return worker

@@ -15,6 +15,7 @@ from rljax.parallel import use_mesh
 from rljax.sampling.generate import Rows, copy_prompt, decode, prefill
 from rljax.sampling.logits import SamplingParams, sampling_params
 from rljax.sampling.slots import FinishReason, Load, Path, Request, Sample, Slots
+from rljax.sampling.stopping import StopStrings
 from rljax.sampling.weights import decode_shardings, decode_weights
 from rljax.types import Params
 
@@ -81,15 +82,11 @@ class Sampler:
                 raise ValueError(f"{name}={value} must be at least 1")
         if outside := [token for token in stop_tokens if not 0 <= token < config.vocab_size]:
             raise ValueError(f"stop token {outside[0]} is outside the vocabulary of {config.vocab_size}; leave it out")
-        if stop_strings and decode_text is None:
-            raise ValueError("stop_strings need decode_text, a function from token ids to text; pass tokenizer.decode")
-        if "" in stop_strings:
-            raise ValueError("a stop string is empty and would end every sample at once; leave it out")
         self.config, self.mesh = config, mesh
         self.prompt_buckets = tuple(sorted(set(prompt_buckets)))
         self.max_new_tokens, self.prompt_slots, self.sample_slots = max_new_tokens, prompt_slots, sample_slots
-        self.stop_tokens, self.stop_strings = tuple(sorted(set(stop_tokens))), tuple(stop_strings)
-        self.decode_text, self.check_every = decode_text, check_every
+        self.stop_tokens, self._stops = tuple(sorted(set(stop_tokens))), StopStrings(stop_strings, decode_text)
+        self.stop_strings, self.check_every = self._stops.strings, check_every
         self.refill_rows = refill_rows or max(1, prompt_slots * sample_slots // 16)
         self.path_slots, self.max_injected = path_slots, max_injected
         self.last_stats: dict[str, float] = {}
@@ -99,7 +96,7 @@ class Sampler:
         """Takes a copy of the weights to sample with, layer by layer; the last copy is freed first."""
         self._params = None
         with self._on_mesh():
-            self._params = _weights_program(self.config, self.mesh)(params)
+            self._params = weights_program(self.config, self.mesh)(params)
 
     def drop_params(self) -> None:
         """Frees the sampler's copy of the weights, for instance during an update."""
@@ -114,7 +111,7 @@ class Sampler:
                 # The compiler may lay out a program's result otherwise than its argument on a mesh: go round twice.
                 for _ in range(1 if self.mesh is None else 2):
                     for length in (b for b in self.prompt_buckets if b <= bucket):
-                        for count in self._prefill_counts(length):
+                        for count in prefill_counts(length, self.prompt_slots):
                             zeros = np.zeros((count, length), np.int32)
                             cache = _prefill(self.config, self._weights(), cache, zeros, np.zeros(count, np.int32))
                     cache = _copy_prompt(cache, np.int32(0), np.int32(0))
@@ -140,16 +137,7 @@ class Sampler:
                 raise ValueError(f"{name}={value} must lie between 0 and {_LARGEST_ID}")
         params = self._weights()
         slots = self._slots(requests)
-        counted = (
-            "decode_steps",
-            "row_steps",
-            "prefill_tokens",
-            "new_tokens",
-            "forced_tokens",
-            "reused_tokens",
-            "runs",
-        )
-        stats = dict.fromkeys(counted, 0)
+        stats = dict.fromkeys(_COUNTED, 0)
         seconds = {"prefill_seconds": 0.0, "decode_seconds": 0.0}
         bucket = self._bucket(max((len(request.prompt) for request in requests), default=1))
         with self._on_mesh():
@@ -226,8 +214,7 @@ class Sampler:
             reason: FinishReason = "stop" if tokens[-1] in self.stop_tokens else "length"
             length: int | None = None
             if self.stop_strings:
-                checked = max(len(tokens) - int(grown[row]) - given, 0)
-                own = self._stop_string_end(tokens[given:], checked)
+                own = self._stops.end(tokens[given:], max(len(tokens) - int(grown[row]) - given, 0))
                 length = None if own is None else given + own
             path = None
             if length is not None:
@@ -238,18 +225,6 @@ class Sampler:
                 ended.append(path)
         return ended
 
-    def _stop_string_end(self, tokens: np.ndarray, checked: int) -> int | None:
-        """The fewest tokens, more than `checked`, whose text contains a stop string."""
-        ids = tokens.tolist()
-        if not self._contains_stop(ids):
-            return None
-        return next(n for n in range(checked + 1, len(ids) + 1) if self._contains_stop(ids[:n]))
-
-    def _contains_stop(self, ids: list[int]) -> bool:
-        assert self.decode_text is not None
-        text = self.decode_text(ids)
-        return any(stop in text for stop in self.stop_strings)
-
     def _load(self, params: Params, cache: KVCache, slots: Slots, loads: list[Load]) -> KVCache:
         """Prefills and copies prompts. Prompts of one length bucket go together, in the compiled counts."""
         by_bucket: dict[int, list[Load]] = {}
@@ -257,7 +232,7 @@ class Sampler:
             if load.source is None:
                 by_bucket.setdefault(self._bucket(len(slots.requests[load.request].prompt)), []).append(load)
         for bucket, group in by_bucket.items():
-            for count in self._prefill_counts(bucket):
+            for count in prefill_counts(bucket, self.prompt_slots):
                 while len(group) >= count:
                     part, group = group[:count], group[count:]
                     tokens = np.zeros((count, bucket), np.int32)
@@ -269,12 +244,6 @@ class Sampler:
             if load.source is not None:
                 cache = _copy_prompt(cache, np.int32(load.source), np.int32(load.slot))
         return cache
-
-    def _prefill_counts(self, length: int) -> list[int]:
-        """How many prompts a prefill takes: powers of 4, largest first; any number is a sum of few of them."""
-        counts = [4**i for i in range(16) if 4**i <= self.prompt_slots]
-        most = _PREFILL_TOKENS.get(jax.default_backend(), _PREFILL_TOKENS_ELSEWHERE)
-        return [count for count in reversed(counts) if count == 1 or count * length <= most]
 
     def _bucket(self, length: int) -> int:
         return self.prompt_buckets[bisect.bisect_left(self.prompt_buckets, length)]
@@ -333,7 +302,16 @@ def _forced_in_run(before: Rows, steps: np.ndarray) -> int:
     return int((stop - start).sum())
 
 
+def prefill_counts(length: int, rows: int) -> list[int]:
+    """How many prompts of `length` a prefill takes: powers of 4 up to `rows`, largest first; any number is a sum of few
+    of them."""
+    counts = [4**i for i in range(16) if 4**i <= rows]
+    most = _PREFILL_TOKENS.get(jax.default_backend(), _PREFILL_TOKENS_ELSEWHERE)
+    return [count for count in reversed(counts) if count == 1 or count * length <= most]
+
+
 @functools.lru_cache(maxsize=16)
-def _weights_program(config: DecoderConfig, mesh: jax.sharding.Mesh | None):
+def weights_program(config: DecoderConfig, mesh: jax.sharding.Mesh | None):
+    """`decode_weights` as a jitted program for this model and mesh."""
     layout = None if mesh is None else decode_shardings(config, mesh)
     return jax.jit(functools.partial(decode_weights, config), out_shardings=layout)

@@ -1,0 +1,180 @@
+"""Where the keys and values of conversations lie between their turns: the device side of `rljax.sampling.turns`.
+
+A context is linear: what comes later is appended. Its keys and values are kept for all tokens but the last, so a fork of
+it at any token is a copy of a part, and a turn after an observation computes the observation alone.
+"""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from rljax.models.attention import MASKED, forest_attention
+from rljax.models.cache import K_COLUMNS, PREFIX_AXES, V_COLUMNS, KVCache, constrain_cache
+from rljax.models.config import DecoderConfig
+from rljax.models.decoder import apply_layer, embed
+from rljax.models.rope import rotary_table
+from rljax.parallel import constrain
+from rljax.sampling.weights import product
+from rljax.types import ArrayLike, Params, struct
+
+QUERY_BLOCK = 128  # queries of a context that are scored at a time
+
+
+@struct
+class Contexts:
+    """Keys (rotary applied) and values of `E` contexts of up to `C` tokens, one array per layer."""
+
+    k: tuple[Float[Array, "E KV C hd"], ...]
+    v: tuple[Float[Array, "E KV C hd"], ...]
+
+
+@struct
+class Moves:
+    """Contexts copied to or from elsewhere: the first `count` entries. `other` is a row of the decoder's grid, or a
+    context; `start` the first position that is written, `column` the ring column of the key that goes there."""
+
+    context: Int[ArrayLike, " J"]
+    other: Int[ArrayLike, " J"]
+    start: Int[ArrayLike, " J"]
+    column: Int[ArrayLike, " J"]
+    count: Int[ArrayLike, ""]
+
+
+def init_contexts(config: DecoderConfig, contexts: int, length: int) -> Contexts:
+    """Empty contexts in the compute dtype. Call it under `jax.jit`."""
+    shape = (contexts, config.num_kv_heads, length, config.head_dim)
+
+    def zeros():
+        return tuple(constrain(jnp.zeros(shape, config.dtype), PREFIX_AXES) for _ in range(config.num_layers))
+
+    return Contexts(k=zeros(), v=zeros())
+
+
+def contexts_bytes(config: DecoderConfig, contexts: int, length: int) -> int:
+    """Bytes that such contexts take over all devices."""
+    per_token = 2 * config.num_layers * config.num_kv_heads * config.head_dim * jnp.dtype(config.dtype).itemsize
+    return per_token * contexts * length
+
+
+def extend(
+    config: DecoderConfig,
+    is_fresh: bool,
+    params: Params,
+    contexts: Contexts,
+    tokens: Int[ArrayLike, "N S"],
+    index: Int[ArrayLike, " N"],
+    start: Int[ArrayLike, " N"],
+) -> Contexts:
+    """Computes `tokens` (right-padded) behind the first `start` tokens of the contexts `index`, and writes their keys
+    and values there. What padding writes is never read, as long as `start + S` is within the contexts' length.
+    `is_fresh`: all `start` are 0, and nothing is there to be read. `params` are those of `decode_weights`.
+    """
+    tokens, index, start = jnp.asarray(tokens), jnp.asarray(index), jnp.asarray(start)
+    length = tokens.shape[1]
+    positions = start[:, None] + jnp.arange(length)
+    rotary = rotary_table(config, positions)
+    x = embed(config, params, tokens)
+    keys, values = [], []
+    for layer, (layer_params, window) in enumerate(zip(params["layers"], config.windows, strict=True)):
+        kept_k, kept_v = contexts.k[layer], contexts.v[layer]
+
+        def attend(q, k, v, kept_k=kept_k, kept_v=kept_v, window=window):
+            new_k = _write(kept_k, k, index, start)
+            new_v = _write(kept_v, v, index, start)
+            if is_fresh:
+                out = forest_attention(q, k, v, positions, jnp.full(tokens.shape, length), window)
+            else:
+                out = _attend(q, new_k[index], new_v[index], start, window)
+            return out, (new_k, new_v)
+
+        x, (new_k, new_v) = apply_layer(config, layer_params, x, rotary, attend, product)
+        keys.append(constrain(new_k, PREFIX_AXES))
+        values.append(constrain(new_v, PREFIX_AXES))
+    return Contexts(k=tuple(keys), v=tuple(values))
+
+
+def _write(kept: Array, new: Array, index: Array, start: Array) -> Array:
+    """`new` [N, S, KV, hd] into `kept` [E, KV, C, hd] from `start` on."""
+    new = jnp.swapaxes(new, 1, 2).astype(kept.dtype)
+
+    def write(i, kept):
+        row = jax.lax.dynamic_slice_in_dim(new, i, 1)
+        return jax.lax.dynamic_update_slice(kept, row, (index[i], 0, start[i], 0))
+
+    return jax.lax.fori_loop(0, new.shape[0], write, kept)
+
+
+def _attend(q: Array, k: Array, v: Array, start: Array, window: int) -> Array:
+    """Query i of row n [N, S, H, hd] sees the keys [N, KV, C, hd] up to `start[n] + i`; float32 softmax."""
+    rows, length, heads, head_dim = q.shape
+    kv_heads, size = k.shape[1:3]
+    q = q.reshape(rows, length, kv_heads, heads // kv_heads, head_dim) / math.sqrt(head_dim)
+
+    def block(part: Array, first: Array) -> Array:
+        position = start[:, None] + first + jnp.arange(part.shape[1])
+        column = jnp.arange(size)
+        visible = (column <= position[..., None]) & (position[..., None] - column < window)
+        scores = jnp.einsum("nskgd,nkcd->nkgsc", part, k, preferred_element_type=jnp.float32)
+        weights = jax.nn.softmax(jnp.where(visible[:, None, None], scores, MASKED), axis=-1)
+        return jnp.einsum("nkgsc,nkcd->nskgd", weights.astype(q.dtype), v, preferred_element_type=jnp.float32)
+
+    if length <= QUERY_BLOCK:
+        out = block(q, jnp.int32(0))
+    else:
+        count = -(-length // QUERY_BLOCK)
+        padded = jnp.pad(q, ((0, 0), (0, count * QUERY_BLOCK - length), (0, 0), (0, 0), (0, 0)))
+        parts = jnp.moveaxis(padded.reshape(rows, count, QUERY_BLOCK, *q.shape[2:]), 1, 0)
+        out = jax.lax.map(lambda x: block(*x), (parts, jnp.arange(count) * QUERY_BLOCK))
+        out = jnp.moveaxis(out, 0, 1).reshape(padded.shape)[:, :length]
+    return out.reshape(rows, length, heads, head_dim).astype(q.dtype)
+
+
+def copy_contexts(contexts: Contexts, moves: Moves) -> Contexts:
+    """The contexts with `context` of each move overwritten by `other`."""
+
+    def move(kept):
+        def one(i, kept):
+            row = jax.lax.dynamic_slice_in_dim(kept, jnp.asarray(moves.other)[i], 1)
+            return jax.lax.dynamic_update_slice_in_dim(kept, row, jnp.asarray(moves.context)[i], 0)
+
+        return constrain(jax.lax.fori_loop(0, moves.count, one, kept), PREFIX_AXES)
+
+    return Contexts(k=tuple(map(move, contexts.k)), v=tuple(map(move, contexts.v)))
+
+
+def lay_contexts(cache: KVCache, contexts: Contexts, moves: Moves) -> KVCache:
+    """The decoder's cache with contexts as the prompts of its rows `other`."""
+
+    def move(prefix, kept):
+        def one(i, prefix):
+            row = jax.lax.dynamic_slice_in_dim(kept, jnp.asarray(moves.context)[i], 1)
+            return jax.lax.dynamic_update_slice_in_dim(prefix, row, jnp.asarray(moves.other)[i], 0)
+
+        return jax.lax.fori_loop(0, moves.count, one, prefix)
+
+    prefix_k = tuple(map(move, cache.prefix_k, contexts.k))
+    prefix_v = tuple(map(move, cache.prefix_v, contexts.v))
+    return constrain_cache(dataclasses.replace(cache, prefix_k=prefix_k, prefix_v=prefix_v))
+
+
+def keep_turns(contexts: Contexts, cache: KVCache, moves: Moves) -> Contexts:
+    """The contexts with the ring columns of the rows `other` appended: as many as the ring has, of which those of the
+    turn come first and the rest is never read."""
+
+    def move(kept, ring, axis: int):
+        def one(i, kept):
+            row = jax.lax.dynamic_index_in_dim(ring, jnp.asarray(moves.other)[i], keepdims=False)[:, 0]  # one sample
+            row = jnp.roll(row, -jnp.asarray(moves.column)[i], axis - 2)
+            row = row.swapaxes(1, 2) if axis == K_COLUMNS else row
+            place = (jnp.asarray(moves.context)[i], 0, jnp.asarray(moves.start)[i], 0)
+            return jax.lax.dynamic_update_slice(kept, row[None], place)
+
+        return constrain(jax.lax.fori_loop(0, moves.count, one, kept), PREFIX_AXES)
+
+    return Contexts(
+        k=tuple(move(kept, ring, K_COLUMNS) for kept, ring in zip(contexts.k, cache.suffix_k, strict=True)),
+        v=tuple(move(kept, ring, V_COLUMNS) for kept, ring in zip(contexts.v, cache.suffix_v, strict=True)),
+    )

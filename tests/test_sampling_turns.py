@@ -1,0 +1,223 @@
+"""Turns continue contexts as if each had been sampled behind the whole of it, and compute only what is new."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rljax.models import DecoderConfig, hidden_states, init_params, logits
+from rljax.sampling import Request, Sampler, Turn, TurnDecoder, compile_count, sampling_params
+
+VOCAB, NEW, LENGTH = 300, 10, 96
+CONFIG = DecoderConfig(
+    vocab_size=VOCAB, num_layers=2, embed_dim=32, num_heads=4, num_kv_heads=2, head_dim=8, mlp_dim=64
+)
+STOPS = (7, 11, 200, 31, 32, 33, 34, 35, 36, 37)
+
+
+def params(config=CONFIG):
+    return jax.tree.map(lambda x: 3 * x, init_params(config, jax.random.key(0)))
+
+
+def make_decoder(config=CONFIG, *, rows=3, contexts=6, **settings):
+    settings = {"stop_tokens": STOPS, "extend_buckets": (4, 8), "check_every": 3} | settings
+    decoder = TurnDecoder(config, contexts=contexts, rows=rows, context_length=LENGTH, max_new_tokens=NEW, **settings)
+    decoder.set_params(params(config))
+    decoder.begin(sampling_params(), seed=1, step=2)
+    return decoder
+
+
+def finish(decoder):
+    spoken = []
+    while decoder.num_open:
+        spoken += decoder.run()
+    return {said.turn.context: said for said in spoken}
+
+
+def sampled_alone(tokens, prompt_id, sample_id, turn, config=CONFIG):
+    """The same turn by `Sampler`, with the whole context as a prompt."""
+    sampler = alone(config)
+    request = Request(tokens, prompt_id, (sample_id * 2048 + turn,))
+    return sampler.generate([request], sampling_params(), seed=1, step=2)[0][0]
+
+
+@functools.lru_cache
+def alone(config):
+    sampler = Sampler(
+        config, prompt_buckets=(LENGTH,), max_new_tokens=NEW, prompt_slots=1, sample_slots=1, stop_tokens=STOPS
+    )
+    sampler.set_params(params(config))
+    return sampler
+
+
+def play(decoder, turns=4, conversations=6, seed=0):
+    """Conversations of several turns with observations between; yields (context, tokens before, spoken)."""
+
+    def text(most, *place):
+        rng = np.random.default_rng([seed, *place])
+        return rng.integers(40, VOCAB, rng.integers(1, most)).tolist()
+
+    contexts, log = [text(20, i) for i in range(conversations)], []
+    for turn in range(turns):
+        for i, tokens in enumerate(contexts):
+            decoder.submit(Turn(i, list(tokens), 50 + i, i, turn))
+        spoken = finish(decoder)
+        assert sorted(spoken) == list(range(conversations))
+        for i, said in spoken.items():
+            log.append((i, turn, list(contexts[i]), said))
+            contexts[i] += said.tokens.tolist() + text(12, i, turn)
+    return log
+
+
+@pytest.mark.parametrize("window", [0, 5])
+def test_a_turn_is_what_the_sampler_says_behind_the_whole_context(window):
+    config = dataclasses.replace(CONFIG, sliding_window=window or None) if window else CONFIG
+    log = play(make_decoder(config))
+    for i, turn, tokens, said in log:
+        want = sampled_alone(tokens, 50 + i, i, turn, config)
+        np.testing.assert_array_equal(said.tokens, want.tokens)
+        np.testing.assert_allclose(said.logprobs, want.logprobs, atol=2e-5)
+        np.testing.assert_allclose(said.entropies, want.entropies, atol=2e-5)
+        assert said.end == want.finish_reason
+    assert {said.end for *_, said in log} == {"stop", "length"}
+
+
+def test_logprobs_are_those_of_the_full_forward_pass():
+    for _, _, tokens, said in play(make_decoder(), turns=3, conversations=3):
+        row = jnp.asarray([tokens + said.tokens.tolist()])
+        ends = jnp.full(row.shape, row.shape[1])
+        hidden = hidden_states(CONFIG, params(), row, jnp.arange(row.shape[1])[None], ends)
+        table = jax.nn.log_softmax(logits(CONFIG, params(), hidden)[0])[len(tokens) - 1 : -1]
+        want = np.asarray(table)[np.arange(len(said.tokens)), said.tokens]
+        np.testing.assert_allclose(said.logprobs, want, atol=2e-5)
+
+
+def test_only_what_is_new_is_computed():
+    decoder = make_decoder()
+    log = play(decoder)
+    first = sum(len(tokens) - 1 for _, turn, tokens, _ in log if turn == 0)
+    later = {(i, turn): (tokens, said) for i, turn, tokens, said in log}
+    # the last token said is computed with the observation behind it, whose own last token is fed by the decoder
+    new = sum(
+        len(later[i, turn + 1][0]) - len(tokens) - len(said.tokens)
+        for i, turn, tokens, said in log
+        if (i, turn + 1) in later
+    )
+    assert decoder.stats["extended_tokens"] == first + new
+    assert decoder.stats["context_tokens"] == sum(len(tokens) - 1 for _, _, tokens, _ in log)
+
+
+def test_a_context_begins_with_what_another_has_computed():
+    decoder = make_decoder()
+    tokens = np.random.default_rng(3).integers(40, VOCAB, 21).tolist()
+    for i in range(5):
+        decoder.submit(Turn(i, tokens, 9, i, like=0))
+    spoken = finish(decoder)
+    assert decoder.stats["extended_tokens"] == 20 and decoder.stats["copied_tokens"] == 4 * 20
+    for i in range(5):
+        np.testing.assert_array_equal(spoken[i].tokens, sampled_alone(tokens, 9, i, 0).tokens)
+    # a fork in the middle of what context 2 said
+    forked = tokens + spoken[2].tokens.tolist()[:2]
+    decoder.submit(Turn(5, forked, 9, 17, like=2))
+    said = finish(decoder)[5]
+    np.testing.assert_array_equal(said.tokens, sampled_alone(forked, 9, 17, 0).tokens)
+    assert decoder.stats["extended_tokens"] == 20
+
+
+def test_a_context_that_was_rewritten_is_computed_again():
+    decoder = make_decoder()
+    tokens = list(range(50, 70))
+    decoder.submit(Turn(0, tokens, 9, 0))
+    finish(decoder)
+    other = [*tokens[:5], 99, *tokens[6:]]
+    decoder.submit(Turn(0, other, 9, 1))
+    np.testing.assert_array_equal(finish(decoder)[0].tokens, sampled_alone(other, 9, 1, 0).tokens)
+    assert decoder.stats["extended_tokens"] == 19 + 14
+
+
+def test_turns_do_not_depend_on_company_or_rows():
+    log = {(i, turn): said for i, turn, _, said in play(make_decoder())}
+    for settings in ({"rows": 1}, {"rows": 6, "check_every": 1}, {"rows": 2, "check_every": 10}):
+        for i, turn, _, said in play(make_decoder(**settings)):
+            np.testing.assert_array_equal(said.tokens, log[i, turn].tokens)
+
+
+def test_stop_strings_end_a_turn_and_the_context_goes_on_behind_them():
+    def decode(ids):
+        return " ".join(map(str, ids))
+
+    plain = {(i, turn): said for i, turn, _, said in play(make_decoder())}
+    target = next(said for said in plain.values() if len(said.tokens) >= 4 and said.turn.turn == 0)
+    stop = decode(target.tokens[1:3].tolist())
+    decoder = make_decoder(stop_strings=(stop,), decode_text=decode)
+    log = play(decoder)
+    cut = [said for *_, said in log if said.end == "stop_string"]
+    assert cut and all(decode(said.tokens.tolist()).endswith(stop) for said in cut)
+    for i, turn, tokens, said in log:
+        want = sampled_alone(tokens, 50 + i, i, turn).tokens
+        np.testing.assert_array_equal(said.tokens, want[: len(said.tokens)])
+
+
+def test_an_interrupted_turn_can_go_on():
+    decoder = make_decoder(rows=2)
+    for i in range(3):
+        decoder.submit(Turn(i, list(range(50, 60 + i)), 9, i))
+    decoder.run()
+    with pytest.raises(RuntimeError, match="under way"):
+        decoder.set_params(params())
+    parts = decoder.interrupt()
+    assert [len(said.tokens) for said in parts if said.end == "interrupted"][-1] == 0 and not decoder.num_open
+    decoder.set_params(params())
+    for said in parts:
+        decoder.submit(said.turn._replace(tokens=[*said.turn.tokens, *said.tokens.tolist()], turn=1))
+    assert sorted(finish(decoder)) == sorted(said.turn.context for said in parts)
+    assert decoder.stats["extended_tokens"] > 25  # the new weights have computed everything again
+
+
+def test_a_turn_ends_where_its_context_is_full():
+    decoder = make_decoder()
+    decoder.submit(Turn(0, [50 + i % 40 for i in range(LENGTH - 1)], 9, 0))
+    said = finish(decoder)[0]
+    assert len(said.tokens) == 1 and said.end in ("length", "stop")
+
+
+def test_nothing_compiles_after_warmup():
+    decoder = make_decoder()
+    decoder.warmup()
+    before = compile_count()
+    play(decoder, seed=5)
+    decoder.submit(Turn(0, list(range(50, 90)), 9, 0, like=3))
+    finish(decoder)
+    assert compile_count() == before
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"context": 6}, "context 6 must lie between 0 and 5"),
+        ({"tokens": []}, "0 tokens leave no room"),
+        ({"tokens": [1] * LENGTH}, "96 tokens leave no room for a new one within context_length=96"),
+        ({"max_new_tokens": 11}, "max_new_tokens=11 must lie between 1 and 10"),
+        ({"turn": 2048}, "turn 2048"),
+    ],
+)
+def test_a_turn_that_cannot_be_served_is_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        make_decoder().submit(Turn(0, [1, 2], 0, 0)._replace(**change))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"context_length": 10}, "context_length=10 must be above max_new_tokens=10"),
+        ({"rows": 0}, "rows=0 must be at least 1"),
+        ({"stop_strings": ("x",)}, "stop_strings need decode_text"),
+    ],
+)
+def test_impossible_settings_are_refused(settings, message):
+    good = {"contexts": 2, "rows": 1, "context_length": 32, "max_new_tokens": 10}
+    with pytest.raises(ValueError, match=message):
+        TurnDecoder(CONFIG, **{**good, **settings})

@@ -15,8 +15,9 @@ from jaxtyping import Array, Bool, Float, Int
 NO_PARENT = -1
 """`parent_row` of a row that was not forked from another one."""
 
-SOURCE_POLICY = 0
-"""`source` of a row sampled by the policy under its own prompt."""
+SOURCE_POLICY, SOURCE_GUIDED = 0, 1
+"""`source` of a row: sampled by the policy under its own prompt, or under a prompt with guidance that the row no longer
+shows; its `behavior_logprobs` are those of the prompt that was used."""
 
 INTERVENTION_NONE, INTERVENTION_INJECT, INTERVENTION_SUPPRESS = 0, 1, 2
 
@@ -41,6 +42,7 @@ class Trajectory:
 
     `action_mask` marks the tokens that the policy emitted; only these may receive gradient. `behavior_logprobs` and
     `entropies` (nats) belong to the distribution really sampled from, and are 0 where `action_mask` is False.
+    `turn_rewards`, `prediction_scores` and `state_ids` say something of a turn, on each of its action tokens.
     """
 
     tokens: Int[np.ndarray, " T"]
@@ -61,6 +63,10 @@ class Trajectory:
     fork_index: int = 0
     fork_score: float = 0.0
     intervention: int = INTERVENTION_NONE
+    turn_rewards: Float[np.ndarray, " T"] | None = None  # of the environment, for the turn
+    prediction_scores: Float[np.ndarray, " T"] | None = None  # in [0, 1]: how well it predicted what came next
+    state_ids: Int[np.ndarray, " T"] | None = None  # equal ids of a group: turns from one state; -1 off actions
+    penalty: float | None = None  # of the whole row, before its weight
 
 
 @struct
@@ -90,6 +96,10 @@ class RolloutBatch:
     ref_logprobs: Float[ArrayLike, "B T"] | None = None  # only when the algorithm needs them before the update
     task_id: Int[ArrayLike, " B"] | None = None  # counts tasks from 0, below B; None is a single task
     values: Float[ArrayLike, "B T"] | None = None  # of the state before each action token, when there is a critic
+    turn_rewards: Float[ArrayLike, "B T"] | None = None  # these four: when all trajectories have them
+    prediction_scores: Float[ArrayLike, "B T"] | None = None
+    state_ids: Int[ArrayLike, "B T"] | None = None  # counts the states of all groups from 0, below B * T
+    penalty: Float[ArrayLike, " B"] | None = None
 
 
 @struct

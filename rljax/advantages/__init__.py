@@ -39,6 +39,16 @@ from rljax.advantages.segments import (
     vine_gain,
     whitened,
 )
+from rljax.advantages.steps import (
+    StepReturnFn,
+    last_turn_reward,
+    penalized,
+    predicted_reward_returns,
+    predictive_returns,
+    state_group_advantages,
+    state_grouped,
+    turn_starts,
+)
 from rljax.advantages.task_normalized import task_normalized
 from rljax.advantages.tree import (
     global_and_local,
@@ -51,6 +61,7 @@ from rljax.advantages.tree import (
 __all__ = [
     "AdvantageFn",
     "LambdaFn",
+    "StepReturnFn",
     "ancestor_centered",
     "batch_centered",
     "below_probability",
@@ -67,10 +78,14 @@ __all__ = [
     "group_normalized",
     "intra_and_inter_tree",
     "kl_in_reward",
+    "last_turn_reward",
     "leave_one_out",
     "length_adaptive",
     "pass_at_k_normalized",
     "pass_at_k_unbiased",
+    "penalized",
+    "predicted_reward_returns",
+    "predictive_returns",
     "prefix_baseline",
     "prefix_weighted",
     "procedure_weights",
@@ -78,6 +93,8 @@ __all__ = [
     "shared_branch_credit",
     "shared_mean",
     "sibling_normalized",
+    "state_group_advantages",
+    "state_grouped",
     "summary_bonus_released",
     "summary_contrast",
     "summary_counts",
@@ -87,6 +104,7 @@ __all__ = [
     "task_normalized",
     "token_rewards",
     "trie_difference",
+    "turn_starts",
     "value_gain",
     "vine_gain",
     "whitened",

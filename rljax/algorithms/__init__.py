@@ -1,5 +1,6 @@
 """Recipes: one file per method, a dataclass of hyperparameters with `build() -> Algorithm`."""
 
+from rljax.algorithms.actguide_rl import ActGuideRL
 from rljax.algorithms.agentrl import AgentRL
 from rljax.algorithms.appo import APPO
 from rljax.algorithms.arpo import AEPO, ARPO
@@ -7,6 +8,7 @@ from rljax.algorithms.base import Algorithm
 from rljax.algorithms.cispo import CISPO
 from rljax.algorithms.dapo import DAPO
 from rljax.algorithms.decoupled_ppo import DecoupledPPO
+from rljax.algorithms.deepdive import DeepDive
 from rljax.algorithms.dis import DIS
 from rljax.algorithms.dr_grpo import DrGRPO
 from rljax.algorithms.fipo import FIPO
@@ -26,6 +28,7 @@ from rljax.algorithms.reinforce_pp import ReinforcePlusPlus, ReinforcePlusPlusBa
 from rljax.algorithms.resum import ReSum
 from rljax.algorithms.rloo import RLOO
 from rljax.algorithms.rlvr_direction import DirectionReweighting
+from rljax.algorithms.role_agent import RoleAgent
 from rljax.algorithms.sapo import SAPO
 from rljax.algorithms.sparse_but_critical import DivergenceWeighting
 from rljax.algorithms.tree_grpo import TreeGRPO
@@ -33,10 +36,12 @@ from rljax.algorithms.treerl import TreeRL
 from rljax.algorithms.vcpo import VCPO
 
 RECIPES = (
+    ActGuideRL,
     AgentRL,
     CISPO,
     DAPO,
     DecoupledPPO,
+    DeepDive,
     DirectionReweighting,
     DIS,
     DivergenceWeighting,
@@ -58,6 +63,7 @@ RECIPES = (
     ReinforcePlusPlus,
     ReinforcePlusPlusBaseline,
     RLOO,
+    RoleAgent,
     SAPO,
     VCPO,
 )
@@ -86,9 +92,11 @@ __all__ = [
     "RLOO",
     "SAPO",
     "VCPO",
+    "ActGuideRL",
     "AgentRL",
     "Algorithm",
     "DecoupledPPO",
+    "DeepDive",
     "DirectionReweighting",
     "DivergenceWeighting",
     "DrGRPO",
@@ -103,6 +111,7 @@ __all__ = [
     "Reinforce",
     "ReinforcePlusPlus",
     "ReinforcePlusPlusBaseline",
+    "RoleAgent",
     "TreeGRPO",
     "TreeRL",
 ]

@@ -13,6 +13,7 @@ from rljax.losses.corrections import (
 )
 from rljax.losses.filters import FilterFn, geometric_band, max_behavior_k3, max_ratio, off_policy_sequence
 from rljax.losses.future_kl import future_kl_report, future_kl_weights, future_log_ratio, max_dual_clipped
+from rljax.losses.guided import shaped_guidance, shift_stats, unguided_ratio
 from rljax.losses.one_way import (
     current_deviation,
     exponential_gate,
@@ -144,6 +145,8 @@ __all__ = [
     "sequence_sum",
     "sequence_token_ratio",
     "sequence_truncated_is",
+    "shaped_guidance",
+    "shift_stats",
     "sigmoid_gate",
     "soft_gate",
     "squared_log_ratio",
@@ -153,6 +156,7 @@ __all__ = [
     "truncated_is",
     "two_sided",
     "unclipped",
+    "unguided_ratio",
     "value_loss",
     "veto",
 ]

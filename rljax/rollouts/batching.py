@@ -37,7 +37,8 @@ def stack(
     """Pads trajectories on the right and below into numpy arrays; row `i` is `trajectories[i]`.
 
     Groups, episodes and tasks are renumbered from 0 in order of appearance; padding rows form one invalid group,
-    episode and task of their own. ValueError for an empty list or fields of unequal length.
+    episode and task of their own. Optional fields are None unless all trajectories have them; states are renumbered
+    too, those of two groups apart. ValueError for an empty list or fields of unequal length.
     """
     if not trajectories:
         raise ValueError("there are no trajectories to stack; a rollout needs at least one")
@@ -45,8 +46,8 @@ def stack(
     lengths = [len(t.tokens) for t in trajectories]
     width = bucket(max(lengths), length_buckets, "the longest trajectory")
 
-    def per_token(name: str, dtype) -> np.ndarray:
-        out = np.zeros((rows, width), dtype)
+    def per_token(name: str, dtype, fill=0) -> np.ndarray:
+        out = np.full((rows, width), fill, dtype)
         for i, trajectory in enumerate(trajectories):
             values = getattr(trajectory, name)
             if len(values) != lengths[i]:
@@ -62,6 +63,9 @@ def stack(
         seen: dict[int, int] = {}
         values = [seen.setdefault(getattr(t, name), len(seen)) for t in trajectories]
         return np.array(values + [len(seen)] * (rows - len(values)), np.int32)
+
+    def on_all(name: str) -> bool:
+        return all(getattr(t, name) is not None for t in trajectories)
 
     return RolloutBatch(
         tokens=per_token("tokens", np.int32),
@@ -82,7 +86,20 @@ def stack(
         fork_score=per_row("fork_score", np.float32),
         intervention=per_row("intervention", np.int32),
         task_id=renumbered("task_id"),
+        turn_rewards=per_token("turn_rewards", np.float32) if on_all("turn_rewards") else None,
+        prediction_scores=per_token("prediction_scores", np.float32) if on_all("prediction_scores") else None,
+        state_ids=_state_ids(per_token("state_ids", np.int64, -1), trajectories) if on_all("state_ids") else None,
+        penalty=per_row("penalty", np.float32) if on_all("penalty") else None,
     )
+
+
+def _state_ids(states: np.ndarray, trajectories: Sequence[Trajectory]) -> Int[np.ndarray, "B T"]:
+    """Ids [B, T] of any size, negative for none, as numbers from 0 for each pair of group and state; -1 for none."""
+    groups = np.array([t.group_id for t in trajectories] + [-1] * (len(states) - len(trajectories)), np.int64)
+    pairs = np.stack([np.broadcast_to(groups[:, None], states.shape), states], axis=-1)[states >= 0]
+    out = np.full(states.shape, -1, np.int32)
+    out[states >= 0] = np.unique(pairs, axis=0, return_inverse=True)[1].reshape(-1)
+    return out
 
 
 def take_rows(batch: RolloutBatch, rows: Int[np.ndarray, " n"]) -> RolloutBatch:

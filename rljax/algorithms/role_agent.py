@@ -1,0 +1,67 @@
+"""An agent that foresees what its actions lead to."""
+
+import dataclasses
+
+from rljax.advantages import group_normalized, predicted_reward_returns, predictive_returns, state_grouped
+from rljax.algorithms.base import Algorithm, check_at_least, check_clip, check_group, kl_and_entropy
+from rljax.losses import clipped, policy_loss, sequence_mean, token_ratio
+from rljax.rollouts.plans import Plan
+
+WIA_MODES = {"return": predictive_returns, "reward": predicted_reward_returns}
+
+
+@dataclasses.dataclass
+class RoleAgent:
+    """Role-Agent's world-in-agent objective, arXiv 2606.10917; it builds on GiGPO, 2505.10978.
+
+        R[t] = (sum_{k >= t} gamma^(k - t) r[k]) (1 + sim[t])         t counts turns
+        A    = (R[t] - mean) / (std + epsilon) of the turns that began in the same state
+               + alpha (R_E - mean) / (std + epsilon) of the group
+        loss = mean_rows mean_tokens [ max(-A r, -A clip(r, 1 - clip_low, 1 + clip_high)) + kl_coef * k3 ]
+
+    `sim[t]`, the batch's `prediction_scores`, is how well turn t foresaw the observation after it. Without them this is
+    GiGPO, and without `state_ids` too, as for single answers, GRPO.
+
+    Deviations: the prediction stands in the turn itself, looks one step ahead and is trained with it, as in the
+    release (the paper: a call of its own, up to 5% of the steps ahead). `wia_mode` "reward" is the release, which
+    raises rewards by `1 + 0.2 sim` before discounting; here R_E stays the environment's. What is not positive is not
+    raised, and a state whose std is below `min_std` gives 0. States are shared within a group.
+    """
+
+    group_size: int = 8
+    gamma: float = 0.95
+    alpha: float = 1.0
+    wia_mode: str = "return"
+    clip_low: float = 0.2
+    clip_high: float = 0.28
+    kl_coef: float = 1e-3
+    entropy_coef: float = 0.0
+    epsilon: float = 1e-6
+    min_std: float = 1e-4
+
+    def build(self) -> Algorithm:
+        """Raises ValueError for hyperparameters that cannot work."""
+        check_group(self)
+        check_clip(self)
+        check_at_least(self, 0, "gamma", "alpha", "kl_coef", "entropy_coef", "epsilon", "min_std")
+        if self.gamma > 1:
+            raise ValueError(f"RoleAgent: gamma={self.gamma} must be at most 1; later rewards cannot count more")
+        if self.wia_mode not in WIA_MODES:
+            raise ValueError(f"RoleAgent: wia_mode={self.wia_mode!r} must be one of {', '.join(WIA_MODES)}")
+        return Algorithm(
+            plan=Plan(group_size=self.group_size, needs_ref=self.kl_coef > 0),
+            advantage_fn=state_grouped(
+                group_normalized(epsilon=self.epsilon),
+                returns_fn=WIA_MODES[self.wia_mode],
+                alpha=self.alpha,
+                gamma=self.gamma,
+                epsilon=self.epsilon,
+                min_std=self.min_std,
+            ),
+            loss=policy_loss(
+                ratio_fn=token_ratio,
+                surrogate_fn=clipped(clip_low=self.clip_low, clip_high=self.clip_high),
+                aggregate_fn=sequence_mean,
+                penalties=kl_and_entropy(self.kl_coef, self.entropy_coef),
+            ),
+        )

@@ -17,6 +17,13 @@ from rljax.tasks.answers import (
 from rljax.tasks.callables import RewardInput, batch_reward, load_callable
 from rljax.tasks.curriculum import Curriculum, UniformCurriculum
 from rljax.tasks.examples import Example, Prompt, Split, hold_apart, split_by_hash
+from rljax.tasks.failures import (
+    FailureCurriculum,
+    failure_distribution,
+    failure_mass,
+    nearest,
+    released_weights,
+)
 from rljax.tasks.files import load_jsonl, load_parquet
 from rljax.tasks.judge import AnswerJudge, ChatEndpoint, FactJudge, JudgeError, PairJudge
 from rljax.tasks.judge_bias import PositionBias, is_trustworthy, position_bias, repetition_stability
@@ -27,6 +34,7 @@ from rljax.tasks.reasoning_gym import (
     reasoning_gym_task,
 )
 from rljax.tasks.rewards import FAILURES, RewardResult, RewardRunner, RewardSpec
+from rljax.tasks.similarity import SIMILARITIES, TextSimilarity
 from rljax.tasks.text_rewards import (
     FactCheck,
     GroundedAnswer,
@@ -45,6 +53,7 @@ from rljax.tasks.verifiers import ExactMatch, LengthReward, MathVerify, NumberMa
 
 __all__ = [
     "FAILURES",
+    "SIMILARITIES",
     "AfterMarker",
     "AnswerJudge",
     "ChatEndpoint",
@@ -54,6 +63,7 @@ __all__ = [
     "Extractor",
     "FactCheck",
     "FactJudge",
+    "FailureCurriculum",
     "GroundedAnswer",
     "InTag",
     "JudgeError",
@@ -74,10 +84,13 @@ __all__ = [
     "RewardRunner",
     "RewardSpec",
     "Split",
+    "TextSimilarity",
     "ToolQueries",
     "UniformCurriculum",
     "UnlessDegenerate",
     "batch_reward",
+    "failure_distribution",
+    "failure_mass",
     "final_number",
     "foreign_share",
     "hold_apart",
@@ -88,10 +101,12 @@ __all__ = [
     "load_jsonl",
     "load_parquet",
     "most_frequent_window",
+    "nearest",
     "position_bias",
     "query_redundancy",
     "reasoning_gym_names",
     "reasoning_gym_task",
+    "released_weights",
     "repeated_share",
     "repetition_stability",
     "split_by_hash",

@@ -45,7 +45,7 @@ class UniformCurriculum:
             raise ValueError("a curriculum needs at least one example; the data set is empty")
         self._examples = list(examples)
         self._seed = seed
-        self._fingerprint = f"{digest([e.id for e in self._examples]):032x}"
+        self._fingerprint = fingerprint(self._examples)
         self._start_epoch(0)
 
     def _start_epoch(self, epoch: int) -> None:
@@ -99,11 +99,21 @@ class UniformCurriculum:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Raises ValueError if the state is of another kind of curriculum, other data or another seed."""
-        for name, mine in (("kind", type(self).__name__), ("seed", self._seed), ("data", self._fingerprint)):
-            if state.get(name) != mine:
-                raise ValueError(
-                    f"this curriculum state has {name} {state.get(name)!r}, and the run has {mine!r}; "
-                    "resume with the data and seed of the run that wrote it, or begin a new run folder"
-                )
+        refuse_other_state(state, kind=type(self).__name__, seed=self._seed, data=self._fingerprint)
         self._start_epoch(int(state["epoch"]))
         self._cursor, self._put_off = int(state["cursor"]), [int(i) for i in state["put_off"]]
+
+
+def fingerprint(examples: Sequence[Example]) -> str:
+    """A hash of the ids of the examples in their order."""
+    return f"{digest([e.id for e in examples]):032x}"
+
+
+def refuse_other_state(state: dict[str, Any], **wanted: Any) -> None:
+    """Raises ValueError if a `state_dict` says anything else of `kind`, `seed` or `data`."""
+    for name, mine in wanted.items():
+        if state.get(name) != mine:
+            raise ValueError(
+                f"this curriculum state has {name} {state.get(name)!r}, and the run has {mine!r}; "
+                "resume with the data and seed of the run that wrote it, or begin a new run folder"
+            )

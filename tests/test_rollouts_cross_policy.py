@@ -1,0 +1,69 @@
+"""What rollouts by two policies go by: the worked examples of AgentRL."""
+
+import numpy as np
+import pytest
+
+from rljax.envs import END_REASONS, FAILED
+from rljax.rollouts.cross_policy import (
+    buffer_take,
+    episode_reward,
+    mixed_share,
+    pick_engine,
+    stale_version,
+    turn_uniform,
+    warmup_minimum,
+)
+
+
+def test_episodes_are_worth_what_their_end_says():
+    assert [episode_reward("done", r) for r in (-0.5, 0.0, 0.3, 2.0)] == [0, 0, 0.3, 1]
+    for end in ("turns", "tool_calls", "seconds", "length"):
+        assert episode_reward(end, 1.0) == -0.2
+    assert episode_reward("turns", 1.0, incomplete=0.0) == 0
+    assert all(episode_reward(end, 1.0) is None for end in FAILED)
+    assert all(episode_reward(end, 0.5) in (0.5, -0.2, None) for end in END_REASONS)
+    with pytest.raises(ValueError, match="end 'bored' must be 'length' or one of done, turns"):
+        episode_reward("bored", 1.0)
+
+
+@pytest.mark.parametrize(
+    ("ready", "minimum", "multiple", "expected"), [(24, 16, 16, 16), (40, 16, 16, 32), (8, 16, 16, 0), (56, 32, 12, 48)]
+)
+def test_the_learner_takes_whole_groups_and_multiples(ready, minimum, multiple, expected):
+    assert buffer_take(ready, minimum=minimum, multiple=multiple, group=8) == expected
+
+
+def test_the_first_take_waits_for_more():
+    assert warmup_minimum(2048) == 3482
+    with pytest.raises(ValueError, match="group=0"):
+        buffer_take(8, minimum=1, multiple=1, group=0)
+
+
+def test_the_older_policy_speaks_where_the_number_is_small():
+    assert [pick_engine(u) for u in (0.10, 0.30, 0.24, 0.75, 0.25)] == [True, False, True, False, False]
+    assert not pick_engine(0.0, stale_share=0.0) and pick_engine(0.999, stale_share=1.0)
+    with pytest.raises(ValueError, match=r"stale_share=1\.5"):
+        pick_engine(0.1, stale_share=1.5)
+
+
+def test_the_older_policy_lags_by_so_many_steps():
+    assert [step - stale_version(step) for step in (0, 1, 24, 25, 37, 50)] == [0, 1, 24, 0, 12, 0]
+    with pytest.raises(ValueError, match="every=0"):
+        stale_version(3, every=0)
+
+
+def test_how_many_episodes_mix_policies():
+    np.testing.assert_allclose(
+        [mixed_share(t) for t in (1, 2, 4, 10, 20)], [0, 0.375, 0.6797, 0.9437, 0.9968], atol=5e-5
+    )
+
+
+def test_the_number_of_a_turn_depends_on_what_it_is_called_alone():
+    names = [(0, s, p, i, t) for s in range(3) for p in (5, 2**31 - 1) for i in range(20) for t in range(25)]
+    numbers = np.array([turn_uniform(*name) for name in names])
+    shuffled = np.random.default_rng(0).permutation(len(names))
+    np.testing.assert_array_equal([turn_uniform(*names[i]) for i in shuffled], numbers[shuffled])
+    assert len(set(numbers)) == len(names)
+    assert numbers.min() >= 0 and numbers.max() < 1
+    assert abs(numbers.mean() - 0.5) < 0.02 and abs(np.mean(numbers < 0.25) - 0.25) < 0.02
+    assert turn_uniform(0, 1, 12, 3, 4) != turn_uniform(0, 11, 2, 3, 4)

@@ -174,7 +174,7 @@ def test_rounds_number_their_forks_and_leave_out_what_has_no_room():
         return [ForkPoint(0, 1, 2.0, (5,)), ForkPoint(0, 9), ForkPoint(1, 2), ForkPoint(1, 3), ForkPoint(0, 2)]
 
     plan = plan_of(rule=rule, branches=2, rounds=2)
-    rounds = rounds_of(plan, TOKENIZER, SPLITTER, seed=0, step=0, prompt_id=0, first_id=30, limit=9)
+    rounds = rounds_of(plan, TOKENIZER.decode, lambda s: SPLITTER(s.tokens), seed=0, step=0, prompt_id=0, first_id=30, limit=9)
     samples = [sample("abcdefghi"), sample("abcdefghi")]
     forks = rounds(samples)
     assert [(f.parent, f.fork_index, f.sample_id) for f in forks] == [

@@ -5,8 +5,10 @@ are plain functions in a `ToolBox`; model-written programs run in a `Sandbox`.
 """
 
 from rljax.envs.base import (
+    DONE,
     END_REASONS,
     FAILED,
+    NONSENSE,
     Environment,
     EnvironmentLimits,
     Nonsense,
@@ -31,7 +33,12 @@ from rljax.envs.formats import (
     get_format,
     tag_format,
 )
+from rljax.envs.instructions import tool_instructions
+from rljax.envs.mixture import MixedEnvironment, mixed_rows
+from rljax.envs.multihop import MultiHop
 from rljax.envs.pool import EnvironmentPool, Episode
+from rljax.envs.prediction import Predicting
+from rljax.envs.reasoning import ReasoningEnvironment
 from rljax.envs.sandbox import LEVELS, Limits, Sandbox, SandboxResult
 from rljax.envs.tool_environment import ToolEnvironment
 from rljax.envs.tools import (
@@ -48,10 +55,12 @@ from rljax.envs.tools import (
 
 __all__ = [
     "CALL_FAILURES",
+    "DONE",
     "END_REASONS",
     "FAILED",
     "FORMATS",
     "LEVELS",
+    "NONSENSE",
     "Corpus",
     "Document",
     "Environment",
@@ -60,10 +69,14 @@ __all__ = [
     "Episode",
     "Hit",
     "Limits",
+    "MixedEnvironment",
+    "MultiHop",
     "Nonsense",
     "ParseProblem",
     "Parsed",
+    "Predicting",
     "Prompt",
+    "ReasoningEnvironment",
     "ReplayMismatch",
     "Sandbox",
     "SandboxResult",
@@ -83,6 +96,7 @@ __all__ = [
     "finish",
     "fork",
     "get_format",
+    "mixed_rows",
     "named",
     "probe_conversation",
     "python_tool",
@@ -90,5 +104,6 @@ __all__ = [
     "replay_same",
     "search_tool",
     "tag_format",
+    "tool_instructions",
     "tool_schema",
 ]

@@ -1,9 +1,9 @@
 """From prompts to scored trajectories: the host side of a rollout."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -34,7 +34,10 @@ class Rollout(NamedTuple):
 
 
 class Scored(NamedTuple):
-    """The samples of one prompt with their texts and rewards; `steps` numbers the steps of each completion."""
+    """The samples of one prompt with their texts and rewards; `steps` numbers the steps of each completion.
+
+    `turn_fields`: for each sample, fields of `Trajectory` that it fills (arrays are of the completion's tokens).
+    """
 
     example: Example
     prompt: list[int]
@@ -42,6 +45,16 @@ class Scored(NamedTuple):
     texts: list[str]
     results: list[RewardResult]
     steps: list[np.ndarray]
+    turn_fields: Sequence[Mapping[str, Any]] = ()
+
+
+@runtime_checkable
+class Play(Protocol):
+    """Plays episodes: called as `sample_and_score` is, for `num_groups` groups of which some may be under way."""
+
+    def missing(self, num_groups: int) -> int: ...
+
+    def __call__(self, examples: Sequence[Example], samples_each: int, **setup: Any) -> list[Scored]: ...
 
 
 def sample_and_score(
@@ -79,8 +92,8 @@ def sample_and_score(
         if forks:
             rounds = rounds_of(
                 forks,
-                tokenizer,
-                splitter,
+                tokenizer.decode,
+                lambda sample: splitter(sample.tokens),
                 seed=seed,
                 step=step,
                 prompt_id=example.id,
@@ -125,21 +138,25 @@ def collect(
     *,
     num_groups: int,
     step: int,
+    play: Play | None = None,
     **sampling_setup: Any,
 ) -> Rollout:
     """Collects `num_groups` groups of `plan.group_size` samples for `step`; of at most so many if the plan forks.
 
     `draw(n)` gives the next `n` examples. Under dynamic sampling (`plan.keep_group`, DAPO 2503.14476) groups whose raw
     rewards carry no signal are dropped and more prompts are drawn, up to `plan.max_sampling_rounds` times; a
-    `RuntimeError` says so when that does not fill the batch. `sampling_setup` goes to `sample_and_score`.
+    `RuntimeError` says so when that does not fill the batch. `play` plays episodes in place of `sample_and_score`, to
+    which `sampling_setup` goes otherwise.
     """
     kept: list[Scored] = []
     drawn = failed = 0
     seen: dict[int, int] = {}
     for _ in range(plan.max_sampling_rounds if plan.keep_group else 1):
-        scored = sample_and_score(
-            draw(num_groups), plan.group_size, step=step, seen=seen, forks=plan.forks, **sampling_setup
-        )
+        setup = {"step": step, "seen": seen, "forks": plan.forks, **sampling_setup}
+        if play is None:
+            scored = sample_and_score(draw(num_groups), plan.group_size, **setup)
+        else:
+            scored = play(draw(play.missing(num_groups)), plan.group_size, num_groups=num_groups, **setup)
         drawn += len(scored)
         failed += sum(not r.is_valid for group in scored for r in group.results)
         kept += [group for group in scored if plan.keep_group is None or plan.keep_group(_valid_rewards(group))]
@@ -185,10 +202,14 @@ def _trajectory(plan: Plan, group: Scored, index: int, group_id: int, first_row:
     prompt_length, length = len(group.prompt), len(sample.tokens)
     total = prompt_length + length
 
-    def on_completion(values, dtype) -> np.ndarray:
-        return np.concatenate([np.zeros(prompt_length, dtype), np.asarray(values, dtype)])
+    def on_completion(values, dtype, fill=0) -> np.ndarray:
+        return np.concatenate([np.full(prompt_length, fill, dtype), np.asarray(values, dtype)])
 
-    truncated = sample.finish_reason == "length"
+    versions, truncated = sample.versions, sample.finish_reason == "length"
+    fields = dict(group.turn_fields[index]) if group.turn_fields else {}
+    for name, value in fields.items():
+        if np.ndim(value):
+            fields[name] = on_completion(value, value.dtype, -1 if name == "state_ids" else 0)
     reward = result.value if result.is_valid else 0.0
     if plan.shape_reward is not None and result.is_valid:
         reward = plan.shape_reward(reward, length)
@@ -198,7 +219,7 @@ def _trajectory(plan: Plan, group: Scored, index: int, group_id: int, first_row:
         behavior_logprobs=on_completion(sample.logprobs, np.float32),
         entropies=on_completion(sample.entropies, np.float32),
         turn_ids=on_completion(group.steps[index], np.int32),
-        policy_version=np.full(total, step, np.int32),
+        policy_version=np.full(total, step, np.int32) if versions is None else on_completion(versions, np.int32),
         prompt_id=group.example.id,
         task_id=group.example.task_id,
         group_id=group_id,
@@ -210,6 +231,7 @@ def _trajectory(plan: Plan, group: Scored, index: int, group_id: int, first_row:
         fork_index=0 if sample.parent == NO_PARENT else prompt_length + sample.fork_index,
         fork_score=float(sample.fork_score),
         intervention=sample.intervention,
+        **fields,
     )
 
 
@@ -266,7 +288,16 @@ def _stats(plan: Plan, kept: Sequence[Scored], rewards: np.ndarray, drawn: int, 
             "unused_forks": float(len(kept) * plan.group_size - len(samples)),
             **_fork_stats(kept),
         }
-    return stats
+    return stats | _component_means(kept)
+
+
+def _component_means(kept: Sequence[Scored]) -> dict[str, float]:
+    """Mean of every component of the rewards over the samples that have it, where there are several."""
+    parts: dict[str, list[float]] = {}
+    for result in (r for g in kept for r in g.results if r.is_valid):
+        for name, value in result.components.items():
+            parts.setdefault(name, []).append(value)
+    return {f"component/{name}": float(np.mean(values)) for name, values in parts.items()} if len(parts) > 1 else {}
 
 
 def _fresh(sample: Sample) -> np.ndarray:

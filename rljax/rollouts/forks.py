@@ -1,6 +1,6 @@
 """The rounds of forks of one prompt, as its request to the decoder."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -9,13 +9,12 @@ import numpy as np
 from rljax.rollouts.fork_rules import Grown, grown_batch
 from rljax.rollouts.plans import ForkPlan
 from rljax.sampling import Fork, Rounds, Sample
-from rljax.text import StepSplitter, Tokenizer
 
 
 def rounds_of(
     plan: ForkPlan,
-    tokenizer: Tokenizer,
-    splitter: StepSplitter,
+    decode: Callable[[Sequence[int]], str],
+    steps_of: Callable[[Sample], np.ndarray],
     *,
     seed: int,
     step: int,
@@ -23,8 +22,10 @@ def rounds_of(
     first_id: int,
     limit: int,
 ) -> Rounds:
-    """The rounds of one prompt under `plan`, for its `Request`. Forks take the sample ids from `first_id` on; `limit`
-    is the longest completion. Points without room for a token of their own are left out.
+    """The rounds of one prompt under `plan`, for its `Request`; `steps_of` numbers the steps of a sample.
+
+    Forks take the sample ids from `first_id` on; `limit` is the longest completion. Points without room for a token of
+    their own are left out.
     """
     made = 0
 
@@ -35,11 +36,11 @@ def rounds_of(
         parents = samples[: plan.parents]
         numbers = np.random.SeedSequence([seed, step, prompt_id, first_id, made]).generate_state(2)
         grown = Grown(
-            batch=grown_batch(parents, plan.parents, limit, [splitter(sample.tokens) for sample in parents]),
+            batch=grown_batch(parents, plan.parents, limit, [steps_of(sample) for sample in parents]),
             chains=plan.chains,
             round=made,
             key=jax.random.wrap_key_data(jnp.asarray(numbers), impl="threefry2x32"),
-            decode=tokenizer.decode,
+            decode=decode,
         )
         made += 1
         points = [p for p in plan.rule(grown) if p.fork_index + len(p.inject) < limit][: plan.points * plan.chains]

@@ -1,7 +1,7 @@
 """Where the keys and values of conversations lie between their turns: the device side of `rljax.sampling.turns`.
 
-A context is linear: what comes later is appended. Its keys and values are kept for all tokens but the last, so a fork of
-it at any token is a copy of a part, and a turn after an observation computes the observation alone.
+A context is linear: what comes later is appended. Its keys and values are kept for all tokens but the last, so a fork
+of it at any token is a copy of a part, and a turn after an observation computes the observation alone.
 """
 
 import dataclasses

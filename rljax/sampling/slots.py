@@ -31,6 +31,8 @@ class Sample(NamedTuple):
     fork_score: float = 0.0
     forced: tuple[tuple[int, int], ...] = ()
     intervention: int = INTERVENTION_NONE
+    turns: np.ndarray | None = None  # int32 [T], of a conversation: numbers its turns, each with the observation behind
+    versions: np.ndarray | None = None  # int32 [T]: the version of the policy, where it changed on the way
 
     @property
     def sampled(self) -> np.ndarray:

@@ -29,6 +29,16 @@ MOST_TURNS = 2048
 """Turns of a sample that have random numbers of their own."""
 LARGEST_SAMPLE_ID = 2**31 // MOST_TURNS - 1
 
+_COUNTED = (
+    "new_tokens",
+    "context_tokens",
+    "extended_tokens",
+    "padded_tokens",
+    "copied_tokens",
+    "turns",
+    "decode_steps",
+    "busy_rows",
+)
 _MOST_EXTENDED = 16  # contexts extended at once: each is gathered, and scored over its whole length
 
 _init_contexts = jax.jit(init_contexts, static_argnums=(0, 1, 2))
@@ -57,7 +67,7 @@ class Turn(NamedTuple):
 
 
 class Spoken(NamedTuple):
-    """What came of a turn; arrays of its new tokens, as in `rljax.sampling.Sample`. An interrupted turn may have none."""
+    """What came of a turn: arrays of its new tokens as in `rljax.sampling.Sample`, none if it was cut off early."""
 
     turn: Turn
     tokens: np.ndarray  # int32 [T]
@@ -69,9 +79,10 @@ class Spoken(NamedTuple):
 class TurnDecoder:
     """Decodes the turns of up to `contexts` conversations on `rows` rows.
 
-    A context holds at most `context_length` tokens, a turn adds at most `max_new_tokens`. What a turn brings anew before
-    it speaks is computed in chunks of the lengths `extend_buckets`; after `warmup` nothing compiles. Every `check_every`
-    steps finished rows are handed over and waiting turns take them. Stop tokens and strings as in `Sampler`.
+    A context holds at most `context_length` tokens, a turn adds at most `max_new_tokens`. What a turn brings anew
+    before it speaks is computed in chunks of the lengths `extend_buckets`; after `warmup` nothing compiles. Every
+    `check_every` steps finished rows are handed over and waiting turns take them. Stop tokens and strings as in
+    `Sampler`.
 
     Use: `set_params`, `begin`, then `submit` and `run` in turn. Not safe for several threads. Raises ValueError for
     impossible settings.
@@ -131,9 +142,7 @@ class TurnDecoder:
         self._clear_stats()
 
     def _clear_stats(self) -> None:
-        names = ("new_tokens", "context_tokens", "extended_tokens", "padded_tokens", "copied_tokens", "turns")
-        names += ("decode_steps", "busy_rows")
-        self.stats = dict.fromkeys(names, 0) | {"seconds": 0.0}
+        self.stats = dict.fromkeys(_COUNTED, 0) | {"seconds": 0.0}
 
     def set_params(self, params: Params) -> None:
         """Takes a copy of the weights; what was computed with the last ones is forgotten. Raises RuntimeError while
@@ -272,11 +281,10 @@ class TurnDecoder:
         for turn in turns:
             wanted = np.asarray(turn.tokens, np.int32)[:-1]
             have = _common(self._held[turn.context], wanted)
-            other = 0 if turn.like is None else _common(self._held[turn.like], wanted)
-            if other > have and turn.like != turn.context:
+            if turn.like is not None and (common := _common(self._held[turn.like], wanted)) > have:
                 copies.append((turn.context, turn.like, 0, 0))
-                self.stats["copied_tokens"] += other
-                have = other
+                self.stats["copied_tokens"] += common
+                have = common
             self.stats["context_tokens"] += len(wanted)
             self.stats["extended_tokens"] += len(wanted) - have
             work.append((turn.context, wanted, have))

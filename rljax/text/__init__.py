@@ -6,6 +6,7 @@ with; `CharTokenizer` and `ByteTokenizer` serve small models trained from nothin
 
 from rljax.text.base import Message, Tokenizer
 from rljax.text.char import ByteTokenizer, CharTokenizer
+from rljax.text.dialogue import Dialogue
 from rljax.text.gguf import load_gguf_tokenizer
 from rljax.text.gguf_metadata import read_gguf_metadata
 from rljax.text.huggingface import HuggingFaceTokenizer, load_huggingface_tokenizer
@@ -17,6 +18,7 @@ from rljax.text.steps import StepSplitter
 __all__ = [
     "ByteTokenizer",
     "CharTokenizer",
+    "Dialogue",
     "HuggingFaceTokenizer",
     "Message",
     "SentencePieceTokenizer",

@@ -1,0 +1,54 @@
+"""Conversations as token ids: what was sampled stays as it is, and what comes back is tokenised once, behind it."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from rljax.text.base import Message, Tokenizer
+from rljax.text.prompts import render_prompt
+
+_BEFORE: list[dict[str, Any]] = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]
+
+
+class Dialogue:
+    """Ids of openings and observations; nothing that was sampled is ever decoded and encoded again.
+
+    Behind a prompt of chat messages an observation is what the chat template puts behind a turn of the assistant: a
+    message of `role`, and the start of the next turn. Behind a prompt of plain text it is `wrap[0] + text + wrap[1]`.
+    `chat` is that of `render_prompt`.
+    """
+
+    def __init__(
+        self, tokenizer: Tokenizer, *, role: str = "tool", wrap: tuple[str, str] = ("", ""), chat: bool | None = None
+    ):
+        self.tokenizer, self.role, self.wrap, self.chat = tokenizer, role, wrap, chat
+        self._base: list[int] | None = None
+
+    def opening(self, prompt: str | Sequence[Message]) -> list[int]:
+        """Ids of a prompt up to where the policy speaks. Raises ValueError as `render_prompt` does."""
+        return render_prompt(self.tokenizer, prompt, self.chat)
+
+    def action(self, ids: Sequence[int]) -> str:
+        """The text of what the policy said, without special tokens: what the environment gets."""
+        return self.tokenizer.decode(ids)
+
+    def observation(self, text: str, *, is_chat: bool, is_closed: bool) -> list[int]:
+        """Ids that follow a turn, up to where the policy speaks again. `is_closed`: the turn ends with a stop token of
+        its own; else the template's is put in first. Raises ValueError if the template does not append."""
+        if not is_chat:
+            return self.tokenizer.encode(f"{self.wrap[0]}{text}{self.wrap[1]}")
+        if self._base is None:
+            self._base = self.tokenizer.apply_chat_template(_BEFORE, add_generation_prompt=False)
+        base, message = self._base, {"role": self.role, "content": text}
+        ids = self.tokenizer.apply_chat_template([*_BEFORE, message], add_generation_prompt=True)
+        stops = [i for i, token in enumerate(base) if token in self.tokenizer.stop_ids]
+        end = stops[-1] if stops else len(base)
+        if ids[: end + 1] != base[: end + 1]:
+            raise ValueError(
+                f"the chat template does not append a message of role {self.role!r} to the turn before it; "
+                "rljax.envs.check_chat_template says where they part"
+            )
+        return ids[end + (is_closed and bool(stops)) :]
+
+    def is_chat(self, prompt: str | Sequence[Message]) -> bool:
+        """Whether a prompt goes through the chat template."""
+        return bool(self.chat) if isinstance(prompt, str) else True

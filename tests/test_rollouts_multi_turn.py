@@ -1,0 +1,256 @@
+"""Episodes over the decoder: the ids that were sampled are those that are trained on, whatever tools and rows do."""
+
+import functools
+import random
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rljax.envs import EnvironmentLimits, EnvironmentPool, Step
+from rljax.models import DecoderConfig, hidden_states, init_params, logits
+from rljax.rollouts.collect import collect
+from rljax.rollouts.fork_rules import random_step, top_entropy
+from rljax.rollouts.multi_turn import Player
+from rljax.rollouts.plans import ForkPlan, Plan
+from rljax.sampling import TurnDecoder, sampling_params
+from rljax.tasks import Example
+from rljax.text import CharTokenizer, Dialogue
+
+TOKENIZER = CharTokenizer("abcdefghijklmnoprstw?!#0123456789 ")
+CONFIG = DecoderConfig(
+    vocab_size=TOKENIZER.vocab_size, num_layers=2, embed_dim=32, num_heads=4, num_kv_heads=2, head_dim=8, mlp_dim=64
+)
+LENGTH = 120
+
+
+@functools.lru_cache
+def params():
+    return jax.tree.map(lambda x: 3 * x, init_params(CONFIG, jax.random.key(0)))
+
+
+class Echo:
+    """Counts the letters it has heard; over after four turns. Its state is more than its last observation."""
+
+    delay = 0.0
+
+    def reset(self, row):
+        self.heard, self.row = 0, row
+        return f"{row['prompt']}#"
+
+    def step(self, action):
+        time.sleep(self.delay)
+        self.heard += len(action)
+        self.turns = getattr(self, "turns", 0) + 1
+        counts = {"tool_calls": 1.0, "prediction": 0.5}
+        return Step(f"?{self.heard}!", float(self.turns), self.turns == 4, counts)
+
+
+class Slow(Echo):
+    def step(self, action):
+        time.sleep(random.uniform(0, 0.03))
+        return super().step(action)
+
+
+class Broken(Echo):
+    def step(self, action):
+        if self.row["prompt"] == "bad":
+            raise OSError("the tool is gone")
+        return super().step(action)
+
+
+def make_player(make=Echo, *, rows=3, contexts=12, decoders=1, limits=None, workers=8, length=LENGTH, **settings):
+    made = [
+        TurnDecoder(
+            CONFIG,
+            contexts=contexts,
+            rows=rows,
+            context_length=length,
+            max_new_tokens=9,
+            extend_buckets=(4, 16),
+            check_every=3,
+            stop_tokens=[*TOKENIZER.stop_ids, *TOKENIZER.encode("abcd")],
+        )
+        for _ in range(decoders)
+    ]
+    pool = EnvironmentPool(make, workers=workers, limits=limits or EnvironmentLimits())
+    player = Player(made, pool, Dialogue(TOKENIZER, wrap=(" ", "#")), **settings)
+    player.set_params(params(), version=0)
+    return player
+
+
+EXAMPLES = [Example(prompt) for prompt in ("abc", "no more", "dig")]
+
+
+def play(player, examples=EXAMPLES, samples=4, *, step=0, **settings):
+    return player(examples, samples, sampling=sampling_params(), seed=3, step=step, **settings)
+
+
+def check_sample(group, sample):
+    """Sampled tokens have the log-probs of the full forward pass over exactly these ids."""
+    row = jnp.asarray([group.prompt + sample.tokens.tolist()])
+    hidden = hidden_states(CONFIG, params(), row, jnp.arange(row.shape[1])[None], jnp.full(row.shape, row.shape[1]))
+    table = np.asarray(jax.nn.log_softmax(logits(CONFIG, params(), hidden)[0]))[len(group.prompt) - 1 : -1]
+    want = table[np.arange(len(sample.tokens)), sample.tokens]
+    np.testing.assert_allclose(sample.logprobs, np.where(sample.sampled, want, 0), atol=3e-5)
+
+
+def turns_of(sample):
+    """(what was sampled, what came back) of every turn, as text."""
+    out = []
+    for turn in range(int(sample.turns.max()) + 1):
+        here = sample.turns == turn
+        parts = [sample.tokens[here & mask].tolist() for mask in (sample.sampled, ~sample.sampled)]
+        out.append((TOKENIZER.decode(parts[0]), TOKENIZER.decode(parts[1])))
+    return out
+
+
+def test_what_was_sampled_is_what_is_kept_and_observations_are_given():
+    player = make_player()
+    groups = play(player)
+    assert [g.example for g in groups] == EXAMPLES
+    for group in groups:
+        assert TOKENIZER.decode(group.prompt) == f"{group.example.prompt}#"
+        for sample, result in zip(group.samples, group.results, strict=True):
+            check_sample(group, sample)
+            said = turns_of(sample)
+            heard = np.cumsum([len(text) for text, _ in said])
+            assert [back for _, back in said[:-1]] == [f" ?{n}!#" for n in heard[:-1]]
+            if sample.finish_reason == "stop":
+                assert len(said) == 4 and result.value == 10.0 and result.components["turns"] == 4
+            else:
+                assert result.value == sum(range(len(said)))
+    samples = [s for g in groups for s in g.samples]
+    assert {s.finish_reason for s in samples} == {"stop", "length"}
+    assert len({tuple(s.tokens.tolist()) for s in samples}) == len(samples)
+    assert player.last_stats["reused_share"] > 0.6
+
+
+def test_tools_rows_and_workers_do_not_change_what_is_said():
+    want = [s.tokens.tolist() for g in play(make_player()) for s in g.samples]
+    for settings in ({"make": Slow}, {"rows": 1, "workers": 1}, {"make": Slow, "rows": 8, "contexts": 5}):
+        assert [s.tokens.tolist() for g in play(make_player(**settings)) for s in g.samples] == want
+
+
+def test_a_repeated_prompt_gets_other_samples():
+    player, seen = make_player(), {}
+    first, second = play(player, EXAMPLES[:1] * 2, seen=seen)
+    third = play(player, EXAMPLES[:1], seen=seen)[0]
+    texts = [tuple(s.tokens.tolist()) for g in (first, second, third) for s in g.samples]
+    assert len(set(texts)) == len(texts)
+
+
+def test_an_environment_that_fails_costs_its_episode_alone():
+    player = make_player(Broken)
+    bad, good = play(player, [Example("bad"), Example("good")])
+    failed = [r for r in bad.results if not r.is_valid]
+    assert failed and all("the tool is gone" in r.error for r in failed)
+    assert all(r.is_valid == (s.finish_reason == "length") for r, s in zip(bad.results, bad.samples, strict=True))
+    assert all(r.is_valid for r in good.results)
+    assert player.last_stats["failed"] == len(failed)
+    unknown = play(make_player(), [Example("ABC"), Example("good")])  # letters the tokenizer lacks
+    assert not any(r.is_valid for r in unknown[0].results) and all(r.is_valid for r in unknown[1].results)
+
+
+def test_limits_end_an_episode_and_may_set_its_reward():
+    limits = EnvironmentLimits(turns=2)
+    for reward, want in ((None, 3.0), (-0.2, -0.2)):
+        group = play(make_player(limits=limits, unfinished_reward=reward))[0]
+        full = [r.value for r in group.results if r.components["turns"] == 2]
+        assert full and set(full) == {want}
+
+
+def test_a_full_context_truncates():
+    for group in play(make_player(length=24)):
+        for sample in group.samples:
+            assert len(group.prompt) + len(sample.tokens) <= 24 + 9
+            if len(group.prompt) + len(sample.tokens) >= 24:
+                assert sample.finish_reason == "length"
+
+
+@pytest.mark.parametrize("rule", [random_step(2, 2), top_entropy(2, 2, tail=0.0, last_words=())])
+def test_forks_go_on_from_the_environment_as_it_stood(rule):
+    plan = ForkPlan(chains=2, points=2, rule=rule, rounds=2)
+    player = make_player(contexts=20)
+    for group in play(player, forks=plan):
+        assert 2 < len(group.samples) <= plan.leaves
+        for i, (sample, result) in enumerate(zip(group.samples, group.results, strict=True)):
+            check_sample(group, sample)
+            heard = np.cumsum([len(text) for text, _ in turns_of(sample)])
+            assert [back for _, back in turns_of(sample)[:-1]] == [f" ?{n}!#" for n in heard[:-1]]
+            if i >= 2:
+                parent = group.samples[sample.parent]
+                np.testing.assert_array_equal(sample.tokens[: sample.fork_index], parent.tokens[: sample.fork_index])
+                assert sample.sampled[sample.fork_index]  # what comes first is the policy's
+                assert result.is_valid
+    assert player.last_stats["reused_share"] > 0.6
+
+
+def test_forks_at_turns_begin_after_an_observation():
+    plan = ForkPlan(chains=2, points=2, rule=random_step(2, 2, from_root=False), rounds=1)
+    children = [s for g in play(make_player(contexts=12), forks=plan) for s in g.samples if s.parent >= 0]
+    assert children
+    for sample in children:
+        assert not sample.sampled[sample.fork_index - 1]  # the token before belongs to an observation
+        assert sample.turns[sample.fork_index] == sample.turns[sample.fork_index - 1] + 1
+
+
+def test_groups_in_flight_span_versions():
+    player = make_player(Slow, contexts=24, groups_in_flight=2)
+    versions, drawn, kept = [], 0, 0
+    for step in range(4):
+        player.set_params(params(), version=step)
+        examples = [Example(f"task {step} {i}") for i in range(player.missing(2))]
+        drawn += len(examples)
+        groups = play(player, examples, step=step, num_groups=2)
+        assert len(groups) == 2
+        kept += 2
+        for group in groups:
+            for sample in group.samples:
+                check_sample(group, sample)
+                assert (np.diff(sample.versions) >= 0).all() and sample.versions.max() <= step
+                versions.append(sample.versions)
+    assert drawn == kept + 2 == kept + player.num_pending
+    assert any(len(set(v.tolist())) > 1 for v in versions)
+
+
+def test_decoders_share_an_episode():
+    def pick(prompt_id, sample_id, turn):
+        return turn % 2
+
+    player = make_player(decoders=2, pick=pick, stale_every=10)
+    player.set_params(params(), version=7)
+    want = [s.tokens.tolist() for g in play(make_player(), step=7) for s in g.samples]
+    groups = play(player, step=7)
+    assert [s.tokens.tolist() for g in groups for s in g.samples] == want
+    for sample in (s for g in groups for s in g.samples):
+        own = sample.versions[sample.sampled]
+        np.testing.assert_array_equal(own, np.where(sample.turns[sample.sampled] % 2, 0, 7))
+
+
+def test_collect_makes_trajectories_of_episodes():
+    rollout = collect(
+        Plan(group_size=4),
+        lambda n: EXAMPLES[:n],
+        num_groups=3,
+        step=5,
+        play=make_player(),
+        sampling=sampling_params(),
+        seed=3,
+    )
+    assert rollout.rewards.shape == (3, 4) and rollout.stats["component/turns"] > 1
+    for t in rollout.trajectories:
+        own = t.action_mask
+        assert t.turn_ids.max() >= 0 and not own[: len("abc#")].any()
+        np.testing.assert_array_equal(t.prediction_scores, np.where(own, 0.5, 0.0) * (t.prediction_scores > 0))
+        assert (t.state_ids[~own] == -1).all() and (t.state_ids[own] >= 0).all()
+        rewards = [t.turn_rewards[own & (t.turn_ids == turn)] for turn in range(t.turn_ids.max() + 1)]
+        assert all(len(set(values.tolist())) <= 1 for values in rewards)
+        assert sum(values[0] for values in rewards if len(values)) == t.reward
+
+
+def test_a_group_that_does_not_fit_is_refused():
+    with pytest.raises(ValueError, match="a group of 5 episodes needs as many contexts, but the decoder has 4"):
+        play(make_player(contexts=4), samples=5)

@@ -22,8 +22,10 @@ from rljax.algorithms import (
     RECIPES,
     RLOO,
     VCPO,
+    ActGuideRL,
     AgentRL,
     DecoupledPPO,
+    DeepDive,
     DirectionReweighting,
     DivergenceWeighting,
     DrGRPO,
@@ -35,6 +37,7 @@ from rljax.algorithms import (
     Reinforce,
     ReinforcePlusPlus,
     ReinforcePlusPlusBaseline,
+    RoleAgent,
 )
 from rljax.types import RolloutBatch, Rows
 
@@ -410,6 +413,11 @@ def test_every_recipe_names_its_paper_and_its_deviations(recipe):
         (DirectionReweighting(alpha=-0.1), "alpha=-0.1"),
         (DivergenceWeighting(width=2.0), "width=2.0 must be at least 0 and below 2"),
         (HighEntropy(fraction=0.0), "fraction=0.0 must be above 0"),
+        (ActGuideRL(shaping=-0.1), "shaping=-0.1 must be at least 0"),
+        (ActGuideRL(dual_clip=1.0), "dual_clip=1.0 must be above 1"),
+        (DeepDive(penalty_weight=-0.1), "penalty_weight=-0.1 must be at least 0"),
+        (RoleAgent(gamma=1.5), "gamma=1.5 must be at most 1"),
+        (RoleAgent(wia_mode="both"), "wia_mode='both' must be one of return, reward"),
     ],
 )
 def test_impossible_hyperparameters_are_one_clear_line(recipe, message):

@@ -12,7 +12,7 @@ WIA_MODES = {"return": predictive_returns, "reward": predicted_reward_returns}
 
 @dataclasses.dataclass
 class RoleAgent:
-    """Role-Agent's world-in-agent objective, arXiv 2606.10917; it builds on GiGPO, 2505.10978.
+    """Role-Agent's world-in-agent objective, arXiv 2606.10917.
 
         R[t] = (sum_{k >= t} gamma^(k - t) r[k]) (1 + sim[t])         t counts turns
         A    = (R[t] - mean) / (std + epsilon) of the turns that began in the same state
@@ -20,7 +20,7 @@ class RoleAgent:
         loss = mean_rows mean_tokens [ max(-A r, -A clip(r, 1 - clip_low, 1 + clip_high)) + kl_coef * k3 ]
 
     `sim[t]`, the batch's `prediction_scores`, is how well turn t foresaw the observation after it. Without them this is
-    GiGPO, and without `state_ids` too, as for single answers, GRPO.
+    GiGPO (2505.10978), and without `state_ids` too, as for single answers, GRPO.
 
     Deviations: the prediction stands in the turn itself, looks one step ahead and is trained with it, as in the
     release (the paper: a call of its own, up to 5% of the steps ahead). `wia_mode` "reward" is the release, which

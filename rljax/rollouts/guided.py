@@ -122,8 +122,9 @@ def _stats(
     threshold: float,
 ) -> dict[str, float]:
     is_guided = levels > 0
-    texts = [text for i in np.flatnonzero(is_guided) for text in groups[i].texts]
-    flat = [len(set(_values(groups[i]))) < 2 for i in np.flatnonzero(is_guided)]
+    guided = [group for group, level in zip(groups, levels, strict=True) if level]
+    texts = [text for group in guided for text in group.texts]
+    flat = [len(set(_values(group))) < 2 for group in guided]
 
     def mean(values: Any) -> float:
         return float(np.mean(values)) if len(values) else 0.0
@@ -131,7 +132,7 @@ def _stats(
     return {
         "guided_share": mean(is_guided),
         "hard_share": len(hard) / max(len(groups), 1),
-        "solved_with_guidance": mean([_succeeds(groups[i], threshold) for i in np.flatnonzero(is_guided)]),
+        "solved_with_guidance": mean([_succeeds(group, threshold) for group in guided]),
         "guided_no_signal_share": mean(flat),
         "guidance_level_mean": mean(levels[is_guided]),
         "guidance_share_of_plan": mean(levels[is_guided] / np.maximum(lengths[is_guided], 1)),

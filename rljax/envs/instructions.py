@@ -1,0 +1,40 @@
+"""Says in plain text which tools there are and how to call them, for prompts that no chat template adds them to."""
+
+import json
+from typing import Any
+
+from rljax.envs.formats import ToolFormat, tag_format
+from rljax.envs.tools import ToolBox
+
+_JSON_CALLS = {
+    "hermes": '<tool_call>{"name": NAME, "arguments": {ARGUMENT: VALUE, ...}}</tool_call>',
+    "llama3": '{"name": NAME, "parameters": {ARGUMENT: VALUE, ...}}',
+}
+
+
+def tool_instructions(tools: ToolBox, tool_format: ToolFormat) -> str:
+    """The tools of a box, and how a call is written in the format: a line for each tool with `tags`, else a line on the
+    format, if it is a built-in one, and the JSON schemas."""
+    if tool_format.name == "tags":
+        return "\n".join(["You can call these tools:", *(_tagged(schema) for schema in tools.schemas)])
+    call = _JSON_CALLS.get(tool_format.name)
+    lines = [f"You can call these tools. A call is written {call}" if call else "You can call these tools."]
+    return "\n".join(lines + [json.dumps(schema["function"], ensure_ascii=False) for schema in tools.schemas])
+
+
+def tags_of(tools: ToolBox) -> ToolFormat:
+    """The format of tags for exactly the tools of a box, each of which has one argument or more: the text between the
+    tags is the first. A tag of another name is plain text then."""
+    return tag_format({name: _first_parameter(schema) for name, schema in zip(tools.names, tools.schemas)})
+
+
+def _tagged(schema: dict[str, Any]) -> str:
+    function = schema["function"]
+    name, parameter = function["name"], _first_parameter(schema)
+    about = " ".join(function["description"].split())
+    what = function["parameters"]["properties"][parameter].get("description", "")
+    return f"<{name}>{parameter}</{name}>: {about}" + (f" {parameter}: {what}" if what else "")
+
+
+def _first_parameter(schema: dict[str, Any]) -> str:
+    return next(iter(schema["function"]["parameters"]["properties"]))

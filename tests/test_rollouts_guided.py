@@ -1,11 +1,17 @@
 """Guidance from recorded actions and the search for the shortest that helps, by the worked examples of ActGuide-RL."""
 
+import functools
 import itertools
+import string
 
+import jax
 import numpy as np
 import pytest
 
-from rljax.rollouts.collect import Scored
+from rljax.algorithms import ActGuideRL
+from rljax.models import DecoderConfig, init_params
+from rljax.rollouts.batching import PackSpec, stack
+from rljax.rollouts.collect import Scored, _trajectory, sample_and_score
 from rljax.rollouts.guidance import (
     HEADING,
     MINIMAL_SEARCH,
@@ -15,8 +21,12 @@ from rljax.rollouts.guidance import (
     reference_actions,
 )
 from rljax.rollouts.guided import collect_guided
-from rljax.sampling import Sample
-from rljax.tasks import Example, RewardResult
+from rljax.rollouts.plans import Plan
+from rljax.sampling import Sample, Sampler, sampling_params
+from rljax.tasks import Example, RewardResult, RewardRunner, RewardSpec
+from rljax.text import CharTokenizer
+from rljax.training import Learner, OptimizerConfig
+from rljax.types import SOURCE_GUIDED, SOURCE_POLICY
 
 ACTIONS = [{"name": "search", "arguments": {"query": f"q{i}", "goal": "why"}} for i in range(1, 9)]
 
@@ -173,6 +183,21 @@ def test_hard_tasks_are_guided_and_train_on_the_plain_prompt():
     assert [max(r.value for r in group.results) for group in got.groups] == [1, 1, 0, 0, 1]
 
 
+def test_guided_rows_say_so():
+    groups = collect_guided(Player(NEEDED), EXAMPLES, 4).groups
+    sources = [{fields.get("source", SOURCE_POLICY) for fields in group.turn_fields} for group in groups]
+    assert sources == [set(), {SOURCE_GUIDED}, {SOURCE_GUIDED}, set(), {SOURCE_GUIDED}]
+
+
+def test_guidance_that_an_environment_keeps_to_itself_is_an_error():
+    class Deaf(Player):
+        def group(self, example, count):
+            return super().group(example, count)._replace(prompt=[1, 2, 3])
+
+    with pytest.raises(ValueError, match="did not reach the policy"):
+        collect_guided(Deaf(NEEDED), EXAMPLES, 4)
+
+
 def test_probes_of_all_tasks_go_together_and_are_thrown_away():
     play = Player(NEEDED)
     got = collect_guided(play, EXAMPLES, 4, probe_samples=2)
@@ -223,3 +248,65 @@ def test_penalties_are_failures_and_the_budget_ends_the_search():
     assert not got.is_verified[0]
     released = collect_guided(Player(NEEDED), EXAMPLES[1:2], 4, budget=1, rule=RELEASED_SEARCH)
     np.testing.assert_array_equal(released.levels, [5])
+
+
+def only_with_a_plan(completion, prompt):
+    """1 for about every second answer to a prompt with guidance."""
+    return float("Reference plan" in prompt and ord(completion[0]) % 2)
+
+
+def test_the_learner_compares_the_plain_prompt_with_what_was_sampled_under_guidance():
+    """From a real decoder to an update: the ratio of a guided row is not 1 on its first update, that of a plain row is,
+    and the recorded log-probs are those of the guided prompt."""
+    tokenizer = CharTokenizer(string.ascii_letters + string.digits + string.punctuation + " \n")
+    config = DecoderConfig(
+        vocab_size=tokenizer.vocab_size,
+        num_layers=1,
+        embed_dim=32,
+        num_heads=2,
+        num_kv_heads=2,
+        head_dim=16,
+        mlp_dim=32,
+    )
+    params = jax.tree.map(lambda x: 4 * x if x.ndim > 1 else x, init_params(config, jax.random.key(0)))
+    sampler = Sampler(config, prompt_buckets=(256,), max_new_tokens=4, prompt_slots=2, sample_slots=8)
+    sampler.set_params(params)
+    hard = Example(prompt="how?", columns={"actions": [{"name": "search", "arguments": {"query": "x"}}]})
+    examples = [Example(prompt="what?", columns={}), hard]
+    with RewardRunner([RewardSpec(only_with_a_plan)]) as runner:
+        play = functools.partial(
+            sample_and_score,
+            sampler=sampler,
+            tokenizer=tokenizer,
+            reward_runner=runner,
+            sampling=sampling_params(),
+            seed=0,
+            step=0,
+        )
+        got = collect_guided(play, examples, 8, probe_samples=8)
+    assert got.levels.tolist() == [0, 1] and got.stats["solved_with_guidance"] == 1
+
+    def batch_of(groups):
+        return stack(
+            [_trajectory(Plan(8), g, i, n, 8 * n, 0) for n, g in enumerate(groups) for i in range(8)],
+            length_buckets=(256,),
+        )
+
+    batch = batch_of(got.groups)
+    np.testing.assert_array_equal(batch.source, [SOURCE_POLICY] * 8 + [SOURCE_GUIDED] * 8)
+    algorithm = ActGuideRL(kl_coef=0.0).build()
+    learner = Learner(config, OptimizerConfig(learning_rate=1e-3), algorithm.loss, PackSpec(256, 8), chunk=256)
+    plain = learner.score_rows(params, batch)
+    shown = tokenizer.encode(guided_prompt(hard.prompt, reference_actions(hard.columns["actions"]), 1))
+    as_sampled = batch_of([got.groups[0], got.groups[1]._replace(prompt=shown)])
+    guided = learner.score_rows(params, as_sampled)
+    for side, scored in ((batch, plain), (as_sampled, guided)):
+        gap = np.where(side.action_mask, np.abs(scored - side.behavior_logprobs), 0).max(axis=1)
+        assert gap[:8].max() < 1e-4
+        assert gap[8:].max() < 1e-4 if side is as_sampled else gap[8:].min() > 1e-2
+    state = learner.init_state(params)
+    (minibatch,) = learner.prepare(state, batch, np.asarray(algorithm.advantage_fn(batch)))
+    _, metrics = learner.update(state, minibatch)
+    ratios = np.exp(plain - batch.behavior_logprobs)[batch.action_mask]
+    np.testing.assert_allclose(metrics["loss/ratio_mean"], ratios.mean(), rtol=1e-4)
+    assert abs(ratios.mean() - 1) > 1e-2

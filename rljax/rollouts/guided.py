@@ -1,7 +1,8 @@
 """Rollouts with as little guidance as it takes, where plain ones fail throughout (ActGuide-RL, 2605.12004). Host.
 
 Training sees the plain prompt: a guided group keeps the tokens that were sampled and the log-probs of the prompt they
-were sampled under, and its `prompt` is the plain one. Never guide an evaluation.
+were sampled under, its `prompt` is the plain one, and its rows have the source `SOURCE_GUIDED`. Never guide an
+evaluation.
 """
 
 import re
@@ -12,10 +13,11 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Bool, Int
 
-from rljax.rollouts.collect import Scored
+from rljax.rollouts.collect import Scored, sample_and_score
 from rljax.rollouts.guidance import FINAL_ACTIONS, MINIMAL_SEARCH, SearchRule, guided_prompt, reference_actions
 from rljax.tasks import Example
 from rljax.tasks.examples import digest
+from rljax.types import SOURCE_GUIDED
 
 Play = Callable[[list[Example], int], list[Scored]]
 """(examples, samples of each) -> their groups, in order."""
@@ -52,7 +54,8 @@ def collect_guided(
     level was chosen.
 
     Guided examples have ids of their own, so that no rollout repeats the random numbers of another. An example whose
-    rollouts were all invalid is not hard. ValueError for reference actions that are none.
+    rollouts were all invalid is not hard. ValueError for reference actions that are none, and for
+    guidance that an environment does not pass on.
 
     Stats: shares of groups that were hard and that are guided; of guided groups the shares solved and without signal,
     the mean level and its share of the plan, the share verified; probes per hard task; rollouts and sampled tokens of
@@ -77,7 +80,7 @@ def collect_guided(
         levels[hard], is_verified[hard] = rule.found(search)
         guided = play([_guide(examples[i], actions[i], int(levels[i]), "guided") for i in hard], samples_each)
         for i, group in zip(hard, guided, strict=True):
-            groups[i] = group._replace(example=examples[i], prompt=groups[i].prompt)
+            groups[i] = _unguided(group, groups[i], int(levels[i]))
     lengths = np.array([len(a) for a in actions], np.int32)
     stats = _stats(groups, levels, is_verified, lengths, hard, threshold)
     stats |= {
@@ -95,6 +98,20 @@ def _guide(example: Example, actions: Sequence[dict[str, Any]], level: int, purp
         prompt=guided_prompt(example.prompt, actions, level),
         id=digest([example.id, level, purpose]) >> 97,
     )
+
+
+def _unguided(guided: Scored, plain: Scored, level: int) -> Scored:
+    """The guided samples behind the plain prompt. Raises ValueError if they had read nothing else than that."""
+    if not level:
+        return guided._replace(example=plain.example)
+    if _values(guided) and list(guided.prompt) == list(plain.prompt):
+        raise ValueError(
+            f"the guidance of example {plain.example.id} did not reach the policy: what it read is the plain prompt; "
+            "let the environment's reset return the column prompt of its row"
+        )
+    told = guided.turn_fields or [{}] * len(guided.samples)
+    fields = [{**fields, "source": SOURCE_GUIDED} for fields in told]
+    return guided._replace(example=plain.example, prompt=plain.prompt, turn_fields=fields)
 
 
 def _values(group: Scored) -> list[float]:
@@ -139,3 +156,23 @@ def _stats(
         "guidance_verified_share": mean(is_verified[is_guided]),
         "quotes_plan_share": mean([bool(QUOTES_PLAN.search(text)) for text in texts]),
     }
+
+
+class GuidedPlayer:
+    """`collect_guided` with these `options`, as a way to collect: `plain` is called as `sample_and_score` is."""
+
+    def __init__(self, plain: Callable[..., list[Scored]] = sample_and_score, **options: Any):
+        self._plain, self._options = plain, options
+        self.last_stats: dict[str, float] = {}
+
+    def missing(self, num_groups: int) -> int:
+        return num_groups
+
+    def __call__(
+        self, examples: Sequence[Example], samples_each: int, *, num_groups: int | None = None, **setup: Any
+    ) -> list[Scored]:
+        found = collect_guided(
+            lambda chosen, each: self._plain(chosen, each, **setup), examples, samples_each, **self._options
+        )
+        self.last_stats = found.stats
+        return found.groups

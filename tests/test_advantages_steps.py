@@ -249,6 +249,16 @@ def test_an_invalid_row_leaves_its_state_group():
     np.testing.assert_allclose(got[0, 4], 0, atol=1e-6)  # alone in s1 now
 
 
+def test_order_of_rows_and_padding_change_nothing():
+    made = [dataclasses.replace(t, penalty=0.1 * i) for i, t in enumerate(episodes())]
+    advantage_fn = penalized(RoleAgent(group_size=3).build().advantage_fn)
+    want = np.asarray(advantage_fn(stack(made)))
+    order = [2, 0, 1]
+    got = np.asarray(advantage_fn(stack([made[i] for i in order], row_buckets=(8,), length_buckets=(32,))))
+    np.testing.assert_allclose(got[:3, :16], want[order][:, :16], atol=1e-6)
+    assert not got[3:].any() and not got[:, 16:].any()
+
+
 def fixed_rewards(rewards, penalty):
     rows = len(rewards)
     batch = make_batch(group_id=[0] * rows, rewards=rewards, lengths=range(1, rows + 1))

@@ -2,7 +2,10 @@
 
 import numpy as np
 import pytest
+from objectives import make_batch, make_rows, value_and_grad
 
+from rljax.advantages import group_normalized
+from rljax.algorithms import AgentRL
 from rljax.envs import END_REASONS, FAILED
 from rljax.rollouts.cross_policy import (
     buffer_take,
@@ -67,3 +70,23 @@ def test_the_number_of_a_turn_depends_on_what_it_is_called_alone():
     assert numbers.min() >= 0 and numbers.max() < 1
     assert abs(numbers.mean() - 0.5) < 0.02 and abs(np.mean(numbers < 0.25) - 0.25) < 0.02
     assert turn_uniform(0, 1, 12, 3, 4) != turn_uniform(0, 11, 2, 3, 4)
+
+
+@pytest.mark.parametrize(
+    ("ddof", "expected"),
+    [(1, [1.477095, -0.369274, -0.369274, -0.738548]), (0, [1.705602, -0.426401, -0.426401, -0.852801])],
+)
+def test_an_unfinished_episode_lowers_its_group(ddof, expected):
+    batch = make_batch(group_id=[0] * 4, rewards=[1, 0, 0, episode_reward("turns", 0.0)], lengths=[1] * 4)
+    np.testing.assert_allclose(group_normalized(ddof=ddof)(batch)[:, -1], expected, atol=2e-6)
+
+
+def test_the_loss_meets_the_worked_example():
+    ratio, advantages, expected = [1.5, 0.5, 5.0, 1.1], [1.0, 1.0, -1.0, -1.0], [-1.2, -0.5, 3.0, 1.1]
+    loss = AgentRL(kl_coef=0.0).build().loss
+    for t in range(4):
+        rows = make_rows(
+            np.arange(4)[None] == t, aggregate=loss.token_weights, old=np.zeros((1, 4)), advantages=[advantages]
+        )
+        value, _, _ = value_and_grad(loss, rows, np.log([ratio]))
+        assert value == pytest.approx(expected[t], abs=1e-6)

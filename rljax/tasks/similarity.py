@@ -3,6 +3,7 @@
 `dice` and `of_longer` are those of `rljax.ops`, which take token ids on the device.
 """
 
+import functools
 import re
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Sequence
@@ -33,13 +34,13 @@ def lcs_length(a: Sequence[Hashable], b: Sequence[Hashable]) -> int:
 
 def dice(a: str, b: str) -> float:
     """`2 LCS / (len a + len b)` of the words."""
-    x, y = words(a), words(b)
+    x, y = _words(a), _words(b)
     return 2 * lcs_length(x, y) / (len(x) + len(y)) if x and y else 0.0
 
 
 def of_longer(a: str, b: str) -> float:
     """`LCS / max(len a, len b)` of the words."""
-    x, y = words(a), words(b)
+    x, y = _words(a), _words(b)
     return lcs_length(x, y) / max(len(x), len(y)) if x and y else 0.0
 
 
@@ -47,6 +48,16 @@ def gestalt(a: str, b: str) -> float:
     """`2 M / (len a + len b)`, M the characters of matching blocks, the longest first (Ratcliff and Obershelp, as in
     `difflib`). Slow for long texts."""
     return SequenceMatcher(None, a, b, autojunk=False).ratio() if a and b else 0.0
+
+
+def _words(text: str) -> Sequence[str]:
+    """Prompts are compared again and again, and short; observations once."""
+    return _prompt_words(text) if len(text) <= 1000 else words(text)
+
+
+@functools.lru_cache(maxsize=2048)
+def _prompt_words(text: str) -> tuple[str, ...]:
+    return tuple(words(text))
 
 
 SIMILARITIES: dict[str, TextSimilarity] = {"dice": dice, "of_longer": of_longer, "gestalt": gestalt}

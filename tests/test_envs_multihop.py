@@ -195,11 +195,11 @@ def test_searching_hop_by_hop_solves_what_cannot_be_guessed():
 
 
 def test_splits_share_neither_questions_nor_answers():
-    train = rows(80, split="train", seed=1)
-    test = [row for seed in (1, 2) for row in rows(20, split="test", seed=seed)]
+    train = rows(40, split="train", seed=1)
+    test = [row for seed in (1, 2) for row in rows(10, split="test", seed=seed)]
     for column in ("question", "answer"):
         assert not {row[column] for row in train} & {row[column] for row in test}
-    assert len({row["question"] for row in train}) == 80
+    assert len({row["question"] for row in train}) == 40
     assert len({row["answer"] for row in ROWS}) == len(ROWS)
 
 

@@ -3,7 +3,7 @@
 import json
 from typing import Any
 
-from rljax.envs.formats import ToolFormat, tag_format
+from rljax.envs.formats import ToolFormat
 from rljax.envs.tools import ToolBox
 
 _JSON_CALLS = {
@@ -20,12 +20,6 @@ def tool_instructions(tools: ToolBox, tool_format: ToolFormat) -> str:
     call = _JSON_CALLS.get(tool_format.name)
     lines = [f"You can call these tools. A call is written {call}" if call else "You can call these tools."]
     return "\n".join(lines + [json.dumps(schema["function"], ensure_ascii=False) for schema in tools.schemas])
-
-
-def tags_of(tools: ToolBox) -> ToolFormat:
-    """The format of tags for exactly the tools of a box, each of which has one argument or more: the text between the
-    tags is the first. A tag of another name is plain text then."""
-    return tag_format({name: _first_parameter(schema) for name, schema in zip(tools.names, tools.schemas)})
 
 
 def _tagged(schema: dict[str, Any]) -> str:

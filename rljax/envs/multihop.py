@@ -9,8 +9,8 @@ from typing import Any
 
 from rljax.envs.base import Prompt, Step
 from rljax.envs.corpus import Corpus, Document
-from rljax.envs.formats import get_format
-from rljax.envs.instructions import tags_of, tool_instructions
+from rljax.envs.formats import get_format, tag_format
+from rljax.envs.instructions import tool_instructions
 from rljax.envs.knowledge import Graph, documents, knowledge_graph, walk
 from rljax.envs.questions import Question, ask
 from rljax.envs.sharing import made_once
@@ -20,6 +20,9 @@ from rljax.tasks.examples import digest
 from rljax.tasks.text_rewards import query_redundancy
 
 MISSING_CALL, MALFORMED_CALL, INVALID_CALL = "missing_tool_call", "malformed_tool_call", "invalid_tool_call"
+TAGS = tag_format({"search": "query", "open": "page", "finish": "answer"})
+"""What `tool_format="tags"` is here."""
+
 SPLITS = ("all", "train", "test")
 
 _TRIES = 500
@@ -97,7 +100,7 @@ class MultiHop(ToolEnvironment):
                 f"{redundancy_weight} a finite number, 0 or more"
             )
         tools = ToolBox([*self._tools(), named(answer, "finish")])
-        chosen = tags_of(tools) if tool_format == "tags" else get_format(tool_format)
+        chosen = TAGS if tool_format == "tags" else get_format(tool_format)
         super().__init__(
             tools,
             _is_right,

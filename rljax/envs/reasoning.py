@@ -4,13 +4,16 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
-from rljax.envs.formats import get_format
-from rljax.envs.instructions import tags_of, tool_instructions
+from rljax.envs.formats import get_format, tag_format
+from rljax.envs.instructions import tool_instructions
 from rljax.envs.sandbox import Limits, Sandbox
 from rljax.envs.sharing import made_once
 from rljax.envs.tool_environment import ToolEnvironment
 from rljax.envs.tools import ToolBox, answer, python_tool
 from rljax.tasks.reasoning_gym import ReasoningGymVerifier, reasoning_gym_task
+
+TAGS = tag_format({"python": "code", "answer": "answer"})
+"""What `tool_format="tags"` is here."""
 
 _WAIT_S = 20.0  # for a free sandbox
 
@@ -40,7 +43,7 @@ class ReasoningEnvironment(ToolEnvironment):
         level: str | None = None,
     ):
         tools = _tools(workers, wall_s, memory_mb, level)
-        chosen = tags_of(tools) if tool_format == "tags" else get_format(tool_format)
+        chosen = TAGS if tool_format == "tags" else get_format(tool_format)
         self._full_score_only = full_score_only
         super().__init__(
             tools,
@@ -65,7 +68,8 @@ def _tools(workers: int, wall_s: float, memory_mb: int, level: str | None) -> To
 def rows(dataset: str, size: int, *, seed: int = 0, config: Mapping[str, Any] | None = None) -> list[dict[str, Any]]:
     """The distinct ones of `size` items of the reasoning-gym data set `dataset`, as rows.
 
-    Columns: `prompt` (the question), `question`, `answer`, `metadata`, `dataset` and `config`. Raises what
+    Columns: `prompt` (the question), `question`, `answer`, `metadata`, `dataset` and `config`. All are JSON-like; those
+    of arc_agi and rearc hold tuples, which their verifiers rely on, so they cannot be stored as JSON. Raises what
     `reasoning_gym_task` does.
     """
     task = reasoning_gym_task(dataset, size=size, seed=seed, config=config)

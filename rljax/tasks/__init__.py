@@ -27,6 +27,7 @@ from rljax.tasks.failures import (
 from rljax.tasks.files import load_jsonl, load_parquet
 from rljax.tasks.judge import AnswerJudge, ChatEndpoint, FactJudge, JudgeError, PairJudge
 from rljax.tasks.judge_bias import PositionBias, is_trustworthy, position_bias, repetition_stability
+from rljax.tasks.mixture import balanced, interleave, replications
 from rljax.tasks.reasoning_gym import (
     ReasoningGymTask,
     ReasoningGymVerifier,
@@ -88,6 +89,7 @@ __all__ = [
     "ToolQueries",
     "UniformCurriculum",
     "UnlessDegenerate",
+    "balanced",
     "batch_reward",
     "failure_distribution",
     "failure_mass",
@@ -95,6 +97,7 @@ __all__ = [
     "foreign_share",
     "hold_apart",
     "in_box",
+    "interleave",
     "is_trustworthy",
     "last_number",
     "load_callable",
@@ -109,6 +112,7 @@ __all__ = [
     "released_weights",
     "repeated_share",
     "repetition_stability",
+    "replications",
     "split_by_hash",
     "states_facts",
     "whole_completion",

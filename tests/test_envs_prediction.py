@@ -75,6 +75,14 @@ def test_the_last_of_several_blocks_counts_and_all_are_taken_out():
     assert own.step(ACTION).counts["prediction"] == 0.5
 
 
+def test_an_instruction_ends_the_prompt_and_is_no_observation():
+    environment = Predicting(make=Drawer, instruction="Predict.")
+    assert environment.reset({"prompt": "p"}) == "p\n\nPredict." and environment.current == "p"
+    messages = [{"role": "user", "content": "now"}]
+    assert environment.reset({"prompt": messages}) == [{"role": "user", "content": "now\n\nPredict."}]
+    assert messages[0]["content"] == "now"
+
+
 def test_it_is_forked_as_the_environment_inside():
     assert not isinstance(Predicting(make=Drawer), Snapshots)
     environment = Predicting(make=Rewindable)

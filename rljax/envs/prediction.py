@@ -6,6 +6,7 @@ from typing import Any
 
 from rljax.envs.base import Environment, Prompt, Snapshots, Step
 from rljax.envs.formats import load
+from rljax.tasks.examples import with_paragraph
 from rljax.tasks.similarity import SIMILARITIES, TextSimilarity
 
 
@@ -16,6 +17,9 @@ class Predicting:
     1, `prediction` the similarity in [0, 1], and `copy_prediction` that with the observation that was there before: a
     policy that only repeats what it sees scores high in both. A step without a block counts 0 in all three; of several
     blocks the last counts. Reward and observation are those of the environment inside.
+
+    `instruction` is added to the prompt as a last paragraph, such as "Before each action, write what you expect to see
+    next between <predict_next> and </predict_next>."; without one the policy must know from its training.
 
     `make` is a callable, or the path `module:callable` of one; `similarity` one of `dice` (of words), `of_longer`,
     `gestalt`, or a function of two texts. An empty observation, as often at the end, is like nothing. Attributes are
@@ -29,6 +33,7 @@ class Predicting:
         args: Mapping[str, Any] | None = None,
         tag: str = "predict_next",
         similarity: str | TextSimilarity = "dice",
+        instruction: str = "",
     ):
         if not re.fullmatch(r"[A-Za-z]\w*", tag):
             raise ValueError(f"prediction tag {tag!r} must be a name, such as 'predict_next'")
@@ -36,7 +41,7 @@ class Predicting:
             raise ValueError(f"similarity {similarity!r} must be one of {', '.join(SIMILARITIES)}, or a function")
         self.inner: Environment = (load(make) if isinstance(make, str) else make)(**(args or {}))
         self.similarity = SIMILARITIES[similarity] if isinstance(similarity, str) else similarity
-        self.current = ""
+        self.current, self.instruction = "", instruction
         self._block = re.compile(rf"<{tag}>(.*?)</{tag}>", re.DOTALL)
         if isinstance(self.inner, Snapshots):
             self.snapshot, self.restore = self._snapshot, self._restore
@@ -45,7 +50,7 @@ class Predicting:
         prompt = self.inner.reset(row)
         last = prompt if isinstance(prompt, str) or not prompt else prompt[-1].get("content")
         self.current = last if isinstance(last, str) else ""
-        return prompt
+        return with_paragraph(prompt, self.instruction)
 
     def step(self, action: str) -> Step:
         predictions = self._block.findall(action)

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Bool, Int
 
-from rljax.tasks import Prompt
+from rljax.tasks.examples import Prompt, with_paragraph
 
 HEADING = (
     "Reference plan. It may be incomplete, further calls may be necessary, and you may do otherwise. "
@@ -59,17 +59,7 @@ def guidance_text(actions: Sequence[Mapping[str, Any]], k: int) -> str:
 def guided_prompt(prompt: Prompt, actions: Sequence[Mapping[str, Any]], k: int) -> Prompt:
     """`prompt` with `guidance_text` as a last paragraph of its last user message, or of the text; the very prompt for
     `k` 0. Raises ValueError for messages without a user message of text."""
-    text = guidance_text(actions, k)
-    if not text:
-        return prompt
-    if isinstance(prompt, str):
-        return f"{prompt}\n\n{text}"
-    messages = [dict(message) for message in prompt]
-    users = [m for m in messages if m.get("role") == "user" and isinstance(m.get("content"), str)]
-    if not users:
-        raise ValueError(f"the prompt {prompt!r:.100} has no user message of text that guidance could be added to")
-    users[-1]["content"] += f"\n\n{text}"
-    return messages
+    return with_paragraph(prompt, guidance_text(actions, k))
 
 
 class GuidanceSearch(NamedTuple):

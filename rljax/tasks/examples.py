@@ -23,6 +23,21 @@ def prompt_digest(example: "Example") -> int:
     return digest(example.prompt)
 
 
+def with_paragraph(prompt: Prompt, text: str) -> Prompt:
+    """`prompt` with `text` as a last paragraph, of its last user message where it is messages; the very prompt for
+    empty text. Raises ValueError for messages without a user message of text."""
+    if not text:
+        return prompt
+    if isinstance(prompt, str):
+        return f"{prompt}\n\n{text}"
+    messages = [dict(message) for message in prompt]
+    users = [m for m in messages if m.get("role") == "user" and isinstance(m.get("content"), str)]
+    if not users:
+        raise ValueError(f"the prompt {prompt!r:.100} has no user message of text that a paragraph could be added to")
+    users[-1]["content"] += f"\n\n{text}"
+    return messages
+
+
 @dataclass(frozen=True)
 class Example:
     """One data row: a `prompt` (text, or a list of `{role, content}` messages) and the `columns` that rewards read.

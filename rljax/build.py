@@ -8,6 +8,7 @@ from jax.sharding import Mesh
 
 from rljax.algorithms import Algorithm
 from rljax.config import Config, Dataset, FreshModel, check, check_forks, make_rewards, make_tokenizer, model_path
+from rljax.envs import EnvironmentPool, check_chat_template, get_format
 from rljax.evaluation import Evaluation
 from rljax.models import (
     DecoderConfig,
@@ -20,9 +21,13 @@ from rljax.models import (
 )
 from rljax.parallel import make_mesh
 from rljax.rollouts.batching import PackSpec
-from rljax.sampling import Sampler, SamplingParams, sampling_params
-from rljax.tasks import RewardRunner, UniformCurriculum
-from rljax.text import Tokenizer, render_prompt
+from rljax.rollouts.collect import Play, sample_and_score
+from rljax.rollouts.cross_policy import stale_turns
+from rljax.rollouts.guided import GuidedPlayer
+from rljax.rollouts.multi_turn import Player
+from rljax.sampling import Sampler, SamplingParams, TurnDecoder, sampling_params
+from rljax.tasks import Curriculum, RewardRunner
+from rljax.text import Dialogue, Tokenizer, render_prompt
 from rljax.training import Critic, Learner, with_critic
 from rljax.types import Params, TrainState
 
@@ -35,14 +40,15 @@ class Run:
     algorithm: Algorithm
     dataset: Dataset
     tokenizer: Tokenizer
-    rewards: RewardRunner
-    curriculum: UniformCurriculum
+    rewards: RewardRunner | EnvironmentPool  # what judges; a context manager
+    curriculum: Curriculum
     mesh: Mesh
     decoder: DecoderConfig
     sampling: SamplingParams
     sampler: Sampler
     learner: Learner
     critic: Critic | None = None
+    player: Player | None = None  # plays episodes, where there is an environment
     evaluation: Evaluation | None = None  # the last one
     reference_scores: list[float] = dataclasses.field(default_factory=list)  # per problem, of the reference
     state: TrainState = None  # type: ignore[assignment]  # until weights are loaded or restored
@@ -67,6 +73,23 @@ class Run:
             if learner is not None:
                 learner.check()
 
+    def set_policy(self, params: Params, version: int) -> None:
+        """The weights to sample with, those of step `version`."""
+        if self.player is None:
+            self.sampler.set_params(params)
+        else:
+            self.player.set_params(params, version=version)
+
+    @property
+    def play(self) -> Play | None:
+        """How training collects, where it is not by `sample_and_score` alone."""
+        guidance = self.config.guidance
+        if not guidance.column:
+            return self.player
+        options = {"probe_samples": guidance.probes, "budget": guidance.budget or None}
+        plain = self.player or sample_and_score
+        return GuidedPlayer(plain, column=guidance.column, threshold=guidance.threshold, **options)
+
     @property
     def rollout_setup(self) -> dict[str, Any]:
         """What collecting and evaluating have in common."""
@@ -90,8 +113,8 @@ def plan(config: Config) -> Run:
         check_forks(config, algorithm.plan)
     algorithm = algorithm._replace(advantage_fn=jax.jit(algorithm.advantage_fn))
     dataset = config.data.load()
-    rewards = make_rewards(config, dataset)
-    curriculum = UniformCurriculum(dataset.train, seed=config.seed)
+    rewards = make_rewards(config, dataset, tokenizer)
+    curriculum = config.curriculum.make(dataset.train, config.seed)
     check_prompts(config, dataset, tokenizer)
     decoder = load_decoder(config, tokenizer)
     mesh = make_mesh(**dataclasses.asdict(config.mesh))
@@ -112,7 +135,58 @@ def plan(config: Config) -> Run:
     )
     learner = make_learner(config, decoder, algorithm, sampling, mesh)
     parts = (config, algorithm, dataset, tokenizer, rewards, curriculum, mesh, decoder, sampling, sampler, learner)
-    return Run(*parts, critic=make_critic(config, decoder, algorithm, mesh))
+    player = make_player(config, algorithm, tokenizer, rewards, decoder, mesh, dataset)
+    return Run(*parts, critic=make_critic(config, decoder, algorithm, mesh), player=player)
+
+
+def make_player(
+    config: Config,
+    algorithm: Algorithm,
+    tokenizer: Tokenizer,
+    pool: RewardRunner | EnvironmentPool,
+    decoder: DecoderConfig,
+    mesh: Mesh,
+    dataset: Dataset,
+) -> Player | None:
+    """Who plays the episodes of `config.environment`, if there is one. ValueError for a chat template that rewrites
+    earlier turns, and on several processes."""
+    own = config.environment
+    if isinstance(pool, RewardRunner):
+        return None
+    if jax.process_count() > 1:
+        raise ValueError("environments are served by one process today; run this config on one, with all its devices")
+    style, chat = get_format(own.tool_format), config.data.chat
+    dialogue = Dialogue(tokenizer, role=style.role, wrap=style.wrap, chat=chat)
+    if any(dialogue.is_chat(e.prompt) for e in [*dataset.train, *dataset.test]):
+        check_chat_template(tokenizer, role=style.role)
+    plan, groups = algorithm.plan, config.prompts_per_step + own.groups_in_flight
+    contexts = own.contexts or groups * (plan.forks.leaves if plan.forks else plan.group_size)
+    rows = own.rows or config.prompts_per_step * (plan.forks.chains if plan.forks else plan.group_size)
+    decoders = [
+        TurnDecoder(
+            decoder,
+            contexts=contexts,
+            rows=min(rows, contexts),
+            context_length=own.context_length,
+            max_new_tokens=config.sampling.max_new_tokens,
+            extend_buckets=own.extend_buckets,
+            stop_tokens=tokenizer.stop_ids,
+            stop_strings=(*style.stop_strings, *config.sampling.stop_strings),
+            decode_text=tokenizer.decode,
+            check_every=own.check_every,
+            mesh=mesh,
+        )
+        for _ in range(2 if own.stale_share else 1)
+    ]
+    return Player(
+        decoders,
+        pool,
+        dialogue,
+        pick=stale_turns(config.seed, own.stale_share) if own.stale_share else None,
+        unfinished_reward=own.unfinished_reward,
+        groups_in_flight=own.groups_in_flight,
+        stale_every=own.stale_every,
+    )
 
 
 def make_learner(config: Config, decoder: DecoderConfig, algorithm: Algorithm, sampling, mesh: Mesh) -> Learner:
@@ -211,7 +285,10 @@ def critic_params(run: Run, params: Params) -> Params:
 
 
 def check_prompts(config: Config, dataset: Dataset, tokenizer: Tokenizer) -> None:
-    """Renders every prompt once; ValueError for one that is longer than the largest bucket."""
+    """Renders every prompt once; ValueError for one that is longer than the largest bucket. What an environment opens
+    with is known when it does."""
+    if config.environment.make:
+        return
     longest = max(
         (len(render_prompt(tokenizer, e.prompt, config.data.chat)), e.id) for e in [*dataset.train, *dataset.test]
     )

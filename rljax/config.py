@@ -5,18 +5,23 @@ names. `check` refuses what cannot work, in one line, before any device is touch
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from rljax.algorithms import GRPO, Algorithm
+from rljax.envs import EnvironmentLimits, EnvironmentPool, get_format
 from rljax.models import DecoderConfig, find_smollm2
 from rljax.rollouts.plans import Plan
 from rljax.tasks import (
+    Curriculum,
     Example,
     Extractor,
+    FailureCurriculum,
     RewardRunner,
     RewardSpec,
+    UniformCurriculum,
     hold_apart,
     load_callable,
     load_jsonl,
@@ -160,6 +165,122 @@ class FileRows:
     train: list[Example]
     test: list[Example]
     verifier: Callable[..., Any] | None = None
+
+
+@dataclasses.dataclass
+class RowsData:
+    """Rows that a function gives, `module:function`, called with `args`: mappings with a `prompt`, whose other columns
+    reward and environment read. `test_args` go over `args` for the held-out rows; without them `test_fraction` is held
+    out by the hash of the prompt."""
+
+    rows: str = ""
+    args: dict[str, Any] = dataclasses.field(default_factory=dict)
+    test_args: dict[str, Any] = dataclasses.field(default_factory=dict)
+    test_fraction: float = 0.1
+    chat: bool | None = None
+
+    def load(self) -> Dataset:
+        train = self._examples(self.args)
+        if self.test_args:
+            split = hold_apart(train, self._examples({**self.args, **self.test_args}))
+        else:
+            split = split_by_hash(train, test_fraction=self.test_fraction)
+        return FileRows(split.train, split.test)
+
+    def _examples(self, args: Mapping[str, Any]) -> list[Example]:
+        make = load_callable(self.rows)
+        try:
+            rows = make(**args)
+        except TypeError as error:
+            raise ValueError(f"config.data.rows={self.rows}: args {dict(args)} do not fit: {error}") from None
+        wrong = next((row for row in rows if not isinstance(row, Mapping) or "prompt" not in row), None)
+        if wrong is not None:
+            raise ValueError(f"config.data.rows={self.rows} gave {wrong!r:.100}; a row is a mapping with a 'prompt'")
+        return [Example(row["prompt"], {k: v for k, v in row.items() if k != "prompt"}) for row in rows]
+
+
+@dataclasses.dataclass
+class EnvironmentConfig:
+    """What the policy acts in, over turns. Without `make`, prompts are answered in one turn and `rewards` judge.
+
+    `make`, `module:callable`, makes an environment (`rljax.envs`) from `args` for every episode; in `workers` threads,
+    or `processes`. It gets a row's prompt and columns, and its reward is the episode's. `tool_format` says how tool
+    calls are written: its stop strings end a turn, and its role or wrapping stands around an observation.
+
+    A turn has at most `config.sampling.max_new_tokens`, an episode `context_length` tokens. `rows` decode at once, and
+    `contexts` conversations are kept on the device; 0 is one for each episode of a step. What comes anew is computed
+    in chunks of `extend_buckets`. `turns` to `episode_s` are the limits of an episode (`rljax.envs.EnvironmentLimits`);
+    one that ends at a limit, or is cut off, is worth `unfinished_reward`, or what it had earned for None.
+
+    `groups_in_flight` groups more than a step needs are under way: an episode may span updates. With `stale_share`
+    above 0, that share of turns is spoken by weights renewed every `stale_every` steps only (AgentRL, 2510.04206).
+    """
+
+    make: str = ""
+    args: dict[str, Any] = dataclasses.field(default_factory=dict)
+    tool_format: str = "hermes"
+    context_length: int = 1024
+    rows: int = 0
+    contexts: int = 0
+    extend_buckets: tuple[int, ...] = (16, 64, 256)
+    check_every: int = 8
+    workers: int = 64
+    processes: bool = False
+    turns: int = 16
+    tool_calls: int = 64
+    observation_tokens: int = 512
+    step_s: float = 30.0
+    episode_s: float = 600.0
+    unfinished_reward: float | None = None
+    groups_in_flight: int = 0
+    stale_share: float = 0.0
+    stale_every: int = 25
+
+    def limits(self) -> EnvironmentLimits:
+        names = ("turns", "tool_calls", "observation_tokens", "step_s", "episode_s")
+        return EnvironmentLimits(**{name: getattr(self, name) for name in names})
+
+
+@dataclasses.dataclass
+class GuidanceConfig:
+    """Guided rollouts where plain ones all fail (ActGuide-RL, 2605.12004; `rljax.rollouts.guided`): `column` of the
+    data holds reference actions; empty is off. `probes` rollouts try a level of guidance, `budget` levels at most are
+    tried (0: as many as the search needs), and a task is hard if its best reward is at most `threshold`."""
+
+    column: str = ""
+    probes: int = 2
+    budget: int = 0
+    threshold: float = 0.0
+
+
+@dataclasses.dataclass
+class UniformTasks:
+    """Every example equally often."""
+
+    def make(self, examples: Sequence[Example], seed: int) -> Curriculum:
+        return UniformCurriculum(examples, seed=seed)
+
+
+@dataclasses.dataclass
+class FailedTasks:
+    """What failed, and what is like it, more often (Role-Agent, 2606.10917; `rljax.tasks.FailureCurriculum`)."""
+
+    eta: float = 0.5
+    decay: float = 0.9
+    kappa: float = 0.5
+    count: int = 3
+    history: int = 512
+    failed_at: float = 0.0
+
+    def make(self, examples: Sequence[Example], seed: int) -> Curriculum:
+        return FailureCurriculum(examples, seed=seed, **dataclasses.asdict(self))
+
+
+@runtime_checkable
+class CurriculumSource(Protocol):
+    """Which examples are drawn."""
+
+    def make(self, examples: Sequence[Example], seed: int) -> Curriculum: ...
 
 
 def _load_rows(path: str, prompt_column: str) -> list[Example]:
@@ -324,6 +445,9 @@ class Config:
     model: PretrainedModel | FreshModel = dataclasses.field(default_factory=PretrainedModel)
     data: DataSource = dataclasses.field(default_factory=ReasoningGymData)
     rewards: tuple[RewardConfig, ...] = ()
+    environment: EnvironmentConfig = dataclasses.field(default_factory=EnvironmentConfig)
+    guidance: GuidanceConfig = dataclasses.field(default_factory=GuidanceConfig)
+    curriculum: CurriculumSource = dataclasses.field(default_factory=UniformTasks)
     algorithm: Recipe = dataclasses.field(default_factory=GRPO)
     reference_refresh: int = 0
     sampling: SamplingConfig = dataclasses.field(default_factory=SamplingConfig)
@@ -367,6 +491,7 @@ def check(config: Config, device_count: int | None = None) -> Algorithm:
             f"{config.update.minibatches}; a minibatch holds whole groups, so choose a divisor"
         )
     check_forks(config, plan)
+    check_environment(config, plan)
     buckets = config.sampling.prompt_buckets
     if not buckets or list(buckets) != sorted(set(buckets)) or buckets[0] < 1:
         raise ValueError(
@@ -425,9 +550,11 @@ def model_path(path: str) -> Path:
     return found
 
 
-def make_rewards(config: Config, dataset: Dataset) -> RewardRunner:
-    """The configured rewards, or the data set's own verifier. ValueError when there is neither, or when a reward wants
-    a column that the data lacks."""
+def make_rewards(config: Config, dataset: Dataset, tokenizer: Tokenizer) -> RewardRunner | EnvironmentPool:
+    """The environments, if there are any; else the configured rewards, or the data set's own verifier. ValueError when
+    there is none of them, or when a reward wants a column that the data lacks."""
+    if config.environment.make:
+        return make_environments(config.environment, tokenizer)
     specs = [reward.load() for reward in config.rewards]
     if not specs:
         if dataset.verifier is None:
@@ -439,6 +566,21 @@ def make_rewards(config: Config, dataset: Dataset) -> RewardRunner:
     runner = RewardRunner(specs)
     runner.check_columns(set.intersection(*(set(e.columns) for e in [*dataset.train, *dataset.test])))
     return runner
+
+
+def make_environments(config: EnvironmentConfig, tokenizer: Tokenizer) -> EnvironmentPool:
+    """The pool of environments. ValueError when one cannot be made."""
+    make = functools.partial(load_callable(config.make), **config.args)
+    try:
+        make()
+    except Exception as error:  # whatever a user's class raises
+        raise ValueError(
+            f"config.environment.make={config.make} with args {config.args} makes no environment: "
+            f"{type(error).__name__}: {error}"
+        ) from error
+    return EnvironmentPool(
+        make, workers=config.workers, processes=config.processes, limits=config.limits(), tokenizer=tokenizer
+    )
 
 
 def to_dict(config: Any) -> Any:
@@ -463,3 +605,41 @@ def check_forks(config: Config, plan: Plan) -> None:
             f"config.sampling.max_new_tokens={config.sampling.max_new_tokens} leaves no room beside the tokens that a "
             f"fork of {type(config.algorithm).__name__} begins with; raise it to at least {plan.forks.max_injected + 2}"
         )
+
+
+def check_environment(config: Config, plan: Plan) -> None:
+    """Refuses rollouts over turns, and guided ones, that cannot work, with a `ValueError` of one line."""
+    environment, name = config.environment, "config.environment"
+    if config.guidance.column and plan.forks is not None:
+        raise ValueError(
+            f"config.guidance.column={config.guidance.column!r} and {type(config.algorithm).__name__}, which forks, do "
+            "not go together; leave one of them out"
+        )
+    if config.guidance.probes < 1 or config.guidance.budget < 0:
+        raise ValueError(
+            f"config.guidance.probes={config.guidance.probes} must be at least 1 and budget={config.guidance.budget} "
+            "at least 0"
+        )
+    if not environment.make:
+        return
+    get_format(environment.tool_format)
+    environment.limits()
+    if config.rewards:
+        raise ValueError(f"{name}.make={environment.make!r} gives the reward itself; leave config.rewards empty")
+    if config.guidance.column and environment.groups_in_flight:
+        raise ValueError(
+            f"{name}.groups_in_flight={environment.groups_in_flight} and config.guidance exclude each other"
+        )
+    if not config.sampling.max_new_tokens < environment.context_length <= config.update.pack_length:
+        raise ValueError(
+            f"{name}.context_length={environment.context_length}, the length of an episode, must be above "
+            f"config.sampling.max_new_tokens={config.sampling.max_new_tokens} (of a turn) and at most "
+            f"config.update.pack_length={config.update.pack_length}"
+        )
+    if not 0 <= environment.stale_share < 1 or environment.stale_every < 1:
+        raise ValueError(
+            f"{name}.stale_share={environment.stale_share} must be at least 0 and below 1, and "
+            f"stale_every={environment.stale_every} at least 1"
+        )
+    if environment.groups_in_flight < 0 or environment.rows < 0 or environment.contexts < 0:
+        raise ValueError(f"{name}: groups_in_flight, rows and contexts must be at least 0")

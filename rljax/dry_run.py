@@ -99,7 +99,10 @@ def worst_batch(run: Run) -> TrainBatch:
     rng, rows = np.random.default_rng(0), []
     for index in range(config.prompts_per_step // config.update.minibatches):
         for _ in range(group):
-            completion = rng.integers(0, run.decoder.vocab_size, config.sampling.max_new_tokens).tolist()
+            length = config.sampling.max_new_tokens
+            if config.environment.make:
+                length = config.environment.context_length - len(prompts[-1 - index % len(prompts)])
+            completion = rng.integers(0, run.decoder.vocab_size, length).tolist()
             rows.append(demonstration(prompts[-1 - index % len(prompts)], completion, index, index))
     batch = stack(rows)
     packing = layout(batch, loss_mask(batch), pack_spec(config))
@@ -148,13 +151,17 @@ def predict_memory(run: Run, batch: TrainBatch) -> dict[str, int]:
     kept = tokens * width * c.embed_dim * c.num_layers + per_layer + scores
     if not config.update.remat:
         kept = (per_layer + scores) * c.num_layers
-    cache = cache_bytes(
-        c,
-        run.sampler.prompt_slots,
-        run.sampler.sample_slots,
-        config.sampling.prompt_buckets[-1],
-        config.sampling.max_new_tokens,
-        run.sampler.path_slots,
+    cache = (
+        run.player.cache_bytes()
+        if run.player
+        else cache_bytes(
+            c,
+            run.sampler.prompt_slots,
+            run.sampler.sample_slots,
+            config.sampling.prompt_buckets[-1],
+            config.sampling.max_new_tokens,
+            run.sampler.path_slots,
+        )
     )
     critic = {}
     if run.critic is not None:  # weights and optimizer; gradients and activations are there one model at a time

@@ -89,12 +89,14 @@ def host_state(run: Run) -> dict[str, Any]:
 def train_step(run: Run, step: int) -> tuple[dict[str, float], Rollout]:
     """One rollout and the updates made of it; `run.state` is replaced, the old one's buffers are donated."""
     config, timer, compiled = run.config, PhaseTimer(), compile_count()
-    run.sampler.set_params(run.state.params)
+    run.set_policy(run.state.params, step)
+    play = run.play
     rollout = collect(
         run.algorithm.plan,
         lambda n: run.curriculum.sample(step, n),
         num_groups=config.prompts_per_step,
         step=step,
+        play=play,
         sampling=run.sampling,
         phase=timer,
         **run.rollout_setup,
@@ -124,6 +126,7 @@ def train_step(run: Run, step: int) -> tuple[dict[str, float], Rollout]:
     for record, row in zip(rollout.records, advantages, strict=False):
         record["advantage"] = float(row[np.abs(row).argmax()])
     metrics |= {f"rollout/{k}": v for k, v in rollout.stats.items()}
+    metrics |= {f"play/{k}": v for k, v in play.last_stats.items()} if play is not None else {}
     metrics |= timer.metrics()
     metrics["time/tokens_per_s"] = rollout.stats["new_tokens"] / timer.total
     metrics["compile/count"] = float(compile_count() - compiled)
@@ -163,13 +166,14 @@ def held_out(run: Run, folder: RunFolder, step: int) -> Evaluation:
 def evaluate_run(run: Run, params: Params, step: int) -> Evaluation:
     """The evaluation that `config.evaluation` describes, of `params`."""
     config = run.config.evaluation
-    run.sampler.set_params(params)
+    run.set_policy(params, step)
     return evaluate(
         run.dataset.test[: config.problems or None],
         samples=config.samples,
         temperature=config.temperature,
         top_p=config.top_p,
         step=step,
+        play=run.player and run.player.aside(),
         batch_prompts=config.batch_prompts,
         **run.rollout_setup,
     )

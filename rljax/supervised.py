@@ -1,5 +1,6 @@
 """Supervised training on given completions: the warm-up before a run, and `launch/sft.py`."""
 
+import dataclasses
 from typing import Any
 
 import numpy as np
@@ -7,7 +8,7 @@ import numpy as np
 from rljax.build import Run, pack_spec
 from rljax.rollouts.batching import stack
 from rljax.tasks import UniformCurriculum
-from rljax.text import render_prompt
+from rljax.text import Tokenizer, render_prompt
 from rljax.training import Learner, RunFolder, sft_loss
 from rljax.types import TrainState, Trajectory
 
@@ -50,16 +51,28 @@ def supervised(run: Run) -> tuple[Learner, UniformCurriculum]:
 def supervised_step(
     run: Run, learner: Learner, curriculum: UniformCurriculum, state: TrainState, step: int
 ) -> tuple[TrainState, dict[str, Any]]:
-    """One update on `config.warmup.batch_size` demonstrations; each ends with the end-of-sequence token."""
+    """One update on `config.warmup.batch_size` demonstrations; each ends with the end-of-sequence token.
+
+    A completion is a text, or, for episodes, a list of texts: what the policy says and what comes back, in turn.
+    """
     config, tokenizer = run.config.warmup, run.tokenizer
     rows = []
     for index, example in enumerate(curriculum.sample(step, config.batch_size)):
         prompt = render_prompt(tokenizer, example.prompt, run.config.data.chat)
-        completion = [*tokenizer.encode(str(example.columns[config.completion_column])), tokenizer.eos_id]
-        rows.append(demonstration(prompt, completion, example.id, index))
+        rows.append(_row(tokenizer, prompt, example.columns[config.completion_column], example.id, index))
     batch = stack(rows)
     (minibatch,) = learner.prepare(state, batch, np.zeros(batch.tokens.shape, np.float32))
     return learner.update(state, minibatch)
+
+
+def _row(tokenizer: Tokenizer, prompt: list[int], completion: Any, prompt_id: int, index: int) -> Trajectory:
+    """A text, or a list of texts by turns: what the policy says and what comes back, the latter not learned."""
+    parts = [completion] if isinstance(completion, str) else [str(part) for part in completion]
+    ids = [tokenizer.encode(part) for part in parts]
+    ids[-1] = [*ids[-1], tokenizer.eos_id]
+    row = demonstration(prompt, [token for part in ids for token in part], prompt_id, index)
+    is_said = np.repeat([i % 2 == 0 for i in range(len(ids))], [len(part) for part in ids])
+    return dataclasses.replace(row, action_mask=np.concatenate([row.action_mask[: len(prompt)], is_said]))
 
 
 def demonstration(prompt: list[int], completion: list[int], prompt_id: int, index: int) -> Trajectory:

@@ -1,7 +1,7 @@
 """Held-out evaluation: greedy accuracy, avg@k, pass@k and maj@k with intervals over problems."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -62,18 +62,20 @@ def evaluate(
     top_p: float = 1.0,
     step: int = 0,
     batch_prompts: int = 16,
+    play: Callable[..., list[Scored]] | None = None,
     **setup: Any,
 ) -> Evaluation:
-    """Samples every example once greedily and `samples` times; `setup` goes to `sample_and_score` (sampler, tokenizer,
-    rewards, seed, chat, stop strings).
+    """Samples every example once greedily and `samples` times; `setup` goes to `play`, by default `sample_and_score`
+    (sampler, tokenizer, rewards, seed, chat, stop strings).
 
     A problem counts as solved when its reward is at least 1. A sample whose reward failed counts as unsolved; the
     metrics say how many (`invalid_rewards`). Estimators: `rljax.evaluation.estimators`.
     """
-    greedy = _in_batches(examples, 1, sampling_params(temperature=0.0), batch_prompts, **setup)
-    sampled = _in_batches(
-        examples, samples, sampling_params(temperature=temperature, top_p=top_p), batch_prompts, **setup
-    )
+    play, batches = play or sample_and_score, _batches(examples, batch_prompts)
+    setup |= {"step": GREEDY_STEP}
+    both = sampling_params(temperature=0.0), sampling_params(temperature=temperature, top_p=top_p)
+    greedy = [group for batch in batches for group in play(batch, 1, sampling=both[0], **setup)]
+    sampled = [group for batch in batches for group in play(batch, samples, sampling=both[1], **setup)]
     solved = np.array([[_solved(r) for r in group.results] for group in sampled])
     counts = solved.sum(axis=1)
     per_problem = {"greedy": np.array([float(_solved(group.results[0])) for group in greedy])}
@@ -94,12 +96,8 @@ def evaluate(
     return Evaluation(step, len(examples), samples, temperature, top_p, estimates, metrics, problems)
 
 
-def _in_batches(examples, samples_each, sampling, batch_prompts, **setup) -> list[Scored]:
-    scored: list[Scored] = []
-    for start in range(0, len(examples), batch_prompts):
-        chunk = examples[start : start + batch_prompts]
-        scored += sample_and_score(chunk, samples_each, sampling=sampling, step=GREEDY_STEP, **setup)
-    return scored
+def _batches(examples: Sequence[Example], size: int) -> list[Sequence[Example]]:
+    return [examples[start : start + size] for start in range(0, len(examples), size)]
 
 
 def _solved(result: Any) -> bool:

@@ -52,9 +52,11 @@ class Scored(NamedTuple):
 class Play(Protocol):
     """Plays episodes: called as `sample_and_score` is, for `num_groups` groups of which some may be under way."""
 
+    last_stats: dict[str, float]  # of the last call
+
     def missing(self, num_groups: int) -> int: ...
 
-    def __call__(self, examples: Sequence[Example], samples_each: int, **setup: Any) -> list[Scored]: ...
+    def __call__(self, *args: Any, **setup: Any) -> list[Scored]: ...
 
 
 def sample_and_score(

@@ -6,6 +6,7 @@ nothing for it, because each token carries the log-prob of the policy that said 
 
 import hashlib
 import math
+from collections.abc import Callable
 
 from rljax.envs import DONE, END_REASONS, FAILED
 
@@ -64,3 +65,11 @@ def stale_version(step: int, *, every: int = 25) -> int:
 def mixed_share(turns: int, *, stale_share: float = 0.25) -> float:
     """The chance that an episode of so many turns has both policies in it."""
     return 1 - stale_share**turns - (1 - stale_share) ** turns
+
+
+def stale_turns(seed: int, share: float) -> Callable[[int, int, int], int]:
+    """(prompt id, sample id, turn) -> 1 for turns that the older policy speaks, 0 for others; the same every time, so
+    that a turn goes on with the policy that began it."""
+    return lambda prompt_id, sample_id, turn: int(
+        pick_engine(turn_uniform(seed, 0, prompt_id, sample_id, turn), stale_share=share)
+    )

@@ -122,6 +122,7 @@ class Player:
         self._events: queue.SimpleQueue[tuple[Callable[[_Play], None], _Play, Episode]] = queue.SimpleQueue()
         self._acting = 0  # environments at work
         self._groups = 0
+        self._truncated_is_wrong = False
 
     def set_params(self, params: Params, *, version: int) -> None:
         """The weights to speak with from now on, those of step `version`."""
@@ -129,6 +130,15 @@ class Player:
             if i == 0 or self.versions[i] < 0 or version % self.stale_every == 0:
                 decoder.set_params(params)
                 self.versions[i] = version
+
+    def cache_bytes(self) -> int:
+        """Bytes of keys and values over all devices."""
+        return sum(decoder.cache_bytes() for decoder in self.decoders)
+
+    def aside(self) -> "Player":
+        """Another player over the same decoders and environments, for an evaluation: it leaves what is under way alone.
+        The current weights speak all turns."""
+        return Player(self.decoders[:1], self.pool, self.dialogue, unfinished_reward=self.unfinished_reward)
 
     @property
     def num_pending(self) -> int:
@@ -151,12 +161,14 @@ class Player:
         forks: ForkPlan | None = None,
         phase: Callable[[str], AbstractContextManager] = nullcontext,
         num_groups: int | None = None,
+        truncated_is_wrong: bool = False,
         **unused: Any,
     ) -> list[Scored]:
         """Plays every example `samples_each` times, or as `forks` says; returns the groups of `examples` in order, or,
         with `num_groups`, the first that many to be complete. Raises ValueError if a group needs more contexts than
         there are."""
         seen = {} if seen is None else seen
+        self._truncated_is_wrong = truncated_is_wrong
         size = forks.leaves if forks else samples_each
         if size > self._num_contexts:
             raise ValueError(
@@ -204,9 +216,9 @@ class Player:
                     for spoken in decoder.run():
                         self._heard(self._speaking.pop(spoken.turn.context), spoken)
             is_idle = not any(decoder.num_open for decoder in self.decoders)
-            if is_idle and not self._acting and len(self._done) < wanted:
+            if is_idle and not self._acting and not self._queue and len(self._done) < wanted:
                 raise RuntimeError(f"{wanted} groups were asked for, but only {len(self._done)} are under way")
-            self._take_events(wait=is_idle and len(self._done) < wanted)
+            self._take_events(wait=is_idle and self._acting > 0 and len(self._done) < wanted)
         for decoder in self.decoders:
             for spoken in decoder.interrupt():
                 self._heard(self._speaking.pop(spoken.turn.context), spoken)
@@ -366,9 +378,12 @@ class Player:
         parts = {"turns": float(len(episode.steps)), **episode.counts}
         if play.problem or episode.end in FAILED:
             return RewardResult(0.0, parts, False, play.problem or f"{episode.end}: {episode.error}")
-        if episode.end == DONE or self.unfinished_reward is None:
-            return RewardResult(episode.reward, parts)
-        return RewardResult(self.unfinished_reward, parts)
+        value = episode.reward
+        if episode.end != DONE and self.unfinished_reward is not None:
+            value = self.unfinished_reward
+        if play.is_truncated and self._truncated_is_wrong:
+            value = min(value, 0.0)
+        return RewardResult(value, parts)
 
     def _stats(self, groups: Sequence[_Group], seconds: float) -> dict[str, float]:
         """What a call cost: `busy_share` is the share of its time in which a decoder worked, `reused_share` that of the

@@ -14,10 +14,18 @@ from typing import Literal, NamedTuple
 import jax
 import numpy as np
 
-from rljax.models.cache import init_cache
+from rljax.models.cache import cache_bytes, init_cache
 from rljax.models.config import DecoderConfig
 from rljax.parallel import use_mesh
-from rljax.sampling.contexts import Moves, copy_contexts, extend, init_contexts, keep_turns, lay_contexts
+from rljax.sampling.contexts import (
+    Moves,
+    contexts_bytes,
+    copy_contexts,
+    extend,
+    init_contexts,
+    keep_turns,
+    lay_contexts,
+)
 from rljax.sampling.generate import Rows, decode
 from rljax.sampling.logits import SamplingParams
 from rljax.sampling.sampler import prefill_counts, weights_program
@@ -167,6 +175,11 @@ class TurnDecoder:
         """How turns are sampled from now on; clears `stats`. (seed, step) enter the random numbers."""
         self._sampling, self._seed, self._step = sampling, seed, step
         self._clear_stats()
+
+    def cache_bytes(self) -> int:
+        """Bytes that contexts and rows take over all devices."""
+        kept = contexts_bytes(self.config, self.contexts, self._size)
+        return kept + cache_bytes(self.config, self.rows, 1, self._size, self._ring)
 
     @property
     def num_open(self) -> int:

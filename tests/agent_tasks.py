@@ -1,0 +1,41 @@
+"""A small task over turns for tests: find a hidden number by asking whether it is larger."""
+
+from rljax.envs import Parsed, Step, ToolFormat
+
+FORMAT = ToolFormat("plain", lambda text: Parsed(), stop_strings=(";",), wrap=(" ", "\n"))
+
+
+def rows(size: int, first: int = 0) -> list[dict]:
+    numbers = range(first, first + size)
+    return [
+        {
+            "prompt": f"n{i}",
+            "number": i % 10,
+            "actions": [{"name": "ask", "arguments": {"x": x}} for x in (2, 5, 8)],
+            "task": ("even", "odd")[i % 2],
+        }
+        for i in numbers
+    ]
+
+
+class Ask:
+    """Says whether the digit asked for is too small; every episode has `most` turns at most."""
+
+    def __init__(self, most: int = 3):
+        self._most = most
+
+    def reset(self, row):
+        self._number, self._turns = row["number"], 0
+        return f"{row['prompt']}:"
+
+    def step(self, action):
+        self._turns += 1
+        digits = [c for c in action if c.isdigit()]
+        if not digits:
+            return Step("?", done=self._turns >= self._most, counts={"malformed_calls": 1.0})
+        guess = int(digits[0])
+        if guess == self._number:
+            return Step("y", 1.0, True, {"tool_calls": 1.0})
+        said = "<" if self._number < guess else ">"
+        counts = {"tool_calls": 1.0, "prediction": float(said in action), "redundancy": 0.1 * self._turns}
+        return Step(said, 0.0, self._turns >= self._most, counts)

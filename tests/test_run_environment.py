@@ -1,0 +1,142 @@
+"""A run over turns from its config: trained, evaluated, resumed, with every way to collect episodes."""
+
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from rljax.algorithms import ARPO, GRPO, ActGuideRL, AgentRL, DeepDive, RoleAgent, TreeGRPO
+from rljax.build import plan
+from rljax.config import (
+    CheckpointConfig,
+    Config,
+    EnvironmentConfig,
+    EvaluationConfig,
+    FailedTasks,
+    FreshModel,
+    GuidanceConfig,
+    RewardConfig,
+    RowsData,
+    SamplingConfig,
+    UpdateConfig,
+    WarmupConfig,
+    check,
+)
+from rljax.run import train
+from rljax.tasks import Example
+
+
+def demonstrations(examples):
+    """Two turns each: what is said and what comes back take turns."""
+    return [Example(f"{e.prompt}:", {"completion": ["5;", " >\n", f"{e.columns['number']}"]}) for e in examples]
+
+
+ASCII = "".join(chr(i) for i in range(32, 127)) + "\n"
+
+
+def make_config(algorithm=None, alphabet="n0123456789:;?y<> \n", **changes) -> Config:
+    base = Config(
+        steps=2,
+        prompts_per_step=4,
+        model=FreshModel(
+            alphabet=alphabet,
+            num_layers=1,
+            embed_dim=32,
+            num_heads=2,
+            num_kv_heads=2,
+            head_dim=16,
+            mlp_dim=64,
+            max_position=2048,
+        ),
+        data=RowsData(rows="agent_tasks:rows", args={"size": 40}, test_args={"size": 6, "first": 100}),
+        environment=EnvironmentConfig(
+            make="agent_tasks:Ask",
+            tool_format="agent_tasks:FORMAT",
+            context_length=512,
+            extend_buckets=(8, 64, 256),
+            workers=4,
+        ),
+        algorithm=algorithm or GRPO(group_size=4, kl_coef=0.0),
+        sampling=SamplingConfig(max_new_tokens=6, truncated_is_wrong=False),
+        update=UpdateConfig(pack_length=512, head_chunk=256),
+        evaluation=EvaluationConfig(problems=4, samples=2, batch_prompts=4),
+        checkpoint=CheckpointConfig(every=0),
+        warmup=WarmupConfig(steps=2, batch_size=8, demonstrations=demonstrations),
+    )
+    return dataclasses.replace(base, **changes)
+
+
+def lines(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_run_over_turns_trains_and_reports(tmp_path):
+    summary = train(make_config(), str(tmp_path))
+    first = lines(tmp_path)[0]
+    assert summary["steps"] == 2 and np.isfinite(first["loss/total"])
+    assert 0 < first["play/busy_share"] <= 1 and first["play/turns"] >= 16
+    assert first["rollout/component/turns"] > 0 and 0 < first["play/reused_share"] < 1
+    record = json.loads((tmp_path / "rollouts" / "step_000001.jsonl").read_text().splitlines()[0])
+    assert record["prompt"].startswith("n") and record["components"]["turns"] >= 0 and record["completion"]
+    assert first["rollout/logprob_gap_max"] < 2e-5
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "changes"),
+    [
+        (TreeGRPO(chains=2, points=1, rounds=1), {}),
+        (ARPO(chains=2, points=1), {}),
+        (RoleAgent(group_size=4), {}),
+        (DeepDive(group_size=4), {}),
+        (AgentRL(group_size=4), {"stale_share": 0.5, "stale_every": 2, "unfinished_reward": -0.2}),
+        (GRPO(group_size=4, kl_coef=0.0), {"groups_in_flight": 2}),
+    ],
+    ids=["tree_grpo", "arpo", "role_agent", "deepdive", "agentrl", "in_flight"],
+)
+def test_methods_train_over_turns(tmp_path, algorithm, changes):
+    config = make_config(algorithm)
+    config.environment = dataclasses.replace(config.environment, **changes)
+    train(config, str(tmp_path))
+    assert len(lines(tmp_path)) == 2
+
+
+def test_guided_rollouts_over_turns(tmp_path):
+    config = make_config(ActGuideRL(group_size=4), ASCII, guidance=GuidanceConfig(column="actions", probes=1))
+    config.curriculum = FailedTasks()
+    train(config, str(tmp_path))
+    assert all(0 <= line["play/hard_share"] <= 1 and "play/probe_tokens" in line for line in lines(tmp_path))
+
+
+def test_the_plan_counts_the_contexts():
+    player = plan(make_config()).player
+    (decoder,) = player.decoders
+    decoder._allocate()
+    held = jax.tree.leaves((decoder._kept, decoder._cache))
+    assert player.cache_bytes() == sum(x.nbytes for x in held)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda c: setattr(c, "rewards", (RewardConfig(),)), "gives the reward itself"),
+        (lambda c: setattr(c.environment, "context_length", 6), "context_length=6, the length of an episode"),
+        (lambda c: setattr(c.environment, "tool_format", "xml"), "tool format 'xml'"),
+        (lambda c: setattr(c.environment, "stale_share", 1.0), "stale_share=1.0"),
+        (lambda c: setattr(c.environment, "turns", 0), "turns is 0"),
+        (lambda c: setattr(c.guidance, "probes", 0), "probes=0"),
+    ],
+)
+def test_impossible_configs_are_refused(change, message):
+    config = make_config()
+    change(config)
+    with pytest.raises(ValueError, match=message):
+        check(config, jax.device_count())
+
+
+def test_an_environment_that_cannot_be_made_is_refused():
+    config = make_config()
+    config.environment.args = {"mots": 3}
+    with pytest.raises(ValueError, match="agent_tasks:Ask with args {'mots': 3} makes no environment: TypeError"):
+        plan(config)

@@ -92,7 +92,8 @@ class BfclEnvironment:
 
     def reset(self, row: Mapping[str, Any]) -> Prompt:
         """The functions, in a system message, and the first request."""
-        self._row, self._turn, self._decoded = row, 0, [[]]
+        self._row, self._turn = row, 0
+        self._decoded: list[list[list[str]]] = [[]]
         self._name = f"rljax{next(_NUMBERS)}x"
         weakref.finalize(self, _forget, self._utils, self._name, row["id"], tuple(row["involved_classes"]))
         held_back = {name for names in row["missed_function"].values() for name in names}

@@ -282,7 +282,8 @@ def test_redundant_queries_are_taxed(answer, reward):
 
 
 def replies(actions):
-    yield from actions
+    for action in actions:
+        _ = yield action
 
 
 def test_an_episode_that_repeats_itself_and_never_answers_pays_the_whole_tax():

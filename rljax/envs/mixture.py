@@ -25,7 +25,7 @@ class MixedEnvironment:
 
     def reset(self, row: Mapping[str, Any]) -> Prompt:
         """Make the row's environment and open an episode of it."""
-        name = row.get("environment")
+        name = str(row.get("environment"))
         if name not in self._environments:
             raise ValueError(f"the row's environment {name!r} is not one of {', '.join(self._environments)}")
         entry = self._environments[name]

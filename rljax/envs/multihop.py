@@ -4,7 +4,6 @@ import random
 import re
 import string
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 from rljax.envs.base import Prompt, Step
@@ -39,17 +38,16 @@ def normalised(text: str) -> str:
     return " ".join(re.sub(r"\b(a|an|the)\b", " ", bare).split())
 
 
-@dataclass(frozen=True)
 class World:
     """Pages that can be searched, and opened by title."""
 
-    corpus: Corpus
-    graph: Graph = field(default_factory=dict)
+    def __init__(self, corpus: Corpus, graph: Graph | None = None):
+        self.corpus, self.graph = corpus, graph or {}
+        self._pages = {normalised(d.title or d.id): d for d in reversed(corpus.documents)}
 
     def page(self, title: str) -> Document | None:
         """The first page of this title, punctuation and case aside."""
-        wanted = normalised(title)
-        return next((d for d in self.corpus.documents if normalised(d.title or d.id) == wanted), None)
+        return self._pages.get(normalised(title))
 
 
 @made_once

@@ -16,6 +16,7 @@ from rljax.envs import EnvironmentLimits, EnvironmentPool, MultiHop
 from rljax.envs.formats import load
 from rljax.envs.knowledge import MIN_PAGES, RELATIONS, TRAITS, YEARS, documents, knowledge_graph, walk
 from rljax.envs.multihop import made_up_world, normalised, rows
+from rljax.envs.questions import answers, ask
 
 ROWS = rows(60, num_pages=240)
 
@@ -163,6 +164,29 @@ def test_every_question_has_one_answer_and_needs_its_first_page():
     for row in ROWS:
         assert readable_answers(row["question"], pages) == {row["answer"]}
         assert len(readable_answers(row["question"], pages, skip_first=True)) > 1
+
+
+def test_the_constraints_of_a_question_hold_for_one_page_only():
+    graph = knowledge_graph(240)
+    links = {id_: page.neighbours for id_, page in graph.items()}
+    rng, asked, later = random.Random(0), 0, 0
+    for start in sorted(graph):
+        path = walk(
+            links, start, 3, min_degree=4, max_degree=8, num_candidates=5, choose=lambda _, c: rng.choice(c), rng=rng
+        )
+        question = ask(graph, path, rng) if path else None
+        if question is None:
+            continue
+        asked, later = asked + 1, later + any(question.clues[1:])
+        assert answers(graph, question.relations, question.clues) == {path[-1]}
+        for i, own in enumerate(question.clues):  # every page of the walk fits
+            assert all(clue.holds(graph[path[i]]) for clue in own)
+            blurred = [clue for clue in own if clue.attribute == "year"]
+            assert all(clue.last - clue.first == 11 and clue.first <= graph[path[i]].year for clue in blurred)
+            assert not blurred or str(blurred[0].first) in question.text
+        bare = [question.clues[0][:1], *question.clues[1:]]
+        assert len(answers(graph, question.relations, bare)) > 1
+    assert asked > 100 and later > 3  # where a relation leads to several pages, clues choose
 
 
 def test_no_title_stands_in_a_question():

@@ -6,7 +6,7 @@ answer.
 """
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -53,10 +53,16 @@ class Question:
 
 def answers(graph: Graph, relations: Sequence[str], clues: Sequence[Sequence[Clue]]) -> set[str]:
     """All pages that the constraints allow as the last of a walk."""
-    found = {id_ for id_, page in graph.items() if all(clue.holds(page) for clue in clues[0])}
-    for relation, wanted in zip(relations, clues[1:], strict=True):
-        reached = {target for source in found for target in graph[source].related(relation)}
-        found = {id_ for id_ in reached if all(clue.holds(graph[id_]) for clue in wanted)}
+    return _follow(graph, _fitting(graph, graph, clues[0]), relations, clues[1:])
+
+
+def _fitting(graph: Graph, among: Iterable[str], clues: Sequence[Clue]) -> set[str]:
+    return {id_ for id_ in among if all(clue.holds(graph[id_]) for clue in clues)}
+
+
+def _follow(graph: Graph, found: set[str], relations: Sequence[str], clues: Sequence[Sequence[Clue]]) -> set[str]:
+    for relation, wanted in zip(relations, clues, strict=True):
+        found = _fitting(graph, {target for source in found for target in graph[source].related(relation)}, wanted)
     return found
 
 
@@ -71,18 +77,21 @@ def ask(graph: Graph, path: Sequence[str], rng: random.Random) -> Question | Non
     if pages[-1].kind in (REGION, YEAR) or pages[0].kind not in TRAITS:
         return None
     relations = [_relation(one, other, rng) for one, other in pairwise(pages)]
-    clues: list[list[Clue]] = [[Clue("kind", pages[0].kind)], *([] for _ in relations)]
+    anything = _fitting(graph, graph, [Clue("kind", pages[0].kind)])
+    first: list[Clue] = []
     for clue in _clues(pages[0], rng):  # a description and a range at least
-        if len(clues[0]) > 2 and len(answers(graph, [], clues[:1])) == 1:
-            break
-        clues[0].append(clue)
-    spare = [(i, clue) for i in range(1, len(pages)) for clue in _clues(pages[i], rng)]
-    while len(answers(graph, relations, clues)) > 1 and spare:
+        if len(first) < 2 or len(_fitting(graph, anything, first)) > 1:
+            first.append(clue)
+    later: list[list[Clue]] = [[] for _ in relations]
+    spare = [(i, clue) for i, page in enumerate(pages[1:]) for clue in reversed(_clues(page, rng))]  # the vaguest first
+    begin = _fitting(graph, anything, first)
+    while len(_follow(graph, begin, relations, later)) > 1 and spare:
         i, clue = spare.pop(0)
-        clues[i].append(clue)
-    is_unique = answers(graph, relations, clues) == {path[-1]} and len(answers(graph, [], clues[:1])) == 1
-    if not is_unique or len(answers(graph, relations, [clues[0][:1], *clues[1:]])) == 1:
+        later[i].append(clue)
+    is_unique = len(begin) == 1 and _follow(graph, begin, relations, later) == {path[-1]}
+    if not is_unique or len(_follow(graph, anything, relations, later)) == 1:
         return None
+    clues = [[Clue("kind", pages[0].kind), *first], *later]
     text = _text(pages, relations, clues)
     if any(page.title.lower() in text.lower() for page in pages):
         return None

@@ -177,9 +177,7 @@ def decode(
         if rows.forced.shape[-1]:
             token, logprob, entropy = _force(rows, loop.steps, token, logprob, entropy)
         steps = loop.steps + loop.active
-        stopped = jnp.zeros(shape, bool)
-        for stop in stop_tokens:
-            stopped |= token == stop
+        stopped = jnp.any(token[..., None] == jnp.asarray(stop_tokens, jnp.int32), axis=-1)
         stopped = (stopped & ~_is_forced(rows, loop.steps)) | (steps >= rows.max_new_tokens)
         emitted = Emitted(
             tokens=loop.emitted.tokens.at[loop.step].set(token),

@@ -61,6 +61,7 @@ def test_each_quest_brings_its_share_of_the_reward(folder):
         "quit, now",
         "go ☃",
         "a\0b",
+        "say \\h",
         "x" * 5000,
     ],
 )

@@ -17,16 +17,12 @@ from typing import Any
 
 from rljax.envs.base import Prompt, Step
 from rljax.envs.formats import ToolCall, ToolFormat, get_format
+from rljax.envs.instructions import schema_instructions
 
 CATEGORIES = ("base", "miss_func", "miss_param", "long_context")
 STEPS_PER_TURN = 20  # the package's MAXIMUM_STEP_LIMIT
 """Calls after which the package gives up on a request of the user, and with it on the episode."""
 
-_CALLS = {
-    "hermes": '<tool_call>{"name": NAME, "arguments": {ARGUMENT: VALUE, ...}}</tool_call>',
-    "qwen": '<tool_call>{"name": NAME, "arguments": {ARGUMENT: VALUE, ...}}</tool_call>',
-    "llama3": '{"name": NAME, "parameters": {ARGUMENT: VALUE, ...}}',
-}
 _SYSTEM = (
     "You do what the user asks by calling functions. Once a request is done, or cannot be done, say so without a call; "
     "the next request follows."
@@ -101,7 +97,9 @@ class BfclEnvironment:
         self._later = [schema for schema in documented if schema["function"]["name"] in held_back]
         self.schemas = [schema for schema in documented if schema["function"]["name"] not in held_back]
         request = {"role": "user", "content": self._request()}
-        system = self._instructions() if self._system is None else self._system
+        system = self._system
+        if system is None:
+            system = f"{_SYSTEM}\n{schema_instructions(self.schemas, self.format)}"
         return [{"role": "system", "content": system}, request] if system else [request]
 
     def step(self, action: str) -> Step:
@@ -144,11 +142,6 @@ class BfclEnvironment:
         self.schemas = self.schemas + new
         said = _text(self._row["question"][self._turn])
         return "\n".join([*(_line(schema) for schema in new), said or _MORE])
-
-    def _instructions(self) -> str:
-        call = _CALLS.get(self.format.name)
-        lines = [_SYSTEM, f"A call is written {call}"] if call else [_SYSTEM]
-        return "\n".join([*lines, "The functions:", *(_line(schema) for schema in self.schemas)])
 
     def _problem(self, call: ToolCall) -> str | None:
         """Why a call is not run. The package evaluates calls as Python text, so names must be names."""

@@ -275,6 +275,7 @@ def test_a_tool_environment_plays_an_episode(tool_format):
     assert environment.reset({**row, "prompt": [{"role": "user", "content": "?"}]})[0] == {
         "role": "system",
         "content": "Use tools.",
+        "tools": environment.tools.schemas,
     }
     environment.reset(row)
     calls = {

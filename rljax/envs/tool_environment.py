@@ -32,14 +32,14 @@ class ToolEnvironment:
         self._row: Mapping[str, Any] = {}
 
     def reset(self, row: Mapping[str, Any]) -> Prompt:
-        """The prompt, behind the system message if there is one (in front of text, it is a paragraph)."""
+        """The prompt, behind the system message if there is one (in front of text, it is a paragraph). A first message
+        carries the schemas of the tools, for the chat template to show."""
         self._row = row
         prompt: str | Sequence[Mapping[str, Any]] = row["prompt"]
-        if not self._system:
-            return prompt
         if isinstance(prompt, str):
-            return f"{self._system}\n\n{prompt}"
-        return [{"role": "system", "content": self._system}, *prompt]
+            return f"{self._system}\n\n{prompt}" if self._system else prompt
+        messages = [{"role": "system", "content": self._system}, *prompt] if self._system else list(prompt)
+        return [{**messages[0], "tools": self.tools.schemas}, *messages[1:]]
 
     def step(self, action: str) -> Step:
         """Call what the message calls, in order, up to a final tool or a call that cannot be read."""

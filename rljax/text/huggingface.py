@@ -1,5 +1,6 @@
 """A Hugging Face tokenizer, from a folder or built in memory, behind the `Tokenizer` protocol."""
 
+import copy
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -57,7 +58,10 @@ class HuggingFaceTokenizer:
         return self.hf.decode(known, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
     def apply_chat_template(self, messages: Sequence[Message], add_generation_prompt: bool = True) -> list[int]:
-        """Raises ValueError without a chat template, or if the template refuses the messages."""
+        """A message may have a key `tools`, JSON schemas of functions, which the template is shown.
+
+        Raises ValueError without a chat template, or if the template refuses the messages.
+        """
         if not self.has_chat_template:
             raise ValueError(
                 "this tokenizer has no chat template, so it cannot take a list of messages; "
@@ -74,16 +78,26 @@ class HuggingFaceTokenizer:
                     tokenize=True,
                     return_dict=False,
                     add_generation_prompt=add_generation_prompt,
-                    **self._template_kwargs,
+                    **{"tools": _tools(messages), **self._template_kwargs},
                 )
             )
         except jinja2.TemplateError as error:
             raise ValueError(f"the chat template refused {list(messages)!r}: {error}") from error
 
+    def with_template_kwargs(self, **template_kwargs: Any) -> "HuggingFaceTokenizer":
+        """The same tokenizer whose chat template gets these as well, such as `tools`."""
+        other = copy.copy(self)
+        other._template_kwargs = {**self._template_kwargs, **template_kwargs}
+        return other
+
     def save(self, folder: str | os.PathLike) -> None:
         """Write `tokenizer.json`, `tokenizer_config.json` and the chat template."""
         Path(folder).mkdir(parents=True, exist_ok=True)
         self.hf.save_pretrained(str(folder))
+
+
+def _tools(messages: Sequence[Message]) -> list[Any] | None:
+    return [tool for message in messages for tool in message.get("tools", ())] or None
 
 
 def load_huggingface_tokenizer(

@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 
@@ -382,3 +383,10 @@ def test_what_the_environment_cannot_use_is_refused():
         MultiHop(tool_format="xml")
     with pytest.raises(ValueError, match="world is None"):
         MultiHop().reset({"prompt": "Who?", "answer": "x"})
+
+
+def test_the_example_of_the_docs_runs():
+    page = (Path(__file__).parent.parent / "docs" / "environments.md").read_text()
+    blocks = re.findall(r"^```py\n(.*?)^```", page, flags=re.MULTILINE | re.DOTALL)
+    (block,) = [block for block in blocks if "MultiHop(" in block]
+    exec(block, {})

@@ -1,6 +1,8 @@
 """Reasoning-gym with a Python tool: what is shown, how programs help, how answers are scored."""
 
 import json
+import re
+from pathlib import Path
 
 import pytest
 
@@ -104,3 +106,10 @@ def test_messages_without_a_call_answer_or_are_nudged(sums):
 def test_data_sets_that_do_not_exist_are_refused():
     with pytest.raises(ValueError, match="no data set 'chain_sums'"):
         rows("chain_sums", 1)
+
+
+def test_the_example_of_the_docs_runs():
+    page = (Path(__file__).parent.parent / "docs" / "environments.md").read_text()
+    blocks = re.findall(r"^```py\n(.*?)^```", page, flags=re.MULTILINE | re.DOTALL)
+    (block,) = [block for block in blocks if "ReasoningEnvironment(" in block]
+    exec(block, {})

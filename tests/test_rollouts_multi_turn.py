@@ -163,11 +163,18 @@ def test_limits_end_an_episode_and_may_set_its_reward():
 
 
 def test_a_full_context_truncates():
-    for group in play(make_player(length=24)):
-        for sample in group.samples:
-            assert len(group.prompt) + len(sample.tokens) <= 24 + 9
-            if len(group.prompt) + len(sample.tokens) >= 24:
-                assert sample.finish_reason == "length"
+    samples = [(g, s) for length in (17, 20, 24) for g in play(make_player(length=length)) for s in g.samples]
+    lengths = [len(group.prompt) + len(sample.tokens) for group, sample in samples]
+    assert all(length <= 24 for length in lengths)
+    assert {sample.finish_reason for _, sample in samples} == {"length"}
+    assert max(lengths) == 24 and all(sample.sampled[-1] for _, sample in samples)  # no observation that nobody reads
+
+
+def test_an_opening_longer_than_the_context_costs_its_episode_alone():
+    long, short = play(make_player(length=24), [Example("no" * 12), Example("dig")])
+    assert {r.error for r in long.results} == {"its opening has 25 tokens, the whole context only 24"}
+    assert len(long.prompt) == 1 and all(r.is_valid for r in short.results)
+
 
 
 @pytest.mark.parametrize("rule", [random_step(2, 2), top_entropy(2, 2, tail=0.0, last_words=())])

@@ -286,6 +286,8 @@ class Player:
             play.prompt = self.dialogue.opening(episode.opening)
         except ValueError as error:
             return self._fail(play, f"its opening cannot be rendered: {error}")
+        if len(play.prompt) >= self._length:
+            return self._fail(play, f"its opening has {len(play.prompt)} tokens, the whole context only {self._length}")
         group.prompt = group.prompt or play.prompt
         if play.prompt != group.prompt:
             return self._fail(play, "reset opened two episodes of one row differently; it must depend on the row alone")
@@ -338,6 +340,9 @@ class Player:
             )
         except ValueError as error:
             return self._fail(play, f"its observation cannot be tokenised: {error}")
+        if len(play.prompt) + len(play.tokens) + len(observation) >= self._length:  # nothing could be said behind it
+            play.is_truncated = True
+            return self._finish(play)
         play.observed.append(play.give(observation, self.versions[0]))
         play.turn += 1
         play.turn_start = len(play.tokens)

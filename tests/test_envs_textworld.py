@@ -1,7 +1,10 @@
 """TextWorld: games from a seed, won by their walkthrough, the same when replayed."""
 
+import functools
 import json
+import re
 from concurrent.futures import wait
+from pathlib import Path
 
 import pytest
 
@@ -102,6 +105,16 @@ def test_a_game_repeats_itself_so_forks_by_replay_work(folder):
         assert [(fork.end, fork.reward) for fork in forks] == [("done", 1.0)] * 16
 
 
+def test_games_run_in_worker_processes(folder):
+    row = rows(1, 5, folder=folder)[0]
+    make = functools.partial(TextWorldEnvironment, folder=folder)
+    with EnvironmentPool(make, workers=1, processes=True) as pool:
+        episode = pool.start(row).result()
+        for command in walkthrough(row, folder):
+            pool.step(episode, command).result()
+    assert (episode.end, episode.reward) == ("done", 1.0)
+
+
 def test_admissible_commands_are_shown_and_all_of_them_work(folder):
     row = rows(1, 5, folder=folder)[0]
     environment = TextWorldEnvironment(admissible=True, folder=folder)
@@ -131,3 +144,12 @@ def test_what_no_game_can_be_made_of_is_named(folder, tmp_path):
         rows(1, options={"theme": "space"})
     with pytest.raises(ValueError, match="no TextWorld game"):
         TextWorldEnvironment().reset({"game_file": str(tmp_path / "zork.z5")})
+
+
+def test_the_example_of_the_docs_runs(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    page = (Path(__file__).parent.parent / "docs" / "environments.md").read_text()
+    blocks = re.findall(r"^```py\n(.*?)^```", page, flags=re.MULTILINE | re.DOTALL)
+    (block,) = [block for block in blocks if "TextWorldEnvironment(" in block]
+    exec(block, {})
+    assert len(list((tmp_path / "rljax" / "textworld").glob("*.z8"))) == 2

@@ -20,6 +20,7 @@ from rljax.envs.base import (
     replay,
     replay_same,
 )
+from rljax.envs.bfcl import BfclEnvironment
 from rljax.envs.calculator import calculate, calculator
 from rljax.envs.chat import check_chat_template, probe_conversation
 from rljax.envs.corpus import Corpus, Document, Hit, search_tool
@@ -40,6 +41,7 @@ from rljax.envs.pool import EnvironmentPool, Episode
 from rljax.envs.prediction import Predicting
 from rljax.envs.reasoning import ReasoningEnvironment
 from rljax.envs.sandbox import LEVELS, Limits, Sandbox, SandboxResult
+from rljax.envs.textworld import TextWorldEnvironment
 from rljax.envs.tool_environment import ToolEnvironment
 from rljax.envs.tools import (
     CALL_FAILURES,
@@ -52,6 +54,7 @@ from rljax.envs.tools import (
     python_tool,
     tool_schema,
 )
+from rljax.envs.verifiers_adapter import VerifiersEnvironment
 
 __all__ = [
     "CALL_FAILURES",
@@ -61,6 +64,7 @@ __all__ = [
     "FORMATS",
     "LEVELS",
     "NONSENSE",
+    "BfclEnvironment",
     "Corpus",
     "Document",
     "Environment",
@@ -82,11 +86,13 @@ __all__ = [
     "SandboxResult",
     "Snapshots",
     "Step",
+    "TextWorldEnvironment",
     "ToolBox",
     "ToolCall",
     "ToolEnvironment",
     "ToolFormat",
     "ToolResult",
+    "VerifiersEnvironment",
     "after_thinking",
     "answer",
     "calculate",

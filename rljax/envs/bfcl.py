@@ -66,7 +66,8 @@ class BfclEnvironment:
     A message with calls runs them and shows what they return; one without moves on to the next request. After the last
     one the package's multi-turn checker compares states and results with those of the true calls: the reward is 1 or 0.
     More than `STEPS_PER_TURN` messages on one request end the episode with 0, as in the package. Unlike there, a call
-    that cannot be read, or of a function that is not there (yet), is an observation and not the end of the request.
+    that cannot be read, or of a function that is not there, is an observation and not the end of the request. One that
+    is held back works for those who guess it, as in the package.
 
     `system` stands before the first request; by default it says which functions there are and how `tool_format` calls
     them. With "" that is left to a chat template, which finds them in `schemas` after `reset`. Requests after the first
@@ -94,6 +95,7 @@ class BfclEnvironment:
         weakref.finalize(self, _forget, self._utils, self._name, row["id"], tuple(row["involved_classes"]))
         held_back = {name for names in row["missed_function"].values() for name in names}
         documented = [schema for name in row["involved_classes"] for schema in _schemas(name)]
+        self._names = {schema["function"]["name"] for schema in documented}
         self._later = [schema for schema in documented if schema["function"]["name"] in held_back]
         self.schemas = [schema for schema in documented if schema["function"]["name"] not in held_back]
         request = {"role": "user", "content": self._request()}
@@ -145,7 +147,7 @@ class BfclEnvironment:
 
     def _problem(self, call: ToolCall) -> str | None:
         """Why a call is not run. The package evaluates calls as Python text, so names must be names."""
-        if call.name not in {schema["function"]["name"] for schema in self.schemas}:
+        if call.name not in self._names:
             return f"There is no function {call.name[:50]!r}."
         strange = [key for key in call.arguments if not str(key).isidentifier() or keyword.iskeyword(str(key))]
         if strange:

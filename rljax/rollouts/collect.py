@@ -36,7 +36,8 @@ class Rollout(NamedTuple):
 class Scored(NamedTuple):
     """The samples of one prompt with their texts and rewards; `steps` numbers the steps of each completion.
 
-    `turn_fields`: for each sample, fields of `Trajectory` that it fills (arrays are of the completion's tokens).
+    `turn_fields`: for each sample, fields of `Trajectory` that it fills (arrays are of the completion's tokens); and
+    `episode`, the first sample of its episode, where an episode has several.
     """
 
     example: Example
@@ -225,7 +226,7 @@ def _trajectory(plan: Plan, group: Scored, index: int, group_id: int, first_row:
         prompt_id=group.example.id,
         task_id=group.example.task_id,
         group_id=group_id,
-        episode_id=first_row + index,
+        episode_id=first_row + fields.pop("episode", index),
         reward=float(reward),
         is_valid=result.is_valid,
         is_truncated=truncated,

@@ -1,0 +1,552 @@
+"""Agents that know nothing but a base URL: what the policy said to them is recorded as it was sampled."""
+
+import functools
+import itertools
+import json
+import socket
+import threading
+import time
+import urllib.error
+import urllib.request
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rljax.envs.formats import Parsed, ParseProblem, ToolCall
+from rljax.models import DecoderConfig, hidden_states, init_params, logits
+from rljax.rollouts.batching import stack
+from rljax.rollouts.black_box import BlackBoxPlayer
+from rljax.rollouts.collect import Play, collect
+from rljax.rollouts.endpoint import ChatEndpoint
+from rljax.rollouts.plans import ForkPlan, Plan
+from rljax.sampling import TurnDecoder, sampling_params
+from rljax.tasks import Example, RewardRunner, RewardSpec
+from rljax.text import CharTokenizer
+
+TEMPLATE = (
+    "{% if tools %}<|im_start|>system\n{{ tools[0].function.name }}<|im_end|>\n{% endif %}"
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}"
+    "{% for c in m.tool_calls or [] %}<tool_call>{{ c.function.name }}{{ c.function.arguments | tojson }}</tool_call>"
+    "{% endfor %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+ECHO = {"type": "function", "function": {"name": "echo", "parameters": {"type": "object", "properties": {}}}}
+VOCAB, LENGTH, NEW = 264, 160, 8
+
+
+@functools.lru_cache
+def make_tokenizer(template=TEMPLATE):
+    """Bytes, and the tokens of a chat template."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    from rljax.text import HuggingFaceTokenizer
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    inner = Tokenizer(models.BPE({c: i for i, c in enumerate(alphabet)}, []))
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.decoder = decoders.ByteLevel()
+    inner.add_special_tokens([AddedToken(t, special=True) for t in ("<|im_start|>", "<|im_end|>")])
+    hf = PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<|im_end|>")
+    hf.chat_template = template
+    return HuggingFaceTokenizer(hf)
+
+
+CONFIG = DecoderConfig(
+    vocab_size=VOCAB, num_layers=2, embed_dim=32, num_heads=4, num_kv_heads=2, head_dim=8, mlp_dim=64
+)
+END = make_tokenizer().eos_id
+
+
+@functools.lru_cache
+def params():
+    return jax.tree.map(lambda x: 3 * x, init_params(CONFIG, jax.random.key(0)))
+
+
+def read_echo(text):
+    """All that is said is a call of `echo`, but what holds a z."""
+    if "z" in text:
+        return Parsed(problem=ParseProblem("bad_call", "no z"))
+    return Parsed((ToolCall("echo", {"text": text}),))
+
+
+def make_endpoint(*, rows=4, contexts=8, length=LENGTH, template=TEMPLATE, **settings):
+    tokenizer = make_tokenizer(template)
+    # a fifth of the bytes end a turn, so that some end by themselves
+    decoder = TurnDecoder(
+        CONFIG,
+        contexts=contexts,
+        rows=rows,
+        context_length=length,
+        max_new_tokens=NEW,
+        extend_buckets=(16, 64),
+        check_every=3,
+        stop_tokens=[END, *range(0, 256, 5)],
+    )
+    endpoint = ChatEndpoint(decoder, tokenizer, **settings)
+    endpoint.set_params(params(), version=7)
+    endpoint.begin(sampling_params(), seed=3, step=5)
+    return endpoint
+
+
+@pytest.fixture(scope="module")
+def endpoint():
+    with make_endpoint(tool_format=read_echo) as endpoint:
+        yield endpoint
+
+
+def post(url, body, *, key="x", raw=None, path="/chat/completions"):
+    data = raw if raw is not None else json.dumps(body).encode()
+    headers = {"Content-Type": "application/json", "Authorization": f"Bearer {key}"}
+    with urllib.request.urlopen(urllib.request.Request(url + path, data, headers), timeout=60) as answer:
+        return answer.read()
+
+
+def ask(url, messages, **settings):
+    return json.loads(post(url, {"model": "m", "messages": messages, **settings}))
+
+
+def refused(url, body=None, **settings):
+    with pytest.raises(urllib.error.HTTPError) as caught:
+        post(url, body, **settings)
+    error = json.loads(caught.value.read())["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    return caught.value.code, error
+
+
+def user(text):
+    return {"role": "user", "content": text}
+
+
+def talk(url, row, turns=3):
+    """A plain conversation."""
+    messages = [user(row["prompt"])]
+    for turn in range(turns):
+        said = ask(url, messages)["choices"][0]["message"]
+        messages += [said, user(f"more {turn}")]
+    return float(len(said["content"]))
+
+
+def use_tool(url, row):
+    """Two turns: what the policy says calls a tool, whose result comes back."""
+    messages = [{"role": "system", "content": "Use echo."}, user(row["prompt"])]
+    for _ in range(2):
+        choice = ask(url, messages, tools=[ECHO], temperature=1.0)["choices"][0]
+        said = choice["message"]
+        calls = said.get("tool_calls", [])
+        assert choice["finish_reason"] == "tool_calls" if calls else choice["finish_reason"] in ("stop", "length")
+        messages.append(said)
+        for call in calls:
+            assert call["function"]["name"] == "echo"
+            result = json.loads(call["function"]["arguments"])["text"].upper()
+            messages.append({"role": "tool", "tool_call_id": call["id"], "content": result})
+        if not calls:
+            messages.append(user("call it"))
+    return 1.0
+
+
+def full_logprobs(ids):
+    """Of the full forward pass over exactly these ids."""
+    row = np.zeros(LENGTH + NEW, np.int32)
+    row[: len(ids)] = ids
+    table = np.asarray(log_softmax(params(), row, len(ids)))
+    return np.concatenate([[0.0], table[np.arange(len(ids) - 1), ids[1:]]])
+
+
+@jax.jit
+def log_softmax(params, row, length):
+    ends = jnp.where(jnp.arange(len(row)) < length, length, 0)[None]
+    hidden = hidden_states(CONFIG, params, row[None], jnp.arange(len(row))[None], ends)
+    return jax.nn.log_softmax(logits(CONFIG, params, hidden)[0])
+
+
+def check_sample(prompt, sample):
+    ids = prompt + sample.tokens.tolist()
+    want = full_logprobs(ids)[len(prompt) :]
+    np.testing.assert_allclose(sample.logprobs, np.where(sample.sampled, want, 0), atol=5e-5)
+
+
+EXAMPLES = [Example("one"), Example("two")]
+
+
+def play(player, examples=EXAMPLES, samples=4, *, step=5, **settings):
+    return player(examples, samples, sampling=sampling_params(), seed=3, step=step, **settings)
+
+
+def text_of(ids):
+    return make_tokenizer().hf.decode(ids, skip_special_tokens=False)
+
+
+def test_a_tool_agent_in_eight_threads_is_recorded_as_it_was_sampled(endpoint):
+    player = BlackBoxPlayer(endpoint, use_tool, workers=8)
+    assert isinstance(player, Play)
+    groups = play(player)
+    tools = set()
+    for group in groups:
+        want = "<|im_start|>system\necho<|im_end|>\n<|im_start|>system\nUse echo.<|im_end|>\n<|im_start|>user\n"
+        assert text_of(group.prompt) == f"{want}{group.example.prompt}<|im_end|>\n<|im_start|>assistant\n"
+        for sample, result in zip(group.samples, group.results, strict=True):
+            assert result.is_valid, result.error
+            assert result.value == 1.0 and result.components["turns"] == 2 and set(sample.versions.tolist()) == {7}
+            check_sample(group.prompt, sample)
+            ((start, stop),) = sample.forced
+            said = make_tokenizer().decode(sample.tokens[:start].tolist())
+            given = text_of(sample.tokens[start:stop].tolist())
+            closing = "" if sample.tokens[start - 1] == END else "<|im_end|>"
+            if "z" in said:
+                tools.add(False)
+                assert given == f"{closing}\n<|im_start|>user\ncall it<|im_end|>\n<|im_start|>assistant\n"
+            else:
+                tools.add(True)
+                assert given == f"{closing}\n<|im_start|>tool\n{said.upper()}<|im_end|>\n<|im_start|>assistant\n"
+            assert sample.turns.tolist() == [0] * stop + [1] * (len(sample.tokens) - stop)
+    assert True in tools
+    assert len({tuple(s.tokens.tolist()) for g in groups for s in g.samples}) == 8
+    assert player.last_stats["turns"] == 16 and player.last_stats["reused_share"] > 0.4
+
+
+def test_threads_rows_and_contexts_do_not_change_what_is_said(endpoint):
+    want = [s.tokens.tolist() for g in play(BlackBoxPlayer(endpoint, talk)) for s in g.samples]
+    with make_endpoint(rows=1, contexts=2) as other:
+        got = play(BlackBoxPlayer(other, talk, workers=3))
+    assert [s.tokens.tolist() for g in got for s in g.samples] == want
+    assert len({tuple(tokens) for tokens in want}) == len(want)
+
+
+def test_later_turns_begin_with_the_ids_recorded_before(endpoint):
+    session = endpoint.open_session(1, 2)
+    url = endpoint.url(session)
+    messages, before = [user("hi")], []
+    for turn in range(4):
+        answer = ask(url, messages)
+        reply = session.replies[-1]
+        assert reply.ids[: len(before)] == before and len(session.replies) == turn + 1
+        assert answer["usage"]["prompt_tokens"] == len(reply.ids) - len(reply.tokens)
+        assert answer["usage"]["completion_tokens"] == len(reply.tokens)
+        np.testing.assert_allclose(reply.logprobs, full_logprobs(reply.ids)[-len(reply.tokens) :], atol=5e-5)
+        before = reply.ids
+        said = answer["choices"][0]["message"]
+        # several messages at once, and white space that the agent's framework has cut
+        messages += [{**said, "content": said["content"].strip()}, user("a"), {"role": "system", "content": "b"}]
+    assert [len(path) for path in session.conversations()] == [4]
+    assert text_of(reply.given).endswith(
+        "\n<|im_start|>user\na<|im_end|>\n<|im_start|>system\nb<|im_end|>\n<|im_start|>assistant\n"
+    )
+    endpoint.close_session(session)
+
+
+def test_a_rewritten_history_makes_a_branch(endpoint):
+    session = endpoint.open_session(1, 2)
+    url = endpoint.url(session)
+    first = ask(url, [user("hi")])["choices"][0]["message"]
+    history = [user("hi"), first, user("go on")]
+    ask(url, history)
+    ask(url, history)  # asked again: something else is said
+    ask(url, [user("hi"), {"role": "assistant", "content": "never said"}, user("go on")])
+    ask(url, [{"role": "system", "content": "You help."}, user("hi")])  # a helper of the agent
+    one, again, forged, other = session.replies[1:]
+    assert again.parent is one.parent is session.replies[0] and forged.parent is other.parent is None
+    assert again.ids[: -len(again.tokens)] == one.ids[: -len(one.tokens)]
+    assert again.tokens.tolist() != one.tokens.tolist()
+    assert "never said" in text_of(forged.given)
+    paths = session.conversations()
+    assert len(paths) == 4 and sum(path[0] is session.replies[0] for path in paths) == 2
+    endpoint.close_session(session)
+
+
+def test_conversations_of_a_run_share_its_reward_and_train_what_they_share_once(endpoint):
+    def agent(url, row):
+        said = ask(url, [user(row["prompt"])])["choices"][0]["message"]
+        history = [user(row["prompt"]), said, user("go on")]
+        for _ in range(2):
+            ask(url, history)
+        ask(url, [user("check it"), said, user(row["prompt"])])
+        return 0.25 if row["prompt"] == "one" else 0.75
+
+    player = BlackBoxPlayer(endpoint, agent, most_conversations=3)
+    rollout = collect(
+        Plan(group_size=6),
+        lambda n: EXAMPLES[:n],
+        num_groups=2,
+        step=5,
+        play=player,
+        sampling=sampling_params(),
+        seed=3,
+    )
+    assert len(rollout.trajectories) == 12 and rollout.rewards.tolist() == [[0.25] * 6, [0.75] * 6]
+    assert [t.episode_id for t in rollout.trajectories] == [0] * 3 + [3] * 3 + [6] * 3 + [9] * 3
+    for i in range(0, 12, 3):
+        rows = rollout.trajectories[i : i + 3]
+        shared = [t for t in rows if "check" not in text_of(t.tokens.tolist())]
+        assert len(shared) == 2
+        same = np.cumprod(shared[0].tokens[:40] == shared[1].tokens[:40]).sum()
+        assert [t.action_mask[:same].any() for t in shared] == [True, False]
+        assert all(t.action_mask.any() for t in rows)
+        for t in rows:
+            want = np.where(t.action_mask, full_logprobs(t.tokens.tolist()), 0)
+            np.testing.assert_allclose(t.behavior_logprobs, want, atol=5e-5)
+    assert player.last_stats["conversations"] == 3 and player.last_stats["unused_conversations"] == 0
+    batch = stack(rollout.trajectories)
+    assert len(set(batch.episode_id.tolist())) == 4 and batch.action_mask.sum() == sum(
+        t.action_mask.sum() for t in rollout.trajectories
+    )
+    with pytest.raises(ValueError, match="multiple of most_conversations=3"):
+        play(player, samples=4)
+    few = play(BlackBoxPlayer(endpoint, agent), samples=2)
+    assert [len(group.samples) for group in few] == [2, 2]
+
+
+def test_a_run_that_raises_hangs_or_never_asks_costs_its_sample_alone(endpoint):
+    hung = threading.Event()
+
+    def agent(url, row):
+        kind = row["kind"]
+        if kind == "silent":
+            return 1.0
+        talk(url, row, turns=1)
+        if kind == "raises":
+            raise KeyError("lost")
+        if kind == "hangs":
+            hung.wait(60)
+            talk(url, row, turns=1)  # its session is over by then
+        return {"nan": float("nan"), "list": [1], "text": "some text"}.get(kind, 0.5)
+
+    wanted = {
+        "fine": None,
+        "silent": "never asked the policy anything",
+        "raises": "the agent raised KeyError: 'lost'",
+        "hangs": "longer than 3 s",
+        "nan": "it must return a finite number",
+        "list": "it must return a finite number",
+        "text": "needs a reward to score it",
+    }
+    examples = [Example(kind, {"kind": kind}) for kind in wanted]
+    player = BlackBoxPlayer(endpoint, agent, timeout_s=3.0)
+    groups = play(player, examples, 2)
+    hung.set()
+    for group, error in zip(groups, wanted.values(), strict=True):
+        for sample, result in zip(group.samples, group.results, strict=True):
+            assert result.is_valid == (error is None) and (error is None or error in result.error)
+            assert (len(sample.tokens) > 0) == (group.example.prompt != "silent")
+    assert player.last_stats["failed"] == 12
+    rollout = collect(
+        Plan(group_size=2),
+        lambda n: examples[1:3],
+        num_groups=2,
+        step=5,
+        play=player,
+        sampling=sampling_params(),
+        seed=3,
+    )
+    assert np.isnan(rollout.rewards).all() and not any(t.is_valid for t in rollout.trajectories)
+    assert not stack(rollout.trajectories).is_valid.any()
+
+
+def test_a_text_is_scored_by_the_reward(endpoint):
+    def longer(completion, least):
+        return float(len(completion) >= least)
+
+    reward = RewardRunner([RewardSpec(longer, in_process=True)])
+    examples = [Example("ab", {"least": 3}), Example("abcd", {"least": 3})]
+
+    def agent(url, row):
+        talk(url, row, turns=1)
+        return row["prompt"]
+
+    groups = play(BlackBoxPlayer(endpoint, agent, reward), examples, 2)
+    assert [[r.value for r in g.results] for g in groups] == [[0.0, 0.0], [1.0, 1.0]]
+    assert groups[0].results[0].components["longer"] == 0.0
+
+
+def test_limits_cut_a_conversation_and_say_so(endpoint):
+    session = endpoint.open_session(9, 9)
+    url = endpoint.url(session)
+    choices = [ask(url, [user("x")], max_tokens=1)["choices"][0] for _ in range(8)]
+    assert all(r.is_cut == (c["finish_reason"] == "length") for r, c in zip(session.replies, choices, strict=True))
+    assert {c["finish_reason"] for c in choices} >= {"length"} and {len(r.tokens) for r in session.replies} == {1}
+    code, error = refused(url, {"messages": [user("x" * LENGTH)]})
+    assert (code, error["code"]) == (400, "context_length_exceeded") and str(LENGTH) in error["message"]
+    reply = session.replies[0]
+    code, error = refused(url, {"messages": [user("x"), choices[0]["message"], user("y" * LENGTH)]})
+    assert error["code"] == "context_length_exceeded" and reply.is_cut
+    endpoint.close_session(session)
+
+
+def test_malformed_requests_get_a_clear_answer(endpoint):
+    session = endpoint.open_session()
+    url, fine = endpoint.url(session), [user("x")]
+    for body, part in [
+        ([], "must be a JSON object"),
+        ({}, "messages is None"),
+        ({"messages": []}, "non-empty list"),
+        ({"messages": ["x"]}, "must be one of system"),
+        ({"messages": [{"role": "wizard", "content": "x"}]}, "'wizard'; it must be one of system"),
+        ({"messages": [{"role": "user"}]}, "no content"),
+        ({"messages": [{"role": "user", "content": 3}]}, "must be text"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "list of text parts"),
+        ({"messages": [{"role": "assistant", "tool_calls": [3]}]}, "must be an object with a function"),
+        ({"messages": fine, "temperature": 0.3}, "this run samples with temperature=1"),
+        ({"messages": fine, "temperature": float("nan")}, "this run samples with temperature=1"),
+        ({"messages": fine, "top_p": "high"}, "top_p=1"),
+        ({"messages": fine, "n": 2}, "n=2 is not served"),
+        ({"messages": fine, "stop": ["\n"]}, "does not stop at"),
+        ({"messages": fine, "max_tokens": 0}, "at least 1"),
+        ({"messages": fine, "tools": [{"name": "echo"}]}, "tools must be"),
+        ({"messages": fine, "tools": [ECHO], "tool_choice": "required"}, "tool_choice='required'"),
+        ({"messages": fine, "response_format": {"type": "json_object"}}, "response_format"),
+    ]:
+        code, error = refused(url, body)
+        assert code == 400 and part in error["message"] and error["type"] == "invalid_request_error", error
+    for raw in (b"{", b"\xff\xfe", b"[" * 100_000):
+        assert refused(url, raw=raw)[0] == 400
+    assert refused(url, {"messages": fine}, path="/embeddings")[0] == 404
+    assert refused(url.replace(session.id, "nobody"), {"messages": fine})[1]["code"] == "session_not_found"
+    base = url.replace(f"/session/{session.id}", "")
+    assert refused(base, {"messages": fine})[1]["code"] == "session_not_found"
+    assert not session.replies
+    assert json.loads(post(base, {"messages": fine}, key=session.id))["object"] == "chat.completion"
+    for harmless in ({"temperature": 1, "top_p": 1.0, "n": 1, "seed": 4, "user": "me"}, {"stop": None, "tools": []}):
+        ask(
+            url,
+            [{"role": "developer", "content": "d"}, {"role": "user", "content": [{"type": "text", "text": "x"}]}],
+            **harmless,
+        )
+    assert len(session.replies) == 3
+    with urllib.request.urlopen(f"{url}/models", timeout=10) as answer:
+        assert json.loads(answer.read())["data"][0]["id"] == "policy"
+    with urllib.request.urlopen(base.replace("/v1", "/health"), timeout=10) as answer:
+        assert json.loads(answer.read()) == {"status": "ok", "version": 7}
+    endpoint.close_session(session)
+    assert refused(url, {"messages": fine})[0] == 404
+
+
+def test_what_a_template_refuses_is_an_error_and_what_it_rewrites_begins_anew():
+    picky = "{% for m in messages %}{% if m.role == 'tool' %}{{ raise_exception('no tools') }}{% endif %}{% endfor %}"
+    with make_endpoint(template=picky + TEMPLATE) as endpoint:
+        url = endpoint.url(endpoint.open_session())
+        code, error = refused(url, {"messages": [user("x"), {"role": "tool", "content": "y"}]})
+        assert code == 400 and "no tools" in error["message"]
+    last_only = TEMPLATE.replace("in messages %}", "in messages[-1:] %}", 1)
+    with make_endpoint(template=last_only) as endpoint:
+        session = endpoint.open_session()
+        said = ask(endpoint.url(session), [user("x")])["choices"][0]["message"]
+        ask(endpoint.url(session), [user("x"), said, user("y")])
+        assert [reply.parent for reply in session.replies] == [None, None]
+    with pytest.raises(ValueError, match="no chat template"):
+        ChatEndpoint(endpoint._decoder._decoder, CharTokenizer("ab"))
+
+
+def events(body):
+    lines = [line.removeprefix("data: ") for line in body.decode().split("\n\n") if line]
+    assert lines[-1] == "[DONE]"
+    return [json.loads(line) for line in lines[:-1]]
+
+
+def test_a_stream_says_the_same(endpoint):
+    one, two = (endpoint.open_session(5, 5) for _ in range(2))
+    for tools in ([], [ECHO]):
+        body = {"messages": [user("x")], "tools": tools, "logprobs": True}
+        plain = json.loads(post(endpoint.url(one), body))
+        usage = {"stream": True, "stream_options": {"include_usage": True}}
+        chunks = events(post(endpoint.url(two), body | usage))
+        assert {chunk["object"] for chunk in chunks} == {"chat.completion.chunk"}
+        deltas = [chunk["choices"][0]["delta"] for chunk in chunks if chunk["choices"]]
+        message = plain["choices"][0]["message"]
+        assert deltas[0]["role"] == "assistant"
+        assert "".join(delta.get("content") or "" for delta in deltas) == (message["content"] or "")
+        calls = [call for delta in deltas for call in delta.get("tool_calls", [])]
+        assert calls == [{"index": i, **call} for i, call in enumerate(message.get("tool_calls", []))]
+        assert chunks[-2]["choices"][0]["finish_reason"] == plain["choices"][0]["finish_reason"]
+        assert chunks[-1]["usage"] == plain["usage"]
+        shown = plain["choices"][0]["logprobs"]["content"]
+        np.testing.assert_allclose([t["logprob"] for t in shown], one.replies[-1].logprobs, rtol=1e-6)
+    assert [r.ids for r in one.replies] == [r.ids for r in two.replies]
+
+
+def test_nothing_is_left_running_after_close():
+    before = set(threading.enumerate())
+    endpoint = make_endpoint(rows=1, contexts=1)
+    player = BlackBoxPlayer(endpoint, talk, workers=4)
+    play(player, EXAMPLES[:1], 2)
+    host, port = endpoint._server.server_address[:2]
+    connection = socket.create_connection((host, port))  # says nothing
+    url, outcomes = endpoint.url(endpoint.open_session()), []
+
+    def hurry():
+        try:
+            for i in itertools.count():
+                outcomes.append(ask(url, [user(str(i))]))
+        except (urllib.error.URLError, ConnectionError) as error:
+            outcomes.append(error)
+
+    thread = threading.Thread(target=hurry)
+    thread.start()
+    while not outcomes:
+        time.sleep(0.01)
+    begin = time.monotonic()
+    endpoint.close()
+    thread.join(10)
+    connection.close()
+    assert time.monotonic() - begin < 5 and not thread.is_alive()
+    assert isinstance(outcomes[-1], Exception)
+    assert [t for t in set(threading.enumerate()) - before if t.is_alive()] == []
+    with pytest.raises(OSError):
+        socket.create_connection((host, port), timeout=1)
+    endpoint.close()
+
+
+def test_a_decoder_that_fails_ends_the_call():
+    with make_endpoint() as endpoint:
+        player = BlackBoxPlayer(endpoint, talk)
+        decoder = endpoint._decoder._decoder
+
+        def broken():
+            raise MemoryError("no room on the device")
+
+        decoder.run, run = broken, decoder.run
+        with pytest.raises(RuntimeError, match="the decoder failed") as caught:
+            play(player, EXAMPLES[:1], 2)
+        assert "no room on the device" in str(caught.value.__cause__)
+        decoder.run = run
+        assert all(r.is_valid for g in play(player, EXAMPLES[:1], 2) for r in g.results)
+
+
+def test_plans_with_forks_and_bad_settings_are_refused(endpoint):
+    player = BlackBoxPlayer(endpoint, talk)
+    with pytest.raises(ValueError, match="cannot be forked"):
+        play(player, forks=ForkPlan(chains=2, points=1, rule=lambda grown: []))
+    for settings, message in [
+        ({"workers": 0}, "workers=0"),
+        ({"timeout_s": 0.0}, "timeout_s=0"),
+        ({"most_conversations": 0}, "most_c"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            BlackBoxPlayer(endpoint, talk, **settings)
+
+
+def test_the_openai_client_is_served(endpoint):
+    openai = pytest.importorskip("openai", reason="the package openai is not installed")
+
+    def agent(url, row):
+        client = openai.OpenAI(base_url=url, api_key="none", max_retries=0)
+        messages = [user(row["prompt"])]
+        for _ in range(3):
+            choice = client.chat.completions.create(model="policy", messages=messages, tools=[ECHO]).choices[0]
+            messages.append(choice.message.model_dump(exclude_none=True))
+            for call in choice.message.tool_calls or []:
+                messages.append({"role": "tool", "tool_call_id": call.id, "content": call.function.arguments})
+            if not choice.message.tool_calls:
+                messages.append(user("again"))
+        stream = client.chat.completions.create(model="policy", messages=messages, stream=True)
+        said = "".join(chunk.choices[0].delta.content or "" for chunk in stream if chunk.choices)
+        with pytest.raises(openai.BadRequestError, match="context length"):
+            client.chat.completions.create(model="policy", messages=[user("x" * 500)])
+        return float(len(said))
+
+    for group in play(BlackBoxPlayer(endpoint, agent, timeout_s=60.0)):
+        for sample, result in zip(group.samples, group.results, strict=True):
+            assert result.is_valid, result.error
+            assert result.components["turns"] == 4
+            check_sample(group.prompt, sample)

@@ -9,6 +9,7 @@ import pytest
 from rljax.algorithms import GRPO
 from rljax.rollouts.fork_rules import (
     Grown,
+    _between,
     entropy_jump,
     grown_batch,
     random_step,
@@ -174,7 +175,9 @@ def test_rounds_number_their_forks_and_leave_out_what_has_no_room():
         return [ForkPoint(0, 1, 2.0, (5,)), ForkPoint(0, 9), ForkPoint(1, 2), ForkPoint(1, 3), ForkPoint(0, 2)]
 
     plan = plan_of(rule=rule, branches=2, rounds=2)
-    rounds = rounds_of(plan, TOKENIZER.decode, lambda s: SPLITTER(s.tokens), seed=0, step=0, prompt_id=0, first_id=30, limit=9)
+    rounds = rounds_of(
+        plan, TOKENIZER.decode, lambda s: SPLITTER(s.tokens), seed=0, step=0, prompt_id=0, first_id=30, limit=9
+    )
     samples = [sample("abcdefghi"), sample("abcdefghi")]
     forks = rounds(samples)
     assert [(f.parent, f.fork_index, f.sample_id) for f in forks] == [
@@ -237,3 +240,41 @@ def test_a_run_over_forks_repeats_bit_for_bit(run, tmp_path):
     train(forked_config(), str(tmp_path / "again"))
     assert run_metrics(tmp_path / "again") == run_metrics(run)
     assert rollout_records(tmp_path / "again") == rollout_records(run)
+
+
+def test_a_span_holds_the_tokens_between_its_two_texts():
+    pieces = ["a", "<th", "ink>", "bc", "d", "</", "think>e", "f", "<think>", "g"]
+
+    def decode(ids):
+        return "".join(pieces[i] for i in ids)
+
+    inside = _between(decode, list(range(len(pieces))), "<think>", "</think>")
+    assert [pieces[i] for i in np.flatnonzero(inside)] == ["bc", "d", "g"]
+    assert not any(_between(decode, [0, 3, 4], "<think>", "</think>"))
+
+
+def test_forks_stay_within_a_span():
+    """Every token of `branching` rules lies between the texts; without a span some do not."""
+    grown, outside = make_spanned(), 0
+    for span in (("b", "d"), ()):
+        for point in top_branching_score(4, span=span)(grown):
+            is_inside = 2 <= point.fork_index <= 4
+            assert is_inside or not span
+            outside += not is_inside
+    assert outside
+
+
+def make_spanned():
+    """Two samples whose tokens 2 to 4 stand between a b and a d; entropy is high everywhere but at the start."""
+    tokens = np.array([[0, 1, 2, 2, 2, 3, 0, 0]] * 2, np.int32)
+    samples = [
+        Sample(line, np.full(8, -1.0, np.float32), (np.arange(8) * 0.3 + row).astype(np.float32), "stop")
+        for row, line in enumerate(tokens)
+    ]
+    return Grown(
+        batch=grown_batch(samples, 2, 8, [np.zeros(8, np.int32)] * 2),
+        chains=2,
+        round=0,
+        key=jax.random.key(0),
+        decode=lambda ids: "".join("abcd"[i] for i in ids),
+    )

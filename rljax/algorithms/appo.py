@@ -21,7 +21,8 @@ class APPO(ForestRecipe):
     here, Omega is 1 when they are chosen, and the score is the z-score of the entropy behind its sign gate; the paper
     branches anew before each minibatch with the policy of that moment. So too the first minibatch has the same factor
     for all tokens; take `update.minibatches` above 1. Branches count in the denominator, as in the paper's 1 / M.
-    `released` takes the base advantage of the released code.
+    `released` takes the base advantage of the released code. `fork_within`, two texts such as `<think>` and
+    `</think>`, has an agent fork in its thinking alone.
     """
 
     chains: int = 8
@@ -31,6 +32,7 @@ class APPO(ForestRecipe):
     influence_high: float = 1.2
     half_life: float = 32.0
     released: bool = False
+    fork_within: tuple[str, ...] = ()
 
     def build(self) -> Algorithm:
         """Raises ValueError for hyperparameters that cannot work."""
@@ -47,5 +49,7 @@ class APPO(ForestRecipe):
             high=self.influence_high,
         )
         credit: AdvantageFn = shared_branch_credit() if self.released else dual_group(epsilon=self.epsilon)
-        rule = top_branching_score(self.points * self.chains)
+        if len(self.fork_within) not in (0, 2) or "" in self.fork_within:
+            raise ValueError(f"APPO: fork_within={self.fork_within} must be two texts, or empty")
+        rule = top_branching_score(self.points * self.chains, span=self.fork_within)
         return self.compose(rule, credit, aggregate_fn=sequence_mean, weight_fns=(weights,))

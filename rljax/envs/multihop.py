@@ -112,7 +112,9 @@ class MultiHop(ToolEnvironment):
     def reset(self, row: Mapping[str, Any]) -> Prompt:
         """The question, on the pages of its world, which are made when first asked for."""
         self._world = _world(row) if self._documents is None else world_of(self._documents)
-        self._forbidden = [_folded(text) for text in row.get("forbidden", ()) if text.strip()]
+        forbidden = row.get("forbidden") or ()
+        texts = [forbidden] if isinstance(forbidden, str) else forbidden
+        self._forbidden = [_folded(text) for text in texts if text.strip()]
         self._queries: list[str] = []
         self._results: list[Document] | None = None
         self._redundancy, self._is_invalid = 0.0, False
@@ -217,7 +219,8 @@ def rows(
     question itself are dropped (0 keeps them); the paper drops what a model with search answers.
 
     Columns: `prompt` and `question` (the text), `answer` (a title), `forbidden` (texts that no shown page may hold),
-    `world`, `hops` and `path` (titles). Raises ValueError for an argument out of range, and if there are not as many.
+    `world`, `hops`, `path` (titles) and `actions` (calls that lead to the answer, as guidance may show them). Raises
+    ValueError for an argument out of range, and if there are not as many.
     """
     _check_rows(size, min_hops, max_hops, num_candidates, split, test_fraction)
     world = made_up_world(num_pages, world_seed)
@@ -274,6 +277,7 @@ def _row(question: Question, graph: Graph, where: Mapping[str, int]) -> dict[str
         "world": dict(where),
         "hops": len(question.relations),
         "path": [graph[id_].title for id_ in question.path],
+        "actions": [{"name": "open", "arguments": {"page": graph[id_].title}} for id_ in question.path[:-1]],
     }
 
 

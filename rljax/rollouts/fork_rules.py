@@ -65,15 +65,25 @@ class Grown:
                 row[_first_with(self.decode, tokens[:length].tolist(), words) + 1 :] = False
         return mask
 
+    def within(self, span: Sequence[str]) -> Bool[np.ndarray, "B T"]:
+        """Tokens between the two texts of `span`, such as `<think>` and `</think>`, each time they occur; to the end
+        where the second is missing. All without a span."""
+        mask = np.full(np.shape(self.batch.tokens), not span)
+        for row, tokens, length in zip(mask, self.batch.tokens, self.batch.lengths, strict=True):
+            if span:
+                row[:length] = _between(self.decode, np.asarray(tokens[:length]).tolist(), *span)
+        return mask
+
 
 Choice = Callable[[RolloutBatch, Tree, Array, Array], tuple[Forks, Array]]
 """(batch, its tree, eligible [B, T], key) -> (places, the scores [B, T] that chose them)."""
 
 
-def rule_of(choose: Choice, *, tail: float = 0.0, last_words: Sequence[str] = ()) -> ForkRule:
+def rule_of(choose: Choice, *, tail: float = 0.0, last_words: Sequence[str] = (), span: Sequence[str] = ()) -> ForkRule:
     """A rule that forks where `choose` says. Eligible are a sample's own tokens, but not its first (the same prefix as
     its own fork), not where it was forked before, not the last `tail` of the completion (and, with a tail, not its
-    first token, which makes one more independent sample), and none after the first of `last_words`."""
+    first token, which makes one more independent sample), none after the first of `last_words`, and of `span`, two
+    texts, only what stands between them."""
 
     @jax.jit
     def run(batch: RolloutBatch, mask: Array, key: Array) -> tuple[Forks, Array]:
@@ -86,7 +96,7 @@ def rule_of(choose: Choice, *, tail: float = 0.0, last_words: Sequence[str] = ()
         return forks, scores[forks.row, forks.position]
 
     def rule(grown: Grown) -> list[ForkPoint]:
-        forks, scores = jax.device_get(run(grown.batch, grown.before(last_words), grown.key))
+        forks, scores = jax.device_get(run(grown.batch, grown.before(last_words) & grown.within(span), grown.key))
         return _points(forks, scores)
 
     return rule
@@ -176,11 +186,11 @@ def top_tokens(
     return rule_of(choose, tail=tail, last_words=last_words)
 
 
-def top_branching_score(points: int, *, tail: float = 0.0) -> ForkRule:
+def top_branching_score(points: int, *, tail: float = 0.0, span: Sequence[str] = ()) -> ForkRule:
     """The `points` best tokens of the prompt's samples by APPO's branching score (2606.12384, 3.3 and 3.4).
 
     The samples are the current policy's own, so its future value is 1 everywhere and the score is `Z(H)`, behind its
-    sign gate and filled up by `Z(H)`.
+    sign gate and filled up by `Z(H)`. With `span` only tokens between these two texts count.
     """
 
     def choose(batch, tree, eligible, key):
@@ -188,7 +198,7 @@ def top_branching_score(points: int, *, tail: float = 0.0) -> ForkRule:
         then = (found.fill, found.is_allowed & eligible)
         return select_forks(found.scores, found.is_strict & eligible, points, then=then), found.scores
 
-    return rule_of(choose, tail=tail)
+    return rule_of(choose, tail=tail, span=span)
 
 
 def entropy_jump(
@@ -330,3 +340,16 @@ def _first_with(decode: Callable[[Sequence[int]], str], ids: Sequence[int], word
         middle = (low + high) // 2
         low, high = (low, middle) if holds(middle) else (middle, high)
     return high - 1
+
+
+def _between(decode: Callable[[Sequence[int]], str], ids: Sequence[int], start: str, end: str) -> list[bool]:
+    """Which tokens have all of their text between `start` and `end`."""
+    pieces = [decode([token]) for token in ids]
+    text, inside, place = "".join(pieces), [], 0
+    while (opened := text.find(start, place)) >= 0:
+        closed = text.find(end, opened + len(start))
+        inside.append((opened + len(start), closed if closed >= 0 else len(text)))
+        place = inside[-1][1] + 1
+    ends = np.cumsum([len(piece) for piece in pieces]).tolist()
+    starts = [stop - len(piece) for stop, piece in zip(ends, pieces, strict=True)]
+    return [any(a <= first and last <= b for a, b in inside) for first, last in zip(starts, ends, strict=True)]

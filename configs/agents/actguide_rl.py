@@ -1,0 +1,16 @@
+"""ActGuide-RL, arXiv 2605.12004: where all rollouts fail, as little of a recorded plan as it takes.
+
+    python launch/train.py --config=configs/agents/actguide_rl.py --workdir=runs/agent_actguide_rl
+
+Look at play/hard_share, play/guidance_level_mean and play/probe_tokens.
+"""
+
+from search import search_config
+
+from rljax.algorithms import ActGuideRL
+from rljax.config import Config, GuidanceConfig
+
+
+def get_config(size: str = "full") -> Config:
+    group = 4 if size == "smoke" else 8
+    return search_config(ActGuideRL(group_size=group), size, guidance=GuidanceConfig(column="actions"))

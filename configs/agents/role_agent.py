@@ -1,0 +1,28 @@
+"""Role-Agent, arXiv 2606.10917: an agent that foresees what its actions lead to, on tasks drawn by what failed.
+
+    python launch/train.py --config=configs/agents/role_agent.py --workdir=runs/agent_role_agent
+
+Look at rollout/component/prediction, and at copy_prediction beside it: what repeating the last observation would get.
+"""
+
+from search import search_config
+
+from rljax.algorithms import RoleAgent
+from rljax.config import Config, EnvironmentConfig, FailedTasks
+
+
+def get_config(size: str = "full") -> Config:
+    environment = EnvironmentConfig(
+        make="rljax.envs:Predicting",
+        args={
+            "make": "rljax.envs:MultiHop",
+            "args": {"tool_format": "tags"},
+            "instruction": "In every message, first write what you expect to read next: "
+            "<predict_next>...</predict_next>",
+        },
+        tool_format="rljax.envs.multihop:TAGS",
+        turns=8,
+    )
+    config = search_config(RoleAgent(group_size=4 if size == "smoke" else 8), size, environment=environment)
+    config.curriculum = FailedTasks()
+    return config

@@ -1,0 +1,87 @@
+"""What the configs of this folder share: an agent that searches pages for the answer to a question over several.
+
+The questions and pages are made up (`rljax.envs.MultiHop`, extra `agents`), the model is SmolLM2-135M-Instruct. It
+starts from next to nothing here; take a model that can call tools, with `--config.model.path=...`, and a GPU.
+
+Every config takes a size: `--config=configs/agents/arpo.py:smoke` is two steps of a tiny model of characters.
+"""
+
+from rljax.config import (
+    CheckpointConfig,
+    Config,
+    EnvironmentConfig,
+    EvaluationConfig,
+    FreshModel,
+    GuidanceConfig,
+    PretrainedModel,
+    Recipe,
+    RowsData,
+    SamplingConfig,
+    UpdateConfig,
+)
+from rljax.training import OptimizerConfig
+
+ASCII = "".join(map(chr, range(32, 127))) + "\n"
+SIZES = ("full", "smoke")
+
+
+def search_config(
+    algorithm: Recipe,
+    size: str = "full",
+    *,
+    environment: EnvironmentConfig | None = None,
+    data: RowsData | None = None,
+    guidance: GuidanceConfig | None = None,
+    minibatches: int = 1,
+) -> Config:
+    """`algorithm` on questions that need a search; other environments and data go by their rows. ValueError for an
+    unknown `size`."""
+    if size not in SIZES:
+        raise ValueError(f"--config=...:{size}: the size must be one of {', '.join(SIZES)}")
+    smoke = size == "smoke"
+    own = environment or search_environment()
+    own.context_length, own.extend_buckets = (1536, (64, 512)) if smoke else (2048, (64, 256, 1024))
+    own.turns = 2 if smoke else own.turns
+    return Config(
+        name="search",
+        steps=2 if smoke else 200,
+        prompts_per_step=2 if smoke else 16,
+        model=tiny_model() if smoke else PretrainedModel(dtype="bfloat16"),
+        data=data or search_data(smoke),
+        environment=own,
+        guidance=guidance or GuidanceConfig(),
+        algorithm=algorithm,
+        sampling=SamplingConfig(max_new_tokens=8 if smoke else 192),
+        update=UpdateConfig(
+            pack_length=own.context_length, minibatches=min(minibatches, 2) if smoke else minibatches, head_chunk=1024
+        ),
+        optimizer=OptimizerConfig(learning_rate=1e-3 if smoke else 1e-6),
+        evaluation=EvaluationConfig(
+            problems=2 if smoke else 64, samples=2 if smoke else 4, batch_prompts=2 if smoke else 16
+        ),
+        checkpoint=CheckpointConfig(every=0 if smoke else 20),
+    )
+
+
+def tiny_model() -> FreshModel:
+    shape = {"num_layers": 1, "embed_dim": 32, "num_heads": 2, "num_kv_heads": 2, "head_dim": 16, "mlp_dim": 64}
+    return FreshModel(alphabet=ASCII, max_position=4096, **shape)
+
+
+def search_environment(**args: object) -> EnvironmentConfig:
+    """The tools `<search>`, `<open>` and `<finish>`; `args` go to `MultiHop`."""
+    return EnvironmentConfig(
+        make="rljax.envs:MultiHop",
+        args={"tool_format": "tags", **args},
+        tool_format="rljax.envs.multihop:TAGS",
+        turns=8,
+    )
+
+
+def search_data(smoke: bool) -> RowsData:
+    count, held_out = (8, 4) if smoke else (1000, 64)
+    return RowsData(
+        rows="rljax.envs.multihop:rows",
+        args={"size": count, "split": "train"},
+        test_args={"size": held_out, "split": "test"},
+    )

@@ -2,10 +2,13 @@
 
 import json
 import re
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
 from rljax.envs import EnvironmentPool, MixedEnvironment, Step, mixed_rows
+from rljax.envs.sharing import made_once
 from rljax.tasks import Example, split_by_hash
 from rljax.tasks.mixture import balanced, interleave, replications
 
@@ -92,6 +95,26 @@ def test_entries_of_another_form_are_refused(entry):
         MixedEnvironment({"x": entry})
     with pytest.raises(ValueError, match="the entry 'x' is"):
         mixed_rows({"x": {("rows" if key == "make" else key): value for key, value in entry.items()}})
+
+
+def test_what_is_shared_is_made_once_however_many_ask_at_a_time():
+    made = []
+
+    @made_once
+    def heavy(size):
+        time.sleep(0.05)
+        made.append(size)
+        if size < 0:
+            raise ValueError("no")
+        return object()
+
+    with ThreadPoolExecutor(8) as threads:
+        assert len(set(threads.map(heavy, [1] * 8 + [2]))) == 2
+    assert sorted(made) == [1, 2]
+    for _ in range(2):
+        with pytest.raises(ValueError, match="no"):
+            heavy(-1)
+    assert made[2:] == [-1, -1]
 
 
 def test_empty_sources_and_environments_are_refused():

@@ -219,6 +219,16 @@ def test_searching_hop_by_hop_solves_what_cannot_be_guessed():
     assert guessed <= 2  # 60 guesses among 240 titles
 
 
+def test_the_recorded_actions_lead_to_the_answer():
+    environment = MultiHop()
+    for row in ROWS[:10]:
+        environment.reset(row)
+        assert not any(row["answer"] in str(action) for action in row["actions"])
+        steps = [environment.step(call(action["name"], **action["arguments"])) for action in row["actions"]]
+        assert not any(step.done or step.counts["tool_errors"] for step in steps)
+        assert row["answer"] in steps[-1].observation
+
+
 def test_splits_share_neither_questions_nor_answers():
     train = rows(40, split="train", seed=1)
     test = [row for seed in (1, 2) for row in rows(10, split="test", seed=seed)]
@@ -336,10 +346,10 @@ def test_pages_with_forbidden_texts_are_neither_found_nor_opened(tmp_path):
     found = environment.step(call("search", query="old bridge")).observation
     assert found == "[1] Stone\nThe stone bridge is ...\n\n[2] Tower\nA tower at a bridge."
     assert environment.step(call("open", page="Quiz")).observation == "There is no page with the title 'Quiz'."
-    assert (
-        environment.reset({**row, "forbidden": []})
-        and "Quiz" in environment.step(call("search", query="old bridge")).observation
-    )
+    environment.reset({**row, "forbidden": question})
+    assert environment.step(call("search", query="old bridge")).observation == found
+    environment.reset({**row, "forbidden": []})
+    assert "Quiz" in environment.step(call("search", query="old bridge")).observation
 
 
 def test_episodes_run_in_a_pool_and_fork_by_replay():

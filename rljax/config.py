@@ -22,6 +22,7 @@ from rljax.tasks import (
     RewardRunner,
     RewardSpec,
     UniformCurriculum,
+    balanced,
     hold_apart,
     load_callable,
     load_jsonl,
@@ -171,12 +172,14 @@ class FileRows:
 class RowsData:
     """Rows that a function gives, `module:function`, called with `args`: mappings with a `prompt`, whose other columns
     reward and environment read. `test_args` go over `args` for the held-out rows; without them `test_fraction` is held
-    out by the hash of the prompt."""
+    out by the hash of the prompt. With `balance` the rows of small tasks (column `task`) are repeated until all tasks
+    have about as many (`rljax.tasks.balanced`)."""
 
     rows: str = ""
     args: dict[str, Any] = dataclasses.field(default_factory=dict)
     test_args: dict[str, Any] = dataclasses.field(default_factory=dict)
     test_fraction: float = 0.1
+    balance: bool = False
     chat: bool | None = None
 
     def load(self) -> Dataset:
@@ -185,7 +188,7 @@ class RowsData:
             split = hold_apart(train, self._examples({**self.args, **self.test_args}))
         else:
             split = split_by_hash(train, test_fraction=self.test_fraction)
-        return FileRows(split.train, split.test)
+        return FileRows(balanced(split.train) if self.balance else split.train, split.test)
 
     def _examples(self, args: Mapping[str, Any]) -> list[Example]:
         make = load_callable(self.rows)
@@ -343,7 +346,8 @@ class UpdateConfig:
 
     `anchor_to_behavior` takes the sampler's log-probs as the old ones instead of scoring the rollout once more. The
     bucket tables bound the compiled shapes: packed length, scored tokens of a packed row, rows of a microbatch,
-    microbatches; empty is a table that fits anything, one entry each is a single shape.
+    microbatches, tokens of the longest trajectory; empty is a table that fits anything, one entry each is a single
+    shape.
 
     `attention_kernel` trains long packed rows with kernels that leave out blocks which see nothing, on a GPU or TPU;
     a CPU, and short rows, keep the XLA form whatever it says.
@@ -359,6 +363,7 @@ class UpdateConfig:
     score_buckets: tuple[int, ...] = ()
     row_buckets: tuple[int, ...] = ()
     microbatch_buckets: tuple[int, ...] = ()
+    trajectory_buckets: tuple[int, ...] = ()
     head_chunk: int = 512
     remat: bool = False
     attention_kernel: bool = False

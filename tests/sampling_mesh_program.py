@@ -9,7 +9,7 @@ import numpy as np
 from rljax.models import DecoderConfig, init_params
 from rljax.models.layout import param_shardings
 from rljax.parallel import make_mesh
-from rljax.sampling import Fork, Request, Sampler, compile_count, sampling_params
+from rljax.sampling import Fork, Request, Sampler, Turn, TurnDecoder, compile_count, sampling_params
 
 CONFIG = DecoderConfig(
     vocab_size=96, num_layers=2, embed_dim=32, num_heads=4, num_kv_heads=2, head_dim=8, mlp_dim=64, tied_embeddings=True
@@ -34,6 +34,7 @@ def sample(mesh):
     params = jax.tree.map(lambda x: 4 * np.asarray(x), init_params(CONFIG, jax.random.key(0)))
     if mesh is not None:
         params = jax.device_put(params, param_shardings(CONFIG, mesh))
+    talk = converse(params, mesh)
     sampler.set_params(params)
     sampler.warmup()
     before = compile_count()
@@ -45,7 +46,33 @@ def sample(mesh):
         "tokens": [x.tokens.tolist() for x in flat],
         "logprobs": [x.logprobs.tolist() for x in flat],
         "compiles": compile_count() - before,
+        "turns": talk,
     }
+
+
+def converse(params, mesh):
+    """Five conversations of three turns on four rows, and what compiled after the warm-up."""
+    decoder = TurnDecoder(
+        CONFIG,
+        contexts=8,
+        rows=8,
+        context_length=64,
+        max_new_tokens=6,
+        extend_buckets=(4, 16),
+        stop_tokens=(5,),
+        mesh=mesh,
+    )
+    decoder.set_params(params)
+    decoder.begin(sampling_params(), seed=3, step=4)
+    decoder.warmup()
+    before, contexts = compile_count(), [[7 + i] * (3 + i) for i in range(5)]
+    for turn in range(3):
+        for i, tokens in enumerate(contexts):
+            decoder.submit(Turn(i, list(tokens), i, i, turn, like=0))
+        while decoder.num_open:
+            for said in decoder.run():
+                contexts[said.turn.context] += [*said.tokens.tolist(), 9, 10 + turn]
+    return {"contexts": contexts, "compiles": compile_count() - before}
 
 
 if __name__ == "__main__":

@@ -176,7 +176,6 @@ def test_an_opening_longer_than_the_context_costs_its_episode_alone():
     assert len(long.prompt) == 1 and all(r.is_valid for r in short.results)
 
 
-
 @pytest.mark.parametrize("rule", [random_step(2, 2), top_entropy(2, 2, tail=0.0, last_words=())])
 def test_forks_go_on_from_the_environment_as_it_stood(rule):
     plan = ForkPlan(chains=2, points=2, rule=rule, rounds=2)

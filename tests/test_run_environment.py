@@ -138,5 +138,5 @@ def test_impossible_configs_are_refused(change, message):
 def test_an_environment_that_cannot_be_made_is_refused():
     config = make_config()
     config.environment.args = {"mots": 3}
-    with pytest.raises(ValueError, match="agent_tasks:Ask with args {'mots': 3} makes no environment: TypeError"):
+    with pytest.raises(ValueError, match=r"agent_tasks:Ask with args \{'mots': 3\} makes no environment: TypeError"):
         plan(config)

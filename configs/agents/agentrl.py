@@ -31,6 +31,7 @@ def get_config(size: str = "full") -> Config:
         rows="rljax.envs.mixture:mixed_rows",
         args=parts("train", 8 if smoke else 1000, 8 if smoke else 1000, 0),
         test_args=parts("test", 4 if smoke else 64, 4 if smoke else 64, 1),
+        balance=True,
     )
     environment = EnvironmentConfig(
         make="rljax.envs:MixedEnvironment",

@@ -3,6 +3,7 @@
 import hashlib
 import importlib
 import json
+import logging
 import os
 import shutil
 import sys
@@ -128,7 +129,9 @@ def _import_bm25s() -> Any:
     hidden = {name: modules.get(name, _ABSENT) for name in ("jax", "jax.lax")}
     try:
         modules.update(dict.fromkeys(hidden))  # None makes an import fail
-        return importlib.import_module("bm25s")
+        module = importlib.import_module("bm25s")
+        logging.getLogger("bm25s").setLevel(logging.WARNING)  # it turns itself up to DEBUG
+        return module
     except ImportError:
         raise ImportError("search over a corpus needs bm25s: pip install 'rljax[agents]'") from None
     finally:

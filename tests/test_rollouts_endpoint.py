@@ -14,16 +14,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from rljax.envs import EnvironmentPool, Step
 from rljax.envs.formats import Parsed, ParseProblem, ToolCall
 from rljax.models import DecoderConfig, hidden_states, init_params, logits
-from rljax.rollouts.batching import stack
+from rljax.rollouts.batching import PackSpec, pack, stack
 from rljax.rollouts.black_box import BlackBoxPlayer
 from rljax.rollouts.collect import Play, collect
 from rljax.rollouts.endpoint import ChatEndpoint
+from rljax.rollouts.multi_turn import Player
 from rljax.rollouts.plans import ForkPlan, Plan
+from rljax.rollouts.recording import Renderer, Reply
 from rljax.sampling import TurnDecoder, sampling_params
 from rljax.tasks import Example, RewardRunner, RewardSpec
-from rljax.text import CharTokenizer
+from rljax.text import CharTokenizer, Dialogue
 
 TEMPLATE = (
     "{% if tools %}<|im_start|>system\n{{ tools[0].function.name }}<|im_end|>\n{% endif %}"
@@ -438,6 +441,94 @@ def test_what_a_template_refuses_is_an_error_and_what_it_rewrites_begins_anew():
         ChatEndpoint(endpoint._decoder._decoder, CharTokenizer("ab"))
 
 
+def make_reply(text, *, closed, calls=()):
+    ids = [*make_tokenizer().encode(text), *([END] if closed else [])]
+    message = {"role": "assistant", "content": text} | ({"tool_calls": list(calls)} if calls else {})
+    nothing = np.zeros(len(ids), np.float32)
+    return Reply(None, [], message, [1, 2], np.array(ids, np.int32), nothing, nothing, 0)
+
+
+LIKE_QWEN3 = (
+    "{% set ns = namespace(last=-1) %}"
+    "{% for m in messages %}{% if m.role == 'user' %}{% set ns.last = loop.index0 %}{% endif %}{% endfor %}"
+    "{% for m in messages %}{% if m.role == 'assistant' and loop.last %}"
+    "<|im_start|>assistant\n<think>\n\n</think>\n\n{{ m.content }}<|im_end|>\n"
+    "{% elif m.role == 'tool' %}"
+    "{% if messages[loop.index0 - 1].role != 'tool' %}<|im_start|>user{% endif %}"
+    "{{ '\n<tool_response>\n' + m.content + '\n</tool_response>' }}"
+    "{% if loop.last or messages[loop.index0 + 1].role != 'tool' %}<|im_end|>\n{% endif %}"
+    "{% else %}<|im_start|>{{ m.role }}\n{{ m.content.split('</think>')[-1] }}<|im_end|>\n{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+BARE = (
+    "{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}[it] {% endif %}"
+)
+
+
+@pytest.mark.parametrize("closed", [True, False])
+def test_behind_a_reply_stands_what_the_template_puts_there_though_it_drops_thinking(closed):
+    reply = make_reply("<think>hm</think>yes", closed=closed)
+    results = [{"role": "tool", "content": "a"}, {"role": "tool", "content": "b"}]
+    ids = Renderer(make_tokenizer(LIKE_QWEN3)).behind(reply, results)
+    assert text_of(ids) == ("" if closed else "<|im_end|>") + (
+        "\n<|im_start|>user\n<tool_response>\na\n</tool_response>\n<tool_response>\nb\n</tool_response><|im_end|>\n"
+        "<|im_start|>assistant\n"
+    )
+    ids = Renderer(make_tokenizer(BARE)).behind(make_reply("yes", closed=False), results[:1])
+    assert text_of(ids) == "[tool] a\n[it] "
+
+
+def test_an_agent_and_an_environment_that_say_the_same_sample_the_same():
+    class More:
+        def reset(self, row):
+            self.turn = -1
+            return [user(row["prompt"])]
+
+        def step(self, action):
+            self.turn += 1
+            return Step(f"more {self.turn}", 0.0, self.turn == 2)
+
+    with make_endpoint() as endpoint:
+        agents = play(BlackBoxPlayer(endpoint, talk))
+        decoder = endpoint._decoder._decoder
+    with EnvironmentPool(More, workers=2) as pool:  # a closed endpoint gives its decoder back
+        player = Player([decoder], pool, Dialogue(make_tokenizer(), role="user"))
+        player.set_params(params(), version=7)
+        groups = play(player)
+    compared = 0
+    for ours, theirs in zip(agents, groups, strict=True):
+        assert ours.prompt == theirs.prompt
+        for a, b in zip(ours.samples, theirs.samples, strict=True):
+            length = len(b.tokens)  # an episode ends where a turn is cut, an agent goes on
+            assert a.tokens[:length].tolist() == b.tokens.tolist()
+            assert a.sampled[:length].tolist() == b.sampled.tolist()
+            assert a.turns[:length].tolist() == b.turns.tolist()
+            np.testing.assert_allclose(a.logprobs[:length], b.logprobs, atol=1e-5)
+            compared += int(b.turns.max()) > 0
+    assert compared > 2
+
+
+def test_agents_whose_openings_share_nothing_are_packed(endpoint):
+    first = "{% if messages[0].role == 'user' %}<|im_end|>{% endif %}"
+
+    def agent(url, row):
+        role = "user" if next(count) % 2 else "system"
+        ask(url, [{"role": role, "content": "a"}])
+        return 1.0
+
+    count = itertools.count()
+    with make_endpoint(template=first + TEMPLATE) as endpoint:
+        player = BlackBoxPlayer(endpoint, agent)
+        draw = dict(num_groups=1, step=5, play=player, sampling=sampling_params(), seed=3)
+        rollout = collect(Plan(group_size=4), lambda n: EXAMPLES[:n], **draw)
+    batch = stack(rollout.trajectories)
+    packed = pack(batch, batch.action_mask.astype(np.float32), PackSpec(pack_length=128))
+    assert float(packed.rows.loss_mask.sum()) == batch.action_mask.sum() > 0
+    for t in rollout.trajectories:
+        want = np.where(t.action_mask, full_logprobs(t.tokens.tolist()), 0)
+        np.testing.assert_allclose(t.behavior_logprobs, want, atol=5e-5)
+
+
 def events(body):
     lines = [line.removeprefix("data: ") for line in body.decode().split("\n\n") if line]
     assert lines[-1] == "[DONE]"
@@ -536,10 +627,10 @@ def test_the_openai_client_is_served(endpoint):
             choice = client.chat.completions.create(model="policy", messages=messages, tools=[ECHO]).choices[0]
             messages.append(choice.message.model_dump(exclude_none=True))
             for call in choice.message.tool_calls or []:
-                messages.append({"role": "tool", "tool_call_id": call.id, "content": call.function.arguments})
+                messages.append({"role": "tool", "tool_call_id": call.id, "content": "ok"})
             if not choice.message.tool_calls:
                 messages.append(user("again"))
-        stream = client.chat.completions.create(model="policy", messages=messages, stream=True)
+        stream = client.chat.completions.create(model="policy", messages=messages, tools=[ECHO], stream=True)
         said = "".join(chunk.choices[0].delta.content or "" for chunk in stream if chunk.choices)
         with pytest.raises(openai.BadRequestError, match="context length"):
             client.chat.completions.create(model="policy", messages=[user("x" * 500)])
@@ -548,5 +639,5 @@ def test_the_openai_client_is_served(endpoint):
     for group in play(BlackBoxPlayer(endpoint, agent, timeout_s=60.0)):
         for sample, result in zip(group.samples, group.results, strict=True):
             assert result.is_valid, result.error
-            assert result.components["turns"] == 4
+            assert result.components["turns"] == 4 and result.components["conversations"] == 1
             check_sample(group.prompt, sample)

@@ -73,6 +73,28 @@ class BlackBoxPlayer:
         self._rewards = reward if reward is None or isinstance(reward, RewardRunner) else RewardRunner([reward])
         self.last_stats: dict[str, float] = {}
 
+    def __enter__(self) -> "BlackBoxPlayer":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Ends the endpoint, and the reward's workers."""
+        self.endpoint.close()
+        if self._rewards is not None:
+            self._rewards.close()
+
+    def aside(self) -> "BlackBoxPlayer":
+        """What plays an evaluation over the same endpoint: each sample is a run of the agent."""
+        other = copy.copy(self)
+        other.most_conversations = 1
+        return other
+
+    def cache_bytes(self) -> int:
+        """Bytes of keys and values over all devices."""
+        return self.endpoint.cache_bytes()
+
     def set_params(self, params: Params, *, version: int) -> None:
         """The weights to speak with from now on, those of step `version`."""
         self.endpoint.set_params(params, version=version)

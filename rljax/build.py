@@ -1,6 +1,7 @@
 """From a config to everything a run holds. What can be wrong is refused before weights load."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -20,16 +21,18 @@ from rljax.models import (
     param_shardings,
 )
 from rljax.parallel import make_mesh
-from rljax.rollouts.batching import PackSpec
+from rljax.rollouts.batching import PackSpec, stack
+from rljax.rollouts.black_box import BlackBoxPlayer
 from rljax.rollouts.collect import Play, sample_and_score
 from rljax.rollouts.cross_policy import stale_turns
+from rljax.rollouts.endpoint import ChatEndpoint
 from rljax.rollouts.guided import GuidedPlayer
 from rljax.rollouts.multi_turn import Player
 from rljax.sampling import Sampler, SamplingParams, TurnDecoder, sampling_params
-from rljax.tasks import Curriculum, RewardRunner
+from rljax.tasks import Curriculum, RewardRunner, load_callable
 from rljax.text import Dialogue, Tokenizer, render_prompt
 from rljax.training import Critic, Learner, with_critic
-from rljax.types import Params, TrainState
+from rljax.types import Params, RolloutBatch, TrainState, Trajectory
 
 
 @dataclasses.dataclass
@@ -40,7 +43,7 @@ class Run:
     algorithm: Algorithm
     dataset: Dataset
     tokenizer: Tokenizer
-    rewards: RewardRunner | EnvironmentPool  # what judges; a context manager
+    rewards: RewardRunner | EnvironmentPool | BlackBoxPlayer  # what judges; a context manager
     curriculum: Curriculum
     mesh: Mesh
     decoder: DecoderConfig
@@ -48,7 +51,7 @@ class Run:
     sampler: Sampler
     learner: Learner
     critic: Critic | None = None
-    player: Player | None = None  # plays episodes, where there is an environment
+    player: Player | BlackBoxPlayer | None = None  # plays episodes, where there is an environment or an agent
     evaluation: Evaluation | None = None  # the last one
     reference_scores: list[float] = dataclasses.field(default_factory=list)  # per problem, of the reference
     state: TrainState = None  # type: ignore[assignment]  # until weights are loaded or restored
@@ -113,7 +116,7 @@ def plan(config: Config) -> Run:
         check_forks(config, algorithm.plan)
     algorithm = algorithm._replace(advantage_fn=jax.jit(algorithm.advantage_fn))
     dataset = config.data.load()
-    rewards = make_rewards(config, dataset, tokenizer)
+    judges = make_rewards(config, dataset, tokenizer)
     curriculum = config.curriculum.make(dataset.train, config.seed)
     check_prompts(config, dataset, tokenizer)
     decoder = load_decoder(config, tokenizer)
@@ -134,8 +137,10 @@ def plan(config: Config) -> Run:
         mesh=mesh,
     )
     learner = make_learner(config, decoder, algorithm, sampling, mesh)
+    player = make_player(config, algorithm, tokenizer, judges, decoder, mesh, dataset)
+    rewards = player if isinstance(player, BlackBoxPlayer) else judges
+    assert rewards is not None
     parts = (config, algorithm, dataset, tokenizer, rewards, curriculum, mesh, decoder, sampling, sampler, learner)
-    player = make_player(config, algorithm, tokenizer, rewards, decoder, mesh, dataset)
     return Run(*parts, critic=make_critic(config, decoder, algorithm, mesh), player=player)
 
 
@@ -143,21 +148,21 @@ def make_player(
     config: Config,
     algorithm: Algorithm,
     tokenizer: Tokenizer,
-    pool: RewardRunner | EnvironmentPool,
+    judges: RewardRunner | EnvironmentPool | None,
     decoder: DecoderConfig,
     mesh: Mesh,
     dataset: Dataset,
-) -> Player | None:
+) -> Player | BlackBoxPlayer | None:
     """Who plays the episodes of `config.environment`, if there is one. ValueError for a chat template that rewrites
     earlier turns, and on several processes."""
     own = config.environment
-    if isinstance(pool, RewardRunner):
+    if not own.make and not own.agent:
         return None
     if jax.process_count() > 1:
         raise ValueError("environments are served by one process today; run this config on one, with all its devices")
     style, chat = get_format(own.tool_format), config.data.chat
     dialogue = Dialogue(tokenizer, role=style.role, wrap=style.wrap, chat=chat)
-    if any(dialogue.is_chat(e.prompt) for e in [*dataset.train, *dataset.test]):
+    if own.agent or any(dialogue.is_chat(e.prompt) for e in [*dataset.train, *dataset.test]):
         check_chat_template(tokenizer, role=style.role)
     plan, groups = algorithm.plan, config.prompts_per_step + own.groups_in_flight
     contexts = own.contexts or groups * (plan.forks.leaves if plan.forks else plan.group_size)
@@ -171,16 +176,28 @@ def make_player(
             max_new_tokens=config.sampling.max_new_tokens,
             extend_buckets=own.extend_buckets,
             stop_tokens=tokenizer.stop_ids,
-            stop_strings=(*style.stop_strings, *config.sampling.stop_strings),
+            stop_strings=(*(() if own.agent else style.stop_strings), *config.sampling.stop_strings),
             decode_text=tokenizer.decode,
             check_every=own.check_every,
             mesh=mesh,
         )
         for _ in range(2 if own.stale_share else 1)
     ]
+    if not isinstance(judges, EnvironmentPool):
+        endpoint = ChatEndpoint(
+            decoders[0], tokenizer, tool_format=own.tool_format, stop_strings=config.sampling.stop_strings
+        )
+        return BlackBoxPlayer(
+            endpoint,
+            load_callable(own.agent),
+            judges,
+            workers=own.workers,
+            timeout_s=own.episode_s,
+            most_conversations=own.conversations,
+        )
     return Player(
         decoders,
-        pool,
+        judges,
         dialogue,
         pick=stale_turns(config.seed, own.stale_share) if own.stale_share else None,
         unfinished_reward=own.unfinished_reward,
@@ -251,6 +268,12 @@ def pack_spec(config: Config) -> PackSpec:
     )
 
 
+def stack_rows(config: Config, trajectories: Sequence[Trajectory], rows: int | None = None) -> RolloutBatch:
+    """`stack` by the bucket tables of `config`; into exactly `rows` rows if told so."""
+    tables = {"length_buckets": config.update.trajectory_buckets, "row_buckets": () if rows is None else (rows,)}
+    return stack(trajectories, **{name: table for name, table in tables.items() if table})
+
+
 def load_decoder(config: Config, tokenizer: Tokenizer) -> DecoderConfig:
     """The decoder's config, read without its weights. ValueError when the tokenizer belongs to another model."""
     model = config.model
@@ -287,7 +310,7 @@ def critic_params(run: Run, params: Params) -> Params:
 def check_prompts(config: Config, dataset: Dataset, tokenizer: Tokenizer) -> None:
     """Renders every prompt once; ValueError for one that is longer than the largest bucket. What an environment opens
     with is known when it does."""
-    if config.environment.make:
+    if config.environment.make or config.environment.agent:
         return
     longest = max(
         (len(render_prompt(tokenizer, e.prompt, config.data.chat)), e.id) for e in [*dataset.train, *dataset.test]

@@ -204,7 +204,7 @@ class RowsData:
 
 @dataclasses.dataclass
 class EnvironmentConfig:
-    """What the policy acts in, over turns. Without `make`, prompts are answered in one turn and `rewards` judge.
+    """What the policy acts in, over turns. Without `make` or `agent`, prompts are answered in one turn.
 
     `make`, `module:callable`, makes an environment (`rljax.envs`) from `args` for every episode; in `workers` threads,
     or `processes`. It gets a row's prompt and columns, and its reward is the episode's. `tool_format` says how tool
@@ -215,11 +215,18 @@ class EnvironmentConfig:
     in chunks of `extend_buckets`. `turns` to `episode_s` are the limits of an episode (`rljax.envs.EnvironmentLimits`);
     one that ends at a limit, or is cut off, is worth `unfinished_reward`, or what it had earned for None.
 
+    `agent`, `module:callable`, is instead an agent that cannot be changed (`rljax.rollouts.black_box`): it is called
+    with the base URL of an endpoint that speaks as the policy, and a row, and returns the reward, or a text for
+    `rewards`; `workers` of them at once, each for `episode_s` seconds. Up to `conversations` of an agent's are trained
+    on.
+
     `groups_in_flight` groups more than a step needs are under way: an episode may span updates. With `stale_share`
     above 0, that share of turns is spoken by weights renewed every `stale_every` steps only (AgentRL, 2510.04206).
     """
 
     make: str = ""
+    agent: str = ""
+    conversations: int = 1
     args: dict[str, Any] = dataclasses.field(default_factory=dict)
     tool_format: str = "hermes"
     context_length: int = 1024
@@ -555,13 +562,15 @@ def model_path(path: str) -> Path:
     return found
 
 
-def make_rewards(config: Config, dataset: Dataset, tokenizer: Tokenizer) -> RewardRunner | EnvironmentPool:
-    """The environments, if there are any; else the configured rewards, or the data set's own verifier. ValueError when
-    there is none of them, or when a reward wants a column that the data lacks."""
+def make_rewards(config: Config, dataset: Dataset, tokenizer: Tokenizer) -> RewardRunner | EnvironmentPool | None:
+    """The environments, if there are any; else the configured rewards, or the data set's own verifier; None where an
+    agent judges itself. ValueError when there is none of them, or when a reward wants a column that the data lacks."""
     if config.environment.make:
         return make_environments(config.environment, tokenizer)
     specs = [reward.load() for reward in config.rewards]
     if not specs:
+        if dataset.verifier is None and config.environment.agent:
+            return None
         if dataset.verifier is None:
             raise ValueError(
                 "config.rewards is empty and the data has no verifier of its own; add e.g. "
@@ -625,11 +634,23 @@ def check_environment(config: Config, plan: Plan) -> None:
             f"config.guidance.probes={config.guidance.probes} must be at least 1 and budget={config.guidance.budget} "
             "at least 0"
         )
-    if not environment.make:
+    if not environment.make and not environment.agent:
         return
+    if environment.agent and (
+        environment.make or plan.forks or environment.groups_in_flight or environment.stale_share
+    ):
+        raise ValueError(
+            f"{name}.agent={environment.agent!r} goes with neither make nor forks, groups_in_flight or stale_share; "
+            "leave them out"
+        )
+    if environment.agent and plan.group_size % max(environment.conversations, 1):
+        raise ValueError(
+            f"{name}.conversations={environment.conversations} must be at least 1 and divide the group size of "
+            f"{plan.group_size}, which counts conversations"
+        )
     get_format(environment.tool_format)
     environment.limits()
-    if config.rewards:
+    if config.rewards and environment.make:
         raise ValueError(f"{name}.make={environment.make!r} gives the reward itself; leave config.rewards empty")
     if config.guidance.column and environment.groups_in_flight:
         raise ValueError(

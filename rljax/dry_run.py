@@ -100,7 +100,7 @@ def worst_batch(run: Run) -> TrainBatch:
     for index in range(config.prompts_per_step // config.update.minibatches):
         for _ in range(group):
             length = config.sampling.max_new_tokens
-            if config.environment.make:
+            if run.player is not None:
                 length = config.environment.context_length - len(prompts[-1 - index % len(prompts)])
             completion = rng.integers(0, run.decoder.vocab_size, length).tolist()
             rows.append(demonstration(prompts[-1 - index % len(prompts)], completion, index, index))

@@ -9,13 +9,12 @@ from typing import Any
 import numpy as np
 from absl import logging
 
-from rljax.build import Run, load_params, plan
+from rljax.build import Run, load_params, plan, stack_rows
 from rljax.config import Config, to_dict
 from rljax.evaluation import Evaluation, evaluate
 from rljax.models import config_to_hf
 from rljax.parallel import is_main_process, use_mesh
 from rljax.report import describe_run, finish, say
-from rljax.rollouts.batching import stack
 from rljax.rollouts.collect import Rollout, collect
 from rljax.sampling import compile_count
 from rljax.supervised import warm_up
@@ -102,7 +101,7 @@ def train_step(run: Run, step: int) -> tuple[dict[str, float], Rollout]:
         **run.rollout_setup,
     )
     with timer("score"):
-        batch = stack(rollout.trajectories, row_buckets=(rollout.rewards.size,))
+        batch = stack_rows(config, rollout.trajectories, rollout.rewards.size)
         if run.algorithm.plan.needs_ref:
             batch = dataclasses.replace(batch, ref_logprobs=run.learner.score_rows(run.state.ref_params, batch))
         if run.critic is not None:

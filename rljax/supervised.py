@@ -5,8 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from rljax.build import Run, pack_spec
-from rljax.rollouts.batching import stack
+from rljax.build import Run, pack_spec, stack_rows
 from rljax.tasks import UniformCurriculum
 from rljax.text import Tokenizer, render_prompt
 from rljax.training import Learner, RunFolder, sft_loss
@@ -60,7 +59,7 @@ def supervised_step(
     for index, example in enumerate(curriculum.sample(step, config.batch_size)):
         prompt = render_prompt(tokenizer, example.prompt, run.config.data.chat)
         rows.append(_row(tokenizer, prompt, example.columns[config.completion_column], example.id, index))
-    batch = stack(rows)
+    batch = stack_rows(run.config, rows)
     (minibatch,) = learner.prepare(state, batch, np.zeros(batch.tokens.shape, np.float32))
     return learner.update(state, minibatch)
 

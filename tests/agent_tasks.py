@@ -1,5 +1,8 @@
 """A small task over turns for tests: find a hidden number by asking whether it is larger."""
 
+import json
+import urllib.request
+
 from rljax.envs import Parsed, Step, ToolFormat
 
 FORMAT = ToolFormat("plain", lambda text: Parsed(), stop_strings=(";",), wrap=(" ", "\n"))
@@ -16,6 +19,18 @@ def rows(size: int, first: int = 0) -> list[dict]:
         }
         for i in numbers
     ]
+
+
+def chat(base_url: str, row: dict) -> float:
+    """An agent of its own: two questions to the policy; the reward is for an answer with a letter."""
+    messages = [{"role": "user", "content": row["prompt"]}]
+    for _ in range(2):
+        body = json.dumps({"model": "policy", "messages": messages, "max_tokens": 6}).encode()
+        request = urllib.request.Request(f"{base_url}/chat/completions", body, {"Content-Type": "application/json"})
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            said = json.load(answer)["choices"][0]["message"]
+        messages += [{"role": "assistant", "content": said["content"]}, {"role": "user", "content": "more"}]
+    return float(any(c.isalpha() for c in said["content"] or ""))
 
 
 class Ask:

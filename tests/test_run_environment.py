@@ -6,6 +6,8 @@ import json
 import jax
 import numpy as np
 import pytest
+from test_rollouts_endpoint import CONFIG as MODEL
+from test_rollouts_endpoint import make_tokenizer, params
 
 from rljax.algorithms import ARPO, GRPO, ActGuideRL, AgentRL, DeepDive, RoleAgent, TreeGRPO
 from rljax.build import plan
@@ -17,6 +19,7 @@ from rljax.config import (
     FailedTasks,
     FreshModel,
     GuidanceConfig,
+    PretrainedModel,
     RewardConfig,
     RowsData,
     SamplingConfig,
@@ -24,6 +27,7 @@ from rljax.config import (
     WarmupConfig,
     check,
 )
+from rljax.models import save_hf
 from rljax.run import train
 from rljax.tasks import Example
 
@@ -109,6 +113,22 @@ def test_guided_rollouts_over_turns(tmp_path):
     assert all(0 <= line["play/hard_share"] <= 1 and "play/probe_tokens" in line for line in lines(tmp_path))
 
 
+def test_a_black_box_agent_is_trained_from_a_config(tmp_path):
+    save_hf(str(tmp_path / "model"), MODEL, params(), tokenizer=make_tokenizer())
+    config = make_config(
+        model=PretrainedModel(path=str(tmp_path / "model")),
+        environment=EnvironmentConfig(
+            agent="agent_tasks:chat", context_length=128, extend_buckets=(16, 64), workers=8, episode_s=60.0
+        ),
+        update=UpdateConfig(pack_length=128, head_chunk=256),
+        warmup=WarmupConfig(steps=0),
+    )
+    train(config, str(tmp_path / "run"))
+    line = lines(tmp_path / "run")[0]
+    assert line["play/failed"] == 0 and line["rollout/component/turns"] == 2
+    assert line["rollout/logprob_gap_max"] < 2e-5
+
+
 def test_the_plan_counts_the_contexts():
     player = plan(make_config()).player
     (decoder,) = player.decoders
@@ -126,6 +146,7 @@ def test_the_plan_counts_the_contexts():
         (lambda c: setattr(c.environment, "stale_share", 1.0), "stale_share=1.0"),
         (lambda c: setattr(c.environment, "turns", 0), "turns is 0"),
         (lambda c: setattr(c.guidance, "probes", 0), "probes=0"),
+        (lambda c: setattr(c.environment, "agent", "agent_tasks:chat"), "goes with neither make nor forks"),
     ],
 )
 def test_impossible_configs_are_refused(change, message):

@@ -297,6 +297,7 @@ def test_conversations_of_a_run_share_its_reward_and_train_what_they_share_once(
     )
     with pytest.raises(ValueError, match="multiple of most_conversations=3"):
         play(player, samples=4)
+    assert [len(group.samples) for group in play(player.aside(), samples=1)] == [1, 1]  # an evaluation counts runs
     few = play(BlackBoxPlayer(endpoint, agent), samples=2)
     assert [len(group.samples) for group in few] == [2, 2]
 

@@ -3,9 +3,9 @@ policy, and every token that it says to them is recorded."""
 
 import contextlib
 import hashlib
-import itertools
 import json
 import re
+import secrets
 import socket
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -64,7 +64,6 @@ class ChatEndpoint:
         self._context_length, self._max_new_tokens = decoder.context_length, decoder.max_new_tokens
         self._sampling: dict[str, float] | None = None
         self._sessions: dict[str, Session] = {}
-        self._ids = itertools.count()
         self._server = _Server((host, port), self)
         self._decoder = DecoderThread(decoder)
         self._listener = threading.Thread(
@@ -110,9 +109,7 @@ class ChatEndpoint:
 
     def open_session(self, prompt_id: int = 0, sample_id: int = 0) -> Session:
         """A session of an agent. (`prompt_id`, `sample_id`) name its random numbers, as in `Turn`."""
-        number = next(self._ids)
-        secret = hashlib.sha256(f"{id(self)} {number}".encode()).hexdigest()[:8]
-        session = Session(f"{number}-{secret}", prompt_id, sample_id)
+        session = Session(secrets.token_hex(8), prompt_id, sample_id)
         self._sessions[session.id] = session
         return session
 

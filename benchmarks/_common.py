@@ -82,6 +82,19 @@ def has_gpu() -> bool:
     return Path("/dev/nvidiactl").exists()
 
 
+def on_gpu(preset: str) -> bool:
+    """Whether a preset is the one for a GPU, and there is one."""
+    return preset == "gpu" and has_gpu()
+
+
+def setting_of(preset: str, sizes: Mapping[str, Any]) -> tuple[Any, dict[str, Any], str]:
+    """(entry of `sizes`, shape of the model, dtype) of a preset. Without a GPU `gpu` is a small form of itself."""
+    real = on_gpu(preset)
+    shapes = {"small": TINY, "full": SETTING_A, "gpu": QWEN3_0P6B if real else QWEN3_TINY}
+    size = sizes["small" if preset == "gpu" and not real else preset]
+    return size, shapes[preset], "bfloat16" if preset == "gpu" else "float32"
+
+
 def write_model(shape: Mapping[str, Any]) -> str:
     """A Hugging Face folder of random weights (seed 0, scale 0.02), kept under the benchmarks' home."""
     from safetensors.numpy import save_file

@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
-from _common import QWEN3_0P6B, QWEN3_TINY, SETTING_A, TINY, finish, has_gpu, machine, parse_arguments, write_model
+from _common import finish, machine, parse_arguments, setting_of, write_model
 from _probe import probe
 
 from rljax.envs import EnvironmentPool, Step
@@ -140,10 +140,7 @@ def synchronous(decoder: TurnDecoder, rows: list[Example], words: Words, batch: 
 
 def main() -> None:
     arguments = parse_arguments(__doc__.splitlines()[0], rivals=())
-    on_gpu = arguments.preset == "gpu" and has_gpu()
-    size = SIZES["small" if arguments.preset == "gpu" and not on_gpu else arguments.preset]
-    shapes = {"small": TINY, "full": SETTING_A, "gpu": QWEN3_0P6B if on_gpu else QWEN3_TINY}
-    shape, dtype = shapes[arguments.preset], "bfloat16" if arguments.preset == "gpu" else "float32"
+    size, shape, dtype = setting_of(arguments.preset, SIZES)
     probes = [probe(dtype)]
     config, params = load_model(write_model(shape), dtype=dtype, param_dtype=dtype)
     words = Words(shape["vocab_size"], size["mean"])

@@ -17,20 +17,7 @@ JAX trainer has forests.
 
 import jax
 import numpy as np
-from _common import (
-    QWEN3_0P6B,
-    QWEN3_TINY,
-    SETTING_A,
-    TINY,
-    Cost,
-    finish,
-    has_gpu,
-    measure,
-    parse_arguments,
-    random_prompts,
-    result,
-    write_model,
-)
+from _common import Cost, finish, measure, parse_arguments, random_prompts, result, setting_of, write_model
 
 from rljax.models import DecoderConfig, init_params
 from rljax.rollouts.fork_rules import random_step, top_surprisal
@@ -114,10 +101,7 @@ def leaves_per_token(plan: ForkPlan, prompts: int = 64, length: int = 64) -> flo
 
 def main() -> None:
     arguments = parse_arguments(__doc__.splitlines()[0], rivals=())
-    on_gpu = arguments.preset == "gpu" and has_gpu()
-    size = SIZES["small" if arguments.preset == "gpu" and not on_gpu else arguments.preset]
-    shapes = {"small": TINY, "full": SETTING_A, "gpu": QWEN3_0P6B if on_gpu else QWEN3_TINY}
-    shape, dtype = shapes[arguments.preset], "bfloat16" if arguments.preset == "gpu" else "float32"
+    size, shape, dtype = setting_of(arguments.preset, SIZES)
     forests = {ratio: make_forest(shape, size, **tree) for ratio, tree in TREES.items()}
     fork = size["fork"]
     job = {

@@ -11,18 +11,7 @@ that of bfloat16 rounding. No rivals.
 """
 
 import numpy as np
-from _common import (
-    QWEN3_0P6B,
-    QWEN3_TINY,
-    SETTING_A,
-    TINY,
-    finish,
-    has_gpu,
-    machine,
-    parse_arguments,
-    random_prompts,
-    write_model,
-)
+from _common import finish, machine, parse_arguments, random_prompts, setting_of, write_model
 from _probe import probe
 
 from rljax.advantages import group_normalized
@@ -159,10 +148,7 @@ def count_compiles(shape, model, size) -> tuple[int, int]:
 
 def main() -> None:
     arguments = parse_arguments(__doc__.splitlines()[0], rivals=())
-    on_gpu = arguments.preset == "gpu" and has_gpu()
-    size = SIZES["small" if arguments.preset == "gpu" and not on_gpu else arguments.preset]
-    shapes = {"small": TINY, "full": SETTING_A, "gpu": QWEN3_0P6B if on_gpu else QWEN3_TINY}
-    shape, dtype = shapes[arguments.preset], "bfloat16" if arguments.preset == "gpu" else "float32"
+    size, shape, dtype = setting_of(arguments.preset, SIZES)
     model = load_model(write_model(shape), dtype=dtype)
     gaps = logprob_gaps(shape, model, size)
     pretrained = pretrained_gaps() if arguments.preset == "full" else {}

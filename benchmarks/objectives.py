@@ -12,18 +12,7 @@ Llama in float32, `gpu` a Qwen3-0.6B shape in bfloat16.
 import statistics
 
 import numpy as np
-from _common import (
-    QWEN3_0P6B,
-    QWEN3_TINY,
-    SETTING_A,
-    TINY,
-    finish,
-    has_gpu,
-    measure,
-    parse_arguments,
-    result,
-    write_model,
-)
+from _common import finish, measure, parse_arguments, result, setting_of, write_model
 from train_step import SIZES, group_rows
 
 from rljax import algorithms
@@ -52,10 +41,7 @@ OBJECTIVES = [recipe.__name__ for recipe in RECIPES]
 
 def main() -> None:
     arguments = parse_arguments(__doc__.splitlines()[0], rivals=())
-    on_gpu = arguments.preset == "gpu" and has_gpu()
-    size = SIZES["small" if arguments.preset == "gpu" and not on_gpu else arguments.preset]
-    shapes = {"small": TINY, "full": SETTING_A, "gpu": QWEN3_0P6B if on_gpu else QWEN3_TINY}
-    shape, dtype = shapes[arguments.preset], "bfloat16" if arguments.preset == "gpu" else "float32"
+    size, shape, dtype = setting_of(arguments.preset, SIZES)
     job = {
         "model": write_model(shape),
         "dtype": dtype,

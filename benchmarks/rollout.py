@@ -9,20 +9,7 @@ Nothing stops early: every row makes all its tokens.
 """
 
 import numpy as np
-from _common import (
-    QWEN3_0P6B,
-    QWEN3_TINY,
-    SETTING_A,
-    TINY,
-    Cost,
-    finish,
-    has_gpu,
-    measure,
-    parse_arguments,
-    random_prompts,
-    result,
-    write_model,
-)
+from _common import Cost, finish, measure, on_gpu, parse_arguments, random_prompts, result, setting_of, write_model
 from _environments import CORES
 
 SIZES = {
@@ -65,17 +52,15 @@ def limits(shape, size, dtype, lengths, host) -> dict[str, float]:
 
 def main() -> None:
     arguments = parse_arguments(__doc__.splitlines()[0], rivals=("hf", "tunix", "vllm"))
-    on_gpu = arguments.preset == "gpu" and has_gpu()
-    size = SIZES["small" if arguments.preset == "gpu" and not on_gpu else arguments.preset]
-    shapes = {"small": TINY, "full": SETTING_A, "gpu": QWEN3_0P6B if on_gpu else QWEN3_TINY}
-    shape, dtype = shapes[arguments.preset], "bfloat16" if arguments.preset == "gpu" else "float32"
+    is_gpu = on_gpu(arguments.preset)
+    size, shape, dtype = setting_of(arguments.preset, SIZES)
     lengths = ragged_lengths(size)
     job = {
         "model": write_model(shape),
         "model_shape": shape,
         "dtype": dtype,
         "threads": CORES,
-        "device": "cuda" if on_gpu else "cpu",
+        "device": "cuda" if is_gpu else "cpu",
         "samples": size["samples"],
         "new_tokens": size["new"],
         "prompts": random_prompts(shape, size["prompts"], size["prompt"], 1),
@@ -85,7 +70,7 @@ def main() -> None:
         "ragged_prompts": random_prompts(shape, size["ragged"], size["prompt"], 4),
         "ragged_lengths": lengths,
         "row_count": size["rows"],
-        "variables": {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.45"} if on_gpu else {},
+        "variables": {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.45"} if is_gpu else {},
     }
     shared = ["rollout", "prefill"]
     tasks = {"rljax": [*shared, "continuous_slots", "static_batches"], **{name: shared for name in arguments.rivals}}

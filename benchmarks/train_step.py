@@ -10,20 +10,7 @@ all positions; the faster form is the denominator. `small` and `gpu` as in rollo
 """
 
 import numpy as np
-from _common import (
-    QWEN3_0P6B,
-    QWEN3_TINY,
-    SETTING_A,
-    TINY,
-    Cost,
-    finish,
-    has_gpu,
-    measure,
-    parse_arguments,
-    random_prompts,
-    result,
-    write_model,
-)
+from _common import Cost, finish, measure, on_gpu, parse_arguments, random_prompts, result, setting_of, write_model
 from _environments import CORES
 
 # `packed_rows`: rows of a microbatch of our flat step; on a CPU one at a time stays closest to the cache.
@@ -69,10 +56,8 @@ def check_same_work(found, tolerance: float) -> None:
 
 def main() -> None:
     arguments = parse_arguments(__doc__.splitlines()[0], rivals=("hf", "tunix"))
-    on_gpu = arguments.preset == "gpu" and has_gpu()
-    size = SIZES["small" if arguments.preset == "gpu" and not on_gpu else arguments.preset]
-    shapes = {"small": TINY, "full": SETTING_A, "gpu": QWEN3_0P6B if on_gpu else QWEN3_TINY}
-    shape, dtype = shapes[arguments.preset], "bfloat16" if arguments.preset == "gpu" else "float32"
+    is_gpu = on_gpu(arguments.preset)
+    size, shape, dtype = setting_of(arguments.preset, SIZES)
     advantages = np.random.default_rng(3).standard_normal(size["rows"])
     job = {
         "model": write_model(shape),
@@ -80,20 +65,20 @@ def main() -> None:
         "dtype": dtype,
         "param_dtype": "float32",
         "threads": CORES,
-        "device": "cuda" if on_gpu else "cpu",
+        "device": "cuda" if is_gpu else "cpu",
         "rows": group_rows(shape, size),
         "prompt_length": size["prompt"],
         "packed_rows": size["packed_rows"],
         "advantages": advantages.tolist(),
         "clip": 0.2,
         "learning_rate": 1e-6,
-        "remat": on_gpu,
-        "variables": {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.45"} if on_gpu else {},
+        "remat": is_gpu,
+        "variables": {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.45"} if is_gpu else {},
     }
     tasks = {
         "rljax": ["step", "group_step"],
         "hf": ["step", "step_all_logits"],
-        "hf_here": ["step"] if on_gpu else ["step", "step_all_logits"],
+        "hf_here": ["step"] if is_gpu else ["step", "step_all_logits"],
         "tunix": ["step"],
     }
     workers = ("rljax", *arguments.rivals)

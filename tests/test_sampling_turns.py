@@ -221,3 +221,12 @@ def test_impossible_settings_are_refused(settings, message):
     good = {"contexts": 2, "rows": 1, "context_length": 32, "max_new_tokens": 10}
     with pytest.raises(ValueError, match=message):
         TurnDecoder(CONFIG, **{**good, **settings})
+
+
+def test_long_observations_are_scored_in_blocks(monkeypatch):
+    monkeypatch.setattr("rljax.sampling.contexts.QUERY_BLOCK", 3)
+    config = dataclasses.replace(CONFIG, rope_theta=5000.0)  # no program of another test fits it
+    for i, turn, tokens, said in play(make_decoder(config, extend_buckets=(4, 8)), turns=3):
+        want = sampled_alone(tokens, 50 + i, i, turn, config)
+        np.testing.assert_array_equal(said.tokens, want.tokens)
+        np.testing.assert_allclose(said.logprobs, want.logprobs, atol=2e-5)

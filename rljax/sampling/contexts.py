@@ -111,25 +111,27 @@ def _attend(q: Array, k: Array, v: Array, start: Array, window: int) -> Array:
     """Query i of row n [N, S, H, hd] sees the keys [N, KV, C, hd] up to `start[n] + i`; float32 softmax."""
     rows, length, heads, head_dim = q.shape
     kv_heads, size = k.shape[1:3]
-    q = q.reshape(rows, length, kv_heads, heads // kv_heads, head_dim) / math.sqrt(head_dim)
+    groups, block = heads // kv_heads, min(length, QUERY_BLOCK)
+    count = -(-length // block)
+    q = jnp.pad(q / math.sqrt(head_dim), ((0, 0), (0, count * block - length), (0, 0), (0, 0)))
+    # Queries that share a key head lie side by side: [blocks, N, KV, block * G, hd].
+    q = q.reshape(rows, count, block, kv_heads, groups, head_dim).transpose(1, 0, 3, 2, 4, 5)
+    q = q.reshape(count, rows, kv_heads, block * groups, head_dim)
+    column = jnp.arange(size)
 
-    def block(part: Array, first: Array) -> Array:
-        position = start[:, None] + first + jnp.arange(part.shape[1])
-        column = jnp.arange(size)
-        visible = (column <= position[..., None]) & (position[..., None] - column < window)
-        scores = jnp.einsum("nskgd,nkcd->nkgsc", part, k, preferred_element_type=jnp.float32)
-        weights = jax.nn.softmax(jnp.where(visible[:, None, None], scores, MASKED), axis=-1)
-        return jnp.einsum("nkgsc,nkcd->nskgd", weights.astype(q.dtype), v, preferred_element_type=jnp.float32)
+    def product(equation: str, a: Array, b: Array) -> Array:
+        return jnp.einsum(equation, a, b, preferred_element_type=jnp.float32)
 
-    if length <= QUERY_BLOCK:
-        out = block(q, jnp.int32(0))
-    else:
-        count = -(-length // QUERY_BLOCK)
-        padded = jnp.pad(q, ((0, 0), (0, count * QUERY_BLOCK - length), (0, 0), (0, 0), (0, 0)))
-        parts = jnp.moveaxis(padded.reshape(rows, count, QUERY_BLOCK, *q.shape[2:]), 1, 0)
-        out = jax.lax.map(lambda x: block(*x), (parts, jnp.arange(count) * QUERY_BLOCK))
-        out = jnp.moveaxis(out, 0, 1).reshape(padded.shape)[:, :length]
-    return out.reshape(rows, length, heads, head_dim).astype(q.dtype)
+    def attend(part: tuple[Array, Array]) -> Array:
+        queries, first = part
+        position = jnp.repeat(start[:, None] + first + jnp.arange(block), groups, axis=1)[..., None]
+        visible = (column <= position) & (position - column < window)
+        scores = jnp.where(visible[:, None], product("nkqd,nkcd->nkqc", queries, k), MASKED)
+        return product("nkqc,nkcd->nkqd", jax.nn.softmax(scores, axis=-1).astype(v.dtype), v)
+
+    out = jax.lax.map(attend, (q, jnp.arange(count) * block))
+    out = out.reshape(count, rows, kv_heads, block, groups, head_dim).transpose(1, 0, 3, 2, 4, 5)
+    return out.reshape(rows, count * block, heads, head_dim)[:, :length].astype(k.dtype)
 
 
 def copy_contexts(contexts: Contexts, moves: Moves) -> Contexts:

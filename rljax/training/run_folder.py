@@ -109,7 +109,7 @@ class RunFolder:
         """A bar for work outside the loop, such as the supervised warm-up."""
         if not is_main_process():
             return
-        if self._bar is None or self._bar.desc != f"{label}: ":
+        if self._bar is None or self._bar.desc != label:
             self._close_bar()
             self._bar = tqdm(total=total, desc=label, unit="step", dynamic_ncols=True)
         self._bar.n = done

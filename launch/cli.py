@@ -18,11 +18,18 @@ _OVERRIDE = re.compile(r"--?config\.([\w.]+)")
 
 def define_config(default: str | None = None) -> flags.FlagHolder:
     """Defines `--config=FILE.py` and its overrides `--config.part.field=value`."""
+    if default:
+        _find_neighbours(default)
     flag = config_flags.DEFINE_config_file(
         "config", default, "Python file with get_config(); override a field with --config.part.field=value."
     )
     flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS["config"])  # so that --help shows it
     return flag
+
+
+def _find_neighbours(file: str) -> None:
+    """A config may import what lies beside it."""
+    sys.path.insert(0, str(Path(file).resolve().parent))
 
 
 def launch(main: Callable[[], None]) -> None:
@@ -68,7 +75,7 @@ def _config_problems(argv: list[str]):
         near = ", ".join(sorted(str(p) for p in Path("configs").glob("*.py"))) or "none here"
         yield f"--config={file} does not exist; config files in configs/: {near}"
         return
-    sys.path.insert(0, str(Path(file).resolve().parent))  # a config may import its neighbours
+    _find_neighbours(file)
     spec = importlib.util.spec_from_file_location("_checked_config", file)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

@@ -100,10 +100,10 @@ def endpoint():
         yield endpoint
 
 
-def post(url, body, *, key="x", raw=None, path="/chat/completions"):
+def post(url, body, *, key="x", raw=None, path="/chat/completions", method="POST"):
     data = raw if raw is not None else json.dumps(body).encode()
     headers = {"Content-Type": "application/json", "Authorization": f"Bearer {key}"}
-    with urllib.request.urlopen(urllib.request.Request(url + path, data, headers), timeout=60) as answer:
+    with urllib.request.urlopen(urllib.request.Request(url + path, data, headers, method=method), timeout=60) as answer:
         return answer.read()
 
 
@@ -405,6 +405,12 @@ def test_malformed_requests_get_a_clear_answer(endpoint):
         assert code == 400 and part in error["message"] and error["type"] == "invalid_request_error", error
     for raw in (b"{", b"\xff\xfe", b"[" * 100_000):
         assert refused(url, raw=raw)[0] == 400
+    half = b'{"messages": [{"role": "user", "content": "\\ud800"}]}'  # half of a surrogate pair
+    assert refused(url, raw=half)[0] == 400
+    assert refused(url, {"messages": fine}, method="PUT")[0] == 501
+    with socket.create_connection(endpoint._server.server_address, timeout=10) as connection:
+        connection.sendall(b"nonsense from beginning to end\r\n\r\n")
+        assert b"Bad request" in connection.recv(1000)
     assert refused(url, {"messages": fine}, path="/embeddings")[0] == 404
     assert refused(url.replace(session.id, "nobody"), {"messages": fine})[1]["code"] == "session_not_found"
     base = url.replace(f"/session/{session.id}", "")

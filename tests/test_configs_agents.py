@@ -36,9 +36,10 @@ def test_the_full_config_is_possible(load, name):
     check(load(name, "full"), 1)
 
 
-def test_the_full_data_holds_out_enough(load):
-    data = load("agentrl", "full").data.load()  # searches, as all others have, and sums
-    assert len(data.test) >= 64 and len(data.train) >= 1500
+def test_held_out_rows_are_of_every_task_and_none_is_trained_on(load):
+    data = load("agentrl", "smoke").data.load()
+    assert {e.columns["task"] for e in data.test} == {"search", "sums"} == {e.columns["task"] for e in data.train}
+    assert not {str(e.prompt) for e in data.test} & {str(e.prompt) for e in data.train}
 
 
 @pytest.mark.parametrize("name", [n if n in FAST else pytest.param(n, marks=pytest.mark.slow) for n in NAMES])

@@ -16,7 +16,7 @@ def get_config(size: str = "full") -> Config:
     smoke = size == "smoke"
 
     def parts(split: str, questions: int, sums: int, seed: int) -> dict:
-        hops = {"size": questions, "split": split}
+        hops = {"size": questions, "num_pages": 240 if smoke else 1000, "split": split}
         return {
             "parts": {
                 "search": {"rows": "rljax.envs.multihop:rows", "args": hops},

@@ -79,9 +79,9 @@ def search_environment(**args: object) -> EnvironmentConfig:
 
 
 def search_data(smoke: bool) -> RowsData:
-    count, held_out = (8, 4) if smoke else (1000, 64)
+    count, held_out, pages = (8, 4, 240) if smoke else (1000, 64, 1000)
     return RowsData(
         rows="rljax.envs.multihop:rows",
-        args={"size": count, "split": "train"},
+        args={"size": count, "num_pages": pages, "split": "train"},
         test_args={"size": held_out, "split": "test"},
     )

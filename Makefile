@@ -10,7 +10,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # Compiled programs of tests and demos are kept between runs.
 CACHE := $(CURDIR)/.cache/jax
 
-.PHONY: quickstart quickstart-tiny setup test test-slow test-gpu lint format lock clean
+.PHONY: quickstart quickstart-tiny agent-demo setup test test-slow test-gpu lint format lock clean
 .DEFAULT_GOAL := quickstart
 
 quickstart: $(VENV)/.base $(VENV)/.model
@@ -18,6 +18,11 @@ quickstart: $(VENV)/.base $(VENV)/.model
 
 quickstart-tiny: $(VENV)/.base
 	$(BIN)/python launch/train.py --config=configs/quickstart_tiny.py --config.seed=$(SEED) --workdir=runs/quickstart-tiny-$(SEED) --fresh
+
+# Its six runs share compiled programs through the cache.
+agent-demo: $(VENV)/.base
+	JAX_COMPILATION_CACHE_DIR=$(CACHE) JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0 \
+	  $(BIN)/python launch/agent_demo.py --workdir=runs/agent-demo
 
 setup: $(VENV)/.base $(VENV)/.model
 

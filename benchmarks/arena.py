@@ -38,6 +38,7 @@ from rljax.advantages import global_and_local, intra_and_inter_tree
 from rljax.algorithms import GRPO, RandomForks, TreeGRPO, TreeRL
 from rljax.algorithms.base import Algorithm
 from rljax.build import load_params, plan
+from rljax.compare import draw_curves, train_on_budget
 from rljax.config import (
     CheckpointConfig,
     Config,
@@ -52,7 +53,7 @@ from rljax.config import (
 )
 from rljax.models import save_hf
 from rljax.parallel import use_mesh
-from rljax.run import evaluate_run, train_step
+from rljax.run import evaluate_run
 from rljax.supervised import warm_up
 from rljax.tasks import Example, final_number
 from rljax.training import OptimizerConfig, RunFolder
@@ -225,31 +226,21 @@ def compete(task: Task, method: Method, seed: int, preset: dict[str, Any], model
     config.model = PretrainedModel(path=str(model), dtype="float32", param_dtype="float32")
     config.warmup = WarmupConfig()
     run = plan(config)
-    spent = {"sampled": 0, "trained": 0}
-    curve, step, began = [], 0, time.perf_counter()
-    stops = [budget * (i + 1) / preset["points"] for i in range(preset["points"])]
+    curve, began = [], time.perf_counter()
 
-    def look():
-        found = evaluate_run(run, run.state.params, step)
+    def look(spent):
+        found = evaluate_run(run, run.state.params, spent.steps)
         values = {name: estimate.value for name, estimate in found.estimates.items()}
-        curve.append([spent["sampled"], spent["trained"], values["avg@4"], values["greedy"]])
+        curve.append([spent.sampled, spent.trained, values["avg@4"], values["greedy"]])
 
     with run.rewards, use_mesh(run.mesh):
         run.state = run.init_state(load_params(run))
-        look()
-        while spent[method.budget] < budget:
-            metrics, rollout = train_step(run, step)
-            step += 1
-            spent["sampled"] += int(metrics["rollout/new_tokens"])
-            spent["trained"] += int(sum(t.action_mask.sum() for t in rollout.trajectories))
-            if spent[method.budget] >= stops[0]:
-                stops = [stop for stop in stops if stop > spent[method.budget]] or [float("inf")]
-                look()
+        spent = train_on_budget(run, budget, look, of=method.budget, looks=preset["points"])
     return {
         "task": task.name,
         "method": method.name,
         "seed": seed,
-        "steps": step,
+        "steps": spent.steps,
         "seconds": time.perf_counter() - began,
         "curve": curve,
     }
@@ -306,18 +297,11 @@ def draw(results: Sequence[dict[str, Any]], path: Path) -> None:
     figure = Figure(figsize=(6.5 * len(tasks), 4.5), layout="constrained")
     FigureCanvasAgg(figure)
     for axes, task in zip(np.ravel(figure.subplots(1, len(tasks))), tasks, strict=True):
-        for method in dict.fromkeys(r["method"] for r in results):
-            curves = [np.array(r["curve"], float) for r in results if (r["task"], r["method"]) == (task, method)]
-            if not curves:
-                continue
-            length = min(map(len, curves))
-            tokens = np.mean([c[:length, 0] for c in curves], axis=0) / 1e3
-            values = np.array([c[:length, 2] for c in curves])
-            mean, spread = values.mean(axis=0), values.std(axis=0)
-            (line,) = axes.plot(tokens, mean, label=method, marker=".")
-            axes.fill_between(tokens, mean - spread, mean + spread, alpha=0.12, color=line.get_color())
+        curves: dict[str, list] = {}
+        for run in (r for r in results if r["task"] == task):
+            curves.setdefault(run["method"], []).append([(sampled, avg) for sampled, _, avg, _ in run["curve"]])
+        draw_curves(axes, curves)
         axes.set(title=task, xlabel="tokens sampled (thousands)", ylabel="held-out avg@4")
-        axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
     figure.savefig(path, dpi=110)
 

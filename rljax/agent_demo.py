@@ -108,7 +108,7 @@ def _train(name: str, run: Run, start: Params, before: Look, tokens: int, looks:
     with use_mesh(run.mesh):
         run.state = run.init_state(jax.tree.map(jnp.copy, start))
         train_on_budget(run, tokens, look, looks=looks, after=count)
-    return Result(name, run.config.seed, found, *forks, time.perf_counter() - began)
+    return Result(name, run.config.seed, found, forks[0], forks[1], time.perf_counter() - began)
 
 
 def _look(run: Run, params: Params, spent: Spent) -> Look:
@@ -123,7 +123,11 @@ def _look(run: Run, params: Params, spent: Spent) -> Look:
     run.set_policy(params, spent.steps)
     own, examples = run.config.evaluation, run.dataset.test
     examples = examples[: own.problems or None]
-    options = {"samples": own.samples, "temperature": own.temperature, "batch_prompts": own.batch_prompts}
+    options: dict[str, Any] = {
+        "samples": own.samples,
+        "temperature": own.temperature,
+        "batch_prompts": own.batch_prompts,
+    }
     metrics = evaluate(examples, play=play, **options, **run.rollout_setup).metrics
     greedy, sampled = groups[: len(examples)], groups[len(examples) :]
     results = [result for group in sampled for result in group.results]

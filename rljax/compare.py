@@ -52,7 +52,8 @@ def with_seed(run: Run, seed: int) -> Run:
     config = dataclasses.replace(run.config, seed=seed)
     run.learner.seed = seed
     curriculum = config.curriculum.make(run.dataset.train, seed)
-    return dataclasses.replace(run, config=config, curriculum=curriculum, state=None, evaluation=None)
+    changed: dict[str, Any] = {"config": config, "curriculum": curriculum, "state": None, "evaluation": None}
+    return dataclasses.replace(run, **changed)
 
 
 def draw_curves(axes: Any, curves: Mapping[str, Sequence[Sequence[tuple[float, float]]]]) -> None:

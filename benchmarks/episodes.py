@@ -31,7 +31,7 @@ from rljax.text import Dialogue
 
 SIZES = {
     "small": dict(episodes=32, rows=8, prompt=32, observation=12, mean=12, longest=48, check=4),
-    "full": dict(episodes=256, rows=32, prompt=64, observation=24, mean=24, longest=96, check=8),
+    "full": dict(episodes=256, rows=32, prompt=64, observation=16, mean=16, longest=64, check=8),
     "gpu": dict(episodes=256, rows=128, prompt=512, observation=128, mean=128, longest=512, check=16),
 }
 TURNS, TOOL_SECONDS = 4, 0.05

@@ -187,7 +187,7 @@ def cached_attention(
 
     # All queries of a prompt that share a key head meet its keys in one product.
     shared = (slots, kv_heads, samples * q.shape[3])
-    prefix_scores = product("pknd,pksd->pkns", q.reshape(*shared, head_dim), prefix_k)
+    prefix_scores = _scores(q.reshape(*shared, head_dim), prefix_k)
     prefix_scores = prefix_scores.reshape(*q.shape[:-1], prefix_size)
     prefix_scores = jnp.where(in_prefix[:, None, :, None], prefix_scores, MASKED)
     suffix_scores = jnp.where(in_suffix[:, None, :, None], product("pkgrd,pkgds->pkgrs", q, suffix_k), MASKED)
@@ -198,6 +198,17 @@ def cached_attention(
     out = product("pkns,pksd->pknd", prefix_weights, prefix_v).reshape(q.shape)
     out += product("pkgrs,pkgsd->pkgrd", suffix_weights.astype(q.dtype), suffix_v)
     return (out / total).swapaxes(1, 2).reshape(slots, samples, heads, head_dim).astype(q.dtype)
+
+
+def _scores(q: Float[Array, "P KV N hd"], k: Float[Array, "P KV Sp hd"]) -> Float[Array, "P KV N Sp"]:
+    """Products of queries and keys in float32. A CPU multiplies two or three rows with a transposed matrix ten times
+    slower than one or four, so they go one by one."""
+    if jax.default_backend() == "cpu" and q.shape[2] in (2, 3):
+        rows = [
+            jnp.einsum("pkd,pksd->pks", q[:, :, i], k, preferred_element_type=jnp.float32) for i in range(q.shape[2])
+        ]
+        return jnp.stack(rows, axis=2)
+    return jnp.einsum("pknd,pksd->pkns", q, k, preferred_element_type=jnp.float32)
 
 
 def write_column(

@@ -26,7 +26,7 @@ def numerics(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def tiny(numerics):
-    shape = numerics.TINY
+    _, shape, _ = numerics.setting_of("small", numerics.SIZES)
     return shape, numerics.load_model(numerics.write_model(shape), dtype="float32")
 
 

@@ -37,9 +37,9 @@ from _environments import HOME, relaunch_with_allocator
 from rljax.advantages import global_and_local, intra_and_inter_tree
 from rljax.algorithms import GRPO, RandomForks, TreeGRPO, TreeRL
 from rljax.algorithms.base import Algorithm
-from rljax.build import load_params, plan
-from rljax.compare import draw_curves, train_on_budget
-from rljax.config import (
+from rljax.analysis.compare import draw_curves, train_on_budget
+from rljax.experiment.build import load_params, plan
+from rljax.experiment.config import (
     CheckpointConfig,
     Config,
     EvaluationConfig,
@@ -51,10 +51,10 @@ from rljax.config import (
     UpdateConfig,
     WarmupConfig,
 )
+from rljax.experiment.sft import warm_up
+from rljax.experiment.train import evaluate_run
 from rljax.models import save_hf
 from rljax.parallel import use_mesh
-from rljax.run import evaluate_run
-from rljax.supervised import warm_up
 from rljax.tasks import Example, final_number
 from rljax.training import OptimizerConfig, RunFolder
 

@@ -20,9 +20,9 @@ import numpy as np
 from _common import Cost, finish, measure, parse_arguments, random_prompts, result, setting_of, write_model
 
 from rljax.models import DecoderConfig, init_params
-from rljax.rollouts.fork_rules import random_step, top_surprisal
+from rljax.plans import ForkPlan
+from rljax.plans.fork_rules import random_step, top_surprisal
 from rljax.rollouts.forks import rounds_of
-from rljax.rollouts.plans import ForkPlan
 from rljax.sampling import Request, Sampler, sampling_params
 from rljax.text import CharTokenizer, StepSplitter
 

@@ -15,9 +15,9 @@ from _common import finish, machine, parse_arguments, random_prompts, setting_of
 from _probe import probe
 
 from rljax.advantages import group_normalized
+from rljax.batching import PackSpec, stack
 from rljax.losses import clipped, policy_loss, token_mean, token_ratio
 from rljax.models import find_smollm2, load_model
-from rljax.rollouts.batching import PackSpec, stack
 from rljax.sampling import Request, Sampler, compile_count, sampling_params
 from rljax.training import Learner, OptimizerConfig
 from rljax.types import Trajectory

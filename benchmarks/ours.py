@@ -14,9 +14,9 @@ import protocol
 from _probe import probe
 
 from rljax.algorithms import GRPO, RECIPES
+from rljax.batching import PackSpec, stack
 from rljax.losses import clipped, policy_loss, token_mean, token_ratio
 from rljax.models import load_model
-from rljax.rollouts.batching import PackSpec, stack
 from rljax.sampling import Fork, Request, Sampler, compile_count, sampling_params
 from rljax.training import Learner, OptimizerConfig
 from rljax.types import Trajectory

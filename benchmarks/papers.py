@@ -24,12 +24,12 @@ from typing import Any
 import jax
 from _environments import HOME, relaunch_with_allocator
 
-from rljax.build import load_params, plan
-from rljax.config import Config, PretrainedModel, WarmupConfig
+from rljax.experiment.build import load_params, plan
+from rljax.experiment.config import Config, PretrainedModel, WarmupConfig
+from rljax.experiment.sft import warm_up
+from rljax.experiment.train import train
 from rljax.models import save_hf
 from rljax.parallel import use_mesh
-from rljax.run import train
-from rljax.supervised import warm_up
 from rljax.training import RunFolder, read_jsonl
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -58,7 +58,7 @@ CLEARER = {  # where the first sentence of a docstring leans on what its module 
 ROOMS = {
     "losses": "Parts of a policy loss, and `policy_loss`, which composes them.",
     "advantages": "From a rollout to credit per token.",
-    "branching": "Scores of tokens to fork at, and the choice among them.",
+    "trees.forks": "Scores of tokens to fork at, and the choice among them.",
     "algorithms": "Recipes: dataclasses of hyperparameters with `build() -> Algorithm`. See [papers.md](papers.md).",
 }
 

@@ -15,7 +15,7 @@ steps.
 from shop import ALPHABET, flawed
 
 from rljax.algorithms import GRPO
-from rljax.config import (
+from rljax.experiment.config import (
     CheckpointConfig,
     Config,
     EnvironmentConfig,

@@ -10,7 +10,7 @@ by itself within 14 tokens.
 """
 
 from rljax.algorithms import GRPO
-from rljax.config import (
+from rljax.experiment.config import (
     CheckpointConfig,
     Config,
     EvaluationConfig,

@@ -14,7 +14,7 @@ import random
 import string
 
 from rljax.algorithms import GRPO
-from rljax.config import (
+from rljax.experiment.config import (
     CheckpointConfig,
     Config,
     EvaluationConfig,

@@ -7,7 +7,7 @@ The loss falls below 0.2 nats per character within 300 steps.
 
 import string
 
-from rljax.config import (
+from rljax.experiment.config import (
     CheckpointConfig,
     Config,
     EvaluationConfig,

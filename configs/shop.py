@@ -14,7 +14,8 @@ import random
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rljax.envs import Parsed, ParseProblem, Step, ToolCall, ToolFormat, calculate
+from rljax.envs import Parsed, ParseProblem, Step, ToolCall, ToolFormat
+from rljax.envs.library import calculate
 from rljax.tasks import Example
 
 _GOODS = (

@@ -16,8 +16,8 @@ _SEEDS = flags.DEFINE_integer("seeds", 3, "Warm starts, and runs of each method.
 
 
 def main() -> None:
-    from rljax.agent_demo import agent_demo
     from rljax.algorithms import TreeGRPO
+    from rljax.analysis.agent_demo import agent_demo
 
     config = _CONFIG.value
     tree = TreeGRPO(chains=config.algorithm.group_size // 2, points=1, kl_coef=0.0)

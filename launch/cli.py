@@ -80,7 +80,7 @@ def _config_problems(argv: list[str]):
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     if not hasattr(module, "get_config"):
-        yield f"--config={file} defines no get_config(); it must return an rljax.config.Config"
+        yield f"--config={file} defines no get_config(); it must return an rljax.experiment.config.Config"
         return
     config = module.get_config(*path.split(":")[1:])
     for argument in argv[1:]:

@@ -16,7 +16,7 @@ _DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Type of
 
 
 def main() -> None:
-    from rljax import commands
+    from rljax.experiment import commands
 
     commands.convert(_SOURCE.value, _TARGET.value, step=_STEP.value, dtype=_DTYPE.value)
 

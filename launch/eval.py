@@ -16,7 +16,7 @@ _JSON = flags.DEFINE_string("json", None, "Write the result, with every completi
 
 
 def main() -> None:
-    from rljax import commands
+    from rljax.experiment import commands
 
     commands.evaluate_model(_CONFIG.value, checkpoint=_CHECKPOINT.value, step=_STEP.value, json_file=_JSON.value)
 

@@ -15,7 +15,7 @@ _FRESH = flags.DEFINE_bool("fresh", False, "Empty the run folder first instead o
 
 
 def main() -> None:
-    from rljax import commands
+    from rljax.experiment import commands
 
     if _WORKDIR.value is None:
         raise ValueError("--workdir is missing; name a folder for the run, e.g. --workdir=runs/sft")

@@ -23,8 +23,7 @@ _PROCESS_ID = flags.DEFINE_integer("process_id", None, "Index of this process, w
 
 
 def main() -> None:
-    from rljax import run
-    from rljax.dry_run import print_plan
+    from rljax.experiment.dry_run import print_plan
     from rljax.parallel import initialize_distributed
 
     if _WORKDIR.value is None and not _DRY_RUN.value:
@@ -38,7 +37,7 @@ def main() -> None:
     if _DRY_RUN.value:
         print_plan(_CONFIG.value)
     else:
-        run.train(_CONFIG.value, _WORKDIR.value, fresh=_FRESH.value)
+        train.train(_CONFIG.value, _WORKDIR.value, fresh=_FRESH.value)
 
 
 if __name__ == "__main__":

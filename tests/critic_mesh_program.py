@@ -8,8 +8,8 @@ import optax
 from test_training_critic import make
 from test_training_learner import params, rollout
 
+from rljax.batching import PackSpec
 from rljax.parallel import make_mesh
-from rljax.rollouts.batching import PackSpec
 
 MESHES = [None, (4, 1, 1), (1, 4, 1), (1, 2, 2)]
 

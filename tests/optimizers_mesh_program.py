@@ -6,8 +6,8 @@ import jax
 import numpy as np
 from test_training_learner import CONFIG, grpo, params, rollout
 
+from rljax.batching import PackSpec
 from rljax.parallel import make_mesh
-from rljax.rollouts.batching import PackSpec
 from rljax.training import Learner, LightSAMConfig, MuonConfig
 
 OPTIMIZERS = {

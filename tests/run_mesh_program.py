@@ -7,9 +7,9 @@ from pathlib import Path
 
 from absl import logging
 
-from rljax.config import FreshModel, MeshConfig, UpdateConfig
+from rljax.experiment.config import FreshModel, MeshConfig, UpdateConfig
+from rljax.experiment.train import train
 from rljax.parallel import initialize_distributed, is_main_process
-from rljax.run import train
 from rljax.testing import rollout_records, run_metrics, tiny_config
 from rljax.training import OptimizerConfig
 

@@ -2,7 +2,7 @@
 
 import sys
 
-from rljax.run import train
+from rljax.experiment.train import train
 from rljax.testing import tiny_config
 
 if __name__ == "__main__":

@@ -20,8 +20,8 @@ from rljax.advantages import (
     turn_starts,
 )
 from rljax.algorithms import DeepDive, RoleAgent
+from rljax.batching import stack, take_rows
 from rljax.ops import dice, lcs_length, lcs_similarity, of_longer
-from rljax.rollouts.batching import stack, take_rows
 from rljax.types import Trajectory
 
 

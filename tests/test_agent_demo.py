@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from rljax.agent_demo import Look, Result, summarise, table, verdict
-from rljax.build import Run
-from rljax.compare import Spent, train_on_budget
+from rljax.analysis.agent_demo import Look, Result, summarise, table, verdict
+from rljax.analysis.compare import Spent, train_on_budget
+from rljax.experiment.build import Run
 from rljax.rollouts.collect import Rollout
 
 ROOT = Path(__file__).parent.parent
@@ -74,7 +74,7 @@ class Rows:
 
 def test_a_budget_ends_a_run_and_its_looks_are_evenly_spaced(monkeypatch):
     rollout = Rollout([Rows(), Rows()], [], [], np.zeros((1, 2)), {})
-    monkeypatch.setattr("rljax.compare.train_step", lambda run, step: ({"rollout/new_tokens": 40.0}, rollout))
+    monkeypatch.setattr("rljax.analysis.compare.train_step", lambda run, step: ({"rollout/new_tokens": 40.0}, rollout))
     run, seen = object.__new__(Run), []  # never looked at
     spent = train_on_budget(run, 200, lambda s: seen.append((s.sampled, s.trained, s.steps)), looks=2)
     assert seen == [(0, 0, 0), (120, 180, 3), (200, 300, 5)] and spent == Spent(200, 300, 5)

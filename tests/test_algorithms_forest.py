@@ -19,10 +19,10 @@ from rljax.algorithms import (
     TreeGRPO,
     TreeRL,
 )
-from rljax.config import check
+from rljax.batching import PackSpec, stack
+from rljax.experiment.config import check
+from rljax.experiment.train import train
 from rljax.models import DecoderConfig, init_params
-from rljax.rollouts.batching import PackSpec, stack
-from rljax.run import train
 from rljax.testing import rollout_records, run_metrics, tiny_config
 from rljax.text import CharTokenizer
 from rljax.training import Learner, OptimizerConfig

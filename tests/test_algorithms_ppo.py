@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 from objectives import MASK, NAN, float64, make_batch
 
-import rljax.run
+import rljax.experiment.train
 from rljax.advantages import gae_advantages, gae_returns, length_adaptive
 from rljax.algorithms import PPO
-from rljax.build import load_params
-from rljax.build import plan as build_plan
-from rljax.config import CheckpointConfig, CriticConfig, EvaluationConfig
-from rljax.run import train
+from rljax.experiment.build import load_params
+from rljax.experiment.build import plan as build_plan
+from rljax.experiment.config import CheckpointConfig, CriticConfig, EvaluationConfig
+from rljax.experiment.train import train
 from rljax.testing import params_fingerprint, rollout_records, run_metrics, tiny_config
 from rljax.training import Checkpointer, Critic, OptimizerConfig, fingerprint, read_jsonl
 
@@ -176,18 +176,20 @@ def whole_state(folder):
 
 
 def test_a_run_that_breaks_off_and_goes_on_equals_one_that_does_not(straight, tmp_path, monkeypatch):
-    step = rljax.run.train_step
+    step = rljax.experiment.train.train_step
 
     def breaks(run, index):
         if index == 3:
             raise KeyboardInterrupt
         return step(run, index)
 
-    monkeypatch.setattr(rljax.run, "train_step", breaks)
+    monkeypatch.setattr(rljax.experiment.train, "train_step", breaks)
     with pytest.raises(KeyboardInterrupt):
         train(config(), str(tmp_path))
     steps_run = []
-    monkeypatch.setattr(rljax.run, "train_step", lambda run, index: (steps_run.append(index), step(run, index))[1])
+    monkeypatch.setattr(
+        rljax.experiment.train, "train_step", lambda run, index: (steps_run.append(index), step(run, index))[1]
+    )
     train(config(), str(tmp_path))
     assert steps_run and steps_run[0] > 0, "it did not resume"
     assert run_metrics(tmp_path) == run_metrics(straight[0])

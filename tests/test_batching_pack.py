@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rljax.rollouts.batching import PackSpec, bucket, layout, loss_mask, pack, stack
+from rljax.batching import PackSpec, bucket, layout, loss_mask, pack, stack
 from rljax.types import Trajectory
 
 

@@ -19,11 +19,11 @@ import pytest
 from rljax import advantages as adv
 from rljax import losses as ls
 from rljax.algorithms import Algorithm, ReSum
-from rljax.build import load_params, plan
-from rljax.rollouts import fork_rules as rules
-from rljax.rollouts.batching import PackSpec, stack
+from rljax.batching import PackSpec, stack
+from rljax.experiment.build import load_params, plan
+from rljax.plans import ForkPlan, Plan
+from rljax.plans import fork_rules as rules
 from rljax.rollouts.collect import collect
-from rljax.rollouts.plans import ForkPlan, Plan
 from rljax.testing import tiny_config
 from rljax.training import Learner
 

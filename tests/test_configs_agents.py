@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from rljax.config import check
-from rljax.run import train
+from rljax.experiment.config import check
+from rljax.experiment.train import train
 
 FOLDER = Path(__file__).parent.parent / "configs" / "agents"
 NAMES = sorted(path.stem for path in FOLDER.glob("*.py") if path.stem != "search")

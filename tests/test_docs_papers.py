@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.util
 import inspect
+import operator
 import re
 import sys
 from pathlib import Path
@@ -15,12 +16,12 @@ from objectives import make_batch, make_rows
 
 import rljax.advantages
 import rljax.algorithms
-import rljax.branching
 import rljax.losses
+import rljax.trees.forks
 from rljax.algorithms import FOREST_RECIPES, RECIPES
-from rljax.config import check, to_dict
-from rljax.rollouts.fork_rules import Grown
-from rljax.run import train
+from rljax.experiment.config import check, to_dict
+from rljax.experiment.train import train
+from rljax.plans.fork_rules import Grown
 from rljax.testing import run_metrics
 
 ROOT = Path(__file__).parent.parent
@@ -216,10 +217,12 @@ def public(module):
     return {n for n in names if any(is_kind(getattr(module, n)) for is_kind in kinds)}
 
 
-@pytest.mark.parametrize("room", ["losses", "advantages", "branching", "algorithms"])
+@pytest.mark.parametrize("room", ["losses", "advantages", "trees.forks", "algorithms"])
 def test_every_public_function_is_in_the_index(room):
     text = (ROOT / "docs" / "functions.md").read_text()
     (section,) = re.findall(rf"^## rljax\.{room}\n(.*?)(?=^## |\Z)", text, flags=re.MULTILINE | re.DOTALL)
     listed = re.findall(r"^\| `(\w+)` \| (.+) \|$", section, flags=re.MULTILINE)
-    assert {name for name, _ in listed} == public(getattr(rljax, room)), "python benchmarks/papers.py --functions"
+    assert {name for name, _ in listed} == public(operator.attrgetter(room)(rljax)), (
+        "python benchmarks/papers.py --functions"
+    )
     assert len(listed) == len({name for name, _ in listed})

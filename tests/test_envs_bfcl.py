@@ -14,7 +14,7 @@ utils = pytest.importorskip(
 )
 
 from rljax.envs import EnvironmentLimits, EnvironmentPool  # noqa: E402
-from rljax.envs.bfcl import CATEGORIES, STEPS_PER_TURN, BfclEnvironment, rows  # noqa: E402
+from rljax.envs.library.bfcl import CATEGORIES, STEPS_PER_TURN, BfclEnvironment, rows  # noqa: E402
 
 LIMITS = EnvironmentLimits(turns=100)
 

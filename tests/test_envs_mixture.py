@@ -7,8 +7,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from rljax.envs import EnvironmentPool, MixedEnvironment, Step, mixed_rows
-from rljax.envs.sharing import made_once
+from rljax.envs import EnvironmentPool, Step
+from rljax.envs.library import MixedEnvironment, mixed_rows
+from rljax.envs.library.sharing import made_once
 from rljax.tasks import Example, split_by_hash
 from rljax.tasks.mixture import balanced, interleave, replications
 

@@ -13,11 +13,12 @@ import pytest
 
 pytest.importorskip("bm25s", reason="needs the extra agents")
 
-from rljax.envs import EnvironmentLimits, EnvironmentPool, MultiHop
+from rljax.envs import EnvironmentLimits, EnvironmentPool
 from rljax.envs.formats import load
-from rljax.envs.knowledge import MIN_PAGES, RELATIONS, TRAITS, YEARS, documents, knowledge_graph, walk
-from rljax.envs.multihop import made_up_world, normalised, rows
-from rljax.envs.questions import answers, ask
+from rljax.envs.library import MultiHop
+from rljax.envs.library.knowledge import MIN_PAGES, RELATIONS, TRAITS, YEARS, documents, knowledge_graph, walk
+from rljax.envs.library.multihop import made_up_world, normalised, rows
+from rljax.envs.library.questions import answers, ask
 
 ROWS = rows(60, num_pages=240)
 
@@ -239,7 +240,7 @@ def test_splits_share_neither_questions_nor_answers():
 
 
 def test_rows_are_the_same_in_another_process():
-    code = "import json; from rljax.envs.multihop import rows; print(json.dumps(rows(60)))"
+    code = "import json; from rljax.envs.library.multihop import rows; print(json.dumps(rows(60)))"
     env = {**os.environ, "PYTHONHASHSEED": "77"}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=env)
     assert json.loads(done.stdout) == ROWS
@@ -353,7 +354,7 @@ def test_pages_with_forbidden_texts_are_neither_found_nor_opened(tmp_path):
 
 
 def test_episodes_run_in_a_pool_and_fork_by_replay():
-    make = load("rljax.envs.multihop:MultiHop")
+    make = load("rljax.envs.library.multihop:MultiHop")
     args = json.loads(json.dumps({"tool_format": "tags", "top_k": 5, "redundancy_weight": 0.0}))
     row = json.loads(json.dumps(ROWS[1]))
     with EnvironmentPool(lambda: make(**args), workers=4) as pool:

@@ -15,10 +15,10 @@ from rljax.envs import (
     ToolBox,
     ToolEnvironment,
     answer,
-    calculator,
     fork,
     replay,
 )
+from rljax.envs.library import calculator
 
 
 def ill_typed(**fields):

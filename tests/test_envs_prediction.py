@@ -4,8 +4,9 @@ import copy
 
 import pytest
 
-from rljax.envs import EnvironmentPool, Predicting, Step
+from rljax.envs import EnvironmentPool, Step
 from rljax.envs.base import Snapshots, replay_same
+from rljax.envs.library import Predicting
 
 
 class Drawer:

@@ -8,9 +8,10 @@ import pytest
 
 pytest.importorskip("reasoning_gym", reason="needs the extra tasks")
 
-from rljax.envs import EnvironmentPool, ReasoningEnvironment, Sandbox
+from rljax.envs import EnvironmentPool, Sandbox
 from rljax.envs.formats import load
-from rljax.envs.reasoning import rows
+from rljax.envs.library import ReasoningEnvironment
+from rljax.envs.library.reasoning import rows
 from rljax.tasks import ReasoningGymVerifier
 
 CONFIG = {"min_terms": 3, "max_terms": 3, "min_digits": 3, "max_digits": 3}
@@ -41,7 +42,7 @@ def test_rows_are_distinct_and_survive_json(sums):
 
 
 def test_a_program_finds_what_is_scored(sums):
-    make = load("rljax.envs.reasoning:ReasoningEnvironment")
+    make = load("rljax.envs.library.reasoning:ReasoningEnvironment")
     args = json.loads(json.dumps({"workers": 2, "wall_s": 4.0}))
     with EnvironmentPool(lambda: make(**args), workers=4) as pool:
         episodes = [future.result() for future in [pool.start(row) for row in sums[:4]]]

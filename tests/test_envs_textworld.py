@@ -11,7 +11,7 @@ import pytest
 pytest.importorskip("textworld", reason="needs textworld: pip install 'rljax[textworld]'")
 
 from rljax.envs import EnvironmentLimits, EnvironmentPool, replay, replay_same
-from rljax.envs.textworld import TextWorldEnvironment, make_game, rows
+from rljax.envs.library.textworld import TextWorldEnvironment, make_game, rows
 
 OPTIONS = {"quests": 2, "quest_length": 2, "objects": 8}
 

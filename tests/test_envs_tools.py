@@ -16,21 +16,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rljax.envs import (
-    Corpus,
-    Document,
-    Sandbox,
-    ToolBox,
-    ToolCall,
-    answer,
-    calculate,
-    calculator,
-    finish,
-    named,
-    python_tool,
-    search_tool,
-    tool_schema,
-)
+from rljax.envs import Sandbox, ToolBox, ToolCall, answer, finish, named, python_tool, tool_schema
+from rljax.envs.library import Corpus, Document, calculate, calculator, search_tool
 from rljax.envs.tools import cut
 
 

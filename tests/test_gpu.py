@@ -3,7 +3,7 @@
 import jax
 import pytest
 
-from rljax.run import train
+from rljax.experiment.train import train
 from rljax.testing import tiny_config
 from rljax.training import read_jsonl
 

@@ -15,7 +15,7 @@ from rljax.sampling import compile_count
 
 ROOT = Path(__file__).parent.parent
 CONFIG = """
-from rljax.config import FileData, PretrainedModel, RewardConfig
+from rljax.experiment.config import FileData, PretrainedModel, RewardConfig
 from rljax.testing import tiny_config
 
 def get_config(kind="tiny"):

@@ -13,9 +13,9 @@ import pytest
 from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 from test_parallel_mesh import run_python
 
+from rljax.batching import build_forest, pad_rows
 from rljax.models import DecoderConfig, attention, forest_attention, hidden_states, init_params, kernel_attention
 from rljax.models.attention_kernel import forest_attention_kernel, visible_blocks
-from rljax.trees import build_forest, pad_rows
 
 ALL = 1 << 30
 """A window that everything is in."""

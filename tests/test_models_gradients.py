@@ -5,10 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from rljax.batching import build_forest, pad_rows
 from rljax.models import attention
 from rljax.models.attention import forest_attention
 from rljax.models.functional import linear, rms_norm, swiglu
-from rljax.trees import build_forest, pad_rows
 
 
 def compare(fn, plain, *inputs, tolerance=2e-5):

@@ -14,16 +14,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from rljax.batching import PackSpec, pack, stack
 from rljax.envs import EnvironmentPool, Step
 from rljax.envs.formats import Parsed, ParseProblem, ToolCall
 from rljax.models import DecoderConfig, hidden_states, init_params, logits
-from rljax.rollouts.batching import PackSpec, pack, stack
-from rljax.rollouts.black_box import BlackBoxPlayer
+from rljax.plans import ForkPlan, Plan
+from rljax.rollouts.black_box.actor import BlackBoxPlayer
+from rljax.rollouts.black_box.endpoint import ChatEndpoint
+from rljax.rollouts.black_box.recording import Renderer, Reply
 from rljax.rollouts.collect import Play, collect
-from rljax.rollouts.endpoint import ChatEndpoint
 from rljax.rollouts.multi_turn import Player
-from rljax.rollouts.plans import ForkPlan, Plan
-from rljax.rollouts.recording import Renderer, Reply
 from rljax.sampling import TurnDecoder, sampling_params
 from rljax.tasks import Example, RewardRunner, RewardSpec
 from rljax.text import CharTokenizer, Dialogue

@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 
 from rljax.algorithms import GRPO
-from rljax.rollouts.fork_rules import (
+from rljax.experiment.train import train
+from rljax.plans import ForkPlan, ForkPoint
+from rljax.plans.fork_rules import (
     Grown,
     _between,
     entropy_jump,
@@ -21,8 +23,6 @@ from rljax.rollouts.fork_rules import (
     top_turn_surprisal,
 )
 from rljax.rollouts.forks import rounds_of
-from rljax.rollouts.plans import ForkPlan, ForkPoint
-from rljax.run import train
 from rljax.sampling import Sample
 from rljax.testing import rollout_records, run_metrics, tiny_config
 from rljax.text import CharTokenizer, StepSplitter

@@ -9,10 +9,12 @@ import numpy as np
 import pytest
 
 from rljax.algorithms import ActGuideRL
+from rljax.batching import PackSpec, stack
 from rljax.models import DecoderConfig, init_params
-from rljax.rollouts.batching import PackSpec, stack
+from rljax.plans import Plan
 from rljax.rollouts.collect import Scored, _trajectory, sample_and_score
-from rljax.rollouts.guidance import (
+from rljax.rollouts.guided.actor import collect_guided
+from rljax.rollouts.guided.guidance import (
     HEADING,
     MINIMAL_SEARCH,
     RELEASED_SEARCH,
@@ -20,8 +22,6 @@ from rljax.rollouts.guidance import (
     guided_prompt,
     reference_actions,
 )
-from rljax.rollouts.guided import collect_guided
-from rljax.rollouts.plans import Plan
 from rljax.sampling import Sample, Sampler, sampling_params
 from rljax.tasks import Example, RewardResult, RewardRunner, RewardSpec
 from rljax.text import CharTokenizer

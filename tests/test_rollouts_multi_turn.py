@@ -11,10 +11,10 @@ import pytest
 
 from rljax.envs import EnvironmentLimits, EnvironmentPool, Step
 from rljax.models import DecoderConfig, hidden_states, init_params, logits
+from rljax.plans import ForkPlan, Plan
+from rljax.plans.fork_rules import random_step, top_entropy
 from rljax.rollouts.collect import collect
-from rljax.rollouts.fork_rules import random_step, top_entropy
 from rljax.rollouts.multi_turn import Player
-from rljax.rollouts.plans import ForkPlan, Plan
 from rljax.sampling import TurnDecoder, sampling_params
 from rljax.tasks import Example
 from rljax.text import CharTokenizer, Dialogue

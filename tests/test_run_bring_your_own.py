@@ -8,10 +8,10 @@ import jax
 import numpy as np
 import pytest
 
-from rljax import commands
-from rljax.config import CheckpointConfig, FileData, PretrainedModel, RewardConfig, WarmupConfig
+from rljax.experiment import commands
+from rljax.experiment.config import CheckpointConfig, FileData, PretrainedModel, RewardConfig, WarmupConfig
+from rljax.experiment.train import train
 from rljax.models import abstract_params, load_model
-from rljax.run import train
 from rljax.testing import tiny_config
 from rljax.training import OptimizerConfig, read_jsonl, restore_params
 

@@ -10,8 +10,8 @@ from test_rollouts_endpoint import CONFIG as MODEL
 from test_rollouts_endpoint import make_tokenizer, params
 
 from rljax.algorithms import ARPO, GRPO, ActGuideRL, AgentRL, DeepDive, RoleAgent, TreeGRPO
-from rljax.build import plan
-from rljax.config import (
+from rljax.experiment.build import plan
+from rljax.experiment.config import (
     CheckpointConfig,
     Config,
     EnvironmentConfig,
@@ -27,8 +27,8 @@ from rljax.config import (
     WarmupConfig,
     check,
 )
+from rljax.experiment.train import train
 from rljax.models import save_hf
-from rljax.run import train
 from rljax.tasks import Example
 
 

@@ -6,10 +6,10 @@ import json
 import numpy as np
 import pytest
 
-import rljax.run
+import rljax.experiment.train
 from rljax.algorithms import DAPO, GRPO, RECIPES, RLOO
-from rljax.config import CheckpointConfig, EvaluationConfig, RewardConfig
-from rljax.run import train
+from rljax.experiment.config import CheckpointConfig, EvaluationConfig, RewardConfig
+from rljax.experiment.train import train
 from rljax.testing import params_fingerprint, rollout_records, run_metrics, tiny_config
 from rljax.training import OptimizerConfig, read_jsonl
 
@@ -129,20 +129,22 @@ def test_a_run_that_breaks_off_and_goes_on_equals_one_that_does_not(name, straig
         )
         train(config, str(tmp_path / "straight"))
     whole = straight[0] if name == "plain" else tmp_path / "straight"
-    step = rljax.run.train_step
+    step = rljax.experiment.train.train_step
 
     def breaks(run, index):
         if index == 3:
             raise KeyboardInterrupt
         return step(run, index)
 
-    monkeypatch.setattr(rljax.run, "train_step", breaks)
+    monkeypatch.setattr(rljax.experiment.train, "train_step", breaks)
     with pytest.raises(KeyboardInterrupt):
         train(config, str(tmp_path / "parts"))
     assert not (tmp_path / "parts" / "summary.json").exists()
     monkeypatch.undo()
     steps_run = []
-    monkeypatch.setattr(rljax.run, "train_step", lambda run, index: (steps_run.append(index), step(run, index))[1])
+    monkeypatch.setattr(
+        rljax.experiment.train, "train_step", lambda run, index: (steps_run.append(index), step(run, index))[1]
+    )
     train(config, str(tmp_path / "parts"))
     assert steps_run and steps_run[0] > 0, "it did not resume"
     assert run_metrics(tmp_path / "parts") == run_metrics(whole)

@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 
 import rljax.algorithms.owpo as owpo
-import rljax.run
+import rljax.experiment.train
 from rljax.algorithms import OWPO
-from rljax.config import CheckpointConfig, EvaluationConfig
-from rljax.rollouts.plans import not_worse
-from rljax.run import train
+from rljax.experiment.config import CheckpointConfig, EvaluationConfig
+from rljax.experiment.train import train
+from rljax.plans import not_worse
 from rljax.testing import params_fingerprint, run_metrics, tiny_config
 from rljax.training import Learner
 
@@ -43,7 +43,7 @@ def config(**changes):
 
 def test_the_gate_sees_scores_now_and_at_the_last_refresh_and_a_run_resumes_with_both(tmp_path, monkeypatch):
     """The gate says no after the second step, so the third is compared with the first; broken off in between."""
-    seen, copies, step = [], [], rljax.run.train_step
+    seen, copies, step = [], [], rljax.experiment.train.train_step
 
     def gate(now, before):
         seen.append((now.tolist(), before.tolist()))
@@ -60,10 +60,10 @@ def test_the_gate_sees_scores_now_and_at_the_last_refresh_and_a_run_resumes_with
 
     monkeypatch.setattr(owpo, "not_worse", gate)
     monkeypatch.setattr(Learner, "refresh_reference", copy)
-    monkeypatch.setattr(rljax.run, "train_step", breaks)
+    monkeypatch.setattr(rljax.experiment.train, "train_step", breaks)
     with pytest.raises(KeyboardInterrupt):
         train(config(), str(tmp_path))
-    monkeypatch.setattr(rljax.run, "train_step", step)
+    monkeypatch.setattr(rljax.experiment.train, "train_step", step)
     assert len(seen) == 2
     train(config(), str(tmp_path))
     scores = {}
@@ -92,14 +92,14 @@ def test_the_interval_is_the_run_s_before_the_plan_s(tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_a_ratchet_that_is_broken_off_equals_one_that_is_not(tmp_path, monkeypatch):
     train(config(), str(tmp_path / "whole"))
-    step = rljax.run.train_step
+    step = rljax.experiment.train.train_step
 
     def breaks(run, index):
         if index == 3:
             raise KeyboardInterrupt
         return step(run, index)
 
-    monkeypatch.setattr(rljax.run, "train_step", breaks)
+    monkeypatch.setattr(rljax.experiment.train, "train_step", breaks)
     with pytest.raises(KeyboardInterrupt):
         train(config(), str(tmp_path / "parts"))
     monkeypatch.undo()

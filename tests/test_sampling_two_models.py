@@ -7,11 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rljax.evaluation import summarize_shifts
+from rljax.analysis import summarize_shifts
+from rljax.analysis import two_models as M
+from rljax.analysis.shifts import Shifts, token_shifts
 from rljax.models import DecoderConfig, hidden_states, init_params, logits
 from rljax.sampling import process_logits, sampling_params
-from rljax.sampling import two_models as M
-from rljax.sampling.shifts import Shifts, token_shifts
 
 CONFIG = DecoderConfig(
     vocab_size=12, num_layers=1, embed_dim=16, num_heads=2, num_kv_heads=1, head_dim=8, mlp_dim=16, tied_embeddings=True

@@ -5,10 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from rljax.batching import build_forest, pad_rows
 from rljax.models import DecoderConfig, hidden_states, init_params, logits
 from rljax.sampling import sampling_params
 from rljax.sampling.score import score_hidden, score_tokens
-from rljax.trees import build_forest, pad_rows
 from rljax.types import Packed
 
 ROWS, LENGTH, DIM, VOCAB = 2, 13, 8, 37

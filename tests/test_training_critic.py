@@ -20,12 +20,12 @@ from test_training_learner import CONFIG, FLAT, assert_close, params, rollout
 
 from rljax import losses as L
 from rljax.algorithms import GRPO, PPO
-from rljax.build import critic_params
-from rljax.build import plan as build_plan
-from rljax.config import CriticConfig
-from rljax.dry_run import predict_memory
+from rljax.batching import PackSpec, loss_mask, pack
+from rljax.experiment.build import critic_params
+from rljax.experiment.build import plan as build_plan
+from rljax.experiment.config import CriticConfig
+from rljax.experiment.dry_run import predict_memory
 from rljax.models import abstract_params, hidden_states, init_params, save_hf, value_config, value_params, values
-from rljax.rollouts.batching import PackSpec, loss_mask, pack
 from rljax.testing import tiny_config
 from rljax.training import Checkpointer, Critic, Learner, OptimizerConfig, explained_variance, fingerprint, with_critic
 from rljax.types import struct

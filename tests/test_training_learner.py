@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from rljax import losses
+from rljax.batching import PackSpec, stack
 from rljax.models import DecoderConfig, init_params
-from rljax.rollouts.batching import PackSpec, stack
 from rljax.sampling import compile_count, sampling_params
 from rljax.training import Learner, OptimizerConfig, add_metrics, sft_loss
 from rljax.types import Trajectory

@@ -15,9 +15,9 @@ import pytest
 from objectives import float64
 from test_training_learner import CONFIG, FLAT, grpo, params, rollout
 
+from rljax.batching import PackSpec
 from rljax.losses import Correction
 from rljax.parallel import make_mesh
-from rljax.rollouts.batching import PackSpec
 from rljax.training import (
     Checkpointer,
     Learner,

@@ -15,8 +15,8 @@ import pytest
 from test_training_learner import CONFIG, FLAT, params, rollout
 
 from rljax import losses as L
+from rljax.batching import PackSpec, stack
 from rljax.models import hidden_states, logits
-from rljax.rollouts.batching import PackSpec, stack
 from rljax.sampling import sampling_params
 from rljax.training import Learner
 from rljax.types import Trajectory

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rljax.trees import build_forest, pad_rows, sort_rows, unique_tokens
+from rljax.batching import build_forest, pad_rows, sort_rows, unique_tokens
 
 ROWS = st.lists(st.lists(st.integers(0, 2), max_size=7), min_size=1, max_size=9)
 

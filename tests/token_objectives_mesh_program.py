@@ -8,8 +8,8 @@ import optax
 from test_training_learner import CONFIG, params, rollout
 
 from rljax import losses as L
+from rljax.batching import PackSpec
 from rljax.parallel import make_mesh
-from rljax.rollouts.batching import PackSpec
 from rljax.training import Learner
 
 

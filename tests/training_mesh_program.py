@@ -7,8 +7,8 @@ import jax
 import numpy as np
 from test_training_learner import CONFIG, grpo, params, rollout
 
+from rljax.batching import PackSpec
 from rljax.parallel import make_mesh
-from rljax.rollouts.batching import PackSpec
 from rljax.training import Checkpointer, Learner, OptimizerConfig, add_metrics
 
 MESHES = {"data 4 x tensor 2": (4, 1, 2), "fsdp 8": (1, 8, 1), "2 x 2 x 2": (2, 2, 2)}

@@ -8,7 +8,7 @@ Look at play/hard_share, play/guidance_level_mean and play/probe_tokens.
 from search import search_config
 
 from rljax.algorithms import ActGuideRL
-from rljax.config import Config, GuidanceConfig
+from rljax.experiment.config import Config, GuidanceConfig
 
 
 def get_config(size: str = "full") -> Config:

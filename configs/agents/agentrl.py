@@ -9,7 +9,7 @@ groups is under way while the policy is updated.
 from search import search_config
 
 from rljax.algorithms import AgentRL
-from rljax.config import Config, EnvironmentConfig, RowsData
+from rljax.experiment.config import Config, EnvironmentConfig, RowsData
 
 
 def get_config(size: str = "full") -> Config:
@@ -19,26 +19,26 @@ def get_config(size: str = "full") -> Config:
         hops = {"size": questions, "num_pages": 240 if smoke else 1000, "split": split}
         return {
             "parts": {
-                "search": {"rows": "rljax.envs.multihop:rows", "args": hops},
+                "search": {"rows": "rljax.envs.library.multihop:rows", "args": hops},
                 "sums": {
-                    "rows": "rljax.envs.reasoning:rows",
+                    "rows": "rljax.envs.library.reasoning:rows",
                     "args": {"dataset": "chain_sum", "size": sums, "seed": seed},
                 },
             }
         }
 
     data = RowsData(
-        rows="rljax.envs.mixture:mixed_rows",
+        rows="rljax.envs.library.mixture:mixed_rows",
         args=parts("train", 8 if smoke else 1000, 8 if smoke else 1000, 0),
         test_args=parts("test", 4 if smoke else 64, 4 if smoke else 64, 1),
         balance=True,
     )
     environment = EnvironmentConfig(
-        make="rljax.envs:MixedEnvironment",
+        make="rljax.envs.library:MixedEnvironment",
         args={
             "environments": {
-                "search": {"make": "rljax.envs:MultiHop", "args": {"tool_format": "tags"}},
-                "sums": {"make": "rljax.envs:ReasoningEnvironment", "args": {"tool_format": "tags"}},
+                "search": {"make": "rljax.envs.library:MultiHop", "args": {"tool_format": "tags"}},
+                "sums": {"make": "rljax.envs.library:ReasoningEnvironment", "args": {"tool_format": "tags"}},
             }
         },
         tool_format="tags",

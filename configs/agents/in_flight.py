@@ -8,7 +8,7 @@ The ratio is taken to the log-probs recorded when a token was sampled (Decoupled
 from search import search_config, search_environment
 
 from rljax.algorithms import DecoupledPPO
-from rljax.config import Config
+from rljax.experiment.config import Config
 
 
 def get_config(size: str = "full") -> Config:

@@ -8,19 +8,19 @@ Look at rollout/component/prediction, and at copy_prediction beside it: what rep
 from search import search_config
 
 from rljax.algorithms import RoleAgent
-from rljax.config import Config, EnvironmentConfig, FailedTasks
+from rljax.experiment.config import Config, EnvironmentConfig, FailedTasks
 
 
 def get_config(size: str = "full") -> Config:
     environment = EnvironmentConfig(
-        make="rljax.envs:Predicting",
+        make="rljax.envs.library:Predicting",
         args={
-            "make": "rljax.envs:MultiHop",
+            "make": "rljax.envs.library:MultiHop",
             "args": {"tool_format": "tags"},
             "instruction": "In every message, first write what you expect to read next: "
             "<predict_next>...</predict_next>",
         },
-        tool_format="rljax.envs.multihop:TAGS",
+        tool_format="rljax.envs.library.multihop:TAGS",
         turns=8,
     )
     config = search_config(RoleAgent(group_size=4 if size == "smoke" else 8), size, environment=environment)

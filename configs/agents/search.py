@@ -6,7 +6,7 @@ starts from next to nothing here; take a model that can call tools, with `--conf
 Every config takes a size: `--config=configs/agents/arpo.py:smoke` is two steps of a tiny model of characters.
 """
 
-from rljax.config import (
+from rljax.experiment.config import (
     CheckpointConfig,
     Config,
     EnvironmentConfig,
@@ -71,9 +71,9 @@ def tiny_model() -> FreshModel:
 def search_environment(**args: object) -> EnvironmentConfig:
     """The tools `<search>`, `<open>` and `<finish>`; `args` go to `MultiHop`."""
     return EnvironmentConfig(
-        make="rljax.envs:MultiHop",
+        make="rljax.envs.library:MultiHop",
         args={"tool_format": "tags", **args},
-        tool_format="rljax.envs.multihop:TAGS",
+        tool_format="rljax.envs.library.multihop:TAGS",
         turns=8,
     )
 
@@ -81,7 +81,7 @@ def search_environment(**args: object) -> EnvironmentConfig:
 def search_data(smoke: bool) -> RowsData:
     count, held_out, pages = (8, 4, 240) if smoke else (1000, 64, 1000)
     return RowsData(
-        rows="rljax.envs.multihop:rows",
+        rows="rljax.envs.library.multihop:rows",
         args={"size": count, "num_pages": pages, "split": "train"},
         test_args={"size": held_out, "split": "test"},
     )

@@ -9,7 +9,7 @@ Every config takes a size: `--config=configs/papers/fipo.py:smoke` is two steps 
 import random
 import string
 
-from rljax.config import (
+from rljax.experiment.config import (
     CheckpointConfig,
     Config,
     CriticConfig,

@@ -10,15 +10,7 @@ from jaxtyping import Array, Float
 
 from rljax.advantages.group import AdvantageFn, _constant, _on_tokens, _valid_tokens
 from rljax.ops import segment_whiten
-from rljax.trees import (
-    build_tree,
-    leaf_mean,
-    on_tokens,
-    parent_values,
-    prefix_weights,
-    root_values,
-    token_mean,
-)
+from rljax.trees import build_tree, leaf_mean, on_tokens, parent_values, prefix_weights, root_values, token_mean
 from rljax.types import RolloutBatch
 
 

@@ -6,7 +6,7 @@ from rljax.advantages import AdvantageFn, dual_group, procedure_weights, shared_
 from rljax.algorithms.base import Algorithm, check_at_least
 from rljax.algorithms.forest import ForestRecipe
 from rljax.losses import sequence_mean
-from rljax.rollouts.fork_rules import top_branching_score
+from rljax.plans.fork_rules import top_branching_score
 
 
 @dataclasses.dataclass

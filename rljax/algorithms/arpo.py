@@ -7,7 +7,7 @@ from rljax.advantages import AdvantageFn, entropy_scaled, group_normalized, shar
 from rljax.algorithms.base import Algorithm, check_at_least
 from rljax.algorithms.forest import ForestRecipe
 from rljax.losses import clip_balanced, sequence_mean
-from rljax.rollouts.fork_rules import entropy_jump, filled
+from rljax.plans.fork_rules import entropy_jump, filled
 
 
 @dataclasses.dataclass

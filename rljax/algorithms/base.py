@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 from rljax.advantages import AdvantageFn
 from rljax.losses import Loss, PenaltyFn, entropy_bonus, kl_penalty
-from rljax.rollouts.plans import Plan
+from rljax.plans import Plan
 
 Encode = Callable[[str], list[int]]
 """Text to token ids."""

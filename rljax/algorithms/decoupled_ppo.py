@@ -5,7 +5,7 @@ import dataclasses
 from rljax.advantages import group_normalized
 from rljax.algorithms.base import Algorithm, check_at_least, check_clip, check_group, kl_and_entropy
 from rljax.losses import clipped, masked_is, policy_loss, token_mean, token_ratio, truncated_is
-from rljax.rollouts.plans import Plan
+from rljax.plans import Plan
 
 
 @dataclasses.dataclass

@@ -5,7 +5,7 @@ import dataclasses
 from rljax.advantages import group_centered
 from rljax.algorithms.base import Algorithm, check_at_least, check_clip, check_group, kl_and_entropy
 from rljax.losses import behavior_ratio, double_sided, policy_loss, token_mean
-from rljax.rollouts.plans import Plan
+from rljax.plans import Plan
 
 
 @dataclasses.dataclass

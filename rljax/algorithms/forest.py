@@ -8,8 +8,8 @@ from typing import Any
 from rljax.advantages import AdvantageFn, group_normalized, prefix_weighted
 from rljax.algorithms.base import Algorithm, check_at_least, check_clip, kl_and_entropy
 from rljax.losses import AggregateFn, SurrogateFn, WeightFn, clipped, policy_loss, token_mean, token_ratio
-from rljax.rollouts.fork_rules import random_token
-from rljax.rollouts.plans import ForkPlan, ForkRule, Plan
+from rljax.plans import ForkPlan, ForkRule, Plan
+from rljax.plans.fork_rules import random_token
 
 
 @dataclasses.dataclass

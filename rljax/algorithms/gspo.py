@@ -7,7 +7,7 @@ from typing import Any
 from rljax.advantages import group_normalized
 from rljax.algorithms.base import Algorithm, check_at_least, check_clip, check_group, kl_and_entropy
 from rljax.losses import RatioFn, WeightFn, clipped, policy_loss, sequence_mean, sequence_ratio
-from rljax.rollouts.plans import Plan
+from rljax.plans import Plan
 
 
 @dataclasses.dataclass

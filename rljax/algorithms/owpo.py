@@ -6,7 +6,7 @@ from typing import Literal
 from rljax.algorithms.base import Algorithm, check_at_least
 from rljax.algorithms.dapo import DAPO
 from rljax.losses import current_deviation, exponential_gate, old_deviation, one_way_report, one_way_weights
-from rljax.rollouts.plans import not_worse
+from rljax.plans import not_worse
 
 
 @dataclasses.dataclass

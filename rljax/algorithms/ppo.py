@@ -5,7 +5,7 @@ import dataclasses
 from rljax.advantages import LambdaFn, gae_advantages, gae_returns, length_adaptive
 from rljax.algorithms.base import Algorithm, check_at_least, check_clip, kl_and_entropy
 from rljax.losses import clipped, policy_loss, token_mean, token_ratio, value_loss
-from rljax.rollouts.plans import CriticPlan, Plan
+from rljax.plans import CriticPlan, Plan
 
 
 @dataclasses.dataclass

@@ -5,7 +5,7 @@ import dataclasses
 from rljax.advantages import batch_centered
 from rljax.algorithms.base import Algorithm, check_at_least, kl_and_entropy
 from rljax.losses import policy_loss, token_mean, token_ratio, unclipped
-from rljax.rollouts.plans import Plan
+from rljax.plans import Plan
 
 
 @dataclasses.dataclass

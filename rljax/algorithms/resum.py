@@ -7,7 +7,7 @@ from rljax.advantages import AdvantageFn, summary_bonus_released, summary_contra
 from rljax.algorithms.base import Algorithm, Encode, encoded_phrases
 from rljax.algorithms.forest import ForestRecipe
 from rljax.losses import sequence_mean
-from rljax.rollouts.fork_rules import summary_points
+from rljax.plans.fork_rules import summary_points
 
 
 def paper(recipe: "ReSum", detect: list[list[int]]) -> AdvantageFn:

@@ -5,7 +5,7 @@ import dataclasses
 from rljax.advantages import kl_in_reward, leave_one_out
 from rljax.algorithms.base import Algorithm, check_at_least, check_group, kl_and_entropy
 from rljax.losses import policy_loss, sequence_sum, token_ratio, unclipped
-from rljax.rollouts.plans import Plan
+from rljax.plans import Plan
 
 
 @dataclasses.dataclass

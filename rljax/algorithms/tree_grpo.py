@@ -5,7 +5,7 @@ import dataclasses
 from rljax.advantages import intra_and_inter_tree
 from rljax.algorithms.base import Algorithm
 from rljax.algorithms.forest import ForestRecipe
-from rljax.rollouts.fork_rules import random_step
+from rljax.plans.fork_rules import random_step
 
 
 @dataclasses.dataclass

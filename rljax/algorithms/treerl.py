@@ -6,8 +6,8 @@ from collections.abc import Callable
 from rljax.advantages import AdvantageFn, global_and_local, global_and_local_released
 from rljax.algorithms.base import Algorithm
 from rljax.algorithms.forest import ForestRecipe
-from rljax.rollouts.fork_rules import top_surprisal
-from rljax.rollouts.plans import ForkRule
+from rljax.plans import ForkRule
+from rljax.plans.fork_rules import top_surprisal
 
 
 @dataclasses.dataclass

@@ -1,7 +1,8 @@
 """Environments and tools that a policy acts in. Nothing here imports jax.
 
 An environment has `reset(row)` and `step(action)`; an `EnvironmentPool` runs hundreds of episodes of it at once. Tools
-are plain functions in a `ToolBox`; model-written programs run in a `Sandbox`.
+are plain functions in a `ToolBox`; model-written programs run in a `Sandbox`. Environments to use stand in
+`rljax.envs.library`.
 """
 
 from rljax.envs.base import (
@@ -20,10 +21,7 @@ from rljax.envs.base import (
     replay,
     replay_same,
 )
-from rljax.envs.bfcl import BfclEnvironment
-from rljax.envs.calculator import calculate, calculator
 from rljax.envs.chat import check_chat_template, probe_conversation
-from rljax.envs.corpus import Corpus, Document, Hit, search_tool
 from rljax.envs.formats import (
     FORMATS,
     Parsed,
@@ -35,13 +33,8 @@ from rljax.envs.formats import (
     tag_format,
 )
 from rljax.envs.instructions import tool_instructions
-from rljax.envs.mixture import MixedEnvironment, mixed_rows
-from rljax.envs.multihop import MultiHop
 from rljax.envs.pool import EnvironmentPool, Episode
-from rljax.envs.prediction import Predicting
-from rljax.envs.reasoning import ReasoningEnvironment
 from rljax.envs.sandbox import LEVELS, Limits, Sandbox, SandboxResult
-from rljax.envs.textworld import TextWorldEnvironment
 from rljax.envs.tool_environment import ToolEnvironment
 from rljax.envs.tools import (
     CALL_FAILURES,
@@ -54,7 +47,6 @@ from rljax.envs.tools import (
     python_tool,
     tool_schema,
 )
-from rljax.envs.verifiers_adapter import VerifiersEnvironment
 
 __all__ = [
     "CALL_FAILURES",
@@ -64,51 +56,37 @@ __all__ = [
     "FORMATS",
     "LEVELS",
     "NONSENSE",
-    "BfclEnvironment",
-    "Corpus",
-    "Document",
     "Environment",
     "EnvironmentLimits",
     "EnvironmentPool",
     "Episode",
-    "Hit",
     "Limits",
-    "MixedEnvironment",
-    "MultiHop",
     "Nonsense",
     "ParseProblem",
     "Parsed",
-    "Predicting",
     "Prompt",
-    "ReasoningEnvironment",
     "ReplayMismatch",
     "Sandbox",
     "SandboxResult",
     "Snapshots",
     "Step",
-    "TextWorldEnvironment",
     "ToolBox",
     "ToolCall",
     "ToolEnvironment",
     "ToolFormat",
     "ToolResult",
-    "VerifiersEnvironment",
     "after_thinking",
     "answer",
-    "calculate",
-    "calculator",
     "check_chat_template",
     "final",
     "finish",
     "fork",
     "get_format",
-    "mixed_rows",
     "named",
     "probe_conversation",
     "python_tool",
     "replay",
     "replay_same",
-    "search_tool",
     "tag_format",
     "tool_instructions",
     "tool_schema",

@@ -11,7 +11,6 @@ from rljax.evaluation.estimators import (
     standard_error,
 )
 from rljax.evaluation.evaluate import Estimate, Evaluation, evaluate
-from rljax.evaluation.shifts import summarize_shifts
 
 __all__ = [
     "Difference",
@@ -25,5 +24,4 @@ __all__ = [
     "paired_difference",
     "pass_at_k",
     "standard_error",
-    "summarize_shifts",
 ]

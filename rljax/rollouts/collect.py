@@ -7,8 +7,8 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
+from rljax.plans import ForkPlan, Plan
 from rljax.rollouts.forks import rounds_of
-from rljax.rollouts.plans import ForkPlan, Plan
 from rljax.sampling import Request, Sample, Sampler, SamplingParams
 from rljax.tasks import Example, RewardInput, RewardResult, RewardRunner
 from rljax.text import StepSplitter, Tokenizer, render_prompt

@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rljax.rollouts.fork_rules import Grown, grown_batch
-from rljax.rollouts.plans import ForkPlan
+from rljax.plans import ForkPlan
+from rljax.plans.fork_rules import Grown, grown_batch
 from rljax.sampling import Fork, Rounds, Sample
 
 

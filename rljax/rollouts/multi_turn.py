@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 
 from rljax.envs import DONE, FAILED, NONSENSE, EnvironmentPool, Episode
+from rljax.plans import ForkPlan
 from rljax.rollouts.collect import Scored
 from rljax.rollouts.forks import rounds_of
-from rljax.rollouts.plans import ForkPlan
 from rljax.sampling import Fork, Rounds, Sample, SamplingParams, Spoken, Turn, TurnDecoder
 from rljax.tasks import Example, RewardResult
 from rljax.text import Dialogue

@@ -4,7 +4,7 @@ import dataclasses
 from typing import Any
 
 from rljax.algorithms import GRPO
-from rljax.config import (
+from rljax.experiment.config import (
     CheckpointConfig,
     Config,
     EvaluationConfig,

@@ -10,8 +10,8 @@ import numpy as np
 import optax
 from jaxtyping import Bool, Float
 
+from rljax.batching import PackSpec, loss_mask
 from rljax.models import DecoderConfig, value_config, value_params
-from rljax.rollouts.batching import PackSpec, loss_mask
 from rljax.sampling.score import score_values
 from rljax.training.learner import Learner, Loss, add_metrics
 from rljax.training.optimizers import OptimizerConfig

@@ -12,10 +12,10 @@ import optax
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float
 
+from rljax.batching import Packing, PackSpec, layout, loss_mask, pack, take_rows
 from rljax.models import Attention, DecoderConfig, forest_attention
 from rljax.ops import row_uniforms
 from rljax.parallel import batch_parts, put_batch, put_host, replicated, to_host, use_mesh
-from rljax.rollouts.batching import Packing, PackSpec, layout, loss_mask, pack, take_rows
 from rljax.sampling import SamplingParams
 from rljax.sampling.score import score_tokens
 from rljax.training.guard import Guard

@@ -1,6 +1,5 @@
-"""Forests: rows as unique tokens, for the forward pass (packing); fork columns as nodes, for credit (topology)."""
+"""Sampled trees: fork columns as nodes, for credit (`topology`); where to fork next (`forks`)."""
 
-from rljax.trees.packing import Forest, SortedRows, build_forest, pad_rows, sort_rows, unique_tokens
 from rljax.trees.topology import (
     NO_NODE,
     Tree,
@@ -19,22 +18,16 @@ from rljax.trees.topology import (
 
 __all__ = [
     "NO_NODE",
-    "Forest",
-    "SortedRows",
     "Tree",
-    "build_forest",
     "build_tree",
     "child_mean",
     "last_nodes",
     "leaf_mean",
     "match_owners",
     "on_tokens",
-    "pad_rows",
     "parent_values",
     "prefix_weights",
     "root_values",
-    "sort_rows",
     "token_leaf_counts",
     "token_mean",
-    "unique_tokens",
 ]

@@ -6,14 +6,14 @@ from typing import Any
 import jax
 import numpy as np
 
-from rljax.build import Run, pack_spec, plan
-from rljax.config import Config
+from rljax.batching import PackSpec, layout, loss_mask, stack
+from rljax.experiment.build import Run, pack_spec, plan
+from rljax.experiment.config import Config
+from rljax.experiment.report import aligned
+from rljax.experiment.sft import demonstration
 from rljax.models import abstract_params, param_shardings
 from rljax.models.cache import cache_bytes
 from rljax.parallel import DECODE_RULES, batch_parts, is_main_process, use_mesh
-from rljax.report import aligned
-from rljax.rollouts.batching import PackSpec, layout, loss_mask, stack
-from rljax.supervised import demonstration
 from rljax.text import render_prompt
 from rljax.types import Rows, TrainBatch
 

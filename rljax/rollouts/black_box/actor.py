@@ -11,10 +11,10 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
+from rljax.plans import ForkPlan
+from rljax.rollouts.black_box.endpoint import ChatEndpoint
+from rljax.rollouts.black_box.recording import Reply, Session, common_prompt, sample_of
 from rljax.rollouts.collect import Scored
-from rljax.rollouts.endpoint import ChatEndpoint
-from rljax.rollouts.plans import ForkPlan
-from rljax.rollouts.recording import Reply, Session, common_prompt, sample_of
 from rljax.sampling import Sample, SamplingParams
 from rljax.tasks import Example, RewardInput, RewardResult, RewardRunner, RewardSpec
 from rljax.types import Params

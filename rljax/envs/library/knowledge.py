@@ -4,7 +4,7 @@ import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from rljax.envs.corpus import Document
+from rljax.envs.library.corpus import Document
 
 PERSON, PLACE, WORK, ORGANISATION, REGION, YEAR = "person", "place", "work", "organisation", "region", "year"
 

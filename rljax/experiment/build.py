@@ -8,9 +8,19 @@ import jax
 from jax.sharding import Mesh
 
 from rljax.algorithms import Algorithm
-from rljax.config import Config, Dataset, FreshModel, check, check_forks, make_rewards, make_tokenizer, model_path
+from rljax.batching import PackSpec, stack
 from rljax.envs import EnvironmentPool, check_chat_template, get_format
 from rljax.evaluation import Evaluation
+from rljax.experiment.config import (
+    Config,
+    Dataset,
+    FreshModel,
+    check,
+    check_forks,
+    make_rewards,
+    make_tokenizer,
+    model_path,
+)
 from rljax.models import (
     DecoderConfig,
     forest_attention,
@@ -21,12 +31,11 @@ from rljax.models import (
     param_shardings,
 )
 from rljax.parallel import make_mesh
-from rljax.rollouts.batching import PackSpec, stack
-from rljax.rollouts.black_box import BlackBoxPlayer
+from rljax.rollouts.black_box.actor import BlackBoxPlayer
+from rljax.rollouts.black_box.endpoint import ChatEndpoint
 from rljax.rollouts.collect import Play, sample_and_score
 from rljax.rollouts.cross_policy import stale_turns
-from rljax.rollouts.endpoint import ChatEndpoint
-from rljax.rollouts.guided import GuidedPlayer
+from rljax.rollouts.guided.actor import GuidedPlayer
 from rljax.rollouts.multi_turn import Player
 from rljax.sampling import Sampler, SamplingParams, TurnDecoder, sampling_params
 from rljax.tasks import Curriculum, RewardRunner, load_callable

@@ -9,15 +9,15 @@ from typing import Any
 import numpy as np
 from absl import logging
 
-from rljax.build import Run, load_params, plan, stack_rows
-from rljax.config import Config, to_dict
 from rljax.evaluation import Evaluation, evaluate
+from rljax.experiment.build import Run, load_params, plan, stack_rows
+from rljax.experiment.config import Config, to_dict
+from rljax.experiment.report import describe_run, finish, say
+from rljax.experiment.sft import warm_up
 from rljax.models import config_to_hf
 from rljax.parallel import is_main_process, use_mesh
-from rljax.report import describe_run, finish, say
 from rljax.rollouts.collect import Rollout, collect
 from rljax.sampling import compile_count
-from rljax.supervised import warm_up
 from rljax.training import Checkpointer, PhaseTimer, RunFolder, add_metrics, with_critic
 from rljax.types import Params
 

@@ -16,7 +16,7 @@ from typing import Any
 from rljax.envs.base import Prompt, Step
 from rljax.envs.formats import Parsed, ToolFormat, get_format, load
 from rljax.envs.instructions import schema_instructions
-from rljax.envs.sharing import made_once
+from rljax.envs.library.sharing import made_once
 
 
 def rows(

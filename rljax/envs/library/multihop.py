@@ -7,12 +7,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rljax.envs.base import Prompt, Step
-from rljax.envs.corpus import Corpus, Document
 from rljax.envs.formats import get_format, tag_format
 from rljax.envs.instructions import tool_instructions
-from rljax.envs.knowledge import Graph, documents, knowledge_graph, walk
-from rljax.envs.questions import Question, ask
-from rljax.envs.sharing import made_once
+from rljax.envs.library.corpus import Corpus, Document
+from rljax.envs.library.knowledge import Graph, documents, knowledge_graph, walk
+from rljax.envs.library.questions import Question, ask
+from rljax.envs.library.sharing import made_once
 from rljax.envs.tool_environment import ToolEnvironment
 from rljax.envs.tools import EXTRA_ARGUMENT, MISSING_ARGUMENT, UNKNOWN_TOOL, WRONG_TYPE, ToolBox, answer, named
 from rljax.tasks.examples import digest

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from objectives import NAN, float64, map_fields
 from test_advantages_branch import LOG_RATIO, MASK
 
-from rljax import branching as B
 from rljax.ops import future_value
 from rljax.trees import build_tree
+from rljax.trees import forks as B
 
 H = np.array([[0.2, 1.5, 0.9, 9.9, 0.4, 1.1], [0.6, 0.3, 1.8, 0.7, 1.4, 7.7]])
 

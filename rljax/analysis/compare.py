@@ -6,9 +6,9 @@ from typing import Any
 
 import numpy as np
 
-from rljax.build import Run
+from rljax.experiment.build import Run
+from rljax.experiment.train import train_step
 from rljax.rollouts.collect import Rollout
-from rljax.run import train_step
 
 
 @dataclasses.dataclass

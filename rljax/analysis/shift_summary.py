@@ -3,7 +3,7 @@
 import numpy as np
 from jaxtyping import Bool
 
-from rljax.sampling.shifts import Shifts
+from rljax.analysis.shifts import Shifts
 from rljax.types import ArrayLike
 
 

@@ -11,14 +11,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rljax.build import Run, load_params, plan
-from rljax.compare import Spent, draw_curves, train_on_budget, with_seed
-from rljax.config import Config, Recipe, to_dict
+from rljax.analysis.compare import Spent, draw_curves, train_on_budget, with_seed
 from rljax.evaluation import evaluate
+from rljax.experiment.build import Run, load_params, plan
+from rljax.experiment.config import Config, Recipe, to_dict
+from rljax.experiment.report import aligned, describe_run, say
+from rljax.experiment.sft import warm_up
 from rljax.parallel import use_mesh
-from rljax.report import aligned, describe_run, say
 from rljax.rollouts.collect import Rollout, Scored
-from rljax.supervised import warm_up
 from rljax.text import Tokenizer
 from rljax.training import RunFolder, versions
 from rljax.types import NO_PARENT, Params

@@ -8,14 +8,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rljax.build import load_params, plan
-from rljax.config import Config, model_path, to_dict
 from rljax.evaluation import Evaluation
+from rljax.experiment.build import load_params, plan
+from rljax.experiment.config import Config, model_path, to_dict
+from rljax.experiment.report import evaluation_table
+from rljax.experiment.sft import supervised, supervised_step
+from rljax.experiment.train import evaluate_run, open_checkpoints
 from rljax.models import abstract_params, config_from_hf, load_model, param_shardings, save_hf
 from rljax.parallel import is_main_process, use_mesh
-from rljax.report import evaluation_table
-from rljax.run import evaluate_run, open_checkpoints
-from rljax.supervised import supervised, supervised_step
 from rljax.text import load_tokenizer
 from rljax.training import PhaseTimer, RunFolder, add_metrics, restore_params
 

@@ -4,9 +4,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from rljax.analysis.two_models import jensen_shannon, signed_shift
 from rljax.models import DecoderConfig, hidden_states, logits
 from rljax.sampling.logits import SamplingParams, process_logits
-from rljax.sampling.two_models import jensen_shannon, signed_shift
 from rljax.types import ArrayLike, Params, struct
 
 

@@ -1,4 +1,4 @@
-"""Where to fork: rules over the samples of a prompt so far, built from the scores and choices of `rljax.branching`.
+"""Where to fork: rules over the samples of a prompt so far, built from the scores and choices of `rljax.trees.forks`.
 
 A rule gets a `Grown` and returns fork points. Positions count completion tokens; to fork *at* token `t` keeps the
 tokens before it, so that `t` itself is drawn anew. Rules that pick by chance draw from `Grown.key`, a function of the
@@ -15,7 +15,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
-from rljax.branching import (
+from rljax.ops import find_phrases
+from rljax.plans import ForkPoint, ForkRule
+from rljax.trees import Tree, build_tree
+from rljax.trees.forks import (
     Forks,
     branching_candidates,
     consecutive_forks,
@@ -31,9 +34,6 @@ from rljax.branching import (
     turn_surprisal,
     without_tail,
 )
-from rljax.ops import find_phrases
-from rljax.rollouts.plans import ForkPoint, ForkRule
-from rljax.trees import Tree, build_tree
 from rljax.types import (
     INTERVENTION_INJECT,
     INTERVENTION_SUPPRESS,
@@ -211,7 +211,7 @@ def entropy_jump(
     penalty: float = 0.0,
 ) -> ForkRule:
     """A fork at the start of a step, after the first, with probability `clip(base + weight dH, 0, 1)`, at most `points`
-    in a round, those of the largest jump dH of entropy first (ARPO, 2507.19849; `rljax.branching.entropy_change`).
+    in a round, those of the largest jump dH of entropy first (ARPO, 2507.19849; `rljax.trees.forks.entropy_change`).
     `penalty` takes from the probability for each fork in a row before it (AEPO, 2510.14545)."""
 
     def choose(batch, tree, eligible, key):

@@ -13,7 +13,7 @@ from typing import Any, Protocol, runtime_checkable
 from rljax.algorithms import GRPO, Algorithm
 from rljax.envs import EnvironmentLimits, EnvironmentPool, get_format
 from rljax.models import DecoderConfig, find_smollm2
-from rljax.rollouts.plans import Plan
+from rljax.plans import Plan
 from rljax.tasks import (
     Curriculum,
     Example,

@@ -14,7 +14,7 @@ from urllib.parse import unquote, urlsplit
 
 from rljax.envs import get_format
 from rljax.envs.formats import Parser, ToolFormat
-from rljax.rollouts.chat_api import (
+from rljax.rollouts.black_box.chat_api import (
     ApiError,
     ChatRequest,
     key_of,
@@ -23,8 +23,8 @@ from rljax.rollouts.chat_api import (
     stream_answer,
     write_answer,
 )
-from rljax.rollouts.decoder_thread import DecoderThread, Interrupted
-from rljax.rollouts.recording import Renderer, Reply, Session
+from rljax.rollouts.black_box.decoder_thread import DecoderThread, Interrupted
+from rljax.rollouts.black_box.recording import Renderer, Reply, Session
 from rljax.sampling import SamplingParams, Spoken, TurnDecoder
 from rljax.text import Tokenizer
 from rljax.types import Params

@@ -14,7 +14,13 @@ import numpy as np
 from jaxtyping import Bool, Int
 
 from rljax.rollouts.collect import Scored, sample_and_score
-from rljax.rollouts.guidance import FINAL_ACTIONS, MINIMAL_SEARCH, SearchRule, guided_prompt, reference_actions
+from rljax.rollouts.guided.guidance import (
+    FINAL_ACTIONS,
+    MINIMAL_SEARCH,
+    SearchRule,
+    guided_prompt,
+    reference_actions,
+)
 from rljax.tasks import Example
 from rljax.tasks.examples import digest
 from rljax.types import SOURCE_GUIDED

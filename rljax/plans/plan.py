@@ -18,7 +18,7 @@ class ForkPoint(NamedTuple):
 
 
 ForkRule = Callable[[Any], Sequence[ForkPoint]]
-"""(`rljax.rollouts.fork_rules.Grown`: a prompt's samples so far) -> where to fork, best first; fewer than asked for
+"""(`rljax.plans.fork_rules.Grown`: a prompt's samples so far) -> where to fork, best first; fewer than asked for
 leaves slots unused."""
 
 

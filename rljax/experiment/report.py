@@ -8,8 +8,8 @@ from typing import Any
 
 import jax
 
-from rljax.build import Run
 from rljax.evaluation.evaluate import Evaluation
+from rljax.experiment.build import Run
 from rljax.models import abstract_params
 from rljax.parallel import is_main_process
 from rljax.training import RunFolder, versions

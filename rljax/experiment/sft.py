@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from rljax.build import Run, pack_spec, stack_rows
+from rljax.experiment.build import Run, pack_spec, stack_rows
 from rljax.tasks import UniformCurriculum
 from rljax.text import Tokenizer, render_prompt
 from rljax.training import Learner, RunFolder, sft_loss

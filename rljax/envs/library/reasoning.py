@@ -6,8 +6,8 @@ from typing import Any
 
 from rljax.envs.formats import get_format, tag_format
 from rljax.envs.instructions import tool_instructions
+from rljax.envs.library.sharing import made_once
 from rljax.envs.sandbox import Limits, Sandbox
-from rljax.envs.sharing import made_once
 from rljax.envs.tool_environment import ToolEnvironment
 from rljax.envs.tools import ToolBox, answer, python_tool
 from rljax.tasks.reasoning_gym import ReasoningGymVerifier, reasoning_gym_task

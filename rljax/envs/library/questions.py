@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from rljax.envs.knowledge import REGION, RELATIONS, TRAITS, YEAR, YEARS, Graph, Page
+from rljax.envs.library.knowledge import REGION, RELATIONS, TRAITS, YEAR, YEARS, Graph, Page
 
 YEARS_WIDE = 12
 """Years in a range, both ends included."""

@@ -1,0 +1,1 @@
+"""What composes a run: its config, everything built from it, and the loop."""

@@ -15,18 +15,19 @@ steps.
 from shop import ALPHABET, flawed
 
 from rljax.algorithms import GRPO
-from rljax.experiment.config import (
+from rljax.experiment import (
     CheckpointConfig,
     Config,
-    EnvironmentConfig,
+    EnvironmentLimits,
     EvaluationConfig,
     FreshModel,
+    MultiTurn,
+    OptimizerConfig,
     RowsData,
     SamplingConfig,
     UpdateConfig,
     WarmupConfig,
 )
-from rljax.training import OptimizerConfig
 
 SIZES = ("full", "smoke")
 
@@ -45,22 +46,22 @@ def get_config(size: str = "full") -> Config:
         prompts_per_step=prompts,
         model=FreshModel(alphabet=ALPHABET, **tiny if smoke else model),
         data=RowsData(rows="shop:rows", args={"size": 4000}, test_args={"size": 64, "first": 100_000}),
-        environment=EnvironmentConfig(
+        actor=MultiTurn(
             make="shop:Shop",
             tool_format="shop:FORMAT",
             context_length=48,
-            rows=prompts * group,
-            contexts=prompts * group,
-            extend_buckets=(8,),
+            decode_rows=prompts * group,
+            conversations=prompts * group,
+            prefill_chunks=(8,),
             check_every=4,
             workers=4,
-            turns=6,
+            limits=EnvironmentLimits(turns=6),
         ),
         algorithm=GRPO(group_size=group, kl_coef=0.0),
         sampling=SamplingConfig(max_new_tokens=10),
         update=UpdateConfig(
             pack_length=256,
-            packed_rows=8,
+            microbatch_size=8,
             length_buckets=(256,),
             score_buckets=(256,),
             row_buckets=(prompts * group,),

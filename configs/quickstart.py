@@ -10,17 +10,18 @@ by itself within 14 tokens.
 """
 
 from rljax.algorithms import GRPO
-from rljax.experiment.config import (
+from rljax.experiment import (
     CheckpointConfig,
     Config,
     EvaluationConfig,
+    OptimizerConfig,
     PretrainedModel,
     ReasoningGymData,
     SamplingConfig,
+    SingleTurn,
     UpdateConfig,
 )
 from rljax.tasks import final_number
-from rljax.training import OptimizerConfig
 
 
 def get_config() -> Config:
@@ -37,10 +38,11 @@ def get_config() -> Config:
             extract=final_number,
         ),
         algorithm=GRPO(group_size=8, kl_coef=0.0),
-        sampling=SamplingConfig(max_new_tokens=14, prompt_buckets=(64,)),
+        actor=SingleTurn(prompt_buckets=(64,)),
+        sampling=SamplingConfig(max_new_tokens=14),
         update=UpdateConfig(
             minibatches=2,
-            anchor_to_behavior=True,
+            use_sampler_logprobs=True,
             pack_length=576,
             length_buckets=(256, 576),
             score_buckets=(448,),

@@ -14,18 +14,19 @@ import random
 import string
 
 from rljax.algorithms import GRPO
-from rljax.experiment.config import (
+from rljax.experiment import (
     CheckpointConfig,
     Config,
     EvaluationConfig,
     FreshModel,
+    OptimizerConfig,
     ReasoningGymData,
     SamplingConfig,
+    SingleTurn,
     UpdateConfig,
     WarmupConfig,
 )
 from rljax.tasks import Example
-from rljax.training import OptimizerConfig
 
 
 def half_scrambled(examples: list[Example]) -> list[Example]:
@@ -55,10 +56,11 @@ def get_config() -> Config:
             chat=False,
         ),
         algorithm=GRPO(group_size=8, kl_coef=0.0),
-        sampling=SamplingConfig(max_new_tokens=8, prompt_buckets=(8,)),
+        actor=SingleTurn(prompt_buckets=(8,)),
+        sampling=SamplingConfig(max_new_tokens=8),
         update=UpdateConfig(
             pack_length=256,
-            packed_rows=8,
+            microbatch_size=8,
             length_buckets=(256,),
             score_buckets=(256,),
             row_buckets=(512,),

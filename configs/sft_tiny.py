@@ -7,17 +7,18 @@ The loss falls below 0.2 nats per character within 300 steps.
 
 import string
 
-from rljax.experiment.config import (
+from rljax.experiment import (
     CheckpointConfig,
     Config,
     EvaluationConfig,
     FreshModel,
+    OptimizerConfig,
     ReasoningGymData,
     SamplingConfig,
+    SingleTurn,
     UpdateConfig,
     WarmupConfig,
 )
-from rljax.training import OptimizerConfig
 
 
 def get_config() -> Config:
@@ -32,9 +33,10 @@ def get_config() -> Config:
             prompt="{word} =",
             chat=False,
         ),
-        sampling=SamplingConfig(max_new_tokens=8, prompt_buckets=(8,), prompt_slots=64, sample_slots=8),
+        actor=SingleTurn(prompt_buckets=(8,), prompt_slots=64, sample_slots=8),
+        sampling=SamplingConfig(max_new_tokens=8),
         update=UpdateConfig(
-            pack_length=256, packed_rows=8, length_buckets=(256,), score_buckets=(256,), head_chunk=2048
+            pack_length=256, microbatch_size=8, length_buckets=(256,), score_buckets=(256,), head_chunk=2048
         ),
         warmup=WarmupConfig(
             steps=300,

@@ -16,9 +16,9 @@ _DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Type of
 
 
 def main() -> None:
-    from rljax.experiment import commands
+    from rljax.experiment.convert import convert
 
-    commands.convert(_SOURCE.value, _TARGET.value, step=_STEP.value, dtype=_DTYPE.value)
+    convert(_SOURCE.value, _TARGET.value, step=_STEP.value, dtype=_DTYPE.value)
 
 
 if __name__ == "__main__":

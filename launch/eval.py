@@ -16,9 +16,9 @@ _JSON = flags.DEFINE_string("json", None, "Write the result, with every completi
 
 
 def main() -> None:
-    from rljax.experiment import commands
+    from rljax.experiment.evaluate import evaluate_model
 
-    commands.evaluate_model(_CONFIG.value, checkpoint=_CHECKPOINT.value, step=_STEP.value, json_file=_JSON.value)
+    evaluate_model(_CONFIG.value, checkpoint=_CHECKPOINT.value, step=_STEP.value, json_file=_JSON.value)
 
 
 if __name__ == "__main__":

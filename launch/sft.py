@@ -15,11 +15,11 @@ _FRESH = flags.DEFINE_bool("fresh", False, "Empty the run folder first instead o
 
 
 def main() -> None:
-    from rljax.experiment import commands
+    from rljax.experiment.fine_tune import fine_tune
 
     if _WORKDIR.value is None:
         raise ValueError("--workdir is missing; name a folder for the run, e.g. --workdir=runs/sft")
-    commands.fine_tune(_CONFIG.value, _WORKDIR.value, fresh=_FRESH.value)
+    fine_tune(_CONFIG.value, _WORKDIR.value, fresh=_FRESH.value)
 
 
 if __name__ == "__main__":

@@ -37,7 +37,7 @@ def main() -> None:
     if _DRY_RUN.value:
         print_plan(_CONFIG.value)
     else:
-        train.train(_CONFIG.value, _WORKDIR.value, fresh=_FRESH.value)
+        train(_CONFIG.value, _WORKDIR.value, fresh=_FRESH.value)
 
 
 if __name__ == "__main__":

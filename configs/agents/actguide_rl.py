@@ -5,12 +5,12 @@
 Look at play/hard_share, play/guidance_level_mean and play/probe_tokens.
 """
 
-from search import search_config
+from search import search_actor, search_config
 
 from rljax.algorithms import ActGuideRL
-from rljax.experiment.config import Config, GuidanceConfig
+from rljax.experiment import Config, Guided
 
 
 def get_config(size: str = "full") -> Config:
     group = 4 if size == "smoke" else 8
-    return search_config(ActGuideRL(group_size=group), size, guidance=GuidanceConfig(column="actions"))
+    return search_config(ActGuideRL(group_size=group), size, actor=Guided(search_actor(), column="actions"))

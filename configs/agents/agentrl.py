@@ -9,7 +9,7 @@ groups is under way while the policy is updated.
 from search import search_config
 
 from rljax.algorithms import AgentRL
-from rljax.experiment.config import Config, EnvironmentConfig, RowsData
+from rljax.experiment import Config, EnvironmentLimits, MultiTurn, RowsData
 
 
 def get_config(size: str = "full") -> Config:
@@ -33,7 +33,7 @@ def get_config(size: str = "full") -> Config:
         test_args=parts("test", 4 if smoke else 64, 4 if smoke else 64, 1),
         balance=True,
     )
-    environment = EnvironmentConfig(
+    actor = MultiTurn(
         make="rljax.envs.library:MixedEnvironment",
         args={
             "environments": {
@@ -42,10 +42,10 @@ def get_config(size: str = "full") -> Config:
             }
         },
         tool_format="tags",
-        turns=8,
+        limits=EnvironmentLimits(turns=8),
         unfinished_reward=-0.2,
         groups_in_flight=1 if smoke else 16,
         stale_share=0.25,
         stale_every=25,
     )
-    return search_config(AgentRL(group_size=4 if smoke else 8), size, environment=environment, data=data)
+    return search_config(AgentRL(group_size=4 if smoke else 8), size, actor=actor, data=data)

@@ -6,7 +6,7 @@ python launch/train.py --config=configs/agents/arpo.py --workdir=runs/agent_arpo
 from search import search_config
 
 from rljax.algorithms import ARPO
-from rljax.experiment.config import Config
+from rljax.experiment import Config
 
 
 def get_config(size: str = "full") -> Config:

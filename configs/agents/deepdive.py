@@ -8,7 +8,7 @@ Look at rollout/component/redundancy.
 from search import search_config
 
 from rljax.algorithms import DeepDive
-from rljax.experiment.config import Config
+from rljax.experiment import Config
 
 
 def get_config(size: str = "full") -> Config:

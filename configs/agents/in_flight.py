@@ -5,13 +5,13 @@
 The ratio is taken to the log-probs recorded when a token was sampled (Decoupled PPO, arXiv 2505.24298).
 """
 
-from search import search_config, search_environment
+from search import search_actor, search_config
 
 from rljax.algorithms import DecoupledPPO
-from rljax.experiment.config import Config
+from rljax.experiment import Config
 
 
 def get_config(size: str = "full") -> Config:
-    environment = search_environment()
-    environment.groups_in_flight = 2 if size == "smoke" else 16
-    return search_config(DecoupledPPO(group_size=4 if size == "smoke" else 8), size, environment=environment)
+    actor = search_actor()
+    actor.groups_in_flight = 2 if size == "smoke" else 16
+    return search_config(DecoupledPPO(group_size=4 if size == "smoke" else 8), size, actor=actor)

@@ -8,11 +8,11 @@ Look at rollout/component/prediction, and at copy_prediction beside it: what rep
 from search import search_config
 
 from rljax.algorithms import RoleAgent
-from rljax.experiment.config import Config, EnvironmentConfig, FailedTasks
+from rljax.experiment import Config, EnvironmentLimits, FailedTasks, MultiTurn
 
 
 def get_config(size: str = "full") -> Config:
-    environment = EnvironmentConfig(
+    actor = MultiTurn(
         make="rljax.envs.library:Predicting",
         args={
             "make": "rljax.envs.library:MultiHop",
@@ -21,8 +21,8 @@ def get_config(size: str = "full") -> Config:
             "<predict_next>...</predict_next>",
         },
         tool_format="rljax.envs.library.multihop:TAGS",
-        turns=8,
+        limits=EnvironmentLimits(turns=8),
     )
-    config = search_config(RoleAgent(group_size=4 if size == "smoke" else 8), size, environment=environment)
+    config = search_config(RoleAgent(group_size=4 if size == "smoke" else 8), size, actor=actor)
     config.curriculum = FailedTasks()
     return config

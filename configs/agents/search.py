@@ -6,20 +6,23 @@ starts from next to nothing here; take a model that can call tools, with `--conf
 Every config takes a size: `--config=configs/agents/arpo.py:smoke` is two steps of a tiny model of characters.
 """
 
-from rljax.experiment.config import (
+import dataclasses
+
+from rljax.experiment import (
     CheckpointConfig,
     Config,
-    EnvironmentConfig,
+    EnvironmentLimits,
     EvaluationConfig,
     FreshModel,
-    GuidanceConfig,
+    Guided,
+    MultiTurn,
+    OptimizerConfig,
     PretrainedModel,
     Recipe,
     RowsData,
     SamplingConfig,
     UpdateConfig,
 )
-from rljax.training import OptimizerConfig
 
 ASCII = "".join(map(chr, range(32, 127))) + "\n"
 SIZES = ("full", "smoke")
@@ -29,31 +32,32 @@ def search_config(
     algorithm: Recipe,
     size: str = "full",
     *,
-    environment: EnvironmentConfig | None = None,
+    actor: MultiTurn | Guided | None = None,
     data: RowsData | None = None,
-    guidance: GuidanceConfig | None = None,
     minibatches: int = 1,
 ) -> Config:
-    """`algorithm` on questions that need a search; other environments and data go by their rows. ValueError for an
+    """`algorithm` on questions that need a search; other actors and data go by their rows. ValueError for an
     unknown `size`."""
     if size not in SIZES:
         raise ValueError(f"--config=...:{size}: the size must be one of {', '.join(SIZES)}")
     smoke = size == "smoke"
-    own = environment or search_environment()
-    own.context_length, own.extend_buckets = (1536, (64, 512)) if smoke else (2048, (64, 256, 1024))
-    own.turns = 2 if smoke else own.turns
+    actor = actor or search_actor()
+    turns = actor.actor if isinstance(actor, Guided) else actor
+    assert isinstance(turns, MultiTurn)
+    turns.context_length, turns.prefill_chunks = (1536, (64, 512)) if smoke else (2048, (64, 256, 1024))
+    if smoke:
+        turns.limits = dataclasses.replace(turns.limits, turns=2)
     return Config(
         name="search",
         steps=2 if smoke else 200,
         prompts_per_step=2 if smoke else 16,
         model=tiny_model() if smoke else PretrainedModel(dtype="bfloat16"),
         data=data or search_data(smoke),
-        environment=own,
-        guidance=guidance or GuidanceConfig(),
+        actor=actor,
         algorithm=algorithm,
         sampling=SamplingConfig(max_new_tokens=8 if smoke else 192),
         update=UpdateConfig(
-            pack_length=own.context_length, minibatches=min(minibatches, 2) if smoke else minibatches, head_chunk=1024
+            pack_length=turns.context_length, minibatches=min(minibatches, 2) if smoke else minibatches, head_chunk=1024
         ),
         optimizer=OptimizerConfig(learning_rate=1e-3 if smoke else 1e-6),
         evaluation=EvaluationConfig(
@@ -68,13 +72,13 @@ def tiny_model() -> FreshModel:
     return FreshModel(alphabet=ASCII, max_position=4096, **shape)
 
 
-def search_environment(**args: object) -> EnvironmentConfig:
+def search_actor(**args: object) -> MultiTurn:
     """The tools `<search>`, `<open>` and `<finish>`; `args` go to `MultiHop`."""
-    return EnvironmentConfig(
+    return MultiTurn(
         make="rljax.envs.library:MultiHop",
         args={"tool_format": "tags", **args},
         tool_format="rljax.envs.library.multihop:TAGS",
-        turns=8,
+        limits=EnvironmentLimits(turns=8),
     )
 
 

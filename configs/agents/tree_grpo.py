@@ -8,7 +8,7 @@ A step is a turn with what its tool answered. Look at rollout/reused_tokens: wha
 from search import search_config
 
 from rljax.algorithms import TreeGRPO
-from rljax.experiment.config import Config
+from rljax.experiment import Config
 
 
 def get_config(size: str = "full") -> Config:

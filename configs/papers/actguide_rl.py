@@ -8,7 +8,7 @@ Look at rollout/reward_mean. On this task there is no plan to show, so that it i
 from spelling import spelling_config
 
 from rljax.algorithms import ActGuideRL
-from rljax.experiment.config import Config
+from rljax.experiment import Config
 
 
 def get_config(size: str = "full") -> Config:

@@ -8,7 +8,7 @@ Look at loss/clip_fraction beside arpo.py: clipped tokens keep a gradient here. 
 from spelling import LETTERS, spelling_config
 
 from rljax.algorithms import AEPO
-from rljax.experiment.config import Config
+from rljax.experiment import Config
 
 
 def get_config(size: str = "full") -> Config:

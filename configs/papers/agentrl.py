@@ -8,7 +8,7 @@ Look at rollout/reward_mean; with several tasks in the column `task` each gets t
 from spelling import spelling_config
 
 from rljax.algorithms import AgentRL
-from rljax.experiment.config import Config
+from rljax.experiment import Config
 
 
 def get_config(size: str = "full") -> Config:

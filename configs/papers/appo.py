@@ -9,7 +9,7 @@ short answers.
 from spelling import spelling_config
 
 from rljax.algorithms import APPO
-from rljax.experiment.config import Config
+from rljax.experiment import Config
 
 
 def get_config(size: str = "full") -> Config:

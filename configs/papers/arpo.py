@@ -8,7 +8,7 @@ Look at rollout/unused_forks, which is 0: what no step earns is sampled on its o
 from spelling import LETTERS, spelling_config
 
 from rljax.algorithms import ARPO
-from rljax.experiment.config import Config
+from rljax.experiment import Config
 
 
 def get_config(size: str = "full") -> Config:

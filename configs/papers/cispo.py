@@ -8,7 +8,7 @@ Look at loss/ratio_max against the cap of 5; loss/clip_fraction says how often i
 from spelling import spelling_config
 
 from rljax.algorithms import CISPO
-from rljax.experiment.config import Config
+from rljax.experiment import Config
 
 
 def get_config(size: str = "full") -> Config:

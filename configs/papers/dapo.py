@@ -8,7 +8,7 @@ Look at rollout/prompts_drawn, which grows as the task is learned: what dynamic 
 from spelling import spelling_config
 
 from rljax.algorithms import DAPO
-from rljax.experiment.config import Config
+from rljax.experiment import Config
 
 
 def get_config(size: str = "full") -> Config:

@@ -8,7 +8,7 @@ Look at rollout/reward_mean. Nothing is searched for on this task, so that it is
 from spelling import spelling_config
 
 from rljax.algorithms import DeepDive
-from rljax.experiment.config import Config
+from rljax.experiment import Config
 
 
 def get_config(size: str = "full") -> Config:

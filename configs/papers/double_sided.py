@@ -8,7 +8,7 @@ Look at loss/clip_fraction, the share of tokens dropped.
 from spelling import spelling_config
 
 from rljax.algorithms import DIS
-from rljax.experiment.config import Config
+from rljax.experiment import Config
 
 
 def get_config(size: str = "full") -> Config:

@@ -8,7 +8,7 @@ Look at rollout/length_mean, which the division would let grow for wrong answers
 from spelling import spelling_config
 
 from rljax.algorithms import DrGRPO
-from rljax.experiment.config import Config
+from rljax.experiment import Config
 
 
 def get_config(size: str = "full") -> Config:

@@ -8,7 +8,7 @@ Look at loss/future_kl, and loss/influence_low and loss/influence_high, the shar
 from spelling import spelling_config
 
 from rljax.algorithms import FIPO
-from rljax.experiment.config import Config
+from rljax.experiment import Config
 
 
 def get_config(size: str = "full") -> Config:

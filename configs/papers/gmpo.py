@@ -8,7 +8,7 @@ Look at loss/ratio_max, nearer to 1 than that of grpo.py.
 from spelling import spelling_config
 
 from rljax.algorithms import GMPO
-from rljax.experiment.config import Config
+from rljax.experiment import Config
 
 
 def get_config(size: str = "full") -> Config:

@@ -8,7 +8,7 @@ Look at rollout/reward_mean, which rises, and loss/clip_fraction, which stays sm
 from spelling import spelling_config
 
 from rljax.algorithms import GRPO
-from rljax.experiment.config import Config
+from rljax.experiment import Config
 
 
 def get_config(size: str = "full") -> Config:

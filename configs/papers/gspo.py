@@ -9,7 +9,7 @@ since a model of this size moves further per update.
 from spelling import spelling_config
 
 from rljax.algorithms import GSPO
-from rljax.experiment.config import Config
+from rljax.experiment import Config
 
 
 def get_config(size: str = "full") -> Config:

@@ -8,7 +8,7 @@ Look at loss/entropy against dapo.py: the tokens left out keep theirs.
 from spelling import spelling_config
 
 from rljax.algorithms import HighEntropy
-from rljax.experiment.config import Config
+from rljax.experiment import Config
 
 
 def get_config(size: str = "full") -> Config:

@@ -9,7 +9,7 @@ nearly.
 from spelling import spelling_config
 
 from rljax.algorithms import IcePop
-from rljax.experiment.config import Config
+from rljax.experiment import Config
 
 
 def get_config(size: str = "full") -> Config:

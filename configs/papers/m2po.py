@@ -8,7 +8,7 @@ Look at loss/m2_kept_fraction, 1 on fresh rollouts, as here.
 from spelling import spelling_config
 
 from rljax.algorithms import M2PO
-from rljax.experiment.config import Config
+from rljax.experiment import Config
 
 
 def get_config(size: str = "full") -> Config:

@@ -8,7 +8,7 @@ Look at loss/rescued against loss/clip_active, the share of clipped tokens that 
 from spelling import spelling_config
 
 from rljax.algorithms import NearBoundaryRescue
-from rljax.experiment.config import Config
+from rljax.experiment import Config
 
 
 def get_config(size: str = "full") -> Config:

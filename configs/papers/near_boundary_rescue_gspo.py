@@ -8,7 +8,7 @@ Look at loss/rescued against loss/clip_active. Interval and noise are those of g
 from spelling import spelling_config
 
 from rljax.algorithms import NearBoundaryRescueGSPO
-from rljax.experiment.config import Config
+from rljax.experiment import Config
 
 
 def get_config(size: str = "full") -> Config:

@@ -8,7 +8,7 @@ Look at loss/inferior and loss/superior, tokens behind and ahead of the referenc
 from spelling import spelling_config
 
 from rljax.algorithms import OWPO
-from rljax.experiment.config import Config
+from rljax.experiment import Config
 
 
 def get_config(size: str = "full") -> Config:

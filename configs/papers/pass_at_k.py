@@ -8,7 +8,7 @@ Look at held-out pass@8 against avg@8, beside those of grpo.py.
 from spelling import spelling_config
 
 from rljax.algorithms import PassAtK
-from rljax.experiment.config import Config
+from rljax.experiment import Config
 
 
 def get_config(size: str = "full") -> Config:

@@ -8,7 +8,7 @@ Look at critic/explained_variance, which rises within the first 5 steps, in whic
 from spelling import spelling_config
 
 from rljax.algorithms import PPO
-from rljax.experiment.config import Config
+from rljax.experiment import Config
 
 
 def get_config(size: str = "full") -> Config:

@@ -8,7 +8,7 @@ Look at rollout/reused_tokens, what forks inherit, and pack/token_ratio, what tr
 from spelling import spelling_config
 
 from rljax.algorithms import RandomForks
-from rljax.experiment.config import Config
+from rljax.experiment import Config
 
 
 def get_config(size: str = "full") -> Config:

@@ -8,7 +8,7 @@ Look at rollout/reward_mean; without groups the baseline ignores how hard a prom
 from spelling import spelling_config
 
 from rljax.algorithms import Reinforce
-from rljax.experiment.config import Config
+from rljax.experiment import Config
 
 
 def get_config(size: str = "full") -> Config:

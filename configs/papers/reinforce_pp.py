@@ -8,7 +8,7 @@ Look at rollout/reward_mean; with one sample per prompt a group size of 1 would 
 from spelling import spelling_config
 
 from rljax.algorithms import ReinforcePlusPlus
-from rljax.experiment.config import Config
+from rljax.experiment import Config
 
 
 def get_config(size: str = "full") -> Config:

@@ -8,7 +8,7 @@ Look at rollout/reward_mean against reinforce_pp.py: what the group's mean does.
 from spelling import spelling_config
 
 from rljax.algorithms import ReinforcePlusPlusBaseline
-from rljax.experiment.config import Config
+from rljax.experiment import Config
 
 
 def get_config(size: str = "full") -> Config:

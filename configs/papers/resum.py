@@ -9,7 +9,7 @@ lets it start over.
 from spelling import after_equals, spelling_config
 
 from rljax.algorithms import ReSum
-from rljax.experiment.config import Config
+from rljax.experiment import Config
 
 
 def get_config(size: str = "full") -> Config:

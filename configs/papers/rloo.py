@@ -8,7 +8,7 @@ Look at rollout/reward_mean; loss/ratio_mean is 1, with one update per rollout.
 from spelling import spelling_config
 
 from rljax.algorithms import RLOO
-from rljax.experiment.config import Config
+from rljax.experiment import Config
 
 
 def get_config(size: str = "full") -> Config:

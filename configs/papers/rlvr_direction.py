@@ -8,7 +8,7 @@ Look at loss/weight_mean, by how much the average step grows; it falls as the po
 from spelling import spelling_config
 
 from rljax.algorithms import DirectionReweighting
-from rljax.experiment.config import Config
+from rljax.experiment import Config
 
 
 def get_config(size: str = "full") -> Config:

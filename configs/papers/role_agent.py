@@ -8,7 +8,7 @@ Look at rollout/reward_mean. Answers of one turn predict nothing, so that it is 
 from spelling import spelling_config
 
 from rljax.algorithms import RoleAgent
-from rljax.experiment.config import Config
+from rljax.experiment import Config
 
 
 def get_config(size: str = "full") -> Config:

@@ -8,7 +8,7 @@ Look at loss/clip_fraction, which is 0: nothing is clipped, tokens fade.
 from spelling import spelling_config
 
 from rljax.algorithms import SAPO
-from rljax.experiment.config import Config
+from rljax.experiment import Config
 
 
 def get_config(size: str = "full") -> Config:

@@ -8,7 +8,7 @@ Look at loss/weight_mean, 1 on a rollout's first minibatch; it leaves 1 with los
 from spelling import spelling_config
 
 from rljax.algorithms import DivergenceWeighting
-from rljax.experiment.config import Config
+from rljax.experiment import Config
 
 
 def get_config(size: str = "full") -> Config:

@@ -9,20 +9,21 @@ Every config takes a size: `--config=configs/papers/fipo.py:smoke` is two steps 
 import random
 import string
 
-from rljax.experiment.config import (
+from rljax.experiment import (
     CheckpointConfig,
     Config,
     CriticConfig,
     EvaluationConfig,
     FreshModel,
+    OptimizerConfig,
     ReasoningGymData,
     Recipe,
     SamplingConfig,
+    SingleTurn,
     UpdateConfig,
     WarmupConfig,
 )
 from rljax.tasks import Example, Extractor, whole_completion
-from rljax.training import OptimizerConfig
 
 LETTERS = tuple(string.ascii_letters)
 """As `step_delimiters`: every letter ends a step."""
@@ -79,11 +80,12 @@ def spelling_config(
             extract=extract,
         ),
         algorithm=algorithm,
-        sampling=SamplingConfig(max_new_tokens=max_new_tokens, prompt_buckets=(8,), truncated_is_wrong=not smoke),
+        actor=SingleTurn(prompt_buckets=(8,)),
+        sampling=SamplingConfig(max_new_tokens=max_new_tokens, truncated_is_wrong=not smoke),
         update=UpdateConfig(
             minibatches=minibatches,
             pack_length=length,
-            packed_rows=8 // minibatches,
+            microbatch_size=8 // minibatches,
             length_buckets=(length,),
             score_buckets=(length,),
             row_buckets=(prompts * algorithm.build().plan.group_size // minibatches,),

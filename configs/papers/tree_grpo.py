@@ -9,7 +9,7 @@ within a tree compares them.
 from spelling import LETTERS, spelling_config
 
 from rljax.algorithms import TreeGRPO
-from rljax.experiment.config import Config
+from rljax.experiment import Config
 
 
 def get_config(size: str = "full") -> Config:

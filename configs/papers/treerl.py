@@ -8,7 +8,7 @@ Look at rollout/original_minus_branch, what choosing by surprise does to the pat
 from spelling import spelling_config
 
 from rljax.algorithms import TreeRL
-from rljax.experiment.config import Config
+from rljax.experiment import Config
 
 
 def get_config(size: str = "full") -> Config:

@@ -8,7 +8,7 @@ Look at loss/effective_sample_size and loss/step_scale, 1 on fresh rollouts, as 
 from spelling import spelling_config
 
 from rljax.algorithms import VCPO
-from rljax.experiment.config import Config
+from rljax.experiment import Config
 
 
 def get_config(size: str = "full") -> Config:

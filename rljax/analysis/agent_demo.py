@@ -1,6 +1,5 @@
 """What `make agent-demo` does: one warm start for each seed, GRPO and Tree-GRPO from it, at equal measured tokens."""
 
-import contextlib
 import dataclasses
 import time
 from collections.abc import Mapping, Sequence
@@ -12,13 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from rljax.analysis.compare import Spent, draw_curves, train_on_budget, with_seed
-from rljax.evaluation import evaluate
-from rljax.experiment.build import Run, load_params, plan
+from rljax.evaluation import answers, summarize
+from rljax.experiment.build import Run, build
 from rljax.experiment.config import Config, Recipe, to_dict
 from rljax.experiment.report import aligned, describe_run, say
 from rljax.experiment.sft import warm_up
 from rljax.parallel import use_mesh
-from rljax.rollouts.collect import Rollout, Scored
+from rljax.rollouts import Rollout, ScoredGroup
 from rljax.text import Tokenizer
 from rljax.training import RunFolder, versions
 from rljax.types import NO_PARENT, Params
@@ -55,14 +54,13 @@ def agent_demo(
     config: Config, methods: Mapping[str, Recipe], workdir: str, *, tokens: int, seeds: int = 3, looks: int = 4
 ) -> dict[str, Any]:
     """Runs every method on `config` for `tokens` sampled tokens from each of `seeds` warm starts, prints what came of
-    it and writes `agent_demo.json` and `agent_demo.png`; returns what the former holds. ValueError as `plan` raises."""
+    it and writes `agent_demo.json` and `agent_demo.png`; returns what the former holds. ValueError as `build` raises."""
     began = time.perf_counter()
-    runs = {name: plan(dataclasses.replace(config, algorithm=recipe)) for name, recipe in methods.items()}
-    first, results = next(iter(runs.values())), []
+    runs = {name: build(dataclasses.replace(config, algorithm=recipe)) for name, recipe in methods.items()}
+    first = next(iter(runs.values()))
+    results = []
     say(f"{describe_run(first)}\nruns   {', '.join(runs)}: {tokens:,} sampled tokens each, from {seeds} warm starts\n")
-    with RunFolder(workdir, config=to_dict(config), fresh=True) as folder, contextlib.ExitStack() as pools:
-        for run in runs.values():
-            pools.enter_context(run.rewards)
+    with RunFolder(workdir, config=to_dict(config), fresh=True) as folder:
         for seed in range(seeds):
             start, before = _warm_start(with_seed(first, seed), folder)
             say(f"seed {seed}  {_figures('warm start', before)}")
@@ -86,8 +84,8 @@ def agent_demo(
 
 def _warm_start(run: Run, folder: RunFolder) -> tuple[Params, Look]:
     """The policy that all methods of a seed begin with."""
-    with use_mesh(run.mesh):
-        params = warm_up(run, load_params(run), folder)
+    with run.actor, use_mesh(run.mesh):
+        params = warm_up(run, run.initial_params(), folder)
         return params, _look(run, params, Spent())
 
 
@@ -96,7 +94,7 @@ def _train(name: str, run: Run, start: Params, before: Look, tokens: int, looks:
 
     def look(spent: Spent) -> None:
         if spent.steps:
-            found.append(_look(run, run.state.params, spent))
+            found.append(_look(run, run.policy(), spent))
 
     def count(metrics: Mapping[str, float], rollout: Rollout) -> None:
         for trajectory in rollout.trajectories:
@@ -105,7 +103,7 @@ def _train(name: str, run: Run, start: Params, before: Look, tokens: int, looks:
                 forks[0] += 1
                 forks[1] += bool(earlier.any() and not earlier[-1])
 
-    with use_mesh(run.mesh):
+    with run.actor, use_mesh(run.mesh):
         run.state = run.init_state(jax.tree.map(jnp.copy, start))
         train_on_budget(run, tokens, look, looks=looks, after=count)
     return Result(name, run.config.seed, found, forks[0], forks[1], time.perf_counter() - began)
@@ -113,37 +111,25 @@ def _train(name: str, run: Run, start: Params, before: Look, tokens: int, looks:
 
 def _look(run: Run, params: Params, spent: Spent) -> Look:
     """Success on the held-out rows, greedy and sampled."""
-    assert run.player is not None
-    player, groups = run.player.aside(), []
+    config = run.config.evaluation
+    run.actor.set_params(params, spent.steps)
+    greedy, sampled = answers(run.actor, run.dataset.test[: config.problems or None], config)
+    metrics = summarize(greedy, sampled, config).metrics
 
-    def play(*args: Any, **setup: Any) -> list[Scored]:
-        groups.extend(player(*args, **setup))
-        return groups[-len(args[0]) :]
-
-    run.set_policy(params, spent.steps)
-    own, examples = run.config.evaluation, run.dataset.test
-    examples = examples[: own.problems or None]
-    options: dict[str, Any] = {
-        "samples": own.samples,
-        "temperature": own.temperature,
-        "batch_prompts": own.batch_prompts,
-    }
-    metrics = evaluate(examples, play=play, **options, **run.rollout_setup).metrics
-    greedy, sampled = groups[: len(examples)], groups[len(examples) :]
     results = [result for group in sampled for result in group.results]
     calls = np.array([result.components.get("tool_calls", 0.0) for result in results])
     alone = np.array([result.value >= 1 for result in results])[calls == 0]
     return Look(
         **dataclasses.asdict(spent),
         greedy=metrics["greedy"],
-        avg=metrics[f"avg@{own.samples}"],
+        avg=metrics[f"avg@{config.samples}"],
         tool_calls=float(calls.mean()),
         alone=(float(alone.mean()) if len(alone) else 0.0, len(alone)),
         transcripts=[transcript(run.tokenizer, group) for group in greedy[:SHOWN]],
     )
 
 
-def transcript(tokenizer: Tokenizer, group: Scored, index: int = 0) -> str:
+def transcript(tokenizer: Tokenizer, group: ScoredGroup, index: int = 0) -> str:
     """An episode on one line: what the policy said, in brackets what came back, and the reward."""
     sample, parts, start = group.samples[index], [], 0
     for given, stop in [*sample.forced, (len(sample.tokens), len(sample.tokens))]:

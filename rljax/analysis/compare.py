@@ -6,9 +6,9 @@ from typing import Any
 
 import numpy as np
 
-from rljax.experiment.build import Run
+from rljax.experiment.build import Run, build_actor
 from rljax.experiment.train import train_step
-from rljax.rollouts.collect import Rollout
+from rljax.rollouts import Rollout
 
 
 @dataclasses.dataclass
@@ -48,12 +48,18 @@ def train_on_budget(
 
 
 def with_seed(run: Run, seed: int) -> Run:
-    """The same run, not yet begun, with another seed; both share compiled programs, so use one at a time."""
+    """The same run, not yet begun, with another seed and an actor of its own. Both share compiled programs and the
+    learner, so use one at a time."""
     config = dataclasses.replace(run.config, seed=seed)
     run.learner.seed = seed
-    curriculum = config.curriculum.make(run.dataset.train, seed)
-    changed: dict[str, Any] = {"config": config, "curriculum": curriculum, "state": None, "evaluation": None}
-    return dataclasses.replace(run, **changed)
+    return dataclasses.replace(
+        run,
+        config=config,
+        curriculum=config.curriculum.make(run.dataset.train, seed),
+        actor=build_actor(config, run.algorithm.plan, run.dataset, run.tokenizer, run.decoder, run.mesh),
+        state=None,
+        evaluation=None,
+    )
 
 
 def draw_curves(axes: Any, curves: Mapping[str, Sequence[Sequence[tuple[float, float]]]]) -> None:

@@ -1,5 +1,6 @@
 """pass@k and its relatives, and evaluation runs."""
 
+from rljax.evaluation.config import EvaluationConfig
 from rljax.evaluation.estimators import (
     Difference,
     all_at_k,
@@ -10,13 +11,15 @@ from rljax.evaluation.estimators import (
     pass_at_k,
     standard_error,
 )
-from rljax.evaluation.evaluate import Estimate, Evaluation, evaluate
+from rljax.evaluation.evaluate import Estimate, Evaluation, answers, evaluate, summarize
 
 __all__ = [
     "Difference",
     "Estimate",
     "Evaluation",
+    "EvaluationConfig",
     "all_at_k",
+    "answers",
     "avg_at_k",
     "bootstrap_interval",
     "evaluate",
@@ -24,4 +27,5 @@ __all__ = [
     "paired_difference",
     "pass_at_k",
     "standard_error",
+    "summarize",
 ]

@@ -1,17 +1,19 @@
 """Held-out evaluation: greedy accuracy, avg@k, pass@k and maj@k with intervals over problems."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
+from rljax.evaluation.config import EvaluationConfig
 from rljax.evaluation.estimators import bootstrap_interval, maj_at_k, pass_at_k
-from rljax.rollouts.collect import Scored, sample_and_score
-from rljax.sampling import sampling_params
+from rljax.plans import RolloutPlan
+from rljax.rollouts import Actor, ScoredGroup, number_groups
+from rljax.sampling import SamplingParams, sampling_params
 from rljax.tasks import Example
 
-GREEDY_STEP = 2**30
+EVALUATION_STEP = 2**30
 """Step folded into the keys of evaluation samples: no training step uses it, so they repeat from one evaluation to the
 next (the same noise before and after) and never coincide with training samples."""
 
@@ -54,29 +56,33 @@ class Evaluation:
         return cls(**{**data, "estimates": estimates})
 
 
-def evaluate(
-    examples: Sequence[Example],
-    *,
-    samples: int,
-    temperature: float,
-    top_p: float = 1.0,
-    step: int = 0,
-    batch_prompts: int = 16,
-    play: Callable[..., list[Scored]] | None = None,
-    **setup: Any,
+def evaluate(actor: Actor, examples: Sequence[Example], config: EvaluationConfig, *, step: int = 0) -> Evaluation:
+    """`actor` answers every example as `config` says, with the weights that it has: those of training step `step`, as
+    the result says. See `summarize`."""
+    greedy, sampled = answers(actor, examples, config)
+    return summarize(greedy, sampled, config, step=step)
+
+
+def answers(
+    actor: Actor, examples: Sequence[Example], config: EvaluationConfig
+) -> tuple[list[ScoredGroup], list[ScoredGroup]]:
+    """A greedy answer to every example, and `config.samples` at `config.temperature`; groups in order."""
+    by_chance = sampling_params(temperature=config.temperature, top_p=config.top_p)
+    greedy = _groups(actor, examples, 1, sampling_params(temperature=0.0), config.batch_prompts)
+    sampled = _groups(actor, examples, config.samples, by_chance, config.batch_prompts)
+    return greedy, sampled
+
+
+def summarize(
+    greedy: Sequence[ScoredGroup], sampled: Sequence[ScoredGroup], config: EvaluationConfig, *, step: int = 0
 ) -> Evaluation:
-    """Samples every example once greedily and `samples` times; `setup` goes to `play`, by default `sample_and_score`
-    (sampler, tokenizer, rewards, seed, chat, stop strings).
+    """What `answers` came to.
 
     A problem counts as solved when its reward is at least 1. A sample whose reward failed counts as unsolved; the
     metrics say how many (`invalid_rewards`). Estimators: `rljax.evaluation.estimators`.
     """
-    play, batches = play or sample_and_score, _batches(examples, batch_prompts)
-    setup |= {"step": GREEDY_STEP}
-    both = sampling_params(temperature=0.0), sampling_params(temperature=temperature, top_p=top_p)
-    greedy = [group for batch in batches for group in play(batch, 1, sampling=both[0], **setup)]
-    sampled = [group for batch in batches for group in play(batch, samples, sampling=both[1], **setup)]
-    solved = np.array([[_solved(r) for r in group.results] for group in sampled])
+    samples = config.samples
+    solved = np.array([[_solved(result) for result in group.results] for group in sampled])
     counts = solved.sum(axis=1)
     per_problem = {"greedy": np.array([float(_solved(group.results[0])) for group in greedy])}
     per_problem[f"avg@{samples}"] = counts / samples
@@ -85,6 +91,7 @@ def evaluate(
             per_problem[f"pass@{k}"] = np.array([pass_at_k(samples, int(c), k) for c in counts])
     if samples > 1:
         per_problem[f"maj@{samples}"] = np.array([_majority(group, samples) for group in sampled])
+
     estimates = {name: Estimate(float(v.mean()), *bootstrap_interval(v)) for name, v in per_problem.items()}
     lengths = [len(s.tokens) for g in sampled for s in g.samples]
     metrics = {name: estimate.value for name, estimate in estimates.items()} | {
@@ -93,18 +100,30 @@ def evaluate(
         "invalid_rewards": float(sum(not r.is_valid for g in [*greedy, *sampled] for r in g.results)),
     }
     problems = [_record(g, s) for g, s in zip(greedy, sampled, strict=True)]
-    return Evaluation(step, len(examples), samples, temperature, top_p, estimates, metrics, problems)
+    return Evaluation(
+        step, len(sampled), samples, config.temperature, config.top_p, estimates, metrics, problems
+    )
 
 
-def _batches(examples: Sequence[Example], size: int) -> list[Sequence[Example]]:
-    return [examples[start : start + size] for start in range(0, len(examples), size)]
+def _groups(
+    actor: Actor, examples: Sequence[Example], samples: int, sampling: SamplingParams, batch_prompts: int
+) -> list[ScoredGroup]:
+    """A group of `samples` for each example, in order."""
+    evaluated = actor.for_evaluation(sampling)
+    plan = RolloutPlan(group_size=samples)
+    groups: list[ScoredGroup] = []
+    for start in range(0, len(examples), batch_prompts):
+        batch = examples[start : start + batch_prompts]
+        evaluated.submit(number_groups(batch, samples), plan, EVALUATION_STEP)
+        groups += evaluated.ready(len(batch))
+    return groups
 
 
 def _solved(result: Any) -> bool:
     return bool(result.is_valid and result.value >= 1.0)
 
 
-def _majority(group: Scored, k: int) -> float:
+def _majority(group: ScoredGroup, k: int) -> float:
     """maj@k of one problem: equal texts vote together, and a vote's gold is whether its text was rewarded."""
     answers: list[str | None] = [text.strip() or None for text in group.texts]
     winners = {a for a, r in zip(answers, group.results, strict=True) if a is not None and _solved(r)}
@@ -117,7 +136,7 @@ def _powers_of_two(limit: int) -> list[int]:
     return powers if powers[-1] == limit else [*powers, limit]
 
 
-def _record(greedy: Scored, sampled: Scored) -> dict[str, Any]:
+def _record(greedy: ScoredGroup, sampled: ScoredGroup) -> dict[str, Any]:
     return {
         "prompt_id": greedy.example.id,
         "prompt": greedy.example.prompt,

@@ -1,1 +1,67 @@
-"""What composes a run: its config, everything built from it, and the loop."""
+"""What composes a run. A config file needs this one import: `Config` and everything that can stand in it.
+
+The loop itself is `rljax.experiment.train.train`.
+"""
+
+from rljax.envs import EnvironmentLimits
+from rljax.evaluation import EvaluationConfig
+from rljax.experiment.config import Config, Recipe
+from rljax.experiment.model import FreshModel, ModelSource, PretrainedModel
+from rljax.parallel import MeshConfig
+from rljax.rollouts import ActorConfig, BlackBox, Guided, MultiTurn, SingleTurn
+from rljax.sampling import SamplingConfig
+from rljax.tasks import (
+    CurriculumSource,
+    Dataset,
+    DataSource,
+    FailedTasks,
+    FileData,
+    ReasoningGymData,
+    RewardConfig,
+    RowsData,
+    UniformTasks,
+)
+from rljax.training import (
+    CheckpointConfig,
+    CriticConfig,
+    LightSAMConfig,
+    LogConfig,
+    MuonConfig,
+    OptimizerConfig,
+    UpdateConfig,
+    WarmupConfig,
+)
+
+__all__ = [
+    "ActorConfig",
+    "BlackBox",
+    "CheckpointConfig",
+    "Config",
+    "CriticConfig",
+    "CurriculumSource",
+    "DataSource",
+    "Dataset",
+    "EnvironmentLimits",
+    "EvaluationConfig",
+    "FailedTasks",
+    "FileData",
+    "FreshModel",
+    "Guided",
+    "LightSAMConfig",
+    "LogConfig",
+    "MeshConfig",
+    "ModelSource",
+    "MultiTurn",
+    "MuonConfig",
+    "OptimizerConfig",
+    "PretrainedModel",
+    "ReasoningGymData",
+    "Recipe",
+    "RewardConfig",
+    "RowsData",
+    "SamplingConfig",
+    "SingleTurn",
+    "UniformTasks",
+    "UpdateConfig",
+    "WarmupConfig",
+]

@@ -6,13 +6,12 @@ from typing import Any
 import jax
 import numpy as np
 
-from rljax.batching import PackSpec, layout, loss_mask, stack
-from rljax.experiment.build import Run, pack_spec, plan
+from rljax.batching import PackConfig, layout, loss_mask, stack
+from rljax.experiment.build import Run, build
 from rljax.experiment.config import Config
 from rljax.experiment.report import aligned
 from rljax.experiment.sft import demonstration
 from rljax.models import abstract_params, param_shardings
-from rljax.models.cache import cache_bytes
 from rljax.parallel import DECODE_RULES, batch_parts, is_main_process, use_mesh
 from rljax.text import render_prompt
 from rljax.types import Rows, TrainBatch
@@ -25,16 +24,15 @@ _ADVICE = {
     "reference": "an algorithm with kl_coef=0, which needs no reference model",
     "critic": "a larger config.mesh.fsdp, or an algorithm without a critic",
     "decoder weights": "a larger config.mesh.tensor, or config.model.dtype=bfloat16",
-    "KV cache": "fewer config.sampling.prompt_slots x sample_slots, or a smaller max_new_tokens or prompt bucket",
-    "activations": "config.update.remat=True, or a smaller config.update.pack_length or packed_rows",
+    "KV cache": "fewer config.actor.prompt_slots x sample_slots (or conversations), or a smaller config.sampling.max_new_tokens",
+    "activations": "config.update.remat=True, or a smaller config.update.pack_length or microbatch_size",
     "logits": "a smaller config.update.head_chunk",
 }
 
 
 def print_plan(config: Config, *, measure: bool = True) -> dict[str, Any]:
     """Prints the plan and returns it. With `measure` the update is compiled, not run, and the compiler asked."""
-    run = plan(config)
-    run.rewards.close()
+    run = build(config)
     batch = worst_batch(run)
     predicted = predict_memory(run, batch)
     result = {
@@ -65,8 +63,7 @@ def describe(run: Run, result: dict[str, Any]) -> str:
         f"mesh         {dict(run.mesh.shape)} on {jax.device_count()} x {jax.devices()[0].device_kind}",
         f"a step       {config.prompts_per_step} prompts x {run.algorithm.plan.group_size} = {samples} samples, up to "
         f"{samples * config.sampling.max_new_tokens} new tokens, {update.minibatches * update.epochs} updates",
-        f"prompts      buckets {config.sampling.prompt_buckets}",
-        f"an update    at most {shapes}; {_tables(pack_spec(config))}",
+        f"an update    at most {shapes}; {_tables(config.update)}",
     ]
     rows = [(name, f"{size / GIB:.3f}") for name, size in result["predicted"].items()]
     rows += [("total", f"{result['total'] / GIB:.3f}"), ("device has", f"{result['limit'] / GIB:.3f}")]
@@ -80,7 +77,7 @@ def describe(run: Run, result: dict[str, Any]) -> str:
     )
 
 
-def _tables(spec: PackSpec) -> str:
+def _tables(spec: PackConfig) -> str:
     names = ("length_buckets", "score_buckets", "row_buckets", "microbatch_buckets")
     return ", ".join(f"{name} {getattr(spec, name) or 'automatic'}" for name in names)
 
@@ -99,13 +96,12 @@ def worst_batch(run: Run) -> TrainBatch:
     rng, rows = np.random.default_rng(0), []
     for index in range(config.prompts_per_step // config.update.minibatches):
         for _ in range(group):
-            length = config.sampling.max_new_tokens
-            if run.player is not None:
-                length = config.environment.context_length - len(prompts[-1 - index % len(prompts)])
+            prompt = prompts[-1 - index % len(prompts)]
+            length = run.actor.longest_row(len(prompt)) - len(prompt)
             completion = rng.integers(0, run.decoder.vocab_size, length).tolist()
-            rows.append(demonstration(prompts[-1 - index % len(prompts)], completion, index, index))
+            rows.append(demonstration(prompt, completion, index, index))
     batch = stack(rows)
-    packing = layout(batch, loss_mask(batch), pack_spec(config))
+    packing = layout(batch, loss_mask(batch), config.update)
     like = packing.row_index.shape
 
     def shaped(shape, dtype):
@@ -142,27 +138,16 @@ def predict_memory(run: Run, batch: TrainBatch) -> dict[str, int]:
     weights = _bytes(state.params, param_shardings(c, mesh))
     gradients = _bytes(_as_float32(state.params), param_shardings(c, mesh))
     tensor, parts = mesh.shape["tensor"], batch_parts(mesh)
-    micro, packed_rows, length = batch.packed.tokens.shape
-    tokens = packed_rows * length // parts
+    micro, microbatch_size, length = batch.packed.tokens.shape
+    tokens = microbatch_size * length // parts
     width = np.dtype(c.dtype).itemsize
     heads = (2 * c.num_heads + 2 * c.num_kv_heads) * c.head_dim // tensor
     per_layer = tokens * width * (4 * c.embed_dim + heads + 3 * c.mlp_dim // tensor)
-    scores = packed_rows // parts * c.num_heads // tensor * length * length * 4 // 2
+    scores = microbatch_size // parts * c.num_heads // tensor * length * length * 4 // 2
     kept = tokens * width * c.embed_dim * c.num_layers + per_layer + scores
     if not config.update.remat:
         kept = (per_layer + scores) * c.num_layers
-    cache = (
-        run.player.cache_bytes()
-        if run.player
-        else cache_bytes(
-            c,
-            run.sampler.prompt_slots,
-            run.sampler.sample_slots,
-            config.sampling.prompt_buckets[-1],
-            config.sampling.max_new_tokens,
-            run.sampler.path_slots,
-        )
-    )
+    cache = run.actor.cache_bytes()
     critic = {}
     if run.critic is not None:  # weights and optimizer; gradients and activations are there one model at a time
         own = run.critic.abstract_state()
@@ -178,7 +163,7 @@ def predict_memory(run: Run, batch: TrainBatch) -> dict[str, int]:
         "decoder weights": _bytes(compute, param_shardings(c, mesh, DECODE_RULES)),
         "KV cache": cache // parts,
         "activations": int(kept),
-        "logits": min(config.update.head_chunk, packed_rows * batch.packed.score_index.shape[-1])
+        "logits": min(config.update.head_chunk, microbatch_size * batch.packed.score_index.shape[-1])
         * c.vocab_size
         * 4
         * 3

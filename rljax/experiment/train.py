@@ -10,13 +10,13 @@ import numpy as np
 from absl import logging
 
 from rljax.evaluation import Evaluation, evaluate
-from rljax.experiment.build import Run, load_params, plan, stack_rows
+from rljax.experiment.build import Run, build, stack_rows
 from rljax.experiment.config import Config, to_dict
 from rljax.experiment.report import describe_run, finish, say
 from rljax.experiment.sft import warm_up
 from rljax.models import config_to_hf
 from rljax.parallel import is_main_process, use_mesh
-from rljax.rollouts.collect import Rollout, collect
+from rljax.rollouts import Rollout, collect
 from rljax.sampling import compile_count
 from rljax.training import Checkpointer, PhaseTimer, RunFolder, add_metrics, with_critic
 from rljax.types import Params
@@ -28,26 +28,32 @@ def train(config: Config, workdir: str, *, fresh: bool = False) -> dict[str, Any
     `fresh` empties the folder first. Raises ValueError, before any device work, for a config or data that cannot work.
     """
     started = time.perf_counter()
-    run = plan(config)
+    run = build(config)
     say(describe_run(run))
     folder = RunFolder(workdir, config=to_dict(config), fresh=fresh)
     checkpoints = open_checkpoints(config, folder)
-    with run.rewards, folder, contextlib.closing(checkpoints), use_mesh(run.mesh):
+
+    with run.actor, folder, contextlib.closing(checkpoints), use_mesh(run.mesh):
         first = resume(run, checkpoints, folder)
         if run.state is None:
-            run.state = run.init_state(warm_up(run, load_params(run), folder))
+            run.state = run.init_state(warm_up(run, run.initial_params(), folder))
         save_description(run, folder)
         before = held_out(run, folder, 0)
         run.reference_scores = run.reference_scores or before.solved_shares()
+
         for step in range(first, config.steps):
             metrics, rollout = train_step(run, step)
             done = step + 1
             refresh_reference(run, folder, done)
             if config.evaluation.every and done % config.evaluation.every == 0 and done < config.steps:
                 metrics |= {f"eval/{k}": v for k, v in held_out(run, folder, done).metrics.items()}
+
+            # The log comes before the checkpoint: a resumed run drops the lines behind its checkpoint, and would
+            # miss one that was never written.
             folder.log_step(done, metrics, rollout.records if step % config.log.rollouts_every == 0 else ())
             if config.checkpoint.every and (done % config.checkpoint.every == 0 or done == config.steps):
                 checkpoints.save(done, run.state, host_state(run), metrics)
+
         run.check()
         checkpoints.wait()
         after = held_out(run, folder, config.steps)
@@ -55,8 +61,10 @@ def train(config: Config, workdir: str, *, fresh: bool = False) -> dict[str, Any
 
 
 def open_checkpoints(config: Config, folder: RunFolder) -> Checkpointer:
-    keep = {name: getattr(config.checkpoint, name) for name in ("keep_last", "keep_best", "best_metric")}
-    return Checkpointer(folder.checkpoints, **keep)
+    own = config.checkpoint
+    return Checkpointer(
+        folder.checkpoints, keep_last=own.keep_last, keep_best=own.keep_best, best_metric=own.best_metric
+    )
 
 
 def resume(run: Run, checkpoints: Checkpointer, folder: RunFolder) -> int:
@@ -66,9 +74,12 @@ def resume(run: Run, checkpoints: Checkpointer, folder: RunFolder) -> int:
         folder.evaluation_file(0).unlink(missing_ok=True)
         folder.start(0)
         return 0
+
     run.state, host, step = restored
     run.curriculum.load_state_dict(host["curriculum"])
     run.reference_scores = host.get("reference_scores", [])
+    examples = {example.id: example for example in run.dataset.train}
+    run.actor.load_state_dict(host.get("actor", {}), run.algorithm.plan, examples)
     folder.start(step)
     logging.info("resuming %s at step %d", folder.path, step)
     return step
@@ -82,34 +93,38 @@ def save_description(run: Run, folder: RunFolder) -> None:
 
 
 def host_state(run: Run) -> dict[str, Any]:
-    return {"curriculum": run.curriculum.state_dict(), "reference_scores": run.reference_scores}
+    """What a checkpoint holds beside arrays, JSON-ready."""
+    return {
+        "curriculum": run.curriculum.state_dict(),
+        "reference_scores": run.reference_scores,
+        "actor": run.actor.state_dict(),
+    }
 
 
 def train_step(run: Run, step: int) -> tuple[dict[str, float], Rollout]:
     """One rollout and the updates made of it; `run.state` is replaced, the old one's buffers are donated."""
-    config, timer, compiled = run.config, PhaseTimer(), compile_count()
-    run.set_policy(run.state.params, step)
-    play = run.play
+    config = run.config
+    timer = PhaseTimer()
+    compiled = compile_count()
+
+    run.actor.set_params(run.policy(), step)
     rollout = collect(
-        run.algorithm.plan,
-        lambda n: run.curriculum.sample(step, n),
-        num_groups=config.prompts_per_step,
-        step=step,
-        play=play,
-        sampling=run.sampling,
-        phase=timer,
-        **run.rollout_setup,
+        run.actor, run.algorithm.plan, lambda n: run.curriculum.sample(step, n), config.prompts_per_step, step
     )
+    timer.add(rollout.seconds)
+
     with timer("score"):
         batch = stack_rows(config, rollout.trajectories, rollout.rewards.size)
         if run.algorithm.plan.needs_ref:
-            batch = dataclasses.replace(batch, ref_logprobs=run.learner.score_rows(run.state.ref_params, batch))
+            batch = dataclasses.replace(batch, ref_logprobs=run.learner.reference_logprobs(run.state, batch))
         if run.critic is not None:
             batch = run.critic.with_values(run.state.critic, batch)
         advantages = np.asarray(run.algorithm.advantage_fn(batch))
         minibatches = run.learner.prepare(run.state, batch, advantages) if run.policy_moves(step) else []
+
     with timer("update"):
         metrics: dict[str, float] = {}
+        # The critic first: its minibatches hold the values that the advantages were made of.
         if run.critic is not None:
             critic_state, metrics = run.critic.update(run.state.critic, batch)
             run.state = with_critic(run.state, critic_state)
@@ -121,11 +136,13 @@ def train_step(run: Run, step: int) -> tuple[dict[str, float], Rollout]:
         # Only before the first update is the trainer still the policy that sampled.
         first = updates[0] if updates else {}
         metrics |= {name: float(value) for name, value in first.items() if name.startswith("rollout/logprob_gap")}
+
     run.curriculum.observe(rollout.examples, rollout.mean_rewards())
     for record, row in zip(rollout.records, advantages, strict=False):
         record["advantage"] = float(row[np.abs(row).argmax()])
-    metrics |= {f"rollout/{k}": v for k, v in rollout.stats.items()}
-    metrics |= {f"play/{k}": v for k, v in play.last_stats.items()} if play is not None else {}
+
+    metrics |= {f"rollout/{name}": value for name, value in rollout.stats.items()}
+    metrics |= {f"play/{name}": value for name, value in rollout.actor_stats.items()}
     metrics |= timer.metrics()
     metrics["time/tokens_per_s"] = rollout.stats["new_tokens"] / timer.total
     metrics["compile/count"] = float(compile_count() - compiled)
@@ -135,13 +152,13 @@ def train_step(run: Run, step: int) -> tuple[dict[str, float], Rollout]:
 def refresh_reference(run: Run, folder: RunFolder, done: int) -> None:
     """Copies the policy into the reference when config or plan say that it is due, unless the plan's gate objects to
     what has become of the held-out scores since the last time."""
-    every = run.config.reference_refresh or run.algorithm.plan.refresh_every
+    plan = run.algorithm.plan
+    every = run.config.reference_refresh or plan.refresh_every
     if not every or done % every:
         return
-    gate = run.algorithm.plan.refresh_gate
-    if gate is not None:
+    if plan.refresh_gate is not None:
         scores = held_out(run, folder, done).solved_shares()
-        if not gate(np.array(scores), np.array(run.reference_scores)):
+        if not plan.refresh_gate(np.array(scores), np.array(run.reference_scores)):
             return
         run.reference_scores = scores
     run.state = run.learner.refresh_reference(run.state)
@@ -151,13 +168,15 @@ def held_out(run: Run, folder: RunFolder, step: int) -> Evaluation:
     """Evaluates on held-out problems and keeps the result in the run folder; what is there already is read back."""
     if run.evaluation is not None and run.evaluation.step == step:
         return run.evaluation
+
     file = folder.evaluation_file(step)
     if file.exists():
         run.evaluation = Evaluation.from_dict(json.loads(file.read_text()))
         return run.evaluation
+
     if step in (0, run.config.steps):
         say(f"evaluating held-out problems {'before' if step == 0 else 'after'} training")
-    run.evaluation = evaluate_run(run, run.state.params, step)
+    run.evaluation = evaluate_run(run, run.policy(), step)
     folder.write_json(file, run.evaluation.to_dict())
     return run.evaluation
 
@@ -165,14 +184,5 @@ def held_out(run: Run, folder: RunFolder, step: int) -> Evaluation:
 def evaluate_run(run: Run, params: Params, step: int) -> Evaluation:
     """The evaluation that `config.evaluation` describes, of `params`."""
     config = run.config.evaluation
-    run.set_policy(params, step)
-    return evaluate(
-        run.dataset.test[: config.problems or None],
-        samples=config.samples,
-        temperature=config.temperature,
-        top_p=config.top_p,
-        step=step,
-        play=run.player and run.player.aside(),
-        batch_prompts=config.batch_prompts,
-        **run.rollout_setup,
-    )
+    run.actor.set_params(params, step)
+    return evaluate(run.actor, run.dataset.test[: config.problems or None], config, step=step)

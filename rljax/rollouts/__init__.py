@@ -1,0 +1,30 @@
+"""Rollouts: from prompts to scored trajectories, by whatever plays the policy."""
+
+from rljax.rollouts.actor import Actor, GroupRequest, RolloutSettings, ScoredGroup, number_groups
+from rljax.rollouts.black_box import BlackBox, BlackBoxActor, ChatEndpoint
+from rljax.rollouts.collect import Rollout, collect
+from rljax.rollouts.config import ActorConfig, ActorParts
+from rljax.rollouts.guided import Guided, GuidedActor
+from rljax.rollouts.multi_turn import MultiTurn, MultiTurnActor
+from rljax.rollouts.single_turn import SingleTurn, SingleTurnActor
+
+__all__ = [
+    "Actor",
+    "ActorConfig",
+    "ActorParts",
+    "BlackBox",
+    "BlackBoxActor",
+    "ChatEndpoint",
+    "GroupRequest",
+    "Guided",
+    "GuidedActor",
+    "MultiTurn",
+    "MultiTurnActor",
+    "Rollout",
+    "RolloutSettings",
+    "ScoredGroup",
+    "SingleTurn",
+    "SingleTurnActor",
+    "collect",
+    "number_groups",
+]

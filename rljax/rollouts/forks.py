@@ -1,50 +1,62 @@
 """The rounds of forks of one prompt, as its request to the decoder."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from rljax.plans import ForkPlan
-from rljax.plans.fork_rules import Grown, grown_batch
-from rljax.sampling import Fork, Rounds, Sample
+from rljax.plans.fork_rules import PartialGroup, grown_batch
+from rljax.sampling import Fork, Sample
 
 
-def rounds_of(
-    plan: ForkPlan,
-    decode: Callable[[Sequence[int]], str],
-    steps_of: Callable[[Sample], np.ndarray],
-    *,
-    seed: int,
-    step: int,
-    prompt_id: int,
-    first_id: int,
-    limit: int,
-) -> Rounds:
-    """The rounds of one prompt under `plan`, for its `Request`; `steps_of` numbers the steps of a sample.
+@dataclass
+class ForkRounds:
+    """The rounds of one prompt under `plan`: called with all samples so far, gives the forks of the next round.
 
-    Forks take the sample ids from `first_id` on; `limit` is the longest completion. Points without room for a token of
-    their own are left out.
+    Attributes:
+        plan: how the samples branch.
+        decode: token ids to text.
+        steps_of: numbers the steps of a sample, int32 [T].
+        seed, step, prompt_id: with the round, these name the random numbers of the rule.
+        first_id: forks take the sample ids from here on.
+        limit: tokens of the longest completion; a point without room for a token of its own is left out.
+        made: rounds made so far.
     """
-    made = 0
 
-    def rounds(samples: Sequence[Sample]) -> list[Fork]:
-        nonlocal made
-        if made == plan.rounds:
+    plan: ForkPlan
+    decode: Callable[[Sequence[int]], str]
+    steps_of: Callable[[Sample], np.ndarray]
+    seed: int
+    step: int
+    prompt_id: int
+    first_id: int
+    limit: int
+    made: int = 0
+
+    def __call__(self, samples: Sequence[Sample]) -> list[Fork]:
+        """The next round; `[]` once all rounds are made."""
+        plan = self.plan
+        if self.made == plan.rounds:
             return []
-        parents = samples[: plan.parents]
-        numbers = np.random.SeedSequence([seed, step, prompt_id, first_id, made]).generate_state(2)
-        grown = Grown(
-            batch=grown_batch(parents, plan.parents, limit, [steps_of(sample) for sample in parents]),
-            chains=plan.chains,
-            round=made,
-            key=jax.random.wrap_key_data(jnp.asarray(numbers), impl="threefry2x32"),
-            decode=decode,
-        )
-        made += 1
-        points = [p for p in plan.rule(grown) if p.fork_index + len(p.inject) < limit][: plan.points * plan.chains]
-        named = enumerate((point for point in points for _ in range(plan.branches)), first_id + len(samples))
-        return [Fork(p.parent, p.fork_index, i, p.inject, p.score, p.intervention) for i, p in named]
 
-    return rounds
+        parents = samples[: plan.parents]
+        numbers = np.random.SeedSequence([self.seed, self.step, self.prompt_id, self.first_id, self.made])
+        group = PartialGroup(
+            batch=grown_batch(parents, plan.parents, self.limit, [self.steps_of(sample) for sample in parents]),
+            chains=plan.chains,
+            round=self.made,
+            key=jax.random.wrap_key_data(jnp.asarray(numbers.generate_state(2)), impl="threefry2x32"),
+            decode=self.decode,
+        )
+        self.made += 1
+
+        points = [point for point in plan.rule(group) if point.fork_index + len(point.inject) < self.limit]
+        points = points[: plan.points * plan.chains]
+        branches = (point for point in points for _ in range(plan.branches))
+        return [
+            Fork(point.parent, point.fork_index, sample_id, point.inject, point.score, point.intervention)
+            for sample_id, point in enumerate(branches, self.first_id + len(samples))
+        ]

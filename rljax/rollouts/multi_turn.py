@@ -4,95 +4,126 @@ An episode becomes the same `Sample` as a completion does: its tokens are those 
 them, the observations. Decoding goes on while environments work; no turn waits for another episode's.
 """
 
+import dataclasses
+import functools
 import queue
 import time
-import zlib
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
-from rljax.envs import DONE, FAILED, NONSENSE, EnvironmentPool, Episode
-from rljax.plans import ForkPlan
-from rljax.rollouts.collect import Scored
-from rljax.rollouts.forks import rounds_of
-from rljax.sampling import Fork, Rounds, Sample, SamplingParams, Spoken, Turn, TurnDecoder
-from rljax.tasks import Example, RewardResult
-from rljax.text import Dialogue
+from rljax.envs import (
+    DONE,
+    FAILED,
+    MALFORMED,
+    EnvironmentLimits,
+    EnvironmentPool,
+    Episode,
+    check_chat_template,
+    get_format,
+)
+from rljax.plans import RolloutPlan
+from rljax.rollouts.actor import GroupRequest, RolloutSettings, ScoredGroup, known_example
+from rljax.rollouts.config import ActorParts, TurnsConfig, require_one_process
+from rljax.rollouts.cross_policy import stale_turns
+from rljax.rollouts.episodes import (
+    NO_CONVERSATION,
+    TOKEN_LISTS,
+    Group,
+    Play,
+    can_go_on_from,
+    sample_of,
+    scored,
+    turns_of,
+)
+from rljax.rollouts.forks import ForkRounds
+from rljax.sampling import Fork, Sample, SamplingConfig, SamplingParams, Turn, TurnDecoder, TurnResult
+from rljax.tasks import Example, RewardResult, load_callable
+from rljax.text import Dialogue, Tokenizer
 from rljax.types import NO_PARENT, Params
 
-Pick = Callable[[int, int, int], int]
-"""(prompt id, sample id, turn) -> the decoder that speaks this turn."""
+
+@dataclasses.dataclass
+class MultiTurn(TurnsConfig):
+    """The policy acts in an environment, over turns; the environment gives the reward.
+
+    A turn has at most `config.sampling.max_new_tokens` tokens.
+    """
+
+    make: str = ""
+    """`module:callable` that makes an environment (`rljax.envs`) for every episode. It gets a row's prompt and columns."""
+    args: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """Keyword arguments of `make`."""
+    processes: bool = False
+    """Whether environments live in processes instead of threads: for code that may hang or hold the interpreter."""
+    limits: EnvironmentLimits = dataclasses.field(default_factory=lambda: EnvironmentLimits(observation_tokens=512))
+    """What an episode, and a step of it, may take."""
+    unfinished_reward: float | None = None
+    """What an episode is worth that ended at a limit or was cut off; None is what it had earned."""
+    groups_in_flight: int = 0
+    """Groups that are under way beyond those that a step needs: an episode may span updates."""
+    stale_share: float = 0.0
+    """Share of turns, in [0, 1), that weights of an earlier step speak (AgentRL, 2510.04206)."""
+    stale_every: int = 25
+    """Steps after which these weights are renewed."""
+
+    def check(self, plan: RolloutPlan, sampling: SamplingConfig, pack_length: int) -> None:
+        if not self.make:
+            raise ValueError(
+                "config.actor.make is empty; name a callable that makes an environment, e.g. "
+                "make='rljax.envs.library:MultiHop'"
+            )
+        super().check(plan, sampling, pack_length)
+        if not 0 <= self.stale_share < 1 or self.stale_every < 1:
+            raise ValueError(
+                f"config.actor.stale_share={self.stale_share} must be at least 0 and below 1, and "
+                f"stale_every={self.stale_every} at least 1"
+            )
+        if self.groups_in_flight < 0:
+            raise ValueError(f"config.actor.groups_in_flight={self.groups_in_flight} must be at least 0")
+
+    def build(self, parts: ActorParts) -> "MultiTurnActor":
+        require_one_process("environments")
+        style = get_format(self.tool_format)
+        dialogue = Dialogue(parts.tokenizer, role=style.role, wrap=style.wrap, chat=parts.settings.chat)
+        if any(dialogue.is_chat(example.prompt) for example in [*parts.dataset.train, *parts.dataset.test]):
+            check_chat_template(parts.tokenizer, role=style.role)
+
+        decoders = [
+            self.turn_decoder(parts, groups_in_flight=self.groups_in_flight, stop_strings=tuple(style.stop_strings))
+            for _ in range(2 if self.stale_share else 1)
+        ]
+        return MultiTurnActor(decoders, self._pool(parts.tokenizer), dialogue, parts.settings, self)
+
+    def _pool(self, tokenizer: Tokenizer) -> EnvironmentPool:
+        """ValueError when an environment cannot be made."""
+        make = functools.partial(load_callable(self.make), **self.args)
+        try:
+            make()
+        except Exception as error:  # whatever a user's class raises
+            raise ValueError(
+                f"config.actor.make={self.make} with args {self.args} makes no environment: "
+                f"{type(error).__name__}: {error}"
+            ) from error
+        return EnvironmentPool(
+            make, workers=self.workers, processes=self.processes, limits=self.limits, tokenizer=tokenizer
+        )
 
 
-@dataclass(eq=False)
-class _Play:
-    """One episode as it is played: `tokens` and what lies beside them follow the prompt."""
+class MultiTurnActor:
+    """Plays groups of episodes. The `Actor` protocol says most of it.
 
-    group: "_Group"
-    index: int
-    fork: Fork
-    context: int
-    episode: Episode | None = None
-    prompt: list[int] = field(default_factory=list)
-    tokens: list[int] = field(default_factory=list)
-    logprobs: list[float] = field(default_factory=list)
-    entropies: list[float] = field(default_factory=list)
-    versions: list[int] = field(default_factory=list)
-    turn_ids: list[int] = field(default_factory=list)
-    forced: list[tuple[int, int]] = field(default_factory=list)
-    observed: list[tuple[int, int]] = field(default_factory=list)  # the forced spans that are observations
-    turn: int = 0
-    turn_start: int = 0
-    is_truncated: bool = False
-    problem: str = ""
-
-    def add(self, tokens: list[int], logprobs: list[float], entropies: list[float], version: int) -> None:
-        self.tokens += tokens
-        self.logprobs += logprobs
-        self.entropies += entropies
-        self.versions += [version] * len(tokens)
-        self.turn_ids += [self.turn] * len(tokens)
-
-    def give(self, tokens: Sequence[int], version: int) -> tuple[int, int]:
-        """Adds tokens that were not sampled."""
-        span = len(self.tokens), len(self.tokens) + len(tokens)
-        self.add(list(tokens), [0.0] * len(tokens), [0.0] * len(tokens), version)
-        self.forced.append(span)
-        return span
-
-
-@dataclass(eq=False)
-class _Group:
-    """The episodes of one prompt."""
-
-    number: int
-    example: Example
-    forks: list[Fork]  # one a play: how it begins
-    rounds: Rounds | None
-    size: int
-    plays: list[_Play] = field(default_factory=list)
-    samples: list[Sample | None] = field(default_factory=list)
-    results: list[RewardResult | None] = field(default_factory=list)
-    prompt: list[int] | None = None
-
-
-class Player:
-    """Plays groups of episodes; called as `rljax.rollouts.sample_and_score` is, and returns the same.
-
-    `decoders` speak; `pick` says which one takes a turn (all share the numbers of contexts). A turn that runs into the
-    decoder's `max_new_tokens`, or a full context, truncates its episode; what a limit of the environment ends is worth
-    `unfinished_reward`, or what it had earned for None. An environment that fails costs its episode: it is not valid.
-
-    With `groups_in_flight` above 0 that many groups more than asked for are under way: a call returns when as many as
-    it asked for are complete, and the others go on at the next call, with the weights of then; every token carries the
+    A turn that runs into the decoder's `max_new_tokens`, or a full context, truncates its episode. An environment that
+    fails costs its episode: it is not valid. `config` is the actor's own (`rljax.rollouts.MultiTurn`): with
+    `groups_in_flight` above 0 that many groups more than asked for are under way, and `ready` returns when as many as it
+    was asked for are complete; the others go on at the next call, with the weights of then. Every token carries the
     `policy_version` that said it.
 
-    All decoders but the first take new weights only every `stale_every` steps (cross-policy sampling of AgentRL,
-    2510.04206).
+    There is one decoder, or two for cross-policy sampling (AgentRL, 2510.04206): the second speaks a share
+    `config.stale_share` of the turns and takes new weights only every `config.stale_every` steps.
     """
 
     def __init__(
@@ -100,171 +131,211 @@ class Player:
         decoders: Sequence[TurnDecoder],
         pool: EnvironmentPool,
         dialogue: Dialogue,
-        *,
-        pick: Pick | None = None,
-        unfinished_reward: float | None = None,
-        groups_in_flight: int = 0,
-        stale_every: int = 1,
+        settings: RolloutSettings,
+        config: MultiTurn,
     ):
-        self.decoders, self.pool, self.dialogue = list(decoders), pool, dialogue
-        self.unfinished_reward, self.groups_in_flight = unfinished_reward, groups_in_flight
-        self.stale_every, self.versions = stale_every, [-1] * len(decoders)
-        self.last_stats: dict[str, float] = {}
-        self._pick = pick or (lambda prompt_id, sample_id, turn: 0)
-        self._free = deque(range(min(decoder.contexts for decoder in decoders)))
-        self._num_contexts = len(self._free)
-        self._length = min(decoder.context_length for decoder in decoders)
-        self._queue: deque[_Group] = deque()
-        self._open: list[_Group] = []
-        self._done: list[_Group] = []
-        self._speaking: dict[int, _Play] = {}  # by context
-        self._paused: list[_Play] = []
-        self._events: queue.SimpleQueue[tuple[Callable[[_Play], None], _Play, Episode]] = queue.SimpleQueue()
-        self._acting = 0  # environments at work
-        self._groups = 0
-        self._truncated_is_wrong = False
+        self.decoders = list(decoders)
+        self.pool = pool
+        self.dialogue = dialogue
+        self.settings = settings
+        self.config = config
+        self.versions = [-1] * len(decoders)
+        self.stats: dict[str, float] = {}
+        self.seconds: dict[str, float] = {}
 
-    def set_params(self, params: Params, *, version: int) -> None:
-        """The weights to speak with from now on, those of step `version`."""
+        self._free = deque(range(min(decoder.spec.conversations for decoder in decoders)))
+        self._num_conversations = len(self._free)
+        self._length = min(decoder.spec.context_length for decoder in decoders)
+        self._pick: Callable[[int, int, int], int] = lambda prompt_id, sample_id, turn: 0
+        if len(decoders) > 1:
+            self._pick = stale_turns(settings.seed, config.stale_share)
+
+        self._step = 0
+        self._num_groups = 0
+        # A group is in one of these three; a play that was cut off in mid-turn by the end of a call is also paused.
+        self._queue: deque[Group] = deque()
+        self._open: list[Group] = []
+        self._done: list[Group] = []
+        self._paused: list[Play] = []
+        self._speaking: dict[int, Play] = {}  # by conversation
+        # What environments have answered, and how many are at work.
+        self._events: queue.SimpleQueue[tuple[Callable[[Play], None], Play, Episode]] = queue.SimpleQueue()
+        self._acting = 0
+
+    def __enter__(self) -> "MultiTurnActor":
+        self.pool.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self.pool.__exit__(*error)
+
+    def set_params(self, params: Params, version: int) -> None:
         for i, decoder in enumerate(self.decoders):
-            if i == 0 or self.versions[i] < 0 or version % self.stale_every == 0:
+            is_current = i == 0
+            if is_current or self.versions[i] < 0 or version % self.config.stale_every == 0:
                 decoder.set_params(params)
                 self.versions[i] = version
 
     def cache_bytes(self) -> int:
-        """Bytes of keys and values over all devices."""
         return sum(decoder.cache_bytes() for decoder in self.decoders)
 
-    def aside(self) -> "Player":
-        """Another player over the same decoders and environments, for an evaluation: it leaves what is under way alone.
-        The current weights speak all turns."""
-        return Player(self.decoders[:1], self.pool, self.dialogue, unfinished_reward=self.unfinished_reward)
+    def longest_row(self, prompt_length: int) -> int:
+        return self._length
+
+    def for_evaluation(self, sampling: SamplingParams) -> "MultiTurnActor":
+        settings = replace(self.settings, sampling=sampling)
+        config = replace(self.config, groups_in_flight=0, stale_share=0.0)
+        actor = MultiTurnActor(self.decoders[:1], self.pool, self.dialogue, settings, config)
+        actor.versions = self.versions[:1]
+        return actor
 
     @property
     def num_pending(self) -> int:
         """Groups under way between calls."""
         return len(self._queue) + len(self._open) + len(self._done)
 
-    def missing(self, num_groups: int) -> int:
-        """How many examples the next call needs to return `num_groups` groups."""
-        return max(0, num_groups + self.groups_in_flight - self.num_pending)
+    def missing(self, n: int) -> int:
+        return max(0, n + self.config.groups_in_flight - self.num_pending)
 
-    def __call__(
-        self,
-        examples: Sequence[Example],
-        samples_each: int,
-        *,
-        sampling: SamplingParams,
-        seed: int,
-        step: int,
-        seen: dict[int, int] | None = None,
-        forks: ForkPlan | None = None,
-        phase: Callable[[str], AbstractContextManager] = nullcontext,
-        num_groups: int | None = None,
-        truncated_is_wrong: bool = False,
-        **unused: Any,
-    ) -> list[Scored]:
-        """Plays every example `samples_each` times, or as `forks` says; returns the groups of `examples` in order, or,
-        with `num_groups`, the first that many to be complete. Raises ValueError if a group needs more contexts than
-        there are."""
-        seen = {} if seen is None else seen
-        self._truncated_is_wrong = truncated_is_wrong
-        size = forks.leaves if forks else samples_each
-        if size > self._num_contexts:
+    def submit(self, requests: Sequence[GroupRequest], plan: RolloutPlan, step: int) -> None:
+        """Raises ValueError if a group needs more conversations than there are."""
+        size = group_size(plan)
+        if size > self._num_conversations:
             raise ValueError(
-                f"a group of {size} episodes needs as many contexts, but the decoder has {self._num_contexts}; "
-                "raise contexts, or lower the group size"
+                f"a group of {size} episodes needs as many conversations, but the decoder has "
+                f"{self._num_conversations}; raise config.actor.conversations, or lower the group size"
             )
-        for decoder in self.decoders:
-            decoder.begin(sampling, seed=seed, step=step)
-        new = [self._group(example, samples_each, forks, seen, seed, step) for example in examples]
-        self._queue += new
-        with phase("sample"):
-            done = self._play(len(new) if num_groups is None else num_groups)
-        return [_scored(group, self.dialogue) for group in done]
+        self._step = step
+        self._queue += [self._new_group(request, plan, step) for request in requests]
 
-    def _group(self, example, samples_each, forks, seen, seed, step) -> _Group:
-        first = samples_each * seen.setdefault(example.id, 0)
-        seen[example.id] += 1
-        chains = forks.chains if forks else samples_each
-        rounds = None
-        if forks:
-            rounds = rounds_of(
-                forks,
-                self.dialogue.tokenizer.decode,
-                _turns_of,
-                seed=seed,
+    def ready(self, n: int) -> list[ScoredGroup]:
+        begin = time.perf_counter()
+        for decoder in self.decoders:
+            decoder.begin(self.settings.sampling, seed=self.settings.seed, step=self._step)
+        groups = self._play(n)
+        self.seconds = {"sample": time.perf_counter() - begin}
+        return [scored(group, self.dialogue) for group in groups]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Groups that wait, are under way, and are complete but not taken; `{}` for none. Episodes are saved as what was
+        said and done: their environments come back by replay."""
+        groups = [*self._done, *self._open, *self._queue]
+        if not groups:
+            return {}
+        return {"groups": [self._group_state(group) for group in sorted(groups, key=lambda group: group.number)]}
+
+    def load_state_dict(self, state: Mapping[str, Any], plan: RolloutPlan, examples: Mapping[int, Example]) -> None:
+        """Needs open environments. A turn that was cut off goes on where it stood."""
+        for saved in state.get("groups", ()):
+            request = GroupRequest(known_example(examples, saved["example_id"]), saved["first_sample"])
+            group = self._new_group(request, plan, saved["step"])
+            if not saved["plays"]:
+                self._queue.append(group)
+                continue
+            self._restore(group, saved)
+
+    # Groups: from the queue to the decoders, and out.
+
+    def _new_group(self, request: GroupRequest, plan: RolloutPlan, step: int) -> Group:
+        chains = plan.forks.chains if plan.forks else plan.group_size
+        starts = [Fork(NO_PARENT, 0, request.first_sample + i) for i in range(chains)]
+        self._num_groups += 1
+        group = Group(self._num_groups, request, starts, None, group_size(plan), step)
+        if plan.forks:
+            group.rounds = ForkRounds(
+                plan=plan.forks,
+                decode=self.dialogue.tokenizer.decode,
+                steps_of=turns_of,
+                seed=self.settings.seed,
                 step=step,
-                prompt_id=example.id,
-                first_id=first,
+                prompt_id=request.example.id,
+                first_id=request.first_sample,
                 limit=self._length,
             )
-        starts = [Fork(NO_PARENT, 0, first + i) for i in range(chains)]
-        self._groups += 1
-        return _Group(self._groups, example, starts, rounds, forks.leaves if forks else samples_each)
+        return group
 
-    def _play(self, wanted: int) -> list[_Group]:
+    def _play(self, wanted: int) -> list[Group]:
         """The loop: until `wanted` groups are complete, which are taken out."""
         begin = time.perf_counter()
         paused, self._paused = self._paused, []
         for play in paused:
             self._speak(play)
+
         while len(self._done) < wanted:
             self._open_groups()
             for decoder in self.decoders:
                 if decoder.num_open:
-                    for spoken in decoder.run():
-                        self._heard(self._speaking.pop(spoken.turn.context), spoken)
+                    for result in decoder.run():
+                        self._heard(self._speaking.pop(result.turn.conversation), result)
+
             is_idle = not any(decoder.num_open for decoder in self.decoders)
             if is_idle and not self._acting and not self._queue and len(self._done) < wanted:
                 raise RuntimeError(f"{wanted} groups were asked for, but only {len(self._done)} are under way")
+            # With nothing to decode the only thing to do is to wait for an environment.
             self._take_events(wait=is_idle and self._acting > 0 and len(self._done) < wanted)
+
+        # The weights may change before the next call, so no turn stays in a decoder.
         for decoder in self.decoders:
-            for spoken in decoder.interrupt():
-                self._heard(self._speaking.pop(spoken.turn.context), spoken)
-        done, self._done = sorted(self._done[:wanted], key=lambda group: group.number), self._done[wanted:]
-        self.last_stats = self._stats(done, time.perf_counter() - begin)
-        return done
+            for result in decoder.interrupt():
+                self._heard(self._speaking.pop(result.turn.conversation), result)
+
+        taken = sorted(self._done[:wanted], key=lambda group: group.number)
+        self._done = self._done[wanted:]
+        self.stats = self._stats(taken, time.perf_counter() - begin)
+        return taken
 
     def _open_groups(self) -> None:
-        promised = sum(group.size - len(group.plays) for group in self._open)  # to forks that are to come
+        """Opens groups from the queue as long as each can be finished: conversations are promised to the forks that are
+        to come, or two groups could wait for each other's."""
+        promised = sum(group.size - len(group.plays) for group in self._open)
         while self._queue and len(self._free) - promised >= self._queue[0].size:
-            promised += self._queue[0].size - len(self._queue[0].forks)
             group = self._queue.popleft()
+            promised += group.size - len(group.starts)
             self._open.append(group)
-            self._begin(group, group.forks)
+            self._begin(group, group.starts)
 
-    def _begin(self, group: _Group, forks: Sequence[Fork]) -> None:
+    def _begin(self, group: Group, forks: Sequence[Fork]) -> None:
         """Opens an episode for each of `forks`."""
         for fork in forks:
-            play = _Play(group, len(group.plays), fork, self._free.popleft())
-            group.plays.append(play)
-            group.samples.append(None)
-            group.results.append(None)
-            if fork.parent == NO_PARENT:
-                row = {"prompt": group.example.prompt, **group.example.columns}
-                self._after(play, self._opened, self.pool.start(row))
-            else:
+            play = self._new_play(group, fork)
+            if fork.parent != NO_PARENT:
                 self._branch(play)
+                continue
+            row = {"prompt": group.example.prompt, **group.example.columns}
+            self._after(play, self._opened, self.pool.start(row))
 
-    def _branch(self, play: _Play) -> None:
-        """A play that begins as another one did. A place within an observation is the end of it."""
-        fork, group = play.fork, play.group
+    def _new_play(self, group: Group, fork: Fork, *, speaks: bool = True) -> Play:
+        conversation = self._free.popleft() if speaks else NO_CONVERSATION
+        play = Play(group, len(group.plays), fork, conversation)
+        group.plays.append(play)
+        group.samples.append(None)
+        group.results.append(None)
+        return play
+
+    def _branch(self, play: Play) -> None:
+        """Begins a play as another one did. A place within an observation stands for the end of it: the policy cannot
+        speak in the middle."""
+        group = play.group
+        fork = play.fork
         parent = group.plays[fork.parent]
         place = next((stop for start, stop in parent.observed if start <= fork.fork_index < stop), fork.fork_index)
-        play.prompt, play.turn = parent.prompt, parent.turn_ids[place] if place else 0
+
+        play.fork = fork._replace(fork_index=place)
+        play.prompt = parent.prompt
+        play.turn = parent.turn_ids[place] if place else 0
         play.turn_start = parent.turn_ids.index(play.turn)
-        for name in ("tokens", "logprobs", "entropies", "versions", "turn_ids"):
+        for name in TOKEN_LISTS:
             setattr(play, name, getattr(parent, name)[:place])
         play.forced = [(start, min(stop, place)) for start, stop in parent.forced if start < place]
         play.observed = [span for span in parent.observed if span[0] < place]
-        play.fork = fork._replace(fork_index=place)
         if fork.inject:
             play.give(fork.inject, self.versions[0])
+
         assert parent.episode is not None
         self._after(play, self._resumed, self.pool.fork(parent.episode, play.turn))
 
-    def _after(self, play: _Play, then: Callable[[_Play], None], future: Any) -> None:
+    def _after(self, play: Play, then: Callable[[Play], None], future: Any) -> None:
+        """Calls `then(play)` in the loop once the environment has answered."""
         self._acting += 1
         future.add_done_callback(lambda done: self._events.put((then, play, done.result())))
 
@@ -277,61 +348,87 @@ class Player:
             wait = False
             then(play)
 
-    def _opened(self, play: _Play) -> None:
-        episode, group = play.episode, play.group
+    # Turns of a play: the environment opens, the policy speaks, the environment steps.
+
+    def _opened(self, play: Play) -> None:
+        episode = play.episode
+        group = play.group
         assert episode is not None
         if episode.end is not None:
             return self._finish(play)
+
         try:
             play.prompt = self.dialogue.opening(episode.opening)
         except ValueError as error:
             return self._fail(play, f"its opening cannot be rendered: {error}")
         if len(play.prompt) >= self._length:
             return self._fail(play, f"its opening has {len(play.prompt)} tokens, the whole context only {self._length}")
+
+        # One prompt for the group: its samples are compared, and share its tokens.
         group.prompt = group.prompt or play.prompt
         if play.prompt != group.prompt:
             return self._fail(play, "reset opened two episodes of one row differently; it must depend on the row alone")
         self._speak(play)
 
-    def _resumed(self, play: _Play) -> None:
+    def _resumed(self, play: Play) -> None:
         assert play.episode is not None
         if play.episode.end is not None:
             return self._finish(play)
         self._speak(play)
 
-    def _speak(self, play: _Play) -> None:
+    def _speak(self, play: Play) -> None:
         """Asks for the policy's turn, or for the rest of it."""
-        group, said = play.group, len(play.tokens) - play.turn_start
+        group = play.group
         tokens = play.prompt + play.tokens
-        prompt_id, sample_id = group.example.id, play.fork.sample_id
-        decoder = self.decoders[self._pick(prompt_id, sample_id, play.turn)]
-        room = min(decoder.max_new_tokens - said, self._length - len(tokens))
+        spoken = len(play.tokens) - play.turn_start
+        decoder = self.decoders[self._decoder_of(play)]
+
+        room = min(decoder.spec.max_new_tokens - spoken, self._length - len(tokens))
         if room < 1:
             play.is_truncated = True
             return self._finish(play)
-        source = group.plays[max(play.fork.parent, 0)].context
-        self._speaking[play.context] = play
-        decoder.submit(Turn(play.context, tokens, prompt_id, sample_id, play.turn, source, room))
 
-    def _heard(self, play: _Play, spoken: Spoken) -> None:
-        decoder = self._pick(play.group.example.id, play.fork.sample_id, play.turn)
-        said = spoken.tokens.tolist(), spoken.logprobs.tolist(), spoken.entropies.tolist()
-        play.add(*said, self.versions[decoder])
-        if spoken.end == "interrupted":
+        self._speaking[play.conversation] = play
+        decoder.submit(
+            Turn(
+                conversation=play.conversation,
+                tokens=tokens,
+                prompt_id=group.example.id,
+                sample_id=play.fork.sample_id,
+                turn=play.turn,
+                prefix_of=group.plays[max(play.fork.parent, 0)].conversation,
+                max_new_tokens=room,
+            )
+        )
+
+    def _decoder_of(self, play: Play) -> int:
+        """Which decoder speaks the current turn: the same each time it is asked, so that a turn goes on where it
+        began."""
+        return self._pick(play.group.example.id, play.fork.sample_id, play.turn)
+
+    def _heard(self, play: Play, result: TurnResult) -> None:
+        version = self.versions[self._decoder_of(play)]
+        play.add(result.tokens.tolist(), result.logprobs.tolist(), result.entropies.tolist(), version)
+        if result.end == "interrupted":
             self._paused.append(play)
-        elif spoken.end == "length":
+        elif result.end == "length":
             play.is_truncated = True
             self._finish(play)
         else:
-            assert play.episode is not None
-            action = self.dialogue.action(play.tokens[play.turn_start :])
-            self._after(play, self._stepped, self.pool.step(play.episode, action))
+            self._act(play)
 
-    def _stepped(self, play: _Play) -> None:
+    def _act(self, play: Play) -> None:
+        """Hands the policy's turn to the environment."""
+        assert play.episode is not None
+        action = self.dialogue.action(play.tokens[play.turn_start :])
+        self._after(play, self._stepped, self.pool.step(play.episode, action))
+
+    def _stepped(self, play: Play) -> None:
         episode = play.episode
         assert episode is not None
         if episode.end is not None:
             return self._finish(play)
+
         try:
             observation = self.dialogue.observation(
                 episode.steps[-1].observation,
@@ -340,65 +437,144 @@ class Player:
             )
         except ValueError as error:
             return self._fail(play, f"its observation cannot be tokenised: {error}")
-        if len(play.prompt) + len(play.tokens) + len(observation) >= self._length:  # nothing could be said behind it
+
+        # An observation that nothing could be said behind is left out: nobody would learn from it.
+        if len(play.prompt) + len(play.tokens) + len(observation) >= self._length:
             play.is_truncated = True
             return self._finish(play)
+
         play.observed.append(play.give(observation, self.versions[0]))
         play.turn += 1
         play.turn_start = len(play.tokens)
         self._speak(play)
 
-    def _fail(self, play: _Play, problem: str) -> None:
+    def _fail(self, play: Play, problem: str) -> None:
         play.problem = problem
-        self.pool.failures[NONSENSE] += 1
+        self.pool.failures[MALFORMED] += 1
         self._finish(play)
 
-    def _finish(self, play: _Play) -> None:
+    def _finish(self, play: Play) -> None:
         """The episode is over; so may be its round, and its group."""
         group = play.group
-        group.samples[play.index] = _sample(play)
+        group.samples[play.index] = sample_of(play)
         group.results[play.index] = self._result(play)
         if group.rounds is None:
             self._leave(play)
+
         samples = [sample for sample in group.samples if sample is not None]
         if len(samples) < len(group.samples):
             return
         forks = group.rounds(samples) if group.rounds else []
-        if forks := [fork for fork in forks if _is_open(group, fork)]:
+        if forks := [fork for fork in forks if can_go_on_from(group, fork)]:
             return self._begin(group, forks)
+
+        # Forks need the conversations and environments of their parents, so those stay until the last round.
         if group.rounds is not None:
             for other in group.plays:
                 self._leave(other)
         self._open.remove(group)
         self._done.append(group)
 
-    def _leave(self, play: _Play) -> None:
-        self._free.append(play.context)
+    def _leave(self, play: Play) -> None:
+        if play.conversation != NO_CONVERSATION:
+            self._free.append(play.conversation)
         if play.episode is not None:
             self.pool.release(play.episode)
 
-    def _result(self, play: _Play) -> RewardResult:
+    def _result(self, play: Play) -> RewardResult:
         episode = play.episode
         assert episode is not None
         parts = {"turns": float(len(episode.steps)), **episode.counts}
         if play.problem or episode.end in FAILED:
             return RewardResult(0.0, parts, False, play.problem or f"{episode.end}: {episode.error}")
+
         value = episode.reward
-        if episode.end != DONE and self.unfinished_reward is not None:
-            value = self.unfinished_reward
-        if play.is_truncated and self._truncated_is_wrong:
+        if episode.end != DONE and self.config.unfinished_reward is not None:
+            value = self.config.unfinished_reward
+        if play.is_truncated and self.settings.truncated_is_wrong:
             value = min(value, 0.0)
         return RewardResult(value, parts)
 
-    def _stats(self, groups: Sequence[_Group], seconds: float) -> dict[str, float]:
+    # What is under way, out of a checkpoint and back.
+
+    def _restore(self, group: Group, saved: Mapping[str, Any]) -> None:
+        """A group that was under way, or complete, when its state was saved."""
+        group.prompt = saved["prompt"]
+        if group.rounds is not None:
+            group.rounds.made = saved["rounds_made"]
+        if saved["is_done"]:
+            group.rounds = None
+        self._open.append(group)
+
+        for state in saved["plays"]:
+            # What is over and will not be forked holds no conversation, as it held none when it was saved.
+            is_left = state["then"] == "finish" and group.rounds is None
+            play = self._new_play(group, Fork(**state["fork"]), speaks=not is_left)
+            for name in (*TOKEN_LISTS, "prompt", "turn", "turn_start", "is_truncated", "problem"):
+                setattr(play, name, state[name])
+            play.forced = [(start, stop) for start, stop in state["forced"]]
+            play.observed = [(start, stop) for start, stop in state["observed"]]
+
+        # All plays are there before the first goes on: the last one to end looks at the whole group.
+        for play, state in zip(list(group.plays), saved["plays"], strict=True):
+            if state["then"] == "open":
+                row = {"prompt": group.example.prompt, **group.example.columns}
+                self._after(play, self._opened, self.pool.start(row))
+            else:
+                self._after(play, self._goes_on[state["then"]], self.pool.restore(state["episode"]))
+
+    @property
+    def _goes_on(self) -> dict[str, Callable[[Play], None]]:
+        return {"finish": self._finish, "speak": self._resumed, "act": self._act_again}
+
+    def _act_again(self, play: Play) -> None:
+        assert play.episode is not None
+        if play.episode.end is not None:
+            return self._finish(play)
+        self._act(play)
+
+    def _group_state(self, group: Group) -> dict[str, Any]:
+        return {
+            "example_id": group.example.id,
+            "first_sample": group.request.first_sample,
+            "step": group.step,
+            "prompt": group.prompt,
+            "rounds_made": group.rounds.made if group.rounds else 0,
+            "is_done": group in self._done,
+            "plays": [self._play_state(play) for play in group.plays],
+        }
+
+    def _play_state(self, play: Play) -> dict[str, Any]:
+        """A play, and how it goes on. An environment may be at work, or have answered, while this is written, so of an
+        episode that goes on only the turns count that the play has seen."""
+        group = play.group
+        is_over = group.samples[play.index] is not None
+        then = "finish" if is_over else "open" if not play.prompt else "speak" if play in self._paused else "act"
+        episode = play.episode
+        if episode is None and play.fork.parent != NO_PARENT:  # the environment is being forked
+            episode = group.plays[play.fork.parent].episode
+            then = "speak"
+
+        state = {name: getattr(play, name) for name in TOKEN_LISTS}
+        state |= {name: getattr(play, name) for name in ("prompt", "turn", "turn_start", "is_truncated", "problem")}
+        return state | {
+            "fork": {**play.fork._asdict(), "inject": list(play.fork.inject)},
+            "forced": play.forced,
+            "observed": play.observed,
+            "then": then,
+            "episode": None if episode is None else episode.state_dict(turns=None if is_over else play.turn),
+        }
+
+    def _stats(self, groups: Sequence[Group], seconds: float) -> dict[str, float]:
         """What a call cost: `busy_share` is the share of its time in which a decoder worked, `reused_share` that of the
         context tokens of all turns that did not have to be computed."""
         total = {name: sum(d.stats[name] for d in self.decoders) for name in self.decoders[0].stats}
         results = [r for group in groups for r in group.results if r is not None]
         episodes = [play.episode for group in groups for play in group.plays if play.episode is not None]
-        stats = {
+        row_steps = total["decode_steps"] * self.decoders[0].spec.rows
+        return {
             "busy_share": total["seconds"] / max(seconds, 1e-9),
-            "row_occupancy": total["busy_rows"] / max(total["decode_steps"] * self.decoders[0].rows, 1),
+            "row_occupancy": total["busy_rows"] / max(row_steps, 1),
             "reused_share": 1 - total["extended_tokens"] / max(total["context_tokens"], 1),
             "prefill_tokens": float(total["extended_tokens"]),
             "turns": float(total["turns"]),
@@ -406,68 +582,7 @@ class Player:
             "failed": float(sum(not result.is_valid for result in results)),
             "groups_in_flight": float(self.num_pending),
         }
-        return stats
 
 
-def _turns_of(sample: Sample) -> np.ndarray:
-    assert sample.turns is not None
-    return sample.turns
-
-
-def _is_open(group: _Group, fork: Fork) -> bool:
-    """Whether anything can be said after a fork: not behind the last token of an episode, nor of one that failed."""
-    parent = group.plays[fork.parent]
-    stop = next((stop for start, stop in parent.observed if start <= fork.fork_index < stop), fork.fork_index)
-    episode = parent.episode
-    return stop < len(parent.tokens) and not parent.problem and episode is not None and episode.end not in FAILED
-
-
-def _sample(play: _Play) -> Sample:
-    is_child = play.fork.parent != NO_PARENT
-    return Sample(
-        tokens=np.array(play.tokens, np.int32),
-        logprobs=np.array(play.logprobs, np.float32),
-        entropies=np.array(play.entropies, np.float32),
-        finish_reason="length" if play.is_truncated else "stop",
-        parent=play.fork.parent,
-        fork_index=play.fork.fork_index if is_child else 0,
-        fork_score=play.fork.score,
-        forced=tuple(play.forced),
-        intervention=play.fork.intervention,
-        turns=np.array(play.turn_ids, np.int32),
-        versions=np.array(play.versions, np.int32),
-    )
-
-
-def _scored(group: _Group, dialogue: Dialogue) -> Scored:
-    samples = [sample for sample in group.samples if sample is not None]
-    return Scored(
-        group.example,
-        group.prompt or [dialogue.tokenizer.eos_id],
-        samples,
-        [dialogue.tokenizer.decode(sample.tokens.tolist()) for sample in samples],
-        [result for result in group.results if result is not None],
-        [np.array(play.turn_ids, np.int32) for play in group.plays],
-        [_turn_fields(play) for play in group.plays],
-    )
-
-
-def _turn_fields(play: _Play) -> Mapping[str, Any]:
-    """The optional fields of `Trajectory` that say something of turns, on the completion's tokens."""
-    episode = play.episode
-    steps = [] if episode is None else episode.steps
-    sampled = _sample(play).sampled
-    turn_ids = np.array(play.turn_ids, np.int32)
-    before = ["", *(step.observation for step in steps)]
-    states = np.array([zlib.crc32(text.encode()) >> 1 for text in before], np.int32)
-
-    def spread(values: Sequence[float]) -> np.ndarray:
-        padded = np.array([*values, 0.0], np.float32)
-        return np.where(sampled, padded[np.minimum(turn_ids, len(values))], 0).astype(np.float32)
-
-    return {
-        "turn_rewards": spread([step.reward for step in steps]),
-        "prediction_scores": spread([step.counts.get("prediction", 0.0) for step in steps]),
-        "state_ids": np.where(sampled, states[np.minimum(turn_ids, len(states) - 1)], -1).astype(np.int32),
-        "penalty": 0.0 if episode is None else float(episode.counts.get("redundancy", 0.0)),
-    }
+def group_size(plan: RolloutPlan) -> int:
+    return plan.forks.leaves if plan.forks else plan.group_size

@@ -4,17 +4,18 @@ import dataclasses
 from typing import Any
 
 from rljax.algorithms import GRPO
-from rljax.experiment.config import (
+from rljax.experiment import (
     CheckpointConfig,
     Config,
     EvaluationConfig,
     FreshModel,
+    OptimizerConfig,
     RewardConfig,
     SamplingConfig,
+    SingleTurn,
     UpdateConfig,
 )
 from rljax.tasks import Example
-from rljax.training import OptimizerConfig
 
 
 @dataclasses.dataclass
@@ -46,12 +47,12 @@ def tiny_config(**changes: Any) -> Config:
             alphabet="abcdefgh=", num_layers=2, embed_dim=32, num_heads=4, num_kv_heads=2, head_dim=8, mlp_dim=64
         ),
         data=EchoData(),
-        rewards=(RewardConfig("rljax.testing:echo_reward"),),
+        actor=SingleTurn(rewards=(RewardConfig("rljax.testing:echo_reward"),), prompt_buckets=(4,)),
         algorithm=GRPO(group_size=4, kl_coef=0.0),
-        sampling=SamplingConfig(max_new_tokens=4, truncated_is_wrong=False, prompt_buckets=(4,)),
+        sampling=SamplingConfig(max_new_tokens=4, truncated_is_wrong=False),
         update=UpdateConfig(
             pack_length=64,
-            packed_rows=1,
+            microbatch_size=1,
             length_buckets=(64,),
             score_buckets=(64,),
             row_buckets=(8, 16, 64),

@@ -1,22 +1,25 @@
 """Agents that cannot be changed as rollouts: they run in threads and speak with the policy through an endpoint."""
 
 import copy
+import dataclasses
 import math
 import queue
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from rljax.plans import ForkPlan
+from rljax.envs import check_chat_template, get_format
+from rljax.plans import RolloutPlan
+from rljax.rollouts.actor import GroupRequest, RolloutSettings, ScoredGroup
 from rljax.rollouts.black_box.endpoint import ChatEndpoint
 from rljax.rollouts.black_box.recording import Reply, Session, common_prompt, sample_of
-from rljax.rollouts.collect import Scored
-from rljax.sampling import Sample, SamplingParams
-from rljax.tasks import Example, RewardInput, RewardResult, RewardRunner, RewardSpec
+from rljax.rollouts.config import ActorParts, TurnsConfig, make_rewards, require_one_process
+from rljax.rollouts.orders import Order, Orders
+from rljax.sampling import Sample, SamplingConfig, SamplingParams
+from rljax.tasks import Example, RewardConfig, RewardInput, RewardResult, RewardRunner, load_callable
 from rljax.types import Params
 
 Agent = Callable[[str, dict[str, Any]], float | str]
@@ -39,129 +42,164 @@ class _Run:
         self.error, self.is_over = error, True
 
 
-class BlackBoxPlayer:
-    """Runs an agent for every sample; called as `rljax.rollouts.sample_and_score` is, and returns the same.
+@dataclasses.dataclass
+class BlackBox(TurnsConfig):
+    """An agent that cannot be changed speaks with the policy through an endpoint (`rljax.rollouts.black_box`)."""
 
-    `agent(base_url, row)` runs in one of `workers` threads and returns the episode's reward, or a text that `reward`
-    scores as the completion. An agent that raises, that takes longer than `timeout_s` seconds or that never asked the
-    policy anything costs its sample: it is not valid, and says why. One that hangs is left behind with its thread, and
-    its session answers no more.
+    agent: str = ""
+    """`module:callable`, called with the base URL of the endpoint and a row (prompt and columns). It returns the reward,
+    or a text for `rewards`."""
+    rewards: tuple[RewardConfig, ...] = ()
+    """What a text that the agent returns is worth. Empty takes the data's verifier, if there is one."""
+    timeout_s: float = 600.0
+    """Seconds that a run of the agent may take."""
+    trained_conversations: int = 1
+    """Conversations of a run that are trained on, those with most sampled tokens. It divides the group size."""
 
-    A run becomes up to `most_conversations` trajectories, those with most sampled tokens, each with the reward of the
-    run: an agent that rewrites its history, or has others work for it, holds several conversations. A group size counts
-    trajectories, so that `group_size // most_conversations` runs are made of a prompt. What conversations share is
-    trained on once, in the first of them. Of a group the prompt is what all of its conversations begin with.
+    def check(self, plan: RolloutPlan, sampling: SamplingConfig, pack_length: int) -> None:
+        if not self.agent:
+            raise ValueError("config.actor.agent is empty; name a callable, e.g. agent='my_agents:agent'")
+        self.check_own()
+        super().check(plan, sampling, pack_length)
+        check_group(plan, self)
+
+    def check_own(self) -> None:
+        """Raises ValueError for values that can never work."""
+        for name in ("workers", "trained_conversations"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"config.actor.{name}={getattr(self, name)} must be at least 1")
+        if not 0 < self.timeout_s < float("inf"):
+            raise ValueError(f"config.actor.timeout_s={self.timeout_s} must be a positive number of seconds")
+
+    def build(self, parts: ActorParts) -> "BlackBoxActor":
+        require_one_process("agents")
+        check_chat_template(parts.tokenizer, role=get_format(self.tool_format).role)
+        decoder = self.turn_decoder(parts, groups_in_flight=0, stop_strings=())
+        endpoint = ChatEndpoint(
+            decoder, parts.tokenizer, tool_format=self.tool_format, stop_strings=parts.sampling.stop_strings
+        )
+        rewards = make_rewards(self.rewards, parts.dataset)
+        return BlackBoxActor(endpoint, load_callable(self.agent), rewards, parts.settings, self)
+
+
+class BlackBoxActor:
+    """Runs an agent that cannot be changed for every sample. The `Actor` protocol says most of it.
+
+    `agent(base_url, row)` runs in a thread, one of `config.workers`, and returns the reward, or a text that `rewards`
+    score as the completion. An agent that raises, that takes longer than `config.timeout_s` seconds or that never asked
+    the policy anything costs its sample: it is not valid, and says why. One that hangs is left behind with its thread,
+    and its session answers no more.
+
+    A run becomes up to `config.trained_conversations` trajectories, those with most sampled tokens, each with the reward
+    of the run: an agent that rewrites its history, or has others work for it, holds several conversations. A group size
+    counts trajectories, so that `group_size // trained_conversations` runs are made of a prompt. What conversations
+    share is trained on once, in the first of them. Of a group the prompt is what all of its conversations begin with.
     """
 
     def __init__(
         self,
         endpoint: ChatEndpoint,
         agent: Agent,
-        reward: RewardRunner | RewardSpec | Callable[..., Any] | None = None,
-        *,
-        workers: int = 64,
-        timeout_s: float = 600.0,
-        most_conversations: int = 1,
+        rewards: RewardRunner | None,
+        settings: RolloutSettings,
+        config: BlackBox,
     ):
-        for name, value in (("workers", workers), ("most_conversations", most_conversations)):
-            if value < 1:
-                raise ValueError(f"{name}={value} must be at least 1")
-        if not 0 < timeout_s < math.inf:
-            raise ValueError(f"timeout_s={timeout_s} must be a positive number of seconds")
-        self.endpoint, self.agent, self.workers, self.timeout_s = endpoint, agent, workers, timeout_s
-        self.most_conversations, self._eos_id = most_conversations, endpoint.tokenizer.eos_id
-        self._rewards = reward if reward is None or isinstance(reward, RewardRunner) else RewardRunner([reward])
-        self.last_stats: dict[str, float] = {}
+        config.check_own()
+        self.endpoint = endpoint
+        self.agent = agent
+        self.rewards = rewards
+        self.settings = settings
+        self.config = config
+        self.stats: dict[str, float] = {}
+        self.seconds: dict[str, float] = {}
+        self._orders = Orders()
 
-    def __enter__(self) -> "BlackBoxPlayer":
+    def __enter__(self) -> "BlackBoxActor":
+        self.endpoint.__enter__()
+        if self.rewards is not None:
+            self.rewards.__enter__()
         return self
 
-    def __exit__(self, *error: object) -> None:
-        self.close()
+    def __exit__(self, *error: Any) -> None:
+        self.endpoint.__exit__(*error)
+        if self.rewards is not None:
+            self.rewards.__exit__(*error)
 
-    def close(self) -> None:
-        """Ends the endpoint, and the reward's workers."""
-        self.endpoint.close()
-        if self._rewards is not None:
-            self._rewards.close()
+    def set_params(self, params: Params, version: int) -> None:
+        self.endpoint.set_params(params, version)
 
-    def aside(self) -> "BlackBoxPlayer":
-        """What plays an evaluation over the same endpoint: each sample is a run of the agent."""
-        other = copy.copy(self)
-        other.most_conversations = 1
-        return other
+    def for_evaluation(self, sampling: SamplingParams) -> "BlackBoxActor":
+        """Each sample of an evaluation is a run of the agent."""
+        settings = replace(self.settings, sampling=sampling)
+        config = replace(self.config, trained_conversations=1)
+        return BlackBoxActor(self.endpoint, self.agent, self.rewards, settings, config)
 
     def cache_bytes(self) -> int:
-        """Bytes of keys and values over all devices."""
         return self.endpoint.cache_bytes()
 
-    def set_params(self, params: Params, *, version: int) -> None:
-        """The weights to speak with from now on, those of step `version`."""
-        self.endpoint.set_params(params, version=version)
+    def longest_row(self, prompt_length: int) -> int:
+        return self.endpoint.context_length
 
-    def missing(self, num_groups: int) -> int:
-        """How many examples the next call needs to return `num_groups` groups: as many, none is under way between."""
-        return num_groups
+    def missing(self, n: int) -> int:
+        return self._orders.missing(n)
 
-    def __call__(
-        self,
-        examples: Sequence[Example],
-        samples_each: int,
-        *,
-        sampling: SamplingParams,
-        seed: int,
-        step: int,
-        seen: dict[int, int] | None = None,
-        forks: ForkPlan | None = None,
-        phase: Callable[[str], AbstractContextManager] = nullcontext,
-        num_groups: int | None = None,
-        truncated_is_wrong: bool = False,
-        **unused: Any,
-    ) -> list[Scored]:
-        """Runs the agent on every example; returns the groups in order. Raises ValueError for a plan with forks, which
-        an agent that cannot be changed does not allow, and for a group size that is no multiple of
-        `most_conversations`; RuntimeError if the decoder failed."""
-        if forks is not None:
-            raise ValueError("an agent that cannot be changed cannot be forked; choose an algorithm without forks")
-        runs_each, rest = divmod(samples_each, self.most_conversations)
-        if rest or not runs_each:
-            raise ValueError(
-                f"group size {samples_each} must be a multiple of most_conversations={self.most_conversations}: it "
-                "counts trajectories, and a run of the agent may make so many"
-            )
-        seen = {} if seen is None else seen
-        self.endpoint.begin(sampling, seed=seed, step=step)
+    def submit(self, requests: Sequence[GroupRequest], plan: RolloutPlan, step: int) -> None:
+        """Raises ValueError for a plan with forks, and for a group size that is no multiple of
+        `trained_conversations`."""
+        check_group(plan, self.config)
+        self._orders.add(requests, plan, step)
+
+    def ready(self, n: int) -> list[ScoredGroup]:
+        """Raises RuntimeError if the decoder failed."""
+        self.seconds = {"sample": 0.0, "reward": 0.0}
+        return [group for order in self._orders.take(n) for group in self._play(order)]
+
+    def state_dict(self) -> dict[str, Any]:
+        return self._orders.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Any], plan: RolloutPlan, examples: Mapping[int, Example]) -> None:
+        self._orders.load_state_dict(state, plan, examples)
+
+    def _play(self, order: Order) -> list[ScoredGroup]:
+        runs_each = order.plan.group_size // self.config.trained_conversations
+
+        # The endpoint is told first, since sessions may ask as soon as they are open.
+        self.endpoint.begin(self.settings.sampling, seed=self.settings.seed, step=order.step)
         self.endpoint.failure = None
         begin = time.perf_counter()
-        groups = []
-        for example in examples:
-            first = samples_each * seen.setdefault(example.id, 0)
-            seen[example.id] += 1
-            groups.append([_Run(example, self.endpoint.open_session(example.id, first + i)) for i in range(runs_each)])
+        groups = [
+            [
+                _Run(request.example, self.endpoint.open_session(request.example.id, request.first_sample + i))
+                for i in range(runs_each)
+            ]
+            for request in order.requests
+        ]
         runs = [run for group in groups for run in group]
-        with phase("sample"):
-            self._run_all(runs)
+        self._run_all(runs)
         if self.endpoint.failure is not None:
             raise RuntimeError("the decoder failed while agents spoke with it") from self.endpoint.failure
-        seconds = time.perf_counter() - begin
+        sampled = time.perf_counter()
+
         for run in runs:
             run.paths = run.session.conversations()
             if not run.paths and not run.error:
                 run.fail("the agent never asked the policy anything; its requests must go to the base URL it is given")
-        with phase("reward"):
-            results = self._judge(runs, truncated_is_wrong)
-        self.last_stats = self._stats(runs, results, seconds)
-        it = iter(results)
-        return [self._scored(group, [next(it) for _ in group]) for group in groups]
+        results = self._judge(runs)
+        self.seconds["sample"] += sampled - begin
+        self.seconds["reward"] += time.perf_counter() - sampled
+        self.stats = self._stats(runs, results, sampled - begin)
+
+        in_order = iter(results)
+        return [self._scored(group, [next(in_order) for _ in group]) for group in groups]
 
     def _run_all(self, runs: Sequence[_Run]) -> None:
         """Runs the agent, at most `workers` at once, and gives up on those that hang."""
         waiting, running = deque(runs), set[_Run]()
         over: queue.SimpleQueue[_Run] = queue.SimpleQueue()
         while waiting or running:
-            while waiting and len(running) < self.workers:
+            while waiting and len(running) < self.config.workers:
                 run = waiting.popleft()
-                run.deadline = time.monotonic() + self.timeout_s
+                run.deadline = time.monotonic() + self.config.timeout_s
                 running.add(run)
                 threading.Thread(target=self._run, args=(run, over), daemon=True, name="agent").start()
             try:
@@ -172,7 +210,7 @@ class BlackBoxPlayer:
             for run in ended:
                 self.endpoint.close_session(run.session)
                 if run in running and not run.is_over:
-                    run.fail(f"the agent took longer than {self.timeout_s:g} s")
+                    run.fail(f"the agent took longer than {self.config.timeout_s:g} s")
                 running.discard(run)
 
     def _run(self, run: _Run, over: "queue.SimpleQueue[_Run]") -> None:
@@ -187,10 +225,10 @@ class BlackBoxPlayer:
                 run.answer, run.error, run.is_over = answer, error, True
         over.put(run)
 
-    def _judge(self, runs: Sequence[_Run], truncated_is_wrong: bool) -> list[RewardResult]:
+    def _judge(self, runs: Sequence[_Run]) -> list[RewardResult]:
         texts = [run for run in runs if not run.error and isinstance(run.answer, str)]
         scores: dict[int, RewardResult] = {}
-        if self._rewards is not None:
+        if self.rewards is not None:
             inputs = [
                 RewardInput(
                     prompt=run.example.prompt,
@@ -200,11 +238,11 @@ class BlackBoxPlayer:
                 )
                 for run in texts
             ]
-            scores = {id(run): result for run, result in zip(texts, self._rewards.score(inputs), strict=True)}
+            scores = {id(run): result for run, result in zip(texts, self.rewards.score(inputs), strict=True)}
         results = []
         for run in runs:
             result = scores.get(id(run)) or _own_reward(run)
-            if truncated_is_wrong and result.is_valid and any(path[-1].is_cut for path in run.paths):
+            if self.settings.truncated_is_wrong and result.is_valid and any(path[-1].is_cut for path in run.paths):
                 result = RewardResult(min(result.value, 0.0), result.components)
             counts = {
                 "turns": float(len(run.session.replies)),
@@ -215,31 +253,33 @@ class BlackBoxPlayer:
             results.append(RewardResult(result.value, counts | result.components, result.is_valid, result.error))
         return results
 
-    def _scored(self, runs: Sequence[_Run], results: Sequence[RewardResult]) -> Scored:
-        chosen = [run.paths[: self.most_conversations] for run in runs]
-        prompt = common_prompt([path for paths in chosen for path in paths]) if any(chosen) else [self._eos_id]
+    def _scored(self, runs: Sequence[_Run], results: Sequence[RewardResult]) -> ScoredGroup:
+        chosen = [run.paths[: self.config.trained_conversations] for run in runs]
+        prompt = common_prompt([path for paths in chosen for path in paths]) if any(chosen) else [self.endpoint.tokenizer.eos_id]
         samples: list[Sample] = []
         judged: list[RewardResult] = []
-        fields: list[Mapping[str, Any]] = []
+        episodes: list[int] = []
         for paths, result in zip(chosen, results, strict=True):
+            # A reply that two conversations share is trained on in the first of them.
             taken: set[int] = set()
             episode = len(samples)
             for path in paths or [[]]:
                 samples.append(sample_of(path, len(prompt), taken))
                 judged.append(result)
-                fields.append({"episode": episode})
-        return Scored(
-            runs[0].example,
-            prompt,
-            samples,
-            [self.endpoint.renderer.decode(sample.tokens.tolist()) for sample in samples],
-            judged,
-            [sample.turns for sample in samples if sample.turns is not None],
-            fields,
+                episodes.append(episode)
+
+        return ScoredGroup(
+            example=runs[0].example,
+            prompt=prompt,
+            samples=samples,
+            texts=[self.endpoint.renderer.decode(sample.tokens.tolist()) for sample in samples],
+            results=judged,
+            steps=[sample.turns for sample in samples if sample.turns is not None],
+            episodes=episodes,
         )
 
     def _stats(self, runs: Sequence[_Run], results: Sequence[RewardResult], seconds: float) -> dict[str, float]:
-        """What a call cost, under the names of `multi_turn.Player`; `conversations` is the mean number of a run."""
+        """What a call cost, under the names of `MultiTurnActor`; `conversations` is the mean number of a run."""
         decoder = self.endpoint.stats()
         paths = sum(len(run.paths) for run in runs)
         return {
@@ -251,8 +291,19 @@ class BlackBoxPlayer:
             "finished_share": sum(not run.error for run in runs) / max(len(runs), 1),
             "failed": float(sum(not result.is_valid for result in results)),
             "conversations": paths / max(len(runs), 1),
-            "unused_conversations": float(sum(max(len(run.paths) - self.most_conversations, 0) for run in runs)),
+            "unused_conversations": float(sum(max(len(run.paths) - self.config.trained_conversations, 0) for run in runs)),
         }
+
+
+def check_group(plan: RolloutPlan, config: BlackBox) -> None:
+    """Raises ValueError for a plan whose groups an agent cannot make."""
+    if plan.forks is not None:
+        raise ValueError("an agent that cannot be changed cannot be forked; choose an algorithm without forks")
+    if plan.group_size % config.trained_conversations:
+        raise ValueError(
+            f"group size {plan.group_size} must be a multiple of config.actor.trained_conversations="
+            f"{config.trained_conversations}: it counts trajectories, and a run of the agent may make so many"
+        )
 
 
 def _own_reward(run: _Run) -> RewardResult:
@@ -261,7 +312,7 @@ def _own_reward(run: _Run) -> RewardResult:
     if not error and hasattr(value, "item") and getattr(value, "ndim", None) == 0:
         value = value.item()  # a scalar of numpy or jax
     if not error and isinstance(value, str):
-        error = "the agent returned text, which needs a reward to score it; give the player one"
+        error = "the agent returned text, which needs a reward to score it; give config.actor.rewards"
     elif not error and (not isinstance(value, (bool, int, float)) or not math.isfinite(value)):
         error = f"the agent returned {value!r:.100}; it must return a finite number, or a text to be scored"
     return RewardResult(0.0, {}, False, error) if error else RewardResult(float(value), {})

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from rljax.sampling import Spoken, Turn, TurnDecoder
+from rljax.sampling import TurnResult, Turn, TurnDecoder
 from rljax.types import Params
 
 T = TypeVar("T")
@@ -28,7 +28,7 @@ class _Ask:
     sample_id: int
     turn: int
     limit: int
-    future: "Future[tuple[Spoken, int]]" = field(default_factory=Future)
+    future: "Future[tuple[TurnResult, int]]" = field(default_factory=Future)
 
 
 @dataclass(eq=False)
@@ -58,7 +58,7 @@ class DecoderThread:
 
     def ask(
         self, tokens: Sequence[int], *, prompt_id: int, sample_id: int, turn: int, limit: int
-    ) -> "Future[tuple[Spoken, int]]":
+    ) -> "Future[tuple[TurnResult, int]]":
         """What comes behind `tokens`, and the version of the weights that say it. The future raises Interrupted if the
         turn was called off, or what the decoder raises."""
         ask = _Ask(np.asarray(tokens, np.int32), prompt_id, sample_id, turn, limit)
@@ -146,7 +146,7 @@ class DecoderThread:
             self._free.remove(context)
             self._running[context], self._holds[context] = ask, ask.tokens
 
-    def _spoken(self, spoken: Spoken) -> None:
+    def _spoken(self, spoken: TurnResult) -> None:
         context = spoken.turn.context
         ask = self._running.pop(context)
         self._free.append(context)

@@ -8,8 +8,9 @@ import re
 import secrets
 import socket
 import threading
+from collections.abc import Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import unquote, urlsplit
 
 from rljax.envs import get_format
@@ -25,13 +26,21 @@ from rljax.rollouts.black_box.chat_api import (
 )
 from rljax.rollouts.black_box.decoder_thread import DecoderThread, Interrupted
 from rljax.rollouts.black_box.recording import Renderer, Reply, Session
-from rljax.sampling import SamplingParams, Spoken, TurnDecoder
+from rljax.sampling import SamplingParams, TurnResult, TurnDecoder
 from rljax.text import Tokenizer
 from rljax.types import Params
 
 _MOST_BYTES = 64 * 2**20  # of a request
 _ROUTE = re.compile(r"(?:/session/(?P<session>[^/]+))?/v1/(?P<what>[^?]*)")
 _CALL_MARKS = ("<tool_call>", "<|python_tag|>", '{"name"')
+
+
+class _Opened(NamedTuple):
+    """What an endpoint holds while it is open."""
+
+    server: "_Server"
+    decoder: DecoderThread
+    listener: threading.Thread
 
 
 class ChatEndpoint:
@@ -42,8 +51,9 @@ class ChatEndpoint:
     the recorded ids and what the chat template puts behind them; others begin a conversation of their own. With `tools`
     in a request, calls are read by `tool_format` (see `rljax.envs.formats`). `stop_strings` are those of the decoder.
 
-    It owns the decoder until `close`: give weights through `set_params`. A context manager. Raises ValueError for a
-    tokenizer without a chat template or an unknown format, OSError for a port that is taken.
+    A context manager: the port and the threads are open within `with` only, and there it owns the decoder, so give
+    weights through `set_params`. Raises ValueError for a tokenizer without a chat template or an unknown format, and, on
+    entering, OSError for a port that is taken.
     """
 
     def __init__(
@@ -52,26 +62,35 @@ class ChatEndpoint:
         tokenizer: Tokenizer,
         *,
         tool_format: str | Parser | ToolFormat = "hermes",
-        stop_strings: tuple[str, ...] = (),
+        stop_strings: Sequence[str] = (),
         host: str = "127.0.0.1",
         port: int = 0,
         model: str = "policy",
     ):
-        self.tokenizer, self.model = tokenizer, model
+        self.tokenizer = tokenizer
+        self.model = model
         self.failure: Exception | None = None  # what the decoder raised, if it did
         self.renderer = Renderer(tokenizer)
-        self._format, self._stop_strings = get_format(tool_format), stop_strings
-        self._context_length, self._max_new_tokens = decoder.context_length, decoder.max_new_tokens
+        self.context_length = decoder.spec.context_length
+        self._turn_decoder = decoder
+        self._format = get_format(tool_format)
+        self._stop_strings = tuple(stop_strings)
+        self._max_new_tokens = decoder.spec.max_new_tokens
+        self._address = (host, port)
         self._sampling: dict[str, float] | None = None
         self._sessions: dict[str, Session] = {}
-        self._server = _Server((host, port), self)
-        self._decoder = DecoderThread(decoder)
-        self._listener = threading.Thread(
-            target=self._server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True, name="endpoint"
-        )
-        self._listener.start()
+        self._opened: _Opened | None = None
 
     def __enter__(self) -> "ChatEndpoint":
+        if self._opened is not None:
+            raise RuntimeError("the endpoint is open already")
+        # The port first: if it is taken, no thread is left behind.
+        server = _Server(self._address, self)
+        listener = threading.Thread(
+            target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True, name="endpoint"
+        )
+        self._opened = _Opened(server, DecoderThread(self._turn_decoder), listener)
+        listener.start()
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -79,12 +98,27 @@ class ChatEndpoint:
 
     def close(self) -> None:
         """Calls off what is under way and ends all threads. The decoder can be used again, by another endpoint too."""
-        self._server.shutdown()
-        self._decoder.close()
-        self._server.close()
-        self._listener.join()
+        opened = self._opened
+        if opened is None:
+            return
+        # The order matters: no new requests, then answers to those under way, then their connections.
+        opened.server.shutdown()
+        opened.decoder.close()
+        opened.server.close()
+        opened.listener.join()
+        self._opened = None
 
-    def set_params(self, params: Params, *, version: int) -> None:
+    @property
+    def _decoder(self) -> DecoderThread:
+        return self._open.decoder
+
+    @property
+    def _open(self) -> "_Opened":
+        if self._opened is None:
+            raise RuntimeError("the endpoint is closed; use it within `with endpoint:`")
+        return self._opened
+
+    def set_params(self, params: Params, version: int) -> None:
         """The weights to speak with from now on, those of step `version`. What is under way is called off."""
         self._decoder.set_params(params, version)
 
@@ -100,12 +134,12 @@ class ChatEndpoint:
 
     def stats(self) -> dict[str, float]:
         """The decoder's, since `begin`, and its number of `rows`. What is under way is called off."""
-        stats = self._decoder.call(lambda decoder: {**decoder.stats, "rows": decoder.rows})
+        stats = self._decoder.call(lambda decoder: {**decoder.stats, "rows": decoder.spec.rows})
         return {name: float(value) for name, value in stats.items()}
 
     def cache_bytes(self) -> int:
         """Bytes of keys and values over all devices."""
-        return self._decoder.call(lambda decoder: decoder.cache_bytes())
+        return self._turn_decoder.cache_bytes()
 
     def open_session(self, prompt_id: int = 0, sample_id: int = 0) -> Session:
         """A session of an agent. (`prompt_id`, `sample_id`) name its random numbers, as in `Turn`."""
@@ -115,7 +149,7 @@ class ChatEndpoint:
 
     def url(self, session: Session) -> str:
         """The session's base URL, such as `OPENAI_BASE_URL` holds."""
-        host, port = self._server.server_address[:2]
+        host, port = self._open.server.server_address[:2]
         return f"http://{host if isinstance(host, str) else host.decode()}:{port}/session/{session.id}/v1"
 
     def close_session(self, session: Session) -> None:
@@ -183,11 +217,11 @@ class ChatEndpoint:
             except ValueError as error:
                 raise ApiError(str(error), param="messages") from error
         ids = [*(parent.ids if parent else ()), *given]
-        if len(ids) >= self._context_length:
+        if len(ids) >= self.context_length:
             if parent is not None:
                 parent.is_cut = True
             raise ApiError(
-                f"this model's maximum context length is {self._context_length} tokens; your messages have {len(ids)}, "
+                f"this model's maximum context length is {self.context_length} tokens; your messages have {len(ids)}, "
                 "and one must be left to say",
                 code="context_length_exceeded",
                 param="messages",
@@ -196,7 +230,7 @@ class ChatEndpoint:
             turn = session.number(ids, len(parent.path) if parent else 0)
         return parent, request.keys[start:], given, ids, turn
 
-    def _speak(self, session: Session, ids: list[int], turn: int, limit: int) -> tuple[Spoken, int]:
+    def _speak(self, session: Session, ids: list[int], turn: int, limit: int) -> tuple[TurnResult, int]:
         try:
             future = self._decoder.ask(
                 ids, prompt_id=session.prompt_id, sample_id=session.sample_id, turn=turn, limit=limit
@@ -208,7 +242,7 @@ class ChatEndpoint:
             self.failure = error
             raise ApiError(f"the decoder failed: {type(error).__name__}: {error}", status=500) from error
 
-    def _message(self, request: ChatRequest, spoken: Spoken, turn: int) -> tuple[dict[str, Any], str, bool]:
+    def _message(self, request: ChatRequest, spoken: TurnResult, turn: int) -> tuple[dict[str, Any], str, bool]:
         """The answer's message, why it ended, and whether a call in it could not be read."""
         text = self.renderer.decode(spoken.tokens.tolist())
         parsed = self._format.parse(text) if request.reads_calls else None
@@ -232,7 +266,7 @@ class ChatEndpoint:
             message["content"] = text[: min(ends)]
         return message, "length" if spoken.end == "length" else "stop", bool(parsed and parsed.problem)
 
-    def _shown_logprobs(self, spoken: Spoken) -> list[dict[str, Any]]:
+    def _shown_logprobs(self, spoken: TurnResult) -> list[dict[str, Any]]:
         texts = [self.renderer.decode([token]) for token in spoken.tokens.tolist()]
         return [
             {"token": text, "logprob": float(logprob), "bytes": list(text.encode()), "top_logprobs": []}

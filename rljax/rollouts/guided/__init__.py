@@ -1,5 +1,5 @@
 """Rollouts with as little guidance as it takes, where plain ones fail throughout (ActGuide-RL, 2605.12004)."""
 
-from rljax.rollouts.guided.actor import Guided, GuidedPlayer, collect_guided
+from rljax.rollouts.guided.actor import Guided, GuidedActor, GuidedGroups, collect_guided
 
-__all__ = ["Guided", "GuidedPlayer", "collect_guided"]
+__all__ = ["Guided", "GuidedActor", "GuidedGroups", "collect_guided"]

@@ -5,15 +5,18 @@ were sampled under, its `prompt` is the plain one, and its rows have the source 
 evaluation.
 """
 
+import dataclasses
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Int
 
-from rljax.rollouts.collect import Scored, sample_and_score
+from rljax.plans import RolloutPlan
+from rljax.rollouts.actor import Actor, GroupRequest, ScoredGroup, number_groups
+from rljax.rollouts.config import ActorParts
 from rljax.rollouts.guided.guidance import (
     FINAL_ACTIONS,
     MINIMAL_SEARCH,
@@ -21,43 +24,85 @@ from rljax.rollouts.guided.guidance import (
     guided_prompt,
     reference_actions,
 )
+from rljax.rollouts.orders import Order, Orders
+from rljax.rollouts.multi_turn import MultiTurn
+from rljax.rollouts.single_turn import SingleTurn
+from rljax.sampling import SamplingConfig, SamplingParams
 from rljax.tasks import Example
 from rljax.tasks.examples import digest
-from rljax.types import SOURCE_GUIDED
+from rljax.types import SOURCE_GUIDED, Params
 
-Play = Callable[[list[Example], int], list[Scored]]
+PlayGroups = Callable[[list[Example], int], list[ScoredGroup]]
 """(examples, samples of each) -> their groups, in order."""
 
 QUOTES_PLAN = re.compile(r"\b(?:reference plan|the plan|(?:step|item) \d+ of the)\b", re.IGNORECASE)
 
 
-class Guided(NamedTuple):
+@dataclasses.dataclass
+class Guided:
+    """Guided rollouts where plain ones all fail (ActGuide-RL, 2605.12004; `rljax.rollouts.guided`)."""
+
+    actor: SingleTurn | MultiTurn = dataclasses.field(default_factory=SingleTurn)
+    """How plain and guided rollouts are made."""
+    column: str = "actions"
+    """Column of the data that holds reference actions."""
+    probes: int = 2
+    """Rollouts that try a level of guidance."""
+    budget: int = 0
+    """Most levels that are tried for an example; 0 is as many as the search needs."""
+    threshold: float = 0.0
+    """An example is hard if its best reward is at most this."""
+
+    def check(self, plan: RolloutPlan, sampling: SamplingConfig, pack_length: int) -> None:
+        if plan.forks is not None:
+            raise ValueError(
+                "config.actor=Guided(...) and an algorithm that forks do not go together; leave one of them out"
+            )
+        if self.probes < 1 or self.budget < 0:
+            raise ValueError(
+                f"config.actor.probes={self.probes} must be at least 1 and budget={self.budget} at least 0"
+            )
+        if not self.column:
+            raise ValueError("config.actor.column is empty; name the column of the data that holds reference actions")
+        # Probes and guided rollouts are groups of a size of their own, which no later step could use.
+        if isinstance(self.actor, MultiTurn) and self.actor.groups_in_flight:
+            raise ValueError(
+                f"config.actor.actor.groups_in_flight={self.actor.groups_in_flight} and guidance exclude each other; "
+                "set it to 0"
+            )
+        self.actor.check(plan, sampling, pack_length)
+
+    def build(self, parts: ActorParts) -> "GuidedActor":
+        return GuidedActor(self.actor.build(parts), self)
+
+    def check_prompts(self, parts: ActorParts, pack_length: int) -> None:
+        self.actor.check_prompts(parts, pack_length)
+
+
+class GuidedGroups(NamedTuple):
     """The groups of all examples, in order; the level of guidance of each (0: plain), whether that level had succeeded
     in the search, and metrics without prefix."""
 
-    groups: list[Scored]
+    groups: list[ScoredGroup]
     levels: Int[np.ndarray, " N"]
     is_verified: Bool[np.ndarray, " N"]
     stats: dict[str, float]
 
 
 def collect_guided(
-    play: Play,
+    play: PlayGroups,
     examples: Sequence[Example],
     samples_each: int,
+    config: Guided,
     *,
-    column: str = "actions",
-    probe_samples: int = 2,
-    budget: int | None = None,
-    threshold: float = 0.0,
     rule: SearchRule = MINIMAL_SEARCH,
     without: Sequence[str] = FINAL_ACTIONS,
-) -> Guided:
-    """Plays every example `samples_each` times. A hard one, whose best reward is at most `threshold` and whose column
-    `column` has reference actions (`reference_actions`; those `without` are never shown), is searched by `rule` with
-    `probe_samples` rollouts a probe and at most `budget` probes, all hard ones at once; then `samples_each` guided
-    rollouts take the place of its failures. Rollouts of probes are thrown away: that one of them succeeded is why the
-    level was chosen.
+) -> GuidedGroups:
+    """Plays every example `samples_each` times. A hard one, whose best reward is at most `config.threshold` and whose
+    column `config.column` has reference actions (`reference_actions`; those `without` are never shown), is searched by
+    `rule` with `config.probes` rollouts a probe and at most `config.budget` probes, all hard ones at once; then
+    `samples_each` guided rollouts take the place of its failures. Rollouts of probes are thrown away: that one of them
+    succeeded is why the level was chosen.
 
     Guided examples have ids of their own, so that no rollout repeats the random numbers of another. An example whose
     rollouts were all invalid is not hard. ValueError for reference actions that are none, and for
@@ -68,34 +113,38 @@ def collect_guided(
     probes, and the tokens of the plain rollouts that were replaced; the share of guided texts that speak of a plan.
     """
     groups = play(list(examples), samples_each)
-    actions = [reference_actions(e.columns.get(column) or (), without=without) for e in examples]
-    hard = [i for i, group in enumerate(groups) if actions[i] and _fails(group, threshold)]
-    levels, is_verified = np.zeros(len(examples), np.int32), np.zeros(len(examples), bool)
+    actions = [reference_actions(e.columns.get(config.column) or (), without=without) for e in examples]
+    hard = [i for i, group in enumerate(groups) if actions[i] and _fails(group, config.threshold)]
+    levels = np.zeros(len(examples), np.int32)
+    is_verified = np.zeros(len(examples), bool)
     replaced = [groups[i] for i in hard]
-    probes: list[Scored] = []
+    probes: list[ScoredGroup] = []
     search = None
+
     if hard:
-        search = rule.begin(np.array([len(actions[i]) for i in hard], np.int32), budget)
+        search = rule.begin(np.array([len(actions[i]) for i in hard], np.int32), config.budget or None)
         while (step := rule.next_probe(search))[1].any():
             chosen = [(i, int(level)) for i, level, is_active in zip(hard, *step, strict=True) if is_active]
-            played = play([_guide(examples[i], actions[i], level, "probe") for i, level in chosen], probe_samples)
+            played = play([_guide(examples[i], actions[i], level, "probe") for i, level in chosen], config.probes)
             success = np.zeros(len(hard), bool)
-            success[step[1]] = [_succeeds(group, threshold) for group in played]
+            success[step[1]] = [_succeeds(group, config.threshold) for group in played]
             search = rule.update_probe(search, success)
             probes += played
+
         levels[hard], is_verified[hard] = rule.found(search)
         guided = play([_guide(examples[i], actions[i], int(levels[i]), "guided") for i in hard], samples_each)
         for i, group in zip(hard, guided, strict=True):
             groups[i] = _unguided(group, groups[i], int(levels[i]))
+
     lengths = np.array([len(a) for a in actions], np.int32)
-    stats = _stats(groups, levels, is_verified, lengths, hard, threshold)
+    stats = _stats(groups, levels, is_verified, lengths, hard, config.threshold)
     stats |= {
         "probes_per_hard_task": float(search.probes.mean()) if search else 0.0,
         "probe_rollouts": float(sum(len(group.samples) for group in probes)),
         "probe_tokens": _tokens(probes),
         "replaced_tokens": _tokens(replaced),
     }
-    return Guided(groups, levels, is_verified, stats)
+    return GuidedGroups(groups, levels, is_verified, stats)
 
 
 def _guide(example: Example, actions: Sequence[dict[str, Any]], level: int, purpose: str) -> Example:
@@ -106,7 +155,7 @@ def _guide(example: Example, actions: Sequence[dict[str, Any]], level: int, purp
     )
 
 
-def _unguided(guided: Scored, plain: Scored, level: int) -> Scored:
+def _unguided(guided: ScoredGroup, plain: ScoredGroup, level: int) -> ScoredGroup:
     """The guided samples behind the plain prompt. Raises ValueError if they had read nothing else than that."""
     if not level:
         return guided._replace(example=plain.example)
@@ -115,29 +164,27 @@ def _unguided(guided: Scored, plain: Scored, level: int) -> Scored:
             f"the guidance of example {plain.example.id} did not reach the policy: what it read is the plain prompt; "
             "let the environment's reset return the column prompt of its row"
         )
-    told = guided.turn_fields or [{}] * len(guided.samples)
-    fields = [{**fields, "source": SOURCE_GUIDED} for fields in told]
-    return guided._replace(example=plain.example, prompt=plain.prompt, turn_fields=fields)
+    return guided._replace(example=plain.example, prompt=plain.prompt, source=SOURCE_GUIDED)
 
 
-def _values(group: Scored) -> list[float]:
+def _values(group: ScoredGroup) -> list[float]:
     return [result.value for result in group.results if result.is_valid]
 
 
-def _succeeds(group: Scored, threshold: float) -> bool:
+def _succeeds(group: ScoredGroup, threshold: float) -> bool:
     return any(value > threshold for value in _values(group))
 
 
-def _fails(group: Scored, threshold: float) -> bool:
+def _fails(group: ScoredGroup, threshold: float) -> bool:
     return bool(_values(group)) and not _succeeds(group, threshold)
 
 
-def _tokens(groups: Sequence[Scored]) -> float:
+def _tokens(groups: Sequence[ScoredGroup]) -> float:
     return float(sum(sample.sampled.sum() for group in groups for sample in group.samples))
 
 
 def _stats(
-    groups: Sequence[Scored],
+    groups: Sequence[ScoredGroup],
     levels: np.ndarray,
     is_verified: np.ndarray,
     lengths: np.ndarray,
@@ -164,21 +211,65 @@ def _stats(
     }
 
 
-class GuidedPlayer:
-    """`collect_guided` with these `options`, as a way to collect: `plain` is called as `sample_and_score` is."""
+class GuidedActor:
+    """`collect_guided` around another actor, whose groups must not outlive a call. Evaluations are never guided."""
 
-    def __init__(self, plain: Callable[..., list[Scored]] = sample_and_score, **options: Any):
-        self._plain, self._options = plain, options
-        self.last_stats: dict[str, float] = {}
+    def __init__(self, plain: Actor, config: Guided):
+        self.plain = plain
+        self.config = config
+        self.stats: dict[str, float] = {}
+        self.seconds: dict[str, float] = {}
+        self._orders = Orders()
 
-    def missing(self, num_groups: int) -> int:
-        return num_groups
+    def __enter__(self) -> "GuidedActor":
+        self.plain.__enter__()
+        return self
 
-    def __call__(
-        self, examples: Sequence[Example], samples_each: int, *, num_groups: int | None = None, **setup: Any
-    ) -> list[Scored]:
-        found = collect_guided(
-            lambda chosen, each: self._plain(chosen, each, **setup), examples, samples_each, **self._options
-        )
-        self.last_stats = found.stats
+    def __exit__(self, *error: Any) -> None:
+        self.plain.__exit__(*error)
+
+    def set_params(self, params: Params, version: int) -> None:
+        self.plain.set_params(params, version)
+
+    def for_evaluation(self, sampling: SamplingParams) -> Actor:
+        return self.plain.for_evaluation(sampling)
+
+    def cache_bytes(self) -> int:
+        return self.plain.cache_bytes()
+
+    def longest_row(self, prompt_length: int) -> int:
+        return self.plain.longest_row(prompt_length)
+
+    def missing(self, n: int) -> int:
+        return self._orders.missing(n)
+
+    def submit(self, requests: Sequence[GroupRequest], plan: RolloutPlan, step: int) -> None:
+        self._orders.add(requests, plan, step)
+
+    def ready(self, n: int) -> list[ScoredGroup]:
+        self.seconds = {}
+        return [group for order in self._orders.take(n) for group in self._play(order)]
+
+    def state_dict(self) -> dict[str, Any]:
+        return self._orders.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Any], plan: RolloutPlan, examples: Mapping[int, Example]) -> None:
+        self._orders.load_state_dict(state, plan, examples)
+
+    def _play(self, order: Order) -> list[ScoredGroup]:
+        seen: dict[int, int] = {}  # of guided examples, which have ids of their own
+        plain_requests = [order.requests]
+
+        def play(examples: list[Example], samples_each: int) -> list[ScoredGroup]:
+            # The first call is for the plain examples, which were numbered when they were asked for.
+            requests = plain_requests.pop() if plain_requests else number_groups(examples, samples_each, seen)
+            self.plain.submit(requests, order.plan._replace(group_size=samples_each), order.step)
+            groups = self.plain.ready(len(requests))
+            for phase, spent in self.plain.seconds.items():
+                self.seconds[phase] = self.seconds.get(phase, 0.0) + spent
+            return groups
+
+        examples = [request.example for request in order.requests]
+        found = collect_guided(play, examples, order.plan.group_size, self.config)
+        self.stats = found.stats
         return found.groups

@@ -1,0 +1,53 @@
+"""What cannot work is refused in one line, before any data is read or device touched."""
+
+import importlib.util
+
+from rljax.algorithms import Algorithm
+from rljax.experiment.config import Config
+from rljax.plans import RolloutPlan
+
+
+def check(config: Config, device_count: int | None = None) -> Algorithm:
+    """Builds the algorithm and refuses impossible combinations with a `ValueError` of one line.
+
+    What a part can see by itself it checks itself; here is what takes two. `device_count` is checked against the mesh
+    when given.
+    """
+    algorithm = config.algorithm.build()
+    plan = algorithm.plan
+
+    for name in ("steps", "prompts_per_step"):
+        if getattr(config, name) < 1:
+            raise ValueError(f"config.{name}={getattr(config, name)} must be at least 1")
+    for part in (config.sampling, config.update, config.critic, config.evaluation, config.checkpoint):
+        part.check()
+
+    if config.prompts_per_step % config.update.minibatches:
+        raise ValueError(
+            f"config.prompts_per_step={config.prompts_per_step} does not divide into config.update.minibatches="
+            f"{config.update.minibatches}; a minibatch holds whole groups, so choose a divisor"
+        )
+    check_forks(config, plan)
+    config.actor.check(plan, config.sampling, config.update.pack_length)
+    if config.sampling.temperature <= 0 and plan.group_size > 1:
+        raise ValueError(
+            f"config.sampling.temperature={config.sampling.temperature} makes all {plan.group_size} samples of a group "
+            "equal; training needs a temperature above 0 (evaluation is greedy on its own)"
+        )
+    if config.log.wandb_project and importlib.util.find_spec("wandb") is None:
+        raise ValueError("wandb is not installed; pip install 'rljax[wandb]'")
+    if device_count is not None:
+        config.mesh.check(device_count)
+    return algorithm
+
+
+def check_forks(config: Config, plan: RolloutPlan) -> None:
+    """Refuses forks that cannot be made. A plan that speaks of words is checked again once it knows a tokenizer."""
+    if plan.forks is None:
+        return
+    plan.forks.check()
+    if plan.forks.max_injected + 1 >= config.sampling.max_new_tokens:
+        raise ValueError(
+            f"config.sampling.max_new_tokens={config.sampling.max_new_tokens} leaves no room beside the tokens that a "
+            f"fork of {type(config.algorithm).__name__} begins with; raise it to at least {plan.forks.max_injected + 2}"
+        )

@@ -1,0 +1,51 @@
+"""What `launch/eval.py` does."""
+
+import json
+from pathlib import Path
+
+import jax
+
+from rljax.evaluation import Evaluation
+from rljax.experiment.build import build
+from rljax.experiment.config import Config
+from rljax.experiment.report import evaluation_table
+from rljax.experiment.train import evaluate_run
+from rljax.models import abstract_params, param_shardings
+from rljax.parallel import is_main_process, use_mesh
+from rljax.training import restore_params
+
+
+def evaluate_model(
+    config: Config, *, checkpoint: str | None = None, step: int | None = None, json_file: str | None = None
+) -> Evaluation:
+    """Evaluates the config's initial model, or the checkpoint of a run folder, and prints the table.
+
+    `step` None is the newest checkpoint. ValueError when there is none.
+    """
+    run = build(config)
+    with run.actor, use_mesh(run.mesh):
+        if checkpoint is None:
+            params = run.initial_params()
+        else:
+            target = jax.tree.map(
+                lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where),
+                abstract_params(run.decoder),
+                param_shardings(run.decoder, run.mesh),
+            )
+            params, step = restore_params(run_checkpoints(checkpoint), target, step)
+        evaluation = evaluate_run(run, params, step or 0)
+    if is_main_process():
+        print(evaluation_table(evaluation))
+        if json_file:
+            Path(json_file).write_text(json.dumps(evaluation.to_dict(), indent=2, ensure_ascii=False) + "\n")
+    return evaluation
+
+
+def run_checkpoints(folder: str) -> Path:
+    """The checkpoints of a run folder. ValueError when there are none."""
+    path = Path(folder) / "checkpoints"
+    if not path.is_dir() or not any(child.name.isdigit() for child in path.iterdir()):
+        raise ValueError(
+            f"{folder} holds no checkpoint; give the --workdir of a run with config.checkpoint.every above 0"
+        )
+    return path

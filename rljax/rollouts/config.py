@@ -1,0 +1,146 @@
+"""What the configs of actors have in common.
+
+Each kind of actor is a config that builds itself and stands beside its actor (`SingleTurn`, `MultiTurn`, `BlackBox`,
+`Guided`), so that what does not go together cannot be written.
+"""
+
+import dataclasses
+from typing import Protocol, runtime_checkable
+
+import jax
+from jax.sharding import Mesh
+
+from rljax.envs import get_format
+from rljax.models import DecoderConfig
+from rljax.plans import RolloutPlan
+from rljax.rollouts.actor import Actor, RolloutSettings
+from rljax.sampling import SamplingConfig, Stops, TurnDecoder, TurnDecoderSpec
+from rljax.tasks import Dataset, RewardConfig, RewardRunner, RewardSpec
+from rljax.text import Tokenizer
+
+
+@dataclasses.dataclass(frozen=True)
+class ActorParts:
+    """What an actor is built from.
+
+    Attributes:
+        decoder: the model.
+        tokenizer: its tokenizer.
+        mesh: the devices to roll out on.
+        plan: what a rollout is to collect.
+        dataset: examples, and the reward that comes with them, if any.
+        sampling: how to sample.
+        settings: the same as functions need it, with the run's seed.
+        groups: prompts of a step.
+    """
+
+    decoder: DecoderConfig
+    tokenizer: Tokenizer
+    mesh: Mesh
+    plan: RolloutPlan
+    dataset: Dataset
+    sampling: SamplingConfig
+    settings: RolloutSettings
+    groups: int
+
+
+@runtime_checkable
+class ActorConfig(Protocol):
+    """How a run rolls out."""
+
+    def check(self, plan: RolloutPlan, sampling: SamplingConfig, pack_length: int) -> None:
+        """Refuses what cannot work, with a ValueError of one line, before any data is read. A trajectory is trained on
+        in packed sequences of `pack_length` tokens."""
+        ...
+
+    def build(self, parts: ActorParts) -> Actor:
+        """The actor, with nothing open. ValueError for what only the data can show."""
+        ...
+
+    def check_prompts(self, parts: ActorParts, pack_length: int) -> None:
+        """ValueError for a prompt that cannot be sampled or trained on."""
+        ...
+
+
+@dataclasses.dataclass
+class TurnsConfig:
+    """The decoder for conversations, which episodes and agents share."""
+
+    tool_format: str = "hermes"
+    """How tool calls are written, by name or as `module:object`. Its stop strings end a turn, and its role or wrapping
+    stands around an observation."""
+    context_length: int = 1024
+    """Tokens of a whole episode. It must fit into `config.update.pack_length`."""
+    decode_rows: int = 0
+    """Turns that decode at once; 0 is one for each episode of a step."""
+    conversations: int = 0
+    """Conversations whose keys and values are kept on the device; 0 is one for each episode under way."""
+    prefill_chunks: tuple[int, ...] = (16, 64, 256)
+    """Lengths in tokens in which what comes anew is computed: programs are compiled for these alone."""
+    check_every: int = 8
+    """Decoding steps between two looks for finished turns."""
+    workers: int = 64
+    """Threads (or processes) that environments or agents run in."""
+
+    def check(self, plan: RolloutPlan, sampling: SamplingConfig, pack_length: int) -> None:
+        get_format(self.tool_format)
+        if not sampling.max_new_tokens < self.context_length <= pack_length:
+            raise ValueError(
+                f"config.actor.context_length={self.context_length}, the length of an episode, must be above "
+                f"config.sampling.max_new_tokens={sampling.max_new_tokens} (of a turn) and at most "
+                f"config.update.pack_length={pack_length}"
+            )
+        for name in ("decode_rows", "conversations"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"config.actor.{name}={getattr(self, name)} must be at least 0")
+        if self.workers < 1:
+            raise ValueError(f"config.actor.workers={self.workers} must be at least 1")
+
+    def check_prompts(self, parts: ActorParts, pack_length: int) -> None:
+        """What opens an episode is known when it does; one that is too long fails alone."""
+
+    def turn_decoder(self, parts: ActorParts, *, groups_in_flight: int, stop_strings: tuple[str, ...]) -> TurnDecoder:
+        group = parts.plan.forks.leaves if parts.plan.forks else parts.plan.group_size
+        conversations = self.conversations or (parts.groups + groups_in_flight) * group
+        spec = TurnDecoderSpec(
+            conversations=conversations,
+            rows=min(self.decode_rows or parts.groups * chains_of(parts.plan), conversations),
+            context_length=self.context_length,
+            max_new_tokens=parts.sampling.max_new_tokens,
+            prefill_chunks=self.prefill_chunks,
+            check_every=self.check_every,
+        )
+        return TurnDecoder(parts.decoder, spec, stops_of(parts, stop_strings), mesh=parts.mesh)
+
+
+def make_rewards(configs: tuple[RewardConfig, ...], dataset: Dataset) -> RewardRunner | None:
+    """The configured rewards, or the data set's own verifier; None for neither. ValueError when a reward wants a column
+    that the data lacks."""
+    specs = [reward.load() for reward in configs]
+    if not specs and dataset.verifier is not None:
+        specs = [RewardSpec(dataset.verifier)]
+    if not specs:
+        return None
+    runner = RewardRunner(specs)
+    runner.check_columns(set.intersection(*(set(e.columns) for e in [*dataset.train, *dataset.test])))
+    return runner
+
+
+def chains_of(plan: RolloutPlan) -> int:
+    """Samples of a group that are sampled at once, before anything forks."""
+    return plan.forks.chains if plan.forks else plan.group_size
+
+
+def stops_of(parts: ActorParts, strings: tuple[str, ...] = ()) -> Stops:
+    """What ends a completion: the tokenizer's stop tokens, the config's stop strings and `strings`."""
+    return Stops(
+        tokens=parts.tokenizer.stop_ids,
+        strings=(*strings, *parts.sampling.stop_strings),
+        decode_text=parts.tokenizer.decode,
+    )
+
+
+def require_one_process(what: str) -> None:
+    """ValueError on several processes."""
+    if jax.process_count() > 1:
+        raise ValueError(f"{what} are served by one process today; run this config on one, with all its devices")

@@ -1,0 +1,226 @@
+"""Prompts answered in one turn, and scored by rewards on the text."""
+
+import dataclasses
+import itertools
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from rljax.plans import ForkPlan, RolloutPlan
+from rljax.rollouts.actor import GroupRequest, RolloutSettings, ScoredGroup, from rljax.rollouts.config import ActorParts, chains_of, make_rewards, stops_of
+from rljax.rollouts.forks import ForkRounds
+from rljax.rollouts.orders import Order, Orders
+from rljax.sampling import Request, Sample, Sampler, SamplerSpec, SamplingConfig, SamplingParams
+from rljax.tasks import Example, RewardConfig, RewardInput, RewardResult, RewardRunner
+from rljax.text import StepSplitter, Tokenizer, render_prompt
+from rljax.types import Params
+
+
+@dataclasses.dataclass
+class SingleTurn:
+    """Prompts are answered in one turn; rewards score the text."""
+
+    rewards: tuple[RewardConfig, ...] = ()
+    """What a completion is worth; several add up by weight. Empty takes the verifier that comes with the data."""
+    prompt_buckets: tuple[int, ...] = (64, 128, 256, 512)
+    """Prompt lengths in tokens that programs are compiled for. The last must hold the longest prompt."""
+    prompt_slots: int = 0
+    """Prompts that decode at once; 0 is all of a step. Lower it when keys and values do not fit."""
+    sample_slots: int = 0
+    """Samples of a prompt that decode at once; 0 is the whole group."""
+
+    def check(self, plan: RolloutPlan, sampling: SamplingConfig, pack_length: int) -> None:
+        buckets = self.prompt_buckets
+        if not buckets or list(buckets) != sorted(set(buckets)) or buckets[0] < 1:
+            raise ValueError(
+                f"config.actor.prompt_buckets={buckets} must be increasing positive lengths, e.g. (64, 128)"
+            )
+        for name in ("prompt_slots", "sample_slots"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"config.actor.{name}={getattr(self, name)} must be at least 0, which is all of a step")
+
+    def build(self, parts: ActorParts) -> "SingleTurnActor":
+        plan = parts.plan
+        rewards = make_rewards(self.rewards, parts.dataset)
+        if rewards is None:
+            raise ValueError(
+                "config.actor.rewards is empty and the data has no verifier of its own; add e.g. "
+                "rewards=(RewardConfig('my_rewards:correct'),)"
+            )
+        spec = SamplerSpec(
+            prompt_buckets=self.prompt_buckets,
+            max_new_tokens=parts.sampling.max_new_tokens,
+            prompt_slots=self.prompt_slots or parts.groups,
+            sample_slots=self.sample_slots or chains_of(plan),
+            path_slots=plan.forks.parents if plan.forks else 0,
+            max_injected=plan.forks.max_injected if plan.forks else 0,
+        )
+        sampler = Sampler(parts.decoder, spec, stops_of(parts), mesh=parts.mesh)
+        return SingleTurnActor(sampler, parts.tokenizer, rewards, parts.settings)
+
+    def check_prompts(self, parts: ActorParts, pack_length: int) -> None:
+        """Renders every prompt once."""
+        length, example_id = max(
+            (len(render_prompt(parts.tokenizer, example.prompt, parts.settings.chat)), example.id)
+            for example in [*parts.dataset.train, *parts.dataset.test]
+        )
+        if length > self.prompt_buckets[-1]:
+            raise ValueError(
+                f"the longest prompt has {length} tokens (id {example_id}), more than the largest of "
+                f"config.actor.prompt_buckets={self.prompt_buckets}; add a bucket or drop the row"
+            )
+        total = length + parts.sampling.max_new_tokens
+        if total > pack_length:
+            raise ValueError(
+                f"config.update.pack_length={pack_length} cannot hold the longest prompt "
+                f"({length} tokens) and config.sampling.max_new_tokens={parts.sampling.max_new_tokens}; "
+                f"raise it to at least {total}"
+            )
+
+
+class SingleTurnActor:
+    """Samples each prompt of a group independently, or in rounds of forks, and runs `rewards` on the texts.
+
+    All groups of a call are decoded together. The `Actor` protocol says the rest.
+    """
+
+    def __init__(self, sampler: Sampler, tokenizer: Tokenizer, rewards: RewardRunner, settings: RolloutSettings):
+        self.sampler = sampler
+        self.tokenizer = tokenizer
+        self.rewards = rewards
+        self.settings = settings
+        self.stats: dict[str, float] = {}
+        self.seconds: dict[str, float] = {}
+        self._orders = Orders()
+
+    def __enter__(self) -> "SingleTurnActor":
+        self.rewards.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self.rewards.__exit__(*error)
+
+    def set_params(self, params: Params, version: int) -> None:
+        """The weights to sample with. Tokens of one turn are all of one version, that of the step that trains on them."""
+        self.sampler.set_params(params)
+
+    def for_evaluation(self, sampling: SamplingParams) -> "SingleTurnActor":
+        settings = replace(self.settings, sampling=sampling)
+        return SingleTurnActor(self.sampler, self.tokenizer, self.rewards, settings)
+
+    def cache_bytes(self) -> int:
+        return self.sampler.cache_bytes()
+
+    def longest_row(self, prompt_length: int) -> int:
+        return prompt_length + self.sampler.spec.max_new_tokens
+
+    def missing(self, n: int) -> int:
+        return self._orders.missing(n)
+
+    def submit(self, requests: Sequence[GroupRequest], plan: RolloutPlan, step: int) -> None:
+        self._orders.add(requests, plan, step)
+
+    def ready(self, n: int) -> list[ScoredGroup]:
+        self.seconds = {"sample": 0.0, "reward": 0.0}
+        return [group for order in self._orders.take(n) for group in self._sample_and_score(order)]
+
+    def state_dict(self) -> dict[str, Any]:
+        return self._orders.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Any], plan: RolloutPlan, examples: Mapping[int, Example]) -> None:
+        self._orders.load_state_dict(state, plan, examples)
+
+    def _sample_and_score(self, order: Order) -> list[ScoredGroup]:
+        """One call of the sampler, then one of the rewards."""
+        plan = order.plan
+        step = order.step
+        examples = [request.example for request in order.requests]
+        prompts = [render_prompt(self.tokenizer, example.prompt, self.settings.chat) for example in examples]
+        splitter = StepSplitter(self.tokenizer, plan.forks.step_delimiters if plan.forks else ())
+        requests = [
+            self._request(request, prompt, plan, splitter, step)
+            for request, prompt in zip(order.requests, prompts, strict=True)
+        ]
+
+        begin = time.perf_counter()
+        sampled = self.sampler.generate(requests, self.settings.sampling, seed=self.settings.seed, step=step)
+        texts = [
+            [completion_text(self.tokenizer, sample, self.settings.stop_strings) for sample in samples]
+            for samples in sampled
+        ]
+        self.seconds["sample"] += time.perf_counter() - begin
+
+        begin = time.perf_counter()
+        results = iter(self._judge(examples, sampled, texts))
+        self.seconds["reward"] += time.perf_counter() - begin
+
+        return [
+            ScoredGroup(
+                example=example,
+                prompt=prompts[i],
+                samples=sampled[i],
+                texts=texts[i],
+                results=list(itertools.islice(results, len(sampled[i]))),
+                steps=[splitter(sample.tokens) for sample in sampled[i]],
+            )
+            for i, example in enumerate(examples)
+        ]
+
+    def _request(
+        self, group: GroupRequest, prompt: list[int], plan: RolloutPlan, splitter: StepSplitter, step: int
+    ) -> Request:
+        """The request to the sampler: all samples at once, or the chains and the rounds of forks that follow them."""
+        forks: ForkPlan | None = plan.forks
+        first = group.first_sample
+        count = forks.chains if forks else plan.group_size
+        request = Request(prompt, group.example.id, tuple(range(first, first + count)))
+        if forks is None:
+            return request
+
+        rounds = ForkRounds(
+            plan=forks,
+            decode=self.tokenizer.decode,
+            steps_of=lambda sample: splitter(sample.tokens),
+            seed=self.settings.seed,
+            step=step,
+            prompt_id=group.example.id,
+            first_id=first,
+            limit=self.sampler.spec.max_new_tokens,
+        )
+        return request._replace(rounds=rounds)
+
+    def _judge(
+        self, examples: Sequence[Example], sampled: Sequence[list[Sample]], texts: Sequence[list[str]]
+    ) -> list[RewardResult]:
+        """Results of all samples, group by group."""
+        inputs = [
+            RewardInput(
+                prompt=example.prompt,
+                completion=text,
+                token_ids=sample.tokens.tolist(),
+                columns=example.columns,
+            )
+            for example, samples, group_texts in zip(examples, sampled, texts, strict=True)
+            for sample, text in zip(samples, group_texts, strict=True)
+        ]
+        results = self.rewards.score(inputs)
+        if not self.settings.truncated_is_wrong:
+            return results
+
+        flat: Iterable[Sample] = itertools.chain.from_iterable(sampled)
+        return [
+            replace(result, value=min(result.value, 0.0)) if sample.finish_reason == "length" else result
+            for result, sample in zip(results, flat, strict=True)
+        ]
+
+
+def completion_text(tokenizer: Tokenizer, sample: Sample, stop_strings: Sequence[str] = ()) -> str:
+    """The completion as the reward sees it: special tokens left out, cut before the stop string that ended it."""
+    text = tokenizer.decode(np.asarray(sample.tokens).tolist())
+    if sample.finish_reason != "stop_string":
+        return text
+    starts = [text.find(stop) for stop in stop_strings if stop in text]
+    return text[: min(starts)] if starts else text

@@ -1,0 +1,85 @@
+"""Metrics of a rollout."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from rljax.plans import RolloutPlan
+from rljax.rollouts.actor import ScoredGroup
+from rljax.sampling import Sample
+from rljax.types import NO_PARENT
+
+
+def rollout_stats(
+    plan: RolloutPlan, groups: Sequence[ScoredGroup], rewards: np.ndarray, *, drawn: int, failed: int
+) -> dict[str, float]:
+    """Metrics of the groups that are trained on, without prefix. `rewards` are raw, float64 [groups, group_size], NaN
+    for none; `drawn` groups were sampled for these, with `failed` invalid rewards among them."""
+    samples = [sample for group in groups for sample in group.samples]
+    lengths = np.array([len(sample.tokens) for sample in samples], np.float64)
+    fresh = [_fresh(sample) for sample in samples]
+    entropies = np.concatenate([sample.entropies[new] for sample, new in zip(samples, fresh, strict=True)])
+    new_tokens = float(sum(new.sum() for new in fresh))
+    is_valid = ~np.isnan(rewards)
+    spread = np.array([np.ptp(row[ok]) if ok.any() else 0.0 for row, ok in zip(rewards, is_valid, strict=True)])
+
+    stats = {
+        "reward_mean": float(rewards[is_valid].mean()) if is_valid.any() else 0.0,
+        "reward_std": float(rewards[is_valid].std()) if is_valid.any() else 0.0,
+        "length_mean": float(lengths.mean()),
+        "length_max": float(lengths.max()),
+        "entropy": float(entropies.mean()) if len(entropies) else 0.0,
+        "truncated_share": float(np.mean([sample.finish_reason == "length" for sample in samples])),
+        "no_signal_share": float(np.mean(spread == 0)),
+        "invalid_rewards": float(failed),
+        "prompts_drawn": float(drawn),
+        "new_tokens": new_tokens,
+    }
+    if plan.forks:
+        reused = float(sum(sample.fork_index for sample in samples))
+        stats |= {
+            "reused_tokens": reused,
+            "forced_tokens": float(lengths.sum()) - reused - new_tokens,
+            "leaves": float(len(samples)),
+            "leaves_per_1k_tokens": 1000 * len(samples) / max(new_tokens, 1.0),
+            "unused_forks": float(len(groups) * plan.group_size - len(samples)),
+            **_fork_stats(groups),
+        }
+    return stats | _component_means(groups)
+
+
+def _component_means(groups: Sequence[ScoredGroup]) -> dict[str, float]:
+    """Mean of every component of the rewards over the samples that have it, where there are several."""
+    parts: dict[str, list[float]] = {}
+    for result in (r for group in groups for r in group.results if r.is_valid):
+        for name, value in result.components.items():
+            parts.setdefault(name, []).append(value)
+    if len(parts) < 2:
+        return {}
+    return {f"component/{name}": float(np.mean(values)) for name, values in parts.items()}
+
+
+def _fresh(sample: Sample) -> np.ndarray:
+    """bool [T]: tokens that were sampled for this very sample, and not inherited by a fork."""
+    mask = sample.sampled
+    mask[: sample.fork_index] = False
+    return mask
+
+
+def _fork_stats(groups: Sequence[ScoredGroup]) -> dict[str, float]:
+    """Where forks lie, and how a path that was kept compares with those that left it: under a rule that looks at the
+    finished path the first is no fair sample."""
+    depths = []
+    gaps = []
+    for group in groups:
+        for sample, result in zip(group.samples, group.results, strict=True):
+            if sample.parent == NO_PARENT:
+                continue
+            depths.append(sample.fork_index / len(group.samples[sample.parent].tokens))
+            parent = group.results[sample.parent]
+            if parent.is_valid and result.is_valid:
+                gaps.append(parent.value - result.value)
+    return {
+        "fork_depth": float(np.mean(depths)) if depths else 0.0,
+        "original_minus_branch": float(np.mean(gaps)) if gaps else 0.0,
+    }

@@ -1,0 +1,130 @@
+"""A sample of a scored group as a trajectory, and as a line of the rollout log."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from rljax.plans import Column, RolloutPlan
+from rljax.rollouts.actor import ScoredGroup
+from rljax.types import NO_PARENT, Trajectory
+
+_NO_STATE = -1
+
+
+def trajectory_of(
+    plan: RolloutPlan,
+    group: ScoredGroup,
+    index: int,
+    step: int,
+    columns: Sequence[Column] = (),
+    *,
+    group_id: int = 0,
+    first_row: int = 0,
+) -> Trajectory:
+    """Sample `index` of `group`, prompt and completion in one sequence.
+
+    The group is the `group_id`-th of its rollout, and its first sample row `first_row` of it. `columns` are those that
+    the trajectory gets, 0 where the sample has no value.
+    """
+    sample = group.samples[index]
+    result = group.results[index]
+    prompt_length = len(group.prompt)
+    total = prompt_length + len(sample.tokens)
+
+    def on_completion(values: Any, dtype: Any, fill: float = 0) -> np.ndarray:
+        return np.concatenate([np.full(prompt_length, fill, dtype), np.asarray(values, dtype)])
+
+    is_truncated = sample.finish_reason == "length"
+    reward = result.value if result.is_valid else 0.0
+    if plan.shape_reward is not None and result.is_valid:
+        reward = plan.shape_reward(reward, len(sample.tokens))
+
+    versions = np.full(total, step, np.int32)
+    if sample.versions is not None:
+        versions = on_completion(sample.versions, np.int32)
+    is_child = sample.parent != NO_PARENT
+    turn_fields = group.turn_fields[index] if group.turn_fields else {}
+
+    return Trajectory(
+        tokens=np.concatenate([np.asarray(group.prompt, np.int32), np.asarray(sample.tokens, np.int32)]),
+        # Overlong filtering leaves a truncated row in the statistics of its group, without gradient.
+        action_mask=on_completion(sample.sampled & (not (is_truncated and plan.mask_truncated)), bool),
+        behavior_logprobs=on_completion(sample.logprobs, np.float32),
+        entropies=on_completion(sample.entropies, np.float32),
+        turn_ids=on_completion(group.steps[index], np.int32),
+        policy_version=versions,
+        prompt_id=group.example.id,
+        task_id=group.example.task_id,
+        group_id=group_id,
+        episode_id=first_row + (group.episodes[index] if group.episodes else index),
+        reward=float(reward),
+        is_valid=result.is_valid,
+        is_truncated=is_truncated,
+        source=group.source,
+        parent_row=first_row + sample.parent if is_child else NO_PARENT,
+        fork_index=prompt_length + sample.fork_index if is_child else 0,
+        fork_score=float(sample.fork_score),
+        intervention=sample.intervention,
+        columns={column.name: _value(column, group, index, on_completion) for column in columns},
+        **{
+            name: on_completion(values, values.dtype, _NO_STATE if name == "state_ids" else 0)
+            for name, values in turn_fields.items()
+        },
+    )
+
+
+def columns_of(plan: RolloutPlan, groups: Sequence[ScoredGroup]) -> list[Column]:
+    """The columns that the plan declares and that some sample of the rollout has a value for. A method decides by the
+    absence of a column that its signal does not exist here, so one that nothing fills stays away."""
+    return [
+        column
+        for column in plan.columns
+        if any(_find(column, group, index) is not None for group in groups for index in range(len(group.samples)))
+    ]
+
+
+def _find(column: Column, group: ScoredGroup, index: int) -> Any:
+    """The value of a sample under the column's name, None for none. A row's is a component of its reward (environments
+    add up the counts of their steps there), else a number of the data row."""
+    if column.per != "row":
+        return group.signals[index].get(column.name) if group.signals else None
+
+    components = group.results[index].components
+    if column.name in components:
+        return components[column.name]
+    value = group.example.columns.get(column.name)
+    return value if isinstance(value, (bool, int, float)) else None
+
+
+def _value(column: Column, group: ScoredGroup, index: int, on_completion: Any) -> Any:
+    found = _find(column, group, index)
+    if column.per == "row":
+        return 0.0 if found is None else float(found)
+    length = len(group.samples[index].tokens)
+    return on_completion(np.zeros(length, np.float32) if found is None else found, np.float32)
+
+
+def record_of(group: ScoredGroup, index: int, trajectory: Trajectory, step: int) -> dict[str, Any]:
+    """A JSON-ready line of the rollout log."""
+    sample = group.samples[index]
+    result = group.results[index]
+    record = {
+        "step": step + 1,  # counted as the metrics count: by finished steps
+        "prompt_id": group.example.id,
+        "sample": index,
+        "prompt": group.example.prompt,
+        "completion": group.texts[index],
+        "reward": result.value if result.is_valid else None,
+        "shaped_reward": trajectory.reward,
+        "components": result.components,
+        "error": result.error,
+        "finish_reason": sample.finish_reason,
+        "tokens": np.asarray(sample.tokens).tolist(),
+        "logprobs": np.round(np.asarray(sample.logprobs, np.float64), 5).tolist(),
+    }
+    if sample.parent != NO_PARENT:
+        record |= {"parent": sample.parent, "fork_index": sample.fork_index, "fork_score": float(sample.fork_score)}
+    if sample.forced:
+        record["forced"] = [list(span) for span in sample.forced]
+    return record

@@ -120,10 +120,10 @@ def test_an_episode_runs_to_its_end(pool):
         ("raise", "raised", "RuntimeError: oops"),
         ("exit", "raised", "SystemExit: 3"),
         ("x", "raised", "ValueError"),
-        ("nonsense", "nonsense", "must be a Step"),
-        ("nan", "nonsense", "finite"),
-        ("none", "nonsense", "must hold text"),
-        ("flag", "nonsense", "True or False"),
+        ("nonsense", "malformed", "must be a Step"),
+        ("nan", "malformed", "finite"),
+        ("none", "malformed", "must hold text"),
+        ("flag", "malformed", "True or False"),
         ("hang", "timeout", "longer than"),
     ],
 )
@@ -180,6 +180,7 @@ def test_worker_processes_end_with_the_pool():
 
 def test_closing_resolves_what_is_under_way():
     pool = EnvironmentPool(Counter, workers=1, limits=EnvironmentLimits(step_s=20.0))
+    pool.open()
     hanging = pool.step(pool.start({"goal": 1}).result(9), "hang")
     waiting = pool.start({"goal": 2})
     time.sleep(0.1)
@@ -261,6 +262,48 @@ def test_bad_pools_are_refused():
         EnvironmentPool("nowhere:make")
     with pytest.raises(ValueError, match="turns is 0"):
         EnvironmentLimits(turns=0)
+
+
+def needs_a_file():
+    raise OSError("no such index")
+
+
+@pytest.mark.parametrize("processes", [False, True])
+def test_nothing_starts_before_the_pool_is_opened(processes):
+    threads = threading.active_count()
+    pool = EnvironmentPool(Counter, workers=2, processes=processes, limits=LIMITS)
+    assert threading.active_count() == threads and pool._lanes == []
+    with pytest.raises(RuntimeError, match=r"not open; use it in a `with` block, or call open\(\) first$"):
+        pool.start({"goal": 1})
+    with pool:
+        pool.open()  # stands already
+        assert play(pool, ["5"]).end == "done"
+    pool.close()
+    with pytest.raises(RuntimeError, match="closed"), pool:
+        pass
+
+    never = EnvironmentPool(Counter, workers=2, processes=processes)
+    never.close()
+    with pytest.raises(RuntimeError, match="closed"):
+        never.open()
+
+
+@pytest.mark.parametrize("processes", [False, True])
+def test_a_factory_that_makes_nothing_is_refused_as_the_pool_opens(processes):
+    pool = EnvironmentPool(needs_a_file, workers=1, processes=processes)
+    with pytest.raises(ValueError, match="makes no environment: OSError: no such index") as error, pool:
+        pass
+    assert "\n" not in str(error.value)
+
+
+def test_a_factory_that_no_worker_can_load_is_refused_as_the_pool_opens(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "only_here.py").write_text(
+        f"import os\nif os.getpid() != {os.getpid()}: raise OSError('only there')\ndef make(): return None\n"
+    )
+    pool = EnvironmentPool("only_here:make", workers=1, processes=True)
+    with pytest.raises(ValueError, match=r"a worker process cannot make environments.*only there"), pool:
+        pass
 
 
 def right(answer, row):

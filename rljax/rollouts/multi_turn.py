@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from rljax.envs import DONE, FAILED, NONSENSE, EnvironmentPool, Episode
+from rljax.envs import DONE, FAILED, MALFORMED, EnvironmentPool, Episode
 from rljax.plans import ForkPlan
 from rljax.rollouts.collect import Scored
 from rljax.rollouts.forks import rounds_of
@@ -350,7 +350,7 @@ class Player:
 
     def _fail(self, play: _Play, problem: str) -> None:
         play.problem = problem
-        self.pool.failures[NONSENSE] += 1
+        self.pool.failures[MALFORMED] += 1
         self._finish(play)
 
     def _finish(self, play: _Play) -> None:

@@ -74,6 +74,8 @@ class BlackBoxPlayer:
         self.last_stats: dict[str, float] = {}
 
     def __enter__(self) -> "BlackBoxPlayer":
+        if self._rewards is not None:
+            self._rewards.open()
         return self
 
     def __exit__(self, *error: object) -> None:

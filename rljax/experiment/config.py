@@ -6,7 +6,8 @@ names. `check` refuses what cannot work, in one line, before any device is touch
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
+import inspect
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -14,46 +15,21 @@ from rljax.algorithms import GRPO, Algorithm
 from rljax.envs import EnvironmentLimits, EnvironmentPool, get_format
 from rljax.models import DecoderConfig, find_smollm2
 from rljax.plans import Plan
-from rljax.tasks import (
-    Curriculum,
-    Example,
-    Extractor,
-    FailureCurriculum,
-    RewardRunner,
-    RewardSpec,
-    UniformCurriculum,
-    balanced,
-    hold_apart,
-    load_callable,
-    load_jsonl,
-    load_parquet,
-    reasoning_gym_task,
-    split_by_hash,
-    whole_completion,
+from rljax.tasks import Example, RewardRunner, RewardSpec, load_callable
+from rljax.tasks.config import (  # noqa: F401  config files take their parts from here
+    CurriculumSource,
+    Dataset,
+    DataSource,
+    FailedTasks,
+    FileData,
+    FileRows,
+    ReasoningGymData,
+    RewardConfig,
+    RowsData,
+    UniformTasks,
 )
 from rljax.text import CharTokenizer, Tokenizer, load_tokenizer
 from rljax.training import OptimizerConfig
-
-
-@runtime_checkable
-class Dataset(Protocol):
-    """What a data config loads: examples, disjoint by content hash, and the reward that comes with them, if any."""
-
-    @property
-    def train(self) -> list[Example]: ...
-    @property
-    def test(self) -> list[Example]: ...
-    @property
-    def verifier(self) -> Callable[..., Any] | None: ...
-
-
-@runtime_checkable
-class DataSource(Protocol):
-    """Where examples come from; `chat` is that of `rljax.text.render_prompt`."""
-
-    chat: bool | None
-
-    def load(self) -> Dataset: ...
 
 
 @runtime_checkable
@@ -95,111 +71,6 @@ class FreshModel:
     def decoder(self, vocab_size: int) -> DecoderConfig:
         shape = {k: v for k, v in dataclasses.asdict(self).items() if k != "alphabet"}
         return DecoderConfig(vocab_size=vocab_size, tied_embeddings=True, **shape)
-
-
-@dataclasses.dataclass
-class ReasoningGymData:
-    """A reasoning-gym task; test items are kept out of training by the hash of the item.
-
-    `prompt` is formatted with `question` and the item's metadata; with `chat` it becomes a user message of the chat
-    template. `extract` finds the answer in a completion; with `full_score_only` partial credit counts as 0.
-    """
-
-    task: str = "chain_sum"
-    args: dict[str, Any] = dataclasses.field(default_factory=dict)
-    size: int = 2000
-    test_size: int = 64
-    seed: int = 0
-    prompt: str = "{question}"
-    chat: bool | None = True
-    full_score_only: bool = True
-    extract: Extractor = whole_completion
-
-    def load(self) -> Dataset:
-        return reasoning_gym_task(
-            self.task,
-            size=self.size,
-            num_test=self.test_size,
-            seed=self.seed,
-            config=self.args,
-            format_prompt=self._format,
-            full_score_only=self.full_score_only,
-            extract=self.extract,
-        )
-
-    def _format(self, item: Mapping[str, Any]) -> str:
-        known = {**item["metadata"], "question": item["question"]}
-        try:
-            return self.prompt.format(**known)
-        except KeyError as error:
-            raise ValueError(
-                f"config.data.prompt={self.prompt!r} names {error.args[0]!r}, which items of {self.task} lack; "
-                f"they have {', '.join(sorted(known))}"
-            ) from None
-
-
-@dataclasses.dataclass
-class FileData:
-    """JSONL or Parquet with a prompt column (text, or a list of chat messages) and whatever columns the reward wants.
-
-    What the `test` file holds is taken out of training by the hash of its prompts; without one, `test_fraction` of
-    `train` is held out.
-    """
-
-    train: str = ""
-    test: str = ""
-    test_fraction: float = 0.05
-    prompt_column: str = "prompt"
-    chat: bool | None = None
-
-    def load(self) -> Dataset:
-        train = _load_rows(self.train, self.prompt_column)
-        if self.test:
-            split = hold_apart(train, _load_rows(self.test, self.prompt_column))
-        else:
-            split = split_by_hash(train, test_fraction=self.test_fraction)
-        return FileRows(split.train, split.test)
-
-
-@dataclasses.dataclass
-class FileRows:
-    train: list[Example]
-    test: list[Example]
-    verifier: Callable[..., Any] | None = None
-
-
-@dataclasses.dataclass
-class RowsData:
-    """Rows that a function gives, `module:function`, called with `args`: mappings with a `prompt`, whose other columns
-    reward and environment read. `test_args` go over `args` for the held-out rows; without them `test_fraction` is held
-    out by the hash of the prompt. With `balance` the rows of small tasks (column `task`) are repeated until all tasks
-    have about as many (`rljax.tasks.balanced`)."""
-
-    rows: str = ""
-    args: dict[str, Any] = dataclasses.field(default_factory=dict)
-    test_args: dict[str, Any] = dataclasses.field(default_factory=dict)
-    test_fraction: float = 0.1
-    balance: bool = False
-    chat: bool | None = None
-
-    def load(self) -> Dataset:
-        train = self._examples(self.args)
-        if self.test_args:
-            split = hold_apart(train, self._examples({**self.args, **self.test_args}))
-        else:
-            split = split_by_hash(train, test_fraction=self.test_fraction)
-        return FileRows(balanced(split.train) if self.balance else split.train, split.test)
-
-    def _examples(self, args: Mapping[str, Any]) -> list[Example]:
-        make = load_callable(self.rows)
-        try:
-            rows = make(**args)
-        except TypeError as error:
-            raise ValueError(f"config.data.rows={self.rows}: args {dict(args)} do not fit: {error}") from None
-        wrong = next((row for row in rows if not isinstance(row, Mapping) or "prompt" not in row), None)
-        if wrong is not None:
-            raise ValueError(f"config.data.rows={self.rows} gave {wrong!r:.100}; a row is a mapping with a 'prompt'")
-        return [Example(row["prompt"], {k: v for k, v in row.items() if k != "prompt"}) for row in rows]
 
 
 @dataclasses.dataclass
@@ -261,67 +132,6 @@ class GuidanceConfig:
     probes: int = 2
     budget: int = 0
     threshold: float = 0.0
-
-
-@dataclasses.dataclass
-class UniformTasks:
-    """Every example equally often."""
-
-    def make(self, examples: Sequence[Example], seed: int) -> Curriculum:
-        return UniformCurriculum(examples, seed=seed)
-
-
-@dataclasses.dataclass
-class FailedTasks:
-    """What failed, and what is like it, more often (Role-Agent, 2606.10917; `rljax.tasks.FailureCurriculum`)."""
-
-    eta: float = 0.5
-    decay: float = 0.9
-    kappa: float = 0.5
-    count: int = 3
-    history: int = 512
-    failed_at: float = 0.0
-
-    def make(self, examples: Sequence[Example], seed: int) -> Curriculum:
-        return FailureCurriculum(examples, seed=seed, **dataclasses.asdict(self))
-
-
-@runtime_checkable
-class CurriculumSource(Protocol):
-    """Which examples are drawn."""
-
-    def make(self, examples: Sequence[Example], seed: int) -> Curriculum: ...
-
-
-def _load_rows(path: str, prompt_column: str) -> list[Example]:
-    match Path(path).suffix:
-        case ".jsonl":
-            return load_jsonl(path, prompt_column=prompt_column)
-        case ".parquet":
-            return load_parquet(path, prompt_column=prompt_column)
-    raise ValueError(f"data file {path!r} must end in .jsonl or .parquet; convert it, or set config.data.train")
-
-
-@dataclasses.dataclass
-class RewardConfig:
-    """One reward by name, `module:attribute`: a plain callable, or a class that makes one from `args`, such as those
-    of `rljax.tasks.verifiers`. Several rewards add up by `weight`."""
-
-    reward: str = "rljax.tasks.verifiers:NumberMatch"
-    args: dict[str, Any] = dataclasses.field(default_factory=dict)
-    weight: float = 1.0
-    timeout_s: float = 10.0
-
-    def load(self) -> RewardSpec:
-        target = load_callable(self.reward)
-        if isinstance(target, type):
-            try:
-                target = target(**self.args)
-            except TypeError as error:
-                raise ValueError(f"reward {self.reward}: args {self.args} do not fit: {error}") from None
-        elif self.args:
-            raise ValueError(f"reward {self.reward} is a function; args {self.args} are for classes that make one")
-        return RewardSpec(target, weight=self.weight, timeout_s=self.timeout_s, name=self.reward.split(":")[-1])
 
 
 @dataclasses.dataclass
@@ -583,11 +393,12 @@ def make_rewards(config: Config, dataset: Dataset, tokenizer: Tokenizer) -> Rewa
 
 
 def make_environments(config: EnvironmentConfig, tokenizer: Tokenizer) -> EnvironmentPool:
-    """The pool of environments. ValueError when one cannot be made."""
-    make = functools.partial(load_callable(config.make), **config.args)
+    """The pool of environments. ValueError when `args` do not fit; one that cannot be made is refused as it opens."""
+    factory = load_callable(config.make)
+    make = functools.partial(factory, **config.args)
     try:
-        make()
-    except Exception as error:  # whatever a user's class raises
+        inspect.signature(factory).bind(**config.args)
+    except TypeError as error:
         raise ValueError(
             f"config.environment.make={config.make} with args {config.args} makes no environment: "
             f"{type(error).__name__}: {error}"

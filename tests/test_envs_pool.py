@@ -1,5 +1,6 @@
 """Environments at once: limits, failures that end their own episode, forks by replay and by snapshot."""
 
+import json
 import os
 import threading
 import time
@@ -10,6 +11,7 @@ import pytest
 from rljax.envs import (
     EnvironmentLimits,
     EnvironmentPool,
+    Episode,
     ReplayMismatch,
     Step,
     ToolBox,
@@ -209,6 +211,74 @@ def test_an_environment_that_does_not_repeat_itself_is_found():
     opening, steps = replay(Fickle(), {"goal": 3}, ["1"])
     with pytest.raises(ReplayMismatch, match="reset began with"):
         fork(Fickle, {"goal": 3}, opening, ["1"], steps)
+
+
+def saved(episode):
+    """What is left of an episode after it was written to a checkpoint and read again."""
+    return json.loads(json.dumps(episode.state_dict()))
+
+
+def story(episode):
+    names = ("row", "opening", "actions", "steps", "end", "error", "reward", "counts")
+    return [getattr(episode, name) for name in names]
+
+
+def test_a_restored_episode_goes_on_as_it_would_have(pool):
+    first = play(pool, ["1", "long", "tool"], {"goal": 9, "note": [1, None]})
+    second = pool.restore(saved(first)).result(20)
+    assert story(second) == story(first) and second.steps[1].observation != first._uncut[1].observation
+    assert second.id != first.id and second.seconds == first.seconds
+    for action in ("3", "long", "5"):
+        first, second = pool.step(first, action).result(20), pool.step(second, action).result(20)
+        assert story(second) == story(first)
+    assert first.end == "done" and saved(second) == saved(first) | {"seconds": second.seconds}
+    third = pool.fork(second, 1).result(20)  # a restored episode forks, too
+    assert pool.step(third, "8").result(20).end == "done"
+
+
+@pytest.mark.parametrize("actions", [["9"], ["raise"], ["0"] * 9, ["tool", "tool"]])
+def test_an_episode_that_had_ended_is_restored_without_a_replay(pool, actions):
+    first = play(pool, actions)
+    before = dict(pool.failures)
+    second = pool.restore(saved(first)).result(0)
+    assert story(second) == story(first) and second.end is not None and pool.failures == before
+    with pytest.raises(ValueError, match="has ended"):
+        pool.step(second, "1")
+
+
+def test_an_episode_without_an_opening_is_opened(pool):
+    unopened = Episode(0, {"goal": 3}).state_dict()
+    assert unopened["opening"] is None
+    assert pool.restore(unopened).result(20).opening == "Count to 3."
+    failed = play(pool, [], {"goal": 1, "bad": True})
+    assert story(pool.restore(saved(failed)).result(0)) == story(failed)
+
+
+def test_a_restored_episode_must_lead_to_the_same(pool):
+    state = saved(play(pool, ["1", "2"]))
+    state["steps"][1]["observation"] = "4 after True"
+    before = pool.failures["replay"]
+    episode = pool.restore(state).result(20)
+    assert episode.end == "replay" and "turn 1 led to" in episode.error and pool.failures["replay"] == before + 1
+    state = saved(play(pool, ["1"]))
+    assert "reset began with 'Count to 6.'" in pool.restore(state, {"goal": 6}).result(20).error
+
+
+@pytest.mark.parametrize("processes", [False, True])
+def test_an_environment_that_differs_from_run_to_run_is_found(processes):
+    """`Fickle` numbers its openings, so that only a fresh process repeats the first."""
+    limits = EnvironmentLimits(step_s=5.0)
+    with EnvironmentPool(Fickle, workers=1, processes=processes, limits=limits) as pool:
+        state = saved(play(pool, ["1"]))
+        assert pool.restore(state).result(20).end == "replay"
+
+
+def test_snapshots_are_there_again_after_a_replay():
+    with EnvironmentPool(Copyable, workers=1, limits=LIMITS) as pool:
+        episode = pool.restore(saved(play(pool, ["1", "2"]))).result(9)
+        resets = Copyable.resets
+        assert pool.step(pool.fork(episode, 1).result(9), "1").result(9).steps[-1].observation == "2 after True"
+        assert Copyable.resets == resets
 
 
 class Waits:

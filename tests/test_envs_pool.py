@@ -1,5 +1,6 @@
 """Environments at once: limits, failures that end their own episode, forks by replay and by snapshot."""
 
+import json
 import os
 import threading
 import time
@@ -10,6 +11,7 @@ import pytest
 from rljax.envs import (
     EnvironmentLimits,
     EnvironmentPool,
+    Episode,
     ReplayMismatch,
     Step,
     ToolBox,
@@ -120,10 +122,10 @@ def test_an_episode_runs_to_its_end(pool):
         ("raise", "raised", "RuntimeError: oops"),
         ("exit", "raised", "SystemExit: 3"),
         ("x", "raised", "ValueError"),
-        ("nonsense", "nonsense", "must be a Step"),
-        ("nan", "nonsense", "finite"),
-        ("none", "nonsense", "must hold text"),
-        ("flag", "nonsense", "True or False"),
+        ("nonsense", "malformed", "must be a Step"),
+        ("nan", "malformed", "finite"),
+        ("none", "malformed", "must hold text"),
+        ("flag", "malformed", "True or False"),
         ("hang", "timeout", "longer than"),
     ],
 )
@@ -180,6 +182,7 @@ def test_worker_processes_end_with_the_pool():
 
 def test_closing_resolves_what_is_under_way():
     pool = EnvironmentPool(Counter, workers=1, limits=EnvironmentLimits(step_s=20.0))
+    pool.open()
     hanging = pool.step(pool.start({"goal": 1}).result(9), "hang")
     waiting = pool.start({"goal": 2})
     time.sleep(0.1)
@@ -208,6 +211,74 @@ def test_an_environment_that_does_not_repeat_itself_is_found():
     opening, steps = replay(Fickle(), {"goal": 3}, ["1"])
     with pytest.raises(ReplayMismatch, match="reset began with"):
         fork(Fickle, {"goal": 3}, opening, ["1"], steps)
+
+
+def saved(episode):
+    """What is left of an episode after it was written to a checkpoint and read again."""
+    return json.loads(json.dumps(episode.state_dict()))
+
+
+def story(episode):
+    names = ("row", "opening", "actions", "steps", "end", "error", "reward", "counts")
+    return [getattr(episode, name) for name in names]
+
+
+def test_a_restored_episode_goes_on_as_it_would_have(pool):
+    first = play(pool, ["1", "long", "tool"], {"goal": 9, "note": [1, None]})
+    second = pool.restore(saved(first)).result(20)
+    assert story(second) == story(first) and second.steps[1].observation != first._uncut[1].observation
+    assert second.id != first.id and second.seconds == first.seconds
+    for action in ("3", "long", "5"):
+        first, second = pool.step(first, action).result(20), pool.step(second, action).result(20)
+        assert story(second) == story(first)
+    assert first.end == "done" and saved(second) == saved(first) | {"seconds": second.seconds}
+    third = pool.fork(second, 1).result(20)  # a restored episode forks, too
+    assert pool.step(third, "8").result(20).end == "done"
+
+
+@pytest.mark.parametrize("actions", [["9"], ["raise"], ["0"] * 9, ["tool", "tool"]])
+def test_an_episode_that_had_ended_is_restored_without_a_replay(pool, actions):
+    first = play(pool, actions)
+    before = dict(pool.failures)
+    second = pool.restore(saved(first)).result(0)
+    assert story(second) == story(first) and second.end is not None and pool.failures == before
+    with pytest.raises(ValueError, match="has ended"):
+        pool.step(second, "1")
+
+
+def test_an_episode_without_an_opening_is_opened(pool):
+    unopened = Episode(0, {"goal": 3}).state_dict()
+    assert unopened["opening"] is None
+    assert pool.restore(unopened).result(20).opening == "Count to 3."
+    failed = play(pool, [], {"goal": 1, "bad": True})
+    assert story(pool.restore(saved(failed)).result(0)) == story(failed)
+
+
+def test_a_restored_episode_must_lead_to_the_same(pool):
+    state = saved(play(pool, ["1", "2"]))
+    state["steps"][1]["observation"] = "4 after True"
+    before = pool.failures["replay"]
+    episode = pool.restore(state).result(20)
+    assert episode.end == "replay" and "turn 1 led to" in episode.error and pool.failures["replay"] == before + 1
+    state = saved(play(pool, ["1"]))
+    assert "reset began with 'Count to 6.'" in pool.restore(state, {"goal": 6}).result(20).error
+
+
+@pytest.mark.parametrize("processes", [False, True])
+def test_an_environment_that_differs_from_run_to_run_is_found(processes):
+    """`Fickle` numbers its openings, so that only a fresh process repeats the first."""
+    limits = EnvironmentLimits(step_s=5.0)
+    with EnvironmentPool(Fickle, workers=1, processes=processes, limits=limits) as pool:
+        state = saved(play(pool, ["1"]))
+        assert pool.restore(state).result(20).end == "replay"
+
+
+def test_snapshots_are_there_again_after_a_replay():
+    with EnvironmentPool(Copyable, workers=1, limits=LIMITS) as pool:
+        episode = pool.restore(saved(play(pool, ["1", "2"]))).result(9)
+        resets = Copyable.resets
+        assert pool.step(pool.fork(episode, 1).result(9), "1").result(9).steps[-1].observation == "2 after True"
+        assert Copyable.resets == resets
 
 
 class Waits:
@@ -261,6 +332,48 @@ def test_bad_pools_are_refused():
         EnvironmentPool("nowhere:make")
     with pytest.raises(ValueError, match="turns is 0"):
         EnvironmentLimits(turns=0)
+
+
+def needs_a_file():
+    raise OSError("no such index")
+
+
+@pytest.mark.parametrize("processes", [False, True])
+def test_nothing_starts_before_the_pool_is_opened(processes):
+    threads = threading.active_count()
+    pool = EnvironmentPool(Counter, workers=2, processes=processes, limits=LIMITS)
+    assert threading.active_count() == threads and pool._lanes == []
+    with pytest.raises(RuntimeError, match=r"not open; use it in a `with` block, or call open\(\) first$"):
+        pool.start({"goal": 1})
+    with pool:
+        pool.open()  # stands already
+        assert play(pool, ["5"]).end == "done"
+    pool.close()
+    with pytest.raises(RuntimeError, match="closed"), pool:
+        pass
+
+    never = EnvironmentPool(Counter, workers=2, processes=processes)
+    never.close()
+    with pytest.raises(RuntimeError, match="closed"):
+        never.open()
+
+
+@pytest.mark.parametrize("processes", [False, True])
+def test_a_factory_that_makes_nothing_is_refused_as_the_pool_opens(processes):
+    pool = EnvironmentPool(needs_a_file, workers=1, processes=processes)
+    with pytest.raises(ValueError, match="makes no environment: OSError: no such index") as error, pool:
+        pass
+    assert "\n" not in str(error.value)
+
+
+def test_a_factory_that_no_worker_can_load_is_refused_as_the_pool_opens(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "only_here.py").write_text(
+        f"import os\nif os.getpid() != {os.getpid()}: raise OSError('only there')\ndef make(): return None\n"
+    )
+    pool = EnvironmentPool("only_here:make", workers=1, processes=True)
+    with pytest.raises(ValueError, match=r"a worker process cannot make environments.*only there"), pool:
+        pass
 
 
 def right(answer, row):

@@ -14,8 +14,10 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="isolation is Li
 
 
 def start(level, limits=LIMITS, **kwargs):
+    sandbox = Sandbox(limits, level=level, **kwargs)
     try:
-        return Sandbox(limits, level=level, **kwargs)
+        sandbox.open()
+        return sandbox
     except ValueError as error:
         pytest.skip(str(error))
 
@@ -134,6 +136,16 @@ def test_closing_ends_everything(outside):
         sandbox.run("print(1)")
 
 
+def test_nothing_starts_before_it_is_opened():
+    sandbox = Sandbox(LIMITS, workers=1, level="landlock")
+    assert sandbox._servers == []
+    with pytest.raises(RuntimeError, match=r"not open; use it in a `with` block"):
+        sandbox.run("print(1)")
+    sandbox.close()
+    with pytest.raises(RuntimeError, match="closed"):
+        sandbox.open()
+
+
 def test_the_level_is_chosen_and_described():
     with Sandbox(LIMITS, workers=1) as sandbox:
         assert sandbox.level == working_levels()[0]
@@ -159,8 +171,8 @@ def working_levels():
     found = []
     for level in LEVELS[:2]:
         try:
-            Sandbox(LIMITS, workers=1, level=level).close()
-            found.append(level)
+            with Sandbox(LIMITS, workers=1, level=level):
+                found.append(level)
         except ValueError:
             pass
     return found or pytest.skip("no isolation here")

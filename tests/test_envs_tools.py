@@ -235,8 +235,9 @@ def test_calculator_gives_a_number_or_a_value_error(expression):
 
 
 def test_python_tool_says_what_stopped_a_program():
+    isolated = Sandbox(workers=1)
     try:
-        isolated = Sandbox(workers=1)
+        isolated.open()
     except ValueError as error:
         pytest.skip(str(error))
     with isolated as sandbox:

@@ -76,6 +76,7 @@ def make_player(make=Echo, *, rows=3, contexts=12, decoders=1, limits=None, work
         for _ in range(decoders)
     ]
     pool = EnvironmentPool(make, workers=workers, limits=limits or EnvironmentLimits())
+    pool.open()
     player = Player(made, pool, Dialogue(TOKENIZER, wrap=(" ", "#")), **settings)
     player.set_params(params(), version=0)
     return player

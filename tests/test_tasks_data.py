@@ -7,7 +7,7 @@ from collections import Counter
 
 import pytest
 
-from rljax.tasks import Curriculum, Example, UniformCurriculum, hold_apart, load_jsonl, load_parquet, split_by_hash
+from rljax.tasks import Curriculum, Example, UniformCurriculum, decontaminate, load_jsonl, load_parquet, split_by_hash
 
 MESSAGES = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "1 + 2 ="}]
 
@@ -85,12 +85,12 @@ class TestSplit:
 
     def test_a_given_test_set_is_taken_out_of_training_whatever_its_columns(self):
         test = [Example(prompt="question 3", columns={"other": 1}), Example(prompt="new"), Example(prompt="new")]
-        split = hold_apart(rows(5) + rows(2), test)
+        split = decontaminate(rows(5) + rows(2), test)
         assert [e.prompt for e in split.train] == ["question 0", "question 1", "question 2", "question 4"]
         assert split.test == test[:2]
         assert (split.num_rows, split.num_distinct) == (10, 6)
         with pytest.raises(ValueError, match="no training item is left: all 5 distinct items"):
-            hold_apart(rows(5), rows(6))
+            decontaminate(rows(5), rows(6))
 
     def test_nothing_is_held_out_unless_asked(self):
         split = split_by_hash(rows(10))

@@ -10,12 +10,12 @@ from rljax.tasks import (
     SIMILARITIES,
     Curriculum,
     Example,
+    FailedTasks,
     FailureCurriculum,
     UniformCurriculum,
     failure_distribution,
     failure_mass,
     nearest,
-    released_weights,
 )
 from rljax.tasks.similarity import dice, gestalt, lcs_length, of_longer, words
 
@@ -56,22 +56,16 @@ def test_the_releases_similarity_is_that_of_characters():
     assert set(SIMILARITIES) == {"dice", "of_longer", "gestalt"}
 
 
-def test_the_releases_weights_meet_the_worked_example():
-    weights = released_weights(np.ones(4), 2, [(0, 0.9), (1, 0.4), (0, 0.7), (3, 0.1)])
-    np.testing.assert_allclose(weights, [1.315, 1.14, 1.15, 1.035], atol=1e-12)
-    np.testing.assert_allclose(weights / weights.sum(), [0.283405, 0.245690, 0.247845, 0.223060], atol=1e-6)
-    assert released_weights(np.zeros(2), 0, [(0, 0.9)])[1] == 1e-3  # the floor; a task does not point to itself
-
-
 def test_the_recommended_weights_meet_the_worked_example():
-    mass = failure_mass(np.array([0.5, 0, 0, 0]), np.array([0, 0, 1, 0]), np.array([0.9, 0.4, 0, 0.1]))
+    own, similar = np.array([0, 0, 1, 0]), np.array([0.9, 0.4, 0, 0.1])
+    mass = failure_mass(np.array([0.5, 0, 0, 0]), own, similar, decay=0.9, kappa=0.5)
     np.testing.assert_allclose(mass, [0.9, 0.2, 1, 0.05], atol=1e-12)
-    np.testing.assert_allclose(failure_distribution(mass), [0.334302, 0.171512, 0.357558, 0.136628], atol=1e-6)
-    np.testing.assert_array_equal(failure_distribution(np.zeros(4)), 0.25)
+    np.testing.assert_allclose(failure_distribution(mass, eta=0.5), [0.334302, 0.171512, 0.357558, 0.136628], atol=1e-6)
+    np.testing.assert_array_equal(failure_distribution(np.zeros(4), eta=0.5), 0.25)
 
 
 def test_the_nearest_are_distinct_and_alike_at_all():
-    assert nearest([(0, 0.9), (1, 0.4), (0, 0.7), (3, 0.1), (4, 0.2)]) == [(0, 0.9), (1, 0.4), (4, 0.2)]
+    assert nearest([(0, 0.9), (1, 0.4), (0, 0.7), (3, 0.1), (4, 0.2)], count=3) == [(0, 0.9), (1, 0.4), (4, 0.2)]
     assert nearest([(0, 0.0), (1, 0.2)], count=3) == [(1, 0.2)]
 
 
@@ -110,7 +104,7 @@ def test_what_is_solved_is_forgotten_beside_newer_failures_and_then_altogether()
 
 
 def test_draws_are_distinct_and_follow_the_distribution():
-    curriculum = FailureCurriculum(EXAMPLES, eta=0.8, similarity=lambda a, b: 0.0)
+    curriculum = FailureCurriculum(EXAMPLES, FailedTasks(eta=0.8), similarity=lambda a, b: 0.0)
     fail(curriculum, 2)
     p = curriculum.distribution
     drawn = [curriculum.sample(step, 3) for step in range(3000)]
@@ -154,7 +148,7 @@ def test_a_state_of_another_run_is_refused():
 
 
 def test_history_is_bounded_and_strangers_are_passed_over():
-    curriculum = FailureCurriculum(EXAMPLES, history=2)
+    curriculum = FailureCurriculum(EXAMPLES, FailedTasks(history=2))
     fail(curriculum, 0, 2, 4)
     assert curriculum.state_dict()["failures"] == [2, 4]
     curriculum.observe([Example(prompt="a test item")], [0.0])
@@ -169,7 +163,7 @@ def test_history_is_bounded_and_strangers_are_passed_over():
 )
 def test_settings_out_of_range_are_refused(changes, message):
     with pytest.raises(ValueError, match=message):
-        FailureCurriculum(EXAMPLES, **changes)
+        FailureCurriculum(EXAMPLES, FailedTasks(**changes))
     with pytest.raises(ValueError, match="at least one example"):
         FailureCurriculum([])
     with pytest.raises(ValueError, match="cannot draw 9 distinct examples from 8"):

@@ -319,6 +319,7 @@ class TestNoOrphans:
             from test_tasks_rewards import behave
             from rljax.tasks.workers import Job, WorkerPool
             pool = WorkerPool([behave], 2)
+            pool.open()
             print(*pool.pids, flush=True)
             pool.run([Job(0, {completion!r}, 600.0)])
             import time; time.sleep(600)
@@ -337,6 +338,7 @@ class TestNoOrphans:
             from test_tasks_rewards import behave
             from rljax.tasks import RewardRunner
             runner = RewardRunner([behave], workers=2)
+            runner.open()
             print(*runner._pool.pids)
         """
         run = subprocess.run(
@@ -387,7 +389,7 @@ def local(completion):
         (lambda: load_callable("math:pi"), "cannot be called"),
         (lambda: load_callable("broken_reward:f"), "ZeroDivisionError.*repair the module"),
         (lambda: load_callable("needs_more:f"), "not_installed_at_all.*install what it needs"),
-        (lambda: RewardRunner(["fails_elsewhere:f"], workers=1), "cannot load its functions"),
+        (lambda: RewardRunner(["fails_elsewhere:f"], workers=1).open(), "cannot load its functions"),
     ],
 )
 def test_wrong_rewards_are_refused_before_the_run(make, message, tmp_path, monkeypatch):
@@ -400,6 +402,27 @@ def test_wrong_rewards_are_refused_before_the_run(make, message, tmp_path, monke
     )
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_no_process_starts_before_the_runner_is_opened():
+    runner = RewardRunner([wants_answer], workers=1)
+    assert runner._pool.pids == []
+    with pytest.raises(RuntimeError, match=r"not open; use it in a `with` block, or call open\(\) first$"):
+        runner.score(inputs("x"))
+    with runner:
+        assert runner.score(inputs("x", answer=["x"]))[0].is_valid
+    runner.close()
+    with pytest.raises(RuntimeError, match="closed"), runner:
+        pass
+
+    never = RewardRunner([wants_answer], workers=1)
+    never.close()
+    with pytest.raises(RuntimeError, match="closed"):
+        never.open()
+
+
+def test_rewards_in_process_need_no_with():
+    assert RewardRunner([RewardSpec(local, in_process=True)]).score(inputs("x"))[0].value == 1.0
 
 
 def test_missing_columns_are_named_before_the_run():

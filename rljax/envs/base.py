@@ -19,23 +19,41 @@ from typing import Any, Protocol, runtime_checkable
 Prompt = str | Sequence[Mapping[str, Any]]
 """What opens an episode: text, or a list of chat messages."""
 
-DONE, TURNS, TOOL_CALLS, SECONDS = "done", "turns", "tool_calls", "seconds"
-RAISED, TIMEOUT, NONSENSE, CRASHED, REPLAY = "raised", "timeout", "nonsense", "crashed", "replay"
-END_REASONS = (DONE, TURNS, TOOL_CALLS, SECONDS, RAISED, TIMEOUT, NONSENSE, CRASHED, REPLAY)
-"""Why an episode ended: the environment said so; a limit; or the environment failed: it raised, took too long, returned
-what no environment may, took its worker process down, or did not repeat itself when its actions were replayed."""
-FAILED = (RAISED, TIMEOUT, NONSENSE, CRASHED, REPLAY)
+DONE = "done"
+"""The environment ended the episode."""
+TURNS = "turns"
+"""The limit on turns ended it; so do the next two."""
+TOOL_CALLS = "tool_calls"
+SECONDS = "seconds"
+RAISED = "raised"
+"""The environment failed: it raised an exception."""
+TIMEOUT = "timeout"
+"""It took too long over one reset or step."""
+MALFORMED = "malformed"
+"""It returned what no environment may."""
+CRASHED = "crashed"
+"""It took its worker process down."""
+REPLAY = "replay"
+"""It did not repeat itself when its actions were replayed."""
+
+FAILED = (RAISED, TIMEOUT, MALFORMED, CRASHED, REPLAY)
+"""Reasons that are the environment's fault: the episode has no reward."""
+END_REASONS = (DONE, TURNS, TOOL_CALLS, SECONDS, *FAILED)
+"""Why an episode ended."""
 
 
 @dataclass(frozen=True)
 class Step:
-    """What an action led to: the text that the policy reads next, a reward, whether the episode is over. `counts` are
-    added up over the episode; `tool_calls` is the one that has a limit."""
+    """What an action led to."""
 
     observation: str
+    """The text that the policy reads next."""
     reward: float = 0.0
+    """The reward of an episode is the sum over its steps."""
     done: bool = False
+    """Whether the episode is over."""
     counts: Mapping[str, float] = field(default_factory=dict)
+    """Whatever else there is to count, added up over the episode; `tool_calls` is the one that has a limit."""
 
 
 @runtime_checkable
@@ -57,19 +75,28 @@ class Snapshots(Protocol):
     def restore(self, state: Any) -> None: ...
 
 
-@dataclass(frozen=True)
+@dataclass
 class EnvironmentLimits:
-    """Of one episode: turns of the policy, tool calls; characters and tokens of one observation (a longer one loses its
-    middle); seconds of one reset or step, and of all together."""
+    """What one episode may take. Raises ValueError, here and in `check`, unless every limit is positive."""
 
     turns: int = 16
+    """Turns of the policy. Raise it for tasks that need more steps."""
     tool_calls: int = 64
+    """Tool calls over all turns, as the environment counts them in `Step.counts`."""
     observation_chars: int = 16_384
+    """Characters of one observation; a longer one loses its middle. It bounds what the tokenizer has to read."""
     observation_tokens: int = 2048
+    """Tokens of one observation; a longer one loses its middle. Lower it if observations fill the context."""
     step_s: float = 30.0
+    """Seconds of one reset or step. Raise it for slow tools; what takes longer ends the episode as `timeout`."""
     episode_s: float = 600.0
+    """Seconds that all calls of an episode take together."""
 
     def __post_init__(self) -> None:
+        self.check()
+
+    def check(self) -> None:
+        """Raises ValueError for a limit that is not positive."""
         for name, value in asdict(self).items():
             if not 0 < value < 2**31:
                 raise ValueError(f"environment limit {name} is {value}; it must be positive (and below 2**31)")
@@ -79,41 +106,46 @@ class ReplayMismatch(Exception):
     """An environment did not do the same again."""
 
 
-class Nonsense(Exception):
-    """An environment returned what no environment may."""
+class MalformedStep(Exception):
+    """An environment returned what no environment may, from `step` or `reset`."""
 
 
 def checked_prompt(value: Any) -> Prompt:
-    """What `reset` returned, or Nonsense."""
+    """What `reset` returned, or MalformedStep."""
     if isinstance(value, str):
         return value
     if isinstance(value, (list, tuple)) and value and all(isinstance(m, Mapping) and "role" in m for m in value):
         return list(value)
-    raise Nonsense(f"reset returned {value!r:.200}; it must be text or a non-empty list of chat messages")
+    raise MalformedStep(f"reset returned {value!r:.200}; it must be text or a non-empty list of chat messages")
 
 
 def checked_step(value: Any) -> Step:
-    """What `step` returned, its reward and flag as plain Python, or Nonsense."""
+    """What `step` returned, its reward and flag as plain Python, or MalformedStep."""
     if not isinstance(value, Step):
-        raise Nonsense(f"step returned {value!r:.200} of type {type(value).__name__}; it must be a Step")
+        raise MalformedStep(f"step returned {value!r:.200} of type {type(value).__name__}; it must be a Step")
     try:
-        reward, done = float(value.reward), value.done
+        reward = float(value.reward)
+        done = value.done
         counts = {str(name): float(number) for name, number in value.counts.items()}
     except Exception as error:
-        raise Nonsense(f"step returned {value!r:.200} ({error})") from None
+        raise MalformedStep(f"step returned {value!r:.200} ({error})") from None
+
     if getattr(done, "shape", None) == ():  # a scalar of numpy or jax
         done = done.item()  # type: ignore[attr-defined]
     if not isinstance(value.observation, str) or not isinstance(done, bool) or isinstance(value.reward, str):
-        raise Nonsense(f"step returned {value!r:.200}; it must hold text, a number and True or False")
+        raise MalformedStep(f"step returned {value!r:.200}; it must hold text, a number and True or False")
     if not all(math.isfinite(number) for number in (reward, *counts.values())):
-        raise Nonsense(f"step returned the reward {reward} and the counts {counts}; they must be finite")
+        raise MalformedStep(f"step returned the reward {reward} and the counts {counts}; they must be finite")
     return Step(value.observation, reward, done, counts)
 
 
 def replay(environment: Environment, row: Mapping[str, Any], actions: Sequence[str]) -> tuple[Prompt, list[Step]]:
-    """Bring a fresh environment to where these actions lead. Raises Nonsense as a first run would."""
+    """Bring a fresh environment to where these actions lead. Raises MalformedStep as a first run would."""
     opening = checked_prompt(environment.reset(copy.deepcopy(dict(row))))
     return opening, [checked_step(environment.step(action)) for action in actions]
+
+
+_REMEDY = "make the environment depend on its row and actions alone, or give it snapshot() and restore()"
 
 
 def replay_same(
@@ -123,13 +155,11 @@ def replay_same(
     again = checked_prompt(environment.reset(copy.deepcopy(dict(row))))
     if again != opening:
         raise ReplayMismatch(f"reset began with {again!r:.100} instead of {opening!r:.100}; {_REMEDY}")
+
     for turn, (action, step) in enumerate(zip(actions, steps, strict=True)):
         new = checked_step(environment.step(action))
         if new != step:
             raise ReplayMismatch(f"turn {turn} led to {new!r:.200} instead of {step!r:.200}; {_REMEDY}")
-
-
-_REMEDY = "make the environment depend on its row and actions alone, or give it snapshot() and restore()"
 
 
 def fork(

@@ -6,13 +6,10 @@ outlives its parent, however the parent ends.
 
 import contextlib
 import copy
-import json
 import os
 import pickle
+import select
 import signal
-import socket
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -22,12 +19,12 @@ from typing import Any
 
 from rljax.envs.base import (
     CRASHED,
-    NONSENSE,
+    MALFORMED,
     RAISED,
     REPLAY,
     TIMEOUT,
     Environment,
-    Nonsense,
+    MalformedStep,
     Prompt,
     ReplayMismatch,
     Snapshots,
@@ -36,11 +33,9 @@ from rljax.envs.base import (
     checked_step,
     replay_same,
 )
+from rljax.tasks.workers import end_child, start_child
 
-_CHILD = (
-    "import json, sys; sys.path[:] = json.loads(sys.argv[2]); "
-    "from rljax.envs.host import serve; serve(int(sys.argv[1]))"
-)
+_PATIENCE_S = 1.0  # from the end of the parent to that of a busy worker
 
 
 @dataclass(frozen=True)
@@ -52,21 +47,24 @@ class Start:
 
 @dataclass(frozen=True)
 class Act:
-    """Take one step. `past` brings the episode back first where it is not known any more."""
+    """Take one step."""
 
     action: str
     past: "Past"
+    """Brings the episode back first, where it is not known any more."""
 
 
 @dataclass(frozen=True)
 class Past:
-    """What an episode has seen, and, for a fork, whose it was."""
+    """Bring an episode to where it stood."""
 
     row: Mapping[str, Any]
     opening: Prompt
     actions: Sequence[str]
     steps: Sequence[Step]
+    """What each action led to; a replay must lead to the same."""
     parent: int | None = None
+    """The episode that a fork leaves; None where the episode itself comes back."""
 
 
 @dataclass(frozen=True)
@@ -79,12 +77,16 @@ Request = Start | Act | Past | Close
 
 @dataclass(frozen=True)
 class Answer:
-    """`value`: the opening, a step, or None. Or the reason and text of a failure."""
+    """What came of a request."""
 
     value: Any = None
+    """The opening, a step, or None."""
     reason: str | None = None
+    """One of `FAILED` if it failed."""
     error: str = ""
+    """What happened then, for a person."""
     seconds: float = 0.0
+    """How long it took."""
 
 
 class Host:
@@ -95,13 +97,20 @@ class Host:
         self._environments: dict[int, Environment] = {}
         self._snapshots: dict[int, list[Any]] = {}
 
+    def check(self) -> None:
+        """Makes an environment and drops it. Raises ValueError if that fails."""
+        try:
+            self._make()
+        except (Exception, SystemExit) as error:
+            raise ValueError(f"the factory makes no environment: {type(error).__name__}: {error}") from error
+
     def serve(self, episode: int, request: Request) -> Answer:
         """Never raises for what an environment does."""
         begin = time.monotonic()
         try:
             value = self._serve(episode, request)
-        except Nonsense as error:
-            return Answer(None, NONSENSE, str(error), time.monotonic() - begin)
+        except MalformedStep as error:
+            return Answer(None, MALFORMED, str(error), time.monotonic() - begin)
         except ReplayMismatch as error:
             return Answer(None, REPLAY, str(error), time.monotonic() - begin)
         except (Exception, SystemExit, KeyboardInterrupt) as error:
@@ -113,14 +122,17 @@ class Host:
             self._environments.pop(episode, None)
             self._snapshots.pop(episode, None)
             return None
+
         if isinstance(request, Start):
             environment = self._make()
             opening = checked_prompt(environment.reset(request.row))
             self._keep(episode, environment, [])
             return opening
+
         if isinstance(request, Past):
             self._bring_back(episode, request)
             return None
+
         if episode not in self._environments:
             self._bring_back(episode, request.past)
         environment = self._environments[episode]
@@ -129,6 +141,7 @@ class Host:
         return step
 
     def _keep(self, episode: int, environment: Environment, snapshots: list[Any]) -> None:
+        """Snapshot n is that after n turns: one is added to `snapshots` here, where there are any."""
         self._environments[episode] = environment
         self._snapshots[episode] = snapshots
         if isinstance(environment, Snapshots):
@@ -136,17 +149,22 @@ class Host:
 
     def _bring_back(self, episode: int, past: Past) -> None:
         """By snapshot where there is one, else by replay."""
-        environment, turn = self._make(), len(past.actions)
-        snapshots = self._snapshots.get(past.parent if past.parent is not None else episode, [])
+        environment = self._make()
+        turn = len(past.actions)
+        source = episode if past.parent is None else past.parent
+        snapshots = self._snapshots.get(source, [])
+
         if isinstance(environment, Snapshots) and turn < len(snapshots):
+            # a copy: what the environment changes from here on must not change the snapshot
             environment.restore(copy.deepcopy(snapshots[turn]))
-            self._environments[episode], self._snapshots[episode] = environment, snapshots[: turn + 1]
+            self._environments[episode] = environment
+            self._snapshots[episode] = snapshots[: turn + 1]
             return
+
         kept: list[Any] = []
-        if isinstance(environment, Snapshots):
-            environment = _Recording(environment, kept)
-        replay_same(environment, past.row, past.opening, past.actions, past.steps)
-        self._environments[episode] = environment.inner if isinstance(environment, _Recording) else environment
+        player = _Recording(environment, kept) if isinstance(environment, Snapshots) else environment
+        replay_same(player, past.row, past.opening, past.actions, past.steps)
+        self._environments[episode] = environment
         self._snapshots[episode] = kept
 
 
@@ -154,32 +172,26 @@ class _Recording:
     """Takes the snapshots of a replay."""
 
     def __init__(self, inner: Any, kept: list[Any]):
-        self.inner, self._kept = inner, kept
+        self._inner = inner
+        self._kept = kept
 
     def reset(self, row: Mapping[str, Any]) -> Prompt:
-        opening = self.inner.reset(row)
-        self._kept.append(self.inner.snapshot())
+        opening = self._inner.reset(row)
+        self._kept.append(self._inner.snapshot())
         return opening
 
     def step(self, action: str) -> Step:
-        step = self.inner.step(action)
-        self._kept.append(self.inner.snapshot())
+        step = self._inner.step(action)
+        self._kept.append(self._inner.snapshot())
         return step
 
 
 class HostProcess:
-    """A `Host` in a process of its own; one caller at a time. Raises ValueError if `make` cannot be loaded there."""
+    """A `Host` in a process of its own; one caller at a time. Raises ValueError if `make` cannot be loaded there, or
+    makes no environment."""
 
     def __init__(self, make: bytes, start_timeout_s: float):
-        ours, theirs = socket.socketpair()
-        with theirs:
-            arguments = [sys.executable, "-c", _CHILD, str(theirs.fileno()), json.dumps(sys.path)]
-            # results must not depend on the hash seed of a process, and no worker may take the accelerator
-            env = {**os.environ, "PYTHONHASHSEED": "0", "JAX_PLATFORMS": "cpu"}
-            self.process = subprocess.Popen(
-                arguments, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, start_new_session=True, env=env
-            )
-        self.connection = Connection(ours.detach())
+        self.process, self.connection = start_child("rljax.envs.host:serve")
         answer = self._exchange(make, start_timeout_s)
         if answer.reason is not None:
             self.kill()
@@ -194,11 +206,12 @@ class HostProcess:
             message = pickle.dumps((episode, request))
         except Exception as error:
             return Answer(None, RAISED, f"the row cannot be sent to a worker process ({error})")
+
         answer = self._exchange(message, timeout_s)
         if answer.reason in (CRASHED, TIMEOUT):
             self.kill()
-            code = self.process.returncode
             if answer.reason == CRASHED:
+                code = self.process.returncode
                 answer = Answer(None, CRASHED, f"the worker process ended with exit code {code}", answer.seconds)
         return answer
 
@@ -209,30 +222,29 @@ class HostProcess:
             if not self.connection.poll(timeout_s):
                 return Answer(None, TIMEOUT, f"it took longer than {timeout_s:g} s", time.monotonic() - begin)
             answer = pickle.loads(self.connection.recv_bytes())
-            return answer if isinstance(answer, Answer) else Answer(None, NONSENSE, f"{answer!r:.100}")
         except (EOFError, OSError, pickle.UnpicklingError):
             return Answer(None, CRASHED, "", time.monotonic() - begin)
+        # an environment may write to the descriptor itself
+        return answer if isinstance(answer, Answer) else Answer(None, MALFORMED, f"{answer!r:.100}")
 
     def kill(self) -> None:
         """End the process and all that it started."""
-        self.connection.close()
-        if self.process.returncode is None:  # not yet reaped, so its id still names its group
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(self.process.pid, signal.SIGKILL)
-            self.process.wait()
+        end_child(self.process, self.connection)
 
 
 def serve(descriptor: int) -> None:
-    """The life of a worker process."""
+    """The life of a worker process: load the factory, then serve requests until the socket closes."""
     os.set_inheritable(descriptor, False)
     connection = Connection(descriptor)
     try:
         host = Host(pickle.loads(connection.recv_bytes()))
+        host.check()
         connection.send_bytes(pickle.dumps(Answer()))
     except BaseException as error:
         with contextlib.suppress(OSError):
             connection.send_bytes(pickle.dumps(Answer(None, RAISED, f"{type(error).__name__}: {error}")))
         return
+
     threading.Thread(target=_end_with_parent, args=(connection.fileno(),), daemon=True).start()
     while True:
         try:
@@ -243,7 +255,7 @@ def serve(descriptor: int) -> None:
         try:
             message = pickle.dumps(answer)
         except Exception as error:
-            message = pickle.dumps(Answer(None, NONSENSE, f"the answer cannot be sent ({error})"))
+            message = pickle.dumps(Answer(None, MALFORMED, f"the answer cannot be sent ({error})"))
         try:
             connection.send_bytes(message)
         except OSError:
@@ -252,12 +264,10 @@ def serve(descriptor: int) -> None:
 
 def _end_with_parent(descriptor: int) -> None:
     """A busy worker must not outlive its parent."""
-    import select
-
     poller = select.poll()
     poller.register(descriptor, 0)  # hang-ups only
     poller.poll()
-    time.sleep(1.0)
-    if os.getpgrp() == os.getpid():
+    time.sleep(_PATIENCE_S)
+    if os.getpgrp() == os.getpid():  # the group is the worker's own, so nobody else's processes end with it
         os.killpg(os.getpid(), signal.SIGKILL)
     os._exit(1)

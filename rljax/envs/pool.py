@@ -41,26 +41,31 @@ class Encoder(Protocol):
     def decode(self, ids: Sequence[int]) -> str: ...
 
 
-_LIMITS = EnvironmentLimits()
-
-
 @dataclass(eq=False)
 class Episode:
-    """One run of an environment, as far as it got. The pool changes it while a call is under way, and only then.
-
-    `end` is one of `END_REASONS` once the episode is over; `error` says more where the environment failed.
-    """
+    """One run of an environment, as far as it got. The pool changes it while a call is under way, and only then."""
 
     id: int
     row: Mapping[str, Any]
+    """The data row that it was opened on."""
     opening: Prompt = ""
+    """What `reset` returned."""
     actions: list[str] = field(default_factory=list)
+    """The policy's turns, as text."""
     steps: list[Step] = field(default_factory=list)
+    """What each action led to, observations cut to the limits."""
     end: str | None = None
+    """One of `END_REASONS` once the episode is over."""
     error: str = ""
+    """More about the end where the environment failed."""
     seconds: float = 0.0
+    """Time in the environment so far."""
     parent: int | None = None
+    """The episode that this one was forked from."""
+    is_open: bool = False
+    """Whether the opening is there."""
     _uncut: list[Step] = field(default_factory=list, repr=False)  # what a replay must come to
+    _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
     @property
     def reward(self) -> float:
@@ -73,6 +78,31 @@ class Episode:
         names = dict.fromkeys(name for step in self.steps for name in step.counts)
         return {name: sum(step.counts.get(name, 0.0) for step in self.steps) for name in names}
 
+    def state_dict(self) -> dict[str, Any]:
+        """What `EnvironmentPool.restore` brings the episode back from: JSON, if the row and the opening are.
+
+        Observations are those that the environment gave, uncut, since a replay must come to them. A call that is under
+        way is not part of it: it is taken again after `restore`.
+        """
+        with self._lock:
+            return {
+                "row": dict(self.row),
+                "opening": self.opening if self.is_open else None,
+                "actions": list(self.actions),
+                "steps": [
+                    {
+                        "observation": step.observation,
+                        "reward": step.reward,
+                        "done": step.done,
+                        "counts": dict(step.counts),
+                    }
+                    for step in self._uncut
+                ],
+                "end": self.end,
+                "error": self.error,
+                "seconds": self.seconds,
+            }
+
 
 @dataclass(eq=False)
 class _Job:
@@ -80,20 +110,30 @@ class _Job:
     request: Request
     timeout_s: float
     future: Future
-    done: threading.Event = field(default_factory=threading.Event)
+    _claimed: threading.Lock = field(default_factory=threading.Lock)
+
+    def claim(self) -> bool:
+        """Whether the caller is the first to answer, and so the one that does: a thread that was given up may still
+        come back, and the pool may close."""
+        return self._claimed.acquire(blocking=False)
 
 
 @dataclass(eq=False)
 class _Lane:
-    """A thread that serves jobs, in a process where there is one. `job` and `deadline` say what it is at."""
+    """A thread that serves jobs, in a process where there is one."""
 
     inbox: "queue.SimpleQueue[_Job | None]"
     process: HostProcess | None = None
-    known: set[int] = field(default_factory=set)  # episodes that live in the process
+    known: set[int] = field(default_factory=set)
+    """Episodes that live in the process."""
     episodes: int = 0
+    """How many episodes have this lane as theirs."""
     job: _Job | None = None
+    """What a thread is at."""
     deadline: float = 0.0
+    """When that has taken too long, on the monotonic clock."""
     is_abandoned: bool = False
+    """Whether the thread hangs; another lane has its place."""
 
 
 class EnvironmentPool:
@@ -104,8 +144,9 @@ class EnvironmentPool:
     one. An environment that hangs in a thread is left behind with it and a new thread takes over, which helps only if
     it lets go of the interpreter; in a process it is killed, and what else lived there is brought back by replay.
 
-    Observations are cut to the limits, by tokens too if there is a `tokenizer`. `failures` counts ends by reason.
-    A context manager. Raises ValueError if `make` cannot be loaded in a worker.
+    Use it as a context manager, or call `open` and `close`: no thread or process starts, and no environment is made,
+    before. Observations are cut to the limits, by tokens too if there is a `tokenizer`. `failures` counts ends by
+    reason since the start. Raises ValueError for a factory that cannot be called, or not be sent to a process.
     """
 
     def __init__(
@@ -114,7 +155,7 @@ class EnvironmentPool:
         *,
         workers: int = 64,
         processes: bool = False,
-        limits: EnvironmentLimits = _LIMITS,
+        limits: EnvironmentLimits | None = None,
         tokenizer: Encoder | None = None,
         start_timeout_s: float = 60.0,
     ):
@@ -125,29 +166,59 @@ class EnvironmentPool:
             raise ValueError(
                 f"environment factory {make!r} cannot be called; give a function that makes an environment"
             )
-        self.limits, self._tokenizer, self._start_timeout_s = limits, tokenizer, start_timeout_s
+        self.limits = EnvironmentLimits() if limits is None else limits
+        self.limits.check()
         self.failures: Counter[str] = Counter()
+
+        self._workers = workers
+        self._tokenizer = tokenizer
+        self._start_timeout_s = start_timeout_s
+        # exactly one of the two is there: what is sent to processes, or the environments of this one
         self._payload = _pickled(self._make) if processes else None
         self._host = None if processes else Host(self._make)
+
         self._ids = itertools.count()
         self._lock = threading.Lock()
         self._where: dict[int, _Lane] = {}  # processes: where an episode lives
-        self._lanes: list[_Lane] = []
+        self._lanes: list[_Lane] = []  # none until the pool is open
+        # also ends the workers of a pool that is dropped without being closed
         self._finalizer = weakref.finalize(self, _close, self._lanes)
-        shared: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
+
+    def open(self) -> None:
+        """Start the workers. Does nothing if they stand.
+
+        Makes one environment, in each process where there are processes. Raises ValueError if that fails, or `make`
+        cannot be loaded in a worker process; RuntimeError if the pool was closed.
+        """
+        self._check_not_closed()
+        if self._lanes:
+            return
         try:
-            for _ in range(workers):
-                process = HostProcess(self._payload, start_timeout_s) if self._payload is not None else None
-                self._lanes.append(_Lane(queue.SimpleQueue() if processes else shared, process))
+            self._start_lanes()
         except BaseException:
             self.close()
             raise
+
         for lane in self._lanes:
             self._run_lane(lane)
-        if not processes:
+        if self._host is not None:
             threading.Thread(target=_watch, args=(weakref.ref(self),), daemon=True, name="environment watch").start()
 
+    def _start_lanes(self) -> None:
+        if self._payload is not None:
+            for _ in range(self._workers):
+                process = HostProcess(self._payload, self._start_timeout_s)
+                self._lanes.append(_Lane(queue.SimpleQueue(), process))
+            return
+
+        assert self._host is not None
+        self._host.check()
+        # any thread may serve any episode
+        shared: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
+        self._lanes += [_Lane(shared) for _ in range(self._workers)]
+
     def __enter__(self) -> "EnvironmentPool":
+        self.open()
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -156,6 +227,10 @@ class EnvironmentPool:
     def close(self) -> None:
         """End all workers. The pool cannot be used again."""
         self._finalizer()
+
+    def _check_not_closed(self) -> None:
+        if not self._finalizer.alive:
+            raise RuntimeError("this environment pool is closed; make a new one")
 
     def start(self, row: Mapping[str, Any]) -> "Future[Episode]":
         """Open an episode on a row of data."""
@@ -180,11 +255,51 @@ class EnvironmentPool:
                 f"episode {episode.id} cannot be forked after turn {turn}; it has taken {len(episode.steps)} turns, "
                 "and nothing follows the one that ends it"
             )
-        actions, steps = episode.actions[:turn], episode.steps[:turn]
-        new = Episode(next(self._ids), episode.row, episode.opening, actions, steps, parent=episode.id)
-        new._uncut = episode._uncut[:turn]
-        past = Past(new.row, new.opening, tuple(actions), tuple(new._uncut), episode.id)
-        return self._submit(new, past, self.limits.step_s * (turn + 1), near=episode)
+        new = Episode(
+            next(self._ids),
+            episode.row,
+            episode.opening,
+            actions=episode.actions[:turn],
+            steps=episode.steps[:turn],
+            parent=episode.id,
+            is_open=True,
+            _uncut=episode._uncut[:turn],
+        )
+        past = Past(new.row, new.opening, tuple(new.actions), tuple(new._uncut), parent=episode.id)
+        return self._submit(new, past, self._replay_timeout_s(turn), near=episode)
+
+    def restore(self, state: Mapping[str, Any], row: Mapping[str, Any] | None = None) -> "Future[Episode]":
+        """The episode that `Episode.state_dict` was taken of, in this pool.
+
+        By replaying the actions, which must lead to the same observations, or the episode ends as `replay`. One that
+        had ended is not played again, and one whose opening had not come is opened. `row` replaces the row of the
+        state, for rows that JSON cannot hold.
+        """
+        row = dict(state["row"] if row is None else row)
+        if state["opening"] is None and state["end"] is None:
+            return self.start(row)
+
+        uncut = [Step(**step) for step in state["steps"]]
+        episode = Episode(
+            next(self._ids),
+            row,
+            state["opening"] or "",
+            actions=list(state["actions"]),
+            steps=[self._cut(step) for step in uncut],
+            end=state["end"],
+            error=state["error"],
+            seconds=state["seconds"],
+            is_open=state["opening"] is not None,
+            _uncut=uncut,
+        )
+        if episode.end is not None:
+            self._check_open()
+            future: Future[Episode] = Future()
+            future.set_result(episode)
+            return future
+
+        past = Past(row, episode.opening, tuple(episode.actions), tuple(uncut))
+        return self._submit(episode, past, self._replay_timeout_s(len(uncut)))
 
     def release(self, episode: Episode) -> None:
         """Forget an episode that needs no further steps or forks."""
@@ -197,15 +312,28 @@ class EnvironmentPool:
         elif lane is not None:
             lane.inbox.put(_Job(episode, Close(), self.limits.step_s, Future()))
 
+    def _replay_timeout_s(self, turns: int) -> float:
+        """Of a reset and so many steps."""
+        return self.limits.step_s * (turns + 1)
+
+    def _check_open(self) -> None:
+        self._check_not_closed()
+        if not self._lanes:
+            raise RuntimeError("this environment pool is not open; use it in a `with` block, or call open() first")
+
     def _submit(
         self, episode: Episode, request: Request, timeout_s: float, near: Episode | None = None
     ) -> "Future[Episode]":
-        if not self._finalizer.alive:
-            raise RuntimeError("this environment pool is closed; make a new one")
+        """Hands a request to the lane where its episode lives; a new one goes to that of `near`, whose snapshots it
+        may need, or else to the lane with fewest episodes."""
+        self._check_open()
         job = _Job(episode, request, timeout_s, Future())
         with self._lock:
-            lane = self._where.get(episode.id) or self._where.get(near.id if near else -1)
-            lane = lane or min(self._lanes, key=lambda lane: lane.episodes)
+            lane = self._where.get(episode.id)
+            if lane is None and near is not None:
+                lane = self._where.get(near.id)
+            if lane is None:
+                lane = min(self._lanes, key=lambda lane: lane.episodes)
             if episode.id not in self._where:
                 self._where[episode.id] = lane
                 lane.episodes += 1
@@ -229,10 +357,12 @@ class EnvironmentPool:
         assert lane.process is not None and self._payload is not None
         timeout_s = job.timeout_s
         if isinstance(job.request, Act) and job.episode.id not in lane.known:  # all of it is played again
-            timeout_s += self.limits.step_s * (1 + len(job.request.past.actions))
+            timeout_s += self._replay_timeout_s(len(job.request.past.actions))
         lane.known.add(job.episode.id)
         answer = lane.process.serve(job.episode.id, job.request, timeout_s)
-        if lane.process.process.returncode is not None and self._finalizer.alive:
+
+        has_died = lane.process.process.returncode is not None
+        if has_died and self._finalizer.alive:
             lane.known.clear()
             try:
                 lane.process = HostProcess(self._payload, self._start_timeout_s)
@@ -250,19 +380,25 @@ class EnvironmentPool:
         self._deliver(job, Answer(None, TIMEOUT, f"it took longer than {job.timeout_s:g} s", job.timeout_s))
 
     def _deliver(self, job: _Job, answer: Answer) -> None:
-        """Write down what came of a job, once."""
-        with self._lock:
-            if job.done.is_set():
-                return
-            job.done.set()
-            episode, request = job.episode, job.request
-            episode.seconds += answer.seconds
+        """Write down what came of a job."""
+        episode = job.episode
+        request = job.request
+        # before the job is claimed: the tokenizer may raise, and then somebody else must answer
+        step = self._cut(answer.value) if isinstance(request, Act) and answer.reason is None else None
+        if not job.claim():
+            return
+
+        with self._lock, episode._lock:
+            # a restored episode has its time from before
+            is_restored = isinstance(request, Past) and request.parent is None
+            episode.seconds += 0.0 if is_restored else answer.seconds
             if answer.reason is not None:
-                episode.end, episode.error = answer.reason, answer.error
+                episode.end = answer.reason
+                episode.error = answer.error
             elif isinstance(request, Start):
                 episode.opening = answer.value
-            elif isinstance(request, Act):
-                step = self._cut(answer.value)
+                episode.is_open = True
+            elif isinstance(request, Act) and step is not None:
                 episode.actions.append(request.action)
                 episode.steps.append(step)
                 episode._uncut.append(answer.value)
@@ -272,9 +408,10 @@ class EnvironmentPool:
         job.future.set_result(episode)
 
     def _end(self, episode: Episode) -> str | None:
+        """Why the episode is over after its last step, if it is."""
+        limits = self.limits
         if episode.steps[-1].done:
             return DONE
-        limits = self.limits
         if len(episode.steps) >= limits.turns:
             return TURNS
         if episode.counts.get("tool_calls", 0.0) >= limits.tool_calls:
@@ -282,13 +419,17 @@ class EnvironmentPool:
         return SECONDS if episode.seconds > limits.episode_s else None
 
     def _cut(self, step: Step) -> Step:
+        """The step with the observation that the policy reads: three quarters from its beginning, a quarter from its
+        end, where it is too long."""
         text = cut(step.observation, self.limits.observation_chars)
         if self._tokenizer is not None:
-            ids, most = self._tokenizer.encode(text), self.limits.observation_tokens
+            most = self.limits.observation_tokens
+            ids = self._tokenizer.encode(text)
             if len(ids) > most:
-                head, tail = ids[: most - most // 4], ids[len(ids) - most // 4 :] if most >= 4 else []
+                tail = most // 4
+                head = self._tokenizer.decode(ids[: most - tail])
                 note = f"\n[{len(ids) - most} tokens left out]\n"
-                text = self._tokenizer.decode(head) + note + (self._tokenizer.decode(tail) if tail else "")
+                text = head + note + (self._tokenizer.decode(ids[len(ids) - tail :]) if tail else "")
         return Step(text, step.reward, step.done, step.counts)
 
 
@@ -314,10 +455,7 @@ def _serve(pool_ref: "weakref.ref[EnvironmentPool]", lane: _Lane) -> None:
         try:
             pool._serve_job(lane, job)
         except Exception as error:  # a fault of ours must not leave anybody waiting
-            if not job.future.done():
-                job.done.set()
-                job.episode.end, job.episode.error = RAISED, f"{type(error).__name__}: {error}"
-                job.future.set_result(job.episode)
+            _fail(job, RAISED, f"{type(error).__name__}: {error}")
         del pool, job
 
 
@@ -333,17 +471,27 @@ def _watch(pool_ref: "weakref.ref[EnvironmentPool]") -> None:
         time.sleep(0.02)
 
 
+def _fail(job: _Job, reason: str, error: str) -> None:
+    """Ends the episode of a job that nobody serves any more."""
+    if not job.claim():
+        return
+    with job.episode._lock:
+        job.episode.end = reason
+        job.episode.error = error
+    job.future.set_result(job.episode)
+
+
 def _close(lanes: list[_Lane]) -> None:
     for lane in lanes:
-        waiting: list[_Job | None] = [lane.job] if lane.job is not None else []
+        waiting: list[_Job | None] = [lane.job]
         with contextlib.suppress(queue.Empty):
             while True:
                 waiting.append(lane.inbox.get_nowait())
         for job in waiting:
-            if job is not None and not job.done.is_set():
-                job.done.set()
-                job.episode.end, job.episode.error = CRASHED, "the pool was closed"
-                job.future.set_result(job.episode)
+            if job is not None:
+                _fail(job, CRASHED, "the pool was closed")
+
+    # every thread gets its own end, whether it shares the queue or not
     for lane in lanes:
         lane.inbox.put(None)
     for lane in lanes:

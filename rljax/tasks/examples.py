@@ -120,7 +120,7 @@ def split_by_hash(
     return Split(train, test, len(examples), len(items))
 
 
-def hold_apart(
+def decontaminate(
     train: Sequence[Example], test: Sequence[Example], *, key: Callable[[Example], int] = prompt_digest
 ) -> Split:
     """Take the items of a given test set out of a training set, and repeated items out of both.

@@ -1,11 +1,12 @@
 """Tasks that fail, and tasks like them, are drawn more often (Role-Agent, 2606.10917, the agent-in-world part).
 
-First the two updates of weights as functions of arrays, then the curriculum. What is drawn more often is not corrected
-for in the loss.
+First the mathematics as functions of arrays, then the settings and the curriculum. What is drawn more often is not
+corrected for in the loss.
 """
 
 import hashlib
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ from rljax.tasks.similarity import TextSimilarity, dice
 FINGERPRINT_CHARS = 800
 
 
-def nearest(neighbours: Sequence[tuple[int, float]], *, count: int = 3) -> list[tuple[int, float]]:
+def nearest(neighbours: Sequence[tuple[int, float]], *, count: int) -> list[tuple[int, float]]:
     """The `count` most similar distinct tasks of (task, similarity) pairs, those of similarity 0 left out."""
     found: dict[int, float] = {}
     for task, similarity in neighbours:
@@ -26,38 +27,13 @@ def nearest(neighbours: Sequence[tuple[int, float]], *, count: int = 3) -> list[
     return sorted(found.items(), key=lambda pair: -pair[1])[:count]
 
 
-def released_weights(
-    weights: np.ndarray,
-    failed: int,
-    neighbours: Sequence[tuple[int, float]],
-    *,
-    own: float = 0.15,
-    shared: float = 0.35,
-    count: int = 3,
-    floor: float = 1e-3,
-) -> np.ndarray:
-    """Weights [n] after one failed episode of the task `failed`, as the release has it: `own` more for it, `shared`
-    times the similarity for the `count` nearest of the earlier failures of other tasks. Weights only grow, so that what
-    fails early stays ahead; `failure_distribution` forgets.
-
-    Tasks are drawn in proportion to the weights. `neighbours` holds (task, similarity) pairs.
-    """
-    weights = np.array(weights, np.float64)
-    weights[failed] += own
-    for task, similarity in nearest([n for n in neighbours if n[0] != failed], count=count):
-        weights[task] += shared * similarity
-    return np.maximum(weights, floor)
-
-
-def failure_mass(
-    mass: np.ndarray, own: np.ndarray, similar: np.ndarray, *, decay: float = 0.9, kappa: float = 0.5
-) -> np.ndarray:
+def failure_mass(mass: np.ndarray, own: np.ndarray, similar: np.ndarray, *, decay: float, kappa: float) -> np.ndarray:
     """`decay mass + own + kappa similar`, all [n]: own failures of a task in this step, and the similarities by which
     failures of other tasks point to it."""
     return decay * np.asarray(mass, np.float64) + np.asarray(own, np.float64) + kappa * np.asarray(similar, np.float64)
 
 
-def failure_distribution(mass: np.ndarray, *, eta: float = 0.5) -> np.ndarray:
+def failure_distribution(mass: np.ndarray, *, eta: float) -> np.ndarray:
     """`(1 - eta) / n + eta mass / sum(mass)` [n], uniform where there is no mass: no task is ever drawn less often than
     `1 - eta` times its uniform share."""
     mass = np.asarray(mass, np.float64)
@@ -66,12 +42,47 @@ def failure_distribution(mass: np.ndarray, *, eta: float = 0.5) -> np.ndarray:
     return (1 - eta) * uniform + eta * mass / total if total > 0 else uniform
 
 
-class FailureCurriculum:
-    """Draws examples by `failure_distribution`.
+@dataclass
+class FailedTasks:
+    """What failed, and what is like it, more often (Role-Agent, 2606.10917)."""
 
-    An example whose mean reward is at most `failed_at` has failed. It adds 1 to its own mass, and `kappa` times the
-    similarity to that of each of the `count` tasks most like it among the last `history` failures of others. What is
-    solved is forgotten by the factor `decay` per step. Only training examples are ever compared.
+    eta: float = 0.5
+    """Share of the draws that follow failures; the rest is uniform. Lower it if solved tasks are forgotten."""
+    decay: float = 0.9
+    """What is left of a failure after a step."""
+    kappa: float = 0.5
+    """How much a failure counts for a task that is like it, times the similarity; 1 is as much as its own."""
+    count: int = 3
+    """How many similar tasks share in a failure."""
+    history: int = 512
+    """Failures that are remembered to be compared with."""
+    failed_at: float = 0.0
+    """An example whose mean reward is at most this has failed."""
+
+    def check(self) -> None:
+        """Raises ValueError for a setting out of range."""
+        name = "config.curriculum"
+        if not 0 <= self.eta < 1:
+            raise ValueError(f"{name}.eta={self.eta}, the share that follows failures, must be at least 0 and below 1")
+        if not 0 <= self.decay < 1:
+            raise ValueError(
+                f"{name}.decay={self.decay}, what is left of a failure after a step, must be at least 0 and below 1"
+            )
+        for field in ("kappa", "count", "history"):
+            if getattr(self, field) < 0:
+                raise ValueError(f"{name}.{field}={getattr(self, field)} must be at least 0")
+
+    def make(self, examples: Sequence[Example], seed: int) -> "FailureCurriculum":
+        """The curriculum over `examples`."""
+        return FailureCurriculum(examples, self, seed=seed)
+
+
+class FailureCurriculum:
+    """Draws examples by `failure_distribution`, as `settings` say.
+
+    An example that failed adds 1 to its own mass, and `kappa` times the similarity to that of each of the `count` tasks
+    most like it among the last `history` failures of others. What is solved is forgotten by the factor `decay` per
+    step. Only training examples are ever compared.
 
     A batch has no example twice: they are drawn without replacement. The draw depends on (seed, number of the draw) and
     the mass, both part of the state, so that a restored curriculum continues exactly. `similarity` compares the first
@@ -81,28 +92,17 @@ class FailureCurriculum:
     def __init__(
         self,
         examples: Sequence[Example],
-        seed: int = 0,
+        settings: FailedTasks | None = None,
         *,
-        eta: float = 0.5,
-        decay: float = 0.9,
-        kappa: float = 0.5,
-        count: int = 3,
-        history: int = 512,
-        failed_at: float = 0.0,
+        seed: int = 0,
         similarity: TextSimilarity = dice,
     ):
         if not examples:
             raise ValueError("a curriculum needs at least one example; the data set is empty")
-        if not 0 <= eta < 1:
-            raise ValueError(f"eta={eta}, the share that follows failures, must be at least 0 and below 1")
-        if not 0 <= decay < 1:
-            raise ValueError(f"decay={decay}, what is left of a failure after a step, must be at least 0 and below 1")
-        for name, value in (("kappa", kappa), ("count", count), ("history", history)):
-            if value < 0:
-                raise ValueError(f"{name}={value} must be at least 0")
-        self._examples, self._seed = list(examples), seed
-        self._eta, self._decay, self._kappa = eta, decay, kappa
-        self._count, self._length, self._failed_at = count, history, failed_at
+        self._settings = FailedTasks() if settings is None else settings
+        self._settings.check()
+        self._examples = list(examples)
+        self._seed = seed
         self._similarity = similarity
         self._texts = [_text(e)[:FINGERPRINT_CHARS] for e in self._examples]
         self._index = {e.id: i for i, e in enumerate(self._examples)}
@@ -114,7 +114,7 @@ class FailureCurriculum:
     @property
     def distribution(self) -> np.ndarray:
         """With what probability each example is drawn first, float64 [n]."""
-        return failure_distribution(self._mass, eta=self._eta)
+        return failure_distribution(self._mass, eta=self._settings.eta)
 
     def sample(self, step: int, n: int) -> list[Example]:
         """`n` examples; `step` does not enter. Raises ValueError unless 1 <= n <= number of examples."""
@@ -124,30 +124,36 @@ class FailureCurriculum:
                 "lower the number of prompts of a step, or give more data"
             )
         key = hashlib.blake2b(f"{self._seed}/{self._draws}".encode(), digest_size=16).digest()
+        generator = np.random.Generator(np.random.PCG64(int.from_bytes(key, "big")))
         self._draws += 1
+
         # The n first to arrive, when each arrives at a rate of its probability: draws without replacement.
-        arrivals = np.random.Generator(np.random.PCG64(int.from_bytes(key, "big"))).exponential(size=len(self._mass))
+        arrivals = generator.exponential(size=len(self._mass))
         order = np.argsort(arrivals / self.distribution, kind="stable")
         return [self._examples[i] for i in order[:n]]
 
     def observe(self, examples: Sequence[Example], rewards: Sequence[float]) -> None:
         """Learn which examples of a step failed; those of other data sets are passed over."""
+        settings = self._settings
         failed = [
             self._index[example.id]
             for example, reward in zip(examples, rewards, strict=True)
-            if example.id in self._index and reward <= self._failed_at
+            if example.id in self._index and reward <= settings.failed_at
         ]
-        own, similar = np.zeros(len(self._mass)), np.zeros(len(self._mass))
+        own = np.zeros(len(self._mass))
         np.add.at(own, failed, 1.0)
+
+        similar = np.zeros(len(self._mass))
         for i in failed:
+            # those of this step, too, count as earlier failures of one another, in the order of the batch
             past = dict.fromkeys(j for j in self._failures if j != i)
-            for j, likeness in nearest(
-                [(j, self._similarity(self._texts[i], self._texts[j])) for j in past], count=self._count
-            ):
+            neighbours = [(j, self._similarity(self._texts[i], self._texts[j])) for j in past]
+            for j, likeness in nearest(neighbours, count=settings.count):
                 similar[j] += likeness
-            self._failures = [*self._failures, i][-self._length :] if self._length else []
-        self._mass = failure_mass(self._mass, own, similar, decay=self._decay, kappa=self._kappa)
-        self._mass[self._mass < 1e-9] = 0.0
+            self._failures = [*self._failures, i][-settings.history :] if settings.history else []
+
+        self._mass = failure_mass(self._mass, own, similar, decay=settings.decay, kappa=settings.kappa)
+        self._mass[self._mass < 1e-9] = 0.0  # what has faded leaves the state
 
     def state_dict(self) -> dict[str, Any]:
         held = np.flatnonzero(self._mass)
@@ -163,7 +169,8 @@ class FailureCurriculum:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Raises ValueError if the state is of another kind of curriculum, other data or another seed."""
         refuse_other_state(state, kind=type(self).__name__, seed=self._seed, data=self._fingerprint)
-        self._draws, self._failures = int(state["draws"]), [int(i) for i in state["failures"]]
+        self._draws = int(state["draws"])
+        self._failures = [int(i) for i in state["failures"]]
         self._mass = np.zeros(len(self._examples))
         for i, mass in state["mass"]:
             self._mass[int(i)] = mass

@@ -16,39 +16,48 @@ from absl import logging
 from rljax.tasks.callables import RewardInput, Wants, check_columns, inspect_reward, load_callable
 from rljax.tasks.workers import DONE, RAISED, TIMEOUT, Job, WorkerPool
 
-EXCEPTION, TIMED_OUT, CRASH, NOT_FINITE = FAILURES = ("exception", "timeout", "crash", "not_finite")
-"""Kinds of failure: it raised (or exited), ran beyond its time, its process died, or it gave no finite number."""
+EXCEPTION = "exception"
+"""It raised, or exited."""
+TIMED_OUT = "timeout"
+"""It ran beyond its time."""
+CRASH = "crash"
+"""Its process died."""
+NOT_FINITE = "not_finite"
+"""It gave no finite number."""
+FAILURES = (EXCEPTION, TIMED_OUT, CRASH, NOT_FINITE)
+"""Kinds of failure of a reward."""
 
 _FLOAT32_MAX = 3.4028234e38
 
 
 @dataclass(frozen=True)
 class RewardSpec:
-    """One reward of a run.
-
-    `reward` is a callable (see `rljax.tasks.callables`) or its name `module:function`. `weight` multiplies its value.
-    `timeout_s` is the time of one call: one sample, or a whole batch. `in_process` runs it in this process, fast but
-    without a timeout; None does so for the built-in verifiers that cannot hang, and runs all else in worker processes.
-    """
+    """One reward of a run."""
 
     reward: Callable[..., Any] | str
+    """A callable (see `rljax.tasks.callables`), or its name `module:function`."""
     weight: float = 1.0
+    """Multiplies its value in the sum of a sample's rewards."""
     name: str | None = None
+    """Its key in `RewardResult.components`; None is the name of the callable."""
     timeout_s: float = 10.0
+    """Seconds of one call: one sample, or a whole batch."""
     in_process: bool | None = None
+    """True runs it in this process, fast but without a timeout; None does so for the built-in verifiers that cannot
+    hang, and runs all else in worker processes."""
 
 
 @dataclass(frozen=True)
 class RewardResult:
-    """The weighted sum `value`, the unweighted `components` by name, and what failed, if anything.
-
-    If a component fails the sample is not valid: `value` is 0, `error` tells why, and the component is missing.
-    """
+    """What the rewards say of one sample. If a component fails, the sample is not valid."""
 
     value: float
+    """The weighted sum; 0 if the sample is not valid."""
     components: dict[str, float]
+    """The unweighted rewards by name, without those that failed."""
     is_valid: bool = True
     error: str | None = None
+    """What failed, if anything."""
 
 
 class _Outcome(NamedTuple):
@@ -61,7 +70,8 @@ class _Scorer:
     """Calls one reward on inputs and turns whatever happens into outcomes. Picklable if the reward is."""
 
     def __init__(self, reward: Callable[..., Any], wants: Wants):
-        self.reward, self.wants = reward, wants
+        self.reward = reward
+        self.wants = wants
 
     def warm_up(self) -> None:
         """Whatever the reward does first and slowly, such as imports; a worker does it before its first job."""
@@ -105,10 +115,10 @@ class RewardRunner:
     `rewards` holds `RewardSpec`s, bare callables or `(callable, weight)` pairs; `timeout_s` is for those without a
     spec. `workers` defaults to the number of cores, at most 8; none start if every reward runs in process.
 
-    Values do not depend on the number of workers or on the order of the samples. `failures` counts samples by kind
-    since the start; the first failure of each reward and kind is logged with its traceback. Raises ValueError for no
-    rewards, a signature that is none of a reward's, a repeated name, a weight or timeout out of range, or a reward
-    that a worker process cannot load.
+    Use it as a context manager, or call `open` and `close`: no process starts before. Values do not depend on the
+    number of workers or on the order of the samples. `failures` counts samples by kind since the start; the first
+    failure of each reward and kind is logged with its traceback. Raises ValueError for no rewards, a signature that is
+    none of a reward's, a repeated name, a weight or timeout out of range, or a reward that cannot be sent to a worker.
     """
 
     def __init__(
@@ -125,25 +135,33 @@ class RewardRunner:
             raise ValueError("a reward runner needs at least one reward; none was given")
         if len(set(names)) < len(names):
             raise ValueError(f"reward names {names} must differ; set RewardSpec.name")
+
         self.failures: Counter[str] = Counter(dict.fromkeys(FAILURES, 0))
         self._logged: set[tuple[str, str]] = set()
         self._lock = threading.Lock()
         self._remote = [r for r in self._rewards if not r.in_process]
-        size = min(_cores(), 8) if workers is None else workers
-        self._pool = (
-            WorkerPool([r.scorer for r in self._remote], size, start_timeout_s=start_timeout_s)
-            if self._remote
-            else None
-        )
+        self._pool: WorkerPool | None = None
+        if self._remote:
+            size = min(_cores(), 8) if workers is None else workers
+            self._pool = WorkerPool([r.scorer for r in self._remote], size, start_timeout_s=start_timeout_s)
+
+    def open(self) -> None:
+        """Start the worker processes, where there are any to start. Does nothing if they stand.
+
+        Raises ValueError if a reward does not load in a worker, RuntimeError if the runner was closed.
+        """
+        if self._pool is not None:
+            self._pool.open()
 
     def __enter__(self) -> "RewardRunner":
+        self.open()
         return self
 
     def __exit__(self, *error: Any) -> None:
         self.close()
 
     def close(self) -> None:
-        """End the worker processes."""
+        """End the worker processes. They cannot be started again."""
         if self._pool is not None:
             self._pool.close()
 
@@ -158,14 +176,15 @@ class RewardRunner:
             check_columns(reward.scorer.wants, reward.name, columns)
 
     def score(self, inputs: Sequence[RewardInput]) -> list[RewardResult]:
-        """One result for each input, in order. Never raises for what a reward does."""
+        """One result for each input, in order. Never raises for what a reward does; RuntimeError if rewards need worker
+        processes and the runner is not open."""
         if not inputs:
             return []
         with self._lock:
             outcomes = self._run_remote(inputs)
             for reward in self._rewards:
                 if reward.in_process:
-                    batches = [inputs] if reward.scorer.wants.is_batch else [[i] for i in inputs]
+                    batches = _batches(reward, inputs)
                     outcomes[reward.name] = [o for batch in batches for o in reward.scorer(batch)]
             for reward in self._rewards:
                 self._count(reward, outcomes[reward.name])
@@ -174,13 +193,17 @@ class RewardRunner:
     def _run_remote(self, inputs: Sequence[RewardInput]) -> dict[str, list[_Outcome]]:
         if self._pool is None:
             return {}
-        jobs, owners = [], []
+        jobs: list[Job] = []
+        owners: list[tuple[_Reward, int]] = []
         for index, reward in enumerate(self._remote):
-            batches = [inputs] if reward.scorer.wants.is_batch else [[i] for i in inputs]
+            batches = _batches(reward, inputs)
             jobs += [Job(index, batch, reward.timeout_s) for batch in batches]
             owners += [(reward, len(batch)) for batch in batches]
+
+        # jobs of one reward are in the order of the inputs, and replies in that of the jobs
         outcomes: dict[str, list[_Outcome]] = {r.name: [] for r in self._remote}
-        for (reward, size), reply in zip(owners, self._pool.run(jobs)):
+        for (reward, size), reply in zip(owners, self._pool.run(jobs), strict=True):
+            # what fails a batch reward fails all samples of the batch
             outcomes[reward.name] += reply.value if reply.kind == DONE else [_failed(reward, reply)] * size
         return outcomes
 
@@ -189,8 +212,9 @@ class RewardRunner:
             if outcome.failure is None:
                 continue
             self.failures[outcome.failure] += 1
-            if (reward.name, outcome.failure) not in self._logged:
-                self._logged.add((reward.name, outcome.failure))
+            kind = (reward.name, outcome.failure)
+            if kind not in self._logged:
+                self._logged.add(kind)
                 logging.warning(
                     "Reward %s failed (%s); the sample takes no part. More of this kind are counted, not logged.\n%s",
                     reward.name,
@@ -207,7 +231,13 @@ class RewardRunner:
         ]
         if errors:
             return RewardResult(0.0, components, is_valid=False, error="; ".join(errors))
+        # fsum: the value must not depend on the order in which rewards are listed
         return RewardResult(math.fsum(r.weight * components[r.name] for r in self._rewards), components)
+
+
+def _batches(reward: _Reward, inputs: Sequence[RewardInput]) -> list[Sequence[RewardInput]]:
+    """The calls of a reward: one for all inputs, or one each."""
+    return [inputs] if reward.scorer.wants.is_batch else [[one] for one in inputs]
 
 
 def _cores() -> int:

@@ -32,10 +32,34 @@ _STARTED = "started"
 _GRACE_S = 2.0  # from the end of the parent to that of a busy worker
 _BACKSTOP_S = 10.0  # beyond the timeout; for a worker whose parent is gone and whose job never lets go of the GIL
 _MAX_FAILED_STARTS = 5
-_CHILD = (
-    "import json, sys; sys.path[:] = json.loads(sys.argv[2]); "
-    "from rljax.tasks.workers import serve; serve(int(sys.argv[1]))"
-)
+_CHILD = "import json, sys; sys.path[:] = json.loads(sys.argv[2]); from {0} import {1}; {1}(int(sys.argv[1]))"
+
+
+def start_child(serve: str) -> tuple[subprocess.Popen, Connection]:
+    """A fresh Python process that leads a process group of its own, and our end of the socket pair to it.
+
+    `serve` names the `module:function` that it runs, with the descriptor of its end. The process never runs this one's
+    main module.
+    """
+    ours, theirs = socket.socketpair()
+    with theirs:
+        code = _CHILD.format(*serve.split(":"))
+        arguments = [sys.executable, "-c", code, str(theirs.fileno()), json.dumps(sys.path)]
+        # results must not depend on the hash seed of a process, and no worker may take the accelerator
+        env = {**os.environ, "PYTHONHASHSEED": "0", "JAX_PLATFORMS": "cpu"}
+        process = subprocess.Popen(
+            arguments, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, start_new_session=True, env=env
+        )
+    return process, Connection(ours.detach())
+
+
+def end_child(process: subprocess.Popen, connection: Connection) -> None:
+    """End the process and all that it started."""
+    connection.close()
+    if process.returncode is None:  # not yet reaped, so its id still names its group
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
 
 class Job(NamedTuple):
@@ -57,28 +81,21 @@ class _Worker:
     """A process and where it stands. `job` is the index of what it works on; `deadline` that of its start or job."""
 
     def __init__(self, payload: bytes, start_timeout_s: float):
-        ours, theirs = socket.socketpair()
-        with theirs:
-            arguments = [sys.executable, "-c", _CHILD, str(theirs.fileno()), json.dumps(sys.path)]
-            # results must not depend on the hash seed of a process, and no worker may take the accelerator
-            env = {**os.environ, "PYTHONHASHSEED": "0", "JAX_PLATFORMS": "cpu"}
-            self.process = subprocess.Popen(
-                arguments, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, start_new_session=True, env=env
-            )
-        self.connection = Connection(ours.detach())
-        self.ready = False
+        self.process, self.connection = start_child("rljax.tasks.workers:serve")
+        self.is_ready = False
         self.job: int | None = None
         self.deadline = time.monotonic() + start_timeout_s
         with contextlib.suppress(OSError):  # if it died at once, reading tells
             self.connection.send_bytes(payload)
 
+    @property
+    def is_idle(self) -> bool:
+        """Whether it stands and has nothing to do."""
+        return self.is_ready and self.job is None
+
     def kill(self) -> None:
         """End the process and all that it started."""
-        self.connection.close()
-        if self.process.returncode is None:  # not yet reaped, so its id still names its group
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(self.process.pid, signal.SIGKILL)
-            self.process.wait()
+        end_child(self.process, self.connection)
 
     def has_ended(self) -> bool:
         """Whether it ended by itself; leaves it to `kill` to reap it."""
@@ -86,12 +103,13 @@ class _Worker:
 
 
 def _close(workers: list[_Worker]) -> None:
-    idle = [w for w in workers if w.ready and w.job is None]
+    idle = [worker for worker in workers if worker.is_idle]
     for worker in idle:
         worker.connection.close()  # it then ends by itself, running its exit handlers
     deadline = time.monotonic() + _GRACE_S
-    while not all(w.has_ended() for w in idle) and time.monotonic() < deadline:
+    while not all(worker.has_ended() for worker in idle) and time.monotonic() < deadline:
         time.sleep(0.01)
+
     for worker in workers:
         worker.kill()
     workers.clear()
@@ -100,28 +118,40 @@ def _close(workers: list[_Worker]) -> None:
 class WorkerPool:
     """`size` processes that hold `functions`, which must be picklable: module-level functions, or objects of such.
 
-    Starts all workers and waits until they stand; a function's method `warm_up`, if it has one, is called in each.
-    Raises ValueError if a function does not load in a worker. Use as a context manager, or `close()`; not for several
-    threads at once.
+    Use it as a context manager, or call `open` and `close`; nothing starts before. Not for several threads at once.
+    A function's method `warm_up`, if it has one, is called in each worker before its first job.
     """
 
     def __init__(self, functions: Sequence[Callable[[Any], Any]], size: int, *, start_timeout_s: float = 60.0):
         if size < 1:
             raise ValueError(f"a pool of {size} workers can do nothing; give at least 1")
+        self._size = size
         self._payload = pickle.dumps(list(functions))
         self._start_timeout_s = start_timeout_s
         self._failed_starts = 0
         self._workers: list[_Worker] = []
+        # also ends the workers of a pool that is dropped without being closed
         self._finalizer = weakref.finalize(self, _close, self._workers)
-        self._workers += [_Worker(self._payload, start_timeout_s) for _ in range(size)]
+
+    def open(self) -> None:
+        """Start all workers and wait until they stand. Does nothing if they do.
+
+        Raises ValueError if a function does not load in a worker, RuntimeError if the pool was closed.
+        """
+        self._check_not_closed()
+        if self._workers:
+            return
         try:
-            while not all(w.ready for w in self._workers):
+            for _ in range(self._size):
+                self._workers.append(_Worker(self._payload, self._start_timeout_s))
+            while not all(worker.is_ready for worker in self._workers):
                 self._wait(first_start=True)
         except BaseException:
             self.close()
             raise
 
     def __enter__(self) -> "WorkerPool":
+        self.open()
         return self
 
     def __exit__(self, *error: Any) -> None:
@@ -130,6 +160,10 @@ class WorkerPool:
     def close(self) -> None:
         """End all workers. The pool cannot be used again."""
         self._finalizer()
+
+    def _check_not_closed(self) -> None:
+        if not self._finalizer.alive:
+            raise RuntimeError("this worker pool is closed; make a new one")
 
     @property
     def pids(self) -> list[int]:
@@ -140,17 +174,19 @@ class WorkerPool:
         """Do all jobs, several at a time; replies are in the order of the jobs.
 
         A job's time runs from when a worker takes it. One that exceeds it is killed (TIMEOUT), one whose worker dies
-        is lost (CRASHED), and neither is tried again. Raises RuntimeError if the pool is closed or workers can no
+        is lost (CRASHED), and neither is tried again. Raises RuntimeError if the pool is not open or workers can no
         longer be started.
         """
+        self._check_not_closed()
         if not self._workers:
-            raise RuntimeError("this worker pool is closed; make a new one")
+            raise RuntimeError("this worker pool is not open; use it in a `with` block, or call open() first")
+
         waiting = deque(range(len(jobs)))
         replies: dict[int, Reply] = {}
         try:
             while len(replies) < len(jobs):
                 for worker in list(self._workers):
-                    if worker.ready and worker.job is None:
+                    if worker.is_idle:
                         self._assign(worker, waiting, jobs, replies)
                 if len(replies) < len(jobs):
                     replies.update(self._wait())
@@ -175,23 +211,26 @@ class WorkerPool:
                 waiting.appendleft(index)
                 self._replace(worker)
                 return
-            worker.job, worker.deadline = index, time.monotonic() + jobs[index].timeout_s
+            worker.job = index
+            worker.deadline = time.monotonic() + jobs[index].timeout_s
 
     def _wait(self, first_start: bool = False) -> list[tuple[int, Reply]]:
         """Sleep until something happens; replies of the jobs that ended by it."""
-        active = [w for w in self._workers if not w.ready or w.job is not None]
-        timeout = max(0.0, min(w.deadline for w in active) - time.monotonic())
-        heard = set(wait([w.connection for w in active], timeout))
+        active = [worker for worker in self._workers if not worker.is_idle]
+        timeout = max(0.0, min(worker.deadline for worker in active) - time.monotonic())
+        heard = set(wait([worker.connection for worker in active], timeout))
         now = time.monotonic()
+
         ended = []
         for worker in active:
-            job, starting = worker.job, not worker.ready
             reply = self._hear(worker) if worker.connection in heard else None
             if reply is None and now >= worker.deadline:
                 reply = Reply(TIMEOUT, "")
             if reply is None:
                 continue
-            if starting:
+
+            job = worker.job
+            if not worker.is_ready:
                 self._after_start(worker, reply, first_start)
                 continue
             if reply.kind in (TIMEOUT, CRASHED):
@@ -212,14 +251,17 @@ class WorkerPool:
 
     def _after_start(self, worker: _Worker, reply: Reply, first_start: bool) -> None:
         if reply.kind == _STARTED:
-            worker.ready, self._failed_starts = True, 0
+            worker.is_ready = True
+            self._failed_starts = 0
             return
+
         reason = str(reply.value).strip() or f"no answer in {self._start_timeout_s} s"
         if first_start:
             raise ValueError(
                 "a worker process cannot load its functions; they must come from modules that import on their own:\n"
                 + reason
             )
+
         self._failed_starts += 1
         if self._failed_starts >= _MAX_FAILED_STARTS:
             raise RuntimeError(f"{_MAX_FAILED_STARTS} worker processes in a row did not start; the last: {reason}")
@@ -230,12 +272,14 @@ class WorkerPool:
         self._workers[self._workers.index(worker)] = _Worker(self._payload, self._start_timeout_s)
 
 
-def serve(fd: int) -> None:
+def serve(descriptor: int) -> None:
     """The life of a worker process: load the functions, then do jobs until the socket closes."""
-    os.set_inheritable(fd, False)
-    connection = Connection(fd)
+    os.set_inheritable(descriptor, False)
+    connection = Connection(descriptor)
+    # a thread reads, so that the end of the parent is noticed during a job
     inbox: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
     threading.Thread(target=_receive, args=(connection, inbox), daemon=True).start()
+
     null = open(os.devnull, "w")  # noqa: SIM115  for the life of the process
     functions: list[Callable[[Any], Any]] | None = None
     for message in iter(inbox.get, None):
@@ -255,6 +299,7 @@ def serve(fd: int) -> None:
             answer = pickle.dumps((RAISED, traceback.format_exc()))
         finally:
             faulthandler.cancel_dump_traceback_later()
+
         try:
             connection.send_bytes(answer)
         except OSError:  # the parent is gone
@@ -268,6 +313,6 @@ def _receive(connection: Connection, inbox: "queue.SimpleQueue[bytes | None]") -
     except (EOFError, OSError):
         inbox.put(None)
     time.sleep(_GRACE_S)
-    if os.getpgrp() == os.getpid():
+    if os.getpgrp() == os.getpid():  # the group is the worker's own, so nobody else's processes end with it
         os.killpg(os.getpid(), signal.SIGKILL)
     os._exit(1)

@@ -62,6 +62,7 @@ class ReasoningEnvironment(ToolEnvironment):
 def _tools(workers: int, wall_s: float, memory_mb: int, level: str | None) -> ToolBox:
     limits = Limits(**{**asdict(Limits()), "wall_s": wall_s, "cpu_s": wall_s, "memory_mb": memory_mb})
     sandbox = Sandbox(limits, workers=workers, level=level)
+    sandbox.open()  # for as long as the process lives: which environment is the last one, nobody knows
     return ToolBox([python_tool(sandbox), answer], timeout_s=wall_s + _WAIT_S)
 
 

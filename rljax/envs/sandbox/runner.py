@@ -310,14 +310,15 @@ def readable_paths() -> list[str]:
 
 
 class Sandbox:
-    """Runs Python programs that nobody has read. Safe for many threads at once; a context manager.
+    """Runs Python programs that nobody has read. Safe for many threads at once.
 
-    `workers` programs run at a time, and as many sandboxes stand ready; each serves once, so nothing passes from one
-    program to the next. `level` None takes the stronger of "namespaces" and "landlock" that works here. `preload` names
-    modules that the server imports once, for programs to import at no cost; all packages of this interpreter can be
-    imported anyway. A sandbox or server that dies is replaced.
+    Use it as a context manager, or call `open` and `close`: no server starts before. `workers` programs run at a time,
+    and as many sandboxes stand ready; each serves once, so nothing passes from one program to the next. `level` None
+    takes the stronger of "namespaces" and "landlock" that works here. `preload` names modules that the server imports
+    once, for programs to import at no cost; all packages of this interpreter can be imported anyway. A sandbox or
+    server that dies is replaced.
 
-    Raises ValueError if the level does not work here, saying why, or, without a level, if only weaker ones may.
+    Raises ValueError for no workers, or a level that is not one of `LEVELS`.
     """
 
     def __init__(
@@ -343,30 +344,44 @@ class Sandbox:
         if level is not None and level not in LEVELS:
             raise ValueError(f"sandbox level {level!r} is not one of {', '.join(LEVELS)}")
         self.limits = limits
-        self._workers, self._preload, self._start_timeout_s = workers, tuple(preload), start_timeout_s
+        self.level = level or ""  # chosen by `open` where none was asked for
+        self.refused: dict[str, str] = {}  # the levels that `open` tried in vain, and why
+        self._workers = workers
+        self._preload = tuple(preload)
+        self._start_timeout_s = start_timeout_s
         self._slots = threading.BoundedSemaphore(workers)
         self._lock = threading.Lock()
-        self._servers: list[_Server] = []
+        self._servers: list[_Server] = []  # one, once it is open
+        # also ends the server of a sandbox that is dropped without being closed
         self._finalizer = weakref.finalize(self, _close, self._servers)
-        self.refused: dict[str, str] = {}  # level: why it does not work here
-        for candidate in (level,) if level else LEVELS[:2]:
-            try:
-                self._start(candidate)
-                self.level = candidate
+
+    def open(self) -> None:
+        """Start the server, and prove it on a program. Does nothing if it stands.
+
+        Raises ValueError if the level does not work here, saying why, or, without a level, if only weaker ones may;
+        RuntimeError if the sandbox was closed.
+        """
+        with self._lock:
+            self._check_not_closed()
+            if self._servers:
                 return
-            except (_Unready, OSError) as error:
-                self.refused[candidate] = str(error)
+            for candidate in (self.level,) if self.level else LEVELS[:2]:
+                try:
+                    self._start(candidate)
+                    self.level = candidate
+                    return
+                except (_Unready, OSError) as error:
+                    self.refused[candidate] = str(error)
+
         self.close()
         reasons = "; ".join(f"{name}: {reason}" for name, reason in self.refused.items())
-        raise ValueError(
-            f"no sandbox works here ({reasons}); "
-            + (
-                "choose another level"
-                if level
-                else "allow user namespaces or use Linux 5.13 or newer, or take level='seccomp' or 'rlimits' after "
-                "reading what they do not stop"
-            )
+        remedy = (
+            "choose another level"
+            if self.level
+            else "allow user namespaces or use Linux 5.13 or newer, or take level='seccomp' or 'rlimits' after reading "
+            "what they do not stop"
         )
+        raise ValueError(f"no sandbox works here ({reasons}); {remedy}")
 
     def _start(self, level: str) -> None:
         """A server at this level that has proved itself on a program."""
@@ -387,29 +402,41 @@ class Sandbox:
         self._servers[:] = [server]
 
     def __enter__(self) -> "Sandbox":
+        self.open()
         return self
 
     def __exit__(self, *error: object) -> None:
         self.close()
 
     def close(self) -> None:
-        """End all sandboxes, those that run a program too."""
+        """End all sandboxes, those that run a program too. The sandbox cannot be used again."""
         self._finalizer()
+
+    def _check_not_closed(self) -> None:
+        if not self._finalizer.alive:
+            raise RuntimeError("this sandbox is closed; make a new one")
+
+    @property
+    def _server(self) -> _Server:
+        self._check_not_closed()
+        if not self._servers:
+            raise RuntimeError("this sandbox is not open; use it in a `with` block, or call open() first")
+        return self._servers[0]
 
     @property
     def server_pid(self) -> int:
         """Process id of the server, which all sandboxes are children of."""
-        return self._servers[0].process.pid
+        return self._server.process.pid
 
     @property
     def folder(self) -> str:
         """An empty folder of the server; its name stands on the command line of all its processes."""
-        return str(self._servers[0].folder)
+        return str(self._server.folder)
 
     @property
     def num_ready(self) -> int:
         """Sandboxes that stand, or come up, for programs to come."""
-        return len(self._servers[0].ready)
+        return len(self._server.ready)
 
     def describe(self) -> str:
         """What this level stops and what it does not, for a person."""
@@ -420,7 +447,7 @@ class Sandbox:
 
     def run(self, code: str, *, stdin: str = "", timeout_s: float | None = None, echo: bool = False) -> SandboxResult:
         """Run one program; never raises for what it does. `timeout_s` replaces `wall_s`; with `echo` the value of a
-        last line that is an expression is printed, as in a notebook. Raises RuntimeError once closed."""
+        last line that is an expression is printed, as in a notebook. Raises RuntimeError unless it is open."""
         wall_s = self.limits.wall_s if timeout_s is None else timeout_s
         job = {"code": code, "stdin": stdin, "echo": echo}
         begin = time.monotonic()
@@ -438,14 +465,13 @@ class Sandbox:
         """A sandbox that stands; another is ordered in its place."""
         for attempt in range(3):
             with self._lock:
-                if not self._finalizer.alive:
-                    raise RuntimeError("this sandbox is closed; make a new one")
+                server = self._server
                 try:
-                    worker = self._servers[0].take(self._workers)
+                    worker = server.take(self._workers)
                 except _Unready:
-                    self._servers[0].close()
+                    server.close()
                     self._start(self.level)
-                    worker = self._servers[0].take(self._workers)
+                    worker = self._server.take(self._workers)
             try:
                 worker.wait_ready(self._start_timeout_s)
                 return worker

@@ -1,0 +1,58 @@
+"""Settings of data, rewards and curricula: what is wrong by itself is refused in one line that names the field."""
+
+import json
+
+import pytest
+
+from rljax.tasks import (
+    Curriculum,
+    CurriculumSource,
+    Dataset,
+    DataSource,
+    Example,
+    FailedTasks,
+    FileData,
+    ReasoningGymData,
+    RewardConfig,
+    RowsData,
+    UniformTasks,
+)
+
+
+@pytest.mark.parametrize(
+    ("part", "message"),
+    [
+        (ReasoningGymData(size=0), r"config\.data\.size=0"),
+        (ReasoningGymData(size=9, test_size=9), r"config\.data\.test_size=9"),
+        (FileData(), r"data file '' must end in .*set config\.data\.train"),
+        (FileData(train="a.jsonl", test="b.csv"), r"data file 'b\.csv' must end in .*set config\.data\.test"),
+        (FileData(train="a.jsonl", test_fraction=1.0), r"config\.data\.test_fraction=1\.0"),
+        (RowsData(rows="my_rows"), r"config\.data\.rows='my_rows' must have the form 'module:function'"),
+        (RowsData(rows="a:b", test_fraction=-0.1), r"config\.data\.test_fraction=-0\.1"),
+        (RewardConfig(timeout_s=0.0), r"timeout_s=0\.0 of rljax\.tasks\.verifiers:NumberMatch"),
+        (FailedTasks(eta=1.0), r"config\.curriculum\.eta=1\.0"),
+        (FailedTasks(history=-1), r"config\.curriculum\.history=-1"),
+    ],
+)
+def test_a_value_that_is_wrong_by_itself_is_refused(part, message):
+    with pytest.raises(ValueError, match=message) as error:
+        part.check()
+    assert "\n" not in str(error.value)
+
+
+def test_files_are_loaded_and_their_held_out_rows_kept_out_of_training(tmp_path):
+    rows = [json.dumps({"prompt": f"p{i}", "answer": i}) for i in range(6)]
+    (tmp_path / "train.jsonl").write_text("\n".join(rows))
+    (tmp_path / "test.jsonl").write_text("\n".join(rows[:2]))
+    source = FileData(train=str(tmp_path / "train.jsonl"), test=str(tmp_path / "test.jsonl"))
+    data = source.load()
+    assert isinstance(source, DataSource) and isinstance(data, Dataset) and data.verifier is None
+    assert [e.prompt for e in data.test] == ["p0", "p1"]
+    assert [e.prompt for e in data.train] == ["p2", "p3", "p4", "p5"]
+
+
+@pytest.mark.parametrize("source", [UniformTasks(), FailedTasks()])
+def test_curricula_are_made_of_their_settings(source):
+    curriculum = source.make([Example(f"p{i}") for i in range(4)], 7)
+    assert isinstance(source, CurriculumSource) and isinstance(curriculum, Curriculum)
+    assert curriculum.state_dict()["seed"] == 7

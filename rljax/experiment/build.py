@@ -8,7 +8,7 @@ import jax
 from jax.sharding import Mesh
 
 from rljax.algorithms import Algorithm
-from rljax.batching import PackSpec, stack
+from rljax.batching import PackConfig, stack
 from rljax.envs import EnvironmentPool, check_chat_template, get_format
 from rljax.evaluation import Evaluation
 from rljax.experiment.config import (
@@ -264,16 +264,16 @@ def shared_options(config: Config, mesh: Mesh) -> dict[str, Any]:
     }
 
 
-def pack_spec(config: Config) -> PackSpec:
+def pack_spec(config: Config) -> PackConfig:
     update = config.update
-    return PackSpec(
+    return PackConfig(
         update.pack_length,
-        packed_rows=update.packed_rows,
+        microbatch_size=update.packed_rows,
         share_prefixes=update.share_prefixes,
-        length_buckets=update.length_buckets or None,
-        score_buckets=update.score_buckets or None,
-        row_buckets=update.row_buckets or None,
-        microbatch_buckets=update.microbatch_buckets or None,
+        length_buckets=update.length_buckets,
+        score_buckets=update.score_buckets,
+        row_buckets=update.row_buckets,
+        microbatch_buckets=update.microbatch_buckets,
     )
 
 

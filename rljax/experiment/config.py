@@ -13,7 +13,7 @@ from typing import Any, Protocol, runtime_checkable
 from rljax.algorithms import GRPO, Algorithm
 from rljax.envs import EnvironmentLimits, EnvironmentPool, get_format
 from rljax.models import DecoderConfig, find_smollm2
-from rljax.plans import Plan
+from rljax.plans import RolloutPlan
 from rljax.tasks import (
     Curriculum,
     Example,
@@ -479,7 +479,7 @@ def check(config: Config, device_count: int | None = None) -> Algorithm:
     `device_count` is checked against the mesh when given.
     """
     algorithm = config.algorithm.build()
-    plan: Plan = algorithm.plan
+    plan: RolloutPlan = algorithm.plan
     positive = {
         "steps": config.steps,
         "prompts_per_step": config.prompts_per_step,
@@ -609,7 +609,7 @@ def to_dict(config: Any) -> Any:
     return config
 
 
-def check_forks(config: Config, plan: Plan) -> None:
+def check_forks(config: Config, plan: RolloutPlan) -> None:
     """Refuses forks that cannot be made, with a `ValueError` of one line."""
     if plan.forks is None:
         return
@@ -621,7 +621,7 @@ def check_forks(config: Config, plan: Plan) -> None:
         )
 
 
-def check_environment(config: Config, plan: Plan) -> None:
+def check_environment(config: Config, plan: RolloutPlan) -> None:
     """Refuses rollouts over turns, and guided ones, that cannot work, with a `ValueError` of one line."""
     environment, name = config.environment, "config.environment"
     if config.guidance.column and plan.forks is not None:

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from rljax.batching import PackSpec, layout, loss_mask, stack
+from rljax.batching import PackConfig, layout, loss_mask, stack
 from rljax.experiment.build import Run, pack_spec, plan
 from rljax.experiment.config import Config
 from rljax.experiment.report import aligned
@@ -80,7 +80,7 @@ def describe(run: Run, result: dict[str, Any]) -> str:
     )
 
 
-def _tables(spec: PackSpec) -> str:
+def _tables(spec: PackConfig) -> str:
     names = ("length_buckets", "score_buckets", "row_buckets", "microbatch_buckets")
     return ", ".join(f"{name} {getattr(spec, name) or 'automatic'}" for name in names)
 

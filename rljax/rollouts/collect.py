@@ -7,7 +7,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
-from rljax.plans import ForkPlan, Plan
+from rljax.plans import ForkPlan, RolloutPlan
 from rljax.rollouts.forks import rounds_of
 from rljax.sampling import Request, Sample, Sampler, SamplingParams
 from rljax.tasks import Example, RewardInput, RewardResult, RewardRunner
@@ -136,7 +136,7 @@ def sample_and_score(
 
 
 def collect(
-    plan: Plan,
+    plan: RolloutPlan,
     draw: Callable[[int], list[Example]],
     *,
     num_groups: int,
@@ -200,7 +200,7 @@ def _valid_rewards(group: Scored) -> np.ndarray:
     return np.array([r.value for r in group.results if r.is_valid], dtype=np.float64)
 
 
-def _trajectory(plan: Plan, group: Scored, index: int, group_id: int, first_row: int, step: int) -> Trajectory:
+def _trajectory(plan: RolloutPlan, group: Scored, index: int, group_id: int, first_row: int, step: int) -> Trajectory:
     sample, result = group.samples[index], group.results[index]
     prompt_length, length = len(group.prompt), len(sample.tokens)
     total = prompt_length + length
@@ -261,7 +261,7 @@ def _record(group: Scored, index: int, trajectory: Trajectory, step: int) -> dic
     return record
 
 
-def _stats(plan: Plan, kept: Sequence[Scored], rewards: np.ndarray, drawn: int, failed: int) -> dict[str, float]:
+def _stats(plan: RolloutPlan, kept: Sequence[Scored], rewards: np.ndarray, drawn: int, failed: int) -> dict[str, float]:
     samples = [s for g in kept for s in g.samples]
     lengths = np.array([len(s.tokens) for s in samples], np.float64)
     fresh = [_fresh(s) for s in samples]

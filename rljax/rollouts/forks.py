@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rljax.plans import ForkPlan
-from rljax.plans.fork_rules import Grown, grown_batch
+from rljax.plans.fork_rules import PartialGroup, partial_batch
 from rljax.sampling import Fork, Rounds, Sample
 
 
@@ -35,15 +35,15 @@ def rounds_of(
             return []
         parents = samples[: plan.parents]
         numbers = np.random.SeedSequence([seed, step, prompt_id, first_id, made]).generate_state(2)
-        grown = Grown(
-            batch=grown_batch(parents, plan.parents, limit, [steps_of(sample) for sample in parents]),
+        group = PartialGroup(
+            batch=partial_batch(parents, plan.parents, limit, [steps_of(sample) for sample in parents]),
             chains=plan.chains,
             round=made,
             key=jax.random.wrap_key_data(jnp.asarray(numbers), impl="threefry2x32"),
             decode=decode,
         )
         made += 1
-        points = [p for p in plan.rule(grown) if p.fork_index + len(p.inject) < limit][: plan.points * plan.chains]
+        points = [p for p in plan.rule(group) if p.fork_index + len(p.inject) < limit][: plan.points * plan.chains]
         named = enumerate((point for point in points for _ in range(plan.branches)), first_id + len(samples))
         return [Fork(p.parent, p.fork_index, i, p.inject, p.score, p.intervention) for i, p in named]
 

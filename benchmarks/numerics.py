@@ -15,7 +15,7 @@ from _common import finish, machine, parse_arguments, random_prompts, setting_of
 from _probe import probe
 
 from rljax.advantages import group_normalized
-from rljax.batching import PackSpec, stack
+from rljax.batching import PackConfig, stack
 from rljax.losses import clipped, policy_loss, token_mean, token_ratio
 from rljax.models import find_smollm2, load_model
 from rljax.sampling import Request, Sampler, compile_count, sampling_params
@@ -89,7 +89,7 @@ def make_learner(config, size, sampling=None, *, share=True) -> Learner:
     rows, width = size["prompts"] * size["samples"], size["prompt"] + size["new"]
     length = size["prompt"] + size["samples"] * size["new"] if share else width
     packed_rows, micro = (1, size["prompts"]) if share else (size["samples"], size["prompts"])
-    spec = PackSpec(length, packed_rows, share, (length,), (length,), (rows,), (micro,))
+    spec = PackConfig(length, packed_rows, share, (length,), (length,), (rows,), (micro,))
     loss = policy_loss(token_ratio, clipped(), token_mean)
     return Learner(config, OptimizerConfig(learning_rate=1e-5), loss, spec, sampling=sampling)
 

@@ -14,7 +14,7 @@ import protocol
 from _probe import probe
 
 from rljax.algorithms import GRPO, RECIPES
-from rljax.batching import PackSpec, stack
+from rljax.batching import PackConfig, stack
 from rljax.losses import clipped, policy_loss, token_mean, token_ratio
 from rljax.models import load_model
 from rljax.sampling import Fork, Request, Sampler, compile_count, sampling_params
@@ -93,9 +93,9 @@ def make_step(job, model, *, share, packed_rows):
     scored = length - job["prompt_length"]
     if share:
         size = job["prompt_length"] + rows * scored
-        spec = PackSpec(size, 1, True, (size,), (rows * scored,), (rows,), (1,))
+        spec = PackConfig(size, 1, True, (size,), (rows * scored,), (rows,), (1,))
     else:
-        spec = PackSpec(length, packed_rows, False, (length,), (scored,), (packed_rows,), (rows // packed_rows,))
+        spec = PackConfig(length, packed_rows, False, (length,), (scored,), (packed_rows,), (rows // packed_rows,))
     return make_update(job, model, job["rows"], job["advantages"], spec, group_size=rows)
 
 
@@ -109,7 +109,7 @@ def make_forest_step(job, model, forest, *, share):
 
     def spec(packed_rows, rows_of_it):
         scored, micro = (size - prompt,), (len(rows) // rows_of_it,)
-        return PackSpec(size, packed_rows, share, (size,), scored, (rows_of_it,), micro)
+        return PackConfig(size, packed_rows, share, (size,), scored, (rows_of_it,), micro)
 
     timed, held = (spec(2, 2 * leaves), spec(1, leaves)) if share else (spec(4, 4), spec(leaves, leaves))
     return make_update(job, model, rows, advantages, timed, group_size=leaves, held=held)
@@ -165,7 +165,7 @@ def make_objectives(job, model):
     rows, length = np.shape(job["rows"])
     scored = length - job["prompt_length"]
     size = job["prompt_length"] + rows * scored
-    spec = PackSpec(size, 1, True, (size,), (rows * scored,), (rows,), (1,))
+    spec = PackConfig(size, 1, True, (size,), (rows * scored,), (rows,), (1,))
     rng = np.random.default_rng(5)
     batch = stack(
         list(trajectories(job["rows"], job["prompt_length"], job["advantages"], rows)),

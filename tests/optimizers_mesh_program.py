@@ -6,7 +6,7 @@ import jax
 import numpy as np
 from test_training_learner import CONFIG, grpo, params, rollout
 
-from rljax.batching import PackSpec
+from rljax.batching import PackConfig
 from rljax.parallel import make_mesh
 from rljax.training import Learner, LightSAMConfig, MuonConfig
 
@@ -18,7 +18,7 @@ OPTIMIZERS = {
 
 def moved(optimizer, mesh):
     """How far every weight has moved in two updates, and how often the update was compiled."""
-    learner = Learner(CONFIG, optimizer, grpo(), PackSpec(pack_length=32, packed_rows=4), mesh=mesh, chunk=32)
+    learner = Learner(CONFIG, optimizer, grpo(), PackConfig(pack_length=32, microbatch_size=4), mesh=mesh, chunk=32)
     batch, advantages = rollout(groups=6)
     state = learner.init_state(params())
     for _ in range(2):

@@ -19,7 +19,7 @@ from rljax.algorithms import (
     TreeGRPO,
     TreeRL,
 )
-from rljax.batching import PackSpec, stack
+from rljax.batching import PackConfig, stack
 from rljax.experiment.config import check
 from rljax.experiment.train import train
 from rljax.models import DecoderConfig, init_params
@@ -139,7 +139,7 @@ def update_of(algorithm, batch, *, share):
         CONFIG,
         OptimizerConfig(learning_rate=1e-2),
         algorithm.loss,
-        PackSpec(64, share_prefixes=share),
+        PackConfig(64, share_prefixes=share),
         minibatches=1,
         epochs=2,  # so that the old log-probs are a constant
         needs_reference=True,

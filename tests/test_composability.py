@@ -19,9 +19,9 @@ import pytest
 from rljax import advantages as adv
 from rljax import losses as ls
 from rljax.algorithms import Algorithm, ReSum
-from rljax.batching import PackSpec, stack
+from rljax.batching import PackConfig, stack
 from rljax.experiment.build import load_params, plan
-from rljax.plans import ForkPlan, Plan
+from rljax.plans import ForkPlan, RolloutPlan
 from rljax.plans import fork_rules as rules
 from rljax.rollouts.collect import collect
 from rljax.testing import tiny_config
@@ -169,7 +169,7 @@ def build(line: tuple[str, ...]) -> Algorithm:
         names[name] for names, name in zip(KINDS, line, strict=True)
     )
     loss = ls.policy_loss(ratio, surrogate, aggregate, weights, filters, penalties, **whole)
-    return Algorithm(Plan(GROUP, forks=fork, needs_ref=True, needs_uniforms=True), credit, loss)
+    return Algorithm(RolloutPlan(GROUP, forks=fork, needs_ref=True, needs_uniforms=True), credit, loss)
 
 
 @functools.cache
@@ -197,7 +197,7 @@ def rollout(name: str):
     """The samples that a fork plan of the table grows, as a batch with the log-probs of a reference and values."""
     run, _ = toy()
     rollout = collect(
-        Plan(GROUP, forks=FORKS[name]),
+        RolloutPlan(GROUP, forks=FORKS[name]),
         lambda n: run.dataset.train[:n],
         num_groups=GROUPS,
         step=0,
@@ -213,9 +213,9 @@ def rollout(name: str):
 @functools.cache
 def learner(share: bool) -> Learner:
     """Lays rollouts out as a forest or as flat rows, always of one shape; it is given its losses by `gradients`."""
-    spec = PackSpec(
+    spec = PackConfig(
         64,
-        packed_rows=8,
+        microbatch_size=8,
         share_prefixes=share,
         length_buckets=(64,),
         score_buckets=(64,),

@@ -21,7 +21,7 @@ import rljax.trees.forks
 from rljax.algorithms import FOREST_RECIPES, RECIPES
 from rljax.experiment.config import check, to_dict
 from rljax.experiment.train import train
-from rljax.plans.fork_rules import Grown
+from rljax.plans.fork_rules import PartialGroup
 from rljax.testing import run_metrics
 
 ROOT = Path(__file__).parent.parent
@@ -171,8 +171,9 @@ def fork_points(plan):
     batch = make_batch(group_id=[0] * 8, rewards=[0] * 8, lengths=[7, 8, 5, 8, 6, 8, 8, 4], prompt=0, width=8)
     entropies = np.random.default_rng(2).random((8, 8)).astype(np.float32)
     batch = dataclasses.replace(batch, entropies=entropies, turn_ids=np.tile(np.arange(8, dtype=np.int32) // 3, (8, 1)))
-    grown = Grown(batch=batch, chains=plan.chains, round=0, key=jax.random.key(1), decode=lambda ids: "x" * len(ids))
-    return list(plan.rule(grown))
+    key = jax.random.key(1)
+    group = PartialGroup(batch=batch, chains=plan.chains, round=0, key=key, decode=lambda ids: "x" * len(ids))
+    return list(plan.rule(group))
 
 
 @pytest.mark.parametrize("name", NAMES)

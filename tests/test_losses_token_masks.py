@@ -141,7 +141,7 @@ def test_first_minibatch_garbage_and_extremes():
     spoilt = value_and_grad(loss, rescue_rows(np.where(MASK, uniforms, NAN)), np.where(MASK, np.log(RATIO), NAN))
     assert spoilt[0] == clean[0]
     np.testing.assert_array_equal(spoilt[2], clean[2])
-    with pytest.raises(ValueError, match=r"rows.uniforms, which is None.*Plan.needs_uniforms"):
+    with pytest.raises(ValueError, match=r"rows.uniforms, which is None.*RolloutPlan.needs_uniforms"):
         loss.loss(jnp.asarray(zero), jnp.asarray(zero), fixture_rows(L.token_mean))
 
 

@@ -266,7 +266,7 @@ def test_owpo_gives_the_reference_no_gradient_and_asks_for_one():
         return loss.loss(jnp.asarray(LOGPROBS), jnp.zeros(MASK.shape), dataclasses.replace(rows, ref_logprobs=ref))[0]
 
     np.testing.assert_array_equal(jax.grad(by_ref)(jnp.asarray(REF)), 0)
-    with pytest.raises(ValueError, match=r"ref_logprobs, which is None.*Plan.needs_ref"):
+    with pytest.raises(ValueError, match=r"ref_logprobs, which is None.*RolloutPlan.needs_ref"):
         loss.loss(jnp.asarray(LOGPROBS), jnp.zeros(MASK.shape), dataclasses.replace(rows, ref_logprobs=None))
 
 

@@ -14,11 +14,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rljax.batching import PackSpec, pack, stack
+from rljax.batching import PackConfig, pack, stack
 from rljax.envs import EnvironmentPool, Step
 from rljax.envs.formats import Parsed, ParseProblem, ToolCall
 from rljax.models import DecoderConfig, hidden_states, init_params, logits
-from rljax.plans import ForkPlan, Plan
+from rljax.plans import ForkPlan, RolloutPlan
 from rljax.rollouts.black_box.actor import BlackBoxPlayer
 from rljax.rollouts.black_box.endpoint import ChatEndpoint
 from rljax.rollouts.black_box.recording import Renderer, Reply
@@ -270,7 +270,7 @@ def test_conversations_of_a_run_share_its_reward_and_train_what_they_share_once(
 
     player = BlackBoxPlayer(endpoint, agent, most_conversations=3)
     rollout = collect(
-        Plan(group_size=6),
+        RolloutPlan(group_size=6),
         lambda n: EXAMPLES[:n],
         num_groups=2,
         step=5,
@@ -336,7 +336,7 @@ def test_a_run_that_raises_hangs_or_never_asks_costs_its_sample_alone(endpoint):
             assert (len(sample.tokens) > 0) == (group.example.prompt != "silent")
     assert player.last_stats["failed"] == 12
     rollout = collect(
-        Plan(group_size=2),
+        RolloutPlan(group_size=2),
         lambda n: examples[1:3],
         num_groups=2,
         step=5,
@@ -527,9 +527,9 @@ def test_agents_whose_openings_share_nothing_are_packed(endpoint):
     with make_endpoint(template=first + TEMPLATE) as endpoint:
         player = BlackBoxPlayer(endpoint, agent)
         draw = dict(num_groups=1, step=5, play=player, sampling=sampling_params(), seed=3)
-        rollout = collect(Plan(group_size=4), lambda n: EXAMPLES[:n], **draw)
+        rollout = collect(RolloutPlan(group_size=4), lambda n: EXAMPLES[:n], **draw)
     batch = stack(rollout.trajectories)
-    packed = pack(batch, batch.action_mask.astype(np.float32), PackSpec(pack_length=128))
+    packed = pack(batch, batch.action_mask.astype(np.float32), PackConfig(pack_length=128))
     assert float(packed.rows.loss_mask.sum()) == batch.action_mask.sum() > 0
     for t in rollout.trajectories:
         want = np.where(t.action_mask, full_logprobs(t.tokens.tolist()), 0)

@@ -10,10 +10,10 @@ from rljax.algorithms import GRPO
 from rljax.experiment.train import train
 from rljax.plans import ForkPlan, ForkPoint
 from rljax.plans.fork_rules import (
-    Grown,
+    PartialGroup,
     _between,
     entropy_jump,
-    grown_batch,
+    partial_batch,
     random_step,
     random_token,
     summary_points,
@@ -42,8 +42,8 @@ def sample(text, *, logprobs=None, entropies=None, **fork):
 
 
 def grown(samples, chains=1, seed=0, round=0):
-    batch = grown_batch(samples, 4, 24, [SPLITTER(s.tokens) for s in samples])
-    return Grown(batch, chains, round, jax.random.key(seed), TOKENIZER.decode)
+    batch = partial_batch(samples, 4, 24, [SPLITTER(s.tokens) for s in samples])
+    return PartialGroup(batch, chains, round, jax.random.key(seed), TOKENIZER.decode)
 
 
 def places(points):
@@ -271,8 +271,8 @@ def make_spanned():
         Sample(line, np.full(8, -1.0, np.float32), (np.arange(8) * 0.3 + row).astype(np.float32), "stop")
         for row, line in enumerate(tokens)
     ]
-    return Grown(
-        batch=grown_batch(samples, 2, 8, [np.zeros(8, np.int32)] * 2),
+    return PartialGroup(
+        batch=partial_batch(samples, 2, 8, [np.zeros(8, np.int32)] * 2),
         chains=2,
         round=0,
         key=jax.random.key(0),

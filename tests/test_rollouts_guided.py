@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from rljax.algorithms import ActGuideRL
-from rljax.batching import PackSpec, stack
+from rljax.batching import PackConfig, stack
 from rljax.models import DecoderConfig, init_params
-from rljax.plans import Plan
+from rljax.plans import RolloutPlan
 from rljax.rollouts.collect import Scored, _trajectory, sample_and_score
 from rljax.rollouts.guided.actor import collect_guided
 from rljax.rollouts.guided.guidance import (
@@ -288,14 +288,14 @@ def test_the_learner_compares_the_plain_prompt_with_what_was_sampled_under_guida
 
     def batch_of(groups):
         return stack(
-            [_trajectory(Plan(8), g, i, n, 8 * n, 0) for n, g in enumerate(groups) for i in range(8)],
+            [_trajectory(RolloutPlan(8), g, i, n, 8 * n, 0) for n, g in enumerate(groups) for i in range(8)],
             length_buckets=(256,),
         )
 
     batch = batch_of(got.groups)
     np.testing.assert_array_equal(batch.source, [SOURCE_POLICY] * 8 + [SOURCE_GUIDED] * 8)
     algorithm = ActGuideRL(kl_coef=0.0).build()
-    learner = Learner(config, OptimizerConfig(learning_rate=1e-3), algorithm.loss, PackSpec(256, 8), chunk=256)
+    learner = Learner(config, OptimizerConfig(learning_rate=1e-3), algorithm.loss, PackConfig(256, 8), chunk=256)
     plain = learner.score_rows(params, batch)
     shown = tokenizer.encode(guided_prompt(hard.prompt, reference_actions(hard.columns["actions"]), 1))
     as_sampled = batch_of([got.groups[0], got.groups[1]._replace(prompt=shown)])

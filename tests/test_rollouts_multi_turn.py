@@ -11,7 +11,7 @@ import pytest
 
 from rljax.envs import EnvironmentLimits, EnvironmentPool, Step
 from rljax.models import DecoderConfig, hidden_states, init_params, logits
-from rljax.plans import ForkPlan, Plan
+from rljax.plans import ForkPlan, RolloutPlan
 from rljax.plans.fork_rules import random_step, top_entropy
 from rljax.rollouts.collect import collect
 from rljax.rollouts.multi_turn import Player
@@ -239,7 +239,7 @@ def test_decoders_share_an_episode():
 
 def test_collect_makes_trajectories_of_episodes():
     rollout = collect(
-        Plan(group_size=4),
+        RolloutPlan(group_size=4),
         lambda n: EXAMPLES[:n],
         num_groups=3,
         step=5,

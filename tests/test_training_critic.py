@@ -20,7 +20,7 @@ from test_training_learner import CONFIG, FLAT, assert_close, params, rollout
 
 from rljax import losses as L
 from rljax.algorithms import GRPO, PPO
-from rljax.batching import PackSpec, loss_mask, pack
+from rljax.batching import PackConfig, loss_mask, pack
 from rljax.experiment.build import critic_params
 from rljax.experiment.build import plan as build_plan
 from rljax.experiment.config import CriticConfig
@@ -34,9 +34,9 @@ TESTS = Path(__file__).parent
 VALUED = value_config(CONFIG)
 PACKINGS = {
     "flat": FLAT,
-    "forest": PackSpec(pack_length=128, packed_rows=2),
-    "accumulated": PackSpec(pack_length=64, packed_rows=1),
-    "accumulated rows": PackSpec(pack_length=32, packed_rows=2, share_prefixes=False),
+    "forest": PackConfig(pack_length=128, microbatch_size=2),
+    "accumulated": PackConfig(pack_length=64, microbatch_size=1),
+    "accumulated rows": PackConfig(pack_length=32, microbatch_size=2, share_prefixes=False),
 }
 
 
@@ -179,7 +179,7 @@ def test_a_known_value_function_is_learned():
         small = np.pad(np.asarray(batch.tokens) < 2, ((0, 0), (2, 0))).astype(np.float32)
         return small[:, 1:-1] - 0.5 * small[:, :-2]
 
-    spec = PackSpec(
+    spec = PackConfig(
         pack_length=128, length_buckets=(128,), score_buckets=(128,), row_buckets=(32,), microbatch_buckets=(4,)
     )
     critic = make(spec, returns_fn=known, clip=None)

@@ -15,14 +15,14 @@ import pytest
 from test_training_learner import CONFIG, FLAT, params, rollout
 
 from rljax import losses as L
-from rljax.batching import PackSpec, stack
+from rljax.batching import PackConfig, stack
 from rljax.models import hidden_states, logits
 from rljax.sampling import sampling_params
 from rljax.training import Learner
 from rljax.types import Trajectory
 
 TESTS = Path(__file__).parent
-ACCUMULATED = PackSpec(pack_length=64, packed_rows=1)
+ACCUMULATED = PackConfig(pack_length=64, microbatch_size=1)
 
 
 def make(spec, loss, **options):
@@ -119,7 +119,7 @@ def test_noise_belongs_to_a_token_and_an_update_not_to_the_layout():
     seen = {}
     for name, spec, minibatches in [
         ("flat", FLAT, 1),
-        ("packed", PackSpec(pack_length=128), 1),
+        ("packed", PackConfig(pack_length=128), 1),
         ("accumulated", ACCUMULATED, 1),
         ("minibatches", ACCUMULATED, 2),
     ]:

@@ -8,7 +8,7 @@ import optax
 from test_training_learner import CONFIG, params, rollout
 
 from rljax import losses as L
-from rljax.batching import PackSpec
+from rljax.batching import PackConfig
 from rljax.parallel import make_mesh
 from rljax.training import Learner
 
@@ -27,7 +27,7 @@ def main():
     for shape in (None, (4, 1, 1), (1, 2, 2)):
         mesh = None if shape is None else make_mesh(*shape)
         options = dict(mesh=mesh, chunk=16, epochs=2, needs_uniforms=True)
-        learner = Learner(CONFIG, optax.sgd(1.0), loss, PackSpec(pack_length=32, packed_rows=4), **options)
+        learner = Learner(CONFIG, optax.sgd(1.0), loss, PackConfig(pack_length=32, microbatch_size=4), **options)
         state = learner.init_state(params())
         for minibatch in learner.prepare(state, batch, advantages):
             state, metrics = learner.update(state, minibatch)

@@ -124,7 +124,7 @@ def _token_k1(batch: RolloutBatch) -> Array:
     if batch.ref_logprobs is None:
         raise ValueError(
             "a KL term in the reward needs batch.ref_logprobs, which is None; set kl_coef=0, or score the rollout with "
-            "a reference model before the advantages (Plan.needs_ref)"
+            "a reference model before the advantages (RolloutPlan.needs_ref)"
         )
     difference = as_float(batch.behavior_logprobs) - as_float(batch.ref_logprobs)
     return jnp.clip(jnp.where(_valid_tokens(batch), difference, 0), -20, 20)

@@ -5,7 +5,7 @@ import dataclasses
 from rljax.advantages import group_normalized
 from rljax.algorithms.base import Algorithm, check_at_least, check_clip, check_group, kl_and_entropy
 from rljax.losses import behavior_ratio, clipped, policy_loss, shaped_guidance, token_mean, unguided_ratio
-from rljax.plans import Plan
+from rljax.plans import RolloutPlan
 
 
 @dataclasses.dataclass
@@ -39,7 +39,7 @@ class ActGuideRL:
         check_clip(self)
         check_at_least(self, 0, "kl_coef", "entropy_coef", "epsilon", "shaping")
         return Algorithm(
-            plan=Plan(group_size=self.group_size, needs_ref=self.kl_coef > 0),
+            plan=RolloutPlan(group_size=self.group_size, needs_ref=self.kl_coef > 0),
             advantage_fn=group_normalized(epsilon=self.epsilon),
             loss=policy_loss(
                 ratio_fn=unguided_ratio if self.shaping else behavior_ratio,

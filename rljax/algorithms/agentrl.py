@@ -5,7 +5,7 @@ import dataclasses
 from rljax.advantages import group_normalized, task_normalized
 from rljax.algorithms.base import Algorithm, check_at_least, check_clip, check_group, kl_and_entropy
 from rljax.losses import clipped, policy_loss, token_mean, token_ratio
-from rljax.plans import Plan
+from rljax.plans import RolloutPlan
 
 
 @dataclasses.dataclass
@@ -39,7 +39,7 @@ class AgentRL:
         check_clip(self)
         check_at_least(self, 0, "kl_coef", "entropy_coef", "epsilon")
         return Algorithm(
-            plan=Plan(group_size=self.group_size, needs_ref=self.kl_coef > 0),
+            plan=RolloutPlan(group_size=self.group_size, needs_ref=self.kl_coef > 0),
             advantage_fn=task_normalized(group_normalized(epsilon=self.epsilon), epsilon=self.epsilon),
             loss=policy_loss(
                 ratio_fn=token_ratio,

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 from rljax.advantages import AdvantageFn
 from rljax.losses import Loss, PenaltyFn, entropy_bonus, kl_penalty
-from rljax.plans import Plan
+from rljax.plans import RolloutPlan
 
 Encode = Callable[[str], list[int]]
 """Text to token ids."""
@@ -18,7 +18,7 @@ class Algorithm(NamedTuple):
     tokenizer; it raises ValueError for words that the tokenizer cannot encode.
     """
 
-    plan: Plan
+    plan: RolloutPlan
     advantage_fn: AdvantageFn
     loss: Loss
     bind: Callable[[Encode, int], "Algorithm"] | None = None

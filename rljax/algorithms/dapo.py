@@ -7,7 +7,7 @@ from typing import Any
 from rljax.advantages import group_normalized
 from rljax.algorithms.base import Algorithm, check_at_least, check_clip, check_group, kl_and_entropy
 from rljax.losses import RatioFn, WeightFn, clipped, policy_loss, token_mean, token_ratio
-from rljax.plans import Plan, has_signal, soft_overlong_punishment
+from rljax.plans import RolloutPlan, has_signal, soft_overlong_punishment
 
 
 @dataclasses.dataclass
@@ -60,7 +60,7 @@ class DAPO:
                 max_length=self.overlong_length, buffer=self.overlong_buffer, factor=self.overlong_factor
             )
         return Algorithm(
-            plan=Plan(
+            plan=RolloutPlan(
                 group_size=self.group_size,
                 keep_group=has_signal,
                 max_sampling_rounds=self.max_sampling_rounds,

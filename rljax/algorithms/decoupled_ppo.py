@@ -5,7 +5,7 @@ import dataclasses
 from rljax.advantages import group_normalized
 from rljax.algorithms.base import Algorithm, check_at_least, check_clip, check_group, kl_and_entropy
 from rljax.losses import clipped, masked_is, policy_loss, token_mean, token_ratio, truncated_is
-from rljax.plans import Plan
+from rljax.plans import RolloutPlan
 
 
 @dataclasses.dataclass
@@ -41,7 +41,7 @@ class DecoupledPPO:
         check_at_least(self, 0, "kl_coef", "entropy_coef", "epsilon")
         weight = truncated_is(self.max_weight) if self.cap_weights else masked_is(0.0, self.max_weight)
         return Algorithm(
-            plan=Plan(group_size=self.group_size, needs_ref=self.kl_coef > 0),
+            plan=RolloutPlan(group_size=self.group_size, needs_ref=self.kl_coef > 0),
             advantage_fn=group_normalized(epsilon=self.epsilon),
             loss=policy_loss(
                 ratio_fn=token_ratio,

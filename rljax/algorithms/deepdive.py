@@ -5,7 +5,7 @@ import dataclasses
 from rljax.advantages import group_normalized, penalized
 from rljax.algorithms.base import Algorithm, check_at_least, check_clip, check_group, kl_and_entropy
 from rljax.losses import clipped, policy_loss, token_mean, token_ratio
-from rljax.plans import Plan
+from rljax.plans import RolloutPlan
 
 
 @dataclasses.dataclass
@@ -36,7 +36,7 @@ class DeepDive:
         check_clip(self)
         check_at_least(self, 0, "penalty_weight", "kl_coef", "entropy_coef", "epsilon")
         return Algorithm(
-            plan=Plan(group_size=self.group_size, needs_ref=self.kl_coef > 0),
+            plan=RolloutPlan(group_size=self.group_size, needs_ref=self.kl_coef > 0),
             advantage_fn=penalized(group_normalized(ddof=0, epsilon=self.epsilon), weight=self.penalty_weight),
             loss=policy_loss(
                 ratio_fn=token_ratio,

@@ -5,7 +5,7 @@ import dataclasses
 from rljax.advantages import group_centered
 from rljax.algorithms.base import Algorithm, check_at_least, check_clip, check_group, kl_and_entropy
 from rljax.losses import behavior_ratio, double_sided, policy_loss, token_mean
-from rljax.plans import Plan
+from rljax.plans import RolloutPlan
 
 
 @dataclasses.dataclass
@@ -36,7 +36,7 @@ class DIS:
         check_clip(self)
         check_at_least(self, 0, "kl_coef", "entropy_coef")
         return Algorithm(
-            plan=Plan(group_size=self.group_size, needs_ref=self.kl_coef > 0),
+            plan=RolloutPlan(group_size=self.group_size, needs_ref=self.kl_coef > 0),
             advantage_fn=group_centered(),
             loss=policy_loss(
                 ratio_fn=behavior_ratio,

@@ -5,7 +5,7 @@ import dataclasses
 from rljax.advantages import group_centered
 from rljax.algorithms.base import Algorithm, check_at_least, check_clip, check_group, kl_and_entropy
 from rljax.losses import clipped, fixed_length, policy_loss, token_ratio
-from rljax.plans import Plan
+from rljax.plans import RolloutPlan
 
 
 @dataclasses.dataclass
@@ -33,7 +33,7 @@ class DrGRPO:
         check_at_least(self, 0, "kl_coef", "entropy_coef")
         check_at_least(self, 1, "horizon")
         return Algorithm(
-            plan=Plan(group_size=self.group_size, needs_ref=self.kl_coef > 0),
+            plan=RolloutPlan(group_size=self.group_size, needs_ref=self.kl_coef > 0),
             advantage_fn=group_centered(),
             loss=policy_loss(
                 ratio_fn=token_ratio,

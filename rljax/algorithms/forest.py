@@ -8,7 +8,7 @@ from typing import Any
 from rljax.advantages import AdvantageFn, group_normalized, prefix_weighted
 from rljax.algorithms.base import Algorithm, check_at_least, check_clip, kl_and_entropy
 from rljax.losses import AggregateFn, SurrogateFn, WeightFn, clipped, policy_loss, token_mean, token_ratio
-from rljax.plans import ForkPlan, ForkRule, Plan
+from rljax.plans import ForkPlan, ForkRule, RolloutPlan
 from rljax.plans.fork_rules import random_token
 
 
@@ -67,7 +67,7 @@ class ForestRecipe:
         if surrogate_fn is None:
             surrogate_fn = clipped(clip_low=self.clip_low, clip_high=self.clip_high, dual_clip=self.dual_clip)
         return Algorithm(
-            plan=Plan(group_size=forks.leaves, needs_ref=self.kl_coef > 0, forks=forks),
+            plan=RolloutPlan(group_size=forks.leaves, needs_ref=self.kl_coef > 0, forks=forks),
             advantage_fn=advantage_fn,
             loss=policy_loss(
                 ratio_fn=token_ratio,

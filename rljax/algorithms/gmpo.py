@@ -5,7 +5,7 @@ import dataclasses
 from rljax.advantages import group_normalized
 from rljax.algorithms.base import Algorithm, check_at_least, check_group, kl_and_entropy
 from rljax.losses import geometric_ratio, policy_loss, sequence_mean, unclipped
-from rljax.plans import Plan
+from rljax.plans import RolloutPlan
 
 
 @dataclasses.dataclass
@@ -31,7 +31,7 @@ class GMPO:
         check_group(self)
         check_at_least(self, 0, "log_clip", "kl_coef", "entropy_coef", "epsilon")
         return Algorithm(
-            plan=Plan(group_size=self.group_size, needs_ref=self.kl_coef > 0),
+            plan=RolloutPlan(group_size=self.group_size, needs_ref=self.kl_coef > 0),
             advantage_fn=group_normalized(epsilon=self.epsilon),
             loss=policy_loss(
                 ratio_fn=geometric_ratio(log_clip=self.log_clip),

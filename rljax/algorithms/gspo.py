@@ -7,7 +7,7 @@ from typing import Any
 from rljax.advantages import group_normalized
 from rljax.algorithms.base import Algorithm, check_at_least, check_clip, check_group, kl_and_entropy
 from rljax.losses import RatioFn, WeightFn, clipped, policy_loss, sequence_mean, sequence_ratio
-from rljax.plans import Plan
+from rljax.plans import RolloutPlan
 
 
 @dataclasses.dataclass
@@ -47,7 +47,7 @@ class GSPO:
         check_clip(self)
         check_at_least(self, 0, "kl_coef", "entropy_coef", "epsilon")
         return Algorithm(
-            plan=Plan(**{"group_size": self.group_size, "needs_ref": self.kl_coef > 0} | (plan or {})),
+            plan=RolloutPlan(**{"group_size": self.group_size, "needs_ref": self.kl_coef > 0} | (plan or {})),
             advantage_fn=group_normalized(epsilon=self.epsilon),
             loss=policy_loss(
                 ratio_fn=ratio_fn,

@@ -5,7 +5,7 @@ import dataclasses
 from rljax.advantages import group_normalized
 from rljax.algorithms.base import Algorithm, check_at_least, check_group, kl_and_entropy
 from rljax.losses import behavior_ratio, limit_second_moment, policy_loss, token_mean, unclipped
-from rljax.plans import Plan
+from rljax.plans import RolloutPlan
 
 
 @dataclasses.dataclass
@@ -37,7 +37,7 @@ class M2PO:
         check_group(self)
         check_at_least(self, 0, "max_second_moment", "kl_coef", "entropy_coef", "epsilon")
         return Algorithm(
-            plan=Plan(group_size=self.group_size, needs_ref=self.kl_coef > 0),
+            plan=RolloutPlan(group_size=self.group_size, needs_ref=self.kl_coef > 0),
             advantage_fn=group_normalized(epsilon=self.epsilon),
             loss=policy_loss(
                 ratio_fn=behavior_ratio,

@@ -5,7 +5,7 @@ import dataclasses
 from rljax.advantages import AdvantageFn, pass_at_k_normalized, pass_at_k_unbiased
 from rljax.algorithms.base import Algorithm, check_at_least, check_clip, check_group, kl_and_entropy
 from rljax.losses import clipped, policy_loss, token_mean, token_ratio
-from rljax.plans import Plan
+from rljax.plans import RolloutPlan
 
 
 @dataclasses.dataclass
@@ -48,7 +48,7 @@ class PassAtK:
             )
         advantage_fn: AdvantageFn = make_advantages()
         return Algorithm(
-            plan=Plan(group_size=self.group_size, needs_ref=self.kl_coef > 0),
+            plan=RolloutPlan(group_size=self.group_size, needs_ref=self.kl_coef > 0),
             advantage_fn=advantage_fn,
             loss=policy_loss(
                 ratio_fn=token_ratio,

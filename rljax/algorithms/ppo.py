@@ -5,7 +5,7 @@ import dataclasses
 from rljax.advantages import LambdaFn, gae_advantages, gae_returns, length_adaptive
 from rljax.algorithms.base import Algorithm, check_at_least, check_clip, kl_and_entropy
 from rljax.losses import clipped, policy_loss, token_mean, token_ratio, value_loss
-from rljax.plans import CriticPlan, Plan
+from rljax.plans import CriticSpec, RolloutPlan
 
 
 @dataclasses.dataclass
@@ -52,10 +52,10 @@ class PPO:
         lam: float | LambdaFn = self.lam if self.length_alpha is None else length_adaptive(self.length_alpha)
         reward = {"gamma": self.gamma, "kl_coef": self.kl_coef}
         return Algorithm(
-            plan=Plan(
+            plan=RolloutPlan(
                 group_size=self.group_size,
                 needs_ref=self.kl_coef > 0,
-                critic=CriticPlan(gae_returns(lam=critic_lam, **reward), value_loss(clip=self.value_clip)),
+                critic=CriticSpec(gae_returns(lam=critic_lam, **reward), value_loss(clip=self.value_clip)),
             ),
             advantage_fn=gae_advantages(lam=lam, whiten=self.whiten, **reward),
             loss=policy_loss(

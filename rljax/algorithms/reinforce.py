@@ -5,7 +5,7 @@ import dataclasses
 from rljax.advantages import batch_centered
 from rljax.algorithms.base import Algorithm, check_at_least, kl_and_entropy
 from rljax.losses import policy_loss, token_mean, token_ratio, unclipped
-from rljax.plans import Plan
+from rljax.plans import RolloutPlan
 
 
 @dataclasses.dataclass
@@ -27,7 +27,7 @@ class Reinforce:
         check_at_least(self, 1, "group_size")
         check_at_least(self, 0, "kl_coef", "entropy_coef")
         return Algorithm(
-            plan=Plan(group_size=self.group_size, needs_ref=self.kl_coef > 0),
+            plan=RolloutPlan(group_size=self.group_size, needs_ref=self.kl_coef > 0),
             advantage_fn=batch_centered(),
             loss=policy_loss(
                 ratio_fn=token_ratio,

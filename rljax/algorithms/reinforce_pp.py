@@ -5,7 +5,7 @@ import dataclasses
 from rljax.advantages import group_centered_whitened, kl_in_reward, whitened_returns
 from rljax.algorithms.base import Algorithm, check_at_least, check_clip, check_group, kl_and_entropy
 from rljax.losses import Loss, clipped, policy_loss, token_mean, token_ratio
-from rljax.plans import Plan
+from rljax.plans import RolloutPlan
 
 
 @dataclasses.dataclass
@@ -33,7 +33,7 @@ class ReinforcePlusPlus:
         check_at_least(self, 1, "group_size")
         check_at_least(self, 0, "gamma")
         return Algorithm(
-            plan=Plan(group_size=self.group_size, needs_ref=self.kl_coef > 0),
+            plan=RolloutPlan(group_size=self.group_size, needs_ref=self.kl_coef > 0),
             advantage_fn=whitened_returns(kl_coef=self.kl_coef, gamma=self.gamma),
             loss=_loss(self),
         )
@@ -62,7 +62,7 @@ class ReinforcePlusPlusBaseline:
         """Raises ValueError for hyperparameters that cannot work."""
         check_group(self)
         return Algorithm(
-            plan=Plan(group_size=self.group_size, needs_ref=self.kl_coef > 0),
+            plan=RolloutPlan(group_size=self.group_size, needs_ref=self.kl_coef > 0),
             advantage_fn=kl_in_reward(group_centered_whitened(), kl_coef=self.kl_coef),
             loss=_loss(self),
         )

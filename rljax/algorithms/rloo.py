@@ -5,7 +5,7 @@ import dataclasses
 from rljax.advantages import kl_in_reward, leave_one_out
 from rljax.algorithms.base import Algorithm, check_at_least, check_group, kl_and_entropy
 from rljax.losses import policy_loss, sequence_sum, token_ratio, unclipped
-from rljax.plans import Plan
+from rljax.plans import RolloutPlan
 
 
 @dataclasses.dataclass
@@ -29,7 +29,7 @@ class RLOO:
         check_group(self)
         check_at_least(self, 0, "kl_coef", "entropy_coef")
         return Algorithm(
-            plan=Plan(group_size=self.group_size, needs_ref=self.kl_coef > 0),
+            plan=RolloutPlan(group_size=self.group_size, needs_ref=self.kl_coef > 0),
             advantage_fn=kl_in_reward(leave_one_out(), kl_coef=self.kl_coef),
             loss=policy_loss(
                 ratio_fn=token_ratio,

@@ -5,7 +5,7 @@ import dataclasses
 from rljax.advantages import group_normalized, predicted_reward_returns, predictive_returns, state_grouped
 from rljax.algorithms.base import Algorithm, check_at_least, check_clip, check_group, kl_and_entropy
 from rljax.losses import clipped, policy_loss, sequence_mean, token_ratio
-from rljax.plans import Plan
+from rljax.plans import RolloutPlan
 
 WIA_MODES = {"return": predictive_returns, "reward": predicted_reward_returns}
 
@@ -49,7 +49,7 @@ class RoleAgent:
         if self.wia_mode not in WIA_MODES:
             raise ValueError(f"RoleAgent: wia_mode={self.wia_mode!r} must be one of {', '.join(WIA_MODES)}")
         return Algorithm(
-            plan=Plan(group_size=self.group_size, needs_ref=self.kl_coef > 0),
+            plan=RolloutPlan(group_size=self.group_size, needs_ref=self.kl_coef > 0),
             advantage_fn=state_grouped(
                 group_normalized(epsilon=self.epsilon),
                 returns_fn=WIA_MODES[self.wia_mode],

@@ -5,7 +5,7 @@ import dataclasses
 from rljax.advantages import group_normalized
 from rljax.algorithms.base import Algorithm, check_at_least, check_group, kl_and_entropy
 from rljax.losses import policy_loss, sequence_mean, soft_gate, token_ratio
-from rljax.plans import Plan
+from rljax.plans import RolloutPlan
 
 
 @dataclasses.dataclass
@@ -32,7 +32,7 @@ class SAPO:
         check_at_least(self, 0, "kl_coef", "entropy_coef", "epsilon")
         check_at_least(self, 1e-6, "tau_positive", "tau_negative")
         return Algorithm(
-            plan=Plan(group_size=self.group_size, needs_ref=self.kl_coef > 0),
+            plan=RolloutPlan(group_size=self.group_size, needs_ref=self.kl_coef > 0),
             advantage_fn=group_normalized(epsilon=self.epsilon),
             loss=policy_loss(
                 ratio_fn=token_ratio,

@@ -5,7 +5,7 @@ import dataclasses
 from rljax.advantages import group_centered
 from rljax.algorithms.base import Algorithm, check_at_least, check_group, kl_and_entropy
 from rljax.losses import behavior_sequence_ratio, cispo, policy_loss, scale_step_by_sample_size, sequence_mean
-from rljax.plans import Plan
+from rljax.plans import RolloutPlan
 
 
 @dataclasses.dataclass
@@ -41,7 +41,7 @@ class VCPO:
         if not 0 < self.ess_base <= 1:
             raise ValueError(f"VCPO: ess_base={self.ess_base} must be above 0 and at most 1, the share of fresh data")
         return Algorithm(
-            plan=Plan(group_size=self.group_size, needs_ref=self.kl_coef > 0),
+            plan=RolloutPlan(group_size=self.group_size, needs_ref=self.kl_coef > 0),
             advantage_fn=group_centered(),
             loss=policy_loss(
                 ratio_fn=behavior_sequence_ratio,

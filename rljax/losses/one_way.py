@@ -93,7 +93,7 @@ def _signed(logprobs: ArrayLike, rows: Rows) -> Array:
     if rows.ref_logprobs is None:
         raise ValueError(
             "one-way weights need rows.ref_logprobs, which is None; score the rows with a reference model "
-            "(Plan.needs_ref)"
+            "(RolloutPlan.needs_ref)"
         )
     sign = jnp.sign(jnp.where(rows.loss_mask, as_float(rows.advantages), 0))
     return sign * log_difference(logprobs, rows.ref_logprobs, rows.loss_mask)

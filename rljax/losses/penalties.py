@@ -90,6 +90,6 @@ def _log_ratio_to_ref(logprobs: ArrayLike, rows: Rows) -> Array:
     if rows.ref_logprobs is None:
         raise ValueError(
             "the KL penalty needs rows.ref_logprobs, which is None; build the algorithm with kl_coef=0, or score the "
-            "rows with a reference model (Plan.needs_ref)"
+            "rows with a reference model (RolloutPlan.needs_ref)"
         )
     return log_difference(logprobs, rows.ref_logprobs, rows.loss_mask)

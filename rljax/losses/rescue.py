@@ -46,7 +46,7 @@ def inward(delta: float = 0.2) -> Noise:
 def per_token(rows: Rows) -> Float[Array, "B T"]:
     """A number per token. Raises ValueError for rows without uniforms."""
     if rows.uniforms is None:
-        raise ValueError("the rescue needs rows.uniforms, which is None; have them drawn (Plan.needs_uniforms)")
+        raise ValueError("the rescue needs rows.uniforms, which is None; have them drawn (RolloutPlan.needs_uniforms)")
     return as_float(rows.uniforms)
 
 

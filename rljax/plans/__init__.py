@@ -1,22 +1,24 @@
 """What a rollout is to collect, as plain data, and the rules by which it forks."""
 
 from rljax.plans.plan import (
-    CriticPlan,
+    Column,
+    CriticSpec,
     ForkPlan,
     ForkPoint,
     ForkRule,
-    Plan,
+    RolloutPlan,
     has_signal,
     not_worse,
     soft_overlong_punishment,
 )
 
 __all__ = [
-    "CriticPlan",
+    "Column",
+    "CriticSpec",
     "ForkPlan",
     "ForkPoint",
     "ForkRule",
-    "Plan",
+    "RolloutPlan",
     "has_signal",
     "not_worse",
     "soft_overlong_punishment",

@@ -1,8 +1,8 @@
 """Where to fork: rules over the samples of a prompt so far, built from the scores and choices of `rljax.trees.forks`.
 
-A rule gets a `Grown` and returns fork points. Positions count completion tokens; to fork *at* token `t` keeps the
-tokens before it, so that `t` itself is drawn anew. Rules that pick by chance draw from `Grown.key`, a function of the
-run's seed, the step, the prompt and the round alone. Each rule is one jitted program of fixed shape.
+A rule gets a `PartialGroup` and returns fork points. Positions count completion tokens; to fork *at* token `t` keeps
+the tokens before it, so that `t` itself is drawn anew. Rules that pick by chance draw from `PartialGroup.key`, a
+function of the run's seed, the step, the prompt and the round alone. Each rule is one jitted program of fixed shape.
 """
 
 import dataclasses
@@ -44,7 +44,7 @@ from rljax.types import (
 
 
 @dataclasses.dataclass(frozen=True)
-class Grown:
+class PartialGroup:
     """The samples of one prompt when a round of forks begins, as a batch of fixed shape.
 
     `batch` holds completions alone, without their prompt: rows are the samples that may be forked, the first `chains`
@@ -95,8 +95,8 @@ def rule_of(choose: Choice, *, tail: float = 0.0, last_words: Sequence[str] = ()
         forks, scores = choose(batch, tree, eligible, key)
         return forks, scores[forks.row, forks.position]
 
-    def rule(grown: Grown) -> list[ForkPoint]:
-        forks, scores = jax.device_get(run(grown.batch, grown.before(last_words) & grown.within(span), grown.key))
+    def rule(group: PartialGroup) -> list[ForkPoint]:
+        forks, scores = jax.device_get(run(group.batch, group.before(last_words) & group.within(span), group.key))
         return _points(forks, scores)
 
     return rule
@@ -233,9 +233,9 @@ def entropy_jump(
 def filled(rule: ForkRule, points: int) -> ForkRule:
     """`rule`, with independent samples in place of the forks that `points` has room for and it did not ask for."""
 
-    def all_points(grown: Grown) -> list[ForkPoint]:
-        found = list(rule(grown))[:points]
-        return found + [ForkPoint(i % grown.chains, 0) for i in range(points - len(found))]
+    def all_points(group: PartialGroup) -> list[ForkPoint]:
+        found = list(rule(group))[:points]
+        return found + [ForkPoint(i % group.chains, 0) for i in range(points - len(found))]
 
     return all_points
 
@@ -278,11 +278,11 @@ def summary_points(
             jnp.argmax(chance, axis=1),
         )
 
-    def rule(grown: Grown) -> list[ForkPoint]:
-        has_natural, first, best, random = jax.device_get(choose(grown.batch, grown.key))
+    def rule(group: PartialGroup) -> list[ForkPoint]:
+        has_natural, first, best, random = jax.device_get(choose(group.batch, group.key))
         points = []
-        for chain in range(grown.chains):
-            phrase = tuple(inject[(grown.round + chain) % len(inject)])
+        for chain in range(group.chains):
+            phrase = tuple(inject[(group.round + chain) % len(inject)])
             if has_natural[chain]:
                 points.append(ForkPoint(chain, int(first[chain]), 1.0, (), INTERVENTION_SUPPRESS))
             elif best[chain] >= 0:
@@ -292,7 +292,7 @@ def summary_points(
     return rule
 
 
-def grown_batch(samples: Sequence[Any], rows: int, width: int, steps: Sequence[np.ndarray]) -> RolloutBatch:
+def partial_batch(samples: Sequence[Any], rows: int, width: int, steps: Sequence[np.ndarray]) -> RolloutBatch:
     """Samples of one prompt as a `RolloutBatch` `[rows, width]` of completions alone, in one group."""
 
     def per_token(values: Sequence[np.ndarray], dtype) -> np.ndarray:

@@ -1,7 +1,7 @@
 """What a rollout is to collect, as plain data and host functions; no jax here."""
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -18,7 +18,7 @@ class ForkPoint(NamedTuple):
 
 
 ForkRule = Callable[[Any], Sequence[ForkPoint]]
-"""(`rljax.plans.fork_rules.Grown`: a prompt's samples so far) -> where to fork, best first; fewer than asked for
+"""(`rljax.plans.fork_rules.PartialGroup`: a prompt's samples so far) -> where to fork, best first; fewer than asked for
 leaves slots unused."""
 
 
@@ -63,7 +63,7 @@ class ForkPlan(NamedTuple):
                 )
 
 
-class CriticPlan(NamedTuple):
+class CriticSpec(NamedTuple):
     """What a value function is trained towards beside the policy.
 
     Attributes:
@@ -75,7 +75,23 @@ class CriticPlan(NamedTuple):
     loss: Any
 
 
-class Plan(NamedTuple):
+class Column(NamedTuple):
+    """A signal that an algorithm wants beside the tokens, by the name under which the rollout has it: a count of the
+    environment's steps, a component of the reward, or a numeric column of the example.
+
+    Attributes:
+        name: where it is found in `columns` of `RolloutBatch` and `Rows`.
+        per: "row" is a number a row, a count summed over the episode. "turn" is a number a turn, on each of its action
+            tokens; "token" a number a token. Both are what their row has where nothing finer is known.
+
+    A row without the name has 0.
+    """
+
+    name: str
+    per: Literal["row", "turn", "token"]
+
+
+class RolloutPlan(NamedTuple):
     """How the rollout of an algorithm is collected.
 
     Attributes:
@@ -94,6 +110,7 @@ class Plan(NamedTuple):
         refresh_gate: told the held-out scores per problem now and at the last refresh (the start counts as one), says
             whether a refresh that is due takes place; None always lets it.
         critic: advantages need the values of a critic (`RolloutBatch.values`), which is trained as this says.
+        columns: signals of the rollout that the advantages or the loss read.
     """
 
     group_size: int
@@ -106,7 +123,8 @@ class Plan(NamedTuple):
     refresh_every: int = 0
     refresh_gate: Callable[[np.ndarray, np.ndarray], bool] | None = None
     forks: ForkPlan | None = None
-    critic: CriticPlan | None = None
+    critic: CriticSpec | None = None
+    columns: tuple[Column, ...] = ()
 
 
 def has_signal(rewards: np.ndarray) -> bool:

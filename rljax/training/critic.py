@@ -10,7 +10,7 @@ import numpy as np
 import optax
 from jaxtyping import Bool, Float
 
-from rljax.batching import PackSpec, loss_mask
+from rljax.batching import PackConfig, loss_mask
 from rljax.models import DecoderConfig, value_config, value_params
 from rljax.sampling.score import score_values
 from rljax.training.learner import Learner, Loss, add_metrics
@@ -36,7 +36,7 @@ class Critic:
         optimizer: OptimizerConfig | optax.GradientTransformation,
         loss: Loss,
         returns_fn: Callable[[RolloutBatch], Any],
-        spec: PackSpec,
+        spec: PackConfig,
         **options: Any,
     ):
         self.config, self.returns_fn = value_config(config), returns_fn

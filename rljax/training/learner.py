@@ -12,7 +12,7 @@ import optax
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float
 
-from rljax.batching import Packing, PackSpec, layout, loss_mask, pack, take_rows
+from rljax.batching import PackConfig, Packing, layout, loss_mask, pack, take_rows
 from rljax.models import Attention, DecoderConfig, forest_attention
 from rljax.ops import row_uniforms
 from rljax.parallel import batch_parts, put_batch, put_host, replicated, to_host, use_mesh
@@ -53,8 +53,9 @@ class Loss(Protocol):
 class Learner:
     """Makes minibatches of a rollout and updates the state with them.
 
-    `spec` says how rows are packed (under a mesh, `packed_rows` must divide over its batch axes). Log-probs are those
-    of the distribution that `sampling` describes; None is the model's own. Logits exist for `chunk` tokens at a time.
+    `spec` says how rows are packed (under a mesh, `microbatch_size` must divide over its batch axes). Log-probs are
+    those of the distribution that `sampling` describes; None is the model's own. Logits exist for `chunk` tokens at a
+    time.
     A rollout is split by whole groups into `minibatches`, in an order drawn from `seed` and the step if `shuffle`, and
     gone through `epochs` times. `needs_reference` asks for the log-probs of `state.ref_params`, `needs_uniforms` for a
     random number per token and update, drawn by seed, step, epoch, row of the rollout and position. With
@@ -71,7 +72,7 @@ class Learner:
         config: DecoderConfig,
         optimizer: OptimizerConfig | optax.GradientTransformation,
         loss: Loss,
-        spec: PackSpec,
+        spec: PackConfig,
         *,
         sampling: SamplingParams | None = None,
         mesh: Mesh | None = None,
@@ -92,10 +93,10 @@ class Learner:
         for name, value in {"chunk": chunk, "minibatches": minibatches, "epochs": epochs}.items():
             if value < 1:
                 raise ValueError(f"{name}={value} must be at least 1")
-        if mesh is not None and spec.packed_rows % batch_parts(mesh):
+        if mesh is not None and spec.microbatch_size % batch_parts(mesh):
             raise ValueError(
-                f"packed_rows={spec.packed_rows} does not divide over the {batch_parts(mesh)} devices that split the "
-                f"batch; set it to a multiple of {batch_parts(mesh)}"
+                f"microbatch_size={spec.microbatch_size} does not divide over the {batch_parts(mesh)} devices that "
+                f"split the batch; set it to a multiple of {batch_parts(mesh)}"
             )
         self.config, self.loss, self.spec, self.mesh, self.score_fn = config, loss, spec, mesh, score_fn
         self.minibatches, self.epochs, self.shuffle, self.seed = minibatches, epochs, shuffle, seed

@@ -38,25 +38,27 @@ from rljax.advantages import global_and_local, intra_and_inter_tree
 from rljax.algorithms import GRPO, RandomForks, TreeGRPO, TreeRL
 from rljax.algorithms.base import Algorithm
 from rljax.analysis.compare import draw_curves, train_on_budget
-from rljax.experiment.build import load_params, plan
-from rljax.experiment.config import (
+from rljax.experiment import (
     CheckpointConfig,
     Config,
     EvaluationConfig,
     FreshModel,
+    OptimizerConfig,
     PretrainedModel,
     ReasoningGymData,
     Recipe,
     SamplingConfig,
+    SingleTurn,
     UpdateConfig,
     WarmupConfig,
 )
+from rljax.experiment.build import build
 from rljax.experiment.sft import warm_up
 from rljax.experiment.train import evaluate_run
 from rljax.models import save_hf
 from rljax.parallel import use_mesh
 from rljax.tasks import Example, final_number
-from rljax.training import OptimizerConfig, RunFolder
+from rljax.training import RunFolder
 
 CHAINS, POINTS = 4, 2  # 4 x (1 + 2) = 12 leaves
 
@@ -186,10 +188,11 @@ def config_of(task: Task, preset: dict[str, Any], **changes: Any) -> Config:
         prompts_per_step=preset["prompts"],
         model=FreshModel(alphabet=task.alphabet, num_layers=3, embed_dim=96, num_heads=3, num_kv_heads=3, mlp_dim=288),
         data=task.data,
-        sampling=SamplingConfig(max_new_tokens=task.max_new_tokens, prompt_buckets=(task.prompt_length,)),
+        actor=SingleTurn(prompt_buckets=(task.prompt_length,)),
+        sampling=SamplingConfig(max_new_tokens=task.max_new_tokens),
         update=UpdateConfig(
             pack_length=8 * length,
-            packed_rows=4,
+            microbatch_size=4,
             length_buckets=(8 * length,),
             score_buckets=(8 * length,),
             row_buckets=(preset["prompts"] * CHAINS * (1 + POINTS),),
@@ -213,9 +216,9 @@ def initial_model(task: Task, preset: dict[str, Any], folder: Path) -> Path:
     target = folder / task.name / "initial"
     if not (target / "config.json").exists():
         config = config_of(task, preset)
-        run = plan(config)
-        with run.rewards, RunFolder(folder / task.name / "warmup", fresh=True) as log, use_mesh(run.mesh):
-            params = warm_up(run, load_params(run), log)
+        run = build(config)
+        with run.actor, RunFolder(folder / task.name / "warmup", fresh=True) as log, use_mesh(run.mesh):
+            params = warm_up(run, run.initial_params(), log)
             save_hf(target, run.decoder, params, tokenizer=run.tokenizer)
     return target
 
@@ -225,16 +228,16 @@ def compete(task: Task, method: Method, seed: int, preset: dict[str, Any], model
     config = config_of(task, preset, seed=seed, algorithm=method.make(task.steps))
     config.model = PretrainedModel(path=str(model), dtype="float32", param_dtype="float32")
     config.warmup = WarmupConfig()
-    run = plan(config)
+    run = build(config)
     curve, began = [], time.perf_counter()
 
     def look(spent):
-        found = evaluate_run(run, run.state.params, spent.steps)
+        found = evaluate_run(run, run.policy(), spent.steps)
         values = {name: estimate.value for name, estimate in found.estimates.items()}
         curve.append([spent.sampled, spent.trained, values["avg@4"], values["greedy"]])
 
-    with run.rewards, use_mesh(run.mesh):
-        run.state = run.init_state(load_params(run))
+    with run.actor, use_mesh(run.mesh):
+        run.state = run.init_state(run.initial_params())
         spent = train_on_budget(run, budget, look, of=method.budget, looks=preset["points"])
     return {
         "task": task.name,

@@ -24,7 +24,8 @@ from _probe import probe
 
 from rljax.envs import EnvironmentPool, Step
 from rljax.models import load_model
-from rljax.rollouts.multi_turn import Player
+from rljax.plans import RolloutPlan
+from rljax.rollouts import MultiTurn, MultiTurnActor, RolloutSettings, number_groups
 from rljax.sampling import Turn, TurnDecoder, compile_count, sampling_params
 from rljax.tasks import Example
 from rljax.text import Dialogue
@@ -88,15 +89,17 @@ def examples(size, words: Words) -> list[Example]:
 
 
 def ours(decoder: TurnDecoder, pool: EnvironmentPool, rows: list[Example], words: Words) -> dict[str, float]:
-    player = Player([decoder], pool, Dialogue(words))
+    settings = RolloutSettings(seed=0, sampling=sampling_params())
+    actor = MultiTurnActor([decoder], pool, Dialogue(words), settings, MultiTurn())
     decoder.forget()
     begin = time.perf_counter()
-    groups = player(rows, 1, sampling=sampling_params(), seed=0, step=0)
+    actor.submit(number_groups(rows, 1), RolloutPlan(group_size=1), 0)
+    groups = actor.ready(len(rows))
     seconds = time.perf_counter() - begin
     turns = [len(np.unique(s.turns[s.sampled])) for g in groups for s in g.samples]
     brought = sum(len(g.prompt) - 1 + int((~s.sampled).sum()) for g in groups for s in g.samples)
     tokens = int(sum(s.sampled.sum() for g in groups for s in g.samples))
-    stats = player.last_stats
+    stats = actor.stats
     return {
         "seconds": seconds,
         "tokens": tokens,

@@ -22,7 +22,7 @@ from _common import Cost, finish, measure, parse_arguments, random_prompts, resu
 from rljax.models import DecoderConfig, init_params
 from rljax.plans import ForkPlan
 from rljax.plans.fork_rules import random_step, top_surprisal
-from rljax.rollouts.forks import rounds_of
+from rljax.rollouts.forks import ForkRounds
 from rljax.sampling import Request, Sampler, sampling_params
 from rljax.text import CharTokenizer, StepSplitter
 
@@ -93,7 +93,16 @@ def leaves_per_token(plan: ForkPlan, prompts: int = 64, length: int = 64) -> flo
     splitter = StepSplitter(tokenizer, plan.step_delimiters)
     requests = []
     for i in range(prompts):
-        rounds = rounds_of(plan, tokenizer, splitter, seed=0, step=0, prompt_id=i, first_id=0, limit=length)
+        rounds = ForkRounds(
+            plan,
+            tokenizer.decode,
+            lambda sample: splitter(sample.tokens),
+            seed=0,
+            step=0,
+            prompt_id=i,
+            first_id=0,
+            limit=length,
+        )
         requests.append(Request([3, 4, 5], i, range(plan.chains), rounds=rounds))
     groups = sampler.generate(requests, sampling_params(), seed=0, step=0)
     return sum(map(len, groups)) * length / sampler.last_stats["new_tokens"]

@@ -24,8 +24,8 @@ from typing import Any
 import jax
 from _environments import HOME, relaunch_with_allocator
 
-from rljax.experiment.build import load_params, plan
-from rljax.experiment.config import Config, PretrainedModel, WarmupConfig
+from rljax.experiment import Config, PretrainedModel, WarmupConfig
+from rljax.experiment.build import build
 from rljax.experiment.sft import warm_up
 from rljax.experiment.train import train
 from rljax.models import save_hf
@@ -79,9 +79,9 @@ def initial_model(size: str, folder: Path) -> Path:
     """The warmed-up model as a Hugging Face folder, made once."""
     target = folder / "initial"
     if not (target / "config.json").exists():
-        run = plan(get_config("grpo", size))
-        with run.rewards, RunFolder(folder / "warmup", fresh=True) as log, use_mesh(run.mesh):
-            params = warm_up(run, load_params(run), log)
+        run = build(get_config("grpo", size))
+        with run.actor, RunFolder(folder / "warmup", fresh=True) as log, use_mesh(run.mesh):
+            params = warm_up(run, run.initial_params(), log)
             save_hf(target, run.decoder, params, tokenizer=run.tokenizer)
     return target
 

@@ -90,7 +90,30 @@ def _config_problems(argv: list[str]):
                 yield problem
 
 
+def _load_config(file: str, arguments: list[str]):
+    """(what get_config returns, ""), or (None, what is wrong)."""
+    from rljax.moved import keyword_hint
+
+    spec = importlib.util.spec_from_file_location("_checked_config", file)
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+        if not hasattr(module, "get_config"):
+            return None, f"--config={file} defines no get_config(); it must return an rljax.experiment.Config"
+        return module.get_config(*arguments), ""
+    except ValueError as error:
+        return None, str(error)
+    except Exception as error:
+        if os.environ.get("RLJAX_TRACEBACK"):
+            raise
+        hint = keyword_hint(error) if isinstance(error, TypeError) else ""
+        said = f"{type(error).__name__}: {error}"
+        return None, f"--config={file} cannot be loaded: {said}{'; ' if hint else ''}{hint}"
+
+
 def _override_problem(config, dotted: str, argument: str) -> str | None:
+    from rljax.moved import field_hint
+
     holder, done = config, "config"
     for name in dotted.split("."):
         names = (
@@ -101,6 +124,8 @@ def _override_problem(config, dotted: str, argument: str) -> str | None:
             else []
         )
         if name not in names:
+            if moved := field_hint(dotted):
+                return f"{argument.split('=')[0]}: no such field; {moved}"
             near = difflib.get_close_matches(name, names, n=1)
             hint = f"did you mean {done}.{near[0]}? " if near else ""
             kind = type(holder).__name__

@@ -1,0 +1,6 @@
+"""Reinforcement learning of language models in JAX."""
+
+from rljax.moved import install
+
+install()
+del install

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from absl import logging
 
-from rljax.experiment.config import FreshModel, MeshConfig, UpdateConfig
+from rljax.experiment import FreshModel, MeshConfig, UpdateConfig
 from rljax.experiment.train import train
 from rljax.parallel import initialize_distributed, is_main_process
 from rljax.testing import rollout_records, run_metrics, tiny_config
@@ -17,7 +17,7 @@ from rljax.training import OptimizerConfig
 def config(mesh):
     update = UpdateConfig(
         pack_length=64,
-        packed_rows=8,
+        microbatch_size=8,
         length_buckets=(64,),
         score_buckets=(64,),
         row_buckets=(32,),

@@ -20,7 +20,7 @@ from rljax.algorithms import (
     TreeRL,
 )
 from rljax.batching import PackConfig, stack
-from rljax.experiment.config import check
+from rljax.experiment.check import check
 from rljax.experiment.train import train
 from rljax.models import DecoderConfig, init_params
 from rljax.testing import rollout_records, run_metrics, tiny_config

@@ -14,9 +14,8 @@ from objectives import MASK, NAN, float64, make_batch
 import rljax.experiment.train
 from rljax.advantages import gae_advantages, gae_returns, length_adaptive
 from rljax.algorithms import PPO
-from rljax.experiment.build import load_params
-from rljax.experiment.build import plan as build_plan
-from rljax.experiment.config import CheckpointConfig, CriticConfig, EvaluationConfig
+from rljax.experiment import CheckpointConfig, CriticConfig, EvaluationConfig
+from rljax.experiment.build import build
 from rljax.experiment.train import train
 from rljax.testing import params_fingerprint, rollout_records, run_metrics, tiny_config
 from rljax.training import Checkpointer, Critic, OptimizerConfig, fingerprint, read_jsonl
@@ -118,13 +117,6 @@ def test_impossible_hyperparameters_are_one_clear_line(recipe, message):
     assert "\n" not in str(error.value)
 
 
-def plan(config):
-    """The run without weights, its reward workers sent home."""
-    run = build_plan(config)
-    run.rewards.close()
-    return run
-
-
 def config(**changes):
     """Four steps of single samples, two minibatches twice over, the first step for the critic alone."""
     settings = {
@@ -162,15 +154,15 @@ def test_a_run_trains_policy_and_critic(straight):
 
 def test_while_the_critic_warms_up_the_policy_stands_still(straight):
     folder, _ = straight
-    start = plan(config())
+    start = build(config())
     first, second = (params_fingerprint(folder, step) for step in (1, 2))
-    assert first == fingerprint(load_params(start))
+    assert first == fingerprint(start.initial_params())
     assert second != first
 
 
 def whole_state(folder):
     """Checksums of everything in the newest checkpoint, critic and moments included."""
-    restored, _, step = Checkpointer(folder / "checkpoints").restore(plan(config()).abstract_state())
+    restored, _, step = Checkpointer(folder / "checkpoints").restore(build(config()).abstract_state())
     assert step == 4
     return fingerprint(restored)
 

@@ -20,7 +20,7 @@ from rljax import advantages as adv
 from rljax import losses as ls
 from rljax.algorithms import Algorithm, ReSum
 from rljax.batching import PackConfig, stack
-from rljax.experiment.build import load_params, plan
+from rljax.experiment.build import build as build_run
 from rljax.plans import ForkPlan, RolloutPlan
 from rljax.plans import fork_rules as rules
 from rljax.rollouts.collect import collect
@@ -178,9 +178,9 @@ def toy():
     summaries = ReSum(chains=2, points=1, rounds=2, inject=("ab",), detect=("ab",), step_delimiters=STEPS)
     config = tiny_config(algorithm=summaries)
     config = dataclasses.replace(config, sampling=dataclasses.replace(config.sampling, max_new_tokens=8))
-    run = plan(config)
-    params = load_params(run)
-    run.sampler.set_params(params)
+    run = build_run(config)
+    params = run.initial_params()
+    run.actor.set_params(params, 0)
     return run, params
 
 
@@ -196,14 +196,8 @@ def near(seed: int, distance: float = 0.02):
 def rollout(name: str):
     """The samples that a fork plan of the table grows, as a batch with the log-probs of a reference and values."""
     run, _ = toy()
-    rollout = collect(
-        RolloutPlan(GROUP, forks=FORKS[name]),
-        lambda n: run.dataset.train[:n],
-        num_groups=GROUPS,
-        step=0,
-        sampling=run.sampling,
-        **run.rollout_setup,
-    )
+    plan = RolloutPlan(GROUP, forks=FORKS[name])
+    rollout = collect(run.actor, plan, lambda n: run.dataset.train[:n], GROUPS, 0)
     batch = stack(rollout.trajectories, row_buckets=(GROUP * GROUPS,), length_buckets=(16,))
     assert np.any(np.asarray(batch.parent_row)[np.asarray(batch.is_valid)] >= 0) == (name != "independent")
     reference = learner(True).score_rows(near(2), batch)

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from rljax.experiment.config import check
+from rljax.experiment.check import check
 from rljax.experiment.train import train
 
 FOLDER = Path(__file__).parent.parent / "configs" / "agents"

@@ -19,7 +19,8 @@ import rljax.algorithms
 import rljax.losses
 import rljax.trees.forks
 from rljax.algorithms import FOREST_RECIPES, RECIPES
-from rljax.experiment.config import check, to_dict
+from rljax.experiment.check import check
+from rljax.experiment.config import to_dict
 from rljax.experiment.train import train
 from rljax.plans.fork_rules import PartialGroup
 from rljax.testing import run_metrics

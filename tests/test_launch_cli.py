@@ -15,7 +15,7 @@ from rljax.sampling import compile_count
 
 ROOT = Path(__file__).parent.parent
 CONFIG = """
-from rljax.experiment.config import FileData, PretrainedModel, RewardConfig
+from rljax.experiment import FileData, PretrainedModel, RewardConfig, SingleTurn
 from rljax.testing import tiny_config
 
 def get_config(kind="tiny"):
@@ -101,9 +101,17 @@ MISTAKES = {
     ),
     "no steps": (["--config.steps=0"], r"config\.steps=0 must be at least 1"),
     "greedy training": (["--config.sampling.temperature=0.0"], r"temperature=0.*above 0"),
-    "buckets out of order": (["--config.sampling.prompt_buckets=(8, 4)"], r"prompt_buckets=\(8, 4\).*increasing"),
-    "a prompt beyond the buckets": (["--config.sampling.prompt_buckets=(2,)"], r"longest prompt has 3.*\(2,\).*bucket"),
+    "buckets out of order": (["--config.actor.prompt_buckets=(8, 4)"], r"prompt_buckets=\(8, 4\).*increasing"),
+    "a prompt beyond the buckets": (["--config.actor.prompt_buckets=(2,)"], r"longest prompt has 3.*\(2,\).*bucket"),
     "a pack too short": (["--config.update.pack_length=6"], r"pack_length=6.*raise it to at least 7"),
+    "a part that has moved": (
+        ["--config.environment.make=x:y"],
+        r"config\.environment is config\.actor=MultiTurn\(\.\.\.\).*now",
+    ),
+    "a field that has moved": (
+        ["--config.sampling.prompt_buckets=(8,)"],
+        r"config\.sampling\.prompt_buckets is config\.actor\.prompt_buckets now",
+    ),
     "an unknown config file": (["--config=configs/nothing.py"], r"configs/nothing\.py does not exist.*quickstart"),
     "a stray argument": (["stray"], r"unexpected arguments \['stray'\].*--name=value"),
     "an unknown flag": (["--work_dir=x"], r"work_dir"),
@@ -150,7 +158,9 @@ def test_a_data_file_that_does_not_exist_is_named(mistake, tmp_path):
     ],
 )
 def test_a_reward_that_cannot_be_loaded_is_named(reward, says, mistake, config_file):
-    text = config_file.read_text().replace("tiny_config()", f"tiny_config(rewards=(RewardConfig({reward!r}),))")
+    text = config_file.read_text().replace(
+        "tiny_config()", f"tiny_config(actor=SingleTurn(rewards=(RewardConfig({reward!r}),)))"
+    )
     config_file.write_text(text)
     assert re.search(says, mistake())
 
@@ -158,9 +168,32 @@ def test_a_reward_that_cannot_be_loaded_is_named(reward, says, mistake, config_f
 def test_a_reward_that_wants_a_missing_column_is_named(mistake, config_file, tmp_path, monkeypatch):
     (tmp_path / "wants_more.py").write_text("def reward(completion, solution):\n    return 0.0\n")
     monkeypatch.syspath_prepend(tmp_path)
-    text = config_file.read_text().replace("tiny_config()", "tiny_config(rewards=(RewardConfig('wants_more:reward'),))")
+    text = config_file.read_text().replace(
+        "tiny_config()", "tiny_config(actor=SingleTurn(rewards=(RewardConfig('wants_more:reward'),)))"
+    )
     config_file.write_text(text)
     assert re.search(r"solution.*answer", mistake())
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("from rljax.config import Config", r"rljax\.config.*is rljax\.experiment now"),
+        (
+            "from rljax.experiment import Config\ndef get_config():\n    return Config(environment=1)",
+            r"'environment'; config\.environment is config\.actor=MultiTurn",
+        ),
+        (
+            "from rljax.experiment import UpdateConfig\ndef get_config():\n    return UpdateConfig(packed_rows=1)",
+            r"config\.update\.packed_rows is config\.update\.microbatch_size now",
+        ),
+        ("def get_config():\n    return 1 / 0", r"cannot be loaded: ZeroDivisionError: division by zero"),
+    ],
+)
+def test_a_config_file_that_cannot_be_loaded_says_why(text, says, mistake, config_file):
+    config_file.write_text(text)
+    line = mistake(f"--config={config_file}")
+    assert re.search(says, line), line
 
 
 def run_script(*arguments):

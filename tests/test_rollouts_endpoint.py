@@ -1,5 +1,6 @@
 """Agents that know nothing but a base URL: what the policy said to them is recorded as it was sampled."""
 
+import contextlib
 import functools
 import itertools
 import json
@@ -19,12 +20,19 @@ from rljax.envs import EnvironmentPool, Step
 from rljax.envs.formats import Parsed, ParseProblem, ToolCall
 from rljax.models import DecoderConfig, hidden_states, init_params, logits
 from rljax.plans import ForkPlan, RolloutPlan
-from rljax.rollouts.black_box.actor import BlackBoxPlayer
-from rljax.rollouts.black_box.endpoint import ChatEndpoint
+from rljax.rollouts import (
+    Actor,
+    BlackBox,
+    BlackBoxActor,
+    ChatEndpoint,
+    MultiTurn,
+    MultiTurnActor,
+    RolloutSettings,
+    collect,
+    number_groups,
+)
 from rljax.rollouts.black_box.recording import Renderer, Reply
-from rljax.rollouts.collect import Play, collect
-from rljax.rollouts.multi_turn import Player
-from rljax.sampling import TurnDecoder, sampling_params
+from rljax.sampling import Stops, TurnDecoder, TurnDecoderSpec, sampling_params
 from rljax.tasks import Example, RewardRunner, RewardSpec
 from rljax.text import CharTokenizer, Dialogue
 
@@ -75,23 +83,34 @@ def read_echo(text):
     return Parsed((ToolCall("echo", {"text": text}),))
 
 
-def make_endpoint(*, rows=4, contexts=8, length=LENGTH, template=TEMPLATE, **settings):
-    tokenizer = make_tokenizer(template)
-    # a fifth of the bytes end a turn, so that some end by themselves
-    decoder = TurnDecoder(
-        CONFIG,
-        contexts=contexts,
+def make_decoder(*, rows=4, conversations=8, length=LENGTH):
+    spec = TurnDecoderSpec(
+        conversations=conversations,
         rows=rows,
         context_length=length,
         max_new_tokens=NEW,
-        extend_buckets=(16, 64),
+        prefill_chunks=(16, 64),
         check_every=3,
-        stop_tokens=[END, *range(0, 256, 5)],
     )
-    endpoint = ChatEndpoint(decoder, tokenizer, **settings)
+    # a fifth of the bytes end a turn, so that some end by themselves
+    return TurnDecoder(CONFIG, spec, Stops(tokens=[END, *range(0, 256, 5)]))
+
+
+def open_endpoint(template=TEMPLATE, tool_format="hermes", **sizes):
+    endpoint = ChatEndpoint(make_decoder(**sizes), make_tokenizer(template), tool_format=tool_format)
+    endpoint.__enter__()
     endpoint.set_params(params(), version=7)
     endpoint.begin(sampling_params(), seed=3, step=5)
     return endpoint
+
+
+@contextlib.contextmanager
+def make_endpoint(**settings):
+    endpoint = open_endpoint(**settings)
+    try:
+        yield endpoint
+    finally:
+        endpoint.close()
 
 
 @pytest.fixture(scope="module")
@@ -174,8 +193,17 @@ def check_sample(prompt, sample):
 EXAMPLES = [Example("one"), Example("two")]
 
 
-def play(player, examples=EXAMPLES, samples=4, *, step=5, **settings):
-    return player(examples, samples, sampling=sampling_params(), seed=3, step=step, **settings)
+SETTINGS = RolloutSettings(seed=3, sampling=sampling_params())
+
+
+def make_actor(endpoint, agent, rewards=None, **settings):
+    return BlackBoxActor(endpoint, agent, rewards, SETTINGS, BlackBox(**settings))
+
+
+def play(actor, examples=EXAMPLES, samples=4, *, step=5, forks=None):
+    plan = RolloutPlan(group_size=samples, forks=forks)
+    actor.submit(number_groups(examples, samples), plan, step)
+    return actor.ready(len(examples))
 
 
 def text_of(ids):
@@ -183,9 +211,9 @@ def text_of(ids):
 
 
 def test_a_tool_agent_in_eight_threads_is_recorded_as_it_was_sampled(endpoint):
-    player = BlackBoxPlayer(endpoint, use_tool, workers=8)
-    assert isinstance(player, Play)
-    groups = play(player)
+    actor = make_actor(endpoint, use_tool, workers=8)
+    assert isinstance(actor, Actor)
+    groups = play(actor)
     tools = set()
     for group in groups:
         want = "<|im_start|>system\necho<|im_end|>\n<|im_start|>system\nUse echo.<|im_end|>\n<|im_start|>user\n"
@@ -207,13 +235,13 @@ def test_a_tool_agent_in_eight_threads_is_recorded_as_it_was_sampled(endpoint):
             assert sample.turns.tolist() == [0] * stop + [1] * (len(sample.tokens) - stop)
     assert True in tools
     assert len({tuple(s.tokens.tolist()) for g in groups for s in g.samples}) == 8
-    assert player.last_stats["turns"] == 16 and player.last_stats["reused_share"] > 0.4
+    assert actor.stats["turns"] == 16 and actor.stats["reused_share"] > 0.4
 
 
 def test_threads_rows_and_contexts_do_not_change_what_is_said(endpoint):
-    want = [s.tokens.tolist() for g in play(BlackBoxPlayer(endpoint, talk)) for s in g.samples]
-    with make_endpoint(rows=1, contexts=2) as other:
-        got = play(BlackBoxPlayer(other, talk, workers=3))
+    want = [s.tokens.tolist() for g in play(make_actor(endpoint, talk)) for s in g.samples]
+    with make_endpoint(rows=1, conversations=2) as other:
+        got = play(make_actor(other, talk, workers=3))
     assert [s.tokens.tolist() for g in got for s in g.samples] == want
     assert len({tuple(tokens) for tokens in want}) == len(want)
 
@@ -268,16 +296,8 @@ def test_conversations_of_a_run_share_its_reward_and_train_what_they_share_once(
         ask(url, [user("check it"), said, user(row["prompt"])])
         return 0.25 if row["prompt"] == "one" else 0.75
 
-    player = BlackBoxPlayer(endpoint, agent, most_conversations=3)
-    rollout = collect(
-        RolloutPlan(group_size=6),
-        lambda n: EXAMPLES[:n],
-        num_groups=2,
-        step=5,
-        play=player,
-        sampling=sampling_params(),
-        seed=3,
-    )
+    actor = make_actor(endpoint, agent, trained_conversations=3)
+    rollout = collect(actor, RolloutPlan(group_size=6), lambda n: EXAMPLES[:n], 2, 5)
     assert len(rollout.trajectories) == 12 and rollout.rewards.tolist() == [[0.25] * 6, [0.75] * 6]
     assert [t.episode_id for t in rollout.trajectories] == [0] * 3 + [3] * 3 + [6] * 3 + [9] * 3
     for i in range(0, 12, 3):
@@ -290,15 +310,18 @@ def test_conversations_of_a_run_share_its_reward_and_train_what_they_share_once(
         for t in rows:
             want = np.where(t.action_mask, full_logprobs(t.tokens.tolist()), 0)
             np.testing.assert_allclose(t.behavior_logprobs, want, atol=5e-5)
-    assert player.last_stats["conversations"] == 3 and player.last_stats["unused_conversations"] == 0
+    assert actor.stats["conversations"] == 3 and actor.stats["unused_conversations"] == 0
     batch = stack(rollout.trajectories)
     assert len(set(batch.episode_id.tolist())) == 4 and batch.action_mask.sum() == sum(
         t.action_mask.sum() for t in rollout.trajectories
     )
-    with pytest.raises(ValueError, match="multiple of most_conversations=3"):
-        play(player, samples=4)
-    assert [len(group.samples) for group in play(player.aside(), samples=1)] == [1, 1]  # an evaluation counts runs
-    few = play(BlackBoxPlayer(endpoint, agent), samples=2)
+    with pytest.raises(ValueError, match=r"multiple of config.actor.trained_conversations=3"):
+        play(actor, samples=4)
+    assert [len(group.samples) for group in play(actor.for_evaluation(sampling_params()), samples=1)] == [
+        1,
+        1,
+    ]  # an evaluation counts runs
+    few = play(make_actor(endpoint, agent), samples=2)
     assert [len(group.samples) for group in few] == [2, 2]
 
 
@@ -327,23 +350,15 @@ def test_a_run_that_raises_hangs_or_never_asks_costs_its_sample_alone(endpoint):
         "text": "needs a reward to score it",
     }
     examples = [Example(kind, {"kind": kind}) for kind in wanted]
-    player = BlackBoxPlayer(endpoint, agent, timeout_s=3.0)
-    groups = play(player, examples, 2)
+    actor = make_actor(endpoint, agent, timeout_s=3.0)
+    groups = play(actor, examples, 2)
     hung.set()
     for group, error in zip(groups, wanted.values(), strict=True):
         for sample, result in zip(group.samples, group.results, strict=True):
             assert result.is_valid == (error is None) and (error is None or error in result.error)
             assert (len(sample.tokens) > 0) == (group.example.prompt != "silent")
-    assert player.last_stats["failed"] == 12
-    rollout = collect(
-        RolloutPlan(group_size=2),
-        lambda n: examples[1:3],
-        num_groups=2,
-        step=5,
-        play=player,
-        sampling=sampling_params(),
-        seed=3,
-    )
+    assert actor.stats["failed"] == 12
+    rollout = collect(actor, RolloutPlan(group_size=2), lambda n: examples[1:3], 2, 5)
     assert np.isnan(rollout.rewards).all() and not any(t.is_valid for t in rollout.trajectories)
     assert not stack(rollout.trajectories).is_valid.any()
 
@@ -359,7 +374,7 @@ def test_a_text_is_scored_by_the_reward(endpoint):
         talk(url, row, turns=1)
         return row["prompt"]
 
-    groups = play(BlackBoxPlayer(endpoint, agent, reward), examples, 2)
+    groups = play(make_actor(endpoint, agent, reward), examples, 2)
     assert [[r.value for r in g.results] for g in groups] == [[0.0, 0.0], [1.0, 1.0]]
     assert groups[0].results[0].components["longer"] == 0.0
 
@@ -408,7 +423,7 @@ def test_malformed_requests_get_a_clear_answer(endpoint):
     half = b'{"messages": [{"role": "user", "content": "\\ud800"}]}'  # half of a surrogate pair
     assert refused(url, raw=half)[0] == 400
     assert refused(url, {"messages": fine}, method="PUT")[0] == 501
-    with socket.create_connection(endpoint._server.server_address, timeout=10) as connection:
+    with socket.create_connection(endpoint._open.server.server_address, timeout=10) as connection:
         connection.sendall(b"nonsense from beginning to end\r\n\r\n")
         assert b"Bad request" in connection.recv(1000)
     assert refused(url, {"messages": fine}, path="/embeddings")[0] == 404
@@ -445,7 +460,7 @@ def test_what_a_template_refuses_is_an_error_and_what_it_rewrites_begins_anew():
         ask(endpoint.url(session), [user("x"), said, user("y")])
         assert [reply.parent for reply in session.replies] == [None, None]
     with pytest.raises(ValueError, match="no chat template"):
-        ChatEndpoint(endpoint._decoder._decoder, CharTokenizer("ab"))
+        ChatEndpoint(endpoint._turn_decoder, CharTokenizer("ab"))
 
 
 def make_reply(text, *, closed, calls=()):
@@ -496,12 +511,12 @@ def test_an_agent_and_an_environment_that_say_the_same_sample_the_same():
             return Step(f"more {self.turn}", 0.0, self.turn == 2)
 
     with make_endpoint() as endpoint:
-        agents = play(BlackBoxPlayer(endpoint, talk))
-        decoder = endpoint._decoder._decoder
+        agents = play(make_actor(endpoint, talk))
+        decoder = endpoint._turn_decoder
     with EnvironmentPool(More, workers=2) as pool:  # a closed endpoint gives its decoder back
-        player = Player([decoder], pool, Dialogue(make_tokenizer(), role="user"))
-        player.set_params(params(), version=7)
-        groups = play(player)
+        actor = MultiTurnActor([decoder], pool, Dialogue(make_tokenizer(), role="user"), SETTINGS, MultiTurn())
+        actor.set_params(params(), version=7)
+        groups = play(actor)
     compared = 0
     for ours, theirs in zip(agents, groups, strict=True):
         assert ours.prompt == theirs.prompt
@@ -525,9 +540,8 @@ def test_agents_whose_openings_share_nothing_are_packed(endpoint):
 
     count = itertools.count()
     with make_endpoint(template=first + TEMPLATE) as endpoint:
-        player = BlackBoxPlayer(endpoint, agent)
-        draw = dict(num_groups=1, step=5, play=player, sampling=sampling_params(), seed=3)
-        rollout = collect(RolloutPlan(group_size=4), lambda n: EXAMPLES[:n], **draw)
+        actor = make_actor(endpoint, agent)
+        rollout = collect(actor, RolloutPlan(group_size=4), lambda n: EXAMPLES[:n], 1, 5)
     batch = stack(rollout.trajectories)
     packed = pack(batch, batch.action_mask.astype(np.float32), PackConfig(pack_length=128))
     assert float(packed.rows.loss_mask.sum()) == batch.action_mask.sum() > 0
@@ -565,10 +579,10 @@ def test_a_stream_says_the_same(endpoint):
 
 def test_nothing_is_left_running_after_close():
     before = set(threading.enumerate())
-    endpoint = make_endpoint(rows=1, contexts=1)
-    player = BlackBoxPlayer(endpoint, talk, workers=4)
-    play(player, EXAMPLES[:1], 2)
-    host, port = endpoint._server.server_address[:2]
+    endpoint = open_endpoint(rows=1, conversations=1)
+    actor = make_actor(endpoint, talk, workers=4)
+    play(actor, EXAMPLES[:1], 2)
+    host, port = endpoint._open.server.server_address[:2]
     connection = socket.create_connection((host, port))  # says nothing
     url, outcomes = endpoint.url(endpoint.open_session()), []
 
@@ -597,31 +611,31 @@ def test_nothing_is_left_running_after_close():
 
 def test_a_decoder_that_fails_ends_the_call():
     with make_endpoint() as endpoint:
-        player = BlackBoxPlayer(endpoint, talk)
-        decoder = endpoint._decoder._decoder
+        actor = make_actor(endpoint, talk)
+        decoder = endpoint._turn_decoder
 
         def broken():
             raise MemoryError("no room on the device")
 
         decoder.run, run = broken, decoder.run
         with pytest.raises(RuntimeError, match="the decoder failed") as caught:
-            play(player, EXAMPLES[:1], 2)
+            play(actor, EXAMPLES[:1], 2)
         assert "no room on the device" in str(caught.value.__cause__)
         decoder.run = run
-        assert all(r.is_valid for g in play(player, EXAMPLES[:1], 2) for r in g.results)
+        assert all(r.is_valid for g in play(actor, EXAMPLES[:1], 2) for r in g.results)
 
 
 def test_plans_with_forks_and_bad_settings_are_refused(endpoint):
-    player = BlackBoxPlayer(endpoint, talk)
+    actor = make_actor(endpoint, talk)
     with pytest.raises(ValueError, match="cannot be forked"):
-        play(player, forks=ForkPlan(chains=2, points=1, rule=lambda grown: []))
+        play(actor, forks=ForkPlan(chains=2, points=1, rule=lambda group: []))
     for settings, message in [
         ({"workers": 0}, "workers=0"),
         ({"timeout_s": 0.0}, "timeout_s=0"),
-        ({"most_conversations": 0}, "most_c"),
+        ({"trained_conversations": 0}, "trained_conversations=0"),
     ]:
         with pytest.raises(ValueError, match=message):
-            BlackBoxPlayer(endpoint, talk, **settings)
+            make_actor(endpoint, talk, **settings)
 
 
 def test_the_openai_client_is_served(endpoint):
@@ -643,8 +657,22 @@ def test_the_openai_client_is_served(endpoint):
             client.chat.completions.create(model="policy", messages=[user("x" * 500)])
         return float(len(said))
 
-    for group in play(BlackBoxPlayer(endpoint, agent, timeout_s=60.0)):
+    for group in play(make_actor(endpoint, agent, timeout_s=60.0)):
         for sample, result in zip(group.samples, group.results, strict=True):
             assert result.is_valid, result.error
             assert result.components["turns"] == 4 and result.components["conversations"] == 1
             check_sample(group.prompt, sample)
+
+
+def test_nothing_opens_before_with():
+    """The port of an endpoint, and the threads of an actor over it."""
+    before = set(threading.enumerate())
+    endpoint = ChatEndpoint(make_decoder(), make_tokenizer())
+    actor = make_actor(endpoint, talk)
+    assert set(threading.enumerate()) == before and actor.cache_bytes() > 0
+    with pytest.raises(RuntimeError, match="use it within `with endpoint:`"):
+        endpoint.url(endpoint.open_session())
+    with actor:
+        actor.set_params(params(), version=1)
+        assert all(result.is_valid for group in play(actor, EXAMPLES[:1], 2) for result in group.results)
+    assert [t for t in set(threading.enumerate()) - before if t.is_alive()] == []

@@ -22,7 +22,7 @@ from rljax.plans.fork_rules import (
     top_surprisal,
     top_turn_surprisal,
 )
-from rljax.rollouts.forks import rounds_of
+from rljax.rollouts.forks import ForkRounds
 from rljax.sampling import Sample
 from rljax.testing import rollout_records, run_metrics, tiny_config
 from rljax.text import CharTokenizer, StepSplitter
@@ -175,7 +175,7 @@ def test_rounds_number_their_forks_and_leave_out_what_has_no_room():
         return [ForkPoint(0, 1, 2.0, (5,)), ForkPoint(0, 9), ForkPoint(1, 2), ForkPoint(1, 3), ForkPoint(0, 2)]
 
     plan = plan_of(rule=rule, branches=2, rounds=2)
-    rounds = rounds_of(
+    rounds = ForkRounds(
         plan, TOKENIZER.decode, lambda s: SPLITTER(s.tokens), seed=0, step=0, prompt_id=0, first_id=30, limit=9
     )
     samples = [sample("abcdefghi"), sample("abcdefghi")]

@@ -1,6 +1,5 @@
 """Guidance from recorded actions and the search for the shortest that helps, by the worked examples of ActGuide-RL."""
 
-import functools
 import itertools
 import string
 
@@ -12,8 +11,8 @@ from rljax.algorithms import ActGuideRL
 from rljax.batching import PackConfig, stack
 from rljax.models import DecoderConfig, init_params
 from rljax.plans import RolloutPlan
-from rljax.rollouts.collect import Scored, _trajectory, sample_and_score
-from rljax.rollouts.guided.actor import collect_guided
+from rljax.rollouts import Guided, GuidedActor, RolloutSettings, ScoredGroup, SingleTurnActor, number_groups
+from rljax.rollouts.guided import collect_guided
 from rljax.rollouts.guided.guidance import (
     HEADING,
     MINIMAL_SEARCH,
@@ -22,7 +21,8 @@ from rljax.rollouts.guided.guidance import (
     guided_prompt,
     reference_actions,
 )
-from rljax.sampling import Sample, Sampler, sampling_params
+from rljax.rollouts.trajectories import trajectory_of
+from rljax.sampling import Sample, Sampler, SamplerSpec, sampling_params
 from rljax.tasks import Example, RewardResult, RewardRunner, RewardSpec
 from rljax.text import CharTokenizer
 from rljax.training import Learner, OptimizerConfig
@@ -158,7 +158,7 @@ class Player:
         texts = ["as the plan says" if level and i == 0 else "hm" for i in range(count)]
         results = [RewardResult(value=r, components={}, is_valid=self.is_valid, error=None) for r in rewards]
         prompt = [ord(c) for c in example.prompt]
-        return Scored(example, prompt, samples, texts, results, [np.zeros(3, np.int32)] * count)
+        return ScoredGroup(example, prompt, samples, texts, results, [np.zeros(3, np.int32)] * count)
 
 
 def make(name, actions=8):
@@ -171,7 +171,7 @@ NEEDED = {"easy": 0, "five": 5, "never": 100, "bare": 100, "one": 1}
 
 def test_hard_tasks_are_guided_and_train_on_the_plain_prompt():
     play = Player(NEEDED)
-    got = collect_guided(play, EXAMPLES, 4)
+    got = collect_guided(play, EXAMPLES, 4, Guided())
     np.testing.assert_array_equal(got.levels, [0, 5, 3, 0, 1])
     np.testing.assert_array_equal(got.is_verified, [False, True, False, False, True])
     for example, group, level in zip(EXAMPLES, got.groups, got.levels, strict=True):
@@ -184,9 +184,9 @@ def test_hard_tasks_are_guided_and_train_on_the_plain_prompt():
 
 
 def test_guided_rows_say_so():
-    groups = collect_guided(Player(NEEDED), EXAMPLES, 4).groups
-    sources = [{fields.get("source", SOURCE_POLICY) for fields in group.turn_fields} for group in groups]
-    assert sources == [set(), {SOURCE_GUIDED}, {SOURCE_GUIDED}, set(), {SOURCE_GUIDED}]
+    groups = collect_guided(Player(NEEDED), EXAMPLES, 4, Guided()).groups
+    sources = [group.source for group in groups]
+    assert sources == [SOURCE_POLICY, SOURCE_GUIDED, SOURCE_GUIDED, SOURCE_POLICY, SOURCE_GUIDED]
 
 
 def test_guidance_that_an_environment_keeps_to_itself_is_an_error():
@@ -195,12 +195,12 @@ def test_guidance_that_an_environment_keeps_to_itself_is_an_error():
             return super().group(example, count)._replace(prompt=[1, 2, 3])
 
     with pytest.raises(ValueError, match="did not reach the policy"):
-        collect_guided(Deaf(NEEDED), EXAMPLES, 4)
+        collect_guided(Deaf(NEEDED), EXAMPLES, 4, Guided())
 
 
 def test_probes_of_all_tasks_go_together_and_are_thrown_away():
     play = Player(NEEDED)
-    got = collect_guided(play, EXAMPLES, 4, probe_samples=2)
+    got = collect_guided(play, EXAMPLES, 4, Guided(probes=2))
     assert [(len(examples), n) for examples, n in play.calls] == [(5, 4), (3, 2), (2, 2), (1, 2), (3, 4)]
     assert got.stats["probe_rollouts"] == 12  # five: 4F 6S 5S; never: 2F 3F; one: 1S
     assert got.stats["probe_tokens"] == 24  # one of three tokens was given
@@ -217,11 +217,11 @@ def test_probes_of_all_tasks_go_together_and_are_thrown_away():
 
 def test_no_two_rollouts_share_their_random_numbers():
     play = Player(NEEDED)
-    collect_guided(play, EXAMPLES, 4)
+    collect_guided(play, EXAMPLES, 4, Guided())
     ids = [example.id for examples, _ in play.calls for example in examples]
     assert len(ids) == len(set(ids))
     again = Player(NEEDED)
-    collect_guided(again, EXAMPLES, 4)
+    collect_guided(again, EXAMPLES, 4, Guided())
     assert ids == [example.id for examples, _ in again.calls for example in examples]
     kept = [{k: v for k, v in e.columns.items()} for e in play.calls[-1][0]]
     assert kept == [dict(EXAMPLES[i].columns) for i in (1, 2, 4)]
@@ -229,7 +229,7 @@ def test_no_two_rollouts_share_their_random_numbers():
 
 def test_nothing_hard_costs_nothing():
     play = Player(NEEDED)
-    got = collect_guided(play, [EXAMPLES[0], EXAMPLES[3]], 4)
+    got = collect_guided(play, [EXAMPLES[0], EXAMPLES[3]], 4, Guided())
     assert len(play.calls) == 1
     assert got.stats["probe_rollouts"] == got.stats["guided_share"] == got.stats["guidance_level_mean"] == 0
     assert got.stats["hard_share"] == 0
@@ -237,16 +237,16 @@ def test_nothing_hard_costs_nothing():
 
 def test_rollouts_that_all_broke_do_not_make_a_task_hard():
     play = Player(NEEDED, is_valid=False)
-    got = collect_guided(play, EXAMPLES, 4)
+    got = collect_guided(play, EXAMPLES, 4, Guided())
     assert len(play.calls) == 1 and not got.levels.any()
 
 
 def test_penalties_are_failures_and_the_budget_ends_the_search():
     play = Player(NEEDED, rewards=(-0.2, 1.0))
-    got = collect_guided(play, EXAMPLES[1:2], 4, budget=1)
+    got = collect_guided(play, EXAMPLES[1:2], 4, Guided(budget=1))
     np.testing.assert_array_equal(got.levels, [8])  # 4F, and then all of it
     assert not got.is_verified[0]
-    released = collect_guided(Player(NEEDED), EXAMPLES[1:2], 4, budget=1, rule=RELEASED_SEARCH)
+    released = collect_guided(Player(NEEDED), EXAMPLES[1:2], 4, Guided(budget=1), rule=RELEASED_SEARCH)
     np.testing.assert_array_equal(released.levels, [5])
 
 
@@ -269,36 +269,36 @@ def test_the_learner_compares_the_plain_prompt_with_what_was_sampled_under_guida
         mlp_dim=32,
     )
     params = jax.tree.map(lambda x: 4 * x if x.ndim > 1 else x, init_params(config, jax.random.key(0)))
-    sampler = Sampler(config, prompt_buckets=(256,), max_new_tokens=4, prompt_slots=2, sample_slots=8)
+    spec = SamplerSpec(prompt_buckets=(256,), max_new_tokens=4, prompt_slots=2, sample_slots=8)
+    sampler = Sampler(config, spec)
     sampler.set_params(params)
     hard = Example(prompt="how?", columns={"actions": [{"name": "search", "arguments": {"query": "x"}}]})
     examples = [Example(prompt="what?", columns={}), hard]
-    with RewardRunner([RewardSpec(only_with_a_plan)]) as runner:
-        play = functools.partial(
-            sample_and_score,
-            sampler=sampler,
-            tokenizer=tokenizer,
-            reward_runner=runner,
-            sampling=sampling_params(),
-            seed=0,
-            step=0,
-        )
-        got = collect_guided(play, examples, 8, probe_samples=8)
-    assert got.levels.tolist() == [0, 1] and got.stats["solved_with_guidance"] == 1
+    settings = RolloutSettings(seed=0, sampling=sampling_params())
+    plain = SingleTurnActor(sampler, tokenizer, RewardRunner([RewardSpec(only_with_a_plan)]), settings)
+    with GuidedActor(plain, Guided(probes=8)) as actor:
+        actor.submit(number_groups(examples, 8), RolloutPlan(group_size=8), 0)
+        groups = actor.ready(2)
+    assert [group.source for group in groups] == [SOURCE_POLICY, SOURCE_GUIDED]
+    assert actor.stats["guidance_level_mean"] == 1 and actor.stats["solved_with_guidance"] == 1
 
     def batch_of(groups):
         return stack(
-            [_trajectory(RolloutPlan(8), g, i, n, 8 * n, 0) for n, g in enumerate(groups) for i in range(8)],
+            [
+                trajectory_of(RolloutPlan(8), g, i, 0, group_id=n, first_row=8 * n)
+                for n, g in enumerate(groups)
+                for i in range(8)
+            ],
             length_buckets=(256,),
         )
 
-    batch = batch_of(got.groups)
+    batch = batch_of(groups)
     np.testing.assert_array_equal(batch.source, [SOURCE_POLICY] * 8 + [SOURCE_GUIDED] * 8)
     algorithm = ActGuideRL(kl_coef=0.0).build()
     learner = Learner(config, OptimizerConfig(learning_rate=1e-3), algorithm.loss, PackConfig(256, 8), chunk=256)
     plain = learner.score_rows(params, batch)
     shown = tokenizer.encode(guided_prompt(hard.prompt, reference_actions(hard.columns["actions"]), 1))
-    as_sampled = batch_of([got.groups[0], got.groups[1]._replace(prompt=shown)])
+    as_sampled = batch_of([groups[0], groups[1]._replace(prompt=shown)])
     guided = learner.score_rows(params, as_sampled)
     for side, scored in ((batch, plain), (as_sampled, guided)):
         gap = np.where(side.action_mask, np.abs(scored - side.behavior_logprobs), 0).max(axis=1)

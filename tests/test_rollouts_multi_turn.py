@@ -1,6 +1,7 @@
 """Episodes over the decoder: the ids that were sampled are those that are trained on, whatever tools and rows do."""
 
 import functools
+import json
 import random
 import time
 
@@ -11,11 +12,10 @@ import pytest
 
 from rljax.envs import EnvironmentLimits, EnvironmentPool, Step
 from rljax.models import DecoderConfig, hidden_states, init_params, logits
-from rljax.plans import ForkPlan, RolloutPlan
+from rljax.plans import Column, ForkPlan, RolloutPlan
 from rljax.plans.fork_rules import random_step, top_entropy
-from rljax.rollouts.collect import collect
-from rljax.rollouts.multi_turn import Player
-from rljax.sampling import TurnDecoder, sampling_params
+from rljax.rollouts import MultiTurn, MultiTurnActor, RolloutSettings, collect, number_groups
+from rljax.sampling import Stops, TurnDecoder, TurnDecoderSpec, sampling_params
 from rljax.tasks import Example
 from rljax.text import CharTokenizer, Dialogue
 
@@ -44,7 +44,7 @@ class Echo:
         time.sleep(self.delay)
         self.heard += len(action)
         self.turns = getattr(self, "turns", 0) + 1
-        counts = {"tool_calls": 1.0, "prediction": 0.5}
+        counts = {"tool_calls": 1.0, "foresight": 0.5}
         return Step(f"?{self.heard}!", float(self.turns), self.turns == 4, counts)
 
 
@@ -61,32 +61,34 @@ class Broken(Echo):
         return super().step(action)
 
 
-def make_player(make=Echo, *, rows=3, contexts=12, decoders=1, limits=None, workers=8, length=LENGTH, **settings):
-    made = [
-        TurnDecoder(
-            CONFIG,
-            contexts=contexts,
-            rows=rows,
-            context_length=length,
-            max_new_tokens=9,
-            extend_buckets=(4, 16),
-            check_every=3,
-            stop_tokens=[*TOKENIZER.stop_ids, *TOKENIZER.encode("abcd")],
-        )
-        for _ in range(decoders)
-    ]
+def make_actor(
+    make=Echo, *, rows=3, conversations=12, decoders=1, limits=None, workers=8, length=LENGTH, pick=None, **settings
+):
+    spec = TurnDecoderSpec(
+        conversations=conversations,
+        rows=rows,
+        context_length=length,
+        max_new_tokens=9,
+        prefill_chunks=(4, 16),
+        check_every=3,
+    )
+    stops = Stops(tokens=[*TOKENIZER.stop_ids, *TOKENIZER.encode("abcd")])
+    made = [TurnDecoder(CONFIG, spec, stops) for _ in range(decoders)]
     pool = EnvironmentPool(make, workers=workers, limits=limits or EnvironmentLimits())
     pool.open()
-    player = Player(made, pool, Dialogue(TOKENIZER, wrap=(" ", "#")), **settings)
-    player.set_params(params(), version=0)
-    return player
+    how = RolloutSettings(seed=3, sampling=sampling_params())
+    actor = MultiTurnActor(made, pool, Dialogue(TOKENIZER, wrap=(" ", "#")), how, MultiTurn(**settings), pick=pick)
+    actor.set_params(params(), version=0)
+    return actor
 
 
 EXAMPLES = [Example(prompt) for prompt in ("abc", "no more", "dig")]
 
 
-def play(player, examples=EXAMPLES, samples=4, *, step=0, **settings):
-    return player(examples, samples, sampling=sampling_params(), seed=3, step=step, **settings)
+def play(actor, examples=EXAMPLES, samples=4, *, step=0, n=None, seen=None, forks=None):
+    plan = RolloutPlan(group_size=forks.leaves if forks else samples, forks=forks)
+    actor.submit(number_groups(examples, plan.group_size, seen), plan, step)
+    return actor.ready(len(examples) if n is None else n)
 
 
 def check_sample(group, sample):
@@ -109,8 +111,8 @@ def turns_of(sample):
 
 
 def test_what_was_sampled_is_what_is_kept_and_observations_are_given():
-    player = make_player()
-    groups = play(player)
+    actor = make_actor()
+    groups = play(actor)
     assert [g.example for g in groups] == EXAMPLES
     for group in groups:
         assert TOKENIZER.decode(group.prompt) == f"{group.example.prompt}#"
@@ -126,45 +128,45 @@ def test_what_was_sampled_is_what_is_kept_and_observations_are_given():
     samples = [s for g in groups for s in g.samples]
     assert {s.finish_reason for s in samples} == {"stop", "length"}
     assert len({tuple(s.tokens.tolist()) for s in samples}) == len(samples)
-    assert player.last_stats["reused_share"] > 0.6
+    assert actor.stats["reused_share"] > 0.6
 
 
 def test_tools_rows_and_workers_do_not_change_what_is_said():
-    want = [s.tokens.tolist() for g in play(make_player()) for s in g.samples]
-    for settings in ({"make": Slow}, {"rows": 1, "workers": 1}, {"make": Slow, "rows": 8, "contexts": 5}):
-        assert [s.tokens.tolist() for g in play(make_player(**settings)) for s in g.samples] == want
+    want = [s.tokens.tolist() for g in play(make_actor()) for s in g.samples]
+    for settings in ({"make": Slow}, {"rows": 1, "workers": 1}, {"make": Slow, "rows": 8, "conversations": 5}):
+        assert [s.tokens.tolist() for g in play(make_actor(**settings)) for s in g.samples] == want
 
 
 def test_a_repeated_prompt_gets_other_samples():
-    player, seen = make_player(), {}
-    first, second = play(player, EXAMPLES[:1] * 2, seen=seen)
-    third = play(player, EXAMPLES[:1], seen=seen)[0]
+    actor, seen = make_actor(), {}
+    first, second = play(actor, EXAMPLES[:1] * 2, seen=seen)
+    third = play(actor, EXAMPLES[:1], seen=seen)[0]
     texts = [tuple(s.tokens.tolist()) for g in (first, second, third) for s in g.samples]
     assert len(set(texts)) == len(texts)
 
 
 def test_an_environment_that_fails_costs_its_episode_alone():
-    player = make_player(Broken)
-    bad, good = play(player, [Example("bad"), Example("good")])
+    actor = make_actor(Broken)
+    bad, good = play(actor, [Example("bad"), Example("good")])
     failed = [r for r in bad.results if not r.is_valid]
     assert failed and all("the tool is gone" in r.error for r in failed)
     assert all(r.is_valid == (s.finish_reason == "length") for r, s in zip(bad.results, bad.samples, strict=True))
     assert all(r.is_valid for r in good.results)
-    assert player.last_stats["failed"] == len(failed)
-    unknown = play(make_player(), [Example("ABC"), Example("good")])  # letters the tokenizer lacks
+    assert actor.stats["failed"] == len(failed)
+    unknown = play(make_actor(), [Example("ABC"), Example("good")])  # letters the tokenizer lacks
     assert not any(r.is_valid for r in unknown[0].results) and all(r.is_valid for r in unknown[1].results)
 
 
 def test_limits_end_an_episode_and_may_set_its_reward():
     limits = EnvironmentLimits(turns=2)
     for reward, want in ((None, 3.0), (-0.2, -0.2)):
-        group = play(make_player(limits=limits, unfinished_reward=reward))[0]
+        group = play(make_actor(limits=limits, unfinished_reward=reward))[0]
         full = [r.value for r in group.results if r.components["turns"] == 2]
         assert full and set(full) == {want}
 
 
 def test_a_full_context_truncates():
-    samples = [(g, s) for length in (17, 20, 24) for g in play(make_player(length=length)) for s in g.samples]
+    samples = [(g, s) for length in (17, 20, 24) for g in play(make_actor(length=length)) for s in g.samples]
     lengths = [len(group.prompt) + len(sample.tokens) for group, sample in samples]
     assert all(length <= 24 for length in lengths)
     assert {sample.finish_reason for _, sample in samples} == {"length"}
@@ -172,7 +174,7 @@ def test_a_full_context_truncates():
 
 
 def test_an_opening_longer_than_the_context_costs_its_episode_alone():
-    long, short = play(make_player(length=24), [Example("no" * 12), Example("dig")])
+    long, short = play(make_actor(length=24), [Example("no" * 12), Example("dig")])
     assert {r.error for r in long.results} == {"its opening has 25 tokens, the whole context only 24"}
     assert len(long.prompt) == 1 and all(r.is_valid for r in short.results)
 
@@ -180,8 +182,8 @@ def test_an_opening_longer_than_the_context_costs_its_episode_alone():
 @pytest.mark.parametrize("rule", [random_step(2, 2), top_entropy(2, 2, tail=0.0, last_words=())])
 def test_forks_go_on_from_the_environment_as_it_stood(rule):
     plan = ForkPlan(chains=2, points=2, rule=rule, rounds=2)
-    player = make_player(contexts=20)
-    for group in play(player, forks=plan):
+    actor = make_actor(conversations=20)
+    for group in play(actor, forks=plan):
         assert 2 < len(group.samples) <= plan.leaves
         for i, (sample, result) in enumerate(zip(group.samples, group.results, strict=True)):
             check_sample(group, sample)
@@ -192,12 +194,12 @@ def test_forks_go_on_from_the_environment_as_it_stood(rule):
                 np.testing.assert_array_equal(sample.tokens[: sample.fork_index], parent.tokens[: sample.fork_index])
                 assert sample.sampled[sample.fork_index]  # what comes first is the policy's
                 assert result.is_valid
-    assert player.last_stats["reused_share"] > 0.6
+    assert actor.stats["reused_share"] > 0.6
 
 
 def test_forks_at_turns_begin_after_an_observation():
     plan = ForkPlan(chains=2, points=2, rule=random_step(2, 2, from_root=False), rounds=1)
-    children = [s for g in play(make_player(contexts=12), forks=plan) for s in g.samples if s.parent >= 0]
+    children = [s for g in play(make_actor(conversations=12), forks=plan) for s in g.samples if s.parent >= 0]
     assert children
     for sample in children:
         assert not sample.sampled[sample.fork_index - 1]  # the token before belongs to an observation
@@ -205,13 +207,13 @@ def test_forks_at_turns_begin_after_an_observation():
 
 
 def test_groups_in_flight_span_versions():
-    player = make_player(Slow, contexts=24, groups_in_flight=2)
+    actor = make_actor(Slow, conversations=24, groups_in_flight=2)
     versions, drawn, kept = [], 0, 0
     for step in range(4):
-        player.set_params(params(), version=step)
-        examples = [Example(f"task {step} {i}") for i in range(player.missing(2))]
+        actor.set_params(params(), version=step)
+        examples = [Example(f"task {step} {i}") for i in range(actor.missing(2))]
         drawn += len(examples)
-        groups = play(player, examples, step=step, num_groups=2)
+        groups = play(actor, examples, step=step, n=2)
         assert len(groups) == 2
         kept += 2
         for group in groups:
@@ -219,7 +221,7 @@ def test_groups_in_flight_span_versions():
                 check_sample(group, sample)
                 assert (np.diff(sample.versions) >= 0).all() and sample.versions.max() <= step
                 versions.append(sample.versions)
-    assert drawn == kept + 2 == kept + player.num_pending
+    assert drawn == kept + 2 == kept + actor.num_pending
     assert any(len(set(v.tolist())) > 1 for v in versions)
 
 
@@ -227,10 +229,10 @@ def test_decoders_share_an_episode():
     def pick(prompt_id, sample_id, turn):
         return turn % 2
 
-    player = make_player(decoders=2, pick=pick, stale_every=10)
-    player.set_params(params(), version=7)
-    want = [s.tokens.tolist() for g in play(make_player(), step=7) for s in g.samples]
-    groups = play(player, step=7)
+    actor = make_actor(decoders=2, pick=pick, stale_every=10)
+    actor.set_params(params(), version=7)
+    want = [s.tokens.tolist() for g in play(make_actor(), step=7) for s in g.samples]
+    groups = play(actor, step=7)
     assert [s.tokens.tolist() for g in groups for s in g.samples] == want
     for sample in (s for g in groups for s in g.samples):
         own = sample.versions[sample.sampled]
@@ -239,19 +241,18 @@ def test_decoders_share_an_episode():
 
 def test_collect_makes_trajectories_of_episodes():
     rollout = collect(
-        RolloutPlan(group_size=4),
+        make_actor(),
+        RolloutPlan(group_size=4, columns=(Column("foresight", per="turn"),)),
         lambda n: EXAMPLES[:n],
-        num_groups=3,
-        step=5,
-        play=make_player(),
-        sampling=sampling_params(),
-        seed=3,
+        3,
+        5,
     )
     assert rollout.rewards.shape == (3, 4) and rollout.stats["component/turns"] > 1
     for t in rollout.trajectories:
         own = t.action_mask
         assert t.turn_ids.max() >= 0 and not own[: len("abc#")].any()
-        np.testing.assert_array_equal(t.prediction_scores, np.where(own, 0.5, 0.0) * (t.prediction_scores > 0))
+        foresight = t.columns["foresight"]
+        np.testing.assert_array_equal(foresight, np.where(own, 0.5, 0.0) * (foresight > 0))
         assert (t.state_ids[~own] == -1).all() and (t.state_ids[own] >= 0).all()
         rewards = [t.turn_rewards[own & (t.turn_ids == turn)] for turn in range(t.turn_ids.max() + 1)]
         assert all(len(set(values.tolist())) <= 1 for values in rewards)
@@ -259,5 +260,38 @@ def test_collect_makes_trajectories_of_episodes():
 
 
 def test_a_group_that_does_not_fit_is_refused():
-    with pytest.raises(ValueError, match="a group of 5 episodes needs as many contexts, but the decoder has 4"):
-        play(make_player(contexts=4), samples=5)
+    with pytest.raises(ValueError, match="a group of 5 episodes needs as many conversations, but the decoder has 4"):
+        play(make_actor(conversations=4), samples=5)
+
+
+@pytest.mark.parametrize("forks", [None, ForkPlan(chains=2, points=1, rule=random_step(1, 2), rounds=2)])
+def test_what_is_under_way_survives_a_checkpoint(forks):
+    """Groups cut off in mid-turn, at their environments, waiting and complete: all go on as they would have."""
+    plan = RolloutPlan(group_size=forks.leaves if forks else 4, forks=forks)
+    examples = [Example(f"task {i}") for i in range(6)]
+    actor = make_actor(Slow, conversations=3 * plan.group_size, groups_in_flight=5)
+    actor.submit(number_groups(examples, plan.group_size), plan, 0)
+    actor.ready(1)
+    state = json.loads(json.dumps(actor.state_dict(), allow_nan=False))
+    assert len(state["groups"]) == 5
+
+    resumed = make_actor(conversations=3 * plan.group_size, groups_in_flight=5)
+    resumed.load_state_dict(state, plan, {example.id: example for example in examples})
+    assert resumed.missing(1) == actor.missing(1) == 1
+
+    def outcome(actor):
+        groups = actor.ready(5)
+        return {
+            group.example.id: [(s.tokens.tolist(), s.fork_index, r.value) for s, r in zip(group.samples, group.results)]
+            for group in groups
+        }
+
+    assert outcome(resumed) == outcome(actor)
+    assert resumed.state_dict() == {}
+
+
+def test_a_state_of_other_data_is_refused():
+    actor = make_actor()
+    state = {"groups": [{"example_id": 5, "first_sample": 0, "step": 0, "plays": []}]}
+    with pytest.raises(ValueError, match="the data row 5, which the data does not hold"):
+        actor.load_state_dict(state, RolloutPlan(group_size=4), {})

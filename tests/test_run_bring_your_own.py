@@ -8,8 +8,10 @@ import jax
 import numpy as np
 import pytest
 
-from rljax.experiment import commands
-from rljax.experiment.config import CheckpointConfig, FileData, PretrainedModel, RewardConfig, WarmupConfig
+from rljax.experiment import CheckpointConfig, FileData, PretrainedModel, RewardConfig, SingleTurn, WarmupConfig
+from rljax.experiment.convert import convert
+from rljax.experiment.evaluate import evaluate_model
+from rljax.experiment.fine_tune import fine_tune
 from rljax.experiment.train import train
 from rljax.models import abstract_params, load_model
 from rljax.testing import tiny_config
@@ -36,7 +38,7 @@ def trained(tmp_path_factory):
     config = tiny_config(
         steps=2,
         data=FileData(train=str(folder / "train.jsonl"), test_fraction=0.2),
-        rewards=(RewardConfig("own_rewards:correct"), RewardConfig("own_rewards:batch", weight=0.5)),
+        actor=SingleTurn(rewards=(RewardConfig("own_rewards:correct"), RewardConfig("own_rewards:batch", weight=0.5))),
         checkpoint=CheckpointConfig(every=2),
     )
     train(config, str(folder / "run"))
@@ -55,7 +57,7 @@ def test_rewards_of_a_file_are_weighted_and_logged(trained):
 
 def test_a_run_converts_to_a_folder_that_trains_again(trained):
     folder, config, run = trained
-    hf = commands.convert(str(run), str(folder / "hf"))
+    hf = convert(str(run), str(folder / "hf"))
     decoder, params = load_model(hf)
     saved, step = restore_params(run / "checkpoints", abstract_params(decoder))
     assert step == 2
@@ -67,7 +69,7 @@ def test_a_run_converts_to_a_folder_that_trains_again(trained):
 
 def test_a_checkpoint_evaluates_as_the_run_did(trained, capsys):
     _, config, run = trained
-    evaluation = commands.evaluate_model(config, checkpoint=str(run))
+    evaluation = evaluate_model(config, checkpoint=str(run))
     assert "avg@2" in capsys.readouterr().out
     assert evaluation.metrics == json.loads((run / "evaluations" / "step_000002.json").read_text())["metrics"]
 
@@ -78,10 +80,10 @@ def test_supervised_fine_tuning_learns_and_resumes(trained, tmp_path):
         steps=8, batch_size=8, completion_column="answer", optimizer=OptimizerConfig(learning_rate=3e-2)
     )
     config = dataclasses.replace(config, warmup=warmup, checkpoint=CheckpointConfig(every=4))
-    commands.fine_tune(config, str(tmp_path / "straight"))
+    fine_tune(config, str(tmp_path / "straight"))
     losses = [line["loss/nll"] for line in read_jsonl(tmp_path / "straight" / "metrics.jsonl")]
     assert len(losses) == 8 and losses[-1] < losses[0] / 2
     half = dataclasses.replace(config, warmup=dataclasses.replace(warmup, steps=4))
-    commands.fine_tune(half, str(tmp_path / "resumed"))
-    commands.fine_tune(config, str(tmp_path / "resumed"))
+    fine_tune(half, str(tmp_path / "resumed"))
+    fine_tune(config, str(tmp_path / "resumed"))
     assert [line["loss/nll"] for line in read_jsonl(tmp_path / "resumed" / "metrics.jsonl")] == losses

@@ -10,23 +10,24 @@ from test_rollouts_endpoint import CONFIG as MODEL
 from test_rollouts_endpoint import make_tokenizer, params
 
 from rljax.algorithms import ARPO, GRPO, ActGuideRL, AgentRL, DeepDive, RoleAgent, TreeGRPO
-from rljax.experiment.build import plan
-from rljax.experiment.config import (
+from rljax.experiment import (
+    BlackBox,
     CheckpointConfig,
     Config,
-    EnvironmentConfig,
+    EnvironmentLimits,
     EvaluationConfig,
     FailedTasks,
     FreshModel,
-    GuidanceConfig,
+    Guided,
+    MultiTurn,
     PretrainedModel,
-    RewardConfig,
     RowsData,
     SamplingConfig,
     UpdateConfig,
     WarmupConfig,
-    check,
 )
+from rljax.experiment.build import build
+from rljax.experiment.check import check
 from rljax.experiment.train import train
 from rljax.models import save_hf
 from rljax.tasks import Example
@@ -55,11 +56,11 @@ def make_config(algorithm=None, alphabet="n0123456789:;?y<> \n", **changes) -> C
             max_position=2048,
         ),
         data=RowsData(rows="agent_tasks:rows", args={"size": 40}, test_args={"size": 6, "first": 100}),
-        environment=EnvironmentConfig(
+        actor=MultiTurn(
             make="agent_tasks:Ask",
             tool_format="agent_tasks:FORMAT",
             context_length=512,
-            extend_buckets=(8, 64, 256),
+            prefill_chunks=(8, 64, 256),
             workers=4,
         ),
         algorithm=algorithm or GRPO(group_size=4, kl_coef=0.0),
@@ -101,13 +102,14 @@ def test_a_run_over_turns_trains_and_reports(tmp_path):
 )
 def test_methods_train_over_turns(tmp_path, algorithm, changes):
     config = make_config(algorithm)
-    config.environment = dataclasses.replace(config.environment, **changes)
+    config.actor = dataclasses.replace(config.actor, **changes)
     train(config, str(tmp_path))
     assert len(lines(tmp_path)) == 2
 
 
 def test_guided_rollouts_over_turns(tmp_path):
-    config = make_config(ActGuideRL(group_size=4), ASCII, guidance=GuidanceConfig(column="actions", probes=1))
+    config = make_config(ActGuideRL(group_size=4), ASCII)
+    config.actor = Guided(config.actor, column="actions", probes=1)
     config.curriculum = FailedTasks()
     train(config, str(tmp_path))
     assert all(0 <= line["play/hard_share"] <= 1 and "play/probe_tokens" in line for line in lines(tmp_path))
@@ -117,8 +119,8 @@ def test_a_black_box_agent_is_trained_from_a_config(tmp_path):
     save_hf(str(tmp_path / "model"), MODEL, params(), tokenizer=make_tokenizer())
     config = make_config(
         model=PretrainedModel(path=str(tmp_path / "model")),
-        environment=EnvironmentConfig(
-            agent="agent_tasks:chat", context_length=128, extend_buckets=(16, 64), workers=8, episode_s=60.0
+        actor=BlackBox(
+            agent="agent_tasks:chat", context_length=128, prefill_chunks=(16, 64), workers=8, timeout_s=60.0
         ),
         update=UpdateConfig(pack_length=128, head_chunk=256),
         warmup=WarmupConfig(steps=0),
@@ -129,24 +131,41 @@ def test_a_black_box_agent_is_trained_from_a_config(tmp_path):
     assert line["rollout/logprob_gap_max"] < 2e-5
 
 
-def test_the_plan_counts_the_contexts():
-    player = plan(make_config()).player
-    (decoder,) = player.decoders
+def test_the_plan_counts_the_conversations():
+    actor = build(make_config()).actor
+    (decoder,) = actor.decoders
     decoder._allocate()
     held = jax.tree.leaves((decoder._kept, decoder._cache))
-    assert player.cache_bytes() == sum(x.nbytes for x in held)
+    assert actor.cache_bytes() == sum(x.nbytes for x in held)
+
+
+def guided(config, **settings):
+    config.actor = Guided(config.actor, **settings)
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda c: setattr(c, "rewards", (RewardConfig(),)), "gives the reward itself"),
-        (lambda c: setattr(c.environment, "context_length", 6), "context_length=6, the length of an episode"),
-        (lambda c: setattr(c.environment, "tool_format", "xml"), "tool format 'xml'"),
-        (lambda c: setattr(c.environment, "stale_share", 1.0), "stale_share=1.0"),
-        (lambda c: setattr(c.environment, "turns", 0), "turns is 0"),
-        (lambda c: setattr(c.guidance, "probes", 0), "probes=0"),
-        (lambda c: setattr(c.environment, "agent", "agent_tasks:chat"), "goes with neither make nor forks"),
+        (lambda c: setattr(c.actor, "make", ""), "config.actor.make is empty"),
+        (lambda c: setattr(c.actor, "context_length", 6), "context_length=6, the length of an episode"),
+        (lambda c: setattr(c.actor, "tool_format", "xml"), "tool format 'xml'"),
+        (lambda c: setattr(c.actor, "stale_share", 1.0), "stale_share=1.0"),
+        (lambda c: setattr(c.actor, "limits", EnvironmentLimits(turns=0)), "turns is 0"),
+        (lambda c: guided(c, probes=0), "probes=0"),
+        (lambda c: guided(c, column=""), "config.actor.column is empty"),
+        (lambda c: (setattr(c.actor, "groups_in_flight", 2), guided(c)), "groups_in_flight=2 and guidance exclude"),
+        (lambda c: setattr(c, "actor", BlackBox(agent="")), "config.actor.agent is empty"),
+        (
+            lambda c: (
+                setattr(c, "actor", BlackBox(agent="a:b")),
+                setattr(c, "algorithm", TreeGRPO(chains=2, points=1)),
+            ),
+            "cannot be forked",
+        ),
+        (
+            lambda c: setattr(c, "actor", BlackBox(agent="a:b", context_length=512, trained_conversations=3)),
+            "multiple of config.actor.trained_conversations=3",
+        ),
     ],
 )
 def test_impossible_configs_are_refused(change, message):
@@ -158,6 +177,6 @@ def test_impossible_configs_are_refused(change, message):
 
 def test_an_environment_that_cannot_be_made_is_refused():
     config = make_config()
-    config.environment.args = {"mots": 3}
+    config.actor.args = {"mots": 3}
     with pytest.raises(ValueError, match=r"agent_tasks:Ask with args \{'mots': 3\} makes no environment: TypeError"):
-        plan(config)
+        build(config)

@@ -8,7 +8,7 @@ import pytest
 
 import rljax.experiment.train
 from rljax.algorithms import DAPO, GRPO, RECIPES, RLOO
-from rljax.experiment.config import CheckpointConfig, EvaluationConfig, RewardConfig
+from rljax.experiment import CheckpointConfig, EvaluationConfig, RewardConfig, SingleTurn
 from rljax.experiment.train import train
 from rljax.testing import params_fingerprint, rollout_records, run_metrics, tiny_config
 from rljax.training import OptimizerConfig, read_jsonl
@@ -32,7 +32,8 @@ def short(**changes):
 
 
 def with_reward(name, **changes):
-    return short(rewards=(RewardConfig(f"flaky_rewards:{name}"),), **changes)
+    actor = SingleTurn(rewards=(RewardConfig(f"flaky_rewards:{name}"),), prompt_buckets=(4,))
+    return short(actor=actor, **changes)
 
 
 def finite(line):

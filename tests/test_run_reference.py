@@ -9,7 +9,7 @@ import pytest
 import rljax.algorithms.owpo as owpo
 import rljax.experiment.train
 from rljax.algorithms import OWPO
-from rljax.experiment.config import CheckpointConfig, EvaluationConfig
+from rljax.experiment import CheckpointConfig, EvaluationConfig
 from rljax.experiment.train import train
 from rljax.plans import not_worse
 from rljax.testing import params_fingerprint, run_metrics, tiny_config

@@ -21,9 +21,8 @@ from test_training_learner import CONFIG, FLAT, assert_close, params, rollout
 from rljax import losses as L
 from rljax.algorithms import GRPO, PPO
 from rljax.batching import PackConfig, loss_mask, pack
-from rljax.experiment.build import critic_params
-from rljax.experiment.build import plan as build_plan
-from rljax.experiment.config import CriticConfig
+from rljax.experiment import CriticConfig
+from rljax.experiment.build import build, critic_params
 from rljax.experiment.dry_run import predict_memory
 from rljax.models import abstract_params, hidden_states, init_params, save_hf, value_config, value_params, values
 from rljax.testing import tiny_config
@@ -38,13 +37,6 @@ PACKINGS = {
     "accumulated": PackConfig(pack_length=64, microbatch_size=1),
     "accumulated rows": PackConfig(pack_length=32, microbatch_size=2, share_prefixes=False),
 }
-
-
-def plan(config):
-    """The run without weights, its reward workers sent home."""
-    run = build_plan(config)
-    run.rewards.close()
-    return run
 
 
 def make(spec=FLAT, *, returns_fn=None, clip=0.2, config=CONFIG, optimizer=None, **options):
@@ -323,13 +315,13 @@ def test_a_checkpoint_from_before_there_were_critics_is_read_without_one(tmp_pat
 
 
 def test_a_critic_may_start_from_another_model(tmp_path):
-    run = plan(tiny_config(algorithm=PPO(group_size=4)))
+    run = build(tiny_config(algorithm=PPO(group_size=4)))
     assert run.critic.config == value_config(run.decoder)
     assert critic_params(run, {"its": "own"}) == {"its": "own"}
     larger = dataclasses.replace(run.decoder, num_layers=3, embed_dim=64)
     other = init_params(larger, jax.random.key(7))
     save_hf(tmp_path / "other", larger, other)
-    run = plan(tiny_config(algorithm=PPO(), critic=CriticConfig(model=str(tmp_path / "other"))))
+    run = build(tiny_config(algorithm=PPO(), critic=CriticConfig(model=str(tmp_path / "other"))))
     state = run.init_state(init_params(run.decoder, jax.random.key(0)))
     assert state.params["embedding"].shape[1] == 32 and state.critic.params["embedding"].shape[1] == 64
     jax.tree.map(np.testing.assert_array_equal, state.critic.params["layers"], other["layers"])
@@ -342,9 +334,9 @@ def test_a_critic_may_start_from_another_model(tmp_path):
         init_params(dataclasses.replace(larger, vocab_size=5), jax.random.key(0)),
     )
     with pytest.raises(ValueError, match=r"embeddings for 5 tokens, but the policy samples \d+; take a model"):
-        plan(tiny_config(algorithm=PPO(), critic=CriticConfig(model=str(tmp_path / "small"))))
+        build(tiny_config(algorithm=PPO(), critic=CriticConfig(model=str(tmp_path / "small"))))
     with pytest.raises(ValueError, match="no model at"):
-        plan(tiny_config(algorithm=PPO(), critic=CriticConfig(model=str(tmp_path / "none"))))
+        build(tiny_config(algorithm=PPO(), critic=CriticConfig(model=str(tmp_path / "none"))))
 
 
 def test_impossible_critics_are_refused():
@@ -353,7 +345,7 @@ def test_impossible_critics_are_refused():
         (CriticConfig(warmup_steps=-1), "config.critic.warmup_steps=-1 must be at least 0"),
     ]:
         with pytest.raises(ValueError, match=message):
-            plan(tiny_config(algorithm=PPO(), critic=critic))
+            build(tiny_config(algorithm=PPO(), critic=critic))
     with pytest.raises(ValueError, match=r"clip=0.0 .*must be above 0"):
         L.value_loss(clip=0.0)
     with pytest.raises(ValueError, match="value_config and value_params"):
@@ -362,7 +354,7 @@ def test_impossible_critics_are_refused():
 
 def test_a_dry_run_counts_the_critic_s_weights_and_moments():
     run, without = (
-        plan(tiny_config(algorithm=recipe)) for recipe in (PPO(group_size=4), GRPO(group_size=4, kl_coef=0.0))
+        build(tiny_config(algorithm=recipe)) for recipe in (PPO(group_size=4), GRPO(group_size=4, kl_coef=0.0))
     )
     found, plain = (predict_memory(r, pack(*rollout(), FLAT)) for r in (run, without))
     count = sum(int(np.prod(x.shape)) for x in jax.tree.leaves(abstract_params(run.critic.config)))

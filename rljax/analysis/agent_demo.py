@@ -54,7 +54,7 @@ def agent_demo(
     config: Config, methods: Mapping[str, Recipe], workdir: str, *, tokens: int, seeds: int = 3, looks: int = 4
 ) -> dict[str, Any]:
     """Runs every method on `config` for `tokens` sampled tokens from each of `seeds` warm starts, prints what came of
-    it and writes `agent_demo.json` and `agent_demo.png`; returns what the former holds. ValueError as `build` raises."""
+    it and writes `agent_demo.json` and `agent_demo.png`; returns what the former holds. ValueError as `build`."""
     began = time.perf_counter()
     runs = {name: build(dataclasses.replace(config, algorithm=recipe)) for name, recipe in methods.items()}
     first = next(iter(runs.values()))

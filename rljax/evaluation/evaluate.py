@@ -100,9 +100,7 @@ def summarize(
         "invalid_rewards": float(sum(not r.is_valid for g in [*greedy, *sampled] for r in g.results)),
     }
     problems = [_record(g, s) for g, s in zip(greedy, sampled, strict=True)]
-    return Evaluation(
-        step, len(sampled), samples, config.temperature, config.top_p, estimates, metrics, problems
-    )
+    return Evaluation(step, len(sampled), samples, config.temperature, config.top_p, estimates, metrics, problems)
 
 
 def _groups(

@@ -24,7 +24,7 @@ _ADVICE = {
     "reference": "an algorithm with kl_coef=0, which needs no reference model",
     "critic": "a larger config.mesh.fsdp, or an algorithm without a critic",
     "decoder weights": "a larger config.mesh.tensor, or config.model.dtype=bfloat16",
-    "KV cache": "fewer config.actor.prompt_slots x sample_slots (or conversations), or a smaller config.sampling.max_new_tokens",
+    "KV cache": "fewer config.actor.prompt_slots x sample_slots (or conversations), or a smaller max_new_tokens",
     "activations": "config.update.remat=True, or a smaller config.update.pack_length or microbatch_size",
     "logits": "a smaller config.update.head_chunk",
 }
@@ -63,6 +63,7 @@ def describe(run: Run, result: dict[str, Any]) -> str:
         f"mesh         {dict(run.mesh.shape)} on {jax.device_count()} x {jax.devices()[0].device_kind}",
         f"a step       {config.prompts_per_step} prompts x {run.algorithm.plan.group_size} = {samples} samples, up to "
         f"{samples * config.sampling.max_new_tokens} new tokens, {update.minibatches * update.epochs} updates",
+        f"actor        {config.actor}",
         f"an update    at most {shapes}; {_tables(config.update)}",
     ]
     rows = [(name, f"{size / GIB:.3f}") for name, size in result["predicted"].items()]

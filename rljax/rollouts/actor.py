@@ -150,5 +150,3 @@ def known_example(examples: Mapping[int, Example], example_id: int) -> Example:
             "that the run began with, or start anew with --fresh"
         )
     return examples[example_id]
-
-

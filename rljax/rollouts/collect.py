@@ -42,9 +42,7 @@ class Rollout(NamedTuple):
         return [float(row[~np.isnan(row)].mean()) if (~np.isnan(row)).any() else 0.0 for row in self.rewards]
 
 
-def collect(
-    actor: Actor, plan: RolloutPlan, draw: Callable[[int], Sequence[Example]], n: int, step: int
-) -> Rollout:
+def collect(actor: Actor, plan: RolloutPlan, draw: Callable[[int], Sequence[Example]], n: int, step: int) -> Rollout:
     """Collects `n` groups of `plan.group_size` samples for `step`; of at most so many if the plan forks.
 
     `draw(k)` gives the next `k` examples. Under dynamic sampling (`plan.keep_group`, DAPO 2503.14476) groups whose raw

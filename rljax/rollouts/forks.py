@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rljax.plans import ForkPlan
-from rljax.plans.fork_rules import PartialGroup, grown_batch
+from rljax.plans.fork_rules import PartialGroup, partial_batch
 from rljax.sampling import Fork, Sample
 
 
@@ -45,7 +45,7 @@ class ForkRounds:
         parents = samples[: plan.parents]
         numbers = np.random.SeedSequence([self.seed, self.step, self.prompt_id, self.first_id, self.made])
         group = PartialGroup(
-            batch=grown_batch(parents, plan.parents, self.limit, [self.steps_of(sample) for sample in parents]),
+            batch=partial_batch(parents, plan.parents, self.limit, [self.steps_of(sample) for sample in parents]),
             chains=plan.chains,
             round=self.made,
             key=jax.random.wrap_key_data(jnp.asarray(numbers.generate_state(2)), impl="threefry2x32"),

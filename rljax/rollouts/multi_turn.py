@@ -40,10 +40,13 @@ from rljax.rollouts.episodes import (
     turns_of,
 )
 from rljax.rollouts.forks import ForkRounds
-from rljax.sampling import Fork, Sample, SamplingConfig, SamplingParams, Turn, TurnDecoder, TurnResult
+from rljax.sampling import Fork, SamplingConfig, SamplingParams, Turn, TurnDecoder, TurnResult
 from rljax.tasks import Example, RewardResult, load_callable
 from rljax.text import Dialogue, Tokenizer
 from rljax.types import NO_PARENT, Params
+
+Pick = Callable[[int, int, int], int]
+"""(prompt id, sample id, turn) -> the decoder that speaks this turn."""
 
 
 @dataclasses.dataclass
@@ -54,7 +57,7 @@ class MultiTurn(TurnsConfig):
     """
 
     make: str = ""
-    """`module:callable` that makes an environment (`rljax.envs`) for every episode. It gets a row's prompt and columns."""
+    """`module:callable` that makes an environment (`rljax.envs`) for an episode. It gets a row's prompt and columns."""
     args: dict[str, Any] = dataclasses.field(default_factory=dict)
     """Keyword arguments of `make`."""
     processes: bool = False
@@ -117,13 +120,15 @@ class MultiTurnActor:
     """Plays groups of episodes. The `Actor` protocol says most of it.
 
     A turn that runs into the decoder's `max_new_tokens`, or a full context, truncates its episode. An environment that
-    fails costs its episode: it is not valid. `config` is the actor's own (`rljax.rollouts.MultiTurn`): with
-    `groups_in_flight` above 0 that many groups more than asked for are under way, and `ready` returns when as many as it
-    was asked for are complete; the others go on at the next call, with the weights of then. Every token carries the
-    `policy_version` that said it.
+    fails costs its episode: it is not valid.
+
+    With `config.groups_in_flight` above 0 that many groups more than asked for are under way, and `ready` returns when
+    as many as it was asked for are complete; the others go on at the next call, with the weights of then. Every token
+    carries the `policy_version` that said it.
 
     There is one decoder, or two for cross-policy sampling (AgentRL, 2510.04206): the second speaks a share
-    `config.stale_share` of the turns and takes new weights only every `config.stale_every` steps.
+    `config.stale_share` of the turns, or those that `pick` says, and takes new weights only every `config.stale_every`
+    steps.
     """
 
     def __init__(
@@ -133,6 +138,8 @@ class MultiTurnActor:
         dialogue: Dialogue,
         settings: RolloutSettings,
         config: MultiTurn,
+        *,
+        pick: Pick | None = None,
     ):
         self.decoders = list(decoders)
         self.pool = pool
@@ -146,9 +153,7 @@ class MultiTurnActor:
         self._free = deque(range(min(decoder.spec.conversations for decoder in decoders)))
         self._num_conversations = len(self._free)
         self._length = min(decoder.spec.context_length for decoder in decoders)
-        self._pick: Callable[[int, int, int], int] = lambda prompt_id, sample_id, turn: 0
-        if len(decoders) > 1:
-            self._pick = stale_turns(settings.seed, config.stale_share)
+        self._pick = pick or stale_turns(settings.seed, config.stale_share if len(decoders) > 1 else 0.0)
 
         self._step = 0
         self._num_groups = 0
@@ -217,8 +222,8 @@ class MultiTurnActor:
         return [scored(group, self.dialogue) for group in groups]
 
     def state_dict(self) -> dict[str, Any]:
-        """Groups that wait, are under way, and are complete but not taken; `{}` for none. Episodes are saved as what was
-        said and done: their environments come back by replay."""
+        """Groups that wait, are under way, and are complete but not taken; `{}` for none. Of an episode its tokens and
+        actions are saved: environments come back by replay."""
         groups = [*self._done, *self._open, *self._queue]
         if not groups:
             return {}

@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 
 from rljax.plans import ForkPlan, RolloutPlan
-from rljax.rollouts.actor import GroupRequest, RolloutSettings, ScoredGroup, from rljax.rollouts.config import ActorParts, chains_of, make_rewards, stops_of
+from rljax.rollouts.actor import GroupRequest, RolloutSettings, ScoredGroup
+from rljax.rollouts.config import ActorParts, chains_of, make_rewards, stops_of
 from rljax.rollouts.forks import ForkRounds
 from rljax.rollouts.orders import Order, Orders
 from rljax.sampling import Request, Sample, Sampler, SamplerSpec, SamplingConfig, SamplingParams
@@ -40,7 +41,9 @@ class SingleTurn:
             )
         for name in ("prompt_slots", "sample_slots"):
             if getattr(self, name) < 0:
-                raise ValueError(f"config.actor.{name}={getattr(self, name)} must be at least 0, which is all of a step")
+                raise ValueError(
+                    f"config.actor.{name}={getattr(self, name)} must be at least 0, and 0 is all of a step"
+                )
 
     def build(self, parts: ActorParts) -> "SingleTurnActor":
         plan = parts.plan
@@ -104,7 +107,7 @@ class SingleTurnActor:
         self.rewards.__exit__(*error)
 
     def set_params(self, params: Params, version: int) -> None:
-        """The weights to sample with. Tokens of one turn are all of one version, that of the step that trains on them."""
+        """All tokens of a completion are of one version: that of the step which trains on them."""
         self.sampler.set_params(params)
 
     def for_evaluation(self, sampling: SamplingParams) -> "SingleTurnActor":

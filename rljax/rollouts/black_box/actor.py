@@ -47,8 +47,8 @@ class BlackBox(TurnsConfig):
     """An agent that cannot be changed speaks with the policy through an endpoint (`rljax.rollouts.black_box`)."""
 
     agent: str = ""
-    """`module:callable`, called with the base URL of the endpoint and a row (prompt and columns). It returns the reward,
-    or a text for `rewards`."""
+    """`module:callable`, called with the base URL of the endpoint and a row (prompt and columns). It returns the
+    reward, or a text for `rewards`."""
     rewards: tuple[RewardConfig, ...] = ()
     """What a text that the agent returns is worth. Empty takes the data's verifier, if there is one."""
     timeout_s: float = 600.0
@@ -90,10 +90,11 @@ class BlackBoxActor:
     the policy anything costs its sample: it is not valid, and says why. One that hangs is left behind with its thread,
     and its session answers no more.
 
-    A run becomes up to `config.trained_conversations` trajectories, those with most sampled tokens, each with the reward
-    of the run: an agent that rewrites its history, or has others work for it, holds several conversations. A group size
-    counts trajectories, so that `group_size // trained_conversations` runs are made of a prompt. What conversations
-    share is trained on once, in the first of them. Of a group the prompt is what all of its conversations begin with.
+    A run becomes up to `config.trained_conversations` trajectories, those with most sampled tokens, each with the
+    reward of the run: an agent that rewrites its history, or has others work for it, holds several conversations. A
+    group size counts trajectories, so that `group_size // trained_conversations` runs are made of a prompt. What
+    conversations share is trained on once, in the first of them. A group's prompt is what all of its conversations
+    begin with.
     """
 
     def __init__(
@@ -255,7 +256,10 @@ class BlackBoxActor:
 
     def _scored(self, runs: Sequence[_Run], results: Sequence[RewardResult]) -> ScoredGroup:
         chosen = [run.paths[: self.config.trained_conversations] for run in runs]
-        prompt = common_prompt([path for paths in chosen for path in paths]) if any(chosen) else [self.endpoint.tokenizer.eos_id]
+        # A row needs a token before the first sampled one, also where no run asked anything.
+        prompt = [self.endpoint.tokenizer.eos_id]
+        if any(chosen):
+            prompt = common_prompt([path for paths in chosen for path in paths])
         samples: list[Sample] = []
         judged: list[RewardResult] = []
         episodes: list[int] = []
@@ -282,6 +286,7 @@ class BlackBoxActor:
         """What a call cost, under the names of `MultiTurnActor`; `conversations` is the mean number of a run."""
         decoder = self.endpoint.stats()
         paths = sum(len(run.paths) for run in runs)
+        unused = sum(max(len(run.paths) - self.config.trained_conversations, 0) for run in runs)
         return {
             "busy_share": decoder["seconds"] / max(seconds, 1e-9),
             "row_occupancy": decoder["busy_rows"] / max(decoder["decode_steps"] * decoder["rows"], 1),
@@ -291,7 +296,7 @@ class BlackBoxActor:
             "finished_share": sum(not run.error for run in runs) / max(len(runs), 1),
             "failed": float(sum(not result.is_valid for result in results)),
             "conversations": paths / max(len(runs), 1),
-            "unused_conversations": float(sum(max(len(run.paths) - self.config.trained_conversations, 0) for run in runs)),
+            "unused_conversations": float(unused),
         }
 
 

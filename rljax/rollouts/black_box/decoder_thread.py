@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from rljax.sampling import TurnResult, Turn, TurnDecoder
+from rljax.sampling import Turn, TurnDecoder, TurnResult
 from rljax.types import Params
 
 T = TypeVar("T")

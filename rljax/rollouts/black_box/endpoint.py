@@ -26,7 +26,7 @@ from rljax.rollouts.black_box.chat_api import (
 )
 from rljax.rollouts.black_box.decoder_thread import DecoderThread, Interrupted
 from rljax.rollouts.black_box.recording import Renderer, Reply, Session
-from rljax.sampling import SamplingParams, TurnResult, TurnDecoder
+from rljax.sampling import SamplingParams, TurnDecoder, TurnResult
 from rljax.text import Tokenizer
 from rljax.types import Params
 
@@ -52,8 +52,8 @@ class ChatEndpoint:
     in a request, calls are read by `tool_format` (see `rljax.envs.formats`). `stop_strings` are those of the decoder.
 
     A context manager: the port and the threads are open within `with` only, and there it owns the decoder, so give
-    weights through `set_params`. Raises ValueError for a tokenizer without a chat template or an unknown format, and, on
-    entering, OSError for a port that is taken.
+    weights through `set_params`. Raises ValueError for a tokenizer without a chat template or an unknown format, and
+    OSError, on entering, for a port that is taken.
     """
 
     def __init__(

@@ -24,8 +24,8 @@ from rljax.rollouts.guided.guidance import (
     guided_prompt,
     reference_actions,
 )
-from rljax.rollouts.orders import Order, Orders
 from rljax.rollouts.multi_turn import MultiTurn
+from rljax.rollouts.orders import Order, Orders
 from rljax.rollouts.single_turn import SingleTurn
 from rljax.sampling import SamplingConfig, SamplingParams
 from rljax.tasks import Example

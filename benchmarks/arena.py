@@ -189,7 +189,7 @@ def config_of(task: Task, preset: dict[str, Any], **changes: Any) -> Config:
         sampling=SamplingConfig(max_new_tokens=task.max_new_tokens, prompt_buckets=(task.prompt_length,)),
         update=UpdateConfig(
             pack_length=8 * length,
-            packed_rows=4,
+            microbatch_size=4,
             length_buckets=(8 * length,),
             score_buckets=(8 * length,),
             row_buckets=(preset["prompts"] * CHAINS * (1 + POINTS),),

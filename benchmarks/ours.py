@@ -14,11 +14,11 @@ import protocol
 from _probe import probe
 
 from rljax.algorithms import GRPO, RECIPES
-from rljax.batching import PackSpec, stack
+from rljax.batching import PackConfig, stack
 from rljax.losses import clipped, policy_loss, token_mean, token_ratio
 from rljax.models import load_model
 from rljax.sampling import Fork, Request, Sampler, compile_count, sampling_params
-from rljax.training import Learner, OptimizerConfig
+from rljax.training import Learner, LossNeeds, OptimizerConfig, UpdateConfig
 from rljax.types import Trajectory
 
 
@@ -93,9 +93,9 @@ def make_step(job, model, *, share, packed_rows):
     scored = length - job["prompt_length"]
     if share:
         size = job["prompt_length"] + rows * scored
-        spec = PackSpec(size, 1, True, (size,), (rows * scored,), (rows,), (1,))
+        spec = PackConfig(size, 1, True, (size,), (rows * scored,), (rows,), (1,))
     else:
-        spec = PackSpec(length, packed_rows, False, (length,), (scored,), (packed_rows,), (rows // packed_rows,))
+        spec = PackConfig(length, packed_rows, False, (length,), (scored,), (packed_rows,), (rows // packed_rows,))
     return make_update(job, model, job["rows"], job["advantages"], spec, group_size=rows)
 
 
@@ -109,7 +109,7 @@ def make_forest_step(job, model, forest, *, share):
 
     def spec(packed_rows, rows_of_it):
         scored, micro = (size - prompt,), (len(rows) // rows_of_it,)
-        return PackSpec(size, packed_rows, share, (size,), scored, (rows_of_it,), micro)
+        return PackConfig(size, packed_rows, share, (size,), scored, (rows_of_it,), micro)
 
     timed, held = (spec(2, 2 * leaves), spec(1, leaves)) if share else (spec(4, 4), spec(leaves, leaves))
     return make_update(job, model, rows, advantages, timed, group_size=leaves, held=held)
@@ -128,8 +128,8 @@ def make_update(job, model, rows, advantages, spec, *, group_size, held=None):
     loss = policy_loss(token_ratio, clipped(clip_low=job["clip"], clip_high=job["clip"]), token_mean)
 
     def make_learner(spec):
-        how = dict(remat=job.get("remat", False), scan=job.get("scan", True))
-        return Learner(config, OptimizerConfig(learning_rate=job["learning_rate"]), loss, spec, **how)
+        update = UpdateConfig(**dataclasses.asdict(spec), remat=job.get("remat", False))
+        return Learner(config, loss, OptimizerConfig(learning_rate=job["learning_rate"]), update)
 
     learner = make_learner(spec)
     state = learner.init_state(jax.tree.map(jnp.array, params))
@@ -165,7 +165,7 @@ def make_objectives(job, model):
     rows, length = np.shape(job["rows"])
     scored = length - job["prompt_length"]
     size = job["prompt_length"] + rows * scored
-    spec = PackSpec(size, 1, True, (size,), (rows * scored,), (rows,), (1,))
+    spec = PackConfig(size, 1, True, (size,), (rows * scored,), (rows,), (1,))
     rng = np.random.default_rng(5)
     batch = stack(
         list(trajectories(job["rows"], job["prompt_length"], job["advantages"], rows)),
@@ -181,11 +181,10 @@ def make_objectives(job, model):
         algorithm = recipe().build()
         learner = Learner(
             config,
-            OptimizerConfig(learning_rate=job["learning_rate"]),
             algorithm.loss,
-            spec,
-            needs_uniforms=algorithm.plan.needs_uniforms,
-            anchor_to_behavior=True,
+            OptimizerConfig(learning_rate=job["learning_rate"]),
+            UpdateConfig(**dataclasses.asdict(spec), use_sampler_logprobs=True),
+            needs=LossNeeds(uniforms=algorithm.plan.needs_uniforms),
         )
 
         def step():

@@ -60,7 +60,7 @@ def get_config(size: str = "full") -> Config:
         sampling=SamplingConfig(max_new_tokens=10),
         update=UpdateConfig(
             pack_length=256,
-            packed_rows=8,
+            microbatch_size=8,
             length_buckets=(256,),
             score_buckets=(256,),
             row_buckets=(prompts * group,),

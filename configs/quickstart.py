@@ -40,7 +40,7 @@ def get_config() -> Config:
         sampling=SamplingConfig(max_new_tokens=14, prompt_buckets=(64,)),
         update=UpdateConfig(
             minibatches=2,
-            anchor_to_behavior=True,
+            use_sampler_logprobs=True,
             pack_length=576,
             length_buckets=(256, 576),
             score_buckets=(448,),

@@ -58,7 +58,7 @@ def get_config() -> Config:
         sampling=SamplingConfig(max_new_tokens=8, prompt_buckets=(8,)),
         update=UpdateConfig(
             pack_length=256,
-            packed_rows=8,
+            microbatch_size=8,
             length_buckets=(256,),
             score_buckets=(256,),
             row_buckets=(512,),

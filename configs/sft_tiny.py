@@ -34,7 +34,7 @@ def get_config() -> Config:
         ),
         sampling=SamplingConfig(max_new_tokens=8, prompt_buckets=(8,), prompt_slots=64, sample_slots=8),
         update=UpdateConfig(
-            pack_length=256, packed_rows=8, length_buckets=(256,), score_buckets=(256,), head_chunk=2048
+            pack_length=256, microbatch_size=8, length_buckets=(256,), score_buckets=(256,), head_chunk=2048
         ),
         warmup=WarmupConfig(
             steps=300,

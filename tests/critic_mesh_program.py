@@ -8,7 +8,7 @@ import optax
 from test_training_critic import make
 from test_training_learner import params, rollout
 
-from rljax.batching import PackSpec
+from rljax.batching import PackConfig
 from rljax.parallel import make_mesh
 
 MESHES = [None, (4, 1, 1), (1, 4, 1), (1, 2, 2)]
@@ -17,7 +17,7 @@ MESHES = [None, (4, 1, 1), (1, 4, 1), (1, 2, 2)]
 def result(shape):
     optimizer = optax.sgd(0.02, momentum=0.9)  # Adam amplifies the rounding of tiny gradients
     mesh = None if shape is None else make_mesh(*shape)
-    critic = make(PackSpec(pack_length=64, packed_rows=4), optimizer=optimizer, mesh=mesh, epochs=2)
+    critic = make(PackConfig(pack_length=64, microbatch_size=4), optimizer=optimizer, mesh=mesh, epochs=2)
     batch, _ = rollout(groups=6)
     state = critic.init_state(params())
     for _ in range(2):

@@ -17,7 +17,7 @@ from rljax.training import OptimizerConfig
 def config(mesh):
     update = UpdateConfig(
         pack_length=64,
-        packed_rows=8,
+        microbatch_size=8,
         length_buckets=(64,),
         score_buckets=(64,),
         row_buckets=(32,),

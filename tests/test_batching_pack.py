@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rljax.batching import PackSpec, bucket, layout, loss_mask, pack, stack
+from rljax.batching import PackConfig, bucket, layout, loss_mask, pack, stack
 from rljax.types import Trajectory
 
 
@@ -44,7 +44,7 @@ def test_every_loss_token_is_scored_once_on_its_own_path(rows, length, packed_ro
     """Follows predecessors from every scored token: the path must spell the row up to it."""
     batch = stack(rows)
     mask = loss_mask(batch)
-    spec = PackSpec(length, packed_rows=packed_rows, share_prefixes=share)
+    spec = PackConfig(length, microbatch_size=packed_rows, share_prefixes=share)
     packing = layout(batch, mask, spec)
     seen = np.zeros(batch.tokens.shape, int)
     for m, (index, wanted, source) in enumerate(zip(packing.row_index, packing.mask, packing.source_row, strict=True)):
@@ -75,7 +75,7 @@ def test_weights_and_counts_are_those_of_the_whole_minibatch(rows):
     batch = stack(rows)
     mask = loss_mask(batch)
     advantages = np.where(mask, np.arange(mask.size).reshape(mask.shape), np.nan).astype(np.float32)
-    packed = pack(batch, advantages, PackSpec(12))
+    packed = pack(batch, advantages, PackConfig(12))
     assert (packed.rows.token_count == max(mask.sum(), 1)).all()
     np.testing.assert_allclose(packed.rows.loss_weights.sum(), float(mask.any()), rtol=1e-5)
     assert np.nansum(packed.rows.advantages) == np.nansum(advantages)
@@ -86,11 +86,11 @@ def test_groups_share_their_prompt_and_prompts_their_common_prefix():
     system = [1, 2, 3, 4]
     rows = [trajectory([*system, 10 + g, 20 + s], 5, g) for g in range(3) for s in range(4)]
     batch = stack(rows)
-    packing = layout(batch, loss_mask(batch), PackSpec(32))
+    packing = layout(batch, loss_mask(batch), PackConfig(32))
     assert packing.flat_tokens == 72 and packing.unique_tokens == 4 + 3 * (1 + 4)
-    split = layout(batch, loss_mask(batch), PackSpec(9))  # a group alone: 5 + 4 tokens
+    split = layout(batch, loss_mask(batch), PackConfig(9))  # a group alone: 5 + 4 tokens
     assert split.packed.tokens.shape[0] == 4 and split.unique_tokens == 3 * 9
-    halved = layout(batch, loss_mask(batch), PackSpec(7))  # two of its four samples
+    halved = layout(batch, loss_mask(batch), PackConfig(7))  # two of its four samples
     assert halved.unique_tokens == 6 * 7
 
 
@@ -111,8 +111,8 @@ def test_what_is_packed_as_a_forest_follows_from_how_much_is_shared():
         ]
         batch = stack(rows)
         mask = loss_mask(batch)
-        made = {share: layout(batch, mask, PackSpec(64, share_prefixes=share)) for share in (True, False, None)}
-        shares = layout(batch, mask, PackSpec(512, share_prefixes=True))  # all in one packed row
+        made = {share: layout(batch, mask, PackConfig(64, share_prefixes=share)) for share in (True, False, None)}
+        shares = layout(batch, mask, PackConfig(512, share_prefixes=True))  # all in one packed row
         trie = 1 - shares.unique_tokens / shares.flat_tokens
         is_forest = made[None].unique_tokens < made[None].flat_tokens
         if trie >= 0.1:
@@ -124,7 +124,7 @@ def test_what_is_packed_as_a_forest_follows_from_how_much_is_shared():
 
 
 def test_one_shape_whatever_the_rollout():
-    spec = PackSpec(32, length_buckets=(32,), score_buckets=(32,), row_buckets=(16,), microbatch_buckets=(16,))
+    spec = PackConfig(32, length_buckets=(32,), score_buckets=(32,), row_buckets=(16,), microbatch_buckets=(16,))
     shapes = set()
     rng = np.random.default_rng(0)
     for _ in range(20):
@@ -142,8 +142,8 @@ def test_one_shape_whatever_the_rollout():
 def test_the_packed_length_is_the_shortest_that_costs_no_microbatch():
     rows = [trajectory(np.arange(10), 5, g) for g in range(2)]
     batch = stack([r.replace(tokens=r.tokens + 20 * i) for i, r in enumerate(rows)])
-    assert layout(batch, loss_mask(batch), PackSpec(80)).packed.tokens.shape == (1, 1, 20)
-    assert layout(batch, loss_mask(batch), PackSpec(80, packed_rows=2)).packed.tokens.shape == (1, 2, 20)
+    assert layout(batch, loss_mask(batch), PackConfig(80)).packed.tokens.shape == (1, 1, 20)
+    assert layout(batch, loss_mask(batch), PackConfig(80, microbatch_size=2)).packed.tokens.shape == (1, 2, 20)
 
 
 def test_padding_rows_are_an_invalid_group_of_their_own():
@@ -156,7 +156,7 @@ def test_padding_rows_are_an_invalid_group_of_their_own():
 
 def test_a_rollout_without_loss_tokens_packs_to_nothing():
     batch = stack([trajectory([1, 2, 3], 1, 0, is_valid=False)])
-    packed = pack(batch, np.zeros(batch.tokens.shape, np.float32), PackSpec(16))
+    packed = pack(batch, np.zeros(batch.tokens.shape, np.float32), PackConfig(16))
     assert not packed.rows.loss_mask.any() and not (packed.packed.subtree_end > 0).any()
 
 
@@ -164,15 +164,15 @@ def test_a_rollout_without_loss_tokens_packs_to_nothing():
     ("make", "message"),
     [
         (
-            lambda: layout(b := stack([trajectory(np.arange(9), 2, 0)]), loss_mask(b), PackSpec(8)),
+            lambda: layout(b := stack([trajectory(np.arange(9), 2, 0)]), loss_mask(b), PackConfig(8)),
             "raise pack_length to",
         ),
-        (lambda: layout(b := stack([trajectory([1, 2], 0, 0)]), loss_mask(b), PackSpec(8)), "begin the prompt"),
+        (lambda: layout(b := stack([trajectory([1, 2], 0, 0)]), loss_mask(b), PackConfig(8)), "begin the prompt"),
         (lambda: stack([]), "no trajectories"),
         (lambda: stack([trajectory([1], 0, 0)], length_buckets=(0,)), "add a bucket of at least 1"),
         (lambda: bucket(5, (2, 4), "rows"), "rows is 5"),
-        (lambda: PackSpec(0), "pack_length=0"),
-        (lambda: PackSpec(8, length_buckets=(4,)), "must end with pack_length=8"),
+        (lambda: PackConfig(0).check(), "pack_length=0"),
+        (lambda: PackConfig(8, length_buckets=(4,)).check(), "must end with pack_length=8"),
     ],
 )
 def test_what_cannot_work_is_refused_with_a_remedy(make, message):
@@ -190,6 +190,6 @@ def test_a_large_rollout_packs_in_a_moment():
         rows += [trajectory(np.concatenate([prompt, rng.integers(0, 1000, 500)]), 500, group) for _ in range(8)]
     batch = stack(rows)
     start = time.process_time()
-    packing = layout(batch, loss_mask(batch), PackSpec(8192))
+    packing = layout(batch, loss_mask(batch), PackConfig(8192))
     assert time.process_time() - start < 3.0
     assert packing.unique_tokens == 64 * (500 + 8 * 500)

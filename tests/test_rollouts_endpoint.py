@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rljax.batching import PackSpec, pack, stack
+from rljax.batching import PackConfig, pack, stack
 from rljax.envs import EnvironmentPool, Step
 from rljax.envs.formats import Parsed, ParseProblem, ToolCall
 from rljax.models import DecoderConfig, hidden_states, init_params, logits
@@ -529,7 +529,7 @@ def test_agents_whose_openings_share_nothing_are_packed(endpoint):
         draw = dict(num_groups=1, step=5, play=player, sampling=sampling_params(), seed=3)
         rollout = collect(Plan(group_size=4), lambda n: EXAMPLES[:n], **draw)
     batch = stack(rollout.trajectories)
-    packed = pack(batch, batch.action_mask.astype(np.float32), PackSpec(pack_length=128))
+    packed = pack(batch, batch.action_mask.astype(np.float32), PackConfig(pack_length=128))
     assert float(packed.rows.loss_mask.sum()) == batch.action_mask.sum() > 0
     for t in rollout.trajectories:
         want = np.where(t.action_mask, full_logprobs(t.tokens.tolist()), 0)

@@ -16,11 +16,11 @@ import optax
 import orbax.checkpoint as ocp
 import pytest
 from objectives import MASK, NAN, float64, make_rows
-from test_training_learner import CONFIG, FLAT, assert_close, params, rollout
+from test_training_learner import CONFIG, FLAT, assert_close, params, rollout, update_config
 
 from rljax import losses as L
 from rljax.algorithms import GRPO, PPO
-from rljax.batching import PackSpec, loss_mask, pack
+from rljax.batching import PackConfig, loss_mask, pack
 from rljax.experiment.build import critic_params
 from rljax.experiment.build import plan as build_plan
 from rljax.experiment.config import CriticConfig
@@ -34,9 +34,9 @@ TESTS = Path(__file__).parent
 VALUED = value_config(CONFIG)
 PACKINGS = {
     "flat": FLAT,
-    "forest": PackSpec(pack_length=128, packed_rows=2),
-    "accumulated": PackSpec(pack_length=64, packed_rows=1),
-    "accumulated rows": PackSpec(pack_length=32, packed_rows=2, share_prefixes=False),
+    "forest": PackConfig(pack_length=128, microbatch_size=2),
+    "accumulated": PackConfig(pack_length=64, microbatch_size=1),
+    "accumulated rows": PackConfig(pack_length=32, microbatch_size=2, share_prefixes=False),
 }
 
 
@@ -47,10 +47,11 @@ def plan(config):
     return run
 
 
-def make(spec=FLAT, *, returns_fn=None, clip=0.2, config=CONFIG, optimizer=None, **options):
+def make(packing=FLAT, *, returns_fn=None, clip=0.2, config=CONFIG, optimizer=None, mesh=None, **changes):
     optimizer = optimizer or OptimizerConfig(learning_rate=1e-2)
     returns_fn = returns_fn or (lambda batch: targets(batch))
-    return Critic(config, optimizer, L.value_loss(clip=clip), returns_fn, spec, **{"chunk": 16, **options})
+    update = update_config(packing, **changes)
+    return Critic(config, L.value_loss(clip=clip), optimizer, returns_fn, update, mesh=mesh)
 
 
 def weights(seed=0):
@@ -179,7 +180,7 @@ def test_a_known_value_function_is_learned():
         small = np.pad(np.asarray(batch.tokens) < 2, ((0, 0), (2, 0))).astype(np.float32)
         return small[:, 1:-1] - 0.5 * small[:, :-2]
 
-    spec = PackSpec(
+    spec = PackConfig(
         pack_length=128, length_buckets=(128,), score_buckets=(128,), row_buckets=(32,), microbatch_buckets=(4,)
     )
     critic = make(spec, returns_fn=known, clip=None)
@@ -278,7 +279,7 @@ def test_an_update_that_is_not_finite_changes_nothing_and_is_reported():
 
 
 def test_a_checkpoint_holds_weights_and_moments_of_the_critic_bit_for_bit(tmp_path):
-    learner, critic = Learner(CONFIG, OptimizerConfig(), L.policy_loss(*OBJECTIVE), FLAT), make()
+    learner, critic = Learner(CONFIG, L.policy_loss(*OBJECTIVE), OptimizerConfig(), update_config(FLAT)), make()
     state = with_critic(learner.init_state(params()), critic.init_state(params()))
     batch, _ = rollout()
     moved, _ = critic.update(state.critic, critic.with_values(state.critic, batch))
@@ -309,7 +310,7 @@ class Before:
 
 
 def test_a_checkpoint_from_before_there_were_critics_is_read_without_one(tmp_path):
-    learner = Learner(CONFIG, OptimizerConfig(), L.policy_loss(*OBJECTIVE), FLAT)
+    learner = Learner(CONFIG, L.policy_loss(*OBJECTIVE), OptimizerConfig(), update_config(FLAT))
     state = learner.init_state(params())
     before = Before(**{f.name: getattr(state, f.name) for f in dataclasses.fields(Before)})
     host = {"step": 3, "host": {}, "fingerprint": fingerprint(state), "score": None}

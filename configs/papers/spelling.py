@@ -83,7 +83,7 @@ def spelling_config(
         update=UpdateConfig(
             minibatches=minibatches,
             pack_length=length,
-            packed_rows=8 // minibatches,
+            microbatch_size=8 // minibatches,
             length_buckets=(length,),
             score_buckets=(length,),
             row_buckets=(prompts * algorithm.build().plan.group_size // minibatches,),

@@ -3,15 +3,16 @@
 `stack` pads trajectories into a `RolloutBatch`, `pack` lays the rows of a minibatch out as forests of unique tokens.
 """
 
+from rljax.batching.config import PackConfig
 from rljax.batching.forest import Forest, SortedRows, build_forest, pad_rows, sort_rows, unique_tokens
-from rljax.batching.pack import Packing, PackSpec, layout, loss_mask, pack
+from rljax.batching.pack import Packing, layout, loss_mask, pack
 from rljax.batching.stack import LENGTH_BUCKETS, ROW_BUCKETS, bucket, stack, take_rows
 
 __all__ = [
     "LENGTH_BUCKETS",
     "ROW_BUCKETS",
     "Forest",
-    "PackSpec",
+    "PackConfig",
     "Packing",
     "SortedRows",
     "bucket",

@@ -3,45 +3,16 @@
 As in `stack`, every dimension comes from a bucket table and is a function of the data alone.
 """
 
-import dataclasses
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
+from rljax.batching.config import PackConfig
 from rljax.batching.forest import SortedRows, build_forest, sort_rows
 from rljax.batching.stack import bucket
 from rljax.types import ArrayLike, Packed, RolloutBatch, Rows, TrainBatch
-
-
-@dataclasses.dataclass(frozen=True)
-class PackSpec:
-    """How rows become packed rows.
-
-    `pack_length` is the capacity of a packed row and `packed_rows` how many make a microbatch. `share_prefixes` packs
-    forests (True) or rows side by side (False); None takes forests unless so little is shared (less than a tenth of the
-    tokens) that rows side by side, which fill packed rows better, need less room.
-
-    The tables bound the compiled shapes; None takes: quarters of `pack_length` for its length, quarters of that for the
-    scored tokens, powers of two for rows and microbatches. Give tables of one entry each to have one shape.
-    Microbatches that hold nothing cost nothing.
-    """
-
-    pack_length: int
-    packed_rows: int = 1
-    share_prefixes: bool | None = None
-    length_buckets: tuple[int, ...] | None = None  # of S
-    score_buckets: tuple[int, ...] | None = None  # of K
-    row_buckets: tuple[int, ...] | None = None  # of B
-    microbatch_buckets: tuple[int, ...] | None = None  # of M
-
-    def __post_init__(self):
-        for name in ("pack_length", "packed_rows"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
-        if self.length_buckets is not None and max(self.length_buckets) != self.pack_length:
-            raise ValueError(f"length_buckets={self.length_buckets} must end with pack_length={self.pack_length}")
 
 
 class Packing(NamedTuple):
@@ -82,7 +53,7 @@ def loss_mask(batch: RolloutBatch, extra_mask: ArrayLike | None = None) -> Bool[
 def pack(
     batch: RolloutBatch,
     advantages: Float[ArrayLike, "B T"],
-    spec: PackSpec,
+    spec: PackConfig,
     *,
     token_weights: Callable[[Bool[np.ndarray, "B T"]], ArrayLike] | None = None,
     extra_mask: Bool[ArrayLike, "B T"] | None = None,
@@ -116,7 +87,7 @@ def pack(
     return TrainBatch(packed=packing.packed, rows=rows)
 
 
-def layout(batch: RolloutBatch, mask: Bool[np.ndarray, "B T"], spec: PackSpec) -> Packing:
+def layout(batch: RolloutBatch, mask: Bool[np.ndarray, "B T"], spec: PackConfig) -> Packing:
     """Packs the rows of `batch` that `mask` wants something of, each up to its last wanted token.
 
     Packed rows are filled group by group; a group too big for one is split, its prompt repeated. Groups that share a
@@ -125,6 +96,7 @@ def layout(batch: RolloutBatch, mask: Bool[np.ndarray, "B T"], spec: PackSpec) -
     Raises ValueError for a row longer than `spec.pack_length`, for a wanted token that nothing precedes, and for a
     size beyond its bucket table.
     """
+    spec.check()
     mask = np.asarray(mask, bool)
     tokens, width = np.asarray(batch.tokens), mask.shape[1]
     if mask[:, :1].any():
@@ -151,12 +123,12 @@ class _Bins(NamedTuple):
     is_forest: bool
 
 
-def _fill(tokens: np.ndarray, lengths: np.ndarray, mask: np.ndarray, chosen: _Bins, spec: PackSpec) -> Packing:
+def _fill(tokens: np.ndarray, lengths: np.ndarray, mask: np.ndarray, chosen: _Bins, spec: PackConfig) -> Packing:
     """Writes the rows of every bin into the arrays of the layout."""
     bins, length, is_forest = chosen
     forests = [build_forest(tokens[b], lengths[b], share_prefixes=is_forest) for b in bins]
     scored = [np.unique(forest.row_index[mask[b]]) for forest, b in zip(forests, bins, strict=True)]
-    per_micro = spec.packed_rows
+    per_micro = spec.microbatch_size
     micro = bucket(max(-(-len(bins) // per_micro), 1), spec.microbatch_buckets or _POWERS, "the number of microbatches")
     counts = [sum(map(len, bins[m : m + per_micro])) for m in range(0, len(bins), per_micro)]
     height = bucket(max(counts, default=1), spec.row_buckets or _POWERS[3:], "the rows of a microbatch")
@@ -210,7 +182,7 @@ def _quarters(size: int) -> tuple[int, ...]:
 _LITTLE_SHARED = 0.1
 
 
-def _choose_bins(tokens: np.ndarray, lengths: np.ndarray, groups: np.ndarray, spec: PackSpec) -> _Bins:
+def _choose_bins(tokens: np.ndarray, lengths: np.ndarray, groups: np.ndarray, spec: PackConfig) -> _Bins:
     """The bins of a forest or of rows side by side, as `spec.share_prefixes` says."""
     table = spec.length_buckets or _quarters(spec.pack_length)
     if not len(lengths):
@@ -224,11 +196,11 @@ def _choose_bins(tokens: np.ndarray, lengths: np.ndarray, groups: np.ndarray, sp
     if spec.share_prefixes or as_trie.shared.sum() >= _LITTLE_SHARED * lengths.sum():
         return forest
     plain = _Bins(*_bins_of(side_by_side, lengths, groups, table, spec), False)
-    return min(forest, plain, key=lambda b: -(-len(b.bins) // spec.packed_rows) * b.length)
+    return min(forest, plain, key=lambda b: -(-len(b.bins) // spec.microbatch_size) * b.length)
 
 
 def _bins_of(
-    order: SortedRows, lengths: np.ndarray, groups: np.ndarray, table: Sequence[int], spec: PackSpec
+    order: SortedRows, lengths: np.ndarray, groups: np.ndarray, table: Sequence[int], spec: PackConfig
 ) -> tuple[list[np.ndarray], int]:
     """Bins, and the packed length: the shortest that needs no more microbatches than the longest."""
     best, count = None, 0
@@ -236,7 +208,7 @@ def _bins_of(
         if size < lengths.max():
             break
         bins = _pack_bins(order, lengths, groups, size)
-        micro = -(-len(bins) // spec.packed_rows)
+        micro = -(-len(bins) // spec.microbatch_size)
         if best is not None and micro > count:
             break
         best, count = (bins, size), micro

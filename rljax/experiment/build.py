@@ -8,7 +8,7 @@ import jax
 from jax.sharding import Mesh
 
 from rljax.algorithms import Algorithm
-from rljax.batching import PackSpec, stack
+from rljax.batching import stack
 from rljax.envs import EnvironmentPool, check_chat_template, get_format
 from rljax.evaluation import Evaluation
 from rljax.experiment.config import (
@@ -23,9 +23,7 @@ from rljax.experiment.config import (
 )
 from rljax.models import (
     DecoderConfig,
-    forest_attention,
     init_params,
-    kernel_attention,
     load_config,
     load_model,
     param_shardings,
@@ -40,7 +38,7 @@ from rljax.rollouts.multi_turn import Player
 from rljax.sampling import Sampler, SamplingParams, TurnDecoder, sampling_params
 from rljax.tasks import Curriculum, RewardRunner, load_callable
 from rljax.text import Dialogue, Tokenizer, render_prompt
-from rljax.training import Critic, Learner, with_critic
+from rljax.training import Critic, Learner, LossNeeds, with_critic
 from rljax.types import Params, RolloutBatch, TrainState, Trajectory
 
 
@@ -216,18 +214,16 @@ def make_player(
 
 
 def make_learner(config: Config, decoder: DecoderConfig, algorithm: Algorithm, sampling, mesh: Mesh) -> Learner:
-    update = config.update
+    plan = algorithm.plan
     return Learner(
         decoder,
-        config.optimizer,
         algorithm.loss,
-        pack_spec(config),
+        config.optimizer,
+        config.update,
+        needs=LossNeeds(reference=plan.needs_ref, uniforms=plan.needs_uniforms),
         sampling=sampling,
-        epochs=update.epochs,
-        needs_reference=algorithm.plan.needs_ref,
-        needs_uniforms=algorithm.plan.needs_uniforms,
-        anchor_to_behavior=update.anchor_to_behavior,
-        **shared_options(config, mesh),
+        mesh=mesh,
+        seed=config.seed,
     )
 
 
@@ -244,37 +240,9 @@ def make_critic(config: Config, decoder: DecoderConfig, algorithm: Algorithm, me
                 f"samples {decoder.vocab_size}; take a model with its vocabulary, or none to start from the policy"
             )
         decoder = own
-    options = shared_options(config, mesh)
-    spec = pack_spec(config)
+    update = dataclasses.replace(config.update, epochs=critic.epochs)
     returns_fn = jax.jit(plan.returns_fn)
-    return Critic(decoder, critic.optimizer, plan.loss, returns_fn, spec, epochs=critic.epochs, **options)
-
-
-def shared_options(config: Config, mesh: Mesh) -> dict[str, Any]:
-    """What the learners of policy and critic have in common."""
-    update = config.update
-    return {
-        "mesh": mesh,
-        "chunk": update.head_chunk,
-        "remat": update.remat,
-        "attention": kernel_attention if update.attention_kernel else forest_attention,
-        "minibatches": update.minibatches,
-        "seed": config.seed,
-        "max_skipped": update.max_skipped,
-    }
-
-
-def pack_spec(config: Config) -> PackSpec:
-    update = config.update
-    return PackSpec(
-        update.pack_length,
-        packed_rows=update.packed_rows,
-        share_prefixes=update.share_prefixes,
-        length_buckets=update.length_buckets or None,
-        score_buckets=update.score_buckets or None,
-        row_buckets=update.row_buckets or None,
-        microbatch_buckets=update.microbatch_buckets or None,
-    )
+    return Critic(decoder, plan.loss, critic.optimizer, returns_fn, update, mesh=mesh, seed=config.seed)
 
 
 def stack_rows(config: Config, trajectories: Sequence[Trajectory], rows: int | None = None) -> RolloutBatch:

@@ -32,7 +32,7 @@ from rljax.tasks import (
     whole_completion,
 )
 from rljax.text import CharTokenizer, Tokenizer, load_tokenizer
-from rljax.training import OptimizerConfig
+from rljax.training import CheckpointConfig, CriticConfig, LogConfig, OptimizerConfig, UpdateConfig, WarmupConfig
 
 
 @runtime_checkable
@@ -344,71 +344,6 @@ class SamplingConfig:
 
 
 @dataclasses.dataclass
-class UpdateConfig:
-    """How a rollout becomes updates.
-
-    The rollout is split into `minibatches`, one optimizer step each, `epochs` times over. A minibatch is packed into
-    rows of `pack_length` tokens, `packed_rows` to a microbatch; shared prefixes are packed once (`share_prefixes`; None
-    leaves it to how much is shared, `pack/token_ratio` tells). Logits exist for `head_chunk` tokens at a time.
-
-    `anchor_to_behavior` takes the sampler's log-probs as the old ones instead of scoring the rollout once more. The
-    bucket tables bound the compiled shapes: packed length, scored tokens of a packed row, rows of a microbatch,
-    microbatches, tokens of the longest trajectory; empty is a table that fits anything, one entry each is a single
-    shape.
-
-    `attention_kernel` trains long packed rows with kernels that leave out blocks which see nothing, on a GPU or TPU;
-    a CPU, and short rows, keep the XLA form whatever it says.
-    """
-
-    minibatches: int = 1
-    epochs: int = 1
-    pack_length: int = 1024
-    packed_rows: int = 1
-    share_prefixes: bool | None = None
-    anchor_to_behavior: bool = False
-    length_buckets: tuple[int, ...] = ()
-    score_buckets: tuple[int, ...] = ()
-    row_buckets: tuple[int, ...] = ()
-    microbatch_buckets: tuple[int, ...] = ()
-    trajectory_buckets: tuple[int, ...] = ()
-    head_chunk: int = 512
-    remat: bool = False
-    attention_kernel: bool = False
-    max_skipped: int = 5
-
-
-@dataclasses.dataclass
-class CriticConfig:
-    """The value function, for an algorithm that has one; others leave it alone.
-
-    Its trunk starts as a copy of the policy, or from `model` (a Hugging Face folder, a `.gguf` file or `smollm2`, of
-    any size with the policy's vocabulary); its head starts at 0. It is updated before the policy, on the policy's
-    minibatches, `epochs` times over each rollout. In the first `warmup_steps` steps of the run the policy stands still,
-    and the critic learns its values.
-    """
-
-    model: str = ""
-    epochs: int = 1
-    warmup_steps: int = 0
-    optimizer: OptimizerConfig = dataclasses.field(default_factory=lambda: OptimizerConfig(learning_rate=5e-5))
-
-
-@dataclasses.dataclass
-class WarmupConfig:
-    """Supervised steps before the first rollout, or all there is to `launch/sft.py`.
-
-    Next-token loss on the column `completion_column`, `batch_size` examples a step. `demonstrations` may make the
-    examples with that column from the training examples; None takes the training examples as they are.
-    """
-
-    steps: int = 0
-    batch_size: int = 64
-    completion_column: str = "completion"
-    demonstrations: Callable[[list[Example]], list[Example]] | None = None
-    optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
-
-
-@dataclasses.dataclass
 class MeshConfig:
     """Devices per mesh axis; -1 (one axis at most) takes what the others leave."""
 
@@ -428,22 +363,6 @@ class EvaluationConfig:
     temperature: float = 1.0
     top_p: float = 1.0
     batch_prompts: int = 16
-
-
-@dataclasses.dataclass
-class CheckpointConfig:
-    """Saves every `every` steps and at the end (0 = never); keeps the newest `keep_last` and the best `keep_best`."""
-
-    every: int = 50
-    keep_last: int = 2
-    keep_best: int = 0
-    best_metric: str = "rollout/reward_mean"
-
-
-@dataclasses.dataclass
-class LogConfig:
-    rollouts_every: int = 1
-    wandb_project: str = ""
 
 
 @dataclasses.dataclass
@@ -484,19 +403,13 @@ def check(config: Config, device_count: int | None = None) -> Algorithm:
         "steps": config.steps,
         "prompts_per_step": config.prompts_per_step,
         "sampling.max_new_tokens": config.sampling.max_new_tokens,
-        "update.minibatches": config.update.minibatches,
-        "update.epochs": config.update.epochs,
-        "update.pack_length": config.update.pack_length,
-        "update.packed_rows": config.update.packed_rows,
-        "update.head_chunk": config.update.head_chunk,
         "evaluation.samples": config.evaluation.samples,
-        "critic.epochs": config.critic.epochs,
     }
     for name, value in positive.items():
         if value < 1:
             raise ValueError(f"config.{name}={value} must be at least 1")
-    if config.critic.warmup_steps < 0:
-        raise ValueError(f"config.critic.warmup_steps={config.critic.warmup_steps} must be at least 0")
+    for part in (config.update, config.critic, config.warmup, config.checkpoint, config.log):
+        part.check()
     if config.prompts_per_step % config.update.minibatches:
         raise ValueError(
             f"config.prompts_per_step={config.prompts_per_step} does not divide into config.update.minibatches="

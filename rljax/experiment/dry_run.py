@@ -6,8 +6,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from rljax.batching import PackSpec, layout, loss_mask, stack
-from rljax.experiment.build import Run, pack_spec, plan
+from rljax.batching import PackConfig, layout, loss_mask, stack
+from rljax.experiment.build import Run, plan
 from rljax.experiment.config import Config
 from rljax.experiment.report import aligned
 from rljax.experiment.sft import demonstration
@@ -26,7 +26,7 @@ _ADVICE = {
     "critic": "a larger config.mesh.fsdp, or an algorithm without a critic",
     "decoder weights": "a larger config.mesh.tensor, or config.model.dtype=bfloat16",
     "KV cache": "fewer config.sampling.prompt_slots x sample_slots, or a smaller max_new_tokens or prompt bucket",
-    "activations": "config.update.remat=True, or a smaller config.update.pack_length or packed_rows",
+    "activations": "config.update.remat=True, or a smaller config.update.pack_length or microbatch_size",
     "logits": "a smaller config.update.head_chunk",
 }
 
@@ -66,7 +66,7 @@ def describe(run: Run, result: dict[str, Any]) -> str:
         f"a step       {config.prompts_per_step} prompts x {run.algorithm.plan.group_size} = {samples} samples, up to "
         f"{samples * config.sampling.max_new_tokens} new tokens, {update.minibatches * update.epochs} updates",
         f"prompts      buckets {config.sampling.prompt_buckets}",
-        f"an update    at most {shapes}; {_tables(pack_spec(config))}",
+        f"an update    at most {shapes}; {_tables(config.update)}",
     ]
     rows = [(name, f"{size / GIB:.3f}") for name, size in result["predicted"].items()]
     rows += [("total", f"{result['total'] / GIB:.3f}"), ("device has", f"{result['limit'] / GIB:.3f}")]
@@ -80,9 +80,9 @@ def describe(run: Run, result: dict[str, Any]) -> str:
     )
 
 
-def _tables(spec: PackSpec) -> str:
+def _tables(config: PackConfig) -> str:
     names = ("length_buckets", "score_buckets", "row_buckets", "microbatch_buckets")
-    return ", ".join(f"{name} {getattr(spec, name) or 'automatic'}" for name in names)
+    return ", ".join(f"{name} {getattr(config, name) or 'automatic'}" for name in names)
 
 
 def _remedy(predicted: dict[str, int], total: int, limit: int) -> str:
@@ -105,7 +105,7 @@ def worst_batch(run: Run) -> TrainBatch:
             completion = rng.integers(0, run.decoder.vocab_size, length).tolist()
             rows.append(demonstration(prompts[-1 - index % len(prompts)], completion, index, index))
     batch = stack(rows)
-    packing = layout(batch, loss_mask(batch), pack_spec(config))
+    packing = layout(batch, loss_mask(batch), config.update)
     like = packing.row_index.shape
 
     def shaped(shape, dtype):
@@ -142,12 +142,12 @@ def predict_memory(run: Run, batch: TrainBatch) -> dict[str, int]:
     weights = _bytes(state.params, param_shardings(c, mesh))
     gradients = _bytes(_as_float32(state.params), param_shardings(c, mesh))
     tensor, parts = mesh.shape["tensor"], batch_parts(mesh)
-    micro, packed_rows, length = batch.packed.tokens.shape
-    tokens = packed_rows * length // parts
+    micro, sequences, length = batch.packed.tokens.shape
+    tokens = sequences * length // parts
     width = np.dtype(c.dtype).itemsize
     heads = (2 * c.num_heads + 2 * c.num_kv_heads) * c.head_dim // tensor
     per_layer = tokens * width * (4 * c.embed_dim + heads + 3 * c.mlp_dim // tensor)
-    scores = packed_rows // parts * c.num_heads // tensor * length * length * 4 // 2
+    scores = sequences // parts * c.num_heads // tensor * length * length * 4 // 2
     kept = tokens * width * c.embed_dim * c.num_layers + per_layer + scores
     if not config.update.remat:
         kept = (per_layer + scores) * c.num_layers
@@ -178,7 +178,7 @@ def predict_memory(run: Run, batch: TrainBatch) -> dict[str, int]:
         "decoder weights": _bytes(compute, param_shardings(c, mesh, DECODE_RULES)),
         "KV cache": cache // parts,
         "activations": int(kept),
-        "logits": min(config.update.head_chunk, packed_rows * batch.packed.score_index.shape[-1])
+        "logits": min(config.update.head_chunk, sequences * batch.packed.score_index.shape[-1])
         * c.vocab_size
         * 4
         * 3

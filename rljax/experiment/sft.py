@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from rljax.experiment.build import Run, pack_spec, stack_rows
+from rljax.experiment.build import Run, stack_rows
 from rljax.tasks import UniformCurriculum
 from rljax.text import Tokenizer, render_prompt
 from rljax.training import Learner, RunFolder, sft_loss
@@ -36,14 +36,9 @@ def supervised(run: Run) -> tuple[Learner, UniformCurriculum]:
             f"supervised examples need the column {config.completion_column!r}; one has {sorted(missing.columns)}. "
             "Name it with config.warmup.completion_column, or make it with config.warmup.demonstrations"
         )
-    learner = Learner(
-        run.decoder,
-        config.optimizer,
-        sft_loss(),
-        pack_spec(run.config),
-        mesh=run.mesh,
-        chunk=run.config.update.head_chunk,
-    )
+    # Demonstrations have no sampler, and one update each.
+    update = dataclasses.replace(run.config.update, minibatches=1, epochs=1, use_sampler_logprobs=False)
+    learner = Learner(run.decoder, sft_loss(), config.optimizer, update, mesh=run.mesh)
     return learner, UniformCurriculum(examples, seed=run.config.seed)
 
 

@@ -51,7 +51,7 @@ def tiny_config(**changes: Any) -> Config:
         sampling=SamplingConfig(max_new_tokens=4, truncated_is_wrong=False, prompt_buckets=(4,)),
         update=UpdateConfig(
             pack_length=64,
-            packed_rows=1,
+            microbatch_size=1,
             length_buckets=(64,),
             score_buckets=(64,),
             row_buckets=(8, 16, 64),

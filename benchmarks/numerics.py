@@ -15,11 +15,11 @@ from _common import finish, machine, parse_arguments, random_prompts, setting_of
 from _probe import probe
 
 from rljax.advantages import group_normalized
-from rljax.batching import PackConfig, stack
+from rljax.batching import stack
 from rljax.losses import clipped, policy_loss, token_mean, token_ratio
 from rljax.models import find_smollm2, load_model
 from rljax.sampling import Request, Sampler, compile_count, sampling_params
-from rljax.training import Learner, OptimizerConfig
+from rljax.training import Learner, OptimizerConfig, UpdateConfig
 from rljax.types import Trajectory
 
 SIZES = {
@@ -88,10 +88,10 @@ def make_learner(config, size, sampling=None, *, share=True) -> Learner:
     """Tables of one entry: one program, whatever the lengths. Short rows and groups share a packed row."""
     rows, width = size["prompts"] * size["samples"], size["prompt"] + size["new"]
     length = size["prompt"] + size["samples"] * size["new"] if share else width
-    packed_rows, micro = (1, size["prompts"]) if share else (size["samples"], size["prompts"])
-    spec = PackConfig(length, packed_rows, share, (length,), (length,), (rows,), (micro,))
+    microbatch_size, micro = (1, size["prompts"]) if share else (size["samples"], size["prompts"])
+    update = UpdateConfig(length, microbatch_size, share, (length,), (length,), (rows,), (micro,))
     loss = policy_loss(token_ratio, clipped(), token_mean)
-    return Learner(config, OptimizerConfig(learning_rate=1e-5), loss, spec, sampling=sampling)
+    return Learner(config, loss, OptimizerConfig(learning_rate=1e-5), update, sampling=sampling)
 
 
 def logprob_gaps(shape, model, size) -> dict[str, float]:

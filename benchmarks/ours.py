@@ -18,7 +18,7 @@ from rljax.batching import PackConfig, stack
 from rljax.losses import clipped, policy_loss, token_mean, token_ratio
 from rljax.models import load_model
 from rljax.sampling import Fork, Request, Sampler, compile_count, sampling_params
-from rljax.training import Learner, OptimizerConfig
+from rljax.training import Learner, LossNeeds, OptimizerConfig, UpdateConfig
 from rljax.types import Trajectory
 
 
@@ -128,8 +128,8 @@ def make_update(job, model, rows, advantages, spec, *, group_size, held=None):
     loss = policy_loss(token_ratio, clipped(clip_low=job["clip"], clip_high=job["clip"]), token_mean)
 
     def make_learner(spec):
-        how = dict(remat=job.get("remat", False), scan=job.get("scan", True))
-        return Learner(config, OptimizerConfig(learning_rate=job["learning_rate"]), loss, spec, **how)
+        update = UpdateConfig(**dataclasses.asdict(spec), remat=job.get("remat", False))
+        return Learner(config, loss, OptimizerConfig(learning_rate=job["learning_rate"]), update)
 
     learner = make_learner(spec)
     state = learner.init_state(jax.tree.map(jnp.array, params))
@@ -181,11 +181,10 @@ def make_objectives(job, model):
         algorithm = recipe().build()
         learner = Learner(
             config,
-            OptimizerConfig(learning_rate=job["learning_rate"]),
             algorithm.loss,
-            spec,
-            needs_uniforms=algorithm.plan.needs_uniforms,
-            anchor_to_behavior=True,
+            OptimizerConfig(learning_rate=job["learning_rate"]),
+            UpdateConfig(**dataclasses.asdict(spec), use_sampler_logprobs=True),
+            needs=LossNeeds(uniforms=algorithm.plan.needs_uniforms),
         )
 
         def step():

@@ -6,9 +6,8 @@ import jax
 import numpy as np
 from test_training_learner import CONFIG, grpo, params, rollout
 
-from rljax.batching import PackConfig
 from rljax.parallel import make_mesh
-from rljax.training import Learner, LightSAMConfig, MuonConfig
+from rljax.training import Learner, LightSAMConfig, MuonConfig, UpdateConfig
 
 OPTIMIZERS = {
     "muon": MuonConfig(learning_rate=1e-2, eps=1e-3),
@@ -18,7 +17,8 @@ OPTIMIZERS = {
 
 def moved(optimizer, mesh):
     """How far every weight has moved in two updates, and how often the update was compiled."""
-    learner = Learner(CONFIG, optimizer, grpo(), PackConfig(pack_length=32, microbatch_size=4), mesh=mesh, chunk=32)
+    update = UpdateConfig(pack_length=32, microbatch_size=4, head_chunk=32)
+    learner = Learner(CONFIG, grpo(), optimizer, update, mesh=mesh)
     batch, advantages = rollout(groups=6)
     state = learner.init_state(params())
     for _ in range(2):

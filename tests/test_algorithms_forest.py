@@ -19,13 +19,13 @@ from rljax.algorithms import (
     TreeGRPO,
     TreeRL,
 )
-from rljax.batching import PackConfig, stack
+from rljax.batching import stack
 from rljax.experiment.check import check
 from rljax.experiment.train import train
 from rljax.models import DecoderConfig, init_params
 from rljax.testing import rollout_records, run_metrics, tiny_config
 from rljax.text import CharTokenizer
-from rljax.training import Learner, OptimizerConfig
+from rljax.training import Learner, LossNeeds, OptimizerConfig, UpdateConfig
 from rljax.types import INTERVENTION_INJECT, Trajectory
 
 TOKENIZER = CharTokenizer("abcdefgh=")
@@ -137,13 +137,11 @@ def update_of(algorithm, batch, *, share):
     """(loss, gradients) of one minibatch, from weights that are not the ones that sampled."""
     learner = Learner(
         CONFIG,
-        OptimizerConfig(learning_rate=1e-2),
         algorithm.loss,
-        PackConfig(64, share_prefixes=share),
-        minibatches=1,
-        epochs=2,  # so that the old log-probs are a constant
-        needs_reference=True,
-        needs_uniforms=algorithm.plan.needs_uniforms,
+        OptimizerConfig(learning_rate=1e-2),
+        # Two epochs, so that the old log-probs are a constant.
+        UpdateConfig(pack_length=64, share_prefixes=share, epochs=2),
+        needs=LossNeeds(reference=True, uniforms=algorithm.plan.needs_uniforms),
     )
     state = learner.init_state(init_params(CONFIG, jax.random.key(1)))
     behavior, ref = (learner.score_rows(init_params(CONFIG, jax.random.key(seed)), batch) for seed in (2, 3))

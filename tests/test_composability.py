@@ -19,13 +19,13 @@ import pytest
 from rljax import advantages as adv
 from rljax import losses as ls
 from rljax.algorithms import Algorithm, ReSum
-from rljax.batching import PackConfig, stack
+from rljax.batching import stack
 from rljax.experiment.build import build as build_run
 from rljax.plans import ForkPlan, RolloutPlan
 from rljax.plans import fork_rules as rules
 from rljax.rollouts.collect import collect
 from rljax.testing import tiny_config
-from rljax.training import Learner
+from rljax.training import Learner, LossNeeds, UpdateConfig
 
 GROUP, GROUPS = 6, 4
 STEPS = ("a", "b", "c")
@@ -207,9 +207,11 @@ def rollout(name: str):
 @functools.cache
 def learner(share: bool) -> Learner:
     """Lays rollouts out as a forest or as flat rows, always of one shape; it is given its losses by `gradients`."""
-    spec = PackConfig(
-        64,
+    update = UpdateConfig(
+        pack_length=64,
         microbatch_size=8,
+        epochs=2,
+        head_chunk=64,
         share_prefixes=share,
         length_buckets=(64,),
         score_buckets=(64,),
@@ -217,7 +219,7 @@ def learner(share: bool) -> Learner:
         microbatch_buckets=(1,),
     )
     loss = ls.policy_loss(ls.token_ratio, ls.unclipped(), ls.token_mean)
-    return Learner(toy()[0].decoder, optax.sgd(1.0), loss, spec, epochs=2, needs_uniforms=True, chunk=64)
+    return Learner(toy()[0].decoder, loss, optax.sgd(1.0), update, needs=LossNeeds(uniforms=True))
 
 
 @jax.jit

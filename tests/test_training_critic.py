@@ -16,7 +16,7 @@ import optax
 import orbax.checkpoint as ocp
 import pytest
 from objectives import MASK, NAN, float64, make_rows
-from test_training_learner import CONFIG, FLAT, assert_close, params, rollout
+from test_training_learner import CONFIG, FLAT, assert_close, params, rollout, update_config
 
 from rljax import losses as L
 from rljax.algorithms import GRPO, PPO
@@ -39,10 +39,11 @@ PACKINGS = {
 }
 
 
-def make(spec=FLAT, *, returns_fn=None, clip=0.2, config=CONFIG, optimizer=None, **options):
+def make(packing=FLAT, *, returns_fn=None, clip=0.2, config=CONFIG, optimizer=None, mesh=None, **changes):
     optimizer = optimizer or OptimizerConfig(learning_rate=1e-2)
     returns_fn = returns_fn or (lambda batch: targets(batch))
-    return Critic(config, optimizer, L.value_loss(clip=clip), returns_fn, spec, **{"chunk": 16, **options})
+    update = update_config(packing, **changes)
+    return Critic(config, L.value_loss(clip=clip), optimizer, returns_fn, update, mesh=mesh)
 
 
 def weights(seed=0):
@@ -270,7 +271,7 @@ def test_an_update_that_is_not_finite_changes_nothing_and_is_reported():
 
 
 def test_a_checkpoint_holds_weights_and_moments_of_the_critic_bit_for_bit(tmp_path):
-    learner, critic = Learner(CONFIG, OptimizerConfig(), L.policy_loss(*OBJECTIVE), FLAT), make()
+    learner, critic = Learner(CONFIG, L.policy_loss(*OBJECTIVE), OptimizerConfig(), update_config(FLAT)), make()
     state = with_critic(learner.init_state(params()), critic.init_state(params()))
     batch, _ = rollout()
     moved, _ = critic.update(state.critic, critic.with_values(state.critic, batch))
@@ -301,7 +302,7 @@ class Before:
 
 
 def test_a_checkpoint_from_before_there_were_critics_is_read_without_one(tmp_path):
-    learner = Learner(CONFIG, OptimizerConfig(), L.policy_loss(*OBJECTIVE), FLAT)
+    learner = Learner(CONFIG, L.policy_loss(*OBJECTIVE), OptimizerConfig(), update_config(FLAT))
     state = learner.init_state(params())
     before = Before(**{f.name: getattr(state, f.name) for f in dataclasses.fields(Before)})
     host = {"step": 3, "host": {}, "fingerprint": fingerprint(state), "score": None}

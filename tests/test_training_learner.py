@@ -1,5 +1,6 @@
 """Updates: packing, sharing and accumulation change nothing but the cost."""
 
+import dataclasses
 import functools
 
 import jax
@@ -11,7 +12,7 @@ from rljax import losses
 from rljax.batching import PackConfig, stack
 from rljax.models import DecoderConfig, init_params
 from rljax.sampling import compile_count, sampling_params
-from rljax.training import Learner, OptimizerConfig, add_metrics, sft_loss
+from rljax.training import Learner, LossNeeds, OptimizerConfig, UpdateConfig, add_metrics, sft_loss
 from rljax.types import Trajectory
 
 CONFIG = DecoderConfig(
@@ -63,14 +64,34 @@ def rollout(groups=4, samples=4, seed=0):
     return batch, advantages
 
 
-def make(spec, loss=None, **options):
-    return Learner(CONFIG, OptimizerConfig(learning_rate=1e-2), loss or grpo(), spec, **{"chunk": 16, **options})
+def update_config(pack, **changes):
+    """An update of rows packed by `pack`."""
+    return UpdateConfig(**{**dataclasses.asdict(pack), "head_chunk": 16, **changes})
+
+
+def make(pack, loss=None, *, needs=None, sampling=None, **changes):
+    update = update_config(pack, **changes)
+    needs = needs or LossNeeds()
+    return Learner(CONFIG, loss or grpo(), OptimizerConfig(learning_rate=1e-2), update, needs=needs, sampling=sampling)
+
+
+PACKINGS = {
+    "flat": FLAT,
+    "one microbatch": PackConfig(pack_length=32, microbatch_size=16, share_prefixes=False),
+    "shared": PackConfig(pack_length=64, microbatch_size=8),
+    "wide": PackConfig(pack_length=128, microbatch_size=2),
+    "whole": PackConfig(pack_length=128),
+    "accumulated": PackConfig(pack_length=64, microbatch_size=1),
+    "accumulated in pairs": PackConfig(pack_length=64, microbatch_size=2),
+    "flat accumulated": PackConfig(pack_length=32, microbatch_size=2, share_prefixes=False),
+    "padded": PackConfig(pack_length=256, score_buckets=(256,), row_buckets=(64,), microbatch_buckets=(8,)),
+}
 
 
 @functools.cache
-def gradient(spec, *, off_policy=False, **options):
-    """Gradient (and loss and metrics) of one minibatch with the given packing."""
-    learner = make(spec, epochs=2 if off_policy else 1, **options)
+def gradient(packing, *, off_policy=False, **changes):
+    """Gradient (and loss and metrics) of one minibatch, packed as the entry of `PACKINGS` says."""
+    learner = make(PACKINGS[packing], epochs=2 if off_policy else 1, **changes)
     batch, advantages = rollout()
     state = learner.init_state(jax.tree.map(lambda p, q: p + 0.03 * off_policy * q, params(0), params(1)))
     minibatch = learner.prepare(state, batch, advantages)[0]
@@ -84,30 +105,19 @@ def assert_close(got, want, relative=1e-5):
 
 
 @pytest.mark.parametrize("off_policy", [False, True])
-@pytest.mark.parametrize(
-    "spec",
-    [
-        PackConfig(pack_length=64, microbatch_size=8),
-        PackConfig(pack_length=128, microbatch_size=2),
-        PackConfig(pack_length=64, microbatch_size=1),
-        PackConfig(pack_length=32, microbatch_size=2, share_prefixes=False),
-        PackConfig(pack_length=256, score_buckets=(256,), row_buckets=(64,), microbatch_buckets=(8,)),
-    ],
-    ids=["shared", "wide", "accumulated", "flat accumulated", "padded"],
-)
-def test_gradients_equal_those_of_flat_rows(spec, off_policy):
-    want = gradient(PackConfig(pack_length=32, microbatch_size=16, share_prefixes=False), off_policy=off_policy)
-    got = gradient(spec, off_policy=off_policy)
+@pytest.mark.parametrize("packing", ["shared", "wide", "accumulated", "flat accumulated", "padded"])
+def test_gradients_equal_those_of_flat_rows(packing, off_policy):
+    want = gradient("one microbatch", off_policy=off_policy)
+    got = gradient(packing, off_policy=off_policy)
     assert_close(got[2], want[2])
     np.testing.assert_allclose(got[0], want[0], rtol=1e-5)
     for name in want[1]:
         np.testing.assert_allclose(got[1][name], want[1][name], rtol=2e-4, atol=1e-6, err_msg=name)
 
 
-@pytest.mark.parametrize("options", [dict(remat=True), dict(scan=False), dict(chunk=1), dict(chunk=4096)], ids=str)
-def test_gradients_do_not_depend_on_how_they_are_computed(options):
-    spec = PackConfig(pack_length=64, microbatch_size=2)
-    assert_close(gradient(spec, **options)[2], gradient(spec)[2])
+@pytest.mark.parametrize("changes", [dict(remat=True), dict(head_chunk=1), dict(head_chunk=4096)], ids=str)
+def test_gradients_do_not_depend_on_how_they_are_computed(changes):
+    assert_close(gradient("accumulated in pairs", **changes)[2], gradient("accumulated in pairs")[2])
 
 
 def test_flat_gradient_equals_a_plain_padded_forward_pass():
@@ -132,7 +142,7 @@ def test_flat_gradient_equals_a_plain_padded_forward_pass():
         means = jnp.where(m, token, 0).sum(1) / np.maximum(counts, 1)
         return means.sum() / (counts > 0).sum()
 
-    assert_close(gradient(FLAT)[2], jax.jit(jax.grad(objective))(params()))
+    assert_close(gradient("flat")[2], jax.jit(jax.grad(objective))(params()))
 
 
 def test_a_step_moves_the_loss_down_and_counts():
@@ -160,7 +170,7 @@ def test_score_rows_is_zero_off_the_mask_and_equals_the_gap():
     scored = learner.score_rows(params(), batch)
     mask = batch.action_mask & batch.is_valid[:, None]
     assert (scored[~mask] == 0).all() and (scored[mask] < 0).all()
-    _, metrics, _ = gradient(PackConfig(pack_length=128))
+    _, metrics, _ = gradient("whole")
     gap = np.abs(scored - batch.behavior_logprobs)[mask]
     np.testing.assert_allclose(metrics["rollout/logprob_gap_max"], gap.max(), rtol=1e-5)
     np.testing.assert_allclose(metrics["rollout/logprob_gap_mean"], gap.mean(), rtol=1e-5)
@@ -211,7 +221,7 @@ def test_minibatches_hold_whole_groups_and_old_logprobs_are_scored_once():
 
 
 def test_reference_logprobs_follow_the_reference_and_its_refresh():
-    learner = make(PackConfig(pack_length=128), needs_reference=True)
+    learner = make(PackConfig(pack_length=128), needs=LossNeeds(reference=True))
     batch, advantages = rollout()
     state = learner.init_state(params())
     before = learner.score_rows(params(), batch)

@@ -13,7 +13,7 @@ import numpy as np
 import optax
 import pytest
 from objectives import float64
-from test_training_learner import CONFIG, FLAT, grpo, params, rollout
+from test_training_learner import CONFIG, FLAT, grpo, params, rollout, update_config
 
 from rljax.batching import PackConfig
 from rljax.losses import Correction
@@ -225,9 +225,8 @@ def test_state_lies_as_the_weights_do(kind):
     assert found == set(by_name)
 
 
-def make_learner(kind, spec=FLAT, **options):
-    config = CONFIGS[kind](learning_rate=1e-2)
-    return Learner(CONFIG, config, options.pop("loss", None) or grpo(), spec, chunk=16, **options)
+def make_learner(kind, pack=FLAT, *, loss=None, **changes):
+    return Learner(CONFIG, loss or grpo(), CONFIGS[kind](learning_rate=1e-2), update_config(pack, **changes))
 
 
 def updated(learner, steps=2):
@@ -310,12 +309,12 @@ def test_a_correction_sees_all_microbatches_and_scales_the_step():
         advantages = jnp.where(jnp.asarray(rows.loss_mask), rows.advantages, 0) * 2
         return Correction(dataclasses.replace(rows, advantages=advantages), {"loss/gap": gap}, jnp.float32(0.25))
 
-    spec = PackConfig(pack_length=32, microbatch_size=2, share_prefixes=False)
+    pack = PackConfig(pack_length=32, microbatch_size=2, share_prefixes=False)
     batch, advantages = rollout()
     optimizer = OptimizerConfig(learning_rate=1e-2, max_grad_norm=0.0)
     results = []
     for loss, factor in ((grpo()._replace(correct_fn=correct), 1), (grpo(), 2)):
-        learner = Learner(CONFIG, optimizer, loss, spec, chunk=16)
+        learner = Learner(CONFIG, loss, optimizer, update_config(pack))
         state = learner.init_state(jax.tree.map(jnp.copy, params()))
         state, metrics = learner.update(state, learner.prepare(state, batch, factor * advantages)[0])
         results.append((state.params, metrics))

@@ -12,22 +12,24 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from test_training_learner import CONFIG, FLAT, params, rollout
+from test_training_learner import CONFIG, FLAT, params, rollout, update_config
 
 from rljax import losses as L
 from rljax.batching import PackConfig, stack
 from rljax.models import hidden_states, logits
 from rljax.sampling import sampling_params
-from rljax.training import Learner
+from rljax.training import Learner, LossNeeds
 from rljax.types import Trajectory
 
 TESTS = Path(__file__).parent
 ACCUMULATED = PackConfig(pack_length=64, microbatch_size=1)
 
 
-def make(spec, loss, **options):
+def make(pack, loss, *, needs=None, sampling=None, seed=0, **changes):
     """Plain gradient descent, so that the step is the gradient."""
-    return Learner(CONFIG, optax.sgd(1.0), loss, spec, **{"chunk": 16, **options})
+    update = update_config(pack, **changes)
+    needs = needs or LossNeeds()
+    return Learner(CONFIG, loss, optax.sgd(1.0), update, needs=needs, sampling=sampling, seed=seed)
 
 
 def dapo(ratio_fn=L.token_ratio, **parts):
@@ -123,7 +125,7 @@ def test_noise_belongs_to_a_token_and_an_update_not_to_the_layout():
         ("accumulated", ACCUMULATED, 1),
         ("minibatches", ACCUMULATED, 2),
     ]:
-        learner = make(spec, dapo(), minibatches=minibatches, epochs=2, needs_uniforms=True, seed=3)
+        learner = make(spec, dapo(), minibatches=minibatches, epochs=2, needs=LossNeeds(uniforms=True), seed=3)
         state = learner.init_state(params())
         made = learner.prepare(state, batch, advantages)
         assert len(made) == 2 * minibatches
@@ -148,7 +150,7 @@ def test_noise_does_not_depend_on_padding():
     batch, advantages = rollout()
     wide = stack(_trajectories(batch), row_buckets=(40,), length_buckets=(50,))
     padded = np.pad(advantages, ((0, 40 - len(advantages)), (0, 50 - advantages.shape[1])))
-    learner = make(FLAT, dapo(), needs_uniforms=True)
+    learner = make(FLAT, dapo(), needs=LossNeeds(uniforms=True))
     state = learner.init_state(params())
     got, want = (uniforms_by_row(learner.prepare(state, b, a)[0]) for b, a in [(wide, padded), (batch, advantages)])
     assert got == want
@@ -175,7 +177,9 @@ def test_a_rescued_update_accumulates_exactly():
     parts = L.rescue(L.token_ratio, clip_low=0.2, clip_high=0.28, noise=L.two_sided(0.5))
     ends = []
     for spec in (FLAT, ACCUMULATED):
-        learner = make(spec, dapo(parts.ratio_fn, report_fns=[parts.report_fn]), epochs=2, needs_uniforms=True)
+        learner = make(
+            spec, dapo(parts.ratio_fn, report_fns=[parts.report_fn]), epochs=2, needs=LossNeeds(uniforms=True)
+        )
         before = learner.init_state(jax.tree.map(lambda p, q: p + 0.03 * q, params(0), params(1)))
         minibatch = learner.prepare(before, batch, advantages)[0]
         state, metrics = learner.update(learner.init_state(params()), minibatch)

@@ -8,9 +8,8 @@ import optax
 from test_training_learner import CONFIG, params, rollout
 
 from rljax import losses as L
-from rljax.batching import PackConfig
 from rljax.parallel import make_mesh
-from rljax.training import Learner
+from rljax.training import Learner, LossNeeds, UpdateConfig
 
 
 def main():
@@ -26,8 +25,8 @@ def main():
     results = []
     for shape in (None, (4, 1, 1), (1, 2, 2)):
         mesh = None if shape is None else make_mesh(*shape)
-        options = dict(mesh=mesh, chunk=16, epochs=2, needs_uniforms=True)
-        learner = Learner(CONFIG, optax.sgd(1.0), loss, PackConfig(pack_length=32, microbatch_size=4), **options)
+        update = UpdateConfig(pack_length=32, microbatch_size=4, epochs=2, head_chunk=16)
+        learner = Learner(CONFIG, loss, optax.sgd(1.0), update, needs=LossNeeds(uniforms=True), mesh=mesh)
         state = learner.init_state(params())
         for minibatch in learner.prepare(state, batch, advantages):
             state, metrics = learner.update(state, minibatch)

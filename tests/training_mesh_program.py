@@ -7,17 +7,16 @@ import jax
 import numpy as np
 from test_training_learner import CONFIG, grpo, params, rollout
 
-from rljax.batching import PackConfig
 from rljax.parallel import make_mesh
-from rljax.training import Checkpointer, Learner, OptimizerConfig, add_metrics
+from rljax.training import Checkpointer, Learner, LossNeeds, OptimizerConfig, UpdateConfig, add_metrics
 
 MESHES = {"data 4 x tensor 2": (4, 1, 2), "fsdp 8": (1, 8, 1), "2 x 2 x 2": (2, 2, 2)}
 
 
 def learner_on(mesh):
-    spec = PackConfig(pack_length=32, microbatch_size=8)
+    update = UpdateConfig(pack_length=32, microbatch_size=8, head_chunk=32)
     optimizer = OptimizerConfig(learning_rate=1e-2, eps=1e-3)  # Adam's own eps amplifies rounding of tiny gradients
-    return Learner(CONFIG, optimizer, grpo(), spec, mesh=mesh, chunk=32, needs_reference=True)
+    return Learner(CONFIG, grpo(), optimizer, update, needs=LossNeeds(reference=True), mesh=mesh)
 
 
 def steps(learner, state, count):

@@ -1,8 +1,9 @@
 """State, learner, checkpoints, metrics."""
 
 from rljax.training.checkpoint import Checkpointer, fingerprint, restore_params
+from rljax.training.config import CheckpointConfig, CriticConfig, LogConfig, UpdateConfig, WarmupConfig
 from rljax.training.critic import Critic, explained_variance
-from rljax.training.learner import Learner, Loss, add_metrics
+from rljax.training.learner import Learner, LossNeeds, Objective, add_metrics
 from rljax.training.lightsam import scale_by_lightsam_adagrad, scale_by_lightsam_adam, scale_by_lightsam_norm
 from rljax.training.metrics import MetricsWriter, PhaseTimer, read_jsonl
 from rljax.training.optimizers import LightSAMConfig, MuonConfig, OptimizerConfig, make_optimizer, make_schedule
@@ -11,16 +12,22 @@ from rljax.training.sft import sft_loss
 from rljax.training.state import abstract_state, create_state, state_shardings, with_critic
 
 __all__ = [
+    "CheckpointConfig",
     "Checkpointer",
     "Critic",
+    "CriticConfig",
     "Learner",
     "LightSAMConfig",
-    "Loss",
+    "LogConfig",
+    "LossNeeds",
     "MetricsWriter",
     "MuonConfig",
+    "Objective",
     "OptimizerConfig",
     "PhaseTimer",
     "RunFolder",
+    "UpdateConfig",
+    "WarmupConfig",
     "abstract_state",
     "add_metrics",
     "create_state",

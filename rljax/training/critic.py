@@ -8,12 +8,14 @@ from typing import Any
 import jax
 import numpy as np
 import optax
+from jax.sharding import Mesh
 from jaxtyping import Bool, Float
 
-from rljax.batching import PackConfig, loss_mask
+from rljax.batching import loss_mask
 from rljax.models import DecoderConfig, value_config, value_params
 from rljax.sampling.score import score_values
-from rljax.training.learner import Learner, Loss, add_metrics
+from rljax.training.config import UpdateConfig
+from rljax.training.learner import Learner, LossNeeds, Objective, add_metrics
 from rljax.training.optimizers import OptimizerConfig
 from rljax.training.state import create_state, state_shardings
 from rljax.types import ArrayLike, Params, RolloutBatch, TrainState
@@ -26,23 +28,32 @@ class Critic:
 
     The value of an action token is that of the state in which it was chosen; it is read off the token before, so that
     rows that share a prefix share its values. Packing, accumulation, meshes and the guard against non-finite updates
-    are a `Learner`'s, and `options` are its: `loss` sees values where a policy's sees log-probs, and what `returns_fn`
-    makes of the batch and its values where that sees advantages. `config` is that of a language model.
+    are a `Learner`'s, set by `update`, `mesh` and `seed` as there. `loss` sees values where a policy's sees log-probs,
+    and what `returns_fn` makes of the batch and its values where that sees advantages. `config` is that of a language
+    model.
     """
 
     def __init__(
         self,
         config: DecoderConfig,
+        loss: Objective,
         optimizer: OptimizerConfig | optax.GradientTransformation,
-        loss: Loss,
         returns_fn: Callable[[RolloutBatch], Any],
-        spec: PackConfig,
-        **options: Any,
+        update: UpdateConfig,
+        *,
+        mesh: Mesh | None = None,
+        seed: int = 0,
     ):
         self.config, self.returns_fn = value_config(config), returns_fn
-        # The values that the returns were made of are the old ones; they need not be scored again.
         self.learner = Learner(
-            self.config, optimizer, loss, spec, score_fn=score_values, anchor_to_behavior=True, **options
+            self.config,
+            loss,
+            optimizer,
+            # The values that the returns were made of are the old ones; they need not be scored again.
+            dataclasses.replace(update, use_sampler_logprobs=True),
+            needs=LossNeeds(score_fn=score_values),
+            mesh=mesh,
+            seed=seed,
         )
 
     def init_state(self, params: Params) -> TrainState:

@@ -1,6 +1,7 @@
 """The learner: rollouts to minibatches, minibatches to updates. It knows a loss, and no algorithm."""
 
 import contextlib
+import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
@@ -12,12 +13,13 @@ import optax
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float
 
-from rljax.batching import PackConfig, Packing, layout, loss_mask, pack, take_rows
-from rljax.models import Attention, DecoderConfig, forest_attention
+from rljax.batching import Packing, layout, loss_mask, pack, take_rows
+from rljax.models import DecoderConfig, forest_attention, kernel_attention
 from rljax.ops import row_uniforms
 from rljax.parallel import batch_parts, put_batch, put_host, replicated, to_host, use_mesh
 from rljax.sampling import SamplingParams
 from rljax.sampling.score import score_tokens
+from rljax.training.config import UpdateConfig
 from rljax.training.guard import Guard
 from rljax.training.optimizers import OptimizerConfig, make_optimizer, make_schedule
 from rljax.training.state import abstract_state, create_state, state_shardings
@@ -33,83 +35,95 @@ UNIFORMS = 0x756E69
 
 
 @runtime_checkable
-class Loss(Protocol):
-    """What `rljax.losses.policy_loss` makes. `token_weights` maps the loss mask `[B, T]` of a whole minibatch to
-    weights; `loss(logprobs, entropies, rows)` is a sum over the tokens of a microbatch, with metrics that add up, or,
-    where a name ends in `_max`, combine by maximum.
-
-    It may also have a `select_fn(entropies, loss_mask) -> bool`, over all microbatches `[M, B, T]` of a minibatch at
-    once: tokens that it does not select have their advantage set to 0. The entropies are those of the policy before
-    the update, of its full softmax at temperature 1, and cost one more forward pass. And it may have a
-    `correct_fn(rows)`, over all microbatches too: given the old log-probs, it returns the rows to train on, metrics,
-    and a factor for the optimizer's step or None. With one update per rollout that costs a forward pass as well."""
+class Objective(Protocol):
+    """What the learner minimises: `rljax.losses.policy_loss` makes one, `sft_loss` another. All four are there; None
+    stands for a step that an objective does without."""
 
     @property
-    def token_weights(self) -> Any: ...
+    def token_weights(self) -> Callable[[Bool[np.ndarray, "B T"]], ArrayLike]:
+        """From the loss mask of a whole minibatch to weights of its tokens, float."""
+        ...
+
     @property
-    def loss(self) -> Any: ...
+    def loss(self) -> Callable[[Array, Array, Rows], tuple[Array, Metrics]]:
+        """`loss(logprobs [B, T], entropies [B, T], rows)`: a sum over the tokens of a microbatch, and metrics. Both add
+        up over microbatches; metrics whose name ends in `_max` combine by maximum."""
+        ...
+
+    @property
+    def select_fn(self) -> Callable[[Array, Array], Array] | None:
+        """`select_fn(entropies, loss_mask) -> bool`, over all microbatches `[M, B, T]` of a minibatch at once: tokens
+        that it does not select have their advantage set to 0. The entropies (nats) are those of the policy before the
+        update, of its full softmax at temperature 1, and cost one more forward pass."""
+        ...
+
+    @property
+    def correct_fn(self) -> Callable[[Rows], tuple[Rows, Metrics, Array | None]] | None:
+        """`correct_fn(rows)`, over all microbatches too: given the old log-probs, it returns the rows to train on,
+        metrics, and a factor for the optimizer's step or None. With one update per rollout that costs a forward
+        pass."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class LossNeeds:
+    """What an objective wants beside a rollout and its advantages."""
+
+    reference: bool = False
+    """Log-probs of the reference (`Rows.ref_logprobs`): the learner keeps a copy of the initial weights."""
+
+    uniforms: bool = False
+    """A random number per token and update (`Rows.uniforms`), drawn by seed, step, epoch, row of the rollout and
+    position."""
+
+    score_fn: ScoreFn = score_tokens
+    """What is trained: `score_tokens`, or `score_values`, with which all that is said of log-probs holds for values."""
 
 
 class Learner:
     """Makes minibatches of a rollout and updates the state with them.
 
-    `spec` says how rows are packed (under a mesh, `microbatch_size` must divide over its batch axes). Log-probs are
-    those of the distribution that `sampling` describes; None is the model's own. Logits exist for `chunk` tokens at a
-    time.
-    A rollout is split by whole groups into `minibatches`, in an order drawn from `seed` and the step if `shuffle`, and
-    gone through `epochs` times. `needs_reference` asks for the log-probs of `state.ref_params`, `needs_uniforms` for a
-    random number per token and update, drawn by seed, step, epoch, row of the rollout and position. With
-    `anchor_to_behavior` the sampler's log-probs serve as the old ones, which saves a forward pass where sampler and
-    trainer agree to rounding; else several updates per rollout score the old policy first. `score_fn` says what is
-    trained: with `score_values` all that is said of log-probs here holds for values.
+    `update` says how a rollout becomes updates; under a mesh, its `microbatch_size` must divide over the batch axes.
+    Log-probs are those of the distribution that `sampling` describes; None is the model's own. `seed` is the run's:
+    shuffling and the losses' random numbers are drawn from it.
 
     An update whose loss or gradient is not finite leaves weights and optimizer as they are; after `max_skipped` of
-    them in a row `update` (or `check`) raises `FloatingPointError` with what was not finite.
+    them in a row `update` (or `check`) raises `FloatingPointError` with what was not finite. ValueError for values that
+    cannot work.
     """
 
     def __init__(
         self,
         config: DecoderConfig,
+        loss: Objective,
         optimizer: OptimizerConfig | optax.GradientTransformation,
-        loss: Loss,
-        spec: PackConfig,
+        update: UpdateConfig,
         *,
+        needs: LossNeeds = LossNeeds(),
         sampling: SamplingParams | None = None,
         mesh: Mesh | None = None,
-        chunk: int = 512,
-        remat: bool = False,
-        scan: bool = True,
-        attention: Attention = forest_attention,
-        minibatches: int = 1,
-        epochs: int = 1,
-        shuffle: bool = False,
         seed: int = 0,
-        needs_reference: bool = False,
-        needs_uniforms: bool = False,
-        anchor_to_behavior: bool = False,
-        max_skipped: int = 5,
-        score_fn: ScoreFn = score_tokens,
     ):
-        for name, value in {"chunk": chunk, "minibatches": minibatches, "epochs": epochs}.items():
-            if value < 1:
-                raise ValueError(f"{name}={value} must be at least 1")
-        if mesh is not None and spec.microbatch_size % batch_parts(mesh):
+        update.check()
+        if mesh is not None and update.microbatch_size % batch_parts(mesh):
             raise ValueError(
-                f"microbatch_size={spec.microbatch_size} does not divide over the {batch_parts(mesh)} devices that "
-                f"split the batch; set it to a multiple of {batch_parts(mesh)}"
+                f"config.update.microbatch_size={update.microbatch_size} does not divide over the {batch_parts(mesh)} "
+                f"devices that split the batch; set it to a multiple of {batch_parts(mesh)}"
             )
-        self.config, self.loss, self.spec, self.mesh, self.score_fn = config, loss, spec, mesh, score_fn
-        self.minibatches, self.epochs, self.shuffle, self.seed = minibatches, epochs, shuffle, seed
-        self.needs_reference, self.anchor_to_behavior = needs_reference, anchor_to_behavior
-        self.needs_uniforms, self.select_fn = needs_uniforms, getattr(loss, "select_fn", None)
-        self.correct_fn = getattr(loss, "correct_fn", None)
+        self.config = config
+        self.loss = loss
+        self.update_config = dataclasses.replace(update)
+        self.needs = needs
+        self.mesh = mesh
+        self.seed = seed
         self._schedule = None
         if isinstance(optimizer, OptimizerConfig):
             self._schedule, optimizer = make_schedule(optimizer), make_optimizer(optimizer)
         self.optimizer = optax.with_extra_args_support(optimizer)
         self._sampling = None if sampling is None or _is_plain(sampling) else sampling
-        self._head: dict[str, Any] = dict(chunk=chunk, remat=remat, scan=scan, attention=attention)
-        self._guard = Guard(max_skipped)
+        attention = kernel_attention if update.attention_kernel else forest_attention
+        self._head: dict[str, Any] = dict(chunk=update.head_chunk, remat=update.remat, attention=attention)
+        self._guard = Guard(update.max_skipped)
         outputs: dict[str, Any] = {}
         if mesh is not None:  # the state comes back as it lay, so that nothing is moved or compiled again
             where = state_shardings(config, self.optimizer, mesh=mesh)
@@ -121,12 +135,12 @@ class Learner:
         """A state at step 0 that owns `params`, sharded over the mesh; with a copy as reference if one is needed."""
         where = None
         if self.mesh is not None:
-            where = state_shardings(self.config, self.optimizer, reference=self.needs_reference, mesh=self.mesh)
-        return create_state(params, self.optimizer, reference=self.needs_reference, shardings=where)
+            where = state_shardings(self.config, self.optimizer, reference=self.needs.reference, mesh=self.mesh)
+        return create_state(params, self.optimizer, reference=self.needs.reference, shardings=where)
 
     def abstract_state(self) -> TrainState:
         """What a checkpoint of the state is restored into."""
-        return abstract_state(self.config, self.optimizer, reference=self.needs_reference, mesh=self.mesh)
+        return abstract_state(self.config, self.optimizer, reference=self.needs.reference, mesh=self.mesh)
 
     def prepare(
         self,
@@ -143,31 +157,32 @@ class Learner:
         """
         advantages = np.asarray(advantages, np.float32)
         mask = loss_mask(batch, extra_mask)
-        parts = self._split(batch, int(state.step) if self.shuffle else None)
+        parts = self._split(batch, int(state.step) if self.update_config.shuffle else None)
         made, packings = [], []
         for rows in parts:
             part = batch if len(parts) == 1 else take_rows(batch, rows)
-            packing = layout(part, mask[rows], self.spec)
+            packing = layout(part, mask[rows], self.update_config)
             train_batch = pack(
                 part,
                 advantages[rows],
-                self.spec,
+                self.update_config,
                 token_weights=self.loss.token_weights,
                 extra_mask=mask[rows],
                 packing=packing,
             )
             train_batch = self._put(train_batch)
-            if (len(parts) > 1 or self.epochs > 1) and not self.anchor_to_behavior:
+            if (len(parts) > 1 or self.update_config.epochs > 1) and not self.update_config.use_sampler_logprobs:
                 train_batch = _with(train_batch, old_logprobs=self._score_packing(state.params, train_batch))
-            if self.needs_reference and batch.ref_logprobs is None:
+            if self.needs.reference and batch.ref_logprobs is None:
                 train_batch = _with(train_batch, ref_logprobs=self._score_packing(state.ref_params, train_batch))
             made.append(train_batch)
             packings.append(packing)
-        if not self.needs_uniforms:
-            return made * self.epochs
+        if not self.needs.uniforms:
+            return made * self.update_config.epochs
         return [
             _with(train_batch, uniforms=self._put(packing.rows_of(uniforms[rows])))
-            for uniforms in (self._uniforms(batch, int(state.step), epoch) for epoch in range(self.epochs))
+            for epoch in range(self.update_config.epochs)
+            for uniforms in [self._uniforms(batch, int(state.step), epoch)]
             for rows, packing, train_batch in zip(parts, packings, made, strict=True)
         ]
 
@@ -182,7 +197,7 @@ class Learner:
         out = np.zeros(np.shape(batch.tokens), np.float32)
         for rows in self._split(batch):
             part = take_rows(batch, rows)
-            packing: Packing = layout(part, mask[rows], self.spec)
+            packing: Packing = layout(part, mask[rows], self.update_config)
             packed, row_index, row_mask = self._put((packing.packed, packing.row_index, packing.mask))
             with self._on_mesh():
                 values = self._score(params, packed, row_index, row_mask, self._sampling)
@@ -213,23 +228,23 @@ class Learner:
     def refresh_reference(self, state: TrainState, weight: float = 1.0) -> TrainState:
         """Moves the reference to the policy: `weight` of the way (1 copies it; less is an exponential average)."""
         if state.ref_params is None:
-            raise ValueError("the state has no reference params; build the learner with needs_reference=True")
+            raise ValueError("the state has no reference params; build the learner with LossNeeds(reference=True)")
         return state.replace(ref_params=_mix(state.params, state.ref_params, weight))  # type: ignore[attr-defined]
 
     def _split(self, batch: RolloutBatch, step: int | None = None) -> list[np.ndarray]:
         """Rows of each minibatch; in an order drawn for update `step` if the learner shuffles and it is given."""
-        if self.minibatches == 1:
+        if self.update_config.minibatches == 1:
             return [np.arange(len(batch.lengths))]
         group_id = np.asarray(batch.group_id)
         groups = np.unique(group_id[np.asarray(batch.lengths) > 0])
-        if len(groups) % self.minibatches:
+        if len(groups) % self.update_config.minibatches:
             raise ValueError(
-                f"{len(groups)} groups do not divide into {self.minibatches} minibatches of whole groups; "
-                "choose a divisor"
+                f"{len(groups)} groups do not divide into {self.update_config.minibatches} minibatches of whole "
+                "groups; choose a divisor"
             )
-        if self.shuffle and step is not None:
+        if self.update_config.shuffle and step is not None:
             groups = np.random.default_rng([self.seed, step]).permutation(groups)
-        return [np.flatnonzero(np.isin(group_id, part)) for part in np.split(groups, self.minibatches)]
+        return [np.flatnonzero(np.isin(group_id, part)) for part in np.split(groups, self.update_config.minibatches)]
 
     def _uniforms(self, batch: RolloutBatch, step: int, epoch: int) -> Float[np.ndarray, "B T"]:
         """A number in [0, 1) per token of the rollout. Rows count by their place in it, so that neither padding,
@@ -252,7 +267,7 @@ class Learner:
 
     @property
     def _updates_once(self) -> bool:
-        return self.minibatches * self.epochs == 1
+        return self.update_config.minibatches * self.update_config.epochs == 1
 
     def _on_mesh(self):
         return contextlib.nullcontext() if self.mesh is None else use_mesh(self.mesh)
@@ -263,7 +278,7 @@ class Learner:
 
     def _rows_logprobs(self, params, packed: Packed, row_index, mask, sampling) -> tuple[Array, Array]:
         """Log-probs and entropies of one microbatch, gathered into its rows; 0 off the mask."""
-        scored = self.score_fn(self.config, params, packed, sampling, **self._head)
+        scored = self.needs.score_fn(self.config, params, packed, sampling, **self._head)
         gathered = [jnp.where(mask, jnp.take(x.reshape(-1), row_index, axis=0), 0.0) for x in scored]
         return gathered[0], gathered[1]
 
@@ -281,7 +296,7 @@ class Learner:
         if self._updates_once and not anchored:
             rows = rows.replace(old_logprobs=jax.lax.stop_gradient(logprobs))  # type: ignore[attr-defined]
         loss, metrics = self.loss.loss(logprobs, entropies, rows)
-        sampled_by = logprobs if self.anchor_to_behavior else rows.old_logprobs
+        sampled_by = logprobs if self.update_config.use_sampler_logprobs else rows.old_logprobs
         gap = jnp.abs(jax.lax.stop_gradient(sampled_by - rows.behavior_logprobs))
         gap = jnp.where(rows.loss_mask, gap, 0.0)
         metrics = dict(metrics) | {
@@ -293,15 +308,16 @@ class Learner:
 
     def _whole_minibatch(self, params, batch: TrainBatch, sampling) -> tuple[TrainBatch, Metrics, Array | None]:
         """What the loss selects and corrects by all rows at once: the minibatch to train on, metrics, a step factor."""
-        metrics, scale = {}, None
-        if self.correct_fn is not None:
+        metrics: Metrics = {}
+        scale = None
+        if self.loss.correct_fn is not None:
             anchored = self._anchored(params, batch, sampling)
-            rows, metrics, scale = self.correct_fn(anchored.rows)
+            rows, metrics, scale = self.loss.correct_fn(anchored.rows)
             batch = TrainBatch(packed=batch.packed, rows=rows)
-        if self.select_fn is not None:
+        if self.loss.select_fn is not None:
             mask = jnp.asarray(batch.rows.loss_mask)
             entropies = self._score_microbatches(params, batch.packed, batch.rows.row_index, mask, None, 1)
-            selected = self.select_fn(entropies, mask)
+            selected = self.loss.select_fn(entropies, mask)
             batch = _with(batch, advantages=jnp.where(selected, batch.rows.advantages, 0))
             metrics = metrics | {"loss/selected_fraction": jnp.sum(selected & mask) / jnp.maximum(jnp.sum(mask), 1)}
         return batch, metrics, scale

@@ -13,6 +13,9 @@ from rljax.types import ArrayLike, Rows
 class SupervisedLoss:
     """Negative log-likelihood, averaged over the loss tokens of the minibatch. Advantages are not looked at."""
 
+    select_fn: None = None
+    correct_fn: None = None
+
     @staticmethod
     def token_weights(loss_mask: Bool[ArrayLike, "B T"]) -> Float[Array, "B T"]:
         mask = jnp.asarray(loss_mask, jnp.float32)

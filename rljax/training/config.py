@@ -1,0 +1,144 @@
+"""What a user sets of training: updates, critic, warm-up, checkpoints, logs."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+from rljax.batching import PackConfig
+from rljax.training.optimizers import OptimizerConfig
+
+
+@dataclasses.dataclass
+class UpdateConfig(PackConfig):
+    """How a rollout becomes updates: one optimizer step for each of its minibatches, `epochs` times over.
+
+    A minibatch is packed as `PackConfig` says; gradients of its microbatches add up.
+    """
+
+    minibatches: int = 1
+    """Optimizer steps per epoch. They share out whole groups, so it must divide `config.prompts_per_step`."""
+
+    epochs: int = 1
+    """Times that the updates go through a rollout. Above 1 the loss should clip ratios."""
+
+    shuffle: bool = False
+    """Draw the groups of the minibatches anew at every step, by the run's seed; else they keep the rollout's order."""
+
+    use_sampler_logprobs: bool = False
+    """Take the sampler's log-probs as the old ones, which saves scoring the rollout where there are several updates.
+    Set it where `rollout/logprob_gap_max` shows that sampler and trainer agree to rounding."""
+
+    head_chunk: int = 512
+    """Tokens whose logits exist at a time. Lower it to save memory, raise it for speed with a small vocabulary."""
+
+    remat: bool = False
+    """Recompute the activations of a layer in the backward pass: much less memory for about a third more time."""
+
+    attention_kernel: bool = False
+    """Train long packed sequences with kernels that leave out blocks which see nothing, on a GPU or TPU. A CPU, and
+    short sequences, keep the XLA form whatever it says."""
+
+    max_skipped: int = 5
+    """Updates in a row that may be skipped for a loss or gradient that is not finite; the run stops at this number."""
+
+    def check(self) -> None:
+        """ValueError of one line for values that cannot work."""
+        super().check()
+
+        for name in ("minibatches", "epochs", "head_chunk", "max_skipped"):
+            value = getattr(self, name)
+            if value < 1:
+                raise ValueError(f"config.update.{name}={value} must be at least 1")
+
+
+@dataclasses.dataclass
+class CriticConfig:
+    """The value function, for an algorithm that has one; others leave it alone. It is updated before the policy, on
+    the policy's minibatches."""
+
+    model: str = ""
+    """Language model that its trunk starts from: a Hugging Face folder, a `.gguf` file or `smollm2`, of any size with
+    the policy's vocabulary. Empty is a copy of the policy. The head starts at 0."""
+
+    epochs: int = 1
+    """Times that its updates go through a rollout."""
+
+    warmup_steps: int = 0
+    """First steps of the run in which the policy stands still and the critic learns its values."""
+
+    optimizer: OptimizerConfig = dataclasses.field(default_factory=lambda: OptimizerConfig(learning_rate=5e-5))
+    """Its own optimizer. A critic bears a larger learning rate than the policy."""
+
+    def check(self) -> None:
+        """ValueError of one line for values that cannot work."""
+        if self.epochs < 1:
+            raise ValueError(f"config.critic.epochs={self.epochs} must be at least 1")
+        if self.warmup_steps < 0:
+            raise ValueError(f"config.critic.warmup_steps={self.warmup_steps} must be at least 0")
+
+
+@dataclasses.dataclass
+class WarmupConfig:
+    """Supervised steps (next-token loss) before the first rollout, or all there is to `launch/sft.py`."""
+
+    steps: int = 0
+    """Updates; 0 is no warm-up."""
+
+    batch_size: int = 64
+    """Examples in an update."""
+
+    completion_column: str = "completion"
+    """Column of the data that holds what to say: a text, or a list of texts by turns."""
+
+    demonstrations: Callable[[list[Any]], list[Any]] | None = None
+    """Makes the examples with that column from the training examples; None takes the training examples as they are."""
+
+    optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
+    """Optimizer of the warm-up; its moments end with it."""
+
+    def check(self) -> None:
+        """ValueError of one line for values that cannot work."""
+        if self.steps < 0:
+            raise ValueError(f"config.warmup.steps={self.steps} must be at least 0; 0 is no warm-up")
+        if self.batch_size < 1:
+            raise ValueError(f"config.warmup.batch_size={self.batch_size} must be at least 1")
+
+
+@dataclasses.dataclass
+class CheckpointConfig:
+    """When a run saves its state, and which checkpoints it keeps."""
+
+    every: int = 50
+    """Steps between saves; the last step is saved too. 0 never saves."""
+
+    keep_last: int = 2
+    """Newest checkpoints that stay. More of them survive a damaged disk, and cost a whole state each."""
+
+    keep_best: int = 0
+    """Checkpoints that stay besides, those with the highest `best_metric`."""
+
+    best_metric: str = "rollout/reward_mean"
+    """Metric, by its name in `metrics.jsonl`, that `keep_best` ranks by."""
+
+    def check(self) -> None:
+        """ValueError of one line for values that cannot work."""
+        for name, least in (("every", 0), ("keep_last", 1), ("keep_best", 0)):
+            value = getattr(self, name)
+            if value < least:
+                raise ValueError(f"config.checkpoint.{name}={value} must be at least {least}")
+
+
+@dataclasses.dataclass
+class LogConfig:
+    """What a run writes beside its metrics."""
+
+    rollouts_every: int = 1
+    """Steps between rollouts that are written to `rollouts/`, one JSON line a sample."""
+
+    wandb_project: str = ""
+    """Weights & Biases project to log to (the extra `wandb`); empty is none."""
+
+    def check(self) -> None:
+        """ValueError of one line for values that cannot work."""
+        if self.rollouts_every < 1:
+            raise ValueError(f"config.log.rollouts_every={self.rollouts_every} must be at least 1")

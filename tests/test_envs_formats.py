@@ -1,13 +1,28 @@
 """Tool-call formats: what is read, what is a problem, and that nothing raises. Chat templates that rewrite history."""
 
 import json
+import pkgutil
+import re
 
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from rljax.envs import FORMATS, Parsed, ParseProblem, ToolCall, check_chat_template, get_format, tag_format
+from rljax.envs import (
+    FORMATS,
+    Parsed,
+    ParseProblem,
+    ToolCall,
+    check_chat_template,
+    formats,
+    get_format,
+    library,
+    tag_format,
+)
 from rljax.envs.chat import probe_conversation
+from rljax.tasks import load_callable
+
+marks_of = formats._marks
 
 CALL = '{"name": "search", "arguments": {"query": "old bridge"}}'
 SEARCH = ToolCall("search", {"query": "old bridge"})
@@ -120,13 +135,71 @@ def test_no_input_makes_a_parser_raise(name, text):
     json.dumps([dict(call.arguments) for call in parsed.calls])
 
 
-def test_parsing_long_text_takes_linear_time():
-    for name, text in (
-        ("hermes", "<tool_call>{}" * 20_000),
-        ("tags", "<search>a</search>" * 5_000),
-        ("llama3", "{" * 10**5),
-    ):
-        parse(name, text)
+class Counting:
+    """Stands for what finds marks, or for a JSON decoder, and notes how much of a text it is asked to read."""
+
+    def __init__(self, inner):
+        self.inner, self.passes, self.steps, self.chars = inner, 0, 0, 0
+
+    def __call__(self, text):
+        self.passes += 1
+        end = 0
+        for mark in self.inner(text):
+            self.steps += 1
+            self.chars += mark.end() - end
+            end = mark.end()
+            yield mark
+
+    def decode(self, body):
+        self.steps += 1
+        self.chars += len(body)
+        return self.inner.decode(body)
+
+    def raw_decode(self, text, start=0):
+        self.steps += 1
+        value, end = self.inner.raw_decode(text, start)
+        self.chars += end - start
+        return value, end
+
+
+def work(name, text, monkeypatch):
+    """(passes over the text, marks and JSON values read, characters that they span, calls found)"""
+    with monkeypatch.context() as patch:
+        decoder = Counting(formats._DECODER)
+        patch.setattr(formats, "_DECODER", decoder)
+        made = []
+        patch.setattr(formats, "_marks", lambda names: made.append(Counting(marks_of(names))) or made[-1])
+        patch.setattr(formats, "_HERMES_MARKS", formats._marks(["tool_call"]))
+        parser = {"hermes": formats.parse_hermes, "llama3": formats.parse_llama3, "tags": formats.tag_parser()}[name]
+        found = len(parser(text).calls)
+    read = [decoder, *made]
+    return (*(sum(getattr(part, what) for part in read) for what in ("passes", "steps", "chars")), found)
+
+
+@pytest.mark.parametrize(
+    ("name", "piece", "passes", "steps", "calls"),
+    [
+        ("hermes", f"<tool_call>{CALL}</tool_call>", 1, 3, 1),  # two marks and a value
+        ("hermes", "<tool_call>{}", 1, 1, 0),  # never closed: what stands inside is passed over
+        ("tags", "<search>a</search>", 1, 2, 1),
+        ("tags", "<search>a", 1, 1, 0),
+        ("llama3", f"{CALL};\n", 0, 1, 1),
+    ],
+)
+def test_parsing_takes_linear_time(name, piece, passes, steps, calls, monkeypatch):
+    """Every mark is read once in one pass, and every call decoded once, however many of them a message holds."""
+    for count in (1, 50, 1000):
+        text = piece * count
+        found = work(name, text, monkeypatch)
+        assert (found[0], found[1], found[3]) == (passes, steps * count, calls * count)
+        assert found[2] <= 2 * len(text)
+
+
+def test_nesting_that_cannot_be_decoded_is_tried_once_more_for_its_message_alone(monkeypatch):
+    decoder = Counting(formats._DECODER)
+    monkeypatch.setattr(formats, "_DECODER", decoder)
+    assert formats.parse_llama3('{"a":' * 10**5).problem.kind == "bad_json"
+    assert decoder.steps == 2
 
 
 def own_parser(text):
@@ -160,6 +233,36 @@ def test_own_tags_and_observations():
     assert chosen.parse("<move>north</move>").calls == (ToolCall("move", {"direction": "north"}),)
     assert chosen.stop_strings == ("</move>",)
     assert chosen.observation("A wall.") == "\n<result>\nA wall.\n</result>\n"
+
+
+@pytest.mark.parametrize(
+    ("path", "place"),
+    [
+        ("rljax.envs:MultiHop", "rljax.envs.library.MultiHop"),
+        ("rljax.envs:calculator", "rljax.envs.library.calculator"),
+        ("rljax.envs.multihop:rows", "rljax.envs.library.multihop"),
+        ("rljax.envs.reasoning:TAGS", "rljax.envs.library.reasoning"),
+    ],
+)
+@pytest.mark.parametrize("load", [formats.load, load_callable])
+def test_a_name_of_the_library_that_is_looked_for_above_it_says_where_it_stands(load, path, place):
+    with pytest.raises(ValueError, match=f"stands in rljax.envs.library; write '{re.escape(place)}'") as error:
+        load(path)
+    assert path in str(error.value) and "\n" not in str(error.value)
+
+
+def test_every_name_of_the_library_is_known_above_it():
+    import rljax.envs as envs
+
+    names = {*library.__all__, *(module.name for module in pkgutil.iter_modules(library.__path__))} - {"sharing"}
+    for name in names:
+        with pytest.raises(ImportError, match=f"write 'rljax.envs.library.{name}'"):
+            getattr(envs, name)
+    assert not hasattr(envs, "no_such_name")
+    with pytest.raises(ImportError, match=r"write 'rljax\.envs\.library\.MultiHop'"):
+        from rljax.envs import MultiHop  # noqa: F401
+    with pytest.raises(ValueError, match="no module of that name"):
+        load_callable("rljax.envs.no_such_module:f")
 
 
 # chat templates

@@ -341,7 +341,7 @@ def test_search_tool_shows_titles_and_texts():
 
 def test_neither_environments_nor_search_load_jax():
     code = (
-        "import sys, rljax.envs as e; before = 'jax' in sys.modules\n"
+        "import sys, rljax.envs.library as e; before = 'jax' in sys.modules\n"
         "try: e.Corpus([e.Document('1', '', 'a word')])\nexcept ImportError: pass\n"
         "print(before, 'jax' in sys.modules, 'transformers' in sys.modules)"
     )

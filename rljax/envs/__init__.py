@@ -5,6 +5,8 @@ are plain functions in a `ToolBox`; model-written programs run in a `Sandbox`. E
 `rljax.envs.library`.
 """
 
+from typing import TYPE_CHECKING, NoReturn
+
 from rljax.envs.base import (
     DONE,
     END_REASONS,
@@ -91,3 +93,33 @@ __all__ = [
     "tool_instructions",
     "tool_schema",
 ]
+
+_IN_LIBRARY = frozenset(
+    {
+        "BfclEnvironment",
+        "Corpus",
+        "Document",
+        "Hit",
+        "MixedEnvironment",
+        "MultiHop",
+        "Predicting",
+        "ReasoningEnvironment",
+        "TextWorldEnvironment",
+        "VerifiersEnvironment",
+        "calculate",
+        "calculator",
+        "mixed_rows",
+        "search_tool",
+    }
+    | {"bfcl", "corpus", "knowledge", "mixture", "multihop", "prediction", "questions", "reasoning", "textworld"}
+    | {"verifiers_adapter"}
+)
+"""Environments and their modules, which are looked for here."""
+
+if not TYPE_CHECKING:  # a type checker would take every name for one of this module
+
+    def __getattr__(name: str) -> NoReturn:
+        # not an AttributeError: `from rljax.envs import ...` would replace its text
+        if name in _IN_LIBRARY:
+            raise ImportError(f"{name} stands in rljax.envs.library; write 'rljax.envs.library.{name}'")
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -10,11 +10,21 @@ whose text the model gets to see.
 
 import json
 import pkgutil
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
-UNCLOSED, BAD_JSON, BAD_CALL, PARSER_FAILED = "unclosed", "bad_json", "bad_call", "parser_failed"
+from rljax.tasks.callables import other_place
+
+UNCLOSED = "unclosed"
+"""Kind of a problem: one of a pair of marks is missing."""
+BAD_JSON = "bad_json"
+"""The call is no JSON."""
+BAD_CALL = "bad_call"
+"""It is no call: the name or the arguments are missing, or of another form."""
+PARSER_FAILED = "parser_failed"
+"""A parser of one's own raised, or returned something else."""
 
 
 @dataclass(frozen=True)
@@ -27,10 +37,12 @@ class ToolCall:
 
 @dataclass(frozen=True)
 class ParseProblem:
-    """A call that could not be read. `kind` is for counting, `text` is the observation that tells the model."""
+    """A call that could not be read."""
 
     kind: str
+    """For counting; the built-in parsers have `unclosed`, `bad_json`, `bad_call` and `parser_failed`."""
     text: str
+    """The observation that tells the model."""
 
 
 @dataclass(frozen=True)
@@ -46,14 +58,17 @@ Parser = Callable[[str], Parsed]
 
 @dataclass(frozen=True)
 class ToolFormat:
-    """`parse` reads a message; `stop_strings` end a turn early; `role` is the chat role of an observation; `wrap` holds
-    what stands around it where there is no chat template."""
+    """How calls are written and results are shown."""
 
     name: str
     parse: Parser
+    """Reads a message."""
     stop_strings: tuple[str, ...] = ()
+    """End a turn early."""
     role: str = "tool"
+    """Chat role of an observation."""
     wrap: tuple[str, str] = ("<tool_response>\n", "\n</tool_response>")
+    """What stands before and behind an observation where there is no chat template."""
 
     def observation(self, text: str) -> str:
         """The observation as plain text."""
@@ -68,21 +83,61 @@ def after_thinking(text: str) -> str:
     return visible if end else text
 
 
+class _Block(NamedTuple):
+    """`<name>body</name>`, or what is left of one of which a mark is missing."""
+
+    name: str
+    body: str = ""
+    problem: ParseProblem | None = None
+
+
+_Marks = Callable[[str], Iterable[re.Match[str]]]
+"""Finds `<name>` and `</name>` in a text, in order: group 1 is the slash, group 2 the name."""
+
+
+def _marks(names: Iterable[str]) -> _Marks:
+    return re.compile(f"<(/?)({'|'.join(map(re.escape, names))})>").finditer
+
+
+def _blocks(marks: _Marks, text: str) -> Iterator[_Block]:
+    """The blocks of a text in order, in one pass over it. What stands inside one is not searched for another."""
+    name = ""
+    start = 0
+    for mark in marks(text):
+        is_closing = bool(mark[1])
+        if not name and is_closing:
+            problem = ParseProblem(UNCLOSED, f"{mark[0]} was closed and never opened.")
+            yield _Block(mark[2], problem=problem)
+        elif not name:
+            name = mark[2]
+            start = mark.end()
+        elif is_closing and mark[2] == name:
+            yield _Block(name, text[start : mark.start()])
+            name = ""
+    if name:
+        yield _Block(name, problem=ParseProblem(UNCLOSED, f"<{name}> was opened and never closed."))
+
+
+_HERMES_MARKS = _marks(["tool_call"])
+
+
 def parse_hermes(text: str) -> Parsed:
     """`<tool_call>` with a JSON object of `name` and `arguments`, any number of times."""
     calls: list[ToolCall] = []
-    rest = after_thinking(text)
-    while (start := rest.find("<tool_call>")) >= 0:
-        body, end, rest = rest[start + len("<tool_call>") :].partition("</tool_call>")
-        if not end:
-            return Parsed(tuple(calls), ParseProblem(UNCLOSED, "<tool_call> was opened and never closed."))
-        call = _from_json(body.strip(), ("arguments", "parameters"))
+    problem: ParseProblem | None = None
+    for block in _blocks(_HERMES_MARKS, after_thinking(text)):
+        # a stray closing mark counts only if no call follows it
+        problem = block.problem
+        if problem is not None:
+            continue
+        call = _from_json(block.body.strip(), ("arguments", "parameters"))
         if isinstance(call, ParseProblem):
             return Parsed(tuple(calls), call)
         calls.append(call)
-    if "</tool_call>" in rest:
-        return Parsed(tuple(calls), ParseProblem(UNCLOSED, "</tool_call> was closed and never opened."))
-    return Parsed(tuple(calls))
+    return Parsed(tuple(calls), problem)
+
+
+_SEPARATOR = re.compile(r"\s*;?\s*")
 
 
 def parse_llama3(text: str) -> Parsed:
@@ -95,19 +150,23 @@ def parse_llama3(text: str) -> Parsed:
     body = (tagged if tag else message).removesuffix("<|eom_id|>").removesuffix("<|eot_id|>").strip()
     if not body.startswith("{"):
         return Parsed((ToolCall("python", {"code": body}),)) if tag and body else Parsed()
+
     calls: list[ToolCall] = []
-    while body:
+    place = 0
+    while place < len(body):
         try:
-            value, end = _DECODER.raw_decode(body)
-        except (ValueError, RecursionError) as error:
-            return Parsed(tuple(calls), _bad_json(body, error))
+            value, end = _DECODER.raw_decode(body, place)
+        except (ValueError, RecursionError):
+            return Parsed(tuple(calls), _no_json(body[place:]))
         if not tag and not calls and isinstance(value, dict) and not {"name", "parameters"} & set(value):
             return Parsed()  # an answer that happens to be JSON
         call = _as_call(value, ("parameters", "arguments"))
         if isinstance(call, ParseProblem):
             return Parsed(tuple(calls), call)
         calls.append(call)
-        body = body[end:].lstrip().removeprefix(";").lstrip()
+        separator = _SEPARATOR.match(body, end)
+        assert separator is not None  # it matches nothing, too
+        place = separator.end()
     return Parsed(tuple(calls))
 
 
@@ -121,24 +180,19 @@ def tag_parser(tags: Mapping[str, str] = TAGS) -> Parser:
     if not tags or not all(name.isidentifier() for name in tags):
         raise ValueError(f"tags {list(tags)} must be names such as 'search', at least one")
 
+    marks = _marks(tags)
+
     def parse(text: str) -> Parsed:
         calls: list[ToolCall] = []
-        rest = after_thinking(text)
-        while True:
-            found = [(rest.find(mark), name) for name in tags for mark in (f"<{name}>", f"</{name}>")]
-            found = [place for place in found if place[0] >= 0]
-            if not found:
-                return Parsed(tuple(calls))
-            start, name = min(found)
-            if rest.startswith("</", start):
-                return Parsed(tuple(calls), ParseProblem(UNCLOSED, f"</{name}> was closed and never opened."))
-            body, end, rest = rest[start + len(name) + 2 :].partition(f"</{name}>")
-            if not end:
-                return Parsed(tuple(calls), ParseProblem(UNCLOSED, f"<{name}> was opened and never closed."))
-            body = _without_fence(body) if name == "python" else body.strip()
+        for block in _blocks(marks, after_thinking(text)):
+            if block.problem is not None:
+                return Parsed(tuple(calls), block.problem)
+            # indentation counts in a program
+            body = _without_fence(block.body) if block.name == "python" else block.body.strip()
             if not body:
-                return Parsed(tuple(calls), ParseProblem(BAD_CALL, f"<{name}> is empty."))
-            calls.append(ToolCall(name, {tags[name]: body}))
+                return Parsed(tuple(calls), ParseProblem(BAD_CALL, f"<{block.name}> is empty."))
+            calls.append(ToolCall(block.name, {tags[block.name]: body}))
+        return Parsed(tuple(calls))
 
     return parse
 
@@ -184,9 +238,10 @@ def load(path: str) -> Any:
     try:
         return pkgutil.resolve_name(path)
     except Exception as error:
-        raise ValueError(
-            f"cannot load {path!r} ({type(error).__name__}: {error}); write 'module:function' of a module that imports"
-        ) from error
+        remedy = "write 'module:function' of a module that imports"
+        if isinstance(error, ModuleNotFoundError):
+            remedy = other_place(path.partition(":")[0]) or remedy
+        raise ValueError(f"cannot load {path!r} ({type(error).__name__}: {error}); {remedy}") from error
 
 
 def _guarded(parser: Parser) -> Parser:
@@ -214,6 +269,15 @@ def _from_json(body: str, keys: tuple[str, ...]) -> ToolCall | ParseProblem:
         return _as_call(_DECODER.decode(body), keys)
     except (ValueError, RecursionError) as error:
         return _bad_json(body, error)
+
+
+def _no_json(body: str) -> ParseProblem:
+    """Why a text does not begin with JSON, with places counted from its beginning."""
+    try:
+        _DECODER.raw_decode(body)
+    except (ValueError, RecursionError) as error:
+        return _bad_json(body, error)
+    raise AssertionError(f"{body!r:.100} begins with JSON")
 
 
 def _bad_json(body: str, error: Exception) -> ParseProblem:

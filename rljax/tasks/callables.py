@@ -126,19 +126,37 @@ def load_callable(path: str) -> Callable[..., Any]:
         value = importlib.import_module(module_name)
     except Exception as error:
         missing = isinstance(error, ModuleNotFoundError) and f"{module_name}.".startswith(f"{error.name}.")
-        remedy = (
-            f"no module of that name is on the Python path or in {os.getcwd()}; write 'module:function' without '.py'"
-            if missing
-            else "repair the module, or install what it needs"
-        )
+        if missing:
+            remedy = other_place(module_name) or (
+                f"no module of that name is on the Python path or in {os.getcwd()}; write 'module:function' without "
+                "'.py'"
+            )
+        else:
+            remedy = "repair the module, or install what it needs"
         raise ValueError(
             f"{path!r}: cannot import {module_name!r} ({type(error).__name__}: {error}); {remedy}"
         ) from error
+
     for part in attribute.split("."):
-        if not hasattr(value, part):
+        try:
+            value = getattr(value, part)
+        except AttributeError:
             found = [n for n in dir(value) if not n.startswith("_") and inspect.isfunction(getattr(value, n))]
-            raise ValueError(f"{path!r}: {module_name!r} has no {attribute!r}; functions there: {found}")
-        value = getattr(value, part)
+            raise ValueError(f"{path!r}: {module_name!r} has no {attribute!r}; functions there: {found}") from None
+        except ImportError as error:  # a name that stands elsewhere; its package says where
+            raise ValueError(f"{path!r}: {error}") from None
     if not callable(value):
         raise ValueError(f"{path!r} is {value!r}, which cannot be called; name a function")
     return value
+
+
+def other_place(module_name: str) -> str:
+    """Where a module is that is not where it was looked for, if its package knows; else the empty text."""
+    package, _, name = module_name.rpartition(".")
+    try:
+        getattr(importlib.import_module(package), name)
+    except ImportError as error:
+        return "" if isinstance(error, ModuleNotFoundError) else str(error)
+    except Exception:
+        return ""
+    return ""

@@ -18,7 +18,15 @@ from rljax.envs.tools import EXTRA_ARGUMENT, MISSING_ARGUMENT, UNKNOWN_TOOL, WRO
 from rljax.tasks.examples import digest
 from rljax.tasks.text_rewards import query_redundancy
 
-MISSING_CALL, MALFORMED_CALL, INVALID_CALL = "missing_tool_call", "malformed_tool_call", "invalid_tool_call"
+MISSING_CALL = "missing_tool_call"
+"""Count of a step: 1 if the turn had no call."""
+MALFORMED_CALL = "malformed_tool_call"
+"""Count of a step: 1 if its call could not be read."""
+INVALID_CALL = "invalid_tool_call"
+"""Count of a step: 1 if its call named an unknown tool, wrong arguments, or a result before any search."""
+REDUNDANCY = "redundancy"
+"""Count of a step: by how much it raised `query_redundancy` of the queries so far."""
+
 TAGS = tag_format({"search": "query", "open": "page", "finish": "answer"})
 """What `tool_format="tags"` is here."""
 
@@ -42,11 +50,13 @@ class World:
     """Pages that can be searched, and opened by title."""
 
     def __init__(self, corpus: Corpus, graph: Graph | None = None):
-        self.corpus, self.graph = corpus, graph or {}
+        self.corpus = corpus
+        self.graph = graph or {}
+        # reversed: of pages with one title the first one counts
         self._pages = {normalised(d.title or d.id): d for d in reversed(corpus.documents)}
 
     def page(self, title: str) -> Document | None:
-        """The first page of this title, punctuation and case aside."""
+        """The first page of this title; punctuation and case do not count."""
         return self._pages.get(normalised(title))
 
 
@@ -106,25 +116,35 @@ class MultiHop(ToolEnvironment):
             system=f"{_TASK}\n\n{tool_instructions(tools, chosen)}" if system is None else system,
             plain_text_ends=False,
         )
-        self._documents, self._top_k, self._snippet_chars = documents, top_k, snippet_chars
-        self._early_exit, self._redundancy_weight = early_exit, redundancy_weight
+        self._documents = documents
+        self._top_k = top_k
+        self._snippet_chars = snippet_chars
+        self._early_exit = early_exit
+        self._redundancy_weight = redundancy_weight
 
     def reset(self, row: Mapping[str, Any]) -> Prompt:
         """The question, on the pages of its world, which are made when first asked for."""
         self._world = _world(row) if self._documents is None else world_of(self._documents)
+
         forbidden = row.get("forbidden") or ()
         texts = [forbidden] if isinstance(forbidden, str) else forbidden
         self._forbidden = [_folded(text) for text in texts if text.strip()]
+
         self._queries: list[str] = []
         self._results: list[Document] | None = None
-        self._redundancy, self._is_invalid = 0.0, False
+        self._redundancy = 0.0
+        self._is_invalid = False
         return super().reset(row)
 
     def step(self, action: str) -> Step:
         """Call the tools; check the turn."""
-        failed_before, self._is_invalid = self._num_bad_calls(), False
+        failed_before = self._num_bad_calls()
+        self._is_invalid = False
         step = super().step(action)
-        reward, is_done, counts = step.reward, step.done, dict(step.counts)
+        reward = step.reward
+        is_done = step.done
+        counts = dict(step.counts)
+
         violation = None
         if counts["malformed_calls"]:
             violation = MALFORMED_CALL
@@ -135,10 +155,14 @@ class MultiHop(ToolEnvironment):
         if violation is not None:
             counts[violation] = 1.0
             if self._early_exit:
-                reward, is_done = 0.0, True
-        before, self._redundancy = self._redundancy, query_redundancy(self._queries)
-        counts["redundancy"] = self._redundancy - before  # so that the sum over the steps is that of all queries
-        return Step(step.observation, reward - self._redundancy_weight * counts["redundancy"], is_done, counts)
+                reward = 0.0
+                is_done = True
+
+        # the change alone, so that the sum over the steps is the redundancy of all queries
+        before = self._redundancy
+        self._redundancy = query_redundancy(self._queries)
+        counts[REDUNDANCY] = self._redundancy - before
+        return Step(step.observation, reward - self._redundancy_weight * counts[REDUNDANCY], is_done, counts)
 
     def _num_bad_calls(self) -> int:
         return sum(self.tools.counts[kind] for kind in _BAD_CALLS)
@@ -164,13 +188,15 @@ class MultiHop(ToolEnvironment):
 
     def _search(self, query: str) -> str:
         self._queries.append(query)
-        count, hits = self._top_k, []
+        count = self._top_k
+        hits: list[Document] = []
         while True:  # forbidden pages make room for others
             found = self._world.corpus.search(query, count)
             hits = [hit.document for hit in found if self._is_allowed(hit.document)][: self._top_k]
             if len(hits) == self._top_k or len(found) < count:
                 break
             count *= 2
+
         self._results = hits
         shown = [f"[{i}] {d.title or d.id}\n{_beginning(d.text, self._snippet_chars)}" for i, d in enumerate(hits, 1)]
         return "\n\n".join(shown) or "No page matches; try other words."
@@ -180,9 +206,11 @@ class MultiHop(ToolEnvironment):
         number = int(name) if name.isdecimal() and len(name) < 10 else 0
         if self._results and 1 <= number <= len(self._results):
             return _shown(self._results[number - 1])
+
         document = self._world.page(name)
         if document is not None and self._is_allowed(document):
             return _shown(document)
+
         if number and self._results is None:
             self._is_invalid = True
             return "There are no results to open yet: search first, or give the title of a page."
@@ -227,9 +255,10 @@ def rows(
     links = {id_: page.neighbours for id_, page in world.graph.items()}
     starts = sorted(id_ for id_, targets in links.items() if min_degree <= len(targets) <= max_degree)
     rng = random.Random(f"multi-hop questions {num_pages} {world_seed} {seed}")
+
     found: dict[str, Question] = {}
-    tries = 0
-    while starts and len(found) < size and tries < _TRIES + 2 * size:  # since the last one found
+    tries = 0  # since the last one found
+    while starts and len(found) < size and tries < _TRIES + 2 * size:
         tries += 1
         path = walk(
             links,
@@ -243,13 +272,18 @@ def rows(
         )
         if path is None or not _is_wanted(world.graph[path[-1]].title, split, test_fraction):
             continue
-        question = ask(world.graph, path, rng) if split != "all" or path[-1] not in found else None
+
+        # with "all" one question an answer, so that none is asked that would be dropped
+        is_new = split != "all" or path[-1] not in found
+        question = ask(world.graph, path, rng) if is_new else None
         if question is None:
             continue
+
         key = path[-1] if split == "all" else question.text
         if key not in found and _is_hard(question, world, filter_top_k):
             found[key] = question
             tries = 0
+
     if len(found) < size:
         raise ValueError(
             f"only {len(found)} of {size} questions were found (split {split!r}, {num_pages} pages); ask for fewer, or "

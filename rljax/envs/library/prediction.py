@@ -9,6 +9,13 @@ from rljax.envs.formats import load
 from rljax.tasks.examples import with_paragraph
 from rljax.tasks.similarity import SIMILARITIES, TextSimilarity
 
+PREDICTED = "predicted"
+"""Count of a step: 1 if there was a prediction."""
+PREDICTION = "prediction"
+"""Count of a step: how like it was to what came, in [0, 1]."""
+COPY_PREDICTION = "copy_prediction"
+"""Count of a step: how like it was to what had been there before."""
+
 
 class Predicting:
     """Another environment, `make(**args)`, whose actions may hold `<tag>what comes next</tag>`.
@@ -41,10 +48,13 @@ class Predicting:
             raise ValueError(f"similarity {similarity!r} must be one of {', '.join(SIMILARITIES)}, or a function")
         self.inner: Environment = (load(make) if isinstance(make, str) else make)(**(args or {}))
         self.similarity = SIMILARITIES[similarity] if isinstance(similarity, str) else similarity
-        self.current, self.instruction = "", instruction
+        self.instruction = instruction
+        self.current = ""  # the latest observation
         self._block = re.compile(rf"<{tag}>(.*?)</{tag}>", re.DOTALL)
         if isinstance(self.inner, Snapshots):
-            self.snapshot, self.restore = self._snapshot, self._restore
+            # only then: an environment with these methods is never replayed
+            self.snapshot = self._snapshot
+            self.restore = self._restore
 
     def reset(self, row: Mapping[str, Any]) -> Prompt:
         prompt = self.inner.reset(row)
@@ -55,11 +65,11 @@ class Predicting:
     def step(self, action: str) -> Step:
         predictions = self._block.findall(action)
         step = self.inner.step(self._block.sub("", action))
-        counts = dict(step.counts) | dict.fromkeys(("predicted", "prediction", "copy_prediction"), 0.0)
+        counts = dict(step.counts) | dict.fromkeys((PREDICTED, PREDICTION, COPY_PREDICTION), 0.0)
         if predictions:
-            counts["predicted"] = 1.0
-            counts["prediction"] = self.similarity(predictions[-1], step.observation)
-            counts["copy_prediction"] = self.similarity(predictions[-1], self.current)
+            counts[PREDICTED] = 1.0
+            counts[PREDICTION] = self.similarity(predictions[-1], step.observation)
+            counts[COPY_PREDICTION] = self.similarity(predictions[-1], self.current)
         self.current = step.observation
         return Step(step.observation, step.reward, step.done, counts)
 

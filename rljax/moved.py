@@ -3,7 +3,7 @@
 import importlib.abc
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 
@@ -78,7 +78,7 @@ class MovedModules(importlib.abc.MetaPathFinder):
     """Asked last, when nobody else has found a module."""
 
     def find_spec(
-        self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+        self, fullname: str, path: Iterable[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
         """Raises ModuleNotFoundError, with the new place, for a module that has moved."""
         if fullname in MODULES:

@@ -85,7 +85,7 @@ class EnvironmentLimits:
     """Tool calls over all turns, as the environment counts them in `Step.counts`."""
     observation_chars: int = 16_384
     """Characters of one observation; a longer one loses its middle. It bounds what the tokenizer has to read."""
-    observation_tokens: int = 2048
+    observation_tokens: int = 512
     """Tokens of one observation; a longer one loses its middle. Lower it if observations fill the context."""
     step_s: float = 30.0
     """Seconds of one reset or step. Raise it for slow tools; what takes longer ends the episode as `timeout`."""

@@ -111,12 +111,12 @@ def train_step(run: Run, step: int) -> tuple[dict[str, float], Rollout]:
     rollout = collect(
         run.actor, run.algorithm.plan, lambda n: run.curriculum.sample(step, n), config.prompts_per_step, step
     )
-    timer.add(rollout.seconds)
+    timer.seconds |= rollout.seconds
 
     with timer("score"):
         batch = stack_rows(config, rollout.trajectories, rollout.rewards.size)
         if run.algorithm.plan.needs_ref:
-            batch = dataclasses.replace(batch, ref_logprobs=run.learner.reference_logprobs(run.state, batch))
+            batch = dataclasses.replace(batch, ref_logprobs=run.learner.score_rows(run.state.ref_params, batch))
         if run.critic is not None:
             batch = run.critic.with_values(run.state.critic, batch)
         advantages = np.asarray(run.algorithm.advantage_fn(batch))

@@ -8,7 +8,7 @@ agent that cannot be changed is its own business.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, NamedTuple, Protocol, Self, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -123,7 +123,7 @@ class Actor(Protocol):
         """Goes on with what `state_dict` gave. `examples` are the data rows by id."""
         ...
 
-    def __enter__(self) -> Self: ...
+    def __enter__(self) -> "Actor": ...
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

@@ -3,6 +3,7 @@
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -158,3 +159,17 @@ def on_turns(play: Play, values: Sequence[float]) -> np.ndarray:
     padded = np.array([*values, 0.0], np.float32)
     on_tokens = padded[np.minimum(turn_ids, len(values))]
     return np.where(sample_of(play).sampled, on_tokens, 0).astype(np.float32)
+
+
+def episode_state(episode: Episode, turns: int | None = None) -> dict[str, Any]:
+    """What a checkpoint holds of an episode, JSON-ready: the first `turns` turns of one that goes on, all of one that is
+    over (None). The row stays with the data, whose columns JSON may not hold."""
+    state = {name: value for name, value in episode.state_dict().items() if name != "row"}
+    if turns is None:
+        return state
+    return state | {
+        "actions": state["actions"][:turns],
+        "steps": state["steps"][:turns],
+        "end": None,
+        "error": "",
+    }

@@ -35,6 +35,7 @@ from rljax.rollouts.episodes import (
     Group,
     Play,
     can_go_on_from,
+    episode_state,
     sample_of,
     scored,
     turns_of,
@@ -62,7 +63,7 @@ class MultiTurn(TurnsConfig):
     """Keyword arguments of `make`."""
     processes: bool = False
     """Whether environments live in processes instead of threads: for code that may hang or hold the interpreter."""
-    limits: EnvironmentLimits = dataclasses.field(default_factory=lambda: EnvironmentLimits(observation_tokens=512))
+    limits: EnvironmentLimits = dataclasses.field(default_factory=EnvironmentLimits)
     """What an episode, and a step of it, may take."""
     unfinished_reward: float | None = None
     """What an episode is worth that ended at a limit or was cut off; None is what it had earned."""
@@ -522,11 +523,11 @@ class MultiTurnActor:
 
         # All plays are there before the first goes on: the last one to end looks at the whole group.
         for play, state in zip(list(group.plays), saved["plays"], strict=True):
+            row = {"prompt": group.example.prompt, **group.example.columns}
             if state["then"] == "open":
-                row = {"prompt": group.example.prompt, **group.example.columns}
                 self._after(play, self._opened, self.pool.start(row))
             else:
-                self._after(play, self._goes_on[state["then"]], self.pool.restore(state["episode"]))
+                self._after(play, self._goes_on[state["then"]], self.pool.restore(state["episode"], row))
 
     @property
     def _goes_on(self) -> dict[str, Callable[[Play], None]]:
@@ -567,7 +568,7 @@ class MultiTurnActor:
             "forced": play.forced,
             "observed": play.observed,
             "then": then,
-            "episode": None if episode is None else episode.state_dict(turns=None if is_over else play.turn),
+            "episode": None if episode is None else episode_state(episode, None if is_over else play.turn),
         }
 
     def _stats(self, groups: Sequence[Group], seconds: float) -> dict[str, float]:

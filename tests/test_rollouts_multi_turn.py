@@ -11,7 +11,7 @@ import pytest
 
 from rljax.envs import EnvironmentLimits, EnvironmentPool, Step
 from rljax.models import DecoderConfig, hidden_states, init_params, logits
-from rljax.plans import ForkPlan, RolloutPlan
+from rljax.plans import Column, ForkPlan, RolloutPlan
 from rljax.plans.fork_rules import random_step, top_entropy
 from rljax.rollouts.collect import collect
 from rljax.rollouts.multi_turn import Player
@@ -238,7 +238,7 @@ def test_decoders_share_an_episode():
 
 def test_collect_makes_trajectories_of_episodes():
     rollout = collect(
-        RolloutPlan(group_size=4),
+        RolloutPlan(group_size=4, columns=(Column("prediction", per="turn"), Column("tool_calls", per="row"))),
         lambda n: EXAMPLES[:n],
         num_groups=3,
         step=5,
@@ -250,7 +250,9 @@ def test_collect_makes_trajectories_of_episodes():
     for t in rollout.trajectories:
         own = t.action_mask
         assert t.turn_ids.max() >= 0 and not own[: len("abc#")].any()
-        np.testing.assert_array_equal(t.prediction_scores, np.where(own, 0.5, 0.0) * (t.prediction_scores > 0))
+        predicted = t.columns["prediction"]
+        np.testing.assert_array_equal(predicted, np.where(own, 0.5, 0.0) * (predicted > 0))
+        assert t.columns["tool_calls"] == len(np.unique(t.turn_ids[predicted > 0]))
         assert (t.state_ids[~own] == -1).all() and (t.state_ids[own] >= 0).all()
         rewards = [t.turn_rewards[own & (t.turn_ids == turn)] for turn in range(t.turn_ids.max() + 1)]
         assert all(len(set(values.tolist())) <= 1 for values in rewards)

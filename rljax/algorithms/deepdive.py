@@ -5,7 +5,7 @@ import dataclasses
 from rljax.advantages import group_normalized, penalized
 from rljax.algorithms.base import Algorithm, check_at_least, check_clip, check_group, kl_and_entropy
 from rljax.losses import clipped, policy_loss, token_mean, token_ratio
-from rljax.plans import RolloutPlan
+from rljax.plans import Column, RolloutPlan
 
 
 @dataclasses.dataclass
@@ -15,8 +15,8 @@ class DeepDive:
         A = (R - mean) / (std + epsilon) of the group - penalty_weight (S - mean S of the group)
         loss = mean over all tokens of the minibatch of max(-A r, -A clip(r, 1 - clip_low, 1 + clip_high))
 
-    S, the batch's `penalty`, is the mean similarity of two queries of the row (`rljax.tasks.query_redundancy`); without
-    it A has one term.
+    S, the count `redundancy` of the episode, is the mean similarity of two queries (`rljax.tasks.query_redundancy`);
+    where nothing counts it A has one term.
 
     Deviations: the paper has the penalty in the reward, `R - penalty_weight S`. Where all answers fail the group's std
     would blow it up to full-size advantages; here it keeps its scale. The std has ddof 0.
@@ -36,8 +36,12 @@ class DeepDive:
         check_clip(self)
         check_at_least(self, 0, "penalty_weight", "kl_coef", "entropy_coef", "epsilon")
         return Algorithm(
-            plan=RolloutPlan(group_size=self.group_size, needs_ref=self.kl_coef > 0),
-            advantage_fn=penalized(group_normalized(ddof=0, epsilon=self.epsilon), weight=self.penalty_weight),
+            plan=RolloutPlan(
+                group_size=self.group_size, needs_ref=self.kl_coef > 0, columns=(Column("redundancy", per="row"),)
+            ),
+            advantage_fn=penalized(
+                group_normalized(ddof=0, epsilon=self.epsilon), column="redundancy", weight=self.penalty_weight
+            ),
             loss=policy_loss(
                 ratio_fn=token_ratio,
                 surrogate_fn=clipped(clip_low=self.clip_low, clip_high=self.clip_high),

@@ -5,7 +5,7 @@ import dataclasses
 from rljax.advantages import group_normalized, predicted_reward_returns, predictive_returns, state_grouped
 from rljax.algorithms.base import Algorithm, check_at_least, check_clip, check_group, kl_and_entropy
 from rljax.losses import clipped, policy_loss, sequence_mean, token_ratio
-from rljax.plans import RolloutPlan
+from rljax.plans import Column, RolloutPlan
 
 WIA_MODES = {"return": predictive_returns, "reward": predicted_reward_returns}
 
@@ -19,7 +19,7 @@ class RoleAgent:
                + alpha (R_E - mean) / (std + epsilon) of the group
         loss = mean_rows mean_tokens [ max(-A r, -A clip(r, 1 - clip_low, 1 + clip_high)) + kl_coef * k3 ]
 
-    `sim[t]`, the batch's `prediction_scores`, is how well turn t foresaw the observation after it. Without them this is
+    `sim[t]`, the count `prediction` of a step, is how well turn t foresaw the observation after it. Without it this is
     GiGPO (2505.10978), and without `state_ids` too, as for single answers, GRPO.
 
     Deviations: the prediction stands in the turn itself, looks one step ahead and is trained with it, as in the
@@ -49,7 +49,9 @@ class RoleAgent:
         if self.wia_mode not in WIA_MODES:
             raise ValueError(f"RoleAgent: wia_mode={self.wia_mode!r} must be one of {', '.join(WIA_MODES)}")
         return Algorithm(
-            plan=RolloutPlan(group_size=self.group_size, needs_ref=self.kl_coef > 0),
+            plan=RolloutPlan(
+                group_size=self.group_size, needs_ref=self.kl_coef > 0, columns=(Column("prediction", per="turn"),)
+            ),
             advantage_fn=state_grouped(
                 group_normalized(epsilon=self.epsilon),
                 returns_fn=WIA_MODES[self.wia_mode],
@@ -57,6 +59,7 @@ class RoleAgent:
                 gamma=self.gamma,
                 epsilon=self.epsilon,
                 min_std=self.min_std,
+                predictions="prediction",
             ),
             loss=policy_loss(
                 ratio_fn=token_ratio,

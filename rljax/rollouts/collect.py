@@ -36,8 +36,8 @@ class Rollout(NamedTuple):
 class Scored(NamedTuple):
     """The samples of one prompt with their texts and rewards; `steps` numbers the steps of each completion.
 
-    `turn_fields`: for each sample, fields of `Trajectory` that it fills (arrays are of the completion's tokens); and
-    `episode`, the first sample of its episode, where an episode has several.
+    `turn_fields`: for each sample, fields of `Trajectory` that it fills (arrays are of the completion's tokens), with
+    all `columns` that it has per token; and `episode`, the first sample of its episode, where an episode has several.
     """
 
     example: Example
@@ -210,6 +210,10 @@ def _trajectory(plan: RolloutPlan, group: Scored, index: int, group_id: int, fir
 
     versions, truncated = sample.versions, sample.finish_reason == "length"
     fields = dict(group.turn_fields[index]) if group.turn_fields else {}
+    columns = _columns(plan, group, index, fields.pop("columns", {}))
+    for name, value in columns.items():
+        if np.ndim(value):
+            columns[name] = on_completion(value, np.float32)
     for name, value in fields.items():
         if np.ndim(value):
             fields[name] = on_completion(value, value.dtype, -1 if name == "state_ids" else 0)
@@ -234,8 +238,30 @@ def _trajectory(plan: RolloutPlan, group: Scored, index: int, group_id: int, fir
         fork_index=0 if sample.parent == NO_PARENT else prompt_length + sample.fork_index,
         fork_score=float(sample.fork_score),
         intervention=sample.intervention,
+        columns=columns,
         **fields,
     )
+
+
+def _columns(
+    plan: RolloutPlan, group: Scored, index: int, on_tokens: Mapping[str, np.ndarray]
+) -> dict[str, float | np.ndarray]:
+    """What the plan's columns are for one sample: a number, or an array over the completion's tokens. `on_tokens` are
+    the signals that the rollout has per token; the components of the reward, and then the example, answer for a row."""
+    sample, result = group.samples[index], group.results[index]
+    columns: dict[str, float | np.ndarray] = {}
+    for name, per in plan.columns:
+        of_row = result.components.get(name, group.example.columns.get(name, 0.0))
+        if isinstance(of_row, str) or np.ndim(of_row):
+            raise ValueError(
+                f"the algorithm reads column {name!r}, which is {of_row!r} for prompt {group.example.id}; it must be a "
+                "number"
+            )
+        if per == "row":
+            columns[name] = float(of_row)
+        else:
+            columns[name] = on_tokens.get(name, np.where(sample.sampled, float(of_row), 0.0))
+    return columns
 
 
 def _record(group: Scored, index: int, trajectory: Trajectory, step: int) -> dict[str, Any]:

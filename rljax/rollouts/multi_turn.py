@@ -453,7 +453,8 @@ def _scored(group: _Group, dialogue: Dialogue) -> Scored:
 
 
 def _turn_fields(play: _Play) -> Mapping[str, Any]:
-    """The optional fields of `Trajectory` that say something of turns, on the completion's tokens."""
+    """The optional fields of `Trajectory` that say something of turns, on the completion's tokens; `columns` are all
+    counts of the steps."""
     episode = play.episode
     steps = [] if episode is None else episode.steps
     sampled = _sample(play).sampled
@@ -461,13 +462,14 @@ def _turn_fields(play: _Play) -> Mapping[str, Any]:
     before = ["", *(step.observation for step in steps)]
     states = np.array([zlib.crc32(text.encode()) >> 1 for text in before], np.int32)
 
+    names = dict.fromkeys(name for step in steps for name in step.counts)
+
     def spread(values: Sequence[float]) -> np.ndarray:
         padded = np.array([*values, 0.0], np.float32)
         return np.where(sampled, padded[np.minimum(turn_ids, len(values))], 0).astype(np.float32)
 
     return {
         "turn_rewards": spread([step.reward for step in steps]),
-        "prediction_scores": spread([step.counts.get("prediction", 0.0) for step in steps]),
         "state_ids": np.where(sampled, states[np.minimum(turn_ids, len(states) - 1)], -1).astype(np.int32),
-        "penalty": 0.0 if episode is None else float(episode.counts.get("redundancy", 0.0)),
+        "columns": {name: spread([step.counts.get(name, 0.0) for step in steps]) for name in names},
     }

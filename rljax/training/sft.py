@@ -13,6 +13,11 @@ from rljax.types import ArrayLike, Rows
 class SupervisedLoss:
     """Negative log-likelihood, averaged over the loss tokens of the minibatch. Advantages are not looked at."""
 
+    select_fn: None = None
+    """Nothing is left out by looking at the whole minibatch."""
+    correct_fn: None = None
+    """Nor is anything corrected by it."""
+
     @staticmethod
     def token_weights(loss_mask: Bool[ArrayLike, "B T"]) -> Float[Array, "B T"]:
         mask = jnp.asarray(loss_mask, jnp.float32)

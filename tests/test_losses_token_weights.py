@@ -256,7 +256,7 @@ def test_owpo_takes_infinite_reference_log_probs_and_zero_advantages():
     value, _, slope = value_and_grad(composed(L.one_way_weights(L.exponential_gate())), rows)
     assert np.isfinite(value) and np.isfinite(slope).all()
     nothing = fixture_rows(L.token_mean, ref=ref, advantages=np.zeros(MASK.shape))
-    np.testing.assert_array_equal(L.one_way_weights(L.exponential_gate())(jnp.asarray(LOGPROBS), nothing), 1)
+    np.testing.assert_array_equal(term(L.one_way_weights(L.exponential_gate()), LOGPROBS, nothing), 1)
 
 
 def test_owpo_gives_the_reference_no_gradient_and_asks_for_one():
@@ -375,8 +375,27 @@ def test_an_empty_mask_a_single_token_and_equal_rewards(weight_fn):
     assert value == 0 and not slope.any() and all(v == 0 for v in metrics.values())
     one = make_rows([[True]], aggregate=L.token_mean, old=[[-1.0]], advantages=[[2.0]], ref=[[-1.5]])
     value, _, slope = value_and_grad(composed(weight_fn), one, np.array([[-0.9]]))
-    weight = float(weight_fn(jnp.asarray([[-0.9]]), one)[0, 0])
+    weight = float(term(weight_fn, [[-0.9]], one)[0, 0])
     assert value == pytest.approx(-2 * weight * np.exp(0.1)) and slope[0, 0] == pytest.approx(value)
     equal = fixture_rows(L.token_mean, advantages=np.zeros(MASK.shape))
     value, _, slope = value_and_grad(composed(weight_fn), equal)
     assert value == 0 and not slope.any()
+
+
+def test_weights_filters_and_reports_see_entropies_and_send_no_gradient_into_them():
+    """A weight that is the entropy, a filter that drops the lowest, a metric of it."""
+    entropies = np.where(MASK, np.arange(1, 9).reshape(2, 4) / 8, NAN)
+    loss = composed(
+        lambda _, entropies, __: entropies,
+        filter_fns=[lambda _, entropies, __: entropies > 0.2],
+        report_fns=[lambda _, entropies, __: {"loss/seen": entropies}],
+    )
+    rows = fixture_rows(L.token_mean)
+    function = jax.value_and_grad(loss.loss, argnums=(0, 1), has_aux=True)
+    (_, metrics), (slope, entropy_slope) = function(jnp.asarray(LOGPROBS), jnp.asarray(entropies), rows)
+    plain = value_and_grad(composed(), rows)[2]
+    want = plain * np.where(MASK & (np.nan_to_num(entropies) > 0.2), np.nan_to_num(entropies), 0)
+    np.testing.assert_allclose(slope, want, **TOL)
+    assert want.any() and not np.asarray(entropy_slope).any()
+    np.testing.assert_allclose(metrics["loss/seen"], entropies[MASK].mean(), **TOL)
+    np.testing.assert_allclose(metrics["loss/kept_fraction"], 6 / 7, **TOL)

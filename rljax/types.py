@@ -5,6 +5,7 @@ Letters in shapes: `B` rows, `T` positions of a row, `R` packed rows, `S` positi
 shifts by one is `rljax.sampling.score.score_tokens`.
 """
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any, TypeVar, dataclass_transform
 
@@ -42,7 +43,8 @@ class Trajectory:
 
     `action_mask` marks the tokens that the policy emitted; only these may receive gradient. `behavior_logprobs` and
     `entropies` (nats) belong to the distribution really sampled from, and are 0 where `action_mask` is False.
-    `turn_rewards`, `prediction_scores` and `state_ids` say something of a turn, on each of its action tokens.
+    `turn_rewards` and `state_ids` say something of a turn, on each of its action tokens. `columns` are the signals that
+    the algorithm declares (`rljax.plans.Column`): a number, or an array `[T]` that is 0 off the action tokens.
     """
 
     tokens: Int[np.ndarray, " T"]
@@ -64,9 +66,8 @@ class Trajectory:
     fork_score: float = 0.0
     intervention: int = INTERVENTION_NONE
     turn_rewards: Float[np.ndarray, " T"] | None = None  # of the environment, for the turn
-    prediction_scores: Float[np.ndarray, " T"] | None = None  # in [0, 1]: how well it predicted what came next
     state_ids: Int[np.ndarray, " T"] | None = None  # equal ids of a group: turns from one state; -1 off actions
-    penalty: float | None = None  # of the whole row, before its weight
+    columns: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # signals by name: float, or float32 [T]
 
 
 @struct
@@ -96,10 +97,9 @@ class RolloutBatch:
     ref_logprobs: Float[ArrayLike, "B T"] | None = None  # only when the algorithm needs them before the update
     task_id: Int[ArrayLike, " B"] | None = None  # counts tasks from 0, below B; None is a single task
     values: Float[ArrayLike, "B T"] | None = None  # of the state before each action token, when there is a critic
-    turn_rewards: Float[ArrayLike, "B T"] | None = None  # these four: when all trajectories have them
-    prediction_scores: Float[ArrayLike, "B T"] | None = None
+    turn_rewards: Float[ArrayLike, "B T"] | None = None  # these two: when all trajectories have them
     state_ids: Int[ArrayLike, "B T"] | None = None  # counts the states of all groups from 0, below B * T
-    penalty: Float[ArrayLike, " B"] | None = None
+    columns: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # float32 [B, T] or [B]: names that all have
 
 
 @struct
@@ -138,6 +138,7 @@ class Rows:
     source: Int[ArrayLike, "*M B"]
     ref_logprobs: Float[ArrayLike, "*M B T"] | None = None
     uniforms: Float[ArrayLike, "*M B T"] | None = None  # in [0, 1), drawn anew for every update, if the plan asks
+    columns: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # float32 [*M, B, T] or [*M, B], by name
 
 
 @struct

@@ -1,7 +1,6 @@
 """Shared by the tests of objectives: the worked examples' fixture, and small random batches."""
 
 import contextlib
-import dataclasses
 
 import jax
 import jax.numpy as jnp
@@ -53,6 +52,12 @@ def fixture_rows(aggregate, **changes) -> Rows:
     return make_rows(MASK, aggregate=aggregate, **given)
 
 
+def term(function, logprobs, rows):
+    """A weight, filter or report of `policy_loss`, where the entropies do not matter: they are 0."""
+    logprobs = jnp.asarray(logprobs)
+    return function(logprobs, jnp.zeros(logprobs.shape, logprobs.dtype), rows)
+
+
 def value_and_grad(loss, rows, logprobs=LOGPROBS, entropies=None):
     """Loss, metrics and gradient with respect to the log-probs, in the precision in force."""
     logprobs = jnp.asarray(logprobs)
@@ -97,6 +102,5 @@ def make_batch(*, group_id, rewards, lengths, prompt=2, width=None, is_valid=Non
 
 
 def map_fields(batch, function):
-    """`batch` with every array field replaced by `function(field)`."""
-    fields = {f.name: getattr(batch, f.name) for f in dataclasses.fields(batch)}
-    return dataclasses.replace(batch, **{k: function(v) for k, v in fields.items() if v is not None})
+    """`batch` with every array field, and every column, replaced by `function(field)`."""
+    return jax.tree.map(function, batch)

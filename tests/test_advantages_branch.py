@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from forests import forest_batch
-from objectives import NAN, float64, make_batch, make_rows
+from objectives import NAN, float64, make_batch, make_rows, term
 
 from rljax import advantages as A
 from rljax.losses import clipped, policy_loss, sequence_mean, token_mean, token_ratio
@@ -131,7 +131,7 @@ def policy(advantages, aggregate):
 def test_procedure_weights_example():
     with float64():
         _, rows = policy(np.where(MASK, BASE[:, None], 0), token_mean)
-        weights = np.asarray(A.procedure_weights(discount=0.5, scale=0.5)(jnp.asarray(LOG_RATIO), rows))
+        weights = np.asarray(term(A.procedure_weights(discount=0.5, scale=0.5), jnp.asarray(LOG_RATIO), rows))
         np.testing.assert_allclose(np.where(MASK, BASE[:, None] * weights, 0), FINAL, atol=1e-5)
         # The paper divides by all six rows though it sums the two initial ones.
         base = run(A.dual_group(), roots_and_branches())[:2]
@@ -145,8 +145,8 @@ def test_procedure_weights_are_constants_and_1_5_before_the_first_update():
     with float64():
         rows = policy(np.ones((2, 6)), token_mean)[1]
         weights = A.procedure_weights()
-        np.testing.assert_allclose(weights(jnp.zeros((2, 6)), rows), 1.5)
-        slope = jax.grad(lambda lp: weights(lp, rows).sum())(jnp.asarray(LOG_RATIO))
+        np.testing.assert_allclose(term(weights, jnp.zeros((2, 6)), rows), 1.5)
+        slope = jax.grad(lambda lp: term(weights, lp, rows).sum())(jnp.asarray(LOG_RATIO))
     np.testing.assert_array_equal(slope, 0)
 
 

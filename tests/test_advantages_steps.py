@@ -143,7 +143,7 @@ def episodes(**changes):
         on = np.maximum(turns, 0)
         fields = {
             "turn_rewards": np.where(mask, REWARDS[i][on], 0).astype(np.float32),
-            "prediction_scores": np.where(mask, SCORES[i][on], 0).astype(np.float32),
+            "columns": {"prediction": np.where(mask, SCORES[i][on], 0).astype(np.float32)},
             "state_ids": np.where(mask, np.array([10**12, 7, 3])[STATES[i][on]], -1),
         }
         made.append(
@@ -166,24 +166,16 @@ def episodes(**changes):
 
 def test_a_stacked_batch_numbers_states_per_group_and_fits_them():
     batch = stack(episodes())
-    assert batch.turn_rewards.dtype == batch.prediction_scores.dtype == np.float32
+    assert batch.turn_rewards.dtype == batch.columns["prediction"].dtype == np.float32
     assert batch.state_ids.dtype == np.int32
     assert set(np.unique(batch.state_ids)) == {-1, 0, 1, 2}
     np.testing.assert_array_equal(batch.state_ids >= 0, batch.action_mask)
-    assert batch.penalty is None
     others = [dataclasses.replace(t, group_id=4) for t in episodes()]
     both = stack([*episodes(), *others]).state_ids
     assert len(np.unique(both)) == 7  # the same states in another group are others
     assert stack([*episodes(), dataclasses.replace(others[0], state_ids=None)]).state_ids is None
     rows = take_rows(batch, np.array([2, 0]))
     np.testing.assert_array_equal(rows.state_ids, batch.state_ids[[2, 0]])
-    assert rows.penalty is None
-
-
-def test_penalties_are_stacked_row_by_row():
-    made = [dataclasses.replace(t, penalty=0.25 * i) for i, t in enumerate(episodes())]
-    np.testing.assert_array_equal(stack(made).penalty[:3], [0, 0.25, 0.5])
-    assert stack([*made, episodes()[0]]).penalty is None
 
 
 def test_a_batch_without_a_single_state_is_stacked():
@@ -220,8 +212,8 @@ def test_starts_of_turns_and_a_reward_at_the_end():
 def test_without_predictions_it_is_gigpo_and_without_states_grpo():
     batch = stack(episodes())
     advantages = RoleAgent(group_size=3).build().advantage_fn
-    blind = advantages(dataclasses.replace(batch, prediction_scores=None))
-    zero = advantages(dataclasses.replace(batch, prediction_scores=np.zeros_like(batch.prediction_scores)))
+    blind = advantages(dataclasses.replace(batch, columns={}))
+    zero = advantages(dataclasses.replace(batch, columns={"prediction": np.zeros(batch.tokens.shape, np.float32)}))
     np.testing.assert_array_equal(blind, zero)
     assert np.abs(np.asarray(blind) - advantages(batch)).max() > 0.1
     alone = dataclasses.replace(batch, state_ids=None)
@@ -231,7 +223,7 @@ def test_without_predictions_it_is_gigpo_and_without_states_grpo():
 def test_alpha_weighs_the_episode_and_the_release_differs():
     batch = stack(episodes())
     for alpha in (0.0, 0.5):
-        step = state_grouped(group_normalized(), alpha=0.0)(batch)
+        step = state_grouped(group_normalized(), alpha=0.0, predictions="prediction")(batch)
         got = RoleAgent(group_size=3, alpha=alpha).build().advantage_fn(batch)
         np.testing.assert_allclose(got, step + alpha * group_normalized()(batch), atol=1e-6)
     released = RoleAgent(group_size=3, wia_mode="reward").build().advantage_fn(batch)
@@ -250,8 +242,8 @@ def test_an_invalid_row_leaves_its_state_group():
 
 
 def test_order_of_rows_and_padding_change_nothing():
-    made = [dataclasses.replace(t, penalty=0.1 * i) for i, t in enumerate(episodes())]
-    advantage_fn = penalized(RoleAgent(group_size=3).build().advantage_fn)
+    made = [dataclasses.replace(t, columns={**t.columns, "tax": 0.1 * i}) for i, t in enumerate(episodes())]
+    advantage_fn = penalized(RoleAgent(group_size=3).build().advantage_fn, column="tax")
     want = np.asarray(advantage_fn(stack(made)))
     order = [2, 0, 1]
     got = np.asarray(advantage_fn(stack([made[i] for i in order], row_buckets=(8,), length_buckets=(32,))))
@@ -262,7 +254,7 @@ def test_order_of_rows_and_padding_change_nothing():
 def fixed_rewards(rewards, penalty):
     rows = len(rewards)
     batch = make_batch(group_id=[0] * rows, rewards=rewards, lengths=range(1, rows + 1))
-    return dataclasses.replace(batch, penalty=None if penalty is None else np.array(penalty, np.float32))
+    return dataclasses.replace(batch, columns={} if penalty is None else {"redundancy": np.array(penalty, np.float32)})
 
 
 @pytest.mark.parametrize(
@@ -287,9 +279,9 @@ def test_the_papers_penalty_in_the_reward_meets_the_worked_example(ddof, expecte
 
 def test_penalties_are_centred_in_the_valid_rows_of_a_group():
     batch = make_batch(group_id=[0, 0, 0, 1, 1], rewards=[1, 0, 5, 1, 0], lengths=[2] * 5, is_valid=[1, 1, 0, 1, 1])
-    batch = dataclasses.replace(batch, penalty=np.array([0.4, 0.2, NAN, 0.5, 0.5], np.float32))
+    batch = dataclasses.replace(batch, columns={"tax": np.array([0.4, 0.2, NAN, 0.5, 0.5], np.float32)})
     raw = group_normalized()
-    extra = np.asarray(penalized(raw, weight=0.5)(batch)) - np.asarray(raw(batch))
+    extra = np.asarray(penalized(raw, column="tax", weight=0.5)(batch)) - np.asarray(raw(batch))
     np.testing.assert_allclose(extra[:, -1], [-0.05, 0.05, 0, 0, 0], atol=1e-6)
-    without = dataclasses.replace(batch, penalty=None)
-    np.testing.assert_array_equal(penalized(raw)(without), raw(without))
+    without = dataclasses.replace(batch, columns={})
+    np.testing.assert_array_equal(penalized(raw, column="tax")(without), raw(without))

@@ -29,6 +29,7 @@ from rljax.algorithms import (
     DirectionReweighting,
     DivergenceWeighting,
     DrGRPO,
+    DynamicSampling,
     HighEntropy,
     IcePop,
     NearBoundaryRescue,
@@ -439,7 +440,7 @@ def test_dapo_drops_groups_without_signal_and_punishes_overlong_answers_in_token
 
 def test_plans_of_the_other_recipes_keep_all_groups_and_leave_rewards_alone():
     for recipe in RECIPES:
-        if not issubclass(recipe, DAPO):
+        if not issubclass(recipe, DynamicSampling):
             plan = recipe().build().plan
             assert plan.keep_group is None
             assert plan.shape_reward is None

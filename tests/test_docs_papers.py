@@ -184,7 +184,7 @@ def test_the_block_of_an_entry_is_the_recipe(name, page):
     got = got(*UNBOUND[name]) if name in UNBOUND else got
     for field in ("group_size", "max_sampling_rounds", "mask_truncated", "needs_ref", "needs_uniforms"):
         assert getattr(got.plan, field) == getattr(want.plan, field), field
-    for field in ("keep_group", "refresh_every", "refresh_gate"):
+    for field in ("keep_group", "refresh_every", "refresh_gate", "columns"):
         assert getattr(got.plan, field) == getattr(want.plan, field), field
     assert (got.plan.shape_reward is None) == (want.plan.shape_reward is None)
     if want.plan.shape_reward:

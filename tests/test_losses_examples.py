@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from objectives import ADVANTAGES, BEHAVIOR, LOGPROBS, MASK, NAN, OLD, REF, fixture_rows, float64, value_and_grad
+from objectives import ADVANTAGES, BEHAVIOR, LOGPROBS, MASK, NAN, OLD, REF, fixture_rows, float64, term, value_and_grad
 
 from rljax import losses as L
 
@@ -219,7 +219,7 @@ def test_log_linear_stand_in_for_the_old_policy():
     ],
 )
 def test_row_filters(keep, rows_kept):
-    kept = np.asarray(keep(jnp.asarray(LOGPROBS), fixture_rows(L.token_mean)))
+    kept = np.asarray(term(keep, jnp.asarray(LOGPROBS), fixture_rows(L.token_mean)))
     np.testing.assert_array_equal(kept[:, :3], np.repeat(np.array(rows_kept)[:, None], 3, axis=1))
 
 

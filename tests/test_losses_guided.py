@@ -4,7 +4,7 @@ import dataclasses
 
 import numpy as np
 import pytest
-from objectives import make_batch, make_rows, value_and_grad
+from objectives import make_batch, make_rows, term, value_and_grad
 
 from rljax.algorithms import ActGuideRL
 from rljax.losses import behavior_ratio, clipped, policy_loss, shaped_guidance, shift_stats, token_mean, token_sum
@@ -82,7 +82,7 @@ def test_shift_meets_the_worked_example():
 def test_shaping_meets_the_worked_example_and_touches_guided_rows_alone():
     new, behavior = np.repeat(NEW, 2, axis=0), np.repeat(GUIDED, 2, axis=0)
     made = rows(new, behavior, np.ones((2, 4)), guided=[0])
-    weights = shaped_guidance(0.1)(new, made)
+    weights = term(shaped_guidance(0.1), new, made)
     np.testing.assert_allclose(weights[0], [0.833333, 0.925926, 0.666667, 0.980392], atol=1e-6)
     np.testing.assert_array_equal(weights[1], 1)
     shaped, plain = (ActGuideRL(kl_coef=0.0, shaping=s).build().loss for s in (0.1, 0.0))

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from objectives import NAN, float64, make_batch, make_rows, value_and_grad
+from objectives import NAN, float64, make_batch, make_rows, term, value_and_grad
 
 from rljax.advantages import (
     group_normalized,
@@ -87,7 +87,9 @@ def test_icepop_meets_the_worked_examples():
             behavior=np.zeros((1, 6)),
             advantages=np.ones((1, 6)),
         )
-        np.testing.assert_allclose(masked_is(0.5, 2.0)(rows.old_logprobs, rows), [[0, 0.5, 1, 1.9, 2, 0]], atol=1e-12)
+        np.testing.assert_allclose(
+            term(masked_is(0.5, 2.0), rows.old_logprobs, rows), [[0, 0.5, 1, 1.9, 2, 0]], atol=1e-12
+        )
 
         loss = IcePop(group_size=2).build().loss
         mask = np.array([[1, 1, 1], [1, 1, 0]], bool)
@@ -133,7 +135,7 @@ def test_probability_band_and_squared_log_ratio_meet_the_worked_example():
         logprobs, rows = one_row([0.6, 0.3, 0.1, 0.5], [0.3, 0.55, 0.08, 0.5], [1, -1, 1, -1])
         loss = prime_rl()
         value, metrics, _ = value_and_grad(loss, rows, logprobs)
-        np.testing.assert_array_equal(probability_band()(logprobs, rows), [[False, False, True, True]])
+        np.testing.assert_array_equal(term(probability_band(), logprobs, rows), [[False, False, True, True]])
     np.testing.assert_allclose(value, np.mean([0.00048, 0.000367, -1.24995, 1.0]), atol=1e-6)
     assert metrics["loss/kept_fraction"] == 0.5
 
@@ -151,8 +153,8 @@ def test_veto_drops_the_whole_row_and_no_other():
     old = np.array([[-1.0, -1.0, -1.0], [-1.0, -1.0, -1.0]])
     logprobs = np.array([[-1.0, -12.0, -1.0], [-1.0, -1.0, -60.0]])
     rows = make_rows([[1, 1, 1], [1, 1, 0]], aggregate=token_mean, old=old, advantages=np.ones((2, 3)))
-    np.testing.assert_array_equal(veto(1e-4)(logprobs, rows), [[False] * 3, [True] * 3])
-    assert veto(1e-6)(logprobs, rows).all()
+    np.testing.assert_array_equal(term(veto(1e-4), logprobs, rows), [[False] * 3, [True] * 3])
+    assert term(veto(1e-6), logprobs, rows).all()
 
 
 def prime_rl():

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from objectives import ADVANTAGES, LOGPROBS, MASK, NAN, fixture_rows, float64, make_rows, value_and_grad
+from objectives import ADVANTAGES, LOGPROBS, MASK, NAN, fixture_rows, float64, make_rows, term, value_and_grad
 
 from rljax import losses as L
 from rljax.ops import masked_quantile, row_uniforms
@@ -112,7 +112,7 @@ def test_expected_gradient_decays_with_the_inverse_square(ratio, noise, share, m
     rows = dataclasses.replace(rows, uniforms=jnp.asarray((np.arange(count)[None] + 0.5) / count))
     parts = L.rescue(L.token_ratio, **CLIP, noise=noise)
     logprobs = jnp.full((1, count), np.log(ratio))
-    hit = np.asarray(parts.report_fn(logprobs, rows)["loss/rescued"])
+    hit = np.asarray(term(parts.report_fn, logprobs, rows)["loss/rescued"])
     executed = np.asarray(parts.ratio_fn(logprobs, rows))
     np.testing.assert_allclose([hit.mean(), (executed * hit).mean() / ratio], [share, moment], rtol=0, atol=1e-5)
 

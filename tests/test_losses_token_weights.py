@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from objectives import ADVANTAGES, LOGPROBS, MASK, NAN, OLD, REF, fixture_rows, float64, make_rows, value_and_grad
+from objectives import ADVANTAGES, LOGPROBS, MASK, NAN, OLD, REF, fixture_rows, float64, make_rows, term, value_and_grad
 
 from rljax import losses as L
 
@@ -41,8 +41,8 @@ def check_gradient(weight_fn, rows, logprobs, step=1e-6):
     form: the weight times DAPO's."""
     logprobs = np.asarray(logprobs, np.float64)
     slope = value_and_grad(composed(weight_fn), rows, logprobs)[2]
-    weights = weight_fn(jnp.asarray(logprobs), rows)
-    frozen = composed(lambda _, __: weights)
+    weights = term(weight_fn, jnp.asarray(logprobs), rows)
+    frozen = composed(lambda *_: weights)
     for index in np.ndindex(*logprobs.shape):
         ends = []
         for sign in (1, -1):
@@ -119,7 +119,7 @@ def test_future_log_ratio_is_the_dense_product_with_distances_in_positions():
 def test_fipo(influence, weights, value, gradient):
     weight_fn = L.future_kl_weights(half_life=1.0, **influence)
     loss, rows = composed(weight_fn), fipo_rows()
-    np.testing.assert_allclose(weight_fn(jnp.asarray(FIPO_NEW), rows)[MASK], np.concatenate(weights), **TOL)
+    np.testing.assert_allclose(term(weight_fn, jnp.asarray(FIPO_NEW), rows)[MASK], np.concatenate(weights), **TOL)
     got, _, slope = value_and_grad(loss, rows, FIPO_NEW)
     np.testing.assert_allclose(got, value, rtol=0, atol=2e-12)
     if gradient is not None:
@@ -138,11 +138,11 @@ def test_fipo_is_dapo_before_the_policy_moves():
     rows = fipo_rows()
     same = jnp.asarray(FIPO_OLD)
     np.testing.assert_array_equal(L.future_log_ratio(same, rows), 0)
-    np.testing.assert_array_equal(L.future_kl_weights(low=0.8, high=1.2)(same, rows), 1)
+    np.testing.assert_array_equal(term(L.future_kl_weights(low=0.8, high=1.2), same, rows), 1)
 
 
 def test_fipo_report():
-    report = L.future_kl_report(half_life=1.0, **BOTH)(jnp.asarray(FIPO_NEW), fipo_rows())
+    report = term(L.future_kl_report(half_life=1.0, **BOTH), jnp.asarray(FIPO_NEW), fipo_rows())
     flags = {name: np.argwhere(value & MASK).tolist() for name, value in report.items() if value.dtype == bool}
     assert flags["loss/influence_low"] == [[1, 0]] and flags["loss/influence_high"] == [[0, 2], [1, 1], [1, 2]]
     assert flags["loss/future_kl_excluded"] == flags["loss/influence_safety"] == [[1, 1]]
@@ -160,7 +160,7 @@ def test_rows_with_too_many_dual_clipped_tokens_are_dropped(limit, dropped):
     mask = np.array([[1, 1, 1, 0], [1, 1, 1, 1], [1, 1, 1, 1]], bool)
     advantages = np.array([[-1, -1, 1, -1], [-1, -1, -1, -1], [-1, 1, 1, -1.0]])
     rows = make_rows(mask, aggregate=L.token_mean, old=np.zeros(mask.shape), advantages=advantages)
-    keep = L.max_dual_clipped(limit)(jnp.asarray(difference), rows)
+    keep = term(L.max_dual_clipped(limit), jnp.asarray(difference), rows)
     np.testing.assert_array_equal(~np.asarray(keep).all(axis=1), dropped)
     loss = composed(filter_fns=[L.max_dual_clipped(limit)])
     _, metrics, slope = value_and_grad(loss, rows, difference)
@@ -177,7 +177,7 @@ def test_future_kl_stays_finite_over_long_extreme_rows_in_float32(direction):
         mask, aggregate=L.token_mean, old=np.zeros(mask.shape, np.float32), advantages=-np.ones(mask.shape)
     )
     for influence in (UPPER, BOTH):
-        weights = np.asarray(L.future_kl_weights(**influence)(jnp.asarray(difference), rows))
+        weights = np.asarray(term(L.future_kl_weights(**influence), jnp.asarray(difference), rows))
         assert np.isfinite(weights).all()
         assert weights.min() >= influence["low"] and weights.max() <= influence["high"]
         _, metrics, slope = value_and_grad(composed(L.future_kl_weights(**influence)), rows, difference)
@@ -242,21 +242,21 @@ def test_one_way_weights_never_reverse_where_a_symmetric_pull_does():
         assert np.argwhere(reversed_).tolist() == want
         pulled = np.sign(ADVANTAGES - kl_coef * (LOGPROBS - REF)) != np.sign(ADVANTAGES)
         np.testing.assert_array_equal(reversed_, pulled & MASK)
-    w = np.asarray(L.one_way_weights(L.exponential_gate())(jnp.asarray(LOGPROBS), rows))
+    w = np.asarray(term(L.one_way_weights(L.exponential_gate()), jnp.asarray(LOGPROBS), rows))
     np.testing.assert_array_equal(np.sign(w * ADVANTAGES), np.sign(ADVANTAGES))
-    report = L.one_way_report(kl_coef=4.0)(jnp.asarray(LOGPROBS), rows)
+    report = term(L.one_way_report(kl_coef=4.0), jnp.asarray(LOGPROBS), rows)
     assert [int(np.sum(report[f"loss/{n}"])) for n in ("inferior", "superior", "force_reversal")] == [3, 4, 1]
 
 
 def test_owpo_takes_infinite_reference_log_probs_and_zero_advantages():
     ref = np.array([[-np.inf, -0.35, -2.0, -0.2], [-np.inf, -1.9, -1.4, NAN]])
     rows = fixture_rows(L.token_mean, ref=ref)
-    w = np.asarray(L.one_way_weights(L.exponential_gate())(jnp.asarray(LOGPROBS), rows))
+    w = np.asarray(term(L.one_way_weights(L.exponential_gate()), jnp.asarray(LOGPROBS), rows))
     assert w[0, 0] == 0.8 and w[1, 0] == 1.2  # far above the reference: superior where A > 0, inferior where A < 0
     value, _, slope = value_and_grad(composed(L.one_way_weights(L.exponential_gate())), rows)
     assert np.isfinite(value) and np.isfinite(slope).all()
     nothing = fixture_rows(L.token_mean, ref=ref, advantages=np.zeros(MASK.shape))
-    np.testing.assert_array_equal(L.one_way_weights(L.exponential_gate())(jnp.asarray(LOGPROBS), nothing), 1)
+    np.testing.assert_array_equal(term(L.one_way_weights(L.exponential_gate()), LOGPROBS, nothing), 1)
 
 
 def test_owpo_gives_the_reference_no_gradient_and_asks_for_one():
@@ -277,7 +277,7 @@ def test_rare_token_weights():
     weight_fn = L.rare_token_weights(0.2)
     loss, rows = composed(weight_fn), fixture_rows(L.token_mean)
     want = [1.1397611576, 1.0659359908, 1.1799482313, 1.0190325164, 1.1006829392, 1.1596206964, 1.1729329434]
-    np.testing.assert_allclose(np.asarray(weight_fn(jnp.asarray(LOGPROBS), rows))[MASK], want, **TOL)
+    np.testing.assert_allclose(np.asarray(term(weight_fn, jnp.asarray(LOGPROBS), rows))[MASK], want, **TOL)
     gradient = [[-0.1799472693, -0.1128092577, 0, -0.1455760738], [0.0960269413, 0, 0.3754800537, 0]]
     metrics = check(loss, rows, LOGPROBS, -0.116323528242, gradient)
     assert metrics["loss/weight_mean"] == pytest.approx(np.mean(want))
@@ -286,7 +286,7 @@ def test_rare_token_weights():
 
 def test_rare_token_weights_stay_in_range_and_vanish_with_alpha():
     rows = fixture_rows(L.token_mean, old=np.array([[1e-4, -1e3, -np.inf, 0], [-1, -1, -1, NAN]]))
-    w = np.asarray(L.rare_token_weights(0.2)(jnp.asarray(LOGPROBS), rows))
+    w = np.asarray(term(L.rare_token_weights(0.2), jnp.asarray(LOGPROBS), rows))
     np.testing.assert_allclose(w[0], [1, 1.2, 1.2, 1], rtol=1e-15)
     check(composed(L.rare_token_weights(0.0)), fixture_rows(L.token_mean), LOGPROBS, DAPO_LOSS, DAPO_GRADIENT)
 
@@ -323,7 +323,7 @@ def test_a_token_moves_its_logits_by_twice_what_the_policy_lacks():
 def test_divergence_weights(alpha, weights, value, gradient):
     weight_fn = L.divergence_weights(alpha)
     loss, rows = composed(weight_fn), fixture_rows(L.token_mean)
-    np.testing.assert_allclose(np.asarray(weight_fn(jnp.asarray(LOGPROBS), rows))[MASK], weights, **TOL)
+    np.testing.assert_allclose(np.asarray(term(weight_fn, jnp.asarray(LOGPROBS), rows))[MASK], weights, **TOL)
     check(loss, rows, LOGPROBS, value, gradient)
     check_gradient(weight_fn, rows, LOGPROBS)
 
@@ -332,10 +332,10 @@ def test_divergence_weights(alpha, weights, value, gradient):
 def test_divergence_weights_are_one_sided_finite_and_exactly_1_on_policy(alpha):
     spread = np.array([[-500.0, -1.0, -1e-4, 0], [500.0, 1.0, 1e-4, NAN]])
     rows = make_rows(MASK, aggregate=L.token_mean, old=np.zeros(MASK.shape, np.float32), advantages=ADVANTAGES)
-    w = np.asarray(L.divergence_weights(alpha)(jnp.asarray(spread, jnp.float32), rows))
+    w = np.asarray(term(L.divergence_weights(alpha), jnp.asarray(spread, jnp.float32), rows))
     assert np.isfinite(w).all() and w[0, 3] == 1
     assert ((w >= 1) & (w <= 1.2) if alpha > 0 else (w <= 1) & (w >= 0.8)).all()
-    np.testing.assert_array_equal(L.divergence_weights(alpha)(jnp.asarray(OLD), fixture_rows(L.token_mean)), 1)
+    np.testing.assert_array_equal(term(L.divergence_weights(alpha), jnp.asarray(OLD), fixture_rows(L.token_mean)), 1)
 
 
 # All -----------------------------------------------------------------------------------------------------------------
@@ -375,8 +375,27 @@ def test_an_empty_mask_a_single_token_and_equal_rewards(weight_fn):
     assert value == 0 and not slope.any() and all(v == 0 for v in metrics.values())
     one = make_rows([[True]], aggregate=L.token_mean, old=[[-1.0]], advantages=[[2.0]], ref=[[-1.5]])
     value, _, slope = value_and_grad(composed(weight_fn), one, np.array([[-0.9]]))
-    weight = float(weight_fn(jnp.asarray([[-0.9]]), one)[0, 0])
+    weight = float(term(weight_fn, [[-0.9]], one)[0, 0])
     assert value == pytest.approx(-2 * weight * np.exp(0.1)) and slope[0, 0] == pytest.approx(value)
     equal = fixture_rows(L.token_mean, advantages=np.zeros(MASK.shape))
     value, _, slope = value_and_grad(composed(weight_fn), equal)
     assert value == 0 and not slope.any()
+
+
+def test_weights_filters_and_reports_see_entropies_and_send_no_gradient_into_them():
+    """A weight that is the entropy, a filter that drops the lowest, a metric of it."""
+    entropies = np.where(MASK, np.arange(1, 9).reshape(2, 4) / 8, NAN)
+    loss = composed(
+        lambda _, entropies, __: entropies,
+        filter_fns=[lambda _, entropies, __: entropies > 0.2],
+        report_fns=[lambda _, entropies, __: {"loss/seen": entropies}],
+    )
+    rows = fixture_rows(L.token_mean)
+    function = jax.value_and_grad(loss.loss, argnums=(0, 1), has_aux=True)
+    (_, metrics), (slope, entropy_slope) = function(jnp.asarray(LOGPROBS), jnp.asarray(entropies), rows)
+    plain = value_and_grad(composed(), rows)[2]
+    want = plain * np.where(MASK & (np.nan_to_num(entropies) > 0.2), np.nan_to_num(entropies), 0)
+    np.testing.assert_allclose(slope, want, **TOL)
+    assert want.any() and not np.asarray(entropy_slope).any()
+    np.testing.assert_allclose(metrics["loss/seen"], entropies[MASK].mean(), **TOL)
+    np.testing.assert_allclose(metrics["loss/kept_fraction"], 6 / 7, **TOL)

@@ -240,19 +240,15 @@ def test_decoders_share_an_episode():
 
 
 def test_collect_makes_trajectories_of_episodes():
-    rollout = collect(
-        make_actor(),
-        RolloutPlan(group_size=4, columns=(Column("foresight", per="turn"),)),
-        lambda n: EXAMPLES[:n],
-        3,
-        5,
-    )
+    plan = RolloutPlan(group_size=4, columns=(Column("foresight", per="turn"), Column("tool_calls", per="row")))
+    rollout = collect(make_actor(), plan, lambda n: EXAMPLES[:n], 3, 5)
     assert rollout.rewards.shape == (3, 4) and rollout.stats["component/turns"] > 1
     for t in rollout.trajectories:
         own = t.action_mask
         assert t.turn_ids.max() >= 0 and not own[: len("abc#")].any()
         foresight = t.columns["foresight"]
         np.testing.assert_array_equal(foresight, np.where(own, 0.5, 0.0) * (foresight > 0))
+        assert t.columns["tool_calls"] == len(np.unique(t.turn_ids[foresight > 0]))
         assert (t.state_ids[~own] == -1).all() and (t.state_ids[own] >= 0).all()
         rewards = [t.turn_rewards[own & (t.turn_ids == turn)] for turn in range(t.turn_ids.max() + 1)]
         assert all(len(set(values.tolist())) <= 1 for values in rewards)

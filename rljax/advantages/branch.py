@@ -71,7 +71,7 @@ def procedure_weights(
     of the clipped surrogate, so a weight serves; it is constant for differentiation.
     """
 
-    def weights(logprobs: Float[Array, "B T"], rows: Rows) -> Float[Array, "B T"]:
+    def weights(logprobs: Float[Array, "B T"], entropies: Float[Array, "B T"], rows: Rows) -> Float[Array, "B T"]:
         log_ratio = as_float(logprobs) - as_float(rows.old_logprobs)
         omega = future_value(log_ratio, rows.loss_mask, discount=discount)
         return jax.lax.stop_gradient(1 + scale * jnp.clip(omega, low, high))

@@ -91,13 +91,14 @@ def state_grouped(
     gamma: float = 0.95,
     epsilon: float = 1e-6,
     min_std: float = 1e-4,
+    predictions: str | None = None,
 ) -> AdvantageFn:
     """`state_group_advantages` of the turns' returns, on all tokens of a turn, plus `alpha` times `advantage_fn`
     (Role-Agent, 2606.10917; with no predictions GiGPO, 2505.10978).
 
-    Of the batch it takes `turn_rewards` (without: the row's reward on its last turn), `prediction_scores` (without: no
-    prediction counts) and `state_ids`; without these, `alpha * advantage_fn` is all there is. A return looks ahead from
-    the start of a turn, where the state was read.
+    Of the batch it takes `turn_rewards` (without: the row's reward on its last turn), the column `predictions`, in
+    [0, 1] on the tokens of a turn (None, or a batch without it: no prediction counts), and `state_ids`; without these,
+    `alpha * advantage_fn` is all there is. A return looks ahead from the start of a turn, where the state was read.
     """
 
     def advantages(batch: RolloutBatch) -> Float[Array, "B T"]:
@@ -107,7 +108,7 @@ def state_grouped(
         mask = _valid_tokens(batch)
         starts = turn_starts(batch)
         rewards = last_turn_reward(batch) if batch.turn_rewards is None else as_float(batch.turn_rewards)
-        scores = jnp.zeros(mask.shape) if batch.prediction_scores is None else as_float(batch.prediction_scores)
+        scores = as_float(batch.columns[predictions]) if predictions in batch.columns else jnp.zeros(mask.shape)
         returns = returns_fn(rewards, scores[:, :, None], starts, gamma=gamma)
         score = state_group_advantages(returns, batch.state_ids, starts, epsilon=epsilon, min_std=min_std)
         position = jnp.arange(mask.shape[1])
@@ -132,20 +133,20 @@ def last_turn_reward(batch: RolloutBatch) -> Float[Array, "B T"]:
     return jnp.where(mask & (turns == last), as_float(batch.reward)[:, None], 0)
 
 
-def penalized(advantage_fn: AdvantageFn, *, weight: float = 0.1) -> AdvantageFn:
-    """`advantage_fn - weight (S - mean S of the group)`, `S` the batch's `penalty` (DeepDive, 2509.10446, whose reward
-    is `R - weight S`).
+def penalized(advantage_fn: AdvantageFn, *, column: str, weight: float = 0.1) -> AdvantageFn:
+    """`advantage_fn - weight (S - mean S of the group)`, `S` the batch's `column` [B] (DeepDive, 2509.10446, whose
+    reward is `R - weight S`).
 
     The penalty keeps its own scale. Inside the reward it would be divided by the group's std, and full-size advantages
-    would come of it where all rewards are equal. Without `penalty` it is `advantage_fn`.
+    would come of it where all rewards are equal. For a batch without the column it is `advantage_fn`.
     """
 
     def advantages(batch: RolloutBatch) -> Float[Array, "B T"]:
         raw = advantage_fn(batch)
-        if batch.penalty is None:
+        if column not in batch.columns:
             return raw
         group, valid = jnp.asarray(batch.group_id), jnp.asarray(batch.is_valid)
-        penalty = jnp.where(valid, as_float(batch.penalty), 0)
+        penalty = jnp.where(valid, as_float(batch.columns[column]), 0)
         return _constant(raw - weight * _on_tokens(penalty - segment_mean(penalty, group, valid)[group], batch))
 
     return advantages

@@ -4,13 +4,14 @@ from rljax.algorithms.actguide_rl import ActGuideRL
 from rljax.algorithms.agentrl import AgentRL
 from rljax.algorithms.appo import APPO
 from rljax.algorithms.arpo import AEPO, ARPO
-from rljax.algorithms.base import Algorithm
+from rljax.algorithms.base import Algorithm, GroupRecipe, Recipe
 from rljax.algorithms.cispo import CISPO
 from rljax.algorithms.dapo import DAPO
 from rljax.algorithms.decoupled_ppo import DecoupledPPO
 from rljax.algorithms.deepdive import DeepDive
 from rljax.algorithms.dis import DIS
 from rljax.algorithms.dr_grpo import DrGRPO
+from rljax.algorithms.dynamic_sampling import DynamicSampling
 from rljax.algorithms.fipo import FIPO
 from rljax.algorithms.forest import ForestRecipe, RandomForks
 from rljax.algorithms.gmpo import GMPO
@@ -100,7 +101,9 @@ __all__ = [
     "DirectionReweighting",
     "DivergenceWeighting",
     "DrGRPO",
+    "DynamicSampling",
     "ForestRecipe",
+    "GroupRecipe",
     "HighEntropy",
     "IcePop",
     "NearBoundaryRescue",
@@ -108,6 +111,7 @@ __all__ = [
     "PassAtK",
     "RandomForks",
     "ReSum",
+    "Recipe",
     "Reinforce",
     "ReinforcePlusPlus",
     "ReinforcePlusPlusBaseline",

@@ -2,14 +2,13 @@
 
 import dataclasses
 
-from rljax.advantages import group_normalized, task_normalized
-from rljax.algorithms.base import Algorithm, check_at_least, check_clip, check_group, kl_and_entropy
-from rljax.losses import clipped, policy_loss, token_mean, token_ratio
-from rljax.plans import RolloutPlan
+from rljax.advantages import task_normalized
+from rljax.algorithms.base import Algorithm, GroupRecipe
+from rljax.losses import policy_loss, token_mean, token_ratio
 
 
 @dataclasses.dataclass
-class AgentRL:
+class AgentRL(GroupRecipe):
     """AgentRL's objective, arXiv 2510.04206.
 
         A' = (R - mean) / (std + epsilon) of the group
@@ -25,26 +24,11 @@ class AgentRL:
     by is in `rljax.rollouts.cross_policy`.
     """
 
-    group_size: int = 8
-    clip_low: float = 0.2
-    clip_high: float = 0.2
     dual_clip: float | None = 3.0
     kl_coef: float = 1e-4
-    entropy_coef: float = 0.0
-    epsilon: float = 1e-6
 
     def build(self) -> Algorithm:
         """Raises ValueError for hyperparameters that cannot work."""
-        check_group(self)
-        check_clip(self)
-        check_at_least(self, 0, "kl_coef", "entropy_coef", "epsilon")
-        return Algorithm(
-            plan=RolloutPlan(group_size=self.group_size, needs_ref=self.kl_coef > 0),
-            advantage_fn=task_normalized(group_normalized(epsilon=self.epsilon), epsilon=self.epsilon),
-            loss=policy_loss(
-                ratio_fn=token_ratio,
-                surrogate_fn=clipped(clip_low=self.clip_low, clip_high=self.clip_high, dual_clip=self.dual_clip),
-                aggregate_fn=token_mean,
-                penalties=kl_and_entropy(self.kl_coef, self.entropy_coef),
-            ),
-        )
+        surrogate = self.surrogate(self.dual_clip)
+        loss = policy_loss(token_ratio, surrogate, token_mean, penalties=self.penalties())
+        return self.compose(task_normalized(self.credit(), epsilon=self.epsilon), loss)

@@ -1,10 +1,11 @@
 """What a recipe builds, and the checks that recipes share."""
 
+import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
-from rljax.advantages import AdvantageFn
-from rljax.losses import Loss, PenaltyFn, entropy_bonus, kl_penalty
+from rljax.advantages import AdvantageFn, group_normalized
+from rljax.losses import Loss, PenaltyFn, SurrogateFn, clipped, entropy_bonus, kl_penalty
 from rljax.plans import RolloutPlan
 
 Encode = Callable[[str], list[int]]
@@ -22,6 +23,70 @@ class Algorithm(NamedTuple):
     advantage_fn: AdvantageFn
     loss: Loss
     bind: Callable[[Encode, int], "Algorithm"] | None = None
+
+
+@dataclasses.dataclass
+class Recipe:
+    """What every recipe over independent samples has. A recipe's `build()` composes its `Algorithm` of these parts."""
+
+    needs_group: ClassVar[bool] = True
+    """Whether the samples of a prompt are each other's baseline; else one of each suffices."""
+
+    group_size: int = 8
+    """Samples of a prompt."""
+    kl_coef: float = 0.0
+    """Weight of the KL to the reference model. 0 needs no reference."""
+    entropy_coef: float = 0.0
+    """Weight of the entropy bonus."""
+
+    def check(self) -> None:
+        """Raises ValueError for hyperparameters that cannot work."""
+        if self.needs_group:
+            check_group(self)
+        check_at_least(self, 1, "group_size")
+        check_at_least(self, 0, "kl_coef", "entropy_coef")
+
+    def plan(self) -> RolloutPlan:
+        """Groups of `group_size`, with a reference model where the KL counts."""
+        return RolloutPlan(group_size=self.group_size, needs_ref=self.kl_coef > 0)
+
+    def penalties(self) -> tuple[PenaltyFn, ...]:
+        """The terms of the loss whose coefficient is above 0: KL (k3) and entropy bonus."""
+        return kl_and_entropy(self.kl_coef, self.entropy_coef)
+
+    def compose(self, advantage_fn: AdvantageFn, loss: Loss, plan: RolloutPlan | None = None) -> Algorithm:
+        """The algorithm, after the checks; `plan` in place of the recipe's own."""
+        self.check()
+        return Algorithm(plan=self.plan() if plan is None else plan, advantage_fn=advantage_fn, loss=loss)
+
+
+@dataclasses.dataclass
+class GroupRecipe(Recipe):
+    """GRPO's parts (2402.03300), which many methods keep: credit by the group, and the clipped surrogate.
+
+    A = (R - mean) / (std + epsilon) of the group
+    max(-A r, -A clip(r, 1 - clip_low, 1 + clip_high))
+    """
+
+    clip_low: float = 0.2
+    """How far below 1 a ratio keeps its gradient."""
+    clip_high: float = 0.2
+    """How far above 1 a ratio keeps its gradient."""
+    epsilon: float = 1e-6
+    """Added to the std of the group."""
+
+    def check(self) -> None:
+        super().check()
+        check_clip(self)
+        check_at_least(self, 0, "epsilon")
+
+    def credit(self) -> AdvantageFn:
+        """`group_normalized`, with this `epsilon`."""
+        return group_normalized(epsilon=self.epsilon)
+
+    def surrogate(self, dual_clip: float | None = None) -> SurrogateFn:
+        """`clipped`, to this interval."""
+        return clipped(clip_low=self.clip_low, clip_high=self.clip_high, dual_clip=dual_clip)
 
 
 def encoded_phrases(encode: Encode, phrases: Sequence[str], what: str) -> list[list[int]]:

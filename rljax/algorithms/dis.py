@@ -3,13 +3,12 @@
 import dataclasses
 
 from rljax.advantages import group_centered
-from rljax.algorithms.base import Algorithm, check_at_least, check_clip, check_group, kl_and_entropy
+from rljax.algorithms.base import Algorithm, Recipe, check_clip
 from rljax.losses import behavior_ratio, double_sided, policy_loss, token_mean
-from rljax.plans import RolloutPlan
 
 
 @dataclasses.dataclass
-class DIS:
+class DIS(Recipe):
     """Direct double-sided importance sampling, GLM-5, arXiv 2602.15763.
 
         A = R - mean of the group
@@ -24,24 +23,12 @@ class DIS:
     entropy bonus can be switched on.
     """
 
-    group_size: int = 8
     clip_low: float = 0.8
     clip_high: float = 3.0
-    kl_coef: float = 0.0
-    entropy_coef: float = 0.0
 
     def build(self) -> Algorithm:
         """Raises ValueError for hyperparameters that cannot work."""
-        check_group(self)
         check_clip(self)
-        check_at_least(self, 0, "kl_coef", "entropy_coef")
-        return Algorithm(
-            plan=RolloutPlan(group_size=self.group_size, needs_ref=self.kl_coef > 0),
-            advantage_fn=group_centered(),
-            loss=policy_loss(
-                ratio_fn=behavior_ratio,
-                surrogate_fn=double_sided(clip_low=self.clip_low, clip_high=self.clip_high),
-                aggregate_fn=token_mean,
-                penalties=kl_and_entropy(self.kl_coef, self.entropy_coef),
-            ),
-        )
+        surrogate = double_sided(clip_low=self.clip_low, clip_high=self.clip_high)
+        loss = policy_loss(behavior_ratio, surrogate, token_mean, penalties=self.penalties())
+        return self.compose(group_centered(), loss)

@@ -4,12 +4,20 @@ import dataclasses
 from typing import Any
 
 from rljax.algorithms.base import Algorithm, check_at_least
-from rljax.algorithms.dapo import DAPO
-from rljax.losses import FilterFn, future_kl_report, future_kl_weights, max_dual_clipped
+from rljax.algorithms.dynamic_sampling import DynamicSampling
+from rljax.losses import (
+    FilterFn,
+    future_kl_report,
+    future_kl_weights,
+    max_dual_clipped,
+    policy_loss,
+    token_mean,
+    token_ratio,
+)
 
 
 @dataclasses.dataclass
-class FIPO(DAPO):
+class FIPO(DynamicSampling):
     """FIPO, arXiv 2603.19835: DAPO with dense credit from how far the policy has moved on the rest of the answer.
 
         F[t] = M[t] D[t] + 2^(-1 / half_life) F[t + 1],  D = lp - lp_old,  M = 1 where exp(D) <= participation_ratio
@@ -54,8 +62,14 @@ class FIPO(DAPO):
             "max_ratio": self.participation_ratio,
             "safety_ratio": self.safety_ratio,
         }
-        return self.compose(
+
+        loss = policy_loss(
+            token_ratio,
+            self.surrogate(self.dual_clip),
+            token_mean,
             weight_fns=(future_kl_weights(**influence),),
             filter_fns=filters,
+            penalties=self.penalties(),
             report_fns=(future_kl_report(**influence),),
         )
+        return self.compose(self.credit(), loss)

@@ -3,13 +3,12 @@
 import dataclasses
 
 from rljax.advantages import group_normalized
-from rljax.algorithms.base import Algorithm, check_at_least, check_group, kl_and_entropy
+from rljax.algorithms.base import Algorithm, Recipe, check_at_least
 from rljax.losses import geometric_ratio, policy_loss, sequence_mean, unclipped
-from rljax.plans import RolloutPlan
 
 
 @dataclasses.dataclass
-class GMPO:
+class GMPO(Recipe):
     """GMPO, arXiv 2507.20673.
 
         A = (R - mean) / (std + epsilon) of the group
@@ -20,23 +19,12 @@ class GMPO:
     method does not fix the group size. Deviation: KL penalty (k3) and entropy bonus can be switched on.
     """
 
-    group_size: int = 8
     log_clip: float = 0.4
-    kl_coef: float = 0.0
-    entropy_coef: float = 0.0
     epsilon: float = 1e-6
 
     def build(self) -> Algorithm:
         """Raises ValueError for hyperparameters that cannot work."""
-        check_group(self)
-        check_at_least(self, 0, "log_clip", "kl_coef", "entropy_coef", "epsilon")
-        return Algorithm(
-            plan=RolloutPlan(group_size=self.group_size, needs_ref=self.kl_coef > 0),
-            advantage_fn=group_normalized(epsilon=self.epsilon),
-            loss=policy_loss(
-                ratio_fn=geometric_ratio(log_clip=self.log_clip),
-                surrogate_fn=unclipped(),
-                aggregate_fn=sequence_mean,
-                penalties=kl_and_entropy(self.kl_coef, self.entropy_coef),
-            ),
-        )
+        check_at_least(self, 0, "log_clip", "epsilon")
+        ratio = geometric_ratio(log_clip=self.log_clip)
+        loss = policy_loss(ratio, unclipped(), sequence_mean, penalties=self.penalties())
+        return self.compose(group_normalized(epsilon=self.epsilon), loss)

@@ -1,17 +1,13 @@
 """Group sequence policy optimisation."""
 
 import dataclasses
-from collections.abc import Sequence
-from typing import Any
 
-from rljax.advantages import group_normalized
-from rljax.algorithms.base import Algorithm, check_at_least, check_clip, check_group, kl_and_entropy
-from rljax.losses import RatioFn, WeightFn, clipped, policy_loss, sequence_mean, sequence_ratio
-from rljax.plans import RolloutPlan
+from rljax.algorithms.base import Algorithm, GroupRecipe
+from rljax.losses import policy_loss, sequence_mean, sequence_ratio
 
 
 @dataclasses.dataclass
-class GSPO:
+class GSPO(GroupRecipe):
     """GSPO, arXiv 2507.18071.
 
         A = (R - mean) / (std + epsilon) of the group
@@ -23,38 +19,10 @@ class GSPO:
     advantages that vary within a row compose `policy_loss` with `sequence_token_ratio` (GSPO-token).
     """
 
-    group_size: int = 8
     clip_low: float = 3e-4
     clip_high: float = 4e-4
-    kl_coef: float = 0.0
-    entropy_coef: float = 0.0
-    epsilon: float = 1e-6
 
     def build(self) -> Algorithm:
         """Raises ValueError for hyperparameters that cannot work."""
-        return self.compose()
-
-    def compose(
-        self,
-        *,
-        ratio_fn: RatioFn = sequence_ratio,
-        weight_fns: Sequence[WeightFn] = (),
-        plan: dict[str, Any] | None = None,
-        **parts: Any,
-    ) -> Algorithm:
-        """GSPO, for methods that build on it, with `parts` of `policy_loss` added and fields of its plan changed."""
-        check_group(self)
-        check_clip(self)
-        check_at_least(self, 0, "kl_coef", "entropy_coef", "epsilon")
-        return Algorithm(
-            plan=RolloutPlan(**{"group_size": self.group_size, "needs_ref": self.kl_coef > 0} | (plan or {})),
-            advantage_fn=group_normalized(epsilon=self.epsilon),
-            loss=policy_loss(
-                ratio_fn=ratio_fn,
-                surrogate_fn=clipped(clip_low=self.clip_low, clip_high=self.clip_high),
-                aggregate_fn=sequence_mean,
-                weight_fns=weight_fns,
-                penalties=kl_and_entropy(self.kl_coef, self.entropy_coef),
-                **parts,
-            ),
-        )
+        loss = policy_loss(sequence_ratio, self.surrogate(), sequence_mean, penalties=self.penalties())
+        return self.compose(self.credit(), loss)

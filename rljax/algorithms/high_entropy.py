@@ -7,13 +7,13 @@ from jaxtyping import Array, Float
 
 from rljax.advantages import AdvantageFn
 from rljax.algorithms.base import Algorithm
-from rljax.algorithms.dapo import DAPO
-from rljax.losses import SelectFn, high_entropy
+from rljax.algorithms.dynamic_sampling import DynamicSampling
+from rljax.losses import SelectFn, high_entropy, policy_loss, token_mean, token_ratio
 from rljax.types import RolloutBatch
 
 
 @dataclasses.dataclass
-class HighEntropy(DAPO):
+class HighEntropy(DynamicSampling):
     """High-entropy minority tokens ("beyond the 80/20 rule"), arXiv 2506.01939.
 
         selected = H >= the (1 - fraction) quantile of H over all tokens of the minibatch
@@ -35,11 +35,17 @@ class HighEntropy(DAPO):
         """Raises ValueError for hyperparameters that cannot work."""
         if not 0 < self.fraction <= 1:
             raise ValueError(f"HighEntropy: fraction={self.fraction} must be above 0 and at most 1")
+
         select = high_entropy(self.fraction)
-        if not self.from_rollout:
-            return self.compose(select_fn=select)
-        algorithm = self.compose()
-        return algorithm._replace(advantage_fn=selected(algorithm.advantage_fn, select))
+        loss = policy_loss(
+            token_ratio,
+            self.surrogate(self.dual_clip),
+            token_mean,
+            penalties=self.penalties(),
+            select_fn=None if self.from_rollout else select,
+        )
+        credit = selected(self.credit(), select) if self.from_rollout else self.credit()
+        return self.compose(credit, loss)
 
 
 def selected(advantage_fn: AdvantageFn, select_fn: SelectFn) -> AdvantageFn:

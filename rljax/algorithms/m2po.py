@@ -3,13 +3,12 @@
 import dataclasses
 
 from rljax.advantages import group_normalized
-from rljax.algorithms.base import Algorithm, check_at_least, check_group, kl_and_entropy
+from rljax.algorithms.base import Algorithm, Recipe, check_at_least
 from rljax.losses import behavior_ratio, limit_second_moment, policy_loss, token_mean, unclipped
-from rljax.plans import RolloutPlan
 
 
 @dataclasses.dataclass
-class M2PO:
+class M2PO(Recipe):
     """M2PO, arXiv 2510.01161, for rollouts that are many updates old.
 
         A = (R - mean) / (std + epsilon) of the group
@@ -26,24 +25,17 @@ class M2PO:
     on.
     """
 
-    group_size: int = 8
     max_second_moment: float = 0.04
-    kl_coef: float = 0.0
-    entropy_coef: float = 0.0
     epsilon: float = 1e-6
 
     def build(self) -> Algorithm:
         """Raises ValueError for hyperparameters that cannot work."""
-        check_group(self)
-        check_at_least(self, 0, "max_second_moment", "kl_coef", "entropy_coef", "epsilon")
-        return Algorithm(
-            plan=RolloutPlan(group_size=self.group_size, needs_ref=self.kl_coef > 0),
-            advantage_fn=group_normalized(epsilon=self.epsilon),
-            loss=policy_loss(
-                ratio_fn=behavior_ratio,
-                surrogate_fn=unclipped(),
-                aggregate_fn=token_mean,
-                penalties=kl_and_entropy(self.kl_coef, self.entropy_coef),
-                correct_fn=limit_second_moment(self.max_second_moment),
-            ),
+        check_at_least(self, 0, "max_second_moment", "epsilon")
+        loss = policy_loss(
+            behavior_ratio,
+            unclipped(),
+            token_mean,
+            penalties=self.penalties(),
+            correct_fn=limit_second_moment(self.max_second_moment),
         )
+        return self.compose(group_normalized(epsilon=self.epsilon), loss)

@@ -4,13 +4,22 @@ import dataclasses
 from typing import Literal
 
 from rljax.algorithms.base import Algorithm, check_at_least
-from rljax.algorithms.dapo import DAPO
-from rljax.losses import current_deviation, exponential_gate, old_deviation, one_way_report, one_way_weights
+from rljax.algorithms.dynamic_sampling import DynamicSampling
+from rljax.losses import (
+    current_deviation,
+    exponential_gate,
+    old_deviation,
+    one_way_report,
+    one_way_weights,
+    policy_loss,
+    token_mean,
+    token_ratio,
+)
 from rljax.plans import not_worse
 
 
 @dataclasses.dataclass
-class OWPO(DAPO):
+class OWPO(DynamicSampling):
     """OWPO-style, arXiv 2605.22156: the verifier gives the direction, a reference only the size of a step.
 
         d = sign(A) (lp - lp_ref),  w = sg(clip(exp(-beta d), 1 - lock, 1 + accelerate))
@@ -42,12 +51,17 @@ class OWPO(DAPO):
             raise ValueError(f"OWPO: deviation_from={self.deviation_from!r} must be one of {', '.join(deviations)}")
         deviation = deviations[self.deviation_from]
         gate = exponential_gate(beta=self.beta, lock=self.lock, accelerate=self.accelerate)
-        return self.compose(
+        loss = policy_loss(
+            token_ratio,
+            self.surrogate(self.dual_clip),
+            token_mean,
             weight_fns=(one_way_weights(gate, deviation),),
+            penalties=self.penalties(),
             report_fns=(one_way_report(deviation),),
-            plan={
-                "needs_ref": True,
-                "refresh_every": self.refresh_every,
-                "refresh_gate": not_worse if self.gated_refresh else None,
-            },
         )
+        plan = self.plan()._replace(
+            needs_ref=True,
+            refresh_every=self.refresh_every,
+            refresh_gate=not_worse if self.gated_refresh else None,
+        )
+        return self.compose(self.credit(), loss, plan)

@@ -2,14 +2,13 @@
 
 import dataclasses
 
-from rljax.advantages import AdvantageFn, pass_at_k_normalized, pass_at_k_unbiased
-from rljax.algorithms.base import Algorithm, check_at_least, check_clip, check_group, kl_and_entropy
-from rljax.losses import clipped, policy_loss, token_mean, token_ratio
-from rljax.plans import RolloutPlan
+from rljax.advantages import pass_at_k_normalized, pass_at_k_unbiased
+from rljax.algorithms.base import Algorithm, GroupRecipe
+from rljax.losses import Loss, policy_loss, token_mean, token_ratio
 
 
 @dataclasses.dataclass
-class PassAtK:
+class PassAtK(GroupRecipe):
     """Pass@k Training, arXiv 2508.10751, in its analytical form.
 
         A = (M(i) - M) / (std + epsilon): the mean largest reward over all sets of k samples of the group that hold
@@ -23,40 +22,25 @@ class PassAtK:
     KL penalty (k3) and entropy bonus can be switched on.
     """
 
-    group_size: int = 8
     k: int = 2
-    clip_low: float = 0.2
     clip_high: float = 0.28
-    kl_coef: float = 0.0
-    entropy_coef: float = 0.0
-    epsilon: float = 1e-6
 
     def build(self) -> Algorithm:
         """Raises ValueError for hyperparameters that cannot work."""
-        return self.compose(lambda: pass_at_k_normalized(self.k, epsilon=self.epsilon))
+        self.check()
+        return self.compose(pass_at_k_normalized(self.k, epsilon=self.epsilon), self.loss())
 
-    def compose(self, make_advantages) -> Algorithm:
-        """The recipe with other advantages, made after the checks."""
-        check_group(self)
-        check_clip(self)
-        check_at_least(self, 0, "kl_coef", "entropy_coef", "epsilon")
-        name = type(self).__name__
+    def check(self) -> None:
+        super().check()
         if not 1 <= self.k < self.group_size:
             raise ValueError(
-                f"{name}: k={self.k} must be at least 1 and below group_size={self.group_size}; with all samples in "
-                "one set there is nothing to compare"
+                f"{type(self).__name__}: k={self.k} must be at least 1 and below group_size={self.group_size}; with "
+                "all samples in one set there is nothing to compare"
             )
-        advantage_fn: AdvantageFn = make_advantages()
-        return Algorithm(
-            plan=RolloutPlan(group_size=self.group_size, needs_ref=self.kl_coef > 0),
-            advantage_fn=advantage_fn,
-            loss=policy_loss(
-                ratio_fn=token_ratio,
-                surrogate_fn=clipped(clip_low=self.clip_low, clip_high=self.clip_high),
-                aggregate_fn=token_mean,
-                penalties=kl_and_entropy(self.kl_coef, self.entropy_coef),
-            ),
-        )
+
+    def loss(self) -> Loss:
+        """The clipped surrogate, as the mean over all tokens."""
+        return policy_loss(token_ratio, self.surrogate(), token_mean, penalties=self.penalties())
 
 
 @dataclasses.dataclass
@@ -75,4 +59,5 @@ class PKPO(PassAtK):
 
     def build(self) -> Algorithm:
         """Raises ValueError for hyperparameters that cannot work."""
-        return self.compose(lambda: pass_at_k_unbiased(self.k, baseline=self.baseline))
+        self.check()
+        return self.compose(pass_at_k_unbiased(self.k, baseline=self.baseline), self.loss())

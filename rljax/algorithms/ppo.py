@@ -3,13 +3,13 @@
 import dataclasses
 
 from rljax.advantages import LambdaFn, gae_advantages, gae_returns, length_adaptive
-from rljax.algorithms.base import Algorithm, check_at_least, check_clip, kl_and_entropy
+from rljax.algorithms.base import Algorithm, Recipe, check_at_least, check_clip, kl_and_entropy
 from rljax.losses import clipped, policy_loss, token_mean, token_ratio, value_loss
-from rljax.plans import CriticSpec, RolloutPlan
+from rljax.plans import CriticSpec
 
 
 @dataclasses.dataclass
-class PPO:
+class PPO(Recipe):
     """PPO, arXiv 1707.06347, with generalised advantage estimation, 1506.02438.
 
         reward[t] = R on the last token - kl_coef * (lp_behavior - lp_ref)
@@ -27,6 +27,8 @@ class PPO:
     the loss as verl has it.
     """
 
+    needs_group = False
+
     group_size: int = 1
     gamma: float = 1.0
     lam: float = 0.95
@@ -37,31 +39,25 @@ class PPO:
     clip_high: float = 0.2
     dual_clip: float | None = None
     value_clip: float | None = 0.2
-    kl_coef: float = 0.0
-    entropy_coef: float = 0.0
 
     def build(self) -> Algorithm:
         """Raises ValueError for hyperparameters that cannot work."""
         check_clip(self)
-        check_at_least(self, 1, "group_size")
-        check_at_least(self, 0, "gamma", "lam", "kl_coef", "entropy_coef")
+        check_at_least(self, 0, "gamma", "lam")
         critic_lam = self.lam if self.critic_lam is None else self.critic_lam
         for name, value in {"gamma": self.gamma, "lam": self.lam, "critic_lam": critic_lam}.items():
             if not 0 <= value <= 1:
                 raise ValueError(f"PPO: {name}={value} must be between 0 and 1")
+
         lam: float | LambdaFn = self.lam if self.length_alpha is None else length_adaptive(self.length_alpha)
         reward = {"gamma": self.gamma, "kl_coef": self.kl_coef}
-        return Algorithm(
-            plan=RolloutPlan(
-                group_size=self.group_size,
-                needs_ref=self.kl_coef > 0,
-                critic=CriticSpec(gae_returns(lam=critic_lam, **reward), value_loss(clip=self.value_clip)),
-            ),
-            advantage_fn=gae_advantages(lam=lam, whiten=self.whiten, **reward),
-            loss=policy_loss(
-                ratio_fn=token_ratio,
-                surrogate_fn=clipped(clip_low=self.clip_low, clip_high=self.clip_high, dual_clip=self.dual_clip),
-                aggregate_fn=token_mean,
-                penalties=kl_and_entropy(0.0, self.entropy_coef),
-            ),
+        critic = CriticSpec(gae_returns(lam=critic_lam, **reward), value_loss(clip=self.value_clip))
+        # The KL is in the reward, so the loss has none.
+        loss = policy_loss(
+            token_ratio,
+            clipped(clip_low=self.clip_low, clip_high=self.clip_high, dual_clip=self.dual_clip),
+            token_mean,
+            penalties=kl_and_entropy(0.0, self.entropy_coef),
         )
+        credit = gae_advantages(lam=lam, whiten=self.whiten, **reward)
+        return self.compose(credit, loss, self.plan()._replace(critic=critic))

@@ -3,13 +3,12 @@
 import dataclasses
 
 from rljax.advantages import group_centered_whitened, kl_in_reward, whitened_returns
-from rljax.algorithms.base import Algorithm, check_at_least, check_clip, check_group, kl_and_entropy
+from rljax.algorithms.base import Algorithm, Recipe, check_at_least, check_clip, kl_and_entropy
 from rljax.losses import Loss, clipped, policy_loss, token_mean, token_ratio
-from rljax.plans import RolloutPlan
 
 
 @dataclasses.dataclass
-class ReinforcePlusPlus:
+class ReinforcePlusPlus(Recipe):
     """REINFORCE++, arXiv 2501.03262.
 
         reward[t] = R on the last token - kl_coef * (lp_behavior - lp_ref)
@@ -20,27 +19,23 @@ class ReinforcePlusPlus:
     Deviations: the KL term takes the sampler's log-probs; `dual_clip` (off by default) gives PPO's loss as verl has it.
     """
 
+    needs_group = False
+
     group_size: int = 1
     clip_low: float = 0.2
     clip_high: float = 0.2
     dual_clip: float | None = None
     gamma: float = 1.0
     kl_coef: float = 0.001
-    entropy_coef: float = 0.0
 
     def build(self) -> Algorithm:
         """Raises ValueError for hyperparameters that cannot work."""
-        check_at_least(self, 1, "group_size")
         check_at_least(self, 0, "gamma")
-        return Algorithm(
-            plan=RolloutPlan(group_size=self.group_size, needs_ref=self.kl_coef > 0),
-            advantage_fn=whitened_returns(kl_coef=self.kl_coef, gamma=self.gamma),
-            loss=_loss(self),
-        )
+        return self.compose(whitened_returns(kl_coef=self.kl_coef, gamma=self.gamma), _loss(self))
 
 
 @dataclasses.dataclass
-class ReinforcePlusPlusBaseline:
+class ReinforcePlusPlusBaseline(Recipe):
     """REINFORCE++-baseline, arXiv 2501.03262.
 
         R' = R - kl_coef * sum_t (lp_behavior - lp_ref)
@@ -51,29 +46,18 @@ class ReinforcePlusPlusBaseline:
     fix the group size. Deviation: the KL term is in the reward, as in REINFORCE++.
     """
 
-    group_size: int = 8
     clip_low: float = 0.2
     clip_high: float = 0.2
     dual_clip: float | None = None
     kl_coef: float = 0.001
-    entropy_coef: float = 0.0
 
     def build(self) -> Algorithm:
         """Raises ValueError for hyperparameters that cannot work."""
-        check_group(self)
-        return Algorithm(
-            plan=RolloutPlan(group_size=self.group_size, needs_ref=self.kl_coef > 0),
-            advantage_fn=kl_in_reward(group_centered_whitened(), kl_coef=self.kl_coef),
-            loss=_loss(self),
-        )
+        return self.compose(kl_in_reward(group_centered_whitened(), kl_coef=self.kl_coef), _loss(self))
 
 
 def _loss(recipe: ReinforcePlusPlus | ReinforcePlusPlusBaseline) -> Loss:
+    """PPO's, without a KL, which is in the reward."""
     check_clip(recipe)
-    check_at_least(recipe, 0, "kl_coef", "entropy_coef")
-    return policy_loss(
-        ratio_fn=token_ratio,
-        surrogate_fn=clipped(clip_low=recipe.clip_low, clip_high=recipe.clip_high, dual_clip=recipe.dual_clip),
-        aggregate_fn=token_mean,
-        penalties=kl_and_entropy(0.0, recipe.entropy_coef),
-    )
+    surrogate = clipped(clip_low=recipe.clip_low, clip_high=recipe.clip_high, dual_clip=recipe.dual_clip)
+    return policy_loss(token_ratio, surrogate, token_mean, penalties=kl_and_entropy(0.0, recipe.entropy_coef))

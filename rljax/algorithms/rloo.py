@@ -3,13 +3,12 @@
 import dataclasses
 
 from rljax.advantages import kl_in_reward, leave_one_out
-from rljax.algorithms.base import Algorithm, check_at_least, check_group, kl_and_entropy
+from rljax.algorithms.base import Algorithm, Recipe, kl_and_entropy
 from rljax.losses import policy_loss, sequence_sum, token_ratio, unclipped
-from rljax.plans import RolloutPlan
 
 
 @dataclasses.dataclass
-class RLOO:
+class RLOO(Recipe):
     """RLOO, arXiv 2402.14740.
 
         R' = R - kl_coef * sum_t (lp_behavior - lp_ref)
@@ -20,21 +19,10 @@ class RLOO:
     group size. Deviation: r is there so that further updates account for the move; without clipping keep them few.
     """
 
-    group_size: int = 8
     kl_coef: float = 0.03
-    entropy_coef: float = 0.0
 
     def build(self) -> Algorithm:
         """Raises ValueError for hyperparameters that cannot work."""
-        check_group(self)
-        check_at_least(self, 0, "kl_coef", "entropy_coef")
-        return Algorithm(
-            plan=RolloutPlan(group_size=self.group_size, needs_ref=self.kl_coef > 0),
-            advantage_fn=kl_in_reward(leave_one_out(), kl_coef=self.kl_coef),
-            loss=policy_loss(
-                ratio_fn=token_ratio,
-                surrogate_fn=unclipped(),
-                aggregate_fn=sequence_sum,
-                penalties=kl_and_entropy(0.0, self.entropy_coef),
-            ),
-        )
+        # The KL is in the reward, so the loss has none.
+        loss = policy_loss(token_ratio, unclipped(), sequence_sum, penalties=kl_and_entropy(0.0, self.entropy_coef))
+        return self.compose(kl_in_reward(leave_one_out(), kl_coef=self.kl_coef), loss)

@@ -3,12 +3,12 @@
 import dataclasses
 
 from rljax.algorithms.base import Algorithm, check_at_least
-from rljax.algorithms.dapo import DAPO
-from rljax.losses import rare_token_weights
+from rljax.algorithms.dynamic_sampling import DynamicSampling
+from rljax.losses import policy_loss, rare_token_weights, token_mean, token_ratio
 
 
 @dataclasses.dataclass
-class DirectionReweighting(DAPO):
+class DirectionReweighting(DynamicSampling):
     """Reweighting of low-probability tokens, arXiv 2603.22117.
 
         DAPO's loss with (1 + alpha (1 - p_old)) A for A,  p_old = exp(lp_old), for either sign of A
@@ -27,4 +27,11 @@ class DirectionReweighting(DAPO):
     def build(self) -> Algorithm:
         """Raises ValueError for hyperparameters that cannot work."""
         check_at_least(self, 0, "alpha")
-        return self.compose(weight_fns=(rare_token_weights(self.alpha),))
+        loss = policy_loss(
+            token_ratio,
+            self.surrogate(self.dual_clip),
+            token_mean,
+            weight_fns=(rare_token_weights(self.alpha),),
+            penalties=self.penalties(),
+        )
+        return self.compose(self.credit(), loss)

@@ -3,12 +3,12 @@
 import dataclasses
 
 from rljax.algorithms.base import Algorithm
-from rljax.algorithms.dapo import DAPO
-from rljax.losses import divergence_weights
+from rljax.algorithms.dynamic_sampling import DynamicSampling
+from rljax.losses import divergence_weights, policy_loss, token_mean, token_ratio
 
 
 @dataclasses.dataclass
-class DivergenceWeighting(DAPO):
+class DivergenceWeighting(DynamicSampling):
     """Divergence-weighted advantages, arXiv 2603.22446.
 
         k = exp(D) - 1 - D,  D = lp - lp_old,  w = sg(1 + width (sigmoid(alpha k) - 1/2))
@@ -32,4 +32,11 @@ class DivergenceWeighting(DAPO):
             raise ValueError(
                 f"DivergenceWeighting: width={self.width} must be at least 0 and below 2, so that weights are positive"
             )
-        return self.compose(weight_fns=(divergence_weights(self.alpha, width=self.width),))
+        loss = policy_loss(
+            token_ratio,
+            self.surrogate(self.dual_clip),
+            token_mean,
+            weight_fns=(divergence_weights(self.alpha, width=self.width),),
+            penalties=self.penalties(),
+        )
+        return self.compose(self.credit(), loss)

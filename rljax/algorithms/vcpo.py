@@ -3,13 +3,12 @@
 import dataclasses
 
 from rljax.advantages import group_centered
-from rljax.algorithms.base import Algorithm, check_at_least, check_group, kl_and_entropy
+from rljax.algorithms.base import Algorithm, Recipe, check_at_least
 from rljax.losses import behavior_sequence_ratio, cispo, policy_loss, scale_step_by_sample_size, sequence_mean
-from rljax.plans import RolloutPlan
 
 
 @dataclasses.dataclass
-class VCPO:
+class VCPO(Recipe):
     """VCPO, arXiv 2602.17616.
 
         A = R - mean of the group
@@ -30,24 +29,17 @@ class VCPO:
     group_size: int = 16
     max_weight: float = 8.0
     ess_base: float = 1.0
-    kl_coef: float = 0.0
-    entropy_coef: float = 0.0
 
     def build(self) -> Algorithm:
         """Raises ValueError for hyperparameters that cannot work."""
-        check_group(self)
         check_at_least(self, 1, "max_weight")
-        check_at_least(self, 0, "kl_coef", "entropy_coef")
         if not 0 < self.ess_base <= 1:
             raise ValueError(f"VCPO: ess_base={self.ess_base} must be above 0 and at most 1, the share of fresh data")
-        return Algorithm(
-            plan=RolloutPlan(group_size=self.group_size, needs_ref=self.kl_coef > 0),
-            advantage_fn=group_centered(),
-            loss=policy_loss(
-                ratio_fn=behavior_sequence_ratio,
-                surrogate_fn=cispo(max_ratio=self.max_weight),
-                aggregate_fn=sequence_mean,
-                penalties=kl_and_entropy(self.kl_coef, self.entropy_coef),
-                correct_fn=scale_step_by_sample_size(base=self.ess_base),
-            ),
+        loss = policy_loss(
+            behavior_sequence_ratio,
+            cispo(max_ratio=self.max_weight),
+            sequence_mean,
+            penalties=self.penalties(),
+            correct_fn=scale_step_by_sample_size(base=self.ess_base),
         )
+        return self.compose(group_centered(), loss)

@@ -32,9 +32,10 @@ class Packing(NamedTuple):
     scored_tokens: int
 
     def rows_of(self, values: ArrayLike) -> np.ndarray:
-        """`values [batch rows, T]` as `[M, B, T]`, 0 off the mask."""
+        """`values [batch rows, T]` as `[M, B, T]`, 0 off the mask; `values [batch rows]` as `[M, B]`, 0 in padding."""
         values = np.asarray(values)
-        return np.where(self.mask, values[np.maximum(self.source_row, 0)], np.zeros((), values.dtype))
+        is_kept = self.mask if values.ndim == 2 else self.source_row >= 0
+        return np.where(is_kept, values[np.maximum(self.source_row, 0)], np.zeros((), values.dtype))
 
     def batch_of(self, values: ArrayLike, like: ArrayLike) -> np.ndarray:
         """The inverse: `values [M, B, T]` as an array of the shape of `like [batch rows, T]`, 0 off the mask."""
@@ -69,20 +70,20 @@ def pack(
     packing = layout(batch, mask, config) if packing is None else packing
     count = max(float(mask.sum()), 1.0)
     weights = mask / np.float32(count) if token_weights is None else token_weights(mask)
-    lines = np.maximum(packing.source_row, 0)
     behavior = packing.rows_of(np.asarray(batch.behavior_logprobs, np.float32))
     rows = Rows(
         row_index=packing.row_index,
         loss_mask=packing.mask,
         loss_weights=packing.rows_of(np.asarray(weights, np.float32)),
-        token_count=np.full(len(lines), count, np.float32),
+        token_count=np.full(len(packing.source_row), count, np.float32),
         advantages=packing.rows_of(np.asarray(advantages, np.float32)),
         behavior_logprobs=behavior,
         old_logprobs=behavior,
-        source=np.where(packing.source_row >= 0, np.asarray(batch.source)[lines], 0).astype(np.int32),
+        source=packing.rows_of(np.asarray(batch.source, np.int32)),
         ref_logprobs=None
         if batch.ref_logprobs is None
         else packing.rows_of(np.asarray(batch.ref_logprobs, np.float32)),
+        columns={name: packing.rows_of(np.asarray(value, np.float32)) for name, value in batch.columns.items()},
     )
     return TrainBatch(packed=packing.packed, rows=rows)
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import jax
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Float, Int
 
 from rljax.types import RolloutBatch, Trajectory
 
@@ -34,8 +34,9 @@ def stack(
     """Pads trajectories on the right and below into numpy arrays; row `i` is `trajectories[i]`.
 
     Groups, episodes and tasks are renumbered from 0 in order of appearance; padding rows form one invalid group,
-    episode and task of their own. Optional fields are None unless all trajectories have them; states are renumbered
-    too, those of two groups apart. ValueError for an empty list or fields of unequal length.
+    episode and task of their own. Optional fields are None unless all trajectories have them, columns are those that
+    all have; states are renumbered too, those of two groups apart. ValueError for an empty list, fields of unequal
+    length, and a column that is a number in one trajectory and an array in another.
     """
     if not trajectories:
         raise ValueError("there are no trajectories to stack; a rollout needs at least one")
@@ -84,10 +85,36 @@ def stack(
         intervention=per_row("intervention", np.int32),
         task_id=renumbered("task_id"),
         turn_rewards=per_token("turn_rewards", np.float32) if on_all("turn_rewards") else None,
-        prediction_scores=per_token("prediction_scores", np.float32) if on_all("prediction_scores") else None,
         state_ids=_state_ids(per_token("state_ids", np.int64, -1), trajectories) if on_all("state_ids") else None,
-        penalty=per_row("penalty", np.float32) if on_all("penalty") else None,
+        columns={name: _column(name, trajectories, (rows, width)) for name in _shared_names(trajectories)},
     )
+
+
+def _shared_names(trajectories: Sequence[Trajectory]) -> list[str]:
+    """The columns that every trajectory has, in the order of the first one's."""
+    return [name for name in trajectories[0].columns if all(name in t.columns for t in trajectories)]
+
+
+def _column(
+    name: str, trajectories: Sequence[Trajectory], shape: tuple[int, int]
+) -> Float[np.ndarray, " B"] | Float[np.ndarray, "B T"]:
+    """Column `name` as float32 [B, T] where its values are arrays and [B] where they are numbers; 0 in the padding."""
+    values = [np.asarray(t.columns[name], np.float32) for t in trajectories]
+    dimensions = {value.ndim for value in values}
+    if len(dimensions) > 1 or max(dimensions) > 1:
+        raise ValueError(
+            f"column {name!r} has values of {sorted(dimensions)} dimensions; give every trajectory a number, or every "
+            "trajectory one number per token"
+        )
+
+    out = np.zeros(shape[: 1 + values[0].ndim], np.float32)
+    for i, (value, trajectory) in enumerate(zip(values, trajectories, strict=True)):
+        if value.ndim and len(value) != len(trajectory.tokens):
+            raise ValueError(
+                f"trajectory {i}: column {name!r} has {len(value)} entries for {len(trajectory.tokens)} tokens"
+            )
+        out[(i, slice(value.size)) if value.ndim else i] = value
+    return out
 
 
 def _state_ids(states: np.ndarray, trajectories: Sequence[Trajectory]) -> Int[np.ndarray, "B T"]:

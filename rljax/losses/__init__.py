@@ -47,7 +47,7 @@ from rljax.losses.ratios import (
     sequence_token_ratio,
     token_ratio,
 )
-from rljax.losses.rescue import Rescue, inward, per_row, per_token, rescue, two_sided
+from rljax.losses.rescue import Noise, Rescue, inward, per_row, per_token, rescue, two_sided
 from rljax.losses.reweighting import divergence_weights, rare_token_weights
 from rljax.losses.selection import SelectFn, high_entropy
 from rljax.losses.staleness import (
@@ -78,6 +78,7 @@ __all__ = [
     "KlEstimator",
     "Loss",
     "LossFn",
+    "Noise",
     "Penalty",
     "PenaltyFn",
     "RatioFn",

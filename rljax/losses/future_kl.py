@@ -45,7 +45,9 @@ def future_kl_weights(
     """f. The published ranges: `low` 1.0, `high` 1.2, `safety_ratio` 10 (32B); 0.8, 1.2 and 3 (7B). `low = high = 1`
     switches the weights off; `safety_ratio` None the safety. `0 < low <= high`."""
 
-    def weights(logprobs: Float[ArrayLike, "B T"], rows: Rows) -> Float[Array, "B T"]:
+    def weights(
+        logprobs: Float[ArrayLike, "B T"], entropies: Float[ArrayLike, "B T"], rows: Rows
+    ) -> Float[Array, "B T"]:
         future = future_log_ratio(logprobs, rows, half_life=half_life, max_ratio=max_ratio)
         # F reaches log(max_ratio) / (1 - discount), beyond float32's exp; one nat past the bounds is enough.
         weight = jnp.clip(jnp.exp(jnp.clip(future, math.log(low) - 1, math.log(high) + 1)), low, high)
@@ -59,7 +61,7 @@ def future_kl_weights(
 def max_dual_clipped(limit: int = 1, *, dual_clip: float = 10.0) -> FilterFn:
     """Drops rows with more than `limit` tokens whose loss the dual clip caps (A < 0 and r > `dual_clip`)."""
 
-    def keep(logprobs: Float[ArrayLike, "B T"], rows: Rows) -> Bool[Array, "B T"]:
+    def keep(logprobs: Float[ArrayLike, "B T"], entropies: Float[ArrayLike, "B T"], rows: Rows) -> Bool[Array, "B T"]:
         capped = _is_unsafe(logprobs, rows, dual_clip)
         return jnp.broadcast_to(jnp.sum(capped, axis=1, keepdims=True) <= limit, capped.shape)
 
@@ -79,8 +81,8 @@ def future_kl_report(
     metric `loss/advantage_mean`, the mean of A over tokens, which should rise."""
     weights = future_kl_weights(low=low, high=high, half_life=half_life, max_ratio=max_ratio, safety_ratio=None)
 
-    def report(logprobs: Float[ArrayLike, "B T"], rows: Rows) -> dict[str, Array]:
-        weight = weights(as_float(logprobs), rows)
+    def report(logprobs: Float[ArrayLike, "B T"], entropies: Float[ArrayLike, "B T"], rows: Rows) -> dict[str, Array]:
+        weight = weights(as_float(logprobs), entropies, rows)
         excluded = log_difference(logprobs, rows.old_logprobs, rows.loss_mask) > math.log(max_ratio)
         never = jnp.zeros(weight.shape, bool)
         return {

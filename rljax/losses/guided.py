@@ -27,7 +27,9 @@ def shaped_guidance(shaping: float = 0.1) -> WeightFn:
     """Token weights `r / (r + shaping)`, `r = exp(lp - lp_behavior)`, in guided rows, 1 in others: a token that the
     plain prompt makes unlikely keeps more of its gradient than by its ratio."""
 
-    def weights(logprobs: Float[ArrayLike, "B T"], rows: Rows) -> Float[Array, "B T"]:
+    def weights(
+        logprobs: Float[ArrayLike, "B T"], entropies: Float[ArrayLike, "B T"], rows: Rows
+    ) -> Float[Array, "B T"]:
         ratio = behavior_ratio(logprobs, rows)
         return jnp.where(_is_guided(rows), ratio / (ratio + shaping), 1)
 

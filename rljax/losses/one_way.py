@@ -65,7 +65,9 @@ def old_deviation(logprobs: Float[ArrayLike, "B T"], rows: Rows) -> Float[Array,
 def one_way_weights(gate: Gate, deviation: Deviation = current_deviation) -> WeightFn:
     """`gate(deviation(logprobs, rows))`. Raises ValueError where the rows carry no reference log-probs."""
 
-    def weights(logprobs: Float[ArrayLike, "B T"], rows: Rows) -> Float[Array, "B T"]:
+    def weights(
+        logprobs: Float[ArrayLike, "B T"], entropies: Float[ArrayLike, "B T"], rows: Rows
+    ) -> Float[Array, "B T"]:
         return gate(deviation(logprobs, rows))
 
     return weights
@@ -81,7 +83,7 @@ def one_way_report(deviation: Deviation = current_deviation, *, kl_coef: float =
     """Shares of tokens: `loss/inferior`, `loss/superior`, and `loss/force_reversal`, those that a KL penalty of
     coefficient `kl_coef` in the reward would have pushed against the verifier."""
 
-    def report(logprobs: Float[ArrayLike, "B T"], rows: Rows) -> dict[str, Array]:
+    def report(logprobs: Float[ArrayLike, "B T"], entropies: Float[ArrayLike, "B T"], rows: Rows) -> dict[str, Array]:
         d = deviation(logprobs, rows)
         reversed_ = is_reversed(logprobs, rows, kl_coef=kl_coef)
         return {"loss/inferior": d < 0, "loss/superior": d > 0, "loss/force_reversal": reversed_}

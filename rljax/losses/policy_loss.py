@@ -23,8 +23,9 @@ LossFn = Callable[[Array, Array, Rows], tuple[Array, dict[str, Array]]]
 """(logprobs [B, T], entropies [B, T], rows) -> (loss, metrics), scalars."""
 
 
-ReportFn = Callable[[Array, Rows], dict[str, Array]]
-"""(logprobs [B, T], rows) -> metrics: token values [B, T], whose mean over loss tokens is reported."""
+ReportFn = Callable[[Array, Array, Rows], dict[str, Array]]
+"""(logprobs [B, T], entropies [B, T] in nats, rows) -> metrics: token values [B, T], whose mean over loss tokens is
+reported."""
 
 
 class Loss(NamedTuple):
@@ -73,10 +74,10 @@ def policy_loss(
         token_loss, is_clipped = surrogate_fn(ratio, jnp.asarray(rows.advantages), logprobs)
         weight = jnp.ones(mask.shape, token_loss.dtype)
         for weight_fn in weight_fns:
-            weight = weight * jax.lax.stop_gradient(weight_fn(logprobs, rows))
+            weight = weight * jax.lax.stop_gradient(weight_fn(logprobs, entropies, rows))
         keep = mask
         for filter_fn in filter_fns:
-            keep = keep & filter_fn(logprobs, rows)
+            keep = keep & filter_fn(logprobs, entropies, rows)
         # Kept tokens are chosen before the product, so that 0 * inf cannot arise.
         token_loss = jnp.where(keep, token_loss, 0) * jnp.where(keep, weight, 0)
         policy = masked_sum(rows.loss_weights * token_loss, mask)
@@ -97,7 +98,7 @@ def policy_loss(
             total = total + masked_sum(rows.loss_weights * penalty.loss, mask)
             values |= penalty.metrics
         for report_fn in report_fns:
-            values |= {name: value.astype(ratio.dtype) for name, value in report_fn(logprobs, rows).items()}
+            values |= {name: value.astype(ratio.dtype) for name, value in report_fn(logprobs, entropies, rows).items()}
         count = jnp.maximum(rows.token_count, 1)
         metrics = {name: masked_sum(value, mask) / count for name, value in values.items()}
         metrics |= {"loss/policy": policy, "loss/ratio_max": masked_max(ratio, mask)}
@@ -113,8 +114,11 @@ def _masked(x: ArrayLike, mask: Array) -> Array:
 def _without_garbage(rows: Rows) -> Rows:
     """`rows` as constants, with 0 off the loss mask."""
 
+    mask = jnp.asarray(rows.loss_mask)
+
     def clean(x: ArrayLike) -> Array:
-        return jax.lax.stop_gradient(_masked(x, jnp.asarray(rows.loss_mask)))
+        kept = mask if jnp.ndim(x) == mask.ndim else jnp.any(mask, axis=-1)
+        return jax.lax.stop_gradient(_masked(x, kept))
 
     return dataclasses.replace(
         rows,
@@ -124,4 +128,5 @@ def _without_garbage(rows: Rows) -> Rows:
         old_logprobs=clean(rows.old_logprobs),
         ref_logprobs=None if rows.ref_logprobs is None else clean(rows.ref_logprobs),
         uniforms=None if rows.uniforms is None else clean(rows.uniforms),
+        columns={name: clean(value) for name, value in rows.columns.items()},
     )

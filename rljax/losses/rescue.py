@@ -88,11 +88,13 @@ def rescue(
         ratio, _, rescued, u = decide(logprobs, rows)
         return jnp.where(rescued, u * ratio, ratio)
 
-    def raw_execution(logprobs: Float[ArrayLike, "B T"], rows: Rows) -> Float[Array, "B T"]:
+    def raw_execution(
+        logprobs: Float[ArrayLike, "B T"], entropies: Float[ArrayLike, "B T"], rows: Rows
+    ) -> Float[Array, "B T"]:
         _, _, rescued, u = decide(logprobs, rows)
         return jnp.where(rescued, 1 / u, 1)
 
-    def report(logprobs: Float[ArrayLike, "B T"], rows: Rows) -> dict[str, Array]:
+    def report(logprobs: Float[ArrayLike, "B T"], entropies: Float[ArrayLike, "B T"], rows: Rows) -> dict[str, Array]:
         _, active, rescued, _ = decide(logprobs, rows)
         return {"loss/clip_active": active, "loss/rescued": rescued}
 

@@ -21,7 +21,9 @@ def rare_token_weights(alpha: float = 0.2) -> WeightFn:
     `alpha`; `loss/weight_mean` tells by how much. `alpha` 0 gives 1.
     """
 
-    def weights(logprobs: Float[ArrayLike, "B T"], rows: Rows) -> Float[Array, "B T"]:
+    def weights(
+        logprobs: Float[ArrayLike, "B T"], entropies: Float[ArrayLike, "B T"], rows: Rows
+    ) -> Float[Array, "B T"]:
         old = jnp.where(rows.loss_mask, as_float(rows.old_logprobs), 0)
         return 1 + alpha * (1 - jnp.exp(jnp.minimum(old, 0)))
 
@@ -36,7 +38,9 @@ def divergence_weights(alpha: float = 10.0, *, width: float = 0.4) -> WeightFn:
     0, or `lp == lp_old`, gives exactly 1. The paper's values are not known; sweep |alpha| in 1, 10, 100.
     """
 
-    def weights(logprobs: Float[ArrayLike, "B T"], rows: Rows) -> Float[Array, "B T"]:
+    def weights(
+        logprobs: Float[ArrayLike, "B T"], entropies: Float[ArrayLike, "B T"], rows: Rows
+    ) -> Float[Array, "B T"]:
         difference = log_difference(logprobs, rows.old_logprobs, rows.loss_mask)
         k = jnp.expm1(difference) - difference
         return 1 + width * (jax.nn.sigmoid(alpha * k) - 0.5)

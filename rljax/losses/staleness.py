@@ -51,7 +51,7 @@ def behavior_sequence_ratio(logprobs: Float[ArrayLike, "B T"], rows: Rows) -> Fl
 def veto(threshold: float = 1e-4) -> FilterFn:
     """Drops rows in which any token has `exp(lp - lp_behavior) < threshold` (slime; thresholds 1e-6 to 1e-4)."""
 
-    def keep(logprobs: Float[ArrayLike, "B T"], rows: Rows) -> Bool[Array, "B T"]:
+    def keep(logprobs: Float[ArrayLike, "B T"], entropies: Float[ArrayLike, "B T"], rows: Rows) -> Bool[Array, "B T"]:
         ratio = behavior_ratio(logprobs, rows)
         impossible = jnp.asarray(rows.loss_mask) & (ratio < threshold)
         return jnp.broadcast_to(~jnp.any(impossible, axis=1, keepdims=True), ratio.shape)
@@ -63,7 +63,7 @@ def probability_band(*, low: float = 0.2, high: float = 0.2) -> FilterFn:
     """Drops tokens that have gone far enough by probability: `d = p - p_behavior`, A > 0 and d > high, or A < 0 and
     d < -low (prime-rl; INTELLECT-3, 2512.16144). Rare tokens stay trainable, whatever their ratio."""
 
-    def keep(logprobs: Float[ArrayLike, "B T"], rows: Rows) -> Bool[Array, "B T"]:
+    def keep(logprobs: Float[ArrayLike, "B T"], entropies: Float[ArrayLike, "B T"], rows: Rows) -> Bool[Array, "B T"]:
         new, behavior = (_probability(x, rows) for x in (logprobs, rows.behavior_logprobs))
         advantages, d = jnp.asarray(rows.advantages), new - behavior
         return ~(((advantages > 0) & (d > high)) | ((advantages < 0) & (d < -low)))

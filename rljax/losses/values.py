@@ -57,4 +57,4 @@ def value_loss(*, clip: float | None = 0.2) -> Loss:
         metrics = {name: masked_sum(value, mask) / count for name, value in reported.items()}
         return total, jax.lax.stop_gradient(metrics | {"critic/loss": total})
 
-    return Loss(token_mean, loss)
+    return Loss(token_mean, loss, select_fn=None, correct_fn=None)

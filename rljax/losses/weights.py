@@ -1,7 +1,7 @@
 """Constant multipliers of the token loss for data that another policy sampled: importance weights
 `rho = exp(lp_old - lp_behavior)`.
 
-Factories of functions (logprobs, rows) -> [B, T]; `policy_loss` stops their gradient. The denominator of the
+Factories of functions (logprobs, entropies, rows) -> [B, T]; `policy_loss` stops their gradient. The denominator of the
 aggregation stays the original token count, so that rejecting data does not raise the step size of the rest. Products
 over rows much beyond a thousand tokens are nearly always extreme: take token weights there.
 """
@@ -15,8 +15,8 @@ from rljax.losses.ratios import log_difference
 from rljax.ops import masked_mean, masked_sum
 from rljax.types import ArrayLike, Rows
 
-WeightFn = Callable[[Array, Rows], Array]
-"""(logprobs [B, T], rows) -> weights [B, T], not differentiated."""
+WeightFn = Callable[[Array, Array, Rows], Array]
+"""(logprobs [B, T], entropies [B, T] in nats, rows) -> weights [B, T], not differentiated."""
 
 
 def behavior_weights(rows: Rows) -> Float[Array, "B T"]:
@@ -34,7 +34,9 @@ def sequence_behavior_weights(rows: Rows) -> Float[Array, "B T"]:
 def truncated_is(cap: float = 2.0) -> WeightFn:
     """Token weights `min(rho, cap)`. With `cap` 5 this is decoupled PPO (2110.00641; AReaL, 2505.24298)."""
 
-    def weights(logprobs: Float[ArrayLike, "B T"], rows: Rows) -> Float[Array, "B T"]:
+    def weights(
+        logprobs: Float[ArrayLike, "B T"], entropies: Float[ArrayLike, "B T"], rows: Rows
+    ) -> Float[Array, "B T"]:
         return jnp.minimum(behavior_weights(rows), cap)
 
     return weights
@@ -43,7 +45,9 @@ def truncated_is(cap: float = 2.0) -> WeightFn:
 def sequence_truncated_is(cap: float = 2.0) -> WeightFn:
     """Row weights `min(prod_t rho, cap)`."""
 
-    def weights(logprobs: Float[ArrayLike, "B T"], rows: Rows) -> Float[Array, "B T"]:
+    def weights(
+        logprobs: Float[ArrayLike, "B T"], entropies: Float[ArrayLike, "B T"], rows: Rows
+    ) -> Float[Array, "B T"]:
         return jnp.minimum(sequence_behavior_weights(rows), cap)
 
     return weights
@@ -52,7 +56,9 @@ def sequence_truncated_is(cap: float = 2.0) -> WeightFn:
 def masked_is(low: float = 0.5, high: float = 2.0) -> WeightFn:
     """Token weights `rho` where `low <= rho <= high`, else 0."""
 
-    def weights(logprobs: Float[ArrayLike, "B T"], rows: Rows) -> Float[Array, "B T"]:
+    def weights(
+        logprobs: Float[ArrayLike, "B T"], entropies: Float[ArrayLike, "B T"], rows: Rows
+    ) -> Float[Array, "B T"]:
         rho = behavior_weights(rows)
         return jnp.where((rho >= low) & (rho <= high), rho, 0)
 
@@ -62,7 +68,9 @@ def masked_is(low: float = 0.5, high: float = 2.0) -> WeightFn:
 def sequence_masked_is(cap: float = 3.0) -> WeightFn:
     """Row weights `P = prod_t rho` where `P <= cap`, else 0."""
 
-    def weights(logprobs: Float[ArrayLike, "B T"], rows: Rows) -> Float[Array, "B T"]:
+    def weights(
+        logprobs: Float[ArrayLike, "B T"], entropies: Float[ArrayLike, "B T"], rows: Rows
+    ) -> Float[Array, "B T"]:
         product = sequence_behavior_weights(rows)
         return jnp.where(product <= cap, product, 0)
 

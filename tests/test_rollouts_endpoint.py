@@ -24,7 +24,7 @@ from rljax.rollouts.black_box.endpoint import ChatEndpoint
 from rljax.rollouts.black_box.recording import Renderer, Reply
 from rljax.rollouts.collect import Play, collect
 from rljax.rollouts.multi_turn import Player
-from rljax.sampling import TurnDecoder, sampling_params
+from rljax.sampling import Stops, TurnDecoder, TurnDecoderSpec, sampling_params
 from rljax.tasks import Example, RewardRunner, RewardSpec
 from rljax.text import CharTokenizer, Dialogue
 
@@ -78,16 +78,15 @@ def read_echo(text):
 def make_endpoint(*, rows=4, contexts=8, length=LENGTH, template=TEMPLATE, **settings):
     tokenizer = make_tokenizer(template)
     # a fifth of the bytes end a turn, so that some end by themselves
-    decoder = TurnDecoder(
-        CONFIG,
-        contexts=contexts,
+    spec = TurnDecoderSpec(
+        conversations=contexts,
         rows=rows,
         context_length=length,
         max_new_tokens=NEW,
-        extend_buckets=(16, 64),
+        prefill_chunks=(16, 64),
         check_every=3,
-        stop_tokens=[END, *range(0, 256, 5)],
     )
+    decoder = TurnDecoder(CONFIG, spec, Stops([END, *range(0, 256, 5)]))
     endpoint = ChatEndpoint(decoder, tokenizer, **settings)
     endpoint.set_params(params(), version=7)
     endpoint.begin(sampling_params(), seed=3, step=5)

@@ -22,7 +22,7 @@ from rljax.rollouts.guided.guidance import (
     guided_prompt,
     reference_actions,
 )
-from rljax.sampling import Sample, Sampler, sampling_params
+from rljax.sampling import Sample, Sampler, SamplerSpec, sampling_params
 from rljax.tasks import Example, RewardResult, RewardRunner, RewardSpec
 from rljax.text import CharTokenizer
 from rljax.training import Learner, OptimizerConfig
@@ -269,7 +269,7 @@ def test_the_learner_compares_the_plain_prompt_with_what_was_sampled_under_guida
         mlp_dim=32,
     )
     params = jax.tree.map(lambda x: 4 * x if x.ndim > 1 else x, init_params(config, jax.random.key(0)))
-    sampler = Sampler(config, prompt_buckets=(256,), max_new_tokens=4, prompt_slots=2, sample_slots=8)
+    sampler = Sampler(config, SamplerSpec(prompt_buckets=(256,), max_new_tokens=4, prompt_slots=2, sample_slots=8))
     sampler.set_params(params)
     hard = Example(prompt="how?", columns={"actions": [{"name": "search", "arguments": {"query": "x"}}]})
     examples = [Example(prompt="what?", columns={}), hard]

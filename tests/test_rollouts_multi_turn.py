@@ -15,7 +15,7 @@ from rljax.plans import ForkPlan, Plan
 from rljax.plans.fork_rules import random_step, top_entropy
 from rljax.rollouts.collect import collect
 from rljax.rollouts.multi_turn import Player
-from rljax.sampling import TurnDecoder, sampling_params
+from rljax.sampling import Stops, TurnDecoder, TurnDecoderSpec, sampling_params
 from rljax.tasks import Example
 from rljax.text import CharTokenizer, Dialogue
 
@@ -62,19 +62,16 @@ class Broken(Echo):
 
 
 def make_player(make=Echo, *, rows=3, contexts=12, decoders=1, limits=None, workers=8, length=LENGTH, **settings):
-    made = [
-        TurnDecoder(
-            CONFIG,
-            contexts=contexts,
-            rows=rows,
-            context_length=length,
-            max_new_tokens=9,
-            extend_buckets=(4, 16),
-            check_every=3,
-            stop_tokens=[*TOKENIZER.stop_ids, *TOKENIZER.encode("abcd")],
-        )
-        for _ in range(decoders)
-    ]
+    spec = TurnDecoderSpec(
+        conversations=contexts,
+        rows=rows,
+        context_length=length,
+        max_new_tokens=9,
+        prefill_chunks=(4, 16),
+        check_every=3,
+    )
+    stops = Stops([*TOKENIZER.stop_ids, *TOKENIZER.encode("abcd")])
+    made = [TurnDecoder(CONFIG, spec, stops) for _ in range(decoders)]
     pool = EnvironmentPool(make, workers=workers, limits=limits or EnvironmentLimits())
     player = Player(made, pool, Dialogue(TOKENIZER, wrap=(" ", "#")), **settings)
     player.set_params(params(), version=0)

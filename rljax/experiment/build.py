@@ -37,7 +37,7 @@ from rljax.rollouts.collect import Play, sample_and_score
 from rljax.rollouts.cross_policy import stale_turns
 from rljax.rollouts.guided.actor import GuidedPlayer
 from rljax.rollouts.multi_turn import Player
-from rljax.sampling import Sampler, SamplingParams, TurnDecoder, sampling_params
+from rljax.sampling import Sampler, SamplerSpec, SamplingParams, Stops, TurnDecoder, TurnDecoderSpec
 from rljax.tasks import Curriculum, RewardRunner, load_callable
 from rljax.text import Dialogue, Tokenizer, render_prompt
 from rljax.training import Critic, Learner, with_critic
@@ -131,20 +131,17 @@ def plan(config: Config) -> Run:
     decoder = load_decoder(config, tokenizer)
     mesh = make_mesh(**dataclasses.asdict(config.mesh))
     s, forks = config.sampling, algorithm.plan.forks
-    sampling = sampling_params(temperature=s.temperature, top_k=s.top_k, top_p=s.top_p, min_p=s.min_p)
-    sampler = Sampler(
-        decoder,
+    sampling = s.params()
+    spec = SamplerSpec(
         prompt_buckets=s.prompt_buckets,
         max_new_tokens=s.max_new_tokens,
         prompt_slots=s.prompt_slots or config.prompts_per_step,
         sample_slots=s.sample_slots or (forks.chains if forks else algorithm.plan.group_size),
         path_slots=forks.parents if forks else 0,
         max_injected=forks.max_injected if forks else 0,
-        stop_tokens=tokenizer.stop_ids,
-        stop_strings=s.stop_strings,
-        decode_text=tokenizer.decode,
-        mesh=mesh,
     )
+    stops = Stops(tokenizer.stop_ids, s.stop_strings, tokenizer.decode)
+    sampler = Sampler(decoder, spec, stops, mesh)
     learner = make_learner(config, decoder, algorithm, sampling, mesh)
     player = make_player(config, algorithm, tokenizer, judges, decoder, mesh, dataset)
     rewards = player if isinstance(player, BlackBoxPlayer) else judges
@@ -174,24 +171,19 @@ def make_player(
     if own.agent or any(dialogue.is_chat(e.prompt) for e in [*dataset.train, *dataset.test]):
         check_chat_template(tokenizer, role=style.role)
     plan, groups = algorithm.plan, config.prompts_per_step + own.groups_in_flight
-    contexts = own.contexts or groups * (plan.forks.leaves if plan.forks else plan.group_size)
+    conversations = own.contexts or groups * (plan.forks.leaves if plan.forks else plan.group_size)
     rows = own.rows or config.prompts_per_step * (plan.forks.chains if plan.forks else plan.group_size)
-    decoders = [
-        TurnDecoder(
-            decoder,
-            contexts=contexts,
-            rows=min(rows, contexts),
-            context_length=own.context_length,
-            max_new_tokens=config.sampling.max_new_tokens,
-            extend_buckets=own.extend_buckets,
-            stop_tokens=tokenizer.stop_ids,
-            stop_strings=(*(() if own.agent else style.stop_strings), *config.sampling.stop_strings),
-            decode_text=tokenizer.decode,
-            check_every=own.check_every,
-            mesh=mesh,
-        )
-        for _ in range(2 if own.stale_share else 1)
-    ]
+    spec = TurnDecoderSpec(
+        conversations=conversations,
+        rows=min(rows, conversations),
+        context_length=own.context_length,
+        max_new_tokens=config.sampling.max_new_tokens,
+        prefill_chunks=own.extend_buckets,
+        check_every=own.check_every,
+    )
+    strings = (*(() if own.agent else style.stop_strings), *config.sampling.stop_strings)
+    stops = Stops(tokenizer.stop_ids, strings, tokenizer.decode)
+    decoders = [TurnDecoder(decoder, spec, stops, mesh) for _ in range(2 if own.stale_share else 1)]
     if not isinstance(judges, EnvironmentPool):
         endpoint = ChatEndpoint(
             decoders[0], tokenizer, tool_format=own.tool_format, stop_strings=config.sampling.stop_strings

@@ -13,7 +13,9 @@ from typing import Any, Protocol, runtime_checkable
 from rljax.algorithms import GRPO, Algorithm
 from rljax.envs import EnvironmentLimits, EnvironmentPool, get_format
 from rljax.models import DecoderConfig, find_smollm2
+from rljax.parallel import MeshConfig
 from rljax.plans import Plan
+from rljax.sampling import SamplingConfig
 from rljax.tasks import (
     Curriculum,
     Example,
@@ -325,25 +327,6 @@ class RewardConfig:
 
 
 @dataclasses.dataclass
-class SamplingConfig:
-    """`prompt_slots x sample_slots` rows decode at once; 0 means as many as one step has.
-
-    With `truncated_is_wrong` a completion that runs into `max_new_tokens` earns no reward, in training and evaluation.
-    """
-
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
-    max_new_tokens: int = 64
-    truncated_is_wrong: bool = True
-    stop_strings: tuple[str, ...] = ()
-    prompt_buckets: tuple[int, ...] = (64, 128, 256, 512)
-    prompt_slots: int = 0
-    sample_slots: int = 0
-
-
-@dataclasses.dataclass
 class UpdateConfig:
     """How a rollout becomes updates.
 
@@ -406,15 +389,6 @@ class WarmupConfig:
     completion_column: str = "completion"
     demonstrations: Callable[[list[Example]], list[Example]] | None = None
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
-
-
-@dataclasses.dataclass
-class MeshConfig:
-    """Devices per mesh axis; -1 (one axis at most) takes what the others leave."""
-
-    data: int = 1
-    fsdp: int = -1
-    tensor: int = 1
 
 
 @dataclasses.dataclass
@@ -483,7 +457,6 @@ def check(config: Config, device_count: int | None = None) -> Algorithm:
     positive = {
         "steps": config.steps,
         "prompts_per_step": config.prompts_per_step,
-        "sampling.max_new_tokens": config.sampling.max_new_tokens,
         "update.minibatches": config.update.minibatches,
         "update.epochs": config.update.epochs,
         "update.pack_length": config.update.pack_length,
@@ -504,11 +477,7 @@ def check(config: Config, device_count: int | None = None) -> Algorithm:
         )
     check_forks(config, plan)
     check_environment(config, plan)
-    buckets = config.sampling.prompt_buckets
-    if not buckets or list(buckets) != sorted(set(buckets)) or buckets[0] < 1:
-        raise ValueError(
-            f"config.sampling.prompt_buckets={buckets} must be increasing positive lengths, e.g. (64, 128)"
-        )
+    config.sampling.check()
     if config.sampling.temperature <= 0 and plan.group_size > 1:
         raise ValueError(
             f"config.sampling.temperature={config.sampling.temperature} makes all {plan.group_size} samples of a group "
@@ -516,25 +485,8 @@ def check(config: Config, device_count: int | None = None) -> Algorithm:
         )
     if config.log.wandb_project:
         _need("wandb", "wandb")
-    if device_count is not None:
-        _check_mesh(config.mesh, device_count)
+    config.mesh.check(device_count)
     return algorithm
-
-
-def _check_mesh(mesh: MeshConfig, device_count: int) -> None:
-    sizes = dataclasses.asdict(mesh)
-    known = [size for size in sizes.values() if size != -1]
-    product = 1
-    for size in known:
-        product *= size
-    shape = " x ".join(f"{name}={size}" for name, size in sizes.items())
-    if any(size < 1 for size in known) or len(sizes) - len(known) > 1:
-        raise ValueError(f"config.mesh {shape}: sizes must be positive, and at most one may be -1")
-    if (product != device_count) if len(known) == len(sizes) else device_count % product:
-        raise ValueError(
-            f"config.mesh {shape} does not multiply to the {device_count} devices here; "
-            "set one axis to -1, or change the sizes"
-        )
 
 
 def _need(module: str, extra: str) -> None:

@@ -156,11 +156,11 @@ def predict_memory(run: Run, batch: TrainBatch) -> dict[str, int]:
         if run.player
         else cache_bytes(
             c,
-            run.sampler.prompt_slots,
-            run.sampler.sample_slots,
+            run.sampler.spec.prompt_slots,
+            run.sampler.spec.sample_slots,
             config.sampling.prompt_buckets[-1],
             config.sampling.max_new_tokens,
-            run.sampler.path_slots,
+            run.sampler.spec.path_slots,
         )
     )
     critic = {}

@@ -101,7 +101,7 @@ def sample_and_score(
                 step=step,
                 prompt_id=example.id,
                 first_id=first,
-                limit=sampler.max_new_tokens,
+                limit=sampler.spec.max_new_tokens,
             )
             request = request._replace(rounds=rounds)
         requests.append(request)

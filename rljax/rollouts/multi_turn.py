@@ -19,7 +19,7 @@ from rljax.envs import DONE, FAILED, NONSENSE, EnvironmentPool, Episode
 from rljax.plans import ForkPlan
 from rljax.rollouts.collect import Scored
 from rljax.rollouts.forks import rounds_of
-from rljax.sampling import Fork, Rounds, Sample, SamplingParams, Spoken, Turn, TurnDecoder
+from rljax.sampling import Fork, Rounds, Sample, SamplingParams, Turn, TurnDecoder, TurnResult
 from rljax.tasks import Example, RewardResult
 from rljax.text import Dialogue
 from rljax.types import NO_PARENT, Params
@@ -111,9 +111,9 @@ class Player:
         self.stale_every, self.versions = stale_every, [-1] * len(decoders)
         self.last_stats: dict[str, float] = {}
         self._pick = pick or (lambda prompt_id, sample_id, turn: 0)
-        self._free = deque(range(min(decoder.contexts for decoder in decoders)))
+        self._free = deque(range(min(decoder.spec.conversations for decoder in decoders)))
         self._num_contexts = len(self._free)
-        self._length = min(decoder.context_length for decoder in decoders)
+        self._length = min(decoder.spec.context_length for decoder in decoders)
         self._queue: deque[_Group] = deque()
         self._open: list[_Group] = []
         self._done: list[_Group] = []
@@ -214,14 +214,14 @@ class Player:
             for decoder in self.decoders:
                 if decoder.num_open:
                     for spoken in decoder.run():
-                        self._heard(self._speaking.pop(spoken.turn.context), spoken)
+                        self._heard(self._speaking.pop(spoken.turn.conversation), spoken)
             is_idle = not any(decoder.num_open for decoder in self.decoders)
             if is_idle and not self._acting and not self._queue and len(self._done) < wanted:
                 raise RuntimeError(f"{wanted} groups were asked for, but only {len(self._done)} are under way")
             self._take_events(wait=is_idle and self._acting > 0 and len(self._done) < wanted)
         for decoder in self.decoders:
             for spoken in decoder.interrupt():
-                self._heard(self._speaking.pop(spoken.turn.context), spoken)
+                self._heard(self._speaking.pop(spoken.turn.conversation), spoken)
         done, self._done = sorted(self._done[:wanted], key=lambda group: group.number), self._done[wanted:]
         self.last_stats = self._stats(done, time.perf_counter() - begin)
         return done
@@ -305,7 +305,7 @@ class Player:
         tokens = play.prompt + play.tokens
         prompt_id, sample_id = group.example.id, play.fork.sample_id
         decoder = self.decoders[self._pick(prompt_id, sample_id, play.turn)]
-        room = min(decoder.max_new_tokens - said, self._length - len(tokens))
+        room = min(decoder.spec.max_new_tokens - said, self._length - len(tokens))
         if room < 1:
             play.is_truncated = True
             return self._finish(play)
@@ -313,7 +313,7 @@ class Player:
         self._speaking[play.context] = play
         decoder.submit(Turn(play.context, tokens, prompt_id, sample_id, play.turn, source, room))
 
-    def _heard(self, play: _Play, spoken: Spoken) -> None:
+    def _heard(self, play: _Play, spoken: TurnResult) -> None:
         decoder = self._pick(play.group.example.id, play.fork.sample_id, play.turn)
         said = spoken.tokens.tolist(), spoken.logprobs.tolist(), spoken.entropies.tolist()
         play.add(*said, self.versions[decoder])
@@ -398,9 +398,9 @@ class Player:
         episodes = [play.episode for group in groups for play in group.plays if play.episode is not None]
         stats = {
             "busy_share": total["seconds"] / max(seconds, 1e-9),
-            "row_occupancy": total["busy_rows"] / max(total["decode_steps"] * self.decoders[0].rows, 1),
-            "reused_share": 1 - total["extended_tokens"] / max(total["context_tokens"], 1),
-            "prefill_tokens": float(total["extended_tokens"]),
+            "row_occupancy": total["busy_rows"] / max(total["decode_steps"] * self.decoders[0].spec.rows, 1),
+            "reused_share": 1 - total["prefill_tokens"] / max(total["conversation_tokens"], 1),
+            "prefill_tokens": float(total["prefill_tokens"]),
             "turns": float(total["turns"]),
             "finished_share": float(np.mean([episode.end == DONE for episode in episodes])) if episodes else 0.0,
             "failed": float(sum(not result.is_valid for result in results)),

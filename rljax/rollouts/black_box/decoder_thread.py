@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from rljax.sampling import Spoken, Turn, TurnDecoder
+from rljax.sampling import Turn, TurnDecoder, TurnResult
 from rljax.types import Params
 
 T = TypeVar("T")
@@ -28,7 +28,7 @@ class _Ask:
     sample_id: int
     turn: int
     limit: int
-    future: "Future[tuple[Spoken, int]]" = field(default_factory=Future)
+    future: "Future[tuple[TurnResult, int]]" = field(default_factory=Future)
 
 
 @dataclass(eq=False)
@@ -49,8 +49,8 @@ class DecoderThread:
         self._inbox: queue.SimpleQueue[_Ask | _Call | None] = queue.SimpleQueue()
         self._waiting: deque[_Ask] = deque()
         self._running: dict[int, _Ask] = {}  # by context
-        self._free = deque(range(decoder.contexts))  # unused for longest first
-        self._holds = [np.zeros(0, np.int32)] * decoder.contexts
+        self._free = deque(range(decoder.spec.conversations))  # unused for longest first
+        self._holds = [np.zeros(0, np.int32)] * decoder.spec.conversations
         self._lock = threading.Lock()
         self._is_closed = False
         self._thread = threading.Thread(target=self._serve, daemon=True, name="decoder")
@@ -58,7 +58,7 @@ class DecoderThread:
 
     def ask(
         self, tokens: Sequence[int], *, prompt_id: int, sample_id: int, turn: int, limit: int
-    ) -> "Future[tuple[Spoken, int]]":
+    ) -> "Future[tuple[TurnResult, int]]":
         """What comes behind `tokens`, and the version of the weights that say it. The future raises Interrupted if the
         turn was called off, or what the decoder raises."""
         ask = _Ask(np.asarray(tokens, np.int32), prompt_id, sample_id, turn, limit)
@@ -146,8 +146,8 @@ class DecoderThread:
             self._free.remove(context)
             self._running[context], self._holds[context] = ask, ask.tokens
 
-    def _spoken(self, spoken: Spoken) -> None:
-        context = spoken.turn.context
+    def _spoken(self, spoken: TurnResult) -> None:
+        context = spoken.turn.conversation
         ask = self._running.pop(context)
         self._free.append(context)
         self._holds[context] = np.concatenate([ask.tokens, spoken.tokens])
@@ -158,7 +158,7 @@ class DecoderThread:
             self._decoder.interrupt()
         if not isinstance(error, Interrupted):
             self._decoder.forget()
-            self._holds = [np.zeros(0, np.int32)] * self._decoder.contexts
+            self._holds = [np.zeros(0, np.int32)] * self._decoder.spec.conversations
         asks = [*self._running.values(), *self._waiting]
         self._free.extend(self._running)
         self._running.clear()

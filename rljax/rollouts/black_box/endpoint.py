@@ -25,7 +25,7 @@ from rljax.rollouts.black_box.chat_api import (
 )
 from rljax.rollouts.black_box.decoder_thread import DecoderThread, Interrupted
 from rljax.rollouts.black_box.recording import Renderer, Reply, Session
-from rljax.sampling import SamplingParams, Spoken, TurnDecoder
+from rljax.sampling import SamplingParams, TurnDecoder, TurnResult
 from rljax.text import Tokenizer
 from rljax.types import Params
 
@@ -61,7 +61,7 @@ class ChatEndpoint:
         self.failure: Exception | None = None  # what the decoder raised, if it did
         self.renderer = Renderer(tokenizer)
         self._format, self._stop_strings = get_format(tool_format), stop_strings
-        self._context_length, self._max_new_tokens = decoder.context_length, decoder.max_new_tokens
+        self._context_length, self._max_new_tokens = decoder.spec.context_length, decoder.spec.max_new_tokens
         self._sampling: dict[str, float] | None = None
         self._sessions: dict[str, Session] = {}
         self._server = _Server((host, port), self)
@@ -100,7 +100,7 @@ class ChatEndpoint:
 
     def stats(self) -> dict[str, float]:
         """The decoder's, since `begin`, and its number of `rows`. What is under way is called off."""
-        stats = self._decoder.call(lambda decoder: {**decoder.stats, "rows": decoder.rows})
+        stats = self._decoder.call(lambda decoder: {**decoder.stats, "rows": decoder.spec.rows})
         return {name: float(value) for name, value in stats.items()}
 
     def cache_bytes(self) -> int:
@@ -196,7 +196,7 @@ class ChatEndpoint:
             turn = session.number(ids, len(parent.path) if parent else 0)
         return parent, request.keys[start:], given, ids, turn
 
-    def _speak(self, session: Session, ids: list[int], turn: int, limit: int) -> tuple[Spoken, int]:
+    def _speak(self, session: Session, ids: list[int], turn: int, limit: int) -> tuple[TurnResult, int]:
         try:
             future = self._decoder.ask(
                 ids, prompt_id=session.prompt_id, sample_id=session.sample_id, turn=turn, limit=limit
@@ -208,7 +208,7 @@ class ChatEndpoint:
             self.failure = error
             raise ApiError(f"the decoder failed: {type(error).__name__}: {error}", status=500) from error
 
-    def _message(self, request: ChatRequest, spoken: Spoken, turn: int) -> tuple[dict[str, Any], str, bool]:
+    def _message(self, request: ChatRequest, spoken: TurnResult, turn: int) -> tuple[dict[str, Any], str, bool]:
         """The answer's message, why it ended, and whether a call in it could not be read."""
         text = self.renderer.decode(spoken.tokens.tolist())
         parsed = self._format.parse(text) if request.reads_calls else None
@@ -232,7 +232,7 @@ class ChatEndpoint:
             message["content"] = text[: min(ends)]
         return message, "length" if spoken.end == "length" else "stop", bool(parsed and parsed.problem)
 
-    def _shown_logprobs(self, spoken: Spoken) -> list[dict[str, Any]]:
+    def _shown_logprobs(self, spoken: TurnResult) -> list[dict[str, Any]]:
         texts = [self.renderer.decode([token]) for token in spoken.tokens.tolist()]
         return [
             {"token": text, "logprob": float(logprob), "bytes": list(text.encode()), "top_logprobs": []}

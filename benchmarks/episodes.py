@@ -26,7 +26,7 @@ from rljax.envs import EnvironmentPool, Step
 from rljax.models import load_model
 from rljax.plans import RolloutPlan
 from rljax.rollouts import MultiTurn, MultiTurnActor, RolloutSettings, number_groups
-from rljax.sampling import Turn, TurnDecoder, compile_count, sampling_params
+from rljax.sampling import Stops, Turn, TurnDecoder, TurnDecoderSpec, compile_count, sampling_params
 from rljax.tasks import Example
 from rljax.text import Dialogue
 
@@ -133,7 +133,7 @@ def synchronous(decoder: TurnDecoder, rows: list[Example], words: Words, batch: 
                 tokens += sum(len(said.tokens) for said in spoken)
                 count += len(spoken)
                 for said in spoken:
-                    i = said.turn.context
+                    i = said.turn.conversation
                     done = said.end == "length"
                     row = {**rows[i].columns}
                     back = [] if done else words.encode(observation(row, turn + 1))
@@ -148,16 +148,15 @@ def main() -> None:
     config, params = load_model(write_model(shape), dtype=dtype, param_dtype=dtype)
     words = Words(shape["vocab_size"], size["mean"])
     rows = examples(size, words)
-    decoder = TurnDecoder(
-        config,
-        contexts=size["episodes"],
+    spec = TurnDecoderSpec(
+        conversations=size["episodes"],
         rows=size["rows"],
         context_length=size["prompt"] + TURNS * (size["longest"] + size["observation"]),
         max_new_tokens=size["longest"],
-        extend_buckets=(size["observation"] + 8, size["prompt"]),
-        stop_tokens=words.stop_ids,
+        prefill_chunks=(size["observation"] + 8, size["prompt"]),
         check_every=size["check"],
     )
+    decoder = TurnDecoder(config, spec, Stops(words.stop_ids))
     decoder.set_params(params)
     decoder.begin(sampling_params(), seed=0, step=0)
     decoder.warmup()

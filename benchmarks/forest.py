@@ -23,7 +23,7 @@ from rljax.models import DecoderConfig, init_params
 from rljax.plans import ForkPlan
 from rljax.plans.fork_rules import random_step, top_surprisal
 from rljax.rollouts.forks import ForkRounds
-from rljax.sampling import Request, Sampler, sampling_params
+from rljax.sampling import Request, Sampler, SamplerSpec, sampling_params
 from rljax.text import CharTokenizer, StepSplitter
 
 # Lengths of the segments of a tree: the trunk, shared by all 8 leaves, two limbs, shared by 4 each, and the leaves;
@@ -83,11 +83,13 @@ def leaves_per_token(plan: ForkPlan, prompts: int = 64, length: int = 64) -> flo
     )
     sampler = Sampler(
         config,
-        prompt_buckets=(8,),
-        max_new_tokens=length,
-        prompt_slots=16,
-        sample_slots=plan.chains,
-        path_slots=plan.parents,
+        SamplerSpec(
+            prompt_buckets=(8,),
+            max_new_tokens=length,
+            prompt_slots=16,
+            sample_slots=plan.chains,
+            path_slots=plan.parents,
+        ),
     )
     sampler.set_params(init_params(config, jax.random.key(0)))
     splitter = StepSplitter(tokenizer, plan.step_delimiters)

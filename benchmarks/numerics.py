@@ -18,7 +18,7 @@ from rljax.advantages import group_normalized
 from rljax.batching import stack
 from rljax.losses import clipped, policy_loss, token_mean, token_ratio
 from rljax.models import find_smollm2, load_model
-from rljax.sampling import Request, Sampler, compile_count, sampling_params
+from rljax.sampling import Request, Sampler, SamplerSpec, compile_count, sampling_params
 from rljax.training import Learner, OptimizerConfig, UpdateConfig
 from rljax.types import Trajectory
 
@@ -77,10 +77,12 @@ def make_sampler(config, size) -> Sampler:
     """Two prompt buckets, so that varied prompts use more than one program."""
     return Sampler(
         config,
-        prompt_buckets=(size["prompt"] // 2, size["prompt"]),
-        max_new_tokens=size["new"],
-        prompt_slots=size["prompts"],
-        sample_slots=size["samples"],
+        SamplerSpec(
+            prompt_buckets=(size["prompt"] // 2, size["prompt"]),
+            max_new_tokens=size["new"],
+            prompt_slots=size["prompts"],
+            sample_slots=size["samples"],
+        ),
     )
 
 

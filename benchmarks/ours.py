@@ -17,7 +17,7 @@ from rljax.algorithms import GRPO, RECIPES
 from rljax.batching import PackConfig, stack
 from rljax.losses import clipped, policy_loss, token_mean, token_ratio
 from rljax.models import load_model
-from rljax.sampling import Fork, Request, Sampler, compile_count, sampling_params
+from rljax.sampling import Fork, Request, Sampler, SamplerSpec, compile_count, sampling_params
 from rljax.training import Learner, LossNeeds, OptimizerConfig, UpdateConfig
 from rljax.types import Trajectory
 
@@ -26,10 +26,12 @@ def make_sampler(job, model, prompt_length, new_tokens, prompt_slots, sample_slo
     config, params = model
     sampler = Sampler(
         config,
-        prompt_buckets=(prompt_length,),
-        max_new_tokens=new_tokens,
-        prompt_slots=prompt_slots,
-        sample_slots=sample_slots,
+        SamplerSpec(
+            prompt_buckets=(prompt_length,),
+            max_new_tokens=new_tokens,
+            prompt_slots=prompt_slots,
+            sample_slots=sample_slots,
+        ),
     )
     sampler.set_params(params)
     return sampler
@@ -224,18 +226,22 @@ def make_branches(job, model):
     length = len(prompts[0])
     forking = Sampler(
         config,
-        prompt_buckets=(length,),
-        max_new_tokens=path + new,
-        prompt_slots=len(prompts),
-        sample_slots=branches,
-        path_slots=1,
+        SamplerSpec(
+            prompt_buckets=(length,),
+            max_new_tokens=path + new,
+            prompt_slots=len(prompts),
+            sample_slots=branches,
+            path_slots=1,
+        ),
     )
     plain = Sampler(
         config,
-        prompt_buckets=(length + path,),
-        max_new_tokens=new,
-        prompt_slots=len(prompts) * branches,
-        sample_slots=1,
+        SamplerSpec(
+            prompt_buckets=(length + path,),
+            max_new_tokens=new,
+            prompt_slots=len(prompts) * branches,
+            sample_slots=1,
+        ),
     )
     for sampler in (forking, plain):
         sampler.set_params(params)
@@ -269,12 +275,14 @@ def make_random_forks(job, model):
     size = job["random_forks"]
     sampler = Sampler(
         config,
-        prompt_buckets=(16, 32),
-        max_new_tokens=32,
-        prompt_slots=4,
-        sample_slots=4,
-        path_slots=12,
-        max_injected=4,
+        SamplerSpec(
+            prompt_buckets=(16, 32),
+            max_new_tokens=32,
+            prompt_slots=4,
+            sample_slots=4,
+            path_slots=12,
+            max_injected=4,
+        ),
     )
     sampler.set_params(params)
     sampler.warmup()

@@ -9,7 +9,18 @@ import numpy as np
 from rljax.models import DecoderConfig, init_params
 from rljax.models.layout import param_shardings
 from rljax.parallel import make_mesh
-from rljax.sampling import Fork, Request, Sampler, Turn, TurnDecoder, compile_count, sampling_params
+from rljax.sampling import (
+    Fork,
+    Request,
+    Sampler,
+    SamplerSpec,
+    Stops,
+    Turn,
+    TurnDecoder,
+    TurnDecoderSpec,
+    compile_count,
+    sampling_params,
+)
 
 CONFIG = DecoderConfig(
     vocab_size=96, num_layers=2, embed_dim=32, num_heads=4, num_kv_heads=2, head_dim=8, mlp_dim=64, tied_embeddings=True
@@ -21,16 +32,8 @@ def fork_twice(samples):
 
 
 def sample(mesh):
-    sampler = Sampler(
-        CONFIG,
-        prompt_buckets=(8,),
-        max_new_tokens=6,
-        prompt_slots=4,
-        sample_slots=2,
-        stop_tokens=(5,),
-        path_slots=3,
-        mesh=mesh,
-    )
+    spec = SamplerSpec(prompt_buckets=(8,), max_new_tokens=6, prompt_slots=4, sample_slots=2, path_slots=3)
+    sampler = Sampler(CONFIG, spec, Stops(tokens=(5,)), mesh)
     params = jax.tree.map(lambda x: 4 * np.asarray(x), init_params(CONFIG, jax.random.key(0)))
     if mesh is not None:
         params = jax.device_put(params, param_shardings(CONFIG, mesh))
@@ -52,27 +55,19 @@ def sample(mesh):
 
 def converse(params, mesh):
     """Five conversations of three turns on four rows, and what compiled after the warm-up."""
-    decoder = TurnDecoder(
-        CONFIG,
-        contexts=8,
-        rows=8,
-        context_length=64,
-        max_new_tokens=6,
-        extend_buckets=(4, 16),
-        stop_tokens=(5,),
-        mesh=mesh,
-    )
+    spec = TurnDecoderSpec(conversations=8, rows=8, context_length=64, max_new_tokens=6, prefill_chunks=(4, 16))
+    decoder = TurnDecoder(CONFIG, spec, Stops(tokens=(5,)), mesh)
     decoder.set_params(params)
     decoder.begin(sampling_params(), seed=3, step=4)
     decoder.warmup()
-    before, contexts = compile_count(), [[7 + i] * (3 + i) for i in range(5)]
+    before, conversations = compile_count(), [[7 + i] * (3 + i) for i in range(5)]
     for turn in range(3):
-        for i, tokens in enumerate(contexts):
-            decoder.submit(Turn(i, list(tokens), i, i, turn, like=0))
+        for i, tokens in enumerate(conversations):
+            decoder.submit(Turn(i, list(tokens), i, i, turn, prefix_of=0))
         while decoder.num_open:
             for said in decoder.run():
-                contexts[said.turn.context] += [*said.tokens.tolist(), 9, 10 + turn]
-    return {"contexts": contexts, "compiles": compile_count() - before}
+                conversations[said.turn.conversation] += [*said.tokens.tolist(), 9, 10 + turn]
+    return {"conversations": conversations, "compiles": compile_count() - before}
 
 
 if __name__ == "__main__":

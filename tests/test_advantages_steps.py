@@ -1,7 +1,6 @@
 """Credit for turns, by the worked examples of Role-Agent and DeepDive, and against loops in NumPy."""
 
 import dataclasses
-import difflib
 
 import jax
 import jax.numpy as jnp
@@ -21,52 +20,7 @@ from rljax.advantages import (
 )
 from rljax.algorithms import DeepDive, RoleAgent
 from rljax.batching import stack, take_rows
-from rljax.ops import dice, lcs_length, lcs_similarity, of_longer
 from rljax.types import Trajectory
-
-
-def pad(ids, size=8, fill=0):
-    return np.array([*ids, *[fill] * (size - len(ids))], np.int32)
-
-
-@pytest.mark.parametrize(
-    ("a", "b", "longer", "of_both"),
-    [
-        ([5, 7, 7, 2], [7, 5, 7, 2, 9], 0.6, 0.666667),
-        ([1, 2, 3], [1, 2, 3], 1, 1),
-        ([1, 2, 3], [4, 5], 0, 0),
-        ([3, 1, 2], [1, 2, 3], 0.666667, 0.666667),
-        ([], [1], 0, 0),
-        ([1], [], 0, 0),
-        ([], [], 0, 0),
-    ],
-)
-def test_similarity_of_token_ids_meets_the_worked_examples(a, b, longer, of_both):
-    for score, expected in ((of_longer, longer), (dice, of_both)):
-        got = lcs_similarity(pad(a), pad(b), a_length=len(a), b_length=len(b), score=score)
-        np.testing.assert_allclose(got, expected, atol=1e-6)
-    blocks = difflib.SequenceMatcher(None, a, b, autojunk=False).get_matching_blocks()
-    if a and b:  # in these examples the block matcher finds a longest subsequence
-        assert 2 * sum(x.size for x in blocks) / (len(a) + len(b)) == pytest.approx(of_both, abs=1e-6)
-
-
-def lcs_by_loops(a, b):
-    table = np.zeros((len(a) + 1, len(b) + 1), int)
-    for i, x in enumerate(a):
-        for j, y in enumerate(b):
-            table[i + 1, j + 1] = table[i, j] + 1 if x == y else max(table[i, j + 1], table[i + 1, j])
-    return table[-1, -1]
-
-
-def test_common_subsequences_of_padded_pairs_are_those_of_a_loop():
-    rng = np.random.default_rng(0)
-    a, b = rng.integers(0, 4, (200, 9)), rng.integers(0, 4, (200, 12))  # padding looks like tokens
-    sizes = rng.integers(0, 10, 200), rng.integers(0, 13, 200)
-    batched = jax.jit(jax.vmap(lambda a, b, n, m: lcs_length(a, b, a_length=n, b_length=m)))
-    got = batched(a, b, *sizes)
-    expected = [lcs_by_loops(x[:n], y[:m]) for x, y, n, m in zip(a, b, *sizes, strict=True)]
-    np.testing.assert_array_equal(got, expected)
-
 
 EVERY = np.ones((3, 3), bool)
 REWARDS = np.array([[0, 0, 1], [0, 0, 0], [0, 1, 0]], np.float32)

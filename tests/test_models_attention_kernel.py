@@ -240,13 +240,14 @@ def kernels_in(fn, length):
     return str(jax.make_jaxpr(lambda *a: fn(*a, ALL))(*arrays, *integers)).count("pallas_call")
 
 
-def test_a_cpu_and_short_rows_keep_the_plain_form(monkeypatch):
+def test_a_cpu_and_short_rows_keep_the_plain_form():
     assert kernels_in(kernel_attention, 2048) == 0
-    for backend in ("gpu", "tpu"):
-        monkeypatch.setattr(jax, "default_backend", lambda backend=backend: backend)
-        assert kernels_in(kernel_attention, attention.KERNEL_LENGTH - 1) == 0
-        assert kernels_in(kernel_attention, attention.KERNEL_LENGTH) > 0
-        assert kernels_in(forest_attention, 2048) == 0
+    for platform in ("gpu", "tpu"):
+        device = AbstractDevice(device_kind=platform, num_cores=None, platform=platform)
+        with use_abstract_mesh(AbstractMesh((1,), ("data",), abstract_device=device)):
+            assert kernels_in(kernel_attention, attention.KERNEL_LENGTH - 1) == 0
+            assert kernels_in(kernel_attention, attention.KERNEL_LENGTH) > 0
+            assert kernels_in(forest_attention, 2048) == 0
 
 
 def test_on_a_mesh_each_device_runs_the_kernels_on_its_own_rows_and_heads():

@@ -27,7 +27,7 @@ from rljax.models import (  # noqa: E402
     logits,
     save_hf,
 )
-from rljax.sampling import Request, Sampler, sampling_params  # noqa: E402
+from rljax.sampling import Request, Sampler, SamplerSpec, sampling_params  # noqa: E402
 
 LENGTH = 40
 TOLERANCE = 1e-4
@@ -236,7 +236,7 @@ def test_smollm2_decodes_greedily_token_for_token_like_transformers(tmp_path):
     model = transformers.LlamaForCausalLM.from_pretrained(tmp_path).eval()
     encode = _gguf_tokenizer(gguf, find_smollm2())
     new, prompts = 64, [encode(text) for text in PROMPTS]
-    sampler = Sampler(config, prompt_buckets=(32,), max_new_tokens=new, prompt_slots=10, sample_slots=1)
+    sampler = Sampler(config, SamplerSpec(prompt_buckets=(32,), max_new_tokens=new, prompt_slots=10, sample_slots=1))
     sampler.set_params(params)
     requests = [Request(prompt=ids, prompt_id=i, sample_ids=(0,)) for i, ids in enumerate(prompts)]
     groups = sampler.generate(requests, sampling_params(temperature=0.0), seed=0, step=0)

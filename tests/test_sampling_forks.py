@@ -16,7 +16,7 @@ from test_sampling_generate import (
     make_sampler,
 )
 
-from rljax.sampling import Fork, Request, compile_count, sampling_params
+from rljax.sampling import Fork, Request, Stops, compile_count, sampling_params
 
 ROUNDS, FORKS = 3, 3
 PATHS = 3 + FORKS * (ROUNDS - 1)
@@ -156,7 +156,7 @@ def test_a_fork_with_the_random_numbers_of_its_parent_is_its_parent(sampler):
 def test_stop_tokens_end_forks_but_given_ones_do_not(sampler):
     seen = {int(t) for group in generate(sampler, forking_requests()) for x in group for t in x.tokens[2:6]}
     stops = sorted(seen)[:20]
-    stopping = make_sampler(path_slots=4, max_injected=3, stop_tokens=stops)
+    stopping = make_sampler(path_slots=4, max_injected=3, stops=Stops(tokens=stops))
 
     def rounds(samples):
         return [Fork(0, 0, 9, [stops[0], stops[1]])] if len(samples) == 1 else []

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from rljax.models import DecoderConfig, RopeScaling, hidden_states, init_params, logits
-from rljax.sampling import Request, Sampler, compile_count, process_logits, sampling_params
+from rljax.sampling import Request, Sampler, SamplerSpec, Stops, compile_count, process_logits, sampling_params
 from rljax.sampling.slots import Slots
+from rljax.sampling.spec import NO_STOPS
 
 VOCAB, NEW = 300, 12
 CONFIG = DecoderConfig(
@@ -25,15 +26,9 @@ def make_params(config):
     return jax.tree.map(lambda x: 3 * x, init_params(config, jax.random.key(0)))
 
 
-def make_sampler(config=CONFIG, *, prompt_slots=3, sample_slots=4, prompt_buckets=(8, 16), **settings):
-    sampler = Sampler(
-        config,
-        prompt_buckets=prompt_buckets,
-        max_new_tokens=NEW,
-        prompt_slots=prompt_slots,
-        sample_slots=sample_slots,
-        **settings,
-    )
+def make_sampler(config=CONFIG, *, stops=NO_STOPS, **sizes):
+    sizes = {"prompt_slots": 3, "sample_slots": 4, "prompt_buckets": (8, 16), "max_new_tokens": NEW} | sizes
+    sampler = Sampler(config, SamplerSpec(**sizes), stops)
     sampler.set_params(make_params(config))
     return sampler
 
@@ -167,7 +162,7 @@ def test_every_part_of_the_key_matters(sampler, samples, change):
 
 def test_a_stop_token_ends_a_sample_and_is_its_last_token(samples):
     stop = int(samples[1][2].tokens[4])
-    stopping = make_sampler(stop_tokens=(stop,))
+    stopping = make_sampler(stops=Stops(tokens=(stop,)))
     groups = stopping.generate(make_requests(), sampling_params(), seed=1, step=2)
     for group, without in zip(groups, samples, strict=True):
         for sample, full in zip(group, without, strict=True):
@@ -193,7 +188,7 @@ def test_a_stop_string_ends_a_sample_at_the_token_that_completes_it(samples, che
 
     first, last = samples[3][1].tokens[5:7]
     stop = f"{first}><{last}"  # spans two tokens
-    groups = make_sampler(stop_strings=("never", stop), decode_text=decode, check_every=check_every).generate(
+    groups = make_sampler(stops=Stops(strings=("never", stop), decode_text=decode), check_every=check_every).generate(
         make_requests(), sampling_params(), seed=1, step=2
     )
     assert groups[3][1].finish_reason == "stop_string"
@@ -238,7 +233,8 @@ def test_the_bookkeeping_serves_every_sample_once():
     rng = np.random.default_rng(0)
     for trial in range(20):
         requests = [Request([i], i, range(rng.integers(0, 9))) for i in range(rng.integers(1, 9))]
-        slots = Slots(requests, int(rng.integers(1, 5)), int(rng.integers(1, 5)), 9)
+        sizes = {"prompt_slots": int(rng.integers(1, 5)), "sample_slots": int(rng.integers(1, 5))}
+        slots = Slots(requests, SamplerSpec(prompt_buckets=(1,), max_new_tokens=9, **sizes))
         loaded, done = {}, []
         for _ in range(1000):
             for load in slots.assign()[0]:
@@ -258,7 +254,7 @@ def test_the_bookkeeping_serves_every_sample_once():
 
 
 def test_nothing_compiles_after_warmup():
-    sampler = make_sampler(stop_tokens=(7,))
+    sampler = make_sampler(stops=Stops(tokens=(7,)))
     sampler.warmup()
     weights = make_params(CONFIG)
     before = compile_count()
@@ -289,9 +285,12 @@ def test_the_weights_are_a_copy_and_can_be_replaced(samples):
     sampler.set_params(jax.tree.map(lambda x: 1.1 * x, make_params(CONFIG)))
     [group, _] = sampler.generate(make_requests()[:2], sampling_params(), seed=1, step=2)
     assert not np.allclose(group[0].logprobs, samples[0][0].logprobs)
-    sampler.drop_params()
+
+
+def test_a_sampler_without_weights_says_so():
+    spec = SamplerSpec(prompt_buckets=(8,), max_new_tokens=NEW, prompt_slots=1, sample_slots=1)
     with pytest.raises(ValueError, match="set_params"):
-        sampler.generate(make_requests(), sampling_params(), seed=1, step=2)
+        Sampler(CONFIG, spec).generate(make_requests()[:1], sampling_params(), seed=1, step=2)
 
 
 BAD_REQUESTS = {
@@ -330,9 +329,9 @@ def test_positions_that_the_model_does_not_have_are_refused():
 BAD_SETTINGS = {
     "prompt_slots=0": {"prompt_slots": 0},
     "smallest prompt bucket=0": {"prompt_buckets": ()},
-    "stop token 300": {"stop_tokens": (300,)},
-    "decode_text": {"stop_strings": ("x",)},
-    "empty": {"stop_strings": ("",), "decode_text": str},
+    "stop token 300": {"stops": Stops(tokens=(300,))},
+    "decode_text": {"stops": Stops(strings=("x",))},
+    "empty": {"stops": Stops(strings=("",), decode_text=str)},
     "refill_rows=0": {"refill_rows": 0},
 }
 

@@ -9,7 +9,17 @@ import numpy as np
 import pytest
 
 from rljax.models import DecoderConfig, hidden_states, init_params, logits
-from rljax.sampling import Request, Sampler, Turn, TurnDecoder, compile_count, sampling_params
+from rljax.sampling import (
+    Request,
+    Sampler,
+    SamplerSpec,
+    Stops,
+    Turn,
+    TurnDecoder,
+    TurnDecoderSpec,
+    compile_count,
+    sampling_params,
+)
 
 VOCAB, NEW, LENGTH = 300, 10, 96
 CONFIG = DecoderConfig(
@@ -22,9 +32,11 @@ def params(config=CONFIG):
     return jax.tree.map(lambda x: 3 * x, init_params(config, jax.random.key(0)))
 
 
-def make_decoder(config=CONFIG, *, rows=3, contexts=6, **settings):
-    settings = {"stop_tokens": STOPS, "extend_buckets": (4, 8), "check_every": 3} | settings
-    decoder = TurnDecoder(config, contexts=contexts, rows=rows, context_length=LENGTH, max_new_tokens=NEW, **settings)
+def make_decoder(config=CONFIG, *, stops=None, **sizes):
+    sizes = {"rows": 3, "conversations": 6, "prefill_chunks": (4, 8), "check_every": 3} | sizes
+    decoder = TurnDecoder(
+        config, TurnDecoderSpec(context_length=LENGTH, max_new_tokens=NEW, **sizes), stops or Stops(tokens=STOPS)
+    )
     decoder.set_params(params(config))
     decoder.begin(sampling_params(), seed=1, step=2)
     return decoder
@@ -34,7 +46,7 @@ def finish(decoder):
     spoken = []
     while decoder.num_open:
         spoken += decoder.run()
-    return {said.turn.context: said for said in spoken}
+    return {said.turn.conversation: said for said in spoken}
 
 
 def sampled_alone(tokens, prompt_id, sample_id, turn, config=CONFIG):
@@ -46,9 +58,8 @@ def sampled_alone(tokens, prompt_id, sample_id, turn, config=CONFIG):
 
 @functools.lru_cache
 def alone(config):
-    sampler = Sampler(
-        config, prompt_buckets=(LENGTH,), max_new_tokens=NEW, prompt_slots=1, sample_slots=1, stop_tokens=STOPS
-    )
+    spec = SamplerSpec(prompt_buckets=(LENGTH,), max_new_tokens=NEW, prompt_slots=1, sample_slots=1)
+    sampler = Sampler(config, spec, Stops(tokens=STOPS))
     sampler.set_params(params(config))
     return sampler
 
@@ -106,25 +117,25 @@ def test_only_what_is_new_is_computed():
         for i, turn, tokens, said in log
         if (i, turn + 1) in later
     )
-    assert decoder.stats["extended_tokens"] == first + new
-    assert decoder.stats["context_tokens"] == sum(len(tokens) - 1 for _, _, tokens, _ in log)
+    assert decoder.stats["prefill_tokens"] == first + new
+    assert decoder.stats["conversation_tokens"] == sum(len(tokens) - 1 for _, _, tokens, _ in log)
 
 
 def test_a_context_begins_with_what_another_has_computed():
     decoder = make_decoder()
     tokens = np.random.default_rng(3).integers(40, VOCAB, 21).tolist()
     for i in range(5):
-        decoder.submit(Turn(i, tokens, 9, i, like=0))
+        decoder.submit(Turn(i, tokens, 9, i, prefix_of=0))
     spoken = finish(decoder)
-    assert decoder.stats["extended_tokens"] == 20 and decoder.stats["copied_tokens"] == 4 * 20
+    assert decoder.stats["prefill_tokens"] == 20 and decoder.stats["copied_tokens"] == 4 * 20
     for i in range(5):
         np.testing.assert_array_equal(spoken[i].tokens, sampled_alone(tokens, 9, i, 0).tokens)
     # a fork in the middle of what context 2 said
     forked = tokens + spoken[2].tokens.tolist()[:2]
-    decoder.submit(Turn(5, forked, 9, 17, like=2))
+    decoder.submit(Turn(5, forked, 9, 17, prefix_of=2))
     said = finish(decoder)[5]
     np.testing.assert_array_equal(said.tokens, sampled_alone(forked, 9, 17, 0).tokens)
-    assert decoder.stats["extended_tokens"] == 20
+    assert decoder.stats["prefill_tokens"] == 20
 
 
 def test_a_context_that_was_rewritten_is_computed_again():
@@ -135,7 +146,7 @@ def test_a_context_that_was_rewritten_is_computed_again():
     other = [*tokens[:5], 99, *tokens[6:]]
     decoder.submit(Turn(0, other, 9, 1))
     np.testing.assert_array_equal(finish(decoder)[0].tokens, sampled_alone(other, 9, 1, 0).tokens)
-    assert decoder.stats["extended_tokens"] == 19 + 14
+    assert decoder.stats["prefill_tokens"] == 19 + 14
 
 
 def test_turns_do_not_depend_on_company_or_rows():
@@ -152,7 +163,7 @@ def test_stop_strings_end_a_turn_and_the_context_goes_on_behind_them():
     plain = {(i, turn): said for i, turn, _, said in play(make_decoder())}
     target = next(said for said in plain.values() if len(said.tokens) >= 4 and said.turn.turn == 0)
     stop = decode(target.tokens[1:3].tolist())
-    decoder = make_decoder(stop_strings=(stop,), decode_text=decode)
+    decoder = make_decoder(stops=Stops(STOPS, (stop,), decode))
     log = play(decoder)
     cut = [said for *_, said in log if said.end == "stop_string"]
     assert cut and all(decode(said.tokens.tolist()).endswith(stop) for said in cut)
@@ -173,8 +184,8 @@ def test_an_interrupted_turn_can_go_on():
     decoder.set_params(params())
     for said in parts:
         decoder.submit(said.turn._replace(tokens=[*said.turn.tokens, *said.tokens.tolist()], turn=1))
-    assert sorted(finish(decoder)) == sorted(said.turn.context for said in parts)
-    assert decoder.stats["extended_tokens"] > 25  # the new weights have computed everything again
+    assert sorted(finish(decoder)) == sorted(said.turn.conversation for said in parts)
+    assert decoder.stats["prefill_tokens"] > 25  # the new weights have computed everything again
 
 
 def test_a_turn_ends_where_its_context_is_full():
@@ -189,7 +200,7 @@ def test_nothing_compiles_after_warmup():
     decoder.warmup()
     before = compile_count()
     play(decoder, seed=5)
-    decoder.submit(Turn(0, list(range(50, 90)), 9, 0, like=3))
+    decoder.submit(Turn(0, list(range(50, 90)), 9, 0, prefix_of=3))
     finish(decoder)
     assert compile_count() == before
 
@@ -197,7 +208,7 @@ def test_nothing_compiles_after_warmup():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"context": 6}, "context 6 must lie between 0 and 5"),
+        ({"conversation": 6}, "conversation 6 must lie between 0 and 5"),
         ({"tokens": []}, "0 tokens leave no room"),
         ({"tokens": [1] * LENGTH}, "96 tokens leave no room for a new one within context_length=96"),
         ({"max_new_tokens": 11}, "max_new_tokens=11 must lie between 1 and 10"),
@@ -214,19 +225,24 @@ def test_a_turn_that_cannot_be_served_is_refused(change, message):
     [
         ({"context_length": 10}, "context_length=10 must be above max_new_tokens=10"),
         ({"rows": 0}, "rows=0 must be at least 1"),
-        ({"stop_strings": ("x",)}, "stop_strings need decode_text"),
+        ({"prefill_chunks": (0, 8)}, "smallest of prefill_chunks=0 must be at least 1"),
     ],
 )
 def test_impossible_settings_are_refused(settings, message):
-    good = {"contexts": 2, "rows": 1, "context_length": 32, "max_new_tokens": 10}
+    good = {"conversations": 2, "rows": 1, "context_length": 32, "max_new_tokens": 10}
     with pytest.raises(ValueError, match=message):
-        TurnDecoder(CONFIG, **{**good, **settings})
+        TurnDecoder(CONFIG, TurnDecoderSpec(**{**good, **settings}))
+
+
+def test_stop_strings_without_a_way_to_text_are_refused():
+    with pytest.raises(ValueError, match="stop_strings need decode_text"):
+        make_decoder(stops=Stops(strings=("x",)))
 
 
 def test_long_observations_are_scored_in_blocks(monkeypatch):
-    monkeypatch.setattr("rljax.sampling.contexts.QUERY_BLOCK", 3)
+    monkeypatch.setattr("rljax.sampling.conversations.QUERY_BLOCK", 3)
     config = dataclasses.replace(CONFIG, rope_theta=5000.0)  # no program of another test fits it
-    for i, turn, tokens, said in play(make_decoder(config, extend_buckets=(4, 8)), turns=3):
+    for i, turn, tokens, said in play(make_decoder(config, prefill_chunks=(4, 8)), turns=3):
         want = sampled_alone(tokens, 50 + i, i, turn, config)
         np.testing.assert_array_equal(said.tokens, want.tokens)
         np.testing.assert_allclose(said.logprobs, want.logprobs, atol=2e-5)

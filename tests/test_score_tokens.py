@@ -12,6 +12,9 @@ from rljax.sampling.score import score_hidden, score_tokens
 from rljax.types import Packed
 
 ROWS, LENGTH, DIM, VOCAB = 2, 13, 8, 37
+HEAD = DecoderConfig(  # of which the head alone is used
+    vocab_size=VOCAB, num_layers=1, embed_dim=DIM, num_heads=1, num_kv_heads=1, head_dim=8, mlp_dim=8
+)
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +61,7 @@ def test_equals_dense_float64(case, chunk, temperature):
     keep = np.ones((ROWS, LENGTH, VOCAB), bool)
 
     def objective(hidden, head):
-        lp, h = score_hidden(hidden, head, case["targets"], case["wanted"], sampling, chunk=chunk)
+        lp, h = score_hidden(HEAD, {"head": head}, hidden, case["targets"], case["wanted"], sampling, chunk=chunk)
         return jnp.sum(lp * case["by_logprob"] + h * case["by_entropy"]), (lp, h)
 
     gradients, (lp, h) = jax.jit(jax.grad(objective, argnums=(0, 1), has_aux=True))(
@@ -79,7 +82,7 @@ def test_truncation_keeps_the_scored_token_and_ignores_the_rest(case, chunk):
     sampling = sampling_params(1.3, top_k=5)
 
     def objective(hidden, head):
-        lp, h = score_hidden(hidden, head, case["targets"], case["wanted"], sampling, chunk=chunk)
+        lp, h = score_hidden(HEAD, {"head": head}, hidden, case["targets"], case["wanted"], sampling, chunk=chunk)
         return jnp.sum(lp * case["by_logprob"] + h * case["by_entropy"]), (lp, h)
 
     gradients, (lp, h) = jax.jit(jax.grad(objective, argnums=(0, 1), has_aux=True))(
@@ -131,7 +134,7 @@ def test_peak_memory_falls_with_the_chunk():
 
     def peak(chunk):
         def objective(hidden, head, targets, wanted):
-            return score_hidden(hidden, head, targets, wanted, chunk=chunk)[0].sum()
+            return score_hidden(HEAD, {"head": head}, hidden, targets, wanted, chunk=chunk)[0].sum()
 
         shapes = [
             ((1, length, dim), "float32"),

@@ -34,7 +34,6 @@ result = {
     "main": parallel.is_main_process(),
     "loss": float(value),
     "gathered": parallel.gather({"process": jax.process_index(), "text": "x" * (5 * jax.process_index())}),
-    "broadcast": parallel.broadcast(["from", jax.process_index()]),
     "moved": difference(parallel.to_host(moved), parallel.to_host(params)),
     "addressable": params["layers"]["q"].is_fully_addressable,
 }

@@ -10,12 +10,11 @@ from rljax.models.decoder import (
     hidden_states,
     init_params,
     logical_axes,
-    logits,
-    output_projection,
     unstack_layers,
 )
 from rljax.models.families import FAMILIES, config_from_hf, config_to_hf
 from rljax.models.gguf import load_gguf
+from rljax.models.head import head_params, logits, logits_gradient, output_projection
 from rljax.models.huggingface import load_hf, save_hf
 from rljax.models.layout import param_shardings
 from rljax.models.load import find_smollm2, load_config, load_model
@@ -34,6 +33,7 @@ __all__ = [
     "final_norm",
     "find_smollm2",
     "forest_attention",
+    "head_params",
     "hidden_states",
     "init_params",
     "kernel_attention",
@@ -43,6 +43,7 @@ __all__ = [
     "load_model",
     "logical_axes",
     "logits",
+    "logits_gradient",
     "output_projection",
     "param_shardings",
     "save_hf",

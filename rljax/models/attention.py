@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from rljax.parallel import split_over
+from rljax.parallel import platform, split_over
 
 Attention = Callable[..., Array]
 """`attention(q, k, v, positions, subtree_end, window) -> out`, arguments and result as those of `forest_attention`."""
@@ -25,6 +25,11 @@ MIN_BLOCK, MAX_BLOCKS = 128, 8
 
 KERNEL_LENGTH = 1024
 """Packed rows from which on `kernel_attention` takes the kernels: shorter ones have few blocks to leave out."""
+
+
+def score_divisor(head_dim: int) -> float:
+    """What products of queries and keys are divided by, before the softmax: the one place that says so (1706.03762)."""
+    return math.sqrt(head_dim)
 
 
 def forest_attention(
@@ -57,7 +62,7 @@ def kernel_attention(
     """`forest_attention` by the kernels of `rljax.models.attention_kernel`, on a GPU or TPU and for rows of at least
     `KERNEL_LENGTH`; else as it is. Under a mesh each device runs them on its own rows and heads."""
     arrays = q, k, v, positions, subtree_end, jnp.asarray(window, jnp.int32)
-    if jax.default_backend() == "cpu" or q.shape[1] < KERNEL_LENGTH:
+    if platform() == "cpu" or q.shape[1] < KERNEL_LENGTH:
         return forest_attention(*arrays)
     from rljax.models.attention_kernel import forest_attention_kernel  # Pallas is not needed elsewhere
 
@@ -100,7 +105,7 @@ def _attend(q, k, v, positions, subtree_end, window) -> Array:
 
 def _attend_forward(q, k, v, positions, subtree_end, window):
     rows, kv_heads, length, groups, head_dim = q.shape
-    scale = 1.0 / math.sqrt(head_dim)
+    scale = 1.0 / score_divisor(head_dim)
     outs, normalisers = [], []
     for start, stop in _blocks(length):
         scores = _product("rkqd,rksd->rkqs", _flat(q, start, stop), k[:, :, :stop]) * scale
@@ -121,7 +126,7 @@ def _attend_forward(q, k, v, positions, subtree_end, window):
 def _attend_backward(residuals, d_out):
     q, k, v, positions, subtree_end, window, out, normalisers = residuals
     rows, kv_heads, length, groups, head_dim = q.shape
-    scale = 1.0 / math.sqrt(head_dim)
+    scale = 1.0 / score_divisor(head_dim)
     # sum_s p_s dp_s of each query, from the result itself
     expected = jnp.sum(out.astype(jnp.float32) * d_out.astype(jnp.float32), axis=-1)
     d_q: list[Array] = []

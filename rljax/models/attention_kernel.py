@@ -11,7 +11,6 @@ machine without such a device; bfloat16 heads of 64 and 128 then fit in a GPU's 
 """
 
 import functools
-import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -20,7 +19,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Bool, Float, Int
 
-from rljax.models.attention import MASKED
+from rljax.models.attention import MASKED, score_divisor
 
 GPU_BLOCK, TPU_BLOCK = 64, 128
 """Queries and keys of a block: what registers hold of the backward pass; the lanes of a vector register."""
@@ -239,7 +238,7 @@ def _forward(target: _Target, q, k, v, positions, subtree_end, window) -> tuple[
     q, k, v = (_whole_blocks(x, at.size) for x in (q, k, v))
     out, normaliser = _call(
         target,
-        functools.partial(_forward_kernel, block_k=target.block_k, scale=1.0 / math.sqrt(head_dim)),
+        functools.partial(_forward_kernel, block_k=target.block_k, scale=1.0 / score_divisor(head_dim)),
         "forest_attention",
         target.block_q,
         _lists(at.visible),
@@ -255,7 +254,7 @@ def _backward(target: _Target, q, k, v, positions, subtree_end, window, d_out, n
     """Gradients of q, k and v. Those of keys and values come per query head and are summed over its group here."""
     at = _layout(target, positions, subtree_end, window)
     (_, heads, length, head_dim), kv_heads = q.shape, k.shape[1]
-    dtypes, scale = (q.dtype, k.dtype, v.dtype), 1.0 / math.sqrt(head_dim)
+    dtypes, scale = (q.dtype, k.dtype, v.dtype), 1.0 / score_divisor(head_dim)
     q, k, v, d_out = (_whole_blocks(x, at.size) for x in (q, k, v, d_out))
     normaliser, expected = (_padded(x, 2, at.size) for x in (normaliser, expected))
     (d_q,) = _call(

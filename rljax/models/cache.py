@@ -5,15 +5,15 @@ Rows of the decoder form a grid `[P, G]`: `P` prompt slots, `G` samples of each 
 """
 
 import dataclasses
-import math
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from rljax.models.attention import MASKED
+from rljax.models.attention import MASKED, score_divisor
 from rljax.models.config import DecoderConfig
-from rljax.parallel import constrain, on_shards
+from rljax.parallel import constrain, on_shards, platform
 from rljax.types import ArrayLike, struct
 
 PREFIX_AXES = ("batch", "kv_heads", None, None)
@@ -43,18 +43,29 @@ class KVCache:
     path_v: tuple[Float[Array, "P KV A Ss hd"], ...] = ()
 
 
+class LayerCache(NamedTuple):
+    """What one layer attends to: its arrays of a `KVCache`, without the paths."""
+
+    prefix_k: Float[Array, "P KV Sp hd"]
+    prefix_v: Float[Array, "P KV Sp hd"]
+    suffix_k: Float[Array, "P KV G hd Ss"]
+    suffix_v: Float[Array, "P KV G Ss hd"]
+
+
 @struct
 class PathMoves:
-    """Rows of the ring to keep as paths, or paths to lay into rows: the first `count` entries.
-
-    `column` is the ring column of the path's first key.
-    """
+    """Rows of the ring to keep as paths, or paths to lay into rows: the first `count` entries."""
 
     slot: Int[ArrayLike, " J"]
+    """Prompt slot of row and path."""
     row: Int[ArrayLike, " J"]
+    """Row of the slot."""
     path: Int[ArrayLike, " J"]
+    """Path of the slot."""
     column: Int[ArrayLike, " J"]
+    """Ring column of the path's first key."""
     count: Int[ArrayLike, ""]
+    """Entries that count."""
 
 
 def init_cache(
@@ -67,12 +78,13 @@ def init_cache(
 ) -> KVCache:
     """An empty cache in the compute dtype. Call it under `jax.jit`."""
 
+    head_dim = config.head_dim
+
     def zeros(*shape):
         return tuple(
             jnp.zeros((prompt_slots, config.num_kv_heads, *shape), config.dtype) for _ in range(config.num_layers)
         )
 
-    head_dim = config.head_dim
     return constrain_cache(
         KVCache(
             prefix_k=zeros(prefix_length, head_dim),
@@ -111,7 +123,8 @@ def cache_bytes(
 ) -> int:
     """Bytes that such a cache takes over all devices."""
     columns = prompt_slots * (prefix_length + (sample_slots + path_slots) * suffix_length)
-    return 2 * config.num_layers * config.num_kv_heads * config.head_dim * columns * jnp.dtype(config.dtype).itemsize
+    of_column = 2 * config.num_layers * config.num_kv_heads * config.head_dim
+    return of_column * columns * jnp.dtype(config.dtype).itemsize
 
 
 def keep_paths(cache: KVCache, moves: PathMoves) -> KVCache:
@@ -141,12 +154,16 @@ def _move(sources, targets, moves: PathMoves, source_index, target_index, turn, 
         def one(i, target):
             slot = moves.slot[i] - first_slot
             here = (slot >= 0) & (slot < target.shape[0])
+            # A slot of another device: what lies at the nearest place of this one is written back unchanged.
             slot = jnp.clip(slot, 0, target.shape[0] - 1)
-            old = jax.lax.dynamic_slice(target, (slot, 0, target_index[i], 0, 0), _one_row(target))
+            place = (slot, 0, target_index[i], 0, 0)
+            old = jax.lax.dynamic_slice(target, place, _one_row(target))
             row = jax.lax.dynamic_slice(source, (slot, 0, source_index[i], 0, 0), _one_row(source))
+
+            # A slice of the row written twice is the row rolled by a traced number.
             twice = jnp.concatenate([row, row], axis)
             row = jax.lax.dynamic_slice_in_dim(twice, turn[i] % row.shape[axis], row.shape[axis], axis)
-            return jax.lax.dynamic_update_slice(target, jnp.where(here, row, old), (slot, 0, target_index[i], 0, 0))
+            return jax.lax.dynamic_update_slice(target, jnp.where(here, row, old), place)
 
         return jax.lax.fori_loop(0, moves.count, one, target)
 
@@ -158,12 +175,19 @@ def _one_row(x: Array) -> tuple[int, ...]:
     return (1, x.shape[1], 1, *x.shape[3:])
 
 
+def layer_cache(cache: KVCache, index: int) -> LayerCache:
+    """The arrays of layer `index`."""
+    return LayerCache(
+        prefix_k=cache.prefix_k[index],
+        prefix_v=cache.prefix_v[index],
+        suffix_k=cache.suffix_k[index],
+        suffix_v=cache.suffix_v[index],
+    )
+
+
 def cached_attention(
     q: Float[Array, "P G H hd"],
-    prefix_k: Float[Array, "P KV Sp hd"],
-    prefix_v: Float[Array, "P KV Sp hd"],
-    suffix_k: Float[Array, "P KV G hd Ss"],
-    suffix_v: Float[Array, "P KV G Ss hd"],
+    layer: LayerCache,
     prefix_length: Int[Array, " P"],
     age: Int[Array, " Ss"],
     steps: Int[Array, "P G"],
@@ -175,11 +199,13 @@ def cached_attention(
     is this step's). The token's position is `prefix_length + steps`. Keys `window` or more positions back are hidden.
     """
     slots, samples, heads, head_dim = q.shape
-    kv_heads, prefix_size = prefix_k.shape[1:3]
-    q = q.reshape(slots, samples, kv_heads, heads // kv_heads, head_dim).swapaxes(1, 2) / math.sqrt(head_dim)
+    kv_heads, prefix_size = layer.prefix_k.shape[1:3]
+    q = q.reshape(slots, samples, kv_heads, heads // kv_heads, head_dim).swapaxes(1, 2) / score_divisor(head_dim)
+
     column = jnp.arange(prefix_size)
     position = prefix_length[:, None] + steps
     in_prefix = (column < prefix_length[:, None, None]) & (position[:, :, None] - column < window)
+    # Columns older than the row itself are its predecessor's.
     in_suffix = (age <= steps[:, :, None]) & (age < window)
 
     def product(equation, a, b):
@@ -187,23 +213,28 @@ def cached_attention(
 
     # All queries of a prompt that share a key head meet its keys in one product.
     shared = (slots, kv_heads, samples * q.shape[3])
-    prefix_scores = _scores(q.reshape(*shared, head_dim), prefix_k)
+    prefix_scores = _scores(q.reshape(*shared, head_dim), layer.prefix_k)
     prefix_scores = prefix_scores.reshape(*q.shape[:-1], prefix_size)
     prefix_scores = jnp.where(in_prefix[:, None, :, None], prefix_scores, MASKED)
-    suffix_scores = jnp.where(in_suffix[:, None, :, None], product("pkgrd,pkgds->pkgrs", q, suffix_k), MASKED)
+    suffix_scores = product("pkgrd,pkgds->pkgrs", q, layer.suffix_k)
+    suffix_scores = jnp.where(in_suffix[:, None, :, None], suffix_scores, MASKED)
+
+    # One softmax over both parts: the same maximum, and one total. The row's own new column is always visible.
     best = jnp.maximum(jnp.max(prefix_scores, -1, keepdims=True), jnp.max(suffix_scores, -1, keepdims=True))
-    prefix_weights, suffix_weights = jnp.exp(prefix_scores - best), jnp.exp(suffix_scores - best)
+    prefix_weights = jnp.exp(prefix_scores - best)
+    suffix_weights = jnp.exp(suffix_scores - best)
     total = jnp.sum(prefix_weights, -1, keepdims=True) + jnp.sum(suffix_weights, -1, keepdims=True)
+
     prefix_weights = prefix_weights.astype(q.dtype).reshape(*shared, prefix_size)
-    out = product("pkns,pksd->pknd", prefix_weights, prefix_v).reshape(q.shape)
-    out += product("pkgrs,pkgsd->pkgrd", suffix_weights.astype(q.dtype), suffix_v)
+    out = product("pkns,pksd->pknd", prefix_weights, layer.prefix_v).reshape(q.shape)
+    out += product("pkgrs,pkgsd->pkgrd", suffix_weights.astype(q.dtype), layer.suffix_v)
     return (out / total).swapaxes(1, 2).reshape(slots, samples, heads, head_dim).astype(q.dtype)
 
 
 def _scores(q: Float[Array, "P KV N hd"], k: Float[Array, "P KV Sp hd"]) -> Float[Array, "P KV N Sp"]:
     """Products of queries and keys in float32. A CPU multiplies two or three rows with a transposed matrix ten times
     slower than one or four, so they go one by one."""
-    if jax.default_backend() == "cpu" and q.shape[2] in (2, 3):
+    if platform() == "cpu" and q.shape[2] in (2, 3):
         rows = [
             jnp.einsum("pkd,pksd->pks", q[:, :, i], k, preferred_element_type=jnp.float32) for i in range(q.shape[2])
         ]
@@ -212,18 +243,22 @@ def _scores(q: Float[Array, "P KV N hd"], k: Float[Array, "P KV Sp hd"]) -> Floa
 
 
 def write_column(
-    suffix_k: Float[Array, "P KV G hd Ss"],
-    suffix_v: Float[Array, "P KV G Ss hd"],
+    layer: LayerCache,
     k: Float[Array, "P G KV hd"],
     v: Float[Array, "P G KV hd"],
     column: Int[Array, ""],
     active: Bool[Array, "P G"] | None = None,
-) -> tuple[Float[Array, "P KV G hd Ss"], Float[Array, "P KV G Ss hd"]]:
-    """The rings of a layer with the new keys and values in one column of every row, or of the `active` ones."""
-    k, v = k.swapaxes(1, 2)[..., None].astype(suffix_k.dtype), v.swapaxes(1, 2)[..., None, :].astype(suffix_v.dtype)
+) -> LayerCache:
+    """The layer with the new keys and values in one ring column of every row, or of the `active` ones."""
+    k = k.swapaxes(1, 2)[..., None].astype(layer.suffix_k.dtype)
+    v = v.swapaxes(1, 2)[..., None, :].astype(layer.suffix_v.dtype)
     if active is not None:
         here = active[:, None, :, None, None]
-        k = jnp.where(here, k, jax.lax.dynamic_slice_in_dim(suffix_k, column, 1, K_COLUMNS))
-        v = jnp.where(here, v, jax.lax.dynamic_slice_in_dim(suffix_v, column, 1, V_COLUMNS))
+        k = jnp.where(here, k, jax.lax.dynamic_slice_in_dim(layer.suffix_k, column, 1, K_COLUMNS))
+        v = jnp.where(here, v, jax.lax.dynamic_slice_in_dim(layer.suffix_v, column, 1, V_COLUMNS))
+
     update = jax.lax.dynamic_update_slice
-    return update(suffix_k, k, (0, 0, 0, 0, column)), update(suffix_v, v, (0, 0, 0, column, 0))
+    return layer._replace(
+        suffix_k=update(layer.suffix_k, k, (0, 0, 0, 0, column)),
+        suffix_v=update(layer.suffix_v, v, (0, 0, 0, column, 0)),
+    )

@@ -190,17 +190,6 @@ def final_norm(config: DecoderConfig, params: Params, x: Float[Array, "*B D"]) -
     return rms_norm(x, params["final_norm"], config.norm_eps)
 
 
-def output_projection(config: DecoderConfig, params: Params) -> Float[Array, "V D"]:
-    """The vocabulary head's weight; the embedding itself when they are tied."""
-    return params["embedding"] if config.tied_embeddings else params["head"]
-
-
-def logits(config: DecoderConfig, params: Params, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
-    """Float32 logits of final-normed `hidden`."""
-    head = output_projection(config, params).astype(hidden.dtype)
-    return jnp.einsum("...d,vd->...v", hidden, head, preferred_element_type=jnp.float32)
-
-
 def hidden_states(
     config: DecoderConfig,
     params: Params,

@@ -21,17 +21,12 @@ from rljax.ops.segments import (
     segment_whiten,
     segment_zscore,
 )
-from rljax.ops.sequences import LcsScore, dice, lcs_length, lcs_similarity, of_longer
 
 __all__ = [
-    "LcsScore",
     "as_float",
-    "dice",
     "discounted_sum",
     "find_phrases",
     "future_value",
-    "lcs_length",
-    "lcs_similarity",
     "masked_max",
     "masked_mean",
     "masked_quantile",
@@ -40,7 +35,6 @@ __all__ = [
     "masked_var",
     "masked_whiten",
     "next_unmasked",
-    "of_longer",
     "row_uniforms",
     "segment_count",
     "segment_mean",

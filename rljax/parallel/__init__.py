@@ -1,15 +1,15 @@
 """Mesh, sharding rules and multi-host helpers."""
 
+from rljax.parallel.config import MeshConfig
 from rljax.parallel.distributed import (
     barrier,
-    broadcast,
     gather,
     initialize_distributed,
     is_main_process,
     on_cluster,
     to_host,
 )
-from rljax.parallel.mesh import MESH_AXES, make_mesh, use_mesh
+from rljax.parallel.mesh import MESH_AXES, make_mesh, platform, use_mesh
 from rljax.parallel.sharding import (
     DECODE_RULES,
     RULES,
@@ -34,11 +34,11 @@ __all__ = [
     "MESH_AXES",
     "RULES",
     "AnyMesh",
+    "MeshConfig",
     "Rules",
     "barrier",
     "batch_parts",
     "batch_sharding",
-    "broadcast",
     "constrain",
     "gather",
     "initialize_distributed",
@@ -48,6 +48,7 @@ __all__ = [
     "on_cluster",
     "on_shards",
     "partition_spec",
+    "platform",
     "put_batch",
     "put_host",
     "replicated",

@@ -88,16 +88,6 @@ def barrier(name: str) -> None:
         multihost_utils.sync_global_devices(name)
 
 
-def broadcast(value: Any) -> Any:
-    """Process 0's `value` in every process: any picklable host object (texts, numpy arrays, plans)."""
-    if jax.process_count() == 1:
-        return value
-    data = np.frombuffer(pickle.dumps(value if is_main_process() else None), np.uint8)
-    size = int(multihost_utils.broadcast_one_to_all(np.int32(data.size)))
-    buffer = data if is_main_process() else np.zeros(size, np.uint8)
-    return pickle.loads(np.asarray(multihost_utils.broadcast_one_to_all(buffer)).tobytes())
-
-
 def gather(value: Any) -> list[Any]:
     """The `value` of every process, by process index, in every process. Picklable host objects."""
     if jax.process_count() == 1:

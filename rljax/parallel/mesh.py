@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 
 import jax
-from jax.sharding import AxisType, Mesh
+from jax.sharding import AbstractMesh, AxisType, Mesh
 
 MESH_AXES = ("data", "fsdp", "tensor")
 
@@ -44,3 +44,18 @@ def use_mesh(mesh: Mesh):
     """Context manager inside which `constrain` acts on `mesh`. Part of jit's cache key: a function traced inside and
     outside is compiled for each."""
     return jax.set_mesh(mesh)
+
+
+def platform(mesh: Mesh | AbstractMesh | None = None) -> str:
+    """What the devices of `mesh` are: "cpu", "gpu" or "tpu". None is the mesh in use (`use_mesh`), also while tracing;
+    without one, or where it names no devices, the kind of device that JAX puts new arrays on."""
+    if mesh is None:
+        mesh = jax.sharding.get_abstract_mesh()
+    device = (mesh.abstract_mesh if isinstance(mesh, Mesh) else mesh).abstract_device
+    if device is not None:
+        return device.platform
+
+    default = jax.config.values["jax_default_device"]
+    if isinstance(default, str):
+        return default
+    return (default or jax.local_devices()[0]).platform

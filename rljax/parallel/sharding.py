@@ -148,10 +148,9 @@ def put_host(tree: Any, sharding: Any) -> Any:
     return jax.tree.map(put, tree, sharding)
 
 
-def reshard(params: Any, target: Any, *, donate: bool = False) -> Any:
-    """The same arrays under the shardings of `target`, say from the training layout to the decoding one. `donate`
-    frees the old ones."""
-    return jax.device_put(params, target, donate=donate)
+def reshard(params: Any, target: Any) -> Any:
+    """The same arrays under the shardings of `target`, on whichever devices these are; from the host too."""
+    return jax.device_put(params, target)
 
 
 def constrain(x: Array, axes: Sequence[str | None], rules: Rules = RULES) -> Array:

@@ -1,10 +1,12 @@
 """Sampling from the model: logits processing, the decoder, scoring."""
 
 from rljax.sampling.compile_counter import compile_count
+from rljax.sampling.config import SamplingConfig
 from rljax.sampling.logits import SamplingParams, process_logits, sampling_params
 from rljax.sampling.sampler import Sampler
 from rljax.sampling.slots import Fork, Request, Rounds, Sample
-from rljax.sampling.turns import Spoken, Turn, TurnDecoder
+from rljax.sampling.spec import SamplerSpec, Stops, TurnDecoderSpec
+from rljax.sampling.turns import Turn, TurnDecoder, TurnResult
 
 __all__ = [
     "Fork",
@@ -12,10 +14,14 @@ __all__ = [
     "Rounds",
     "Sample",
     "Sampler",
+    "SamplerSpec",
+    "SamplingConfig",
     "SamplingParams",
-    "Spoken",
+    "Stops",
     "Turn",
     "TurnDecoder",
+    "TurnDecoderSpec",
+    "TurnResult",
     "compile_count",
     "process_logits",
     "sampling_params",

@@ -11,9 +11,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from rljax.models.attention import forest_attention
-from rljax.models.cache import KVCache, cached_attention, constrain_cache, write_column
+from rljax.models.cache import KVCache, cached_attention, constrain_cache, layer_cache, write_column
 from rljax.models.config import DecoderConfig
-from rljax.models.decoder import apply_layer, embed, final_norm, output_projection
+from rljax.models.decoder import apply_layer, embed, final_norm
+from rljax.models.head import logits
 from rljax.models.rope import rotary_table
 from rljax.parallel import constrain
 from rljax.sampling.logits import SamplingParams, process_logits, sample_tokens
@@ -22,21 +23,51 @@ from rljax.types import ArrayLike, Params, struct
 
 
 @struct
-class Rows:
+class DecodeRows:
     """What the host tells the device about the grid of rows when it starts a run of steps."""
 
     prompt_id: Int[ArrayLike, " P"]
-    prefix_length: Int[ArrayLike, " P"]  # prompt tokens in the cache: all but the last
+    """Names the random numbers, with the sample id."""
+    prefix_length: Int[ArrayLike, " P"]
+    """Prompt tokens in the cache: all but the last."""
     sample_id: Int[ArrayLike, "P G"]
-    token: Int[ArrayLike, "P G"]  # the next one to feed: the prompt's last, then the last one sampled
-    steps: Int[ArrayLike, "P G"]  # tokens of the completion so far, inherited ones too
+    """Names the random numbers, with the prompt id."""
+    token: Int[ArrayLike, "P G"]
+    """The next one to feed: the prompt's last, then the last one sampled."""
+    steps: Int[ArrayLike, "P G"]
+    """Tokens of the completion so far, inherited ones too."""
     max_new_tokens: Int[ArrayLike, "P G"]
+    """`steps` at which the row ends."""
     active: Bool[ArrayLike, "P G"]
-    waiting: Int[ArrayLike, " P"]  # samples of the slot's prompt that wait for a row
-    # Tokens of the completion that are given, not sampled: `forced[:forced_length]`, from `forced_start` on.
+    """Rows that hold an unfinished sample."""
+    waiting: Int[ArrayLike, " P"]
+    """Samples of the slot's prompt that wait for a row."""
     forced: Int[ArrayLike, "P G F"]
+    """Tokens of the completion that are given, not sampled."""
     forced_start: Int[ArrayLike, "P G"]
+    """Place of the first given token in the completion."""
     forced_length: Int[ArrayLike, "P G"]
+    """How many tokens are given."""
+
+
+@struct
+class DecodeRun:
+    """What holds for one run of steps as a whole."""
+
+    column: Int[ArrayLike, ""]
+    """Ring column of the first step."""
+    sampling: SamplingParams
+    """The distribution that is sampled from."""
+    seed: Int[ArrayLike, ""]
+    """Seed of the random numbers."""
+    step: Int[ArrayLike, ""]
+    """Training step, which enters the random numbers."""
+    max_steps: Int[ArrayLike, ""]
+    """Most steps of the run, at most the length of the buffer."""
+    other_work: Bool[ArrayLike, " P"]
+    """Whether a slot whose rows are all idle could be given work of another prompt."""
+    refill_rows: Int[ArrayLike, ""]
+    """Idle rows that could be given work, at which the run ends."""
 
 
 @struct
@@ -70,13 +101,17 @@ def prefill(
 
     `params` are those of `decode_weights`.
     """
+    tokens = jnp.asarray(tokens)
+    slots = jnp.asarray(slots)
     length = tokens.shape[1]
     positions = jnp.broadcast_to(jnp.arange(length), tokens.shape)
+    # Each prompt is a tree of one branch: a token sees all before it, and padding, which comes last, is seen by none.
     end = jnp.full(tokens.shape, length)
     rotary = rotary_table(config, positions)
-    tokens, slots = jnp.asarray(tokens), jnp.asarray(slots)
+
     x = embed(config, params, tokens)
-    prefix_k, prefix_v = [], []
+    prefix_k = []
+    prefix_v = []
     for index, (layer_params, window) in enumerate(zip(params["layers"], config.windows, strict=True)):
 
         def attend(q, k, v, window=window):
@@ -85,6 +120,8 @@ def prefill(
         x, (k, v) = apply_layer(config, layer_params, x, rotary, attend, product)
         prefix_k.append(_store(cache.prefix_k[index], k, slots))
         prefix_v.append(_store(cache.prefix_v[index], v, slots))
+
+    # The prompt's last token is fed by the decoder, so no logits are needed here.
     return constrain_cache(dataclasses.replace(cache, prefix_k=tuple(prefix_k), prefix_v=tuple(prefix_v)))
 
 
@@ -93,7 +130,8 @@ def _store(prefix: Array, new: Array, slots: Array) -> Array:
     new = jnp.swapaxes(new, 1, 2).astype(prefix.dtype)
 
     def write(i, prefix):
-        return jax.lax.dynamic_update_slice(prefix, jax.lax.dynamic_slice_in_dim(new, i, 1), (slots[i], 0, 0, 0))
+        row = jax.lax.dynamic_slice_in_dim(new, i, 1)
+        return jax.lax.dynamic_update_slice(prefix, row, (slots[i], 0, 0, 0))
 
     return jax.lax.fori_loop(0, new.shape[0], write, prefix)
 
@@ -105,7 +143,8 @@ def copy_prompt(cache: KVCache, source: Int[ArrayLike, ""], target: Int[ArrayLik
         row = jax.lax.dynamic_slice_in_dim(prefix, source, 1)
         return jax.lax.dynamic_update_slice_in_dim(prefix, row, target, 0)
 
-    prefix_k, prefix_v = tuple(map(copy, cache.prefix_k)), tuple(map(copy, cache.prefix_v))
+    prefix_k = tuple(map(copy, cache.prefix_k))
+    prefix_v = tuple(map(copy, cache.prefix_v))
     return constrain_cache(dataclasses.replace(cache, prefix_k=prefix_k, prefix_v=prefix_v))
 
 
@@ -123,8 +162,9 @@ def token_uniforms(
     key = jax.random.fold_in(jax.random.key(seed), step)
 
     def one(prompt_id, sample_id, position):
-        own = jax.random.fold_in(jax.random.fold_in(jax.random.fold_in(key, prompt_id), sample_id), position)
-        return jax.random.uniform(own)
+        of_prompt = jax.random.fold_in(key, prompt_id)
+        of_sample = jax.random.fold_in(of_prompt, sample_id)
+        return jax.random.uniform(jax.random.fold_in(of_sample, position))
 
     arrays = jnp.broadcast_arrays(prompt_id, sample_id, position)
     return jax.vmap(one)(*(jnp.ravel(x) for x in arrays)).reshape(arrays[0].shape)
@@ -136,49 +176,51 @@ def decode(
     buffer_length: int,
     params: Params,
     cache: KVCache,
-    column: Int[ArrayLike, ""],
-    rows: Rows,
-    sampling: SamplingParams,
-    seed: Int[ArrayLike, ""],
-    step: Int[ArrayLike, ""],
-    max_steps: Int[ArrayLike, ""],
-    other_work: Bool[ArrayLike, " P"],
-    refill_rows: Int[ArrayLike, ""],
+    rows: DecodeRows,
+    run: DecodeRun,
 ) -> tuple[KVCache, Int[Array, ""], Int[Array, "P G"], Bool[Array, "P G"], Emitted]:
-    """Samples up to `max_steps <= buffer_length` tokens for every active row.
+    """Samples up to `run.max_steps <= buffer_length` tokens for every active row.
 
-    Stops early when no row is active, or when `refill_rows` rows could be given new work: idle rows with samples of
-    their own prompt `waiting`, and rows of wholly idle slots that would find `other_work`. `column` is the ring column
-    of the first step. Where the cache has room for paths, the columns of a row that ends stay as they are until the
-    call returns. Returns (cache, next column, steps, active, emitted).
+    Stops early when no row is active, or when `run.refill_rows` rows could be given new work: idle rows with samples of
+    their own prompt waiting, and rows of wholly idle slots that would find other work. Where the cache has room for
+    paths, the columns of a row that ends stay as they are until the call returns. `params` are those of
+    `decode_weights`. Returns (cache, next column, steps, active, emitted).
     """
     ring = cache.suffix_v[0].shape[3]
     shape = rows.token.shape
+    # Numbers of all steps at once: one draw of many is faster than many of one. A row at step t of the run uses
+    # uniforms[t], which belong to the t-th token from its own `steps` on.
     position = jnp.arange(buffer_length)[:, None, None] + rows.steps
-    uniforms = token_uniforms(seed, step, rows.prompt_id[:, None], rows.sample_id, position)
-    greedy = jnp.asarray(sampling.temperature) <= 0
+    uniforms = token_uniforms(run.seed, run.step, rows.prompt_id[:, None], rows.sample_id, position)
+    greedy = jnp.asarray(run.sampling.temperature) <= 0
 
     def refillable(active):
         idle = jnp.sum(~active, axis=1)
         own = jnp.minimum(idle, rows.waiting)
-        free = (idle == shape[1]) & (rows.waiting == 0) & other_work
+        free = (idle == shape[1]) & (rows.waiting == 0) & run.other_work
         return jnp.sum(own) + jnp.sum(free) * shape[1]
 
     def keeps_going(loop: _Loop):
-        full = refillable(loop.active) < refill_rows
-        return (loop.step < max_steps) & jnp.any(loop.active) & full
+        full = refillable(loop.active) < run.refill_rows
+        return (loop.step < run.max_steps) & jnp.any(loop.active) & full
 
     def body(loop: _Loop) -> _Loop:
-        now = (column + loop.step) % ring
+        now = (run.column + loop.step) % ring
+        # Without paths a row that ended may be written on, since nobody reads its columns again; with them it may not.
         writes = loop.active if loop.cache.path_k else None
         hidden, cache = _forward(config, params, loop.cache, loop.token, rows.prefix_length, loop.steps, now, writes)
-        processed = process_logits(_vocab_first_logits(config, params, hidden), sampling, axis=0)
+
+        processed = process_logits(logits(config, params, hidden, vocab_first=True), run.sampling, axis=0)
         token, logprob, entropy = sample_tokens(processed, uniforms[loop.step], greedy)
         if rows.forced.shape[-1]:
             token, logprob, entropy = _force(rows, loop.steps, token, logprob, entropy)
+
         steps = loop.steps + loop.active
         stopped = jnp.any(token[..., None] == jnp.asarray(stop_tokens, jnp.int32), axis=-1)
+        # A given token never stops a row: what follows it is the sample's own.
         stopped = (stopped & ~_is_forced(rows, loop.steps)) | (steps >= rows.max_new_tokens)
+
+        # Rows that are not active write here too; the host reads as many entries of a row as its `steps` grew.
         emitted = Emitted(
             tokens=loop.emitted.tokens.at[loop.step].set(token),
             logprobs=loop.emitted.logprobs.at[loop.step].set(logprob),
@@ -203,60 +245,50 @@ def decode(
         emitted=Emitted(tokens=empty.astype(jnp.int32), logprobs=empty, entropies=empty),
     )
     end = jax.lax.while_loop(keeps_going, body, start)
+
     # The host of every process reads these whole.
     steps, active, emitted = jax.tree.map(
         lambda x: constrain(x, (None,) * x.ndim), (end.steps, end.active, end.emitted)
     )
-    return end.cache, (jnp.asarray(column) + end.step) % ring, steps, active, emitted
+    next_column = (jnp.asarray(run.column) + end.step) % ring
+    return end.cache, next_column, steps, active, emitted
 
 
-def _is_forced(rows: Rows, steps: Array) -> Array:
+def _is_forced(rows: DecodeRows, steps: Array) -> Array:
     offset = steps - rows.forced_start
     return (offset >= 0) & (offset < rows.forced_length)
 
 
-def _force(rows: Rows, steps: Array, token: Array, logprob: Array, entropy: Array) -> tuple[Array, Array, Array]:
+def _force(rows: DecodeRows, steps: Array, token: Array, logprob: Array, entropy: Array) -> tuple[Array, Array, Array]:
     """What was sampled, or the given token where there is one."""
-    forced, where = jnp.asarray(rows.forced), _is_forced(rows, steps)
+    forced = jnp.asarray(rows.forced)
+    where = _is_forced(rows, steps)
     offset = jnp.clip(steps - rows.forced_start, 0, forced.shape[-1] - 1)
     given = jnp.take_along_axis(forced, offset[..., None], axis=-1)[..., 0]
     return jnp.where(where, given, token), jnp.where(where, 0, logprob), jnp.where(where, 0, entropy)
-
-
-def _vocab_first_logits(config: DecoderConfig, params: Params, hidden: Array) -> Array:
-    """Float32 logits [V, P, G]. The product runs faster this way round on a CPU (weights in rows, few columns)."""
-    head = output_projection(config, params).astype(hidden.dtype)
-    out = jnp.einsum("vd,md->vm", head, hidden.reshape(-1, hidden.shape[-1]), preferred_element_type=jnp.float32)
-    return out.reshape(-1, *hidden.shape[:-1])
 
 
 def _forward(config, params, cache: KVCache, token, prefix_length, steps, column, writes) -> tuple[Array, KVCache]:
     """Final-normed hidden states [P, G, D] of one new token a row, and the cache with the keys and values of the rows
     that `writes` marks, or of all."""
     ring = cache.suffix_v[0].shape[3]
+    # How many steps ago each column of the ring was written; the column of this step is 0 steps old.
     age = (column - jnp.arange(ring)) % ring
     rotary = rotary_table(config, prefix_length[:, None] + steps)
+
     x = constrain(embed(config, params, token), ("batch", None, None))
-    suffix_k, suffix_v = [], []
+    suffix_k = []
+    suffix_v = []
     for index, (layer_params, window) in enumerate(zip(params["layers"], config.windows, strict=True)):
 
         def attend(q, k, v, index=index, window=window):
-            new_k, new_v = write_column(cache.suffix_k[index], cache.suffix_v[index], k, v, column, writes)
-            out = cached_attention(
-                q,
-                cache.prefix_k[index],
-                cache.prefix_v[index],
-                new_k,
-                new_v,
-                prefix_length,
-                age,
-                steps,
-                window,
-            )
-            return out, (new_k, new_v)
+            # Written before it is read: a token sees itself.
+            layer = write_column(layer_cache(cache, index), k, v, column, writes)
+            return cached_attention(q, layer, prefix_length, age, steps, window), layer
 
-        x, (new_k, new_v) = apply_layer(config, layer_params, x, rotary, attend, product_of_few)
-        suffix_k.append(new_k)
-        suffix_v.append(new_v)
+        x, layer = apply_layer(config, layer_params, x, rotary, attend, product_of_few)
+        suffix_k.append(layer.suffix_k)
+        suffix_v.append(layer.suffix_v)
+
     cache = dataclasses.replace(cache, suffix_k=tuple(suffix_k), suffix_v=tuple(suffix_v))
     return final_norm(config, params, x), cache

@@ -70,18 +70,6 @@ def process_logits(logits: Float[Array, "..."], params: SamplingParams, *, axis:
     return jnp.where(detached >= threshold, scaled, MASKED)
 
 
-def token_logprobs(processed: Float[Array, "*B V"], tokens: Int[Array, "*B"]) -> Float[Array, "*B"]:
-    """Log-probs (nats) of `tokens` under the softmax of processed logits."""
-    chosen = jnp.take_along_axis(processed, tokens[..., None], axis=-1)[..., 0]
-    return chosen - jax.nn.logsumexp(processed, axis=-1)
-
-
-def entropy(processed: Float[Array, "*B V"]) -> Float[Array, "*B"]:
-    """Entropy (nats) of the softmax of processed logits."""
-    logprobs = jax.nn.log_softmax(processed, axis=-1)
-    return -jnp.sum(jnp.exp(logprobs) * logprobs, axis=-1)
-
-
 def _threshold(x: Array, params: SamplingParams, axis: int) -> Array:
     """The smallest logit that is kept; `axis` has length 1.
 

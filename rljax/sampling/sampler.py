@@ -2,21 +2,21 @@
 
 import bisect
 import contextlib
-import functools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import jax
 import numpy as np
 
 from rljax.models.cache import KVCache, PathMoves, init_cache, keep_paths, lay_paths
 from rljax.models.config import DecoderConfig
-from rljax.parallel import use_mesh
-from rljax.sampling.generate import Rows, copy_prompt, decode, prefill
+from rljax.parallel import platform, use_mesh
+from rljax.sampling.generate import DecodeRows, DecodeRun, copy_prompt, decode, prefill
 from rljax.sampling.logits import SamplingParams, sampling_params
 from rljax.sampling.slots import FinishReason, Load, Path, Request, Sample, Slots
+from rljax.sampling.spec import NO_STOPS, SamplerSpec, Stops
 from rljax.sampling.stopping import StopStrings
-from rljax.sampling.weights import decode_shardings, decode_weights
+from rljax.sampling.weights import take_weights
 from rljax.types import Params
 
 # Tokens of one prefill: products of this many rows run at full speed, and `warmup` has to compute them once.
@@ -34,17 +34,14 @@ _decode = jax.jit(decode, static_argnums=(0, 1, 2), donate_argnums=4)
 
 
 class Sampler:
-    """Samples completions with a grid of `prompt_slots` prompts x `sample_slots` samples of each.
+    """Samples completions with a grid of `spec.prompt_slots` prompts x `spec.sample_slots` samples of each.
 
-    `prompt_buckets` are the prompt lengths that programs are compiled for; a call uses the smallest that fits its
-    longest prompt, and after `warmup` no call compiles. `sample_slots` = group size decodes a group over one copy of
-    its prompt; 1 is plain continuous batching, best for ragged lengths. A token of `stop_tokens` ends a sample, and so
-    does text containing one of `stop_strings`, which needs `decode_text` (token ids -> text) and is looked for every
-    `check_every` steps. `refill_rows`: how many rows must be idle before decoding pauses to give them waiting work.
+    After `warmup` no call compiles. A token of `stops.tokens` ends a sample, and so does text containing one of
+    `stops.strings`.
 
-    Requests with `rounds` fork: later samples start from any token of the first `path_slots` samples of their request,
-    whose keys and values are kept (memory for as many completions in each prompt slot), and nothing is computed again.
-    A fork may begin with up to `max_injected` given tokens.
+    Requests with `rounds` fork: later samples start from any token of the first `spec.path_slots` samples of their
+    request, whose keys and values are kept, and nothing is computed again. A fork may begin with up to
+    `spec.max_injected` given tokens.
 
     Rows are split over the `data` and `fsdp` axes of `mesh`, key-value heads over `tensor`.
 
@@ -54,69 +51,43 @@ class Sampler:
     def __init__(
         self,
         config: DecoderConfig,
-        *,
-        prompt_buckets: Sequence[int],
-        max_new_tokens: int,
-        prompt_slots: int,
-        sample_slots: int,
-        stop_tokens: Sequence[int] = (),
-        stop_strings: Sequence[str] = (),
-        decode_text: Callable[[list[int]], str] | None = None,
-        check_every: int = 16,
-        refill_rows: int | None = None,
-        path_slots: int = 0,
-        max_injected: int = 0,
+        spec: SamplerSpec,
+        stops: Stops = NO_STOPS,
         mesh: jax.sharding.Mesh | None = None,
     ):
-        for name, value in (
-            ("max_new_tokens", max_new_tokens),
-            ("prompt_slots", prompt_slots),
-            ("sample_slots", sample_slots),
-            ("check_every", check_every),
-            ("refill_rows", 1 if refill_rows is None else refill_rows),
-            ("smallest prompt bucket", min(prompt_buckets, default=0)),
-            ("path_slots + 1", path_slots + 1),
-            ("max_injected + 1", max_injected + 1),
-        ):
-            if value < 1:
-                raise ValueError(f"{name}={value} must be at least 1")
-        if outside := [token for token in stop_tokens if not 0 <= token < config.vocab_size]:
-            raise ValueError(f"stop token {outside[0]} is outside the vocabulary of {config.vocab_size}; leave it out")
-        self.config, self.mesh = config, mesh
-        self.prompt_buckets = tuple(sorted(set(prompt_buckets)))
-        self.max_new_tokens, self.prompt_slots, self.sample_slots = max_new_tokens, prompt_slots, sample_slots
-        self.stop_tokens, self._stops = tuple(sorted(set(stop_tokens))), StopStrings(stop_strings, decode_text)
-        self.stop_strings, self.check_every = self._stops.strings, check_every
-        self.refill_rows = refill_rows or max(1, prompt_slots * sample_slots // 16)
-        self.path_slots, self.max_injected = path_slots, max_injected
+        spec.check()
+        stops.check(config)
+        self.config = config
+        self.spec = spec.resolved()
+        self.mesh = mesh
         self.last_stats: dict[str, float] = {}
-        self._params = None
+        self._stop_tokens = tuple(sorted(set(stops.tokens)))
+        self._stop_strings = StopStrings(stops)
+        self._params: Params | None = None
 
     def set_params(self, params: Params) -> None:
-        """Takes a copy of the weights to sample with, layer by layer; the last copy is freed first."""
+        """Takes a copy of the weights to sample with; the last copy is freed first. `params` may lie on the devices of
+        the sampler's mesh, on others, or on the host."""
         self._params = None
         with self._on_mesh():
-            self._params = weights_program(self.config, self.mesh)(params)
-
-    def drop_params(self) -> None:
-        """Frees the sampler's copy of the weights, for instance during an update."""
-        self._params = None
+            self._params = take_weights(self.config, self.mesh, params)
 
     def warmup(self) -> None:
         """Compiles every program that `generate` can need."""
+        spec = self.spec
         idle = self._slots([])
         with self._on_mesh():
-            for bucket in self.prompt_buckets:
+            for bucket in spec.prompt_buckets:
                 cache = self._new_cache(bucket)
                 # The compiler may lay out a program's result otherwise than its argument on a mesh: go round twice.
                 for _ in range(1 if self.mesh is None else 2):
-                    for length in (b for b in self.prompt_buckets if b <= bucket):
-                        for count in prefill_counts(length, self.prompt_slots):
+                    for length in (b for b in spec.prompt_buckets if b <= bucket):
+                        for count in self._prefill_counts(length):
                             zeros = np.zeros((count, length), np.int32)
                             cache = _prefill(self.config, self._weights(), cache, zeros, np.zeros(count, np.int32))
                     cache = _copy_prompt(cache, np.int32(0), np.int32(0))
-                    cache, *_ = self._run(cache, 0, idle, sampling_params(), 0, 0)
-                    if self.path_slots:
+                    cache, *_ = self._decode(cache, idle, self._run(0, idle, sampling_params(), 0, 0))
+                    if spec.path_slots:
                         cache = _lay_paths(_keep_paths(cache, self._moves([], [])), self._moves([], []))
                 jax.block_until_ready(cache)
 
@@ -137,27 +108,36 @@ class Sampler:
                 raise ValueError(f"{name}={value} must lie between 0 and {_LARGEST_ID}")
         params = self._weights()
         slots = self._slots(requests)
+        bucket = self._bucket(max((len(request.prompt) for request in requests), default=1))
         stats = dict.fromkeys(_COUNTED, 0)
         seconds = {"prefill_seconds": 0.0, "decode_seconds": 0.0}
-        bucket = self._bucket(max((len(request.prompt) for request in requests), default=1))
+
         with self._on_mesh():
-            cache, column = self._new_cache(bucket), 0
+            cache = self._new_cache(bucket)
+            column = 0
             loads, paths = slots.assign()
             while slots.active.any():
+                # Give the idle rows what the host assigned to them.
                 start = time.perf_counter()
                 cache = self._load(params, cache, slots, loads)
                 if paths:
                     cache = _lay_paths(cache, self._moves(paths, [column] * len(paths)))
                 jax.block_until_ready(cache)
                 loaded = time.perf_counter()
+
+                # Decode until rows want new work.
                 before = slots.rows()
-                cache, *out = self._run(cache, column, slots, sampling, seed, step)
+                cache, *out = self._decode(cache, slots, self._run(column, slots, sampling, seed, step))
                 next_column, steps, active, emitted = jax.device_get(out)
-                grown, forced = steps - before.steps, _forced_in_run(before, steps)
+                grown = steps - before.steps
+                forced = _forced_in_run(before, steps)
+
+                # A row that ended keeps its columns until the next call: what forks may start from is copied now.
                 if ended := self._harvest(slots, grown, active, emitted):
                     ends = [column + int(grown[path.slot, path.row]) for path in ended]
                     cache = _keep_paths(cache, self._moves(ended, ends))
                 column = int(next_column)
+
                 stats["decode_steps"] += int(grown.max())
                 stats["row_steps"] += int(grown.max()) * active.size
                 stats["forced_tokens"] += forced
@@ -168,39 +148,39 @@ class Sampler:
                 seconds["prefill_seconds"] += loaded - start
                 loads, paths = slots.assign()
                 seconds["decode_seconds"] += time.perf_counter() - loaded
+
         busy = stats["new_tokens"] + stats["forced_tokens"]
         self.last_stats = {**stats, **seconds, "slot_occupancy": busy / max(stats.pop("row_steps"), 1)}
         return [[sample for sample in group if sample is not None] for group in slots.results]
 
-    def _run(self, cache: KVCache, column: int, slots: Slots, sampling: SamplingParams, seed: int, step: int):
+    def _decode(self, cache: KVCache, slots: Slots, run: DecodeRun):
         """One call of `decode` for the rows as they stand."""
-        return _decode(
-            self.config,
-            self.stop_tokens,
-            self.max_new_tokens,
-            self._weights(),
-            cache,
-            np.int32(column),
-            slots.rows(),
-            sampling,
-            np.int32(seed),
-            np.int32(step),
-            np.int32(min(self.check_every, self.max_new_tokens) if self.stop_strings else self.max_new_tokens),
-            slots.other_work(),
-            np.int32(self.refill_rows),
+        length = self.spec.max_new_tokens
+        return _decode(self.config, self._stop_tokens, length, self._weights(), cache, slots.rows(), run)
+
+    def _run(self, column: int, slots: Slots, sampling: SamplingParams, seed: int, step: int) -> DecodeRun:
+        most = self.spec.max_new_tokens
+        if self._stop_strings.strings:
+            most = min(self.spec.check_every, most)
+        return DecodeRun(
+            column=np.array(column, np.int32),
+            sampling=sampling,
+            seed=np.array(seed, np.int32),
+            step=np.array(step, np.int32),
+            max_steps=np.array(most, np.int32),
+            other_work=slots.other_work(),
+            refill_rows=np.array(self.spec.rows_to_refill, np.int32),
         )
 
     def _slots(self, requests: Sequence[Request]) -> Slots:
-        return Slots(
-            requests, self.prompt_slots, self.sample_slots, self.max_new_tokens, self.path_slots, self.max_injected
-        )
+        return Slots(requests, self.spec)
 
     def _moves(self, paths: Sequence[Path], ends: Sequence[int]) -> PathMoves:
         """What the device needs to move these paths; `ends` are the ring columns after the last of each."""
-        size = self.prompt_slots * self.sample_slots
-        columns = np.zeros((4, size), np.int32)
+        # Of one size, whatever the number of paths, so that one program serves all.
+        columns = np.zeros((4, self.spec.prompt_slots * self.spec.sample_slots), np.int32)
         for i, (path, end) in enumerate(zip(paths, ends, strict=True)):
-            columns[:, i] = path.slot, path.row, path.path, (end - path.steps) % self.max_new_tokens
+            columns[:, i] = path.slot, path.row, path.path, (end - path.steps) % self.spec.max_new_tokens
         slot, row, index, first = columns
         return PathMoves(slot=slot, row=row, path=index, column=first, count=np.array(len(paths), np.int32))
 
@@ -210,16 +190,22 @@ class Sampler:
         for row, owner in slots.owners():
             new = (slice(grown[row]), *row)
             slots.advance(row, emitted.tokens[new], emitted.logprobs[new], emitted.entropies[new])
-            tokens, given = slots.tokens(owner), slots.first_sampled(owner)
-            reason: FinishReason = "stop" if tokens[-1] in self.stop_tokens else "length"
+            tokens = slots.tokens(owner)
+
+            # Stop strings are looked for in what the sample itself said, and found at a token of this run at the
+            # earliest: the text before was searched after the run before.
             length: int | None = None
-            if self.stop_strings:
-                own = self._stops.end(tokens[given:], max(len(tokens) - int(grown[row]) - given, 0))
+            if self._stop_strings.strings:
+                given = slots.first_sampled(owner)
+                checked = max(len(tokens) - int(grown[row]) - given, 0)
+                own = self._stop_strings.end(tokens[given:], checked)
                 length = None if own is None else given + own
+
             path = None
             if length is not None:
                 path = slots.finish(row, "stop_string", length)
             elif not active[row]:
+                reason: FinishReason = "stop" if tokens[-1] in self._stop_tokens else "length"
                 path = slots.finish(row, reason)
             if path is not None:
                 ended.append(path)
@@ -230,27 +216,37 @@ class Sampler:
         by_bucket: dict[int, list[Load]] = {}
         for load in loads:
             if load.source is None:
-                by_bucket.setdefault(self._bucket(len(slots.requests[load.request].prompt)), []).append(load)
+                bucket = self._bucket(len(slots.requests[load.request].prompt))
+                by_bucket.setdefault(bucket, []).append(load)
+
         for bucket, group in by_bucket.items():
-            for count in prefill_counts(bucket, self.prompt_slots):
+            for count in self._prefill_counts(bucket):
                 while len(group) >= count:
-                    part, group = group[:count], group[count:]
+                    part = group[:count]
+                    group = group[count:]
                     tokens = np.zeros((count, bucket), np.int32)
                     for line, load in zip(tokens, part, strict=True):
                         prefix = slots.requests[load.request].prompt[:-1]
                         line[: len(prefix)] = prefix
-                    cache = _prefill(self.config, params, cache, tokens, np.array([x.slot for x in part], np.int32))
+                    where = np.array([load.slot for load in part], np.int32)
+                    cache = _prefill(self.config, params, cache, tokens, where)
+
+        # Copies come last: their source may have been prefilled just now.
         for load in loads:
             if load.source is not None:
                 cache = _copy_prompt(cache, np.int32(load.source), np.int32(load.slot))
         return cache
 
     def _bucket(self, length: int) -> int:
-        return self.prompt_buckets[bisect.bisect_left(self.prompt_buckets, length)]
+        return self.spec.prompt_buckets[bisect.bisect_left(self.spec.prompt_buckets, length)]
+
+    def _prefill_counts(self, length: int) -> list[int]:
+        return prefill_counts(length, self.spec.prompt_slots, platform(self.mesh))
 
     def _new_cache(self, bucket: int) -> KVCache:
+        spec = self.spec
         return _init_cache(
-            self.config, self.prompt_slots, self.sample_slots, bucket, self.max_new_tokens, self.path_slots
+            self.config, spec.prompt_slots, spec.sample_slots, bucket, spec.max_new_tokens, spec.path_slots
         )
 
     def _weights(self) -> Params:
@@ -262,25 +258,29 @@ class Sampler:
         return contextlib.nullcontext() if self.mesh is None else use_mesh(self.mesh)
 
     def _check(self, index: int, request: Request) -> None:
-        config, where = self.config, f"request {index} (prompt_id {request.prompt_id})"
+        config = self.config
+        spec = self.spec
+        where = f"request {index} (prompt_id {request.prompt_id})"
         prompt = np.asarray(request.prompt)
         if not len(prompt):
             raise ValueError(f"{where}: the prompt is empty; give at least one token, for instance the BOS token")
-        if len(prompt) > self.prompt_buckets[-1]:
+        if len(prompt) > spec.prompt_buckets[-1]:
             raise ValueError(
                 f"{where}: prompt of {len(prompt)} tokens is longer than the largest bucket of prompt_buckets="
-                f"{self.prompt_buckets}; add a bucket or shorten the prompt"
+                f"{spec.prompt_buckets}; add a bucket or shorten the prompt"
             )
         if len(outside := prompt[(prompt < 0) | (prompt >= config.vocab_size)]):
             raise ValueError(
                 f"{where}: token {outside[0]} is outside the vocabulary of {config.vocab_size}; "
                 "check that tokenizer and model belong together"
             )
-        limit = self.max_new_tokens if request.max_new_tokens is None else request.max_new_tokens
-        if not 1 <= limit <= self.max_new_tokens:
+
+        limit = spec.max_new_tokens if request.max_new_tokens is None else request.max_new_tokens
+        if not 1 <= limit <= spec.max_new_tokens:
             raise ValueError(
-                f"{where}: max_new_tokens={limit} must lie between 1 and the sampler's {self.max_new_tokens}"
+                f"{where}: max_new_tokens={limit} must lie between 1 and the sampler's {spec.max_new_tokens}"
             )
+
         scaling = config.rope_scaling
         dynamic = scaling.type == "dynamic"
         longest = (scaling.original_max_position or config.max_position) if dynamic else config.max_position
@@ -290,28 +290,22 @@ class Sampler:
                 f"{where}: {len(prompt)} prompt + {limit} new tokens exceed {longest}, beyond which {reason}; "
                 "shorten the prompt or lower max_new_tokens"
             )
+
         ids = [request.prompt_id, *request.sample_ids]
         if wrong := [value for value in ids if not 0 <= value <= _LARGEST_ID]:
             raise ValueError(f"{where}: id {wrong[0]} must lie between 0 and {_LARGEST_ID}; hash it to 31 bits")
 
 
-def _forced_in_run(before: Rows, steps: np.ndarray) -> int:
+def _forced_in_run(before: DecodeRows, steps: np.ndarray) -> int:
     """How many of the tokens emitted in a run were given."""
     start = np.clip(before.steps, before.forced_start, before.forced_start + before.forced_length)
     stop = np.clip(steps, before.forced_start, before.forced_start + before.forced_length)
     return int((stop - start).sum())
 
 
-def prefill_counts(length: int, rows: int) -> list[int]:
-    """How many prompts of `length` a prefill takes: powers of 4 up to `rows`, largest first; any number is a sum of few
-    of them."""
+def prefill_counts(length: int, rows: int, on: str) -> list[int]:
+    """How many prompts of `length` a prefill takes on the platform `on`: powers of 4 up to `rows`, largest first; any
+    number is a sum of few of them."""
     counts = [4**i for i in range(16) if 4**i <= rows]
-    most = _PREFILL_TOKENS.get(jax.default_backend(), _PREFILL_TOKENS_ELSEWHERE)
+    most = _PREFILL_TOKENS.get(on, _PREFILL_TOKENS_ELSEWHERE)
     return [count for count in reversed(counts) if count == 1 or count * length <= most]
-
-
-@functools.lru_cache(maxsize=16)
-def weights_program(config: DecoderConfig, mesh: jax.sharding.Mesh | None):
-    """`decode_weights` as a jitted program for this model and mesh."""
-    layout = None if mesh is None else decode_shardings(config, mesh)
-    return jax.jit(functools.partial(decode_weights, config), out_shardings=layout)

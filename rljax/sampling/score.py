@@ -11,7 +11,16 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from rljax.models import Attention, DecoderConfig, forest_attention, hidden_states, output_projection, values
+from rljax.models import (
+    Attention,
+    DecoderConfig,
+    forest_attention,
+    head_params,
+    hidden_states,
+    logits,
+    logits_gradient,
+    values,
+)
 from rljax.sampling.logits import SamplingParams, process_logits
 from rljax.types import ArrayLike, Packed, Params
 
@@ -37,12 +46,10 @@ def score_tokens(
     """
     if chunk < 1:
         raise ValueError(f"chunk={chunk} must be at least 1 token; 512 suits most machines")
-    tokens, positions, subtree_end = (jnp.asarray(x) for x in (packed.tokens, packed.positions, packed.subtree_end))
-    how: dict[str, Any] = dict(remat=remat, scan=scan, attention=attention)
-    hidden = hidden_states(config, params, tokens, positions, subtree_end, **how)
+    hidden = _hidden_states(config, params, packed, remat=remat, scan=scan, attention=attention)
     wanted, targets, before = _places(packed)
     hidden = jnp.take_along_axis(hidden, before[..., None], axis=1)
-    return score_hidden(hidden, output_projection(config, params), targets, wanted, sampling_params, chunk=chunk)
+    return score_hidden(config, params, hidden, targets, wanted, sampling_params, chunk=chunk)
 
 
 def score_values(
@@ -62,12 +69,16 @@ def score_values(
     Differentiable in `params`. A value belongs to no distribution and has no logits: `sampling_params` and `chunk`
     change nothing. ValueError when the model has no value head.
     """
-    tokens, positions, subtree_end = (jnp.asarray(x) for x in (packed.tokens, packed.positions, packed.subtree_end))
-    how: dict[str, Any] = dict(remat=remat, scan=scan, attention=attention)
-    found = values(config, params, hidden_states(config, params, tokens, positions, subtree_end, **how))
+    hidden = _hidden_states(config, params, packed, remat=remat, scan=scan, attention=attention)
+    found = values(config, params, hidden)
     wanted, _, before = _places(packed)
     found = jnp.where(wanted, jnp.take_along_axis(found, before, axis=1), 0.0)
     return found, jnp.zeros_like(found)
+
+
+def _hidden_states(config: DecoderConfig, params: Params, packed: Packed, **how: Any) -> Array:
+    tokens, positions, subtree_end = (jnp.asarray(x) for x in (packed.tokens, packed.positions, packed.subtree_end))
+    return hidden_states(config, params, tokens, positions, subtree_end, **how)
 
 
 def _places(packed: Packed) -> tuple[Array, Array, Array]:
@@ -75,49 +86,55 @@ def _places(packed: Packed) -> tuple[Array, Array, Array]:
     wanted = jnp.asarray(packed.score_index) >= 0
     index = jnp.maximum(packed.score_index, 0)
     targets = jnp.take_along_axis(jnp.asarray(packed.tokens), index, axis=1)
-    return wanted, targets, jnp.maximum(jnp.take_along_axis(jnp.asarray(packed.predecessor), index, axis=1), 0)
+    before = jnp.take_along_axis(jnp.asarray(packed.predecessor), index, axis=1)
+    return wanted, targets, jnp.maximum(before, 0)
 
 
 def score_hidden(
+    config: DecoderConfig,
+    params: Params,
     hidden: Float[Array, "R K D"],
-    head: Float[Array, "V D"],
     targets: Int[ArrayLike, "R K"],
     wanted: Bool[ArrayLike, "R K"],
     sampling_params: SamplingParams | None = None,
     *,
     chunk: int,
 ) -> tuple[Float[Array, "R K"], Float[Array, "R K"]]:
-    """Log-probs of `targets` and entropies under `softmax(hidden @ head.T)`; 0 where `wanted [R, K]` is False.
+    """Log-probs of `targets` and entropies under the softmax of `models.logits` of `hidden`; 0 where `wanted [R, K]` is
+    False. Of `params` it reads `models.head_params`.
 
-    Chunks that hold no wanted token are skipped. Differentiable in `hidden` and `head`.
+    Chunks that hold no wanted token are skipped. Differentiable in `params` and `hidden`.
     """
     rows, length, _ = hidden.shape
-    targets, wanted = jnp.asarray(targets), jnp.asarray(wanted)
+    targets = jnp.asarray(targets)
+    wanted = jnp.asarray(wanted)
+
+    # Chunks of one size, a multiple of 8, so that little of the last is padding.
     most = min(max(chunk // rows, 1), length)
     chunks = -(-length // most)
-    step = min(8 * -(-length // (8 * chunks)), most)  # of one size, so that little of the last is padding
+    step = min(8 * -(-length // (8 * chunks)), most)
     padding = -length % step
     if padding:
         hidden = jnp.pad(hidden, ((0, 0), (0, padding), (0, 0)))
         targets, wanted = (jnp.pad(x, ((0, 0), (0, padding))) for x in (targets, wanted))
-    logprobs, entropies = _head(step, hidden, head, targets, wanted, sampling_params)
+
+    head = head_params(config, params)
+    logprobs, entropies = _head(config, step, head, hidden, targets, wanted, sampling_params)
     return logprobs[:, :length], entropies[:, :length]
-
-
-def _logits(hidden: Array, head: Array) -> Array:
-    return jnp.einsum("rcd,vd->rcv", hidden, head.astype(hidden.dtype), preferred_element_type=jnp.float32)
 
 
 def _is_target(targets: Array, vocab: int) -> Array:
     return targets[..., None] == jnp.arange(vocab, dtype=targets.dtype)
 
 
-def _processed(hidden: Array, head: Array, targets: Array, sampling: SamplingParams | None) -> Array:
-    logits = _logits(hidden, head)
+def _processed(config: DecoderConfig, head: Params, hidden: Array, targets: Array, sampling) -> Array:
+    """Logits of the distribution that is scored, float32 [R, C, V]."""
+    own = logits(config, head, hidden)
     if sampling is None:
-        return logits
-    kept = _is_target(targets, logits.shape[-1])
-    return jnp.where(kept, logits / _temperature(sampling), process_logits(logits, sampling))
+        return own
+    # A token that truncation would remove now was sampled when it would not have: it keeps its logit.
+    kept = _is_target(targets, own.shape[-1])
+    return jnp.where(kept, own / _temperature(sampling), process_logits(own, sampling))
 
 
 def _temperature(sampling: SamplingParams | None) -> Array:
@@ -127,41 +144,36 @@ def _temperature(sampling: SamplingParams | None) -> Array:
     return jnp.where(sampling.temperature > 0, sampling.temperature, 1.0).astype(jnp.float32)
 
 
-def _measure(logits: Array, targets: Array) -> tuple[Array, Array, Array]:
+def _measure(processed: Array, targets: Array) -> tuple[Array, Array, Array]:
     """(logprobs, entropies, log normalisers) of a chunk of processed logits."""
-    best = jnp.max(logits, axis=-1, keepdims=True)
-    shifted = logits - best
+    best = jnp.max(processed, axis=-1, keepdims=True)
+    shifted = processed - best
     weights = jnp.exp(shifted)
     total = jnp.sum(weights, axis=-1)
     log_total = jnp.log(total)
-    chosen = jnp.sum(jnp.where(_is_target(targets, logits.shape[-1]), shifted, 0.0), axis=-1)
+    # A sum over a one-hot mask, not a gather: it needs no copy of the logits, and fuses with the sums beside it.
+    chosen = jnp.sum(jnp.where(_is_target(targets, processed.shape[-1]), shifted, 0.0), axis=-1)
     entropy = log_total - jnp.sum(weights * shifted, axis=-1) / total
     return chosen - log_total, entropy, best[..., 0] + log_total
 
 
-def _logit_gradient(logits, targets, normaliser, entropy, d_logprob, d_entropy) -> Array:
+def _processed_gradient(processed, targets, normaliser, entropy, d_logprob, d_entropy) -> Array:
     """d lp = onehot - p and d H = -p (log p + H), per processed logit."""
-    log_p = logits - normaliser[..., None]
+    log_p = processed - normaliser[..., None]
     p = jnp.exp(log_p)
-    own = jnp.where(_is_target(targets, logits.shape[-1]), d_logprob[..., None], 0.0)
+    own = jnp.where(_is_target(targets, processed.shape[-1]), d_logprob[..., None], 0.0)
     return own - p * (d_logprob[..., None] + d_entropy[..., None] * (log_p + entropy[..., None]))
 
 
-def _hidden_gradient(d_logits: Array, head: Array, dtype: Any) -> Array:
-    return jnp.einsum("rcv,vd->rcd", d_logits.astype(dtype), head.astype(dtype), preferred_element_type=jnp.float32)
-
-
-def _head_gradient(d_logits: Array, hidden: Array) -> Array:
-    return jnp.einsum("rcv,rcd->vd", d_logits.astype(hidden.dtype), hidden, preferred_element_type=jnp.float32)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _head(step: int, hidden, head, targets, wanted, sampling) -> tuple[Array, Array]:
-    (logprobs, entropies), _ = _head_forward(step, hidden, head, targets, wanted, sampling)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _head(config: DecoderConfig, step: int, head, hidden, targets, wanted, sampling) -> tuple[Array, Array]:
+    """`score_hidden` of chunks of `step` tokens; `head` are the `head_params`."""
+    (logprobs, entropies), _ = _head_forward(config, step, head, hidden, targets, wanted, sampling)
     return logprobs, entropies
 
 
 def _live_chunks(step: int, wanted: Array) -> Array:
+    """How many chunks there are up to the last wanted token."""
     last = jnp.max(jnp.where(wanted, jnp.arange(wanted.shape[1]) + 1, 0))
     return (last + step - 1) // step
 
@@ -174,48 +186,51 @@ def _write(x: Array, part: Array, i: Array, step: int) -> Array:
     return jax.lax.dynamic_update_slice_in_dim(x, part.astype(x.dtype), i * step, axis=1)
 
 
-def _head_forward(step: int, hidden, head, targets, wanted, sampling):
+def _head_forward(config, step: int, head, hidden, targets, wanted, sampling):
     if step == hidden.shape[1]:
-        logits = _processed(hidden, head, targets, sampling)
-        logprobs, entropies, normalisers = _measure(logits, targets)
+        # One chunk: its logits are few enough to be kept for the backward pass.
+        kept = _processed(config, head, hidden, targets, sampling)
+        logprobs, entropies, normalisers = _measure(kept, targets)
     else:
-        logits = None
+        kept = None
 
         def chunk(i, carry):
-            h, y = _slice(hidden, i, step), _slice(targets, i, step)
-            parts = _measure(_processed(h, head, y, sampling), y)
+            h = _slice(hidden, i, step)
+            y = _slice(targets, i, step)
+            parts = _measure(_processed(config, head, h, y, sampling), y)
             return tuple(_write(x, part, i, step) for x, part in zip(carry, parts, strict=True))
 
         empty = jnp.zeros(targets.shape, jnp.float32)
         logprobs, entropies, normalisers = jax.lax.fori_loop(0, _live_chunks(step, wanted), chunk, (empty,) * 3)
+
     out = jnp.where(wanted, logprobs, 0.0), jnp.where(wanted, entropies, 0.0)
-    return out, (hidden, head, targets, wanted, sampling, normalisers, entropies, logits)
+    return out, (head, hidden, targets, wanted, sampling, normalisers, entropies, kept)
 
 
-def _head_backward(step: int, residuals, cotangents):
-    hidden, head, targets, wanted, sampling, normalisers, entropies, logits = residuals
+def _head_backward(config, step: int, residuals, cotangents):
+    head, hidden, targets, wanted, sampling, normalisers, entropies, kept = residuals
     d_logprobs, d_entropies = (jnp.where(wanted, d, 0.0) for d in cotangents)
+    # Of a logit that truncation removed the probability is 0, so that the division by the temperature is all that
+    # lies between a logit and its processed one.
     scale = 1.0 / _temperature(sampling)
 
-    def gradient(logits, *at):
-        return _logit_gradient(logits, *at) * scale
-
-    if logits is not None:
-        d_logits = gradient(logits, targets, normalisers, entropies, d_logprobs, d_entropies)
-        d_hidden = _hidden_gradient(d_logits, head, hidden.dtype)
-        d_head = _head_gradient(d_logits, hidden)
+    if kept is not None:
+        d_logits = _processed_gradient(kept, targets, normalisers, entropies, d_logprobs, d_entropies) * scale
+        d_hidden, d_head = logits_gradient(config, head, hidden, d_logits)
     else:
 
         def chunk(i, carry):
             d_hidden, d_head = carry
             h, y, *at = (_slice(x, i, step) for x in (hidden, targets, normalisers, entropies, d_logprobs, d_entropies))
-            d_logits = gradient(_processed(h, head, y, sampling), y, *at)
-            d_head = d_head + _head_gradient(d_logits, h)
-            return _write(d_hidden, _hidden_gradient(d_logits, head, h.dtype), i, step), d_head
+            d_logits = _processed_gradient(_processed(config, head, h, y, sampling), y, *at) * scale
+            d_h, d_part = logits_gradient(config, head, h, d_logits)
+            return _write(d_hidden, d_h, i, step), jax.tree.map(jnp.add, d_head, d_part)
 
-        start = jnp.zeros(hidden.shape, jnp.float32), jnp.zeros(head.shape, jnp.float32)
+        start = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), (hidden, head))
         d_hidden, d_head = jax.lax.fori_loop(0, _live_chunks(step, wanted), chunk, start)
-    return d_hidden.astype(hidden.dtype), d_head.astype(head.dtype), None, None, None
+
+    d_head = jax.tree.map(lambda d, x: d.astype(x.dtype), d_head, head)
+    return d_head, d_hidden.astype(hidden.dtype), None, None, None
 
 
 _head.defvjp(_head_forward, _head_backward)

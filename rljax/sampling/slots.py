@@ -6,7 +6,8 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from rljax.sampling.generate import Rows
+from rljax.sampling.generate import DecodeRows
+from rljax.sampling.spec import SamplerSpec
 from rljax.types import INTERVENTION_NONE, NO_PARENT
 
 FinishReason = Literal["stop", "length", "stop_string"]
@@ -14,25 +15,31 @@ _FREE = -1
 
 
 class Sample(NamedTuple):
-    """One completion. A stop token, having been sampled, is its last token; with 'stop_string' the last token is the
-    one that completed the string. `logprobs` and `entropies` (nats) are of the distribution sampled from.
+    """One completion, of `T` tokens. A fork holds its whole path: the first `fork_index` tokens, and what belongs to
+    them, are those of the sample `parent` of the same request."""
 
-    A fork holds its whole path: the first `fork_index` tokens, and what belongs to them, are those of the sample
-    `parent` of the same request. Tokens in `forced`, spans [start, stop), were given and not sampled; log-prob and
-    entropy are 0 there.
-    """
-
-    tokens: np.ndarray  # int32 [T]
-    logprobs: np.ndarray  # float32 [T]
-    entropies: np.ndarray  # float32 [T]
+    tokens: np.ndarray
+    """int32 [T]. A stop token, having been sampled, is the last; with 'stop_string' the last completed the string."""
+    logprobs: np.ndarray
+    """float32 [T], nats, of the distribution sampled from."""
+    entropies: np.ndarray
+    """float32 [T], nats, of the distribution sampled from."""
     finish_reason: FinishReason
+    """Why it ended."""
     parent: int = NO_PARENT
+    """Index of the sample that it forks from."""
     fork_index: int = 0
+    """Tokens that it has from its parent."""
     fork_score: float = 0.0
+    """What chose the fork."""
     forced: tuple[tuple[int, int], ...] = ()
+    """Spans [start, stop) of tokens that were given and not sampled; log-prob and entropy are 0 there."""
     intervention: int = INTERVENTION_NONE
-    turns: np.ndarray | None = None  # int32 [T], of a conversation: numbers its turns, each with the observation behind
-    versions: np.ndarray | None = None  # int32 [T]: the version of the policy, where it changed on the way
+    """What was done to it (see `rljax.types`)."""
+    turns: np.ndarray | None = None
+    """int32 [T], of a conversation: numbers its turns, each with the observation behind it."""
+    versions: np.ndarray | None = None
+    """int32 [T]: the version of the policy, where it changed on the way."""
 
     @property
     def sampled(self) -> np.ndarray:
@@ -99,34 +106,40 @@ class Slots:
     slot, where the paths of its first `path_slots` samples are kept.
     """
 
-    def __init__(
-        self,
-        requests: Sequence[Request],
-        prompt_slots: int,
-        sample_slots: int,
-        max_new_tokens: int,
-        path_slots: int = 0,
-        max_injected: int = 0,
-    ):
-        self.requests, self.max_new_tokens = requests, max_new_tokens
-        self.path_slots, self.max_injected = path_slots, max_injected
+    def __init__(self, requests: Sequence[Request], spec: SamplerSpec):
+        self.requests = requests
+        self.max_new_tokens = spec.max_new_tokens
+        self.path_slots = spec.path_slots
+        self.max_injected = spec.max_injected
+
+        # Per request: the samples asked for so far, and what has become of them.
         self._work = [[Fork(NO_PARENT, 0, i) for i in request.sample_ids] for request in requests]
         self.waiting = [deque(range(len(work))) for work in self._work]
         self.results: list[list[Sample | None]] = [[None] * len(work) for work in self._work]
         self._unfinished = [len(work) for work in self._work]
         self._unloaded = deque(i for i, request in enumerate(requests) if len(request.sample_ids))
-        self._request = np.full(prompt_slots, _FREE)
-        shape = (prompt_slots, sample_slots)
-        self._sample = np.full(shape, _FREE)
+        # (request, sample) -> what its row has emitted
         self.parts: dict[tuple[int, int], list[tuple[np.ndarray, np.ndarray, np.ndarray]]] = {}
-        self._prompt_id, self._prefix_length = np.zeros(prompt_slots, np.int32), np.zeros(prompt_slots, np.int32)
-        self._sample_id, self._token = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
-        self._steps, self._limit = np.zeros(shape, np.int32), np.ones(shape, np.int32)
-        self._forced = np.zeros((*shape, max_injected), np.int32)
-        self._forced_start, self._forced_length = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
+
+        # Per prompt slot.
+        self._request = np.full(spec.prompt_slots, _FREE)
+        self._prompt_id = np.zeros(spec.prompt_slots, np.int32)
+        self._prefix_length = np.zeros(spec.prompt_slots, np.int32)
+
+        # Per row.
+        shape = (spec.prompt_slots, spec.sample_slots)
+        self._sample = np.full(shape, _FREE)
+        self._sample_id = np.zeros(shape, np.int32)
+        self._token = np.zeros(shape, np.int32)
+        self._steps = np.zeros(shape, np.int32)
+        self._limit = np.ones(shape, np.int32)
+        self._forced = np.zeros((*shape, spec.max_injected), np.int32)
+        self._forced_start = np.zeros(shape, np.int32)
+        self._forced_length = np.zeros(shape, np.int32)
 
     @property
     def active(self) -> np.ndarray:
+        """bool [P, G]: rows that hold an unfinished sample."""
         return self._sample != _FREE
 
     def assign(self) -> tuple[list[Load], list[Path]]:
@@ -139,8 +152,9 @@ class Slots:
             paths += self._fill(slot)
         return loads, paths
 
-    def rows(self) -> Rows:
-        return Rows(
+    def rows(self) -> DecodeRows:
+        """The grid as the device wants it."""
+        return DecodeRows(
             prompt_id=self._prompt_id,
             prefix_length=self._prefix_length,
             sample_id=self._sample_id,
@@ -175,6 +189,7 @@ class Slots:
             self._token[row] = tokens[-1]
 
     def tokens(self, owner: tuple[int, int]) -> np.ndarray:
+        """int32 [T]: all tokens of an unfinished sample so far, inherited and given ones too."""
         return np.concatenate([part[0] for part in self.parts[owner]])
 
     def first_sampled(self, owner: tuple[int, int]) -> int:
@@ -185,13 +200,17 @@ class Slots:
     def finish(self, row: tuple[int, int], reason: FinishReason, length: int | None = None) -> Path | None:
         """Frees a row; its sample keeps the first `length` tokens. Returns the path to keep, if later samples may
         start from it. When it was the last of a round, the next one is asked for."""
-        request, sample = int(self._request[row[0]]), int(self._sample[row])
-        tokens, logprobs, entropies = (
-            np.concatenate(arrays)[:length] for arrays in zip(*self.parts.pop((request, sample)), strict=True)
-        )
+        request = int(self._request[row[0]])
+        sample = int(self._sample[row])
+        parts = self.parts.pop((request, sample))
+        tokens, logprobs, entropies = (np.concatenate(arrays)[:length] for arrays in zip(*parts, strict=True))
+
         work = self._work[request][sample]
-        given = ((work.fork_index, work.fork_index + len(work.inject)),) if work.inject else ()
-        forced = _before(self._result(request, work.parent).forced, work.fork_index) if work.parent != NO_PARENT else ()
+        forced: tuple[tuple[int, int], ...] = ()
+        if work.parent != NO_PARENT:
+            forced = _before(self._result(request, work.parent).forced, work.fork_index)
+        if work.inject:
+            forced += ((work.fork_index, work.fork_index + len(work.inject)),)
         self.results[request][sample] = Sample(
             tokens=tokens,
             logprobs=logprobs,
@@ -200,16 +219,19 @@ class Slots:
             parent=work.parent,
             fork_index=work.fork_index,
             fork_score=work.score,
-            forced=forced + given,
+            forced=forced,
             intervention=work.intervention,
         )
         self._sample[row] = _FREE
         self._unfinished[request] -= 1
+
         rounds = self.requests[request].rounds
         if rounds is None:
             return None
         if not self._unfinished[request]:
-            self._extend(request, rounds([self._result(request, i) for i in range(len(self.results[request]))]))
+            samples = [self._result(request, i) for i in range(len(self.results[request]))]
+            self._extend(request, rounds(samples))
+        # All columns of the row are kept, also those behind `length`: a fork never begins there.
         return Path(*row, sample, int(self._steps[row])) if sample < self.path_slots else None
 
     def _extend(self, request: int, forks: Sequence[Fork]) -> None:
@@ -230,6 +252,7 @@ class Slots:
                 raise ValueError(f"{where}: more than max_injected={self.max_injected} tokens; raise max_injected")
             if fork.fork_index + len(fork.inject) >= limit:
                 raise ValueError(f"{where}: no room for a token within max_new_tokens={limit}; fork earlier")
+
         self._work[request] += forks
         self.waiting[request] += range(done, done + len(forks))
         self.results[request] += [None] * len(forks)
@@ -252,6 +275,7 @@ class Slots:
                 return None
             source = max(lenders, key=self._waiting_in)
             load = Load(int(self._request[source]), slot, source)
+
         request = self.requests[load.request]
         self._request[slot] = load.request
         self._prompt_id[slot] = request.prompt_id
@@ -269,8 +293,11 @@ class Slots:
         for sample_slot in np.flatnonzero(~self.active[slot]).tolist():
             if not self._waiting_in(slot):
                 break
+
+            row = (slot, sample_slot)
             index = int(self._request[slot])
-            request, sample, row = self.requests[index], self.waiting[index].popleft(), (slot, sample_slot)
+            request = self.requests[index]
+            sample = self.waiting[index].popleft()
             work = self._work[index][sample]
             self._sample[row] = sample
             self._sample_id[row] = work.sample_id
@@ -278,13 +305,16 @@ class Slots:
             self._steps[row] = work.fork_index
             self._limit[row] = request.max_new_tokens or self.max_new_tokens
             self._forced[row][: len(work.inject)] = work.inject
-            self._forced_start[row], self._forced_length[row] = work.fork_index, len(work.inject)
+            self._forced_start[row] = work.fork_index
+            self._forced_length[row] = len(work.inject)
+
+            # A fork of the prompt itself inherits nothing, and has no path to be laid.
             if work.fork_index:
                 parent = self._result(index, work.parent)
                 end = work.fork_index
                 self.parts[index, sample] = [(parent.tokens[:end], parent.logprobs[:end], parent.entropies[:end])]
-                self._token[row] = parent.tokens[work.fork_index - 1]
-                paths.append(Path(*row, work.parent, work.fork_index))
+                self._token[row] = parent.tokens[end - 1]
+                paths.append(Path(*row, work.parent, end))
         return paths
 
 

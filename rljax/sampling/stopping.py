@@ -1,20 +1,21 @@
 """Stop strings: looked for in the text of what was sampled, since they may lie across tokens."""
 
-from collections.abc import Callable, Sequence
-
 import numpy as np
+
+from rljax.sampling.spec import Stops
 
 
 class StopStrings:
-    """Finds where text first contains one of `strings`. Raises ValueError for an empty one, or without `decode_text`
-    (token ids -> text)."""
+    """Finds where text first contains one of `stops.strings`. Raises ValueError for an empty one, or without
+    `stops.decode_text`."""
 
-    def __init__(self, strings: Sequence[str], decode_text: Callable[[list[int]], str] | None):
-        if strings and decode_text is None:
+    def __init__(self, stops: Stops):
+        if stops.strings and stops.decode_text is None:
             raise ValueError("stop_strings need decode_text, a function from token ids to text; pass tokenizer.decode")
-        if "" in strings:
+        if "" in stops.strings:
             raise ValueError("a stop string is empty and would end every sample at once; leave it out")
-        self.strings, self._decode = tuple(strings), decode_text
+        self.strings = tuple(stops.strings)
+        self._decode = stops.decode_text
 
     def end(self, tokens: np.ndarray, checked: int = 0) -> int | None:
         """The fewest tokens, more than `checked`, whose text contains a stop string."""

@@ -1,5 +1,6 @@
 """The weights as decoding wants them: layers apart, matrices in rows, in the compute dtype, split by `DECODE_RULES`."""
 
+import functools
 from typing import Any
 
 import jax
@@ -10,8 +11,27 @@ from jaxtyping import Array, Float
 from rljax.models.config import DecoderConfig
 from rljax.models.decoder import unstack_layers
 from rljax.models.layout import param_shardings
-from rljax.parallel import DECODE_RULES
+from rljax.parallel import DECODE_RULES, platform, reshard
 from rljax.types import Params
+
+
+def take_weights(config: DecoderConfig, mesh: Mesh | None, params: Params) -> Params:
+    """`decode_weights` of `params` on `mesh`, wherever they lie: on its devices, on others, or on the host. Call it
+    with the mesh in use. None leaves them where they are."""
+    if mesh is not None and not _is_on(mesh, params):
+        params = reshard(params, param_shardings(config, mesh, DECODE_RULES))
+    return _weights_program(config, mesh)(params)
+
+
+def _is_on(mesh: Mesh, params: Params) -> bool:
+    devices = set(mesh.devices.flat)
+    return all(isinstance(x, jax.Array) and x.sharding.device_set == devices for x in jax.tree.leaves(params))
+
+
+@functools.lru_cache(maxsize=16)
+def _weights_program(config: DecoderConfig, mesh: Mesh | None):
+    layout = None if mesh is None else decode_shardings(config, mesh)
+    return jax.jit(functools.partial(decode_weights, config), out_shardings=layout)
 
 
 def decode_weights(config: DecoderConfig, params: Params) -> dict[str, Any]:
@@ -21,6 +41,7 @@ def decode_weights(config: DecoderConfig, params: Params) -> dict[str, Any]:
     def cast(name, value):
         return value if "norm" in name else value.astype(config.dtype)
 
+    # Copies, also where nothing is cast: the trainer donates its own weights to its next update.
     outer = {name: jnp.copy(cast(name, value)) for name, value in params.items() if name != "layers"}
     layers = {name: cast(name, value) for name, value in params["layers"].items()}
     apart = unstack_layers({"layers": layers})["layers"]
@@ -49,7 +70,7 @@ def product_of_few(x: Float[Array, "*B D"], weight: Float[Array, "E D"]) -> Floa
     A CPU multiplies a fifth faster with the features first. The barrier keeps the compiler from turning the product
     round again.
     """
-    if jax.default_backend() != "cpu":
+    if platform() != "cpu":
         return product(x, weight)
     out = jax.lax.optimization_barrier(jnp.einsum("ed,md->em", weight, x.reshape(-1, x.shape[-1])))
     return out.T.reshape(*x.shape[:-1], -1)

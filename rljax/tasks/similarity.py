@@ -1,7 +1,4 @@
-"""How alike two texts are, in words that follow each other in the same order.
-
-`dice` and `of_longer` are those of `rljax.ops`, which take token ids on the device.
-"""
+"""How alike two texts are, in words that follow each other in the same order."""
 
 import functools
 import re

@@ -290,8 +290,8 @@ class BlackBoxActor:
         return {
             "busy_share": decoder["seconds"] / max(seconds, 1e-9),
             "row_occupancy": decoder["busy_rows"] / max(decoder["decode_steps"] * decoder["rows"], 1),
-            "reused_share": 1 - decoder["extended_tokens"] / max(decoder["context_tokens"], 1),
-            "prefill_tokens": float(decoder["extended_tokens"]),
+            "reused_share": 1 - decoder["prefill_tokens"] / max(decoder["conversation_tokens"], 1),
+            "prefill_tokens": float(decoder["prefill_tokens"]),
             "turns": float(decoder["turns"]),
             "finished_share": sum(not run.error for run in runs) / max(len(runs), 1),
             "failed": float(sum(not result.is_valid for result in results)),

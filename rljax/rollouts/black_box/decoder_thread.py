@@ -49,8 +49,8 @@ class DecoderThread:
         self._inbox: queue.SimpleQueue[_Ask | _Call | None] = queue.SimpleQueue()
         self._waiting: deque[_Ask] = deque()
         self._running: dict[int, _Ask] = {}  # by context
-        self._free = deque(range(decoder.contexts))  # unused for longest first
-        self._holds = [np.zeros(0, np.int32)] * decoder.contexts
+        self._free = deque(range(decoder.spec.conversations))  # unused for longest first
+        self._holds = [np.zeros(0, np.int32)] * decoder.spec.conversations
         self._lock = threading.Lock()
         self._is_closed = False
         self._thread = threading.Thread(target=self._serve, daemon=True, name="decoder")
@@ -147,7 +147,7 @@ class DecoderThread:
             self._running[context], self._holds[context] = ask, ask.tokens
 
     def _spoken(self, spoken: TurnResult) -> None:
-        context = spoken.turn.context
+        context = spoken.turn.conversation
         ask = self._running.pop(context)
         self._free.append(context)
         self._holds[context] = np.concatenate([ask.tokens, spoken.tokens])
@@ -158,7 +158,7 @@ class DecoderThread:
             self._decoder.interrupt()
         if not isinstance(error, Interrupted):
             self._decoder.forget()
-            self._holds = [np.zeros(0, np.int32)] * self._decoder.contexts
+            self._holds = [np.zeros(0, np.int32)] * self._decoder.spec.conversations
         asks = [*self._running.values(), *self._waiting]
         self._free.extend(self._running)
         self._running.clear()

@@ -1,17 +1,16 @@
 """Where the keys and values of conversations lie between their turns: the device side of `rljax.sampling.turns`.
 
-A context is linear: what comes later is appended. Its keys and values are kept for all tokens but the last, so a fork
-of it at any token is a copy of a part, and a turn after an observation computes the observation alone.
+A conversation is linear: what comes later is appended. Its keys and values are kept for all tokens but the last, so a
+fork of it at any token is a copy of a part, and a turn after an observation computes the observation alone.
 """
 
 import dataclasses
-import math
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from rljax.models.attention import MASKED, forest_attention
+from rljax.models.attention import MASKED, forest_attention, score_divisor
 from rljax.models.cache import K_COLUMNS, PREFIX_AXES, V_COLUMNS, KVCache, constrain_cache
 from rljax.models.config import DecoderConfig
 from rljax.models.decoder import apply_layer, embed
@@ -20,12 +19,13 @@ from rljax.parallel import constrain
 from rljax.sampling.weights import product
 from rljax.types import ArrayLike, Params, struct
 
-QUERY_BLOCK = 128  # queries of a context that are scored at a time
+QUERY_BLOCK = 128
+"""Queries of a conversation that are scored at a time."""
 
 
 @struct
-class Contexts:
-    """Keys (rotary applied) and values of `E` contexts of up to `C` tokens, one array per layer."""
+class Conversations:
+    """Keys (rotary applied) and values of `E` conversations of up to `C` tokens, one array per layer."""
 
     k: tuple[Float[Array, "E KV C hd"], ...]
     v: tuple[Float[Array, "E KV C hd"], ...]
@@ -33,58 +33,68 @@ class Contexts:
 
 @struct
 class Moves:
-    """Contexts copied to or from elsewhere: the first `count` entries. `other` is a row of the decoder's grid, or a
-    context; `start` the first position that is written, `column` the ring column of the key that goes there."""
+    """Conversations copied to or from elsewhere: the first `count` entries."""
 
-    context: Int[ArrayLike, " J"]
+    conversation: Int[ArrayLike, " J"]
+    """The conversation that is written, or read."""
     other: Int[ArrayLike, " J"]
+    """A row of the decoder's grid, or a conversation."""
     start: Int[ArrayLike, " J"]
+    """The first position that is written."""
     column: Int[ArrayLike, " J"]
+    """The ring column of the key that goes there."""
     count: Int[ArrayLike, ""]
+    """Entries that count."""
 
 
-def init_contexts(config: DecoderConfig, contexts: int, length: int) -> Contexts:
-    """Empty contexts in the compute dtype. Call it under `jax.jit`."""
-    shape = (contexts, config.num_kv_heads, length, config.head_dim)
+def init_conversations(config: DecoderConfig, conversations: int, length: int) -> Conversations:
+    """Empty conversations in the compute dtype. Call it under `jax.jit`."""
+    shape = (conversations, config.num_kv_heads, length, config.head_dim)
 
     def zeros():
         return tuple(constrain(jnp.zeros(shape, config.dtype), PREFIX_AXES) for _ in range(config.num_layers))
 
-    return Contexts(k=zeros(), v=zeros())
+    return Conversations(k=zeros(), v=zeros())
 
 
-def contexts_bytes(config: DecoderConfig, contexts: int, length: int) -> int:
-    """Bytes that such contexts take over all devices."""
+def conversations_bytes(config: DecoderConfig, conversations: int, length: int) -> int:
+    """Bytes that such conversations take over all devices."""
     per_token = 2 * config.num_layers * config.num_kv_heads * config.head_dim * jnp.dtype(config.dtype).itemsize
-    return per_token * contexts * length
+    return per_token * conversations * length
 
 
 def extend(
     config: DecoderConfig,
     is_fresh: bool,
     params: Params,
-    contexts: Contexts,
+    conversations: Conversations,
     tokens: Int[ArrayLike, "N S"],
     index: Int[ArrayLike, " N"],
     start: Int[ArrayLike, " N"],
-) -> Contexts:
-    """Computes `tokens` (right-padded) behind the first `start` tokens of the contexts `index`, and writes their keys
-    and values there. What padding writes is never read, as long as `start + S` is within the contexts' length.
-    `is_fresh`: all `start` are 0, and nothing is there to be read. `params` are those of `decode_weights`.
+) -> Conversations:
+    """Computes `tokens` (right-padded) behind the first `start` tokens of the conversations `index`, and writes their
+    keys and values there. What padding writes is never read, as long as `start + S` is within the conversations'
+    length. `is_fresh`: all `start` are 0, and nothing is there to be read. `params` are those of `decode_weights`.
     """
-    tokens, index, start = jnp.asarray(tokens), jnp.asarray(index), jnp.asarray(start)
+    tokens = jnp.asarray(tokens)
+    index = jnp.asarray(index)
+    start = jnp.asarray(start)
     length = tokens.shape[1]
     positions = start[:, None] + jnp.arange(length)
     rotary = rotary_table(config, positions)
+
     x = embed(config, params, tokens)
-    keys, values = [], []
+    keys = []
+    values = []
     for layer, (layer_params, window) in enumerate(zip(params["layers"], config.windows, strict=True)):
-        kept_k, kept_v = contexts.k[layer], contexts.v[layer]
+        kept_k = conversations.k[layer]
+        kept_v = conversations.v[layer]
 
         def attend(q, k, v, kept_k=kept_k, kept_v=kept_v, window=window):
             new_k = _write(kept_k, k, index, start)
             new_v = _write(kept_v, v, index, start)
             if is_fresh:
+                # Nothing lies before: the new keys alone, which need not be gathered from the whole length.
                 out = forest_attention(q, k, v, positions, jnp.full(tokens.shape, length), window)
             else:
                 out = _attend(q, new_k[index], new_v[index], start, window)
@@ -93,7 +103,7 @@ def extend(
         x, (new_k, new_v) = apply_layer(config, layer_params, x, rotary, attend, product)
         keys.append(constrain(new_k, PREFIX_AXES))
         values.append(constrain(new_v, PREFIX_AXES))
-    return Contexts(k=tuple(keys), v=tuple(values))
+    return Conversations(k=tuple(keys), v=tuple(values))
 
 
 def _write(kept: Array, new: Array, index: Array, start: Array) -> Array:
@@ -111,9 +121,10 @@ def _attend(q: Array, k: Array, v: Array, start: Array, window: int) -> Array:
     """Query i of row n [N, S, H, hd] sees the keys [N, KV, C, hd] up to `start[n] + i`; float32 softmax."""
     rows, length, heads, head_dim = q.shape
     kv_heads, size = k.shape[1:3]
-    groups, block = heads // kv_heads, min(length, QUERY_BLOCK)
+    groups = heads // kv_heads
+    block = min(length, QUERY_BLOCK)
     count = -(-length // block)
-    q = jnp.pad(q / math.sqrt(head_dim), ((0, 0), (0, count * block - length), (0, 0), (0, 0)))
+    q = jnp.pad(q / score_divisor(head_dim), ((0, 0), (0, count * block - length), (0, 0), (0, 0)))
     # Queries that share a key head lie side by side: [blocks, N, KV, block * G, hd].
     q = q.reshape(rows, count, block, kv_heads, groups, head_dim).transpose(1, 0, 3, 2, 4, 5)
     q = q.reshape(count, rows, kv_heads, block * groups, head_dim)
@@ -129,54 +140,57 @@ def _attend(q: Array, k: Array, v: Array, start: Array, window: int) -> Array:
         scores = jnp.where(visible[:, None], product("nkqd,nkcd->nkqc", queries, k), MASKED)
         return product("nkqc,nkcd->nkqd", jax.nn.softmax(scores, axis=-1).astype(v.dtype), v)
 
+    # One block after the other, so that scores exist for `block` queries over the whole length, and no more.
     out = jax.lax.map(attend, (q, jnp.arange(count) * block))
     out = out.reshape(count, rows, kv_heads, block, groups, head_dim).transpose(1, 0, 3, 2, 4, 5)
     return out.reshape(rows, count * block, heads, head_dim)[:, :length].astype(k.dtype)
 
 
-def copy_contexts(contexts: Contexts, moves: Moves) -> Contexts:
-    """The contexts with `context` of each move overwritten by `other`."""
+def copy_conversations(conversations: Conversations, moves: Moves) -> Conversations:
+    """The conversations with `conversation` of each move overwritten by `other`."""
 
     def move(kept):
         def one(i, kept):
             row = jax.lax.dynamic_slice_in_dim(kept, jnp.asarray(moves.other)[i], 1)
-            return jax.lax.dynamic_update_slice_in_dim(kept, row, jnp.asarray(moves.context)[i], 0)
+            return jax.lax.dynamic_update_slice_in_dim(kept, row, jnp.asarray(moves.conversation)[i], 0)
 
         return constrain(jax.lax.fori_loop(0, moves.count, one, kept), PREFIX_AXES)
 
-    return Contexts(k=tuple(map(move, contexts.k)), v=tuple(map(move, contexts.v)))
+    return Conversations(k=tuple(map(move, conversations.k)), v=tuple(map(move, conversations.v)))
 
 
-def lay_contexts(cache: KVCache, contexts: Contexts, moves: Moves) -> KVCache:
-    """The decoder's cache with contexts as the prompts of its rows `other`."""
+def lay_conversations(cache: KVCache, conversations: Conversations, moves: Moves) -> KVCache:
+    """The decoder's cache with conversations as the prompts of its rows `other`."""
 
     def move(prefix, kept):
         def one(i, prefix):
-            row = jax.lax.dynamic_slice_in_dim(kept, jnp.asarray(moves.context)[i], 1)
+            row = jax.lax.dynamic_slice_in_dim(kept, jnp.asarray(moves.conversation)[i], 1)
             return jax.lax.dynamic_update_slice_in_dim(prefix, row, jnp.asarray(moves.other)[i], 0)
 
         return jax.lax.fori_loop(0, moves.count, one, prefix)
 
-    prefix_k = tuple(map(move, cache.prefix_k, contexts.k))
-    prefix_v = tuple(map(move, cache.prefix_v, contexts.v))
+    prefix_k = tuple(map(move, cache.prefix_k, conversations.k))
+    prefix_v = tuple(map(move, cache.prefix_v, conversations.v))
     return constrain_cache(dataclasses.replace(cache, prefix_k=prefix_k, prefix_v=prefix_v))
 
 
-def keep_turns(contexts: Contexts, cache: KVCache, moves: Moves) -> Contexts:
-    """The contexts with the ring columns of the rows `other` appended: as many as the ring has, of which those of the
-    turn come first and the rest is never read."""
+def keep_turns(conversations: Conversations, cache: KVCache, moves: Moves) -> Conversations:
+    """The conversations with the ring columns of the rows `other` appended: as many as the ring has, of which those of
+    the turn come first and the rest is never read."""
 
     def move(kept, ring, axis: int):
         def one(i, kept):
-            row = jax.lax.dynamic_index_in_dim(ring, jnp.asarray(moves.other)[i], keepdims=False)[:, 0]  # one sample
+            # The grid of a decoder of turns has one sample a slot.
+            row = jax.lax.dynamic_index_in_dim(ring, jnp.asarray(moves.other)[i], keepdims=False)[:, 0]
             row = jnp.roll(row, -jnp.asarray(moves.column)[i], axis - 2)
+            # Keys lie transposed in the ring, and not here.
             row = row.swapaxes(1, 2) if axis == K_COLUMNS else row
-            place = (jnp.asarray(moves.context)[i], 0, jnp.asarray(moves.start)[i], 0)
+            place = (jnp.asarray(moves.conversation)[i], 0, jnp.asarray(moves.start)[i], 0)
             return jax.lax.dynamic_update_slice(kept, row[None], place)
 
         return constrain(jax.lax.fori_loop(0, moves.count, one, kept), PREFIX_AXES)
 
-    return Contexts(
-        k=tuple(move(kept, ring, K_COLUMNS) for kept, ring in zip(contexts.k, cache.suffix_k, strict=True)),
-        v=tuple(move(kept, ring, V_COLUMNS) for kept, ring in zip(contexts.v, cache.suffix_v, strict=True)),
+    return Conversations(
+        k=tuple(move(kept, ring, K_COLUMNS) for kept, ring in zip(conversations.k, cache.suffix_k, strict=True)),
+        v=tuple(move(kept, ring, V_COLUMNS) for kept, ring in zip(conversations.v, cache.suffix_v, strict=True)),
     )

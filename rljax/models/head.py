@@ -1,0 +1,55 @@
+"""The vocabulary's head: the one place where hidden states become logits, and where gradients come back through them.
+
+Sampler, scorer and studies all call `logits`, so a change of what a logit is (a soft cap, a padded vocabulary) is made
+here once, beside its derivative in `logits_gradient`.
+"""
+
+from typing import Any
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from rljax.models.config import DecoderConfig
+from rljax.types import Params
+
+
+def head_params(config: DecoderConfig, params: Params) -> dict[str, Any]:
+    """The part of `params` that `logits` reads. ValueError when the model has a value head instead."""
+    if config.value_head:
+        raise ValueError("this model has a value head, not a vocabulary head; its outputs are those of values()")
+    name = "embedding" if config.tied_embeddings else "head"
+    return {name: params[name]}
+
+
+def output_projection(config: DecoderConfig, params: Params) -> Float[Array, "V D"]:
+    """The vocabulary head's weight; the embedding itself when they are tied."""
+    (weight,) = head_params(config, params).values()
+    return weight
+
+
+def logits(
+    config: DecoderConfig, params: Params, hidden: Float[Array, "*B D"], *, vocab_first: bool = False
+) -> Float[Array, "..."]:
+    """Float32 logits [*B, V] of final-normed `hidden`; [V, *B] with `vocab_first`, for few states at a time: a CPU
+    multiplies a few columns faster with the weights in rows. `params` may be those of `head_params` alone."""
+    head = output_projection(config, params).astype(hidden.dtype)
+    if not vocab_first:
+        return jnp.einsum("...d,vd->...v", hidden, head, preferred_element_type=jnp.float32)
+
+    few = hidden.reshape(-1, hidden.shape[-1])
+    out = jnp.einsum("vd,md->vm", head, few, preferred_element_type=jnp.float32)
+    return out.reshape(-1, *hidden.shape[:-1])
+
+
+def logits_gradient(
+    config: DecoderConfig, params: Params, hidden: Float[Array, "R C D"], d_logits: Float[Array, "R C V"]
+) -> tuple[Float[Array, "R C D"], dict[str, Float[Array, "V D"]]]:
+    """Cotangents (float32) of `hidden` and of `head_params(config, params)`, given those of `logits`.
+
+    Products are taken in the dtype of `hidden` and summed in float32, as the forward product is.
+    """
+    head = output_projection(config, params).astype(hidden.dtype)
+    d_logits = d_logits.astype(hidden.dtype)
+    d_hidden = jnp.einsum("rcv,vd->rcd", d_logits, head, preferred_element_type=jnp.float32)
+    d_head = jnp.einsum("rcv,rcd->vd", d_logits, hidden, preferred_element_type=jnp.float32)
+    return d_hidden, dict.fromkeys(head_params(config, params), d_head)

@@ -1,0 +1,52 @@
+"""The settings of a run's sampling."""
+
+import dataclasses
+
+from rljax.sampling.logits import SamplingParams, sampling_params
+
+
+@dataclasses.dataclass
+class SamplingConfig:
+    """How completions are sampled. `prompt_slots x sample_slots` rows decode at once."""
+
+    temperature: float = 1.0
+    """Divisor of the logits, for training; evaluation has its own. Above 0 where groups are larger than 1."""
+    top_k: int = 0
+    """Sample from this many most probable tokens; 0 is off."""
+    top_p: float = 1.0
+    """Sample from the fewest most probable tokens whose share reaches this; 1 is off."""
+    min_p: float = 0.0
+    """Sample from tokens at least this many times as probable as the best; 0 is off."""
+    max_new_tokens: int = 64
+    """Most tokens of a completion, or of one turn. Raise it when `rollout/truncated_share` is not small."""
+    truncated_is_wrong: bool = True
+    """A completion that runs into `max_new_tokens` earns no reward, in training and evaluation."""
+    stop_strings: tuple[str, ...] = ()
+    """Texts that end a completion, beside the tokenizer's own stop tokens."""
+    prompt_buckets: tuple[int, ...] = (64, 128, 256, 512)
+    """Prompt lengths (tokens) that programs are compiled for, increasing; the last bounds prompts."""
+    prompt_slots: int = 0
+    """Prompts that decode at once; 0 is `prompts_per_step`. Lower it when the cache does not fit."""
+    sample_slots: int = 0
+    """Samples of a prompt that decode at once; 0 is the group size. 1 suits completions of very different lengths."""
+
+    def params(self) -> SamplingParams:
+        """The distribution that is sampled from. ValueError for a value out of range."""
+        return sampling_params(temperature=self.temperature, top_k=self.top_k, top_p=self.top_p, min_p=self.min_p)
+
+    def check(self) -> None:
+        """Raises a ValueError of one line for a value that cannot be."""
+        if self.max_new_tokens < 1:
+            raise ValueError(f"config.sampling.max_new_tokens={self.max_new_tokens} must be at least 1")
+        buckets = self.prompt_buckets
+        if not buckets or list(buckets) != sorted(set(buckets)) or buckets[0] < 1:
+            raise ValueError(
+                f"config.sampling.prompt_buckets={buckets} must be increasing positive lengths, e.g. (64, 128)"
+            )
+        for name, value in (("prompt_slots", self.prompt_slots), ("sample_slots", self.sample_slots)):
+            if value < 0:
+                raise ValueError(f"config.sampling.{name}={value} must be at least 0; 0 is as many as a step has")
+        try:
+            self.params()
+        except ValueError as error:
+            raise ValueError(f"config.sampling.{error}") from None

@@ -17,7 +17,7 @@ from test_run_environment import make_config
 from rljax.advantages import group_centered, penalized
 from rljax.algorithms import Algorithm
 from rljax.batching import PackConfig, pack, stack, take_rows
-from rljax.experiment.config import RewardConfig
+from rljax.experiment import RewardConfig, SingleTurn
 from rljax.experiment.train import train
 from rljax.losses import clipped, policy_loss, token_mean, token_ratio
 from rljax.plans import Column, RolloutPlan
@@ -93,7 +93,7 @@ def check_used(batch, logged, signal, tax):
 
 def test_counts_of_an_environment_reach_a_weight_and_an_advantage(tmp_path):
     config = make_config(Curious())
-    config.environment = dataclasses.replace(config.environment, make="test_open_columns:Wondering")
+    config.actor = dataclasses.replace(config.actor, make="test_open_columns:Wondering")
     batch, logged = trained(config, tmp_path)
 
     surprise = batch.columns["surprise"]
@@ -108,7 +108,8 @@ def test_a_component_of_the_reward_reaches_a_weight_and_an_advantage(tmp_path):
         RewardConfig("rljax.testing:echo_reward"),
         RewardConfig("test_open_columns:brevity", weight=0.1),
     )
-    batch, logged = trained(tiny_config(algorithm=Curious("brevity", "echo_reward"), rewards=rewards), tmp_path)
+    actor = SingleTurn(rewards=rewards, prompt_buckets=(4,))
+    batch, logged = trained(tiny_config(algorithm=Curious("brevity", "echo_reward"), actor=actor), tmp_path)
     of_turn, of_row = batch.columns["brevity"], batch.columns["echo_reward"]
     assert of_turn.shape == batch.tokens.shape and of_row.shape == batch.reward.shape
     check_used(batch, logged, of_turn, of_row)

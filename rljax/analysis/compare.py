@@ -57,7 +57,7 @@ def with_seed(run: Run, seed: int) -> Run:
         config=config,
         curriculum=config.curriculum.make(run.dataset.train, seed),
         actor=build_actor(config, run.algorithm.plan, run.dataset, run.tokenizer, run.decoder, run.mesh),
-        state=None,
+        state=None,  # type: ignore[arg-type]
         evaluation=None,
     )
 

@@ -162,8 +162,8 @@ def on_turns(play: Play, values: Sequence[float]) -> np.ndarray:
 
 
 def episode_state(episode: Episode, turns: int | None = None) -> dict[str, Any]:
-    """What a checkpoint holds of an episode, JSON-ready: the first `turns` turns of one that goes on, all of one that is
-    over (None). The row stays with the data, whose columns JSON may not hold."""
+    """What a checkpoint holds of an episode, JSON-ready: the first `turns` turns of one that goes on, all of one that
+    is over (None). The row stays with the data, whose columns JSON may not hold."""
     state = {name: value for name, value in episode.state_dict().items() if name != "row"}
     if turns is None:
         return state

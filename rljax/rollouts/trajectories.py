@@ -85,10 +85,11 @@ def columns_of(plan: RolloutPlan, groups: Sequence[ScoredGroup]) -> list[Column]
 
 
 def _find(column: Column, group: ScoredGroup, index: int) -> Any:
-    """The value of a sample under the column's name, None for none. A row's is a component of its reward (environments
-    add up the counts of their steps there), else a number of the data row."""
-    if column.per != "row":
-        return group.signals[index].get(column.name) if group.signals else None
+    """The value of a sample under the column's name, None for none: of each token where the rollout has it so and the
+    column asks for it; else a component of the reward (environments add up the counts of their steps there); else a
+    number of the data row."""
+    if column.per != "row" and group.signals and column.name in group.signals[index]:
+        return group.signals[index][column.name]
 
     components = group.results[index].components
     if column.name in components:
@@ -101,8 +102,9 @@ def _value(column: Column, group: ScoredGroup, index: int, on_completion: Any) -
     found = _find(column, group, index)
     if column.per == "row":
         return 0.0 if found is None else float(found)
-    length = len(group.samples[index].tokens)
-    return on_completion(np.zeros(length, np.float32) if found is None else found, np.float32)
+    # A number of the whole row stands on all tokens that were sampled.
+    on_tokens = np.where(group.samples[index].sampled, 0.0 if found is None else found, 0.0)
+    return on_completion(on_tokens, np.float32)
 
 
 def record_of(group: ScoredGroup, index: int, trajectory: Trajectory, step: int) -> dict[str, Any]:

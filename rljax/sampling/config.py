@@ -7,7 +7,7 @@ from rljax.sampling.logits import SamplingParams, sampling_params
 
 @dataclasses.dataclass
 class SamplingConfig:
-    """How completions are sampled. `prompt_slots x sample_slots` rows decode at once."""
+    """The distribution that training samples from, and what ends a completion."""
 
     temperature: float = 1.0
     """Divisor of the logits, for training; evaluation has its own. Above 0 where groups are larger than 1."""
@@ -23,12 +23,6 @@ class SamplingConfig:
     """A completion that runs into `max_new_tokens` earns no reward, in training and evaluation."""
     stop_strings: tuple[str, ...] = ()
     """Texts that end a completion, beside the tokenizer's own stop tokens."""
-    prompt_buckets: tuple[int, ...] = (64, 128, 256, 512)
-    """Prompt lengths (tokens) that programs are compiled for, increasing; the last bounds prompts."""
-    prompt_slots: int = 0
-    """Prompts that decode at once; 0 is `prompts_per_step`. Lower it when the cache does not fit."""
-    sample_slots: int = 0
-    """Samples of a prompt that decode at once; 0 is the group size. 1 suits completions of very different lengths."""
 
     def params(self) -> SamplingParams:
         """The distribution that is sampled from. ValueError for a value out of range."""
@@ -38,14 +32,6 @@ class SamplingConfig:
         """Raises a ValueError of one line for a value that cannot be."""
         if self.max_new_tokens < 1:
             raise ValueError(f"config.sampling.max_new_tokens={self.max_new_tokens} must be at least 1")
-        buckets = self.prompt_buckets
-        if not buckets or list(buckets) != sorted(set(buckets)) or buckets[0] < 1:
-            raise ValueError(
-                f"config.sampling.prompt_buckets={buckets} must be increasing positive lengths, e.g. (64, 128)"
-            )
-        for name, value in (("prompt_slots", self.prompt_slots), ("sample_slots", self.sample_slots)):
-            if value < 0:
-                raise ValueError(f"config.sampling.{name}={value} must be at least 0; 0 is as many as a step has")
         try:
             self.params()
         except ValueError as error:

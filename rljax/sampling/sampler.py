@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 
-from rljax.models.cache import KVCache, PathMoves, init_cache, keep_paths, lay_paths
+from rljax.models.cache import KVCache, PathMoves, cache_bytes, init_cache, keep_paths, lay_paths
 from rljax.models.config import DecoderConfig
 from rljax.parallel import platform, use_mesh
 from rljax.sampling.generate import DecodeRows, DecodeRun, copy_prompt, decode, prefill
@@ -242,6 +242,18 @@ class Sampler:
 
     def _prefill_counts(self, length: int) -> list[int]:
         return prefill_counts(length, self.spec.prompt_slots, platform(self.mesh))
+
+    def cache_bytes(self) -> int:
+        """Bytes of keys and values over all devices, for the longest prompts."""
+        spec = self.spec
+        return cache_bytes(
+            self.config,
+            spec.prompt_slots,
+            spec.sample_slots,
+            spec.prompt_buckets[-1],
+            spec.max_new_tokens,
+            spec.path_slots,
+        )
 
     def _new_cache(self, bucket: int) -> KVCache:
         spec = self.spec

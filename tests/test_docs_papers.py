@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from docs_metrics import unexplained
 from objectives import make_batch, make_rows
 
 import rljax.advantages
@@ -115,6 +116,7 @@ def test_every_config_makes_two_steps_and_reports_what_it_says_to_look_at(name, 
     assert lines[-1]["loss/grad_norm"] > 0
     for line in lines:
         assert np.isfinite(list(line.values())).all()
+        assert not unexplained(line)
     assert set(METRIC.findall(module.__doc__)) <= set(lines[-1])
 
 

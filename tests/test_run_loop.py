@@ -5,6 +5,7 @@ import json
 
 import numpy as np
 import pytest
+from docs_metrics import unexplained
 
 import rljax.experiment.train
 from rljax.algorithms import DAPO, GRPO, RECIPES, RLOO
@@ -102,6 +103,7 @@ def test_every_step_reports_the_promised_metrics(straight):
         assert 0 <= line["rollout/no_signal_share"] <= 1 and 0 <= line["rollout/truncated_share"] <= 1
         assert line["compile/count"] >= 0 and line["rollout/invalid_rewards"] == 0
         assert finite(line)
+        assert not unexplained(line)  # docs/not-learning.md
 
 
 def test_nothing_compiles_after_the_second_step(straight):

@@ -232,7 +232,7 @@ def test_own_tags_and_observations():
     chosen = tag_format({"move": "direction"})
     assert chosen.parse("<move>north</move>").calls == (ToolCall("move", {"direction": "north"}),)
     assert chosen.stop_strings == ("</move>",)
-    assert chosen.observation("A wall.") == "\n<result>\nA wall.\n</result>\n"
+    assert chosen.wrap == ("\n<result>\n", "\n</result>\n")
 
 
 @pytest.mark.parametrize(

@@ -375,7 +375,8 @@ def test_episodes_run_in_a_pool_and_fork_by_replay():
     ("arguments", "says"),
     [
         ({"size": 0}, "size 0"),
-        ({"size": 5, "min_hops": 3, "max_hops": 2}, "min_hops 3"),
+        ({"size": 5, "walks": {"min_hops": 3, "max_hops": 2}}, "min_hops 3"),
+        ({"size": 5, "walks": {"hops": 3}}, "walks {'hops': 3} do not fit"),
         ({"size": 5, "split": "dev"}, "'dev' is not one of all, train, test"),
         ({"size": 5, "test_fraction": 1.5}, "test_fraction 1.5"),
         ({"size": 5, "num_pages": 10}, f"at least {MIN_PAGES}"),

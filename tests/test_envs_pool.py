@@ -7,6 +7,7 @@ import time
 from concurrent.futures import wait
 
 import pytest
+from replays import replay
 
 from rljax.envs import (
     EnvironmentLimits,
@@ -17,8 +18,7 @@ from rljax.envs import (
     ToolBox,
     ToolEnvironment,
     answer,
-    fork,
-    replay,
+    replay_same,
 )
 from rljax.envs.library import calculator
 
@@ -210,7 +210,7 @@ def test_an_environment_that_does_not_repeat_itself_is_found():
         assert episode.end == "replay" and "snapshot() and restore()" in episode.error
     opening, steps = replay(Fickle(), {"goal": 3}, ["1"])
     with pytest.raises(ReplayMismatch, match="reset began with"):
-        fork(Fickle, {"goal": 3}, opening, ["1"], steps)
+        replay_same(Fickle(), {"goal": 3}, opening, ["1"], steps)
 
 
 def saved(episode):

@@ -7,10 +7,11 @@ from concurrent.futures import wait
 from pathlib import Path
 
 import pytest
+from replays import replay
 
 pytest.importorskip("textworld", reason="needs textworld: pip install 'rljax[textworld]'")
 
-from rljax.envs import EnvironmentLimits, EnvironmentPool, replay, replay_same
+from rljax.envs import EnvironmentLimits, EnvironmentPool, replay_same
 from rljax.envs.library.textworld import TextWorldEnvironment, make_game, rows
 
 OPTIONS = {"quests": 2, "quest_length": 2, "objects": 8}

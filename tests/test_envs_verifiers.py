@@ -3,6 +3,7 @@
 import signal
 
 import pytest
+from replays import replay
 
 vf = pytest.importorskip("verifiers", reason="needs verifiers: pip install 'rljax[verifiers]'")
 if not hasattr(vf, "MultiTurnEnv"):
@@ -10,7 +11,7 @@ if not hasattr(vf, "MultiTurnEnv"):
 
 from datasets import Dataset  # noqa: E402
 
-from rljax.envs import EnvironmentPool, replay, replay_same  # noqa: E402
+from rljax.envs import EnvironmentPool, replay_same  # noqa: E402
 from rljax.envs.library.verifiers_adapter import VerifiersEnvironment, rows  # noqa: E402
 
 HERE = __name__

@@ -3,7 +3,6 @@
 import contextlib
 import http.server
 import json
-import math
 import threading
 import time
 
@@ -21,9 +20,7 @@ from rljax.tasks import (
     RewardInput,
     RewardRunner,
     RewardSpec,
-    is_trustworthy,
     position_bias,
-    repetition_stability,
 )
 from rljax.tasks.judge import read_choice, read_flags, read_yes_no, swapped_reward
 
@@ -245,21 +242,3 @@ def test_position_bias_meets_the_worked_example():
     assert position_bias(["AA"] * 4).fairness == -1
     assert position_bias(["BC"] * 4).fairness == 1
     assert position_bias(["CC"] * 3).fairness == 0
-
-
-def test_repetition_stability_meets_the_worked_example():
-    assert repetition_stability(["AAB", "AAA", "CBA"]) == pytest.approx(2 / 3)
-    assert repetition_stability(["AAB", ""]) == pytest.approx(2 / 3)
-    assert math.isnan(repetition_stability([]))
-
-
-def test_the_gate_refuses_judges_that_are_few_biased_unstable_or_always_tied():
-    fair = ["AB", "BA"] * 90 + ["AA", "BB"] * 10
-    assert is_trustworthy(position_bias(fair), 0.96)
-    assert not is_trustworthy(position_bias(fair), 0.94)
-    assert not is_trustworthy(position_bias(fair), math.nan)
-    assert not is_trustworthy(position_bias(fair[:199]), 0.96)
-    assert not is_trustworthy(position_bias(["AB"] * 150 + ["AA", "BB"] * 25), 1.0)  # consistency 0.75
-    assert not is_trustworthy(position_bias(["AB"] * 170 + ["AA"] * 30), 1.0)  # fairness -0.15
-    assert not is_trustworthy(position_bias(["CC"] * 200), 1.0)
-    assert not is_trustworthy(position_bias([]), 1.0)

@@ -144,8 +144,7 @@ class TestReasoningGym:
             size=10,
             config=SUMS,
             format_prompt=lambda item: [{"role": "user", "content": item["metadata"]["expression"] + " ="}],
-            extract=InTag(),
-        )
+        ).scored(extract=InTag(), full_score_only=True)
         example = task.train[0]
         assert example.prompt == [{"role": "user", "content": example.columns["metadata"]["expression"] + " ="}]
         right = example.columns["answer"]

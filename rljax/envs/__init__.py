@@ -19,8 +19,6 @@ from rljax.envs.base import (
     ReplayMismatch,
     Snapshots,
     Step,
-    fork,
-    replay,
     replay_same,
 )
 from rljax.envs.chat import check_chat_template, probe_conversation
@@ -82,12 +80,10 @@ __all__ = [
     "check_chat_template",
     "final",
     "finish",
-    "fork",
     "get_format",
     "named",
     "probe_conversation",
     "python_tool",
-    "replay",
     "replay_same",
     "tag_format",
     "tool_instructions",

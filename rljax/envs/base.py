@@ -12,7 +12,7 @@ class Guess:
 
 import copy
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
@@ -139,19 +139,16 @@ def checked_step(value: Any) -> Step:
     return Step(value.observation, reward, done, counts)
 
 
-def replay(environment: Environment, row: Mapping[str, Any], actions: Sequence[str]) -> tuple[Prompt, list[Step]]:
-    """Bring a fresh environment to where these actions lead. Raises MalformedStep as a first run would."""
-    opening = checked_prompt(environment.reset(copy.deepcopy(dict(row))))
-    return opening, [checked_step(environment.step(action)) for action in actions]
-
-
 _REMEDY = "make the environment depend on its row and actions alone, or give it snapshot() and restore()"
 
 
 def replay_same(
     environment: Environment, row: Mapping[str, Any], opening: Prompt, actions: Sequence[str], steps: Sequence[Step]
 ) -> None:
-    """`replay` of a recorded episode. Raises ReplayMismatch, naming the turn, if anything comes out differently."""
+    """Bring a fresh environment to where the actions of a recorded episode lead.
+
+    Raises ReplayMismatch, naming the turn, if anything comes out differently, and MalformedStep as a first run would.
+    """
     again = checked_prompt(environment.reset(copy.deepcopy(dict(row))))
     if again != opening:
         raise ReplayMismatch(f"reset began with {again!r:.100} instead of {opening!r:.100}; {_REMEDY}")
@@ -160,17 +157,3 @@ def replay_same(
         new = checked_step(environment.step(action))
         if new != step:
             raise ReplayMismatch(f"turn {turn} led to {new!r:.200} instead of {step!r:.200}; {_REMEDY}")
-
-
-def fork(
-    make: Callable[[], Environment],
-    row: Mapping[str, Any],
-    opening: Prompt,
-    actions: Sequence[str],
-    steps: Sequence[Step],
-) -> Environment:
-    """A second environment that stands where the recorded actions led; any environment can be forked this way. Raises
-    ReplayMismatch if it does not repeat itself."""
-    environment = make()
-    replay_same(environment, row, opening, actions, steps)
-    return environment

@@ -70,10 +70,6 @@ class ToolFormat:
     wrap: tuple[str, str] = ("<tool_response>\n", "\n</tool_response>")
     """What stands before and behind an observation where there is no chat template."""
 
-    def observation(self, text: str) -> str:
-        """The observation as plain text."""
-        return f"{self.wrap[0]}{text}{self.wrap[1]}"
-
 
 def after_thinking(text: str) -> str:
     """What follows the last `</think>`; nothing of a message that is still thinking. Calls count only there."""
@@ -111,6 +107,7 @@ def _blocks(marks: _Marks, text: str) -> Iterator[_Block]:
         elif not name:
             name = mark[2]
             start = mark.end()
+        # any other mark stands inside of a block, and is text
         elif is_closing and mark[2] == name:
             yield _Block(name, text[start : mark.start()])
             name = ""

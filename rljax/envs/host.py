@@ -246,12 +246,15 @@ def serve(descriptor: int) -> None:
         return
 
     threading.Thread(target=_end_with_parent, args=(connection.fileno(),), daemon=True).start()
+
     while True:
         try:
             episode, request = pickle.loads(connection.recv_bytes())
         except (EOFError, OSError):
             return
         answer = host.serve(episode, request)
+
+        # text of a class of its own cannot always be sent
         try:
             message = pickle.dumps(answer)
         except Exception as error:

@@ -32,7 +32,8 @@ def schema_instructions(schemas: Sequence[Mapping[str, Any]], tool_format: ToolF
 
 def _tagged(schema: dict[str, Any]) -> str:
     function = schema["function"]
-    name, parameter = function["name"], _first_parameter(schema)
+    name = function["name"]
+    parameter = _first_parameter(schema)
     about = " ".join(function["description"].split())
     what = function["parameters"]["properties"][parameter].get("description", "")
     return f"<{name}>{parameter}</{name}>: {about}" + (f" {parameter}: {what}" if what else "")

@@ -255,6 +255,8 @@ class EnvironmentPool:
                 f"episode {episode.id} cannot be forked after turn {turn}; it has taken {len(episode.steps)} turns, "
                 "and nothing follows the one that ends it"
             )
+
+        # its seconds begin at 0: the time of its first turns belongs to the parent
         new = Episode(
             next(self._ids),
             episode.row,
@@ -279,6 +281,7 @@ class EnvironmentPool:
         if state["opening"] is None and state["end"] is None:
             return self.start(row)
 
+        # cut anew, so that the policy reads what it read as long as the limits are the same
         uncut = [Step(**step) for step in state["steps"]]
         episode = Episode(
             next(self._ids),

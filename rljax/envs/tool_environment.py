@@ -27,8 +27,11 @@ class ToolEnvironment:
         system: str = "",
         plain_text_ends: bool = True,
     ):
-        self.tools, self.format = tools, get_format(tool_format)
-        self._reward, self._system, self._plain_text_ends = reward, system, plain_text_ends
+        self.tools = tools
+        self.format = get_format(tool_format)
+        self._reward = reward
+        self._system = system
+        self._plain_text_ends = plain_text_ends
         self._row: Mapping[str, Any] = {}
 
     def reset(self, row: Mapping[str, Any]) -> Prompt:
@@ -43,7 +46,8 @@ class ToolEnvironment:
 
     def step(self, action: str) -> Step:
         """Call what the message calls, in order, up to a final tool or a call that cannot be read."""
-        parsed, texts = self.format.parse(action), []
+        parsed = self.format.parse(action)
+        texts: list[str] = []
         counts = dict.fromkeys(("tool_calls", "tool_errors", "malformed_calls"), 0.0)
         for call in parsed.calls:
             result = self.tools.call(call)
@@ -52,11 +56,14 @@ class ToolEnvironment:
             texts.append(result.text)
             if result.is_final:
                 return Step("\n\n".join(texts), float(self._reward(result.value, self._row)), True, counts)
+
+        # calls before one that cannot be read were run, and their results are shown with what is wrong
         if parsed.problem is not None:
             counts["malformed_calls"] += 1
             texts.append(parsed.problem.text)
         if texts:
             return Step("\n\n".join(texts), counts=counts)
+
         if not self._plain_text_ends:
             return Step(NUDGE, counts=counts)
         return Step("", float(self._reward(after_thinking(action).strip(), self._row)), True, counts)

@@ -27,8 +27,12 @@ from typing import Any
 from rljax.envs.formats import ToolCall, load
 from rljax.envs.sandbox import Sandbox
 
-UNKNOWN_TOOL, MISSING_ARGUMENT, EXTRA_ARGUMENT = "unknown_tool", "missing_argument", "extra_argument"
-WRONG_TYPE, TOOL_RAISED, TOOL_TIMEOUT = "wrong_type", "tool_raised", "tool_timeout"
+UNKNOWN_TOOL = "unknown_tool"
+MISSING_ARGUMENT = "missing_argument"
+EXTRA_ARGUMENT = "extra_argument"
+WRONG_TYPE = "wrong_type"
+TOOL_RAISED = "tool_raised"
+TOOL_TIMEOUT = "tool_timeout"
 CALL_FAILURES = (UNKNOWN_TOOL, MISSING_ARGUMENT, EXTRA_ARGUMENT, WRONG_TYPE, TOOL_RAISED, TOOL_TIMEOUT)
 
 _TYPES: dict[str, tuple[type, ...]] = {
@@ -44,13 +48,16 @@ _TYPES: dict[str, tuple[type, ...]] = {
 
 @dataclass(frozen=True)
 class ToolResult:
-    """`text` is the observation. `failure` is one of `CALL_FAILURES`, or None. A final tool ends the episode, and
-    `value` is what it returned."""
+    """What came of a call."""
 
     text: str
+    """The observation."""
     failure: str | None = None
+    """One of `CALL_FAILURES`, or None."""
     is_final: bool = False
+    """Whether the tool ends the episode."""
     value: Any = None
+    """What it returned."""
 
 
 def final(tool: Callable[..., Any]) -> Callable[..., Any]:
@@ -110,14 +117,16 @@ class ToolBox:
             raise ValueError(f"tools {list(self.names)} must be at least one, and have different names")
         if not 0 < timeout_s <= threading.TIMEOUT_MAX or max_chars < 1:
             raise ValueError(f"timeout_s {timeout_s} and max_chars {max_chars} of a tool box must be positive")
+
         self._tools = dict(zip(self.names, functions))
         self._parameters = {s["function"]["name"]: s["function"]["parameters"] for s in self.schemas}
-        self._timeout_s, self._max_chars = timeout_s, max_chars
+        self._timeout_s = timeout_s
+        self._max_chars = max_chars
         self.counts: Counter[str] = Counter()
         self._lock = threading.Lock()
 
     def call(self, call: ToolCall) -> ToolResult:
-        """Check the arguments and call the tool; whatever goes wrong is said in the result's text."""
+        """Check the arguments and call the tool; the result's text tells whatever goes wrong."""
         result = self._check(call) or self._run(call)
         with self._lock:
             self.counts[f"calls/{call.name}" if call.name in self._tools else "calls/unknown"] += 1
@@ -129,6 +138,7 @@ class ToolBox:
         if call.name not in self._tools:
             text = f"There is no tool {call.name[:50]!r}; the tools are {', '.join(self.names)}."
             return ToolResult(text, UNKNOWN_TOOL)
+
         parameters = self._parameters[call.name]
         known = parameters.get("properties", {})
         missing = [name for name in parameters.get("required", ()) if name not in call.arguments]
@@ -138,6 +148,8 @@ class ToolBox:
             return ToolResult(f"{call.name} needs the argument {', '.join(missing)}. {usage}", MISSING_ARGUMENT)
         if extra:
             return ToolResult(f"{call.name} has no argument {', '.join(extra)}. {usage}", EXTRA_ARGUMENT)
+
+        # names first: of a call with wrong names the model learns what to write, not what is wrong with it
         for name, value in call.arguments.items():
             if problem := mismatch(value, known[name]):
                 return ToolResult(f"The argument {name} of {call.name} {problem}.", WRONG_TYPE)
@@ -156,6 +168,7 @@ class ToolBox:
                 text = self._cut(f"{call.name} failed: {type(error).__name__}: {error}")
                 box.append(ToolResult(text, TOOL_RAISED))
 
+        # a thread of its own, since nothing ends a call that hangs; it is left behind
         thread = threading.Thread(target=work, daemon=True, name=f"tool {call.name}")
         thread.start()
         thread.join(self._timeout_s)
@@ -171,7 +184,8 @@ def cut(text: str, max_chars: int) -> str:
     """`text`, its middle left out if it is longer; the note that says so comes on top of `max_chars`."""
     if len(text) <= max_chars:
         return text
-    head, tail = max_chars - max_chars // 4, max_chars // 4
+    tail = max_chars // 4
+    head = max_chars - tail
     return f"{text[:head]}\n[{len(text) - max_chars} characters left out]\n{text[len(text) - tail :]}"
 
 
@@ -189,6 +203,7 @@ def mismatch(value: Any, schema: Mapping[str, Any]) -> str | None:
     if "anyOf" in schema:
         problems = [mismatch(value, option) for option in schema["anyOf"]]
         return None if None in problems else " or ".join(filter(None, problems))
+
     kinds = schema.get("type")
     kinds = list(_TYPES) if kinds is None else [kinds] if isinstance(kinds, str) else list(kinds)
     fits = [kind for kind in kinds if isinstance(value, _TYPES.get(kind, (object,)))]
@@ -198,6 +213,8 @@ def mismatch(value: Any, schema: Mapping[str, Any]) -> str | None:
         return f"must be of type {' or '.join(kinds)}, not {_type_name(value)} ({_short(value)})"
     if "enum" in schema and value not in schema["enum"]:
         return f"must be one of {', '.join(map(str, schema['enum']))}, not {_short(value)}"
+
+    # what it holds, each with its own schema
     parts: list[tuple[Any, Any]] = []
     if isinstance(value, (list, tuple)):
         inner = schema.get("prefixItems")
@@ -247,6 +264,7 @@ def python_tool(sandbox: Sandbox, *, timeout_s: float | None = None) -> Callable
             code: The whole program.
         """
         result = sandbox.run(code, timeout_s=timeout_s, echo=True)
+        # an exception or exit code needs no note: the output shows it
         reason = _STOPPED.get(result.outcome, "").format(
             **{**vars(sandbox.limits), **({} if timeout_s is None else {"wall_s": timeout_s})},
             signal=(result.exit_code or 128) - 128,

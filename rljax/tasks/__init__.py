@@ -37,7 +37,7 @@ from rljax.tasks.failures import (
 )
 from rljax.tasks.files import load_jsonl, load_parquet
 from rljax.tasks.judge import AnswerJudge, ChatEndpoint, FactJudge, JudgeError, PairJudge
-from rljax.tasks.judge_bias import PositionBias, is_trustworthy, position_bias, repetition_stability
+from rljax.tasks.judge_bias import PositionBias, position_bias
 from rljax.tasks.mixture import balanced, interleave, replications
 from rljax.tasks.reasoning_gym import (
     ReasoningGymTask,
@@ -119,7 +119,6 @@ __all__ = [
     "foreign_share",
     "in_box",
     "interleave",
-    "is_trustworthy",
     "last_number",
     "load_callable",
     "load_jsonl",
@@ -131,7 +130,6 @@ __all__ = [
     "reasoning_gym_names",
     "reasoning_gym_task",
     "repeated_share",
-    "repetition_stability",
     "replications",
     "split_by_hash",
     "states_facts",

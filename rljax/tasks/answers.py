@@ -24,7 +24,8 @@ class InTag:
     tag: str = "answer"
 
     def __call__(self, completion: str) -> str | None:
-        opening, closing = f"<{self.tag}>", f"</{self.tag}>"
+        opening = f"<{self.tag}>"
+        closing = f"</{self.tag}>"
         end = completion.rfind(closing)
         start = completion.rfind(opening, 0, end) if end >= 0 else -1
         return completion[start + len(opening) : end].strip() if start >= 0 else None

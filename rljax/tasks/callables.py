@@ -58,9 +58,13 @@ class Wants:
         if not self.is_batch:
             (one,) = inputs
             return {**self._columns(one.columns), **self._given(one.prompt, one.completion, list(one.token_ids))}
+
+        # rows may differ in their columns: each column is as long as the batch
         names = dict.fromkeys(name for i in inputs for name in self._columns(i.columns))
         columns = {name: [i.columns.get(name) for i in inputs] for name in names}
-        prompts, completions = [i.prompt for i in inputs], [i.completion for i in inputs]
+        prompts = [i.prompt for i in inputs]
+        completions = [i.completion for i in inputs]
+        # the sample's own arguments last: a column of the same name does not hide them
         return {**columns, **self._given(prompts, completions, [list(i.token_ids) for i in inputs])}
 
     def _given(self, *values: Any) -> dict[str, Any]:
@@ -82,20 +86,25 @@ def inspect_reward(function: Callable[..., Any], name: str) -> Wants:
         signature = inspect.signature(function)
     except (TypeError, ValueError):
         raise ValueError(f"the signature of reward {name} cannot be read; wrap it in a Python function") from None
+
     parameters = signature.parameters.values()
     by_name = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
     is_batch = getattr(function, "is_batch_reward", False) or any(p.name in BATCH_ARGUMENTS[:2] for p in by_name)
+
     allowed = BATCH_ARGUMENTS if is_batch else SAMPLE_ARGUMENTS
     takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters)
     arguments = allowed if takes_all else tuple(p.name for p in by_name if p.name in allowed)
+    # `completions` beside `prompt`: neither kind of reward
     mixed = [p.name for p in by_name if is_batch and p.name in SAMPLE_ARGUMENTS[:2]]
     if any(p.kind is p.POSITIONAL_ONLY for p in parameters) or not arguments or mixed:
         raise ValueError(
             f"reward {name}{signature} cannot be called as a reward; it must take some of {SAMPLE_ARGUMENTS}, or of "
             f"{BATCH_ARGUMENTS} for a whole batch, by keyword, and may take columns of the data by name or as **columns"
         )
+
     columns = [p.name for p in by_name if p.name not in allowed and p.default is p.empty]
     optional = [p.name for p in by_name if p.name not in allowed and p.default is not p.empty]
+    # what a callable with **columns knows of itself, such as the column with the right answer
     columns += [c for c in getattr(function, "required_columns", ()) if c not in columns]
     return Wants(is_batch, arguments, tuple(columns), tuple(optional), takes_all)
 
@@ -119,6 +128,8 @@ def load_callable(path: str) -> Callable[..., Any]:
     module_name, _, attribute = path.partition(":")
     if not module_name or not attribute or ":" in attribute:
         raise ValueError(f"{path!r} must have the form 'module:function', such as 'my_rewards:score'")
+
+    # a script of another folder was started, or the file was written since the last look
     if os.getcwd() not in sys.path and "" not in sys.path:
         sys.path.insert(0, os.getcwd())
     importlib.invalidate_caches()

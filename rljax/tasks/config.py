@@ -91,16 +91,15 @@ class ReasoningGymData:
     def load(self) -> Dataset:
         """Makes the items. Raises ValueError for what cannot be made."""
         self.check()
-        return reasoning_gym_task(
+        task = reasoning_gym_task(
             self.task,
             size=self.size,
             num_test=self.test_size,
             seed=self.seed,
             config=self.args,
             format_prompt=self._format,
-            full_score_only=self.full_score_only,
-            extract=self.extract,
         )
+        return task.scored(extract=self.extract, full_score_only=self.full_score_only)
 
     def _format(self, item: Mapping[str, Any]) -> str:
         known = {**item["metadata"], "question": item["question"]}
@@ -129,7 +128,7 @@ class FileData:
     train: str = ""
     """The file to train on, `.jsonl` or `.parquet`."""
     test: str = ""
-    """The held-out file; what it holds is taken out of training by the hash of its prompts. Empty: see below."""
+    """The held-out file; what it holds is taken out of training by the hash of its prompts. Empty: `test_fraction`."""
     test_fraction: float = 0.05
     """Share of `train` that is held out where there is no `test`."""
     prompt_column: str = "prompt"
@@ -172,7 +171,7 @@ class RowsData:
     args: dict[str, Any] = dataclasses.field(default_factory=dict)
     """What it is called with."""
     test_args: dict[str, Any] = dataclasses.field(default_factory=dict)
-    """Go over `args` for the held-out rows, such as another seed. Empty: see below."""
+    """Go over `args` for the held-out rows, such as another seed. Empty: `test_fraction`."""
     test_fraction: float = 0.1
     """Share held out by the hash of the prompt where there are no `test_args`."""
     balance: bool = False

@@ -53,7 +53,8 @@ class UniformCurriculum:
         key = hashlib.blake2b(f"{self._seed}/{epoch}".encode(), digest_size=16).digest()
         self._order = list(range(len(self._examples)))
         random.Random(int.from_bytes(key, "big")).shuffle(self._order)
-        self._epoch, self._cursor = epoch, 0
+        self._epoch = epoch
+        self._cursor = 0
 
     @property
     def epoch(self) -> int:
@@ -101,7 +102,8 @@ class UniformCurriculum:
         """Raises ValueError if the state is of another kind of curriculum, other data or another seed."""
         refuse_other_state(state, kind=type(self).__name__, seed=self._seed, data=self._fingerprint)
         self._start_epoch(int(state["epoch"]))
-        self._cursor, self._put_off = int(state["cursor"]), [int(i) for i in state["put_off"]]
+        self._cursor = int(state["cursor"])
+        self._put_off = [int(i) for i in state["put_off"]]
 
 
 def fingerprint(examples: Sequence[Example]) -> str:

@@ -102,6 +102,7 @@ def split_by_hash(
         raise ValueError(f"test_fraction {test_fraction} must be in [0, 1)")
     if num_test is not None and num_test < 0:
         raise ValueError(f"num_test {num_test} must not be negative")
+
     items: dict[int, Example] = {}
     for example in examples:
         items.setdefault(key(example), example)
@@ -112,8 +113,11 @@ def split_by_hash(
         held_out = {k for k in items if k < test_fraction * 2.0**128}
     else:
         held_out = set(sorted(items)[: num_test or 0])
+
+    # what is held out and not chosen is left unused: it may be a test item of another data set
     chosen = set(sorted(held_out)[:num_test])
     test = [e for k, e in items.items() if k in chosen]
+    # by id as well, since it names a prompt in sampling keys and logs
     ids = {e.id for e in test}
     train = [e for k, e in items.items() if k not in held_out and e.id not in ids]
     _check_sides(len(items), len(train), len(test), test_ids, test_fraction, num_test)
@@ -132,6 +136,7 @@ def decontaminate(
     items: dict[int, Example] = {}
     for example in train:
         items.setdefault(key(example), example)
+
     kept = [e for k, e in items.items() if k not in held_out and e.id not in test_ids]
     if not kept:
         raise ValueError(

@@ -33,7 +33,7 @@ def load_jsonl(
                         ) from None
 
     _check_file(path)
-    try:
+    try:  # rows are read, and so decoded, as examples are made
         return _examples(rows(), path, prompt_column, id_column)
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 text ({error}); save it as UTF-8 JSON Lines") from None
@@ -74,16 +74,19 @@ def _examples(
         if not isinstance(row, dict):
             raise ValueError(f"{place}: {_short(row)} is not an object; each row must map column names to values")
         columns = dict(row)
+        # each error names the place, since a file may have millions of rows
         if prompt_column not in columns:
             raise ValueError(
                 f"{place}: no column {prompt_column!r} among {sorted(columns)}; "
                 "add it, or name the column that holds the prompt with prompt_column"
             )
+
         prompt = _prompt(columns.pop(prompt_column), place, prompt_column)
         if id_column is None:
             examples.append(Example(prompt=prompt, columns=columns))
         else:
             examples.append(Example(prompt=prompt, columns=columns, id=_id(columns, place, id_column)))
+
     if not examples:
         raise ValueError(f"{path} holds no rows; a data set needs at least one")
     return examples

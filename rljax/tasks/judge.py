@@ -35,21 +35,28 @@ class JudgeError(RuntimeError):
 class ChatEndpoint:
     """`POST {base_url}/chat/completions`, such as `http://localhost:8000/v1`.
 
-    An attempt fails after `timeout_s` seconds without data, for a lost connection, for status 408, 409, 425, 429, 500,
-    502, 503 or 504, and for a body that is no chat completion; up to `retries` more follow, after pauses of `backoff_s`
-    seconds, doubled each time, at most `max_pause_s`. Other statuses fail at once. `api_key_variable` names the
-    environment variable that holds the key; empty is no key.
+    An attempt fails after `timeout_s` seconds without data, for a lost connection, for a status of `RETRIED_STATUS`,
+    and for a body that is no chat completion; up to `retries` more follow. Other statuses fail at once.
     """
 
     base_url: str
+    """Begins with http:// or https://."""
     model: str
+    """The name that the endpoint knows."""
     api_key_variable: str = ""
+    """The environment variable that holds the key; empty is no key."""
     temperature: float = 0.0
+    """0 for the same verdict each time, as far as the endpoint keeps to it."""
     max_tokens: int = 512
+    """Of a reply. Raise it for judges that think."""
     timeout_s: float = 30.0
+    """Seconds of an attempt without data."""
     retries: int = 3
+    """Attempts that may follow the first."""
     backoff_s: float = 1.0
+    """Seconds of the first pause between attempts; each further one is twice as long."""
     max_pause_s: float = 20.0
+    """Seconds of a pause at most."""
 
     def __post_init__(self) -> None:
         if not re.match(r"https?://", self.base_url):
@@ -79,15 +86,18 @@ class ChatEndpoint:
             headers={"Content-Type": "application/json", **self._authorisation()},
             method="POST",
         )
+
+        problem = ""
         for attempt in range(self.retries + 1):
             try:
                 return self._attempt(request)
-            except urllib.error.HTTPError as error:
+            except urllib.error.HTTPError as error:  # before OSError, which it is one of
                 problem = f"status {error.code}: {error.read(200).decode(errors='replace')}"
                 if error.code not in RETRIED_STATUS:
                     raise JudgeError(f"{request.full_url} refused the request, {problem}") from None
             except (OSError, http.client.HTTPException, ValueError, KeyError, IndexError, TypeError) as error:
                 problem = f"{type(error).__name__}: {error}"
+
             if attempt < self.retries:
                 time.sleep(self._pause(attempt))
         raise JudgeError(f"{request.full_url} gave no reply in {self.retries + 1} attempts; the last: {problem}")

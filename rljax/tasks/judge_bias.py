@@ -17,15 +17,20 @@ RECENCY = frozenset({"BB", "BC", "CB"})
 
 @dataclass(frozen=True)
 class PositionBias:
-    """`pairs` valid pairs; `consistency`, `ties` (share of CC) and `fairness` in [-1, 1]: below 0 is primacy, above
-    recency. All are NaN without a valid pair."""
+    """Of a judge; the shares are NaN without a valid pair."""
 
     pairs: int
+    """Valid pairs of verdicts."""
     primacy: int
+    """Pairs that lean to the first position."""
     recency: int
+    """Pairs that lean to the second."""
     consistency: float
+    """Share of pairs whose verdicts agree."""
     fairness: float
+    """In [-1, 1]: below 0 is primacy, above recency."""
     ties: float
+    """Share of CC. A judge that always calls a tie is consistent, and useless."""
 
 
 def position_bias(pairs: Sequence[str]) -> PositionBias:
@@ -43,33 +48,3 @@ def position_bias(pairs: Sequence[str]) -> PositionBias:
     fairness = (second * second / leaning - first * first / leaning) / total
     consistent = sum(counts[p] for p in CONSISTENT)
     return PositionBias(total, first, second, consistent / total, fairness, counts["CC"] / total)
-
-
-def repetition_stability(votes: Sequence[Sequence[str]]) -> float:
-    """The mean over items of the share of the most frequent verdict among repetitions of the same question, positions
-    *not* swapped. NaN without items; an item without votes is left out."""
-    shares = [Counter(item).most_common(1)[0][1] / len(item) for item in votes if item]
-    return math.fsum(shares) / len(shares) if shares else math.nan
-
-
-def is_trustworthy(
-    bias: PositionBias,
-    stability: float,
-    *,
-    min_pairs: int = 200,
-    min_stability: float = 0.95,
-    min_consistency: float = 0.8,
-    max_unfairness: float = 0.1,
-    max_ties: float = 0.5,
-) -> bool:
-    """Whether a judge may serve as a reward. A judge that always calls a tie is consistent, so ties are limited too.
-
-    Measure it again on fresh outputs of the policy every few hundred updates, which drift into its blind spots.
-    """
-    return (
-        bias.pairs >= min_pairs
-        and stability >= min_stability
-        and bias.consistency >= min_consistency
-        and abs(bias.fairness) <= max_unfairness
-        and bias.ties < max_ties
-    )

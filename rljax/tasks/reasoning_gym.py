@@ -10,7 +10,7 @@ worker process in which both are fixed: the same arguments give the same items i
 import difflib
 import importlib.util
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, ClassVar
 
 from rljax.tasks.answers import Extractor, whole_completion
@@ -77,6 +77,10 @@ class ReasoningGymTask:
         """Distinct questions among the items made."""
         return self.split.num_distinct
 
+    def scored(self, *, extract: Extractor, full_score_only: bool) -> "ReasoningGymTask":
+        """The same examples, their answers found and scored as `ReasoningGymVerifier` says."""
+        return replace(self, verifier=replace(self.verifier, extract=extract, full_score_only=full_score_only))
+
     def describe(self) -> str:
         """One line for a person."""
         return f"{self.name}: {self.split.describe()}"
@@ -96,8 +100,6 @@ def reasoning_gym_task(
     test_fraction: float | None = None,
     num_test: int | None = None,
     format_prompt: Callable[[Item], Prompt] = question,
-    extract: Extractor = whole_completion,
-    full_score_only: bool = True,
 ) -> ReasoningGymTask:
     """Make `size` items of the data set `name` and split the distinct ones into training and test.
 
@@ -105,23 +107,26 @@ def reasoning_gym_task(
     `num_test` are as in `split_by_hash`, by the hash of the question; without either nothing is held out.
     `format_prompt` makes the prompt (text or chat messages) from an item.
 
-    Columns of the examples: `question`, `answer` and `metadata`, as reasoning-gym made them. Raises ValueError for an
+    Columns of the examples: `question`, `answer` and `metadata`, as reasoning-gym made them. The verifier has its
+    defaults; `ReasoningGymTask.scored` changes them. Raises ValueError for an
     unknown or refused name (see `REFUSED`), a bad config and a split with an empty side; ImportError, naming the
     extra, without the package.
     """
     if size < 1:
         raise ValueError(f"size {size} must be at least 1")
     config = dict(config or {})
-    examples, keys = [], {}
+    examples: list[Example] = []
+    keys: dict[int, int] = {}  # by identity: two items with one question are two examples with one key
     for item in _make_items(name, {**config, "size": size, "seed": seed}):
         key = digest({"task": name, "question": item["question"]})
         example = Example(prompt=format_prompt(item), columns=item, id=key >> 97)
         keys[id(example)] = key
         examples.append(example)
+
     split = split_by_hash(
         examples, test_fraction=test_fraction, num_test=num_test, key=lambda example: keys[id(example)]
     )
-    return ReasoningGymTask(name, split, ReasoningGymVerifier(name, config, extract, full_score_only))
+    return ReasoningGymTask(name, split, ReasoningGymVerifier(name, config))
 
 
 def _make_items(name: str, config: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -264,15 +264,18 @@ def _resolve(spec: RewardSpec) -> _Reward:
     function = load_callable(spec.reward) if isinstance(spec.reward, str) else spec.reward
     if not callable(function):
         raise ValueError(f"reward {function!r} cannot be called; give a function, or its name 'module:function'")
+
     name = spec.name or _name(function)
     if not math.isfinite(spec.weight):
         raise ValueError(f"weight {spec.weight} of reward {name} must be a finite number")
     if not 0 < spec.timeout_s < math.inf:
         raise ValueError(f"timeout_s {spec.timeout_s} of reward {name} must be a positive number of seconds")
+
     wants = inspect_reward(function, name)
     in_process = getattr(function, "is_cheap", False) if spec.in_process is None else spec.in_process
     if in_process and getattr(function, "needs_process", False):
         raise ValueError(f"reward {name} relies on signals, so it must run in a worker process; leave in_process unset")
+    # here, and not when workers start: a run is refused before anything is opened
     if not in_process:
         _check_picklable(function, name)
     return _Reward(name, float(spec.weight), float(spec.timeout_s), in_process, _Scorer(function, wants))

@@ -21,6 +21,7 @@ def lcs_length(a: Sequence[Hashable], b: Sequence[Hashable]) -> int:
     places: dict[Hashable, int] = defaultdict(int)
     for i, item in enumerate(a):
         places[item] |= 1 << i
+
     everywhere = (1 << len(a)) - 1
     row = everywhere  # bit i is 0 where the row of the table rises from i to i + 1
     for item in b:
@@ -31,13 +32,15 @@ def lcs_length(a: Sequence[Hashable], b: Sequence[Hashable]) -> int:
 
 def dice(a: str, b: str) -> float:
     """`2 LCS / (len a + len b)` of the words."""
-    x, y = _words(a), _words(b)
+    x = _words(a)
+    y = _words(b)
     return 2 * lcs_length(x, y) / (len(x) + len(y)) if x and y else 0.0
 
 
 def of_longer(a: str, b: str) -> float:
     """`LCS / max(len a, len b)` of the words."""
-    x, y = _words(a), _words(b)
+    x = _words(a)
+    y = _words(b)
     return lcs_length(x, y) / max(len(x), len(y)) if x and y else 0.0
 
 

@@ -193,7 +193,7 @@ class UnlessDegenerate(_Wrapping):
 
 
 def states_facts(completion: str, facts: Sequence[str]) -> list[float]:
-    """1 for each fact that stands in the completion word for word; case, white space and a final stop aside."""
+    """1 for each fact that stands in the completion word for word; case, white space and a final stop do not count."""
     text = _folded(completion)
     return [float(bool(f) and f in text) for f in (_folded(fact).rstrip(".") for fact in facts)]
 
@@ -247,7 +247,7 @@ class LabelWithReasoning:
 
     `fmt` is 1 where reasoning is followed by a last line `answer: LABEL`, `ans` is 1 where LABEL also equals the column
     `answer`, `len = min(1, tokens / reference_tokens)`, with the column `reference_tokens`. Labels are compared whole,
-    case and hyphens aside: "entailed" is part of "not-entailed", and a search for it accepts every negative.
+    without case and hyphens: "entailed" is part of "not-entailed", and a search for it accepts every negative.
 
     Deviation: `len` is paid only with `fmt`. The released code pays it for any text, which makes padding worthwhile;
     `pay_unformatted` restores that.

@@ -16,7 +16,7 @@ from rljax.tasks.answers import Extractor, last_number, whole_completion
 
 @dataclass(frozen=True, kw_only=True)
 class ExactMatch:
-    """1 if the answer is, character for character, the right one, else 0; surrounding white space aside.
+    """1 if the answer is, character for character, the right one, else 0; surrounding white space does not count.
 
     A list in the column holds alternatives.
     """

@@ -221,6 +221,7 @@ class WorkerPool:
         heard = set(wait([worker.connection for worker in active], timeout))
         now = time.monotonic()
 
+        # an answer counts even if it came late: it is there
         ended = []
         for worker in active:
             reply = self._hear(worker) if worker.connection in heard else None

@@ -10,7 +10,9 @@ from rljax.text.base import Message
 CHAR_FILE = "char_tokenizer.json"
 BYTES = "bytes"
 
-_PAD, _EOS, _FIRST = 0, 1, 2
+_PAD = 0
+_EOS = 1
+_FIRST = 2  # id of the first character, or byte
 
 
 class _Plain:

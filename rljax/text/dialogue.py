@@ -20,15 +20,18 @@ class Dialogue:
     def __init__(
         self, tokenizer: Tokenizer, *, role: str = "tool", wrap: tuple[str, str] = ("", ""), chat: bool | None = None
     ):
-        self.tokenizer, self.role, self.wrap, self.chat = tokenizer, role, wrap, chat
-        self._base: list[int] | None = None
+        self.tokenizer = tokenizer
+        self.role = role
+        self.wrap = wrap
+        self.chat = chat
+        self._base: list[int] | None = None  # ids of `_BEFORE`, rendered when first needed
 
     def opening(self, prompt: str | Sequence[Message]) -> list[int]:
         """Ids of a prompt up to where the policy speaks. Raises ValueError as `render_prompt` does."""
         return render_prompt(self.tokenizer, prompt, self.chat)
 
     def action(self, ids: Sequence[int]) -> str:
-        """The text of what the policy said, without special tokens: what the environment gets."""
+        """The text of a turn of the policy, without special tokens: what the environment gets."""
         return self.tokenizer.decode(ids)
 
     def observation(self, text: str, *, is_chat: bool, is_closed: bool) -> list[int]:
@@ -36,10 +39,15 @@ class Dialogue:
         its own; else the template's is put in first. Raises ValueError if the template does not append."""
         if not is_chat:
             return self.tokenizer.encode(f"{self.wrap[0]}{text}{self.wrap[1]}")
+
+        # What a template appends is the difference between two renderings of a conversation that stands for any.
         if self._base is None:
             self._base = self.tokenizer.apply_chat_template(_BEFORE, add_generation_prompt=False)
-        base, message = self._base, {"role": self.role, "content": text}
+        base = self._base
+        message = {"role": self.role, "content": text}
         ids = self.tokenizer.apply_chat_template([*_BEFORE, message], add_generation_prompt=True)
+
+        # It is cut behind the stop token of the turn before, since that is where what was sampled ends.
         stops = [i for i, token in enumerate(base) if token in self.tokenizer.stop_ids]
         end = stops[-1] if stops else len(base)
         if ids[: end + 1] != base[: end + 1]:
@@ -47,6 +55,7 @@ class Dialogue:
                 f"the chat template does not append a message of role {self.role!r} to the turn before it; "
                 "rljax.envs.check_chat_template says where they part"
             )
+        # The stop token itself belongs to the observation where the turn has none of its own.
         return ids[end + (is_closed and bool(stops)) :]
 
     def is_chat(self, prompt: str | Sequence[Message]) -> bool:

@@ -7,7 +7,12 @@ from typing import Any
 from rljax.text.gguf_metadata import read_gguf_metadata
 from rljax.text.huggingface import HuggingFaceTokenizer, import_transformers
 
-_UNKNOWN, _CONTROL, _USER_DEFINED = 2, 3, 4  # values of tokenizer.ggml.token_type
+# values of tokenizer.ggml.token_type
+_NORMAL = 1
+_UNKNOWN = 2
+_CONTROL = 3
+_USER_DEFINED = 4
+
 _SPACE = "▁"
 
 _QWEN2 = (
@@ -53,8 +58,9 @@ def load_gguf_tokenizer(
             f"{path} has a tokenizer of the kind {kind!r}; {sorted(builders)} can be rebuilt. "
             "Use the model's Hugging Face folder, or give its tokenizer by a path of its own"
         )
+
     tokens = _field(meta, "tokenizer.ggml.tokens", path)
-    types = meta.get("tokenizer.ggml.token_type") or [1] * len(tokens)
+    types = meta.get("tokenizer.ggml.token_type") or [_NORMAL] * len(tokens)
     tokenizer = builders[kind](meta, tokens, path)
     _add_special_tokens(tokenizer, tokens, types)
     return _wrap(tokenizer, meta, tokens, template_kwargs)
@@ -86,9 +92,12 @@ def _byte_level_bpe(meta: Mapping[str, Any], tokens: list[str], path: str | os.P
             f"{path} splits text by the rule {pre!r} (tokenizer.ggml.pre), which is not known here; known: {known}. "
             "Use the model's Hugging Face folder, or give its tokenizer by a path of its own"
         )
+
+    # ids are places in the list; merges are ranked by theirs
     merges = [tuple(merge.split(" ", 1)) for merge in _field(meta, "tokenizer.ggml.merges", path)]
     vocab = {token: i for i, token in enumerate(tokens)}
     tokenizer = Tokenizer(BPE(vocab=vocab, merges=merges, ignore_merges=pre in _WHOLE_TOKENS_FIRST))
+
     tokenizer.normalizer = normalizers.NFC() if pre in _NFC else None
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(split)
     tokenizer.decoder = decoders.ByteLevel()
@@ -101,13 +110,18 @@ def _sentencepiece_bpe(meta: Mapping[str, Any], tokens: list[str], path: str | o
 
     scores = _field(meta, "tokenizer.ggml.scores", path)
     vocab = {token: i for i, token in enumerate(tokens)}
+
     unknown = tokens[meta.get("tokenizer.ggml.unknown_token_id", 0)]
     tokenizer = Tokenizer(
         BPE(vocab=vocab, merges=_merges(vocab, scores), unk_token=unknown, fuse_unk=True, byte_fallback=True)
     )
+
+    # SentencePiece joins pieces over spaces, which it writes as a sign; a text begins as if behind one
     spaces = [normalizers.Replace(" ", _SPACE)]
     prefix = meta.get("tokenizer.ggml.add_space_prefix", True)
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend(_SPACE), *spaces] if prefix else spaces)
+
+    # in the opposite order: what was put in front comes off again
     strip = [decoders.Strip(" ", 1, 0)] if prefix else []
     tokenizer.decoder = decoders.Sequence(
         [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), *strip]
@@ -120,9 +134,12 @@ def _merges(vocab: dict[str, int], scores: list[float]) -> list[tuple[str, str]]
     ranked = []
     for piece, i in vocab.items():
         for cut in range(1, len(piece)):
-            left, right = vocab.get(piece[:cut]), vocab.get(piece[cut:])
+            left = vocab.get(piece[:cut])
+            right = vocab.get(piece[cut:])
             if left is not None and right is not None:
                 ranked.append((-scores[i], left, right, piece[:cut], piece[cut:]))
+
+    # pairs of one piece by their ids, so that the order does not depend on that of the vocabulary
     ranked.sort(key=lambda row: row[:3])
     return [row[3:] for row in ranked]
 
@@ -130,8 +147,10 @@ def _merges(vocab: dict[str, int], scores: list[float]) -> list[tuple[str, str]]
 def _add_special_tokens(tokenizer: Any, tokens: list[str], types: list[int]) -> None:
     from tokenizers import AddedToken
 
+    # marks of the model never meet the text's normalisation, and a decoder leaves out those that are special
     special = [t for t, kind in zip(tokens, types) if kind in (_CONTROL, _UNKNOWN)]
     tokenizer.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in special])
+
     own = [t for t, kind in zip(tokens, types) if kind == _USER_DEFINED]
     tokenizer.add_tokens([AddedToken(t, special=False, normalized=False) for t in own])
 
@@ -143,8 +162,9 @@ def _wrap(
         i = meta.get(f"tokenizer.ggml.{name}_token_id")
         return tokens[i] if i is not None and 0 <= i < len(tokens) else None
 
+    # a file that does not say follows its kind
     adds_bos = meta.get("tokenizer.ggml.add_bos_token", meta["tokenizer.ggml.model"] == "llama")
-    bos, eos = token("bos"), token("eos")
+    bos = token("bos")
     if adds_bos and bos is not None:
         from tokenizers.processors import TemplateProcessing
 
@@ -152,10 +172,12 @@ def _wrap(
         tokenizer.post_processor = TemplateProcessing(
             single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=begin
         )
-    names = {"bos_token": bos, "eos_token": eos, "pad_token": token("padding"), "unk_token": token("unknown")}
+
+    names = {"bos_token": bos, "eos_token": token("eos"), "pad_token": token("padding"), "unk_token": token("unknown")}
     context = next((v for k, v in meta.items() if k.endswith(".context_length")), None)
     if context is not None:
         names["model_max_length"] = context
+
     wrapped = import_transformers().PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         clean_up_tokenization_spaces=False,

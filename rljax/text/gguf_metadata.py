@@ -10,7 +10,9 @@ import struct
 from collections.abc import Callable
 from typing import Any
 
-_STRING, _ARRAY = 8, 9
+# numbers of the types of values
+_STRING = 8
+_ARRAY = 9
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _VERSIONS = (2, 3)
 
@@ -38,11 +40,14 @@ def _read(data: mmap.mmap, path: str | os.PathLike, wanted: Callable[[str], bool
         raise ValueError(
             f"{path} is GGUF version {version}; versions {_VERSIONS}, little-endian, can be read: convert it again"
         )
-    _, count = struct.unpack_from("<QQ", data, 8)
-    offset, metadata = 24, {}
+
+    _, count = struct.unpack_from("<QQ", data, 8)  # tensors, keys
+    metadata: dict[str, Any] = {}
+    offset = 24
     for _ in range(count):
         key, offset = _string(data, offset)
         (kind,) = struct.unpack_from("<I", data, offset)
+        # what is not wanted must be walked over all the same, since lengths stand in front of their values
         keep = wanted(key)
         value, offset = _value(data, offset + 4, kind, keep, path)
         if keep:
@@ -61,6 +66,7 @@ def _string(data: mmap.mmap, offset: int) -> tuple[str, int]:
 def _value(data: mmap.mmap, offset: int, kind: int, keep: bool, path: str | os.PathLike) -> tuple[Any, int]:
     if kind == _STRING:
         return _string(data, offset)
+
     if kind == _ARRAY:
         item, length = struct.unpack_from("<IQ", data, offset)
         offset += 12
@@ -68,12 +74,15 @@ def _value(data: mmap.mmap, offset: int, kind: int, keep: bool, path: str | os.P
             form = f"<{length}{_SCALARS[item]}"
             end = offset + struct.calcsize(form)
             return (list(struct.unpack_from(form, data, offset)) if keep else None), end
+
+        # strings and arrays have lengths of their own
         values = []
         for _ in range(length):
             value, offset = _value(data, offset, item, keep, path)
             if keep:
                 values.append(value)
         return values, offset
+
     if kind not in _SCALARS:
         raise ValueError(f"{path} holds a metadata value of the unknown type {kind}; the file is damaged or too new")
     form = "<" + _SCALARS[kind]

@@ -28,6 +28,8 @@ class HuggingFaceTokenizer:
     ):
         self.hf = tokenizer
         self.bos_id: int | None = tokenizer.bos_token_id
+
+        # names alone do not tell: a vocabulary may hold one as a piece of text
         special = {str(token): i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
         named = [special.get(name) for name in END_OF_TURN_TOKENS]
         self.stop_ids: tuple[int, ...] = unique([tokenizer.eos_token_id, *(stop_ids or named)])
@@ -36,8 +38,10 @@ class HuggingFaceTokenizer:
                 f"tokenizer {tokenizer.name_or_path!r} has no end-of-sequence token, so a completion could never end; "
                 "set eos_token in its tokenizer_config.json"
             )
+
         self.eos_id: int = self.stop_ids[0]
         self.pad_id: int = self.eos_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+        # ids may have gaps, so not the number of tokens
         self.vocab_size: int = max(tokenizer.get_vocab().values()) + 1
         self.adds_bos: bool = self._finds_bos() if adds_bos is None else adds_bos
         self._template_kwargs = dict(template_kwargs or {})
@@ -71,6 +75,7 @@ class HuggingFaceTokenizer:
             import jinja2
         except ImportError:
             raise ValueError("chat templates need the package jinja2: pip install 'jinja2>=3.1'") from None
+
         try:
             return list(
                 self.hf.apply_chat_template(
@@ -78,6 +83,7 @@ class HuggingFaceTokenizer:
                     tokenize=True,
                     return_dict=False,
                     add_generation_prompt=add_generation_prompt,
+                    # last, so that tools given for all conversations win
                     **{"tools": _tools(messages), **self._template_kwargs},
                 )
             )

@@ -26,6 +26,7 @@ def load_tokenizer(path: str | os.PathLike, *, template_kwargs: Mapping[str, Any
             f"no tokenizer at {str(path)!r}: no such file or folder; "
             "give a local Hugging Face folder, a SentencePiece .model file or a .gguf file (nothing is downloaded)"
         )
+
     if path.suffix == ".gguf":
         return load_gguf_tokenizer(path, template_kwargs=template_kwargs)
     if ".model" in path.suffixes:  # also tokenizer.model.v3

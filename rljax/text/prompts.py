@@ -19,6 +19,7 @@ def render_prompt(tokenizer: Tokenizer, prompt: str | Sequence[Message], chat: b
     if isinstance(prompt, str):
         if chat:
             return render_prompt(tokenizer, [{"role": "user", "content": prompt}])
+        # a template writes the token by itself; plain text has nobody to do it
         ids = tokenizer.encode(prompt)
         bos = tokenizer.bos_id if getattr(tokenizer, "adds_bos", False) else None
         if bos is not None and ids[:1] != [bos]:
@@ -31,6 +32,7 @@ def render_prompt(tokenizer: Tokenizer, prompt: str | Sequence[Message], chat: b
                 "leave chat unset, or give text"
             )
         ids = tokenizer.apply_chat_template(prompt, add_generation_prompt=True)
+
     if not ids:
         raise ValueError(f"the prompt {prompt!r} has no tokens; a model needs at least one to go on from")
     return ids

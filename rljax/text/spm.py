@@ -29,12 +29,17 @@ class SentencePieceTokenizer:
             self._processor.Load(str(file))
         except (OSError, RuntimeError) as error:
             raise ValueError(f"cannot load the SentencePiece model {file}: {error}") from None
-        eos, bos, pad = self._processor.eos_id(), self._processor.bos_id(), self._processor.pad_id()
+
+        # -1 for a piece that there is not
+        eos = self._processor.eos_id()
+        bos = self._processor.bos_id()
+        pad = self._processor.pad_id()
         if eos < 0:
             raise ValueError(
                 f"the SentencePiece model {file} has no end-of-sequence piece, so a completion could never end; "
                 "train it with eos_id set"
             )
+
         self.eos_id: int = eos
         self.bos_id: int | None = None if bos < 0 else bos
         self.pad_id: int = eos if pad < 0 else pad

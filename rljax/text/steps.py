@@ -18,8 +18,9 @@ class StepSplitter:
     def __init__(self, tokenizer: Tokenizer, delimiters: Sequence[str]):
         if "" in delimiters:
             raise ValueError("a step delimiter is empty and would end a step at every token; leave it out")
-        self._tokenizer, self._delimiters = tokenizer, tuple(delimiters)
-        self._ends: dict[int, bool] = {}
+        self._tokenizer = tokenizer
+        self._delimiters = tuple(delimiters)
+        self._ends: dict[int, bool] = {}  # by token, which is decoded once
 
     def __call__(self, tokens: Sequence[int] | np.ndarray) -> Int[np.ndarray, " T"]:
         ends = np.array([self._is_end(int(token)) for token in tokens], np.int32)

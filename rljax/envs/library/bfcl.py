@@ -29,7 +29,8 @@ _SYSTEM = (
 )
 _MORE = "I have updated some more functions you can choose from. What about now?"
 _TYPES = {"dict": "object", "float": "number", "tuple": "array", "any": "string"}
-_MOST_DIGITS, _MOST_BITS = 1000, 100_000
+_MOST_DIGITS = 1000
+_MOST_BITS = 100_000
 _ERROR = "Error during execution"
 _NUMBERS = itertools.count()
 _LOCK = threading.Lock()  # some tools keep a result or a precision for all instances
@@ -45,9 +46,11 @@ def rows(category: str = "base", *, size: int | None = None) -> list[dict[str, A
     name = category.removeprefix("multi_turn_")
     if name not in CATEGORIES:
         raise ValueError(f"BFCL category {category!r} is not one of {', '.join(CATEGORIES)}")
+
     file = f"BFCL_v4_multi_turn_{name}.json"
     answers = {entry["id"]: entry["ground_truth"] for entry in _lines(_data() / "possible_answer" / file)}
     entries = _lines(_data() / file)[:size]
+
     return [
         {
             "prompt": _text(entry["question"][0]),
@@ -84,20 +87,26 @@ class BfclEnvironment:
         self.format = get_format(tool_format)
         if self.format.name == "tags":
             raise ValueError("tool format 'tags' holds one argument a call, which is not enough; take hermes or llama3")
-        self._system, self._user_mark = system, user_mark
+        self._system = system
+        self._user_mark = user_mark
         self.schemas: list[dict[str, Any]] = []
 
     def reset(self, row: Mapping[str, Any]) -> Prompt:
         """The functions, in a system message, and the first request."""
-        self._row, self._turn = row, 0
-        self._decoded: list[list[list[str]]] = [[]]
+        self._row = row
+        self._turn = 0
+        self._decoded: list[list[list[str]]] = [[]]  # by request and message: the calls that were run
+
+        # a name of its own, under which the package keeps the tools' state until this object goes
         self._name = f"rljax{next(_NUMBERS)}x"
         weakref.finalize(self, _forget, self._utils, self._name, row["id"], tuple(row["involved_classes"]))
+
         held_back = {name for names in row["missed_function"].values() for name in names}
         documented = [schema for name in row["involved_classes"] for schema in _schemas(name)]
         self._names = {schema["function"]["name"] for schema in documented}
         self._later = [schema for schema in documented if schema["function"]["name"] in held_back]
         self.schemas = [schema for schema in documented if schema["function"]["name"] not in held_back]
+
         request = {"role": "user", "content": self._request()}
         system = self._system
         if system is None:
@@ -110,7 +119,9 @@ class BfclEnvironment:
         counts = dict.fromkeys(("tool_calls", "tool_errors", "malformed_calls", "requests"), 0.0)
         if not parsed.calls and parsed.problem is None:
             return self._next(counts)
-        texts, done = [], []
+
+        texts: list[str] = []
+        done: list[str] = []
         for call in parsed.calls:
             counts["tool_calls"] += 1
             problem = self._problem(call)
@@ -124,6 +135,8 @@ class BfclEnvironment:
         if parsed.problem is not None:
             counts["malformed_calls"] += 1
             texts.append(parsed.problem.text)
+
+        # a message without a call that could be run counts too: it took one of the steps
         self._decoded[-1].append(done)
         if len(self._decoded[-1]) > STEPS_PER_TURN:
             return Step("\n".join(texts), 0.0, True, counts)
@@ -142,8 +155,8 @@ class BfclEnvironment:
         names = self._row["missed_function"].get(str(self._turn), ())
         new = [schema for schema in self._later if schema["function"]["name"] in names]
         self.schemas = self.schemas + new
-        said = _text(self._row["question"][self._turn])
-        return "\n".join([*(_line(schema) for schema in new), said or _MORE])
+        text = _text(self._row["question"][self._turn])
+        return "\n".join([*(_line(schema) for schema in new), text or _MORE])
 
     def _problem(self, call: ToolCall) -> str | None:
         """Why a call is not run. The package evaluates calls as Python text, so names must be names."""
@@ -233,7 +246,8 @@ def _too_much(call: ToolCall) -> str | None:
     """The package's arithmetic has no limits: a large power or precision would never come back."""
     numbers = {key: value for key, value in call.arguments.items() if isinstance(value, (int, float))}
     digits = numbers.get("precision", 0)
-    base, exponent = numbers.get("base", 0), numbers.get("exponent", 0)
+    base = numbers.get("base", 0)
+    exponent = numbers.get("exponent", 0)
     bits = math.log2(abs(base)) * exponent if base and call.name == "power" else 0
     if digits > _MOST_DIGITS or bits > _MOST_BITS:
         return f"{_ERROR}: the numbers of {call.name} are too large."

@@ -7,7 +7,8 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-_MAX_CHARS, _MAX_BITS = 400, 4096
+_MAX_CHARS = 400
+_MAX_BITS = 4096
 
 _BINARY: dict[type, Callable[[Any, Any], Any]] = {
     ast.Add: operator.add,

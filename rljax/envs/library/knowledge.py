@@ -6,11 +6,17 @@ from dataclasses import dataclass
 
 from rljax.envs.library.corpus import Document
 
-PERSON, PLACE, WORK, ORGANISATION, REGION, YEAR = "person", "place", "work", "organisation", "region", "year"
+PERSON = "person"
+PLACE = "place"
+WORK = "work"
+ORGANISATION = "organisation"
+REGION = "region"
+YEAR = "year"
 
 MIN_PAGES = 40
 
-_ONSETS, _VOWELS = "b br d dr f g gr h j k kl l m n p pr qu r s st sv t tr v z", "a e i o u ae ei"
+_ONSETS = "b br d dr f g gr h j k kl l m n p pr qu r s st sv t tr v z"
+_VOWELS = "a e i o u ae ei"
 _CODAS = "l n r s k th"
 _METALS = "amber brass bronze clay copper crystal glass golden iron ivory jade leaden marble oaken paper pewter silver"
 _THINGS = "bells bridges buttons candles clocks coins doors fans flutes gates keys kites lamps masks rings spoons"
@@ -63,14 +69,17 @@ RELATIONS: Mapping[tuple[str, str], tuple[str, str]] = {
 
 @dataclass(frozen=True)
 class Page:
-    """A node. `year` and `traits` are its attributes, `links` pairs of a relation and the id of another page."""
+    """A node of the graph."""
 
     id: str
     kind: str
     title: str
     year: int | None = None
+    """In which it began."""
     traits: Mapping[str, str] | None = None
+    """Its other attributes, by name (`TRAITS`)."""
     links: tuple[tuple[str, str], ...] = ()
+    """Pairs of a relation and the id of another page."""
 
     @property
     def neighbours(self) -> list[str]:
@@ -119,10 +128,13 @@ def knowledge_graph(num_pages: int, seed: int = 0) -> dict[str, Page]:
     """
     if num_pages < MIN_PAGES:
         raise ValueError(f"a knowledge graph of {num_pages} pages is too small to walk on; give at least {MIN_PAGES}")
+
+    # one generator from here on: the order in which parts are drawn is part of what a seed means
     rng = random.Random(f"knowledge graph {num_pages} {seed}")
     shares = {PLACE: 0.25, ORGANISATION: 0.2, WORK: 0.2, REGION: 0.02}
     counts = {kind: max(2, int(num_pages * share)) for kind, share in shares.items()}
     counts[PERSON] = num_pages - sum(counts.values())
+
     ids = {kind: [f"{kind}-{i}" for i in range(count)] for kind, count in counts.items()}
     titles = _titles(rng)
     names = {page: titles(kind) for kind, pages in ids.items() for page in pages}
@@ -132,6 +144,7 @@ def knowledge_graph(num_pages: int, seed: int = 0) -> dict[str, Page]:
         for kind, members in ids.items()
         for page in members
     }
+
     for year in sorted({page.year for page in pages.values() if page.year is not None}):
         events = tuple(("events", page.id) for page in pages.values() if page.year == year)
         pages[f"year-{year}"] = Page(f"year-{year}", YEAR, str(year), links=events)
@@ -173,6 +186,7 @@ def _links(ids: Mapping[str, list[str]], rng: random.Random) -> dict[str, list[t
             if sum(name == back for name, _ in links[target]) < most and page not in present:
                 links[target].append((back, page))
 
+    # forward links first: what leads back follows from them
     link(PERSON, birthplace=PLACE, school=ORGANISATION, teacher=PERSON, employer=ORGANISATION)
     link(PLACE, region=REGION, founder=PERSON, twin=PLACE, archive=ORGANISATION)
     link(WORK, creator=PERSON, dedicatee=PERSON, setting=PLACE, publisher=ORGANISATION)
@@ -201,7 +215,7 @@ def _traits(kind: str, rng: random.Random) -> dict[str, str]:
 
 
 def _titles(rng: random.Random) -> Callable[[str], str]:
-    """Gives a new made-up title at every call. No word of a title comes in another one, endings and forms aside."""
+    """Gives a new made-up title at every call. No word of a title comes in another one, but for endings and forms."""
     words = _words(rng)
     forms: Mapping[str, Sequence[str]] = {
         PERSON: ("{a} {b}",),
@@ -220,7 +234,9 @@ def _titles(rng: random.Random) -> Callable[[str], str]:
 
 def _words(rng: random.Random) -> Iterator[str]:
     """Made-up words, none twice."""
-    onsets, vowels, codas = _ONSETS.split(), _VOWELS.split(), ["", "", *_CODAS.split()]
+    onsets = _ONSETS.split()
+    vowels = _VOWELS.split()
+    codas = ["", "", *_CODAS.split()]
     used: set[str] = set()
     while True:
         word = "".join(rng.choice(onsets) + rng.choice(vowels) for _ in range(2))

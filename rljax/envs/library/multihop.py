@@ -4,6 +4,7 @@ import random
 import re
 import string
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from rljax.envs.base import Prompt, Step
@@ -223,37 +224,50 @@ class MultiHop(ToolEnvironment):
         return not any(forbidden in text for forbidden in self._forbidden)
 
 
+@dataclass(frozen=True)
+class Walks:
+    """Over which pages a question leads."""
+
+    min_hops: int = 2
+    """Links of the shortest walk; 5 in the paper."""
+    max_hops: int = 4
+    """Links of the longest; 9 in the paper. Raise both for harder questions."""
+    min_degree: int = 4
+    """Links of a page that may be walked over, at least."""
+    max_degree: int = 8
+    """And at most: pages that link to everything make questions with many answers."""
+    num_candidates: int = 5
+    """Pages that are drawn at every hop, and one taken of them."""
+
+
 def rows(
     size: int,
     *,
     seed: int = 0,
     num_pages: int = 240,
     world_seed: int = 0,
-    min_hops: int = 2,
-    max_hops: int = 4,
-    min_degree: int = 4,
-    max_degree: int = 8,
-    num_candidates: int = 5,
+    walks: Walks | Mapping[str, int] = Walks(),
     split: str = "all",
     test_fraction: float = 0.2,
     filter_top_k: int = 3,
 ) -> list[dict[str, Any]]:
     """`size` questions over the world of `num_pages` pages and `world_seed`.
 
-    A question is about a walk of `min_hops` to `max_hops` links (5 to 9 in the paper) over pages with `min_degree` to
-    `max_degree` links. The splits "train" and "test" share neither questions nor answers, whatever the seed: an answer
-    belongs to "test" by its hash, with probability `test_fraction`. With "all", no two questions share an answer, so
-    that any later split is as clean. Questions whose answer stands on one of the `filter_top_k` best pages for the
-    question itself are dropped (0 keeps them); the paper drops what a model with search answers.
+    A question is about one of the `walks` over pages; a mapping gives them by the names of their fields. The splits
+    "train" and "test" share neither questions nor answers, whatever the seed: an answer belongs to "test" by its hash,
+    with probability `test_fraction`. With "all", no two questions share an answer, so that any later split is as clean.
+    Questions whose answer stands on one of the `filter_top_k` best pages for the question itself are dropped (0 keeps
+    them); the paper drops what a model with search answers.
 
     Columns: `prompt` and `question` (the text), `answer` (a title), `forbidden` (texts that no shown page may hold),
     `world`, `hops`, `path` (titles) and `actions` (calls that lead to the answer, as guidance may show them). Raises
     ValueError for an argument out of range, and if there are not as many.
     """
-    _check_rows(size, min_hops, max_hops, num_candidates, split, test_fraction)
+    walks = walks if isinstance(walks, Walks) else _walks(walks)
+    _check_rows(size, walks, split, test_fraction)
     world = made_up_world(num_pages, world_seed)
     links = {id_: page.neighbours for id_, page in world.graph.items()}
-    starts = sorted(id_ for id_, targets in links.items() if min_degree <= len(targets) <= max_degree)
+    starts = sorted(id_ for id_, targets in links.items() if walks.min_degree <= len(targets) <= walks.max_degree)
     rng = random.Random(f"multi-hop questions {num_pages} {world_seed} {seed}")
 
     found: dict[str, Question] = {}
@@ -263,10 +277,10 @@ def rows(
         path = walk(
             links,
             rng.choice(starts),
-            rng.randint(min_hops, max_hops),
-            min_degree=min_degree,
-            max_degree=max_degree,
-            num_candidates=num_candidates,
+            rng.randint(walks.min_hops, walks.max_hops),
+            min_degree=walks.min_degree,
+            max_degree=walks.max_degree,
+            num_candidates=walks.num_candidates,
             choose=lambda _, candidates: candidates[0],
             rng=rng,
         )
@@ -326,11 +340,18 @@ def _is_hard(question: Question, world: World, top_k: int) -> bool:
     return not any(title in hit.document.title or title in hit.document.text for hit in hits)
 
 
-def _check_rows(size: int, min_hops: int, max_hops: int, num_candidates: int, split: str, test_fraction: float) -> None:
-    if size < 1 or not 1 <= min_hops <= max_hops or num_candidates < 1:
+def _walks(values: Mapping[str, int]) -> Walks:
+    try:
+        return Walks(**values)
+    except TypeError as error:
+        raise ValueError(f"walks {dict(values)} do not fit: {error}") from None
+
+
+def _check_rows(size: int, walks: Walks, split: str, test_fraction: float) -> None:
+    if size < 1 or not 1 <= walks.min_hops <= walks.max_hops or walks.num_candidates < 1:
         raise ValueError(
-            f"size {size} and num_candidates {num_candidates} must be at least 1, and 1 <= min_hops {min_hops} <= "
-            f"max_hops {max_hops}"
+            f"size {size} and num_candidates {walks.num_candidates} must be at least 1, and 1 <= min_hops "
+            f"{walks.min_hops} <= max_hops {walks.max_hops}"
         )
     if split not in SPLITS:
         raise ValueError(f"split {split!r} is not one of {', '.join(SPLITS)}")

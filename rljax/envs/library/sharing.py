@@ -12,7 +12,8 @@ R = TypeVar("R")
 def made_once(function: Callable[P, R]) -> Callable[P, R]:
     """`functools.cache` that calls the function once for each choice of arguments, which must be hashable, even when
     threads ask at the same time; a call that raised is made again. The results live as long as the process."""
-    cached, lock = functools.cache(function), threading.RLock()
+    cached = functools.cache(function)
+    lock = threading.RLock()  # what is made may itself ask for something that is made once
 
     @functools.wraps(function)
     def locked(*args: P.args, **kwargs: P.kwargs) -> R:

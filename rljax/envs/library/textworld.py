@@ -51,7 +51,9 @@ def rows(
 def make_game(seed: int, options: Mapping[str, Any] | None = None, *, folder: str | None = None) -> Path:
     """The file of the game of this seed, which is made unless it is in the cache; its `.json` lies beside it. Raises
     as `rows` does."""
-    chosen, textworld = _checked(options or {}), _package()
+    chosen = _checked(options or {})
+    textworld = _package()
+    # another version may make another game of the same seed
     key = json.dumps([textworld.__version__, seed, chosen], sort_keys=True)
     cache = Path(folder) if folder else _cache()
     game = cache / f"seed{seed}-{hashlib.blake2b(key.encode(), digest_size=8).hexdigest()}.z8"
@@ -79,13 +81,16 @@ class TextWorldEnvironment:
     """
 
     def __init__(self, *, admissible: bool = False, folder: str | None = None):
-        self._textworld, self._admissible, self._folder = _package(), admissible, folder
+        self._textworld = _package()
+        self._admissible = admissible
+        self._folder = folder
         self._game: Any = None
 
     def reset(self, row: Mapping[str, Any]) -> Prompt:
         """Raises ValueError for a file that is no game of TextWorld."""
         file = _given(row["game_file"]) if row.get("game_file") else None
         file = file or make_game(row["seed"], row.get("options"), folder=self._folder)
+
         wanted = ("objective", "description", "score", "max_score", "moves", "won", "lost", "admissible_commands")
         if self._game is not None:
             self._game.close()
@@ -94,7 +99,10 @@ class TextWorldEnvironment:
         )
         self._game.seed(_SEED)
         state = self._game.reset()
-        self._score, self._moves, self._highest = 0, 0, max(1, int(state.max_score))
+
+        self._score = 0
+        self._moves = 0
+        self._highest = max(1, int(state.max_score))
         return "\n\n".join(filter(None, (state.objective.strip(), state.description.strip(), self._hint(state))))
 
     def step(self, action: str) -> Step:
@@ -103,9 +111,13 @@ class TextWorldEnvironment:
         word = re.split(r"[^\w-]", command.lower(), maxsplit=1)[0]
         if not _SAFE.fullmatch(command) or word in _META or word.startswith("tw-"):
             return Step(_REFUSED if command else _NO_COMMAND, counts={"moves": 0.0, "invalid_commands": 1.0})
+
         state, _, _ = self._game.step(command)
-        gain, moved = int(state.score) - self._score, int(state.moves) > self._moves
-        self._score, self._moves = int(state.score), int(state.moves)
+        gain = int(state.score) - self._score
+        moved = int(state.moves) > self._moves  # the game counts no move for what it does not understand
+        self._score = int(state.score)
+        self._moves = int(state.moves)
+
         done = bool(state.won or state.lost)
         text = _cleaned(state.feedback)
         if not done and self._admissible:
@@ -132,10 +144,15 @@ def _package() -> Any:
 
 def _generate(textworld: Any, seed: int, options: Mapping[str, Any], folder: Path) -> Path:
     wanted = textworld.GameOptions()
-    wanted.nb_rooms, wanted.nb_objects = options["rooms"], options["objects"]
-    wanted.quest_length, wanted.quest_breadth = options["quest_length"], options["quest_breadth"]
-    wanted.nb_parallel_quests, wanted.grammar.theme = options["quests"], options["theme"]
-    wanted.seeds, wanted.path = seed, str(folder / "game.z8")
+    wanted.nb_rooms = options["rooms"]
+    wanted.nb_objects = options["objects"]
+    wanted.quest_length = options["quest_length"]
+    wanted.quest_breadth = options["quest_breadth"]
+    wanted.nb_parallel_quests = options["quests"]
+    wanted.grammar.theme = options["theme"]
+    wanted.seeds = seed
+    wanted.path = str(folder / "game.z8")
+
     try:
         file, _ = textworld.make(wanted)
     except Exception as error:  # several kinds, some of them bare assertions

@@ -66,7 +66,9 @@ class VerifiersEnvironment:
         system: str | None = None,
     ):
         self._environment = _environment(env_id, json.dumps(args or {}, sort_keys=True))
-        self.format, self._env_id, self._system = get_format(tool_format), env_id, system
+        self.format = get_format(tool_format)
+        self._env_id = env_id
+        self._system = system
         self.schemas: list[dict[str, Any]] = []
 
     def reset(self, row: Mapping[str, Any]) -> Prompt:
@@ -80,8 +82,8 @@ class VerifiersEnvironment:
         if not system:
             return opening
         if opening and opening[0]["role"] == "system":
-            said = opening.pop(0)["content"]
-            system = f"{said}\n\n{system}"
+            own = opening.pop(0)["content"]
+            system = f"{own}\n\n{system}"
         return [{"role": "system", "content": system}, *opening]
 
     def step(self, action: str) -> Step:
@@ -108,12 +110,15 @@ class VerifiersEnvironment:
 
     async def _answer(self, action: str, parsed: Parsed) -> tuple[list[Any], bool]:
         """One round of the environment's own loop: its new messages, and whether it is over."""
-        environment, state = self._environment, self._state
+        environment = self._environment
+        state = self._state
         await environment.add_model_response(state, self._messages, _response(action, parsed))
         before = [*self._messages, *state["trajectory"][-1]["completion"]]
+
         new: list[Any] = []
         if not await environment.is_completed(state):
             after = list(await self._prompt(state))
+            # the last answer of an environment stands in no prompt
             final = state.get("final_env_response")
             if final is None and after[: len(before)] != before:
                 raise ValueError(
@@ -124,6 +129,7 @@ class VerifiersEnvironment:
             self._messages = after
             if not await environment.is_completed(state):
                 return new, False
+
         self._raise(state)
         await environment.cleanup(state)
         await environment.rubric.score_rollout(state)
@@ -156,7 +162,8 @@ def _environment(env_id: str, args: str) -> Any:
     from verifiers.envs import environment as module
 
     # an environment takes over the signals of the process, which it may only in the main thread, and which are ours
-    ours, quiet = module.signal, types.SimpleNamespace(**vars(module.signal))
+    ours = module.signal
+    quiet = types.SimpleNamespace(**vars(module.signal))
     quiet.signal = lambda *_: None
     module.signal = quiet
     try:

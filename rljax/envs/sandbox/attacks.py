@@ -331,6 +331,8 @@ class Outside:
             with contextlib.suppress(OSError, IndexError, ValueError):
                 parents[int(process)] = int(Path(f"/proc/{process}/stat").read_text().rsplit(")", 1)[1].split()[1])
                 lines[int(process)] = Path(f"/proc/{process}/cmdline").read_text(errors="replace").replace("\0", " ")
+
+        # every process of a sandbox is below a guard, and every guard below the server
         server = sandbox.server_pid
         guards = [process for process, parent in parents.items() if parent == server]
         depth = {process: 1 for process in guards}

@@ -11,15 +11,30 @@ import struct
 import sys
 from typing import Any
 
-NEWNS, NEWUTS, NEWIPC, NEWUSER = 0x20000, 0x4000000, 0x8000000, 0x10000000
-NEWPID, NEWNET, NEWCGROUP, NEWTIME = 0x20000000, 0x40000000, 0x2000000, 0x80
+# Constants are those of Linux's headers, under their names.
+NEWNS = 0x20000
+NEWCGROUP = 0x2000000
+NEWUTS = 0x4000000
+NEWIPC = 0x8000000
+NEWUSER = 0x10000000
+NEWPID = 0x20000000
+NEWNET = 0x40000000
 _NAMESPACES = NEWNS | NEWUTS | NEWIPC | NEWUSER | NEWPID | NEWNET | NEWCGROUP
 _CLONE_THREAD = 0x10000
 
-MS_RDONLY, MS_NOSUID, MS_NODEV, MS_BIND, MS_REC, MS_PRIVATE = 1, 2, 4, 4096, 16384, 1 << 18
-_MNT_DETACH, _AT_FDCWD, _AT_RECURSIVE = 2, -100, 0x8000
-_PR_SET_PDEATHSIG, _PR_SET_SECCOMP = 1, 22
-_PR_SET_CHILD_SUBREAPER, _PR_SET_NO_NEW_PRIVS = 36, 38
+MS_RDONLY = 1
+MS_NOSUID = 2
+MS_NODEV = 4
+MS_BIND = 4096
+MS_REC = 16384
+MS_PRIVATE = 1 << 18
+_MNT_DETACH = 2
+_AT_FDCWD = -100
+_AT_RECURSIVE = 0x8000
+_PR_SET_PDEATHSIG = 1
+_PR_SET_SECCOMP = 22
+_PR_SET_CHILD_SUBREAPER = 36
+_PR_SET_NO_NEW_PRIVS = 38
 
 _libc: Any = ctypes.CDLL(None, use_errno=True) if sys.platform == "linux" else None
 MACHINE = platform.machine()
@@ -74,6 +89,7 @@ def make_readonly(target, recursive):
 def change_root(folder):
     """`folder`, a mount point, becomes the only file system there is."""
     os.chdir(folder)
+    # the old root comes to lie on top of the new one, and is then taken away
     _syscall("pivot_root", {"x86_64": 155, "aarch64": 41}[MACHINE], b".", b".")
     _check(_libc.umount2(b".", _MNT_DETACH), "umount2")
     os.chdir("/")
@@ -98,34 +114,41 @@ def drop_privileges(uid=None, gid=None):
         os.setresgid(gid, gid, gid)
         os.setresuid(uid, uid, uid)
     _prctl(_PR_SET_NO_NEW_PRIVS, 1)
-    header, nothing = struct.pack("Ii", 0x20080522, 0), bytes(24)
+    header = struct.pack("Ii", 0x20080522, 0)
+    nothing = bytes(24)  # no capability in any of the three sets
     _syscall("capset", {"x86_64": 126, "aarch64": 91}[MACHINE], header, nothing)
 
 
 # Landlock: rights of files that the kernel's version knows, by ABI
 _ABI_RIGHTS = {1: 1 << 13, 2: 1 << 14, 3: 1 << 15, 5: 1 << 16}  # one past the highest right
 _READ = 0b1101  # execute, read a file, list a folder
-_CREATE_RULESET, _ADD_RULE, _RESTRICT_SELF = 444, 445, 446
+_CREATE_RULESET = 444
+_ADD_RULE = 445
+_RESTRICT_SELF = 446
 
 
 def landlock(readable, writable):
     """From here on open nothing but what lies below `readable` (for reading) and `writable` (no devices)."""
     abi = _syscall("Landlock", _CREATE_RULESET, 0, 0, 1)
     known = max(bits for version, bits in _ABI_RIGHTS.items() if version <= abi) - 1
+
+    # ports from ABI 4 on, scopes (signals, abstract sockets) from 6 on: nothing is allowed of either
     ruleset = struct.pack("QQQ", known, 0b11 if abi >= 4 else 0, 0b11 if abi >= 6 else 0)
     size = 24 if abi >= 6 else 16 if abi >= 4 else 8
     rules = _syscall("Landlock", _CREATE_RULESET, ruleset, size, 0)
-    devices = (1 << 6) | (1 << 11)
+
+    devices = (1 << 6) | (1 << 11)  # making character and block devices
     allowed = [(path, _READ) for path in readable] + [(path, known & ~devices) for path in writable]
     for path, rights in allowed:
         try:
             descriptor = os.open(path, os.O_PATH | os.O_CLOEXEC)
         except OSError:
-            continue
-        if not os.path.isdir(path):
+            continue  # what is not there needs no rule
+        if not os.path.isdir(path):  # the kernel refuses rights of folders on a file
             rights &= 0b111 | (1 << 14) | (1 << 15)
         _syscall(f"Landlock {path}", _ADD_RULE, rules, 1, struct.pack("<Qi", rights & known, descriptor), 0)
         os.close(descriptor)
+
     _syscall("Landlock", _RESTRICT_SELF, rules, 0)
     os.close(rules)
 
@@ -164,13 +187,25 @@ _NEVER_WITHOUT_NAMESPACES = {
     "removexattr": (197, 14), "lremovexattr": (198, 15), "fremovexattr": (199, 16), "setxattrat": (463, 463),
     "removexattrat": (466, 466), "file_setattr": (469, 469),
 }  # fmt: skip
-_CLONE, _CLONE3, _KILL, _TGKILL, _PRLIMIT = (56, 220), (435, 435), (62, 129), (234, 131), (302, 261)
+_CLONE = (56, 220)
+_CLONE3 = (435, 435)
+_KILL = (62, 129)
+_TGKILL = (234, 131)
+_PRLIMIT = (302, 261)
 _AUDIT_ARCH = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
 _LAST_KNOWN = 470
 
-_LOAD, _EQUAL, _AT_LEAST, _ANY_BIT, _RETURN = 0x20, 0x15, 0x35, 0x45, 0x06
-_ALLOW, _KILL_PROCESS, _ERROR = 0x7FFF0000, 0x80000000, 0x00050000
-_EPERM, _ENOSYS = 1, 38
+# Instructions of the filter, and what it may return.
+_LOAD = 0x20
+_EQUAL = 0x15
+_AT_LEAST = 0x35
+_ANY_BIT = 0x45
+_RETURN = 0x06
+_ALLOW = 0x7FFF0000
+_KILL_PROCESS = 0x80000000
+_ERROR = 0x00050000
+_EPERM = 1
+_ENOSYS = 38
 
 
 def seccomp(has_namespaces):
@@ -178,6 +213,8 @@ def seccomp(has_namespaces):
     if MACHINE not in _AUDIT_ARCH:
         raise OSError(_ENOSYS, f"no table of system calls for {MACHINE}")
     column = list(_AUDIT_ARCH).index(MACHINE)
+
+    # (instruction, lines to jump over if true, if false, operand)
     program = [
         (_LOAD, 0, 0, 4),
         (_EQUAL, 1, 0, _AUDIT_ARCH[MACHINE]),
@@ -188,18 +225,22 @@ def seccomp(has_namespaces):
         (_EQUAL, 0, 1, _CLONE3[column]),  # its flags cannot be read here; the C library then takes clone
         (_RETURN, 0, 0, _ERROR | _ENOSYS),
     ]
+
     denied = _NEVER if has_namespaces else {**_NEVER, **_NEVER_WITHOUT_NAMESPACES}
     for numbers in denied.values():
         if numbers[column] >= 0:
             program += [(_EQUAL, 0, 1, numbers[column]), (_RETURN, 0, 0, _ERROR | _EPERM)]
+
     if has_namespaces:
         program += _unless(_CLONE[column], (_ANY_BIT, 0, 1, _NAMESPACES))
     else:
+        # threads, but no processes; signals and limits of its own process alone
         program += _unless(_CLONE[column], (_ANY_BIT, 1, 0, _CLONE_THREAD))
         program += _unless(_KILL[column], (_EQUAL, 1, 0, os.getpid()))
         program += _unless(_TGKILL[column], (_EQUAL, 1, 0, os.getpid()))
         program += _unless(_PRLIMIT[column], (_EQUAL, 1, 0, 0))
     program.append((_RETURN, 0, 0, _ALLOW))
+
     code = b"".join(struct.pack("HBBI", *line) for line in program)
     buffer = ctypes.create_string_buffer(code, len(code))
     filter_ = struct.pack("HxxxxxxQ", len(program), ctypes.addressof(buffer))

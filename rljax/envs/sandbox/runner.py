@@ -65,16 +65,22 @@ _LETS = {
 
 @dataclass(frozen=True)
 class Limits:
-    """Of one program: seconds on the wall, CPU seconds a process, MB for each process and for all together, processes
-    and threads, bytes of output (standard output and error together), MB of the scratch folder, open files."""
+    """What one program may take."""
 
     wall_s: float = 5.0
+    """Seconds on the wall."""
     cpu_s: float = 5.0
+    """Seconds of CPU time, of each process."""
     memory_mb: int = 512
+    """MB for each process, and for all together."""
     processes: int = 16
+    """Processes and threads at a time."""
     output_bytes: int = 32_768
+    """Bytes of standard output and error together."""
     scratch_mb: int = 32
+    """MB of the scratch folder."""
     open_files: int = 64
+    """Files open at a time, in each process."""
 
     def __post_init__(self) -> None:
         for name, value in asdict(self).items():
@@ -84,17 +90,25 @@ class Limits:
 
 @dataclass(frozen=True)
 class SandboxResult:
-    """`output` is what the program printed, standard output and error in the order they came; `start_s` the time until
-    a sandbox stood ready for it. `exit_code` is 128 + n for signal n, and None if the sandbox was lost. `cpu_s` leaves
-    out processes that were killed."""
+    """How a program ended, and what it printed."""
 
     outcome: str
+    """One of `OUTCOMES`."""
     output: str
+    """Standard output and error, in the order they came."""
     exit_code: int | None
+    """128 + n for signal n; None if the sandbox was lost."""
     wall_s: float
+    """Seconds that it ran."""
     cpu_s: float
+    """Its seconds of CPU time, without those of processes that were killed."""
     start_s: float
+    """Seconds until a sandbox stood ready for it."""
     is_truncated: bool = False
+    """Whether output was left out."""
+
+
+_GRACE_S = 10.0  # from the order to end a program to the report of its end
 
 
 class _Unready(Exception):
@@ -106,11 +120,13 @@ class _Worker:
 
     def __init__(self, server: socket.socket, scratch: str):
         self.scratch = scratch
+        # packets: a message of the control socket is never read in parts
         self.control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         job, self.job = os.pipe()
         self.output, output = os.pipe()
         os.set_blocking(self.output, False)
         self.is_ready = False
+
         try:
             socket.send_fds(server, [b"+" + scratch.encode()], [theirs.fileno(), job, output])
         except OSError as error:
@@ -128,6 +144,8 @@ class _Worker:
         poller.register(self.output, select.POLLIN)
         if not poller.poll(timeout_s * 1000):
             raise _Unready(f"no sandbox came up in {timeout_s} s")
+
+        # what comes in place of the sign is an explanation
         first = os.read(self.output, 1)
         if first != READY:
             with contextlib.suppress(OSError):
@@ -137,48 +155,56 @@ class _Worker:
 
     def execute(self, job: dict[str, object], limits: Limits, wall_s: float, start_s: float) -> SandboxResult:
         begin = time.monotonic()
-        deadline, grace = begin + wall_s, 10.0
         with contextlib.suppress(OSError):  # if it died just now, the report says so
             self.control.send(RUN)
             with open(self.job, "wb", closefd=True) as file:
                 self.job = -1
                 file.write(json.dumps(job).encode())
+
+        deadline = begin + wall_s
+        verdict: str | None = None  # of ours: why we ended it
+        report: dict | None = None  # of the guard: how it ended
         chunks: list[bytes] = []
-        size, verdict, report, is_open = 0, None, None, True
+        size = 0
+        is_open = True  # the output
         poller = select.poll()
         poller.register(self.control, select.POLLIN)
         poller.register(self.output, select.POLLIN)
         while report is None:
             left = deadline - time.monotonic()
             if left <= 0:
-                if verdict is not None and left < -grace:
+                # once told to end it, the guard has some time for its report
+                if verdict is not None and left < -_GRACE_S:
                     break
                 if verdict is None:
                     verdict = "timeout"
                     self._kill()
-                left = grace
+                left = _GRACE_S
             ready = {descriptor for descriptor, _ in poller.poll(1000 * left)}
             if self.control.fileno() in ready:
                 report = self._report()
+
+            # after the report what is left in the pipe is all that there will be
             if (report is not None or self.output in ready) and is_open:
                 while is_open and (chunk := _read(self.output)) is not None:
                     is_open = bool(chunk)
                     chunks.append(chunk[: max(0, limits.output_bytes - size)])
                     size += len(chunk)
                     if size > limits.output_bytes and verdict is None:
-                        verdict, deadline = "output", time.monotonic()
+                        verdict = "output"
+                        deadline = time.monotonic()
                         self._kill()
                         break
-                    if time.monotonic() > deadline + grace:
+                    if time.monotonic() > deadline + _GRACE_S:
                         break
                 if not is_open:
                     poller.unregister(self.output)
+
         report = report or {}
-        code = report.get("code")
         return SandboxResult(
             outcome=verdict or _outcome(report, limits),
             output=b"".join(chunks).decode("utf-8", "replace"),
-            exit_code=code,
+            exit_code=report.get("code"),
             wall_s=time.monotonic() - begin,
             cpu_s=report.get("cpu_s", 0.0),
             start_s=start_s,
@@ -221,6 +247,7 @@ def _outcome(report: dict, limits: Limits) -> str:
         return report["reason"]
     if code == MEMORY_ERROR:
         return "memory"
+    # SIGXCPU at the soft limit, SIGKILL at the hard one
     if code == 128 + 24 or (code == 128 + 9 and report.get("cpu_s", 0.0) >= limits.cpu_s):
         return "cpu"
     return "ok" if code == 0 else "signal" if code > 128 else "error"
@@ -241,6 +268,7 @@ class _Server:
             "preload": list(preload),
             **asdict(limits),
         }
+
         # one thread each: programs of a reinforcement learner run beside each other, not over many cores
         threads = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
         threads |= {k: v for k, v in os.environ.items() if k == "LD_LIBRARY_PATH"}  # some interpreters need it
@@ -259,6 +287,7 @@ class _Server:
             cwd="/",
         )
         theirs.close()
+
         self.ready: deque[_Worker] = deque()
         self.socket.settimeout(start_timeout_s)
         try:
@@ -387,6 +416,7 @@ class Sandbox:
         """A server at this level that has proved itself on a program."""
         server = _Server(level, self.limits, self._preload, self._start_timeout_s)
         try:
+            # not from `take`: those that stand ready are spawned once the first one has worked
             worker = server.spawn()
             try:
                 worker.wait_ready(self._start_timeout_s)
@@ -395,6 +425,7 @@ class Sandbox:
                 worker.close()
             if result.output != "42\n" or result.outcome != "ok":
                 raise _Unready(f"a first program ended with {result.outcome}: {result.output}")
+
             server.ready.extend(server.spawn() for _ in range(self._workers))
         except BaseException:
             server.close()
@@ -451,6 +482,7 @@ class Sandbox:
         wall_s = self.limits.wall_s if timeout_s is None else timeout_s
         job = {"code": code, "stdin": stdin, "echo": echo}
         begin = time.monotonic()
+
         with self._slots:
             try:
                 worker = self._take()
@@ -472,6 +504,8 @@ class Sandbox:
                     server.close()
                     self._start(self.level)
                     worker = self._server.take(self._workers)
+
+            # outside of the lock: one that comes up slowly holds up nobody else
             try:
                 worker.wait_ready(self._start_timeout_s)
                 return worker

@@ -28,7 +28,9 @@ import traceback
 import types
 
 MEMORY_ERROR = 86  # exit code of a program that ended with MemoryError
-READY, RUN, KILL = b"\x01", b"r", b"k"
+READY = b"\x01"
+RUN = b"r"
+KILL = b"k"
 SCRATCH = "/scratch"
 PROGRAM = "<program>"
 _WATCH_MS = 50
@@ -48,16 +50,23 @@ class Server:
     """`config`: level, readable (paths), folder (an empty one), preload (modules) and the limits."""
 
     def __init__(self, config):
-        self.config, self.level, self.kernel = config, config["level"], _load_kernel()
-        self.uid, self.gid = os.geteuid(), os.getegid()
-        self.rootless, self.proc, self.made = self.uid != 0, None, 0
+        self.config = config
+        self.level = config["level"]
+        self.kernel = _load_kernel()
+        self.uid = os.geteuid()
+        self.gid = os.getegid()
+        self.rootless = self.uid != 0
+        self.proc = None  # a descriptor: behind the namespaces there is no /proc to open
+        self.made = 0
         for name in config["preload"]:
             importlib.import_module(name)
+
         if os.path.isdir("/proc/self"):
             self.proc = os.open("/proc", os.O_RDONLY | os.O_DIRECTORY)
         self.first_uid = _highest_id("/proc/self/uid_map")
         if self.level == "namespaces":
             self._enter_namespaces()
+
         # what else counts as a process of the program: its init and, in a user namespace, the guard; or all of the user
         config["own_processes"] = 1 + self.rootless if self.level == "namespaces" else 512
         if size := _read(self.proc, f"{os.getpid()}/statm"):
@@ -65,28 +74,35 @@ class Server:
 
     def _enter_namespaces(self):
         """Leave the network and the file system; from here on all there is is read-only."""
-        kernel, folder = self.kernel, self.config["folder"]
+        kernel = self.kernel
+        folder = self.config["folder"]
         spaces = kernel.NEWNS | kernel.NEWNET | kernel.NEWIPC | kernel.NEWUTS
         if not self.rootless:
             try:
                 kernel.unshare(spaces)
-            except PermissionError:
+            except PermissionError:  # root in a container may lack the right
                 self.rootless = True
         if self.rootless:
             kernel.unshare(spaces | kernel.NEWUSER)
             kernel.map_user(self.uid, self.gid)
+
+        # private first: no mount from here on may reach the machine's own file system
         kernel.mount(None, "/", flags=kernel.MS_REC | kernel.MS_PRIVATE)
         kernel.mount("tmpfs", folder, "tmpfs", kernel.MS_NOSUID | kernel.MS_NODEV, "size=1m,nr_inodes=8k,mode=755")
         for path in self.config["readable"]:
             self._show(path, folder + path)
+
         os.makedirs(folder + "/dev", exist_ok=True)
         for name in _DEVICES:
             open(f"{folder}/dev/{name}", "w").close()
             kernel.mount(f"/dev/{name}", f"{folder}/dev/{name}", flags=kernel.MS_BIND)
+
+        # every sandbox mounts a scratch folder of its own there
         os.symlink(SCRATCH, folder + "/dev/shm")
         os.mkdir(folder + SCRATCH)
         if not os.path.lexists(folder + "/tmp"):
             os.symlink(SCRATCH, folder + "/tmp")
+
         kernel.change_root(folder)
         kernel.make_readonly("/", recursive=False)
 
@@ -95,6 +111,8 @@ class Server:
         if os.path.islink(path):
             os.symlink(os.readlink(path), target)
             return
+
+        # a mount needs something to be mounted on
         if os.path.isdir(path):
             os.makedirs(target, exist_ok=True)
         else:
@@ -105,8 +123,10 @@ class Server:
     def serve(self, connection):
         """One message, with three descriptors (control, job, output), asks for one sandbox."""
         signal.signal(signal.SIGCHLD, _reap)
+        # the collector would touch, and so copy, the pages that every fork shares with this process
         gc.collect()
         gc.freeze()
+
         while True:
             message, descriptors, _, _ = socket.recv_fds(connection, 4096, 3)
             if not message:
@@ -116,6 +136,7 @@ class Server:
                 pid = os.fork()
             except OSError:  # the trainer sees its sockets close
                 pid = -1
+
             if pid == 0:
                 code = 1
                 try:
@@ -124,7 +145,8 @@ class Server:
                     Guard(self, descriptors, message[1:].decode() or SCRATCH).run()
                     code = 0
                 finally:
-                    os._exit(code)
+                    os._exit(code)  # never back into this loop
+
             for descriptor in descriptors:
                 os.close(descriptor)
 
@@ -133,9 +155,13 @@ class Guard:
     """Sets up one sandbox, waits for its end and reports it."""
 
     def __init__(self, server, descriptors, scratch):
-        self.server, self.config, self.kernel = server, server.config, server.kernel
-        (self.control, self.job, self.output), self.scratch = descriptors, scratch
-        self.uid, self.gid = server.uid, server.gid
+        self.server = server
+        self.config = server.config
+        self.kernel = server.kernel
+        self.control, self.job, self.output = descriptors
+        self.scratch = scratch
+        self.uid = server.uid
+        self.gid = server.gid
         self.namespaces = server.level == "namespaces"
 
     def run(self):
@@ -147,6 +173,8 @@ class Guard:
         except BaseException as error:
             os.write(self.output, f"{type(error).__name__}: {error}".encode())
             raise
+
+        # the output ends when the last process of the sandbox has closed it, this one included
         os.close(self.job)
         os.close(self.output)
         report = self._watch(pid)
@@ -154,20 +182,23 @@ class Guard:
             os.write(self.control, json.dumps(report).encode())
 
     def _prepare(self):
-        kernel, linux = self.kernel, sys.platform == "linux"
+        kernel = self.kernel
+        linux = sys.platform == "linux"
         if linux:
             kernel.die_with_parent()
         if not self.namespaces:
             if linux:
                 kernel.adopt_orphans()
             return
+
         spaces = kernel.NEWPID | kernel.NEWNS
         if self.server.rootless:
             kernel.unshare(spaces | kernel.NEWUSER)
             kernel.map_user_at(self.server.proc, self.uid, self.gid)
         else:
             kernel.unshare(spaces)
-            self.uid = self.gid = self.server.first_uid - self.server.made % 20000  # a number of processes of its own
+            # a user of its own, since the kernel counts the processes of a user
+            self.uid = self.gid = self.server.first_uid - self.server.made % 20000
         options = f"size={self.config['scratch_mb']}m,nr_inodes=4096,mode=700,uid={self.uid},gid={self.gid}"
         kernel.mount("tmpfs", SCRATCH, "tmpfs", kernel.MS_NOSUID | kernel.MS_NODEV, options)
 
@@ -179,6 +210,8 @@ class Guard:
             os.dup2(self.job, 0)
             os.dup2(self.output, 1)
             os.dup2(self.output, 2)
+
+            # the order is important: each step needs what a later one takes away
             level = self.server.level
             os.chdir(self.scratch)
             if level == "landlock":
@@ -192,6 +225,8 @@ class Guard:
                 self.kernel.seccomp(self.namespaces)
             if not self.namespaces:
                 Program(self.config, self.scratch).run()
+
+            # process 1 of a namespace must wait for whatever is orphaned in it
             program = os.fork()
             if program == 0:
                 Program(self.config, self.scratch).run()
@@ -214,7 +249,10 @@ class Guard:
         if handle is not None:
             poller.register(handle, select.POLLIN)
         poller.register(self.control, select.POLLIN)
-        reason, patience = None, None if handle is not None else _WATCH_MS
+
+        reason = None
+        # before it runs nothing can exceed a limit; without a handle its end is looked for now and then
+        patience = None if handle is not None else _WATCH_MS
         while True:
             ready = {descriptor for descriptor, _ in poller.poll(patience)}
             if self.control in ready:
@@ -227,9 +265,11 @@ class Guard:
             elif excess := self._excess(pid):
                 reason = reason or excess
                 _kill(pid)
+
             ended, status, usage = os.wait4(pid, os.WNOHANG)
             if ended:
                 break
+
         if not self.namespaces:
             self._end_orphans(pid)
         code = os.waitstatus_to_exitcode(status)
@@ -243,6 +283,8 @@ class Guard:
             return None
         if len(processes) > self.config["processes"] + 2:
             return "processes"
+
+        # proportional shares: what processes have in common counts once
         total = 0
         for process in processes:
             for line in _read(self.server.proc, f"{process}/smaps_rollup").splitlines():
@@ -268,13 +310,15 @@ class Program:
     """The inside: takes one job from descriptor 0 and runs it."""
 
     def __init__(self, config, scratch):
-        self.config, self.scratch = config, scratch
+        self.config = config
+        self.scratch = scratch
 
     def run(self):
         code = 1
         try:
             self._set_limits()
             os.write(1, READY)
+            # waits here, ready, until the trainer has a program for it
             with open(0, "rb", closefd=False) as file:
                 job = json.loads(file.read())
             null = os.open(os.devnull, os.O_RDWR)
@@ -290,12 +334,14 @@ class Program:
             values = [v if ceiling < 0 else min(v, ceiling) for v in (soft, soft if hard is None else hard)]
             resource.setrlimit(what, tuple(values))
 
-        config, cpu = self.config, max(1, round(self.config["cpu_s"] + 0.499))
+        config = self.config
+        cpu = max(1, round(self.config["cpu_s"] + 0.499))  # whole seconds, rounded up
         limit(resource.RLIMIT_CORE, 0)
         limit(resource.RLIMIT_CPU, cpu, cpu + 1)
         limit(resource.RLIMIT_FSIZE, config["scratch_mb"] * 2**20)
         limit(resource.RLIMIT_NOFILE, config["open_files"])
         if sys.platform == "linux":
+            # beyond what the server itself maps, which every program inherits
             limit(resource.RLIMIT_AS, config["memory_mb"] * 2**20 + config.get("base_bytes", 2**27))
             limit(resource.RLIMIT_MEMLOCK, 0)
             limit(resource.RLIMIT_MSGQUEUE, 0)
@@ -306,20 +352,25 @@ class Program:
         os.environ.update(HOME=self.scratch, TMPDIR=self.scratch)
         tempfile.tempdir = None
         random.seed(0)  # the same program prints the same, whichever server runs it
+
         sys.stdin = io.StringIO(stdin)
         for name in ("stdout", "stderr"):
             raw = open({"stdout": 1, "stderr": 2}[name], "wb", 0, closefd=False)  # noqa: SIM115  for life
             text = io.TextIOWrapper(io.BufferedWriter(raw), "utf-8", "backslashreplace", line_buffering=True)
             setattr(sys, name, text)
+
+        # the program is the main module, and tracebacks show its lines
         sys.argv = ["program.py"]
         sys.path.insert(0, self.scratch)
         module = types.ModuleType("__main__")
         module.__dict__["__builtins__"] = __builtins__
         sys.modules["__main__"] = module
         linecache.cache[PROGRAM] = (len(code), None, code.splitlines(True), PROGRAM)
+
         status = 0
         try:
-            tree, last = ast.parse(code, PROGRAM), None
+            tree = ast.parse(code, PROGRAM)
+            last = None
             if echo and tree.body and isinstance(tree.body[-1], ast.Expr):
                 last = ast.Expression(tree.body.pop().value)
             exec(compile(tree, PROGRAM, "exec"), module.__dict__)
@@ -327,6 +378,7 @@ class Program:
                 value = eval(compile(last, PROGRAM, "eval"), module.__dict__)
                 if value is not None:
                     print(repr(value))
+            # as an interpreter does at its end
             for thread in threading.enumerate():
                 if thread is not threading.current_thread() and not thread.daemon:
                     thread.join()
@@ -336,10 +388,12 @@ class Program:
                 print(stop.code, file=sys.stderr)
         except BaseException as error:
             status = MEMORY_ERROR if isinstance(error, MemoryError) else 1
+            # from the program on: our own frames tell it nothing
             trace = error.__traceback__
             while trace is not None and trace.tb_frame.f_code.co_filename != PROGRAM:
                 trace = trace.tb_next
             traceback.print_exception(type(error), error, trace, limit=-8)
+
         for stream in (sys.stdout, sys.stderr):
             with contextlib.suppress(Exception):
                 stream.flush()

@@ -229,7 +229,7 @@ def compete(task: Task, method: Method, seed: int, preset: dict[str, Any], model
     curve, began = [], time.perf_counter()
 
     def look(spent):
-        found = evaluate_run(run, run.state.params, spent.steps)
+        found = evaluate_run(run, run.learner.policy_params(run.state), spent.steps)
         values = {name: estimate.value for name, estimate in found.estimates.items()}
         curve.append([spent.sampled, spent.trained, values["avg@4"], values["greedy"]])
 

@@ -96,7 +96,7 @@ def _train(name: str, run: Run, start: Params, before: Look, tokens: int, looks:
 
     def look(spent: Spent) -> None:
         if spent.steps:
-            found.append(_look(run, run.state.params, spent))
+            found.append(_look(run, run.learner.policy_params(run.state), spent))
 
     def count(metrics: Mapping[str, float], rollout: Rollout) -> None:
         for trajectory in rollout.trajectories:

@@ -88,7 +88,7 @@ def host_state(run: Run) -> dict[str, Any]:
 def train_step(run: Run, step: int) -> tuple[dict[str, float], Rollout]:
     """One rollout and the updates made of it; `run.state` is replaced, the old one's buffers are donated."""
     config, timer, compiled = run.config, PhaseTimer(), compile_count()
-    run.set_policy(run.state.params, step)
+    run.set_policy(run.learner.policy_params(run.state), step)
     play = run.play
     rollout = collect(
         run.algorithm.plan,
@@ -103,7 +103,8 @@ def train_step(run: Run, step: int) -> tuple[dict[str, float], Rollout]:
     with timer("score"):
         batch = stack_rows(config, rollout.trajectories, rollout.rewards.size)
         if run.algorithm.plan.needs_ref:
-            batch = dataclasses.replace(batch, ref_logprobs=run.learner.score_rows(run.state.ref_params, batch))
+            reference = run.learner.reference_params(run.state)
+            batch = dataclasses.replace(batch, ref_logprobs=run.learner.score_rows(reference, batch))
         if run.critic is not None:
             batch = run.critic.with_values(run.state.critic, batch)
         advantages = np.asarray(run.algorithm.advantage_fn(batch))
@@ -157,7 +158,7 @@ def held_out(run: Run, folder: RunFolder, step: int) -> Evaluation:
         return run.evaluation
     if step in (0, run.config.steps):
         say(f"evaluating held-out problems {'before' if step == 0 else 'after'} training")
-    run.evaluation = evaluate_run(run, run.state.params, step)
+    run.evaluation = evaluate_run(run, run.learner.policy_params(run.state), step)
     folder.write_json(file, run.evaluation.to_dict())
     return run.evaluation
 

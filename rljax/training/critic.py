@@ -81,6 +81,7 @@ class Critic:
         Metrics are means over the updates, and `critic/explained_variance`, that of the returns by the values before
         the first. FloatingPointError as in `Learner.update`.
         """
+        # Returns and old values are those before the first update, and stay for all of them.
         returns = np.asarray(self.returns_fn(batch))
         rows = dataclasses.replace(batch, behavior_logprobs=np.asarray(batch.values), ref_logprobs=None)
         updates = []
@@ -108,6 +109,7 @@ def explained_variance(
     """`1 - var(returns - values) / var(returns)` over the mask: 1 for a perfect critic, 0 for one that knows the mean
     alone, below 0 for a worse one. 0 where the returns do not vary."""
     kept = np.asarray(mask)
-    target, value = (np.asarray(x, np.float64)[kept] for x in (returns, values))
+    target = np.asarray(returns, np.float64)[kept]
+    value = np.asarray(values, np.float64)[kept]
     spread = float(target.var()) if target.size else 0.0
     return 1.0 - float((target - value).var()) / spread if spread > 0 else 0.0

@@ -136,7 +136,7 @@ def count_compiles(shape, model, size) -> tuple[int, int]:
     for step in range(size["steps"] + 2):
         if step == 2:
             warm = compile_count()
-        sampler.set_params(state.params)
+        sampler.set_params(learner.policy_params(state))
         if step == 0:
             sampler.warmup()
         requests = varied_requests(shape, size, step)

@@ -143,7 +143,7 @@ def make_update(job, model, rows, advantages, spec, *, group_size, held=None):
         (train_batch,) = learner.prepare(state, batch, advantages)
         prepared = time.perf_counter()
         state, metrics = learner.update(state, train_batch)
-        jax.block_until_ready(state.params)
+        jax.block_until_ready(state.trainable)
         if temporaries is None and job.get("memory"):
             other = make_learner(held or spec)
             (held_batch,) = other.prepare(state, batch, advantages)
@@ -195,7 +195,7 @@ def make_objectives(job, model):
             state = shared["state"]
             minibatch = learner.prepare(state, batch, advantages)[0]
             shared["state"], metrics = learner.update(state, minibatch)
-            jax.block_until_ready(shared["state"].params)
+            jax.block_until_ready(shared["state"].trainable)
             return float(metrics["loss/total"])
 
         return step

@@ -152,12 +152,14 @@ class TrainBatch:
 
 @struct
 class TrainState:
-    """Everything on the device that a step changes. `params`, `opt_state` and `ref_params` are pytrees of arrays;
-    `critic`, where there is one, is the `TrainState` of the value function."""
+    """Everything on the device that a step changes, and the frozen weights that it stands on. `trainable`, `opt_state`,
+    `base` and `ref_trainable` are pytrees of arrays; `rljax.training.policy_params` puts the model's params together.
+    """
 
-    params: Any
-    opt_state: Any
+    trainable: Any
+    opt_state: Any  # of `trainable` alone
     step: Int[ArrayLike, ""]
     skipped: Int[ArrayLike, ""]  # consecutive updates skipped for a non-finite loss or gradient
-    ref_params: Any = None
-    critic: Any = None
+    base: Any = None  # weights that no update changes; None where all are trained
+    ref_trainable: Any = None  # what stands for `trainable` in the reference; None without one
+    critic: Any = None  # the `TrainState` of the value function, where there is one

@@ -24,7 +24,7 @@ def result(shape):
         batch = critic.with_values(state, batch)
         state, metrics = critic.update(state, batch)
     assert jax.tree.all(jax.tree.map(lambda x, target: x.sharding == target.sharding, state, critic.abstract_state()))
-    weight = state.params["layers"]["gate"]
+    weight = state.trainable["layers"]["gate"]
     return {
         "metrics": metrics,
         "values": np.asarray(critic.with_values(state, batch).values).tolist(),

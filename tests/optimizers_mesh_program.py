@@ -23,7 +23,7 @@ def moved(optimizer, mesh):
     state = learner.init_state(params())
     for _ in range(2):
         state, _ = learner.update(state, learner.prepare(state, batch, advantages)[0])
-    change = jax.tree.map(lambda a, b: np.asarray(a) - np.asarray(b), dict(state.params), params())
+    change = jax.tree.map(lambda a, b: np.asarray(a) - np.asarray(b), dict(state.trainable), params())
     named = {jax.tree_util.keystr(k): v.reshape(-1).tolist() for k, v in jax.tree_util.tree_leaves_with_path(change)}
     return {"moved": named, "compiled": learner._update._cache_size()}
 

@@ -148,8 +148,8 @@ def update_of(algorithm, batch, *, share):
     batch = dataclasses.replace(batch, behavior_logprobs=behavior, ref_logprobs=ref, values=ref)  # any numbers serve
     advantages = np.asarray(algorithm.advantage_fn(batch))
     train_batch = learner.prepare(state, batch, advantages)[0]
-    moved = jax.tree.map(lambda x: x + 0.01 * jax.random.normal(jax.random.key(x.size), x.shape), state.params)
-    (_, metrics, grads) = jax.jit(learner._gradients)(moved, train_batch, learner._sampling)
+    moved = jax.tree.map(lambda x: x + 0.01 * jax.random.normal(jax.random.key(x.size), x.shape), state.trainable)
+    (_, metrics, grads) = jax.jit(learner.program.gradients)(moved, train_batch, learner._sampling)
     return metrics, grads, train_batch
 
 

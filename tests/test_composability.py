@@ -224,7 +224,7 @@ def learner(share: bool) -> Learner:
 
 @jax.jit
 def scores(params, packed, row_index, mask):
-    return learner(True)._rows_logprobs(params, packed, row_index, mask, None)
+    return learner(True).program.rows_logprobs(params, packed, row_index, mask, None)
 
 
 @jax.jit

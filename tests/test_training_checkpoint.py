@@ -14,16 +14,17 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 
-from rljax.training.checkpoint import Checkpointer, fingerprint, restore_params
+from rljax.training.checkpoint import LAYOUT, Checkpointer, fingerprint, restore_params
 from rljax.types import TrainState
 
 
 def make_state(seed):
     rng = np.random.default_rng(seed)
     return TrainState(
-        params={
+        trainable={
             "w": jnp.asarray(rng.normal(size=(64, 33)), jnp.float32),
             "b": jnp.asarray(rng.normal(size=(7,)), jnp.bfloat16),
         },
@@ -73,12 +74,12 @@ def test_the_last_and_the_best_are_kept(tmp_path):
 def test_the_state_may_be_donated_as_soon_as_save_returns(tmp_path):
     checkpointer = Checkpointer(tmp_path)
     overwrite = jax.jit(lambda s: jax.tree.map(lambda x: x * 0 - 1, s), donate_argnums=0)
-    state = make_state(3).replace(params={"w": jnp.ones((2000, 2000)), "b": jnp.ones(3)})
+    state = make_state(3).replace(trainable={"w": jnp.ones((2000, 2000)), "b": jnp.ones(3)})
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
     checkpointer.save(3, state, {})
     overwrite(state)
     checkpointer.wait()
-    np.testing.assert_array_equal(checkpointer.restore(shapes)[0].params["w"], np.ones((2000, 2000)))
+    np.testing.assert_array_equal(checkpointer.restore(shapes)[0].trainable["w"], np.ones((2000, 2000)))
 
 
 def files_of(folder):
@@ -123,14 +124,14 @@ def test_a_damaged_checkpoint_is_reported_and_the_one_before_used(two_steps, tmp
 
 
 def test_weights_alone_come_back_checked_and_in_the_dtype_asked_for(two_steps, tmp_path):
-    wanted = target().params
+    wanted = target().trainable
     params, step = restore_params(two_steps, wanted)
     assert step == 2
-    jax.tree.map(np.testing.assert_array_equal, params, make_state(2).params)
+    jax.tree.map(np.testing.assert_array_equal, params, make_state(2).trainable)
     half = jax.tree.map(lambda t: t.update(dtype=jnp.bfloat16), wanted)
     params, step = restore_params(two_steps, half, 1)
     assert step == 1 and params["w"].dtype == jnp.bfloat16
-    np.testing.assert_array_equal(params["w"], make_state(1).params["w"].astype(jnp.bfloat16))
+    np.testing.assert_array_equal(params["w"], make_state(1).trainable["w"].astype(jnp.bfloat16))
     with pytest.raises(ValueError, match=r"no checkpoint of step 7 in .*; there are \[1, 2\]"):
         restore_params(two_steps, wanted, 7)
 
@@ -138,9 +139,11 @@ def test_weights_alone_come_back_checked_and_in_the_dtype_asked_for(two_steps, t
     shutil.copytree(two_steps, folder)
     file = next((folder / "2" / "host").glob("metadata"))
     host = json.loads(file.read_text())
-    host["fingerprint"]["params/w"] ^= 1
+    host["fingerprint"]["trainable/w"] ^= 1
     file.write_text(json.dumps(host))
-    with pytest.raises(ValueError, match=r"the contents of params/w .* are not what was saved; .* take another step"):
+    with pytest.raises(
+        ValueError, match=r"the contents of trainable/w .* are not what was saved; .* take another step"
+    ):
         restore_params(folder, wanted)
 
 
@@ -149,15 +152,15 @@ def test_a_changed_bit_in_any_array_is_noticed(two_steps, tmp_path):
     shutil.copytree(two_steps, tmp_path / "checkpoints")
     path = tmp_path / "checkpoints" / "2" / "host" / "metadata"
     host = json.loads(path.read_text())
-    host["fingerprint"]["params/w"] ^= 1
+    host["fingerprint"]["trainable/w"] ^= 1
     path.write_text(json.dumps(host))
     assert_is_step(Checkpointer(tmp_path / "checkpoints").restore(target()), 1)
     state = make_state(1)
-    changed = state.replace(params=dict(state.params, w=state.params["w"].at[3, 4].multiply(1 + 1e-6)))
-    swapped = state.replace(params=dict(state.params, w=state.params["w"][::-1]))
+    changed = state.replace(trainable=dict(state.trainable, w=state.trainable["w"].at[3, 4].multiply(1 + 1e-6)))
+    swapped = state.replace(trainable=dict(state.trainable, w=state.trainable["w"][::-1]))
     for other in (changed, swapped):
         differing = {k for k in fingerprint(state) if fingerprint(state)[k] != fingerprint(other)[k]}
-        assert differing == {"params/w"}
+        assert differing == {"trainable/w"}
 
 
 def test_a_changed_model_is_an_error_and_nothing_is_set_aside(two_steps, tmp_path):
@@ -170,6 +173,33 @@ def test_a_changed_model_is_an_error_and_nothing_is_set_aside(two_steps, tmp_pat
     with pytest.raises(ValueError, match=r"no checkpoint in .* can be used .* start in a new folder"):
         Checkpointer(tmp_path / "checkpoints").restore(other)
     assert Checkpointer(tmp_path / "checkpoints").steps == [1, 2]
+
+
+def old_checkpoint(folder, **host):
+    """A checkpoint as it was written when weights were called `params`."""
+    state = make_state(3)
+    fields = {"params": state.trainable, "opt_state": state.opt_state, "step": state.step, "skipped": state.skipped}
+    fields["ref_params"] = None
+    host = {"step": 3, "host": {}, "fingerprint": fingerprint(fields), "score": None} | host
+    with ocp.CheckpointManager(folder) as manager:
+        manager.save(3, args=ocp.args.Composite(state=ocp.args.StandardSave(fields), host=ocp.args.JsonSave(host)))
+
+
+@pytest.mark.parametrize(
+    ("host", "what"), [({}, "before layouts were numbered"), ({"layout": LAYOUT + 1}, f"in layout {LAYOUT + 1}")]
+)
+def test_a_checkpoint_of_another_layout_is_refused_in_one_line(tmp_path, host, what):
+    old_checkpoint(tmp_path, **host)
+    for read in (
+        lambda: Checkpointer(tmp_path).restore(target()),
+        lambda: restore_params(tmp_path, target().trainable),
+    ):
+        with pytest.raises(
+            ValueError, match=rf"checkpoint .*3 was written {what}.* layout {LAYOUT}; convert it"
+        ) as one:
+            read()
+        assert "\n" not in str(one.value) and "start in a new folder" in str(one.value)
+    assert Checkpointer(tmp_path).steps == [3]  # it stays where it is, for the release that can read it
 
 
 def test_host_state_that_is_not_json_is_refused_at_once(tmp_path):

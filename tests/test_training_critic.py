@@ -7,13 +7,11 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import orbax.checkpoint as ocp
 import pytest
 from objectives import MASK, NAN, float64, make_rows
 from test_training_learner import CONFIG, FLAT, assert_close, params, rollout, update_config
@@ -27,7 +25,6 @@ from rljax.experiment.dry_run import predict_memory
 from rljax.models import abstract_params, hidden_states, init_params, save_hf, value_config, value_params, values
 from rljax.testing import tiny_config
 from rljax.training import Checkpointer, Critic, Learner, OptimizerConfig, explained_variance, fingerprint, with_critic
-from rljax.types import struct
 
 TESTS = Path(__file__).parent
 VALUED = value_config(CONFIG)
@@ -84,7 +81,7 @@ def gradient(name):
     critic, (batch, _) = make(PACKINGS[name], epochs=2).learner, rollout()
     rows = dataclasses.replace(batch, behavior_logprobs=old_values(batch))
     minibatch = critic.prepare(critic.init_state(weights()), rows, targets(batch))[0]
-    return jax.jit(critic._gradients)(weights(), minibatch, None)
+    return jax.jit(critic.program.gradients)(weights(), minibatch, None)
 
 
 @pytest.mark.parametrize("name", PACKINGS)
@@ -204,10 +201,10 @@ def test_a_critic_starts_from_a_copy_of_the_policy_and_says_0(tied):
     before = fingerprint(policy)
     critic, (batch, _) = make(config=config), rollout()
     state = critic.init_state(policy)
-    assert set(state.params) == {*policy} - {"head"} | {"value_head", "value_bias"}
-    for name in {*state.params} & {*policy}:
-        jax.tree.map(np.testing.assert_array_equal, state.params[name], policy[name])
-    assert jax.tree.map(lambda x: (x.shape, x.dtype), state.params) == jax.tree.map(
+    assert set(state.trainable) == {*policy} - {"head"} | {"value_head", "value_bias"}
+    for name in {*state.trainable} & {*policy}:
+        jax.tree.map(np.testing.assert_array_equal, state.trainable[name], policy[name])
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), state.trainable) == jax.tree.map(
         lambda x: (x.shape, x.dtype), abstract_params(critic.config)
     )
     batch = critic.with_values(state, batch)
@@ -221,7 +218,7 @@ def test_several_updates_clip_around_the_values_before_the_first():
     """Two epochs in one go equal two steps by hand, the second with the same old values and returns."""
     batch, _ = rollout()
     critic = make(epochs=2, clip=0.01, optimizer=optax.sgd(0.05))
-    start = critic.init_state(params()).replace(params=weights())
+    start = critic.init_state(params()).replace(trainable=weights())
     batch = critic.with_values(start, batch)
     got, metrics = critic.update(start, batch)
     mask, old, goal = loss_mask(batch), batch.values, targets(batch)
@@ -239,7 +236,7 @@ def test_several_updates_clip_around_the_values_before_the_first():
     want = weights()
     for _ in range(2):
         want = jax.tree.map(lambda p, g: p - 0.05 * g, want, slope(want))
-    assert_close(got.params, want)
+    assert_close(got.trainable, want)
     assert int(got.step) == 2 and metrics["critic/clip_fraction"] > 0
     with pytest.raises(AssertionError):
         assert_close(jax.tree.map(lambda p, g: p - 0.05 * g, weights(), slope(weights())), want)
@@ -262,10 +259,10 @@ def test_an_update_that_is_not_finite_changes_nothing_and_is_reported():
     batch, _ = rollout()
     critic = make(returns_fn=lambda b: np.full(np.shape(b.tokens), np.nan, np.float32), max_skipped=2)
     state = critic.init_state(params())
-    before = fingerprint(state.params)
+    before = fingerprint(state.trainable)
     for _ in range(2):
         state, metrics = critic.update(state, critic.with_values(state, batch))
-    assert metrics["critic/skipped"] == 2 and fingerprint(state.params) == before
+    assert metrics["critic/skipped"] == 2 and fingerprint(state.trainable) == before
     with pytest.raises(FloatingPointError, match="2 updates in a row"):
         critic.check()
 
@@ -290,31 +287,6 @@ def test_a_checkpoint_holds_weights_and_moments_of_the_critic_bit_for_bit(tmp_pa
 OBJECTIVE = L.token_ratio, L.clipped(clip_low=0.2, clip_high=0.2), L.token_mean
 
 
-@struct
-class Before:
-    """A `TrainState` as it was before there were critics."""
-
-    params: Any
-    opt_state: Any
-    step: Any
-    skipped: Any
-    ref_params: Any = None
-
-
-def test_a_checkpoint_from_before_there_were_critics_is_read_without_one(tmp_path):
-    learner = Learner(CONFIG, L.policy_loss(*OBJECTIVE), OptimizerConfig(), update_config(FLAT))
-    state = learner.init_state(params())
-    before = Before(**{f.name: getattr(state, f.name) for f in dataclasses.fields(Before)})
-    host = {"step": 3, "host": {}, "fingerprint": fingerprint(state), "score": None}
-    with ocp.CheckpointManager(tmp_path) as manager:
-        arguments = ocp.args.Composite(state=ocp.args.StandardSave(before), host=ocp.args.JsonSave(host))
-        manager.save(3, args=arguments)
-    restored, _, step = Checkpointer(tmp_path).restore(learner.abstract_state())
-    assert step == 3 and restored.critic is None and fingerprint(restored) == fingerprint(state)
-    with pytest.raises(ValueError, match="start in a new folder"):
-        Checkpointer(tmp_path).restore(with_critic(learner.abstract_state(), make().abstract_state()))
-
-
 def test_a_critic_may_start_from_another_model(tmp_path):
     run = build(tiny_config(algorithm=PPO(group_size=4)))
     assert run.critic.config == value_config(run.decoder)
@@ -324,8 +296,8 @@ def test_a_critic_may_start_from_another_model(tmp_path):
     save_hf(tmp_path / "other", larger, other)
     run = build(tiny_config(algorithm=PPO(), critic=CriticConfig(model=str(tmp_path / "other"))))
     state = run.init_state(init_params(run.decoder, jax.random.key(0)))
-    assert state.params["embedding"].shape[1] == 32 and state.critic.params["embedding"].shape[1] == 64
-    jax.tree.map(np.testing.assert_array_equal, state.critic.params["layers"], other["layers"])
+    assert state.trainable["embedding"].shape[1] == 32 and state.critic.trainable["embedding"].shape[1] == 64
+    jax.tree.map(np.testing.assert_array_equal, state.critic.trainable["layers"], other["layers"])
     assert jax.tree.map(lambda x: (x.shape, x.sharding), run.abstract_state()) == jax.tree.map(
         lambda x: (x.shape, x.sharding), state
     )

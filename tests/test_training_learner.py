@@ -95,7 +95,7 @@ def gradient(packing, *, off_policy=False, **changes):
     batch, advantages = rollout()
     state = learner.init_state(jax.tree.map(lambda p, q: p + 0.03 * off_policy * q, params(0), params(1)))
     minibatch = learner.prepare(state, batch, advantages)[0]
-    return jax.jit(learner._gradients)(params(0), minibatch, learner._sampling)
+    return jax.jit(learner.program.gradients)(params(0), minibatch, learner._sampling)
 
 
 def assert_close(got, want, relative=1e-5):
@@ -157,7 +157,7 @@ def test_a_step_moves_the_loss_down_and_counts():
             first = add_metrics([metrics])
     learner.check()
     assert int(state.step) == 5 and int(state.skipped) == 0
-    logprobs = learner.score_rows(state.params, batch)
+    logprobs = learner.score_rows(state.trainable, batch)
     before = learner.score_rows(params(), batch)
     assert ((logprobs - before) * advantages).sum() > 0
     assert first["loss/ratio_max"] == 1.0 and first["loss/ratio_mean"] == pytest.approx(1.0, abs=1e-6)
@@ -189,7 +189,7 @@ def test_tokens_off_the_loss_mask_have_no_influence():
     for one, a in ((batch, advantages), (spoilt, noise)):
         state = learner.init_state(params())
         state, metrics = learner.update(state, learner.prepare(state, one, a)[0])
-        results.append((state.params, float(metrics["loss/total"])))
+        results.append((state.trainable, float(metrics["loss/total"])))
     assert int(state.skipped) == 0
     jax.tree.map(np.testing.assert_array_equal, results[0][0], results[1][0])
 
@@ -211,7 +211,7 @@ def test_minibatches_hold_whole_groups_and_old_logprobs_are_scored_once():
     assert len(made) == 4 and made[0] is made[2] and made[1] is made[3]
     tokens = sum(int(m.rows.loss_mask.sum()) for m in made[:2])
     assert tokens == int((batch.action_mask & batch.is_valid[:, None]).sum())
-    scored = learner.score_rows(state.params, batch)
+    scored = learner.score_rows(state.trainable, batch)
     old = np.concatenate([np.asarray(m.rows.old_logprobs)[np.asarray(m.rows.loss_mask)] for m in made[:2]])
     np.testing.assert_allclose(np.sort(old), np.sort(scored[scored != 0]), atol=1e-5)
     again = learner.prepare(state, batch, advantages)
@@ -226,20 +226,19 @@ def test_reference_logprobs_follow_the_reference_and_its_refresh():
     state = learner.init_state(params())
     before = learner.score_rows(params(), batch)
     state, _ = learner.update(state, learner.prepare(state, batch, advantages)[0])
-    np.testing.assert_array_equal(learner.score_rows(state.ref_params, batch), before)
+    np.testing.assert_array_equal(learner.score_rows(state.ref_trainable, batch), before)
     (minibatch,) = learner.prepare(state, batch, advantages)
     mask = np.asarray(minibatch.rows.loss_mask)
     np.testing.assert_allclose(
         np.sort(np.asarray(minibatch.rows.ref_logprobs)[mask]), np.sort(before[before != 0]), atol=1e-6
     )
     half = learner.refresh_reference(state, 0.5)
-    np.testing.assert_allclose(
-        half.ref_params["embedding"], (state.params["embedding"] + state.ref_params["embedding"]) / 2, atol=1e-7
-    )
+    middle = (state.trainable["embedding"] + state.ref_trainable["embedding"]) / 2
+    np.testing.assert_allclose(half.ref_trainable["embedding"], middle, atol=1e-7)
     moved = learner.refresh_reference(state)
-    np.testing.assert_array_equal(moved.ref_params["embedding"], moved.params["embedding"])
+    np.testing.assert_array_equal(moved.ref_trainable["embedding"], moved.trainable["embedding"])
     moved, _ = learner.update(moved, minibatch)  # the copy is its own: donation leaves it alone
-    assert np.isfinite(np.asarray(moved.ref_params["embedding"])).all()
+    assert np.isfinite(np.asarray(moved.ref_trainable["embedding"])).all()
 
 
 @pytest.mark.parametrize("broken", ["advantages", "logprobs"])
@@ -253,10 +252,10 @@ def test_a_step_that_is_not_finite_is_skipped_and_the_run_stopped_after_k(broken
     else:
         bad, weights = good, params()
         weights["final_norm"] = weights["final_norm"].at[0].set(np.nan)
-        state = state.replace(params=weights)
-    before = jax.device_get((state.params, state.opt_state))
+        state = state.replace(trainable=weights)
+    before = jax.device_get((state.trainable, state.opt_state))
     state, _ = learner.update(state, bad)
-    jax.tree.map(np.testing.assert_array_equal, before, jax.device_get((state.params, state.opt_state)))
+    jax.tree.map(np.testing.assert_array_equal, before, jax.device_get((state.trainable, state.opt_state)))
     assert int(state.skipped) == 1 and int(state.step) == 1
     if broken == "advantages":
         state, _ = learner.update(state, good)
@@ -272,7 +271,7 @@ def test_supervised_loss_is_the_mean_negative_logprob():
     learner = make(PackConfig(pack_length=128), sft_loss())
     batch, _ = rollout()
     state = learner.init_state(params())
-    scored = learner.score_rows(state.params, batch)
+    scored = learner.score_rows(state.trainable, batch)
     _, metrics = learner.update(state, learner.prepare(state, batch, np.zeros(batch.tokens.shape, np.float32))[0])
     np.testing.assert_allclose(metrics["loss/nll"], -scored[scored != 0].mean(), rtol=1e-5)
 

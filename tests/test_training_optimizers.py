@@ -210,7 +210,7 @@ def test_state_lies_as_the_weights_do(kind):
     mesh = make_mesh()
     optimizer = make_optimizer(CONFIGS[kind]())
     where = state_shardings(CONFIG, optimizer, mesh=mesh)
-    by_name = {jax.tree_util.keystr(k): s.spec for k, s in jax.tree_util.tree_leaves_with_path(dict(where.params))}
+    by_name = {jax.tree_util.keystr(k): s.spec for k, s in jax.tree_util.tree_leaves_with_path(dict(where.trainable))}
     state = create_state(params(), optimizer, shardings=where)
     found = set()
     for path, leaf in jax.tree_util.tree_leaves_with_path(state.opt_state):
@@ -242,7 +242,7 @@ def updated(learner, steps=2):
 def test_updates_do_not_depend_on_packing_or_accumulation(kind):
     state, metrics = updated(make_learner(kind))
     other, metrics_2 = updated(make_learner(kind, PackConfig(pack_length=64, microbatch_size=1)))
-    for a, b in zip(jax.tree.leaves(state.params), jax.tree.leaves(other.params), strict=True):
+    for a, b in zip(jax.tree.leaves(state.trainable), jax.tree.leaves(other.trainable), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-4)
     np.testing.assert_allclose(metrics["loss/total"], metrics_2["loss/total"], rtol=1e-3, atol=1e-5)
     assert metrics["loss/learning_rate"] == pytest.approx(1e-2)
@@ -259,7 +259,7 @@ def test_a_restored_state_goes_on_bit_for_bit(kind, tmp_path):
     restored, _, _ = checkpointer.restore(learner.abstract_state())
     batch, advantages = rollout(seed=1)
     after = [learner.update(s, learner.prepare(s, batch, advantages)[0])[0] for s in (state, restored)]
-    jax.tree.map(np.testing.assert_array_equal, after[0].params, after[1].params)
+    jax.tree.map(np.testing.assert_array_equal, after[0].trainable, after[1].trainable)
     jax.tree.map(np.testing.assert_array_equal, after[0].opt_state, after[1].opt_state)
     checkpointer.close()
 
@@ -273,12 +273,12 @@ def test_lightsams_second_gradient_keeps_the_old_policy_of_the_first(epochs):
     minibatch = learner.prepare(state, batch, advantages)[0]
     anchor = make_learner("lightsam", epochs=2)  # several updates: old log-probs are scored, and kept
     anchored = anchor.prepare(state, batch, advantages)[0]
-    gradient = jax.jit(lambda p: anchor._gradients(p, anchored, None)[2])
+    gradient = jax.jit(lambda p: anchor.program.gradients(p, anchored, None)[2])
     optimizer = make_optimizer(LightSAMConfig(learning_rate=1e-2))
     updates, _ = optimizer.update(gradient(params()), optimizer.init(params()), params(), grad_fn=lambda p: gradient(p))
     want = optax.apply_updates(params(), updates)
     got, metrics = learner.update(state, minibatch)
-    for a, b, p in zip(*map(jax.tree.leaves, (got.params, want, params())), strict=True):
+    for a, b, p in zip(*map(jax.tree.leaves, (got.trainable, want, params())), strict=True):
         np.testing.assert_allclose(np.asarray(a - p), np.asarray(b - p), atol=5e-4)
     assert np.isfinite(metrics["loss/grad_norm"])
 
@@ -296,7 +296,7 @@ def test_a_second_gradient_that_is_not_finite_skips_the_update():
     state, metrics = updated(learner, 1)
     assert np.isfinite(metrics["loss/total"])
     assert metrics["loss/skipped"] == 1
-    jax.tree.map(np.testing.assert_array_equal, state.params, params())
+    jax.tree.map(np.testing.assert_array_equal, state.trainable, params())
 
 
 def test_a_correction_sees_all_microbatches_and_scales_the_step():
@@ -317,7 +317,7 @@ def test_a_correction_sees_all_microbatches_and_scales_the_step():
         learner = Learner(CONFIG, loss, optimizer, update_config(pack))
         state = learner.init_state(jax.tree.map(jnp.copy, params()))
         state, metrics = learner.update(state, learner.prepare(state, batch, factor * advantages)[0])
-        results.append((state.params, metrics))
+        results.append((state.trainable, metrics))
     assert seen["shape"][0] > 1
     assert results[0][1]["loss/gap"] == pytest.approx(float(results[0][1]["rollout/logprob_gap_max"]), rel=1e-5)
     for a, b, p in zip(*map(jax.tree.leaves, (results[0][0], results[1][0], params())), strict=True):

@@ -47,7 +47,7 @@ def selecting(fraction, temperature=1.0, top_k=0):
 def step(learner, batch, advantages):
     state = learner.init_state(params())
     state, metrics = learner.update(state, learner.prepare(state, batch, advantages)[0])
-    return jax.device_get((state.params, metrics))
+    return jax.device_get((state.trainable, metrics))
 
 
 def assert_same_params(got, want, relative=2e-5):
@@ -183,7 +183,7 @@ def test_a_rescued_update_accumulates_exactly():
         before = learner.init_state(jax.tree.map(lambda p, q: p + 0.03 * q, params(0), params(1)))
         minibatch = learner.prepare(before, batch, advantages)[0]
         state, metrics = learner.update(learner.init_state(params()), minibatch)
-        ends.append(jax.device_get((state.params, metrics)))
+        ends.append(jax.device_get((state.trainable, metrics)))
     assert_same_params(ends[0][0], ends[1][0])
     shares = [[float(end[1][f"loss/{name}"]) for name in ("clip_active", "rescued", "clip_fraction")] for end in ends]
     assert shares[0] == pytest.approx(shares[1]) and shares[0][1] > 0

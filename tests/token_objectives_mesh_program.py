@@ -30,7 +30,7 @@ def main():
         state = learner.init_state(params())
         for minibatch in learner.prepare(state, batch, advantages):
             state, metrics = learner.update(state, minibatch)
-        flat = np.concatenate([np.asarray(x).reshape(-1)[:40] for x in jax.tree.leaves(state.params)])
+        flat = np.concatenate([np.asarray(x).reshape(-1)[:40] for x in jax.tree.leaves(state.trainable)])
         results.append({"metrics": {k: float(v) for k, v in metrics.items()}, "params": flat.tolist()})
     print(json.dumps(results))
 

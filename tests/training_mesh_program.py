@@ -31,7 +31,7 @@ def steps(learner, state, count):
 def report(state, lines, learner):
     return {
         "metrics": lines,
-        "sums": {jax.tree_util.keystr(k): np.asarray(v).tolist() for k, v in _some(state.params)},
+        "sums": {jax.tree_util.keystr(k): np.asarray(v).tolist() for k, v in _some(state.trainable)},
         "compiled": learner._update._cache_size(),
     }
 
@@ -53,7 +53,7 @@ def main(folder):
 
     first = learner_on(make_mesh(2, 2, 2))
     state, _ = steps(first, first.init_state(params()), 1)
-    saved = jax.device_get(state.params)
+    saved = jax.device_get(state.trainable)
     checkpointer = Checkpointer(folder)
     checkpointer.save(1, state, {"mesh": "2 x 2 x 2"})
     checkpointer.close()
@@ -61,7 +61,7 @@ def main(folder):
     target = other.abstract_state()
     restored, host, step = Checkpointer(folder).restore(target)
     assert (host, step) == ({"mesh": "2 x 2 x 2"}, 1)
-    jax.tree.map(np.testing.assert_array_equal, saved, jax.device_get(restored.params))
+    jax.tree.map(np.testing.assert_array_equal, saved, jax.device_get(restored.trainable))
     assert jax.tree.all(jax.tree.map(lambda x, t: x.sharding == t.sharding, restored, target))
     state, lines = steps(other, restored, 1)
     results["restored"] = report(state, lines, other)

@@ -63,7 +63,7 @@ class Run:
 
     def policy(self) -> Params:
         """The weights of the policy as it stands: what is sampled with, evaluated and exported."""
-        return self.state.params
+        return self.learner.policy_params(self.state)
 
     def policy_moves(self, step: int) -> bool:
         """Whether this step updates the policy, rather than the critic alone."""

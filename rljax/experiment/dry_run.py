@@ -136,8 +136,8 @@ def predict_memory(run: Run, batch: TrainBatch) -> dict[str, int]:
     """
     config, c, mesh = run.config, run.decoder, run.mesh
     state = run.learner.abstract_state()
-    weights = _bytes(state.params, param_shardings(c, mesh))
-    gradients = _bytes(_as_float32(state.params), param_shardings(c, mesh))
+    weights = _bytes(state.trainable)
+    gradients = _bytes(_as_float32(state.trainable))
     tensor, parts = mesh.shape["tensor"], batch_parts(mesh)
     micro, microbatch_size, length = batch.packed.tokens.shape
     tokens = microbatch_size * length // parts
@@ -152,14 +152,14 @@ def predict_memory(run: Run, batch: TrainBatch) -> dict[str, int]:
     critic = {}
     if run.critic is not None:  # weights and optimizer; gradients and activations are there one model at a time
         own = run.critic.abstract_state()
-        critic["critic"] = _bytes(own.params) + _bytes(own.opt_state)
-        gradients = max(gradients, _bytes(_as_float32(own.params), jax.tree.map(lambda x: x.sharding, own.params)))
-    compute = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, np.dtype(c.dtype)), state.params)
+        critic["critic"] = _bytes(own.trainable) + _bytes(own.base) + _bytes(own.opt_state)
+        gradients = max(gradients, _bytes(_as_float32(own.trainable)))
+    compute = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, np.dtype(c.dtype)), run.learner.policy_params(state))
     return {
-        "parameters": weights,
+        "parameters": weights + _bytes(state.base),
         "optimizer": _bytes(state.opt_state),
         "gradients": gradients * (2 if micro > 1 else 1),
-        **({"reference": weights} if state.ref_params is not None else {}),
+        **({"reference": weights} if state.ref_trainable is not None else {}),
         **critic,
         "decoder weights": _bytes(compute, param_shardings(c, mesh, DECODE_RULES)),
         "KV cache": cache // parts,
@@ -192,7 +192,7 @@ def device_memory() -> int:
 
 
 def _as_float32(tree: Any) -> Any:
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, np.float32), tree)
+    return jax.tree.map(lambda x: x.update(dtype=np.float32), tree)
 
 
 def _bytes(tree: Any, where: Any = None) -> int:

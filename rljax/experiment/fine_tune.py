@@ -40,6 +40,6 @@ def fine_tune(config: Config, workdir: str, *, fresh: bool = False) -> dict[str,
                 checkpoints.save(done, state, {"curriculum": curriculum.state_dict()}, metrics)
         checkpoints.wait()
         if config.evaluation.problems >= 0 and is_main_process():
-            print(evaluation_table(evaluate_run(run, state.params, config.warmup.steps)))
+            print(evaluation_table(evaluate_run(run, learner.policy_params(state), config.warmup.steps)))
     print(f"run folder      {folder.path}")
     return metrics

@@ -22,7 +22,7 @@ def warm_up(run: Run, params: Any, folder: RunFolder) -> Any:
     for step in range(config.steps):
         state, metrics = supervised_step(run, learner, curriculum, state, step)
         folder.progress("warm-up", step + 1, config.steps, metrics)
-    return state.params
+    return learner.policy_params(state)
 
 
 def supervised(run: Run) -> tuple[Learner, UniformCurriculum]:

@@ -116,7 +116,8 @@ def train_step(run: Run, step: int) -> tuple[dict[str, float], Rollout]:
     with timer("score"):
         batch = stack_rows(config, rollout.trajectories, rollout.rewards.size)
         if run.algorithm.plan.needs_ref:
-            batch = dataclasses.replace(batch, ref_logprobs=run.learner.score_rows(run.state.ref_params, batch))
+            reference = run.learner.reference_params(run.state)
+            batch = dataclasses.replace(batch, ref_logprobs=run.learner.score_rows(reference, batch))
         if run.critic is not None:
             batch = run.critic.with_values(run.state.critic, batch)
         advantages = np.asarray(run.algorithm.advantage_fn(batch))

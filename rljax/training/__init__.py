@@ -3,15 +3,19 @@
 from rljax.training.checkpoint import Checkpointer, fingerprint, restore_params
 from rljax.training.config import CheckpointConfig, CriticConfig, LogConfig, UpdateConfig, WarmupConfig
 from rljax.training.critic import Critic, explained_variance
-from rljax.training.learner import Learner, LossNeeds, Objective, add_metrics
+from rljax.training.learner import Learner
 from rljax.training.lightsam import scale_by_lightsam_adagrad, scale_by_lightsam_adam, scale_by_lightsam_norm
 from rljax.training.metrics import MetricsWriter, PhaseTimer, read_jsonl
+from rljax.training.objective import LossNeeds, Objective
 from rljax.training.optimizers import LightSAMConfig, MuonConfig, OptimizerConfig, make_optimizer, make_schedule
 from rljax.training.run_folder import RunFolder, plot_learning_curve, versions
 from rljax.training.sft import sft_loss
-from rljax.training.state import abstract_state, create_state, state_shardings, with_critic
+from rljax.training.state import abstract_state, create_state, state_shardings, with_base, with_critic
+from rljax.training.trainable import EVERYTHING, Subtree, policy_params, reference_params, subtree_of
+from rljax.training.update import add_metrics
 
 __all__ = [
+    "EVERYTHING",
     "CheckpointConfig",
     "Checkpointer",
     "Critic",
@@ -26,6 +30,7 @@ __all__ = [
     "OptimizerConfig",
     "PhaseTimer",
     "RunFolder",
+    "Subtree",
     "UpdateConfig",
     "WarmupConfig",
     "abstract_state",
@@ -36,13 +41,17 @@ __all__ = [
     "make_optimizer",
     "make_schedule",
     "plot_learning_curve",
+    "policy_params",
     "read_jsonl",
+    "reference_params",
     "restore_params",
     "scale_by_lightsam_adagrad",
     "scale_by_lightsam_adam",
     "scale_by_lightsam_norm",
     "sft_loss",
     "state_shardings",
+    "subtree_of",
     "versions",
+    "with_base",
     "with_critic",
 ]

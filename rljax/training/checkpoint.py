@@ -14,10 +14,18 @@ from absl import logging
 from jaxtyping import Array
 
 from rljax.parallel import barrier, gather, is_main_process
+from rljax.training.trainable import EVERYTHING, Subtree
 from rljax.types import TrainState
+
+LAYOUT = 2
+"""Version of what a checkpoint holds; raised when a field of `TrainState` gets another name or meaning."""
 
 UNREADABLE = "unreadable"
 """Checkpoints skipped for an older one go to `<folder>_unreadable/`."""
+
+
+class Refused(ValueError):
+    """A checkpoint that is whole and does not belong here: of another layout, or over another base."""
 
 
 class Checkpointer:
@@ -25,6 +33,8 @@ class Checkpointer:
 
     The newest `keep_last` stay, and the `keep_best` with the highest `best_metric`; older ones go when the next save
     begins, so that one finished checkpoint is there at any time. What an interrupted save left is removed at start.
+
+    Frozen base weights are not saved: they are loaded from the model again, and must be those of the save.
     """
 
     def __init__(
@@ -38,7 +48,11 @@ class Checkpointer:
         if keep_last < 1 or keep_best < 0:
             raise ValueError(f"keep_last={keep_last} must be at least 1 and keep_best={keep_best} at least 0")
         self.folder = Path(folder).absolute()
-        self.keep_last, self.keep_best, self.best_metric = keep_last, keep_best, best_metric
+        self.keep_last = keep_last
+        self.keep_best = keep_best
+        self.best_metric = best_metric
+
+        # The folder must be there before any process looks into it.
         if is_main_process():
             self.folder.mkdir(parents=True, exist_ok=True)
         barrier("checkpoint folder")
@@ -58,16 +72,21 @@ class Checkpointer:
         self, step: int, state: TrainState, host_state: Mapping[str, Any], metrics: Mapping[str, float] | None = None
     ) -> None:
         """Begins to save; returns when `state` may be donated. `host_state` must be JSON. Waits for the save before."""
+        # The order is important: the older ones go only when the last save is whole.
         self._manager.wait_until_finished()
         self._thin_out()
+
+        saved = _without_base(state)
         host = {
+            "layout": LAYOUT,
             "step": step,
             "host": dict(host_state),
-            "fingerprint": fingerprint(state),
+            "fingerprint": fingerprint(saved),
+            "base": fingerprint(_bases(state)),
             "score": None if metrics is None else _finite(metrics.get(self.best_metric)),
         }
         json.dumps(host, allow_nan=False)  # raises here, not in the writing thread
-        args = ocp.args.Composite(state=ocp.args.StandardSave(_fields(state)), host=ocp.args.JsonSave(host))
+        args = ocp.args.Composite(state=ocp.args.StandardSave(saved), host=ocp.args.JsonSave(host))
         self._manager.save(step, args=args, force=True)
 
     def wait(self) -> None:
@@ -83,23 +102,37 @@ class Checkpointer:
         """(state, host state, step) of the newest checkpoint that is whole; None when there is none at all.
 
         `target` is a `TrainState` of `jax.ShapeDtypeStruct`s with the shardings to restore onto; they need not be those
-        of the save. A checkpoint that cannot be read, or whose arrays are not bit for bit what was saved, is logged,
-        set aside in `<folder>_unreadable/`, and the one before it used. Raises ValueError when there are checkpoints
-        but none fits: then nothing is set aside, since the reason may be a changed model or optimizer.
+        of the save. Its `base`, if it has one, is the loaded weights themselves (`with_base`), and part of what is
+        returned. A checkpoint that cannot be read, or whose arrays are not bit for bit what was saved, is logged, set
+        aside in `<folder>_unreadable/`, and the one before it used. Raises ValueError when there are checkpoints but
+        none fits: then nothing is set aside, since the reason may be a changed model or optimizer.
         """
+        if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(_bases(target))):
+            raise ValueError("the target's base has shapes alone; load it: with_base(target, learner.base_of(params))")
+
         failures: dict[int, str] = {}
+        refused: Refused | None = None
         for step in reversed(self.steps):
-            result, why = None, ""
+            result = None
+            why = ""
             try:
                 result = self._restore_step(step, target)
+            except Refused as error:
+                refused = refused or error
+                why = str(error)
             except Exception as error:  # whatever a broken file makes the readers raise
                 why = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:300] if str(error) else ''}"
+
+            # Processes go on from one step: what one of them cannot read, none of them uses.
             reasons = [reason for reason in gather(why) if reason]
             if not reasons and result is not None:
                 self._set_aside(list(failures))
                 return result
             failures[step] = reasons[0]
             logging.warning("checkpoint %s cannot be used (%s); trying the one before", self.folder / str(step), why)
+
+        if refused is not None:
+            raise refused
         if failures:
             listed = "; ".join(f"step {step}: {reason}" for step, reason in failures.items())
             raise ValueError(
@@ -109,15 +142,21 @@ class Checkpointer:
         return None
 
     def _restore_step(self, step: int, target: TrainState) -> tuple[TrainState, dict[str, Any], int]:
-        args = ocp.args.Composite(state=ocp.args.StandardRestore(_fields(target)), host=ocp.args.JsonRestore())
-        restored = self._manager.restore(step, args=args)
-        state, host = TrainState(**restored["state"]), restored["host"]
-        _check_contents(state, host["fingerprint"])
-        return state, host["host"], int(host["step"])
+        # What belongs elsewhere is refused by its host state, before any array is read.
+        host = self._manager.restore(step, args=ocp.args.Composite(host=ocp.args.JsonRestore()))["host"]
+        _check_layout(host, self.folder / str(step))
+        _check_base(host, _bases(target), self.folder / str(step))
+
+        args = ocp.args.Composite(state=ocp.args.StandardRestore(_without_base(target)))
+        saved = self._manager.restore(step, args=args)["state"]
+        _check_contents(saved, host["fingerprint"])
+        return _with_base(saved, target), host["host"], int(host["step"])
 
     def _set_aside(self, steps: list[int]) -> None:
         if not steps:
             return
+
+        # The manager keeps a list of what is there, so it is closed and opened anew around the move.
         self._manager.close()
         if is_main_process():
             for step in steps:
@@ -131,9 +170,12 @@ class Checkpointer:
     def _thin_out(self) -> None:
         steps = self.steps
         keep = set(steps[-self.keep_last :])
+
         if self.keep_best:
-            scored = [(score, step) for step in steps if (score := self._score(step)) is not None]
-            keep |= {step for _, step in sorted(scored)[-self.keep_best :]}
+            scores = {step: self._score(step) for step in steps}
+            scored = sorted((score, step) for step, score in scores.items() if score is not None)
+            keep |= {step for _, step in scored[-self.keep_best :]}
+
         for step in steps:
             if step not in keep:
                 self._manager.delete(step)
@@ -146,11 +188,14 @@ class Checkpointer:
             return None
 
 
-def restore_params(folder: str | Path, target: Any, step: int | None = None) -> tuple[Any, int]:
+def restore_params(
+    folder: str | Path, target: Any, step: int | None = None, *, subtree: Subtree = EVERYTHING, base: Any = None
+) -> tuple[Any, int]:
     """(params, step) of one checkpoint, without optimizer state; `step` None is the newest.
 
-    `target` is the params' tree of `jax.ShapeDtypeStruct`s, with shardings if they are to be placed. Raises ValueError
-    when there is no such checkpoint, and for one whose arrays are not what was saved.
+    `target` is the params' tree of `jax.ShapeDtypeStruct`s, with shardings if they are to be placed. Of a run that
+    trained a `subtree`, `base` is the frozen weights as its state held them. Raises ValueError when there is no such
+    checkpoint, for one of another layout or base, and for one whose arrays are not what was saved.
     """
     handlers = {"state": ocp.PyTreeCheckpointHandler(), "host": ocp.JsonCheckpointHandler()}
     with ocp.CheckpointManager(Path(folder).absolute(), item_handlers=handlers) as manager:
@@ -158,26 +203,78 @@ def restore_params(folder: str | Path, target: Any, step: int | None = None) -> 
         if not steps or step not in (None, *steps):
             raise ValueError(f"no checkpoint of step {step} in {folder}; there are {steps}")
         step = steps[-1] if step is None else step
-        saved = manager.item_metadata(step)["state"].tree["params"]
-        item = {"params": jax.tree.map(lambda t, s: t.update(dtype=s.dtype), target, saved)}
+
+        host = manager.restore(step, args=ocp.args.Composite(host=ocp.args.JsonRestore()))["host"]
+        _check_layout(host, Path(folder) / str(step))
+        bases = {} if base is None else {"base": base}
+        of_policy = {name: value for name, value in host["base"].items() if not name.startswith("critic/")}
+        _check_base({"base": of_policy}, bases, Path(folder) / str(step))
+
+        # Read in the dtype of the save, so that the checksum is of what was saved; cast when that is known to be right.
+        wanted, _ = subtree.split(target)
+        saved = manager.item_metadata(step)["state"].tree["trainable"]
+        item = {"trainable": jax.tree.map(lambda t, s: t.update(dtype=s.dtype), wanted, saved)}
         arguments = ocp.checkpoint_utils.construct_restore_args(item)
         restore = ocp.args.PyTreeRestore(item, restore_args=arguments, partial_restore=True)
-        restored = manager.restore(step, args=ocp.args.Composite(state=restore, host=ocp.args.JsonRestore()))
-        params = {"params": restored["state"]["params"]}
-        _check_contents(params, restored["host"]["fingerprint"])
-        return jax.tree.map(lambda x, t: x.astype(t.dtype), params["params"], target), step
+        found = {"trainable": manager.restore(step, args=ocp.args.Composite(state=restore))["state"]["trainable"]}
+        _check_contents(found, host["fingerprint"])
+
+    params = subtree.merge(found["trainable"], base)
+    return jax.tree.map(lambda x, t: x.astype(t.dtype), params, target), step
 
 
-def _fields(state: TrainState) -> dict[str, Any]:
-    """What is saved of a state; nothing of a critic where there is none, as it was before there were any."""
+def _without_base(state: TrainState) -> dict[str, Any]:
+    """What is saved of a state: all but the base, which the model's files hold; a critic where there is one."""
     fields = {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}
-    return {name: value for name, value in fields.items() if name != "critic" or value is not None}
+    del fields["base"]
+    critic = fields.pop("critic")
+    return fields if critic is None else fields | {"critic": _without_base(critic)}
+
+
+def _with_base(saved: Mapping[str, Any], target: TrainState) -> TrainState:
+    """The inverse, with the base of `target`."""
+    fields = dict(saved)
+    if target.critic is not None:
+        fields["critic"] = _with_base(fields["critic"], target.critic)
+    return TrainState(**fields, base=target.base)
+
+
+def _bases(state: TrainState) -> dict[str, Any]:
+    """The frozen weights of policy and critic, those that there are."""
+    bases: dict[str, Any] = {} if state.base is None else {"base": state.base}
+    of_critic = {} if state.critic is None else _bases(state.critic)
+    return bases | ({"critic": of_critic} if of_critic else {})
+
+
+def _check_layout(host: Mapping[str, Any], where: Path) -> None:
+    found = host.get("layout")
+    if found != LAYOUT:
+        what = "before layouts were numbered" if found is None else f"in layout {found}"
+        raise Refused(
+            f"the checkpoint {where} was written {what}, and this release reads layout {LAYOUT}; convert it with the "
+            "release that wrote it (launch/convert.py) and start from the weights, or start in a new folder"
+        )
+
+
+def _check_base(host: Mapping[str, Any], bases: Mapping[str, Any], where: Path) -> None:
+    """Raises unless the frozen weights at hand are bit for bit those that the checkpoint was trained over."""
+    found = fingerprint(bases)
+    saved = host["base"]
+    if found == saved:
+        return
+
+    differing = sorted(name for name in {*found, *saved} if found.get(name) != saved.get(name))
+    raise Refused(
+        f"the checkpoint {where} was trained over other frozen weights than these ({differing[0]} is the first of "
+        f"{len(differing)} that differ); load the model that its run began with"
+    )
 
 
 def _check_contents(state: Any, saved: Mapping[str, int]) -> None:
     """Raises ValueError unless the arrays are bit for bit those that were saved."""
     found = fingerprint(state)
-    if wrong := [name for name in found if saved.get(name) != found[name]]:
+    wrong = [name for name in found if saved.get(name) != found[name]]
+    if wrong:
         raise ValueError(
             f"the contents of {wrong[0]} ({len(wrong)} arrays in all) are not what was saved; the checkpoint is "
             "damaged, take another step"
@@ -185,15 +282,18 @@ def _check_contents(state: Any, saved: Mapping[str, int]) -> None:
 
 
 def _finite(value: Any) -> float | None:
-    value = None if value is None else float(value)
-    return value if value is not None and abs(value) < float("inf") else None
+    """The value as JSON can hold it: None for one that is missing, NaN or infinite."""
+    if value is None or not abs(float(value)) < float("inf"):
+        return None
+    return float(value)
 
 
 def fingerprint(state: Any) -> dict[str, int]:
     """A 32-bit checksum of every array of a tree, by path: equal for equal bits, on any sharding."""
-    paths, leaves = zip(*jax.tree_util.tree_leaves_with_path(state), strict=True)
-    names = [jax.tree_util.keystr(path, simple=True, separator="/") for path in paths]
-    return dict(zip(names, map(int, jax.device_get(_checksums(leaves))), strict=True))
+    named = jax.tree_util.tree_leaves_with_path(state)
+    names = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in named]
+    sums = jax.device_get(_checksums(tuple(leaf for _, leaf in named)))
+    return dict(zip(names, map(int, sums), strict=True))
 
 
 @jax.jit
@@ -205,8 +305,12 @@ def _checksum(x: Array) -> Array:
     """Sum of the words, each times an odd number that depends on its place, modulo 2^32: exact in any order."""
     width = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[x.dtype.itemsize]
     words = x.astype(jnp.uint8) if x.dtype == bool else jax.lax.bitcast_convert_type(x, width)
+
+    # The place is counted in row-major order whatever the sharding, by the iota of each axis.
     place = jnp.zeros(x.shape, jnp.uint32)
     for axis, size in enumerate(x.shape):
         place = place * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
+
+    # Odd factors are units modulo 2^32: no changed word can vanish in its product.
     odd = (place * jnp.uint32(2654435761)) | jnp.uint32(1)
     return jnp.sum(words.astype(jnp.uint32) * odd, dtype=jnp.uint32)

@@ -15,9 +15,11 @@ from rljax.batching import loss_mask
 from rljax.models import DecoderConfig, value_config, value_params
 from rljax.sampling.score import score_values
 from rljax.training.config import UpdateConfig
-from rljax.training.learner import Learner, LossNeeds, Objective, add_metrics
+from rljax.training.learner import Learner
+from rljax.training.objective import LossNeeds, Objective
 from rljax.training.optimizers import OptimizerConfig
-from rljax.training.state import create_state, state_shardings
+from rljax.training.trainable import EVERYTHING, Subtree
+from rljax.training.update import add_metrics
 from rljax.types import ArrayLike, Params, RolloutBatch, TrainState
 
 _KEPT = ("grad_norm", "skipped", "learning_rate")
@@ -28,7 +30,7 @@ class Critic:
 
     The value of an action token is that of the state in which it was chosen; it is read off the token before, so that
     rows that share a prefix share its values. Packing, accumulation, meshes and the guard against non-finite updates
-    are a `Learner`'s, set by `update`, `mesh` and `seed` as there. `loss` sees values where a policy's sees log-probs,
+    are a `Learner`'s, set by the same arguments. `loss` sees values where a policy's sees log-probs,
     and what `returns_fn` makes of the batch and its values where that sees advantages. `config` is that of a language
     model.
     """
@@ -43,8 +45,10 @@ class Critic:
         *,
         mesh: Mesh | None = None,
         seed: int = 0,
+        subtree: Subtree = EVERYTHING,
     ):
-        self.config, self.returns_fn = value_config(config), returns_fn
+        self.config = value_config(config)
+        self.returns_fn = returns_fn
         self.learner = Learner(
             self.config,
             loss,
@@ -54,15 +58,14 @@ class Critic:
             needs=LossNeeds(score_fn=score_values),
             mesh=mesh,
             seed=seed,
+            subtree=subtree,
         )
 
     def init_state(self, params: Params) -> TrainState:
         """A state at step 0 whose trunk is a copy of a language model's `params`, and whose values are 0."""
-        mesh = self.learner.mesh
-        where = None if mesh is None else state_shardings(self.config, self.learner.optimizer, mesh=mesh)
-        outputs: dict[str, Any] = {} if where is None else {"out_shardings": where.params}
-        own = jax.jit(functools.partial(value_params, self.config), **outputs)(params)
-        return create_state(own, self.learner.optimizer, shardings=where)
+        # Under jit, so that what comes out is a copy: the policy keeps its own arrays.
+        copy = jax.jit(functools.partial(value_params, self.config), out_shardings=self.learner.param_shardings())
+        return self.learner.init_state(copy(params))
 
     def abstract_state(self) -> TrainState:
         """What a checkpoint of the state is restored into."""
@@ -70,7 +73,7 @@ class Critic:
 
     def with_values(self, state: TrainState, batch: RolloutBatch) -> RolloutBatch:
         """The batch with `values`, 0 off its loss mask."""
-        return dataclasses.replace(batch, values=self.learner.score_rows(state.params, batch))
+        return dataclasses.replace(batch, values=self.learner.score_rows(self.learner.policy_params(state), batch))
 
     def update(self, state: TrainState, batch: RolloutBatch) -> tuple[TrainState, dict[str, float]]:
         """All updates on one rollout that has its values; `state` is donated.
@@ -78,6 +81,7 @@ class Critic:
         Metrics are means over the updates, and `critic/explained_variance`, that of the returns by the values before
         the first. FloatingPointError as in `Learner.update`.
         """
+        # Returns and old values are those before the first update, and stay for all of them.
         returns = np.asarray(self.returns_fn(batch))
         rows = dataclasses.replace(batch, behavior_logprobs=np.asarray(batch.values), ref_logprobs=None)
         updates = []
@@ -105,6 +109,7 @@ def explained_variance(
     """`1 - var(returns - values) / var(returns)` over the mask: 1 for a perfect critic, 0 for one that knows the mean
     alone, below 0 for a worse one. 0 where the returns do not vary."""
     kept = np.asarray(mask)
-    target, value = (np.asarray(x, np.float64)[kept] for x in (returns, values))
+    target = np.asarray(returns, np.float64)[kept]
+    value = np.asarray(values, np.float64)[kept]
     spread = float(target.var()) if target.size else 0.0
     return 1.0 - float((target - value).var()) / spread if spread > 0 else 0.0

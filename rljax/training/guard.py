@@ -24,12 +24,14 @@ class Guard:
 
     def observe(self, skipped: Any, finite: Mapping[str, Any]) -> None:
         """Takes the outcome of an update just dispatched, and checks the one before. FloatingPointError as `check`."""
-        before, self._pending = self._pending, (skipped + 0, finite)  # a copy: the state's own is donated
+        before = self._pending
+        self._pending = (skipped + 0, finite)  # a copy: the state's own is donated
         self._raise(before)
 
     def check(self) -> None:
         """FloatingPointError if the last update was the `max_skipped`-th skipped in a row."""
-        pending, self._pending = self._pending, None
+        pending = self._pending
+        self._pending = None
         self._raise(pending)
 
     def _raise(self, outcome: tuple[Any, Mapping[str, Any]] | None) -> None:
@@ -38,6 +40,8 @@ class Guard:
         skipped, finite = jax.device_get(outcome)
         if int(skipped) < self.max_skipped:
             return
+
+        # In the order in which a number that is not finite spreads: the first is the cause to look at.
         bad = [name for name in _ADVICE if not finite[name]]
         raise FloatingPointError(
             f"{int(skipped)} updates in a row were skipped; in the last one {', '.join(bad)} had NaN or infinite "

@@ -83,9 +83,10 @@ def scale_by_lightsam_adam(
     def divide(gradient: Any, second: Any, count: jax.Array) -> Any:
         return jax.tree.map(lambda x, u: x / (jnp.sqrt(u / (1 - b2**count)) + eps), gradient, second)
 
-    averaged = Normaliser(
-        _zeros, lambda second, gradient: jax.tree.map(lambda u, x: b2 * u + (1 - b2) * x * x, second, gradient), divide
-    )
+    def update(second: Any, gradient: Any) -> Any:
+        return jax.tree.map(lambda u, x: b2 * u + (1 - b2) * x * x, second, gradient)
+
+    averaged = Normaliser(_zeros, update, divide)
     return _lightsam(averaged, rho, b1, max_grad_norm)
 
 
@@ -106,12 +107,18 @@ def _lightsam(
             )
         count = optax.safe_increment(state.count)
         steps = count.astype(jnp.result_type(float))
+
+        # Up: to the point of the second look, by the statistics of the first gradient alone.
         s = _bounded(updates, max_grad_norm)
         ascent = normaliser.update(state.ascent, s)
         look = normaliser.divide(s, ascent, steps)
-        g = _bounded(grad_fn(jax.tree.map(lambda p, d: (p + rho * d).astype(p.dtype), params, look)), max_grad_norm)
+        elsewhere = jax.tree.map(lambda p, d: (p + rho * d).astype(p.dtype), params, look)
+
+        # Down: from the weights themselves, by the gradient found there and statistics of its own.
+        g = _bounded(grad_fn(elsewhere), max_grad_norm)
         descent = normaliser.update(state.descent, g)
-        momentum, direction = state.momentum, g
+        momentum = state.momentum
+        direction = g
         if b1 is not None:
             momentum = jax.tree.map(lambda m, x: b1 * m + (1 - b1) * x, momentum, g)
             direction = jax.tree.map(lambda m: m / (1 - b1**steps), momentum)

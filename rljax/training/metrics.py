@@ -32,17 +32,22 @@ class MetricsWriter:
 
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
+
+        # The order is important: lines after the checkpoint go before the file is opened to append.
         self.path = folder / "metrics.jsonl"
         truncate_jsonl(self.path, resume_after)
         self._file = self.path.open("a", encoding="utf-8")
         self._events = EventFileWriter(str(folder / "tensorboard"))
         if resume_after:
+            # A START event makes TensorBoard drop what an earlier process wrote from this step on.
             start = SessionLog(status=SessionLog.START)
             self._events.add_event(Event(wall_time=time.time(), step=resume_after + 1, session_log=start))
+
         self._wandb = None
         if wandb_project:
             import wandb
 
+            # One id for the folder, so that a resumed run goes on in the same W&B run.
             self._wandb = wandb.init(
                 project=wandb_project,
                 name=run_name or None,
@@ -58,11 +63,14 @@ class MetricsWriter:
         from tensorboard.compat.proto.summary_pb2 import Summary
 
         values = {name: float(value) for name, value in sorted(metrics.items())}
-        self._file.write(json.dumps({"step": step} | {k: _json_number(v) for k, v in values.items()}) + "\n")
+        line = {"step": step} | {name: _json_number(value) for name, value in values.items()}
+        self._file.write(json.dumps(line) + "\n")
         self._file.flush()
+
         summary = Summary(value=[Summary.Value(tag=name, simple_value=value) for name, value in values.items()])
         self._events.add_event(Event(wall_time=time.time(), step=step, summary=summary))
         self._events.flush()
+
         if self._wandb is not None:
             self._wandb.log(values, step=step)
 
@@ -99,10 +107,13 @@ def truncate_jsonl(path: str | Path, last_step: int) -> None:
     path = Path(path)
     if not path.exists():
         return
+
+    # What follows the last newline is empty, or a line that a kill cut off.
     kept = []
     for line in path.read_text(encoding="utf-8").split("\n")[:-1]:
         if line and json.loads(line)["step"] <= last_step:
             kept.append(line + "\n")
+
     temporary = path.with_suffix(".tmp")
     temporary.write_text("".join(kept), encoding="utf-8")
     temporary.replace(path)

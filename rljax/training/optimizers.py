@@ -12,21 +12,50 @@ from rljax.types import Params
 
 @dataclasses.dataclass
 class OptimizerConfig:
-    """AdamW (1711.05101) behind a clip of the global gradient norm.
-
-    The learning rate rises linearly over `warmup_steps`, then stays (`constant`) or falls to 0 at `total_steps`
-    (`linear`, `cosine`). `max_grad_norm` 0 is no clipping. Weight decay leaves norms and biases out.
-    """
+    """AdamW (1711.05101) behind a clip of the global gradient norm. Weight decay leaves norms and biases out."""
 
     learning_rate: float = 1e-5
+    """Full rate, after the warm-up. Raise it for small models and fresh weights."""
+
     schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """What follows the warm-up: the full rate (`constant`), or a fall to 0 at `total_steps` (`linear`, `cosine`)."""
+
     warmup_steps: int = 0
-    total_steps: int = 0  # needed by linear and cosine
+    """Optimizer steps over which the rate rises linearly to the full one."""
+
+    total_steps: int = 0
+    """Optimizer steps of the run, for `linear` and `cosine`: steps x minibatches x epochs."""
+
     weight_decay: float = 0.0
+    """Share of a weight that is taken off per step, times the learning rate."""
+
     b1: float = 0.9
+    """Decay of the average of gradients."""
+
     b2: float = 0.999
+    """Decay of the average of squared gradients. Lower it (0.95 to 0.99) for short or unsteady runs."""
+
     eps: float = 1e-8
+    """Added to the root of the average square. Raise it where tiny gradients are noise, as in bfloat16."""
+
     max_grad_norm: float = 1.0
+    """Global norm that gradients are clipped to; 0 is no clipping."""
+
+    def check(self) -> None:
+        """ValueError of one line for values that cannot work."""
+        if not self.learning_rate >= 0:
+            raise ValueError(f"learning_rate={self.learning_rate} must be at least 0")
+        if self.schedule not in ("constant", "linear", "cosine"):
+            raise ValueError(f"schedule={self.schedule!r} must be one of constant, linear, cosine")
+        if self.warmup_steps < 0:
+            raise ValueError(f"warmup_steps={self.warmup_steps} must be at least 0")
+        if self.schedule != "constant" and self.total_steps <= self.warmup_steps:
+            raise ValueError(
+                f"schedule={self.schedule!r} needs total_steps above warmup_steps={self.warmup_steps}, not "
+                f"{self.total_steps}; set total_steps to the number of updates of the run"
+            )
+        if self.max_grad_norm < 0:
+            raise ValueError(f"max_grad_norm={self.max_grad_norm} must be at least 0; 0 is no clipping")
 
     def direction(self) -> optax.GradientTransformation:
         """From (clipped) gradients to what weight decay is added to and the learning rate multiplies."""
@@ -37,21 +66,30 @@ class OptimizerConfig:
 class MuonConfig(OptimizerConfig):
     """Muon (Jordan et al., 2024) for the matrices of the layers, AdamW for embeddings, head, norms and biases.
 
-    The momentum (`beta`, Nesterov) of each layer's matrix [in, out] is made nearly orthogonal by `newton_schulz_steps`
-    Newton-Schulz steps, and scaled by `consistent_rms * sqrt(max(in, out))` (2502.16982): with 0.2 a step is as large
-    as one of AdamW, so that its learning rate and weight decay serve. `consistent_rms` 0 scales by
-    `sqrt(max(1, out / in))`, which wants a rate about 0.2 sqrt(max(in, out)) times larger.
+    The momentum (Nesterov) of each layer's matrix [in, out] is made nearly orthogonal by Newton-Schulz steps, and
+    scaled by its shape.
     """
 
     beta: float = 0.95
-    newton_schulz_steps: int = 5
-    consistent_rms: float = 0.2
+    """Decay of the momentum."""
 
-    def direction(self) -> optax.GradientTransformation:
+    newton_schulz_steps: int = 5
+    """Newton-Schulz steps; more of them come closer to orthogonal."""
+
+    consistent_rms: float = 0.2
+    """The update is scaled by this times `sqrt(max(in, out))` (2502.16982): with 0.2 a step is as large as one of
+    AdamW, so that its learning rate and weight decay serve. 0 scales by `sqrt(max(1, out / in))` instead, which wants a
+    rate about 0.2 sqrt(max(in, out)) times larger."""
+
+    def check(self) -> None:
+        """ValueError of one line for values that cannot work."""
+        super().check()
         if self.newton_schulz_steps < 1:
             raise ValueError(f"newton_schulz_steps={self.newton_schulz_steps} must be at least 1")
         if not self.consistent_rms >= 0:
             raise ValueError(f"consistent_rms={self.consistent_rms} must be at least 0; 0 scales by width alone")
+
+    def direction(self) -> optax.GradientTransformation:
         muon = optax.contrib.scale_by_muon(
             ns_steps=self.newton_schulz_steps,
             beta=self.beta,
@@ -67,19 +105,29 @@ class MuonConfig(OptimizerConfig):
 class LightSAMConfig(OptimizerConfig):
     """LightSAM (2505.24399), `rljax.training.lightsam`: a second gradient at a point `rho` away, for twice the cost.
 
-    `variant` is how both steps are normalised: `adam` (III), `adagrad` (II) or `norm` (I, one scalar). The two
-    gradients of an update share minibatch, advantages, masks and old log-probs. `max_grad_norm` bounds each of them.
-    Meant for supervised fine-tuning first; in RL, where clipping depends on the params, take it if the reward is
+    The two gradients of an update share minibatch, advantages, masks and old log-probs; `max_grad_norm` bounds each of
+    them. Meant for supervised fine-tuning first; in RL, where clipping depends on the params, take it if the reward is
     unstable.
     """
 
     b2: float = 0.99
-    rho: float = 0.05
-    variant: Literal["adam", "adagrad", "norm"] = "adam"
+    """Decay of the average of squared gradients, of the variant `adam`."""
 
-    def direction(self) -> optax.GradientTransformation:
+    rho: float = 0.05
+    """How far away the second gradient is taken; 0 does not look elsewhere."""
+
+    variant: Literal["adam", "adagrad", "norm"] = "adam"
+    """How both steps are normalised: `adam` (III), `adagrad` (II) or `norm` (I, one scalar)."""
+
+    def check(self) -> None:
+        """ValueError of one line for values that cannot work."""
+        super().check()
         if not self.rho >= 0:
             raise ValueError(f"rho={self.rho} must be at least 0; 0 does not look elsewhere")
+        if self.variant not in ("adam", "adagrad", "norm"):
+            raise ValueError(f"variant={self.variant!r} must be one of adam, adagrad, norm")
+
+    def direction(self) -> optax.GradientTransformation:
         both: dict[str, Any] = {"eps": self.eps, "max_grad_norm": self.max_grad_norm}
         match self.variant:
             case "adam":
@@ -88,49 +136,40 @@ class LightSAMConfig(OptimizerConfig):
                 return scale_by_lightsam_adagrad(self.rho, **both)
             case "norm":
                 return scale_by_lightsam_norm(self.rho, **both)
-        raise ValueError(f"variant={self.variant!r} must be one of adam, adagrad, norm")
 
 
 def make_schedule(config: OptimizerConfig) -> optax.Schedule:
     """Learning rate by optimizer step. ValueError for values that cannot work."""
-    c = config
-    if not c.learning_rate >= 0:
-        raise ValueError(f"learning_rate={c.learning_rate} must be at least 0")
-    if c.schedule not in ("constant", "linear", "cosine"):
-        raise ValueError(f"schedule={c.schedule!r} must be one of constant, linear, cosine")
-    if c.warmup_steps < 0:
-        raise ValueError(f"warmup_steps={c.warmup_steps} must be at least 0")
-    if c.schedule != "constant" and c.total_steps <= c.warmup_steps:
-        raise ValueError(
-            f"schedule={c.schedule!r} needs total_steps above warmup_steps={c.warmup_steps}, not {c.total_steps}; "
-            "set total_steps to the number of updates of the run"
-        )
-    decay_steps = c.total_steps - c.warmup_steps
+    config.check()
+    decay_steps = config.total_steps - config.warmup_steps
     after: optax.Schedule
-    if c.schedule == "linear":
-        after = optax.linear_schedule(c.learning_rate, 0.0, decay_steps)
-    elif c.schedule == "cosine":
-        after = optax.cosine_decay_schedule(c.learning_rate, decay_steps)
+    if config.schedule == "linear":
+        after = optax.linear_schedule(config.learning_rate, 0.0, decay_steps)
+    elif config.schedule == "cosine":
+        after = optax.cosine_decay_schedule(config.learning_rate, decay_steps)
     else:
-        after = optax.constant_schedule(c.learning_rate)
-    if not c.warmup_steps:
+        after = optax.constant_schedule(config.learning_rate)
+    if not config.warmup_steps:
         return after
+
     # The first update already moves: the rate of step s is (s + 1) / (warmup_steps + 1) of the full one.
-    start = c.learning_rate / (c.warmup_steps + 1)
-    return optax.join_schedules(
-        [optax.linear_schedule(start, c.learning_rate, c.warmup_steps), after], [c.warmup_steps]
-    )
+    start = config.learning_rate / (config.warmup_steps + 1)
+    rising = optax.linear_schedule(start, config.learning_rate, config.warmup_steps)
+    return optax.join_schedules([rising, after], [config.warmup_steps])
 
 
 def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
     """Clip, direction, weight decay, learning rate. ValueError for values that cannot work."""
-    if config.max_grad_norm < 0:
-        raise ValueError(f"max_grad_norm={config.max_grad_norm} must be at least 0; 0 is no clipping")
+    config.check()
+
+    # The order is important: decay is added after the direction (AdamW), and both are multiplied by the rate.
     steps = optax.chain(
         config.direction(),
         optax.add_decayed_weights(config.weight_decay, decay_mask),
         optax.scale_by_learning_rate(make_schedule(config)),
     )
+
+    # LightSAM clips each of its two gradients itself; a clip in front would reach the first alone.
     clips_inside = isinstance(config, LightSAMConfig)
     if clips_inside or not config.max_grad_norm:
         return steps
@@ -159,6 +198,8 @@ def _layers_apart(updates: Any) -> Any:
 def _scale_by_shape(consistent_rms: float) -> optax.GradientTransformation:
     def factor(x: jax.Array) -> float:
         _, fan_in, fan_out = x.shape
-        return consistent_rms * max(fan_in, fan_out) ** 0.5 if consistent_rms else max(1.0, fan_out / fan_in) ** 0.5
+        if consistent_rms:
+            return consistent_rms * max(fan_in, fan_out) ** 0.5
+        return max(1.0, fan_out / fan_in) ** 0.5
 
     return optax.stateless(lambda updates, params: jax.tree.map(lambda x: factor(x) * x, updates))

@@ -43,13 +43,17 @@ class RunFolder:
         self._wandb = wandb_project or (self.config.get("log") or {}).get("wandb_project", "")
         self._writer: MetricsWriter | None = None
         self._bar: tqdm | None = None
+
+        # The other processes wait here until the folder stands.
         if not is_main_process():
             barrier("run folder")
             return
+
         if self.path.exists() and not self.path.is_dir():
             raise ValueError(f"workdir {self.path} is a file; name a folder")
         if fresh and self.path.exists():
             self._empty()
+
         for name in ("rollouts", "evaluations", "checkpoints"):
             (self.path / name).mkdir(parents=True, exist_ok=True)
         self.write_json(self.path / "config.json", self.config)
@@ -75,8 +79,11 @@ class RunFolder:
         """Opens the logs to go on after `step`."""
         if not is_main_process():
             return
+
+        # What a killed run wrote after its checkpoint is written again.
         for file in self._later(self.path / "rollouts", step) + self._later(self.path / "evaluations", step):
             file.unlink()
+
         self._writer = MetricsWriter(
             self.path,
             resume_after=step,
@@ -96,11 +103,14 @@ class RunFolder:
             return
         if self._writer is None:
             raise RuntimeError("RunFolder.start(step) must be called before log_step")
+
+        # The order is important: a line of metrics tells that the rollouts of its step are whole.
         records = list(records)
-        if records:  # before the metrics, so that a line of metrics tells that the rollouts are whole
-            lines = "".join(json.dumps(record, ensure_ascii=False, default=_plain) + "\n" for record in records)
-            (self.path / "rollouts" / f"step_{step:06d}.jsonl").write_text(lines, encoding="utf-8")
+        if records:
+            lines = [json.dumps(record, ensure_ascii=False, default=_plain) + "\n" for record in records]
+            (self.path / "rollouts" / f"step_{step:06d}.jsonl").write_text("".join(lines), encoding="utf-8")
         self._writer.write(step, metrics)
+
         if self._bar is not None:
             self._bar.n = step
             self._bar.set_postfix_str(progress_line(metrics))
@@ -114,6 +124,8 @@ class RunFolder:
             self._bar = tqdm(total=total, desc=label, unit="step", dynamic_ncols=True)
         self._bar.n = done
         self._bar.set_postfix_str(progress_line(metrics))
+
+        # The bar of the loop comes back where the loop is under way.
         if done >= total:
             self._close_bar()
             if self._writer is not None:
@@ -124,10 +136,9 @@ class RunFolder:
         file = self.path / file
         if is_main_process():
             file.parent.mkdir(parents=True, exist_ok=True)
+            text = json.dumps(content, indent=2, ensure_ascii=False, default=_plain) + "\n"
             temporary = file.with_name(file.name + ".tmp")
-            temporary.write_text(
-                json.dumps(content, indent=2, ensure_ascii=False, default=_plain) + "\n", encoding="utf-8"
-            )
+            temporary.write_text(text, encoding="utf-8")
             temporary.replace(file)
         return file
 
@@ -224,8 +235,10 @@ def plot_learning_curve(
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
+    # Without pyplot: it keeps figures alive, and asks for a display.
     figure = Figure(figsize=(12, 3.6), layout="constrained")
     FigureCanvasAgg(figure)
+
     axes = figure.subplots(1, 3)
     panels = [
         ("reward", {"sampled, training prompts": "rollout/reward_mean"}),
@@ -234,15 +247,20 @@ def plot_learning_curve(
     ]
     for axis, (name, curves) in zip(axes, panels, strict=True):
         for label, key in curves.items():
+            # Values that are not finite are strings in the file.
             points = [(m["step"], m[key]) for m in metrics if isinstance(m.get(key), (int, float))]
-            if points:
-                x, y = zip(*points, strict=True)
-                noisy = len(y) >= 10
-                axis.plot(x, y, color="tab:blue", alpha=0.35 if noisy else 1.0, label=None if noisy else label or None)
-                if noisy:
-                    axis.plot(x, _smooth(y), color="tab:blue", label=(label + " (smoothed)") if label else None)
+            if not points:
+                continue
+            x, y = zip(*points, strict=True)
+
+            # A long curve is shown smoothed, with the steps themselves pale behind it.
+            noisy = len(y) >= 10
+            axis.plot(x, y, color="tab:blue", alpha=0.35 if noisy else 1.0, label=None if noisy else label or None)
+            if noisy:
+                axis.plot(x, _smooth(y), color="tab:blue", label=(label + " (smoothed)") if label else None)
         axis.set(title=name, xlabel="step")
         axis.grid(alpha=0.3)
+
     if held_out:
         axes[0].plot(*zip(*sorted(held_out), strict=True), "o-", color="tab:orange", label="held-out problems")
     if axes[0].get_legend_handles_labels()[0]:

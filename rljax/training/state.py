@@ -10,29 +10,50 @@ from jax.sharding import Mesh
 
 from rljax.models import DecoderConfig, abstract_params, param_shardings
 from rljax.parallel import RULES, Rules, replicated
+from rljax.training.trainable import EVERYTHING, Subtree, policy_params
 from rljax.types import Params, TrainState
 
 
 def create_state(
-    params: Params, optimizer: optax.GradientTransformation, *, reference: bool = False, shardings: Any = None
+    params: Params,
+    optimizer: optax.GradientTransformation,
+    *,
+    reference: bool = False,
+    shardings: Any = None,
+    subtree: Subtree = EVERYTHING,
 ) -> TrainState:
-    """A state at step 0. `params` become part of it (and are donated by the first update); the reference is a copy.
+    """A state at step 0. `params` become part of it (what is trained is donated by the first update); the reference is
+    a copy of what is trained.
 
     `shardings` is a `TrainState` of shardings, as `state_shardings` makes it; None leaves everything where it is.
     """
 
     def build(params):
+        trainable, _ = subtree.split(params)
         return TrainState(
-            params=params,
-            opt_state=optimizer.init(params),
+            trainable=trainable,
+            opt_state=optimizer.init(trainable),
             step=jnp.int32(0),
             skipped=jnp.int32(0),
-            ref_params=jax.tree.map(jnp.copy, params) if reference else None,
+            base=frozen_base(params, subtree),
+            ref_trainable=jax.tree.map(jnp.copy, trainable) if reference else None,
         )
 
     if shardings is None:
         return build(params)
-    return jax.jit(build, out_shardings=shardings, donate_argnums=0)(jax.device_put(params, shardings.params))
+    placed = jax.device_put(params, policy_params(shardings, subtree))
+    return jax.jit(build, out_shardings=shardings, donate_argnums=0)(placed)
+
+
+def frozen_base(params: Params, subtree: Subtree, *, shardings: Any = None) -> Any:
+    """The frozen part of `params`, in the dtype that the subtree keeps it in and laid out by `shardings`; None where
+    all is trained."""
+    _, base = subtree.split(params)
+    if base is None:
+        return None
+    if subtree.base_dtype is not None:
+        base = jax.tree.map(lambda x: x.astype(subtree.base_dtype), base)
+    return base if shardings is None else jax.device_put(base, shardings)
 
 
 def abstract_state(
@@ -42,13 +63,14 @@ def abstract_state(
     reference: bool = False,
     mesh: Mesh | None = None,
     rules: Rules = RULES,
+    subtree: Subtree = EVERYTHING,
 ) -> TrainState:
     """A `TrainState` of `jax.ShapeDtypeStruct`s with shardings: what a checkpoint is restored into.
 
     Without a mesh everything lies on the first device.
     """
-    state = _abstract_arrays(config, optimizer, reference)
-    where = state_shardings(config, optimizer, reference=reference, mesh=mesh, rules=rules)
+    state = _abstract_arrays(config, optimizer, reference, subtree)
+    where = state_shardings(config, optimizer, reference=reference, mesh=mesh, rules=rules, subtree=subtree)
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, where)
 
 
@@ -59,6 +81,7 @@ def state_shardings(
     reference: bool = False,
     mesh: Mesh | None = None,
     rules: Rules = RULES,
+    subtree: Subtree = EVERYTHING,
 ) -> TrainState:
     """A `TrainState` of shardings: the moments of a weight lie as the weight does, scalars are replicated."""
     params = abstract_params(config)
@@ -69,33 +92,55 @@ def state_shardings(
     else:
         everywhere = replicated(mesh)
         by_param = param_shardings(config, mesh, rules)
+
+    trainable, base = subtree.split(by_param)
     opt_state = optax.tree_utils.tree_map_params(
         optimizer,
         lambda value, sharding: value if _is_left_out(value) else sharding,
-        jax.eval_shape(optimizer.init, params),
-        by_param,
+        jax.eval_shape(optimizer.init, subtree.split(params)[0]),
+        trainable,
         transform_non_params=lambda _: everywhere,
         is_leaf=_is_left_out,
     )
-    fields = {"params": by_param, "opt_state": opt_state, "step": everywhere, "skipped": everywhere}
-    if reference:
-        fields["ref_params"] = by_param
+    fields = {
+        "trainable": trainable,
+        "opt_state": opt_state,
+        "step": everywhere,
+        "skipped": everywhere,
+        "base": base,
+        "ref_trainable": trainable if reference else None,
+    }
+
+    # By path rather than by order: the optimizer's states pair up with their shardings whatever they are made of.
     by_path = {_name(path): sharding for path, sharding in jax.tree_util.tree_leaves_with_path(fields)}
     return jax.tree_util.tree_map_with_path(
-        lambda path, _: by_path[_name(path)], _abstract_arrays(config, optimizer, reference)
+        lambda path, _: by_path[_name(path)], _abstract_arrays(config, optimizer, reference, subtree)
     )
 
 
 def with_critic(state: TrainState, critic: TrainState | None) -> TrainState:
     """The state with that of its critic, arrays and `jax.ShapeDtypeStruct`s alike."""
-    leaves, structure = jax.tree.flatten((state, critic))
+    return _replaced(state, critic=critic)
+
+
+def with_base(state: TrainState, base: Any) -> TrainState:
+    """The state, arrays and `jax.ShapeDtypeStruct`s alike, over the frozen weights `base`."""
+    return _replaced(state, base=base)
+
+
+def _replaced(state: TrainState, **fields: Any) -> TrainState:
+    leaves, structure = jax.tree.flatten((state, fields))
     # A struct checks what it is made of, and admits arrays alone; so it is made of their numbers.
-    policy, own = jax.tree.unflatten(structure, [np.array(i, np.int32) for i in range(len(leaves))])
-    return jax.tree.map(lambda i: leaves[int(i)], policy.replace(critic=own))
+    numbered, own = jax.tree.unflatten(structure, [np.array(i, np.int32) for i in range(len(leaves))])
+    return jax.tree.map(lambda i: leaves[int(i)], numbered.replace(**own))
 
 
-def _abstract_arrays(config: DecoderConfig, optimizer: optax.GradientTransformation, reference: bool) -> TrainState:
-    return jax.eval_shape(lambda p: create_state(p, optimizer, reference=reference), abstract_params(config))
+def _abstract_arrays(
+    config: DecoderConfig, optimizer: optax.GradientTransformation, reference: bool, subtree: Subtree
+) -> TrainState:
+    return jax.eval_shape(
+        lambda params: create_state(params, optimizer, reference=reference, subtree=subtree), abstract_params(config)
+    )
 
 
 def _is_left_out(value: Any) -> bool:

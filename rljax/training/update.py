@@ -1,0 +1,280 @@
+"""One optimizer step as one compiled program. It sees a minibatch, and knows of no rollout."""
+
+import dataclasses
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array
+
+from rljax.models import DecoderConfig
+from rljax.sampling import SamplingParams
+from rljax.training.objective import Metrics, Objective, ScoreFn
+from rljax.training.trainable import EVERYTHING, Subtree
+from rljax.types import ArrayLike, Packed, Params, Rows, TrainBatch
+
+LOGPROBS = 0
+ENTROPIES = 1
+"""Which of a `ScoreFn`'s two numbers is wanted."""
+
+
+class Scored(NamedTuple):
+    """What a pass over a minibatch gives: a scalar, metrics, and the gradient by the trainable weights."""
+
+    loss: Array
+    metrics: Metrics
+    grads: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class UpdateProgram:
+    """Pure functions that a learner compiles: what changes comes in and goes out.
+
+    Weights come as `trainable` and `base`, gradients are by `trainable` alone. `sampling` None is the model's own
+    distribution.
+    """
+
+    config: DecoderConfig
+    loss: Objective
+    optimizer: optax.GradientTransformationExtraArgs
+    score_fn: ScoreFn
+    score_options: Mapping[str, Any]
+    """Keywords of `score_fn`: how log-probs are computed, never what they are."""
+
+    updates_once: bool
+    """Whether a rollout is one update; then its old log-probs are the update's own, as constants."""
+
+    use_sampler_logprobs: bool
+    subtree: Subtree = EVERYTHING
+    schedule: optax.Schedule | None = None
+    """Learning rate by optimizer step, for the metrics."""
+
+    def step(
+        self, trainable: Any, opt_state: Any, step: Array, skipped: Array, base: Any, batch: TrainBatch, sampling: Any
+    ) -> tuple[Any, Any, Array, Array, Metrics, dict[str, Array]]:
+        """(trainable, opt_state, step, skipped, metrics, finite) after one update. An update whose loss or gradient is
+        not finite leaves weights and optimizer as they are; `finite` says what was."""
+        params = self.subtree.merge(trainable, base)
+        batch, whole_metrics, scale = self._whole_minibatch(params, batch, sampling)
+        loss, metrics, grads = self.gradients(trainable, batch, sampling, base=base)
+        grad_norm = optax.tree_utils.tree_norm(grads)
+        norms = [grad_norm]
+
+        def gradient_at(other: Any) -> Any:
+            # For optimizers that look elsewhere. Nothing but the weights may differ there, so the old log-probs stay
+            # those at `params`.
+            anchored = self._anchored(params, batch, sampling)
+            there = self.gradients(other, anchored, sampling, base=base, anchored=True).grads
+            norms.append(optax.tree_utils.tree_norm(there))
+            return there
+
+        masked_advantages = jnp.where(batch.rows.loss_mask, batch.rows.advantages, 0.0)
+        finite = {
+            "advantages": jnp.all(jnp.isfinite(masked_advantages)),
+            "logprobs": metrics.pop("nonfinite_logprobs") == 0,
+            "loss": jnp.isfinite(loss),
+        }
+
+        # The optimizer runs before the norms are judged: it may call `gradient_at`, which adds one.
+        updates, new_opt_state = self.optimizer.update(grads, opt_state, trainable, grad_fn=gradient_at)
+        finite["gradient norm"] = jnp.all(jnp.isfinite(jnp.stack(norms)))
+        ok = finite["loss"] & finite["gradient norm"]
+
+        if scale is not None:
+            updates = jax.tree.map(lambda u: (u * scale).astype(u.dtype), updates)
+        new_trainable = optax.apply_updates(trainable, updates)
+
+        # A choice by element and not a branch: a branch would keep both states alive, and undo the donation.
+        new_trainable, new_opt_state = jax.tree.map(
+            lambda new, old: jnp.where(ok, new, old), (new_trainable, new_opt_state), (trainable, opt_state)
+        )
+        skipped = jnp.where(ok, 0, skipped + 1).astype(jnp.int32)
+
+        metrics |= {"loss/total": loss, "loss/grad_norm": grad_norm, "loss/skipped": skipped.astype(jnp.float32)}
+        metrics |= whole_metrics | _packing_metrics(batch)
+        if self.schedule is not None:
+            # By the count before the update: the rate that this update was made with.
+            metrics["loss/learning_rate"] = jnp.asarray(self.schedule(_update_count(opt_state)), jnp.float32)
+        return new_trainable, new_opt_state, step + 1, skipped, metrics, finite
+
+    def gradients(
+        self,
+        trainable: Any,
+        batch: TrainBatch,
+        sampling: SamplingParams | None,
+        *,
+        base: Any = None,
+        anchored: bool = False,
+    ) -> Scored:
+        """Added up over the microbatches that hold anything. `anchored` keeps the old log-probs of the batch, whatever
+        the weights."""
+        loss_fn = functools.partial(self._microbatch_loss, anchored=anchored)
+        value_and_grad = jax.value_and_grad(loss_fn, has_aux=True)
+
+        def of(m: Any) -> Scored:
+            packed, rows = jax.tree.map(lambda x: x[m], (batch.packed, batch.rows))
+            (loss, metrics), grads = value_and_grad(trainable, base, packed, rows, sampling)
+            return Scored(loss, metrics, grads)
+
+        # A single microbatch needs no accumulators beside its gradients.
+        if batch.rows.row_index.shape[0] == 1:
+            return of(0)
+
+        def add(m: Any, total: Scored) -> Scored:
+            one = of(m)
+            grads = jax.tree.map(lambda a, g: a + g.astype(a.dtype), total.grads, one.grads)
+            metrics = {name: _combine(name)(total.metrics[name], value) for name, value in one.metrics.items()}
+            return Scored(total.loss + one.loss, metrics, grads)
+
+        # Sums are kept in float32 whatever the weights' dtype, since bfloat16 would drop small microbatches.
+        shapes = jax.eval_shape(of, 0)
+        start = Scored(
+            loss=jnp.zeros(shapes.loss.shape, jnp.float32),
+            metrics={name: jnp.full(x.shape, _neutral(name), x.dtype) for name, x in shapes.metrics.items()},
+            grads=jax.tree.map(lambda g: jnp.zeros(g.shape, jnp.float32), shapes.grads),
+        )
+        # At least one, so that an empty minibatch has a loss and a gradient of 0 rather than none.
+        count = jnp.maximum(_live_microbatches(batch.rows.loss_mask), 1)
+        return jax.lax.fori_loop(0, count, add, start)
+
+    def rows_logprobs(
+        self, params: Params, packed: Packed, row_index: ArrayLike, mask: ArrayLike, sampling: SamplingParams | None
+    ) -> tuple[Array, Array]:
+        """Log-probs and entropies `[B, T]` of one microbatch, gathered into its rows; 0 off the mask."""
+        scored = self.score_fn(self.config, params, packed, sampling, **self.score_options)
+        gathered = [jnp.where(mask, jnp.take(x.reshape(-1), row_index, axis=0), 0.0) for x in scored]
+        return gathered[LOGPROBS], gathered[ENTROPIES]
+
+    def score_microbatches(
+        self,
+        params: Params,
+        packed: Packed,
+        row_index: ArrayLike,
+        mask: ArrayLike,
+        sampling: SamplingParams | None,
+        what: int = LOGPROBS,
+    ) -> Array:
+        """Log-probs or entropies `[M, B, T]` of all microbatches."""
+
+        def score(m, out):
+            one, index, kept = jax.tree.map(lambda x: x[m], (packed, row_index, mask))
+            return out.at[m].set(self.rows_logprobs(params, one, index, kept, sampling)[what])
+
+        return jax.lax.fori_loop(0, _live_microbatches(mask), score, jnp.zeros(mask.shape, jnp.float32))
+
+    def _microbatch_loss(
+        self, trainable: Any, base: Any, packed: Packed, rows: Rows, sampling: Any, *, anchored: bool
+    ) -> tuple[Array, Metrics]:
+        params = self.subtree.merge(trainable, base)
+        logprobs, entropies = self.rows_logprobs(params, packed, rows.row_index, rows.loss_mask, sampling)
+
+        # The only update of a rollout starts from the old policy: the ratio is 1, and only its gradient counts.
+        if self.updates_once and not anchored:
+            rows = rows.replace(old_logprobs=jax.lax.stop_gradient(logprobs))  # type: ignore[attr-defined]
+        loss, metrics = self.loss.loss(logprobs, entropies, rows)
+
+        # With the sampler's log-probs as the old ones, those would differ from themselves by nothing.
+        sampled_by = logprobs if self.use_sampler_logprobs else rows.old_logprobs
+        gap = jnp.abs(jax.lax.stop_gradient(sampled_by - rows.behavior_logprobs))
+        gap = jnp.where(rows.loss_mask, gap, 0.0)
+        metrics = dict(metrics) | {
+            "rollout/logprob_gap_max": jnp.max(gap),
+            "rollout/logprob_gap_mean": jnp.sum(gap) / rows.token_count,
+            "nonfinite_logprobs": jnp.sum(~jnp.isfinite(logprobs)).astype(jnp.float32),
+        }
+        return loss, jax.lax.stop_gradient(metrics)
+
+    def _whole_minibatch(
+        self, params: Params, batch: TrainBatch, sampling: Any
+    ) -> tuple[TrainBatch, Metrics, Array | None]:
+        """What the loss selects and corrects by all rows at once: the minibatch to train on, metrics, a step factor."""
+        metrics: Metrics = {}
+        scale = None
+
+        # Corrections come first: selection is of the advantages that they leave.
+        if self.loss.correct_fn is not None:
+            anchored = self._anchored(params, batch, sampling)
+            rows, metrics, scale = self.loss.correct_fn(anchored.rows)
+            batch = TrainBatch(packed=batch.packed, rows=rows)
+
+        if self.loss.select_fn is not None:
+            mask = jnp.asarray(batch.rows.loss_mask)
+            # `sampling` None: the entropies are of the full softmax, whatever was sampled from.
+            entropies = self.score_microbatches(params, batch.packed, batch.rows.row_index, mask, None, ENTROPIES)
+            selected = self.loss.select_fn(entropies, mask)
+            batch = with_rows(batch, advantages=jnp.where(selected, batch.rows.advantages, 0))
+            fraction = jnp.sum(selected & mask) / jnp.maximum(jnp.sum(mask), 1)
+            metrics = metrics | {"loss/selected_fraction": fraction}
+        return batch, metrics, scale
+
+    def _anchored(self, params: Params, batch: TrainBatch, sampling: Any) -> TrainBatch:
+        """The minibatch with old log-probs, which a single update would else leave to the loss itself."""
+        if not self.updates_once:
+            return batch
+        rows = batch.rows
+        scored = self.score_microbatches(params, batch.packed, rows.row_index, rows.loss_mask, sampling)
+        return with_rows(batch, old_logprobs=scored)
+
+
+def add_metrics(parts: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Metrics of several updates as one line: means, and maxima where the name ends in `_max`."""
+    host = [{k: float(v) for k, v in part.items()} for part in jax.device_get(list(parts))]
+    names = dict.fromkeys(name for part in host for name in part)
+    total = {}
+    for name in names:
+        reduce = np.max if _is_maximum(name) else np.mean
+        total[name] = float(reduce([part[name] for part in host if name in part]))
+    return total
+
+
+def with_rows(batch: TrainBatch, **fields: Any) -> TrainBatch:
+    """The minibatch with other fields of its rows."""
+    return TrainBatch(packed=batch.packed, rows=batch.rows.replace(**fields))  # type: ignore[attr-defined]
+
+
+def _is_maximum(name: str) -> bool:
+    return name.endswith("_max")
+
+
+def _combine(name: str) -> Any:
+    """How a metric of two microbatches becomes one."""
+    return jnp.maximum if _is_maximum(name) else jnp.add
+
+
+def _neutral(name: str) -> float:
+    return -jnp.inf if _is_maximum(name) else 0.0
+
+
+def _live_microbatches(mask: ArrayLike) -> Array:
+    """Microbatches up to the last that has a token to score."""
+    mask = jnp.asarray(mask)
+    return jnp.max(jnp.where(jnp.any(mask, axis=(1, 2)), jnp.arange(mask.shape[0]) + 1, 0))
+
+
+def _packing_metrics(batch: TrainBatch) -> Metrics:
+    mask = jnp.asarray(batch.rows.loss_mask)
+    real = jnp.asarray(batch.packed.subtree_end) > 0
+
+    # A row counts up to its last loss token, which is as far as it is packed.
+    flat = jnp.sum(jnp.max(jnp.where(mask, jnp.arange(mask.shape[-1]) + 1, 0), axis=-1))
+    unique = jnp.maximum(jnp.sum(real), 1)
+    capacity = jnp.maximum(_live_microbatches(mask), 1) * real.shape[1] * real.shape[2]
+
+    values = {
+        "flat_tokens": flat,
+        "unique_tokens": unique,
+        "token_ratio": flat / unique,
+        "is_forest": flat > unique,
+        "fill": unique / capacity,
+    }
+    return {f"pack/{name}": jnp.asarray(value, jnp.float32) for name, value in values.items()}
+
+
+def _update_count(opt_state: Any) -> Array:
+    """How many updates the optimizer has applied (skipped ones do not count)."""
+    counts = optax.tree_utils.tree_get_all_with_path(opt_state, "count")
+    return counts[0][1]

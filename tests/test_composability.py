@@ -90,7 +90,7 @@ WEIGHTS = {
     "divergence": (ls.divergence_weights(),),
     "truncated_is": (ls.truncated_is(2.0),),
     "sequence_masked_is": (ls.sequence_masked_is(10.0),),
-    "procedure": (adv.procedure_weights(),),
+    "procedure": (ls.procedure_weights(),),
     "future_kl x one_way": (ls.future_kl_weights(low=0.8), ls.one_way_weights(ls.sigmoid_gate())),
 }
 FILTERS = {

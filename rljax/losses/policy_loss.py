@@ -10,22 +10,16 @@ from jaxtyping import Array, Float
 
 from rljax.losses.aggregation import AggregateFn
 from rljax.losses.corrections import CorrectFn
-from rljax.losses.filters import FilterFn
 from rljax.losses.penalties import PenaltyFn
 from rljax.losses.ratios import RatioFn, log_difference
 from rljax.losses.selection import SelectFn
+from rljax.losses.signatures import FilterFn, ReportFn, WeightFn
 from rljax.losses.surrogates import SurrogateFn
-from rljax.losses.weights import WeightFn
 from rljax.ops import as_float, masked_max, masked_sum
 from rljax.types import ArrayLike, Rows
 
 LossFn = Callable[[Array, Array, Rows], tuple[Array, dict[str, Array]]]
 """(logprobs [B, T], entropies [B, T], rows) -> (loss, metrics), scalars."""
-
-
-ReportFn = Callable[[Array, Array, Rows], dict[str, Array]]
-"""(logprobs [B, T], entropies [B, T] in nats, rows) -> metrics: token values [B, T], whose mean over loss tokens is
-reported."""
 
 
 class Loss(NamedTuple):

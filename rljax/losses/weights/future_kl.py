@@ -13,12 +13,10 @@ which leaves the loss it weighs as it is.
 import math
 
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float
 
-from rljax.losses.filters import FilterFn
-from rljax.losses.policy_loss import ReportFn
-from rljax.losses.ratios import log_difference
-from rljax.losses.weights import WeightFn
+from rljax.losses.ratios import is_bad_beyond, log_difference
+from rljax.losses.signatures import ReportFn, WeightFn
 from rljax.ops import as_float, discounted_sum
 from rljax.types import ArrayLike, Rows
 
@@ -53,19 +51,9 @@ def future_kl_weights(
         weight = jnp.clip(jnp.exp(jnp.clip(future, math.log(low) - 1, math.log(high) + 1)), low, high)
         if safety_ratio is None:
             return weight
-        return jnp.where(_is_unsafe(logprobs, rows, safety_ratio), jnp.clip(weight, SAFE_LOW, SAFE_HIGH), weight)
+        return jnp.where(is_bad_beyond(logprobs, rows, safety_ratio), jnp.clip(weight, SAFE_LOW, SAFE_HIGH), weight)
 
     return weights
-
-
-def max_dual_clipped(limit: int = 1, *, dual_clip: float = 10.0) -> FilterFn:
-    """Drops rows with more than `limit` tokens whose loss the dual clip caps (A < 0 and r > `dual_clip`)."""
-
-    def keep(logprobs: Float[ArrayLike, "B T"], entropies: Float[ArrayLike, "B T"], rows: Rows) -> Bool[Array, "B T"]:
-        capped = _is_unsafe(logprobs, rows, dual_clip)
-        return jnp.broadcast_to(jnp.sum(capped, axis=1, keepdims=True) <= limit, capped.shape)
-
-    return keep
 
 
 def future_kl_report(
@@ -90,14 +78,8 @@ def future_kl_report(
             "loss/influence_low": (weight == low) & (low < 1),
             "loss/influence_high": (weight == high) & (high > 1),
             "loss/future_kl_excluded": excluded,
-            "loss/influence_safety": never if safety_ratio is None else _is_unsafe(logprobs, rows, safety_ratio),
+            "loss/influence_safety": never if safety_ratio is None else is_bad_beyond(logprobs, rows, safety_ratio),
             "loss/advantage_mean": as_float(rows.advantages),
         }
 
     return report
-
-
-def _is_unsafe(logprobs: ArrayLike, rows: Rows, limit: float) -> Array:
-    """A < 0 and r > limit, on loss tokens."""
-    difference = log_difference(logprobs, rows.old_logprobs, rows.loss_mask)
-    return (jnp.asarray(rows.advantages) < 0) & (difference > math.log(limit)) & jnp.asarray(rows.loss_mask)

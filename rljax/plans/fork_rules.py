@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
+from rljax.batching import stack
 from rljax.ops import find_phrases
 from rljax.plans import ForkPoint, ForkRule
 from rljax.trees import Tree, build_tree
@@ -37,9 +38,9 @@ from rljax.trees.forks import (
 from rljax.types import (
     INTERVENTION_INJECT,
     INTERVENTION_SUPPRESS,
-    NO_PARENT,
     ArrayLike,
     RolloutBatch,
+    Trajectory,
 )
 
 
@@ -293,37 +294,28 @@ def summary_points(
 
 
 def partial_batch(samples: Sequence[Any], rows: int, width: int, steps: Sequence[np.ndarray]) -> RolloutBatch:
-    """Samples of one prompt as a `RolloutBatch` `[rows, width]` of completions alone, in one group."""
-
-    def per_token(values: Sequence[np.ndarray], dtype) -> np.ndarray:
-        out = np.zeros((rows, width), dtype)
-        for line, value in zip(out, values, strict=False):
-            line[: len(value)] = value
-        return out
-
-    def per_row(values: Sequence[Any], dtype, fill=0) -> np.ndarray:
-        return np.array([*values, *[fill] * (rows - len(samples))], dtype)
-
-    nothing = np.zeros(rows, np.int32)
-    return RolloutBatch(
-        tokens=per_token([s.tokens for s in samples], np.int32),
-        action_mask=per_token([s.sampled for s in samples], bool),
-        behavior_logprobs=per_token([s.logprobs for s in samples], np.float32),
-        entropies=per_token([s.entropies for s in samples], np.float32),
-        turn_ids=per_token(steps, np.int32),
-        policy_version=np.zeros((rows, width), np.int32),
-        lengths=per_row([len(s.tokens) for s in samples], np.int32),
-        reward=np.zeros(rows, np.float32),
-        is_valid=per_row([True] * len(samples), bool, False),
-        is_truncated=np.zeros(rows, bool),
-        group_id=nothing,
-        episode_id=np.arange(rows, dtype=np.int32),
-        source=nothing,
-        parent_row=per_row([s.parent for s in samples], np.int32, NO_PARENT),
-        fork_index=per_row([s.fork_index for s in samples], np.int32),
-        fork_score=per_row([s.fork_score for s in samples], np.float32),
-        intervention=per_row([s.intervention for s in samples], np.int32),
-    )
+    """Samples of one prompt as a `RolloutBatch` `[rows, width]` of completions alone, in one group. `steps` numbers the
+    steps of each."""
+    made = [
+        Trajectory(
+            tokens=np.asarray(sample.tokens, np.int32),
+            action_mask=sample.sampled,
+            behavior_logprobs=sample.logprobs,
+            entropies=sample.entropies,
+            turn_ids=np.asarray(step, np.int32),
+            policy_version=np.zeros(len(sample.tokens), np.int32),
+            prompt_id=0,
+            group_id=0,
+            episode_id=i,
+            parent_row=sample.parent,
+            fork_index=sample.fork_index,
+            fork_score=float(sample.fork_score),
+            intervention=sample.intervention,
+        )
+        for i, (sample, step) in enumerate(zip(samples, steps, strict=True))
+    ]
+    # One entry in each table: the rules are compiled once for all rounds.
+    return stack(made, row_buckets=(rows,), length_buckets=(width,))
 
 
 def _first_with(decode: Callable[[Sequence[int]], str], ids: Sequence[int], words: Sequence[str]) -> int:

@@ -95,25 +95,27 @@ def build_tree(batch: RolloutBatch, owners: Int[ArrayLike, "B T"] | None = None)
 @jax.jit
 def match_owners(batch: RolloutBatch) -> Int[Array, "B T"]:
     """Owners by equal text: a token belongs to the first row of its group whose path up to it is the same. This is the
-    prefix trie of independent samples, which needs no fork columns (TEMPO, 2509.18314)."""
-    tokens, lengths = jnp.asarray(batch.tokens), jnp.asarray(batch.lengths)
-    rows, width = tokens.shape
+    prefix trie of independent samples, which needs no fork columns (TEMPO, 2509.18314). Tokens are compared by
+    `token_keys` where the batch has them."""
+    lengths = jnp.asarray(batch.lengths)
+    rows, width = jnp.shape(batch.tokens)
+    identity = jnp.asarray(batch.tokens if batch.token_keys is None else batch.token_keys).reshape(rows, width, -1)
     index = jnp.arange(rows, dtype=jnp.int32)
 
     def step(owner: Array, at: tuple[Array, Array]) -> tuple[Array, Array]:
-        token, t = at
+        parts, t = at
         # Beyond its end a row is alone, and so stays.
-        token = jnp.where(t < lengths, token, 0)
+        parts = jnp.where(t < lengths[:, None], parts, 0)
         alone = jnp.where(t < lengths, 0, 1 + index)
-        order = jnp.lexsort((index, token, alone, owner))
-        differs = jnp.stack([x[order][1:] != x[order][:-1] for x in (owner, token, alone)]).any(axis=0)
+        order = jnp.lexsort((index, *parts.T, alone, owner))
+        differs = jnp.stack([x[order][1:] != x[order][:-1] for x in (owner, *parts.T, alone)]).any(axis=0)
         first = jax.lax.cummax(jnp.where(jnp.pad(differs, (1, 0), constant_values=True), index, 0))
         owner = jnp.zeros_like(owner).at[order].set(order[first].astype(jnp.int32))
         return owner, owner
 
     group_first = jax.ops.segment_min(index, jnp.asarray(batch.group_id), num_segments=rows)
     start = group_first[jnp.asarray(batch.group_id)]
-    _, owners = jax.lax.scan(step, start, (tokens.T, jnp.arange(width)))
+    _, owners = jax.lax.scan(step, start, (identity.swapaxes(0, 1), jnp.arange(width)))
     return owners.T
 
 

@@ -46,7 +46,8 @@ def shared_branch_credit(*, ddof: int = 0, epsilon: float = 1e-6) -> AdvantageFn
 
     def advantages(batch: RolloutBatch) -> Float[Array, "B T"]:
         tree = build_tree(batch)
-        is_root, is_valid = jnp.asarray(batch.parent_row) == NO_PARENT, jnp.asarray(batch.is_valid)
+        is_root = jnp.asarray(batch.parent_row) == NO_PARENT
+        is_valid = jnp.asarray(batch.is_valid)
         own, others = (
             segment_whiten(batch.reward, batch.group_id, is_valid & members, ddof=ddof, epsilon=epsilon)
             for members in (is_root, ~is_root)

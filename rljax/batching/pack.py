@@ -67,10 +67,18 @@ def pack(
     it was made before. ValueError as in `layout`.
     """
     mask = loss_mask(batch, extra_mask)
-    packing = layout(batch, mask, config) if packing is None else packing
+    if packing is None:
+        packing = layout(batch, mask, config)
+
+    # Counted over the whole minibatch, before it is split: microbatches and devices then just add up.
     count = max(float(mask.sum()), 1.0)
     weights = mask / np.float32(count) if token_weights is None else token_weights(mask)
+
     behavior = packing.rows_of(np.asarray(batch.behavior_logprobs, np.float32))
+    reference = None
+    if batch.ref_logprobs is not None:
+        reference = packing.rows_of(np.asarray(batch.ref_logprobs, np.float32))
+
     rows = Rows(
         row_index=packing.row_index,
         loss_mask=packing.mask,
@@ -80,9 +88,7 @@ def pack(
         behavior_logprobs=behavior,
         old_logprobs=behavior,
         source=packing.rows_of(np.asarray(batch.source, np.int32)),
-        ref_logprobs=None
-        if batch.ref_logprobs is None
-        else packing.rows_of(np.asarray(batch.ref_logprobs, np.float32)),
+        ref_logprobs=reference,
         columns={name: packing.rows_of(np.asarray(value, np.float32)) for name, value in batch.columns.items()},
     )
     return TrainBatch(packed=packing.packed, rows=rows)

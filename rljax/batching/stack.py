@@ -40,6 +40,7 @@ def stack(
     """
     if not trajectories:
         raise ValueError("there are no trajectories to stack; a rollout needs at least one")
+
     rows = bucket(len(trajectories), row_buckets, "the number of trajectories")
     lengths = [len(t.tokens) for t in trajectories]
     width = bucket(max(lengths), length_buckets, "the longest trajectory")
@@ -59,9 +60,11 @@ def stack(
 
     def renumbered(name: str) -> np.ndarray:
         seen: dict[int, int] = {}
+        # Padding rows get the number after the last.
         values = [seen.setdefault(getattr(t, name), len(seen)) for t in trajectories]
         return np.array(values + [len(seen)] * (rows - len(values)), np.int32)
 
+    # Half a column would make the statistics of a group those of a part of it.
     def on_all(name: str) -> bool:
         return all(getattr(t, name) is not None for t in trajectories)
 

@@ -1,4 +1,7 @@
-"""Ratios, surrogates, weights, filters, penalties and aggregations, and `policy_loss` to compose them."""
+"""Ratios, surrogates, weights, filters, penalties and aggregations, and `policy_loss` to compose them.
+
+Weights, filters, penalties and reports are functions of (logprobs, entropies, rows); ratios of (logprobs, rows).
+"""
 
 from rljax.losses.aggregation import AggregateFn, fixed_length, sequence_mean, sequence_sum, token_mean, token_sum
 from rljax.losses.corrections import (

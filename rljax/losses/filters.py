@@ -79,7 +79,8 @@ def probability_band(*, low: float = 0.2, high: float = 0.2) -> FilterFn:
 
     def keep(logprobs: Float[ArrayLike, "B T"], entropies: Float[ArrayLike, "B T"], rows: Rows) -> Bool[Array, "B T"]:
         new, behavior = (_probability(x, rows) for x in (logprobs, rows.behavior_logprobs))
-        advantages, d = jnp.asarray(rows.advantages), new - behavior
+        advantages = jnp.asarray(rows.advantages)
+        d = new - behavior
         return ~(((advantages > 0) & (d > high)) | ((advantages < 0) & (d < -low)))
 
     return keep

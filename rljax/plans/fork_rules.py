@@ -124,7 +124,8 @@ def random_step(points: int, chains: int, *, from_root: bool = True) -> ForkRule
     def choose(batch, tree, eligible, key):
         mask = jnp.asarray(batch.action_mask)
         starts = turn_starts(batch.turn_ids, mask) & first_of_place(tree, mask)
-        rows, columns = jnp.arange(mask.shape[0])[:, None], jnp.arange(mask.shape[1])
+        rows = jnp.arange(mask.shape[0])[:, None]
+        columns = jnp.arange(mask.shape[1])
         is_root = (columns == 0) & (rows < chains)
         starts = jnp.where(is_root, from_root & (jnp.asarray(batch.lengths)[:, None] > 0), starts)
         draw = functools.partial(_draw, n=points)
@@ -219,12 +220,15 @@ def entropy_jump(
         mask = jnp.asarray(batch.action_mask)
         starts = turn_starts(batch.turn_ids, mask)
         jump = entropy_change(batch.entropies, mask, batch.turn_ids, window=window, scale=scale)
+
+        # The first step has no place before it to fork at.
         counts = fork_counts(tree, batch.parent_row, batch.fork_index)
         chance = penalized(
             fork_probability(jump, base=base, weight=weight),
             consecutive_forks(counts, starts & (jnp.arange(mask.shape[1]) > 0)),
             penalty=penalty,
         )
+
         is_drawn = jax.random.uniform(key, mask.shape) < chance
         return select_forks(jump, eligible & starts & is_drawn, points), jump
 
@@ -264,14 +268,19 @@ def summary_points(
 
     @jax.jit
     def choose(batch: RolloutBatch, key: Array):
-        tokens, mask = jnp.asarray(batch.tokens), jnp.asarray(batch.action_mask)
+        tokens = jnp.asarray(batch.tokens)
+        mask = jnp.asarray(batch.action_mask)
+        # A place serves once; a fork at 0 would be one more independent sample.
         used = fork_counts(build_tree(batch), batch.parent_row, batch.fork_index) > 0
         place = jnp.arange(mask.shape[1])
         natural = find_phrases(tokens, mask, detect) & ~used & (place > 0)
+
+        # Where no phrase is left: a random place of the middle, the first and last of the completion being cut off.
         length = jnp.asarray(batch.lengths)[:, None]
         cut = (1 - middle) / 2 * length
         inner = mask & ~used & (place >= jnp.maximum(cut, 1)) & (place < jnp.maximum(length - cut, 2))
         chance = jnp.where(inner, jax.random.uniform(key, mask.shape), -1)
+
         return (
             jnp.any(natural, axis=1),
             jnp.argmax(natural, axis=1),
@@ -283,6 +292,7 @@ def summary_points(
         has_natural, first, best, random = jax.device_get(choose(group.batch, group.key))
         points = []
         for chain in range(group.chains):
+            # Phrases take turns over rounds and chains.
             phrase = tuple(inject[(group.round + chain) % len(inject)])
             if has_natural[chain]:
                 points.append(ForkPoint(chain, int(first[chain]), 1.0, (), INTERVENTION_SUPPRESS))
@@ -327,7 +337,9 @@ def _first_with(decode: Callable[[Sequence[int]], str], ids: Sequence[int], word
 
     if not holds(len(ids)):
         return len(ids)
-    low, high = 0, len(ids)  # the text grows with the count, so the first place is found by halving
+    # The text grows with the count, so the first place is found by halving.
+    low = 0
+    high = len(ids)
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (low, middle) if holds(middle) else (middle, high)
@@ -337,7 +349,9 @@ def _first_with(decode: Callable[[Sequence[int]], str], ids: Sequence[int], word
 def _between(decode: Callable[[Sequence[int]], str], ids: Sequence[int], start: str, end: str) -> list[bool]:
     """Which tokens have all of their text between `start` and `end`."""
     pieces = [decode([token]) for token in ids]
-    text, inside, place = "".join(pieces), [], 0
+    text = "".join(pieces)
+    inside = []
+    place = 0
     while (opened := text.find(start, place)) >= 0:
         closed = text.find(end, opened + len(start))
         inside.append((opened + len(start), closed if closed >= 0 else len(text)))

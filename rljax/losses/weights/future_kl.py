@@ -20,7 +20,8 @@ from rljax.losses.signatures import ReportFn, WeightFn
 from rljax.ops import as_float, discounted_sum
 from rljax.types import ArrayLike, Rows
 
-SAFE_LOW, SAFE_HIGH = 0.8, 1.0
+SAFE_LOW = 0.8
+SAFE_HIGH = 1.0
 
 
 def future_log_ratio(

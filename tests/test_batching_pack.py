@@ -245,7 +245,7 @@ def test_rows_without_keys_are_compared_by_their_ids_beside_rows_that_have_them(
 
 def test_keys_that_are_the_ids_lay_out_what_no_keys_do():
     rng = np.random.default_rng(0)
-    rows = [trajectory(rng.integers(1, 4, n).astype(np.int32), 2, n % 3) for n in rng.integers(4, 12, 12)]
+    rows = [trajectory(rng.integers(1, 4, n).astype(np.int32), 2, int(n) % 3) for n in rng.integers(4, 12, 12)]
     keyed = [dataclasses.replace(t, token_keys=t.tokens.astype(np.int64)) for t in rows]
     made = [layout(b, loss_mask(b), PackConfig(32)) for b in (stack(rows), stack(keyed))]
     for a, b in zip(*map(jax.tree.leaves, made), strict=True):

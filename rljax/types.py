@@ -11,7 +11,7 @@ from typing import Any, TypeVar, dataclass_transform
 
 import chex
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, UInt32
 
 NO_PARENT = -1
 """`parent_row` of a row that was not forked from another one."""
@@ -45,6 +45,9 @@ class Trajectory:
     `entropies` (nats) belong to the distribution really sampled from, and are 0 where `action_mask` is False.
     `turn_rewards` and `state_ids` say something of a turn, on each of its action tokens. `columns` are the signals that
     the algorithm declares (`rljax.plans.Column`): a number, or an array `[T]` that is 0 off the action tokens.
+
+    `token_keys` tell apart tokens of one id and different content, such as placeholders of images: a hash of the
+    content for those, the id itself for text. Prefixes are shared where the keys are equal.
     """
 
     tokens: Int[np.ndarray, " T"]
@@ -68,6 +71,7 @@ class Trajectory:
     turn_rewards: Float[np.ndarray, " T"] | None = None  # of the environment, for the turn
     state_ids: Int[np.ndarray, " T"] | None = None  # equal ids of a group: turns from one state; -1 off actions
     columns: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # signals by name: float, or float32 [T]
+    token_keys: Int[np.ndarray, " T"] | None = None  # int64: what tokens are compared by; None: their ids
 
 
 @struct
@@ -100,6 +104,7 @@ class RolloutBatch:
     turn_rewards: Float[ArrayLike, "B T"] | None = None  # these two: when all trajectories have them
     state_ids: Int[ArrayLike, "B T"] | None = None  # counts the states of all groups from 0, below B * T
     columns: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # float32 [B, T] or [B]: names that all have
+    token_keys: UInt32[ArrayLike, "B T 2"] | None = None  # high and low half of the trajectories' keys, if any has them
 
 
 @struct

@@ -110,9 +110,10 @@ def random_forests(draw, *, max_rows=9, invalid=True):
 
 
 def arrays_of(batch):
-    """The fields that are not None, by name."""
+    """The fields that are arrays, by name; there are no columns."""
+    assert not batch.columns
     fields = {f.name: getattr(batch, f.name) for f in dataclasses.fields(batch)}
-    return {name: x for name, x in fields.items() if x is not None}
+    return {name: x for name, x in fields.items() if np.ndim(x)}
 
 
 def permute(batch, order):

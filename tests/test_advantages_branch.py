@@ -10,6 +10,7 @@ from forests import forest_batch
 from objectives import NAN, float64, make_batch, make_rows, term
 
 from rljax import advantages as A
+from rljax import losses as L
 from rljax.losses import clipped, policy_loss, sequence_mean, token_mean, token_ratio
 from rljax.ops import future_value
 
@@ -121,7 +122,7 @@ def policy(advantages, aggregate):
         token_ratio,
         clipped(clip_low=0.2, clip_high=0.2),
         aggregate,
-        weight_fns=[A.procedure_weights(discount=0.5, scale=0.5, low=1.0, high=1.2)],
+        weight_fns=[L.procedure_weights(discount=0.5, scale=0.5, low=1.0, high=1.2)],
     )
     rows = make_rows(MASK, aggregate=aggregate, old=np.zeros((2, 6)), advantages=advantages)
     value, _ = loss.loss(jnp.asarray(np.where(MASK, LOG_RATIO, NAN)), jnp.zeros((2, 6)), rows)
@@ -131,7 +132,7 @@ def policy(advantages, aggregate):
 def test_procedure_weights_example():
     with float64():
         _, rows = policy(np.where(MASK, BASE[:, None], 0), token_mean)
-        weights = np.asarray(term(A.procedure_weights(discount=0.5, scale=0.5), jnp.asarray(LOG_RATIO), rows))
+        weights = np.asarray(term(L.procedure_weights(discount=0.5, scale=0.5), jnp.asarray(LOG_RATIO), rows))
         np.testing.assert_allclose(np.where(MASK, BASE[:, None] * weights, 0), FINAL, atol=1e-5)
         # The paper divides by all six rows though it sums the two initial ones.
         base = run(A.dual_group(), roots_and_branches())[:2]
@@ -144,7 +145,7 @@ def test_procedure_weights_example():
 def test_procedure_weights_are_constants_and_1_5_before_the_first_update():
     with float64():
         rows = policy(np.ones((2, 6)), token_mean)[1]
-        weights = A.procedure_weights()
+        weights = L.procedure_weights()
         np.testing.assert_allclose(term(weights, jnp.zeros((2, 6)), rows), 1.5)
         slope = jax.grad(lambda lp: term(weights, lp, rows).sum())(jnp.asarray(LOG_RATIO))
     np.testing.assert_array_equal(slope, 0)

@@ -1,11 +1,15 @@
 """Stacking and packing: nothing is lost, everything fits, shapes come from tables."""
 
+import dataclasses
+
+import jax
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rljax.batching import PackConfig, bucket, layout, loss_mask, pack, stack
+from rljax.trees import match_owners
 from rljax.types import Trajectory
 
 
@@ -195,3 +199,61 @@ def test_a_large_rollout_packs_in_a_moment():
     packing = layout(batch, loss_mask(batch), PackConfig(8192))
     assert time.process_time() - start < 3.0
     assert packing.unique_tokens == 64 * (500 + 8 * 500)
+
+
+IMAGE = 9
+"""The id of every placeholder."""
+
+
+def with_image(content, group, *, keyed=True, size=10, row=0):
+    """A prompt of ten placeholders of one image, and a completion of three tokens of its own."""
+    tokens = np.array([1, *[IMAGE] * size, 2, 3 + row, 4], np.int32)
+    made = trajectory(tokens, size + 2, group)
+    hashed = np.where(tokens == IMAGE, (content << 33) + np.arange(len(tokens)), tokens).astype(np.int64)
+    return dataclasses.replace(made, token_keys=hashed) if keyed else made
+
+
+def test_placeholders_of_different_contents_never_merge_and_those_of_equal_contents_do():
+    size = 10
+
+    def unique(*rows):
+        batch = stack(rows)
+        packing = layout(batch, loss_mask(batch), PackConfig(64, share_prefixes=True))
+        return packing.unique_tokens, packing
+
+    length = size + 4
+    assert unique(with_image(1, 0, keyed=False), with_image(2, 1, keyed=False, row=1))[0] == length + 2
+    assert unique(with_image(5, 0), with_image(5, 1, row=1))[0] == length + 2  # one image, seen twice
+    apart, packing = unique(with_image(5, 0), with_image(6, 1, row=1))
+    assert apart == 2 * length - 1  # only what stands before the image is shared
+    assert sorted(packing.packed.tokens[packing.packed.subtree_end > 0].tolist()).count(IMAGE) == 2 * size
+
+    # A hash that differs in its high half alone, or is negative, tells them apart as well.
+    for other in (with_image(5 + (1 << 20), 1, row=1), with_image(-5, 1, row=1)):
+        assert unique(with_image(5, 0), other)[0] == 2 * length - 1
+
+
+def test_rows_without_keys_are_compared_by_their_ids_beside_rows_that_have_them():
+    text = [trajectory(np.array([1, 2, 3 + i, 4], np.int32), 2, i) for i in range(2)]
+    assert stack(text).token_keys is None
+    keyed = dataclasses.replace(text[1], token_keys=text[1].tokens.astype(np.int64))
+    batch = stack([text[0], keyed])
+    assert batch.token_keys.shape == (*batch.tokens.shape, 2) and batch.token_keys.dtype == np.uint32
+    np.testing.assert_array_equal(batch.token_keys[..., 1], batch.tokens)
+    assert layout(batch, loss_mask(batch), PackConfig(64, share_prefixes=True)).unique_tokens == 6
+
+
+def test_keys_that_are_the_ids_lay_out_what_no_keys_do():
+    rng = np.random.default_rng(0)
+    rows = [trajectory(rng.integers(1, 4, n).astype(np.int32), 2, int(n) % 3) for n in rng.integers(4, 12, 12)]
+    keyed = [dataclasses.replace(t, token_keys=t.tokens.astype(np.int64)) for t in rows]
+    made = [layout(b, loss_mask(b), PackConfig(32)) for b in (stack(rows), stack(keyed))]
+    for a, b in zip(*map(jax.tree.leaves, made), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_owners_by_equal_text_go_by_keys():
+    rows = [with_image(5, 0), with_image(6, 0, row=1), with_image(5, 0, row=2)]
+    owners = np.asarray(match_owners(stack(rows)))
+    np.testing.assert_array_equal(owners[1, :14], [0, *[1] * 13])
+    np.testing.assert_array_equal(owners[2, :14], [0] * 12 + [2, 2])

@@ -90,7 +90,7 @@ WEIGHTS = {
     "divergence": (ls.divergence_weights(),),
     "truncated_is": (ls.truncated_is(2.0),),
     "sequence_masked_is": (ls.sequence_masked_is(10.0),),
-    "procedure": (adv.procedure_weights(),),
+    "procedure": (ls.procedure_weights(),),
     "future_kl x one_way": (ls.future_kl_weights(low=0.8), ls.one_way_weights(ls.sigmoid_gate())),
 }
 FILTERS = {
@@ -232,12 +232,12 @@ def pull_back(params, packed, row_index, mask, slopes):
     return jax.vjp(lambda p: scores(p, packed, row_index, mask), params)[1](slopes)[0]
 
 
-def gradients(algorithm: Algorithm, share: bool, batch, old, epoch: int, params):
+def gradients(loss, slopes_of, share: bool, batch, advantages, old, epoch: int, params):
     """(loss, metrics, gradient by the weights, tokens computed) at `params`. The model is compiled once for all lines;
-    losses run op by op."""
-    loss, made = algorithm.loss, learner(share)
+    `slopes_of`, the loss and its gradient by log-probs and entropies, once for a line."""
+    made = learner(share)
     made.loss = loss
-    minibatch = made.prepare(made.init_state(jax.tree.map(np.array, old)), batch, algorithm.advantage_fn(batch))[epoch]
+    minibatch = made.prepare(made.init_state(jax.tree.map(np.array, old)), batch, advantages)[epoch]
     whole = minibatch.rows if loss.correct_fn is None else loss.correct_fn(minibatch.rows).rows
     packed, rows = jax.tree.map(lambda x: x[0], (minibatch.packed, whole))
     where = (params, packed, rows.row_index, rows.loss_mask)
@@ -245,7 +245,7 @@ def gradients(algorithm: Algorithm, share: bool, batch, old, epoch: int, params)
     if loss.select_fn is not None:
         selected = loss.select_fn(entropies[None], rows.loss_mask[None])[0]
         rows = dataclasses.replace(rows, advantages=np.where(selected, rows.advantages, 0))
-    (value, metrics), slopes = jax.value_and_grad(loss.loss, argnums=(0, 1), has_aux=True)(logprobs, entropies, rows)
+    (value, metrics), slopes = slopes_of(logprobs, entropies, rows)
     return value, metrics, pull_back(*where, slopes), int(np.sum(np.asarray(packed.subtree_end) > 0))
 
 
@@ -258,10 +258,14 @@ def gradients(algorithm: Algorithm, share: bool, batch, old, epoch: int, params)
 )
 def test_two_updates_are_finite_and_the_same_on_a_forest_and_on_its_rows(line):
     algorithm, batch, old = build(line), rollout(line[0]), near(1)
+    loss, advantages = algorithm.loss, np.asarray(algorithm.advantage_fn(batch))
+    slopes_of = jax.jit(jax.value_and_grad(loss.loss, argnums=(0, 1), has_aux=True))
     params = old
     for epoch in range(2):
-        value, metrics, grads, tokens = gradients(algorithm, True, batch, old, epoch, params)
-        flat_value, flat_metrics, flat_grads, flat_tokens = gradients(algorithm, False, batch, old, epoch, params)
+        value, metrics, grads, tokens = gradients(loss, slopes_of, True, batch, advantages, old, epoch, params)
+        flat_value, flat_metrics, flat_grads, flat_tokens = gradients(
+            loss, slopes_of, False, batch, advantages, old, epoch, params
+        )
         assert tokens < flat_tokens
         assert np.isfinite(value) and all(np.isfinite(v) for v in metrics.values()), metrics
         np.testing.assert_allclose(value, flat_value, rtol=2e-5, atol=1e-6)

@@ -1,6 +1,6 @@
 """Advantages: functions from a rollout batch, or from rewards and values, to credit per token."""
 
-from rljax.advantages.branch import dual_group, entropy_scaled, procedure_weights, root_tokens, shared_branch_credit
+from rljax.advantages.branch import dual_group, entropy_scaled, root_tokens, shared_branch_credit
 from rljax.advantages.contrastive import (
     summary_bonus_released,
     summary_contrast,
@@ -88,7 +88,6 @@ __all__ = [
     "predictive_returns",
     "prefix_baseline",
     "prefix_weighted",
-    "procedure_weights",
     "root_tokens",
     "shared_branch_credit",
     "shared_mean",

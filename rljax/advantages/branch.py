@@ -4,16 +4,13 @@ As in `group`, rows that are not valid take no part, a result is 0 off `action_m
 rewards get exactly 0. ARPO's soft credit is `group_normalized(ddof=0)`, its hard credit `shared_mean` of that.
 """
 
-from collections.abc import Callable
-
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from rljax.advantages.group import AdvantageFn, _constant, _on_tokens, _valid_tokens
-from rljax.ops import as_float, future_value, masked_mean, masked_std, segment_whiten, segment_zscore
+from rljax.ops import as_float, masked_mean, masked_std, segment_whiten, segment_zscore
 from rljax.trees import build_tree, leaf_mean, on_tokens
-from rljax.types import NO_PARENT, RolloutBatch, Rows
+from rljax.types import NO_PARENT, RolloutBatch
 
 
 def dual_group(*, ddof: int = 0, epsilon: float = 1e-6) -> AdvantageFn:
@@ -22,7 +19,7 @@ def dual_group(*, ddof: int = 0, epsilon: float = 1e-6) -> AdvantageFn:
         A = mean over G in {initial rows, forked rows} of (R - mean_G) / (std_G + epsilon)
 
     A set of fewer than two rows, or of equal rewards, is left out of the mean. Forked rows get 0; see `root_tokens`
-    for leaving them out of the loss, and `procedure_weights` for the factor of Eq. 7.
+    for leaving them out of the loss, and `rljax.losses.procedure_weights` for the factor of Eq. 7.
     """
 
     def advantages(batch: RolloutBatch) -> Float[Array, "B T"]:
@@ -49,7 +46,8 @@ def shared_branch_credit(*, ddof: int = 0, epsilon: float = 1e-6) -> AdvantageFn
 
     def advantages(batch: RolloutBatch) -> Float[Array, "B T"]:
         tree = build_tree(batch)
-        is_root, is_valid = jnp.asarray(batch.parent_row) == NO_PARENT, jnp.asarray(batch.is_valid)
+        is_root = jnp.asarray(batch.parent_row) == NO_PARENT
+        is_valid = jnp.asarray(batch.is_valid)
         own, others = (
             segment_whiten(batch.reward, batch.group_id, is_valid & members, ddof=ddof, epsilon=epsilon)
             for members in (is_root, ~is_root)
@@ -59,24 +57,6 @@ def shared_branch_credit(*, ddof: int = 0, epsilon: float = 1e-6) -> AdvantageFn
         return _constant(jnp.where(_valid_tokens(batch), credit, 0))
 
     return advantages
-
-
-def procedure_weights(
-    *, discount: float = 2 ** (-1 / 32), scale: float = 0.5, low: float = 1.0, high: float = 1.2
-) -> Callable[[Array, Rows], Array]:
-    """Token weights `1 + scale * clip(Omega, low, high)` for `policy_loss` (APPO, 2606.12384, Eq. 7): the factor of the
-    advantage that grows with the likelihood gain of the rest of the row under the current policy.
-
-    Omega is `rljax.ops.future_value` of `lp - lp_old` over the loss tokens. A positive factor of the advantage is one
-    of the clipped surrogate, so a weight serves; it is constant for differentiation.
-    """
-
-    def weights(logprobs: Float[Array, "B T"], entropies: Float[Array, "B T"], rows: Rows) -> Float[Array, "B T"]:
-        log_ratio = as_float(logprobs) - as_float(rows.old_logprobs)
-        omega = future_value(log_ratio, rows.loss_mask, discount=discount)
-        return jax.lax.stop_gradient(1 + scale * jnp.clip(omega, low, high))
-
-    return weights
 
 
 def entropy_scaled(advantage_fn: AdvantageFn, *, scale: float = 0.2) -> AdvantageFn:

@@ -83,7 +83,8 @@ def summary_bonus_released(
 
     def advantages(batch: RolloutBatch) -> Float[Array, "B T"]:
         natural, _ = summary_counts(batch, phrases)
-        is_valid, group_id = jnp.asarray(batch.is_valid), jnp.asarray(batch.group_id)
+        is_valid = jnp.asarray(batch.is_valid)
+        group_id = jnp.asarray(batch.group_id)
         reward = jnp.where(is_valid, as_float(batch.reward), 0)
         weight = jnp.where(jnp.asarray(batch.intervention) == INTERVENTION_SUPPRESS, suppressed_weight, 1.0)
         weight = weight.astype(reward.dtype)
@@ -123,7 +124,8 @@ def summary_reward(
 ) -> Float[Array, " B"]:
     """`(0.2 natural + 0.05 injected) / (natural + injected)` of the counts, 0 for none: an average, which more phrases
     do not raise (ReSum 5.1)."""
-    natural, injected = jnp.asarray(natural), jnp.asarray(injected)
+    natural = jnp.asarray(natural)
+    injected = jnp.asarray(injected)
     total = natural_weight * natural + injected_weight * injected
     return total / jnp.maximum(natural + injected, 1)
 

@@ -71,8 +71,10 @@ class _Ranked(NamedTuple):
 
     @classmethod
     def of(cls, batch: RolloutBatch) -> "_Ranked":
-        group, valid = jnp.asarray(batch.group_id), jnp.asarray(batch.is_valid)
-        rows, reward = len(group), as_float(batch.reward)
+        group = jnp.asarray(batch.group_id)
+        valid = jnp.asarray(batch.is_valid)
+        rows = len(group)
+        reward = as_float(batch.reward)
         largest = jax.ops.segment_max(jnp.where(valid, reward, -jnp.inf), group, num_segments=rows)[group]
         reward = jnp.where(valid, reward - largest, 0)
         order = jnp.lexsort((reward, ~valid, group))
@@ -127,7 +129,8 @@ class _Ranked(NamedTuple):
 def _choose_share(below: Array, of: Array, k: int) -> Array:
     """`C(below, k) / C(of, k)`, as a product; 0 where there is no such choice."""
     steps = jnp.arange(k)
-    top, bottom = below[:, None] - steps, of[:, None] - steps
+    top = below[:, None] - steps
+    bottom = of[:, None] - steps
     factors = jnp.where((top > 0) & (bottom > 0), top / jnp.maximum(bottom, 1), 0.0)
     return jnp.prod(factors, axis=1)
 

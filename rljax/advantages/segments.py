@@ -93,7 +93,8 @@ def depth_normalized(
 
     def advantages(batch: RolloutBatch) -> Float[Array, "B T"]:
         tree = build_tree(batch)
-        roots, depths = jnp.asarray(tree.roots), jnp.asarray(tree.depths)
+        roots = jnp.asarray(tree.roots)
+        depths = jnp.asarray(tree.depths)
         order = jnp.lexsort((depths, roots))
         differs = (jnp.diff(roots[order]) != 0) | (jnp.diff(depths[order]) != 0)
         level = jnp.zeros_like(roots).at[order].set(jnp.cumsum(jnp.pad(differs, (1, 0))).astype(roots.dtype))
@@ -114,7 +115,8 @@ def surprisal_weighted(*, ddof: int = 0, epsilon: float = 1e-6) -> AdvantageFn:
     """
 
     def advantages(batch: RolloutBatch) -> Float[Array, "B T"]:
-        tree, mask = build_tree(batch), _valid_tokens(batch)
+        tree = build_tree(batch)
+        mask = _valid_tokens(batch)
         total = jnp.shape(tree.parents)[0]
         inside = mask & (jnp.asarray(tree.node_ids) >= 0)
         ids = jnp.where(inside, tree.node_ids, total).ravel()
@@ -184,7 +186,8 @@ def vine_gain() -> AdvantageFn:
     """
 
     def advantages(batch: RolloutBatch) -> Float[Array, "B T"]:
-        parent, group_id = jnp.asarray(batch.parent_row), jnp.asarray(batch.group_id)
+        parent = jnp.asarray(batch.parent_row)
+        group_id = jnp.asarray(batch.group_id)
         is_valid = jnp.asarray(batch.is_valid)
         rows, width = jnp.shape(batch.tokens)
         # Rewards less one of their group, so that equal ones leave no rounding.

@@ -105,11 +105,17 @@ def state_grouped(
         episode = alpha * advantage_fn(batch)
         if batch.state_ids is None:
             return episode
+
+        # Statistics count a turn once, at its first token, where the state was read.
         mask = _valid_tokens(batch)
         starts = turn_starts(batch)
         rewards = last_turn_reward(batch) if batch.turn_rewards is None else as_float(batch.turn_rewards)
-        scores = as_float(batch.columns[predictions]) if predictions in batch.columns else jnp.zeros(mask.shape)
+        scores = jnp.zeros(mask.shape)
+        if predictions is not None and predictions in batch.columns:
+            scores = as_float(batch.columns[predictions])
         returns = returns_fn(rewards, scores[:, :, None], starts, gamma=gamma)
+
+        # All tokens of a turn get what its first one has.
         score = state_group_advantages(returns, batch.state_ids, starts, epsilon=epsilon, min_std=min_std)
         position = jnp.arange(mask.shape[1])
         first = jax.lax.cummax(jnp.where(starts, position, 0), axis=1)
@@ -120,7 +126,8 @@ def state_grouped(
 
 def turn_starts(batch: RolloutBatch) -> Bool[Array, "B T"]:
     """The first action token of each turn of the valid rows."""
-    mask, turns = _valid_tokens(batch), jnp.asarray(batch.turn_ids)
+    mask = _valid_tokens(batch)
+    turns = jnp.asarray(batch.turn_ids)
     turn = jnp.where(mask, turns, -1)
     before = jnp.pad(jax.lax.cummax(turn, axis=1)[:, :-1], ((0, 0), (1, 0)), constant_values=-1)
     return mask & (turn != before)
@@ -128,7 +135,8 @@ def turn_starts(batch: RolloutBatch) -> Bool[Array, "B T"]:
 
 def last_turn_reward(batch: RolloutBatch) -> Float[Array, "B T"]:
     """The row's reward on all action tokens of its last turn, 0 elsewhere: `turn_rewards` of a reward at the end."""
-    mask, turns = _valid_tokens(batch), jnp.asarray(batch.turn_ids)
+    mask = _valid_tokens(batch)
+    turns = jnp.asarray(batch.turn_ids)
     last = jnp.max(jnp.where(mask, turns, -1), axis=1, keepdims=True)
     return jnp.where(mask & (turns == last), as_float(batch.reward)[:, None], 0)
 
@@ -145,7 +153,8 @@ def penalized(advantage_fn: AdvantageFn, *, column: str, weight: float = 0.1) ->
         raw = advantage_fn(batch)
         if column not in batch.columns:
             return raw
-        group, valid = jnp.asarray(batch.group_id), jnp.asarray(batch.is_valid)
+        group = jnp.asarray(batch.group_id)
+        valid = jnp.asarray(batch.is_valid)
         penalty = jnp.where(valid, as_float(batch.columns[column]), 0)
         return _constant(raw - weight * _on_tokens(penalty - segment_mean(penalty, group, valid)[group], batch))
 

@@ -19,7 +19,8 @@ def task_normalized(advantage_fn: AdvantageFn, *, epsilon: float = 1e-6, min_std
     """
 
     def advantages(batch: RolloutBatch) -> Float[Array, "B T"]:
-        raw, valid = advantage_fn(batch), jnp.asarray(batch.is_valid)
+        raw = advantage_fn(batch)
+        valid = jnp.asarray(batch.is_valid)
         mask = jnp.asarray(batch.action_mask) & valid[:, None]
         task = jnp.zeros(valid.shape, jnp.int32) if batch.task_id is None else jnp.asarray(batch.task_id)
 

@@ -2,10 +2,10 @@
 
 import dataclasses
 
-from rljax.advantages import AdvantageFn, dual_group, procedure_weights, shared_branch_credit
+from rljax.advantages import AdvantageFn, dual_group, shared_branch_credit
 from rljax.algorithms.base import Algorithm, check_at_least
 from rljax.algorithms.forest import ForestRecipe
-from rljax.losses import sequence_mean
+from rljax.losses import procedure_weights, sequence_mean
 from rljax.plans.fork_rules import top_branching_score
 
 

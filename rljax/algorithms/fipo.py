@@ -49,10 +49,13 @@ class FIPO(DynamicSampling):
             )
         check_at_least(self, 1e-3, "half_life")
         check_at_least(self, 1, "participation_ratio")
+
+        # Without a dual clip no token is capped, so there is nothing to count.
         filters: tuple[FilterFn, ...] = ()
         if self.max_dual_clipped is not None and self.dual_clip is not None:
             check_at_least(self, 0, "max_dual_clipped")
             filters = (max_dual_clipped(self.max_dual_clipped, dual_clip=self.dual_clip),)
+
         if self.safety_ratio is not None:
             check_at_least(self, 1, "safety_ratio")
         influence: dict[str, Any] = {

@@ -53,6 +53,7 @@ class ForestRecipe:
         """The algorithm of these hyperparameters. Raises ValueError for ones that cannot work."""
         check_clip(self)
         check_at_least(self, 0, "kl_coef", "entropy_coef", "epsilon", "prefix_power")
+
         forks = ForkPlan(
             chains=self.chains,
             points=self.points,
@@ -62,10 +63,13 @@ class ForestRecipe:
             step_delimiters=self.step_delimiters,
         )._replace(**fork_plan or {})
         forks.check()
+
+        # At power 1 the weight is 1, and the tree need not be built.
         if self.prefix_power != 1:
             advantage_fn = prefix_weighted(advantage_fn, power=self.prefix_power)
         if surrogate_fn is None:
             surrogate_fn = clipped(clip_low=self.clip_low, clip_high=self.clip_high, dual_clip=self.dual_clip)
+
         return Algorithm(
             plan=RolloutPlan(group_size=forks.leaves, needs_ref=self.kl_coef > 0, forks=forks),
             advantage_fn=advantage_fn,

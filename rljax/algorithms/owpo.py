@@ -46,11 +46,13 @@ class OWPO(DynamicSampling):
         check_at_least(self, 0, "beta", "lock", "accelerate", "refresh_every")
         if self.lock >= 1:
             raise ValueError(f"OWPO: lock={self.lock} must be below 1, so that no step vanishes or turns round")
+
         deviations = {"current": current_deviation, "old": old_deviation}
         if self.deviation_from not in deviations:
             raise ValueError(f"OWPO: deviation_from={self.deviation_from!r} must be one of {', '.join(deviations)}")
         deviation = deviations[self.deviation_from]
         gate = exponential_gate(beta=self.beta, lock=self.lock, accelerate=self.accelerate)
+
         loss = policy_loss(
             token_ratio,
             self.surrogate(self.dual_clip),
@@ -59,6 +61,7 @@ class OWPO(DynamicSampling):
             penalties=self.penalties(),
             report_fns=(one_way_report(deviation),),
         )
+
         plan = self.plan()._replace(
             needs_ref=True,
             refresh_every=self.refresh_every,

@@ -1,6 +1,6 @@
 """Forests of unique tokens: rows that share a prefix share its tokens. Host side, numpy.
 
-Rows are sequences of token ids. Two rows share a token iff their whole paths up to and including it are equal, so the
+Rows are sequences of tokens. Two rows share a token iff their whole paths up to and including it are equal, so the
 forest is the trie of the rows, laid out depth-first (see `rljax.types.Packed` for the visibility rule).
 """
 
@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Int, UInt32
 
 
 class SortedRows(NamedTuple):
@@ -37,34 +37,55 @@ class Forest(NamedTuple):
     row_index: Int[np.ndarray, "B T"]
 
 
-def sort_rows(tokens: Int[np.ndarray, "B T"], lengths: Int[np.ndarray, " B"]) -> SortedRows:
-    """Lexicographic order of the rows `tokens[b, :lengths[b]]` and the prefix each shares with the one before."""
-    big_endian = np.ascontiguousarray(tokens, dtype=">u4")
+Identity = Int[np.ndarray, "B T"] | UInt32[np.ndarray, "B T 2"]
+"""What tokens are compared by: their ids, or `RolloutBatch.token_keys`."""
+
+
+def sort_rows(identity: Identity, lengths: Int[np.ndarray, " B"]) -> SortedRows:
+    """Lexicographic order of the rows `identity[b, :lengths[b]]` and the prefix each shares with the one before."""
+    # Bytes of big-endian numbers compare as the numbers do.
+    big_endian = np.ascontiguousarray(identity, dtype=">u4")
     keys = [big_endian[b, :n].tobytes() for b, n in enumerate(lengths)]
     order = np.array(sorted(range(len(keys)), key=keys.__getitem__), np.int32)
+
     shared = np.zeros(len(order), np.int32)
     if len(order) > 1:
-        ordered, ends = tokens[order], np.asarray(lengths)[order]
-        differs = np.pad(ordered[1:] != ordered[:-1], [(0, 0), (0, 1)], constant_values=True)
+        ordered = identity[order]
+        ends = np.asarray(lengths)[order]
+        differs = ordered[1:] != ordered[:-1]
+        if differs.ndim == 3:
+            differs = differs.any(axis=-1)
+        # A column that always differs stands at the end, where `argmax` finds rows that are equal throughout.
+        differs = np.pad(differs, [(0, 0), (0, 1)], constant_values=True)
         shared[1:] = np.minimum(differs.argmax(axis=1), np.minimum(ends[1:], ends[:-1]))
+
     return SortedRows(order=order, shared=shared)
 
 
 def build_forest(
-    tokens: Int[np.ndarray, "B T"], lengths: Int[np.ndarray, " B"], *, share_prefixes: bool = True
+    tokens: Int[np.ndarray, "B T"],
+    lengths: Int[np.ndarray, " B"],
+    *,
+    share_prefixes: bool = True,
+    token_keys: UInt32[np.ndarray, "B T 2"] | None = None,
 ) -> Forest:
     """The forest of the rows `tokens[b, :lengths[b]]`.
 
+    Tokens are one where all of their paths up to and including them have equal `token_keys`, or equal ids without keys.
     With `share_prefixes` off every row is a tree of its own, in the order given. Rows of length 0 are allowed.
     """
     count, width = tokens.shape
     if share_prefixes:
-        order, shared = sort_rows(tokens, lengths)
+        order, shared = sort_rows(tokens if token_keys is None else token_keys, lengths)
     else:
-        order, shared = np.arange(count, dtype=np.int32), np.zeros(count, np.int32)
+        order = np.arange(count, dtype=np.int32)
+        shared = np.zeros(count, np.int32)
+
+    # The new tokens of a place begin where those of the place before end.
     ends = np.asarray(lengths, np.int32)[order]
-    starts = np.concatenate([[0], np.cumsum(ends - shared)]).astype(np.int32)  # where the new tokens of a place begin
-    total, column = int(starts[-1]), np.arange(width, dtype=np.int32)
+    starts = np.concatenate([[0], np.cumsum(ends - shared)]).astype(np.int32)
+    total = int(starts[-1])
+    column = np.arange(width, dtype=np.int32)
 
     # Token t of place i belongs to the last place j <= i that did not take its t-th token from the place before.
     own = shared[:, None] <= column
@@ -75,8 +96,11 @@ def build_forest(
     # Its subtree ends where the next place begins that does not share it.
     next_place = np.full((count + 1, width), count, np.int32)
     next_place[:-1] = np.minimum.accumulate(np.where(own, place, count)[::-1], axis=0)[::-1]
+
+    # Every unique token is written once, by the place that owns it.
     new = own & (column < ends[:, None])
     where = index[new]
+    before = np.concatenate([np.full((count, 1), -1, np.int32), index[:, :-1]], axis=1)[:, :width]
     forest = Forest(
         tokens=np.empty(total, np.int32),
         positions=np.empty(total, np.int32),
@@ -86,7 +110,6 @@ def build_forest(
     )
     forest.tokens[where] = tokens[order][new]
     forest.positions[where] = np.broadcast_to(column, new.shape)[new]
-    before = np.concatenate([np.full((count, 1), -1, np.int32), index[:, :-1]], axis=1)[:, :width]
     forest.predecessor[where] = before[new]
     forest.subtree_end[where] = starts[next_place[1:][new]]
     forest.row_index[order] = index

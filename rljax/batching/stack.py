@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import jax
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, UInt32
 
 from rljax.types import RolloutBatch, Trajectory
 
@@ -40,6 +40,7 @@ def stack(
     """
     if not trajectories:
         raise ValueError("there are no trajectories to stack; a rollout needs at least one")
+
     rows = bucket(len(trajectories), row_buckets, "the number of trajectories")
     lengths = [len(t.tokens) for t in trajectories]
     width = bucket(max(lengths), length_buckets, "the longest trajectory")
@@ -59,9 +60,11 @@ def stack(
 
     def renumbered(name: str) -> np.ndarray:
         seen: dict[int, int] = {}
+        # Padding rows get the number after the last.
         values = [seen.setdefault(getattr(t, name), len(seen)) for t in trajectories]
         return np.array(values + [len(seen)] * (rows - len(values)), np.int32)
 
+    # Half a column would make the statistics of a group those of a part of it.
     def on_all(name: str) -> bool:
         return all(getattr(t, name) is not None for t in trajectories)
 
@@ -86,6 +89,7 @@ def stack(
         task_id=renumbered("task_id"),
         turn_rewards=per_token("turn_rewards", np.float32) if on_all("turn_rewards") else None,
         state_ids=_state_ids(per_token("state_ids", np.int64, -1), trajectories) if on_all("state_ids") else None,
+        token_keys=_token_keys(trajectories, (rows, width)),
         columns={name: _column(name, trajectories, (rows, width)) for name in _shared_names(trajectories)},
     )
 
@@ -93,6 +97,23 @@ def stack(
 def _shared_names(trajectories: Sequence[Trajectory]) -> list[str]:
     """The columns that every trajectory has, in the order of the first one's."""
     return [name for name in trajectories[0].columns if all(name in t.columns for t in trajectories)]
+
+
+def _token_keys(trajectories: Sequence[Trajectory], shape: tuple[int, int]) -> UInt32[np.ndarray, "B T 2"] | None:
+    """The halves of the keys, as a device without 64-bit integers takes them; ids serve trajectories without keys."""
+    if all(t.token_keys is None for t in trajectories):
+        return None
+
+    keys = np.zeros(shape, np.int64)
+    for i, trajectory in enumerate(trajectories):
+        of_row = trajectory.tokens if trajectory.token_keys is None else trajectory.token_keys
+        if len(of_row) != len(trajectory.tokens):
+            raise ValueError(
+                f"trajectory {i}: token_keys has {len(of_row)} entries for {len(trajectory.tokens)} tokens"
+            )
+        keys[i, : len(of_row)] = of_row
+    halves = keys.view(np.uint64)[..., None] >> np.array([32, 0], np.uint64)
+    return (halves & np.uint64(0xFFFFFFFF)).astype(np.uint32)
 
 
 def _column(

@@ -1,4 +1,7 @@
-"""Ratios, surrogates, weights, filters, penalties and aggregations, and `policy_loss` to compose them."""
+"""Ratios, surrogates, weights, filters, penalties and aggregations, and `policy_loss` to compose them.
+
+Weights, filters, penalties and reports are functions of (logprobs, entropies, rows); ratios of (logprobs, rows).
+"""
 
 from rljax.losses.aggregation import AggregateFn, fixed_length, sequence_mean, sequence_sum, token_mean, token_sum
 from rljax.losses.corrections import (
@@ -11,18 +14,14 @@ from rljax.losses.corrections import (
     scale_step_by_sample_size,
     second_moment_mask,
 )
-from rljax.losses.filters import FilterFn, geometric_band, max_behavior_k3, max_ratio, off_policy_sequence
-from rljax.losses.future_kl import future_kl_report, future_kl_weights, future_log_ratio, max_dual_clipped
-from rljax.losses.guided import shaped_guidance, shift_stats, unguided_ratio
-from rljax.losses.one_way import (
-    current_deviation,
-    exponential_gate,
-    is_reversed,
-    linear_gate,
-    old_deviation,
-    one_way_report,
-    one_way_weights,
-    sigmoid_gate,
+from rljax.losses.filters import (
+    geometric_band,
+    max_behavior_k3,
+    max_dual_clipped,
+    max_ratio,
+    off_policy_sequence,
+    probability_band,
+    veto,
 )
 from rljax.losses.penalties import (
     KlEstimator,
@@ -35,38 +34,58 @@ from rljax.losses.penalties import (
     k3,
     k3_plus,
     kl_penalty,
+    squared_log_ratio,
 )
-from rljax.losses.policy_loss import Loss, LossFn, ReportFn, policy_loss
+from rljax.losses.policy_loss import Loss, LossFn, policy_loss
 from rljax.losses.ratios import (
     RatioFn,
     behavior_ratio,
+    behavior_sequence_ratio,
     geometric_ratio,
     interpolated_logprobs,
     log_difference,
     sequence_ratio,
     sequence_token_ratio,
     token_ratio,
+    unguided_ratio,
 )
 from rljax.losses.rescue import Noise, Rescue, inward, per_row, per_token, rescue, two_sided
-from rljax.losses.reweighting import divergence_weights, rare_token_weights
 from rljax.losses.selection import SelectFn, high_entropy
-from rljax.losses.staleness import (
-    behavior_sequence_ratio,
+from rljax.losses.signatures import FilterFn, ReportFn, WeightFn
+from rljax.losses.surrogates import (
+    Surrogate,
+    SurrogateFn,
+    cispo,
+    clip_balanced,
+    clipped,
     double_sided,
-    probability_band,
-    squared_log_ratio,
-    veto,
+    soft_gate,
+    unclipped,
 )
-from rljax.losses.surrogates import Surrogate, SurrogateFn, cispo, clip_balanced, clipped, soft_gate, unclipped
 from rljax.losses.values import clipped_value_loss, value_loss
 from rljax.losses.weights import (
-    WeightFn,
     batch_normalized,
     behavior_weights,
+    current_deviation,
+    divergence_weights,
+    exponential_gate,
+    future_kl_report,
+    future_kl_weights,
+    future_log_ratio,
+    is_reversed,
+    linear_gate,
     masked_is,
+    old_deviation,
+    one_way_report,
+    one_way_weights,
+    procedure_weights,
+    rare_token_weights,
     sequence_behavior_weights,
     sequence_masked_is,
     sequence_truncated_is,
+    shaped_guidance,
+    shift_stats,
+    sigmoid_gate,
     truncated_is,
 )
 
@@ -134,6 +153,7 @@ __all__ = [
     "per_token",
     "policy_loss",
     "probability_band",
+    "procedure_weights",
     "product_log_weights",
     "rare_token_weights",
     "rescue",

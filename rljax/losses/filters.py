@@ -3,17 +3,13 @@
 A dropped token stays in the denominator of the aggregation.
 """
 
-from collections.abc import Callable
-
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from rljax.losses.ratios import log_difference, token_ratio
-from rljax.ops import masked_mean
+from rljax.losses.ratios import behavior_ratio, is_bad_beyond, log_difference, token_ratio
+from rljax.losses.signatures import FilterFn
+from rljax.ops import as_float, masked_mean
 from rljax.types import ArrayLike, Rows
-
-FilterFn = Callable[[Array, Array, Rows], Array]
-"""(logprobs [B, T], entropies [B, T] in nats, rows) -> keep [B, T]."""
 
 
 def max_ratio(limit: float) -> FilterFn:
@@ -56,9 +52,47 @@ def max_behavior_k3(threshold: float = 0.01) -> FilterFn:
     return keep
 
 
+def max_dual_clipped(limit: int = 1, *, dual_clip: float = 10.0) -> FilterFn:
+    """Drops rows with more than `limit` tokens whose loss the dual clip caps (A < 0 and r > `dual_clip`)."""
+
+    def keep(logprobs: Float[ArrayLike, "B T"], entropies: Float[ArrayLike, "B T"], rows: Rows) -> Bool[Array, "B T"]:
+        capped = is_bad_beyond(logprobs, rows, dual_clip)
+        return jnp.broadcast_to(jnp.sum(capped, axis=1, keepdims=True) <= limit, capped.shape)
+
+    return keep
+
+
+def veto(threshold: float = 1e-4) -> FilterFn:
+    """Drops rows in which any token has `exp(lp - lp_behavior) < threshold` (slime; thresholds 1e-6 to 1e-4)."""
+
+    def keep(logprobs: Float[ArrayLike, "B T"], entropies: Float[ArrayLike, "B T"], rows: Rows) -> Bool[Array, "B T"]:
+        ratio = behavior_ratio(logprobs, rows)
+        impossible = jnp.asarray(rows.loss_mask) & (ratio < threshold)
+        return jnp.broadcast_to(~jnp.any(impossible, axis=1, keepdims=True), ratio.shape)
+
+    return keep
+
+
+def probability_band(*, low: float = 0.2, high: float = 0.2) -> FilterFn:
+    """Drops tokens that have gone far enough by probability: `d = p - p_behavior`, A > 0 and d > high, or A < 0 and
+    d < -low (prime-rl; INTELLECT-3, 2512.16144). Rare tokens stay trainable, whatever their ratio."""
+
+    def keep(logprobs: Float[ArrayLike, "B T"], entropies: Float[ArrayLike, "B T"], rows: Rows) -> Bool[Array, "B T"]:
+        new, behavior = (_probability(x, rows) for x in (logprobs, rows.behavior_logprobs))
+        advantages = jnp.asarray(rows.advantages)
+        d = new - behavior
+        return ~(((advantages > 0) & (d > high)) | ((advantages < 0) & (d < -low)))
+
+    return keep
+
+
 def _log_rho(rows: Rows) -> Array:
     return log_difference(rows.old_logprobs, rows.behavior_logprobs, rows.loss_mask)
 
 
 def _row_mean(x: Array, rows: Rows) -> Array:
     return jnp.broadcast_to(masked_mean(x, rows.loss_mask, axis=1, keepdims=True), x.shape)
+
+
+def _probability(logprobs: ArrayLike, rows: Rows) -> Array:
+    return jnp.exp(jnp.minimum(jnp.where(rows.loss_mask, as_float(logprobs), 0), 0))

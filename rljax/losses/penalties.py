@@ -86,6 +86,17 @@ def entropy_bonus(entropy_coef: float) -> PenaltyFn:
     return penalty
 
 
+def squared_log_ratio(coef: float = 1e-3) -> PenaltyFn:
+    """`coef (lp - lp_behavior)^2` per token, live in `lp`; 0 with gradient 0 on fresh data (prime-rl). The metric
+    `loss/squared_log_ratio` is without the coefficient."""
+
+    def penalty(logprobs: Float[ArrayLike, "B T"], entropies: Float[ArrayLike, "B T"], rows: Rows) -> Penalty:
+        squared = jnp.square(log_difference(logprobs, rows.behavior_logprobs, rows.loss_mask))
+        return Penalty(coef * squared, {"loss/squared_log_ratio": squared})
+
+    return penalty
+
+
 def _log_ratio_to_ref(logprobs: ArrayLike, rows: Rows) -> Array:
     if rows.ref_logprobs is None:
         raise ValueError(

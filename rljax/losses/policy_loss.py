@@ -10,22 +10,16 @@ from jaxtyping import Array, Float
 
 from rljax.losses.aggregation import AggregateFn
 from rljax.losses.corrections import CorrectFn
-from rljax.losses.filters import FilterFn
 from rljax.losses.penalties import PenaltyFn
 from rljax.losses.ratios import RatioFn, log_difference
 from rljax.losses.selection import SelectFn
+from rljax.losses.signatures import FilterFn, ReportFn, WeightFn
 from rljax.losses.surrogates import SurrogateFn
-from rljax.losses.weights import WeightFn
 from rljax.ops import as_float, masked_max, masked_sum
 from rljax.types import ArrayLike, Rows
 
 LossFn = Callable[[Array, Array, Rows], tuple[Array, dict[str, Array]]]
 """(logprobs [B, T], entropies [B, T], rows) -> (loss, metrics), scalars."""
-
-
-ReportFn = Callable[[Array, Array, Rows], dict[str, Array]]
-"""(logprobs [B, T], entropies [B, T] in nats, rows) -> metrics: token values [B, T], whose mean over loss tokens is
-reported."""
 
 
 class Loss(NamedTuple):
@@ -67,21 +61,28 @@ def policy_loss(
     def loss(
         logprobs: Float[ArrayLike, "B T"], entropies: Float[ArrayLike, "B T"], rows: Rows
     ) -> tuple[Float[Array, ""], dict[str, Array]]:
+        # NaN in masked places would come back through the gradient of `where`, so it goes before anything else.
         mask = jnp.asarray(rows.loss_mask)
         rows = _without_garbage(rows)
-        logprobs, entropies = _masked(logprobs, mask), _masked(entropies, mask)
+        logprobs = _masked(logprobs, mask)
+        entropies = _masked(entropies, mask)
+
         ratio = ratio_fn(logprobs, rows)
         token_loss, is_clipped = surrogate_fn(ratio, jnp.asarray(rows.advantages), logprobs)
+
         weight = jnp.ones(mask.shape, token_loss.dtype)
         for weight_fn in weight_fns:
             weight = weight * jax.lax.stop_gradient(weight_fn(logprobs, entropies, rows))
+
         keep = mask
         for filter_fn in filter_fns:
             keep = keep & filter_fn(logprobs, entropies, rows)
+
         # Kept tokens are chosen before the product, so that 0 * inf cannot arise.
         token_loss = jnp.where(keep, token_loss, 0) * jnp.where(keep, weight, 0)
         policy = masked_sum(rows.loss_weights * token_loss, mask)
-        total = policy
+
+        # Token values, of which metrics are the means.
         log_ratio = log_difference(logprobs, rows.old_logprobs, mask)
         values = {
             "loss/clip_fraction": is_clipped.astype(ratio.dtype),
@@ -93,12 +94,18 @@ def policy_loss(
             values["loss/weight_mean"] = weight
         if filter_fns:
             values["loss/kept_fraction"] = keep.astype(ratio.dtype)
+
+        # Penalties count on all tokens, whatever weights and filters say.
+        total = policy
         for penalty_fn in penalties:
             penalty = penalty_fn(logprobs, entropies, rows)
             total = total + masked_sum(rows.loss_weights * penalty.loss, mask)
             values |= penalty.metrics
+
         for report_fn in report_fns:
             values |= {name: value.astype(ratio.dtype) for name, value in report_fn(logprobs, entropies, rows).items()}
+
+        # The count is that of the global minibatch, so that metrics of microbatches add up as losses do.
         count = jnp.maximum(rows.token_count, 1)
         metrics = {name: masked_sum(value, mask) / count for name, value in values.items()}
         metrics |= {"loss/policy": policy, "loss/ratio_max": masked_max(ratio, mask)}
@@ -117,6 +124,7 @@ def _without_garbage(rows: Rows) -> Rows:
     mask = jnp.asarray(rows.loss_mask)
 
     def clean(x: ArrayLike) -> Array:
+        # A column of one number per row counts where the row has a loss token.
         kept = mask if jnp.ndim(x) == mask.ndim else jnp.any(mask, axis=-1)
         return jax.lax.stop_gradient(_masked(x, kept))
 

@@ -3,14 +3,15 @@
 Every log difference is masked first and clamped to +-20, so that no ratio overflows; beyond it the gradient is 0.
 """
 
+import math
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from rljax.ops import as_float, masked_mean
-from rljax.types import ArrayLike, Rows
+from rljax.ops import as_float, masked_mean, masked_sum
+from rljax.types import SOURCE_GUIDED, ArrayLike, Rows
 
 MAX_LOG_RATIO = 20.0
 MAX_LOG_SEQUENCE_RATIO = 10.0
@@ -55,6 +56,25 @@ def sequence_token_ratio(logprobs: Float[ArrayLike, "B T"], rows: Rows) -> Float
     return jnp.exp(jnp.minimum(live, MAX_LOG_SEQUENCE_RATIO))
 
 
+def behavior_sequence_ratio(logprobs: Float[ArrayLike, "B T"], rows: Rows) -> Float[Array, "B T"]:
+    """`W = exp(sum_t (lp - lp_behavior))` of the row, on each of its tokens; the log of the product is clamped to +-20.
+
+    As `sequence_token_ratio`, `sg(W) * exp(lp - sg(lp))`: every token has its own gradient, of size W.
+    """
+    difference = log_difference(logprobs, rows.behavior_logprobs, rows.loss_mask)
+    total = masked_sum(difference, rows.loss_mask, axis=1, keepdims=True)
+    weight = jax.lax.stop_gradient(jnp.exp(jnp.clip(total, -MAX_LOG_RATIO, MAX_LOG_RATIO)))
+    return weight * jnp.exp(difference - jax.lax.stop_gradient(difference))
+
+
+def unguided_ratio(logprobs: Float[ArrayLike, "B T"], rows: Rows) -> Float[Array, "B T"]:
+    """`behavior_ratio`; in guided rows `exp(lp - sg(lp))`, 1 with the gradient of the policy itself. Take it together
+    with `shaped_guidance`, which then carries the off-policy weight."""
+    plain = behavior_ratio(logprobs, rows)
+    live = log_difference(logprobs, jax.lax.stop_gradient(jnp.asarray(logprobs)), rows.loss_mask)
+    return jnp.where(is_guided(rows), jnp.exp(live), plain)
+
+
 def geometric_ratio(*, log_clip: float = 0.4) -> RatioFn:
     """Geometric mean of one-sidedly clipped token ratios, on each token of the row (GMPO, 2507.20673).
 
@@ -90,3 +110,14 @@ def interpolated_logprobs(
     fraction = jnp.where(span == 0, 0.0, step / jnp.where(span == 0, 1, span))
     behavior = as_float(behavior_logprobs)
     return behavior + fraction * (jax.lax.stop_gradient(as_float(logprobs)) - behavior)
+
+
+def is_guided(rows: Rows) -> Bool[Array, "B 1"]:
+    """Rows that were sampled under a prompt with guidance."""
+    return (jnp.asarray(rows.source) == SOURCE_GUIDED)[..., None]
+
+
+def is_bad_beyond(logprobs: Float[ArrayLike, "B T"], rows: Rows, limit: float) -> Bool[Array, "B T"]:
+    """Loss tokens with A < 0 and `exp(lp - lp_old)` above `limit`."""
+    difference = log_difference(logprobs, rows.old_logprobs, rows.loss_mask)
+    return (jnp.asarray(rows.advantages) < 0) & (difference > math.log(limit)) & jnp.asarray(rows.loss_mask)

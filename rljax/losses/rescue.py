@@ -16,9 +16,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from rljax.losses.policy_loss import ReportFn
 from rljax.losses.ratios import RatioFn
-from rljax.losses.weights import WeightFn
+from rljax.losses.signatures import ReportFn, WeightFn
 from rljax.ops import as_float
 from rljax.types import ArrayLike, Rows
 
@@ -73,14 +72,19 @@ def rescue(
     ratio_fn: RatioFn, *, clip_low: float, clip_high: float, noise: Noise, uniform_fn: UniformFn = per_token
 ) -> Rescue:
     """The rescue around a host's ratio and its clip interval. Where r = 1, on a first minibatch, it is the host."""
-    low, high = 1 - clip_low, 1 + clip_high
+    low = 1 - clip_low
+    high = 1 + clip_high
 
     def decide(logprobs: ArrayLike, rows: Rows) -> tuple[Array, Array, Array, Array]:
         """(ratio, active, rescued, u); all but the ratio are constants."""
-        ratio, advantages = ratio_fn(jnp.asarray(logprobs), rows), jnp.asarray(rows.advantages)
+        ratio = ratio_fn(jnp.asarray(logprobs), rows)
+        advantages = jnp.asarray(rows.advantages)
+
+        # Whether a token is rescued is no function to differentiate: only the executed ratio is.
         value = jax.lax.stop_gradient(ratio)
         above = value > high
         active = ((advantages > 0) & above) | ((advantages < 0) & (value < low))
+
         u = noise(uniform_fn(rows), above).astype(ratio.dtype)
         return ratio, active, active & (u * value >= low) & (u * value <= high), u
 

@@ -95,3 +95,21 @@ def soft_gate(*, tau_positive: float = 1.0, tau_negative: float = 1.05) -> Surro
         return Surrogate(-advantages * gate, jnp.zeros(ratio.shape, bool))
 
     return surrogate
+
+
+def double_sided(*, clip_low: float = 0.8, clip_high: float = 3.0) -> SurrogateFn:
+    """`-sg(f(r)) A lp`, `f(r) = r` where `1 - clip_low < r < 1 + clip_high`, else 0 (GLM-5, 2602.15763).
+
+    Both tails go, whatever the sign of A; PPO drops only the one that would move further away. The gradient is
+    `-f(r) A` per token. The value depends on the level of `lp` and is no objective. Meant for `behavior_ratio`, so that
+    no old log-probs are needed.
+    """
+
+    def surrogate(
+        ratio: Float[Array, "B T"], advantages: Float[Array, "B T"], logprobs: Float[Array, "B T"]
+    ) -> Surrogate:
+        keep = (ratio > 1 - clip_low) & (ratio < 1 + clip_high)
+        weight = jax.lax.stop_gradient(jnp.where(keep, ratio, 0))
+        return Surrogate(-weight * advantages * logprobs, ~keep)
+
+    return surrogate

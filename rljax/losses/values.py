@@ -46,13 +46,16 @@ def value_loss(*, clip: float | None = 0.2) -> Loss:
         clean = (jnp.where(mask, as_float(x), 0) for x in (values, rows.old_logprobs, rows.advantages))
         v, old, target = clean
         token_loss = clipped_value_loss(v, old, target, mask, clip=width)
+
         total = masked_sum(rows.loss_weights * token_loss, mask)
+        # Clipped means without gradient: outside the interval, and worse off there than at its edge.
         is_clipped = (jnp.abs(v - old) > width) & (2 * token_loss > jnp.square(v - target))
         reported = {
             "critic/clip_fraction": is_clipped.astype(v.dtype),
             "critic/value_mean": v,
             "critic/return_mean": target,
         }
+
         count = jnp.maximum(rows.token_count, 1)
         metrics = {name: masked_sum(value, mask) / count for name, value in reported.items()}
         return total, jax.lax.stop_gradient(metrics | {"critic/loss": total})

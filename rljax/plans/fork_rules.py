@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
+from rljax.batching import stack
 from rljax.ops import find_phrases
 from rljax.plans import ForkPoint, ForkRule
 from rljax.trees import Tree, build_tree
@@ -37,9 +38,9 @@ from rljax.trees.forks import (
 from rljax.types import (
     INTERVENTION_INJECT,
     INTERVENTION_SUPPRESS,
-    NO_PARENT,
     ArrayLike,
     RolloutBatch,
+    Trajectory,
 )
 
 
@@ -123,7 +124,8 @@ def random_step(points: int, chains: int, *, from_root: bool = True) -> ForkRule
     def choose(batch, tree, eligible, key):
         mask = jnp.asarray(batch.action_mask)
         starts = turn_starts(batch.turn_ids, mask) & first_of_place(tree, mask)
-        rows, columns = jnp.arange(mask.shape[0])[:, None], jnp.arange(mask.shape[1])
+        rows = jnp.arange(mask.shape[0])[:, None]
+        columns = jnp.arange(mask.shape[1])
         is_root = (columns == 0) & (rows < chains)
         starts = jnp.where(is_root, from_root & (jnp.asarray(batch.lengths)[:, None] > 0), starts)
         draw = functools.partial(_draw, n=points)
@@ -218,12 +220,15 @@ def entropy_jump(
         mask = jnp.asarray(batch.action_mask)
         starts = turn_starts(batch.turn_ids, mask)
         jump = entropy_change(batch.entropies, mask, batch.turn_ids, window=window, scale=scale)
+
+        # The first step has no place before it to fork at.
         counts = fork_counts(tree, batch.parent_row, batch.fork_index)
         chance = penalized(
             fork_probability(jump, base=base, weight=weight),
             consecutive_forks(counts, starts & (jnp.arange(mask.shape[1]) > 0)),
             penalty=penalty,
         )
+
         is_drawn = jax.random.uniform(key, mask.shape) < chance
         return select_forks(jump, eligible & starts & is_drawn, points), jump
 
@@ -263,14 +268,19 @@ def summary_points(
 
     @jax.jit
     def choose(batch: RolloutBatch, key: Array):
-        tokens, mask = jnp.asarray(batch.tokens), jnp.asarray(batch.action_mask)
+        tokens = jnp.asarray(batch.tokens)
+        mask = jnp.asarray(batch.action_mask)
+        # A place serves once; a fork at 0 would be one more independent sample.
         used = fork_counts(build_tree(batch), batch.parent_row, batch.fork_index) > 0
         place = jnp.arange(mask.shape[1])
         natural = find_phrases(tokens, mask, detect) & ~used & (place > 0)
+
+        # Where no phrase is left: a random place of the middle, the first and last of the completion being cut off.
         length = jnp.asarray(batch.lengths)[:, None]
         cut = (1 - middle) / 2 * length
         inner = mask & ~used & (place >= jnp.maximum(cut, 1)) & (place < jnp.maximum(length - cut, 2))
         chance = jnp.where(inner, jax.random.uniform(key, mask.shape), -1)
+
         return (
             jnp.any(natural, axis=1),
             jnp.argmax(natural, axis=1),
@@ -282,6 +292,7 @@ def summary_points(
         has_natural, first, best, random = jax.device_get(choose(group.batch, group.key))
         points = []
         for chain in range(group.chains):
+            # Phrases take turns over rounds and chains.
             phrase = tuple(inject[(group.round + chain) % len(inject)])
             if has_natural[chain]:
                 points.append(ForkPoint(chain, int(first[chain]), 1.0, (), INTERVENTION_SUPPRESS))
@@ -293,37 +304,28 @@ def summary_points(
 
 
 def partial_batch(samples: Sequence[Any], rows: int, width: int, steps: Sequence[np.ndarray]) -> RolloutBatch:
-    """Samples of one prompt as a `RolloutBatch` `[rows, width]` of completions alone, in one group."""
-
-    def per_token(values: Sequence[np.ndarray], dtype) -> np.ndarray:
-        out = np.zeros((rows, width), dtype)
-        for line, value in zip(out, values, strict=False):
-            line[: len(value)] = value
-        return out
-
-    def per_row(values: Sequence[Any], dtype, fill=0) -> np.ndarray:
-        return np.array([*values, *[fill] * (rows - len(samples))], dtype)
-
-    nothing = np.zeros(rows, np.int32)
-    return RolloutBatch(
-        tokens=per_token([s.tokens for s in samples], np.int32),
-        action_mask=per_token([s.sampled for s in samples], bool),
-        behavior_logprobs=per_token([s.logprobs for s in samples], np.float32),
-        entropies=per_token([s.entropies for s in samples], np.float32),
-        turn_ids=per_token(steps, np.int32),
-        policy_version=np.zeros((rows, width), np.int32),
-        lengths=per_row([len(s.tokens) for s in samples], np.int32),
-        reward=np.zeros(rows, np.float32),
-        is_valid=per_row([True] * len(samples), bool, False),
-        is_truncated=np.zeros(rows, bool),
-        group_id=nothing,
-        episode_id=np.arange(rows, dtype=np.int32),
-        source=nothing,
-        parent_row=per_row([s.parent for s in samples], np.int32, NO_PARENT),
-        fork_index=per_row([s.fork_index for s in samples], np.int32),
-        fork_score=per_row([s.fork_score for s in samples], np.float32),
-        intervention=per_row([s.intervention for s in samples], np.int32),
-    )
+    """Samples of one prompt as a `RolloutBatch` `[rows, width]` of completions alone, in one group. `steps` numbers the
+    steps of each."""
+    made = [
+        Trajectory(
+            tokens=np.asarray(sample.tokens, np.int32),
+            action_mask=sample.sampled,
+            behavior_logprobs=sample.logprobs,
+            entropies=sample.entropies,
+            turn_ids=np.asarray(step, np.int32),
+            policy_version=np.zeros(len(sample.tokens), np.int32),
+            prompt_id=0,
+            group_id=0,
+            episode_id=i,
+            parent_row=sample.parent,
+            fork_index=sample.fork_index,
+            fork_score=float(sample.fork_score),
+            intervention=sample.intervention,
+        )
+        for i, (sample, step) in enumerate(zip(samples, steps, strict=True))
+    ]
+    # One entry in each table: the rules are compiled once for all rounds.
+    return stack(made, row_buckets=(rows,), length_buckets=(width,))
 
 
 def _first_with(decode: Callable[[Sequence[int]], str], ids: Sequence[int], words: Sequence[str]) -> int:
@@ -335,7 +337,9 @@ def _first_with(decode: Callable[[Sequence[int]], str], ids: Sequence[int], word
 
     if not holds(len(ids)):
         return len(ids)
-    low, high = 0, len(ids)  # the text grows with the count, so the first place is found by halving
+    # The text grows with the count, so the first place is found by halving.
+    low = 0
+    high = len(ids)
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (low, middle) if holds(middle) else (middle, high)
@@ -345,7 +349,9 @@ def _first_with(decode: Callable[[Sequence[int]], str], ids: Sequence[int], word
 def _between(decode: Callable[[Sequence[int]], str], ids: Sequence[int], start: str, end: str) -> list[bool]:
     """Which tokens have all of their text between `start` and `end`."""
     pieces = [decode([token]) for token in ids]
-    text, inside, place = "".join(pieces), [], 0
+    text = "".join(pieces)
+    inside = []
+    place = 0
     while (opened := text.find(start, place)) >= 0:
         closed = text.find(end, opened + len(start))
         inside.append((opened + len(start), closed if closed >= 0 else len(text)))

@@ -80,8 +80,13 @@ def branching_candidates(
     and the gate its sign. Rows of fewer than two tokens, or of one entropy, have no candidates."""
     mask = jnp.asarray(mask)
     clipped = jnp.where(mask, jnp.clip(as_float(omega), low, high), 0)
-    value, entropy = standardized(clipped, mask), standardized(entropies, mask)
+    value = standardized(clipped, mask)
+    entropy = standardized(entropies, mask)
+
+    # Rounding leaves a spread of its own where the policy has not moved.
     is_flat = masked_std(clipped, mask, axis=1, keepdims=True) < 1e-6
+
+    # One token, or one entropy, says nothing of where the policy hesitates.
     entropies = jnp.where(mask, as_float(entropies), 0)
     is_row = (jnp.sum(mask, axis=1) > 1) & (masked_std(entropies, mask, axis=1) > 0)
     is_allowed = mask & is_row[:, None]
@@ -109,9 +114,12 @@ def entropy_change(
     over the first `window` sampled tokens of either turn, as many as both have; 0 elsewhere. `scale` is the size of the
     vocabulary in the paper, its logarithm in the released code.
     """
-    mask, turn_ids = jnp.asarray(mask), jnp.asarray(turn_ids)
+    mask = jnp.asarray(mask)
+    turn_ids = jnp.asarray(turn_ids)
     rows, width = mask.shape
     entropies = jnp.where(mask, as_float(entropies), 0)
+
+    # The place of each token in its turn, counting sampled tokens alone.
     starts = turn_starts(turn_ids, mask)
     column = jnp.arange(width)
     start = jax.lax.cummax(jnp.where(starts, column, -1), axis=1)
@@ -120,9 +128,13 @@ def entropy_change(
     turn = jnp.cumsum(starts, axis=1)
     size = min(window, width)
     in_window = mask & (rank < size)
+
+    # The first turn's entropies by place, which every later turn is compared with.
     line = jnp.broadcast_to(jnp.arange(rows)[:, None], mask.shape)
     slot = jnp.where(in_window & (turn == 1), rank, size)
     first = jnp.zeros((rows, size), entropies.dtype).at[line, slot].set(entropies, mode="drop")
+
+    # As many tokens as both turns have.
     length = jnp.sum(in_window & (turn == 1), axis=1, keepdims=True)
     counts = in_window & (rank < length)
     change = jnp.where(counts, entropies - jnp.take_along_axis(first, jnp.minimum(rank, size - 1), axis=1), 0)
@@ -180,7 +192,8 @@ def turn_surprisal(
 
 def turn_starts(turn_ids: Int[ArrayLike, "B T"], mask: Bool[ArrayLike, "B T"]) -> Bool[Array, "B T"]:
     """The first sampled token of every turn; what is not sampled, such as tool results, begins none."""
-    turn_ids, mask = jnp.asarray(turn_ids), jnp.asarray(mask)
+    turn_ids = jnp.asarray(turn_ids)
+    mask = jnp.asarray(mask)
     last = jax.lax.cummax(jnp.where(mask, jnp.arange(mask.shape[1]), -1), axis=1)
     last = jnp.pad(last[:, :-1], ((0, 0), (1, 0)), constant_values=-1)
     previous = jnp.take_along_axis(turn_ids, jnp.maximum(last, 0), axis=1)
@@ -189,7 +202,9 @@ def turn_starts(turn_ids: Int[ArrayLike, "B T"], mask: Bool[ArrayLike, "B T"]) -
 
 def fork_counts(tree: Tree, parent_row: Int[ArrayLike, " B"], fork_index: Int[ArrayLike, " B"]) -> Int[Array, "B T"]:
     """How often each place was forked at so far, on all rows that pass it."""
-    owners, parent, fork = jnp.asarray(tree.owners), jnp.asarray(parent_row), jnp.asarray(fork_index)
+    owners = jnp.asarray(tree.owners)
+    parent = jnp.asarray(parent_row)
+    fork = jnp.asarray(fork_index)
     rows, width = owners.shape
     # A place is named by the owner of the token before it.
     before = jnp.concatenate([jnp.arange(rows)[:, None], owners[:, :-1]], axis=1)
@@ -236,18 +251,26 @@ def select_forks(
     never chosen. `n` and `min_distance` are static.
     """
     tiers = [(scores, eligible)] if then is None else [(scores, eligible), then]
+    # -inf marks what may not be chosen; NaN compares as not above it, so it goes too.
     keys = [jnp.where(jnp.asarray(e) & (as_float(s) > -jnp.inf), as_float(s), -jnp.inf) for s, e in tiers]
     rows, width = jnp.shape(scores)
-    row, column = jnp.arange(rows)[:, None], jnp.arange(width)
+    row = jnp.arange(rows)[:, None]
+    column = jnp.arange(width)
 
     def choose(is_free: Array, _: None) -> tuple[Array, Forks]:
-        place, is_active = jnp.zeros((), jnp.int32), jnp.asarray(False)
+        place = jnp.zeros((), jnp.int32)
+        is_active = jnp.asarray(False)
+        # From the last tier to the first, so that an earlier one that has anything goes before.
         for key in reversed(keys):
             key = jnp.where(is_free, key, -jnp.inf).ravel()
             best = jnp.argmax(key).astype(jnp.int32)
             is_any = key[best] > -jnp.inf
-            place, is_active = jnp.where(is_any, best, place), is_any | is_active
-        r, t = place // width, place % width
+            place = jnp.where(is_any, best, place)
+            is_active = is_any | is_active
+
+        # What lies too near the chosen place is no longer free.
+        r = place // width
+        t = place % width
         is_near = (row == r) & (jnp.abs(column - t) < max(min_distance, 1))
         return is_free & ~(is_near & is_active), Forks(r, t, is_active)
 
@@ -279,7 +302,8 @@ def select_forks_per_row(
 def draw_forks(key: Key[Array, ""], eligible: Bool[ArrayLike, "B T"], n: int) -> Forks:
     """`n` eligible places, uniform and with replacement (Tree-GRPO, 2509.21240). Consumes `key`."""
     flat = jnp.cumsum(jnp.asarray(eligible).ravel())
-    count, width = flat[-1], jnp.shape(eligible)[1]
+    count = flat[-1]
+    width = jnp.shape(eligible)[1]
     drawn = jax.random.randint(key, (n,), 1, jnp.maximum(count, 1) + 1)
     place = jnp.where(count > 0, jnp.searchsorted(flat, drawn), 0).astype(jnp.int32)
     return Forks(place // width, place % width, jnp.full(n, count > 0))

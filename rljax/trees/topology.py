@@ -51,15 +51,23 @@ def build_tree(batch: RolloutBatch, owners: Int[ArrayLike, "B T"] | None = None)
     group_id, is_leaf, lengths = (jnp.asarray(x) for x in (batch.group_id, batch.is_valid, batch.lengths))
     rows, width = jnp.shape(batch.tokens)
     column = jnp.arange(width, dtype=jnp.int32)
+
+    # Who generated each token; a group's prompt counts as its first row's.
     root_rows, inherited = _walk_up(batch)
     owners = _share_prompts(inherited if owners is None else jnp.asarray(owners, jnp.int32), batch)
 
+    # How many leaves lie below each token.
     is_token = column < lengths[:, None]
     leaves = jnp.where(is_token, _sum_shared(owners, (is_token & is_leaf[:, None]).astype(jnp.int32)), 0)
     group_leaves = jax.ops.segment_sum(is_leaf.astype(jnp.int32), group_id, num_segments=rows)
-    # Leaf sets shrink along a path, so they change exactly where their sizes do.
+
+    # A node begins where the leaves below change. Leaf sets shrink along a path, so they change exactly where their
+    # sizes do.
     before = jnp.concatenate([group_leaves[group_id][:, None], leaves[:, :-1]], axis=1)[:, :width]
     starts = (leaves > 0) & (leaves != before)
+
+    # The row that generated a node's first token numbers the node, after the roots; the rows that share it look the
+    # number up there.
     is_new = starts & (owners == jnp.arange(rows)[:, None])
     new_ids = (rows + jnp.cumsum(is_new.ravel()) - 1).reshape(rows, width).astype(jnp.int32)
     start = jax.lax.cummax(jnp.where(starts, column, -1), axis=1)
@@ -69,6 +77,9 @@ def build_tree(batch: RolloutBatch, owners: Int[ArrayLike, "B T"] | None = None)
 
     previous = jnp.concatenate([group_id[:, None], node_ids[:, :-1]], axis=1)[:, :width]
     depth = jnp.cumsum(starts, axis=1, dtype=jnp.int32)
+
+    # A root per group, and at most two new nodes per row: its own last run, and the one that its fork ends. Places that
+    # begin no node write out of bounds, which is dropped.
     total = 3 * rows
     where = jnp.where(starts, node_ids, total).ravel()
 
@@ -95,25 +106,27 @@ def build_tree(batch: RolloutBatch, owners: Int[ArrayLike, "B T"] | None = None)
 @jax.jit
 def match_owners(batch: RolloutBatch) -> Int[Array, "B T"]:
     """Owners by equal text: a token belongs to the first row of its group whose path up to it is the same. This is the
-    prefix trie of independent samples, which needs no fork columns (TEMPO, 2509.18314)."""
-    tokens, lengths = jnp.asarray(batch.tokens), jnp.asarray(batch.lengths)
-    rows, width = tokens.shape
+    prefix trie of independent samples, which needs no fork columns (TEMPO, 2509.18314). Tokens are compared by
+    `token_keys` where the batch has them."""
+    lengths = jnp.asarray(batch.lengths)
+    rows, width = jnp.shape(batch.tokens)
+    identity = jnp.asarray(batch.tokens if batch.token_keys is None else batch.token_keys).reshape(rows, width, -1)
     index = jnp.arange(rows, dtype=jnp.int32)
 
     def step(owner: Array, at: tuple[Array, Array]) -> tuple[Array, Array]:
-        token, t = at
+        parts, t = at
         # Beyond its end a row is alone, and so stays.
-        token = jnp.where(t < lengths, token, 0)
+        parts = jnp.where(t < lengths[:, None], parts, 0)
         alone = jnp.where(t < lengths, 0, 1 + index)
-        order = jnp.lexsort((index, token, alone, owner))
-        differs = jnp.stack([x[order][1:] != x[order][:-1] for x in (owner, token, alone)]).any(axis=0)
+        order = jnp.lexsort((index, *parts.T, alone, owner))
+        differs = jnp.stack([x[order][1:] != x[order][:-1] for x in (owner, *parts.T, alone)]).any(axis=0)
         first = jax.lax.cummax(jnp.where(jnp.pad(differs, (1, 0), constant_values=True), index, 0))
         owner = jnp.zeros_like(owner).at[order].set(order[first].astype(jnp.int32))
         return owner, owner
 
     group_first = jax.ops.segment_min(index, jnp.asarray(batch.group_id), num_segments=rows)
     start = group_first[jnp.asarray(batch.group_id)]
-    _, owners = jax.lax.scan(step, start, (tokens.T, jnp.arange(width)))
+    _, owners = jax.lax.scan(step, start, (identity.swapaxes(0, 1), jnp.arange(width)))
     return owners.T
 
 
@@ -147,6 +160,8 @@ def child_mean(
     is_leaf = jnp.asarray(tree.is_leaf)
     shift, values = _shifted(tree, values, is_leaf)
     total = shift.shape[0]
+
+    # Where a node, and a row that ends in one, add to their parent; what is no child writes out of bounds.
     parents = jnp.asarray(tree.parents)
     is_child = (parents >= 0) & (jnp.asarray(tree.leaf_counts) > 0)
     above = jnp.where(is_child, parents, total)
@@ -158,12 +173,15 @@ def child_mean(
     ones = jnp.ones(total, values.dtype)
     node_weight = ones if weights is None else jnp.where(is_child, as_float(weights), 0)
     row_weight = jnp.ones_like(values) if weights is None else jnp.zeros_like(values)
+
+    # A parent whose children weigh nothing takes them all alike.
     is_flat = gather(node_weight, row_weight) <= 0
     node_weight = jnp.where(is_flat[jnp.maximum(parents, 0)], 1, node_weight)
     row_weight = jnp.where(is_flat[jnp.minimum(last, total - 1)], 1, row_weight)
     norm = gather(node_weight, row_weight)
     norm = jnp.where(norm > 0, norm, 1)
 
+    # Each pass carries values one level up, so that roots are right after as many as the forest is deep.
     def up(_: Array, v: Array) -> Array:
         return gather(node_weight * v, row_weight * values) / norm
 
@@ -205,7 +223,8 @@ def token_leaf_counts(tree: Tree) -> Int[Array, "B T"]:
 
 def token_mean(tree: Tree, x: Float[ArrayLike, "B T"], mask: Bool[ArrayLike, "B T"]) -> Float[Array, "B T"]:
     """The mean of `x` over the rows that share each token, among those where `mask`; 0 off the mask."""
-    owners, mask = jnp.asarray(tree.owners), jnp.asarray(mask)
+    owners = jnp.asarray(tree.owners)
+    mask = jnp.asarray(mask)
     count = _sum_shared(owners, mask.astype(jnp.int32))
     total = _sum_shared(owners, jnp.where(mask, as_float(x), 0))
     return jnp.where(mask, total / jnp.maximum(count, 1), 0)
@@ -225,14 +244,16 @@ def prefix_weights(tree: Tree, *, power: float) -> Float[Array, "B T"]:
 
 def _walk_up(batch: RolloutBatch) -> tuple[Array, Array]:
     """The root row of each row, and the row that generated each token."""
-    parent, fork = jnp.asarray(batch.parent_row), jnp.asarray(batch.fork_index)
+    parent = jnp.asarray(batch.parent_row)
+    fork = jnp.asarray(batch.fork_index)
     rows, width = jnp.shape(batch.tokens)
     column = jnp.arange(width)
     index = jnp.arange(rows, dtype=jnp.int32)
 
     def climb(state: tuple[Array, Array, Array, Array]) -> tuple[Array, Array, Array, Array]:
         root, owner, _, steps = state
-        up, climbs = parent[root], parent[root] >= 0
+        up = parent[root]
+        climbs = parent[root] >= 0
         inherited = (column < fork[owner]) & (parent[owner] >= 0)
         root = jnp.where(climbs, up, root).astype(jnp.int32)
         owner = jnp.where(inherited, parent[owner], owner).astype(jnp.int32)
@@ -266,7 +287,8 @@ def _sum_shared(owners: Array, x: Array) -> Array:
 
 def _sum_below(tree: Tree, values: Array) -> Array:
     """The sum of row values over the rows that pass through each node."""
-    starts, node_ids = jnp.asarray(tree.node_starts), jnp.asarray(tree.node_ids)
+    starts = jnp.asarray(tree.node_starts)
+    node_ids = jnp.asarray(tree.node_ids)
     total = jnp.shape(tree.parents)[0]
     ids = jnp.concatenate([jnp.asarray(tree.group_id), jnp.where(starts, node_ids, total).ravel()])
     x = jnp.concatenate([values, jnp.where(starts, values[:, None], 0).ravel()])
@@ -276,7 +298,8 @@ def _sum_below(tree: Tree, values: Array) -> Array:
 def _shifted(tree: Tree, values: ArrayLike, mask: Array) -> tuple[Array, Array]:
     """The largest value of each node's group [N], and `values` less that of theirs, 0 off the mask: sums of equal
     values are then free of rounding."""
-    x, group_id = as_float(values), jnp.asarray(tree.group_id)
+    x = as_float(values)
+    group_id = jnp.asarray(tree.group_id)
     largest = jax.ops.segment_max(jnp.where(mask, x, -jnp.inf), group_id, num_segments=x.shape[0])
     largest = jax.lax.stop_gradient(jnp.where(jnp.isfinite(largest), largest, 0))
     roots = jnp.asarray(tree.roots)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from rljax.losses.ratios import log_difference
-from rljax.losses.weights import WeightFn
+from rljax.losses.signatures import WeightFn
 from rljax.ops import as_float
 from rljax.types import ArrayLike, Rows
 

@@ -18,9 +18,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from rljax.losses.policy_loss import ReportFn
 from rljax.losses.ratios import log_difference
-from rljax.losses.weights import WeightFn
+from rljax.losses.signatures import ReportFn, WeightFn
 from rljax.ops import as_float
 from rljax.types import ArrayLike, Rows
 

@@ -5,22 +5,13 @@ objective is `policy_loss(behavior_ratio, clipped(dual_clip=3.0), token_mean)`: 
 guidance told the policy what it would not have said itself, already on the first update. Here is what stands beside it.
 """
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from rljax.losses.ratios import behavior_ratio, log_difference
-from rljax.losses.weights import WeightFn
+from rljax.losses.ratios import behavior_ratio, is_guided, log_difference
+from rljax.losses.signatures import WeightFn
 from rljax.ops import masked_sum
-from rljax.types import SOURCE_GUIDED, ArrayLike, Rows
-
-
-def unguided_ratio(logprobs: Float[ArrayLike, "B T"], rows: Rows) -> Float[Array, "B T"]:
-    """`behavior_ratio`; in guided rows `exp(lp - sg(lp))`, 1 with the gradient of the policy itself. Take it together
-    with `shaped_guidance`, which then carries the off-policy weight."""
-    plain = behavior_ratio(logprobs, rows)
-    live = log_difference(logprobs, jax.lax.stop_gradient(jnp.asarray(logprobs)), rows.loss_mask)
-    return jnp.where(_is_guided(rows), jnp.exp(live), plain)
+from rljax.types import ArrayLike, Rows
 
 
 def shaped_guidance(shaping: float = 0.1) -> WeightFn:
@@ -31,7 +22,7 @@ def shaped_guidance(shaping: float = 0.1) -> WeightFn:
         logprobs: Float[ArrayLike, "B T"], entropies: Float[ArrayLike, "B T"], rows: Rows
     ) -> Float[Array, "B T"]:
         ratio = behavior_ratio(logprobs, rows)
-        return jnp.where(_is_guided(rows), ratio / (ratio + shaping), 1)
+        return jnp.where(is_guided(rows), ratio / (ratio + shaping), 1)
 
     return weights
 
@@ -53,7 +44,3 @@ def shift_stats(
         "shift_var": squares / jnp.maximum(count, 1),
         "shift_var_unbiased": squares / jnp.maximum(count - 1, 1),
     }
-
-
-def _is_guided(rows: Rows) -> Array:
-    return (jnp.asarray(rows.source) == SOURCE_GUIDED)[..., None]

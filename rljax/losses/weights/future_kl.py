@@ -13,16 +13,15 @@ which leaves the loss it weighs as it is.
 import math
 
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float
 
-from rljax.losses.filters import FilterFn
-from rljax.losses.policy_loss import ReportFn
-from rljax.losses.ratios import log_difference
-from rljax.losses.weights import WeightFn
+from rljax.losses.ratios import is_bad_beyond, log_difference
+from rljax.losses.signatures import ReportFn, WeightFn
 from rljax.ops import as_float, discounted_sum
 from rljax.types import ArrayLike, Rows
 
-SAFE_LOW, SAFE_HIGH = 0.8, 1.0
+SAFE_LOW = 0.8
+SAFE_HIGH = 1.0
 
 
 def future_log_ratio(
@@ -53,19 +52,9 @@ def future_kl_weights(
         weight = jnp.clip(jnp.exp(jnp.clip(future, math.log(low) - 1, math.log(high) + 1)), low, high)
         if safety_ratio is None:
             return weight
-        return jnp.where(_is_unsafe(logprobs, rows, safety_ratio), jnp.clip(weight, SAFE_LOW, SAFE_HIGH), weight)
+        return jnp.where(is_bad_beyond(logprobs, rows, safety_ratio), jnp.clip(weight, SAFE_LOW, SAFE_HIGH), weight)
 
     return weights
-
-
-def max_dual_clipped(limit: int = 1, *, dual_clip: float = 10.0) -> FilterFn:
-    """Drops rows with more than `limit` tokens whose loss the dual clip caps (A < 0 and r > `dual_clip`)."""
-
-    def keep(logprobs: Float[ArrayLike, "B T"], entropies: Float[ArrayLike, "B T"], rows: Rows) -> Bool[Array, "B T"]:
-        capped = _is_unsafe(logprobs, rows, dual_clip)
-        return jnp.broadcast_to(jnp.sum(capped, axis=1, keepdims=True) <= limit, capped.shape)
-
-    return keep
 
 
 def future_kl_report(
@@ -82,7 +71,7 @@ def future_kl_report(
     weights = future_kl_weights(low=low, high=high, half_life=half_life, max_ratio=max_ratio, safety_ratio=None)
 
     def report(logprobs: Float[ArrayLike, "B T"], entropies: Float[ArrayLike, "B T"], rows: Rows) -> dict[str, Array]:
-        weight = weights(as_float(logprobs), entropies, rows)
+        weight = weights(as_float(logprobs), as_float(entropies), rows)
         excluded = log_difference(logprobs, rows.old_logprobs, rows.loss_mask) > math.log(max_ratio)
         never = jnp.zeros(weight.shape, bool)
         return {
@@ -90,14 +79,8 @@ def future_kl_report(
             "loss/influence_low": (weight == low) & (low < 1),
             "loss/influence_high": (weight == high) & (high > 1),
             "loss/future_kl_excluded": excluded,
-            "loss/influence_safety": never if safety_ratio is None else _is_unsafe(logprobs, rows, safety_ratio),
+            "loss/influence_safety": never if safety_ratio is None else is_bad_beyond(logprobs, rows, safety_ratio),
             "loss/advantage_mean": as_float(rows.advantages),
         }
 
     return report
-
-
-def _is_unsafe(logprobs: ArrayLike, rows: Rows, limit: float) -> Array:
-    """A < 0 and r > limit, on loss tokens."""
-    difference = log_difference(logprobs, rows.old_logprobs, rows.loss_mask)
-    return (jnp.asarray(rows.advantages) < 0) & (difference > math.log(limit)) & jnp.asarray(rows.loss_mask)

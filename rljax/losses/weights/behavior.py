@@ -1,22 +1,15 @@
-"""Constant multipliers of the token loss for data that another policy sampled: importance weights
-`rho = exp(lp_old - lp_behavior)`.
+"""Importance weights for data that another policy sampled, `rho = exp(lp_old - lp_behavior)`.
 
-Factories of functions (logprobs, entropies, rows) -> [B, T]; `policy_loss` stops their gradient. The denominator of the
-aggregation stays the original token count, so that rejecting data does not raise the step size of the rest. Products
-over rows much beyond a thousand tokens are nearly always extreme: take token weights there.
+Products over rows much beyond a thousand tokens are nearly always extreme: take token weights there.
 """
-
-from collections.abc import Callable
 
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from rljax.losses.ratios import log_difference
+from rljax.losses.signatures import WeightFn
 from rljax.ops import masked_mean, masked_sum
 from rljax.types import ArrayLike, Rows
-
-WeightFn = Callable[[Array, Array, Rows], Array]
-"""(logprobs [B, T], entropies [B, T] in nats, rows) -> weights [B, T], not differentiated."""
 
 
 def behavior_weights(rows: Rows) -> Float[Array, "B T"]:

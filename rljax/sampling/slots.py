@@ -245,6 +245,8 @@ class Slots:
                     f"{where}: parent must be below {min(done, self.path_slots)}: the request has {done} samples and "
                     f"the sampler keeps the first path_slots={self.path_slots}; raise path_slots"
                 )
+
+            # An index equal to the length goes on behind the parent's last token.
             length = len(self._result(request, fork.parent).tokens)
             if not 0 <= fork.fork_index <= length:
                 raise ValueError(f"{where}: fork_index must lie between 0 and the parent's {length} tokens")

@@ -14,13 +14,18 @@ from rljax.models.decoder import abstract_params
 
 
 class Weight(NamedTuple):
-    """One weight. `{}` in a name stands for the layer; `heads` says which count of heads shapes its rows."""
+    """One weight. `{}` in a name stands for the layer."""
 
     path: str
+    """Its path in `params`."""
     hf: str
+    """Its name in a Hugging Face folder."""
     gguf: str
-    transpose: bool = False  # theirs is [out, in], ours [in, out]
-    heads: str | None = None  # "num_heads" / "num_kv_heads": rows are rotated, and interleaved in GGUF's llama layout
+    """Its name in a GGUF file."""
+    transpose: bool = False
+    """Theirs is [out, in], ours [in, out]."""
+    heads: str | None = None
+    """The config's count of heads that shapes its rows, which are rotated, and interleaved in GGUF's llama layout."""
 
 
 def _linear(path: str, hf: str, gguf: str, heads: str | None = None) -> tuple[Weight, ...]:
@@ -66,15 +71,22 @@ QWEN3_WEIGHTS = (*_EMBEDDING, *_ATTENTION, *_QK_NORM, *_MLP, *_NORMS, *_HEAD)
 
 
 class Family(NamedTuple):
-    """What tells one family from another. `defaults` fill keys that a config.json leaves out."""
+    """What tells one family from another."""
 
     architecture: str
+    """The class in transformers."""
     weights: tuple[Weight, ...]
+    """Rows in the order of its state dict."""
     defaults: Mapping[str, Any]
-    biases: tuple[str, ...] = ()  # DecoderConfig's bias fields that are always set
-    bias_keys: tuple[str, ...] = ()  # config.json's switches of biases that it knows
+    """Keys that a config.json may leave out."""
+    biases: tuple[str, ...] = ()
+    """`DecoderConfig`'s bias fields that are always set."""
+    bias_keys: tuple[str, ...] = ()
+    """config.json's switches of biases that it knows."""
     qk_norm: bool = False
-    sliding: str = "none"  # "all": every layer; "chosen": by `use_sliding_window` and `layer_types`
+    """Whether queries and keys are normed."""
+    sliding: str = "none"
+    """Which layers slide: "none", "all", or "chosen" by `use_sliding_window` and `layer_types`."""
 
 
 FAMILIES: dict[str, Family] = {
@@ -117,12 +129,16 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 
 class Entry(NamedTuple):
-    """One tensor of a file: its name there, and the weight (and layer of it) that it holds."""
+    """One tensor of a file."""
 
     name: str
+    """Its name in the file."""
     weight: Weight
+    """The weight that it holds."""
     layer: int | None
-    shape: tuple[int, ...]  # in the file: [out, in] for matrices
+    """The layer of it; None for what is not a layer."""
+    shape: tuple[int, ...]
+    """In the file: [out, in] for matrices."""
 
 
 def entries(config: DecoderConfig, kind: str = "hf") -> list[Entry]:

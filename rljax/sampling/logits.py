@@ -19,10 +19,14 @@ MASKED = -1e30
 class SamplingParams:
     """How to sample: float32 and int32 scalars; build it with `sampling_params`, which checks the values."""
 
-    temperature: Float[ArrayLike, ""]  # 0 is greedy
-    top_k: Int[ArrayLike, ""]  # 0 is off
-    top_p: Float[ArrayLike, ""]  # 1 is off
-    min_p: Float[ArrayLike, ""]  # 0 is off
+    temperature: Float[ArrayLike, ""]
+    """Divisor of the logits; 0 is greedy."""
+    top_k: Int[ArrayLike, ""]
+    """Tokens that are kept; 0 is off."""
+    top_p: Float[ArrayLike, ""]
+    """Share of probability that is kept; 1 is off."""
+    min_p: Float[ArrayLike, ""]
+    """Least probability, relative to the best token's; 0 is off."""
 
 
 def sampling_params(temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0) -> SamplingParams:

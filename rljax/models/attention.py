@@ -21,7 +21,11 @@ Attention = Callable[..., Array]
 MASKED = -1e30
 """Score of an invisible key: finite, so that a padding query, which sees nothing, yields no NaN."""
 
-MIN_BLOCK, MAX_BLOCKS = 128, 8
+MIN_BLOCK = 128
+"""Fewest queries of a block."""
+
+MAX_BLOCKS = 8
+"""Most blocks of a row: each is unrolled, and compiled by itself."""
 
 KERNEL_LENGTH = 1024
 """Packed rows from which on `kernel_attention` takes the kernels: shorter ones have few blocks to leave out."""
@@ -46,7 +50,8 @@ def forest_attention(
     rows, length, heads, head_dim = q.shape
     kv_heads = k.shape[2]
     grouped = q.reshape(rows, length, kv_heads, heads // kv_heads, head_dim).transpose(0, 2, 1, 3, 4)
-    k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
+    k = k.transpose(0, 2, 1, 3)
+    v = v.transpose(0, 2, 1, 3)
     out = _attend(grouped, k, v, positions, subtree_end, jnp.asarray(window, jnp.int32))
     return out.transpose(0, 2, 1, 3, 4).reshape(rows, length, heads, head_dim)
 
@@ -71,7 +76,9 @@ def kernel_attention(
 
 def on_own_heads(attention: Attention) -> Attention:
     """`attention` on each device's own rows and heads; what a kernel needs, which the compiler cannot split."""
-    heads, row = ("batch", None, "kv_heads", None), ("batch", None)  # queries go where their keys are
+    # Queries go where their keys are.
+    heads = ("batch", None, "kv_heads", None)
+    row = ("batch", None)
     return split_over(attention, (heads, heads, heads, row, row, ()), heads)
 
 
@@ -82,7 +89,8 @@ def _blocks(length: int) -> list[tuple[int, int]]:
 
 def _visible(start: int, stop: int, positions, subtree_end, window) -> Array:
     """[R, queries start..stop, keys 0..stop]"""
-    query, key = jnp.arange(start, stop)[None, :, None], jnp.arange(stop)[None, None, :]
+    query = jnp.arange(start, stop)[None, :, None]
+    key = jnp.arange(stop)[None, None, :]
     visible = (key <= query) & (query < subtree_end[:, None, :stop])
     return visible & (positions[:, start:stop, None] - positions[:, None, :stop] < window)
 
@@ -106,19 +114,25 @@ def _attend(q, k, v, positions, subtree_end, window) -> Array:
 def _attend_forward(q, k, v, positions, subtree_end, window):
     rows, kv_heads, length, groups, head_dim = q.shape
     scale = 1.0 / score_divisor(head_dim)
-    outs, normalisers = [], []
+    outs = []
+    normalisers = []
     for start, stop in _blocks(length):
+        # Keys behind the block's end are never visible: no product is made with them.
         scores = _product("rkqd,rksd->rkqs", _flat(q, start, stop), k[:, :, :stop]) * scale
         scores = scores.reshape(rows, kv_heads, stop - start, groups, stop)
         visible = _visible(start, stop, positions, subtree_end, window)
         scores = jnp.where(visible[:, None, :, None, :], scores, MASKED)
+
+        # Weights are normalised after the product, which is smaller than they are.
         best = jnp.max(scores, axis=-1, keepdims=True)
         weights = jnp.exp(scores - best)
         total = jnp.sum(weights, axis=-1)
         flat_weights = weights.reshape(rows, kv_heads, -1, stop).astype(v.dtype)
         out = _product("rkqs,rksd->rkqd", flat_weights, v[:, :, :stop])
-        outs.append((out.reshape(rows, kv_heads, stop - start, groups, head_dim) / total[..., None]).astype(q.dtype))
+        out = out.reshape(rows, kv_heads, stop - start, groups, head_dim) / total[..., None]
+        outs.append(out.astype(q.dtype))
         normalisers.append(best[..., 0] + jnp.log(total))
+
     out = jnp.concatenate(outs, axis=2)
     return out, (q, k, v, positions, subtree_end, window, out, jnp.concatenate(normalisers, axis=2))
 
@@ -129,11 +143,15 @@ def _attend_backward(residuals, d_out):
     scale = 1.0 / score_divisor(head_dim)
     # sum_s p_s dp_s of each query, from the result itself
     expected = jnp.sum(out.astype(jnp.float32) * d_out.astype(jnp.float32), axis=-1)
+
     d_q: list[Array] = []
-    d_k = d_v = jnp.zeros(k.shape, jnp.float32)
+    d_k = jnp.zeros(k.shape, jnp.float32)
+    d_v = d_k
     for start, stop in _blocks(length):
         block = functools.partial(_flat, start=start, stop=stop)
-        # Made once, so that the loops over scores run along all queries of the block at a stretch.
+
+        # The weights again, with scores transposed: [R, KV, keys, queries]. The mask is made once, so that the loops
+        # over scores run along all queries of the block at a stretch.
         visible = jnp.repeat(_visible(start, stop, positions, subtree_end, window).swapaxes(1, 2), groups, axis=2)
         visible = jax.lax.optimization_barrier(visible)[:, None]
         scores = _product("rksd,rkqd->rksq", k[:, :, :stop], block(q)) * scale
@@ -141,14 +159,19 @@ def _attend_backward(residuals, d_out):
             x[:, :, start:stop].reshape(rows, kv_heads, 1, (stop - start) * groups) for x in (normalisers, expected)
         )
         weights = jnp.exp(jnp.where(visible, scores, MASKED) - normaliser)
+
+        # Softmax backwards: d_score = p (d_p - sum p d_p).
         d_weights = _product("rksd,rkqd->rksq", v[:, :, :stop], block(d_out))
         d_scores = (weights * (d_weights - mean) * scale).astype(q.dtype)
         weights = weights.astype(d_out.dtype)
+
+        # Keys and values of a block are those of all blocks before it too: their gradients add up.
         rest = ((0, 0), (0, 0), (0, length - stop), (0, 0))
         d_v = d_v + jnp.pad(_product("rksq,rkqd->rksd", weights, block(d_out)), rest)
         d_k = d_k + jnp.pad(_product("rksq,rkqd->rksd", d_scores, block(q)), rest)
         part = jax.lax.optimization_barrier(_product("rksd,rksq->rkdq", k[:, :, :stop], d_scores))
         d_q.append(part.swapaxes(2, 3).reshape(rows, kv_heads, stop - start, groups, head_dim))
+
     return jnp.concatenate(d_q, axis=2).astype(q.dtype), d_k.astype(k.dtype), d_v.astype(v.dtype), None, None, None
 
 

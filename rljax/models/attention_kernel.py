@@ -8,6 +8,9 @@ What has been run: interpret mode on the CPU, nothing else. The tests lower the 
 (Triton, which jax deprecates from 0.12 on). The compilers for TPU v4, v5e and v6e and for A100 and H200 take them, on a
 machine without such a device; bfloat16 heads of 64 and 128 then fit in a GPU's registers. None has been timed.
 `make test-gpu` compares them with the XLA form.
+
+A kernel takes one reference per array, inputs before outputs, and so has as many parameters as it has arrays: Pallas
+passes them by position, and a struct around them would have to be taken apart again at once.
 """
 
 import functools
@@ -83,7 +86,8 @@ def visible_blocks(
     after their beginning, and the deepest key is within `window` of the shallowest query. Never False for a visible
     pair. `N` and `M` are the numbers of blocks; `S` must be a multiple of both block sizes."""
     rows, length = positions.shape
-    first_query, first_key = jnp.arange(0, length, block_q)[:, None], jnp.arange(0, length, block_k)[None]
+    first_query = jnp.arange(0, length, block_q)[:, None]
+    first_key = jnp.arange(0, length, block_k)[None]
     last_end = jnp.max(subtree_end.reshape(rows, 1, -1, block_k), axis=-1)
     deepest_key = jnp.max(positions.reshape(rows, 1, -1, block_k), axis=-1)
     shallowest_query = jnp.min(positions.reshape(rows, -1, block_q), axis=-1)[..., None]
@@ -202,7 +206,8 @@ def _call(target: _Target, kernel, name: str, block: int, lists, window, own, wa
     """Runs `kernel` on the grid `[R, H, blocks]`. Of an array `[R, N, ., .]` a head gets the one of `N` that it belongs
     to: the `block` entries whose turn it is if the array is in `own`, all of them if in `walked`. `outputs` are shapes,
     split like `own`."""
-    rows, heads = own[0].shape[0], outputs[0].shape[1]
+    rows = own[0].shape[0]
+    heads = outputs[0].shape[1]
     count, numbers = lists
 
     def spec(x, split: bool):
@@ -253,10 +258,14 @@ def _forward(target: _Target, q, k, v, positions, subtree_end, window) -> tuple[
 def _backward(target: _Target, q, k, v, positions, subtree_end, window, d_out, normaliser, expected):
     """Gradients of q, k and v. Those of keys and values come per query head and are summed over its group here."""
     at = _layout(target, positions, subtree_end, window)
-    (_, heads, length, head_dim), kv_heads = q.shape, k.shape[1]
-    dtypes, scale = (q.dtype, k.dtype, v.dtype), 1.0 / score_divisor(head_dim)
+    _, heads, length, head_dim = q.shape
+    kv_heads = k.shape[1]
+    dtypes = (q.dtype, k.dtype, v.dtype)
+    scale = 1.0 / score_divisor(head_dim)
     q, k, v, d_out = (_whole_blocks(x, at.size) for x in (q, k, v, d_out))
     normaliser, expected = (_padded(x, 2, at.size) for x in (normaliser, expected))
+
+    # Blocks of queries walk over the keys that they see; blocks of keys over the queries that see them.
     (d_q,) = _call(
         target,
         functools.partial(_query_kernel, block_k=target.block_k, scale=scale),
@@ -268,6 +277,7 @@ def _backward(target: _Target, q, k, v, positions, subtree_end, window, d_out, n
         walked=(k, v, at.depth_row, at.end_row),
         outputs=[jax.ShapeDtypeStruct(q.shape, q.dtype)],
     )
+
     d_k, d_v = _call(
         target,
         functools.partial(_key_kernel, block_q=target.block_q, scale=scale),
@@ -279,6 +289,8 @@ def _backward(target: _Target, q, k, v, positions, subtree_end, window, d_out, n
         walked=(q, d_out, normaliser[:, :, None], expected[:, :, None], at.depth_row),
         outputs=[jax.ShapeDtypeStruct(q.shape, jnp.float32)] * 2,
     )
+
+    # The query heads of a group share their keys and values.
     d_k, d_v = (jnp.sum(x.reshape(x.shape[0], kv_heads, heads // kv_heads, *x.shape[2:]), axis=2) for x in (d_k, d_v))
     return tuple(x[:, :, :length, :head_dim].astype(dtype) for x, dtype in zip((d_q, d_k, d_v), dtypes, strict=True))
 
@@ -305,7 +317,9 @@ def _count_from(start, shape: tuple[int, int], axis: int) -> Array:
 def _forward_kernel(
     count, numbers, window, q, depth, k, v, key_depth, end, out, normaliser, *, block_k: int, scale: float
 ):
-    queries, depth, window = q[...], depth[...], window[0, 0]
+    queries = q[...]
+    depth = depth[...]
+    window = window[0, 0]
     shape = (queries.shape[0], block_k)
     query = _count_from(pl.program_id(2) * shape[0], shape, 0)
 
@@ -334,8 +348,12 @@ def _forward_kernel(
 def _query_kernel(
     count, numbers, window, q, d_out, normaliser, expected, depth, k, v, key_depth, end, d_q, *, block_k, scale
 ):
-    queries, d_outs, normaliser, expected = q[...], d_out[...], normaliser[...], expected[...]
-    depth, window = depth[...], window[0, 0]
+    queries = q[...]
+    d_outs = d_out[...]
+    normaliser = normaliser[...]
+    expected = expected[...]
+    depth = depth[...]
+    window = window[0, 0]
     shape = (queries.shape[0], block_k)
     query = _count_from(pl.program_id(2) * shape[0], shape, 0)
 
@@ -356,7 +374,11 @@ def _key_kernel(
     count, numbers, window, k, v, depth, end, q, d_out, normaliser, expected, query_depth, d_k, d_v, *, block_q, scale
 ):
     """Scores stand transposed, keys times queries, so that no product transposes them."""
-    keys, values, depth, end, window = k[...], v[...], depth[...], end[...], window[0, 0]
+    keys = k[...]
+    values = v[...]
+    depth = depth[...]
+    end = end[...]
+    window = window[0, 0]
     shape = (keys.shape[0], block_q)
     key = _count_from(pl.program_id(2) * shape[0], shape, 0)
 
@@ -365,7 +387,8 @@ def _key_kernel(
         first = pl.multiple_of(numbers[0, n] * block_q, block_q)
         at = pl.ds(first, block_q)
         visible = _visible(_count_from(first, shape, 1), key, end, query_depth[:, at], depth, window)
-        queries, d_outs = q[at, :], d_out[at, :]
+        queries = q[at, :]
+        d_outs = d_out[at, :]
         weights = jnp.where(visible, jnp.exp(_dot_rows(keys, queries) * scale - normaliser[:, at]), 0.0)
         d_scores = weights * (_dot_rows(values, d_outs) - expected[:, at]) * scale
         d_values = d_values + _dot(weights.astype(d_outs.dtype), d_outs)

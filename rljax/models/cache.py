@@ -18,29 +18,34 @@ from rljax.types import ArrayLike, struct
 
 PREFIX_AXES = ("batch", "kv_heads", None, None)
 SUFFIX_AXES = ("batch", "kv_heads", None, None, None)
-K_COLUMNS, V_COLUMNS = 4, 3  # axis of the ring's columns in its keys and values
+K_COLUMNS = 4
+"""Axis of the ring's columns in its keys."""
+V_COLUMNS = 3
+"""Axis of the ring's columns in its values."""
 
 
 @struct
 class KVCache:
     """Keys (rotary applied) and values; one array per layer, so that each is updated in place inside a loop.
 
-    `prefix_*[layer]` hold the prompts, all tokens but the last, stored and read once for the `G` samples of a slot.
-    `suffix_*[layer]` are rings over what follows: step `t` of the decoder writes column `t mod Ss` of every row. The
-    last `n` columns written belong to a row that has run for `n` steps; older ones are its predecessor's. A row may
-    therefore start at any step, in any slot, and nothing is moved. Keys of the ring lie transposed: the products of a
-    step, one query each, run faster so on a CPU.
-
-    `path_*[layer]` keep the columns of up to `A` samples of a slot's prompt, oldest first, so that later samples
-    can start from any of their tokens. With `A` 0 there are none.
+    The suffix is a ring: step `t` of the decoder writes column `t mod Ss` of every row. The last `n` columns written
+    belong to a row that has run for `n` steps; older ones are its predecessor's. A row may therefore start at any step,
+    in any slot, and nothing is moved.
     """
 
     prefix_k: tuple[Float[Array, "P KV Sp hd"], ...]
+    """Keys of the prompts, all tokens but the last, stored and read once for the `G` samples of a slot."""
     prefix_v: tuple[Float[Array, "P KV Sp hd"], ...]
+    """Values of the prompts."""
     suffix_k: tuple[Float[Array, "P KV G hd Ss"], ...]
+    """Keys of what follows, transposed: the products of a step, one query each, run faster so on a CPU."""
     suffix_v: tuple[Float[Array, "P KV G Ss hd"], ...]
+    """Values of what follows."""
     path_k: tuple[Float[Array, "P KV A hd Ss"], ...] = ()
+    """Keys of up to `A` samples of a slot's prompt, oldest column first, so that later samples can start from any of
+    their tokens. Without paths there are none."""
     path_v: tuple[Float[Array, "P KV A Ss hd"], ...] = ()
+    """Values of these samples."""
 
 
 class LayerCache(NamedTuple):

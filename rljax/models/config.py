@@ -8,55 +8,81 @@ RopeType = Literal["default", "linear", "dynamic", "llama3", "yarn"]
 
 @dataclasses.dataclass(frozen=True)
 class RopeScaling:
-    """How rotary frequencies are stretched for contexts beyond the pretrained one.
-
-    Fields that a type does not use are ignored. `original_max_position` is the context length before scaling.
-    """
+    """How rotary frequencies are stretched for contexts beyond the pretrained one. Fields that a type does not use are
+    ignored."""
 
     type: RopeType = "default"
+    """The scaling; `default` is none. `rljax.models.rope` names the papers."""
     factor: float = 1.0
+    """How many times longer contexts are than before."""
     original_max_position: int = 0
-    low_freq_factor: float = 1.0  # llama3
-    high_freq_factor: float = 4.0  # llama3
-    beta_fast: float = 32.0  # yarn
-    beta_slow: float = 1.0  # yarn
-    attention_factor: float | None = None  # yarn; None = 0.1 ln(factor) + 1
-    mscale: float | None = None  # yarn
-    mscale_all_dim: float | None = None  # yarn
-    truncate: bool = True  # yarn
+    """The context length before scaling, in tokens."""
+    low_freq_factor: float = 1.0
+    """llama3: waves longer than `original_max_position / low_freq_factor` are stretched."""
+    high_freq_factor: float = 4.0
+    """llama3: waves shorter than `original_max_position / high_freq_factor` stay as they are."""
+    beta_fast: float = 32.0
+    """yarn: dimensions that rotate more often than this over the original context stay as they are."""
+    beta_slow: float = 1.0
+    """yarn: dimensions that rotate less often than this are stretched."""
+    attention_factor: float | None = None
+    """yarn: factor on cosines and sines; None is `0.1 ln(factor) + 1`, or the ratio of the two below."""
+    mscale: float | None = None
+    """yarn: weight in the numerator of that ratio."""
+    mscale_all_dim: float | None = None
+    """yarn: weight in its denominator."""
+    truncate: bool = True
+    """yarn: whether the bounds between the dimensions are whole numbers."""
 
 
 @dataclasses.dataclass(frozen=True)
 class DecoderConfig:
-    """Shape and numerics of a decoder. Hashable, so it can be a static argument of `jax.jit`.
-
-    `dtype` is the type of activations and matrix products, `param_dtype` that of stored weights; norms, softmax and
-    logits are float32 always. `sliding_layers[i]` tells whether layer `i` attends to the last `sliding_window`
-    positions only; None means all layers do when `sliding_window` is set.
-    """
+    """Shape and numerics of a decoder. Hashable, so it can be a static argument of `jax.jit`."""
 
     vocab_size: int
+    """Rows of the embedding, padding of the vocabulary included."""
     num_layers: int
+    """Transformer layers."""
     embed_dim: int
+    """Width of the residual stream."""
     num_heads: int
+    """Query heads; a multiple of `num_kv_heads`."""
     num_kv_heads: int
+    """Heads of keys and values."""
     head_dim: int
+    """Width of a head; even."""
     mlp_dim: int
+    """Width inside the MLP."""
     family: str = "llama"
+    """Whose files the weights are written as: a name in `rljax.models.FAMILIES`."""
     rope_theta: float = 10_000.0
+    """Base of the rotary frequencies."""
     rope_scaling: RopeScaling = RopeScaling()
+    """How these are stretched."""
     norm_eps: float = 1e-5
+    """Added to the mean square in norms."""
     tied_embeddings: bool = False
-    attention_bias: bool = False  # biases on q, k and v
-    output_bias: bool = False  # bias on the attention's output projection
+    """Whether the embedding is the vocabulary's head too."""
+    attention_bias: bool = False
+    """Biases on q, k and v."""
+    output_bias: bool = False
+    """Bias on the attention's output projection."""
     mlp_bias: bool = False
+    """Biases in the MLP."""
     qk_norm: bool = False
-    value_head: bool = False  # a scalar in place of the vocabulary's logits: a critic
+    """Norms on the heads of queries and keys."""
+    value_head: bool = False
+    """A scalar in place of the vocabulary's logits: a critic."""
     sliding_window: int | None = None
+    """How many positions back a sliding layer sees, its own included; None is all."""
     sliding_layers: tuple[bool, ...] | None = None
+    """Which layers slide; None means all do when `sliding_window` is set."""
     max_position: int = 2048
+    """Longest sequence that the model knows, in tokens."""
     dtype: str = "float32"
+    """Type of activations and matrix products; norms, softmax and logits are float32 always."""
     param_dtype: str = "float32"
+    """Type of stored weights."""
 
     def __post_init__(self):
         if self.num_heads % self.num_kv_heads:
@@ -78,3 +104,4 @@ class DecoderConfig:
 
 
 NO_WINDOW = 2**30
+"""The window of a layer that sees all: longer than any sequence."""

@@ -41,9 +41,12 @@ class Layer(nnx.Module):
     """A pre-norm transformer layer: grouped-query attention, then SwiGLU."""
 
     def __init__(self, config: DecoderConfig):
-        c, weight = config, functools.partial(_weight, dtype=config.param_dtype)
-        q_dim, kv_dim = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
-        self.config = config
+        c = config
+        weight = functools.partial(_weight, dtype=c.param_dtype)
+        q_dim = c.num_heads * c.head_dim
+        kv_dim = c.num_kv_heads * c.head_dim
+        self.config = c
+
         self.attention_norm = weight((c.embed_dim,), (None,), init="ones")
         self.q = weight((c.embed_dim, q_dim), ("embed", "heads"))
         self.k = weight((c.embed_dim, kv_dim), ("embed", "kv_heads"))
@@ -58,6 +61,7 @@ class Layer(nnx.Module):
         if c.qk_norm:
             self.q_norm = weight((c.head_dim,), (None,), init="ones")
             self.k_norm = weight((c.head_dim,), (None,), init="ones")
+
         self.mlp_norm = weight((c.embed_dim,), (None,), init="ones")
         self.gate = weight((c.embed_dim, c.mlp_dim), ("embed", "mlp"))
         self.up = weight((c.embed_dim, c.mlp_dim), ("embed", "mlp"))
@@ -70,7 +74,8 @@ class Layer(nnx.Module):
     def __call__(
         self, x: Array, rotary: tuple[Array, Array], attend: Attend, product: Product = linear
     ) -> tuple[Array, Any]:
-        c, project = self.config, functools.partial(self._project, product)
+        c = self.config
+        project = functools.partial(self._project, product)
         h = rms_norm(x, self.attention_norm[...], c.norm_eps)
         q, k, v = (project(h, name) for name in ("q", "k", "v"))
         q = q.reshape(*q.shape[:-1], c.num_heads, c.head_dim)
@@ -79,9 +84,12 @@ class Layer(nnx.Module):
         if c.qk_norm:
             q = rms_norm(q, self.q_norm[...], c.norm_eps)
             k = rms_norm(k, self.k_norm[...], c.norm_eps)
+
+        # Keys are rotated before they are kept: a cache never rotates again.
         out, aux = attend(apply_rotary(q, *rotary), apply_rotary(k, *rotary), v)
         out = checkpoint_name(out.reshape(*x.shape[:-1], c.num_heads * c.head_dim), "attention")
         x = constrain(x + project(out, "o"), ("batch", *(None,) * (x.ndim - 1)))
+
         h = rms_norm(x, self.mlp_norm[...], c.norm_eps)
         h = swiglu(project(h, "gate"), project(h, "up"))
         return constrain(x + project(h, "down"), ("batch", *(None,) * (x.ndim - 1))), aux
@@ -145,11 +153,14 @@ def init_params(config: DecoderConfig, key: Array) -> dict[str, Any]:
     """
 
     def leaf(name, param, stacked):
-        value, kind = param.get_value(), param.get_metadata("init")
+        value = param.get_value()
+        kind = param.get_metadata("init")
         shape = ((config.num_layers,) if stacked else ()) + value.shape
         if kind != "normal":
             return jnp.full(shape, 1.0 if kind == "ones" else 0.0, value.dtype)
-        own_key = jax.random.fold_in(key, int.from_bytes(hashlib.blake2b(name.encode(), digest_size=4).digest(), "big"))
+        # Python's own hash differs from process to process.
+        digest = hashlib.blake2b(name.encode(), digest_size=4).digest()
+        own_key = jax.random.fold_in(key, int.from_bytes(digest, "big"))
         return (0.02 * jax.random.normal(own_key, shape)).astype(value.dtype)
 
     return _map_declarations(config, leaf)
@@ -206,6 +217,7 @@ def hidden_states(
     `scan` runs the stacked layers as one `lax.scan` (compiles once); otherwise they are unrolled. `remat` keeps only
     each layer's input for the backward pass. `attention` is `forest_attention` or something that computes the same.
     """
+    # One table for all layers: within a scan it is a constant, not made again.
     rotary = rotary_table(config, positions)
 
     def body(x, layer):
@@ -217,6 +229,7 @@ def hidden_states(
         return apply_layer(config, layer_params, x, rotary, attend)
 
     if remat:
+        # A scan keeps its body apart by itself; barriers against common subexpressions would only cost there.
         body = jax.checkpoint(body, prevent_cse=not scan)
     x = constrain(embed(config, params, tokens), ("batch", None, None))
     if scan:

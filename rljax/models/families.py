@@ -14,17 +14,23 @@ from rljax.models.decoder import abstract_params
 
 
 class Weight(NamedTuple):
-    """One weight. `{}` in a name stands for the layer; `heads` says which count of heads shapes its rows."""
+    """One weight. `{}` in a name stands for the layer."""
 
     path: str
+    """Its path in `params`."""
     hf: str
+    """Its name in a Hugging Face folder."""
     gguf: str
-    transpose: bool = False  # theirs is [out, in], ours [in, out]
-    heads: str | None = None  # "num_heads" / "num_kv_heads": rows are rotated, and interleaved in GGUF's llama layout
+    """Its name in a GGUF file."""
+    transpose: bool = False
+    """Theirs is [out, in], ours [in, out]."""
+    heads: str | None = None
+    """The config's count of heads that shapes its rows, which are rotated, and interleaved in GGUF's llama layout."""
 
 
 def _linear(path: str, hf: str, gguf: str, heads: str | None = None) -> tuple[Weight, ...]:
-    hf, gguf = f"model.layers.{{}}.{hf}", f"blk.{{}}.{gguf}"
+    hf = f"model.layers.{{}}.{hf}"
+    gguf = f"blk.{{}}.{gguf}"
     return (
         Weight(f"layers/{path}", f"{hf}.weight", f"{gguf}.weight", transpose=True, heads=heads),
         Weight(f"layers/{path}_bias", f"{hf}.bias", f"{gguf}.bias", heads=heads),
@@ -65,15 +71,22 @@ QWEN3_WEIGHTS = (*_EMBEDDING, *_ATTENTION, *_QK_NORM, *_MLP, *_NORMS, *_HEAD)
 
 
 class Family(NamedTuple):
-    """What tells one family from another. `defaults` fill keys that a config.json leaves out."""
+    """What tells one family from another."""
 
     architecture: str
+    """The class in transformers."""
     weights: tuple[Weight, ...]
+    """Rows in the order of its state dict."""
     defaults: Mapping[str, Any]
-    biases: tuple[str, ...] = ()  # DecoderConfig's bias fields that are always set
-    bias_keys: tuple[str, ...] = ()  # config.json's switches of biases that it knows
+    """Keys that a config.json may leave out."""
+    biases: tuple[str, ...] = ()
+    """`DecoderConfig`'s bias fields that are always set."""
+    bias_keys: tuple[str, ...] = ()
+    """config.json's switches of biases that it knows."""
     qk_norm: bool = False
-    sliding: str = "none"  # "all": every layer; "chosen": by `use_sliding_window` and `layer_types`
+    """Whether queries and keys are normed."""
+    sliding: str = "none"
+    """Which layers slide: "none", "all", or "chosen" by `use_sliding_window` and `layer_types`."""
 
 
 FAMILIES: dict[str, Family] = {
@@ -116,12 +129,16 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 
 class Entry(NamedTuple):
-    """One tensor of a file: its name there, and the weight (and layer of it) that it holds."""
+    """One tensor of a file."""
 
     name: str
+    """Its name in the file."""
     weight: Weight
+    """The weight that it holds."""
     layer: int | None
-    shape: tuple[int, ...]  # in the file: [out, in] for matrices
+    """The layer of it; None for what is not a layer."""
+    shape: tuple[int, ...]
+    """In the file: [out, in] for matrices."""
 
 
 def entries(config: DecoderConfig, kind: str = "hf") -> list[Entry]:
@@ -132,14 +149,16 @@ def entries(config: DecoderConfig, kind: str = "hf") -> list[Entry]:
     rows = [weight for weight in family_of(config).weights if weight.path in declared]
 
     def entry(weight: Weight, layer: int | None) -> Entry:
-        shape = declared[weight.path]
         name = getattr(weight, kind)
-        return Entry(
-            name if layer is None else name.format(layer), weight, layer, shape[::-1] if weight.transpose else shape
-        )
+        if layer is not None:
+            name = name.format(layer)
+        shape = declared[weight.path]
+        return Entry(name, weight, layer, shape[::-1] if weight.transpose else shape)
 
+    # A state dict goes layer by layer, with what is not a layer before and behind.
     stacked = [weight for weight in rows if weight.path.startswith("layers/")]
-    first, last = rows[: rows.index(stacked[0])], rows[rows.index(stacked[-1]) + 1 :]
+    first = rows[: rows.index(stacked[0])]
+    last = rows[rows.index(stacked[-1]) + 1 :]
     middle = [entry(weight, layer) for layer in range(config.num_layers) for weight in stacked]
     return [entry(weight, None) for weight in first] + middle + [entry(weight, None) for weight in last]
 
@@ -168,10 +187,13 @@ def config_from_hf(hf: Mapping[str, Any]) -> DecoderConfig:
         raise ValueError(f"config.json: architecture {architecture!r} is not supported; supported are {supported}")
     if (activation := hf.get("hidden_act", "silu")) not in ("silu", "swish"):
         raise ValueError(f"config.json: hidden_act={activation!r} is not supported; the decoder has silu alone")
+
+    # A file may leave out what is its family's default.
     get: Callable[..., Any] = {**family.defaults, **hf}.get
     required = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
     if missing := [key for key in required if get(key) is None]:
         raise ValueError(f"config.json: {', '.join(missing)} missing; add it to the file")
+
     heads = get("num_attention_heads")
     max_position = get("max_position_embeddings")
     theta, scaling = _rope_from_hf(hf, max_position)
@@ -179,6 +201,8 @@ def config_from_hf(hf: Mapping[str, Any]) -> DecoderConfig:
     dtype = str(get("dtype") or get("torch_dtype") or "float32").removeprefix("torch.")
     if dtype not in DTYPES:
         raise ValueError(f"config.json: dtype={dtype!r} is not supported; supported are {', '.join(DTYPES)}")
+
+    # The switch sets all four biases of attention; a family without it may still have those of q, k and v.
     attention_bias = "attention_bias" in family.bias_keys and bool(get("attention_bias"))
     return DecoderConfig(
         family=name,
@@ -206,13 +230,16 @@ def config_from_hf(hf: Mapping[str, Any]) -> DecoderConfig:
 
 
 def _sliding_from_hf(family: Family, get: Callable[..., Any]) -> tuple[int | None, tuple[bool, ...] | None]:
-    window, count, types = get("sliding_window"), get("num_hidden_layers"), get("layer_types")
+    window = get("sliding_window")
+    count = get("num_hidden_layers")
+    types = get("layer_types")
     if unknown := sorted(set(types or ()) - {"full_attention", "sliding_attention"}):
         raise ValueError(
             f"config.json: layer_types has {unknown[0]!r}; supported are full_attention and sliding_attention"
         )
     if types is not None and len(types) != count:
         raise ValueError(f"config.json: layer_types has {len(types)} entries for num_hidden_layers={count}")
+
     if family.sliding == "none" or window is None:
         return None, None
     if family.sliding == "all":
@@ -221,10 +248,14 @@ def _sliding_from_hf(family: Family, get: Callable[..., Any]) -> tuple[int | Non
         return window, None
     if not get("use_sliding_window"):
         return None, None
+
+    # Older files name the first layer that slides, newer ones the type of each.
     if types is None:
         types = ["sliding_attention" if i >= get("max_window_layers") else "full_attention" for i in range(count)]
     sliding = tuple(kind == "sliding_attention" for kind in types)
-    return (window if any(sliding) else None), (None if all(sliding) or not any(sliding) else sliding)
+    if not any(sliding):
+        return None, None
+    return window, None if all(sliding) else sliding
 
 
 _ROPE_KEYS: dict[str, dict[str, str]] = {  # ours -> config.json's, per type
@@ -260,6 +291,8 @@ def _rope_from_hf(hf: Mapping[str, Any], max_position: int) -> tuple[float, Rope
     partial = rope.get("partial_rotary_factor", hf.get("partial_rotary_factor"))
     if partial not in (None, 1, 1.0):
         raise ValueError(f"config.json: partial_rotary_factor={partial} is not supported; every head rotates whole")
+
+    # What the file leaves to be derived.
     theta = rope.get("rope_theta", hf.get("rope_theta", 10_000.0))
     keys = _ROPE_KEYS[kind]
     if "original_max_position" in keys:
@@ -275,6 +308,7 @@ def _rope_from_hf(hf: Mapping[str, Any], max_position: int) -> tuple[float, Rope
         raise ValueError(f"config.json: rope type llama3 needs {', '.join(missing)}")
     if "factor" in keys and rope.get("factor") is None:
         raise ValueError(f"config.json: rope type {kind} needs a factor")
+
     casts: dict[str, Callable[[Any], Any]] = {"truncate": bool, "original_max_position": int}
     given = {
         ours: casts.get(ours, float)(rope[theirs]) for ours, theirs in keys.items() if rope.get(theirs) is not None
@@ -290,9 +324,8 @@ def config_to_hf(config: DecoderConfig) -> dict[str, Any]:
     family = family_of(config)
     keys = _ROPE_KEYS[config.rope_scaling.type]
     scaling = {theirs: getattr(config.rope_scaling, ours) for ours, theirs in keys.items()}
-    scaling = {key: value for key, value in scaling.items() if value is not None} | {
-        "rope_type": config.rope_scaling.type
-    }
+    scaling = {key: value for key, value in scaling.items() if value is not None}
+    scaling |= {"rope_type": config.rope_scaling.type}
     hf: dict[str, Any] = {
         "architectures": [family.architecture],
         "model_type": config.family,
@@ -312,6 +345,7 @@ def config_to_hf(config: DecoderConfig) -> dict[str, Any]:
         "dtype": config.param_dtype,
         "use_cache": True,
     }
+
     if keys:
         hf["rope_scaling"] = scaling
     hf |= {key: getattr(config, key) for key in family.bias_keys}
@@ -325,6 +359,8 @@ def config_to_hf(config: DecoderConfig) -> dict[str, Any]:
             "max_window_layers": sliding.index(True) if any(sliding) else config.num_layers,
             "layer_types": ["sliding_attention" if s else "full_attention" for s in sliding],
         }
+
+    # Read back: whatever does not come back as it was cannot be said in this family's file.
     back = dataclasses.replace(config_from_hf(hf), dtype=config.dtype)
     if lost := [f.name for f in dataclasses.fields(config) if getattr(back, f.name) != getattr(config, f.name)]:
         named = ", ".join(f"{name}={getattr(config, name)!r}" for name in lost)

@@ -41,19 +41,23 @@ class SafetensorsFolder:
             weight_map = json.loads(index.read_text())["weight_map"]
             names = sorted(set(weight_map.values()))
         elif (folder / SINGLE_FILE).exists():
-            weight_map, names = None, [SINGLE_FILE]
+            weight_map = None
+            names = [SINGLE_FILE]
         else:
             raise ValueError(
                 f"{folder} has neither {SINGLE_FILE} nor {INDEX_FILE}; save the model as safetensors "
                 "(transformers: save_pretrained)"
             )
+
         self.tensors: dict[str, TensorInfo] = {}
         for name in names:
             for tensor, info in _read_header(folder / name).items():
                 if tensor in self.tensors:
                     raise ValueError(f"tensor {tensor} stands in both {self.tensors[tensor].file.name} and {name}")
+                # A tensor that the index puts elsewhere is left over, and not this model's.
                 if weight_map is None or weight_map.get(tensor) == name:
                     self.tensors[tensor] = info
+
         if absent := sorted(set(weight_map or ()) - set(self.tensors)):
             raise ValueError(f"{INDEX_FILE} puts {absent[0]} into {weight_map[absent[0]]}, which does not hold it")
 
@@ -78,6 +82,7 @@ def _read_header(path: Path) -> dict[str, TensorInfo]:
     except ValueError as error:
         raise ValueError(f"{path} is not a safetensors file, or it is truncated: {error}") from error
     header.pop("__metadata__", None)
+
     tensors = {}
     for name, item in header.items():
         start, end = item["data_offsets"]
@@ -86,8 +91,11 @@ def _read_header(path: Path) -> dict[str, TensorInfo]:
                 f"{path.name}: tensor {name} has dtype {item['dtype']}; supported are {', '.join(_DTYPES)}. "
                 "Dequantise the model first"
             )
-        dtype, shape = _DTYPES[item["dtype"]], tuple(item["shape"])
-        if end - start != int(np.prod(shape, dtype=np.int64)) * dtype.itemsize or 8 + length + end > size:
+        dtype = _DTYPES[item["dtype"]]
+        shape = tuple(item["shape"])
+        expected = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+        # Offsets count from the end of the header, which lies behind the 8 bytes of its length.
+        if end - start != expected or 8 + length + end > size:
             raise ValueError(f"{path} is truncated or corrupt at tensor {name}; copy or download it again")
         tensors[name] = TensorInfo(path, dtype, shape, 8 + length + start)
     return tensors
@@ -98,6 +106,7 @@ def write_safetensors(
 ) -> None:
     """Writes `tensors` (dtype and shape by name), each asked of `fetch` when its turn comes. Atomic: the file appears
     under its name when it is complete."""
+    # The order of the safetensors library: wide types first, so that every tensor is aligned to its own size.
     order = sorted(tensors, key=lambda name: (-tensors[name][0].itemsize, name))
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
@@ -108,6 +117,7 @@ def write_safetensors(
         offset += size
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
+
     partial = path.with_name(path.name + ".partial")
     with partial.open("wb") as file:
         file.write(len(text).to_bytes(8, "little"))
@@ -131,7 +141,8 @@ def split_into_files(sizes: Iterable[tuple[str, int]], max_bytes: int) -> list[l
             continue
         if used + size > max_bytes and current:
             files.append(current)
-            current, used = [], 0
+            current = []
+            used = 0
         current.append(name)
         used += size
     return files + ([current] if current else [])

@@ -20,7 +20,8 @@ def _linear_forward(x, weight):
 
 def _linear_backward(residuals, g):
     x, weight = residuals
-    flat, flat_g = x.reshape(-1, x.shape[-1]), g.reshape(-1, g.shape[-1])
+    flat = x.reshape(-1, x.shape[-1])
+    flat_g = g.reshape(-1, g.shape[-1])
     # A product contracted over tokens transposes its left operand: that should be the narrow one.
     product = functools.partial(jnp.einsum, "na,nb->ab", preferred_element_type=jnp.float32)
     d_weight = product(flat, flat_g) if x.shape[-1] <= g.shape[-1] else product(flat_g, flat).T
@@ -67,7 +68,8 @@ def _rms_norm_forward(x, scale, eps):
 
 def _rms_norm_backward(eps, residuals, g):
     x, scale = residuals
-    wide, g = x.astype(jnp.float32), g.astype(jnp.float32)
+    wide = x.astype(jnp.float32)
+    g = g.astype(jnp.float32)
     inverse = _inverse_rms(wide, eps)
     unit = wide * inverse
     scaled = g * scale.astype(jnp.float32)

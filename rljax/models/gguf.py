@@ -48,10 +48,13 @@ def load_gguf(
     metadata, tensors = read_header(path)
     data = np.memmap(path, dtype=np.uint8, mode="r")
     config = with_dtypes(_read_config(quants, metadata, tensors, data), dtype, param_dtype)
+
     wanted = entries(config, "gguf")
     check_names({entry.name for entry in wanted}, set(tensors), {_ROPE_FACTORS}, str(path))
     for entry in wanted:
         check_shape(entry, tensors[entry.name].shape, str(path))
+
+    # llama.cpp reorders the rows of queries and keys in this architecture alone.
     interleaved = metadata["general.architecture"] == "llama"
 
     def fetch(entry: Entry) -> np.ndarray:
@@ -94,7 +97,8 @@ def config_from_gguf(
         value = metadata.get(f"{arch}.{key}", default)
         if value is None:
             raise ValueError(f"GGUF metadata lacks {arch}.{key}")
-        if isinstance(value, list) and len(set(value)) == 1:  # some writers repeat a number for every layer
+        # Some writers repeat a number for every layer.
+        if isinstance(value, list) and len(set(value)) == 1:
             value = value[0]
         if isinstance(value, list):
             raise ValueError(f"GGUF metadata {arch}.{key} differs by layer, which no supported family does")
@@ -102,13 +106,18 @@ def config_from_gguf(
 
     if get("expert_count", 0):
         raise ValueError(f"GGUF file has {get('expert_count')} experts; mixtures of experts are not supported")
-    heads, embed_dim = get("attention.head_count"), get("embedding_length")
+
+    heads = get("attention.head_count")
+    embed_dim = get("embedding_length")
     head_dim = get("attention.key_length", embed_dim // heads)
     if get("rope.dimension_count", head_dim) != head_dim:
         raise ValueError(f"GGUF {arch}.rope.dimension_count={get('rope.dimension_count')} must equal {head_dim=}")
     if "token_embd.weight" not in tensors:
         raise ValueError("GGUF file lacks tensor token_embd.weight")
-    context, theta = get("context_length"), float(get("rope.freq_base", 10_000.0))
+
+    # What no key says, the tensors that are there do.
+    context = get("context_length")
+    theta = float(get("rope.freq_base", 10_000.0))
     return DecoderConfig(
         family=arch,
         vocab_size=tensors["token_embd.weight"].shape[0],
@@ -146,6 +155,8 @@ def _scaling(get, context: int, theta: float, head_dim: int, divisors: np.ndarra
         return RopeScaling(type="linear", factor=factor)
     if kind != "yarn":
         raise ValueError(f"GGUF rope scaling {kind!r} is not supported; supported are none, linear, yarn and llama3")
+
+    # The file's factor multiplies yarn's own, which is what None stands for.
     attention = _shortest(get("rope.scaling.attn_factor", 1.0))
     return RopeScaling(
         type="yarn",
@@ -210,6 +221,7 @@ def read_header(path: Path) -> tuple[dict[str, Any], dict[str, GGUFTensor]]:
         metadata, tensors = _parse_header(data.data)
     except (struct.error, IndexError, UnicodeDecodeError, KeyError) as error:
         raise ValueError(f"{path} is truncated or corrupt: its GGUF header ends early ({error})") from error
+
     for name, tensor in tensors.items():
         if tensor.type not in sizes:
             raise ValueError(f"{path}: tensor {name} has unknown GGUF type {tensor.type}; update the gguf package")
@@ -225,6 +237,8 @@ def _parse_header(data: memoryview) -> tuple[dict[str, Any], dict[str, GGUFTenso
     (version,) = struct.unpack_from("<I", data, 4)
     if version not in (2, 3):
         raise ValueError(f"GGUF version {version} is not supported (2 and 3 are, little-endian); convert the file")
+
+    # The readers below move `at`, the place in the file, behind what they have read.
     tensor_count, field_count = struct.unpack_from("<QQ", data, 8)
     at = 24
 
@@ -245,28 +259,41 @@ def _parse_header(data: memoryview) -> tuple[dict[str, Any], dict[str, GGUFTenso
         nonlocal at
         kind, length = struct.unpack_from("<IQ", data, at)
         at += 12
+        # A vocabulary has a hundred thousand entries; nobody asks for it here.
         if kind in _SCALARS and skip:
             at += length * struct.calcsize("<" + _SCALARS[kind])
         elif kind == _STRING and skip:
             for _ in range(length):
                 at += 8 + struct.unpack_from("<Q", data, at)[0]
         else:
-            values = [string() if kind == _STRING else scalar(kind) for _ in range(length)]
-            return values
+            return [string() if kind == _STRING else scalar(kind) for _ in range(length)]
         return None
 
     metadata: dict[str, Any] = {}
     for _ in range(field_count):
         key = string()
         kind = scalar(4)
-        value = string() if kind == _STRING else array(key.startswith("tokenizer.")) if kind == _ARRAY else scalar(kind)
+        value: Any
+        if kind == _STRING:
+            value = string()
+        elif kind == _ARRAY:
+            value = array(skip=key.startswith("tokenizer."))
+        else:
+            value = scalar(kind)
         if value is not None:
             metadata[key] = value
+
     table = []
     for _ in range(tensor_count):
-        name, rank = string(), scalar(4)
+        name = string()
+        rank = scalar(4)
+        # The fastest dimension comes first in the file.
         shape = tuple(scalar(10) for _ in range(rank))[::-1]
-        table.append((name, shape, scalar(4), scalar(10)))
+        kind = scalar(4)
+        offset = scalar(10)
+        table.append((name, shape, kind, offset))
+
+    # Offsets count from the first aligned place behind the header.
     alignment = metadata.get("general.alignment", 32)
     begin = -(-at // alignment) * alignment
     return metadata, {name: GGUFTensor(shape, kind, begin + offset) for name, shape, kind, offset in table}

@@ -57,7 +57,8 @@ def load_hf(
 def _tolerated(config: DecoderConfig, stored: SafetensorsFolder) -> set[str]:
     tolerated = {name for name in stored.tensors if _IGNORED.search(name)}
     if config.tied_embeddings and "lm_head.weight" in stored.tensors and "model.embed_tokens.weight" in stored.tensors:
-        head, embedding = stored.open("lm_head.weight"), stored.open("model.embed_tokens.weight")
+        head = stored.open("lm_head.weight")
+        embedding = stored.open("model.embed_tokens.weight")
         if not np.array_equal(head, embedding):
             raise ValueError(
                 "config.json says tie_word_embeddings, but lm_head.weight differs from model.embed_tokens.weight; "
@@ -88,16 +89,21 @@ def save_hf(
     if len(found) != 1 or not found <= set(DTYPES):
         raise ValueError(f"params have dtypes {sorted(found)}; cast them all to one of {', '.join(DTYPES)}")
     dtype = np.dtype(jax.tree.leaves(params)[0].dtype)
+
+    # Everything that can be wrong is found before the first file is touched.
     description = config_to_hf(dataclasses.replace(config, param_dtype=str(dtype)))
     description = {key: value for key, value in (hf_config or {}).items() if key not in _OWNED} | description
     wanted = {entry.name: entry for entry in entries(config)}
     for entry in wanted.values():
         check_shape(entry, _stored_shape(entry, _weight(params, entry)), "params")
+
+    # Files of another split would be read along with the new ones.
     writes = jax.process_index() == 0
     if writes:
         folder.mkdir(parents=True, exist_ok=True)
         for old in [*folder.glob("model*.safetensors"), folder / INDEX_FILE]:
             old.unlink(missing_ok=True)
+
     sizes = {name: int(np.prod(entry.shape, dtype=np.int64)) for name, entry in wanted.items()}
     files = split_into_files(((name, n * dtype.itemsize) for name, n in sizes.items()), max_shard_bytes)
     weight_map: dict[str, str] = {}
@@ -108,10 +114,12 @@ def save_hf(
             declared = {name: (dtype, wanted[name].shape) for name in names}
             write_safetensors(folder / file, declared, lambda name: _to_host(params, wanted[name]))
         else:
-            for name in sorted(names):  # the order in which process 0 asks: gathering is collective
+            # The order in which process 0 asks: gathering is collective.
+            for name in sorted(names):
                 _to_host(params, wanted[name])
     if not writes:
         return
+
     if len(files) > 1:
         total = {"total_parameters": sum(sizes.values()), "total_size": sum(sizes.values()) * dtype.itemsize}
         write_json(folder / INDEX_FILE, {"metadata": total, "weight_map": weight_map})
@@ -162,6 +170,7 @@ def _to_host(params: Params, entry: Entry) -> np.ndarray:
     """One tensor in the file's layout; collective when its shards live in several processes."""
     value = _weight(params, entry)
     if entry.layer is not None:
+        # On devices a traced index: one program for all layers.
         value = value[entry.layer] if isinstance(value, np.ndarray) else _take_layer(value, np.int32(entry.layer))
     if isinstance(value, jax.Array) and not value.is_fully_addressable and not value.is_fully_replicated:
         value = multihost_utils.process_allgather(value, tiled=True)

@@ -31,13 +31,15 @@ def apply_rotary(
 ) -> Float[Array, "*B heads head_dim"]:
     """Rotates the two halves of the last axis against each other, in float32; the dtype of `x` is kept."""
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    cos, sin = cos[..., None, :], sin[..., None, :]
+    cos = cos[..., None, :]
+    sin = sin[..., None, :]
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
 
 
 def _frequencies(config: DecoderConfig, positions) -> tuple[Array | np.ndarray, float]:
     """Inverse wavelengths [half] and the factor on cos and sin."""
-    scaling, dim = config.rope_scaling, config.head_dim
+    scaling = config.rope_scaling
+    dim = config.head_dim
     exponents = np.arange(0, dim, 2, dtype=np.float32) / dim
     base = np.float32(1.0) / np.float32(config.rope_theta) ** exponents
     match scaling.type:
@@ -66,24 +68,31 @@ def llama3_divisors(scaling: RopeScaling, theta: float, head_dim: int) -> np.nda
 def _llama3(base: np.ndarray, scaling: RopeScaling) -> np.ndarray:
     original = scaling.original_max_position
     wavelength = 2 * math.pi / base
-    low, high = original / scaling.low_freq_factor, original / scaling.high_freq_factor
+    low = original / scaling.low_freq_factor
+    high = original / scaling.high_freq_factor
     blend = (original / wavelength - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
     smooth = (1 - blend) * base / scaling.factor + blend * base
-    return np.where(wavelength > low, base / scaling.factor, np.where(wavelength < high, base, smooth)).astype(
-        np.float32
-    )
+    # Long waves are stretched, short ones left, and between the two bands one goes over into the other.
+    stretched = np.where(wavelength > low, base / scaling.factor, np.where(wavelength < high, base, smooth))
+    return stretched.astype(np.float32)
 
 
 def _yarn(config: DecoderConfig, base: np.ndarray, scaling: RopeScaling) -> tuple[np.ndarray, float]:
-    dim, original = config.head_dim, scaling.original_max_position or config.max_position
+    dim = config.head_dim
+    original = scaling.original_max_position or config.max_position
 
     def dim_of(rotations: float) -> float:
         return dim * math.log(original / (rotations * 2 * math.pi)) / (2 * math.log(config.rope_theta))
 
-    low, high = dim_of(scaling.beta_fast), dim_of(scaling.beta_slow)
+    low = dim_of(scaling.beta_fast)
+    high = dim_of(scaling.beta_slow)
     if scaling.truncate:
-        low, high = math.floor(low), math.ceil(high)
-    low, high = max(low, 0), min(high, dim - 1)
+        low = math.floor(low)
+        high = math.ceil(high)
+    low = max(low, 0)
+    high = min(high, dim - 1)
+
+    # Dimensions that rotate often keep their frequency, slow ones are stretched.
     ramp = np.clip((np.arange(dim // 2, dtype=np.float32) - low) / max(high - low, 1e-3), 0, 1)
     keep = 1 - ramp
     frequencies = (base / scaling.factor) * (1 - keep) + base * keep

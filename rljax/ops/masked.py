@@ -78,7 +78,8 @@ def masked_quantile(
     last = jnp.maximum(jnp.sum(mask) - 1, 0)
     place = quantile * last.astype(ordered.dtype)
     below = jnp.minimum(jnp.floor(place).astype(last.dtype), last)
-    low, high = ordered[below], ordered[jnp.minimum(below + 1, last)]
+    low = ordered[below]
+    high = ordered[jnp.minimum(below + 1, last)]
     return jnp.where(jnp.any(mask), low + (place - below) * (high - low), 0)
 
 

@@ -16,7 +16,8 @@ def find_phrases(
     `phrases` are static sequences of token ids, none of them empty (ValueError); several that begin at one token count
     once.
     """
-    tokens, mask = jnp.asarray(tokens), jnp.asarray(mask)
+    tokens = jnp.asarray(tokens)
+    mask = jnp.asarray(mask)
     width = tokens.shape[1]
     found = jnp.zeros(mask.shape, bool)
     for phrase in phrases:

@@ -25,7 +25,8 @@ def segment_mean(
     x: Float[ArrayLike, " B"], group_id: Int[ArrayLike, " B"], mask: Bool[ArrayLike, " B"]
 ) -> Float[Array, " B"]:
     """Mean of each segment's `x` where `mask`. The mean of equal values is exactly that value."""
-    x, group_id = as_float(x), jnp.asarray(group_id)
+    x = as_float(x)
+    group_id = jnp.asarray(group_id)
     count = segment_count(group_id, mask)
     largest = jax.ops.segment_max(jnp.where(mask, x, -jnp.inf), group_id, num_segments=x.shape[0])
     # Summing distances from the largest value keeps a segment of equal values free of rounding.
@@ -37,7 +38,8 @@ def segment_std(
     x: Float[ArrayLike, " B"], group_id: Int[ArrayLike, " B"], mask: Bool[ArrayLike, " B"], *, ddof: int = 1
 ) -> Float[Array, " B"]:
     """Standard deviation of each segment's `x` where `mask`, divided by `count - ddof`; 0 where `count <= ddof`."""
-    x, group_id = as_float(x), jnp.asarray(group_id)
+    x = as_float(x)
+    group_id = jnp.asarray(group_id)
     count = segment_count(group_id, mask)
     centered = x - segment_mean(x, group_id, mask)[group_id]
     squares = segment_sum(jnp.square(centered), group_id, mask)
@@ -59,8 +61,10 @@ def segment_zscore(
     It says nothing, and the score is 0, where the segment has fewer than two such rows, or is flat: a std of at most
     `floor * max(1, |mean|)` is rounding.
     """
-    x, group_id = as_float(x), jnp.asarray(group_id)
-    count, mean = segment_count(group_id, mask), segment_mean(x, group_id, mask)
+    x = as_float(x)
+    group_id = jnp.asarray(group_id)
+    count = segment_count(group_id, mask)
+    mean = segment_mean(x, group_id, mask)
     std = segment_std(x, group_id, mask, ddof=ddof)
     is_usable = ((count > 1) & (std > floor * jnp.maximum(1, jnp.abs(mean))))[group_id]
     return jnp.where(is_usable, (x - mean[group_id]) / (std[group_id] + epsilon), 0), is_usable

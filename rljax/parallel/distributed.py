@@ -32,9 +32,13 @@ def initialize_distributed(
     """
     if jax.distributed.is_initialized():
         return jax.process_count() > 1
+
+    # Arguments go before the environment.
     coordinator = coordinator or os.environ.get(COORDINATOR)
     num_processes = _env_int(PROCESSES) if num_processes is None else num_processes
     process_id = _env_int(PROCESS_ID) if process_id is None else process_id
+
+    # Nothing is said: the cluster is asked, if there is one.
     if coordinator is None and num_processes is None and process_id is None:
         if not (auto or on_cluster(os.environ)):
             return False
@@ -45,6 +49,7 @@ def initialize_distributed(
                 "JAX recognises no cluster in this environment; give coordinator, num_processes and process_id"
             ) from error
         return jax.process_count() > 1
+
     if coordinator is None or num_processes is None or process_id is None:
         given = {COORDINATOR: coordinator, PROCESSES: num_processes, PROCESS_ID: process_id}
         missing = ", ".join(name for name, value in given.items() if value is None)
@@ -53,6 +58,8 @@ def initialize_distributed(
         raise ValueError(f"process_id={process_id} must lie in 0..{num_processes - 1} ({num_processes=})")
     if ":" not in coordinator:
         raise ValueError(f"coordinator={coordinator!r} must be host:port of process 0")
+
+    # One process needs no coordinator: the same launch script serves a laptop.
     if num_processes == 1:
         return False
     jax.distributed.initialize(coordinator, num_processes, process_id)
@@ -93,6 +100,7 @@ def gather(value: Any) -> list[Any]:
     if jax.process_count() == 1:
         return [value]
     data = np.frombuffer(pickle.dumps(value), np.uint8)
+    # Arrays of one shape go round, so all are padded to the longest.
     sizes = np.asarray(multihost_utils.process_allgather(np.int32(data.size)))
     padded = np.zeros(int(sizes.max()), np.uint8)
     padded[: data.size] = data

@@ -24,6 +24,7 @@ def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1, *, devices: Sequen
     free = [name for name, size in sizes.items() if size == -1]
     if len(free) > 1:
         raise ValueError(f"mesh {described}: only one size may be -1, not {' and '.join(free)}")
+
     fixed = math.prod(size for size in sizes.values() if size != -1)
     if count % fixed or (not free and fixed != count):
         remedy = f"choose sizes that multiply to {count}, or set one to -1 with the others dividing {count}"
@@ -32,6 +33,8 @@ def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1, *, devices: Sequen
         )
     if free:
         sizes[free[0]] = count // fixed
+
+    # jax.make_mesh orders devices so that neighbours on the mesh are near each other in the machine.
     return jax.make_mesh(
         tuple(sizes.values()),
         MESH_AXES,

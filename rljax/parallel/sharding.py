@@ -118,7 +118,8 @@ def put_batch(mesh: AnyMesh, tree: Any, *, axis: int = 0, rules: Rules = RULES) 
     In a multi-process run every process passes the same global arrays and sends its own part only. ValueError when a
     batch does not divide.
     """
-    sharding, parts = batch_sharding(mesh, axis=axis, rules=rules), batch_parts(mesh, rules)
+    sharding = batch_sharding(mesh, axis=axis, rules=rules)
+    parts = batch_parts(mesh, rules)
 
     def put(path, value):
         value = np.asarray(value)
@@ -163,6 +164,8 @@ def constrain(x: Array, axes: Sequence[str | None], rules: Rules = RULES) -> Arr
     if mesh.empty or mesh.size == 1:
         return x
     auto = {name for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind == AxisType.Auto}
+
+    # Only Auto axes may be constrained: inside shard_map the others are Manual.
     parts: list[Any] = []
     for size, part in zip(x.shape, partition_spec(axes, rules), strict=True):
         names = tuple(name for name in _names(part) if name in auto)
@@ -210,6 +213,8 @@ def split_over(
         auto = {name for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind == AxisType.Auto}
         if not auto or mesh.size == 1:
             return fn(*arrays)
+
+        # An axis that fails for one array is left out for all: a device must hold matching parts of each.
         left_out = {*mesh.axis_names} - auto
         for array, axes in zip(arrays, in_axes, strict=True):
             for size, part in zip(array.shape, partition_spec(axes, rules), strict=True):

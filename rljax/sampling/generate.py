@@ -72,16 +72,21 @@ class DecodeRun:
 
 @struct
 class Emitted:
-    """Tokens of one run of steps; row (p, g) owns the first entries of `[:, p, g]`, as many as its `steps` grew.
-    Log-prob and entropy of a forced token are 0."""
+    """What one run of `K` steps sampled; row (p, g) owns the first entries of `[:, p, g]`, as many as its `steps`
+    grew."""
 
     tokens: Int[Array, "K P G"]
+    """Token ids, given ones too."""
     logprobs: Float[Array, "K P G"]
+    """Nats, of the distribution sampled from; 0 for a given token."""
     entropies: Float[Array, "K P G"]
+    """Nats, of the distribution sampled from; 0 for a given token."""
 
 
 @struct
 class _Loop:
+    """What a step hands to the next one."""
+
     step: Array
     cache: KVCache
     token: Array

@@ -19,10 +19,14 @@ MASKED = -1e30
 class SamplingParams:
     """How to sample: float32 and int32 scalars; build it with `sampling_params`, which checks the values."""
 
-    temperature: Float[ArrayLike, ""]  # 0 is greedy
-    top_k: Int[ArrayLike, ""]  # 0 is off
-    top_p: Float[ArrayLike, ""]  # 1 is off
-    min_p: Float[ArrayLike, ""]  # 0 is off
+    temperature: Float[ArrayLike, ""]
+    """Divisor of the logits; 0 is greedy."""
+    top_k: Int[ArrayLike, ""]
+    """Tokens that are kept; 0 is off."""
+    top_p: Float[ArrayLike, ""]
+    """Share of probability that is kept; 1 is off."""
+    min_p: Float[ArrayLike, ""]
+    """Least probability, relative to the best token's; 0 is off."""
 
 
 def sampling_params(temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0) -> SamplingParams:
@@ -79,6 +83,8 @@ def _threshold(x: Array, params: SamplingParams, axis: int) -> Array:
     best = jnp.max(x, axis=axis, keepdims=True)
     mass = jnp.exp(x - best)
     vocab = x.shape[axis]
+
+    # top-p is a share of the mass that top-k left.
     k = jnp.where(params.top_k > 0, jnp.minimum(params.top_k, vocab), vocab)
     by_count = _largest(lambda t: jnp.sum(x >= t, axis=axis, keepdims=True) >= k, best)
 
@@ -124,11 +130,13 @@ def sample_tokens(
     picks a block, then a token in it. A token of probability 0 is never chosen. Uniforms of 23 random bits resolve
     probabilities down to 1e-7.
     """
-    vocab, batch = processed.shape[0], processed.shape[1:]
+    vocab, *batch = processed.shape
     size = block_size(vocab)
     count = -(-vocab // size)
     padding = [(0, count * size - vocab)] + [(0, 0)] * len(batch)
     blocks = jnp.pad(processed, padding, constant_values=MASKED).reshape(count, size, -1)
+
+    # Weights and their moments, block by block: probabilities, normaliser and entropy all come from these.
     best = jnp.max(blocks, axis=(0, 1))
     shifted = blocks - best
     weights = jnp.exp(shifted)
@@ -136,6 +144,7 @@ def sample_tokens(
     block_moment = jnp.sum(weights * shifted, axis=1)
     total = jnp.sum(block_weight, axis=0)
 
+    # A block by the CDF of the blocks, then a token by the CDF inside it.
     block, rest = _invert(block_weight, jnp.ravel(uniform) * jnp.cumsum(block_weight, axis=0)[-1])
     inside = jnp.take_along_axis(blocks, block[None, None], axis=0)[0]
     index, _ = _invert(jnp.exp(inside - best), rest)
@@ -144,6 +153,7 @@ def sample_tokens(
         lambda: jnp.argmax(blocks.reshape(count * size, -1), axis=0).astype(jnp.int32),
         lambda: block * size + index,
     )
+
     chosen = jnp.take_along_axis(blocks.reshape(count * size, -1), tokens[None], axis=0)[0] - best
     log_total = jnp.log(total)
     entropies = log_total - jnp.sum(block_moment, axis=0) / total

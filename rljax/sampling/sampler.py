@@ -76,6 +76,8 @@ class Sampler:
         """Compiles every program that `generate` can need."""
         spec = self.spec
         idle = self._slots([])
+
+        # A cache belongs to a bucket, and prompts of all smaller buckets are prefilled into it too.
         with self._on_mesh():
             for bucket in spec.prompt_buckets:
                 cache = self._new_cache(bucket)

@@ -51,15 +51,20 @@ class Sample(NamedTuple):
 
 
 class Fork(NamedTuple):
-    """A sample to be: the first `fork_index` completion tokens of the sample `parent`, then the tokens `inject`, then
-    what the policy says. `score` is what chose it, `intervention` what is done to it (see `rljax.types`)."""
+    """A sample to be: it begins with tokens of an earlier one."""
 
     parent: int
+    """Index of the earlier sample in the request."""
     fork_index: int
+    """How many completion tokens of the parent it begins with."""
     sample_id: int
+    """Names its random numbers."""
     inject: Sequence[int] = ()
+    """Tokens that are given behind these, before the policy goes on."""
     score: float = 0.0
+    """What chose it."""
     intervention: int = INTERVENTION_NONE
+    """What is done to it (see `rljax.types`)."""
 
 
 Rounds = Callable[[Sequence[Sample]], Sequence[Fork]]
@@ -67,35 +72,42 @@ Rounds = Callable[[Sequence[Sample]], Sequence[Fork]]
 
 
 class Request(NamedTuple):
-    """A prompt to sample, once for each of `sample_ids`, and then whatever `rounds` asks for each time all are done.
-
-    `prompt_id` and the sample ids (non-negative, 31 bits) name the random numbers: the same ids give the same samples.
-    `max_new_tokens` bounds a completion, inherited and given tokens included; None takes the sampler's limit.
-    """
+    """A prompt to sample, once for each of `sample_ids`, and then whatever `rounds` asks for each time all are done."""
 
     prompt: Sequence[int]
+    """Token ids, at least one."""
     prompt_id: int
+    """Names the random numbers, with the sample id: the same ids give the same samples. Non-negative, 31 bits."""
     sample_ids: Sequence[int]
+    """One for each sample. Non-negative, 31 bits."""
     max_new_tokens: int | None = None
+    """Most tokens of a completion, inherited and given ones included; None is the sampler's limit."""
     rounds: Rounds | None = None
+    """Which forks follow; None is no forks."""
 
 
 class Load(NamedTuple):
-    """A prompt to put into a slot: copied from the slot `source`, or prefilled when that is None."""
+    """A prompt to put into a slot."""
 
     request: int
+    """Index of the request whose prompt it is."""
     slot: int
+    """Prompt slot."""
     source: int | None
+    """Slot from which it is copied; None where it is prefilled."""
 
 
 class Path(NamedTuple):
-    """Columns of a row of the grid that are kept as a path of its slot, or laid into the row from there. `steps` is
-    how many columns the row has."""
+    """Columns of a row of the grid that are kept as a path of its slot, or laid into the row from there."""
 
     slot: int
+    """Prompt slot."""
     row: int
+    """Row of the slot."""
     path: int
+    """Path of the slot: the index of the sample in its request."""
     steps: int
+    """How many columns the row has."""
 
 
 class Slots:
@@ -245,6 +257,8 @@ class Slots:
                     f"{where}: parent must be below {min(done, self.path_slots)}: the request has {done} samples and "
                     f"the sampler keeps the first path_slots={self.path_slots}; raise path_slots"
                 )
+
+            # An index equal to the length goes on behind the parent's last token.
             length = len(self._result(request, fork.parent).tokens)
             if not 0 <= fork.fork_index <= length:
                 raise ValueError(f"{where}: fork_index must lie between 0 and the parent's {length} tokens")

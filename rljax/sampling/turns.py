@@ -195,9 +195,12 @@ class TurnDecoder:
             raise ValueError(
                 f"{where}: {length} tokens leave no room for a new one within context_length={spec.context_length}"
             )
+
         limit = spec.max_new_tokens if turn.max_new_tokens is None else turn.max_new_tokens
         if not 1 <= limit <= spec.max_new_tokens:
             raise ValueError(f"{where}: max_new_tokens={limit} must lie between 1 and {spec.max_new_tokens}")
+
+        # Beyond these two turns of different samples would share random numbers.
         if not 0 <= turn.sample_id <= LARGEST_SAMPLE_ID or not 0 <= turn.turn < MOST_TURNS:
             raise ValueError(
                 f"{where}: sample_id {turn.sample_id} and turn {turn.turn} must be at least 0 and at most "
@@ -233,9 +236,11 @@ class TurnDecoder:
             raise RuntimeError(f"{self.num_open} turns are under way; warm up before the first")
         params, sampling = self._ready()
         none = self._moves([])
+
         with self._on_mesh():
             self._allocate()
-            for _ in range(1 if self.mesh is None else 2):  # see Sampler.warmup
+            # Twice round on a mesh, as in Sampler.warmup.
+            for _ in range(1 if self.mesh is None else 2):
                 for chunk in self.spec.prefill_chunks:
                     for count in self._counts(chunk):
                         tokens = np.zeros((count, chunk), np.int32)
@@ -247,6 +252,7 @@ class TurnDecoder:
                 self._kept = _keep_turns(self._kept, self._cache, none)
                 self._call_decode(params, sampling)
             jax.block_until_ready(self._cache)
+
         # What was computed above lies over whatever the conversations held.
         self.forget()
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from rljax.algorithms import ActGuideRL
-from rljax.batching import PackConfig, stack
+from rljax.batching import stack
 from rljax.models import DecoderConfig, init_params
 from rljax.plans import RolloutPlan
 from rljax.rollouts import Guided, GuidedActor, RolloutSettings, ScoredGroup, SingleTurnActor, number_groups
@@ -25,7 +25,7 @@ from rljax.rollouts.trajectories import trajectory_of
 from rljax.sampling import Sample, Sampler, SamplerSpec, sampling_params
 from rljax.tasks import Example, RewardResult, RewardRunner, RewardSpec
 from rljax.text import CharTokenizer
-from rljax.training import Learner, OptimizerConfig
+from rljax.training import Learner, OptimizerConfig, UpdateConfig
 from rljax.types import SOURCE_GUIDED, SOURCE_POLICY
 
 ACTIONS = [{"name": "search", "arguments": {"query": f"q{i}", "goal": "why"}} for i in range(1, 9)]
@@ -295,7 +295,8 @@ def test_the_learner_compares_the_plain_prompt_with_what_was_sampled_under_guida
     batch = batch_of(groups)
     np.testing.assert_array_equal(batch.source, [SOURCE_POLICY] * 8 + [SOURCE_GUIDED] * 8)
     algorithm = ActGuideRL(kl_coef=0.0).build()
-    learner = Learner(config, OptimizerConfig(learning_rate=1e-3), algorithm.loss, PackConfig(256, 8), chunk=256)
+    update = UpdateConfig(pack_length=256, microbatch_size=8, head_chunk=256)
+    learner = Learner(config, algorithm.loss, OptimizerConfig(learning_rate=1e-3), update)
     plain = learner.score_rows(params, batch)
     shown = tokenizer.encode(guided_prompt(hard.prompt, reference_actions(hard.columns["actions"]), 1))
     as_sampled = batch_of([groups[0], groups[1]._replace(prompt=shown)])

@@ -111,7 +111,7 @@ def train_step(run: Run, step: int) -> tuple[dict[str, float], Rollout]:
     rollout = collect(
         run.actor, run.algorithm.plan, lambda n: run.curriculum.sample(step, n), config.prompts_per_step, step
     )
-    timer.seconds |= rollout.seconds
+    timer.add(rollout.seconds)
 
     with timer("score"):
         batch = stack_rows(config, rollout.trajectories, rollout.rewards.size)

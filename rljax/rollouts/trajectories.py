@@ -32,7 +32,7 @@ def trajectory_of(
     prompt_length = len(group.prompt)
     total = prompt_length + len(sample.tokens)
 
-    def on_completion(values: Any, dtype: Any, fill: float = 0) -> np.ndarray:
+    def on_completion(values: Any, dtype: Any, fill: int = 0) -> np.ndarray:
         return np.concatenate([np.full(prompt_length, fill, dtype), np.asarray(values, dtype)])
 
     is_truncated = sample.finish_reason == "length"

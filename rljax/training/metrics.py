@@ -137,6 +137,11 @@ class PhaseTimer:
         finally:
             self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start
 
+    def add(self, seconds: Mapping[str, float]) -> None:
+        """Adds phases that somebody else has timed."""
+        for phase, spent in seconds.items():
+            self.seconds[phase] = self.seconds.get(phase, 0.0) + spent
+
     @property
     def total(self) -> float:
         """Seconds since the timer was made."""

@@ -19,14 +19,23 @@ class OptimizerConfig:
     """
 
     learning_rate: float = 1e-5
+    """The highest rate of the schedule. Lower it if the reward is unstable."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """How the rate goes on after `warmup_steps`."""
     warmup_steps: int = 0
-    total_steps: int = 0  # needed by linear and cosine
+    """Optimizer steps over which the rate rises from 0."""
+    total_steps: int = 0
+    """Optimizer step at which `linear` and `cosine` reach 0, the number of updates of the run; they must have it."""
     weight_decay: float = 0.0
+    """Share of a weight that is taken off per unit of learning rate."""
     b1: float = 0.9
+    """Decay of the mean of gradients."""
     b2: float = 0.999
+    """Decay of the mean of squared gradients."""
     eps: float = 1e-8
+    """Added to the root of that mean, which divides."""
     max_grad_norm: float = 1.0
+    """Global norm that longer gradients are scaled down to; 0 leaves them as they are."""
 
     def direction(self) -> optax.GradientTransformation:
         """From (clipped) gradients to what weight decay is added to and the learning rate multiplies."""
@@ -44,8 +53,11 @@ class MuonConfig(OptimizerConfig):
     """
 
     beta: float = 0.95
+    """Decay of the momentum of matrices."""
     newton_schulz_steps: int = 5
+    """Steps towards an orthogonal matrix; more cost more and come closer."""
     consistent_rms: float = 0.2
+    """Size of a step, as a root mean square per weight; 0 scales by width alone."""
 
     def direction(self) -> optax.GradientTransformation:
         if self.newton_schulz_steps < 1:
@@ -74,8 +86,11 @@ class LightSAMConfig(OptimizerConfig):
     """
 
     b2: float = 0.99
+    """Decay of the mean of squared gradients."""
     rho: float = 0.05
+    """Distance of the second gradient's point; 0 is no second point."""
     variant: Literal["adam", "adagrad", "norm"] = "adam"
+    """How both steps are normalised."""
 
     def direction(self) -> optax.GradientTransformation:
         if not self.rho >= 0:

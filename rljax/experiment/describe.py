@@ -62,7 +62,8 @@ def first_paragraph(cls: type) -> str:
 
 def settings(config: Any, path: str = "config") -> Iterator[tuple[str, Any, str]]:
     """(`config.part.field`, value, text) of every field of a config that is no part itself, parts depth first."""
-    for field in field_texts(type(config)):
+    cls: type = type(config)
+    for field in field_texts(cls):
         value = getattr(config, field.name)
         name = f"{path}.{field.name}"
         if dataclasses.is_dataclass(value) and not isinstance(value, type):

@@ -3,21 +3,18 @@
     python benchmarks/papers.py                       # all of them, then the table; goes on where it stopped
     python benchmarks/papers.py --configs=fipo,owpo   # these alone
     python benchmarks/papers.py --size=smoke          # two steps each of a tiny model, to see that it works
-    python benchmarks/papers.py --functions           # nothing is trained: writes docs/functions.md
 
 The warm-up of the configs is the same for all, so it is done once. Each finished config is one JSON line in the work
 folder. It is one seed, on one easy task: enough to see that a method learns, too little to rank methods by.
 """
 
 import argparse
-import ast
 import importlib
-import inspect
 import json
 import re
 import shutil
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,34 +31,8 @@ from rljax.training import RunFolder, read_jsonl
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = ROOT / "configs" / "papers"
-PAGE, FUNCTIONS = ROOT / "docs" / "papers.md", ROOT / "docs" / "functions.md"
+PAGE = ROOT / "docs" / "papers.md"
 BEGIN, END = "<!-- measured: written by benchmarks/papers.py -->", "<!-- end of measured -->"
-CLEARER = {  # where the first sentence of a docstring leans on what its module says
-    "AEPO": "AEPO, arXiv 2510.14545: ARPO with fewer forks in a row, credit scaled by entropy, and a softer clip",
-    "Forks": "`n` places to fork at, and whether each is used",
-    "ReinforcePlusPlus": "REINFORCE++, arXiv 2501.03262: PPO's loss with the whole batch as baseline, no critic",
-    "ReinforcePlusPlusBaseline": "REINFORCE++-baseline, arXiv 2501.03262: the same, the group's mean taken off first",
-    "Rescue": "What `rescue` returns: a ratio, a weight and a report for `policy_loss`",
-    "current_deviation": "How far the policy being updated is ahead of the reference, as the verifier has it (OWPO)",
-    "exponential_gate": "`clip(exp(-beta d), 1 - lock, 1 + accelerate)`: OWPO's weight of a deviation d (2605.22156)",
-    "future_kl_weights": "`exp` of the discounted sum of log-ratios from a token on, clipped (FIPO, 2603.19835)",
-    "future_log_ratio": "That sum, in nats",
-    "linear_gate": "`clip(1 - beta d, 1 - lock, 1 + accelerate)`, in place of `exponential_gate`",
-    "old_deviation": "As `current_deviation`, of the policy before the first update of the rollout",
-    "one_way_weights": "A gate of a deviation, as token weights (OWPO, 2605.22156)",
-    "per_row": "The random number of a row's first loss token, on all of its tokens: for ratios of whole rows",
-    "per_token": "The random number of each token",
-    "rescue": "Near-boundary stochastic rescue around a ratio and its clip interval (2605.22703)",
-    "sigmoid_gate": "`2 sigmoid(-beta d)`, in place of `exponential_gate`",
-    "two_sided": "Noise of a rescue: `u ~ U(1 - delta, 1 + delta)`",
-}
-ROOMS = {
-    "losses": "Parts of a policy loss, and `policy_loss`, which composes them. Weights, filters, penalties and "
-    "reports are all functions of `(logprobs, entropies, rows)`; ratios are functions of `(logprobs, rows)`.",
-    "advantages": "From a rollout to credit per token.",
-    "trees.forks": "Scores of tokens to fork at, and the choice among them.",
-    "algorithms": "Recipes: dataclasses of hyperparameters with `build() -> Algorithm`. See [papers.md](papers.md).",
-}
 
 
 def configs() -> list[str]:
@@ -144,54 +115,13 @@ def with_table(page: str, text: str) -> str:
     return page.rstrip("\n") + "\n\n" + block
 
 
-def functions() -> str:
-    """docs/functions.md: every public function and class of the rooms that a method is made of, and what it is."""
-    text = ["# Functions", "What methods are made of. Written by `python benchmarks/papers.py --functions`.", ""]
-    for room, about in ROOMS.items():
-        module = importlib.import_module(f"rljax.{room}")
-        text += [f"## rljax.{room}", about, "", "| name | what it is |", "|---|---|"]
-        text += [
-            f"| `{name}` | {CLEARER.get(name) or first_sentence(getattr(module, name))} |" for name in public(module)
-        ]
-        text.append("")
-    return "\n".join(text)
-
-
-def public(module: Any) -> Iterable[str]:
-    """Names of its functions and classes; type aliases are left out."""
-    names = getattr(module, "__all__", None)
-    if names is None:
-        names = [
-            n
-            for n, x in vars(module).items()
-            if not n.startswith("_") and getattr(x, "__module__", "") == module.__name__
-        ]
-    return [
-        n for n in sorted(names, key=str.lower) if inspect.isfunction(x := getattr(module, n)) or inspect.isclass(x)
-    ]
-
-
-def first_sentence(thing: Any) -> str:
-    """The first sentence of a docstring, in one line, fit for a table. `inspect` would add that of a base class."""
-    tree = ast.parse(inspect.cleandoc("\n" + inspect.getsource(thing)))
-    paragraph = " ".join((ast.get_docstring(tree.body[0]) or "").split("\n\n")[0].split())
-    sentence = re.split(r"(?<=[^.\d])\.(?= [A-Z`]|$)", paragraph)[0]
-    if re.search(r"arXiv [\d.]+:?$", sentence):  # a recipe whose formula follows
-        sentence = sentence.rstrip(".:") + ": " + inspect.getmodule(thing).__doc__.splitlines()[0]
-    return sentence.rstrip(".:").replace("|", "\\|")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--size", choices=("full", "smoke"), default="full")
     parser.add_argument("--workdir", default="runs/papers")
     parser.add_argument("--configs", help="comma-separated names; all when left out")
     parser.add_argument("--page", default=str(PAGE), help="where the table goes; at smoke size it is only printed")
-    parser.add_argument("--functions", action="store_true", help="write docs/functions.md instead")
     arguments = parser.parse_args()
-    if arguments.functions:
-        FUNCTIONS.write_text(functions())
-        return
     names = arguments.configs.split(",") if arguments.configs else configs()
     if unknown := sorted(set(names) - set(configs())):
         parser.error(f"--configs: {unknown[0]!r} is not one of {', '.join(configs())}")

@@ -13,6 +13,7 @@ from pathlib import Path
 from absl import app, flags, logging
 from ml_collections import config_flags
 
+_HELP = ("--help", "-help", "--help=true", "--helpshort", "-helpshort")
 _OVERRIDE = re.compile(r"--?config\.([\w.]+)")
 
 
@@ -57,12 +58,25 @@ def _parse(argv: list[str]) -> list[str]:
     try:
         for problem in _config_problems(argv):
             _fail(problem)
-        rest = flags.FLAGS(argv)
+        wants_help = "config" in flags.FLAGS and any(argument in _HELP for argument in argv)
+        rest = flags.FLAGS([argument for argument in argv if not (wants_help and argument in _HELP)])
     except flags.Error as error:
         _fail(str(error))
+    if wants_help:
+        _print_help()
+        sys.exit(0)
     if len(rest) > 1:
         _fail(f"unexpected arguments {rest[1:]}; flags are written --name=value")
     return rest
+
+
+def _print_help() -> None:
+    """The flags of the script, then the fields of its config with the values that this command line gives them."""
+    from rljax.experiment.describe import describe
+
+    app.usage(shorthelp=True, writeto_stdout=True)
+    print("\nFields of the config:\n")
+    print(describe(flags.FLAGS["config"].value))
 
 
 def _config_problems(argv: list[str]):

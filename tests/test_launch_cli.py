@@ -208,10 +208,12 @@ def run_script(*arguments):
     )
 
 
-def test_help_names_config_and_workdir():
-    done = run_script("--help")
+def test_help_shows_flags_and_what_each_field_of_the_config_is(config_file):
+    done = run_script(f"--config={config_file}", "--config.seed=7", "--help")
+    assert done.returncode == 0 and "Traceback" not in done.stderr
     assert "--config" in done.stdout and "--workdir" in done.stdout and "--[no]dry_run" in done.stdout
-    assert "Traceback" not in done.stderr
+    assert "  --config.seed: 7\n    Enters every random number" in done.stdout
+    assert "  --config.update.pack_length: 64\n" in done.stdout
 
 
 def test_a_mistake_in_a_process_of_its_own_ends_with_status_2(config_file, tmp_path):

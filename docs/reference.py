@@ -32,7 +32,8 @@ CLEARER = {  # where the first sentence of a docstring leans on what its module 
     "two_sided": "Noise of a rescue: `u ~ U(1 - delta, 1 + delta)`",
 }
 METHODS = {
-    "losses": "Parts of a policy loss, and `policy_loss`, which composes them.",
+    "losses": "Parts of a policy loss, and `policy_loss`, which composes them. Weights, filters, penalties and "
+    "reports are all functions of `(logprobs, entropies, rows)`; ratios are functions of `(logprobs, rows)`.",
     "advantages": "From a rollout to credit per token.",
     "trees.forks": "Scores of tokens to fork at, and the choice among them.",
     "algorithms": "Recipes: dataclasses of hyperparameters with `build() -> Algorithm`. See [papers.md](papers.md).",

@@ -19,7 +19,7 @@ from rljax.batching import stack
 from rljax.losses import clipped, policy_loss, token_mean, token_ratio
 from rljax.models import find_smollm2, load_model
 from rljax.sampling import Request, Sampler, SamplerSpec, compile_count, sampling_params
-from rljax.training import Learner, OptimizerConfig, UpdateConfig
+from rljax.training import Learner, LossNeeds, OptimizerConfig, UpdateConfig
 from rljax.types import Trajectory
 
 SIZES = {
@@ -93,7 +93,7 @@ def make_learner(config, size, sampling=None, *, share=True) -> Learner:
     microbatch_size, micro = (1, size["prompts"]) if share else (size["samples"], size["prompts"])
     update = UpdateConfig(length, microbatch_size, share, (length,), (length,), (rows,), (micro,))
     loss = policy_loss(token_ratio, clipped(), token_mean)
-    return Learner(config, loss, OptimizerConfig(learning_rate=1e-5), update, sampling=sampling)
+    return Learner(config, loss, OptimizerConfig(learning_rate=1e-5), update, needs=LossNeeds(sampling=sampling))
 
 
 def logprob_gaps(shape, model, size) -> dict[str, float]:

@@ -71,8 +71,8 @@ def update_config(pack, **changes):
 
 def make(pack, loss=None, *, needs=None, sampling=None, **changes):
     update = update_config(pack, **changes)
-    needs = needs or LossNeeds()
-    return Learner(CONFIG, loss or grpo(), OptimizerConfig(learning_rate=1e-2), update, needs=needs, sampling=sampling)
+    needs = dataclasses.replace(needs or LossNeeds(), sampling=sampling)
+    return Learner(CONFIG, loss or grpo(), OptimizerConfig(learning_rate=1e-2), update, needs=needs)
 
 
 PACKINGS = {

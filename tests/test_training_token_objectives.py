@@ -28,8 +28,8 @@ ACCUMULATED = PackConfig(pack_length=64, microbatch_size=1)
 def make(pack, loss, *, needs=None, sampling=None, seed=0, **changes):
     """Plain gradient descent, so that the step is the gradient."""
     update = update_config(pack, **changes)
-    needs = needs or LossNeeds()
-    return Learner(CONFIG, loss, optax.sgd(1.0), update, needs=needs, sampling=sampling, seed=seed)
+    needs = dataclasses.replace(needs or LossNeeds(), sampling=sampling)
+    return Learner(CONFIG, loss, optax.sgd(1.0), update, needs=needs, seed=seed)
 
 
 def dapo(ratio_fn=L.token_ratio, **parts):

@@ -135,14 +135,13 @@ def build_actor(
 def make_learner(config: Config, decoder: DecoderConfig, algorithm: Algorithm, mesh: Mesh) -> Learner:
     """The policy's learner."""
     plan = algorithm.plan
-    needs = LossNeeds(reference=plan.needs_ref, uniforms=plan.needs_uniforms)
+    needs = LossNeeds(reference=plan.needs_ref, uniforms=plan.needs_uniforms, sampling=config.sampling.params())
     return Learner(
         decoder,
         algorithm.loss,
         config.optimizer,
         config.update,
         needs=needs,
-        sampling=config.sampling.params(),
         mesh=mesh,
         seed=config.seed,
     )

@@ -33,9 +33,8 @@ class Learner:
     """Makes minibatches of a rollout and updates the state with them.
 
     `update` says how a rollout becomes updates; under a mesh, its `microbatch_size` must divide over the batch axes.
-    Log-probs are those of the distribution that `sampling` describes; None is the model's own. `seed` is the run's:
-    shuffling and the losses' random numbers are drawn from it. `subtree` says which weights are trained; gradients and
-    moments exist for these alone, and the reference shares the frozen ones.
+    `seed` is the run's: shuffling and the losses' random numbers are drawn from it. `subtree` says which weights are
+    trained; gradients and moments exist for these alone, and the reference shares the frozen ones.
 
     An update whose loss or gradient is not finite leaves weights and optimizer as they are; after `max_skipped` of
     them in a row `update` (or `check`) raises `FloatingPointError` with what was not finite. ValueError for values that
@@ -50,7 +49,6 @@ class Learner:
         update: UpdateConfig,
         *,
         needs: LossNeeds = NO_NEEDS,
-        sampling: SamplingParams | None = None,
         mesh: Mesh | None = None,
         seed: int = 0,
         subtree: Subtree = EVERYTHING,
@@ -76,7 +74,7 @@ class Learner:
         self.mesh = mesh
         self.seed = seed
         self.subtree = subtree
-        self._sampling = None if sampling is None or _is_plain(sampling) else sampling
+        self._sampling = None if needs.sampling is None or _is_plain(needs.sampling) else needs.sampling
         self._guard = Guard(update.max_skipped)
 
         self.program = UpdateProgram(

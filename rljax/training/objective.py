@@ -7,6 +7,7 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 from jaxtyping import Array, Bool
 
+from rljax.sampling import SamplingParams
 from rljax.sampling.score import score_tokens
 from rljax.types import ArrayLike, Rows
 
@@ -57,6 +58,9 @@ class LossNeeds:
     uniforms: bool = False
     """A random number per token and update (`Rows.uniforms`), drawn by seed, step, epoch, row of the rollout and
     position."""
+
+    sampling: SamplingParams | None = None
+    """The distribution that log-probs are of, the one that was sampled from; None is the model's own."""
 
     score_fn: ScoreFn = score_tokens
     """What is trained: `score_tokens`, or `score_values`, with which all that is said of log-probs holds for values."""

@@ -23,6 +23,8 @@ def convert(source: str, target: str, *, step: int | None = None, dtype: str = "
     goal = Path(target)
     if goal.exists() and any(goal.iterdir()):
         raise ValueError(f"{target} exists and is not empty; name a new folder")
+
+    # A run folder says in `model/` what its checkpoints are of.
     if (Path(source) / "model" / "config.json").is_file():
         model = Path(source) / "model"
         decoder = config_from_hf(json.loads((model / "config.json").read_text()))
@@ -32,6 +34,7 @@ def convert(source: str, target: str, *, step: int | None = None, dtype: str = "
         path = model_path(source)
         decoder, params = load_model(path)
         tokenizer = load_tokenizer(path)
+
     params = jax.tree.map(lambda x: jnp.asarray(x, dtype), params)
     save_hf(goal, decoder, params, tokenizer=tokenizer)
     count = sum(int(np.prod(x.shape)) for x in jax.tree.leaves(params))

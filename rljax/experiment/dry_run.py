@@ -11,7 +11,7 @@ from rljax.experiment.build import Run, build
 from rljax.experiment.config import Config
 from rljax.experiment.report import aligned
 from rljax.experiment.sft import demonstration
-from rljax.models import abstract_params, param_shardings
+from rljax.models import DecoderConfig, abstract_params, param_shardings
 from rljax.parallel import DECODE_RULES, batch_parts, is_main_process, use_mesh
 from rljax.text import render_prompt
 from rljax.types import Rows, TrainBatch
@@ -66,12 +66,14 @@ def describe(run: Run, result: dict[str, Any]) -> str:
         f"actor        {config.actor}",
         f"an update    at most {shapes}; {_tables(config.update)}",
     ]
+
     rows = [(name, f"{size / GIB:.3f}") for name, size in result["predicted"].items()]
     rows += [("total", f"{result['total'] / GIB:.3f}"), ("device has", f"{result['limit'] / GIB:.3f}")]
     lines += ["", aligned([("memory per device (GiB)", "predicted"), *rows])]
     if result["measured"]:
         rows = [(name, f"{size / GIB:.3f}") for name, size in result["measured"].items()]
         lines += ["", aligned([("compiled update, per device (GiB)", "measured"), *rows])]
+
     fits = result["total"] <= result["limit"]
     return "\n".join(
         [*lines, "", "it fits" if fits else _remedy(result["predicted"], result["total"], result["limit"])]
@@ -94,7 +96,10 @@ def worst_batch(run: Run) -> TrainBatch:
     config = run.config
     prompts = sorted((render_prompt(run.tokenizer, e.prompt, config.data.chat) for e in run.dataset.train), key=len)
     group = run.algorithm.plan.group_size
-    rng, rows = np.random.default_rng(0), []
+
+    # Random completions share nothing but their prompt, which is the least that forests can save.
+    rng = np.random.default_rng(0)
+    rows = []
     for index in range(config.prompts_per_step // config.update.minibatches):
         for _ in range(group):
             prompt = prompts[-1 - index % len(prompts)]
@@ -103,16 +108,17 @@ def worst_batch(run: Run) -> TrainBatch:
             rows.append(demonstration(prompt, completion, index, index))
     batch = stack(rows)
     packing = layout(batch, loss_mask(batch), config.update)
+
+    plan = run.algorithm.plan
     like = packing.row_index.shape
 
     def shaped(shape, dtype):
         return jax.ShapeDtypeStruct(shape, dtype)
 
-    packed = jax.tree.map(lambda x: shaped(x.shape, x.dtype), packing.packed)
     real = shaped(like, np.float32)
-    ref = real if run.algorithm.plan.needs_ref else None
+    of_row = shaped(like[:2], np.float32)
     return TrainBatch(
-        packed=packed,
+        packed=jax.tree.map(lambda x: shaped(x.shape, x.dtype), packing.packed),
         rows=Rows(
             row_index=shaped(like, np.int32),
             loss_mask=shaped(like, bool),
@@ -122,8 +128,9 @@ def worst_batch(run: Run) -> TrainBatch:
             behavior_logprobs=real,
             old_logprobs=real,
             source=shaped(like[:2], np.int32),
-            ref_logprobs=ref,
-            uniforms=real if run.algorithm.plan.needs_uniforms else None,
+            ref_logprobs=real if plan.needs_ref else None,
+            uniforms=real if plan.needs_uniforms else None,
+            columns={column.name: of_row if column.per == "row" else real for column in plan.columns},
         ),
     )
 
@@ -134,42 +141,59 @@ def predict_memory(run: Run, batch: TrainBatch) -> dict[str, int]:
     Activations are what the backward pass keeps of one microbatch: per token and layer the inputs of each product, or
     with remat the layer's input alone (and one layer's worth while it is recomputed).
     """
-    config, c, mesh = run.config, run.decoder, run.mesh
+    config = run.config
     state = run.learner.abstract_state()
+    microbatches, sequences, length = batch.packed.tokens.shape
+    tensor = run.mesh.shape["tensor"]
+    parts = batch_parts(run.mesh)
+
     weights = _bytes(state.trainable)
     gradients = _bytes(_as_float32(state.trainable))
-    tensor, parts = mesh.shape["tensor"], batch_parts(mesh)
-    micro, microbatch_size, length = batch.packed.tokens.shape
-    tokens = microbatch_size * length // parts
-    width = np.dtype(c.dtype).itemsize
-    heads = (2 * c.num_heads + 2 * c.num_kv_heads) * c.head_dim // tensor
-    per_layer = tokens * width * (4 * c.embed_dim + heads + 3 * c.mlp_dim // tensor)
-    scores = microbatch_size // parts * c.num_heads // tensor * length * length * 4 // 2
-    kept = tokens * width * c.embed_dim * c.num_layers + per_layer + scores
-    if not config.update.remat:
-        kept = (per_layer + scores) * c.num_layers
-    cache = run.actor.cache_bytes()
     critic = {}
-    if run.critic is not None:  # weights and optimizer; gradients and activations are there one model at a time
+    if run.critic is not None:
+        # Weights and optimizer; gradients and activations are there one model at a time.
         own = run.critic.abstract_state()
         critic["critic"] = _bytes(own.trainable) + _bytes(own.base) + _bytes(own.opt_state)
         gradients = max(gradients, _bytes(_as_float32(own.trainable)))
-    compute = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, np.dtype(c.dtype)), run.learner.policy_params(state))
+
+    # The decoder keeps a copy of the weights in the dtype that it computes in, laid out by rules of its own.
+    decoder = run.decoder
+    as_computed = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, np.dtype(decoder.dtype)), run.learner.policy_params(state)
+    )
+    decoder_weights = _bytes(as_computed, param_shardings(decoder, run.mesh, DECODE_RULES))
+
+    # Logits in float32, their gradient and what the softmax keeps of them.
+    chunk = min(config.update.head_chunk, sequences * batch.packed.score_index.shape[-1])
+    logits = chunk * decoder.vocab_size * 4 * 3 // (parts * tensor)
+
     return {
         "parameters": weights + _bytes(state.base),
         "optimizer": _bytes(state.opt_state),
-        "gradients": gradients * (2 if micro > 1 else 1),
+        # Of several microbatches the sum is kept beside the newest.
+        "gradients": gradients * (2 if microbatches > 1 else 1),
         **({"reference": weights} if state.ref_trainable is not None else {}),
         **critic,
-        "decoder weights": _bytes(compute, param_shardings(c, mesh, DECODE_RULES)),
-        "KV cache": cache // parts,
-        "activations": int(kept),
-        "logits": min(config.update.head_chunk, microbatch_size * batch.packed.score_index.shape[-1])
-        * c.vocab_size
-        * 4
-        * 3
-        // (parts * tensor),
+        "decoder weights": decoder_weights,
+        "KV cache": run.actor.cache_bytes() // parts,
+        "activations": _activation_bytes(decoder, sequences // parts, length, tensor, remat=config.update.remat),
+        "logits": logits,
     }
+
+
+def _activation_bytes(decoder: DecoderConfig, sequences: int, length: int, tensor: int, *, remat: bool) -> int:
+    """Of one microbatch of `sequences` packed sequences on a device, whose weights are split `tensor` ways."""
+    tokens = sequences * length
+    width = np.dtype(decoder.dtype).itemsize
+    heads = (2 * decoder.num_heads + 2 * decoder.num_kv_heads) * decoder.head_dim // tensor
+    per_layer = tokens * width * (4 * decoder.embed_dim + heads + 3 * decoder.mlp_dim // tensor)
+    # Half of the scores are invisible to their query.
+    scores = sequences * decoder.num_heads // tensor * length * length * 4 // 2
+    if not remat:
+        return (per_layer + scores) * decoder.num_layers
+
+    inputs = tokens * width * decoder.embed_dim * decoder.num_layers
+    return inputs + per_layer + scores
 
 
 def measure_update(run: Run, batch: TrainBatch) -> dict[str, int]:

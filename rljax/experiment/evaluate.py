@@ -23,10 +23,12 @@ def evaluate_model(
     `step` None is the newest checkpoint. ValueError when there is none.
     """
     run = build(config)
+
     with run.actor, use_mesh(run.mesh):
         if checkpoint is None:
             params = run.initial_params()
         else:
+            # Each shard is read onto its device.
             target = jax.tree.map(
                 lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where),
                 abstract_params(run.decoder),
@@ -34,6 +36,7 @@ def evaluate_model(
             )
             params, step = restore_params(run_checkpoints(checkpoint), target, step)
         evaluation = evaluate_run(run, params, step or 0)
+
     if is_main_process():
         print(evaluation_table(evaluation))
         if json_file:

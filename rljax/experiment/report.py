@@ -34,6 +34,7 @@ def finish(folder: RunFolder, before: Evaluation, after: Evaluation, *, wall_sec
 
     `wall_seconds` are those of this process: of a resumed run, since it was resumed.
     """
+    # Closed first, so that all metrics are on disk.
     folder.close()
     history = folder.metrics()
     summary = {
@@ -54,9 +55,11 @@ def finish(folder: RunFolder, before: Evaluation, after: Evaluation, *, wall_sec
         "versions": versions(),
     }
     folder.write_json("summary.json", summary)
+
     held_out = [(m["step"], m[key]) for m in history for key in m if key.startswith("eval/avg@")]
     name = f"avg@{after.samples}"
     curve = folder.plot([(before.step, before.metrics[name]), *held_out, (after.step, after.metrics[name])])
+
     say(f"\n{comparison_table(before, after)}\n\n{sample_table(before, after)}\n")
     say(
         f"{summary['steps']} steps, {summary['new_tokens']} new tokens, {wall_seconds:.0f} s, "

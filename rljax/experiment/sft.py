@@ -17,6 +17,7 @@ def warm_up(run: Run, params: Any, folder: RunFolder) -> Any:
     config = run.config.warmup
     if not config.steps:
         return params
+
     learner, curriculum = supervised(run)
     state = learner.init_state(params)
     for step in range(config.steps):
@@ -30,14 +31,16 @@ def supervised(run: Run) -> tuple[Learner, UniformCurriculum]:
     config = run.config.warmup
     make = config.demonstrations or (lambda examples: examples)
     examples = make(run.dataset.train)
+
     missing = next((e for e in examples if config.completion_column not in e.columns), None)
     if missing is not None:
         raise ValueError(
             f"supervised examples need the column {config.completion_column!r}; one has {sorted(missing.columns)}. "
             "Name it with config.warmup.completion_column, or make it with config.warmup.demonstrations"
         )
-    # Demonstrations are one update a step, whatever the rollouts of training are split into.
-    update = dataclasses.replace(run.config.update, minibatches=1, epochs=1)
+
+    # Demonstrations are one update a step, whatever rollouts are split into, and no sampler has log-probs of them.
+    update = dataclasses.replace(run.config.update, minibatches=1, epochs=1, use_sampler_logprobs=False)
     learner = Learner(run.decoder, sft_loss(), config.optimizer, update, mesh=run.mesh)
     return learner, UniformCurriculum(examples, seed=run.config.seed)
 
@@ -49,12 +52,16 @@ def supervised_step(
 
     A completion is a text, or, for episodes, a list of texts: what the policy says and what comes back, in turn.
     """
-    config, tokenizer = run.config.warmup, run.tokenizer
+    config = run.config.warmup
+    tokenizer = run.tokenizer
+
     rows = []
     for index, example in enumerate(curriculum.sample(step, config.batch_size)):
         prompt = render_prompt(tokenizer, example.prompt, run.config.data.chat)
         rows.append(_row(tokenizer, prompt, example.columns[config.completion_column], example.id, index))
     batch = stack_rows(run.config, rows)
+
+    # The supervised loss does not look at advantages.
     (minibatch,) = learner.prepare(state, batch, np.zeros(batch.tokens.shape, np.float32))
     return learner.update(state, minibatch)
 

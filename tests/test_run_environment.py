@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import threading
 
 import jax
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 from test_rollouts_endpoint import CONFIG as MODEL
 from test_rollouts_endpoint import make_tokenizer, params
 
+import rljax.experiment.train
 from rljax.algorithms import ARPO, GRPO, ActGuideRL, AgentRL, DeepDive, RoleAgent, TreeGRPO
 from rljax.experiment import (
     BlackBox,
@@ -105,6 +107,51 @@ def test_methods_train_over_turns(tmp_path, algorithm, changes):
     config.actor = dataclasses.replace(config.actor, **changes)
     train(config, str(tmp_path))
     assert len(lines(tmp_path)) == 2
+
+
+def test_groups_in_flight_are_not_lost_when_a_run_breaks_off(tmp_path, monkeypatch):
+    """What a checkpoint holds of groups under way is trained on after the resume, or still under way at the end."""
+    config = make_config(GRPO(group_size=4, kl_coef=0.0), steps=4, checkpoint=CheckpointConfig(every=1))
+    config.actor = dataclasses.replace(config.actor, groups_in_flight=3)
+    step = rljax.experiment.train.train_step
+    states = []
+
+    def breaks(run, index):
+        if index == 2:
+            raise KeyboardInterrupt
+        return step(run, index)
+
+    def saved(run, state=rljax.experiment.train.host_state):
+        states.append(state(run)["actor"])
+        return state(run)
+
+    monkeypatch.setattr(rljax.experiment.train, "train_step", breaks)
+    monkeypatch.setattr(rljax.experiment.train, "host_state", saved)
+    with pytest.raises(KeyboardInterrupt):
+        train(config, str(tmp_path))
+    monkeypatch.setattr(rljax.experiment.train, "train_step", step)
+    under_way = {group["example_id"] for group in states[-1]["groups"]}
+    assert len(under_way) == 3
+
+    train(config, str(tmp_path))
+    trained = {
+        json.loads(line)["prompt_id"]
+        for number in (3, 4)
+        for line in (tmp_path / "rollouts" / f"step_{number:06d}.jsonl").read_text().splitlines()
+    }
+    left = {group["example_id"] for group in states[-1]["groups"]}
+    assert len(trained) == 8 and under_way <= trained | left and len(left) == 3
+    assert [line["play/groups_in_flight"] for line in lines(tmp_path)] == [3] * 4
+
+
+def test_building_a_run_opens_nothing(tmp_path):
+    save_hf(str(tmp_path / "model"), MODEL, params(), tokenizer=make_tokenizer())
+    before = set(threading.enumerate())
+    agent = BlackBox(agent="agent_tasks:chat", context_length=128, prefill_chunks=(16, 64))
+    model = PretrainedModel(path=str(tmp_path / "model"))
+    for changes in ({}, {"actor": agent, "model": model}):
+        run = build(make_config(**changes))
+        assert run.actor.cache_bytes() > 0 and set(threading.enumerate()) == before
 
 
 def test_guided_rollouts_over_turns(tmp_path):

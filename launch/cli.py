@@ -90,13 +90,11 @@ def _config_problems(argv: list[str]):
         yield f"--config={file} does not exist; config files in configs/: {near}"
         return
     _find_neighbours(file)
-    spec = importlib.util.spec_from_file_location("_checked_config", file)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    if not hasattr(module, "get_config"):
-        yield f"--config={file} defines no get_config(); it must return an rljax.experiment.config.Config"
+    config, problem = _load_config(file, path.split(":")[1:])
+    if problem:
+        yield problem
         return
-    config = module.get_config(*path.split(":")[1:])
+
     for argument in argv[1:]:
         if match := _OVERRIDE.match(argument):
             problem = _override_problem(config, match[1], argument)

@@ -24,6 +24,7 @@ _PROCESS_ID = flags.DEFINE_integer("process_id", None, "Index of this process, w
 
 def main() -> None:
     from rljax.experiment.dry_run import print_plan
+    from rljax.experiment.train import train
     from rljax.parallel import initialize_distributed
 
     if _WORKDIR.value is None and not _DRY_RUN.value:

@@ -48,12 +48,8 @@ FIELDS = {
 }
 """Of a config: what was at this dotted path, and where it is. A longer path went with the longest that is listed."""
 
-_KEYWORD = re.compile(r"(\w+)\.__init__\(\) got an unexpected keyword argument '(\w+)'")
-_PARTS = {
-    "Config": "",
-    "SamplingConfig": "sampling.",
-    "UpdateConfig": "update.",
-}
+_KEYWORD = re.compile(r"got an unexpected keyword argument '(\w+)'")
+_PARTS = ("", "sampling.", "update.")
 
 
 def field_hint(dotted: str) -> str:
@@ -69,9 +65,9 @@ def field_hint(dotted: str) -> str:
 def keyword_hint(error: TypeError) -> str:
     """The same for a dataclass of a config that was given a keyword which has moved; empty for any other error."""
     found = _KEYWORD.search(str(error))
-    if not found or found[1] not in _PARTS:
+    if not found:
         return ""
-    return field_hint(_PARTS[found[1]] + found[2])
+    return next((hint for part in _PARTS if (hint := field_hint(part + found[1]))), "")
 
 
 class MovedModules(importlib.abc.MetaPathFinder):

@@ -103,7 +103,10 @@ MISTAKES = {
     "greedy training": (["--config.sampling.temperature=0.0"], r"temperature=0.*above 0"),
     "buckets out of order": (["--config.actor.prompt_buckets=(8, 4)"], r"prompt_buckets=\(8, 4\).*increasing"),
     "a prompt beyond the buckets": (["--config.actor.prompt_buckets=(2,)"], r"longest prompt has 3.*\(2,\).*bucket"),
-    "a pack too short": (["--config.update.pack_length=6"], r"pack_length=6.*raise it to at least 7"),
+    "a pack too short": (
+        ["--config.update.pack_length=6", "--config.update.length_buckets=(6,)"],
+        r"pack_length=6.*raise it to at least 7",
+    ),
     "a part that has moved": (
         ["--config.environment.make=x:y"],
         r"config\.environment is config\.actor=MultiTurn\(\.\.\.\).*now",

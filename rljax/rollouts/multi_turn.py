@@ -581,7 +581,7 @@ class MultiTurnActor:
         return {
             "busy_share": total["seconds"] / max(seconds, 1e-9),
             "row_occupancy": total["busy_rows"] / max(row_steps, 1),
-            "reused_share": 1 - total["prefill_tokens"] / max(total["context_tokens"], 1),
+            "reused_share": 1 - total["prefill_tokens"] / max(total["conversation_tokens"], 1),
             "prefill_tokens": float(total["prefill_tokens"]),
             "turns": float(total["turns"]),
             "finished_share": float(np.mean([episode.end == DONE for episode in episodes])) if episodes else 0.0,

@@ -174,7 +174,7 @@ TASKS = (
     ),
 )
 PRESETS = {
-    "smoke": dict(prompts=8, tokens=100, points=1, seeds=1, warmup_share=0.1),
+    "smoke": dict(prompts=8, tokens=100, points=1, seeds=1, warmup_share=0.1, layers=1, problems=8),
     "tiny": dict(prompts=8, tokens=4_000, points=2, seeds=1, warmup_share=0.1),
     "small": dict(prompts=32, tokens=100_000, points=4, seeds=3, warmup_share=1.0),
     "full": dict(prompts=64, tokens=1_000_000, points=10, seeds=5, warmup_share=1.0),
@@ -187,7 +187,14 @@ def config_of(task: Task, preset: dict[str, Any], **changes: Any) -> Config:
     return Config(
         name=f"arena-{task.name}",
         prompts_per_step=preset["prompts"],
-        model=FreshModel(alphabet=task.alphabet, num_layers=3, embed_dim=96, num_heads=3, num_kv_heads=3, mlp_dim=288),
+        model=FreshModel(
+            alphabet=task.alphabet,
+            num_layers=preset.get("layers", 3),
+            embed_dim=96,
+            num_heads=3,
+            num_kv_heads=3,
+            mlp_dim=288,
+        ),
         data=task.data,
         actor=SingleTurn(prompt_buckets=(task.prompt_length,)),
         sampling=SamplingConfig(max_new_tokens=task.max_new_tokens),
@@ -206,7 +213,7 @@ def config_of(task: Task, preset: dict[str, Any], **changes: Any) -> Config:
             demonstrations=task.demonstrations,
             optimizer=OptimizerConfig(learning_rate=2e-3, schedule="cosine", warmup_steps=20, total_steps=warmup),
         ),
-        evaluation=EvaluationConfig(problems=128, samples=4, batch_prompts=32),
+        evaluation=EvaluationConfig(problems=preset.get("problems", 128), samples=4, batch_prompts=32),
         checkpoint=CheckpointConfig(every=0),
         **changes,
     )
@@ -303,7 +310,7 @@ def draw(results: Sequence[dict[str, Any]], path: Path) -> None:
     for axes, task in zip(np.ravel(figure.subplots(1, len(tasks))), tasks, strict=True):
         curves: dict[str, list] = {}
         for run in (r for r in results if r["task"] == task):
-            curves.setdefault(run["method"], []).append([(sampled, avg) for sampled, _, avg, _ in run["curve"]])
+            curves.setdefault(run["method"], []).append([(float(sampled), avg) for sampled, _, avg, _ in run["curve"]])
         draw_curves(axes, curves)
         axes.set(title=task, xlabel="tokens sampled (thousands)", ylabel="held-out avg@4")
     axes.legend(fontsize=8)

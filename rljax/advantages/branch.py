@@ -63,7 +63,7 @@ def shared_branch_credit(*, ddof: int = 0, epsilon: float = 1e-6) -> AdvantageFn
 
 def procedure_weights(
     *, discount: float = 2 ** (-1 / 32), scale: float = 0.5, low: float = 1.0, high: float = 1.2
-) -> Callable[[Array, Rows], Array]:
+) -> Callable[[Array, Array, Rows], Array]:
     """Token weights `1 + scale * clip(Omega, low, high)` for `policy_loss` (APPO, 2606.12384, Eq. 7): the factor of the
     advantage that grows with the likelihood gain of the rest of the row under the current policy.
 

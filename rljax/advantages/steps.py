@@ -108,7 +108,9 @@ def state_grouped(
         mask = _valid_tokens(batch)
         starts = turn_starts(batch)
         rewards = last_turn_reward(batch) if batch.turn_rewards is None else as_float(batch.turn_rewards)
-        scores = as_float(batch.columns[predictions]) if predictions in batch.columns else jnp.zeros(mask.shape)
+        scores = jnp.zeros(mask.shape)
+        if predictions is not None and predictions in batch.columns:
+            scores = as_float(batch.columns[predictions])
         returns = returns_fn(rewards, scores[:, :, None], starts, gamma=gamma)
         score = state_group_advantages(returns, batch.state_ids, starts, epsilon=epsilon, min_std=min_std)
         position = jnp.arange(mask.shape[1])

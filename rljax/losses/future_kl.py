@@ -82,7 +82,7 @@ def future_kl_report(
     weights = future_kl_weights(low=low, high=high, half_life=half_life, max_ratio=max_ratio, safety_ratio=None)
 
     def report(logprobs: Float[ArrayLike, "B T"], entropies: Float[ArrayLike, "B T"], rows: Rows) -> dict[str, Array]:
-        weight = weights(as_float(logprobs), entropies, rows)
+        weight = weights(as_float(logprobs), as_float(entropies), rows)
         excluded = log_difference(logprobs, rows.old_logprobs, rows.loss_mask) > math.log(max_ratio)
         never = jnp.zeros(weight.shape, bool)
         return {

@@ -10,7 +10,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # Compiled programs of tests and demos are kept between runs.
 CACHE := $(CURDIR)/.cache/jax
 
-.PHONY: quickstart quickstart-tiny agent-demo setup test test-slow test-gpu lint format lock clean
+.PHONY: quickstart quickstart-tiny agent-demo setup test test-fast test-slow test-gpu check lint format lock clean
 .DEFAULT_GOAL := quickstart
 
 quickstart: $(VENV)/.base $(VENV)/.model
@@ -29,8 +29,17 @@ setup: $(VENV)/.base $(VENV)/.model
 test: $(VENV)/.base $(VENV)/.model $(VENV)/.parity
 	JAX_COMPILATION_CACHE_DIR=$(CACHE) $(BIN)/python -m pytest -n $(WORKERS)
 
+# Under four minutes: without the files that tests/conftest.py names as costly.
+test-fast: $(VENV)/.base $(VENV)/.model
+	JAX_COMPILATION_CACHE_DIR=$(CACHE) $(BIN)/python -m pytest -n $(WORKERS) -m "not slow and not costly"
+
+# One room: `make check ROOM=losses`.
+check: $(VENV)/.base
+	BIN=$(BIN) JAX_COMPILATION_CACHE_DIR=$(CACHE) bash .ci/check $(ROOM)
+
+# Compiled as in production, unlike the rest.
 test-slow: $(VENV)/.base $(VENV)/.model $(VENV)/.parity
-	JAX_COMPILATION_CACHE_DIR=$(CACHE) $(BIN)/python -m pytest -m slow
+	XLA_FLAGS= JAX_COMPILATION_CACHE_DIR=$(CACHE) $(BIN)/python -m pytest -m slow
 
 test-gpu: $(VENV)/.base $(VENV)/.model
 	JAX_PLATFORMS=cuda $(BIN)/python -m pytest -m gpu

@@ -38,6 +38,14 @@ TINY = SETTING_A | {
     "intermediate_size": 128,
     "vocab_size": 512,
 }
+SMOKE = TINY | {
+    "hidden_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "intermediate_size": 32,
+    "vocab_size": 128,
+}
 QWEN3_0P6B = SETTING_A | {
     "family": "qwen3",
     "hidden_size": 1024,
@@ -57,8 +65,11 @@ QWEN3_TINY = QWEN3_0P6B | {k: TINY[k] for k in TINY if k not in ("family", "tie_
 BOS = 1  # every prompt starts with it: some samplers insert it otherwise
 
 
-def parse_arguments(description: str, *, rivals: Sequence[str], presets: Sequence[str] = ("small", "full", "gpu")):
-    """`--preset`, `--json`, `--repeats`, `--rivals` (default: all of the full preset's, none of small's)."""
+def parse_arguments(
+    description: str, *, rivals: Sequence[str], presets: Sequence[str] = ("smoke", "small", "full", "gpu")
+):
+    """`--preset`, `--json`, `--repeats`, `--rivals` (default: all of the full preset's, none of small's). `smoke` is
+    the smallest form, to see that a script works; its times say nothing, and everything is timed once."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--preset", choices=presets, default="small")
     parser.add_argument("--json", metavar="FILE", help="write the result there")
@@ -66,10 +77,12 @@ def parse_arguments(description: str, *, rivals: Sequence[str], presets: Sequenc
         parser.add_argument("--rivals", help=f"comma-separated, of {', '.join(rivals)}; 'none' for none")
     parser.add_argument("--repeats", type=int, default=3, help="timed runs of everything; medians are reported")
     arguments = parser.parse_args()
-    if arguments.repeats < 3:
+    if arguments.preset == "smoke":
+        arguments.repeats = 1
+    elif arguments.repeats < 3:
         parser.error(f"--repeats={arguments.repeats} must be at least 3: a median needs them")
     if rivals:
-        default = {"small": (), "full": rivals, "gpu": ("hf_here",)}[arguments.preset]
+        default = {"smoke": (), "small": (), "full": rivals, "gpu": ("hf_here",)}[arguments.preset]
         text = arguments.rivals
         chosen = default if text is None else () if text == "none" else tuple(text.split(","))
         if unknown := sorted(set(chosen) - {*rivals, "hf_here"}):
@@ -90,7 +103,7 @@ def on_gpu(preset: str) -> bool:
 def setting_of(preset: str, sizes: Mapping[str, Any]) -> tuple[Any, dict[str, Any], str]:
     """(entry of `sizes`, shape of the model, dtype) of a preset. Without a GPU `gpu` is a small form of itself."""
     real = on_gpu(preset)
-    shapes = {"small": TINY, "full": SETTING_A, "gpu": QWEN3_0P6B if real else QWEN3_TINY}
+    shapes = {"smoke": SMOKE, "small": TINY, "full": SETTING_A, "gpu": QWEN3_0P6B if real else QWEN3_TINY}
     size = sizes["small" if preset == "gpu" and not real else preset]
     return size, shapes[preset], "bfloat16" if preset == "gpu" else "float32"
 
@@ -192,16 +205,18 @@ def measure(
 ) -> tuple[Measurements, dict[str, Any]]:
     """Runs every worker of `jobs` on its `tasks`: once untimed, then `repeats` rounds, all workers in every round.
 
-    Also probes the machine before and after, in our own worker. Returns (measurements, machine).
+    Also probes the machine before and after, in our own worker. One round alone is not there for its times: then the
+    probe is quick, and nothing waits. Returns (measurements, machine).
     """
     found = Measurements()
+    quick = repeats == 1
     with tempfile.TemporaryDirectory() as folder:
         workers: dict[str, Worker] = {}
         try:
             for name, job in jobs.items():
                 try:
                     print(f"[{name}] starting", flush=True)
-                    worker = workers[name] = Worker(name, job, Path(folder), job.get("variables"))
+                    worker = workers[name] = Worker(name, {**job, "quick": quick}, Path(folder), job.get("variables"))
                     found.versions[name] = {k: v for k, v in worker.about.items() if k != "ready"}
                     for task in tasks[name]:
                         answer = worker.run(task)
@@ -215,7 +230,7 @@ def measure(
             probes = [workers["rljax"].run("probe")]
             for i in range(repeats):
                 print(f"round {i + 1} of {repeats}", flush=True)
-                _round(found, workers, tasks)
+                _round(found, workers, tasks, rest=0.0 if quick else 0.3)
             probes.append(workers["rljax"].run("probe"))
         finally:
             for worker in workers.values():
@@ -223,11 +238,11 @@ def measure(
     return found, machine(probes)
 
 
-def _round(found: Measurements, workers: dict[str, Worker], tasks: Mapping[str, Sequence[str]]) -> None:
-    """Every task once, its workers one after another."""
+def _round(found: Measurements, workers: dict[str, Worker], tasks: Mapping[str, Sequence[str]], rest: float) -> None:
+    """Every task once, its workers one after another, `rest` seconds before each."""
     for task in dict.fromkeys(t for name in workers for t in tasks[name]):
         for name in [name for name in workers if task in tasks[name]]:
-            time.sleep(0.3)  # thread pools of the last one stop spinning
+            time.sleep(rest)  # thread pools of the last one stop spinning
             try:
                 answer = workers[name].run(task)
             except Missing as reason:

@@ -6,12 +6,13 @@ import jax
 import jax.numpy as jnp
 
 
-def probe(dtype):
-    """The machine's own limits, best of 5: a product of large square matrices, and a sum over a large array."""
+def probe(dtype, quick=False):
+    """The machine's own limits, best of 5: a product of large square matrices, and a sum over a large array. A quick
+    probe has small ones, whose rates are no limits."""
     on_cpu = jax.default_backend() == "cpu"
-    size = 3072 if on_cpu else 8192
+    size = 256 if quick else 3072 if on_cpu else 8192
     a = jax.random.normal(jax.random.key(0), (size, size), dtype)
-    big = jnp.ones((64, 2**20 if on_cpu else 2**24), jnp.float32)
+    big = jnp.ones((64, 2**10 if quick else 2**20 if on_cpu else 2**24), jnp.float32)
     product = jax.jit(lambda x: x @ x)
     total = jax.jit(lambda x: jnp.max(x, axis=1))
 

@@ -23,7 +23,11 @@ from _probe import probe
 from rljax.envs.sandbox import Limits, Sandbox
 from rljax.envs.sandbox.attacks import LIMITS, Outside, attacks
 
-SIZES = {"small": dict(starts=50, attacks=0), "full": dict(starts=500, attacks=1000)}
+SIZES = {
+    "smoke": dict(starts=2, attacks=2),
+    "small": dict(starts=50, attacks=0),
+    "full": dict(starts=500, attacks=1000),
+}
 NOW = "import time\nprint(time.monotonic())"
 ATTACK_SECONDS = 0.5  # on the wall; enough for what an attack tries
 
@@ -89,8 +93,9 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3, help="rounds of the burst; medians are reported")
     arguments = parser.parse_args()
     size = SIZES[arguments.preset]
+    is_smoke = arguments.preset == "smoke"
     times = time_starts(size["starts"])
-    bursts = [time_burst(40, workers=2) for _ in range(arguments.repeats)]
+    bursts = [time_burst(2 if is_smoke else 40, workers=2) for _ in range(1 if is_smoke else arguments.repeats)]
     begin = time.monotonic()
     leaks, runs, level = count_leaks(size["attacks"])
     seconds = time.monotonic() - begin
@@ -111,7 +116,7 @@ def main() -> None:
         "sandbox_attacks": runs,
     }
     setting = {"level": level, **size, "limits": vars(LIMITS), "attack_seconds": ATTACK_SECONDS}
-    finish("agents", arguments, machine([probe("float32")]), setting, results, ratios)
+    finish("agents", arguments, machine([probe("float32", is_smoke)]), setting, results, ratios)
 
 
 def _quantile(values: list[float], q: float) -> float:

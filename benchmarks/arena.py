@@ -174,6 +174,7 @@ TASKS = (
     ),
 )
 PRESETS = {
+    "smoke": dict(prompts=8, tokens=100, points=1, seeds=1, warmup_share=0.1, layers=1, problems=8),
     "tiny": dict(prompts=8, tokens=4_000, points=2, seeds=1, warmup_share=0.1),
     "small": dict(prompts=32, tokens=100_000, points=4, seeds=3, warmup_share=1.0),
     "full": dict(prompts=64, tokens=1_000_000, points=10, seeds=5, warmup_share=1.0),
@@ -186,7 +187,14 @@ def config_of(task: Task, preset: dict[str, Any], **changes: Any) -> Config:
     return Config(
         name=f"arena-{task.name}",
         prompts_per_step=preset["prompts"],
-        model=FreshModel(alphabet=task.alphabet, num_layers=3, embed_dim=96, num_heads=3, num_kv_heads=3, mlp_dim=288),
+        model=FreshModel(
+            alphabet=task.alphabet,
+            num_layers=preset.get("layers", 3),
+            embed_dim=96,
+            num_heads=3,
+            num_kv_heads=3,
+            mlp_dim=288,
+        ),
         data=task.data,
         actor=SingleTurn(prompt_buckets=(task.prompt_length,)),
         sampling=SamplingConfig(max_new_tokens=task.max_new_tokens),
@@ -205,7 +213,7 @@ def config_of(task: Task, preset: dict[str, Any], **changes: Any) -> Config:
             demonstrations=task.demonstrations,
             optimizer=OptimizerConfig(learning_rate=2e-3, schedule="cosine", warmup_steps=20, total_steps=warmup),
         ),
-        evaluation=EvaluationConfig(problems=128, samples=4, batch_prompts=32),
+        evaluation=EvaluationConfig(problems=preset.get("problems", 128), samples=4, batch_prompts=32),
         checkpoint=CheckpointConfig(every=0),
         **changes,
     )
@@ -302,7 +310,7 @@ def draw(results: Sequence[dict[str, Any]], path: Path) -> None:
     for axes, task in zip(np.ravel(figure.subplots(1, len(tasks))), tasks, strict=True):
         curves: dict[str, list] = {}
         for run in (r for r in results if r["task"] == task):
-            curves.setdefault(run["method"], []).append([(sampled, avg) for sampled, _, avg, _ in run["curve"]])
+            curves.setdefault(run["method"], []).append([(float(sampled), avg) for sampled, _, avg, _ in run["curve"]])
         draw_curves(axes, curves)
         axes.set(title=task, xlabel="tokens sampled (thousands)", ylabel="held-out avg@4")
     axes.legend(fontsize=8)
@@ -316,16 +324,20 @@ def main() -> None:
     parser.add_argument("--json", metavar="FILE", help="write the result there")
     parser.add_argument("--tasks", help="comma-separated, of " + ", ".join(t.name for t in TASKS))
     parser.add_argument("--seeds", type=int, help="seeds 0 .. n-1; the preset's number when left out")
+    parser.add_argument("--methods", help="semicolon-separated, of " + "; ".join(m.name for m in METHODS))
     arguments = parser.parse_args()
     preset = PRESETS[arguments.preset]
     names = arguments.tasks.split(",") if arguments.tasks else [t.name for t in TASKS]
     if unknown := sorted(set(names) - {t.name for t in TASKS}):
         parser.error(f"--tasks: {unknown[0]!r} is not one of {', '.join(t.name for t in TASKS)}")
+    methods = arguments.methods.split(";") if arguments.methods else [m.name for m in METHODS]
+    if unknown := sorted(set(methods) - {m.name for m in METHODS}):
+        parser.error(f"--methods: {unknown[0]!r} is not one of {'; '.join(m.name for m in METHODS)}")
     relaunch_with_allocator()
     jax.config.update("jax_compilation_cache_dir", str(HOME / "jax"))
     folder = Path(arguments.workdir) / arguments.preset
     seeds = range(preset["seeds"] if arguments.seeds is None else arguments.seeds)
-    entries = [(t, m, s) for s in seeds for t in TASKS if t.name in names for m in METHODS]
+    entries = [(t, m, s) for s in seeds for t in TASKS if t.name in names for m in METHODS if m.name in methods]
     results: list[dict[str, Any]] = []
     for number, (task, method, seed) in enumerate(entries, 1):
         slug = re.sub(r"\W+", "_", method.name.lower())
@@ -334,9 +346,10 @@ def main() -> None:
             model = initial_model(task, preset, folder)
             budget = preset["tokens"]
             if method.budget == "trained":
-                twin = next(
-                    r for r in results if (r["task"], r["method"], r["seed"]) == (task.name, "random forks", seed)
-                )
+                same = [r for r in results if (r["task"], r["method"], r["seed"]) == (task.name, "random forks", seed)]
+                if not same:
+                    parser.error(f"--methods: {method.name!r} is measured by 'random forks'; name it as well")
+                twin = same[0]
                 budget = twin["curve"][-1][1]
             result = compete(task, method, seed, preset, model, budget)
             file.parent.mkdir(parents=True, exist_ok=True)

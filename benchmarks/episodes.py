@@ -31,6 +31,7 @@ from rljax.tasks import Example
 from rljax.text import Dialogue
 
 SIZES = {
+    "smoke": dict(episodes=4, rows=2, prompt=8, observation=4, mean=4, longest=8, check=2),
     "small": dict(episodes=32, rows=8, prompt=32, observation=12, mean=12, longest=48, check=4),
     "full": dict(episodes=256, rows=32, prompt=64, observation=16, mean=16, longest=64, check=8),
     "gpu": dict(episodes=256, rows=128, prompt=512, observation=128, mean=128, longest=512, check=16),
@@ -144,7 +145,8 @@ def synchronous(decoder: TurnDecoder, rows: list[Example], words: Words, batch: 
 def main() -> None:
     arguments = parse_arguments(__doc__.splitlines()[0], rivals=())
     size, shape, dtype = setting_of(arguments.preset, SIZES)
-    probes = [probe(dtype)]
+    quick = arguments.preset == "smoke"
+    probes = [probe(dtype, quick)]
     config, params = load_model(write_model(shape), dtype=dtype, param_dtype=dtype)
     words = Words(shape["vocab_size"], size["mean"])
     rows = examples(size, words)
@@ -169,7 +171,7 @@ def main() -> None:
             found["barrier"].append(synchronous(decoder, rows, words, len(rows)))
             print(f"round {repeat + 1}: " + ", ".join(f"{k} {v[-1]['seconds']:.1f} s" for k, v in found.items()))
     compiled = compile_count() - compiled
-    probes.append(probe(dtype))
+    probes.append(probe(dtype, quick))
     results = [
         {
             "name": name,

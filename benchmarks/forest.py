@@ -34,6 +34,7 @@ TREES = {
     "8": dict(segments=(288, 32, 16), limbs=4, leaves=16),
 }
 SIZES = {
+    "smoke": dict(trees=2, scale=8, prompt=4, fork=dict(prompts=1, prompt=4, path=6, branches=2, new=2)),
     "small": dict(trees=2, scale=4, prompt=8, fork=dict(prompts=2, prompt=16, path=48, branches=4, new=16)),
     "full": dict(trees=4, scale=1, prompt=32, fork=dict(prompts=4, prompt=64, path=448, branches=8, new=64)),
     "gpu": dict(trees=16, scale=1, prompt=32, fork=dict(prompts=32, prompt=64, path=448, branches=8, new=64)),
@@ -74,7 +75,7 @@ def make_forest(shape, size, segments, limbs, leaves) -> dict[str, object]:
     }
 
 
-def leaves_per_token(plan: ForkPlan, prompts: int = 64, length: int = 64) -> float:
+def leaves_per_token(plan: ForkPlan, prompts: int, length: int) -> float:
     """Leaves for each new token under `plan`, over those of independent samples, on a tiny random model whose
     completions all have the same length."""
     tokenizer = CharTokenizer("abcdefghijklmnop.")
@@ -113,7 +114,9 @@ def leaves_per_token(plan: ForkPlan, prompts: int = 64, length: int = 64) -> flo
 def main() -> None:
     arguments = parse_arguments(__doc__.splitlines()[0], rivals=())
     size, shape, dtype = setting_of(arguments.preset, SIZES)
-    forests = {ratio: make_forest(shape, size, **tree) for ratio, tree in TREES.items()}
+    is_smoke = arguments.preset == "smoke"
+    trees = {"2": TREES["2"]} if is_smoke else TREES
+    forests = {ratio: make_forest(shape, size, **tree) for ratio, tree in trees.items()}
     fork = size["fork"]
     job = {
         "model": write_model(shape),
@@ -130,9 +133,9 @@ def main() -> None:
             "branches": fork["branches"],
             "new_tokens": fork["new"],
         },
-        "random_forks": {"prompts": 8},
+        "random_forks": {"prompts": 2 if is_smoke else 8},
     }
-    tasks = [f"{kind}_{ratio}" for ratio in TREES for kind in ("forest", "flat")]
+    tasks = [f"{kind}_{ratio}" for ratio in trees for kind in ("forest", "flat")]
     tasks += ["fork", "reprefill", "random_forks"]
     found, host = measure({"rljax": job}, {"rljax": tasks}, arguments.repeats)
     ratios: dict[str, float | None] = {}
@@ -148,8 +151,9 @@ def main() -> None:
         "tree_grpo": ForkPlan(2, 2, random_step(2, 2, from_root=False), step_delimiters=(".",)),
         "eptree": ForkPlan(6, 2, top_surprisal(2, 6, tail=0.0, last_words=()), branches=2),
     }
+    sampled = dict(prompts=2, length=16) if is_smoke else dict(prompts=64, length=64)
     for name, plan in plans.items():
-        ratios[f"leaves_per_token_{name}"] = leaves_per_token(plan)
+        ratios[f"leaves_per_token_{name}"] = leaves_per_token(plan, **sampled)
     ratios["compiles_after_warmup"] = max(a["compiles"] for a in found.answers["rljax", "random_forks"])
     results = [result(found, "rljax", task) for task in tasks]
     flops = {"forest": "forest_flops", "flat": "flat_flops"}
@@ -158,7 +162,7 @@ def main() -> None:
         if ratio in forests:
             line["limit_seconds"] = 3 * forests[ratio][flops[kind]] / host["matmul_gflops"] / 1e9
             line["share_of_limit"] = line["limit_seconds"] / line["seconds"]
-    setting = {"model": shape, "dtype": dtype, "trees": TREES, **size}
+    setting = {"model": shape, "dtype": dtype, "trees": trees, **size}
     finish("forest", arguments, host, setting, results, ratios)
 
 

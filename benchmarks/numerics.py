@@ -23,6 +23,7 @@ from rljax.training import Learner, LossNeeds, OptimizerConfig, UpdateConfig
 from rljax.types import Trajectory
 
 SIZES = {
+    "smoke": dict(prompts=2, samples=2, prompt=8, new=4, steps=4),
     "small": dict(prompts=4, samples=4, prompt=32, new=16, steps=50),
     "full": dict(prompts=4, samples=8, prompt=64, new=128, steps=50),
     "gpu": dict(prompts=16, samples=8, prompt=512, new=512, steps=50),
@@ -163,7 +164,7 @@ def main() -> None:
     if pretrained:
         ratios["logprob_gap_smollm2"] = max(pretrained.values())
     setting = {"model": shape, "dtype": dtype, **size, "loop": loop, "sampling": SAMPLING}
-    finish("numerics", arguments, machine([probe(dtype)]), setting, results, ratios)
+    finish("numerics", arguments, machine([probe(dtype, quick=arguments.preset == "smoke")]), setting, results, ratios)
 
 
 if __name__ == "__main__":

@@ -42,6 +42,7 @@ OBJECTIVES = [recipe.__name__ for recipe in RECIPES]
 def main() -> None:
     arguments = parse_arguments(__doc__.splitlines()[0], rivals=())
     size, shape, dtype = setting_of(arguments.preset, SIZES)
+    objectives = OBJECTIVES[:2] if arguments.preset == "smoke" else OBJECTIVES
     job = {
         "model": write_model(shape),
         "dtype": dtype,
@@ -50,14 +51,14 @@ def main() -> None:
         "prompt_length": size["prompt"],
         "advantages": np.random.default_rng(3).standard_normal(size["rows"]).tolist(),
         "learning_rate": 1e-6,
-        "objectives": OBJECTIVES,
+        "objectives": objectives,
     }
-    tasks = [f"update_{name}" for name in OBJECTIVES]
+    tasks = [f"update_{name}" for name in objectives]
     found, host = measure({"rljax": job}, {"rljax": tasks}, arguments.repeats)
     results = list(filter(None, (result(found, "rljax", task) for task in tasks)))
     ratios: dict[str, float | None] = {
         f"over_grpo_{name}": statistics.median(a["over_grpo"] for a in found.answers["rljax", f"update_{name}"][1:])
-        for name in OBJECTIVES
+        for name in objectives
     }
     finish("objectives", arguments, host, {"model": shape, "dtype": dtype, **size}, results, ratios)
 

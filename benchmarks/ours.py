@@ -318,7 +318,7 @@ def make_random_forks(job, model):
 def main():
     job = protocol.read_job()
     model = load_model(job["model"], dtype=job["dtype"], param_dtype=job.get("param_dtype"))
-    tasks = {"probe": functools.partial(probe, job["dtype"])}
+    tasks = {"probe": functools.partial(probe, job["dtype"], quick=job["quick"])}
     if "prompts" in job:
         tasks["rollout"] = make_rollout(job, model, job["prompts"], job["new_tokens"])
     if "prefill_prompts" in job:

@@ -13,6 +13,7 @@ from _common import Cost, finish, measure, on_gpu, parse_arguments, random_promp
 from _environments import CORES
 
 SIZES = {
+    "smoke": dict(prompts=2, samples=2, prompt=8, new=4, prefill=8, ragged=4, rows=2, mean=2, longest=4),
     "small": dict(prompts=2, samples=4, prompt=16, new=16, prefill=32, ragged=32, rows=8, mean=8, longest=32),
     "full": dict(prompts=4, samples=8, prompt=64, new=128, prefill=512, ragged=128, rows=32, mean=64, longest=256),
     "gpu": dict(

@@ -15,6 +15,7 @@ from _environments import CORES
 
 # `packed_rows`: rows of a microbatch of our flat step; on a CPU one at a time stays closest to the cache.
 SIZES = {
+    "smoke": dict(rows=2, prompt=6, completion=4, packed_rows=2),
     "small": dict(rows=4, prompt=48, completion=16, packed_rows=4),
     "full": dict(rows=8, prompt=512, completion=64, packed_rows=1),
     "gpu": dict(rows=32, prompt=1024, completion=512, packed_rows=4),

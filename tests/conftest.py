@@ -1,8 +1,57 @@
 """Tests run on the CPU, offline, and share compiled programs through the persistent cache."""
 
+import gc
 import os
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
+
+# Most of the suite's time is XLA's backend at work on programs that run once or twice, on arrays of a few hundred
+# numbers. `make test-slow` and every program that a test starts with flags of its own are compiled as in production.
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
+
+import pytest
+
+COSTLY = (
+    "test_agent_demo",
+    "test_algorithms_conformance",
+    "test_algorithms_forest",
+    "test_algorithms_ppo",
+    "test_benchmarks_smoke",
+    "test_composability",
+    "test_configs_agents",
+    "test_docs_code",
+    "test_docs_papers",
+    "test_envs_sandbox",
+    "test_launch_cli",
+    "test_models_attention_kernel",
+    "test_models_parity",
+    "test_open_columns",
+    "test_parallel_distributed",
+    "test_parallel_mesh",
+    "test_rollouts_",
+    "test_run_",
+    "test_sampling_",
+    "test_training_",
+)
+"""Files, by how their names begin, that train runs, start programs with JAX or compile a matrix of programs: what
+`make test-fast` leaves out."""
+
+gc.disable()  # imports allocate much and free nothing
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.path.stem.startswith(COSTLY):
+            item.add_marker("costly")
+
+
+def pytest_collection_finish() -> None:
+    """What imports have made stays, so the collector need not look at it again; tracing makes many objects that live
+    for long, so it looks less often."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(100_000, 20, 100)
+    gc.enable()

@@ -1,0 +1,135 @@
+"""Every script of benchmarks/ runs in its smallest form, whose times say nothing: it is there to end well."""
+
+import functools
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import jax
+import pytest
+
+from rljax.envs import Sandbox
+
+BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
+SCRIPTS = {
+    str(file.relative_to(BENCHMARKS))
+    for file in BENCHMARKS.rglob("*.py")
+    if "def main(" in file.read_text() and "read_job" not in file.read_text()
+}
+"""What is called by hand. These start the workers, which read a job."""
+SMALLEST = {
+    "agents.py": ("--preset=smoke",),
+    "arena.py": ("--preset=smoke", "--tasks=spell_backward", "--methods=random forks;GRPO, more samples"),
+    "compare_runs.py": (),
+    "episodes.py": ("--preset=smoke",),
+    "forest.py": ("--preset=smoke",),
+    "numerics.py": ("--preset=smoke",),
+    "objectives.py": ("--preset=smoke",),
+    "papers.py": ("--size=smoke", "--configs=grpo"),
+    "parity/losses.py": (),
+    "rollout.py": ("--preset=smoke",),
+    "train_step.py": ("--preset=smoke",),
+}
+ELSEWHERE = {"compare_runs.py": "test_benchmarks_compare_runs", "parity/losses.py": "test_benchmarks_parity"}
+"""Scripts that run in a test file of their own: the second is nothing without its peers' environments."""
+
+
+@functools.cache
+def can_isolate():
+    try:
+        with Sandbox(workers=1):
+            return True
+    except ValueError:
+        return False
+
+
+@pytest.fixture
+def run(tmp_path_factory, tmp_path, monkeypatch):
+    """Calls `main` of a script with arguments; the JSON that it wrote, if it can write any."""
+    before = set(sys.modules)
+    cache = jax.config.jax_compilation_cache_dir
+    home = tmp_path_factory.getbasetemp() / "benchmarks"
+    monkeypatch.setenv("RLJAX_BENCH_HOME", str(home))  # models are made once for all scripts
+    monkeypatch.setenv("RLJAX_ALLOCATOR", "system")  # nothing starts this process again
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+
+    def run_script(script, *arguments, json_flag="--json"):
+        spec = importlib.util.spec_from_file_location(f"benchmark_{Path(script).stem}", BENCHMARKS / script)
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[spec.name] = module  # dataclasses look their module up
+        spec.loader.exec_module(module)
+        output = tmp_path / "result.json"
+        written = [f"{json_flag}={output}"] if json_flag else []
+        monkeypatch.setattr(sys, "argv", [script, *arguments, *written])
+        module.main()
+        return json.loads(output.read_text()) if written else None
+
+    yield run_script
+    jax.config.update("jax_compilation_cache_dir", cache)
+    for name in set(sys.modules) - before:
+        file = getattr(sys.modules[name], "__file__", None) or ""
+        if name.startswith("benchmark_") or file.startswith(str(BENCHMARKS)):
+            del sys.modules[name]
+
+
+def test_every_script_has_a_smallest_form():
+    assert set(SMALLEST) == SCRIPTS
+    for name in ELSEWHERE.values():
+        assert (Path(__file__).parent / f"{name}.py").exists()
+
+
+@pytest.mark.parametrize("script", ["episodes.py", "forest.py", "objectives.py", "rollout.py", "train_step.py"])
+def test_a_benchmark_measures_everything_that_it_reports(run, script):
+    report = run(script, *SMALLEST[script])
+    assert report["benchmark"] == Path(script).stem and report["setting"]["preset"] == "smoke"
+    assert report["results"] and all(line["seconds"] > 0 for line in report["results"])
+    assert report["ratios"] and not report.get("missing")
+    if "compiles_after_warmup" in report["ratios"]:
+        assert report["ratios"]["compiles_after_warmup"] == 0
+
+
+def test_sampler_and_trainer_agree_and_varied_lengths_compile_nothing_after_warm_up(run):
+    report = run("numerics.py", *SMALLEST["numerics.py"])
+    assert len(report["results"]) == 4 + 2
+    assert report["ratios"]["logprob_gap"] < 2e-5
+    assert report["ratios"]["compiles_after_warmup"] == 0
+    assert next(x["value"] for x in report["results"] if "in the warm-up" in x["name"]) > 0
+
+
+def test_the_benchmark_of_the_sandbox_finds_no_leak(run):
+    if not can_isolate():
+        pytest.skip("no isolation of programs on this machine")
+    report = run("agents.py", *SMALLEST["agents.py"])
+    assert report["ratios"]["sandbox_leaks"] == 0 and report["ratios"]["sandbox_attacks"] == 2
+
+
+def test_the_arena_gives_a_line_and_a_curve_for_each_method(run, tmp_path):
+    report = run("arena.py", *SMALLEST["arena.py"], f"--workdir={tmp_path}")
+    assert [line["method"] for line in report["results"]] == ["random forks", "GRPO, more samples"]
+    assert all(len(x["curve"]) == 2 and x["curve"][-1][0] >= 100 for x in report["runs"])
+    assert (tmp_path / "smoke" / "arena.png").exists()
+
+
+def test_configs_of_papers_are_measured_into_a_table(run, tmp_path, capsys):
+    run("papers.py", *SMALLEST["papers.py"], f"--workdir={tmp_path}", json_flag=None)
+    assert "| [GRPO](#grpo) | " in capsys.readouterr().out
+    (line,) = (tmp_path / "smoke" / "results.jsonl").read_text().splitlines()
+    assert json.loads(line)["config"] == "grpo"
+
+
+def test_pytorch_does_the_same_step(run):
+    """The rival that runs in this environment, where it has torch; the others need environments of their own."""
+    if importlib.util.find_spec("torch") is None:
+        pytest.skip("this environment has no torch")
+    report = run("train_step.py", "--preset=smoke", "--rivals=hf_here")
+    steps = {(line["who"], line["name"]): line for line in report["results"]}
+    assert set(steps) == {
+        ("rljax", "step"),
+        ("rljax", "group_step"),
+        ("hf_here", "step"),
+        ("hf_here", "step_all_logits"),
+    }
+    for line in steps.values():
+        assert line["loss"] == pytest.approx(steps["rljax", "step"]["loss"], rel=1e-3, abs=1e-6)
+        assert line["grad_norm"] == pytest.approx(steps["rljax", "step"]["grad_norm"], rel=1e-3)

@@ -7,6 +7,8 @@ PARITY ?= 1
 SEED ?= 0
 TORCH ?= torch==2.13.0
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
+# A file stays on one worker: its tests share fixtures and compiled programs.
+SPREAD := -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 # Compiled programs of tests and demos are kept between runs.
 CACHE := $(CURDIR)/.cache/jax
 
@@ -27,11 +29,11 @@ agent-demo: $(VENV)/.base
 setup: $(VENV)/.base $(VENV)/.model
 
 test: $(VENV)/.base $(VENV)/.model $(VENV)/.parity
-	JAX_COMPILATION_CACHE_DIR=$(CACHE) $(BIN)/python -m pytest -n $(WORKERS)
+	JAX_COMPILATION_CACHE_DIR=$(CACHE) $(BIN)/python -m pytest $(SPREAD)
 
 # Under four minutes: without the files that tests/conftest.py names as costly.
 test-fast: $(VENV)/.base $(VENV)/.model
-	JAX_COMPILATION_CACHE_DIR=$(CACHE) $(BIN)/python -m pytest -n $(WORKERS) -m "not slow and not costly"
+	JAX_COMPILATION_CACHE_DIR=$(CACHE) $(BIN)/python -m pytest $(SPREAD) -m "not slow and not costly"
 
 # One room: `make check ROOM=losses`.
 check: $(VENV)/.base

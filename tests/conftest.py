@@ -9,7 +9,7 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
 # Most of the suite's time is XLA's backend at work on programs that run once or twice, on arrays of a few hundred
-# numbers. `make test-slow` and every program that a test starts with flags of its own are compiled as in production.
+# numbers. `make test-slow` compiles as in production.
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 
 import pytest
@@ -43,9 +43,11 @@ gc.disable()  # imports allocate much and free nothing
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Costly files come first, so that no worker is left alone with one at the end."""
     for item in items:
         if item.path.stem.startswith(COSTLY):
             item.add_marker("costly")
+    items.sort(key=lambda item: item.get_closest_marker("costly") is None)
 
 
 def pytest_collection_finish() -> None:

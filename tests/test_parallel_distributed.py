@@ -10,6 +10,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from devices import xla_flags
 from sharded_program import CONFIG, batch, loss
 
 from rljax import parallel
@@ -26,7 +27,7 @@ def two_processes(tmp_path_factory):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
-    env = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
+    env = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": xla_flags(4)}
     processes = [
         subprocess.Popen(
             [sys.executable, str(HERE / "two_processes.py"), str(index), address, str(folder)],

@@ -9,6 +9,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import pytest
+from devices import xla_flags
 from jax.sharding import AbstractMesh, PartitionSpec
 
 from rljax import parallel
@@ -17,7 +18,7 @@ HERE = Path(__file__).parent
 
 
 def run_python(script: str, *args: str, devices: int) -> str:
-    env = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+    env = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": xla_flags(devices)}
     done = subprocess.run(
         [sys.executable, str(HERE / script), *args], env=env, capture_output=True, text=True, timeout=300, check=False
     )

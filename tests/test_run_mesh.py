@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from devices import xla_flags
 
 TESTS = Path(__file__).parent
 MESHES = ["8x1x1", "2x2x2", "1x4x2"]
@@ -18,7 +19,7 @@ def start(folder, shapes, devices, *process):
     environment = dict(
         os.environ,
         JAX_PLATFORMS="cpu",
-        XLA_FLAGS=f"--xla_force_host_platform_device_count={devices}",
+        XLA_FLAGS=xla_flags(devices),
         PYTHONPATH=f"{TESTS.parent}{os.pathsep}{TESTS}",
     )
     command = [sys.executable, str(TESTS / "run_mesh_program.py"), str(folder), ",".join(shapes), *process]

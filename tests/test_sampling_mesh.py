@@ -7,12 +7,13 @@ import subprocess
 import sys
 
 import numpy as np
+from devices import xla_flags
 
 HERE = pathlib.Path(__file__).parent
 
 
 def run_program(name, *args):
-    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
+    environment = os.environ | {"XLA_FLAGS": xla_flags(8), "JAX_PLATFORMS": "cpu"}
     done = subprocess.run(
         [sys.executable, str(HERE / name), *args],
         env=environment,

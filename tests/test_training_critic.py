@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from devices import xla_flags
 from objectives import MASK, NAN, float64, make_rows
 from test_training_learner import CONFIG, FLAT, assert_close, params, rollout, update_config
 
@@ -340,7 +341,7 @@ def test_a_mesh_trains_the_critic_that_one_device_does():
     environment = dict(
         os.environ,
         JAX_PLATFORMS="cpu",
-        XLA_FLAGS="--xla_force_host_platform_device_count=4",
+        XLA_FLAGS=xla_flags(4),
         PYTHONPATH=f"{TESTS.parent}{os.pathsep}{TESTS}",
     )
     command = [sys.executable, str(TESTS / "critic_mesh_program.py")]

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from devices import xla_flags
 
 TESTS = Path(__file__).parent
 pytestmark = pytest.mark.slow  # eight devices on few cores
@@ -18,7 +19,7 @@ def results(tmp_path_factory):
     environment = dict(
         os.environ,
         JAX_PLATFORMS="cpu",
-        XLA_FLAGS="--xla_force_host_platform_device_count=8",
+        XLA_FLAGS=xla_flags(8),
         PYTHONPATH=f"{TESTS.parent}{os.pathsep}{TESTS}",
     )
     folder = tmp_path_factory.mktemp("mesh") / "checkpoints"

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from devices import xla_flags
 from objectives import float64
 from test_training_learner import CONFIG, FLAT, grpo, params, rollout, update_config
 
@@ -355,7 +356,7 @@ def test_a_mesh_moves_weights_as_one_device_does():
     environment = dict(
         os.environ,
         JAX_PLATFORMS="cpu",
-        XLA_FLAGS="--xla_force_host_platform_device_count=4",
+        XLA_FLAGS=xla_flags(4),
         PYTHONPATH=f"{TESTS.parent}{os.pathsep}{TESTS}",
     )
     command = [sys.executable, str(TESTS / "optimizers_mesh_program.py")]

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from devices import xla_flags
 from test_training_learner import CONFIG, FLAT, params, rollout, update_config
 
 from rljax import losses as L
@@ -194,7 +195,7 @@ def test_selection_and_noise_on_a_mesh_equal_those_of_one_device():
     environment = dict(
         os.environ,
         JAX_PLATFORMS="cpu",
-        XLA_FLAGS="--xla_force_host_platform_device_count=4",
+        XLA_FLAGS=xla_flags(4),
         PYTHONPATH=f"{TESTS.parent}{os.pathsep}{TESTS}",
     )
     command = [sys.executable, str(TESTS / "token_objectives_mesh_program.py")]

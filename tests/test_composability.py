@@ -180,6 +180,7 @@ def toy():
     config = dataclasses.replace(config, sampling=dataclasses.replace(config.sampling, max_new_tokens=8))
     run = build_run(config)
     params = run.initial_params()
+    run.actor.__enter__()  # stays open for all lines of the table
     run.actor.set_params(params, 0)
     return run, params
 

@@ -81,6 +81,7 @@ class MultiTurn(TurnsConfig):
                 "make='rljax.envs.library:MultiHop'"
             )
         super().check(plan, sampling, pack_length)
+        self.limits.check()
         if not 0 <= self.stale_share < 1 or self.stale_every < 1:
             raise ValueError(
                 f"config.actor.stale_share={self.stale_share} must be at least 0 and below 1, and "

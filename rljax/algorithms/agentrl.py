@@ -20,8 +20,8 @@ class AgentRL(GroupRecipe):
     scale per token. The data's column `task` says which task a prompt belongs to; without it all are one.
 
     Deviations: the task's std is the population's (ddof 0; the paper does not say), and a task of ties alone gets 0.
-    Cross-policy sampling, which needs a second, older policy in the sampler, is not part of this recipe; what it goes
-    by is in `rljax.rollouts.cross_policy`.
+    Cross-policy sampling and the reward of episodes that do not finish belong to the actor, as `stale_share`,
+    `stale_every` and `unfinished_reward` of `MultiTurn`.
     """
 
     dual_clip: float | None = 3.0

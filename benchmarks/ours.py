@@ -89,7 +89,7 @@ def trajectories(rows, prompt_length, rewards, group_size):
         )
 
 
-def make_step(job, model, *, share, packed_rows):
+def make_step(job, model, *, share, microbatch_size):
     """One update on the rows of one prompt."""
     rows, length = np.shape(job["rows"])
     scored = length - job["prompt_length"]
@@ -97,7 +97,7 @@ def make_step(job, model, *, share, packed_rows):
         size = job["prompt_length"] + rows * scored
         spec = PackConfig(size, 1, True, (size,), (rows * scored,), (rows,), (1,))
     else:
-        spec = PackConfig(length, packed_rows, False, (length,), (scored,), (packed_rows,), (rows // packed_rows,))
+        spec = PackConfig(length, microbatch_size, False, (length,), (scored,), (microbatch_size,), (rows // microbatch_size,))
     return make_update(job, model, job["rows"], job["advantages"], spec, group_size=rows)
 
 
@@ -109,9 +109,9 @@ def make_forest_step(job, model, forest, *, share):
     unique, advantages = forest["unique"], np.random.default_rng(4).standard_normal(len(rows)).tolist()
     size = unique if share else length
 
-    def spec(packed_rows, rows_of_it):
+    def spec(microbatch_size, rows_of_it):
         scored, micro = (size - prompt,), (len(rows) // rows_of_it,)
-        return PackConfig(size, packed_rows, share, (size,), scored, (rows_of_it,), micro)
+        return PackConfig(size, microbatch_size, share, (size,), scored, (rows_of_it,), micro)
 
     timed, held = (spec(2, 2 * leaves), spec(1, leaves)) if share else (spec(4, 4), spec(leaves, leaves))
     return make_update(job, model, rows, advantages, timed, group_size=leaves, held=held)
@@ -326,8 +326,8 @@ def main():
     if "ragged_prompts" in job:
         tasks["continuous_slots"], tasks["static_batches"] = make_ragged(job, model)
     if "rows" in job and "objectives" not in job:
-        tasks["step"] = make_step(job, model, share=False, packed_rows=job["packed_rows"])
-        tasks["group_step"] = make_step(job, model, share=True, packed_rows=1)
+        tasks["step"] = make_step(job, model, share=False, microbatch_size=job["microbatch_size"])
+        tasks["group_step"] = make_step(job, model, share=True, microbatch_size=1)
     if "objectives" in job:
         tasks |= make_objectives(job, model)
     for ratio, forest in job.get("forests", {}).items():

@@ -13,12 +13,12 @@ import numpy as np
 from _common import Cost, finish, measure, on_gpu, parse_arguments, random_prompts, result, setting_of, write_model
 from _environments import CORES
 
-# `packed_rows`: rows of a microbatch of our flat step; on a CPU one at a time stays closest to the cache.
+# `microbatch_size`: packed sequences in a microbatch of our flat step; on a CPU one at a time stays closest to the cache.
 SIZES = {
-    "smoke": dict(rows=2, prompt=6, completion=4, packed_rows=2),
-    "small": dict(rows=4, prompt=48, completion=16, packed_rows=4),
-    "full": dict(rows=8, prompt=512, completion=64, packed_rows=1),
-    "gpu": dict(rows=32, prompt=1024, completion=512, packed_rows=4),
+    "smoke": dict(rows=2, prompt=6, completion=4, microbatch_size=2),
+    "small": dict(rows=4, prompt=48, completion=16, microbatch_size=4),
+    "full": dict(rows=8, prompt=512, completion=64, microbatch_size=1),
+    "gpu": dict(rows=32, prompt=1024, completion=512, microbatch_size=4),
 }
 
 
@@ -69,7 +69,7 @@ def main() -> None:
         "device": "cuda" if is_gpu else "cpu",
         "rows": group_rows(shape, size),
         "prompt_length": size["prompt"],
-        "packed_rows": size["packed_rows"],
+        "microbatch_size": size["microbatch_size"],
         "advantages": advantages.tolist(),
         "clip": 0.2,
         "learning_rate": 1e-6,

@@ -97,7 +97,8 @@ def make_step(job, model, *, share, microbatch_size):
         size = job["prompt_length"] + rows * scored
         spec = PackConfig(size, 1, True, (size,), (rows * scored,), (rows,), (1,))
     else:
-        spec = PackConfig(length, microbatch_size, False, (length,), (scored,), (microbatch_size,), (rows // microbatch_size,))
+        count = rows // microbatch_size
+        spec = PackConfig(length, microbatch_size, False, (length,), (scored,), (microbatch_size,), (count,))
     return make_update(job, model, job["rows"], job["advantages"], spec, group_size=rows)
 
 

@@ -13,7 +13,7 @@ import numpy as np
 from _common import Cost, finish, measure, on_gpu, parse_arguments, random_prompts, result, setting_of, write_model
 from _environments import CORES
 
-# `microbatch_size`: packed sequences in a microbatch of our flat step; on a CPU one at a time stays closest to the cache.
+# `microbatch_size` is that of our flat step, in packed sequences; on a CPU one at a time stays closest to the cache.
 SIZES = {
     "smoke": dict(rows=2, prompt=6, completion=4, microbatch_size=2),
     "small": dict(rows=4, prompt=48, completion=16, microbatch_size=4),

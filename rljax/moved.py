@@ -15,7 +15,7 @@ MODULES = {
     "rljax.compare": "rljax.analysis.compare",
     "rljax.config": "rljax.experiment",
     "rljax.dry_run": "rljax.experiment.dry_run",
-    "rljax.evaluation.shifts": "rljax.analysis.shift_summary",
+    "rljax.evaluation.shifts": "rljax.analysis.shifts",
     "rljax.report": "rljax.experiment.report",
     "rljax.rollouts.batching": "rljax.batching",
     "rljax.rollouts.fork_rules": "rljax.plans.fork_rules",

@@ -11,7 +11,7 @@ import pytest
 from jax.extend.core import jaxprs_in_params
 
 import rljax
-from rljax.analysis.two_models import generate_with_two, redraw_where_shifted
+from rljax.analysis.two_models import Prompts, TwoModelSpec, generate_with_two, redraw_where_shifted
 from rljax.models import (
     DecoderConfig,
     head,
@@ -94,8 +94,8 @@ def decoding(config):
 def two_models(config):
     def run(weights, key):
         choose = redraw_where_shifted(sampling_params(), tau=-0.3)
-        prompts = jnp.ones((2, 4), jnp.int32)
-        return generate_with_two(config, weights, weights, prompts, jnp.array([4, 2]), choose, key, max_new_tokens=3)
+        prompts = Prompts(tokens=jnp.ones((2, 4), jnp.int32), lengths=jnp.array([4, 2]), ids=jnp.arange(2))
+        return generate_with_two(TwoModelSpec(config, 3), weights, weights, prompts, choose, key)
 
     return jax.make_jaxpr(run)(params(config), jax.random.key(0))
 

@@ -1,5 +1,20 @@
-"""Studies: two models beside each other, distribution shifts, methods at equal cost."""
+"""Studies of what training did: a policy beside its base, and methods beside each other at equal cost.
 
-from rljax.analysis.shift_summary import summarize_shifts
+`study` is `launch/study.py`, over `two_models` (decoding with both) and `shifts` (how far apart they are at every
+token). `agent_demo` is `launch/agent_demo.py`, over `compare` (runs that end at a budget).
+"""
 
-__all__ = ["summarize_shifts"]
+from rljax.analysis.shifts import Shifts, ShiftSummary, summarize_shifts, token_shifts
+from rljax.analysis.two_models import Choice, Prompts, TwoModelSamples, TwoModelSpec, generate_with_two
+
+__all__ = [
+    "Choice",
+    "Prompts",
+    "ShiftSummary",
+    "Shifts",
+    "TwoModelSamples",
+    "TwoModelSpec",
+    "generate_with_two",
+    "summarize_shifts",
+    "token_shifts",
+]

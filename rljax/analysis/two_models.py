@@ -4,10 +4,11 @@ Two studies of what RL changes are built on this. Replacing the base's tokens wh
 them, and extrapolating there beyond the policy: 2603.22117. Handing the next token to the other model where the two
 distributions diverge: 2603.22446. Which token comes next is a function argument, `ChooseFn`.
 
-A tool for measuring, not for serving: each token costs a forward pass of both models over the whole row, since nothing
-is cached.
+This measures and does not serve: nothing is cached, so each token costs a forward pass of both models over the whole
+row. `rljax.analysis.study` runs it on the held-out examples of a config.
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -23,14 +24,19 @@ from rljax.types import ArrayLike, Params, struct
 MIN_LOGPROB = -50.0
 """Floor of log-probs before they are extrapolated: -inf in the base alone would give +inf."""
 
+MIN_EXPONENT = -200.0
+"""Floor of log-probs in sums over a distribution: its exponential is 0 in float32, and its product with 0 is 0."""
+
 
 class Choice(NamedTuple):
-    """The next token of each row; whether the second model (or what is made of both) gave it; and whether it differs
-    from the one that the first alone would have emitted."""
+    """The next token of each row."""
 
     tokens: Int[Array, " B"]
+    """The token that is emitted."""
     intervened: Bool[Array, " B"]
+    """Whether the second model, or what is made of both, gave it."""
     changed: Bool[Array, " B"]
+    """Whether it differs from the one that the first model alone would have emitted."""
 
 
 ChooseFn = Callable[[Array, Array, Array, Array], Choice]
@@ -41,6 +47,9 @@ Mix = Callable[[Array, Array], Array]
 
 Criterion = Callable[[Array, Array, Array], Array]
 """(first log-probs [B, V], second log-probs [B, V], uniform [B]) -> bool [B]; log-probs of what is sampled from."""
+
+Level = float | Float[ArrayLike, ""]
+"""A hyperparameter of a decoding rule. As a traced scalar, another value of it compiles nothing."""
 
 
 def signed_shift(base_logits: Float[Array, "*B V"], policy_logits: Float[Array, "*B V"]) -> Float[Array, "*B V"]:
@@ -53,10 +62,11 @@ def jensen_shannon(first_logits: Float[Array, "*B V"], second_logits: Float[Arra
 
     Logits of -inf, or masked by truncation, are probability 0.
     """
-    p, q = (jnp.maximum(jax.nn.log_softmax(x, axis=-1), -200.0) for x in (first_logits, second_logits))
+    p = jnp.maximum(jax.nn.log_softmax(first_logits, axis=-1), MIN_EXPONENT)
+    q = jnp.maximum(jax.nn.log_softmax(second_logits, axis=-1), MIN_EXPONENT)
     mix = jnp.logaddexp(p, q) - jnp.log(2.0)
     total = jnp.sum(jnp.exp(p) * (p - mix) + jnp.exp(q) * (q - mix), axis=-1) / 2
-    return jnp.maximum(total, 0.0)
+    return jnp.maximum(total, 0.0)  # equal distributions may round below 0
 
 
 def base(base_logits: Float[Array, "*B V"], policy_logits: Float[Array, "*B V"]) -> Float[Array, "*B V"]:
@@ -69,7 +79,7 @@ def policy(base_logits: Float[Array, "*B V"], policy_logits: Float[Array, "*B V"
     return policy_logits
 
 
-def extrapolated(gamma: float) -> Mix:
+def extrapolated(gamma: Level) -> Mix:
     """`(1 + gamma) log p_policy - gamma log p_base`, the policy's log-probs moved on along their shift (2603.22117).
 
     Not normalised; `gamma` 0 gives the policy's log-probs. Both are floored at -50. The paper takes 0.05 to 0.1.
@@ -81,7 +91,7 @@ def extrapolated(gamma: float) -> Mix:
     return mix
 
 
-def redraw_where_shifted(sampling: SamplingParams, *, tau: float, redraw: Mix = policy, draft: Mix = base) -> ChooseFn:
+def redraw_where_shifted(sampling: SamplingParams, *, tau: Level, redraw: Mix = policy, draft: Mix = base) -> ChooseFn:
     """Draws y from `draft`; where `log p_policy(y) - log p_base(y) <= tau`, discards it and draws from `redraw`.
 
     First model base, second policy (2603.22117). The draws are independent; the shift is that of the full softmax,
@@ -91,8 +101,8 @@ def redraw_where_shifted(sampling: SamplingParams, *, tau: float, redraw: Mix = 
 
     def choose(first: Array, second: Array, uniforms: Array, interventions: Array) -> Choice:
         drafted = _draw(draft(first, second), uniforms[0], sampling)
-        shift = jnp.take_along_axis(signed_shift(first, second), drafted[:, None], axis=1)[:, 0]
         redrawn = _draw(redraw(first, second), uniforms[1], sampling)
+        shift = jnp.take_along_axis(signed_shift(first, second), drafted[:, None], axis=1)[:, 0]
         fires = shift <= tau
         tokens = jnp.where(fires, redrawn, drafted)
         return Choice(tokens, fires, tokens != drafted)
@@ -108,8 +118,12 @@ def switch_where(criterion: Criterion, sampling: SamplingParams, *, budget: int 
     """
 
     def choose(first: Array, second: Array, uniforms: Array, interventions: Array) -> Choice:
-        own, other = (_draw(x, uniforms[0], sampling) for x in (first, second))
-        of_first, of_second = (jax.nn.log_softmax(process_logits(x, sampling), axis=-1) for x in (first, second))
+        # One uniform number for both draws: without a second source of chance, only the models can make them differ.
+        own = _draw(first, uniforms[0], sampling)
+        other = _draw(second, uniforms[0], sampling)
+
+        of_first = jax.nn.log_softmax(process_logits(first, sampling), axis=-1)
+        of_second = jax.nn.log_softmax(process_logits(second, sampling), axis=-1)
         fires = criterion(of_first, of_second, uniforms[1])
         if budget is not None:
             fires = fires & (interventions < budget)
@@ -119,67 +133,94 @@ def switch_where(criterion: Criterion, sampling: SamplingParams, *, budget: int 
     return choose
 
 
-def divergence_above(threshold: float = 0.1) -> Criterion:
+def divergence_above(threshold: Level = 0.1) -> Criterion:
     """`JS(first, second) > threshold`. The paper's threshold is not known; 0.1 is its bin of high divergence."""
     return lambda first, second, uniform: jensen_shannon(first, second) > threshold
 
 
-def entropy_above(threshold: float) -> Criterion:
+def entropy_above(threshold: Level) -> Criterion:
     """The first model's entropy (nats) is above `threshold`: a control."""
-    return lambda first, second, uniform: -jnp.sum(jnp.exp(first) * jnp.maximum(first, -200.0), axis=-1) > threshold
+
+    def fires(first: Array, second: Array, uniform: Array) -> Array:
+        entropy = -jnp.sum(jnp.exp(first) * jnp.maximum(first, MIN_EXPONENT), axis=-1)
+        return entropy > threshold
+
+    return fires
 
 
-def at_random(share: float) -> Criterion:
+def at_random(share: Level) -> Criterion:
     """A `share` of positions, whatever the models say: a control."""
     return lambda first, second, uniform: uniform < share
 
 
+@dataclasses.dataclass(frozen=True)
+class TwoModelSpec:
+    """What decoding with two models is told once: what a program is compiled for."""
+
+    config: DecoderConfig
+    """Of both models."""
+    max_new_tokens: int
+    """Most tokens of a completion."""
+    stop_tokens: tuple[int, ...] = ()
+    """Tokens that end a completion, themselves included in it."""
+    vocab_size: int | None = None
+    """Tokens that may be emitted, the first ones; it leaves the padding of a vocabulary out. None is all."""
+
+
+@struct
+class Prompts:
+    """Rows to continue, padded on the right; each has at least one token."""
+
+    tokens: Int[ArrayLike, "B W"]
+    """Token ids."""
+    lengths: Int[ArrayLike, " B"]
+    """Tokens of each prompt."""
+    ids: Int[ArrayLike, " B"]
+    """Names of the rows: a row's random numbers depend on its id and the key alone, wherever it lies."""
+
+
 @struct
 class TwoModelSamples:
-    """Completions, padded on the right: `tokens[b, :lengths[b]]`, the stop token included; flags are False beyond."""
+    """Completions, padded on the right with 0. Flags are False beyond the end."""
 
     tokens: Int[ArrayLike, "B N"]
+    """Token ids; `tokens[b, :lengths[b]]`, the stop token included."""
     lengths: Int[ArrayLike, " B"]
+    """Tokens of each completion."""
     intervened: Bool[ArrayLike, "B N"]
+    """As in `Choice`."""
     changed: Bool[ArrayLike, "B N"]
+    """As in `Choice`."""
 
 
 def generate_with_two(
-    config: DecoderConfig,
-    first: Params,
-    second: Params,
-    prompts: Int[ArrayLike, "B W"],
-    prompt_lengths: Int[ArrayLike, " B"],
-    choose: ChooseFn,
-    key: Key[Array, ""],
-    *,
-    max_new_tokens: int,
-    stop_tokens: tuple[int, ...] = (),
-    vocab_size: int | None = None,
+    spec: TwoModelSpec, first: Params, second: Params, prompts: Prompts, choose: ChooseFn, key: Key[Array, ""]
 ) -> TwoModelSamples:
-    """Continues `prompts` (right-padded, at least one token each) with tokens that `choose` picks from both models'
-    logits; both go on from the token emitted.
+    """Continues `prompts` with tokens that `choose` picks from both models' logits; both go on from the token emitted.
 
-    The key is consumed: a number belongs to a row and the index of its token. `vocab_size` leaves the padding of a
-    vocabulary out. Pure, so `jax.jit` applies.
+    The key is consumed: a number belongs to the id of a row and the index of its token. Pure, so `jax.jit` applies.
     """
-    prompts = jnp.asarray(prompts)
-    count, width = prompts[:, 0].shape[0], prompts.shape[1] + max_new_tokens
-    uniforms = jnp.stack(
-        [row_uniforms(jax.random.fold_in(key, draw), jnp.arange(count), width=max_new_tokens) for draw in (0, 1)]
-    )
+    count, prompt_width = prompts.tokens.shape
+    width = prompt_width + spec.max_new_tokens
+    draws = [row_uniforms(jax.random.fold_in(key, draw), prompts.ids, width=spec.max_new_tokens) for draw in (0, 1)]
+    uniforms = jnp.stack(draws)  # [2, B, N]
     positions = jnp.broadcast_to(jnp.arange(width), (count, width))
     end = jnp.full((count, width), width)
-    rows, stops = jnp.arange(count), jnp.asarray(stop_tokens, jnp.int32)
+    rows = jnp.arange(count)
+    stops = jnp.asarray(spec.stop_tokens, jnp.int32)
 
     def next_logits(params: Params, tokens: Array, lengths: Array) -> Array:
-        hidden = hidden_states(config, params, tokens, positions, end)
-        return logits(config, params, hidden[rows, lengths - 1])[:, :vocab_size]
+        # The pass covers the padding too: it lies behind the last token, which does not see it.
+        hidden = hidden_states(spec.config, params, tokens, positions, end)
+        return logits(spec.config, params, hidden[rows, lengths - 1])[:, : spec.vocab_size]
 
     def step(carry):
         index, tokens, lengths, active, flags = carry
-        of_first, of_second = (next_logits(params, tokens, lengths) for params in (first, second))
+        of_first = next_logits(first, tokens, lengths)
+        of_second = next_logits(second, tokens, lengths)
         choice = choose(of_first, of_second, uniforms[:, :, index], jnp.sum(flags[0], axis=1))
+
+        # A row that has ended writes back what stands there, so that shapes stay fixed and nothing of it changes.
         emitted = jnp.where(active, choice.tokens.astype(jnp.int32), tokens[rows, lengths])
         tokens = tokens.at[rows, lengths].set(emitted)
         flags = flags.at[:, :, index].set(active & jnp.stack([choice.intervened, choice.changed]))
@@ -187,23 +228,28 @@ def generate_with_two(
         return index + 1, tokens, lengths, active & ~jnp.isin(emitted, stops), flags
 
     def goes_on(carry):
-        return (carry[0] < max_new_tokens) & jnp.any(carry[3])
+        index, _, _, active, _ = carry
+        return (index < spec.max_new_tokens) & jnp.any(active)
 
-    start = jnp.asarray(prompt_lengths, jnp.int32)
-    # One column more than is ever read takes the writes of rows that are full.
-    tokens = jnp.pad(prompts.astype(jnp.int32), ((0, 0), (0, max_new_tokens)))
-    flags = jnp.zeros((2, count, max_new_tokens), bool)
+    start = jnp.asarray(prompts.lengths, jnp.int32)
+    tokens = jnp.pad(jnp.asarray(prompts.tokens, jnp.int32), ((0, 0), (0, spec.max_new_tokens)))
+    flags = jnp.zeros((2, count, spec.max_new_tokens), bool)
     carry = (jnp.int32(0), tokens, start, jnp.ones(count, bool), flags)
     _, tokens, lengths, _, flags = jax.lax.while_loop(goes_on, step, carry)
-    places = start[:, None] + jnp.arange(max_new_tokens)
+
+    # Prompts differ in length, so completions begin at different columns.
+    places = start[:, None] + jnp.arange(spec.max_new_tokens)
     kept = places < lengths[:, None]
     completion = jnp.where(kept, jnp.take_along_axis(tokens, jnp.minimum(places, width - 1), axis=1), 0)
     return TwoModelSamples(tokens=completion, lengths=lengths - start, intervened=flags[0], changed=flags[1])
 
 
 def _draw(x: Array, uniform: Array, sampling: SamplingParams) -> Array:
+    """A token of each row of logits [B, V], by its uniform number [B]."""
     return sample_tokens(process_logits(x, sampling).T, uniform, jnp.asarray(sampling.temperature <= 0))[0]
 
 
 def _floored(x: Array) -> Array:
-    return jnp.maximum(jax.nn.log_softmax(x.astype(jnp.promote_types(x.dtype, jnp.float32)), axis=-1), MIN_LOGPROB)
+    """Log-probs of logits, at least `MIN_LOGPROB`, in float32 or better."""
+    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    return jnp.maximum(jax.nn.log_softmax(wide, axis=-1), MIN_LOGPROB)

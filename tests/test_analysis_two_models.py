@@ -7,9 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rljax.analysis import summarize_shifts
 from rljax.analysis import two_models as M
-from rljax.analysis.shifts import Shifts, token_shifts
+from rljax.analysis.shifts import Shifts, summarize_shifts, token_shifts
 from rljax.models import DecoderConfig, hidden_states, init_params, logits
 from rljax.sampling import process_logits, sampling_params
 
@@ -168,12 +167,9 @@ def test_generation_equals_a_loop_over_rows_and_tokens():
     lengths, new, stop = np.array([3, 1, 2]), 5, 8
     choose = M.switch_where(M.divergence_above(0.05), sampling_params(temperature=1.3), budget=2)
     key = jax.random.key(7)
-    generate = jax.jit(
-        lambda p, n: M.generate_with_two(
-            CONFIG, first, second, p, n, choose, key, max_new_tokens=new, stop_tokens=(stop,)
-        )
-    )
-    got = generate(prompts, lengths)
+    spec = M.TwoModelSpec(CONFIG, new, stop_tokens=(stop,))
+    generate = jax.jit(lambda rows: M.generate_with_two(spec, first, second, rows, choose, key))
+    got = generate(M.Prompts(tokens=prompts, lengths=lengths, ids=np.arange(3)))
     uniforms = np.stack([M.row_uniforms(jax.random.fold_in(key, i), np.arange(3), width=new) for i in (0, 1)])
     one = jax.jit(choose)
     for row in range(3):
@@ -192,15 +188,18 @@ def test_generation_equals_a_loop_over_rows_and_tokens():
         assert not np.asarray(got.intervened[row])[len(completion) :].any() and sum(fired) <= 2
         assert not np.asarray(got.tokens[row])[len(completion) :].any()
     assert np.asarray(got.intervened).any()
-    alone = generate(prompts[:, :3], lengths)  # narrower padding
-    np.testing.assert_array_equal(alone.tokens, got.tokens)
+    order = np.array([2, 0, 1])
+    elsewhere = M.Prompts(
+        tokens=prompts[order, :3], lengths=lengths[order], ids=order
+    )  # narrower padding, other places
+    np.testing.assert_array_equal(generate(elsewhere).tokens, np.asarray(got.tokens)[order])
 
 
 def test_generation_keeps_to_the_real_vocabulary():
     choose = M.switch_where(M.at_random(0.5), PLAIN)
-    setup = dict(max_new_tokens=12, vocab_size=3)
-    prompt, key = np.array([[1]]), jax.random.key(0)
-    got = M.generate_with_two(CONFIG, params(0), params(1), prompt, np.array([1]), choose, key, **setup)
+    spec = M.TwoModelSpec(CONFIG, 12, vocab_size=3)
+    prompts = M.Prompts(tokens=np.array([[1]]), lengths=np.array([1]), ids=np.array([0]))
+    got = M.generate_with_two(spec, params(0), params(1), prompts, choose, jax.random.key(0))
     assert int(np.asarray(got.tokens).max()) < 3 and int(got.lengths[0]) == 12
 
 
@@ -238,17 +237,21 @@ def _top_p(p, mass):
 def test_summary_counts_response_tokens_alone():
     mask = np.array([[0, 1, 1, 1, 1], [0, 0, 1, 1, 0]], bool)
     shifts = Shifts(
-        signed=np.zeros((2, 5)),
+        signed=np.array([[9.0, 0.5, -0.5, 1.0, 2.0], [9.0, 9.0, 3.0, 0.0, 9.0]]),
         divergence=np.array([[0.9, 0.2, 0.0, 0.0, 0.6], [0.9, 0.9, 0.3, 0.04, 0.9]]),
         base_rank=np.array([[9, 0, 5, 0, 2], [9, 9, 7, 0, 9]]),
         base_logprob=np.log([[1e-9, 0.5, 0.1, 0.9, 0.2], [1e-9, 1e-9, 0.001, 0.9, 1e-9]]),
     )
     got = summarize_shifts(shifts, mask, bins=2)
-    assert got["divergence_mean"] == pytest.approx((0.2 + 0.6 + 0.3 + 0.04) / 6)
-    assert got["high_share"] == pytest.approx(3 / 6)
-    assert (got["same_favourite"], got["in_base_top3"], got["rare_in_base"]) == pytest.approx((1 / 3, 2 / 3, 1 / 3))
-    assert got["profile"] == pytest.approx([(0.2 + 0.0 + 0.3) / 3, (0.0 + 0.6 + 0.04) / 3])
-    assert set(summarize_shifts(shifts, mask & False)["profile"]) == {0.0}
+    assert got.tokens == 6
+    assert got.divergence_mean == pytest.approx((0.2 + 0.6 + 0.3 + 0.04) / 6)
+    assert got.high_share == pytest.approx(3 / 6)
+    assert (got.same_favourite, got.in_base_top3, got.rare_in_base) == pytest.approx((1 / 3, 2 / 3, 1 / 3))
+    assert got.signed_mean == pytest.approx(1.0)
+    assert got.signed_quantiles == pytest.approx((-0.375, 0.75, 2.75))
+    assert got.profile == pytest.approx([(0.2 + 0.0 + 0.3) / 3, (0.0 + 0.6 + 0.04) / 3])
+    nothing = summarize_shifts(shifts, mask & False)
+    assert set(nothing.profile) == {0.0} and nothing.signed_quantiles == (0.0, 0.0, 0.0)
 
 
 def test_the_replacement_mask_of_the_sheet():

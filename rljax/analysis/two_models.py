@@ -48,7 +48,7 @@ Mix = Callable[[Array, Array], Array]
 Criterion = Callable[[Array, Array, Array], Array]
 """(first log-probs [B, V], second log-probs [B, V], uniform [B]) -> bool [B]; log-probs of what is sampled from."""
 
-Level = float | Float[ArrayLike, ""]
+Level = float | Float[Array, ""]
 """A hyperparameter of a decoding rule. As a traced scalar, another value of it compiles nothing."""
 
 

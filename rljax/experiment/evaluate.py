@@ -6,13 +6,14 @@ from pathlib import Path
 import jax
 
 from rljax.evaluation import Evaluation
-from rljax.experiment.build import build
+from rljax.experiment.build import Run, build
 from rljax.experiment.config import Config
 from rljax.experiment.report import evaluation_table
 from rljax.experiment.train import evaluate_run
 from rljax.models import abstract_params, param_shardings
 from rljax.parallel import is_main_process, use_mesh
 from rljax.training import restore_params
+from rljax.types import Params
 
 
 def evaluate_model(
@@ -28,13 +29,7 @@ def evaluate_model(
         if checkpoint is None:
             params = run.initial_params()
         else:
-            # Each shard is read onto its device.
-            target = jax.tree.map(
-                lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where),
-                abstract_params(run.decoder),
-                param_shardings(run.decoder, run.mesh),
-            )
-            params, step = restore_params(run_checkpoints(checkpoint), target, step)
+            params, step = checkpoint_params(run, checkpoint, step)
         evaluation = evaluate_run(run, params, step or 0)
 
     if is_main_process():
@@ -42,6 +37,17 @@ def evaluate_model(
         if json_file:
             Path(json_file).write_text(json.dumps(evaluation.to_dict(), indent=2, ensure_ascii=False) + "\n")
     return evaluation
+
+
+def checkpoint_params(run: Run, folder: str, step: int | None = None) -> tuple[Params, int]:
+    """(weights on the mesh of `run`, their step) of a checkpoint of the run folder `folder`; `step` None is the newest.
+    ValueError when there is none."""
+    target = jax.tree.map(
+        lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where),
+        abstract_params(run.decoder),
+        param_shardings(run.decoder, run.mesh),
+    )
+    return restore_params(run_checkpoints(folder), target, step)
 
 
 def run_checkpoints(folder: str) -> Path:

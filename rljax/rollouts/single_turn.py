@@ -157,7 +157,7 @@ class SingleTurnActor:
         self.seconds["sample"] += time.perf_counter() - begin
 
         begin = time.perf_counter()
-        results = iter(self._judge(examples, sampled, texts))
+        results = iter(self.judge(examples, sampled, texts))
         self.seconds["reward"] += time.perf_counter() - begin
 
         return [
@@ -195,10 +195,10 @@ class SingleTurnActor:
         )
         return request._replace(rounds=rounds)
 
-    def _judge(
+    def judge(
         self, examples: Sequence[Example], sampled: Sequence[list[Sample]], texts: Sequence[list[str]]
     ) -> list[RewardResult]:
-        """Results of all samples, group by group."""
+        """Rewards of all samples, group by group in one list; `texts` are what `completion_text` makes of them."""
         inputs = [
             RewardInput(
                 prompt=example.prompt,

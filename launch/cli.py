@@ -59,9 +59,11 @@ def _parse(argv: list[str]) -> list[str]:
         for problem in _config_problems(argv):
             _fail(problem)
         wants_help = "config" in flags.FLAGS and any(argument in _HELP for argument in argv)
+        # absl would print the help of its own and exit before the config is there.
         rest = flags.FLAGS([argument for argument in argv if not (wants_help and argument in _HELP)])
     except flags.Error as error:
         _fail(str(error))
+
     if wants_help:
         _print_help()
         sys.exit(0)
@@ -81,14 +83,18 @@ def _print_help() -> None:
 
 def _config_problems(argv: list[str]):
     """Checks config overrides against the fields of the config file, before absl meets them."""
+    # ml_collections answers a wrong name with a traceback from its own depths, and says nothing of the right one.
     path = next((a.split("=", 1)[1] for a in argv if re.match(r"--?config=", a)), None)
     if path is None:
         return
+
+    # What follows a colon goes to get_config.
     file = path.split(":")[0]
     if not Path(file).is_file():
         near = ", ".join(sorted(str(p) for p in Path("configs").glob("*.py"))) or "none here"
         yield f"--config={file} does not exist; config files in configs/: {near}"
         return
+
     _find_neighbours(file)
     config, problem = _load_config(file, path.split(":")[1:])
     if problem:
@@ -108,6 +114,8 @@ def _load_config(file: str, arguments: list[str]):
 
     spec = importlib.util.spec_from_file_location("_checked_config", file)
     module = importlib.util.module_from_spec(spec)
+
+    # A ValueError is a config's own word on a bad value; anything else is a fault of the file, and is named.
     try:
         spec.loader.exec_module(module)
         if not hasattr(module, "get_config"):
@@ -126,7 +134,9 @@ def _load_config(file: str, arguments: list[str]):
 def _override_problem(config, dotted: str, argument: str) -> str | None:
     from rljax.moved import field_hint
 
-    holder, done = config, "config"
+    # Part by part, so that the message can name the part whose field is wrong.
+    holder = config
+    done = "config"
     for name in dotted.split("."):
         names = (
             [f.name for f in dataclasses.fields(holder)]
@@ -136,6 +146,7 @@ def _override_problem(config, dotted: str, argument: str) -> str | None:
             else []
         )
         if name not in names:
+            # A name that has moved first: a field that only looks alike would mislead.
             if moved := field_hint(dotted):
                 return f"{argument.split('=')[0]}: no such field; {moved}"
             near = difflib.get_close_matches(name, names, n=1)
@@ -143,8 +154,11 @@ def _override_problem(config, dotted: str, argument: str) -> str | None:
             kind = type(holder).__name__
             listing = f"fields of {done} ({kind}): {', '.join(names)}" if names else f"{done} is a {kind}, not a part"
             return f"{argument.split('=')[0]}: no such field; {hint}{listing}"
+
         holder = holder[name] if isinstance(holder, dict) else getattr(holder, name)
         done += f".{name}"
+
+    # A part has no value that a flag could write; its fields do.
     if dataclasses.is_dataclass(holder):
         names = ", ".join(f.name for f in dataclasses.fields(holder))
         return f"--{done} is a part of the config; set one of its fields: {names}"

@@ -491,12 +491,12 @@ BARE = (
 def test_behind_a_reply_stands_what_the_template_puts_there_though_it_drops_thinking(closed):
     reply = make_reply("<think>hm</think>yes", closed=closed)
     results = [{"role": "tool", "content": "a"}, {"role": "tool", "content": "b"}]
-    ids = Renderer(make_tokenizer(LIKE_QWEN3)).behind(reply, results)
+    ids = Renderer(make_tokenizer(LIKE_QWEN3)).continuation_ids(reply, results)
     assert text_of(ids) == ("" if closed else "<|im_end|>") + (
         "\n<|im_start|>user\n<tool_response>\na\n</tool_response>\n<tool_response>\nb\n</tool_response><|im_end|>\n"
         "<|im_start|>assistant\n"
     )
-    ids = Renderer(make_tokenizer(BARE)).behind(make_reply("yes", closed=False), results[:1])
+    ids = Renderer(make_tokenizer(BARE)).continuation_ids(make_reply("yes", closed=False), results[:1])
     assert text_of(ids) == "[tool] a\n[it] "
 
 

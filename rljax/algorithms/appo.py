@@ -42,6 +42,10 @@ class APPO(ForestRecipe):
             raise ValueError(
                 f"APPO: influence_low={self.influence_low} must be at most influence_high={self.influence_high}"
             )
+        if len(self.fork_within) not in (0, 2) or "" in self.fork_within:
+            raise ValueError(f"APPO: fork_within={self.fork_within} must be two texts, or empty")
+
+        # A half-life says the same at any scale; the weight wants the factor of one token.
         weights = procedure_weights(
             discount=2 ** (-1 / self.half_life),
             scale=self.influence,
@@ -49,7 +53,7 @@ class APPO(ForestRecipe):
             high=self.influence_high,
         )
         credit: AdvantageFn = shared_branch_credit() if self.released else dual_group(epsilon=self.epsilon)
-        if len(self.fork_within) not in (0, 2) or "" in self.fork_within:
-            raise ValueError(f"APPO: fork_within={self.fork_within} must be two texts, or empty")
+
+        # Fork points belong to the prompt as a whole: one chain may get them all.
         rule = top_branching_score(self.points * self.chains, span=self.fork_within)
         return self.compose(rule, credit, aggregate_fn=sequence_mean, weight_fns=(weights,))

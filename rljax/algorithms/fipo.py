@@ -58,6 +58,8 @@ class FIPO(DynamicSampling):
 
         if self.safety_ratio is not None:
             check_at_least(self, 1, "safety_ratio")
+
+        # The report shows what the weight saw, so both are made from the same numbers.
         influence: dict[str, Any] = {
             "low": self.influence_low,
             "high": self.influence_high,

@@ -50,6 +50,8 @@ class OWPO(DynamicSampling):
         deviations = {"current": current_deviation, "old": old_deviation}
         if self.deviation_from not in deviations:
             raise ValueError(f"OWPO: deviation_from={self.deviation_from!r} must be one of {', '.join(deviations)}")
+
+        # The report is of the same deviation as the weight.
         deviation = deviations[self.deviation_from]
         gate = exponential_gate(beta=self.beta, lock=self.lock, accelerate=self.accelerate)
 
@@ -62,6 +64,7 @@ class OWPO(DynamicSampling):
             report_fns=(one_way_report(deviation),),
         )
 
+        # The reference is needed whatever `kl_coef` is: the weights compare with it.
         plan = self.plan()._replace(
             needs_ref=True,
             refresh_every=self.refresh_every,

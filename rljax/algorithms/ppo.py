@@ -50,8 +50,11 @@ class PPO(Recipe):
                 raise ValueError(f"PPO: {name}={value} must be between 0 and 1")
 
         lam: float | LambdaFn = self.lam if self.length_alpha is None else length_adaptive(self.length_alpha)
+
+        # Advantages and returns are of one reward, but each may have its own lambda.
         reward = {"gamma": self.gamma, "kl_coef": self.kl_coef}
         critic = CriticSpec(gae_returns(lam=critic_lam, **reward), value_loss(clip=self.value_clip))
+
         # The KL is in the reward, so the loss has none.
         loss = policy_loss(
             token_ratio,
@@ -59,5 +62,6 @@ class PPO(Recipe):
             token_mean,
             penalties=kl_and_entropy(0.0, self.entropy_coef),
         )
+
         credit = gae_advantages(lam=lam, whiten=self.whiten, **reward)
         return self.compose(credit, loss, self.plan()._replace(critic=critic))

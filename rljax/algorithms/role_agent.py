@@ -43,6 +43,7 @@ class RoleAgent(GroupRecipe):
         if self.wia_mode not in WIA_MODES:
             raise ValueError(f"RoleAgent: wia_mode={self.wia_mode!r} must be one of {', '.join(WIA_MODES)}")
 
+        # The column is declared and read under one name, that of the count which the environment's steps have.
         prediction = Column("prediction", per="turn")
         credit = state_grouped(
             self.credit(),
@@ -53,5 +54,6 @@ class RoleAgent(GroupRecipe):
             min_std=self.min_std,
             predictions=prediction.name,
         )
+
         loss = policy_loss(token_ratio, self.surrogate(), sequence_mean, penalties=self.penalties())
         return self.compose(credit, loss, self.plan()._replace(columns=(prediction,)))

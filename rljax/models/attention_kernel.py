@@ -210,6 +210,8 @@ def _call(target: _Target, kernel, name: str, block: int, lists, window, own, wa
     heads = outputs[0].shape[1]
     count, numbers = lists
 
+    # `N` is the heads, the heads of keys and values, or 1 for what all heads share.
+
     def spec(x, split: bool):
         group = heads // x.shape[1]
         shape = (None, None, block if split else x.shape[2], x.shape[3])
@@ -219,6 +221,7 @@ def _call(target: _Target, kernel, name: str, block: int, lists, window, own, wa
         where = {} if target.scalars is None else {"memory_space": target.scalars}
         return pl.BlockSpec(shape, index_map, **where)
 
+    # What the loop over blocks is steered by, the same for all heads.
     steering = [
         scalars((None, None, 1, 1), lambda r, h, i: (r, i, 0, 0)),
         scalars((None, None, 1, numbers.shape[-1]), lambda r, h, i: (r, i, 0, 0)),
@@ -240,6 +243,8 @@ def _forward(target: _Target, q, k, v, positions, subtree_end, window) -> tuple[
     """(out [R, H, S, hd], log normalisers [R, H, S])"""
     at = _layout(target, positions, subtree_end, window)
     length, head_dim = q.shape[2:]
+
+    # The scale is that of the true head size; what the blocks are padded with is 0 and adds nothing to a score.
     q, k, v = (_whole_blocks(x, at.size) for x in (q, k, v))
     out, normaliser = _call(
         target,
@@ -278,6 +283,7 @@ def _backward(target: _Target, q, k, v, positions, subtree_end, window, d_out, n
         outputs=[jax.ShapeDtypeStruct(q.shape, q.dtype)],
     )
 
+    # In float32, since they are still to be summed over the query heads.
     d_k, d_v = _call(
         target,
         functools.partial(_key_kernel, block_q=target.block_q, scale=scale),
@@ -323,6 +329,7 @@ def _forward_kernel(
     shape = (queries.shape[0], block_k)
     query = _count_from(pl.program_id(2) * shape[0], shape, 0)
 
+    # Softmax in one pass: what is summed so far is scaled down whenever a larger score turns up.
     def step(n, carry):
         best, total, acc = carry
         first = pl.multiple_of(numbers[0, n] * block_k, block_k)
@@ -330,6 +337,7 @@ def _forward_kernel(
         visible = _visible(query, _count_from(first, shape, 1), end[:, keys], depth, key_depth[:, keys], window)
         scores = jnp.where(visible, _dot_rows(queries, k[keys, :]) * scale, MASKED)
         new = jnp.maximum(best, jnp.max(scores, axis=1, keepdims=True))
+
         # Where a query has seen nothing yet, `new` is MASKED and the exponential 1.
         weights = jnp.where(visible, jnp.exp(scores - new), 0.0)
         shrink = jnp.exp(best - new)
@@ -338,8 +346,10 @@ def _forward_kernel(
         return new, total, acc * shrink + _dot(weights.astype(values.dtype), values)
 
     column = jnp.zeros((shape[0], 1), jnp.float32)
-    start = column + MASKED, column, jnp.zeros(queries.shape, jnp.float32)
+    start = (column + MASKED, column, jnp.zeros(queries.shape, jnp.float32))
     best, total, acc = jax.lax.fori_loop(0, count[0, 0], step, start)
+
+    # Padding sees nothing, not even itself: its output is 0, not NaN.
     total = jnp.where(total > 0, total, 1.0)
     out[...] = (acc / total).astype(out.dtype)
     normaliser[...] = best + jnp.log(total)
@@ -362,6 +372,7 @@ def _query_kernel(
         keys = pl.ds(first, block_k)
         visible = _visible(query, _count_from(first, shape, 1), end[:, keys], depth, key_depth[:, keys], window)
         own = k[keys, :]
+        # The softmax is computed anew from its normaliser. `expected` is the mean of d_weights under it.
         weights = jnp.where(visible, jnp.exp(_dot_rows(queries, own) * scale - normaliser), 0.0)
         d_scores = weights * (_dot_rows(d_outs, v[keys, :]) - expected) * scale
         return acc + _dot(d_scores.astype(own.dtype), own)
@@ -389,6 +400,7 @@ def _key_kernel(
         visible = _visible(_count_from(first, shape, 1), key, end, query_depth[:, at], depth, window)
         queries = q[at, :]
         d_outs = d_out[at, :]
+        # As in `_query_kernel`.
         weights = jnp.where(visible, jnp.exp(_dot_rows(keys, queries) * scale - normaliser[:, at]), 0.0)
         d_scores = weights * (_dot_rows(values, d_outs) - expected[:, at]) * scale
         d_values = d_values + _dot(weights.astype(d_outs.dtype), d_outs)

@@ -47,11 +47,14 @@ class Layer(nnx.Module):
         kv_dim = c.num_kv_heads * c.head_dim
         self.config = c
 
+        # Matrices are [in, out]. The names of the axes say how a mesh splits them; what has None is whole everywhere.
         self.attention_norm = weight((c.embed_dim,), (None,), init="ones")
         self.q = weight((c.embed_dim, q_dim), ("embed", "heads"))
         self.k = weight((c.embed_dim, kv_dim), ("embed", "kv_heads"))
         self.v = weight((c.embed_dim, kv_dim), ("embed", "kv_heads"))
         self.o = weight((q_dim, c.embed_dim), ("heads", "embed"))
+
+        # A weight that the family lacks is not declared, so no file needs to hold it.
         if c.attention_bias:
             self.q_bias = weight((q_dim,), ("heads",), init="zeros")
             self.k_bias = weight((kv_dim,), ("kv_heads",), init="zeros")
@@ -88,6 +91,8 @@ class Layer(nnx.Module):
         # Keys are rotated before they are kept: a cache never rotates again.
         out, aux = attend(apply_rotary(q, *rotary), apply_rotary(k, *rotary), v)
         out = checkpoint_name(out.reshape(*x.shape[:-1], c.num_heads * c.head_dim), "attention")
+
+        # Without it the compiler may split the residual otherwise from one layer to the next.
         x = constrain(x + project(out, "o"), ("batch", *(None,) * (x.ndim - 1)))
 
         h = rms_norm(x, self.mlp_norm[...], c.norm_eps)

@@ -146,6 +146,8 @@ def entries(config: DecoderConfig, kind: str = "hf") -> list[Entry]:
     tree = abstract_params(config)
     declared = {f"layers/{name}": leaf.shape[1:] for name, leaf in tree["layers"].items()}
     declared |= {name: leaf.shape for name, leaf in tree.items() if name != "layers"}
+
+    # A family lists what its models may have; the config decides which of it this one has.
     rows = [weight for weight in family_of(config).weights if weight.path in declared]
 
     def entry(weight: Weight, layer: int | None) -> Entry:
@@ -181,6 +183,8 @@ def config_from_hf(hf: Mapping[str, Any]) -> DecoderConfig:
     supported = ", ".join(f"{key} ({family.architecture})" for key, family in FAMILIES.items())
     if name not in FAMILIES:
         raise ValueError(f"config.json: model_type={name!r} is not supported; supported are {supported}")
+
+    # The architecture too: a reward model or a classifier has the same model_type, and no head over the vocabulary.
     family = FAMILIES[name]
     architecture = (hf.get("architectures") or [family.architecture])[0]
     if architecture != family.architecture:
@@ -198,6 +202,8 @@ def config_from_hf(hf: Mapping[str, Any]) -> DecoderConfig:
     max_position = get("max_position_embeddings")
     theta, scaling = _rope_from_hf(hf, max_position)
     window, sliding = _sliding_from_hf(family, get)
+
+    # transformers 5 writes `dtype`, older releases `torch_dtype`.
     dtype = str(get("dtype") or get("torch_dtype") or "float32").removeprefix("torch.")
     if dtype not in DTYPES:
         raise ValueError(f"config.json: dtype={dtype!r} is not supported; supported are {', '.join(DTYPES)}")
@@ -240,6 +246,7 @@ def _sliding_from_hf(family: Family, get: Callable[..., Any]) -> tuple[int | Non
     if types is not None and len(types) != count:
         raise ValueError(f"config.json: layer_types has {len(types)} entries for num_hidden_layers={count}")
 
+    # Files may hold a window that their model ignores, so the number alone decides nothing.
     if family.sliding == "none" or window is None:
         return None, None
     if family.sliding == "all":
@@ -255,6 +262,7 @@ def _sliding_from_hf(family: Family, get: Callable[..., Any]) -> tuple[int | Non
     sliding = tuple(kind == "sliding_attention" for kind in types)
     if not any(sliding):
         return None, None
+    # All layers are None, never a tuple of True: equal models have equal configs.
     return window, None if all(sliding) else sliding
 
 
@@ -288,6 +296,7 @@ def _rope_from_hf(hf: Mapping[str, Any], max_position: int) -> tuple[float, Rope
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind not in _ROPE_KEYS:
         raise ValueError(f"config.json: rope type {kind!r} is not supported; supported are {', '.join(_ROPE_KEYS)}")
+
     partial = rope.get("partial_rotary_factor", hf.get("partial_rotary_factor"))
     if partial not in (None, 1, 1.0):
         raise ValueError(f"config.json: partial_rotary_factor={partial} is not supported; every head rotates whole")
@@ -309,6 +318,7 @@ def _rope_from_hf(hf: Mapping[str, Any], max_position: int) -> tuple[float, Rope
     if "factor" in keys and rope.get("factor") is None:
         raise ValueError(f"config.json: rope type {kind} needs a factor")
 
+    # JSON has whole numbers where a float is meant; a key that is absent or null leaves our default.
     casts: dict[str, Callable[[Any], Any]] = {"truncate": bool, "original_max_position": int}
     given = {
         ours: casts.get(ours, float)(rope[theirs]) for ours, theirs in keys.items() if rope.get(theirs) is not None
@@ -348,6 +358,8 @@ def config_to_hf(config: DecoderConfig) -> dict[str, Any]:
 
     if keys:
         hf["rope_scaling"] = scaling
+
+    # What a family has no key for is left out; the check at the end finds what that loses.
     hf |= {key: getattr(config, key) for key in family.bias_keys}
     if family.sliding == "all":
         hf["sliding_window"] = config.sliding_window
@@ -356,6 +368,7 @@ def config_to_hf(config: DecoderConfig) -> dict[str, Any]:
         hf |= {
             "use_sliding_window": config.sliding_window is not None,
             "sliding_window": config.sliding_window,
+            # Older readers know only the first layer that slides.
             "max_window_layers": sliding.index(True) if any(sliding) else config.num_layers,
             "layer_types": ["sliding_attention" if s else "full_attention" for s in sliding],
         }

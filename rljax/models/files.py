@@ -75,6 +75,7 @@ def _read_header(path: Path) -> dict[str, TensorInfo]:
     size = path.stat().st_size
     try:
         with path.open("rb") as file:
+            # Checked before it is read: the first bytes of a file of another kind are a length of exabytes.
             length = int.from_bytes(file.read(8), "little")
             if length > size - 8:
                 raise ValueError("header longer than the file")
@@ -115,6 +116,8 @@ def write_safetensors(
         size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
         header[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [offset, offset + size]}
         offset += size
+
+    # Spaces up to a multiple of 8, so that the data after the header begins aligned.
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
 

@@ -145,8 +145,10 @@ def _shortest(value: float) -> float:
 
 
 def _scaling(get, context: int, theta: float, head_dim: int, divisors: np.ndarray | None) -> RopeScaling:
+    # No key says llama3: only the tensor does, and it goes before whatever the keys say.
     if divisors is not None:
         return _llama3_from_divisors(divisors, theta, head_dim)
+
     kind = get("rope.scaling.type", "none")
     if kind == "none":
         return RopeScaling()
@@ -222,6 +224,7 @@ def read_header(path: Path) -> tuple[dict[str, Any], dict[str, GGUFTensor]]:
     except (struct.error, IndexError, UnicodeDecodeError, KeyError) as error:
         raise ValueError(f"{path} is truncated or corrupt: its GGUF header ends early ({error})") from error
 
+    # The table is at the front: of a download that broke off, only the end of the data shows it.
     for name, tensor in tensors.items():
         if tensor.type not in sizes:
             raise ValueError(f"{path}: tensor {name} has unknown GGUF type {tensor.type}; update the gguf package")
@@ -273,6 +276,7 @@ def _parse_header(data: memoryview) -> tuple[dict[str, Any], dict[str, GGUFTenso
     for _ in range(field_count):
         key = string()
         kind = scalar(4)
+        # Strings and arrays have a length of their own, so each value must be read, wanted or not, to find the next.
         value: Any
         if kind == _STRING:
             value = string()

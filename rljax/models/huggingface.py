@@ -104,6 +104,7 @@ def save_hf(
         for old in [*folder.glob("model*.safetensors"), folder / INDEX_FILE]:
             old.unlink(missing_ok=True)
 
+    # Every process makes the same split, so that all gather the same tensors in the same order.
     sizes = {name: int(np.prod(entry.shape, dtype=np.int64)) for name, entry in wanted.items()}
     files = split_into_files(((name, n * dtype.itemsize) for name, n in sizes.items()), max_shard_bytes)
     weight_map: dict[str, str] = {}

@@ -41,6 +41,8 @@ def _frequencies(config: DecoderConfig, positions) -> tuple[Array | np.ndarray, 
     scaling = config.rope_scaling
     dim = config.head_dim
     exponents = np.arange(0, dim, 2, dtype=np.float32) / dim
+
+    # On the host wherever positions do not enter: the same bits on every device, and a constant of the program.
     base = np.float32(1.0) / np.float32(config.rope_theta) ** exponents
     match scaling.type:
         case "default":
@@ -50,6 +52,7 @@ def _frequencies(config: DecoderConfig, positions) -> tuple[Array | np.ndarray, 
         case "dynamic":
             original = scaling.original_max_position or config.max_position
             length = jnp.maximum(jnp.max(positions) + 1, original).astype(jnp.float32)
+            # 1 up to the pretrained context, so that short sequences are rotated as in pretraining.
             stretch = scaling.factor * length / original - (scaling.factor - 1)
             theta = config.rope_theta * stretch ** (dim / (dim - 2))
             return 1.0 / theta**exponents, 1.0

@@ -96,6 +96,8 @@ def can_go_on_from(group: Group, fork: Fork) -> bool:
     """Whether anything can be said after a fork: not behind the last token of an episode, nor of one that failed."""
     parent = group.plays[fork.parent]
     episode = parent.episode
+
+    # A place within an observation stands for the end of it, as in `MultiTurnActor._branch`.
     stop = next((stop for start, stop in parent.observed if start <= fork.fork_index < stop), fork.fork_index)
     has_failed = bool(parent.problem) or episode is None or episode.end in FAILED
     return stop < len(parent.tokens) and not has_failed
@@ -136,6 +138,9 @@ def scored(group: Group, dialogue: Dialogue) -> ScoredGroup:
 def turn_fields_of(play: Play) -> Mapping[str, np.ndarray]:
     """The optional fields of `Trajectory` that say something of turns, on the completion's tokens."""
     steps = [] if play.episode is None else play.episode.steps
+
+    # A turn begins in the state that the observation before it shows; all of a group open in the same one. Equal texts
+    # get equal ids. The shift keeps a checksum within int32, and off -1, which marks tokens without a state.
     before = ["", *(step.observation for step in steps)]
     states = np.array([zlib.crc32(text.encode()) >> 1 for text in before], np.int32)
     turn_ids = np.minimum(np.array(play.turn_ids, np.int32), len(states) - 1)
@@ -156,6 +161,8 @@ def on_turns(play: Play, values: Sequence[float]) -> np.ndarray:
     """A value for each turn, on the tokens that the policy sampled in it: float32 [T], 0 elsewhere and for a turn that
     the environment has not answered."""
     turn_ids = np.array(play.turn_ids, np.int32)
+
+    # The 0 at the end is for turns that have no value yet, whatever their number.
     padded = np.array([*values, 0.0], np.float32)
     on_tokens = padded[np.minimum(turn_ids, len(values))]
     return np.where(sample_of(play).sampled, on_tokens, 0).astype(np.float32)
@@ -167,6 +174,8 @@ def episode_state(episode: Episode, turns: int | None = None) -> dict[str, Any]:
     state = {name: value for name, value in episode.state_dict().items() if name != "row"}
     if turns is None:
         return state
+
+    # The environment may have stepped, or ended, behind the turns that are kept: replay finds that out again.
     return state | {
         "actions": state["actions"][:turns],
         "steps": state["steps"][:turns],

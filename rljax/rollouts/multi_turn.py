@@ -143,6 +143,7 @@ class MultiTurnActor:
         *,
         pick: Pick | None = None,
     ):
+        # The first decoder has the current weights; a second one, older ones.
         self.decoders = list(decoders)
         self.pool = pool
         self.dialogue = dialogue
@@ -152,6 +153,7 @@ class MultiTurnActor:
         self.stats: dict[str, float] = {}
         self.seconds: dict[str, float] = {}
 
+        # An episode has the same conversation in every decoder, and must fit into each.
         self._free = deque(range(min(decoder.spec.conversations for decoder in decoders)))
         self._num_conversations = len(self._free)
         self._length = min(decoder.spec.context_length for decoder in decoders)
@@ -246,8 +248,11 @@ class MultiTurnActor:
     def _new_group(self, request: GroupRequest, plan: RolloutPlan, step: int) -> Group:
         chains = plan.forks.chains if plan.forks else plan.group_size
         starts = [Fork(NO_PARENT, 0, request.first_sample + i) for i in range(chains)]
+
+        # Numbered in order of submission, which is the order in which complete groups are handed out.
         self._num_groups += 1
         group = Group(self._num_groups, request, starts, None, group_size(plan), step)
+
         if plan.forks:
             group.rounds = ForkRounds(
                 plan=plan.forks,
@@ -264,7 +269,8 @@ class MultiTurnActor:
     def _play(self, wanted: int) -> list[Group]:
         """The loop: until `wanted` groups are complete, which are taken out."""
         begin = time.perf_counter()
-        paused, self._paused = self._paused, []
+        paused = self._paused
+        self._paused = []
         for play in paused:
             self._speak(play)
 
@@ -278,6 +284,7 @@ class MultiTurnActor:
             is_idle = not any(decoder.num_open for decoder in self.decoders)
             if is_idle and not self._acting and not self._queue and len(self._done) < wanted:
                 raise RuntimeError(f"{wanted} groups were asked for, but only {len(self._done)} are under way")
+
             # With nothing to decode the only thing to do is to wait for an environment.
             self._take_events(wait=is_idle and self._acting > 0 and len(self._done) < wanted)
 
@@ -286,6 +293,7 @@ class MultiTurnActor:
             for result in decoder.interrupt():
                 self._heard(self._speaking.pop(result.turn.conversation), result)
 
+        # Those complete first are taken, so that none waits for another; within the call their order is fixed.
         taken = sorted(self._done[:wanted], key=lambda group: group.number)
         self._done = self._done[wanted:]
         self.stats = self._stats(taken, time.perf_counter() - begin)
@@ -320,17 +328,20 @@ class MultiTurnActor:
         return play
 
     def _branch(self, play: Play) -> None:
-        """Begins a play as another one did. A place within an observation stands for the end of it: the policy cannot
-        speak in the middle."""
+        """Begins a play as another one did."""
         group = play.group
         fork = play.fork
         parent = group.plays[fork.parent]
+
+        # A place within an observation stands for the end of it: the policy cannot speak in the middle.
         place = next((stop for start, stop in parent.observed if start <= fork.fork_index < stop), fork.fork_index)
 
         play.fork = fork._replace(fork_index=place)
         play.prompt = parent.prompt
         play.turn = parent.turn_ids[place] if place else 0
         play.turn_start = parent.turn_ids.index(play.turn)
+
+        # What is inherited keeps its spans, cut where the fork leaves them.
         for name in TOKEN_LISTS:
             setattr(play, name, getattr(parent, name)[:place])
         play.forced = [(start, min(stop, place)) for start, stop in parent.forced if start < place]
@@ -338,11 +349,13 @@ class MultiTurnActor:
         if fork.inject:
             play.give(fork.inject, self.versions[0])
 
+        # The environment is brought to where this turn began; the part of the turn that is kept changes nothing in it.
         assert parent.episode is not None
         self._after(play, self._resumed, self.pool.fork(parent.episode, play.turn))
 
     def _after(self, play: Play, then: Callable[[Play], None], future: Any) -> None:
         """Calls `then(play)` in the loop once the environment has answered."""
+        # A worker's thread only reports: plays and decoders are changed in the loop's thread alone.
         self._acting += 1
         future.add_done_callback(lambda done: self._events.put((then, play, done.result())))
 
@@ -361,6 +374,7 @@ class MultiTurnActor:
         episode = play.episode
         group = play.group
         assert episode is not None
+        # An environment may fail, or run out of time, before it has opened.
         if episode.end is not None:
             return self._finish(play)
 
@@ -390,6 +404,7 @@ class MultiTurnActor:
         spoken = len(play.tokens) - play.turn_start
         decoder = self.decoders[self._decoder_of(play)]
 
+        # The limit is of a turn as a whole, also where it was cut off and goes on.
         room = min(decoder.spec.max_new_tokens - spoken, self._length - len(tokens))
         if room < 1:
             play.is_truncated = True
@@ -403,6 +418,7 @@ class MultiTurnActor:
                 prompt_id=group.example.id,
                 sample_id=play.fork.sample_id,
                 turn=play.turn,
+                # A fork shares its parent's tokens; any other play shares the prompt with the first of its group.
                 prefix_of=group.plays[max(play.fork.parent, 0)].conversation,
                 max_new_tokens=room,
             )
@@ -436,6 +452,7 @@ class MultiTurnActor:
         if episode.end is not None:
             return self._finish(play)
 
+        # What the template puts between turns depends on whether the policy has closed its own.
         try:
             observation = self.dialogue.observation(
                 episode.steps[-1].observation,
@@ -468,6 +485,7 @@ class MultiTurnActor:
         if group.rounds is None:
             self._leave(play)
 
+        # A round of forks is chosen from all samples so far: it waits for the slowest of them.
         samples = [sample for sample in group.samples if sample is not None]
         if len(samples) < len(group.samples):
             return
@@ -507,6 +525,8 @@ class MultiTurnActor:
     def _restore(self, group: Group, saved: Mapping[str, Any]) -> None:
         """A group that was under way, or complete, when its state was saved."""
         group.prompt = saved["prompt"]
+
+        # Rounds that were made are not made again; a group that was complete makes no more.
         if group.rounds is not None:
             group.rounds.made = saved["rounds_made"]
         if saved["is_done"]:
@@ -517,6 +537,7 @@ class MultiTurnActor:
             # What is over and will not be forked holds no conversation, as it held none when it was saved.
             is_left = state["then"] == "finish" and group.rounds is None
             play = self._new_play(group, Fork(**state["fork"]), speaks=not is_left)
+            # JSON has made lists of the spans.
             for name in (*TOKEN_LISTS, "prompt", "turn", "turn_start", "is_truncated", "problem"):
                 setattr(play, name, state[name])
             play.forced = [(start, stop) for start, stop in state["forced"]]
@@ -557,8 +578,10 @@ class MultiTurnActor:
         group = play.group
         is_over = group.samples[play.index] is not None
         then = "finish" if is_over else "open" if not play.prompt else "speak" if play in self._paused else "act"
+
+        # The fork of an environment may not have been made yet: its parent's episode is what it will be made from.
         episode = play.episode
-        if episode is None and play.fork.parent != NO_PARENT:  # the environment is being forked
+        if episode is None and play.fork.parent != NO_PARENT:
             episode = group.plays[play.fork.parent].episode
             then = "speak"
 
@@ -578,6 +601,7 @@ class MultiTurnActor:
         total = {name: sum(d.stats[name] for d in self.decoders) for name in self.decoders[0].stats}
         results = [r for group in groups for r in group.results if r is not None]
         episodes = [play.episode for group in groups for play in group.plays if play.episode is not None]
+
         row_steps = total["decode_steps"] * self.decoders[0].spec.rows
         return {
             "busy_share": total["seconds"] / max(seconds, 1e-9),

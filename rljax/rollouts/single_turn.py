@@ -53,6 +53,8 @@ class SingleTurn:
                 "config.actor.rewards is empty and the data has no verifier of its own; add e.g. "
                 "rewards=(RewardConfig('my_rewards:correct'),)"
             )
+
+        # With forks the decode rows are those of the chains: forks follow when chains have ended.
         spec = SamplerSpec(
             prompt_buckets=self.prompt_buckets,
             max_new_tokens=parts.sampling.max_new_tokens,
@@ -66,6 +68,7 @@ class SingleTurn:
 
     def check_prompts(self, parts: ActorParts, pack_length: int) -> None:
         """Renders every prompt once."""
+        # Test prompts too: an evaluation in the middle of a run would find a long one hours later.
         length, example_id = max(
             (len(render_prompt(parts.tokenizer, example.prompt, parts.settings.chat)), example.id)
             for example in [*parts.dataset.train, *parts.dataset.test]
@@ -75,6 +78,8 @@ class SingleTurn:
                 f"the longest prompt has {length} tokens (id {example_id}), more than the largest of "
                 f"config.actor.prompt_buckets={self.prompt_buckets}; add a bucket or drop the row"
             )
+
+        # A row is never split between packed sequences.
         total = length + parts.sampling.max_new_tokens
         if total > pack_length:
             raise ValueError(
@@ -141,6 +146,7 @@ class SingleTurnActor:
         plan = order.plan
         step = order.step
         examples = [request.example for request in order.requests]
+
         prompts = [render_prompt(self.tokenizer, example.prompt, self.settings.chat) for example in examples]
         splitter = StepSplitter(self.tokenizer, plan.forks.step_delimiters if plan.forks else ())
         requests = [
@@ -156,6 +162,7 @@ class SingleTurnActor:
         ]
         self.seconds["sample"] += time.perf_counter() - begin
 
+        # One call for all groups, so that a slow reward runs beside all others.
         begin = time.perf_counter()
         results = iter(self.judge(examples, sampled, texts))
         self.seconds["reward"] += time.perf_counter() - begin
@@ -179,6 +186,8 @@ class SingleTurnActor:
         forks: ForkPlan | None = plan.forks
         first = group.first_sample
         count = forks.chains if forks else plan.group_size
+
+        # Sample ids name the random numbers. A prompt drawn again in one step goes on counting from `first_sample`.
         request = Request(prompt, group.example.id, tuple(range(first, first + count)))
         if forks is None:
             return request
@@ -213,6 +222,7 @@ class SingleTurnActor:
         if not self.settings.truncated_is_wrong:
             return results
 
+        # A completion that was cut off may not earn, but a penalty stays.
         flat: Iterable[Sample] = itertools.chain.from_iterable(sampled)
         return [
             replace(result, value=min(result.value, 0.0)) if sample.finish_reason == "length" else result

@@ -59,7 +59,11 @@ def read_rooms(page: str) -> dict[str, Room]:
     for room in rooms.values():
         if unknown := sorted(room.rooms - rooms.keys()):
             raise ValueError(f"the table of rooms lets {room.module} import {unknown[0]}, which has no row")
+
+    # Without the sub-rooms that only a room's `__init__` imports: with them room and sub-room would be a circle.
     floors = {name: {r for r in room.rooms if not _stands_on(r, name, rooms)} for name, room in rooms.items()}
+
+    # The order is of no use here; to ask for it is how the sorter reports a circle.
     try:
         tuple(graphlib.TopologicalSorter(floors).static_order())
     except graphlib.CycleError as error:
@@ -93,20 +97,26 @@ def broken_imports(graph: ImportGraph, rooms: dict[str, Room], root: str) -> lis
         for module in sorted(graph.modules)
         if _inside(module, root) and room_of(module, rooms, root) is None
     ]
+
     for importer, imported in imports(graph, root):
         home = room_of(importer, rooms, root)
         if home is None:
             continue
+
+        # A package outside counts as a whole: the table says nothing of its modules.
         if not _inside(imported, root):
             package = imported.partition(".")[0]
             if package not in rooms[home].packages | sys.stdlib_module_names:
                 broken.append(Violation(importer, imported, f"{package} is no package of {home}"))
             continue
+
         target = room_of(imported, rooms, root)
         if target is None or target == home:
             continue
+
         if target not in rooms[home].rooms:
             broken.append(Violation(importer, imported, f"{home} may not import {target}"))
+        # The sub-room is built on its room, so the room may make it public but not be built on it.
         elif _stands_on(target, home, rooms) and importer != f"{root}.{home}":
             broken.append(Violation(importer, imported, f"only the __init__ of {home} may import {target}"))
     return broken

@@ -27,7 +27,8 @@ class EchoData:
 
     def load(self) -> "EchoData":
         examples = [Example(f"{x}{y}=", {"answer": x}) for x in self.letters for y in self.letters]
-        self.test, self.train = examples[::5], [e for i, e in enumerate(examples) if i % 5]
+        self.test = examples[::5]
+        self.train = [e for i, e in enumerate(examples) if i % 5]
         self.verifier = None
         return self
 
@@ -50,6 +51,7 @@ def tiny_config(**changes: Any) -> Config:
         actor=SingleTurn(rewards=(RewardConfig("rljax.testing:echo_reward"),), prompt_buckets=(4,)),
         algorithm=GRPO(group_size=4, kl_coef=0.0),
         sampling=SamplingConfig(max_new_tokens=4, truncated_is_wrong=False),
+        # One bucket wherever one will do, so that a run compiles few programs.
         update=UpdateConfig(
             pack_length=64,
             microbatch_size=1,

@@ -39,7 +39,8 @@ class _Run:
     paths: list[list[Reply]] = field(default_factory=list)
 
     def fail(self, error: str) -> None:
-        self.error, self.is_over = error, True
+        self.error = error
+        self.is_over = True
 
 
 @dataclasses.dataclass
@@ -167,6 +168,7 @@ class BlackBoxActor:
         # The endpoint is told first, since sessions may ask as soon as they are open.
         self.endpoint.begin(self.settings.sampling, seed=self.settings.seed, step=order.step)
         self.endpoint.failure = None
+
         begin = time.perf_counter()
         groups = [
             [
@@ -177,6 +179,7 @@ class BlackBoxActor:
         ]
         runs = [run for group in groups for run in group]
         self._run_all(runs)
+        # A failed decoder answers every agent with an error; taken for theirs, a broken run would go on without data.
         if self.endpoint.failure is not None:
             raise RuntimeError("the decoder failed while agents spoke with it") from self.endpoint.failure
         sampled = time.perf_counter()
@@ -186,47 +189,65 @@ class BlackBoxActor:
             if not run.paths and not run.error:
                 run.fail("the agent never asked the policy anything; its requests must go to the base URL it is given")
         results = self._judge(runs)
+
         self.seconds["sample"] += sampled - begin
         self.seconds["reward"] += time.perf_counter() - sampled
         self.stats = self._stats(runs, results, sampled - begin)
 
+        # `runs` are those of `groups` one after the other, and so are their results.
         in_order = iter(results)
         return [self._scored(group, [next(in_order) for _ in group]) for group in groups]
 
     def _run_all(self, runs: Sequence[_Run]) -> None:
         """Runs the agent, at most `workers` at once, and gives up on those that hang."""
-        waiting, running = deque(runs), set[_Run]()
+        waiting = deque(runs)
+        running: set[_Run] = set()
         over: queue.SimpleQueue[_Run] = queue.SimpleQueue()
+
         while waiting or running:
+            # The time of a run counts from its own start. Threads are daemons, or one that hangs would keep the
+            # process from ending.
             while waiting and len(running) < self.config.workers:
                 run = waiting.popleft()
                 run.deadline = time.monotonic() + self.config.timeout_s
                 running.add(run)
                 threading.Thread(target=self._run, args=(run, over), daemon=True, name="agent").start()
+
+            first_deadline = min(run.deadline for run in running)
             try:
-                ended = [over.get(timeout=max(0.0, min(run.deadline for run in running) - time.monotonic()))]
+                ended = [over.get(timeout=max(0.0, first_deadline - time.monotonic()))]
             except queue.Empty:
                 now = time.monotonic()
                 ended = [run for run in running if run.deadline <= now]
+
             for run in ended:
+                # Closed first: from then on the agent's thread changes nothing of the run.
                 self.endpoint.close_session(run.session)
+                # A run that was given up may come back later; it is in `running` no more.
                 if run in running and not run.is_over:
                     run.fail(f"the agent took longer than {self.config.timeout_s:g} s")
                 running.discard(run)
 
     def _run(self, run: _Run, over: "queue.SimpleQueue[_Run]") -> None:
+        """Runs the agent once. Its own thread."""
+        # A copy: what the agent does to its row must not reach the data, or the other runs of the prompt.
         row = copy.deepcopy({"prompt": run.example.prompt, **run.example.columns})
-        answer, error = None, ""
+        answer = None
+        error = ""
         try:
             answer = self.agent(self.endpoint.url(run.session), row)
         except BaseException as raised:
             error = f"the agent raised {type(raised).__name__}: {raised}"
+
         with run.session.lock:
             if not run.session.is_closed:  # else it had taken too long
-                run.answer, run.error, run.is_over = answer, error, True
+                run.answer = answer
+                run.error = error
+                run.is_over = True
         over.put(run)
 
     def _judge(self, runs: Sequence[_Run]) -> list[RewardResult]:
+        """Results of all runs, in order: the agent's own reward, or that of `rewards` for a text."""
         texts = [run for run in runs if not run.error and isinstance(run.answer, str)]
         scores: dict[int, RewardResult] = {}
         if self.rewards is not None:
@@ -234,39 +255,49 @@ class BlackBoxActor:
                 RewardInput(
                     prompt=run.example.prompt,
                     completion=run.answer,
+                    # The text is the agent's own; nearest to it are the ids of the longest conversation's last reply.
                     token_ids=run.paths[0][-1].tokens.tolist(),
                     columns=run.example.columns,
                 )
                 for run in texts
             ]
             scores = {id(run): result for run, result in zip(texts, self.rewards.score(inputs), strict=True)}
+
         results = []
         for run in runs:
             result = scores.get(id(run)) or _own_reward(run)
+            # One conversation that was cut off makes the whole run wrong: which of them earned the reward is unknown.
             if self.settings.truncated_is_wrong and result.is_valid and any(path[-1].is_cut for path in run.paths):
                 result = RewardResult(min(result.value, 0.0), result.components)
+
             counts = {
                 "turns": float(len(run.session.replies)),
                 "conversations": float(len(run.paths)),
                 "tool_calls": float(run.session.counts["tool_calls"]),
                 "malformed_calls": float(run.session.counts["malformed_calls"]),
             }
+            # A component of the same name is the user's, and wins.
             results.append(RewardResult(result.value, counts | result.components, result.is_valid, result.error))
         return results
 
     def _scored(self, runs: Sequence[_Run], results: Sequence[RewardResult]) -> ScoredGroup:
+        """The runs of a prompt as a group: up to `trained_conversations` samples of each."""
         chosen = [run.paths[: self.config.trained_conversations] for run in runs]
+
         # A row needs a token before the first sampled one, also where no run asked anything.
         prompt = [self.endpoint.tokenizer.eos_id]
         if any(chosen):
             prompt = common_prompt([path for paths in chosen for path in paths])
+
         samples: list[Sample] = []
         judged: list[RewardResult] = []
         episodes: list[int] = []
         for paths, result in zip(chosen, results, strict=True):
             # A reply that two conversations share is trained on in the first of them.
             taken: set[int] = set()
+            # Conversations of one run share an episode, named by its first sample.
             episode = len(samples)
+            # A run without any is a sample without tokens, so that it still counts as one that failed.
             for path in paths or [[]]:
                 samples.append(sample_of(path, len(prompt), taken))
                 judged.append(result)
@@ -313,7 +344,8 @@ def check_group(plan: RolloutPlan, config: BlackBox) -> None:
 
 def _own_reward(run: _Run) -> RewardResult:
     """The reward that the agent returned."""
-    value, error = run.answer, run.error
+    value = run.answer
+    error = run.error
     if not error and hasattr(value, "item") and getattr(value, "ndim", None) == 0:
         value = value.item()  # a scalar of numpy or jax
     if not error and isinstance(value, str):

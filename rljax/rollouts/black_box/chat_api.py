@@ -29,7 +29,9 @@ class ApiError(Exception):
 
     def __init__(self, message: str, *, status: int = 400, code: str | None = None, param: str | None = None):
         super().__init__(message)
-        self.status, self.code, self.param = status, code, param
+        self.status = status
+        self.code = code
+        self.param = param
 
     @property
     def body(self) -> dict[str, Any]:
@@ -58,6 +60,8 @@ def read_request(body: Any, *, sampling: Mapping[str, float], stop_strings: Sequ
     or leave it out. Raises ApiError for anything that is malformed, or that would be sampled in another way."""
     if not isinstance(body, dict):
         raise ApiError(f"the body is {_short(body)}; it must be a JSON object with the list 'messages'")
+
+    # Nothing that would change what is sampled is ignored in silence: the agent would believe that it was obeyed.
     for name, allowed in _NEUTRAL.items():
         if (value := body.get(name)) is not None and value not in allowed:
             raise ApiError(
@@ -65,8 +69,10 @@ def read_request(body: Any, *, sampling: Mapping[str, float], stop_strings: Sequ
                 code="unsupported_value",
                 param=name,
             )
+
     for name in _SAMPLED:
         value = body.get(name)
+        # The comparison is written so that NaN, which JSON may hold, fails it.
         if value is not None and (not _is_number(value) or not abs(value - sampling[name]) <= 1e-6):
             raise ApiError(
                 f"{name}={_short(value)}, but this run samples with {name}={sampling[name]:g}, and the log-probs that "
@@ -74,6 +80,7 @@ def read_request(body: Any, *, sampling: Mapping[str, float], stop_strings: Sequ
                 code="unsupported_value",
                 param=name,
             )
+
     raw = body.get("messages")
     if not isinstance(raw, list) or not raw:
         raise ApiError(f"messages is {_short(raw)}; it must be a non-empty list of messages", param="messages")
@@ -81,27 +88,30 @@ def read_request(body: Any, *, sampling: Mapping[str, float], stop_strings: Sequ
     tools = _tools(body.get("tools"))
     options = body.get("stream_options")
     return ChatRequest(
-        messages,
-        [json.dumps(tools, sort_keys=True), *map(key_of, messages)],
-        tools,
-        bool(tools) and body.get("tool_choice") != "none",
-        _limit(body),
-        _stop(body.get("stop"), stop_strings),
-        body["model"] if isinstance(body.get("model"), str) else "",
-        bool(body.get("stream")),
-        isinstance(options, dict) and bool(options.get("include_usage")),
-        bool(body.get("logprobs")),
+        messages=messages,
+        # Tools stand in the prompt, so a request with others begins a conversation of its own.
+        keys=[json.dumps(tools, sort_keys=True), *map(key_of, messages)],
+        tools=tools,
+        reads_calls=bool(tools) and body.get("tool_choice") != "none",
+        limit=_limit(body),
+        stop=_stop(body.get("stop"), stop_strings),
+        model=body["model"] if isinstance(body.get("model"), str) else "",
+        stream=bool(body.get("stream")),
+        include_usage=isinstance(options, dict) and bool(options.get("include_usage")),
+        logprobs=bool(body.get("logprobs")),
     )
 
 
 def key_of(message: Mapping[str, Any]) -> str:
     """Equal for messages that say the same: ids of calls, and white space around what the assistant says, do not
     count."""
-    said, calls = message.get("content") or "", message.get("tool_calls") or []
+    content = message.get("content") or ""
+    calls = message.get("tool_calls") or []
+    # Clients strip what they were answered, and make up ids of calls, before they send it back.
     if message["role"] == "assistant":
-        said = said.strip()
+        content = content.strip()
     functions = [[call["function"]["name"], call["function"]["arguments"]] for call in calls]
-    return json.dumps([message["role"], said, message.get("name"), functions], sort_keys=True)
+    return json.dumps([message["role"], content, message.get("name"), functions], sort_keys=True)
 
 
 def read_message(where: str, raw: Any) -> dict[str, Any]:
@@ -109,13 +119,18 @@ def read_message(where: str, raw: Any) -> dict[str, Any]:
     if not isinstance(raw, dict) or raw.get("role") not in ROLES:
         role = raw.get("role") if isinstance(raw, dict) else raw
         raise ApiError(f"{where} has the role {_short(role)}; it must be one of {', '.join(ROLES)}", param=where)
-    role, calls = raw["role"], raw.get("tool_calls") or []
+
+    # `developer` is OpenAI's newer word for `system`, which few chat templates know.
+    role = raw["role"]
+    calls = raw.get("tool_calls") or []
     message = {"role": "system" if role == "developer" else role, "content": _text(where, raw.get("content"))}
     if raw.get("content") is None and not (role == "assistant" and calls):
         raise ApiError(f"{where} has no content; it must be text", param=where)
+
     for name in ("name", "tool_call_id"):
         if isinstance(raw.get(name), str):
             message[name] = raw[name]
+
     if calls:
         if role != "assistant" or not isinstance(calls, list):
             raise ApiError(f"{where}.tool_calls must be a list, in a message of the assistant", param=where)
@@ -192,20 +207,26 @@ def write_answer(
     logprobs: Sequence[Mapping[str, Any]] = (),
 ) -> dict[str, Any]:
     """A chat completion; `counts` are the tokens before it and in it."""
+    # OpenAI's schema wants null, not an empty list, where no log-probs were asked for.
     choice = {
         "index": 0,
         "message": dict(message),
         "finish_reason": finish_reason,
         "logprobs": {"content": list(logprobs), "refusal": None} if request.logprobs else None,
     }
-    before, said = counts
+
+    prompt_tokens, completion_tokens = counts
     return {
         "id": f"chatcmpl-{uuid.uuid4().hex}",
         "object": "chat.completion",
         "created": int(time.time()),
         "model": request.model,
         "choices": [choice],
-        "usage": {"prompt_tokens": before, "completion_tokens": said, "total_tokens": before + said},
+        "usage": {
+            "prompt_tokens": prompt_tokens,
+            "completion_tokens": completion_tokens,
+            "total_tokens": prompt_tokens + completion_tokens,
+        },
     }
 
 
@@ -214,11 +235,16 @@ def stream_answer(answer: Mapping[str, Any], *, include_usage: bool) -> Iterator
     choice = answer["choices"][0]
     message = choice["message"]
     head = {name: answer[name] for name in ("id", "created", "model")} | {"object": "chat.completion.chunk"}
-    said = {"content": message["content"]}
+    content = {"content": message["content"]}
     if calls := message.get("tool_calls"):
-        said["tool_calls"] = [{"index": i, **call} for i, call in enumerate(calls)]
-    parts = [({"role": "assistant", "content": ""}, None, None), (said, choice["logprobs"], None)]
-    for delta, logprobs, end in [*parts, ({}, None, choice["finish_reason"])]:
+        content["tool_calls"] = [{"index": i, **call} for i, call in enumerate(calls)]
+
+    parts = [
+        ({"role": "assistant", "content": ""}, None, None),
+        (content, choice["logprobs"], None),
+        ({}, None, choice["finish_reason"]),
+    ]
+    for delta, logprobs, end in parts:
         line = {"index": 0, "delta": delta, "logprobs": logprobs, "finish_reason": end}
         yield _event(json.dumps(head | {"choices": [line]}))
     if include_usage:

@@ -1,4 +1,4 @@
-"""One thread that owns a decoder for conversations, so that any number of threads may ask it to speak. Host."""
+"""One thread that owns a `TurnDecoder`, so that any number of threads may ask it for turns. Host."""
 
 import contextlib
 import queue
@@ -22,7 +22,7 @@ class Interrupted(Exception):
 
 
 @dataclass(eq=False)
-class _Ask:
+class _TurnRequest:
     tokens: np.ndarray
     prompt_id: int
     sample_id: int
@@ -38,19 +38,20 @@ class _Call:
 
 
 class DecoderThread:
-    """Turns from any thread are decoded together; contexts are given to conversations as they come.
+    """Decodes the turns of all threads together, and chooses the decoder's conversation for each.
 
-    A turn goes on in the context that holds what it continues, else in the one unused for longest, where it begins with
-    a copy of what another one has computed.
+    A turn goes on in the conversation that holds what it continues, else in the one unused for longest, where it begins
+    with a copy of what another one has computed.
     """
 
     def __init__(self, decoder: TurnDecoder):
-        self._decoder, self.version = decoder, -1
-        self._inbox: queue.SimpleQueue[_Ask | _Call | None] = queue.SimpleQueue()
-        self._waiting: deque[_Ask] = deque()
-        self._running: dict[int, _Ask] = {}  # by context
+        self._decoder = decoder
+        self.version = -1
+        self._inbox: queue.SimpleQueue[_TurnRequest | _Call | None] = queue.SimpleQueue()
+        self._waiting: deque[_TurnRequest] = deque()
+        self._running: dict[int, _TurnRequest] = {}  # by conversation
         self._free = deque(range(decoder.spec.conversations))  # unused for longest first
-        self._holds = [np.zeros(0, np.int32)] * decoder.spec.conversations
+        self._cached = [np.zeros(0, np.int32)] * decoder.spec.conversations  # ids, by conversation
         self._lock = threading.Lock()
         self._is_closed = False
         self._thread = threading.Thread(target=self._serve, daemon=True, name="decoder")
@@ -61,9 +62,9 @@ class DecoderThread:
     ) -> "Future[tuple[TurnResult, int]]":
         """What comes behind `tokens`, and the version of the weights that say it. The future raises Interrupted if the
         turn was called off, or what the decoder raises."""
-        ask = _Ask(np.asarray(tokens, np.int32), prompt_id, sample_id, turn, limit)
-        self._put(ask)
-        return ask.future
+        request = _TurnRequest(np.asarray(tokens, np.int32), prompt_id, sample_id, turn, limit)
+        self._put(request)
+        return request.future
 
     def call(self, function: Callable[[TurnDecoder], T]) -> T:
         """Runs `function(decoder)` between turns; those under way are called off."""
@@ -88,7 +89,7 @@ class DecoderThread:
                 self._inbox.put(None)
         self._thread.join()
 
-    def _put(self, item: _Ask | _Call) -> None:
+    def _put(self, item: _TurnRequest | _Call) -> None:
         with self._lock:
             if self._is_closed:
                 raise Interrupted("the endpoint is closed")
@@ -101,21 +102,25 @@ class DecoderThread:
                     return
                 self._admit()
                 if self._decoder.num_open:
-                    for spoken in self._decoder.run():
-                        self._spoken(spoken)
+                    for result in self._decoder.run():
+                        self._finish(result)
             except Exception as error:  # of the device, say: all who wait must hear of it
                 self._call_off(error)
 
     def _take(self, *, wait: bool) -> bool:
         """Takes what has arrived; False at the end."""
         while wait or not self._inbox.empty():
-            item, wait = self._inbox.get(), False
-            if isinstance(item, _Ask):
+            item = self._inbox.get()
+            wait = False
+            if isinstance(item, _TurnRequest):
                 self._waiting.append(item)
                 continue
+
+            # A call may change the weights or the sampling, so no turn goes on across one.
             self._call_off(Interrupted("the weights or the sampling changed" if item else "the endpoint is closed"))
             if item is None:
                 return False
+
             try:
                 item.future.set_result(item.function(self._decoder))
             except BaseException as error:
@@ -123,51 +128,62 @@ class DecoderThread:
         return True
 
     def _admit(self) -> None:
+        """Gives waiting turns to the decoder, as long as it has a free conversation."""
         while self._waiting and self._free:
-            ask = self._waiting.popleft()
-            common = [_common(held, ask.tokens) for held in self._holds]
+            request = self._waiting.popleft()
+            common = [_common_length(cached, request.tokens) for cached in self._cached]
             source = int(np.argmax(common))
-            goes_on = source in self._free and 0 < common[source] == len(self._holds[source])
-            context = source if goes_on else self._free[0]
+
+            # A conversation grows at its end only: it can go on where all that it holds is part of the request.
+            goes_on = source in self._free and 0 < common[source] == len(self._cached[source])
+            conversation = source if goes_on else self._free[0]
             turn = Turn(
-                context,
-                ask.tokens.tolist(),
-                ask.prompt_id,
-                ask.sample_id,
-                ask.turn,
-                source if common[source] else None,
-                ask.limit,
+                conversation=conversation,
+                tokens=request.tokens.tolist(),
+                prompt_id=request.prompt_id,
+                sample_id=request.sample_id,
+                turn=request.turn,
+                prefix_of=source if common[source] else None,
+                max_new_tokens=request.limit,
             )
+
+            # A turn that the decoder refuses costs its own request, not the thread that serves all others.
             try:
                 self._decoder.submit(turn)
             except ValueError as error:
-                ask.future.set_exception(error)
+                request.future.set_exception(error)
                 continue
-            self._free.remove(context)
-            self._running[context], self._holds[context] = ask, ask.tokens
 
-    def _spoken(self, spoken: TurnResult) -> None:
-        context = spoken.turn.conversation
-        ask = self._running.pop(context)
-        self._free.append(context)
-        self._holds[context] = np.concatenate([ask.tokens, spoken.tokens])
-        ask.future.set_result((spoken, self.version))
+            # At once, so that the next turn finds the prefix that this one is computing.
+            self._free.remove(conversation)
+            self._running[conversation] = request
+            self._cached[conversation] = request.tokens
+
+    def _finish(self, result: TurnResult) -> None:
+        conversation = result.turn.conversation
+        request = self._running.pop(conversation)
+        self._free.append(conversation)
+        self._cached[conversation] = np.concatenate([request.tokens, result.tokens])
+        request.future.set_result((result, self.version))
 
     def _call_off(self, error: Exception) -> None:
         with contextlib.suppress(Exception):
             self._decoder.interrupt()
+
+        # After a failure of the device nothing says what the cache holds.
         if not isinstance(error, Interrupted):
             self._decoder.forget()
-            self._holds = [np.zeros(0, np.int32)] * self._decoder.spec.conversations
-        asks = [*self._running.values(), *self._waiting]
+            self._cached = [np.zeros(0, np.int32)] * self._decoder.spec.conversations
+
+        requests = [*self._running.values(), *self._waiting]
         self._free.extend(self._running)
         self._running.clear()
         self._waiting.clear()
-        for ask in asks:
-            ask.future.set_exception(error)
+        for request in requests:
+            request.future.set_exception(error)
 
 
-def _common(a: np.ndarray, b: np.ndarray) -> int:
+def _common_length(a: np.ndarray, b: np.ndarray) -> int:
     """How many first entries are the same."""
     length = min(len(a), len(b))
     differ = np.flatnonzero(a[:length] != b[:length])

@@ -35,6 +35,21 @@ _ROUTE = re.compile(r"(?:/session/(?P<session>[^/]+))?/v1/(?P<what>[^?]*)")
 _CALL_MARKS = ("<tool_call>", "<|python_tag|>", '{"name"')
 
 
+class _Place(NamedTuple):
+    """Where a request stands in its session."""
+
+    parent: Reply | None
+    """The reply that it continues; None begins a conversation."""
+    keys: list[str]
+    """Keys of the tools, if it begins a conversation, and of the messages since `parent`."""
+    given: list[int]
+    """Ids since `parent`."""
+    ids: list[int]
+    """All ids of the conversation, `given` at the end."""
+    turn: int
+    """What names the random numbers of its answer."""
+
+
 class _Opened(NamedTuple):
     """What an endpoint holds while it is open."""
 
@@ -175,49 +190,59 @@ class ChatEndpoint:
         if self._sampling is None:
             raise ApiError("the endpoint was not told how to sample; call begin first", status=503, code="not_ready")
         request = read_request(body, sampling=self._sampling, stop_strings=self._stop_strings)
-        parent, keys, given, ids, turn = self._place(session, request)
+        place = self._find_place(session, request)
         limit = min(request.limit or self._max_new_tokens, self._max_new_tokens)
-        spoken, version = self._speak(session, ids, turn, limit)
-        wire, finish_reason, is_malformed = self._message(request, spoken, turn)
-        message = read_message("the answer", wire)
+        result, version = self._sample(session, place, limit)
+        sent, finish_reason, is_malformed = self._message_of(result, request, place.turn)
+
+        # The answer is read as the agent will send it back, so that its key is that of the history to come.
+        message = read_message("the answer", sent)
         reply = Reply(
-            parent,
-            [*keys, key_of(message)],
-            message,
-            given,
-            spoken.tokens,
-            spoken.logprobs,
-            spoken.entropies,
-            version,
-            spoken.end == "length",
+            parent=place.parent,
+            keys=[*place.keys, key_of(message)],
+            message=message,
+            given=place.given,
+            tokens=result.tokens,
+            logprobs=result.logprobs,
+            entropies=result.entropies,
+            version=version,
+            is_cut=result.end == "length",
         )
+
+        # Under the lock nothing is recorded after `close_session`, when the run's conversations are already read.
         with session.lock:
             if session.is_closed:
                 raise ApiError("the session is over", status=410, code="session_closed")
             session.replies.append(reply)
-            session.counts["tool_calls"] += len(wire.get("tool_calls", ()))
+            session.counts["tool_calls"] += len(sent.get("tool_calls", ()))
             session.counts["malformed_calls"] += is_malformed
-        counts = len(ids), len(spoken.tokens)
-        shown = self._shown_logprobs(spoken) if request.logprobs else ()
-        request = request._replace(model=request.model or self.model)
-        return request, write_answer(request, wire, finish_reason, counts=counts, logprobs=shown)
 
-    def _place(self, session: Session, request: ChatRequest):
-        """Where a request stands: the reply it goes on from, keys and ids since then, all ids, its turn."""
+        counts = (len(place.ids), len(result.tokens))
+        logprobs = self._shown_logprobs(result) if request.logprobs else ()
+        request = request._replace(model=request.model or self.model)
+        return request, write_answer(request, sent, finish_reason, counts=counts, logprobs=logprobs)
+
+    def _find_place(self, session: Session, request: ChatRequest) -> _Place:
+        """Raises ApiError for messages that the chat template refuses, or that leave no room to answer."""
         with session.lock:
             parent, start = session.find(request.keys)
+
+        # Keys begin with the one of the tools, so message i has key i + 1.
         given = None
         if parent is not None:
             with contextlib.suppress(ValueError):  # a template that does not append: the whole is rendered anew
-                given = self.renderer.behind(parent, request.messages[start - 1 :])
+                given = self.renderer.continuation_ids(parent, request.messages[start - 1 :])
         if given is None:
-            parent, start = None, 0
+            parent = None
+            start = 0
             try:
-                given = self.renderer.opening(request.messages, request.tools)
+                given = self.renderer.opening_ids(request.messages, request.tools)
             except ValueError as error:
                 raise ApiError(str(error), param="messages") from error
+
         ids = [*(parent.ids if parent else ()), *given]
         if len(ids) >= self.context_length:
+            # The conversation ends here, by a limit and not by itself: that is what a truncated sample is.
             if parent is not None:
                 parent.is_cut = True
             raise ApiError(
@@ -226,14 +251,16 @@ class ChatEndpoint:
                 code="context_length_exceeded",
                 param="messages",
             )
-        with session.lock:
-            turn = session.number(ids, len(parent.path) if parent else 0)
-        return parent, request.keys[start:], given, ids, turn
 
-    def _speak(self, session: Session, ids: list[int], turn: int, limit: int) -> tuple[TurnResult, int]:
+        with session.lock:
+            turn = session.assign_turn(ids, len(parent.path) if parent else 0)
+        return _Place(parent, request.keys[start:], given, ids, turn)
+
+    def _sample(self, session: Session, place: _Place, limit: int) -> tuple[TurnResult, int]:
+        """The policy's turn, and the version of the weights that sampled it."""
         try:
             future = self._decoder.ask(
-                ids, prompt_id=session.prompt_id, sample_id=session.sample_id, turn=turn, limit=limit
+                place.ids, prompt_id=session.prompt_id, sample_id=session.sample_id, turn=place.turn, limit=limit
             )
             return future.result()
         except Interrupted as error:
@@ -242,12 +269,14 @@ class ChatEndpoint:
             self.failure = error
             raise ApiError(f"the decoder failed: {type(error).__name__}: {error}", status=500) from error
 
-    def _message(self, request: ChatRequest, spoken: TurnResult, turn: int) -> tuple[dict[str, Any], str, bool]:
+    def _message_of(self, result: TurnResult, request: ChatRequest, turn: int) -> tuple[dict[str, Any], str, bool]:
         """The answer's message, why it ended, and whether a call in it could not be read."""
-        text = self.renderer.decode(spoken.tokens.tolist())
+        text = self.renderer.decode(result.tokens.tolist())
         parsed = self._format.parse(text) if request.reads_calls else None
         message: dict[str, Any] = {"role": "assistant", "content": text}
+
         if parsed is not None and parsed.calls and parsed.problem is None:
+            # The content is what stands before the first call. A mark within the thinking is no call.
             marks = (*_CALL_MARKS, *(f"<{call.name}>" for call in parsed.calls))
             places = [text.find(mark, text.rfind("</think>") + 1) for mark in marks]
             before = text[: min((place for place in places if place >= 0), default=0)].strip()
@@ -262,15 +291,17 @@ class ChatEndpoint:
                 for i, call in enumerate(parsed.calls)
             ]
             return message, "tool_calls", False
-        if spoken.end == "stop_string" and (ends := [text.find(stop) for stop in request.stop if stop in text]):
-            message["content"] = text[: min(ends)]
-        return message, "length" if spoken.end == "length" else "stop", bool(parsed and parsed.problem)
 
-    def _shown_logprobs(self, spoken: TurnResult) -> list[dict[str, Any]]:
-        texts = [self.renderer.decode([token]) for token in spoken.tokens.tolist()]
+        # OpenAI leaves the stop string out of the text; the recorded tokens keep it.
+        if result.end == "stop_string" and (starts := [text.find(stop) for stop in request.stop if stop in text]):
+            message["content"] = text[: min(starts)]
+        return message, "length" if result.end == "length" else "stop", bool(parsed and parsed.problem)
+
+    def _shown_logprobs(self, result: TurnResult) -> list[dict[str, Any]]:
+        texts = [self.renderer.decode([token]) for token in result.tokens.tolist()]
         return [
             {"token": text, "logprob": float(logprob), "bytes": list(text.encode()), "top_logprobs": []}
-            for text, logprob in zip(texts, spoken.logprobs, strict=True)
+            for text, logprob in zip(texts, result.logprobs, strict=True)
         ]
 
 
@@ -344,17 +375,22 @@ class _Handler(BaseHTTPRequestHandler):
         raise ApiError(f"nothing is served at GET {self.path}", status=404, code="unknown_url")
 
     def _post(self) -> None:
+        # Read before anything is refused: a client that is still sending would see a broken connection, no answer.
         body = self._body()
         route = _ROUTE.fullmatch(urlsplit(self.path).path.rstrip("/"))
         if not route or route["what"] != "chat/completions":
             raise ApiError(f"nothing is served at POST {self.path}", status=404, code="unknown_url")
+
+        # Clients that cannot be given a base URL of their own name their session by the API key.
         endpoint = self.server.endpoint
         key = self.headers.get("Authorization", "").removeprefix("Bearer ").strip()
         session = endpoint.session(unquote(route["session"]) if route["session"] else key)
+
         try:
             value = json.loads(body)
         except (ValueError, RecursionError) as error:
             raise ApiError(f"the body is no JSON: {error}") from error
+
         request, answer = endpoint.complete(session, value)
         if not request.stream:
             return self._send(200, json.dumps(answer).encode())

@@ -17,13 +17,16 @@ from rljax.sampling import Sample
 from rljax.sampling.turns import MOST_TURNS
 from rljax.text import Tokenizer, check_messages
 
-_SAID = "qz7"  # what the assistant says where only what comes behind it is wanted
+_PLACEHOLDER = "qz7"  # stands for the assistant's text where only the ids after it are wanted
 
 
 @dataclass(eq=False)
 class Reply:
-    """What the policy said to one request, behind the reply `parent`. `keys` are those of the messages since then, the
-    last one of its own; `given` are the ids since then, up to where it speaks."""
+    """What the policy answered to one request, which continues the reply `parent`.
+
+    `keys` are those of the messages since `parent`, its own the last; `given` are the ids between `parent` and the
+    first sampled token.
+    """
 
     parent: "Reply | None"
     keys: list[str]
@@ -60,37 +63,45 @@ class Session:
     counts: Counter[str] = field(default_factory=Counter)
     is_closed: bool = False
     lock: threading.RLock = field(default_factory=threading.RLock, repr=False)
-    _numbers: dict[bytes, set[int]] = field(default_factory=dict, repr=False)
+    _turns_taken: dict[bytes, set[int]] = field(default_factory=dict, repr=False)
 
     def find(self, keys: Sequence[str]) -> tuple[Reply | None, int]:
         """The reply furthest on, of equal ones the latest, whose conversation `keys` begin with; and how many they are.
         (None, 1) if there is none: the first key is that of the tools."""
         best: tuple[Reply | None, int] = (None, 1)
-        open_ends: list[tuple[Reply | None, int]] = [(None, 0)]
-        while open_ends:
-            parent, start = open_ends.pop()
+
+        # A search of the tree of replies. Of equal replies the latest is popped first, and a tie does not replace it.
+        unexplored: list[tuple[Reply | None, int]] = [(None, 0)]
+        while unexplored:
+            parent, start = unexplored.pop()
             if parent is not None and start > best[1]:
-                best = parent, start
+                best = (parent, start)
             for reply in self.replies:
                 stop = start + len(reply.keys)
                 if reply.parent is parent and list(keys[start:stop]) == reply.keys:
-                    open_ends.append((reply, stop))
+                    unexplored.append((reply, stop))
         return best
 
-    def number(self, ids: Sequence[int], depth: int) -> int:
-        """The turn that names the random numbers of what is said behind `ids`: its place in the conversation, or, where
-        the same is asked for again, one that is not taken. It does not depend on the order of other requests."""
-        taken = self._numbers.setdefault(np.asarray(ids, np.int32).tobytes(), set())
-        number = next((depth - i) % MOST_TURNS for i in itertools.count() if (depth - i) % MOST_TURNS not in taken)
-        taken.add(number)
+    def assign_turn(self, ids: Sequence[int], depth: int) -> int:
+        """The turn that names the random numbers of the answer to `ids`: its place in the conversation, or, where the
+        same ids are sent again, one that is not taken. It does not depend on the order of other requests."""
+        taken = self._turns_taken.setdefault(np.asarray(ids, np.int32).tobytes(), set())
+
+        # Downwards, and from 0 round to the top: the next ones up are the turns of the replies that follow.
+        turn = next((depth - i) % MOST_TURNS for i in itertools.count() if (depth - i) % MOST_TURNS not in taken)
+        taken.add(turn)
+
+        # The sampler knows no more turns than these, so they are used again when all are taken.
         if len(taken) == MOST_TURNS:
             taken.clear()
-        return number
+        return turn
 
     def conversations(self) -> list[list[Reply]]:
         """The paths to all last replies, those with the most sampled tokens first."""
         parents = {id(reply.parent) for reply in self.replies}
         paths = [reply.path for reply in self.replies if id(reply) not in parents]
+
+        # Ties are broken by the ids: replies stand in order of completion, which differs between runs.
         return sorted(paths, key=lambda path: (-sum(len(r.tokens) for r in path), path[-1].ids))
 
 
@@ -110,7 +121,7 @@ class Renderer:
         with self._lock:
             return self.tokenizer.decode(ids)
 
-    def opening(self, messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]]) -> list[int]:
+    def opening_ids(self, messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]]) -> list[int]:
         """Ids of a whole conversation, up to where the policy speaks. Raises ValueError if the template refuses it."""
         check_messages(messages)
         tokenizer: Any = self.tokenizer
@@ -123,26 +134,37 @@ class Renderer:
             raise ValueError("the chat template makes nothing of these messages")
         return ids
 
-    def behind(self, reply: Reply, messages: Sequence[dict[str, Any]]) -> list[int]:
-        """Ids of `messages` behind a reply, from the end of what was sampled up to where the policy speaks again.
+    def continuation_ids(self, reply: Reply, messages: Sequence[dict[str, Any]]) -> list[int]:
+        """Ids of `messages` after a reply, from the end of what was sampled up to where the policy speaks again.
         Raises ValueError if the template does not append them."""
-        said = {"role": "assistant", "content": _SAID}
+        # The template is asked about a short conversation with the same calls in it, once without and once with the
+        # messages; what the second has more are the ids to append. The real reply is never rendered, since encoding
+        # its text could give other ids than those that were sampled.
         calls = reply.message.get("tool_calls")
-        before = [{"role": "user", "content": "x"}, said | ({"tool_calls": calls} if calls else {})]
-        base = self._render(self.tokenizer, before, False)
-        ids = self._render(self.tokenizer, [*before, *messages], True)
+        answer: dict[str, Any] = {"role": "assistant", "content": _PLACEHOLDER}
+        if calls:
+            answer["tool_calls"] = calls
+        conversation = [{"role": "user", "content": "x"}, answer]
+        base = self._render(self.tokenizer, conversation, False)
+        ids = self._render(self.tokenizer, [*conversation, *messages], True)
+
         # The turn ends with the stop token that closes it alone, though it may look different before (some templates
         # leave out thinking once there is a message behind it).
         stop_ids = self.tokenizer.stop_ids
-        stops, base_stops = ([i for i, token in enumerate(x) if token in stop_ids] for x in (ids, base))
-        count = len(base_stops)
+        stops = [i for i, token in enumerate(ids) if token in stop_ids]
+        count = sum(token in stop_ids for token in base)
         if not count:
-            end, is_kept = len(base), ids[: len(base)] == base
+            # Nothing marks the end of the turn, so only an exact prefix shows where it is.
+            end = len(base)
+            is_kept = ids[:end] == base
         else:
             end = stops[count - 1] + 1 if count <= len(stops) else 0
-            is_kept = end > 0 and (bool(calls) or _SAID in self.decode(ids[:end]))
+            # Templates may leave out the text of a turn that calls tools.
+            is_kept = end > 0 and (bool(calls) or _PLACEHOLDER in self.decode(ids[:end]))
         if not is_kept:
             raise ValueError(f"the chat template does not append {[m['role'] for m in messages]} to the turn before")
+
+        # A reply that was cut off, or ended by a stop string, lacks the stop token: then it is given.
         is_closed = len(reply.tokens) > 0 and int(reply.tokens[-1]) in stop_ids
         return ids[end - 1 if count and not is_closed else end :]
 
@@ -172,25 +194,38 @@ def sample_of(path: Sequence[Reply], prompt_length: int, taken: set[int]) -> Sam
     tokens: list[int] = []
     logprobs: list[np.ndarray] = []
     entropies: list[np.ndarray] = []
-    forced, turns, versions = [], [], []
+    forced: list[tuple[int, int]] = []
+    turns: list[int] = []
+    versions: list[int] = []
+
     for turn, reply in enumerate(path):
         given = reply.given if turn else reply.given[prompt_length:]
-        start, length = len(tokens), len(reply.tokens)
+        start = len(tokens)
+        length = len(reply.tokens)
         is_taken = id(reply) in taken
         taken.add(id(reply))
+
         tokens += [*given, *reply.tokens.tolist()]
-        stop = len(tokens) if is_taken else start + len(given)
-        if stop > start:
-            forced.append((start, stop))
-        nothing = np.zeros(length, np.float32)
-        for values, said in ((logprobs, reply.logprobs), (entropies, reply.entropies)):
-            values += [np.zeros(len(given), np.float32), nothing if is_taken else said]
+        forced_stop = len(tokens) if is_taken else start + len(given)
+        if forced_stop > start:
+            forced.append((start, forced_stop))
+
+        # Forced tokens have log-prob and entropy 0 in the record.
+        given_zeros = np.zeros(len(given), np.float32)
+        reply_zeros = np.zeros(length, np.float32)
+        logprobs += [given_zeros, reply_zeros if is_taken else reply.logprobs]
+        entropies += [given_zeros, reply_zeros if is_taken else reply.entropies]
+
+        # An observation belongs to the turn before it, as in an episode of an environment.
         turns += [max(turn - 1, 0)] * len(given) + [turn] * length
         versions += [reply.version] * (len(given) + length)
+
+    # A run that asked nothing has an empty path, and np.concatenate refuses an empty list.
+    nothing = np.zeros(0, np.float32)
     return Sample(
         tokens=np.array(tokens, np.int32),
-        logprobs=np.concatenate(logprobs, dtype=np.float32) if logprobs else np.zeros(0, np.float32),
-        entropies=np.concatenate(entropies, dtype=np.float32) if entropies else np.zeros(0, np.float32),
+        logprobs=np.concatenate([nothing, *logprobs], dtype=np.float32),
+        entropies=np.concatenate([nothing, *entropies], dtype=np.float32),
         finish_reason="length" if path and path[-1].is_cut else "stop",
         forced=tuple(forced),
         turns=np.array(turns, np.int32),

@@ -58,18 +58,21 @@ class Guided:
             raise ValueError(
                 "config.actor=Guided(...) and an algorithm that forks do not go together; leave one of them out"
             )
+
         if self.probes < 1 or self.budget < 0:
             raise ValueError(
                 f"config.actor.probes={self.probes} must be at least 1 and budget={self.budget} at least 0"
             )
         if not self.column:
             raise ValueError("config.actor.column is empty; name the column of the data that holds reference actions")
+
         # Probes and guided rollouts are groups of a size of their own, which no later step could use.
         if isinstance(self.actor, MultiTurn) and self.actor.groups_in_flight:
             raise ValueError(
                 f"config.actor.actor.groups_in_flight={self.actor.groups_in_flight} and guidance exclude each other; "
                 "set it to 0"
             )
+
         self.actor.check(plan, sampling, pack_length)
 
     def build(self, parts: ActorParts) -> "GuidedActor":
@@ -123,15 +126,23 @@ def collect_guided(
 
     if hard:
         search = rule.begin(np.array([len(actions[i]) for i in hard], np.int32), config.budget or None)
-        while (step := rule.next_probe(search))[1].any():
-            chosen = [(i, int(level)) for i, level, is_active in zip(hard, *step, strict=True) if is_active]
+
+        # All hard examples are probed in one call, or each level of the search would decode a handful of rows.
+        while True:
+            probed, is_active = rule.next_probe(search)
+            if not is_active.any():
+                break
+            chosen = [(i, int(level)) for i, level, is_on in zip(hard, probed, is_active, strict=True) if is_on]
             played = play([_guide(examples[i], actions[i], level, "probe") for i, level in chosen], config.probes)
             success = np.zeros(len(hard), bool)
-            success[step[1]] = [_succeeds(group, config.threshold) for group in played]
+            success[is_active] = [_succeeds(group, config.threshold) for group in played]
             search = rule.update_probe(search, success)
             probes += played
 
-        levels[hard], is_verified[hard] = rule.found(search)
+        # Played anew: rollouts of the probes are there because they succeeded, which would bias the group.
+        level, was_seen = rule.found(search)
+        levels[hard] = level
+        is_verified[hard] = was_seen
         guided = play([_guide(examples[i], actions[i], int(levels[i]), "guided") for i in hard], samples_each)
         for i, group in zip(hard, guided, strict=True):
             groups[i] = _unguided(group, groups[i], int(levels[i]))
@@ -148,6 +159,7 @@ def collect_guided(
 
 
 def _guide(example: Example, actions: Sequence[dict[str, Any]], level: int, purpose: str) -> Example:
+    # The id names the random numbers, so every level and purpose has its own. An id has 31 of the digest's 128 bits.
     return replace(
         example,
         prompt=guided_prompt(example.prompt, actions, level),
@@ -191,6 +203,7 @@ def _stats(
     hard: Sequence[int],
     threshold: float,
 ) -> dict[str, float]:
+    # Over guided groups, not hard ones: the released search may settle on level 0, which is the plain prompt.
     is_guided = levels > 0
     guided = [group for group, level in zip(groups, levels, strict=True) if level]
     texts = [text for group in guided for text in group.texts]
@@ -265,6 +278,8 @@ class GuidedActor:
             requests = plain_requests.pop() if plain_requests else number_groups(examples, samples_each, seen)
             self.plain.submit(requests, order.plan._replace(group_size=samples_each), order.step)
             groups = self.plain.ready(len(requests))
+
+            # Seconds of an actor are those of its last call, and this one makes several.
             for phase, spent in self.plain.seconds.items():
                 self.seconds[phase] = self.seconds.get(phase, 0.0) + spent
             return groups

@@ -38,6 +38,7 @@ def reference_actions(
         arguments = action.get("arguments", {}) if isinstance(action, Mapping) else None
         if not isinstance(name, str) or not isinstance(arguments, Mapping):
             raise ValueError(f"action {i} is {action!r:.100}; it must have a text as name and a mapping as arguments")
+
         if name not in without:
             shown = {k: v for k, v in arguments.items() if k not in without_arguments}
             kept.append({"name": name, "arguments": shown})
@@ -151,6 +152,7 @@ def _begin(lengths: np.ndarray, lowest: int, budget: int | None) -> GuidanceSear
         raise ValueError(f"a task of {int(lengths.min())} reference actions cannot be guided; leave it out")
     if budget is not None and budget < 1:
         raise ValueError(f"a probe budget of {budget} finds nothing; it must be at least 1, or None for enough")
+
     enough = np.frexp(lengths)[1].astype(np.int32)  # the number of binary digits of L
     nothing = np.zeros(lengths.shape, np.int32)
     allowed = enough + (lowest == 0) if budget is None else nothing + np.int32(budget)
@@ -160,7 +162,8 @@ def _begin(lengths: np.ndarray, lowest: int, budget: int | None) -> GuidanceSear
 def _update(
     state: GuidanceSearch, level: np.ndarray, is_active: np.ndarray, success: np.ndarray, below: np.ndarray
 ) -> GuidanceSearch:
-    worked, failed = is_active & success, is_active & ~success
+    worked = is_active & success
+    failed = is_active & ~success
     return state._replace(
         lo=np.where(failed, level + 1, state.lo),
         hi=np.where(worked, below, state.hi),

@@ -73,7 +73,7 @@ class Rows:
 
 
 def test_a_budget_ends_a_run_and_its_looks_are_evenly_spaced(monkeypatch):
-    rollout = Rollout([Rows(), Rows()], [], [], np.zeros((1, 2)), {})
+    rollout = Rollout([Rows(), Rows()], [], [], np.zeros((1, 2)), {}, {}, {})
     monkeypatch.setattr("rljax.analysis.compare.train_step", lambda run, step: ({"rollout/new_tokens": 40.0}, rollout))
     run, seen = object.__new__(Run), []  # never looked at
     spent = train_on_budget(run, 200, lambda s: seen.append((s.sampled, s.trained, s.steps)), looks=2)

@@ -19,6 +19,7 @@ COSTLY = (
     "test_algorithms_conformance",
     "test_algorithms_forest",
     "test_algorithms_ppo",
+    "test_analysis_",
     "test_benchmarks_smoke",
     "test_composability",
     "test_configs_agents",

@@ -1,5 +1,6 @@
 """What the learner does for token-level objectives: selection over whole minibatches, noise that belongs to tokens."""
 
+import dataclasses
 import functools
 import json
 import os

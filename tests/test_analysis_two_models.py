@@ -250,8 +250,10 @@ def test_summary_counts_response_tokens_alone():
     assert got.signed_mean == pytest.approx(1.0)
     assert got.signed_quantiles == pytest.approx((-0.375, 0.75, 2.75))
     assert got.profile == pytest.approx([(0.2 + 0.0 + 0.3) / 3, (0.0 + 0.6 + 0.04) / 3])
+    # Four tokens and two tokens do not reach the last of ten parts.
+    assert summarize_shifts(shifts, mask).profile[-1] is None
     nothing = summarize_shifts(shifts, mask & False)
-    assert set(nothing.profile) == {0.0} and nothing.signed_quantiles == (0.0, 0.0, 0.0)
+    assert set(nothing.profile) == {None} and nothing.signed_quantiles == (0.0, 0.0, 0.0)
 
 
 def test_the_replacement_mask_of_the_sheet():

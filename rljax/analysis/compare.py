@@ -13,11 +13,14 @@ from rljax.rollouts import Rollout
 
 @dataclasses.dataclass
 class Spent:
-    """What a run has cost: tokens sampled in training, tokens trained on (each row counts its own), updates."""
+    """What a run has cost so far."""
 
     sampled: int = 0
+    """Tokens sampled in training."""
     trained: int = 0
+    """Tokens trained on; rows that share tokens count them once each."""
     steps: int = 0
+    """Rollouts."""
 
 
 def train_on_budget(
@@ -29,11 +32,15 @@ def train_on_budget(
     looks: int = 1,
     after: Callable[[dict[str, float], Rollout], Any] | None = None,
 ) -> Spent:
-    """Trains `run`, whose state is set, until `budget` tokens are spent, `sampled` or `trained` as `of` says: measured,
-    not planned. `look` is called at the start and when each of `looks` equal shares is spent, `after` at every step."""
+    """Trains `run`, whose state is set, until `budget` tokens are spent; returns what was.
+
+    `of` is the field of `Spent` that the budget counts, `sampled` or `trained`, as measured. `look` is called at the
+    start and when each of `looks` equal shares of the budget is spent, `after` at every step with its metrics.
+    """
     spent = Spent()
     stops = [budget * (i + 1) / looks for i in range(looks)]
     look(spent)
+
     while getattr(spent, of) < budget:
         metrics, rollout = train_step(run, spent.steps)
         spent.steps += 1
@@ -41,6 +48,8 @@ def train_on_budget(
         spent.trained += int(sum(t.action_mask.sum() for t in rollout.trajectories))
         if after is not None:
             after(metrics, rollout)
+
+        # A long step may pass several stops; they make one look. Behind the last one nothing is left to stop at.
         if getattr(spent, of) >= stops[0]:
             stops = [stop for stop in stops if stop > getattr(spent, of)] or [float("inf")]
             look(spent)
@@ -48,8 +57,10 @@ def train_on_budget(
 
 
 def with_seed(run: Run, seed: int) -> Run:
-    """The same run, not yet begun, with another seed and an actor of its own. Both share compiled programs and the
-    learner, so use one at a time."""
+    """The same run, not yet begun, with another seed and an actor of its own.
+
+    Both share the learner and its compiled programs, so use one at a time.
+    """
     config = dataclasses.replace(run.config, seed=seed)
     run.learner.seed = seed
     return dataclasses.replace(
@@ -63,10 +74,15 @@ def with_seed(run: Run, seed: int) -> Run:
 
 
 def draw_curves(axes: Any, curves: Mapping[str, Sequence[Sequence[tuple[float, float]]]]) -> None:
-    """For each name the mean over its curves of (thousands of tokens, score), and a band of one standard deviation."""
+    """Draws a line for each name: the mean over its curves, and a band of one standard deviation.
+
+    A curve is a list of (tokens, score), one for each seed; the axis counts thousands of tokens.
+    """
     for name, runs in curves.items():
         if not runs:
             continue
+
+        # Seeds may end after different numbers of looks; only what all of them have can be averaged.
         length = min(map(len, runs))
         points = np.array([run[:length] for run in runs], float)  # [runs, points, 2]
         tokens, mean = points.mean(axis=0).T

@@ -55,8 +55,9 @@ class ShiftSummary:
     base), so it is positive."""
     signed_quantiles: tuple[float, ...]
     """Its quantiles at `TAILS`, nats."""
-    profile: tuple[float, ...]
-    """Mean divergence by place in the response, in equal parts from its start to its end, nats."""
+    profile: tuple[float | None, ...]
+    """Mean divergence by place in the response, in equal parts from its start to its end, nats. None where no token
+    lies: responses may be shorter than there are parts."""
 
 
 def token_shifts(
@@ -147,7 +148,7 @@ def summarize_shifts(
         rare_in_base=_mean(logprob < np.log(RARE), high),
         signed_mean=_mean(signed, mask),
         signed_quantiles=tuple(np.quantile(signed[mask], TAILS).tolist()) if mask.any() else (0.0,) * len(TAILS),
-        profile=tuple(_mean(divergence, mask & (part == i)) for i in range(bins)),
+        profile=tuple(_mean(divergence, mask & (part == i)) if (part == i)[mask].any() else None for i in range(bins)),
     )
 
 

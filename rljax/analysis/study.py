@@ -141,6 +141,7 @@ def study(
             "base": base,
             "options": dataclasses.asdict(options),
             "evaluation": to_dict(config.evaluation),
+            "max_new_tokens": config.sampling.max_new_tokens,
             "result": dataclasses.asdict(result),
         }
         Path(json_file).write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n")
@@ -255,19 +256,19 @@ def shift_table(summary: ShiftSummary, options: StudyOptions) -> str:
     """The summary, a line for each number."""
     quantiles = " ".join(f"{x:+.3f}" for x in summary.signed_quantiles)
     levels = ", ".join(f"{level:.0%}" for level in TAILS)
-    profile = " ".join(f"{x:.3f}" for x in summary.profile)
+    profile = " ".join("-" if x is None else f"{x:.3f}" for x in summary.profile)
     rows = [
         ("policy beside base, on the policy's tokens", ""),
         ("tokens", f"{summary.tokens:,}"),
         ("divergence, mean (nats)", f"{summary.divergence_mean:.4f}"),
-        (f"tokens above {options.threshold:g}", f"{summary.high_share:.1%}"),
+        (f"tokens of divergence above {options.threshold:g}", f"{summary.high_share:.1%}"),
         ("  of these: policy's favourite is the base's", f"{summary.same_favourite:.1%}"),
         ("  ... is among the base's first three", f"{summary.in_base_top3:.1%}"),
         (f"  ... has less than {RARE:.0%} in the base", f"{summary.rare_in_base:.1%}"),
         ("log p_policy - log p_base, mean (nats)", f"{summary.signed_mean:+.4f}"),
         (f"  at {levels} of tokens", quantiles),
     ]
-    return f"{aligned(rows)}\n\ndivergence from the start of a response to its end\n  {profile}"
+    return f"{aligned(rows)}\n\ndivergence from the start of a response to its end (nats)\n  {profile}"
 
 
 def _policy_rows(pair: Pair) -> list[Trajectory]:

@@ -51,8 +51,8 @@ class ShiftSummary:
     rare_in_base: float
     """The base gives it a probability below 0.01."""
     signed_mean: float
-    """Mean of `log p_policy - log p_base`, nats. On the policy's own tokens it estimates the divergence KL(policy ||
-    base), so it is positive."""
+    """Mean of `log p_policy - log p_base`, nats. On the policy's own tokens it estimates KL(policy || base), so only
+    noise makes it negative."""
     signed_quantiles: tuple[float, ...]
     """Its quantiles at `TAILS`, nats."""
     profile: tuple[float | None, ...]

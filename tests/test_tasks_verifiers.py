@@ -1,5 +1,6 @@
 """Built-in rewards score what they say, and reasoning-gym's holes are closed."""
 
+import contextlib
 import subprocess
 import sys
 from fractions import Fraction
@@ -28,6 +29,17 @@ from rljax.tasks.reasoning_gym import _items
 from rljax.tasks.workers import DONE, Job, WorkerPool
 
 SUMS = {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1}
+HOLES = {
+    "coin_flip": ["0", "0.", "-1e9"],
+    "complex_arithmetic": ["nan", "nan + nanj"],
+    "gsm_symbolic": ["-{answer}", "{question}", "{answer} or 1"],
+    "puzzle24": ["4*6*1*1", "24", "({answer}) + 0.9", "__import__('os').getpid()"],
+    "countdown": ["print(1)", "{answer} + exit()"],
+    "polynomial_multiplication": ["exit()", "[].append(1)"],
+    "n_queens": ["exit()", "[0]*9**9"],
+    "simple_integration": ["Integral({integrand}, x)", "exit()", "'a'"],
+}
+"""Wrong answers, by data set; {answer}, {question} and {integrand} stand for those of an item."""
 
 
 @pytest.mark.parametrize(
@@ -163,25 +175,13 @@ class TestReasoningGym:
         task = reasoning_gym_task("prime_factorization", size=1, seed=1)
         assert task.verifier("two times three", **task.train[0].columns) == 0.0
 
-    @pytest.mark.parametrize(
-        ("name", "junk"),
-        [
-            ("coin_flip", ["0", "0.", "-1e9"]),
-            ("complex_arithmetic", ["nan", "nan + nanj"]),
-            ("gsm_symbolic", ["-{answer}", "{question}", "{answer} or 1"]),
-            ("puzzle24", ["4*6*1*1", "24", "({answer}) + 0.9", "__import__('os').getpid()"]),
-            ("countdown", ["print(1)", "{answer} + exit()"]),
-            ("polynomial_multiplication", ["exit()", "[].append(1)"]),
-            ("n_queens", ["exit()", "[0]*9**9"]),
-            ("simple_integration", ["Integral({integrand}, x)", "exit()", "'a'"]),
-        ],
-    )
-    def test_known_holes_are_closed_while_right_answers_pass(self, name, junk):
-        task = reasoning_gym_task(name, size=4, seed=2)
+    @pytest.mark.parametrize("name", HOLES)
+    def test_known_holes_are_closed_while_right_answers_pass(self, tasks_with_holes, name):
+        task = tasks_with_holes[name]
         for example in task.train:
             right = example.columns["answer"]
             assert task.verifier(right, **example.columns) == 1.0
-            for text in junk:
+            for text in HOLES[name]:
                 text = text.replace("{answer}", right).replace("{question}", example.columns["question"])
                 text = text.replace("{integrand}", str(example.columns["metadata"].get("integrand")))
                 assert task.verifier(text, **example.columns) == 0.0, text
@@ -226,6 +226,15 @@ class TestReasoningGym:
         assert repr(first.value) == repr(again.value)
         (scored,) = pool.run([Job(1, (name, first.value), 300.0)])
         assert scored == (DONE, [])
+
+
+@pytest.fixture(scope="module")
+def tasks_with_holes():
+    """The tasks of `HOLES`, made by one worker, which imports reasoning-gym once. All are made in one order, whichever
+    tests are selected, since its generators go on from call to call. Other tests have a worker for each call."""
+    with WorkerPool([_items], 1) as made, pytest.MonkeyPatch.context() as patch:
+        patch.setattr("rljax.tasks.reasoning_gym.WorkerPool", lambda functions, workers: contextlib.nullcontext(made))
+        return {name: reasoning_gym_task(name, size=4, seed=2) for name in HOLES}
 
 
 @pytest.fixture(scope="module")

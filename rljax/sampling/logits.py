@@ -121,7 +121,7 @@ def _largest(reached, best: Array) -> Array:
 
 
 def sample_tokens(
-    processed: Float[Array, "V *B"], uniform: Float[Array, "*B"], greedy: Bool[Array, ""]
+    processed: Float[Array, " V *B"], uniform: Float[Array, "*B"], greedy: Bool[Array, ""]
 ) -> tuple[Int[Array, "*B"], Float[Array, "*B"], Float[Array, "*B"]]:
     """One token a column by inverting the CDF at `uniform` in [0, 1), or the most probable one where `greedy`.
 

@@ -31,7 +31,7 @@ setup: $(VENV)/.base $(VENV)/.model
 test: $(VENV)/.base $(VENV)/.model $(VENV)/.parity
 	JAX_COMPILATION_CACHE_DIR=$(CACHE) $(BIN)/python -m pytest $(SPREAD)
 
-# Under four minutes: without the files that tests/conftest.py names as costly.
+# Without the files that tests/conftest.py names as costly.
 test-fast: $(VENV)/.base $(VENV)/.model
 	JAX_COMPILATION_CACHE_DIR=$(CACHE) $(BIN)/python -m pytest $(SPREAD) -m "not slow and not costly"
 

@@ -676,3 +676,16 @@ def test_nothing_opens_before_with():
         actor.set_params(params(), version=1)
         assert all(result.is_valid for group in play(actor, EXAMPLES[:1], 2) for result in group.results)
     assert [t for t in set(threading.enumerate()) - before if t.is_alive()] == []
+
+
+def test_an_endpoint_does_not_stay_open_when_its_rewards_cannot_be_opened():
+    class Broken(RewardRunner):
+        def __enter__(self):
+            raise OSError("no process can be started")
+
+    before = set(threading.enumerate())
+    endpoint = ChatEndpoint(make_decoder(), make_tokenizer())
+    rewards = Broken([RewardSpec(lambda completion: 1.0, name="one", in_process=True)])
+    with pytest.raises(OSError, match="no process can be started"), make_actor(endpoint, talk, rewards):
+        pass
+    assert [t for t in set(threading.enumerate()) - before if t.is_alive()] == []

@@ -54,3 +54,25 @@ class Orders:
             (GroupRequest(known_example(examples, example_id), first_sample), plan, step)
             for example_id, first_sample, step in state.get("orders", ())
         ]
+
+
+class QueuedActor:
+    """What actors have in common whose work does not outlive a call: what was submitted waits in a queue, and that is
+    all that is ever under way."""
+
+    def __init__(self) -> None:
+        self.stats: dict[str, float] = {}
+        self.seconds: dict[str, float] = {}
+        self._orders = Orders()
+
+    def missing(self, n: int) -> int:
+        return self._orders.missing(n)
+
+    def submit(self, requests: Sequence[GroupRequest], plan: RolloutPlan, step: int) -> None:
+        self._orders.add(requests, plan, step)
+
+    def state_dict(self) -> dict[str, Any]:
+        return self._orders.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Any], plan: RolloutPlan, examples: Mapping[int, Example]) -> None:
+        self._orders.load_state_dict(state, plan, examples)

@@ -3,7 +3,7 @@
 import dataclasses
 import itertools
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -13,7 +13,7 @@ from rljax.plans import ForkPlan, RolloutPlan
 from rljax.rollouts.actor import GroupRequest, RolloutSettings, ScoredGroup
 from rljax.rollouts.config import ActorParts, chains_of, make_rewards, stops_of
 from rljax.rollouts.forks import ForkRounds
-from rljax.rollouts.orders import Order, Orders
+from rljax.rollouts.orders import Order, QueuedActor
 from rljax.sampling import Request, Sample, Sampler, SamplerSpec, SamplingConfig, SamplingParams
 from rljax.tasks import Example, RewardConfig, RewardInput, RewardResult, RewardRunner
 from rljax.text import StepSplitter, Tokenizer, render_prompt
@@ -89,20 +89,18 @@ class SingleTurn:
             )
 
 
-class SingleTurnActor:
+class SingleTurnActor(QueuedActor):
     """Samples each prompt of a group independently, or in rounds of forks, and runs `rewards` on the texts.
 
     All groups of a call are decoded together. The `Actor` protocol says the rest.
     """
 
     def __init__(self, sampler: Sampler, tokenizer: Tokenizer, rewards: RewardRunner, settings: RolloutSettings):
+        super().__init__()
         self.sampler = sampler
         self.tokenizer = tokenizer
         self.rewards = rewards
         self.settings = settings
-        self.stats: dict[str, float] = {}
-        self.seconds: dict[str, float] = {}
-        self._orders = Orders()
 
     def __enter__(self) -> "SingleTurnActor":
         self.rewards.__enter__()
@@ -125,21 +123,9 @@ class SingleTurnActor:
     def longest_row(self, prompt_length: int) -> int:
         return prompt_length + self.sampler.spec.max_new_tokens
 
-    def missing(self, n: int) -> int:
-        return self._orders.missing(n)
-
-    def submit(self, requests: Sequence[GroupRequest], plan: RolloutPlan, step: int) -> None:
-        self._orders.add(requests, plan, step)
-
     def ready(self, n: int) -> list[ScoredGroup]:
         self.seconds = {"sample": 0.0, "reward": 0.0}
         return [group for order in self._orders.take(n) for group in self._sample_and_score(order)]
-
-    def state_dict(self) -> dict[str, Any]:
-        return self._orders.state_dict()
-
-    def load_state_dict(self, state: Mapping[str, Any], plan: RolloutPlan, examples: Mapping[int, Example]) -> None:
-        self._orders.load_state_dict(state, plan, examples)
 
     def _sample_and_score(self, order: Order) -> list[ScoredGroup]:
         """One call of the sampler, then one of the rewards."""

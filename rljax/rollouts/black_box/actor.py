@@ -1,5 +1,6 @@
 """Agents that cannot be changed as rollouts: they run in threads and speak with the policy through an endpoint."""
 
+import contextlib
 import copy
 import dataclasses
 import math
@@ -7,7 +8,7 @@ import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -17,7 +18,7 @@ from rljax.rollouts.actor import GroupRequest, RolloutSettings, ScoredGroup
 from rljax.rollouts.black_box.endpoint import ChatEndpoint
 from rljax.rollouts.black_box.recording import Reply, Session, common_prompt, sample_of
 from rljax.rollouts.config import ActorParts, TurnsConfig, make_rewards, require_one_process
-from rljax.rollouts.orders import Order, Orders
+from rljax.rollouts.orders import Order, QueuedActor
 from rljax.sampling import Sample, SamplingConfig, SamplingParams
 from rljax.tasks import Example, RewardConfig, RewardInput, RewardResult, RewardRunner, load_callable
 from rljax.types import Params
@@ -83,7 +84,7 @@ class BlackBox(TurnsConfig):
         return BlackBoxActor(endpoint, load_callable(self.agent), rewards, parts.settings, self)
 
 
-class BlackBoxActor:
+class BlackBoxActor(QueuedActor):
     """Runs an agent that cannot be changed for every sample. The `Actor` protocol says most of it.
 
     `agent(base_url, row)` runs in a thread, one of `config.workers`, and returns the reward, or a text that `rewards`
@@ -107,25 +108,25 @@ class BlackBoxActor:
         config: BlackBox,
     ):
         config.check_own()
+        super().__init__()
         self.endpoint = endpoint
+        self._opened = contextlib.ExitStack()
         self.agent = agent
         self.rewards = rewards
         self.settings = settings
         self.config = config
-        self.stats: dict[str, float] = {}
-        self.seconds: dict[str, float] = {}
-        self._orders = Orders()
 
     def __enter__(self) -> "BlackBoxActor":
-        self.endpoint.__enter__()
-        if self.rewards is not None:
-            self.rewards.__enter__()
+        # If the second cannot be opened, the first is closed again.
+        with contextlib.ExitStack() as opening:
+            opening.enter_context(self.endpoint)
+            if self.rewards is not None:
+                opening.enter_context(self.rewards)
+            self._opened = opening.pop_all()
         return self
 
     def __exit__(self, *error: Any) -> None:
-        self.endpoint.__exit__(*error)
-        if self.rewards is not None:
-            self.rewards.__exit__(*error)
+        self._opened.__exit__(*error)
 
     def set_params(self, params: Params, version: int) -> None:
         self.endpoint.set_params(params, version)
@@ -142,25 +143,16 @@ class BlackBoxActor:
     def longest_row(self, prompt_length: int) -> int:
         return self.endpoint.context_length
 
-    def missing(self, n: int) -> int:
-        return self._orders.missing(n)
-
     def submit(self, requests: Sequence[GroupRequest], plan: RolloutPlan, step: int) -> None:
         """Raises ValueError for a plan with forks, and for a group size that is no multiple of
         `trained_conversations`."""
         check_group(plan, self.config)
-        self._orders.add(requests, plan, step)
+        super().submit(requests, plan, step)
 
     def ready(self, n: int) -> list[ScoredGroup]:
         """Raises RuntimeError if the decoder failed."""
         self.seconds = {"sample": 0.0, "reward": 0.0}
         return [group for order in self._orders.take(n) for group in self._play(order)]
-
-    def state_dict(self) -> dict[str, Any]:
-        return self._orders.state_dict()
-
-    def load_state_dict(self, state: Mapping[str, Any], plan: RolloutPlan, examples: Mapping[int, Example]) -> None:
-        self._orders.load_state_dict(state, plan, examples)
 
     def _play(self, order: Order) -> list[ScoredGroup]:
         runs_each = order.plan.group_size // self.config.trained_conversations

@@ -7,7 +7,7 @@ evaluation.
 
 import dataclasses
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Bool, Int
 
 from rljax.plans import RolloutPlan
-from rljax.rollouts.actor import Actor, GroupRequest, ScoredGroup, number_groups
+from rljax.rollouts.actor import Actor, ScoredGroup, number_groups
 from rljax.rollouts.config import ActorParts
 from rljax.rollouts.guided.guidance import (
     FINAL_ACTIONS,
@@ -25,7 +25,7 @@ from rljax.rollouts.guided.guidance import (
     reference_actions,
 )
 from rljax.rollouts.multi_turn import MultiTurn
-from rljax.rollouts.orders import Order, Orders
+from rljax.rollouts.orders import Order, QueuedActor
 from rljax.rollouts.single_turn import SingleTurn
 from rljax.sampling import SamplingConfig, SamplingParams
 from rljax.tasks import Example
@@ -224,15 +224,13 @@ def _stats(
     }
 
 
-class GuidedActor:
+class GuidedActor(QueuedActor):
     """`collect_guided` around another actor, whose groups must not outlive a call. Evaluations are never guided."""
 
     def __init__(self, plain: Actor, config: Guided):
+        super().__init__()
         self.plain = plain
         self.config = config
-        self.stats: dict[str, float] = {}
-        self.seconds: dict[str, float] = {}
-        self._orders = Orders()
 
     def __enter__(self) -> "GuidedActor":
         self.plain.__enter__()
@@ -253,21 +251,9 @@ class GuidedActor:
     def longest_row(self, prompt_length: int) -> int:
         return self.plain.longest_row(prompt_length)
 
-    def missing(self, n: int) -> int:
-        return self._orders.missing(n)
-
-    def submit(self, requests: Sequence[GroupRequest], plan: RolloutPlan, step: int) -> None:
-        self._orders.add(requests, plan, step)
-
     def ready(self, n: int) -> list[ScoredGroup]:
         self.seconds = {}
         return [group for order in self._orders.take(n) for group in self._play(order)]
-
-    def state_dict(self) -> dict[str, Any]:
-        return self._orders.state_dict()
-
-    def load_state_dict(self, state: Mapping[str, Any], plan: RolloutPlan, examples: Mapping[int, Example]) -> None:
-        self._orders.load_state_dict(state, plan, examples)
 
     def _play(self, order: Order) -> list[ScoredGroup]:
         seen: dict[int, int] = {}  # of guided examples, which have ids of their own

@@ -2,7 +2,7 @@
 
 import math
 
-from rljax.testing import echo_reward
+from rljax.tasks.echo import echo_reward
 
 
 def raises_on_h(completion: str, answer: str) -> float:

@@ -11,14 +11,14 @@ import urllib.error
 import urllib.request
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
+from forward import row_logprobs
 
 from rljax.batching import PackConfig, pack, stack
 from rljax.envs import EnvironmentPool, Step
 from rljax.envs.formats import Parsed, ParseProblem, ToolCall
-from rljax.models import DecoderConfig, hidden_states, init_params, logits
+from rljax.models import DecoderConfig, init_params
 from rljax.plans import ForkPlan, RolloutPlan
 from rljax.rollouts import (
     Actor,
@@ -169,24 +169,9 @@ def use_tool(url, row):
     return 1.0
 
 
-def full_logprobs(ids):
-    """Of the full forward pass over exactly these ids."""
-    row = np.zeros(LENGTH + NEW, np.int32)
-    row[: len(ids)] = ids
-    table = np.asarray(log_softmax(params(), row, len(ids)))
-    return np.concatenate([[0.0], table[np.arange(len(ids) - 1), ids[1:]]])
-
-
-@jax.jit
-def log_softmax(params, row, length):
-    ends = jnp.where(jnp.arange(len(row)) < length, length, 0)[None]
-    hidden = hidden_states(CONFIG, params, row[None], jnp.arange(len(row))[None], ends)
-    return jax.nn.log_softmax(logits(CONFIG, params, hidden)[0])
-
-
 def check_sample(prompt, sample):
     ids = prompt + sample.tokens.tolist()
-    want = full_logprobs(ids)[len(prompt) :]
+    want = row_logprobs(CONFIG, params(), ids)[len(prompt) :]
     np.testing.assert_allclose(sample.logprobs, np.where(sample.sampled, want, 0), atol=5e-5)
 
 
@@ -256,7 +241,8 @@ def test_later_turns_begin_with_the_ids_recorded_before(endpoint):
         assert reply.ids[: len(before)] == before and len(session.replies) == turn + 1
         assert answer["usage"]["prompt_tokens"] == len(reply.ids) - len(reply.tokens)
         assert answer["usage"]["completion_tokens"] == len(reply.tokens)
-        np.testing.assert_allclose(reply.logprobs, full_logprobs(reply.ids)[-len(reply.tokens) :], atol=5e-5)
+        want = row_logprobs(CONFIG, params(), reply.ids)[-len(reply.tokens) :]
+        np.testing.assert_allclose(reply.logprobs, want, atol=5e-5)
         before = reply.ids
         said = answer["choices"][0]["message"]
         # several messages at once, and white space that the agent's framework has cut
@@ -308,7 +294,7 @@ def test_conversations_of_a_run_share_its_reward_and_train_what_they_share_once(
         assert [t.action_mask[:same].any() for t in shared] == [True, False]
         assert all(t.action_mask.any() for t in rows)
         for t in rows:
-            want = np.where(t.action_mask, full_logprobs(t.tokens.tolist()), 0)
+            want = np.where(t.action_mask, row_logprobs(CONFIG, params(), t.tokens.tolist()), 0)
             np.testing.assert_allclose(t.behavior_logprobs, want, atol=5e-5)
     assert actor.stats["conversations"] == 3 and actor.stats["unused_conversations"] == 0
     batch = stack(rollout.trajectories)
@@ -546,7 +532,7 @@ def test_agents_whose_openings_share_nothing_are_packed(endpoint):
     packed = pack(batch, batch.action_mask.astype(np.float32), PackConfig(pack_length=128))
     assert float(packed.rows.loss_mask.sum()) == batch.action_mask.sum() > 0
     for t in rollout.trajectories:
-        want = np.where(t.action_mask, full_logprobs(t.tokens.tolist()), 0)
+        want = np.where(t.action_mask, row_logprobs(CONFIG, params(), t.tokens.tolist()), 0)
         np.testing.assert_allclose(t.behavior_logprobs, want, atol=5e-5)
 
 

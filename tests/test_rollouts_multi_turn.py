@@ -6,12 +6,12 @@ import random
 import time
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
+from forward import row_logprobs
 
 from rljax.envs import EnvironmentLimits, EnvironmentPool, Step
-from rljax.models import DecoderConfig, hidden_states, init_params, logits
+from rljax.models import DecoderConfig, init_params
 from rljax.plans import Column, ForkPlan, RolloutPlan
 from rljax.plans.fork_rules import random_step, top_entropy
 from rljax.rollouts import MultiTurn, MultiTurnActor, RolloutSettings, collect, number_groups
@@ -93,10 +93,7 @@ def play(actor, examples=EXAMPLES, samples=4, *, step=0, n=None, seen=None, fork
 
 def check_sample(group, sample):
     """Sampled tokens have the log-probs of the full forward pass over exactly these ids."""
-    row = jnp.asarray([group.prompt + sample.tokens.tolist()])
-    hidden = hidden_states(CONFIG, params(), row, jnp.arange(row.shape[1])[None], jnp.full(row.shape, row.shape[1]))
-    table = np.asarray(jax.nn.log_softmax(logits(CONFIG, params(), hidden)[0]))[len(group.prompt) - 1 : -1]
-    want = table[np.arange(len(sample.tokens)), sample.tokens]
+    want = row_logprobs(CONFIG, params(), group.prompt + sample.tokens.tolist())[len(group.prompt) :]
     np.testing.assert_allclose(sample.logprobs, np.where(sample.sampled, want, 0), atol=3e-5)
 
 

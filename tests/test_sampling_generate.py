@@ -55,20 +55,28 @@ def forward(config, rows):
     return logits(config, make_params(config), hidden)
 
 
-def full_logits(config, requests, groups):
-    """For each sample, the logits that its tokens were drawn from: one forward pass over prompt and completion."""
+@jax.jit
+def processed_logprobs(z, params):
+    return jax.nn.log_softmax(process_logits(z, params), axis=-1)
+
+
+def full_logits(config, requests, groups, then=lambda z: z):
+    """For each sample, the logits that its tokens were drawn from: one forward pass over prompt and completion.
+
+    `then` is applied to the logits of all rows at once, which have one shape.
+    """
     pairs = [(r.prompt, x.tokens) for r, group in zip(requests, groups, strict=True) for x in group]
     rows = np.zeros((32, 32), np.int32)
     for row, (prompt, tokens) in zip(rows, pairs, strict=False):
         row[: len(prompt) + len(tokens)] = [*prompt, *tokens]
-    out = forward(config, rows)
+    out = np.asarray(then(forward(config, rows)))
     return [z[len(p) - 1 : len(p) - 1 + len(t)] for z, (p, t) in zip(out, pairs, strict=False)]
 
 
 def assert_matches_forward(config, requests, groups, params):
     samples = [x for group in groups for x in group]
-    for sample, z in zip(samples, full_logits(config, requests, groups), strict=True):
-        want = np.asarray(jax.nn.log_softmax(process_logits(z, params), axis=-1))
+    wanted = full_logits(config, requests, groups, lambda z: processed_logprobs(z, params))
+    for sample, want in zip(samples, wanted, strict=True):
         np.testing.assert_allclose(sample.logprobs, want[np.arange(len(want)), sample.tokens], atol=2e-5)
         np.testing.assert_allclose(sample.entropies, -(np.exp(want) * want).sum(-1), atol=2e-5)
 

@@ -4,11 +4,11 @@ import dataclasses
 import functools
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
+from forward import row_logprobs
 
-from rljax.models import DecoderConfig, hidden_states, init_params, logits
+from rljax.models import DecoderConfig, init_params
 from rljax.sampling import (
     Request,
     Sampler,
@@ -98,11 +98,7 @@ def test_a_turn_is_what_the_sampler_says_behind_the_whole_context(window):
 
 def test_logprobs_are_those_of_the_full_forward_pass():
     for _, _, tokens, said in play(make_decoder(), turns=3, conversations=3):
-        row = jnp.asarray([tokens + said.tokens.tolist()])
-        ends = jnp.full(row.shape, row.shape[1])
-        hidden = hidden_states(CONFIG, params(), row, jnp.arange(row.shape[1])[None], ends)
-        table = jax.nn.log_softmax(logits(CONFIG, params(), hidden)[0])[len(tokens) - 1 : -1]
-        want = np.asarray(table)[np.arange(len(said.tokens)), said.tokens]
+        want = row_logprobs(CONFIG, params(), tokens + said.tokens.tolist())[len(tokens) :]
         np.testing.assert_allclose(said.logprobs, want, atol=2e-5)
 
 

@@ -4,9 +4,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from forward import row_logprobs
 
 from rljax.batching import build_forest, pad_rows
-from rljax.models import DecoderConfig, hidden_states, init_params, logits
+from rljax.models import DecoderConfig, init_params
 from rljax.sampling import sampling_params
 from rljax.sampling.score import score_hidden, score_tokens
 from rljax.types import Packed
@@ -120,12 +121,7 @@ def test_token_t_is_scored_by_the_token_before_it_on_its_own_path(scan):
     packed, forest = packed_forest(rows)
     logprobs, _ = jax.jit(lambda p, x: score_tokens(config, p, x, chunk=4, scan=scan))(params, packed)
     for b, row in enumerate(rows):
-        tokens = jnp.asarray([row], jnp.int32)
-        alone = hidden_states(
-            config, params, tokens, jnp.arange(len(row))[None], jnp.full((1, len(row)), len(row), jnp.int32)
-        )
-        log_p = jax.nn.log_softmax(logits(config, params, alone)[0])
-        want = [log_p[t - 1, row[t]] for t in range(1, len(row))]
+        want = row_logprobs(config, params, row)[1:]
         np.testing.assert_allclose(logprobs[0, forest.row_index[b, 1 : len(row)]], want, atol=1e-5)
 
 

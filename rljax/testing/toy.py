@@ -1,4 +1,4 @@
-"""A toy run that takes seconds: a tiny model, a task and its reward."""
+"""A toy run that takes seconds: a tiny model on a toy task."""
 
 import dataclasses
 from typing import Any
@@ -15,27 +15,7 @@ from rljax.experiment import (
     SingleTurn,
     UpdateConfig,
 )
-from rljax.tasks import Example
-
-
-@dataclasses.dataclass
-class EchoData:
-    """Prompts `ab=` of two letters; the reward is the share of the completion that repeats the first letter."""
-
-    letters: str = "abcdefgh"
-    chat: bool | None = None
-
-    def load(self) -> "EchoData":
-        examples = [Example(f"{x}{y}=", {"answer": x}) for x in self.letters for y in self.letters]
-        self.test = examples[::5]
-        self.train = [e for i, e in enumerate(examples) if i % 5]
-        self.verifier = None
-        return self
-
-
-def echo_reward(completion: str, answer: str) -> float:
-    """Share of four characters that are `answer`."""
-    return completion[:4].count(answer) / 4
+from rljax.tasks.echo import EchoData
 
 
 def tiny_config(**changes: Any) -> Config:

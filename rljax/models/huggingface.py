@@ -15,7 +15,7 @@ from jax.experimental import multihost_utils
 from rljax.models.assemble import assemble
 from rljax.models.config import DecoderConfig
 from rljax.models.families import DTYPES, Entry, config_from_hf, config_to_hf, entries
-from rljax.models.files import INDEX_FILE, SINGLE_FILE, SafetensorsFolder, split_into_files, write_safetensors
+from rljax.models.files import INDEX_FILE, SINGLE_FILE, SafetensorsFolder, shown, split_into_files, write_safetensors
 from rljax.types import Params
 
 _IGNORED = re.compile(r"rotary_emb\.inv_freq$")  # a buffer that old checkpoints carry
@@ -43,15 +43,26 @@ def load_hf(
     left over or of another shape than config.json implies.
     """
     folder = Path(folder)
-    if not (folder / "config.json").exists():
-        raise ValueError(f"{folder} has no config.json; give a Hugging Face model folder")
-    config = with_dtypes(config_from_hf(read_json(folder / "config.json")), dtype, param_dtype)
+    config = with_dtypes(read_config(folder), dtype, param_dtype)
     stored = SafetensorsFolder(folder)
     wanted = entries(config)
     check_names({entry.name for entry in wanted}, set(stored.tensors), _tolerated(config, stored), str(folder))
     for entry in wanted:
         check_shape(entry, stored.tensors[entry.name].shape, str(folder))
     return config, assemble(config, wanted, lambda entry: stored.open(entry.name), shardings)
+
+
+def read_config(folder: Path) -> DecoderConfig:
+    """The config of a folder with config.json. ValueError that names the file for all that is wrong with it."""
+    file = folder / "config.json"
+    if not file.exists():
+        raise ValueError(f"{folder} has no config.json; give a Hugging Face model folder")
+    try:
+        return config_from_hf(read_json(file))
+    except ValueError as error:
+        # What the decoder's own checks say does not name the file.
+        message = str(error)
+        raise ValueError(message if str(file) in message else f"{folder}: {message}") from None
 
 
 def _tolerated(config: DecoderConfig, stored: SafetensorsFolder) -> set[str]:
@@ -190,11 +201,13 @@ def with_dtypes(config: DecoderConfig, dtype: str | None, param_dtype: str | Non
 def check_names(wanted: set[str], stored: set[str], tolerated: set[str], where: str) -> None:
     """ValueError naming the tensors that `where` lacks, or holds without the config asking for them."""
     if missing := sorted(wanted - stored):
-        raise ValueError(f"{where} lacks tensor {missing[0]} ({len(missing)} missing in all); the file is incomplete")
+        raise ValueError(
+            f"{where} lacks tensor {shown(missing[0])} ({len(missing)} missing in all); the file is incomplete"
+        )
     if extra := sorted(stored - wanted - tolerated):
         raise ValueError(
-            f"{where} holds tensor {extra[0]} ({len(extra)} left over in all), which its config does not describe; "
-            "importing would drop it"
+            f"{where} holds tensor {shown(extra[0])} ({len(extra)} left over in all), which its config does not "
+            "describe; importing would drop it"
         )
 
 
@@ -205,10 +218,14 @@ def check_shape(entry: Entry, shape: tuple[int, ...], where: str) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
+    """The object of a JSON file; a byte order mark is tolerated. ValueError, naming the file, for anything else."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from error
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} must hold a JSON object, not {content!r:.80}")
+    return content
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:

@@ -162,6 +162,50 @@ class TestGguf:
         assert rebuilt.adds_bos
         assert render_prompt(rebuilt, "one two") == [1, *real.EncodeAsIds("one two")]
 
+    @pytest.mark.parametrize(
+        ("pre", "said", "adds"),
+        [
+            ("llama-bpe", None, True),
+            ("llama3", None, True),
+            ("llama-v3", None, True),
+            ("tekken", None, True),
+            ("llama-bpe", False, False),
+            ("qwen2", None, False),
+            ("smollm", None, False),
+            ("qwen2", True, True),
+        ],
+    )
+    def test_a_file_that_does_not_say_adds_bos_where_llama_cpp_does(self, pre, said, adds, tmp_path):
+        """src/llama-vocab.cpp: of byte-level BPE, the splits of Llama 3 and of Tekken alone set `add_bos`."""
+        gguf = pytest.importorskip("gguf")
+        writer = gguf.GGUFWriter(str(tmp_path / "x.gguf"), "llama")
+        writer.add_tokenizer_model("gpt2")
+        writer.add_tokenizer_pre(pre)
+        writer.add_token_list(["a", "b", "ab", "<s>", "</s>"])
+        writer.add_token_types([1, 1, 1, 3, 3])
+        writer.add_token_merges(["a b"])
+        writer.add_bos_token_id(3)
+        writer.add_eos_token_id(4)
+        if said is not None:
+            writer.add_add_bos_token(said)
+        write(writer)
+        tokenizer = load_tokenizer(tmp_path / "x.gguf")
+        assert render_prompt(tokenizer, "ab") == ([3, 2] if adds else [2])
+        tokenizer.save(tmp_path / "folder")
+        assert load_tokenizer(tmp_path / "folder").adds_bos == adds
+
+    def test_sentencepiece_without_ids_of_special_tokens_has_llama_cpps(self, tmp_path):
+        gguf = pytest.importorskip("gguf")
+        writer = gguf.GGUFWriter(str(tmp_path / "x.gguf"), "llama")
+        writer.add_tokenizer_model("llama")
+        writer.add_token_list(["<unk>", "<s>", "</s>", "▁", "a", "▁a"])
+        writer.add_token_scores([0.0, 0.0, 0.0, -3.0, -2.0, -1.0])
+        writer.add_token_types([2, 3, 3, 1, 1, 1])
+        write(writer)
+        tokenizer = load_tokenizer(tmp_path / "x.gguf")
+        assert (tokenizer.bos_id, tokenizer.eos_id) == (1, 2)
+        assert render_prompt(tokenizer, "a") == [1, 5]
+
     @pytest.mark.parametrize("rule", sorted({"qwen2", "llama-bpe", "tekken"}))
     def test_split_rules_equal_the_published_patterns(self, rule):
         """Split by Python-level reference semantics: what the rule promises about digits and spaces."""

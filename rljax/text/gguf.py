@@ -9,8 +9,8 @@ from rljax.text.huggingface import HuggingFaceTokenizer, import_transformers
 
 # values of tokenizer.ggml.token_type
 _NORMAL = 1
-_UNKNOWN = 2
-_CONTROL = 3
+UNKNOWN = 2
+CONTROL = 3
 _USER_DEFINED = 4
 
 _SPACE = "▁"
@@ -53,7 +53,7 @@ def load_gguf_tokenizer(
     wanted = ("tokenizer.", "general.name", "general.architecture")
     meta = read_gguf_metadata(path, lambda key: key.startswith(wanted) or key.endswith(".context_length"))
     kind = meta.get("tokenizer.ggml.model")
-    builders = {"gpt2": _byte_level_bpe, "llama": _sentencepiece_bpe}
+    builders = {"gpt2": _byte_level_bpe, "llama": _from_scores}
     if not isinstance(kind, str) or kind not in builders:
         raise ValueError(
             f"{path} has a tokenizer of the kind {kind!r:.80}; {sorted(builders)} can be rebuilt. "
@@ -66,7 +66,7 @@ def load_gguf_tokenizer(
         types = _list(meta, "tokenizer.ggml.token_type", int, path, len(tokens))
     try:
         tokenizer = builders[kind](meta, tokens, path)
-        _add_special_tokens(tokenizer, tokens, types)
+        add_special_tokens(tokenizer, tokens, types)
         return _wrap(tokenizer, meta, tokens, template_kwargs)
     except Exception as error:  # the packages raise many kinds, from deep inside
         if isinstance(error, ValueError) and str(path) in str(error):
@@ -123,21 +123,27 @@ def _byte_level_bpe(meta: Mapping[str, Any], tokens: list[str], path: str | os.P
     return tokenizer
 
 
-def _sentencepiece_bpe(meta: Mapping[str, Any], tokens: list[str], path: str | os.PathLike) -> Any:
+def _from_scores(meta: Mapping[str, Any], tokens: list[str], path: str | os.PathLike) -> Any:
+    scores = _list(meta, "tokenizer.ggml.scores", (int, float), path, len(tokens))
+    prefix = bool(meta.get("tokenizer.ggml.add_space_prefix", True))
+    return sentencepiece_bpe(tokens, scores, _special(meta, tokens, "unknown"), prefix=prefix)
+
+
+def sentencepiece_bpe(tokens: list[str], scores: list[float], unknown: str | None, *, prefix: bool) -> Any:
+    """A `tokenizers.Tokenizer` with the ids of a SentencePiece BPE model with byte fallback and no normalisation.
+
+    `prefix`: whether a text begins as if behind a space.
+    """
     from tokenizers import Tokenizer, decoders, normalizers
     from tokenizers.models import BPE
 
-    scores = _list(meta, "tokenizer.ggml.scores", (int, float), path, len(tokens))
     vocab = {token: i for i, token in enumerate(tokens)}
-
-    unknown = _special(meta, tokens, "unknown")
     tokenizer = Tokenizer(
         BPE(vocab=vocab, merges=_merges(vocab, scores), unk_token=unknown, fuse_unk=True, byte_fallback=True)
     )
 
-    # SentencePiece joins pieces over spaces, which it writes as a sign; a text begins as if behind one
+    # SentencePiece joins pieces over spaces, which it writes as a sign.
     spaces = [normalizers.Replace(" ", _SPACE)]
-    prefix = meta.get("tokenizer.ggml.add_space_prefix", True)
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend(_SPACE), *spaces] if prefix else spaces)
 
     # in the opposite order: what was put in front comes off again
@@ -163,15 +169,24 @@ def _merges(vocab: dict[str, int], scores: list[float]) -> list[tuple[str, str]]
     return [row[3:] for row in ranked]
 
 
-def _add_special_tokens(tokenizer: Any, tokens: list[str], types: list[int]) -> None:
+def add_special_tokens(tokenizer: Any, tokens: list[str], types: list[int]) -> None:
+    """Makes special tokens of a `tokenizers.Tokenizer` those whose type (as in GGUF) says so."""
     from tokenizers import AddedToken
 
     # marks of the model never meet the text's normalisation, and a decoder leaves out those that are special
-    special = [t for t, kind in zip(tokens, types) if kind in (_CONTROL, _UNKNOWN)]
+    special = [t for t, kind in zip(tokens, types) if kind in (CONTROL, UNKNOWN)]
     tokenizer.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in special])
 
     own = [t for t, kind in zip(tokens, types) if kind == _USER_DEFINED]
     tokenizer.add_tokens([AddedToken(t, special=False, normalized=False) for t in own])
+
+
+def begin_with(tokenizer: Any, bos: str) -> None:
+    """Has a `tokenizers.Tokenizer` put the token `bos` in front of every text that is encoded with special tokens."""
+    from tokenizers.processors import TemplateProcessing
+
+    begin = [(bos, tokenizer.token_to_id(bos))]
+    tokenizer.post_processor = TemplateProcessing(single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=begin)
 
 
 _SENTENCEPIECE_IDS = {"unknown": 0, "bos": 1, "eos": 2}
@@ -196,12 +211,7 @@ def _wrap(
     adds_bos = meta.get("tokenizer.ggml.add_bos_token", by_default)
     bos = token("bos")
     if adds_bos and bos is not None:
-        from tokenizers.processors import TemplateProcessing
-
-        begin = [(bos, tokenizer.token_to_id(bos))]
-        tokenizer.post_processor = TemplateProcessing(
-            single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=begin
-        )
+        begin_with(tokenizer, bos)
 
     names = {"bos_token": bos, "eos_token": token("eos"), "pad_token": token("padding"), "unk_token": token("unknown")}
     context = next((v for k, v in meta.items() if k.endswith(".context_length")), None)

@@ -111,17 +111,45 @@ def load_huggingface_tokenizer(
 ) -> HuggingFaceTokenizer:
     """The tokenizer of a local model folder; nothing is ever downloaded.
 
-    End tokens come from `generation_config.json` where the folder has one, else from the vocabulary. Raises ValueError
-    if the folder cannot be read.
+    The ids are those of the folder's own files: transformers rebuilds the tokenizers of some families by their name,
+    whatever splitting tokenizer.json describes. End tokens come from `generation_config.json` where the folder has
+    one, else from the vocabulary. Raises ValueError if the folder cannot be read.
     """
-    transformers = import_transformers()
+    folder = Path(folder)
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+        tokenizer = _load(folder)
     except Exception as error:  # transformers raises many kinds, from deep inside
-        raise ValueError(
-            f"cannot load a tokenizer from the folder {folder}: {type(error).__name__}: {error}"
-        ) from error
-    return HuggingFaceTokenizer(tokenizer, stop_ids=_generation_stop_ids(Path(folder)), template_kwargs=template_kwargs)
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise ValueError(f"cannot load a tokenizer from the folder {folder}: {reason:.300}") from error
+    return HuggingFaceTokenizer(tokenizer, stop_ids=_generation_stop_ids(folder), template_kwargs=template_kwargs)
+
+
+def _load(folder: Path) -> Any:
+    """The `transformers` tokenizer of what `folder` holds."""
+    transformers = import_transformers()
+    file = folder / "tokenizer.json"
+    if file.is_file():
+        # The class that takes the file as it is; the one that AutoTokenizer picks may keep its vocabulary alone.
+        tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(str(folder), local_files_only=True)
+        _check_rules(tokenizer.backend_tokenizer, file)
+        return tokenizer
+    if (folder / "tokenizer.model").is_file():
+        from rljax.text.rebuild import sentencepiece_folder_tokenizer
+
+        return sentencepiece_folder_tokenizer(folder)
+    return transformers.AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+
+
+def _check_rules(loaded: Any, file: Path) -> None:
+    """ValueError unless a tokenizer normalises, splits and joins text as its file says."""
+    from tokenizers import Tokenizer
+
+    described = Tokenizer.from_file(str(file))
+    for part in ("normalizer", "pre_tokenizer", "decoder"):
+        wanted = getattr(described, part)
+        found = getattr(loaded, part)
+        if (wanted and wanted.__getstate__()) != (found and found.__getstate__()):
+            raise ValueError(f"transformers replaced the {part} of {file}; install the version that wrote the file")
 
 
 def _generation_stop_ids(folder: Path) -> list[int]:

@@ -6,7 +6,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import jax
 
-from rljax.models import DecoderConfig, find_smollm2, init_params, load_config, load_model
+from rljax.models import DecoderConfig, Metadata, find_smollm2, init_params, load_config, load_model, read_metadata
 from rljax.text import CharTokenizer, Tokenizer, load_tokenizer
 from rljax.types import Params
 
@@ -25,6 +25,10 @@ class ModelSource(Protocol):
 
     def params_of(self, decoder: DecoderConfig, shardings: Any, seed: int) -> Params:
         """The initial weights; each shard goes straight to its device."""
+        ...
+
+    def metadata_of(self) -> Metadata:
+        """What an export says of the model beside its shape, such as what ends a completion."""
         ...
 
 
@@ -57,6 +61,9 @@ class PretrainedModel:
     def params_of(self, decoder: DecoderConfig, shardings: Any, seed: int) -> Params:
         path = model_path(self.path)
         return load_model(path, dtype=self.dtype, param_dtype=self.param_dtype, shardings=shardings)[1]
+
+    def metadata_of(self) -> Metadata:
+        return read_metadata(model_path(self.path))
 
 
 @dataclasses.dataclass
@@ -94,6 +101,9 @@ class FreshModel:
     def params_of(self, decoder: DecoderConfig, shardings: Any, seed: int) -> Params:
         make = jax.jit(lambda key: init_params(decoder, key), out_shardings=shardings)
         return make(jax.random.key(seed))
+
+    def metadata_of(self) -> Metadata:
+        return Metadata({}, {})
 
 
 def model_path(path: str) -> Path:

@@ -9,6 +9,8 @@ from typing import Any
 
 from rljax.text.base import END_OF_TURN_TOKENS, Message, unique
 
+GENERATION_FILE = "generation_config.json"
+
 
 class HuggingFaceTokenizer:
     """Wraps a `transformers` tokenizer.
@@ -97,9 +99,12 @@ class HuggingFaceTokenizer:
         return other
 
     def save(self, folder: str | os.PathLike) -> None:
-        """Write `tokenizer.json`, `tokenizer_config.json` and the chat template."""
+        """Write `tokenizer.json`, `tokenizer_config.json`, the chat template and, in `generation_config.json`, what
+        ends a completion."""
         Path(folder).mkdir(parents=True, exist_ok=True)
         self.hf.save_pretrained(str(folder))
+        file = Path(folder) / GENERATION_FILE
+        file.write_text(json.dumps({"eos_token_id": list(self.stop_ids)}) + "\n", encoding="utf-8")
 
 
 def _tools(messages: Sequence[Message]) -> list[Any] | None:
@@ -153,7 +158,7 @@ def _check_rules(loaded: Any, file: Path) -> None:
 
 
 def _generation_stop_ids(folder: Path) -> list[int]:
-    file = folder / "generation_config.json"
+    file = folder / GENERATION_FILE
     if not file.is_file():
         return []
     try:

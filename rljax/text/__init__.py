@@ -7,6 +7,7 @@ with; `CharTokenizer` and `ByteTokenizer` serve small models trained from nothin
 from rljax.gguf_header import read_gguf_metadata
 from rljax.text.base import Message, Tokenizer
 from rljax.text.char import ByteTokenizer, CharTokenizer
+from rljax.text.chat import with_chat_settings
 from rljax.text.dialogue import Dialogue
 from rljax.text.gguf import load_gguf_tokenizer
 from rljax.text.huggingface import HuggingFaceTokenizer, load_huggingface_tokenizer
@@ -30,4 +31,5 @@ __all__ = [
     "load_tokenizer",
     "read_gguf_metadata",
     "render_prompt",
+    "with_chat_settings",
 ]

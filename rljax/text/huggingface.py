@@ -46,6 +46,7 @@ class HuggingFaceTokenizer:
         # ids may have gaps, so not the number of tokens
         self.vocab_size: int = max(tokenizer.get_vocab().values()) + 1
         self.adds_bos: bool = self._finds_bos() if adds_bos is None else adds_bos
+        self.system_prompt: str = ""
         self._template_kwargs = dict(template_kwargs or {})
 
     def _finds_bos(self) -> bool:
@@ -64,15 +65,17 @@ class HuggingFaceTokenizer:
         return self.hf.decode(known, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
     def apply_chat_template(self, messages: Sequence[Message], add_generation_prompt: bool = True) -> list[int]:
-        """A message may have a key `tools`, JSON schemas of functions, which the template is shown.
+        """A message may have a key `tools`, JSON schemas of functions, which the template is shown. `system_prompt`
+        stands before messages that do not begin with a system message.
 
         Raises ValueError without a chat template, or if the template refuses the messages.
         """
         if not self.has_chat_template:
             raise ValueError(
                 "this tokenizer has no chat template, so it cannot take a list of messages; "
-                "give prompts as plain text, or add chat_template to its tokenizer_config.json"
+                "give prompts as plain text (config.data.chat=False), or a template with config.model.chat_template"
             )
+        messages = self._behind_system_prompt(messages)
         try:
             import jinja2
         except ImportError:
@@ -92,6 +95,22 @@ class HuggingFaceTokenizer:
         except jinja2.TemplateError as error:
             raise ValueError(f"the chat template refused {list(messages)!r}: {error}") from error
 
+    def _behind_system_prompt(self, messages: Sequence[Message]) -> Sequence[Message]:
+        own = bool(messages) and messages[0].get("role") == "system"
+        return messages if own or not self.system_prompt else [_system(self.system_prompt), *messages]
+
+    def with_chat(
+        self, chat_template: str, system_prompt: str, template_kwargs: Mapping[str, Any]
+    ) -> "HuggingFaceTokenizer":
+        """The same tokenizer with another template and system prompt (empty: its own), and `template_kwargs` as well.
+        `rljax.text.with_chat_settings` checks them."""
+        other = self.with_template_kwargs(**template_kwargs)
+        other.system_prompt = system_prompt or self.system_prompt
+        if chat_template:
+            other.hf = copy.copy(self.hf)
+            other.hf.chat_template = chat_template
+        return other
+
     def with_template_kwargs(self, **template_kwargs: Any) -> "HuggingFaceTokenizer":
         """The same tokenizer whose chat template gets these as well, such as `tools`."""
         other = copy.copy(self)
@@ -105,6 +124,10 @@ class HuggingFaceTokenizer:
         self.hf.save_pretrained(str(folder))
         file = Path(folder) / GENERATION_FILE
         file.write_text(json.dumps({"eos_token_id": list(self.stop_ids)}) + "\n", encoding="utf-8")
+
+
+def _system(text: str) -> Message:
+    return {"role": "system", "content": text}
 
 
 def _tools(messages: Sequence[Message]) -> list[Any] | None:

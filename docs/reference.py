@@ -124,7 +124,7 @@ def rooms() -> Iterator[tuple[str, str]]:
     table = page[page.index("| room | holds |") :].split("\n\n")[0]
     for line in table.splitlines()[2:]:
         name, holds = (cell.strip() for cell in line.split("|")[1:3])
-        if name.endswith("/`") or name == "`types.py`":
+        if name.endswith("/`") or name in ("`types.py`", "`gguf_header.py`"):
             yield name.strip("`").rstrip("/").removesuffix(".py").replace("/", "."), holds
 
 

@@ -20,11 +20,12 @@ from rljax.models import (
     config_from_hf,
     config_to_hf,
     init_params,
+    load_config,
     load_hf,
     load_model,
     save_hf,
 )
-from rljax.models.files import write_safetensors
+from rljax.models.files import SafetensorsFolder, write_safetensors
 
 TINY = DecoderConfig(
     vocab_size=62, num_layers=3, embed_dim=24, num_heads=4, num_kv_heads=2, head_dim=8, mlp_dim=40, max_position=64
@@ -195,6 +196,73 @@ def test_broken_folders_are_told_apart(folder, tmp_path):
         load_model(folder)
 
 
+def write_raw(path, header, data=b"", length=None):
+    """A safetensors file of exactly this header, whether right or not."""
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    path.write_bytes((len(text) if length is None else length).to_bytes(8, "little") + text + data)
+
+
+def tensor(start, end, dtype="F32", shape=None):
+    return {"dtype": dtype, "shape": [(end - start) // 4] if shape is None else shape, "data_offsets": [start, end]}
+
+
+@pytest.mark.parametrize(
+    ("header", "message"),
+    [
+        ({"a": tensor(-8, 0), "b": tensor(0, 16)}, r"tensor a has shape \[2\] and data_offsets \[-8, 0\]"),
+        ({"a": tensor(0, 8), "b": tensor(4, 16)}, "tensor b begins at byte 4 of the data, where 8 is due"),
+        ({"a": tensor(0, 8), "b": tensor(12, 16)}, "tensor b begins at byte 12 of the data, where 8 is due"),
+        ({"a": tensor(0, 8)}, "8 bytes at its end belong to no tensor"),
+        ({"a": tensor(0, 16), "b": tensor(16, 20)}, "truncated or corrupt at tensor b"),
+        ({"a": tensor(0, 16, shape=[2**32, 2**32])}, "truncated or corrupt at tensor a"),  # 0 in 64 bits
+        ({"a": tensor(0, 16, shape=[-2, -2])}, r"shape \[-2, -2\] and data_offsets"),
+        ({"a": tensor(0, 16, shape=[4.0])}, r"shape \[4\.0\] and data_offsets"),
+        ({"a": tensor(0, 16, dtype="F31")}, "dtype 'F31'; supported are F32, F16, BF16, F64"),
+        ({"a": tensor(0, 16, dtype=["F32"])}, r"dtype \['F32'\]; supported are"),
+        ({"a": {"dtype": "F32", "shape": [4], "data_offsets": [0, 8, 16]}}, "two of them offsets"),
+        ({"a": {"dtype": "F32", "shape": [4]}}, "lacks dtype, shape or data_offsets"),
+        ({"a": [1, 2]}, "lacks dtype, shape or data_offsets"),
+        ({"a\nb": tensor(0, 8)}, "8 bytes at its end"),
+        ([], "holds no JSON object"),
+        (b'{"a": 1, "a": 2}', "a name stands there twice"),
+        (b"[" * 100_000, "not a safetensors file"),
+        (b'{"a": "\xff"}', "not a safetensors file"),
+    ],
+)
+def test_a_header_that_lies_is_refused_in_one_line(header, message, tmp_path):
+    path = tmp_path / "model.safetensors"
+    write_raw(path, header, bytes(16))
+    with pytest.raises(ValueError, match=message) as caught:
+        SafetensorsFolder(tmp_path)
+    assert str(path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_header_longer_than_the_file_or_the_format_allows_is_not_read(tmp_path):
+    path = tmp_path / "model.safetensors"
+    for length in (2**63, 10**8 + 1, 17):
+        write_raw(path, b"{}", bytes(8), length=length)
+        with pytest.raises(ValueError, match=f"its header of {length} bytes does not fit"):
+            SafetensorsFolder(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("index", "message"),
+    [
+        ("{", "not a valid index"),
+        ("[]", "holds no JSON object"),
+        ("{}", "has no object weight_map"),
+        ('{"weight_map": {"a": 3}}', "into 3, which is no name of a file"),
+        ('{"weight_map": {"a": "../model.safetensors"}}', "which is no name of a file in its folder"),
+    ],
+)
+def test_an_index_that_lies_is_named(index, message, tmp_path):
+    (tmp_path / "model.safetensors.index.json").write_text(index)
+    with pytest.raises(ValueError, match=message) as caught:
+        SafetensorsFolder(tmp_path)
+    assert "model.safetensors.index.json" in str(caught.value)
+
+
 HF = config_to_hf(TINY)
 
 
@@ -216,6 +284,23 @@ HF = config_to_hf(TINY)
         ({"rope_parameters": {"full_attention": {"rope_type": "default"}}}, "rope_parameters differ by layer type"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5 is not supported"),
         ({"vocab_size": None}, "vocab_size missing"),
+        ({"vocab_size": "62"}, "vocab_size='62' must be a whole number"),
+        ({"num_attention_heads": 0}, "num_attention_heads=0 must be a whole number from 1"),
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers=1000000000 must be a whole number from 1 to 10000"),
+        ({"rope_parameters": {"rope_theta": None}}, "rope_theta=None must be a finite number above 0"),
+        ({"rope_parameters": None, "rope_theta": None}, "rope_theta=None must be a finite number above 0"),
+        ({"rope_parameters": {"rope_theta": -1}}, "rope_theta=-1 must be a finite number above 0"),
+        ({"rope_parameters": [1]}, r"rope_parameters=\[1\] must be an object"),
+        ({"rope_scaling": {"type": "linear", "factor": "4"}}, "factor='4' must be a finite number"),
+        ({"rope_scaling": {"type": "linear", "factor": 0}}, "factor=0 must be a finite number above 0"),
+        (
+            {"rope_scaling": {"type": "llama3", "factor": 8.0, "low_freq_factor": 4.0, "high_freq_factor": 4.0}},
+            "low_freq_factor=4.0 must be below high_freq_factor=4.0",
+        ),
+        ({"rope_parameters": {"rope_type": "yarn", "factor": 2.0, "rope_theta": 1}}, "must be above 1 for yarn"),
+        ({"rms_norm_eps": float("nan")}, "rms_norm_eps=nan must be a finite number"),
+        ({"model_type": ["llama"]}, r"model_type=\['llama'\] is not supported"),
+        ({"head_dim": 7}, "head_dim=7 must be even"),
         ({"dtype": "float8"}, "dtype='float8' is not supported"),
         (
             {"model_type": "qwen3", "architectures": None, "layer_types": ["chunked_attention"] * 3},
@@ -230,6 +315,24 @@ HF = config_to_hf(TINY)
 def test_unsupported_configs_are_refused_by_name(change, message):
     with pytest.raises(ValueError, match=message):
         config_from_hf({**HF, **change})
+
+
+def test_a_bad_value_in_config_json_names_the_folder(folder):
+    (folder / "config.json").write_text(json.dumps(HF | {"rope_parameters": {"rope_theta": None}}))
+    with pytest.raises(ValueError, match=rf"{folder}: config\.json: rope_theta=None") as caught:
+        load_config(folder)
+    assert "\n" not in str(caught.value)
+    (folder / "config.json").write_text("[]")
+    with pytest.raises(ValueError, match=r"config\.json must hold a JSON object"):
+        load_model(folder)
+    (folder / "config.json").write_bytes(b"\xef\xbb\xbf" + json.dumps(HF).encode())  # Windows writes the mark
+    assert load_config(folder) == TINY
+
+
+def test_both_spellings_of_rotary_settings_may_stand_side_by_side():
+    rope = {"rope_scaling": {"type": "linear", "factor": 4.0}, "rope_parameters": {"rope_theta": 5e5}}
+    found = config_from_hf({key: value for key, value in HF.items() if key != "rope_theta"} | rope)
+    assert (found.rope_theta, found.rope_scaling) == (5e5, RopeScaling(type="linear", factor=4.0))
 
 
 def test_defaults_of_each_family_fill_what_old_files_leave_out():

@@ -14,6 +14,7 @@ from rljax.models import (  # noqa: E402
     RopeScaling,
     find_smollm2,
     init_params,
+    load_config,
     load_gguf,
     load_model,
     unstack_layers,
@@ -78,7 +79,7 @@ def permute(rows, heads):
 def write(path, config, params, metadata=None, *, arch=None, drop=(), extra=None, quantise=None):
     arch = arch or config.family
     writer = gguf.GGUFWriter(path, arch)
-    for key, value in {
+    keys = {
         "block_count": config.num_layers,
         "context_length": config.max_position,
         "embedding_length": config.embed_dim,
@@ -86,13 +87,12 @@ def write(path, config, params, metadata=None, *, arch=None, drop=(), extra=None
         "attention.head_count": config.num_heads,
         "attention.head_count_kv": config.num_kv_heads,
         "attention.key_length": config.head_dim,
-    }.items():
-        writer.add_uint32(f"{arch}.{key}", value)
-    writer.add_float32(f"{arch}.attention.layer_norm_rms_epsilon", config.norm_eps)
-    writer.add_float32(f"{arch}.rope.freq_base", config.rope_theta)
+        "attention.layer_norm_rms_epsilon": config.norm_eps,
+        "rope.freq_base": config.rope_theta,
+    }
     writer.add_array("tokenizer.ggml.tokens", [f"token{i}" for i in range(config.vocab_size)])
     writer.add_array("tokenizer.ggml.token_type", [1] * config.vocab_size)
-    for key, value in (metadata or {}).items():
+    for key, value in (keys | (metadata or {})).items():
         add = {str: writer.add_string, float: writer.add_float32, int: writer.add_uint32}[type(value)]
         add(f"{arch}.{key}", value)
     tensors = {"token_embd.weight": params["embedding"], "output_norm.weight": params["final_norm"]}
@@ -159,6 +159,60 @@ def test_llama3_scaling_is_recovered_from_its_divisors(tmp_path):
         load_gguf(tmp_path / "n.gguf")
 
 
+LINEAR = RopeScaling(type="linear", factor=4.0)
+
+
+@pytest.mark.parametrize(
+    ("metadata", "change"),
+    [
+        ({"rope.scale_linear": 4.0}, {"rope_scaling": LINEAR}),  # the older name
+        ({"rope.scaling.factor": 4.0}, {"rope_scaling": LINEAR}),  # a factor without a type
+        ({"rope.scaling.factor": 4.0, "rope.scale_linear": 2.0}, {"rope_scaling": LINEAR}),
+        ({"rope.scaling.factor": 0.0}, {}),
+        ({"rope.scaling.type": "linear"}, {}),
+        ({"rope.scaling.type": "none", "rope.scaling.factor": 4.0}, {}),
+        ({"attention.scale": 8**-0.5}, {}),
+        ({"attention.scale": 0.0}, {}),
+        ({"attention.sliding_window": 64}, {}),  # as long as the context
+        ({"attention.sliding_window": 9}, {"family": "mistral", "sliding_window": 9}),
+        ({"logit_scale": 1.0, "final_logit_softcapping": 0.0, "vocab_size": 64}, {}),
+    ],
+)
+def test_what_a_file_leaves_out_is_what_llama_cpp_takes(metadata, change, tmp_path):
+    """src/llama-model.cpp, `load_hparams`: the scaling is linear and the factor 1 unless a key says otherwise."""
+    write(tmp_path / "m.gguf", TINY, weights(TINY), metadata)
+    assert load_config(tmp_path / "m.gguf") == dataclasses.replace(TINY, **change)
+
+
+@pytest.mark.parametrize(
+    ("metadata", "message"),
+    [
+        ({"attention.scale": 0.5}, r"attention\.scale=0\.5 is not supported; it must be 1 / sqrt"),
+        ({"logit_scale": 2.0}, r"llama\.logit_scale=2\.0 is not supported: it may change what the model computes"),
+        ({"attention.temperature_length": 32}, r"llama\.attention\.temperature_length=32 is not supported"),
+        ({"rope.scaling.attn_factor": 2.0}, r"attn_factor=2\.0 is not supported without yarn"),
+        ({"attention.value_length": 4}, "attention.value_length=4 must equal head_dim=8"),
+        ({"rope.freq_base": -1.0}, r"rope_theta=-1\.0 must be a finite number above 0"),
+        ({"block_count": 1000}, "block_count=1000 is more than the 21 tensors there are"),
+        ({"context_length": 0}, "max_position=0 must be a whole number of at least 1"),
+        ({"feed_forward_length": "64"}, "feed_forward_length is '64', which has the wrong type"),
+    ],
+)
+def test_a_key_that_changes_the_maths_is_refused_in_one_line(metadata, message, tmp_path):
+    write(tmp_path / "m.gguf", TINY, weights(TINY), metadata)
+    with pytest.raises(ValueError, match=message) as caught:
+        load_gguf(tmp_path / "m.gguf")
+    assert str(tmp_path / "m.gguf") in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_window_of_a_family_in_which_layers_differ_is_refused(tmp_path):
+    config = dataclasses.replace(TINY, family="qwen2", attention_bias=True)
+    write(tmp_path / "m.gguf", config, weights(config), {"attention.sliding_window": 9})
+    with pytest.raises(ValueError, match="sliding_window=9 does not say which layers slide"):
+        load_gguf(tmp_path / "m.gguf")
+
+
 def test_block_formats_are_dequantised(tmp_path):
     kinds = {
         "blk.0.ffn_up.weight": gguf.GGMLQuantizationType.Q8_0,
@@ -204,8 +258,8 @@ def test_damaged_files_are_told_apart(tmp_path):
     whole = path.read_bytes()
     for size, message in [
         (len(whole) - 4000, "is truncated: tensor .* ends behind the file"),
-        (900, "is truncated or corrupt: its GGUF header ends early"),
-        (0, "not a GGUF file|header ends early"),
+        (900, "header is truncated or corrupt: 'tokenizer.ggml.tokens' ends behind the file"),
+        (0, "not a GGUF file"),
     ]:
         path.write_bytes(whole[:size])
         with pytest.raises(ValueError, match=message):

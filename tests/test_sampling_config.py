@@ -2,10 +2,12 @@
 
 import dataclasses
 
+import numpy as np
 import pytest
 
+from rljax.models import DecoderConfig, RopeScaling
 from rljax.parallel import MeshConfig
-from rljax.sampling import SamplingConfig, sampling_params
+from rljax.sampling import Request, Sampler, SamplerSpec, SamplingConfig, TurnDecoderSpec, sampling_params
 
 
 def test_the_config_gives_the_distribution_that_it_names():
@@ -46,3 +48,37 @@ def test_a_mesh_that_fits_is_taken():
     MeshConfig(data=2, tensor=2).check(8)
     MeshConfig(data=2, fsdp=2, tensor=2).check(8)
     MeshConfig(data=3).check()  # how many devices there are is not known yet
+
+
+TINY = DecoderConfig(
+    vocab_size=7, num_layers=1, embed_dim=4, num_heads=1, num_kv_heads=1, head_dim=4, mlp_dim=4, max_position=16
+)
+
+
+@pytest.mark.parametrize(
+    ("scaling", "longest"),
+    [
+        ({}, 16),
+        # As Qwen's model cards add it: the length in config.json stays, the factor stretches the original one.
+        ({"type": "yarn", "factor": 4.0, "original_max_position": 16}, 64),
+        ({"type": "yarn", "factor": 4.0, "original_max_position": 12}, 48),
+        ({"type": "yarn", "factor": 4.0}, 64),
+        ({"type": "yarn", "factor": 4.0, "original_max_position": 2}, 16),  # a file may state more by itself
+        ({"type": "linear", "factor": 2.5}, 40),
+        ({"type": "llama3", "factor": 8.0, "original_max_position": 16}, 16),  # states the stretched length
+        ({"type": "dynamic", "factor": 4.0}, 16),
+    ],
+)
+def test_lengths_that_a_scaling_covers_are_allowed_and_longer_ones_are_not(scaling, longest):
+    model = dataclasses.replace(TINY, rope_scaling=RopeScaling(**scaling))
+    assert model.longest_sequence == longest
+    sampler = Sampler(model, SamplerSpec(prompt_slots=1, sample_slots=1, prompt_buckets=(128,), max_new_tokens=4))
+    sampler._check(0, Request(prompt=np.zeros(longest - 4, np.int32), prompt_id=0, sample_ids=(0,)))
+    with pytest.raises(ValueError, match=f"new tokens exceed {longest},"):
+        sampler._check(0, Request(prompt=np.zeros(longest - 3, np.int32), prompt_id=0, sample_ids=(0,)))
+
+    turns = TurnDecoderSpec(conversations=1, rows=1, context_length=longest, max_new_tokens=4)
+    if scaling.get("type") != "dynamic":
+        turns.check(model)
+        with pytest.raises(ValueError, match=f"at most the model's {longest} positions"):
+            dataclasses.replace(turns, context_length=longest + 1).check(model)

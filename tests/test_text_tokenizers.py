@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import random
+import shutil
 import struct
 import subprocess
 import sys
@@ -162,6 +163,50 @@ class TestGguf:
         assert rebuilt.adds_bos
         assert render_prompt(rebuilt, "one two") == [1, *real.EncodeAsIds("one two")]
 
+    @pytest.mark.parametrize(
+        ("pre", "said", "adds"),
+        [
+            ("llama-bpe", None, True),
+            ("llama3", None, True),
+            ("llama-v3", None, True),
+            ("tekken", None, True),
+            ("llama-bpe", False, False),
+            ("qwen2", None, False),
+            ("smollm", None, False),
+            ("qwen2", True, True),
+        ],
+    )
+    def test_a_file_that_does_not_say_adds_bos_where_llama_cpp_does(self, pre, said, adds, tmp_path):
+        """src/llama-vocab.cpp: of byte-level BPE, the splits of Llama 3 and of Tekken alone set `add_bos`."""
+        gguf = pytest.importorskip("gguf")
+        writer = gguf.GGUFWriter(str(tmp_path / "x.gguf"), "llama")
+        writer.add_tokenizer_model("gpt2")
+        writer.add_tokenizer_pre(pre)
+        writer.add_token_list(["a", "b", "ab", "<s>", "</s>"])
+        writer.add_token_types([1, 1, 1, 3, 3])
+        writer.add_token_merges(["a b"])
+        writer.add_bos_token_id(3)
+        writer.add_eos_token_id(4)
+        if said is not None:
+            writer.add_add_bos_token(said)
+        write(writer)
+        tokenizer = load_tokenizer(tmp_path / "x.gguf")
+        assert render_prompt(tokenizer, "ab") == ([3, 2] if adds else [2])
+        tokenizer.save(tmp_path / "folder")
+        assert load_tokenizer(tmp_path / "folder").adds_bos == adds
+
+    def test_sentencepiece_without_ids_of_special_tokens_has_llama_cpps(self, tmp_path):
+        gguf = pytest.importorskip("gguf")
+        writer = gguf.GGUFWriter(str(tmp_path / "x.gguf"), "llama")
+        writer.add_tokenizer_model("llama")
+        writer.add_token_list(["<unk>", "<s>", "</s>", "▁", "a", "▁a"])
+        writer.add_token_scores([0.0, 0.0, 0.0, -3.0, -2.0, -1.0])
+        writer.add_token_types([2, 3, 3, 1, 1, 1])
+        write(writer)
+        tokenizer = load_tokenizer(tmp_path / "x.gguf")
+        assert (tokenizer.bos_id, tokenizer.eos_id) == (1, 2)
+        assert render_prompt(tokenizer, "a") == [1, 5]
+
     @pytest.mark.parametrize("rule", sorted({"qwen2", "llama-bpe", "tekken"}))
     def test_split_rules_equal_the_published_patterns(self, rule):
         """Split by Python-level reference semantics: what the rule promises about digits and spaces."""
@@ -233,6 +278,93 @@ class TestFolder:
         (tmp_path / "chat_template.jinja").write_text("{{ messages[0].content }}{% if think %} thinking{% endif %}")
         tokenizer = load_tokenizer(tmp_path, template_kwargs={"think": True})
         assert tokenizer.decode(tokenizer.apply_chat_template([{"role": "user", "content": "x"}])) == "x thinking"
+
+
+def byte_level_folder(folder: Path, model_type: str, tokenizer_class: str) -> Path:
+    """A Hugging Face folder whose tokenizer.json splits numbers in threes and words from all else."""
+    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
+
+    tokens = [*sorted(pre_tokenizers.ByteLevel.alphabet()), "12", "123", "Ġa", "ab"]
+    merges = [("1", "2"), ("12", "3"), ("Ġ", "a"), ("a", "b")]
+    tokenizer = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=merges))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(r"\p{N}{1,3}| ?\p{L}+|."), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken("<|end|>", special=True, normalized=False)])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps({"tokenizer_class": tokenizer_class, "eos_token": "<|end|>"})
+    )
+    (folder / "config.json").write_text(json.dumps({"model_type": model_type}))
+    return folder
+
+
+class TestTokenizerJson:
+    @pytest.mark.parametrize(
+        ("model_type", "tokenizer_class"),
+        [
+            ("qwen2", "Qwen2Tokenizer"),
+            ("qwen3", "Qwen2TokenizerFast"),
+            ("llama", "LlamaTokenizerFast"),
+            ("mistral", "LlamaTokenizer"),
+            ("mistral", "PreTrainedTokenizerFast"),
+        ],
+    )
+    def test_ids_are_those_of_the_file_whatever_the_family(self, model_type, tokenizer_class, tmp_path):
+        from tokenizers import Tokenizer as FromFile
+
+        tokenizer = load_tokenizer(byte_level_folder(tmp_path, model_type, tokenizer_class))
+        theirs = FromFile.from_file(str(tmp_path / "tokenizer.json"))
+        assert tokenizer.encode("123 12") == [257, 220, 256]  # a family's own rule splits every digit
+        for text in [*TRICKY, *random_texts(50)]:
+            assert tokenizer.encode(text) == theirs.encode(text, add_special_tokens=False).ids, text
+        tokenizer.save(tmp_path / "again")
+        assert load_tokenizer(tmp_path / "again").encode("123 12") == [257, 220, 256]
+
+    def test_rules_that_a_loader_replaces_are_an_error(self, tmp_path, monkeypatch):
+        import transformers
+        from tokenizers import pre_tokenizers
+
+        byte_level_folder(tmp_path, "qwen2", "Qwen2Tokenizer")
+        kind = transformers.PreTrainedTokenizerFast
+        load = kind.from_pretrained
+
+        def replacing(*args, **kwargs):
+            tokenizer = load(*args, **kwargs)
+            tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel()
+            return tokenizer
+
+        monkeypatch.setattr(kind, "from_pretrained", replacing)
+        with pytest.raises(ValueError, match=r"replaced the pre_tokenizer of .*tokenizer\.json"):
+            load_tokenizer(tmp_path)
+
+    @pytest.mark.parametrize("says", [None, True, False])
+    def test_a_sentencepiece_folder_without_it_has_the_ids_of_the_library(self, mistral_v1, says, tmp_path):
+        import sentencepiece
+
+        shutil.copy(mistral_v1, tmp_path / "tokenizer.model")
+        (tmp_path / "config.json").write_text(json.dumps({"model_type": "mistral"}))
+        settings = {
+            "tokenizer_class": "LlamaTokenizer",
+            "chat_template": "{{ bos_token }}[INST] {{ messages[0].content }}",
+        }
+        settings |= {} if says is None else {"add_bos_token": says}
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+
+        real = sentencepiece.SentencePieceProcessor(model_file=str(mistral_v1))
+        tokenizer = load_tokenizer(tmp_path)
+        for text in [*TRICKY, *random_texts(50)]:
+            assert tokenizer.encode(text) == real.EncodeAsIds(text), text
+        assert (tokenizer.bos_id, tokenizer.stop_ids, tokenizer.adds_bos) == (1, (2,), says is not False)
+        ids = tokenizer.apply_chat_template([{"role": "user", "content": "hi"}])
+        assert ids == [1, *real.EncodeAsIds("[INST] hi")]
+        tokenizer.save(tmp_path / "again")
+        again = load_tokenizer(tmp_path / "again")
+        assert (again.encode(TRICKY[1]), again.adds_bos) == (real.EncodeAsIds(TRICKY[1]), tokenizer.adds_bos)
 
 
 def test_prompts_render_as_documented(smollm):

@@ -72,6 +72,7 @@ def _explain(tokenizer: ChatTokenizer, turns: Sequence[Message], before: list[in
         f"the chat template rewrites history: turn {turn} ({turns[turn].get('role')}) is not the same once "
         f"{len(turns)} turns are rendered; at token {same} {was!r} became {now!r}. What was sampled would not be what "
         "a later turn reads. Give the tokenizer a chat template that keeps earlier turns word for word (take out what "
-        "drops or moves their thinking, or set the template's own switch through template_kwargs), or render the first "
-        "prompt alone and append observations as plain text"
+        "drops or moves their thinking, and name the file in config.model.chat_template), or set the template's own "
+        "switch through config.model.template_kwargs, or open episodes with plain text, behind which observations are "
+        "plain text too"
     )

@@ -12,6 +12,7 @@ from rljax.evaluation import Evaluation
 from rljax.experiment.check import check, check_forks
 from rljax.experiment.config import Config
 from rljax.experiment.model import model_path
+from rljax.experiment.prompts import check_chat_settings
 from rljax.models import DecoderConfig, load_config, load_model, param_shardings
 from rljax.parallel import make_mesh
 from rljax.plans import RolloutPlan
@@ -87,6 +88,7 @@ def build(config: Config) -> Run:
         check_forks(config, algorithm.plan)
     algorithm = algorithm._replace(advantage_fn=jax.jit(algorithm.advantage_fn))
     dataset = config.data.load()
+    check_chat_settings(config, dataset)
     decoder = config.model.decoder_of(tokenizer)
     mesh = make_mesh(**dataclasses.asdict(config.mesh))
     actor = build_actor(config, algorithm.plan, dataset, tokenizer, decoder, mesh)

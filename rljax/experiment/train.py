@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import json
+import shutil
 import time
 from typing import Any
 
@@ -14,7 +15,7 @@ from rljax.experiment.build import Run, build, stack_rows
 from rljax.experiment.config import Config, to_dict
 from rljax.experiment.report import describe_run, finish, say
 from rljax.experiment.sft import warm_up
-from rljax.models import config_to_hf
+from rljax.models import written_metadata
 from rljax.parallel import is_main_process, use_mesh
 from rljax.rollouts import Rollout, collect
 from rljax.sampling import compile_count
@@ -86,10 +87,18 @@ def resume(run: Run, checkpoints: Checkpointer, folder: RunFolder) -> int:
 
 
 def save_description(run: Run, folder: RunFolder) -> None:
-    """Writes `model/`: config.json and tokenizer, what `launch/convert.py` needs beside a checkpoint."""
+    """Writes `model/`: metadata and tokenizer, what `launch/convert.py` needs beside a checkpoint."""
     if is_main_process():
-        run.tokenizer.save(folder.path / "model")
-        folder.write_json("model/config.json", config_to_hf(run.decoder))
+        # In a folder of its own first: the files of another tokenizer, of a run that was here before, would be read
+        # along with the new ones.
+        new = folder.path / "model.tmp"
+        shutil.rmtree(new, ignore_errors=True)
+        run.tokenizer.save(new)
+        metadata = written_metadata(run.decoder, run.config.model.metadata_of(), run.tokenizer)
+        folder.write_json(new / "config.json", metadata.config)
+        folder.write_json(new / "generation_config.json", metadata.generation)
+        shutil.rmtree(folder.path / "model", ignore_errors=True)
+        new.rename(folder.path / "model")
 
 
 def host_state(run: Run) -> dict[str, Any]:

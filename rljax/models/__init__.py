@@ -15,7 +15,7 @@ from rljax.models.decoder import (
 from rljax.models.families import FAMILIES, config_from_hf, config_to_hf
 from rljax.models.gguf import load_gguf
 from rljax.models.head import head_params, logits, logits_gradient, output_projection
-from rljax.models.huggingface import load_hf, save_hf
+from rljax.models.huggingface import Metadata, load_hf, read_metadata, save_hf, written_metadata
 from rljax.models.layout import param_shardings
 from rljax.models.load import find_smollm2, load_config, load_model
 from rljax.models.value_head import value_config, value_params, values
@@ -24,6 +24,7 @@ __all__ = [
     "FAMILIES",
     "Attention",
     "DecoderConfig",
+    "Metadata",
     "RopeScaling",
     "abstract_params",
     "apply_layer",
@@ -46,9 +47,11 @@ __all__ = [
     "logits_gradient",
     "output_projection",
     "param_shardings",
+    "read_metadata",
     "save_hf",
     "unstack_layers",
     "value_config",
     "value_params",
     "values",
+    "written_metadata",
 ]

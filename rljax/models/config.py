@@ -1,9 +1,35 @@
 """The one description of a decoder-only transformer that every supported family reduces to."""
 
 import dataclasses
-from typing import Literal
+import math
+import numbers
+import typing
+from typing import Any, Literal
 
 RopeType = Literal["default", "linear", "dynamic", "llama3", "yarn"]
+
+_ROPE_TYPES = ", ".join(typing.get_args(RopeType))
+_SIZES = (
+    "vocab_size",
+    "num_layers",
+    "embed_dim",
+    "num_heads",
+    "num_kv_heads",
+    "head_dim",
+    "mlp_dim",
+    "max_position",
+)
+
+
+def _check_whole(name: str, value: Any, *, least: int) -> None:
+    # A truth value is a whole number to Python, not to a reader of the file.
+    if not isinstance(value, numbers.Integral) or isinstance(value, bool) or value < least:
+        raise ValueError(f"{name}={value!r:.80} must be a whole number of at least {least}")
+
+
+def _check_real(name: str, value: Any) -> None:
+    if not isinstance(value, numbers.Real) or isinstance(value, bool) or not (value > 0 and math.isfinite(value)):
+        raise ValueError(f"{name}={value!r:.80} must be a finite number above 0")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,6 +59,21 @@ class RopeScaling:
     """yarn: weight in its denominator."""
     truncate: bool = True
     """yarn: whether the bounds between the dimensions are whole numbers."""
+
+    def __post_init__(self):
+        if self.type not in typing.get_args(RopeType):
+            raise ValueError(f"rope type {self.type!r:.80} is not supported; choose one of {_ROPE_TYPES}")
+        for name in ("factor", "low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow"):
+            _check_real(f"rope scaling's {name}", getattr(self, name))
+        for name in ("attention_factor", "mscale", "mscale_all_dim"):
+            if getattr(self, name) is not None:
+                _check_real(f"rope scaling's {name}", getattr(self, name))
+        _check_whole("rope scaling's original_max_position", self.original_max_position, least=0)
+        if self.type == "llama3" and self.low_freq_factor >= self.high_freq_factor:
+            raise ValueError(
+                f"rope scaling's low_freq_factor={self.low_freq_factor} must be below "
+                f"high_freq_factor={self.high_freq_factor}"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,14 +126,42 @@ class DecoderConfig:
     """Type of stored weights."""
 
     def __post_init__(self):
+        for name in _SIZES:
+            _check_whole(name, getattr(self, name), least=1)
+        if self.sliding_window is not None:
+            _check_whole("sliding_window", self.sliding_window, least=1)
+        _check_real("rope_theta", self.rope_theta)
+        _check_real("norm_eps", self.norm_eps)
         if self.num_heads % self.num_kv_heads:
             raise ValueError(
                 f"num_heads={self.num_heads} must be a multiple of num_kv_heads={self.num_kv_heads}; change one of them"
             )
         if self.head_dim % 2:
             raise ValueError(f"head_dim={self.head_dim} must be even: rotary embeddings rotate pairs")
+        # yarn counts rotations by the logarithm of the base.
+        if self.rope_scaling.type == "yarn" and self.rope_theta <= 1:
+            raise ValueError(f"rope_theta={self.rope_theta} must be above 1 for yarn")
         if self.sliding_layers is not None and len(self.sliding_layers) != self.num_layers:
             raise ValueError(f"sliding_layers has {len(self.sliding_layers)} entries for num_layers={self.num_layers}")
+
+    @property
+    def longest_sequence(self) -> int:
+        """Tokens of the longest sequence that positions are known for, stretched frequencies counted in.
+
+        yarn covers `factor` times the original context (2309.00071), linear scaling `factor` times `max_position`
+        (2306.15595). llama3 states the stretched length as `max_position`, and dynamic scaling rotates anew for every
+        length beyond the original context.
+        """
+        scaling = self.rope_scaling
+        match scaling.type:
+            case "yarn":
+                covered = scaling.factor * (scaling.original_max_position or self.max_position)
+            case "linear":
+                covered = scaling.factor * self.max_position
+            case _:
+                covered = 0.0
+        # A file may state the stretched length by itself.
+        return max(self.max_position, int(min(covered, NO_WINDOW)))
 
     @property
     def windows(self) -> tuple[int, ...]:

@@ -6,6 +6,7 @@ PyTorch state dict, which decides how an export is split into files.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -181,16 +182,17 @@ def config_from_hf(hf: Mapping[str, Any]) -> DecoderConfig:
     """
     name = hf.get("model_type")
     supported = ", ".join(f"{key} ({family.architecture})" for key, family in FAMILIES.items())
-    if name not in FAMILIES:
-        raise ValueError(f"config.json: model_type={name!r} is not supported; supported are {supported}")
+    if not isinstance(name, str) or name not in FAMILIES:
+        raise ValueError(f"config.json: model_type={name!r:.80} is not supported; supported are {supported}")
 
     # The architecture too: a reward model or a classifier has the same model_type, and no head over the vocabulary.
     family = FAMILIES[name]
-    architecture = (hf.get("architectures") or [family.architecture])[0]
+    architectures = hf.get("architectures") or [family.architecture]
+    architecture = architectures[0] if isinstance(architectures, list) else architectures
     if architecture != family.architecture:
-        raise ValueError(f"config.json: architecture {architecture!r} is not supported; supported are {supported}")
+        raise ValueError(f"config.json: architecture {architecture!r:.80} is not supported; supported are {supported}")
     if (activation := hf.get("hidden_act", "silu")) not in ("silu", "swish"):
-        raise ValueError(f"config.json: hidden_act={activation!r} is not supported; the decoder has silu alone")
+        raise ValueError(f"config.json: hidden_act={activation!r:.80} is not supported; the decoder has silu alone")
 
     # A file may leave out what is its family's default.
     get: Callable[..., Any] = {**family.defaults, **hf}.get
@@ -198,8 +200,9 @@ def config_from_hf(hf: Mapping[str, Any]) -> DecoderConfig:
     if missing := [key for key in required if get(key) is None]:
         raise ValueError(f"config.json: {', '.join(missing)} missing; add it to the file")
 
-    heads = get("num_attention_heads")
-    max_position = get("max_position_embeddings")
+    heads = _whole(get, "num_attention_heads")
+    hidden = _whole(get, "hidden_size")
+    max_position = _whole(get, "max_position_embeddings")
     theta, scaling = _rope_from_hf(hf, max_position)
     window, sliding = _sliding_from_hf(family, get)
 
@@ -212,16 +215,16 @@ def config_from_hf(hf: Mapping[str, Any]) -> DecoderConfig:
     attention_bias = "attention_bias" in family.bias_keys and bool(get("attention_bias"))
     return DecoderConfig(
         family=name,
-        vocab_size=get("vocab_size"),
-        num_layers=get("num_hidden_layers"),
-        embed_dim=get("hidden_size"),
+        vocab_size=_whole(get, "vocab_size"),
+        num_layers=_whole(get, "num_hidden_layers", most=_MOST_LAYERS),
+        embed_dim=hidden,
         num_heads=heads,
-        num_kv_heads=get("num_key_value_heads") or heads,
-        head_dim=get("head_dim") or get("hidden_size") // heads,
-        mlp_dim=get("intermediate_size"),
-        rope_theta=float(theta),
+        num_kv_heads=_whole(get, "num_key_value_heads", heads),
+        head_dim=_whole(get, "head_dim", hidden // heads),
+        mlp_dim=_whole(get, "intermediate_size"),
+        rope_theta=theta,
         rope_scaling=scaling,
-        norm_eps=float(get("rms_norm_eps", 1e-6)),
+        norm_eps=_real("rms_norm_eps", get("rms_norm_eps", 1e-6)),
         tied_embeddings=bool(get("tie_word_embeddings", False)),
         attention_bias=attention_bias or "attention_bias" in family.biases,
         output_bias=attention_bias,
@@ -235,13 +238,35 @@ def config_from_hf(hf: Mapping[str, Any]) -> DecoderConfig:
     )
 
 
+_MOST_LAYERS = 10_000  # lists of all layers are made of the number before any tensor is looked at
+
+
+def _whole(get: Callable[..., Any], key: str, default: int | None = None, most: int = 2**31 - 1) -> int:
+    """A count. A key that is null is one that is not there."""
+    value = get(key)
+    value = default if value is None else value
+    if type(value) is not int or not 1 <= value <= most:
+        raise ValueError(f"config.json: {key}={value!r:.80} must be a whole number from 1 to {most}")
+    return value
+
+
+def _real(key: str, value: Any) -> float:
+    """A finite number above 0."""
+    # JSON has whole numbers where a float is meant; `True` is none.
+    if type(value) not in (int, float) or not 0 < value < math.inf:
+        raise ValueError(f"config.json: {key}={value!r:.80} must be a finite number above 0")
+    return float(value)
+
+
 def _sliding_from_hf(family: Family, get: Callable[..., Any]) -> tuple[int | None, tuple[bool, ...] | None]:
-    window = get("sliding_window")
-    count = get("num_hidden_layers")
+    window = None if get("sliding_window") is None else _whole(get, "sliding_window")
+    count = _whole(get, "num_hidden_layers", most=_MOST_LAYERS)
     types = get("layer_types")
-    if unknown := sorted(set(types or ()) - {"full_attention", "sliding_attention"}):
+    if types is not None and not isinstance(types, list):
+        raise ValueError(f"config.json: layer_types={types!r:.80} must be a list, a name for each layer")
+    if unknown := [kind for kind in types or () if kind not in ("full_attention", "sliding_attention")]:
         raise ValueError(
-            f"config.json: layer_types has {unknown[0]!r}; supported are full_attention and sliding_attention"
+            f"config.json: layer_types has {unknown[0]!r:.80}; supported are full_attention and sliding_attention"
         )
     if types is not None and len(types) != count:
         raise ValueError(f"config.json: layer_types has {len(types)} entries for num_hidden_layers={count}")
@@ -258,7 +283,10 @@ def _sliding_from_hf(family: Family, get: Callable[..., Any]) -> tuple[int | Non
 
     # Older files name the first layer that slides, newer ones the type of each.
     if types is None:
-        types = ["sliding_attention" if i >= get("max_window_layers") else "full_attention" for i in range(count)]
+        first = get("max_window_layers")
+        if type(first) is not int:
+            raise ValueError(f"config.json: max_window_layers={first!r:.80} must be a whole number")
+        types = ["sliding_attention" if i >= first else "full_attention" for i in range(count)]
     sliding = tuple(kind == "sliding_attention" for kind in types)
     if not any(sliding):
         return None, None
@@ -290,25 +318,31 @@ _ROPE_KEYS: dict[str, dict[str, str]] = {  # ours -> config.json's, per type
 
 
 def _rope_from_hf(hf: Mapping[str, Any], max_position: int) -> tuple[float, RopeScaling]:
-    rope = dict(hf.get("rope_scaling") or hf.get("rope_parameters") or {})
+    for key in ("rope_scaling", "rope_parameters"):
+        if not isinstance(hf.get(key) or {}, Mapping):
+            raise ValueError(f"config.json: {key}={hf[key]!r:.80} must be an object")
+    newer = dict(hf.get("rope_parameters") or {})
+    rope = dict(hf.get("rope_scaling") or newer)
     if any(isinstance(value, Mapping) for value in rope.values()):
         raise ValueError("config.json: rope_parameters differ by layer type, which no supported family has")
     kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind not in _ROPE_KEYS:
-        raise ValueError(f"config.json: rope type {kind!r} is not supported; supported are {', '.join(_ROPE_KEYS)}")
+    if not isinstance(kind, str) or kind not in _ROPE_KEYS:
+        raise ValueError(f"config.json: rope type {kind!r:.80} is not supported; supported are {', '.join(_ROPE_KEYS)}")
 
     partial = rope.get("partial_rotary_factor", hf.get("partial_rotary_factor"))
     if partial not in (None, 1, 1.0):
-        raise ValueError(f"config.json: partial_rotary_factor={partial} is not supported; every head rotates whole")
+        raise ValueError(
+            f"config.json: partial_rotary_factor={partial!r:.80} is not supported; every head rotates whole"
+        )
 
-    # What the file leaves to be derived.
-    theta = rope.get("rope_theta", hf.get("rope_theta", 10_000.0))
+    # What the file leaves to be derived. A base that is null is refused: a guess would be another model.
+    places = (rope, newer, hf)
+    theta = _real("rope_theta", next((place["rope_theta"] for place in places if "rope_theta" in place), 10_000.0))
     keys = _ROPE_KEYS[kind]
     if "original_max_position" in keys:
         top_level = hf.get("original_max_position_embeddings")
-        rope["original_max_position_embeddings"] = (
-            top_level or rope.get("original_max_position_embeddings") or max_position
-        )
+        original = top_level or rope.get("original_max_position_embeddings") or max_position
+        rope["original_max_position_embeddings"] = _real("original_max_position_embeddings", original)
     if kind == "yarn" and rope.get("factor") is None:
         rope["factor"] = max_position / rope["original_max_position_embeddings"]
     if kind == "llama3" and (
@@ -318,12 +352,17 @@ def _rope_from_hf(hf: Mapping[str, Any], max_position: int) -> tuple[float, Rope
     if "factor" in keys and rope.get("factor") is None:
         raise ValueError(f"config.json: rope type {kind} needs a factor")
 
-    # JSON has whole numbers where a float is meant; a key that is absent or null leaves our default.
-    casts: dict[str, Callable[[Any], Any]] = {"truncate": bool, "original_max_position": int}
-    given = {
-        ours: casts.get(ours, float)(rope[theirs]) for ours, theirs in keys.items() if rope.get(theirs) is not None
-    }
-    return theta, RopeScaling(type=kind, **given)
+    # A key that is absent or null leaves our default.
+    values: dict[str, Any] = {}
+    for ours, theirs in keys.items():
+        value = rope.get(theirs)
+        # 0 stands for no weight, as it does in transformers.
+        if value is None or (value == 0 and theirs in ("mscale", "mscale_all_dim")):
+            continue
+        values[ours] = bool(value) if ours == "truncate" else _real(theirs, value)
+    if "original_max_position" in values:
+        values["original_max_position"] = int(values["original_max_position"])
+    return theta, RopeScaling(type=kind, **values)
 
 
 def config_to_hf(config: DecoderConfig) -> dict[str, Any]:

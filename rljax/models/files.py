@@ -6,6 +6,7 @@ tensors and header as the reference library does, so that equal weights give equ
 """
 
 import json
+import math
 import os
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -22,7 +23,10 @@ _DTYPES: dict[str, np.dtype] = {
 }
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
-SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
+_LONGEST_HEADER = 100_000_000  # of the reference library
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
 
 
 class TensorInfo(NamedTuple):
@@ -37,29 +41,26 @@ class SafetensorsFolder:
 
     def __init__(self, folder: Path):
         index = folder / INDEX_FILE
-        if index.exists():
-            weight_map = json.loads(index.read_text())["weight_map"]
-            names = sorted(set(weight_map.values()))
-        elif (folder / SINGLE_FILE).exists():
-            weight_map = None
-            names = [SINGLE_FILE]
-        else:
+        weight_map = _read_index(index) if index.exists() else None
+        if weight_map is None and not (folder / SINGLE_FILE).exists():
             raise ValueError(
                 f"{folder} has neither {SINGLE_FILE} nor {INDEX_FILE}; save the model as safetensors "
                 "(transformers: save_pretrained)"
             )
 
         self.tensors: dict[str, TensorInfo] = {}
-        for name in names:
+        for name in [SINGLE_FILE] if weight_map is None else sorted(set(weight_map.values())):
             for tensor, info in _read_header(folder / name).items():
                 if tensor in self.tensors:
-                    raise ValueError(f"tensor {tensor} stands in both {self.tensors[tensor].file.name} and {name}")
+                    other = self.tensors[tensor].file.name
+                    raise ValueError(f"{folder}: tensor {shown(tensor)} stands in both {other} and {name}")
                 # A tensor that the index puts elsewhere is left over, and not this model's.
                 if weight_map is None or weight_map.get(tensor) == name:
                     self.tensors[tensor] = info
 
         if absent := sorted(set(weight_map or ()) - set(self.tensors)):
-            raise ValueError(f"{INDEX_FILE} puts {absent[0]} into {weight_map[absent[0]]}, which does not hold it")
+            file = (weight_map or {})[absent[0]]
+            raise ValueError(f"{index} puts {shown(absent[0])} into {file}, which does not hold it")
 
     def open(self, name: str) -> np.ndarray:
         """The tensor as a read-only view of the file."""
@@ -69,37 +70,103 @@ class SafetensorsFolder:
         return np.memmap(info.file, dtype=info.dtype, mode="r", offset=info.start, shape=info.shape)
 
 
+def shown(name: str) -> str:
+    """A name from a file in one line of bounded length."""
+    text = repr(name)[1:-1]
+    return text if len(text) <= 80 else f"{text[:80]}..."
+
+
+def _read_index(path: Path) -> dict[str, str]:
+    """The file of each tensor."""
+    content = _parse(path, path.read_bytes(), "a valid index of safetensors files")
+    weight_map = content.get("weight_map")
+    if not isinstance(weight_map, dict):
+        raise ValueError(f"{path} has no object weight_map; write it again, or download it")
+    for file in weight_map.values():
+        # A shard lies beside the index, and nowhere else.
+        if not isinstance(file, str) or Path(file).name != file:
+            raise ValueError(f"{path} puts a tensor into {file!r:.80}, which is no name of a file in its folder")
+    return weight_map
+
+
+def _parse(path: Path, text: bytes, what: str) -> dict[str, Any]:
+    """The JSON object `text` of the file `path`."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            raise ValueError("a name stands there twice")
+        return found
+
+    try:
+        content = json.loads(text, object_pairs_hook=unique)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not {what}, or it is truncated: {error}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} is not {what}: it holds no JSON object")
+    return content
+
+
 def _read_header(path: Path) -> dict[str, TensorInfo]:
-    if not path.exists():
+    """The table of a file. As in the reference library, tensors lie one behind the other and fill the file."""
+    if not path.is_file():
         raise ValueError(f"{path} is missing, though {INDEX_FILE} names it")
     size = path.stat().st_size
-    try:
-        with path.open("rb") as file:
-            # Checked before it is read: the first bytes of a file of another kind are a length of exabytes.
-            length = int.from_bytes(file.read(8), "little")
-            if length > size - 8:
-                raise ValueError("header longer than the file")
-            header: dict[str, Any] = json.loads(file.read(length))
-    except ValueError as error:
-        raise ValueError(f"{path} is not a safetensors file, or it is truncated: {error}") from error
+    with path.open("rb") as file:
+        # Checked before it is read: the first bytes of a file of another kind are a length of exabytes.
+        length = int.from_bytes(file.read(8), "little")
+        if size < 8 or length > min(size - 8, _LONGEST_HEADER):
+            raise ValueError(
+                f"{path} is not a safetensors file, or it is truncated: its header of {length} bytes "
+                f"does not fit into {size} bytes, or is above {_LONGEST_HEADER}"
+            )
+        header = _parse(path, file.read(length), "a safetensors file")
     header.pop("__metadata__", None)
 
-    tensors = {}
+    tensors: dict[str, TensorInfo] = {}
+    spans = []
     for name, item in header.items():
-        start, end = item["data_offsets"]
-        if item["dtype"] not in _DTYPES:
-            raise ValueError(
-                f"{path.name}: tensor {name} has dtype {item['dtype']}; supported are {', '.join(_DTYPES)}. "
-                "Dequantise the model first"
-            )
-        dtype = _DTYPES[item["dtype"]]
-        shape = tuple(item["shape"])
-        expected = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+        dtype, shape, start, end = _row(item, f"{path}: tensor {shown(name)}")
         # Offsets count from the end of the header, which lies behind the 8 bytes of its length.
-        if end - start != expected or 8 + length + end > size:
-            raise ValueError(f"{path} is truncated or corrupt at tensor {name}; copy or download it again")
+        if end - start != math.prod(shape) * dtype.itemsize or 8 + length + end > size:
+            raise ValueError(f"{path} is truncated or corrupt at tensor {shown(name)}; copy or download it again")
         tensors[name] = TensorInfo(path, dtype, shape, 8 + length + start)
+        spans.append((start, end, name))
+
+    expected = 0
+    for start, end, name in sorted(spans):
+        if start != expected:
+            raise ValueError(
+                f"{path} is corrupt: tensor {shown(name)} begins at byte {start} of the data, where {expected} is due; "
+                "download it again"
+            )
+        expected = end
+    if 8 + length + expected != size:
+        raise ValueError(
+            f"{path} is corrupt: {size - 8 - length - expected} bytes at its end belong to no tensor; download it again"
+        )
     return tensors
+
+
+def _row(item: Any, where: str) -> tuple[np.dtype, tuple[int, ...], int, int]:
+    """(dtype, shape, first byte, byte behind the last) of an entry of a header."""
+    try:
+        name = item["dtype"]
+        shape = item["shape"]
+        offsets = item["data_offsets"]
+        counts = [*shape, *offsets]
+    except (TypeError, KeyError):
+        raise ValueError(f"{where} lacks dtype, shape or data_offsets; download the file again") from None
+    if len(offsets) != 2 or not all(type(count) is int and count >= 0 for count in counts):
+        raise ValueError(
+            f"{where} has shape {shape!r:.80} and data_offsets {offsets!r:.80}, which must be whole numbers, two of "
+            "them offsets; download the file again"
+        )
+    if not isinstance(name, str) or name not in _DTYPES:
+        raise ValueError(
+            f"{where} has dtype {name!r:.80}; supported are {', '.join(_DTYPES)}. Dequantise the model first"
+        )
+    return _DTYPES[name], tuple(shape), *offsets
 
 
 def write_safetensors(

@@ -1,34 +1,47 @@
-"""Import of GGUF files of the llama, qwen2 and qwen3 architectures, dequantised.
+"""Import of GGUF files of the llama, qwen2 and qwen3 architectures, dequantised by `gguf.quants`."""
 
-The header is read here, since the reader of the `gguf` package spends seconds on the tokenizer's tables, which are of
-no use to weights; block formats are left to `gguf.quants`.
-"""
-
+import functools
+import itertools
 import math
 import os
-import struct
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
+from rljax.gguf_header import GGUFHeader, GGUFTensor, read_gguf_header
 from rljax.models.assemble import assemble
 from rljax.models.config import DecoderConfig, RopeScaling
 from rljax.models.families import Entry, entries
+from rljax.models.files import shown
 from rljax.models.huggingface import check_names, check_shape, with_dtypes
 from rljax.models.rope import llama3_divisors
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3")
 
-_SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
-_STRING, _ARRAY = 8, 9
 _ROPE_FACTORS = "rope_freqs.weight"  # how llama.cpp stores llama3 scaling: one divisor per frequency
 
+# Keys behind the architecture's name that change no number that the decoder computes.
+_INERT = ("vocab_size", "tensor_data_layout", "pooling_type", "rope.scaling.finetuned")
 
-class GGUFTensor(NamedTuple):
-    shape: tuple[int, ...]  # rows first
-    type: int
-    start: int
+# Keys that are harmless at these values alone: those at which llama.cpp computes what it does without the key.
+_NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "attention.causal": (True,),
+    "attention.clamp_kqv": (0,),
+    "attention.max_alibi_bias": (0,),
+    "attn_logit_softcapping": (0,),
+    "embedding_scale": (0, 1),
+    "expert_count": (0,),
+    "expert_used_count": (0,),
+    "final_logit_softcapping": (0,),
+    "logit_scale": (0, 1),
+    "residual_scale": (0, 1),
+    "rope.scaling.alpha": (0,),
+    "rope.scaling.yarn_attn_factor": (1,),
+    "rope.scaling.yarn_ext_factor": (-1, 1),
+    "rope.scaling.yarn_log_multiplier": (0,),
+    "use_parallel_residual": (False,),
+}
 
 
 def load_gguf(
@@ -47,7 +60,7 @@ def load_gguf(
     quants = _gguf_package()
     metadata, tensors = read_header(path)
     data = np.memmap(path, dtype=np.uint8, mode="r")
-    config = with_dtypes(_read_config(quants, metadata, tensors, data), dtype, param_dtype)
+    config = with_dtypes(_read_config(path, metadata, tensors, data), dtype, param_dtype)
 
     wanted = entries(config, "gguf")
     check_names({entry.name for entry in wanted}, set(tensors), {_ROPE_FACTORS}, str(path))
@@ -68,13 +81,19 @@ def load_gguf(
 
 def load_gguf_config(path: str | os.PathLike) -> DecoderConfig:
     """The config alone, in float32; no weight is read. Errors as in `load_gguf`."""
-    metadata, tensors = read_header(Path(path))
-    return _read_config(_gguf_package(), metadata, tensors, np.memmap(path, dtype=np.uint8, mode="r"))
+    path = Path(path)
+    metadata, tensors = read_header(path)
+    return _read_config(path, metadata, tensors, np.memmap(path, dtype=np.uint8, mode="r"))
 
 
-def _read_config(quants, metadata: dict[str, Any], tensors: dict[str, GGUFTensor], data: np.ndarray) -> DecoderConfig:
-    divisors = _dequantise(quants, data, tensors[_ROPE_FACTORS]) if _ROPE_FACTORS in tensors else None
-    return config_from_gguf(metadata, tensors, divisors)
+def _read_config(
+    path: Path, metadata: dict[str, Any], tensors: dict[str, GGUFTensor], data: np.ndarray
+) -> DecoderConfig:
+    divisors = _dequantise(_gguf_package(), data, tensors[_ROPE_FACTORS]) if _ROPE_FACTORS in tensors else None
+    try:
+        return config_from_gguf(metadata, tensors, divisors)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
 
 
 def _gguf_package():
@@ -85,58 +104,118 @@ def _gguf_package():
     return quants
 
 
+class _Keys:
+    """The keys of one architecture; it remembers which were asked for."""
+
+    def __init__(self, metadata: dict[str, Any], arch: str):
+        self.arch = arch
+        self.values = {k.removeprefix(f"{arch}."): v for k, v in metadata.items() if k.startswith(f"{arch}.")}
+        self.asked: set[str] = set()
+
+    def get(self, key: str, kinds: type | tuple[type, ...], default: Any = None) -> Any:
+        """The value of `key`, one of `kinds`. ValueError where there is none and no default."""
+        self.asked.add(key)
+        value = self.values.get(key, default)
+        if value is None:
+            raise ValueError(f"GGUF metadata lacks {self.arch}.{key}")
+        # Some writers repeat a number for every layer.
+        if isinstance(value, list) and value and all(item == value[0] for item in value):
+            value = value[0]
+        if isinstance(value, list):
+            raise ValueError(f"GGUF metadata {self.arch}.{key} differs by layer, which no supported family does")
+        # A truth value is a whole number to Python, not to the file.
+        if not isinstance(value, kinds) or isinstance(value, bool):
+            raise ValueError(f"GGUF metadata {self.arch}.{key} is {value!r:.80}, which has the wrong type")
+        return value
+
+    def whole(self, key: str, default: int | None = None) -> int:
+        return self.get(key, int, default)
+
+    def real(self, key: str, default: float | None = None) -> float:
+        return float(self.get(key, (int, float), default))
+
+    def check_rest(self) -> None:
+        """ValueError for a key that nobody asked for and that may change what the model computes."""
+        for key, value in self.values.items():
+            if key in self.asked or key in _INERT or value in _NEUTRAL.get(key, ()):
+                continue
+            raise ValueError(
+                f"GGUF metadata {self.arch}.{key}={value!r:.80} is not supported: it may change what the model "
+                "computes; take the model's Hugging Face folder"
+            )
+
+
 def config_from_gguf(
     metadata: dict[str, Any], tensors: dict[str, GGUFTensor], rope_divisors: np.ndarray | None = None
 ) -> DecoderConfig:
-    """The `DecoderConfig` that a GGUF header describes, in float32. Raises ValueError naming what is not supported."""
+    """The `DecoderConfig` that a GGUF header describes, in float32.
+
+    What the file leaves out is what llama.cpp takes (src/llama-model.cpp, `load_hparams`). Raises ValueError naming
+    what is not supported, every unknown key of the architecture among it.
+    """
     arch = metadata.get("general.architecture")
     if arch not in ARCHITECTURES:
-        raise ValueError(f"GGUF architecture {arch!r} is not supported; supported are {', '.join(ARCHITECTURES)}")
-
-    def get(key: str, default: Any = None) -> Any:
-        value = metadata.get(f"{arch}.{key}", default)
-        if value is None:
-            raise ValueError(f"GGUF metadata lacks {arch}.{key}")
-        # Some writers repeat a number for every layer.
-        if isinstance(value, list) and len(set(value)) == 1:
-            value = value[0]
-        if isinstance(value, list):
-            raise ValueError(f"GGUF metadata {arch}.{key} differs by layer, which no supported family does")
-        return value
-
-    if get("expert_count", 0):
-        raise ValueError(f"GGUF file has {get('expert_count')} experts; mixtures of experts are not supported")
-
-    heads = get("attention.head_count")
-    embed_dim = get("embedding_length")
-    head_dim = get("attention.key_length", embed_dim // heads)
-    if get("rope.dimension_count", head_dim) != head_dim:
-        raise ValueError(f"GGUF {arch}.rope.dimension_count={get('rope.dimension_count')} must equal {head_dim=}")
+        raise ValueError(f"GGUF architecture {arch!r:.80} is not supported; supported are {', '.join(ARCHITECTURES)}")
+    keys = _Keys(metadata, arch)
+    if experts := keys.whole("expert_count", 0):
+        raise ValueError(f"GGUF file has {experts} experts; mixtures of experts are not supported")
     if "token_embd.weight" not in tensors:
         raise ValueError("GGUF file lacks tensor token_embd.weight")
 
+    layers = keys.whole("block_count")
+    if layers > len(tensors):
+        raise ValueError(f"GGUF metadata {arch}.block_count={layers} is more than the {len(tensors)} tensors there are")
+    heads = keys.whole("attention.head_count")
+    embed_dim = keys.whole("embedding_length")
+    head_dim = keys.whole("attention.key_length", embed_dim // max(heads, 1))
+    for key in ("rope.dimension_count", "attention.value_length"):
+        if (given := keys.whole(key, head_dim)) != head_dim:
+            raise ValueError(f"GGUF {arch}.{key}={given} must equal {head_dim=}")
+    # llama.cpp takes 0 for a scale that is not given.
+    scale = keys.real("attention.scale", 0.0)
+    if scale and not math.isclose(scale * math.sqrt(max(head_dim, 1)), 1.0, rel_tol=1e-5):
+        raise ValueError(f"GGUF {arch}.attention.scale={scale} is not supported; it must be 1 / sqrt({head_dim=})")
+
     # What no key says, the tensors that are there do.
-    context = get("context_length")
-    theta = float(get("rope.freq_base", 10_000.0))
-    return DecoderConfig(
-        family=arch,
+    context = keys.whole("context_length")
+    window = _window(keys, context)
+    theta = keys.real("rope.freq_base", 10_000.0)
+    config = DecoderConfig(
+        # Only Mistral's models have a window in llama's architecture, and only its family can write it.
+        family="mistral" if window is not None else arch,
         vocab_size=tensors["token_embd.weight"].shape[0],
-        num_layers=get("block_count"),
+        num_layers=layers,
         embed_dim=embed_dim,
         num_heads=heads,
-        num_kv_heads=get("attention.head_count_kv", heads),
+        num_kv_heads=keys.whole("attention.head_count_kv", heads),
         head_dim=head_dim,
-        mlp_dim=get("feed_forward_length"),
+        mlp_dim=keys.whole("feed_forward_length"),
         rope_theta=theta,
-        rope_scaling=_scaling(get, context, theta, head_dim, rope_divisors),
-        norm_eps=_shortest(get("attention.layer_norm_rms_epsilon")),
+        rope_scaling=_scaling(keys, context, theta, head_dim, rope_divisors),
+        norm_eps=_shortest(keys.real("attention.layer_norm_rms_epsilon")),
         tied_embeddings="output.weight" not in tensors,
         attention_bias="blk.0.attn_q.bias" in tensors,
         output_bias="blk.0.attn_output.bias" in tensors,
         mlp_bias="blk.0.ffn_gate.bias" in tensors,
         qk_norm=arch == "qwen3",
+        sliding_window=window,
         max_position=context,
     )
+    keys.check_rest()
+    return config
+
+
+def _window(keys: _Keys, context: int) -> int | None:
+    """The window of all layers; None where they see everything."""
+    window = keys.whole("attention.sliding_window", 0)
+    if window == 0 or window >= context:
+        return None
+    if keys.arch != "llama":
+        raise ValueError(
+            f"GGUF {keys.arch}.attention.sliding_window={window} does not say which layers slide; take the model's "
+            "Hugging Face folder"
+        )
+    return window
 
 
 def _shortest(value: float) -> float:
@@ -144,34 +223,43 @@ def _shortest(value: float) -> float:
     return float(str(np.float32(value)))
 
 
-def _scaling(get, context: int, theta: float, head_dim: int, divisors: np.ndarray | None) -> RopeScaling:
-    # No key says llama3: only the tensor does, and it goes before whatever the keys say.
-    if divisors is not None:
-        return _llama3_from_divisors(divisors, theta, head_dim)
+def _scaling(keys: _Keys, context: int, theta: float, head_dim: int, divisors: np.ndarray | None) -> RopeScaling:
+    # A factor without a type is linear; `scale_linear` is its older name, and 0 stands for none.
+    kind = keys.get("rope.scaling.type", str, "linear")
+    factor = keys.real("rope.scaling.factor", keys.real("rope.scale_linear", 0.0))
+    factor = 1.0 if kind == "none" or factor == 0.0 else factor
+    original = keys.whole("rope.scaling.original_context_length", context)
+    attention = _shortest(keys.real("rope.scaling.attn_factor", 1.0))
+    if kind not in ("none", "linear", "yarn"):
+        raise ValueError(
+            f"GGUF rope scaling {kind!r:.80} is not supported; supported are none, linear, yarn and llama3"
+        )
+    if kind != "yarn" and attention != 1.0:
+        raise ValueError(f"GGUF rope.scaling.attn_factor={attention} is not supported without yarn; it must be 1")
 
-    kind = get("rope.scaling.type", "none")
-    if kind == "none":
-        return RopeScaling()
-    factor = float(get("rope.scaling.factor"))
-    if kind == "linear":
-        return RopeScaling(type="linear", factor=factor)
+    # No key says llama3: only the tensor does.
+    if divisors is not None:
+        if factor != 1.0:
+            raise ValueError(f"GGUF rope.scaling.factor={factor} beside tensor {_ROPE_FACTORS} is not supported")
+        return _llama3_from_divisors(divisors, theta, head_dim)
     if kind != "yarn":
-        raise ValueError(f"GGUF rope scaling {kind!r} is not supported; supported are none, linear, yarn and llama3")
+        return RopeScaling() if factor == 1.0 else RopeScaling(type="linear", factor=factor)
 
     # The file's factor multiplies yarn's own, which is what None stands for.
-    attention = _shortest(get("rope.scaling.attn_factor", 1.0))
     return RopeScaling(
         type="yarn",
         factor=factor,
-        original_max_position=get("rope.scaling.original_context_length", context),
-        beta_fast=float(get("rope.scaling.yarn_beta_fast", 32.0)),
-        beta_slow=float(get("rope.scaling.yarn_beta_slow", 1.0)),
-        attention_factor=None if attention == 1.0 else attention * (0.1 * math.log(factor) + 1.0),
+        original_max_position=original,
+        beta_fast=keys.real("rope.scaling.yarn_beta_fast", 32.0),
+        beta_slow=keys.real("rope.scaling.yarn_beta_slow", 1.0),
+        attention_factor=None if attention == 1.0 else attention * (0.1 * math.log(max(factor, 1.0)) + 1.0),
     )
 
 
 def _llama3_from_divisors(divisors: np.ndarray, theta: float, head_dim: int) -> RopeScaling:
     """The llama3 settings that give these divisors. All released models use bands 1 and 4 of 8192 positions."""
+    if divisors.shape != (head_dim // 2,):
+        raise ValueError(f"GGUF tensor {_ROPE_FACTORS} is {list(divisors.shape)}, not the half of {head_dim=}")
     scaling = RopeScaling(
         type="llama3",
         factor=float(divisors.max()),
@@ -212,92 +300,57 @@ def _dequantise(quants, data: np.ndarray, tensor: GGUFTensor) -> np.ndarray:
     return quants.dequantize(raw.reshape(blocks // per_row, per_row * block_bytes), kind).reshape(tensor.shape)
 
 
-def read_header(path: Path) -> tuple[dict[str, Any], dict[str, GGUFTensor]]:
-    """Metadata (less the tokenizer's arrays) and tensor table of a GGUF file of version 2 or 3."""
+def read_header(path: Path) -> GGUFHeader:
+    """Metadata (less the tokenizer's) and tensor table of a GGUF file. ValueError for a tensor of a format that cannot
+    be read, outside of the file or in another one's bytes."""
+    header = read_gguf_header(path, lambda key: not key.startswith("tokenizer."))
+    length = path.stat().st_size
+    spans = []
+    for name, tensor in header.tensors.items():
+        count = math.prod(tensor.shape)
+        block, size = _block_format(tensor.type, f"{path}: tensor {shown(name)}")
+        # A block lies within a row.
+        if (tensor.shape[-1:] or (1,))[0] % block:
+            raise ValueError(
+                f"{path}: tensor {shown(name)} is {list(tensor.shape)}, whose rows are no blocks of {block}"
+            )
+
+        # The table is at the front: of a download that broke off, only the end of the data shows it.
+        end = tensor.start + count // block * size
+        if end > length:
+            raise ValueError(
+                f"{path} is truncated: tensor {shown(name)} ends behind the file; copy or download it again"
+            )
+        spans.append((tensor.start, end, name))
+
+    # A tensor without elements has no place of its own.
+    spans = sorted(span for span in spans if span[0] < span[1])
+    for (_, end, name), (start, _, following) in itertools.pairwise(spans):
+        if start < end:
+            raise ValueError(
+                f"{path} is corrupt: tensors {shown(name)} and {shown(following)} overlap; download it again"
+            )
+    return header
+
+
+@functools.cache
+def _readable_formats() -> dict[int, tuple[int, int]]:
+    """(elements, bytes) of a block by the number of each format that can be dequantised."""
     from gguf.constants import GGML_QUANT_SIZES
 
-    sizes = {int(kind): item for kind, item in GGML_QUANT_SIZES.items()}
-    length = path.stat().st_size
-    data: np.ndarray = np.memmap(path, dtype=np.uint8, mode="r") if length else np.empty(0, np.uint8)
-    try:
-        metadata, tensors = _parse_header(data.data)
-    except (struct.error, IndexError, UnicodeDecodeError, KeyError) as error:
-        raise ValueError(f"{path} is truncated or corrupt: its GGUF header ends early ({error})") from error
-
-    # The table is at the front: of a download that broke off, only the end of the data shows it.
-    for name, tensor in tensors.items():
-        if tensor.type not in sizes:
-            raise ValueError(f"{path}: tensor {name} has unknown GGUF type {tensor.type}; update the gguf package")
-        block, size = sizes[tensor.type]
-        if tensor.start + math.prod(tensor.shape) // block * size > length:
-            raise ValueError(f"{path} is truncated: tensor {name} ends behind the file; copy or download it again")
-    return metadata, tensors
+    quants = _gguf_package()
+    readable = {}
+    for kind, (elements, size) in GGML_QUANT_SIZES.items():
+        try:
+            quants.dequantize(np.zeros((1, size), np.uint8), kind)
+        except NotImplementedError:
+            continue
+        readable[int(kind)] = (elements, size)
+    return readable
 
 
-def _parse_header(data: memoryview) -> tuple[dict[str, Any], dict[str, GGUFTensor]]:
-    if bytes(data[:4]) != b"GGUF":
-        raise ValueError("not a GGUF file: it does not begin with the letters GGUF")
-    (version,) = struct.unpack_from("<I", data, 4)
-    if version not in (2, 3):
-        raise ValueError(f"GGUF version {version} is not supported (2 and 3 are, little-endian); convert the file")
-
-    # The readers below move `at`, the place in the file, behind what they have read.
-    tensor_count, field_count = struct.unpack_from("<QQ", data, 8)
-    at = 24
-
-    def string() -> str:
-        nonlocal at
-        (length,) = struct.unpack_from("<Q", data, at)
-        at += 8 + length
-        return str(data[at - length : at], "utf-8")
-
-    def scalar(kind: int) -> Any:
-        nonlocal at
-        code = _SCALARS[kind]
-        (value,) = struct.unpack_from("<" + code, data, at)
-        at += struct.calcsize("<" + code)
-        return value
-
-    def array(skip: bool) -> list | None:
-        nonlocal at
-        kind, length = struct.unpack_from("<IQ", data, at)
-        at += 12
-        # A vocabulary has a hundred thousand entries; nobody asks for it here.
-        if kind in _SCALARS and skip:
-            at += length * struct.calcsize("<" + _SCALARS[kind])
-        elif kind == _STRING and skip:
-            for _ in range(length):
-                at += 8 + struct.unpack_from("<Q", data, at)[0]
-        else:
-            return [string() if kind == _STRING else scalar(kind) for _ in range(length)]
-        return None
-
-    metadata: dict[str, Any] = {}
-    for _ in range(field_count):
-        key = string()
-        kind = scalar(4)
-        # Strings and arrays have a length of their own, so each value must be read, wanted or not, to find the next.
-        value: Any
-        if kind == _STRING:
-            value = string()
-        elif kind == _ARRAY:
-            value = array(skip=key.startswith("tokenizer."))
-        else:
-            value = scalar(kind)
-        if value is not None:
-            metadata[key] = value
-
-    table = []
-    for _ in range(tensor_count):
-        name = string()
-        rank = scalar(4)
-        # The fastest dimension comes first in the file.
-        shape = tuple(scalar(10) for _ in range(rank))[::-1]
-        kind = scalar(4)
-        offset = scalar(10)
-        table.append((name, shape, kind, offset))
-
-    # Offsets count from the first aligned place behind the header.
-    alignment = metadata.get("general.alignment", 32)
-    begin = -(-at // alignment) * alignment
-    return metadata, {name: GGUFTensor(shape, kind, begin + offset) for name, shape, kind, offset in table}
+def _block_format(kind: int, where: str) -> tuple[int, int]:
+    formats = _readable_formats()
+    if kind not in formats:
+        raise ValueError(f"{where} has GGUF type {kind}, which cannot be read; update the gguf package, or convert it")
+    return formats[kind]

@@ -6,7 +6,7 @@ import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import numpy as np
@@ -15,18 +15,66 @@ from jax.experimental import multihost_utils
 from rljax.models.assemble import assemble
 from rljax.models.config import DecoderConfig
 from rljax.models.families import DTYPES, Entry, config_from_hf, config_to_hf, entries
-from rljax.models.files import INDEX_FILE, SINGLE_FILE, SafetensorsFolder, split_into_files, write_safetensors
+from rljax.models.files import INDEX_FILE, SINGLE_FILE, SafetensorsFolder, shown, split_into_files, write_safetensors
 from rljax.types import Params
 
 _IGNORED = re.compile(r"rotary_emb\.inv_freq$")  # a buffer that old checkpoints carry
-_GENERATION_KEYS = ("bos_token_id", "eos_token_id", "pad_token_id")
+_GENERATION_FILE = "generation_config.json"
+_ID_KEYS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 @runtime_checkable
 class Saveable(Protocol):
-    """A tokenizer, as far as an export cares."""
+    """A tokenizer, as far as an export cares. It may have `stop_ids`, `bos_id` and `pad_id` too."""
 
     def save(self, folder: Path) -> None: ...
+
+
+class Metadata(NamedTuple):
+    """What a folder says of a model beside its weights and the tokenizer's own files, JSON-ready."""
+
+    config: dict[str, Any]
+    """config.json."""
+    generation: dict[str, Any]
+    """generation_config.json: what ends a completion, and recommended settings of sampling."""
+
+
+def read_metadata(path: str | os.PathLike) -> Metadata:
+    """The metadata of a Hugging Face folder; empty where there are no such files, and for a GGUF file. ValueError for
+    a file that is no JSON object."""
+    found = [Path(path) / name for name in ("config.json", _GENERATION_FILE)]
+    return Metadata(*(read_json(file) if file.is_file() else {} for file in found))
+
+
+def written_metadata(config: DecoderConfig, source: Metadata, tokenizer: Any = None) -> Metadata:
+    """The metadata of an export of `config`: that of the model that the weights came from, with our own keys of the
+    decoder, and the tokenizer's ids where the source names none.
+
+    What ends a completion is the source's list and behind it the tokenizer's `stop_ids`, so that `generate` ends where
+    sampling does. ValueError as in `config_to_hf`.
+    """
+    described = {key: value for key, value in source.config.items() if key not in _OWNED} | config_to_hf(config)
+    generation = {key: value for key, value in source.generation.items() if key not in _OWNED_GENERATION}
+    ends = generation.get("eos_token_id", described.get("eos_token_id"))
+    stops = _as_list(ends) + [i for i in getattr(tokenizer, "stop_ids", ()) if i not in _as_list(ends)]
+    ids = {
+        "eos_token_id": stops[0] if len(stops) == 1 else stops or None,
+        "bos_token_id": getattr(tokenizer, "bos_id", None),
+        "pad_token_id": getattr(tokenizer, "pad_id", None),
+    }
+
+    # config.json stays as it is where it says something: only generation_config.json is read for what ends a text.
+    for key, value in ids.items():
+        said = described.get(key) if generation.get(key) is None else generation[key]
+        chosen = value if said is None or key == "eos_token_id" else said
+        if chosen is not None:
+            generation[key] = chosen
+            described[key] = chosen if described.get(key) is None else described[key]
+    return Metadata(described, generation)
+
+
+def _as_list(ids: Any) -> list[int]:
+    return [] if ids is None else list(ids) if isinstance(ids, list | tuple) else [ids]
 
 
 def load_hf(
@@ -43,15 +91,26 @@ def load_hf(
     left over or of another shape than config.json implies.
     """
     folder = Path(folder)
-    if not (folder / "config.json").exists():
-        raise ValueError(f"{folder} has no config.json; give a Hugging Face model folder")
-    config = with_dtypes(config_from_hf(read_json(folder / "config.json")), dtype, param_dtype)
+    config = with_dtypes(read_config(folder), dtype, param_dtype)
     stored = SafetensorsFolder(folder)
     wanted = entries(config)
     check_names({entry.name for entry in wanted}, set(stored.tensors), _tolerated(config, stored), str(folder))
     for entry in wanted:
         check_shape(entry, stored.tensors[entry.name].shape, str(folder))
     return config, assemble(config, wanted, lambda entry: stored.open(entry.name), shardings)
+
+
+def read_config(folder: Path) -> DecoderConfig:
+    """The config of a folder with config.json. ValueError that names the file for all that is wrong with it."""
+    file = folder / "config.json"
+    if not file.exists():
+        raise ValueError(f"{folder} has no config.json; give a Hugging Face model folder")
+    try:
+        return config_from_hf(read_json(file))
+    except ValueError as error:
+        # What the decoder's own checks say does not name the file.
+        message = str(error)
+        raise ValueError(message if str(file) in message else f"{folder}: {message}") from None
 
 
 def _tolerated(config: DecoderConfig, stored: SafetensorsFolder) -> set[str]:
@@ -76,13 +135,14 @@ def save_hf(
     tokenizer: Saveable | None = None,
     max_shard_bytes: int = 5 * 10**9,
     hf_config: Mapping[str, Any] | None = None,
+    generation_config: Mapping[str, Any] | None = None,
 ) -> None:
     """Writes config.json, safetensors (with an index when there are several files) and the tokenizer's files.
 
-    `hf_config` holds further keys of config.json, such as `eos_token_id` (or the whole config.json of the folder that
-    the weights came from); keys that describe the decoder are ours. bos, eos and pad ids also go to
-    generation_config.json. Weights are written in the dtype of `params`, gathered one tensor at a time; equal weights
-    give equal bytes. In a multi-process run every process must call it; process 0 writes.
+    `hf_config` and `generation_config` hold further keys of config.json and generation_config.json: what
+    `read_metadata` gives for the folder that the weights came from; `written_metadata` says what becomes of them.
+    Weights are written in the dtype of `params`, gathered one tensor at a time; equal weights give equal bytes. In a
+    multi-process run every process must call it; process 0 writes.
     """
     folder = Path(folder)
     found = {str(leaf.dtype) for leaf in jax.tree.leaves(params)}
@@ -91,8 +151,8 @@ def save_hf(
     dtype = np.dtype(jax.tree.leaves(params)[0].dtype)
 
     # Everything that can be wrong is found before the first file is touched.
-    description = config_to_hf(dataclasses.replace(config, param_dtype=str(dtype)))
-    description = {key: value for key, value in (hf_config or {}).items() if key not in _OWNED} | description
+    source = Metadata(dict(hf_config or {}), dict(generation_config or {}))
+    written = written_metadata(dataclasses.replace(config, param_dtype=str(dtype)), source, tokenizer)
     wanted = {entry.name: entry for entry in entries(config)}
     for entry in wanted.values():
         check_shape(entry, _stored_shape(entry, _weight(params, entry)), "params")
@@ -101,7 +161,7 @@ def save_hf(
     writes = jax.process_index() == 0
     if writes:
         folder.mkdir(parents=True, exist_ok=True)
-        for old in [*folder.glob("model*.safetensors"), folder / INDEX_FILE]:
+        for old in [*folder.glob("model*.safetensors"), folder / INDEX_FILE, folder / _GENERATION_FILE]:
             old.unlink(missing_ok=True)
 
     # Every process makes the same split, so that all gather the same tensors in the same order.
@@ -124,12 +184,11 @@ def save_hf(
     if len(files) > 1:
         total = {"total_parameters": sum(sizes.values()), "total_size": sum(sizes.values()) * dtype.itemsize}
         write_json(folder / INDEX_FILE, {"metadata": total, "weight_map": weight_map})
-    write_json(folder / "config.json", description)
-    generation = {key: description[key] for key in _GENERATION_KEYS if description.get(key) is not None}
-    if generation:
-        write_json(folder / "generation_config.json", {"_from_model_config": True, **generation})
     if tokenizer is not None:
         tokenizer.save(folder)
+    write_json(folder / "config.json", written.config)
+    if written.generation:
+        write_json(folder / _GENERATION_FILE, written.generation)
 
 
 # Keys that an imported config.json may hold and that only config_to_hf may write.
@@ -142,6 +201,7 @@ _OWNED = frozenset(
         "mlp_bias",
         "original_max_position_embeddings",
         "partial_rotary_factor",
+        "quantization_config",
         "rope_parameters",
         "rope_scaling",
         "rope_theta",
@@ -150,6 +210,10 @@ _OWNED = frozenset(
         "use_sliding_window",
     }
 )
+
+
+# With it transformers takes what ends a text from config.json, which may name one id of several.
+_OWNED_GENERATION = frozenset({"_from_model_config"})
 
 
 def _weight(params: Params, entry: Entry) -> jax.Array:
@@ -190,11 +254,13 @@ def with_dtypes(config: DecoderConfig, dtype: str | None, param_dtype: str | Non
 def check_names(wanted: set[str], stored: set[str], tolerated: set[str], where: str) -> None:
     """ValueError naming the tensors that `where` lacks, or holds without the config asking for them."""
     if missing := sorted(wanted - stored):
-        raise ValueError(f"{where} lacks tensor {missing[0]} ({len(missing)} missing in all); the file is incomplete")
+        raise ValueError(
+            f"{where} lacks tensor {shown(missing[0])} ({len(missing)} missing in all); the file is incomplete"
+        )
     if extra := sorted(stored - wanted - tolerated):
         raise ValueError(
-            f"{where} holds tensor {extra[0]} ({len(extra)} left over in all), which its config does not describe; "
-            "importing would drop it"
+            f"{where} holds tensor {shown(extra[0])} ({len(extra)} left over in all), which its config does not "
+            "describe; importing would drop it"
         )
 
 
@@ -205,10 +271,14 @@ def check_shape(entry: Entry, shape: tuple[int, ...], where: str) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
+    """The object of a JSON file; a byte order mark is tolerated. ValueError, naming the file, for anything else."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from error
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} must hold a JSON object, not {content!r:.80}")
+    return content
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:

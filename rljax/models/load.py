@@ -6,9 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from rljax.models.config import DecoderConfig
-from rljax.models.families import config_from_hf
 from rljax.models.gguf import load_gguf, load_gguf_config
-from rljax.models.huggingface import load_hf, read_json, with_dtypes
+from rljax.models.huggingface import load_hf, read_config, with_dtypes
 
 
 def load_model(
@@ -32,7 +31,7 @@ def load_model(
 def load_config(path: str | os.PathLike, *, dtype: str = "float32", param_dtype: str | None = None) -> DecoderConfig:
     """The config that `load_model` would return; no weight is read. ValueError as there."""
     path = _check_path(path)
-    config = config_from_hf(read_json(path / "config.json")) if path.is_dir() else load_gguf_config(path)
+    config = read_config(path) if path.is_dir() else load_gguf_config(path)
     return with_dtypes(config, dtype, param_dtype or dtype)
 
 

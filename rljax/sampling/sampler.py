@@ -297,7 +297,7 @@ class Sampler:
 
         scaling = config.rope_scaling
         dynamic = scaling.type == "dynamic"
-        longest = (scaling.original_max_position or config.max_position) if dynamic else config.max_position
+        longest = (scaling.original_max_position or config.max_position) if dynamic else config.longest_sequence
         if len(prompt) + limit > longest:
             reason = "dynamic RoPE scaling would change all earlier keys" if dynamic else "the model knows no position"
             raise ValueError(

@@ -99,10 +99,10 @@ class TurnDecoderSpec:
             "smallest of prefill_chunks": min(self.prefill_chunks, default=0),
         }
         _check_positive(sizes)
-        if not self.max_new_tokens < self.context_length <= config.max_position:
+        if not self.max_new_tokens < self.context_length <= config.longest_sequence:
             raise ValueError(
                 f"context_length={self.context_length} must be above max_new_tokens={self.max_new_tokens} and at most "
-                f"the model's {config.max_position} positions"
+                f"the model's {config.longest_sequence} positions"
             )
         if config.rope_scaling.type == "dynamic":
             raise ValueError("dynamic RoPE scaling changes earlier keys as a context grows; choose another scaling")

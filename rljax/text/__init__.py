@@ -4,11 +4,12 @@ A tokenizer is anything that follows `Tokenizer`. `load_tokenizer` reads the thr
 with; `CharTokenizer` and `ByteTokenizer` serve small models trained from nothing.
 """
 
+from rljax.gguf_header import read_gguf_metadata
 from rljax.text.base import Message, Tokenizer
 from rljax.text.char import ByteTokenizer, CharTokenizer
+from rljax.text.chat import with_chat_settings
 from rljax.text.dialogue import Dialogue
 from rljax.text.gguf import load_gguf_tokenizer
-from rljax.text.gguf_metadata import read_gguf_metadata
 from rljax.text.huggingface import HuggingFaceTokenizer, load_huggingface_tokenizer
 from rljax.text.load import load_tokenizer
 from rljax.text.prompts import check_messages, render_prompt
@@ -30,4 +31,5 @@ __all__ = [
     "load_tokenizer",
     "read_gguf_metadata",
     "render_prompt",
+    "with_chat_settings",
 ]

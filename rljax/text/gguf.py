@@ -4,13 +4,13 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-from rljax.text.gguf_metadata import read_gguf_metadata
+from rljax.gguf_header import read_gguf_metadata
 from rljax.text.huggingface import HuggingFaceTokenizer, import_transformers
 
 # values of tokenizer.ggml.token_type
 _NORMAL = 1
-_UNKNOWN = 2
-_CONTROL = 3
+UNKNOWN = 2
+CONTROL = 3
 _USER_DEFINED = 4
 
 _SPACE = "▁"
@@ -38,6 +38,7 @@ SPLIT_REGEX = {
 SINGLE_DIGITS = ("smollm", "refact", "starcoder", "command-r")  # the GPT-2 split, each digit alone
 GPT2_SPLIT = ("gpt-2", "gpt2", "olmo")
 _WHOLE_TOKENS_FIRST = ("llama-bpe", "llama3", "llama-v3", "tekken")  # a chunk that is a token is not merged up to it
+_ADDS_BOS = _WHOLE_TOKENS_FIRST  # llama.cpp's default where a file has no tokenizer.ggml.add_bos_token
 _NFC = ("qwen2", "deepseek-r1-qwen")
 
 
@@ -52,31 +53,49 @@ def load_gguf_tokenizer(
     wanted = ("tokenizer.", "general.name", "general.architecture")
     meta = read_gguf_metadata(path, lambda key: key.startswith(wanted) or key.endswith(".context_length"))
     kind = meta.get("tokenizer.ggml.model")
-    builders = {"gpt2": _byte_level_bpe, "llama": _sentencepiece_bpe}
-    if kind not in builders:
+    builders = {"gpt2": _byte_level_bpe, "llama": _from_scores}
+    if not isinstance(kind, str) or kind not in builders:
         raise ValueError(
-            f"{path} has a tokenizer of the kind {kind!r}; {sorted(builders)} can be rebuilt. "
+            f"{path} has a tokenizer of the kind {kind!r:.80}; {sorted(builders)} can be rebuilt. "
             "Use the model's Hugging Face folder, or give its tokenizer by a path of its own"
         )
 
-    tokens = _field(meta, "tokenizer.ggml.tokens", path)
-    types = meta.get("tokenizer.ggml.token_type") or [_NORMAL] * len(tokens)
-    tokenizer = builders[kind](meta, tokens, path)
-    _add_special_tokens(tokenizer, tokens, types)
-    return _wrap(tokenizer, meta, tokens, template_kwargs)
+    tokens = _list(meta, "tokenizer.ggml.tokens", str, path)
+    types = [_NORMAL] * len(tokens)
+    if "tokenizer.ggml.token_type" in meta:
+        types = _list(meta, "tokenizer.ggml.token_type", int, path, len(tokens))
+    try:
+        tokenizer = builders[kind](meta, tokens, path)
+        add_special_tokens(tokenizer, tokens, types)
+        return _wrap(tokenizer, meta, tokens, template_kwargs)
+    except Exception as error:  # the packages raise many kinds, from deep inside
+        if isinstance(error, ValueError) and str(path) in str(error):
+            raise
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise ValueError(f"{path} has a tokenizer that cannot be rebuilt: {reason:.200}") from error
 
 
-def _field(meta: Mapping[str, Any], key: str, path: str | os.PathLike) -> Any:
+def _list(
+    meta: Mapping[str, Any], key: str, kind: type | tuple[type, ...], path: str | os.PathLike, length: int | None = None
+) -> list[Any]:
+    """A list from the file, all of one kind and, if told so, as long as the vocabulary."""
     if key not in meta:
         raise ValueError(f"{path} has no metadata field {key!r}, so its tokenizer cannot be rebuilt; convert it again")
-    return meta[key]
+    value = meta[key]
+    if not isinstance(value, list) or not all(isinstance(item, kind) for item in value):
+        raise ValueError(f"{path}: metadata field {key!r} is {value!r:.80}, which has the wrong type; convert it again")
+    if length is not None and len(value) != length:
+        raise ValueError(
+            f"{path}: metadata field {key!r} has {len(value)} entries for {length} tokens; convert it again"
+        )
+    return value
 
 
 def _byte_level_bpe(meta: Mapping[str, Any], tokens: list[str], path: str | os.PathLike) -> Any:
     from tokenizers import Regex, Tokenizer, decoders, normalizers, pre_tokenizers
     from tokenizers.models import BPE
 
-    pre = meta.get("tokenizer.ggml.pre")
+    pre = str(meta.get("tokenizer.ggml.pre"))
     if pre in SPLIT_REGEX:
         split = [
             pre_tokenizers.Split(Regex(SPLIT_REGEX[pre]), behavior="isolated"),
@@ -89,12 +108,12 @@ def _byte_level_bpe(meta: Mapping[str, Any], tokens: list[str], path: str | os.P
     else:
         known = sorted([*SPLIT_REGEX, *SINGLE_DIGITS, *GPT2_SPLIT])
         raise ValueError(
-            f"{path} splits text by the rule {pre!r} (tokenizer.ggml.pre), which is not known here; known: {known}. "
+            f"{path} splits text by the rule {pre!r:.80} (tokenizer.ggml.pre), which is not known; known: {known}. "
             "Use the model's Hugging Face folder, or give its tokenizer by a path of its own"
         )
 
     # ids are places in the list; merges are ranked by theirs
-    merges = [tuple(merge.split(" ", 1)) for merge in _field(meta, "tokenizer.ggml.merges", path)]
+    merges = [tuple(merge.split(" ", 1)) for merge in _list(meta, "tokenizer.ggml.merges", str, path)]
     vocab = {token: i for i, token in enumerate(tokens)}
     tokenizer = Tokenizer(BPE(vocab=vocab, merges=merges, ignore_merges=pre in _WHOLE_TOKENS_FIRST))
 
@@ -104,21 +123,27 @@ def _byte_level_bpe(meta: Mapping[str, Any], tokens: list[str], path: str | os.P
     return tokenizer
 
 
-def _sentencepiece_bpe(meta: Mapping[str, Any], tokens: list[str], path: str | os.PathLike) -> Any:
+def _from_scores(meta: Mapping[str, Any], tokens: list[str], path: str | os.PathLike) -> Any:
+    scores = _list(meta, "tokenizer.ggml.scores", (int, float), path, len(tokens))
+    prefix = bool(meta.get("tokenizer.ggml.add_space_prefix", True))
+    return sentencepiece_bpe(tokens, scores, _special(meta, tokens, "unknown"), prefix=prefix)
+
+
+def sentencepiece_bpe(tokens: list[str], scores: list[float], unknown: str | None, *, prefix: bool) -> Any:
+    """A `tokenizers.Tokenizer` with the ids of a SentencePiece BPE model with byte fallback and no normalisation.
+
+    `prefix`: whether a text begins as if behind a space.
+    """
     from tokenizers import Tokenizer, decoders, normalizers
     from tokenizers.models import BPE
 
-    scores = _field(meta, "tokenizer.ggml.scores", path)
     vocab = {token: i for i, token in enumerate(tokens)}
-
-    unknown = tokens[meta.get("tokenizer.ggml.unknown_token_id", 0)]
     tokenizer = Tokenizer(
         BPE(vocab=vocab, merges=_merges(vocab, scores), unk_token=unknown, fuse_unk=True, byte_fallback=True)
     )
 
-    # SentencePiece joins pieces over spaces, which it writes as a sign; a text begins as if behind one
+    # SentencePiece joins pieces over spaces, which it writes as a sign.
     spaces = [normalizers.Replace(" ", _SPACE)]
-    prefix = meta.get("tokenizer.ggml.add_space_prefix", True)
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend(_SPACE), *spaces] if prefix else spaces)
 
     # in the opposite order: what was put in front comes off again
@@ -144,38 +169,53 @@ def _merges(vocab: dict[str, int], scores: list[float]) -> list[tuple[str, str]]
     return [row[3:] for row in ranked]
 
 
-def _add_special_tokens(tokenizer: Any, tokens: list[str], types: list[int]) -> None:
+def add_special_tokens(tokenizer: Any, tokens: list[str], types: list[int]) -> None:
+    """Makes special tokens of a `tokenizers.Tokenizer` those whose type (as in GGUF) says so."""
     from tokenizers import AddedToken
 
     # marks of the model never meet the text's normalisation, and a decoder leaves out those that are special
-    special = [t for t, kind in zip(tokens, types) if kind in (_CONTROL, _UNKNOWN)]
+    special = [t for t, kind in zip(tokens, types) if kind in (CONTROL, UNKNOWN)]
     tokenizer.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in special])
 
     own = [t for t, kind in zip(tokens, types) if kind == _USER_DEFINED]
     tokenizer.add_tokens([AddedToken(t, special=False, normalized=False) for t in own])
 
 
+def begin_with(tokenizer: Any, bos: str) -> None:
+    """Has a `tokenizers.Tokenizer` put the token `bos` in front of every text that is encoded with special tokens."""
+    from tokenizers.processors import TemplateProcessing
+
+    begin = [(bos, tokenizer.token_to_id(bos))]
+    tokenizer.post_processor = TemplateProcessing(single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=begin)
+
+
+_SENTENCEPIECE_IDS = {"unknown": 0, "bos": 1, "eos": 2}
+"""llama.cpp's ids of special tokens for the kind `llama`. Those for `gpt2` (11) are no special tokens of any model."""
+
+
+def _special(meta: Mapping[str, Any], tokens: list[str], name: str) -> str | None:
+    """A special token by what it is for: the file's, or llama.cpp's where the file does not say."""
+    default = _SENTENCEPIECE_IDS.get(name) if meta["tokenizer.ggml.model"] == "llama" else None
+    i = meta.get(f"tokenizer.ggml.{name}_token_id", default)
+    return tokens[i] if type(i) is int and 0 <= i < len(tokens) else None
+
+
 def _wrap(
     tokenizer: Any, meta: Mapping[str, Any], tokens: list[str], template_kwargs: Mapping[str, Any] | None
 ) -> HuggingFaceTokenizer:
     def token(name: str) -> str | None:
-        i = meta.get(f"tokenizer.ggml.{name}_token_id")
-        return tokens[i] if i is not None and 0 <= i < len(tokens) else None
+        return _special(meta, tokens, name)
 
-    # a file that does not say follows its kind
-    adds_bos = meta.get("tokenizer.ggml.add_bos_token", meta["tokenizer.ggml.model"] == "llama")
+    # A file that does not say follows its kind.
+    by_default = meta["tokenizer.ggml.model"] == "llama" or meta.get("tokenizer.ggml.pre") in _ADDS_BOS
+    adds_bos = meta.get("tokenizer.ggml.add_bos_token", by_default)
     bos = token("bos")
     if adds_bos and bos is not None:
-        from tokenizers.processors import TemplateProcessing
-
-        begin = [(bos, tokenizer.token_to_id(bos))]
-        tokenizer.post_processor = TemplateProcessing(
-            single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=begin
-        )
+        begin_with(tokenizer, bos)
 
     names = {"bos_token": bos, "eos_token": token("eos"), "pad_token": token("padding"), "unk_token": token("unknown")}
     context = next((v for k, v in meta.items() if k.endswith(".context_length")), None)
-    if context is not None:
+    if type(context) is int:
         names["model_max_length"] = context
 
     wrapped = import_transformers().PreTrainedTokenizerFast(

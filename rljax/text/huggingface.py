@@ -9,6 +9,8 @@ from typing import Any
 
 from rljax.text.base import END_OF_TURN_TOKENS, Message, unique
 
+GENERATION_FILE = "generation_config.json"
+
 
 class HuggingFaceTokenizer:
     """Wraps a `transformers` tokenizer.
@@ -44,6 +46,7 @@ class HuggingFaceTokenizer:
         # ids may have gaps, so not the number of tokens
         self.vocab_size: int = max(tokenizer.get_vocab().values()) + 1
         self.adds_bos: bool = self._finds_bos() if adds_bos is None else adds_bos
+        self.system_prompt: str = ""
         self._template_kwargs = dict(template_kwargs or {})
 
     def _finds_bos(self) -> bool:
@@ -62,15 +65,17 @@ class HuggingFaceTokenizer:
         return self.hf.decode(known, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
     def apply_chat_template(self, messages: Sequence[Message], add_generation_prompt: bool = True) -> list[int]:
-        """A message may have a key `tools`, JSON schemas of functions, which the template is shown.
+        """A message may have a key `tools`, JSON schemas of functions, which the template is shown. `system_prompt`
+        stands before messages that do not begin with a system message.
 
         Raises ValueError without a chat template, or if the template refuses the messages.
         """
         if not self.has_chat_template:
             raise ValueError(
                 "this tokenizer has no chat template, so it cannot take a list of messages; "
-                "give prompts as plain text, or add chat_template to its tokenizer_config.json"
+                "give prompts as plain text (config.data.chat=False), or a template with config.model.chat_template"
             )
+        messages = self._behind_system_prompt(messages)
         try:
             import jinja2
         except ImportError:
@@ -90,6 +95,22 @@ class HuggingFaceTokenizer:
         except jinja2.TemplateError as error:
             raise ValueError(f"the chat template refused {list(messages)!r}: {error}") from error
 
+    def _behind_system_prompt(self, messages: Sequence[Message]) -> Sequence[Message]:
+        own = bool(messages) and messages[0].get("role") == "system"
+        return messages if own or not self.system_prompt else [_system(self.system_prompt), *messages]
+
+    def with_chat(
+        self, chat_template: str, system_prompt: str, template_kwargs: Mapping[str, Any]
+    ) -> "HuggingFaceTokenizer":
+        """The same tokenizer with another template and system prompt (empty: its own), and `template_kwargs` as well.
+        `rljax.text.with_chat_settings` checks them."""
+        other = self.with_template_kwargs(**template_kwargs)
+        other.system_prompt = system_prompt or self.system_prompt
+        if chat_template:
+            other.hf = copy.copy(self.hf)
+            other.hf.chat_template = chat_template
+        return other
+
     def with_template_kwargs(self, **template_kwargs: Any) -> "HuggingFaceTokenizer":
         """The same tokenizer whose chat template gets these as well, such as `tools`."""
         other = copy.copy(self)
@@ -97,9 +118,16 @@ class HuggingFaceTokenizer:
         return other
 
     def save(self, folder: str | os.PathLike) -> None:
-        """Write `tokenizer.json`, `tokenizer_config.json` and the chat template."""
+        """Write `tokenizer.json`, `tokenizer_config.json`, the chat template and, in `generation_config.json`, what
+        ends a completion."""
         Path(folder).mkdir(parents=True, exist_ok=True)
         self.hf.save_pretrained(str(folder))
+        file = Path(folder) / GENERATION_FILE
+        file.write_text(json.dumps({"eos_token_id": list(self.stop_ids)}) + "\n", encoding="utf-8")
+
+
+def _system(text: str) -> Message:
+    return {"role": "system", "content": text}
 
 
 def _tools(messages: Sequence[Message]) -> list[Any] | None:
@@ -111,21 +139,49 @@ def load_huggingface_tokenizer(
 ) -> HuggingFaceTokenizer:
     """The tokenizer of a local model folder; nothing is ever downloaded.
 
-    End tokens come from `generation_config.json` where the folder has one, else from the vocabulary. Raises ValueError
-    if the folder cannot be read.
+    The ids are those of the folder's own files: transformers rebuilds the tokenizers of some families by their name,
+    whatever splitting tokenizer.json describes. End tokens come from `generation_config.json` where the folder has
+    one, else from the vocabulary. Raises ValueError if the folder cannot be read.
     """
-    transformers = import_transformers()
+    folder = Path(folder)
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+        tokenizer = _load(folder)
     except Exception as error:  # transformers raises many kinds, from deep inside
-        raise ValueError(
-            f"cannot load a tokenizer from the folder {folder}: {type(error).__name__}: {error}"
-        ) from error
-    return HuggingFaceTokenizer(tokenizer, stop_ids=_generation_stop_ids(Path(folder)), template_kwargs=template_kwargs)
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise ValueError(f"cannot load a tokenizer from the folder {folder}: {reason:.300}") from error
+    return HuggingFaceTokenizer(tokenizer, stop_ids=_generation_stop_ids(folder), template_kwargs=template_kwargs)
+
+
+def _load(folder: Path) -> Any:
+    """The `transformers` tokenizer of what `folder` holds."""
+    transformers = import_transformers()
+    file = folder / "tokenizer.json"
+    if file.is_file():
+        # The class that takes the file as it is; the one that AutoTokenizer picks may keep its vocabulary alone.
+        tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(str(folder), local_files_only=True)
+        _check_rules(tokenizer.backend_tokenizer, file)
+        return tokenizer
+    if (folder / "tokenizer.model").is_file():
+        from rljax.text.rebuild import sentencepiece_folder_tokenizer
+
+        return sentencepiece_folder_tokenizer(folder)
+    return transformers.AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+
+
+def _check_rules(loaded: Any, file: Path) -> None:
+    """ValueError unless a tokenizer normalises, splits and joins text as its file says."""
+    from tokenizers import Tokenizer
+
+    described = Tokenizer.from_file(str(file))
+    for part in ("normalizer", "pre_tokenizer", "decoder"):
+        wanted = getattr(described, part)
+        found = getattr(loaded, part)
+        if (wanted and wanted.__getstate__()) != (found and found.__getstate__()):
+            raise ValueError(f"transformers replaced the {part} of {file}; install the version that wrote the file")
 
 
 def _generation_stop_ids(folder: Path) -> list[int]:
-    file = folder / "generation_config.json"
+    file = folder / GENERATION_FILE
     if not file.is_file():
         return []
     try:

@@ -111,8 +111,8 @@ class Renderer:
     def __init__(self, tokenizer: Tokenizer):
         if not tokenizer.has_chat_template:
             raise ValueError(
-                "agents send chat messages, but the tokenizer has no chat template; add chat_template to its "
-                "tokenizer_config.json"
+                "agents send chat messages, but the tokenizer has no chat template; name a file with one in "
+                "config.model.chat_template"
             )
         self.tokenizer = tokenizer
         self._lock = threading.Lock()  # fast tokenizers keep padding and truncation in a state of their own

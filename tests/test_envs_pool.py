@@ -8,6 +8,7 @@ from concurrent.futures import wait
 
 import pytest
 from replays import replay
+from test_tasks_rewards import SCRIBBLES, scribble
 
 from rljax.envs import (
     EnvironmentLimits,
@@ -50,6 +51,11 @@ class Counter:
                 os._exit(7)
             case "hang":
                 time.sleep(60)
+            case "fork":
+                if os.fork() == 0:
+                    os.execv("/nonexistent", ["x"])
+                os.wait()
+                return Step("forked")
             case "nonsense":
                 return "a text"
             case "nan":
@@ -137,6 +143,27 @@ def test_what_an_environment_does_wrong_ends_its_own_episode(pool, action, end, 
     assert episode.actions == ["1"] and pool.failures[end] == before + 1
     assert pool.step(other, "1").result(20).steps[-1].observation == "2 after True"
     assert play(pool, ["5"]).end == "done"
+
+
+def test_a_child_that_an_environment_forked_answers_for_nobody(pool):
+    episode = play(pool, ["1", "fork", "2", "1"], {"goal": 9})
+    assert [s.observation for s in episode.steps] == ["1 after True", "forked", "3 after True", "4 after True"]
+    assert play(pool, ["5"]).opening == "Count to 5."
+
+
+class Scribbles(Counter):
+    def step(self, action):
+        if action.startswith("scribble"):
+            scribble(SCRIBBLES[action])
+        return super().step(action.removeprefix("scribble ").replace("text", "1").replace("other number", "1"))
+
+
+@pytest.mark.parametrize("what", ["scribble text", "scribble other number"])
+def test_what_an_environment_writes_to_its_socket_ends_its_own_episode(what):
+    with EnvironmentPool(Scribbles, workers=1, processes=True, limits=EnvironmentLimits(step_s=5.0)) as pool:
+        other = play(pool, ["1"])
+        assert (play(pool, [what]).end, pool.failures["crashed"]) == ("crashed", 1)
+        assert pool.step(other, "1").result(20).steps[-1].observation == "2 after True"
 
 
 def test_a_row_that_cannot_be_opened_ends_its_episode(pool):

@@ -1,10 +1,15 @@
 """A reward may raise, hang, exit or return nonsense: it costs that sample, and no process stays behind."""
 
+import contextlib
+import json
 import math
 import os
+import pickle
 import signal
+import socket
 import subprocess
 import sys
+import tempfile
 import textwrap
 import time
 
@@ -21,7 +26,9 @@ from rljax.tasks import (
     batch_reward,
     load_callable,
 )
-from rljax.tasks.workers import DONE, TIMEOUT, Job, WorkerPool
+from rljax.tasks.channel import read_data, write_data
+from rljax.tasks.rewards import _outcomes_of, _resolve
+from rljax.tasks.workers import DONE, TIMEOUT, Job, Reply, WorkerPool
 
 
 def behave(completion):
@@ -45,9 +52,48 @@ def behave(completion):
         sys.exit("done")
     if completion == "interrupt":
         raise KeyboardInterrupt
+    if completion == "fork" and os.fork() == 0:
+        raise RuntimeError("the child could not start its program")
+    if completion == "fork":
+        os.wait()  # if the child lived on, this would hang
+        return 4.0
+    if completion.startswith("scribble"):
+        scribble(SCRIBBLES[completion])
+        return 1.0
     special = {"nan": math.nan, "inf": -math.inf, "none": None, "text": "1.0", "list": [1.0], "huge": 10**400}
     special |= {"lambda": lambda: 0, "numpy": np.float32(0.5), "array": np.array(2), "true": True, "int": 3}
     return special[completion] if completion in special else float(completion)
+
+
+class Executes:
+    """Pickled, it runs a command wherever it is read."""
+
+    def __reduce__(self):
+        return os.mkdir, (os.path.join(tempfile.gettempdir(), f"executed-{os.getppid()}"),)
+
+
+def frame(message):
+    """A message as a worker sends it."""
+    return b"rljx" + len(message).to_bytes(8, "big") + message
+
+
+SCRIBBLES = {
+    "scribble text": b"hello",
+    "scribble pickle": pickle.dumps(("done", Executes())),
+    "scribble framed pickle": frame(pickle.dumps((1, "done", Executes()))),
+    "scribble half a message": frame(b"[1, null]")[:-4],
+    "scribble endless message": b"rljx" + b"\xff" * 8,
+    "scribble other number": frame(json.dumps([999, "done", [{"tuple": [1.0, None, ""]}]]).encode()),
+    "scribble other kind": frame(json.dumps([None, "started", None]).encode()),
+    "scribble nesting": frame(b"[" * 100_000),
+}
+
+
+def scribble(data):
+    """Writes to every socket of this process."""
+    for descriptor in range(3, 64):
+        with contextlib.suppress(OSError), socket.socket(fileno=os.dup(descriptor)) as end:
+            end.send(data)
 
 
 def wants_answer(completion, answer):
@@ -156,6 +202,35 @@ def test_a_bad_reward_costs_its_sample_alone(runner, completion, kind, message):
     assert "\n" not in results[1].error
     changed = {k: n - before[k] for k, n in runner.failures.items() if n != before[k]}
     assert changed == {kind: 1}
+
+
+def test_a_child_that_a_reward_forked_answers_for_nobody(runner):
+    assert [r.value for r in runner.score(inputs("fork", "7", "fork", "8", "9"))] == [4.0, 7.0, 4.0, 8.0, 9.0]
+
+
+@pytest.mark.parametrize("what", SCRIBBLES)
+def test_what_a_reward_writes_to_its_socket_costs_its_sample_and_runs_nowhere(what):
+    """One worker, so that the samples behind it are those whose answers could be mistaken."""
+    with RewardRunner([RewardSpec(behave, timeout_s=1.0)], workers=1) as made:
+        results = made.score(inputs(what, "7", "8"))
+    assert [r.value for r in results] == [0.0, 7.0, 8.0]
+    assert [r.is_valid for r in results] == [False, True, True]
+    assert not os.path.exists(os.path.join(tempfile.gettempdir(), f"executed-{os.getpid()}"))
+
+
+@pytest.mark.parametrize(
+    "value", [[], [{"tuple": [1e39, None, ""]}], [{"tuple": ["1", None, ""]}], [[1.0, None, ""]], 5]
+)
+def test_a_forged_answer_is_no_reward(value):
+    outcomes = _outcomes_of(_resolve(RewardSpec(behave)), Reply(DONE, read_data(json.dumps([value]).encode())[0]), 1)
+    assert [(o.value, o.failure) for o in outcomes] == [(0.0, "crash")]
+
+
+def test_data_of_workers_arrives_as_it_was():
+    values = [None, True, 3, -0.1, "a\ud800", [1, (2, "x")], {1: {"a": (1.5,)}, ("k", 2): []}, {1, 2}]
+    assert read_data(write_data(*values, np.float64(2.5), np.str_("s"))) == [*values, 2.5, "s"]
+    with pytest.raises(TypeError, match="no plain data"):
+        write_data(object())
 
 
 def test_the_pool_survives_many_failures_at_once(runner):

@@ -357,21 +357,39 @@ class EnvironmentPool:
         self._deliver(job, answer)
 
     def _serve_in_process(self, lane: _Lane, job: _Job) -> Answer:
-        assert lane.process is not None and self._payload is not None
+        assert lane.process is not None
+        # it died while idle, or what ran in it before left something behind: not the fault of this episode
+        problem = "" if lane.process.is_sound else self._restart(lane)
+        if problem:
+            return Answer(None, CRASHED, problem)
+
         timeout_s = job.timeout_s
         if isinstance(job.request, Act) and job.episode.id not in lane.known:  # all of it is played again
             timeout_s += self._replay_timeout_s(len(job.request.past.actions))
-        lane.known.add(job.episode.id)
+        if isinstance(job.request, Close):
+            lane.known.discard(job.episode.id)
+        else:
+            lane.known.add(job.episode.id)
         answer = lane.process.serve(job.episode.id, job.request, timeout_s)
 
-        has_died = lane.process.process.returncode is not None
-        if has_died and self._finalizer.alive:
-            lane.known.clear()
-            try:
-                lane.process = HostProcess(self._payload, self._start_timeout_s)
-            except (ValueError, OSError) as error:  # the next job tries again
-                answer = Answer(None, answer.reason or CRASHED, f"{answer.error}; and no new worker started: {error}")
+        if not lane.process.is_sound:
+            problem = self._restart(lane)
+            if problem and answer.reason is not None:
+                answer = Answer(None, answer.reason, f"{answer.error}; and {problem}", answer.seconds)
         return answer
+
+    def _restart(self, lane: _Lane) -> str:
+        """A new process for the lane, whose episodes come back by replay; why there is none, if there is none."""
+        assert lane.process is not None and self._payload is not None
+        if not self._finalizer.alive:
+            return ""
+        lane.process.kill()
+        lane.known.clear()
+        try:
+            lane.process = HostProcess(self._payload, self._start_timeout_s)
+        except (ValueError, OSError) as error:  # the next job tries again
+            return f"no new worker started: {error}"
+        return ""
 
     def _give_up(self, lane: _Lane, job: _Job) -> None:
         """A thread hangs: leave it, and put another in its place."""

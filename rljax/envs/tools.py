@@ -26,6 +26,7 @@ from typing import Any
 
 from rljax.envs.formats import ToolCall, load
 from rljax.envs.sandbox import Sandbox
+from rljax.tasks.workers import end_if_forked
 
 UNKNOWN_TOOL = "unknown_tool"
 MISSING_ARGUMENT = "missing_argument"
@@ -160,8 +161,12 @@ class ToolBox:
 
         def work() -> None:
             tool = self._tools[call.name]
+            process = os.getpid()
             try:
-                value = tool(**call.arguments)
+                try:
+                    value = tool(**call.arguments)
+                finally:
+                    end_if_forked(process)
                 text = value if isinstance(value, str) else _as_text(value)
                 box.append(ToolResult(self._cut(text), None, getattr(tool, "is_final", False), value))
             except (Exception, SystemExit) as error:

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from absl import logging
 
 from rljax.tasks.callables import RewardInput, Wants, check_columns, inspect_reward, load_callable
-from rljax.tasks.workers import DONE, RAISED, TIMEOUT, Job, WorkerPool
+from rljax.tasks.workers import DONE, RAISED, TIMEOUT, Job, Reply, WorkerPool, end_if_forked
 
 EXCEPTION = "exception"
 """It raised, or exited."""
@@ -78,8 +78,12 @@ class _Scorer:
         getattr(self.reward, "warm_up", lambda: None)()
 
     def __call__(self, inputs: Sequence[RewardInput]) -> list[_Outcome]:
+        process = os.getpid()
         try:
-            result = self.reward(**self.wants.keywords(inputs))
+            try:
+                result = self.reward(**self.wants.keywords(inputs))
+            finally:
+                end_if_forked(process)
             if not self.wants.is_batch:
                 return [_as_outcome(result)]
             result = result.tolist() if hasattr(result, "tolist") else list(result)
@@ -203,8 +207,7 @@ class RewardRunner:
         # jobs of one reward are in the order of the inputs, and replies in that of the jobs
         outcomes: dict[str, list[_Outcome]] = {r.name: [] for r in self._remote}
         for (reward, size), reply in zip(owners, self._pool.run(jobs), strict=True):
-            # what fails a batch reward fails all samples of the batch
-            outcomes[reward.name] += reply.value if reply.kind == DONE else [_failed(reward, reply)] * size
+            outcomes[reward.name] += _outcomes_of(reward, reply, size)
         return outcomes
 
     def _count(self, reward: _Reward, outcomes: Sequence[_Outcome]) -> None:
@@ -244,7 +247,25 @@ def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _failed(reward: _Reward, reply: Any) -> _Outcome:
+def _outcomes_of(reward: _Reward, reply: Reply, size: int) -> list[_Outcome]:
+    """Of one call of a reward for `size` samples."""
+    if reply.kind == DONE:
+        # the process answers for code that may have written to its socket, so nothing about it is taken for granted
+        values = reply.value if isinstance(reply.value, list) and len(reply.value) == size else []
+        outcomes = [_Outcome(*value) for value in values if isinstance(value, tuple) and len(value) == 3]
+        if len(outcomes) == size and all(map(_is_outcome, outcomes)):
+            return outcomes
+        return [_Outcome(0.0, CRASH, f"its worker process answered {reply.value!r:.100}")] * size
+    # what fails a batch reward fails all samples of the batch
+    return [_failed(reward, reply)] * size
+
+
+def _is_outcome(outcome: _Outcome) -> bool:
+    is_number = type(outcome.value) is float and -_FLOAT32_MAX <= outcome.value <= _FLOAT32_MAX
+    return is_number and outcome.failure in (None, *FAILURES) and isinstance(outcome.message, str)
+
+
+def _failed(reward: _Reward, reply: Reply) -> _Outcome:
     if reply.kind == TIMEOUT:
         return _Outcome(
             0.0, TIMED_OUT, f"it ran longer than {reward.timeout_s} s and was ended; raise timeout_s if it may"

@@ -317,6 +317,34 @@ def test_a_reward_gets_what_it_names():
         assert made.score(inputs("abc", **columns))[0].value == 23
 
 
+def takes_all(prompt, completion, **columns):
+    """Counts what it finds, and leaves nothing behind."""
+    found = len(columns["cases"]) + len(columns["table"]["a"]) + len(prompt)
+    columns["cases"].clear()
+    columns["table"]["a"].clear()
+    prompt.clear()
+    return found
+
+
+@batch_reward
+def takes_all_of_a_batch(prompts, cases):
+    found = [len(prompt) + len(case) for prompt, case in zip(prompts, cases)]
+    for value in (*prompts, *cases):
+        value.clear()
+    return found
+
+
+@pytest.mark.parametrize(("reward", "value"), [(takes_all, 4.0), (takes_all_of_a_batch, 3.0)])
+@pytest.mark.parametrize("in_process", [True, False])
+def test_a_reward_cannot_change_the_data(reward, value, in_process):
+    columns = {"cases": [1, 2], "table": {"a": [3]}}
+    rows = [RewardInput([{"role": "user", "content": "?"}], "c", [1], columns) for _ in range(3)]
+    spec = RewardSpec(reward, in_process=in_process)
+    with RewardRunner([spec, RewardSpec(reward, name="again", in_process=in_process)], workers=1) as made:
+        assert [r.value for r in made.score(rows)] == [2 * value] * 3
+    assert columns == {"cases": [1, 2], "table": {"a": [3]}} and rows[0].prompt == rows[2].prompt != []
+
+
 def test_samples_run_in_several_processes_and_not_in_this_one():
     with RewardRunner([RewardSpec(where)], workers=2) as made:
         pids = {r.value for r in made.score(inputs(*["x"] * 200))}

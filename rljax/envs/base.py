@@ -58,7 +58,11 @@ class Step:
 
 @runtime_checkable
 class Environment(Protocol):
-    """One episode at a time. `row` is a row of data as a mapping, `action` the text of one turn of the policy."""
+    """One episode at a time. `row` is a row of data as a mapping, `action` the text of one turn of the policy.
+
+    One that holds more than memory (a process, a file, a connection) may have a method `close()`, which is called once
+    the episode is needed no more, also after a reset or step that failed or came too late.
+    """
 
     def reset(self, row: Mapping[str, Any]) -> Prompt: ...
 
@@ -67,8 +71,9 @@ class Environment(Protocol):
 
 @runtime_checkable
 class Snapshots(Protocol):
-    """An environment that can also be copied. It is asked for a snapshot, which must not change afterwards, after every
-    step; one without these methods is forked by replaying its actions."""
+    """An environment that can also be copied. It is asked for a snapshot after every step, and `copy.deepcopy` of it is
+    kept, so it may be live state but no handle to one. An environment without these methods is forked by replaying its
+    actions."""
 
     def snapshot(self) -> Any: ...
 

@@ -13,7 +13,8 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,7 +36,7 @@ from rljax.envs.base import (
     replay_same,
 )
 from rljax.tasks.channel import Channel, Garbled, read_data, write_data
-from rljax.tasks.workers import end_child, end_if_forked, start_child
+from rljax.tasks.workers import end_child, end_if_forked, has_ended, start_child
 
 _PATIENCE_S = 1.0  # from the end of the parent to that of a busy worker
 
@@ -100,39 +101,80 @@ class Host:
         self._environments: dict[int, Environment] = {}
         self._snapshots: dict[int, list[Any]] = {}
 
+        self._lock = threading.Lock()
+        self._busy: Counter[int] = Counter()  # episodes that a thread is at
+        self._forgotten: set[int] = set()  # those of them that nobody wants any more
+        self._to_close: list[Any] = []
+
     def check(self) -> None:
         """Makes an environment and drops it. Raises ValueError if that fails."""
         try:
-            self._make()
+            environment = self._make()
         except (Exception, SystemExit) as error:
             raise ValueError(f"the factory makes no environment: {type(error).__name__}: {error}") from error
+        self._leave(environment)
+        self._close_left()
+
+    def forget(self, episode: int) -> bool:
+        """Drop an episode, or what a thread is still about to make of it. Whether an environment is left to be closed,
+        by serving a `Close`, since that may take its time."""
+        with self._lock:
+            if self._busy[episode]:
+                self._forgotten.add(episode)
+                return False
+            self._drop(episode)
+            return bool(self._to_close)
+
+    def close(self) -> None:
+        """Close all environments that no thread is at."""
+        for episode in list(self._environments):
+            self.forget(episode)
+        self._close_left()
 
     def serve(self, episode: int, request: Request) -> Answer:
         """Never raises for what an environment does."""
         begin = time.monotonic()
+        with self._lock:
+            self._busy[episode] += 1
         try:
-            try:
-                value = self._serve(episode, request)
-            finally:
-                end_if_forked(self._process)
+            value = self._serve(episode, request)
         except MalformedStep as error:
             return Answer(None, MALFORMED, str(error), time.monotonic() - begin)
         except ReplayMismatch as error:
             return Answer(None, REPLAY, str(error), time.monotonic() - begin)
         except (Exception, SystemExit, KeyboardInterrupt) as error:
             return Answer(None, RAISED, f"{type(error).__name__}: {error}", time.monotonic() - begin)
+        finally:
+            end_if_forked(self._process)
+            self._end_service(episode)
         return Answer(value, seconds=time.monotonic() - begin)
+
+    def _end_service(self, episode: int) -> None:
+        with self._lock:
+            self._busy[episode] -= 1
+            if self._busy[episode]:
+                return
+            del self._busy[episode]
+            if episode not in self._forgotten:
+                return
+            # it was given up and released while it hung: what came of it must not stay
+            self._forgotten.discard(episode)
+            self._drop(episode)
+        with contextlib.suppress(Exception, SystemExit):
+            self._close_left()
 
     def _serve(self, episode: int, request: Request) -> Any:
         if isinstance(request, Close):
-            self._environments.pop(episode, None)
-            self._snapshots.pop(episode, None)
+            with self._lock:
+                self._drop(episode)
+            self._close_left()
             return None
 
         if isinstance(request, Start):
             environment = self._make()
-            opening = checked_prompt(environment.reset(request.row))
-            self._keep(episode, environment, [])
+            with self._left_if_it_fails(environment):
+                opening = checked_prompt(environment.reset(request.row))
+                self._keep(episode, environment, [])
             return opening
 
         if isinstance(request, Past):
@@ -148,30 +190,66 @@ class Host:
 
     def _keep(self, episode: int, environment: Environment, snapshots: list[Any]) -> None:
         """Snapshot n is that after n turns: one is added to `snapshots` here, where there are any."""
+        if isinstance(environment, Snapshots):
+            snapshots.append(_snapshot_of(environment))
         self._environments[episode] = environment
         self._snapshots[episode] = snapshots
-        if isinstance(environment, Snapshots):
-            snapshots.append(environment.snapshot())
 
     def _bring_back(self, episode: int, past: Past) -> None:
         """By snapshot where there is one, else by replay."""
-        environment = self._make()
         turn = len(past.actions)
         source = episode if past.parent is None else past.parent
         snapshots = self._snapshots.get(source, [])
 
-        if isinstance(environment, Snapshots) and turn < len(snapshots):
-            # a copy: what the environment changes from here on must not change the snapshot
-            environment.restore(copy.deepcopy(snapshots[turn]))
-            self._environments[episode] = environment
-            self._snapshots[episode] = snapshots[: turn + 1]
-            return
-
-        kept: list[Any] = []
-        player = _Recording(environment, kept) if isinstance(environment, Snapshots) else environment
-        replay_same(player, past.row, past.opening, past.actions, past.steps)
+        environment = self._make()
+        with self._left_if_it_fails(environment):
+            if isinstance(environment, Snapshots) and turn < len(snapshots):
+                # a copy: what the environment changes from here on must not change the snapshot
+                environment.restore(copy.deepcopy(snapshots[turn]))
+                kept = snapshots[: turn + 1]
+            else:
+                kept = []
+                player = _Recording(environment, kept) if isinstance(environment, Snapshots) else environment
+                replay_same(player, past.row, past.opening, past.actions, past.steps)
         self._environments[episode] = environment
         self._snapshots[episode] = kept
+
+    @contextlib.contextmanager
+    def _left_if_it_fails(self, environment: Environment) -> Iterator[None]:
+        try:
+            yield
+        except BaseException:
+            self._leave(environment)
+            raise
+
+    def _drop(self, episode: int) -> None:
+        """Under the lock."""
+        self._snapshots.pop(episode, None)
+        environment = self._environments.pop(episode, None)
+        if environment is not None:
+            self._leave(environment)
+
+    def _leave(self, environment: Environment) -> None:
+        if callable(getattr(environment, "close", None)):
+            self._to_close.append(environment)
+
+    def _close_left(self) -> None:
+        """What fails to close is told after all have been closed."""
+        failed: BaseException | None = None
+        while self._to_close:
+            try:
+                self._to_close.pop().close()
+            except IndexError:  # another thread took the last
+                break
+            except (Exception, SystemExit) as error:
+                failed = error
+        if failed is not None:
+            raise failed
+
+
+def _snapshot_of(environment: Snapshots) -> Any:
+    """A copy of its own: an environment that goes on in what it returned must not change it."""
+    return copy.deepcopy(environment.snapshot())
 
 
 class _Recording:
@@ -183,12 +261,12 @@ class _Recording:
 
     def reset(self, row: Mapping[str, Any]) -> Prompt:
         opening = self._inner.reset(row)
-        self._kept.append(self._inner.snapshot())
+        self._kept.append(_snapshot_of(self._inner))
         return opening
 
     def step(self, action: str) -> Step:
         step = self._inner.step(action)
-        self._kept.append(self._inner.snapshot())
+        self._kept.append(_snapshot_of(self._inner))
         return step
 
 
@@ -246,6 +324,14 @@ class HostProcess:
         except (EOFError, OSError):
             return Answer(None, CRASHED, "", time.monotonic() - begin)
         return Answer(None, TIMEOUT, f"it took longer than {timeout_s:g} s", time.monotonic() - begin)
+
+    def let_go(self) -> None:
+        """Tell the process that nothing more comes: once idle, it closes its environments and ends by itself."""
+        self.channel.end()
+
+    def has_ended(self) -> bool:
+        """Whether it ended by itself; leaves it to `kill` to reap it."""
+        return has_ended(self.process)
 
     def kill(self) -> None:
         """End the process and all that it started."""
@@ -309,6 +395,8 @@ def serve(descriptor: int) -> None:
         try:
             number, episode, request = pickle.loads(_next(channel))
         except (EOFError, OSError):
+            with contextlib.suppress(Exception, SystemExit):
+                host.close()
             return
         answer = host.serve(episode, request)
         try:

@@ -40,6 +40,11 @@ class Channel:
         """For `select` and its like."""
         return self._socket.fileno()
 
+    def end(self) -> None:
+        """Tell the other end that nothing more comes; a thread that waits for its answer goes on waiting."""
+        with contextlib.suppress(OSError):
+            self._socket.shutdown(socket.SHUT_WR)
+
     def close(self) -> None:
         """Close this end."""
         self._socket.close()

@@ -69,6 +69,13 @@ def end_child(process: subprocess.Popen, channel: Channel) -> None:
         process.wait()
 
 
+def has_ended(process: subprocess.Popen) -> bool:
+    """Whether it ended by itself; leaves it to `end_child` to reap it."""
+    if process.returncode is not None:
+        return True
+    return os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT | os.WNOHANG) is not None
+
+
 def end_if_forked(process: int) -> None:
     """Ends this process if it is not the one of that id: a child that a reward, an environment or a tool forked, and
     that came back from it by returning or raising, must neither answer in its parent's place nor go on as it."""
@@ -116,7 +123,7 @@ class _Worker:
 
     def has_ended(self) -> bool:
         """Whether it ended by itself; leaves it to `kill` to reap it."""
-        return os.waitid(os.P_PID, self.process.pid, os.WEXITED | os.WNOWAIT | os.WNOHANG) is not None
+        return has_ended(self.process)
 
 
 def _close(workers: list[_Worker]) -> None:

@@ -1,7 +1,7 @@
 """Rewards as plain callables: how they are found by name, and what they ask for.
 
 A reward takes any of `prompt`, `completion`, `token_ids` and of the data row's columns, by keyword, and returns a
-number for one sample:
+number for one sample, or None where it does not apply:
 
     def reward(completion, answer): return float(completion.strip() == answer)
     def reward(prompt, completion, token_ids, **columns): ...

@@ -16,6 +16,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
+from rljax.tasks.examples import whole_text
+
 Prompt = str | Sequence[Mapping[str, Any]]
 """What opens an episode: text, or a list of chat messages."""
 
@@ -116,16 +118,16 @@ class MalformedStep(Exception):
 
 
 def checked_prompt(value: Any) -> Prompt:
-    """What `reset` returned, or MalformedStep."""
+    """What `reset` returned, its text without half characters, which no tokenizer takes; or MalformedStep."""
     if isinstance(value, str):
-        return value
+        return whole_text(value)
     if isinstance(value, (list, tuple)) and value and all(isinstance(m, Mapping) and "role" in m for m in value):
-        return list(value)
+        return [{**m, "content": whole_text(m["content"])} if isinstance(m.get("content"), str) else m for m in value]
     raise MalformedStep(f"reset returned {value!r:.200}; it must be text or a non-empty list of chat messages")
 
 
 def checked_step(value: Any) -> Step:
-    """What `step` returned, its reward and flag as plain Python, or MalformedStep."""
+    """What `step` returned, reward and flag as plain Python, text as in `checked_prompt`; or MalformedStep."""
     if not isinstance(value, Step):
         raise MalformedStep(f"step returned {value!r:.200} of type {type(value).__name__}; it must be a Step")
     try:
@@ -141,7 +143,7 @@ def checked_step(value: Any) -> Step:
         raise MalformedStep(f"step returned {value!r:.200}; it must hold text, a number and True or False")
     if not all(math.isfinite(number) for number in (reward, *counts.values())):
         raise MalformedStep(f"step returned the reward {reward} and the counts {counts}; they must be finite")
-    return Step(value.observation, reward, done, counts)
+    return Step(whole_text(value.observation), reward, done, counts)
 
 
 _REMEDY = "make the environment depend on its row and actions alone, or give it snapshot() and restore()"

@@ -36,6 +36,9 @@ def _find_neighbours(file: str) -> None:
 def launch(main: Callable[[], None]) -> None:
     """Parses flags, runs `main`, and turns a bad flag or config (`ValueError`) into one line and exit status 2."""
     preload_allocator()
+    # prompts and completions may hold characters that a terminal, or no encoding, can show
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     app.run(lambda _: _run(main), flags_parser=_parse)
 
 

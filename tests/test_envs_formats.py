@@ -28,6 +28,23 @@ CALL = '{"name": "search", "arguments": {"query": "old bridge"}}'
 SEARCH = ToolCall("search", {"query": "old bridge"})
 
 
+def says(text):
+    return json.dumps({"name": "say", "parameters": {"text": text}})
+
+
+def said(text):
+    return ToolCall("say", {"text": text})
+
+
+def program(code):
+    return ToolCall("python", {"code": code})
+
+
+CLOSES = said("</tool_call>")
+BLOCK = f"<tool_call>{CALL}</tool_call>"
+THOUGHT = said("</think>")
+
+
 def parse(name, text):
     return get_format(name).parse(text)
 
@@ -55,6 +72,24 @@ def parse(name, text):
         ("tags", "<python>print('<search>')</python>", [ToolCall("python", {"code": "print('<search>')"})]),
         ("tags", "<search>old bridge</search><answer>b</answer>", [SEARCH, ToolCall("answer", {"answer": "b"})]),
         ("tags", "2 < 3 and <b>bold</b>", []),
+        # a delimiter that a call says is none
+        ("hermes", f'<tool_call>{says("</tool_call>")}</tool_call><tool_call>{CALL}</tool_call>', [CLOSES, SEARCH]),
+        ("hermes", f'</think><tool_call>{says("</think>")}</tool_call>{BLOCK}', [THOUGHT, SEARCH]),
+        ("hermes", f'<tool_call>{CALL}</tool_call><tool_call>{says("</think>")}</tool_call>', [SEARCH, THOUGHT]),
+        ("hermes", f'<tool_call>{says("<think>")}</tool_call><tool_call>{CALL}</tool_call>', [said("<think>"), SEARCH]),
+        ("hermes", f'<tool_call>{says("<tool_call> </think>")}</tool_call>', [said("<tool_call> </think>")]),
+        ("hermes", f'so <tool_call>{says("a")}</think><tool_call>{CALL}</tool_call>', [SEARCH]),
+        ("llama3", f'<think>a</think>{says("</think>")}', [said("</think>")]),
+        ("llama3", f'{says("<think>")};{says("<|python_tag|>")}', [said("<think>"), said("<|python_tag|>")]),
+        ("llama3", '<|python_tag|>print("</think>")<|eom_id|>', [program('print("</think>")')]),
+        ("llama3", f'{says("a")}</think>{CALL}', [SEARCH]),
+        ("tags", "<python>print('</python>')</python>", [program("print('</python>')")]),
+        ("tags", '<python>x = """\n</python>\n"""</python>', [program('x = """\n</python>\n"""')]),
+        ("tags", "<python>x = 1 # </python>\nprint(x)</python>", [program("x = 1 # </python>\nprint(x)")]),
+        ("tags", "<python>x = 1 # one</python>\nNow <search>old bridge</search>", [program("x = 1 # one"), SEARCH]),
+        ("tags", "<python>print('oops)</python>\nIt's <search>old bridge</search>", [program("print('oops)"), SEARCH]),
+        ("tags", "hm</think><python>print('</think>')</python>", [program("print('</think>')")]),
+        ("tags", "<python> isn't needed</think><python>print('a')</python>", [program("print('a')")]),
     ],
 )  # fmt: skip
 def test_calls_are_read(name, text, calls):
@@ -71,6 +106,10 @@ def test_calls_are_read(name, text, calls):
         ("hermes", '<tool_call>{"arguments": {}}</tool_call>', "bad_call", "name"),
         ("hermes", '<tool_call>{"name": "f", "arguments": [1]}</tool_call>', "bad_call", "arguments of f must be"),
         ("hermes", '<tool_call>{"name": "f", "arguments": {"x": NaN}}</tool_call>', "bad_json", "NaN"),
+        ("hermes", '<tool_call>{"name": "f", "arguments": {"x": 1e999}}</tool_call>', "bad_json", "1e999 is beyond"),
+        ("llama3", '{"name": "f", "parameters": {"x": -1e400}}', "bad_json", "-1e400 is beyond"),
+        ("hermes", '<tool_call>{"name": "f", "arguments": "{\\"x\\": 1e999}"}</tool_call>', "bad_json", "1e999"),
+        ("hermes", f"<tool_call>{says('</tool_call>')}", "unclosed", "never closed"),
         ("hermes", "<tool_call>" + "[" * 100_000 + "</tool_call>", "bad_json", "nested too deeply"),
         ("llama3", '{"name": "search", "parameters": ', "bad_json", "not valid JSON"),
         ("llama3", '{"parameters": {}}', "bad_call", "parameters"),

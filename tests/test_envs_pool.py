@@ -8,6 +8,7 @@ from concurrent.futures import wait
 
 import pytest
 from replays import replay
+from test_tasks_rewards import SCRIBBLES, scribble
 
 from rljax.envs import (
     EnvironmentLimits,
@@ -50,6 +51,11 @@ class Counter:
                 os._exit(7)
             case "hang":
                 time.sleep(60)
+            case "fork":
+                if os.fork() == 0:
+                    os.execv("/nonexistent", ["x"])
+                os.wait()
+                return Step("forked")
             case "nonsense":
                 return "a text"
             case "nan":
@@ -139,6 +145,28 @@ def test_what_an_environment_does_wrong_ends_its_own_episode(pool, action, end, 
     assert play(pool, ["5"]).end == "done"
 
 
+def test_a_child_that_an_environment_forked_answers_for_nobody():
+    with EnvironmentPool(Counter, workers=1, processes=True, limits=EnvironmentLimits(step_s=5.0)) as pool:
+        episode = play(pool, ["1", "fork", "2", "1"], {"goal": 9})
+        assert [s.observation for s in episode.steps] == ["1 after True", "forked", "3 after True", "4 after True"]
+        assert play(pool, ["5"]).opening == "Count to 5."
+
+
+class Scribbles(Counter):
+    def step(self, action):
+        if action.startswith("scribble"):
+            scribble(SCRIBBLES[action])
+        return super().step(action.removeprefix("scribble ").replace("text", "1").replace("other number", "1"))
+
+
+@pytest.mark.parametrize("what", ["scribble text", "scribble other number"])
+def test_what_an_environment_writes_to_its_socket_ends_its_own_episode(what):
+    with EnvironmentPool(Scribbles, workers=1, processes=True, limits=EnvironmentLimits(step_s=5.0)) as pool:
+        other = play(pool, ["1"])
+        assert (play(pool, [what]).end, pool.failures["crashed"]) == ("crashed", 1)
+        assert pool.step(other, "1").result(20).steps[-1].observation == "2 after True"
+
+
 def test_a_row_that_cannot_be_opened_ends_its_episode(pool):
     assert play(pool, [], {"goal": 1, "bad": True}).error == "RuntimeError: no such row"
 
@@ -202,6 +230,109 @@ def test_snapshots_are_used_where_an_environment_has_them():
         pool.release(first)
         assert pool.step(pool.fork(first, 1).result(9), "2").result(9).steps[-1].observation == "3 after True"
         assert Copyable.resets == resets + 1  # its snapshots are gone, so it was played again
+
+
+class Live(Counter):
+    """Returns what it goes on in as its snapshot."""
+
+    def snapshot(self):
+        return self.__dict__
+
+    def restore(self, state):
+        self.__dict__.update(state)
+
+
+@pytest.mark.parametrize("processes", [False, True])
+def test_a_fork_stands_at_its_turn_though_the_snapshot_is_live_state(processes):
+    with EnvironmentPool(Live, workers=1, processes=processes, limits=LIMITS) as pool:
+        first = play(pool, ["1", "2", "3"], {"goal": 20})
+        fork = pool.fork(first, 1).result(9)
+        assert pool.step(fork, "5").result(9).steps[-1].observation == "6 after True"
+        assert pool.step(pool.fork(first, 2).result(9), "0").result(9).steps[-1].observation == "3 after True"
+
+
+class Holds(Counter):
+    """Notes in the row's file when it is closed; some rows hang or fail on the way."""
+
+    def reset(self, row):
+        self.row = row
+        if row.get("wait"):
+            time.sleep(row["wait"])
+        return super().reset(row)
+
+    def close(self):
+        with open(self.row["file"], "a") as file:
+            file.write(f"{self.row['goal']} ")
+        if self.row.get("fails"):
+            raise RuntimeError("did not close")
+
+
+def closed(path, count):
+    deadline = time.monotonic() + 10
+    while not path.exists() or len(path.read_text().split()) < count:
+        assert time.monotonic() < deadline, f"{path.exists() and path.read_text()!r}"
+        time.sleep(0.01)
+    return sorted(map(int, path.read_text().split()))
+
+
+@pytest.mark.parametrize("processes", [False, True])
+def test_environments_are_closed_when_they_are_left_and_with_the_pool(processes, tmp_path):
+    path = tmp_path / "closed"
+    path.touch()
+    limits = EnvironmentLimits(step_s=5.0)
+    with EnvironmentPool(make_holds, workers=2, processes=processes, limits=limits) as pool:
+        episodes = [play(pool, ["1"], {"goal": goal, "file": str(path)}) for goal in (2, 3, 4)]
+        failing = play(pool, [], {"goal": 5, "file": str(path), "bad": True})
+        pool.release(failing)
+        assert (failing.end, closed(path, 1)) == ("raised", [5])
+        pool.release(episodes[0])
+        assert closed(path, 2) == [2, 5]
+        unruly = play(pool, ["6"], {"goal": 6, "file": str(path), "fails": True})
+        pool.release(unruly)
+        assert closed(path, 3) == [2, 5, 6]
+    assert (unruly.end, closed(path, 5)) == ("done", [2, 3, 4, 5, 6])
+    assert pool.failures == {"raised": 1, "close": 1, "done": 0}
+
+
+def make_holds():
+    environment = Holds()
+    environment.row = {"file": os.devnull, "goal": 0}
+    return environment
+
+
+def test_a_reset_that_comes_late_is_closed_and_not_kept(tmp_path):
+    path = tmp_path / "closed"
+    with EnvironmentPool(make_holds, workers=1, limits=EnvironmentLimits(step_s=0.1)) as pool:
+        episode = pool.start({"goal": 7, "file": str(path), "wait": 0.5}).result(5)
+        assert episode.end == "timeout"
+        pool.release(episode)
+        assert closed(path, 1) == [7]
+        assert pool._host._environments == {} and pool._host._snapshots == {}
+        deadline = time.monotonic() + 5
+        while pool._hung and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert (pool._hung, len(pool._lanes)) == (0, 1)
+
+
+def test_hung_threads_are_bounded():
+    with EnvironmentPool(HangsAtReset, workers=1, limits=EnvironmentLimits(step_s=0.05)) as pool:
+        ends = [pool.start({}).result(5) for _ in range(5)]
+        assert [e.end for e in ends] == ["timeout"] * 5
+        assert "4 threads hang in environments" in ends[4].error and "longer than" in ends[3].error
+        HANGS.set()
+        deadline = time.monotonic() + 5
+        while pool._hung and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert pool.start({}).result(5).opening == "late"
+
+
+HANGS = threading.Event()
+
+
+class HangsAtReset(Counter):
+    def reset(self, row):
+        HANGS.wait(30)
+        return "late"
 
 
 def test_an_environment_that_does_not_repeat_itself_is_found():

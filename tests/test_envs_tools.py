@@ -8,6 +8,7 @@ import random
 import re
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Literal
@@ -130,6 +131,30 @@ def test_a_final_tool_ends_with_its_value(box):
     assert box.call(ToolCall("finish")).is_final
     assert not box.call(ToolCall("calculator", {"expression": "1+1"})).is_final
     assert box.counts == {"calls/answer": 1, "calls/finish": 1, "calls/calculator": 1}
+
+
+def test_calls_that_hang_are_bounded_and_the_tool_comes_back(monkeypatch):
+    """Over boxes too: environments make one each."""
+    monkeypatch.setattr("rljax.envs.tools.MOST_HUNG", 3)
+    call = ToolCall("waits")
+    texts = [ToolBox([waits], timeout_s=0.02).call(call).text for _ in range(5)]
+    assert ["given up" in text for text in texts] == [True] * 3 + [False] * 2
+    assert texts[4] == "waits is not available: 3 earlier calls of it still hang."
+
+    GO.set()
+    for thread in threading.enumerate():
+        if thread.name == "tool waits":
+            thread.join(5)
+    assert ToolBox([waits], timeout_s=5.0).call(call).text == "done"
+
+
+GO = threading.Event()
+
+
+def waits() -> str:
+    """Wait."""
+    GO.wait(30)
+    return "done"
 
 
 def test_a_long_observation_loses_its_middle(box):

@@ -102,7 +102,10 @@ MISTAKES = {
     "no steps": (["--config.steps=0"], r"config\.steps=0 must be at least 1"),
     "greedy training": (["--config.sampling.temperature=0.0"], r"temperature=0.*above 0"),
     "buckets out of order": (["--config.actor.prompt_buckets=(8, 4)"], r"prompt_buckets=\(8, 4\).*increasing"),
-    "a prompt beyond the buckets": (["--config.actor.prompt_buckets=(2,)"], r"longest prompt has 3.*\(2,\).*bucket"),
+    "a prompt beyond the buckets": (
+        ["--config.actor.prompt_buckets=(2,)"],
+        r"more than 2 tokens: .* has 3, .*a bucket of at least 3.*\(2,\)",
+    ),
     "a pack too short": (
         ["--config.update.pack_length=6", "--config.update.length_buckets=(6,)"],
         r"pack_length=6.*raise it to at least 7",

@@ -1,10 +1,17 @@
 """The configs of actors refuse what cannot work, naming the setting."""
 
+import json
+from types import SimpleNamespace
+
+import numpy as np
 import pytest
 
 from rljax.plans import ForkPlan, RolloutPlan
-from rljax.rollouts import BlackBox, Guided, MultiTurn, SingleTurn
-from rljax.sampling import SamplingConfig
+from rljax.rollouts import ActorParts, BlackBox, Guided, MultiTurn, ScoredGroup, SingleTurn
+from rljax.rollouts.trajectories import record_of
+from rljax.sampling import Sample, SamplingConfig
+from rljax.tasks import Example, FileRows, RewardResult
+from rljax.text import CharTokenizer
 
 FORKS = ForkPlan(chains=2, points=1, rule=lambda group: [])
 
@@ -34,3 +41,47 @@ def test_impossible_actors_are_refused(actor, plan, message):
 @pytest.mark.parametrize("actor", [SingleTurn(), MultiTurn(make="a:b"), BlackBox(agent="a:b"), Guided()])
 def test_a_possible_actor_is_taken(actor):
     actor.check(RolloutPlan(4), SamplingConfig(max_new_tokens=64), 1024)
+
+
+def parts(*prompts):
+    examples = [Example(prompt, place=f"data.jsonl, line {i}") for i, prompt in enumerate(prompts, start=1)]
+    made = ActorParts.__new__(ActorParts)
+    fields = dict(
+        tokenizer=CharTokenizer("abc"),
+        dataset=FileRows(examples[:-1], examples[-1:]),
+        sampling=SamplingConfig(max_new_tokens=4),
+        settings=SimpleNamespace(chat=None),
+    )
+    for name, value in fields.items():
+        object.__setattr__(made, name, value)
+    return made
+
+
+@pytest.mark.parametrize(
+    ("pack_length", "message"),
+    [
+        (64, r"1 of 3 prompts have more than 4 tokens: .*line 2 has 5, the longest 5; add a bucket of at least 5 "),
+        (7, r"1 of 3 .* 3 tokens: .*line 2 .* config.update.pack_length=7 must .* to at least 9, or set"),
+    ],
+)  # fmt: skip
+def test_a_long_prompt_is_refused_by_its_line_or_dropped(pack_length, message):
+    data = parts("ab", "abcab", "a")
+    with pytest.raises(ValueError, match=message):
+        SingleTurn(prompt_buckets=(2, 4)).check_prompts(data, pack_length)
+    kept = Guided(SingleTurn(prompt_buckets=(2, 4), drop_long_prompts=True)).check_prompts(data, pack_length)
+    assert ([e.prompt for e in kept.train], [e.prompt for e in kept.test]) == (["ab"], ["a"])
+
+
+def test_a_prompt_that_cannot_be_rendered_is_named():
+    with pytest.raises(ValueError, match=r"^data.jsonl, line 2: .*"):
+        SingleTurn().check_prompts(parts("ab", [{"role": "user"}], "a"), 64)
+
+
+def test_a_line_of_the_rollout_log_has_the_columns_of_its_row():
+    example = Example("1 + 1 =", {"answer": "2", "metadata": {3: (1, 2), 4: None}})
+    zeros = np.zeros(1, np.float32)
+    sample = Sample(np.array([5], np.int32), zeros, zeros, "stop")
+    group = ScoredGroup(example, [1], [sample], ["2"], [RewardResult(1.0, {"match": 1.0})], [np.zeros(1, np.int32)])
+    record = record_of(group, 0, SimpleNamespace(reward=1.0), 0)
+    assert record["columns"] == {"answer": "2", "metadata": {"3": [1, 2], "4": None}}
+    json.dumps(record)

@@ -1,13 +1,24 @@
 """Data rows, their split and their order: nothing leaks, nothing repeats, and a bad row is named."""
 
 import json
+import re
 import subprocess
 import sys
 from collections import Counter
 
 import pytest
 
-from rljax.tasks import Curriculum, Example, UniformCurriculum, decontaminate, load_jsonl, load_parquet, split_by_hash
+from rljax.tasks import (
+    Curriculum,
+    Example,
+    FileRows,
+    UniformCurriculum,
+    decontaminate,
+    load_jsonl,
+    load_parquet,
+    split_by_hash,
+    without_long_rows,
+)
 
 MESSAGES = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "1 + 2 ="}]
 
@@ -111,6 +122,25 @@ class TestFiles:
         assert second.prompt == MESSAGES and second.columns == {}
         assert load_jsonl(file) == [first, second]
 
+    def test_a_mark_of_byte_order_is_no_part_of_the_data(self, tmp_path):
+        file = tmp_path / "data.jsonl"
+        file.write_bytes(b"\xef\xbb\xbf" + '{"prompt": "é"}\r\n{"prompt": "b"}'.encode())
+        assert [(e.prompt, e.place) for e in load_jsonl(file)] == [("é", f"{file}, line 1"), ("b", f"{file}, line 2")]
+
+    def test_the_answer_at_the_end_of_a_conversation_is_no_part_of_the_prompt(self, tmp_path):
+        file = tmp_path / "data.jsonl"
+        answer = {"role": "assistant", "content": "4"}
+        conversations = [
+            {"messages": [*MESSAGES, answer]},
+            {"messages": [*MESSAGES, answer, *MESSAGES, answer], "completion": "own"},
+            {"messages": [*MESSAGES, answer, *MESSAGES]},
+        ]
+        file.write_text("\n".join(map(json.dumps, conversations)))
+        first, second, third = load_jsonl(file, prompt_column="messages")
+        assert (first.prompt, first.columns) == (MESSAGES, {"completion": "4"})
+        assert (second.prompt, second.columns) == ([*MESSAGES, answer, *MESSAGES], {"completion": "own"})
+        assert (third.prompt, third.columns) == (conversations[2]["messages"], {})
+
     def test_columns_can_be_named(self, tmp_path):
         file = tmp_path / "data.jsonl"
         file.write_text('{"question": "q", "prompt": "kept", "key": 12}\n')
@@ -142,6 +172,16 @@ class TestFiles:
             ('{"prompt": [{"role": "user"}]}', "line 2: message 0 of 'prompt' is .*a text role and a text content"),
             ('{"prompt": [{"role": "user", "content": 3}]}', "line 2: message 0"),
             ('{"prompt": ["hello"]}', "line 2: message 0 of 'prompt' is 'hello'"),
+            ('{"prompt": "a\\ud800b"}', r"line 2: 'prompt' holds half of a character \('\\ud800', at character 1\)"),
+            ('{"prompt": [{"role": "user", "content": "\\udc00"}]}', "line 2: 'prompt' holds half of a character"),
+            ('{"prompt": ' + "[" * 10**5, r"line 2: not valid JSON \(maximum recursion"),
+            ('{"prompt": 1' + "0" * 5000 + "}", r"line 2: not valid JSON \(Exceeds the limit"),
+            ('{"prompt": [{"role": "assistant", "content": "a"}]}', "line 2: nothing is left to answer"),
+            (
+                '{"prompt": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}, '
+                '{"role": "assistant", "content": "b"}]}',
+                "line 2: nothing is left to answer",
+            ),
         ],
     )
     def test_a_bad_line_is_named_with_its_value_and_a_remedy(self, tmp_path, line, message):
@@ -170,7 +210,9 @@ class TestFiles:
             (None, {}, "no data file at"),
             (b"", {}, "holds no rows"),
             (b"\n \n", {}, "holds no rows"),
-            (b'{"prompt": "\xff"}', {}, "is not UTF-8"),
+            (b'{"prompt": "\xff"}', {}, r"data\.jsonl, line 1: not UTF-8"),
+            ('{"prompt": "a"}'.encode("utf-16"), {}, "line 1: not UTF-8"),
+            (b'{"prompt": "a"}\n{"prompt": "b', {}, "line 2: not valid JSON .*the file is cut off here"),
             (b'{"prompt": "a", "i": -1}', {"id_column": "i"}, r"the id -1 in column 'i' must be an integer in"),
             (b'{"prompt": "a"}', {"id_column": "i"}, "the id None in column 'i'"),
         ],
@@ -187,6 +229,36 @@ class TestFiles:
         monkeypatch.setitem(sys.modules, "pyarrow", None)
         with pytest.raises(ImportError, match=r"pip install 'rljax\[parquet\]'"):
             load_parquet(tmp_path / "data.parquet")
+
+
+class TestLongRows:
+    def of(self, lengths, test=()):
+        train, held_out = ([Example("x" * n, place=f"a.jsonl, line {n}") for n in group] for group in (lengths, test))
+        return FileRows(train, held_out)
+
+    def fit(self, data, drop):
+        return without_long_rows(
+            data, lambda example: len(example.prompt), 4, drop=drop, remedy=lambda n: f"make room for {n}"
+        )
+
+    def test_they_are_refused_by_their_line_and_counted(self):
+        says = "3 of 5 prompts have more than 4 tokens: a.jsonl, line 6 has 6, the longest 9; make room for 9"
+        with pytest.raises(ValueError, match=f"^{re.escape(says)}$"):
+            self.fit(self.of([4, 6, 1], [9, 5]), drop=False)
+
+    def test_they_are_dropped_by_option_and_counted(self):
+        kept = self.fit(self.of([4, 6, 1], [9, 2]), drop=True)
+        assert ([len(e.prompt) for e in kept.train], [len(e.prompt) for e in kept.test]) == ([4, 1], [2])
+        assert kept.describe() == (
+            "2 training examples, 1 held out; dropped: 2 of 5 prompts have more than 4 tokens: a.jsonl, line 6 has 6, "
+            "the longest 9"
+        )
+        with pytest.raises(ValueError, match="make room for 6"):
+            self.fit(self.of([6, 5], [1]), drop=True)
+
+    def test_what_fits_is_left_alone(self):
+        data = self.of([4, 1], [2])
+        assert self.fit(data, drop=True) is data
 
 
 class TestUniformCurriculum:

@@ -6,6 +6,7 @@ import json
 import numpy as np
 import pytest
 
+from rljax.rollouts import Rollout
 from rljax.tasks import (
     SIMILARITIES,
     Curriculum,
@@ -89,6 +90,22 @@ def test_failures_and_what_is_like_them_are_drawn_more_often_and_forgotten():
     mass = np.array([0.9**2 + 0.5 * like, 1.0])
     np.testing.assert_allclose(p[:2], 0.5 / 8 + 0.5 * mass / mass.sum(), rtol=1e-12)
     np.testing.assert_allclose(p[2:], 0.5 / 8)
+
+
+def test_a_reward_that_failed_is_no_failure_of_the_example():
+    """Three rows whose reward is broken, among eight: they are drawn as often as before."""
+    rewards = np.array([[1.0, 0.0], [np.nan, np.nan], [np.nan, 0.0], [np.nan, np.nan]])
+    rollout = Rollout([], [], EXAMPLES[:4], rewards, {}, {}, {})
+    assert rollout.observed() == ([EXAMPLES[0], EXAMPLES[2]], [0.5, 0.0])
+
+    curriculum = FailureCurriculum(EXAMPLES, similarity=lambda a, b: 0.0)
+    for _ in range(20):
+        curriculum.observe(*rollout.observed())
+    assert curriculum.distribution[2] > 0.5 and set(np.delete(curriculum.distribution, 2)) == {0.5 / 8}
+
+    before = curriculum.state_dict()
+    curriculum.observe(*Rollout([], [], EXAMPLES[:1], np.full((1, 2), np.nan), {}, {}, {}).observed())
+    assert curriculum.state_dict() == before
 
 
 def test_what_is_solved_is_forgotten_beside_newer_failures_and_then_altogether():

@@ -1,10 +1,15 @@
 """A reward may raise, hang, exit or return nonsense: it costs that sample, and no process stays behind."""
 
+import contextlib
+import json
 import math
 import os
+import pickle
 import signal
+import socket
 import subprocess
 import sys
+import tempfile
 import textwrap
 import time
 
@@ -21,7 +26,9 @@ from rljax.tasks import (
     batch_reward,
     load_callable,
 )
-from rljax.tasks.workers import DONE, TIMEOUT, Job, WorkerPool
+from rljax.tasks.channel import read_data, write_data
+from rljax.tasks.rewards import _outcomes_of, _resolve
+from rljax.tasks.workers import DONE, TIMEOUT, Job, Reply, WorkerPool
 
 
 def behave(completion):
@@ -45,9 +52,48 @@ def behave(completion):
         sys.exit("done")
     if completion == "interrupt":
         raise KeyboardInterrupt
+    if completion == "fork" and os.fork() == 0:
+        raise RuntimeError("the child could not start its program")
+    if completion == "fork":
+        os.wait()  # if the child lived on, this would hang
+        return 4.0
+    if completion.startswith("scribble"):
+        scribble(SCRIBBLES[completion])
+        return 1.0
     special = {"nan": math.nan, "inf": -math.inf, "none": None, "text": "1.0", "list": [1.0], "huge": 10**400}
     special |= {"lambda": lambda: 0, "numpy": np.float32(0.5), "array": np.array(2), "true": True, "int": 3}
     return special[completion] if completion in special else float(completion)
+
+
+class Executes:
+    """Pickled, it runs a command wherever it is read."""
+
+    def __reduce__(self):
+        return os.mkdir, (os.path.join(tempfile.gettempdir(), f"executed-{os.getppid()}"),)
+
+
+def frame(message):
+    """A message as a worker sends it."""
+    return b"rljx" + len(message).to_bytes(8, "big") + message
+
+
+SCRIBBLES = {
+    "scribble text": b"hello",
+    "scribble pickle": pickle.dumps(("done", Executes())),
+    "scribble framed pickle": frame(pickle.dumps((1, "done", Executes()))),
+    "scribble half a message": frame(b"[1, null]")[:-4],
+    "scribble endless message": b"rljx" + b"\xff" * 8,
+    "scribble other number": frame(json.dumps([999, "done", [{"tuple": [1.0, None, ""]}]]).encode()),
+    "scribble other kind": frame(json.dumps([None, "started", None]).encode()),
+    "scribble nesting": frame(b"[" * 100_000),
+}
+
+
+def scribble(data):
+    """Writes to every socket of this process."""
+    for descriptor in range(3, 64):
+        with contextlib.suppress(OSError), socket.socket(fileno=os.dup(descriptor)) as end:
+            end.send(data)
 
 
 def wants_answer(completion, answer):
@@ -140,7 +186,6 @@ def runner():
         ("nan", "not_finite", "nan"),
         ("inf", "not_finite", "-inf"),
         ("huge", "not_finite", "no finite float32"),
-        ("none", "not_finite", "None of type NoneType"),
         ("text", "not_finite", "'1.0' of type str"),
         ("list", "not_finite", "of type list"),
         ("lambda", "not_finite", "of type function"),
@@ -156,6 +201,68 @@ def test_a_bad_reward_costs_its_sample_alone(runner, completion, kind, message):
     assert "\n" not in results[1].error
     changed = {k: n - before[k] for k, n in runner.failures.items() if n != before[k]}
     assert changed == {kind: 1}
+
+
+def of_maths(completion, task):
+    return 1.0 if task == "maths" else None
+
+
+def of_code(completions, task):
+    return [0.5 if t in ("code", "both") else None for t in task]
+
+
+def forgets(completion):
+    float(completion)
+
+
+@pytest.mark.parametrize("in_process", [True, False])
+def test_a_reward_that_does_not_apply_leaves_the_sample_to_the_others(in_process):
+    rewards = [RewardSpec(of_maths, in_process=in_process), RewardSpec(of_code, weight=2.0, in_process=in_process)]
+    with RewardRunner(rewards, workers=1) as made:
+        results = made.score(inputs("a", "b", "c", task=["maths", "code", "law"]))
+    assert [(r.value, r.is_valid) for r in results] == [(1.0, True), (1.0, True), (0.0, False)]
+    assert [r.components for r in results] == [{"of_maths": 1.0}, {"of_code": 0.5}, {}]
+    assert results[2].error == "none_applies: of_maths and of_code returned None"
+    assert {kind: n for kind, n in made.failures.items() if n} == {"none_applies": 1}
+
+
+def test_a_reward_that_applies_to_nothing_says_so_once(monkeypatch):
+    from absl import logging
+
+    lines = []
+    monkeypatch.setattr(logging, "warning", lambda text, *values: lines.append(text % values))
+    with RewardRunner([RewardSpec(forgets, in_process=True), RewardSpec(behave, in_process=True)]) as made:
+        assert [r.value for r in made.score(inputs("1", "2")) + made.score(inputs("1", "2"))] == [1.0, 2.0] * 2
+    assert len(lines) == 1 and "forgets returned None for all of 2 samples" in lines[0]
+
+
+def test_a_child_that_a_reward_forked_answers_for_nobody(runner):
+    assert [r.value for r in runner.score(inputs("fork", "7", "fork", "8", "9"))] == [4.0, 7.0, 4.0, 8.0, 9.0]
+
+
+@pytest.mark.parametrize("what", SCRIBBLES)
+def test_what_a_reward_writes_to_its_socket_costs_its_sample_and_runs_nowhere(what):
+    """One worker, so that the samples behind it are those whose answers could be mistaken."""
+    with RewardRunner([RewardSpec(behave, timeout_s=1.0)], workers=1) as made:
+        results = made.score(inputs(what, "7", "8"))
+    assert [r.value for r in results] == [0.0, 7.0, 8.0]
+    assert [r.is_valid for r in results] == [False, True, True]
+    assert not os.path.exists(os.path.join(tempfile.gettempdir(), f"executed-{os.getpid()}"))
+
+
+@pytest.mark.parametrize(
+    "value", [[], [{"tuple": [1e39, None, ""]}], [{"tuple": ["1", None, ""]}], [[1.0, None, ""]], 5]
+)
+def test_a_forged_answer_is_no_reward(value):
+    outcomes = _outcomes_of(_resolve(RewardSpec(behave)), Reply(DONE, read_data(json.dumps([value]).encode())[0]), 1)
+    assert [(o.value, o.failure) for o in outcomes] == [(0.0, "crash")]
+
+
+def test_data_of_workers_arrives_as_it_was():
+    values = [None, True, 3, -0.1, "a\ud800", [1, (2, "x")], {1: {"a": (1.5,)}, ("k", 2): []}, {1, 2}]
+    assert read_data(write_data(*values, np.float64(2.5), np.str_("s"))) == [*values, 2.5, "s"]
+    with pytest.raises(TypeError, match="no plain data"):
+        write_data(object())
 
 
 def test_the_pool_survives_many_failures_at_once(runner):
@@ -188,7 +295,7 @@ def test_the_first_failure_of_a_kind_is_logged_once_with_its_traceback(monkeypat
     assert len(lines) == 2
     assert "Traceback" in lines[0] and "test_tasks_rewards.py" in lines[0] and "KeyError" in lines[0]
     assert "nan" in lines[1]
-    assert made.failures == {"exception": 3, "timeout": 0, "crash": 0, "not_finite": 1}
+    assert {kind: n for kind, n in made.failures.items() if n} == {"exception": 3, "not_finite": 1}
 
 
 def test_in_process_failures_cost_one_sample_too():
@@ -240,6 +347,34 @@ def test_a_reward_gets_what_it_names():
         assert made.score(inputs("abc", **columns))[0].value == 1 + 3 + 2 + 5
     with RewardRunner([RewardSpec(batch_lengths, in_process=True)]) as made:
         assert made.score(inputs("abc", **columns))[0].value == 23
+
+
+def takes_all(prompt, completion, **columns):
+    """Counts what it finds, and leaves nothing behind."""
+    found = len(columns["cases"]) + len(columns["table"]["a"]) + len(prompt)
+    columns["cases"].clear()
+    columns["table"]["a"].clear()
+    prompt.clear()
+    return found
+
+
+@batch_reward
+def takes_all_of_a_batch(prompts, cases):
+    found = [len(prompt) + len(case) for prompt, case in zip(prompts, cases)]
+    for value in (*prompts, *cases):
+        value.clear()
+    return found
+
+
+@pytest.mark.parametrize(("reward", "value"), [(takes_all, 4.0), (takes_all_of_a_batch, 3.0)])
+@pytest.mark.parametrize("in_process", [True, False])
+def test_a_reward_cannot_change_the_data(reward, value, in_process):
+    columns = {"cases": [1, 2], "table": {"a": [3]}}
+    rows = [RewardInput([{"role": "user", "content": "?"}], "c", [1], columns) for _ in range(3)]
+    spec = RewardSpec(reward, in_process=in_process)
+    with RewardRunner([spec, RewardSpec(reward, name="again", in_process=in_process)], workers=1) as made:
+        assert [r.value for r in made.score(rows)] == [2 * value] * 3
+    assert columns == {"cases": [1, 2], "table": {"a": [3]}} and rows[0].prompt == rows[2].prompt != []
 
 
 def test_samples_run_in_several_processes_and_not_in_this_one():

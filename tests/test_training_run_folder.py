@@ -37,6 +37,17 @@ def test_a_resumed_run_continues_its_files(tmp_path):
     }
 
 
+def test_half_characters_are_escaped_wherever_text_of_others_is_written(tmp_path):
+    record = {"completion": "a\ud800b", "error": "\udfff", "prompt": [{"role": "user", "content": "é\udc00"}]}
+    with RunFolder(tmp_path, config={"name": "\ud800"}) as run:
+        run.start(0)
+        run.log_step(1, {}, [record])
+        run.write_json("evaluations/step_000001.json", record)
+    assert read_jsonl(tmp_path / "rollouts" / "step_000001.jsonl") == [record]
+    assert json.loads((tmp_path / "evaluations" / "step_000001.json").read_text(encoding="utf-8")) == record
+    assert "é" in (tmp_path / "rollouts" / "step_000001.jsonl").read_text(encoding="utf-8")
+
+
 def test_what_was_written_after_the_checkpoint_is_dropped_at_once(tmp_path):
     write(tmp_path, range(1, 7), 0)
     with RunFolder(tmp_path) as run:

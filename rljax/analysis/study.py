@@ -144,7 +144,8 @@ def study(
             "max_new_tokens": config.sampling.max_new_tokens,
             "result": dataclasses.asdict(result),
         }
-        Path(json_file).write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n")
+        text = json.dumps(report, indent=2, ensure_ascii=False) + "\n"
+        Path(json_file).write_text(text, encoding="utf-8", errors="backslashreplace")
     return result
 
 

@@ -16,6 +16,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
+from rljax.tasks.examples import whole_text
+
 Prompt = str | Sequence[Mapping[str, Any]]
 """What opens an episode: text, or a list of chat messages."""
 
@@ -58,7 +60,11 @@ class Step:
 
 @runtime_checkable
 class Environment(Protocol):
-    """One episode at a time. `row` is a row of data as a mapping, `action` the text of one turn of the policy."""
+    """One episode at a time. `row` is a row of data as a mapping, `action` the text of one turn of the policy.
+
+    One that holds more than memory (a process, a file, a connection) may have a method `close()`, which is called once
+    the episode is needed no more, also after a reset or step that failed or came too late.
+    """
 
     def reset(self, row: Mapping[str, Any]) -> Prompt: ...
 
@@ -67,8 +73,9 @@ class Environment(Protocol):
 
 @runtime_checkable
 class Snapshots(Protocol):
-    """An environment that can also be copied. It is asked for a snapshot, which must not change afterwards, after every
-    step; one without these methods is forked by replaying its actions."""
+    """An environment that can also be copied. It is asked for a snapshot after every step, and `copy.deepcopy` of it is
+    kept, so it may be live state but no handle to one. An environment without these methods is forked by replaying its
+    actions."""
 
     def snapshot(self) -> Any: ...
 
@@ -111,16 +118,16 @@ class MalformedStep(Exception):
 
 
 def checked_prompt(value: Any) -> Prompt:
-    """What `reset` returned, or MalformedStep."""
+    """What `reset` returned, its text without half characters, which no tokenizer takes; or MalformedStep."""
     if isinstance(value, str):
-        return value
+        return whole_text(value)
     if isinstance(value, (list, tuple)) and value and all(isinstance(m, Mapping) and "role" in m for m in value):
-        return list(value)
+        return [{**m, "content": whole_text(m["content"])} if isinstance(m.get("content"), str) else m for m in value]
     raise MalformedStep(f"reset returned {value!r:.200}; it must be text or a non-empty list of chat messages")
 
 
 def checked_step(value: Any) -> Step:
-    """What `step` returned, its reward and flag as plain Python, or MalformedStep."""
+    """What `step` returned, reward and flag as plain Python, text as in `checked_prompt`; or MalformedStep."""
     if not isinstance(value, Step):
         raise MalformedStep(f"step returned {value!r:.200} of type {type(value).__name__}; it must be a Step")
     try:
@@ -136,7 +143,7 @@ def checked_step(value: Any) -> Step:
         raise MalformedStep(f"step returned {value!r:.200}; it must hold text, a number and True or False")
     if not all(math.isfinite(number) for number in (reward, *counts.values())):
         raise MalformedStep(f"step returned the reward {reward} and the counts {counts}; they must be finite")
-    return Step(value.observation, reward, done, counts)
+    return Step(whole_text(value.observation), reward, done, counts)
 
 
 _REMEDY = "make the environment depend on its row and actions alone, or give it snapshot() and restore()"

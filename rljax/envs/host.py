@@ -10,15 +10,17 @@ import os
 import pickle
 import select
 import signal
+import socket
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from multiprocessing.connection import Connection
 from typing import Any
 
 from rljax.envs.base import (
     CRASHED,
+    FAILED,
     MALFORMED,
     RAISED,
     REPLAY,
@@ -33,7 +35,8 @@ from rljax.envs.base import (
     checked_step,
     replay_same,
 )
-from rljax.tasks.workers import end_child, start_child
+from rljax.tasks.channel import Channel, Garbled, read_data, write_data
+from rljax.tasks.workers import end_child, end_if_forked, has_ended, start_child
 
 _PATIENCE_S = 1.0  # from the end of the parent to that of a busy worker
 
@@ -94,19 +97,45 @@ class Host:
 
     def __init__(self, make: Callable[[], Environment]):
         self._make = make
+        self._process = os.getpid()
         self._environments: dict[int, Environment] = {}
         self._snapshots: dict[int, list[Any]] = {}
+
+        self._lock = threading.Lock()
+        self._busy: Counter[int] = Counter()  # episodes that a thread is at
+        self._forgotten: set[int] = set()  # those of them that nobody wants any more
+        self._to_close: list[Any] = []
 
     def check(self) -> None:
         """Makes an environment and drops it. Raises ValueError if that fails."""
         try:
-            self._make()
+            environment = self._make()
         except (Exception, SystemExit) as error:
             raise ValueError(f"the factory makes no environment: {type(error).__name__}: {error}") from error
+        self._leave(environment)
+        self._close_left()
+
+    def forget(self, episode: int) -> bool:
+        """Drop an episode, or what a thread is still about to make of it. Whether an environment is left to be closed,
+        by serving a `Close`, since that may take its time."""
+        with self._lock:
+            if self._busy[episode]:
+                self._forgotten.add(episode)
+                return False
+            self._drop(episode)
+            return bool(self._to_close)
+
+    def close(self) -> None:
+        """Close all environments that no thread is at."""
+        for episode in list(self._environments):
+            self.forget(episode)
+        self._close_left()
 
     def serve(self, episode: int, request: Request) -> Answer:
         """Never raises for what an environment does."""
         begin = time.monotonic()
+        with self._lock:
+            self._busy[episode] += 1
         try:
             value = self._serve(episode, request)
         except MalformedStep as error:
@@ -115,18 +144,37 @@ class Host:
             return Answer(None, REPLAY, str(error), time.monotonic() - begin)
         except (Exception, SystemExit, KeyboardInterrupt) as error:
             return Answer(None, RAISED, f"{type(error).__name__}: {error}", time.monotonic() - begin)
+        finally:
+            end_if_forked(self._process)
+            self._end_service(episode)
         return Answer(value, seconds=time.monotonic() - begin)
+
+    def _end_service(self, episode: int) -> None:
+        with self._lock:
+            self._busy[episode] -= 1
+            if self._busy[episode]:
+                return
+            del self._busy[episode]
+            if episode not in self._forgotten:
+                return
+            # it was given up and released while it hung: what came of it must not stay
+            self._forgotten.discard(episode)
+            self._drop(episode)
+        with contextlib.suppress(Exception, SystemExit):
+            self._close_left()
 
     def _serve(self, episode: int, request: Request) -> Any:
         if isinstance(request, Close):
-            self._environments.pop(episode, None)
-            self._snapshots.pop(episode, None)
+            with self._lock:
+                self._drop(episode)
+            self._close_left()
             return None
 
         if isinstance(request, Start):
             environment = self._make()
-            opening = checked_prompt(environment.reset(request.row))
-            self._keep(episode, environment, [])
+            with self._left_if_it_fails(environment):
+                opening = checked_prompt(environment.reset(request.row))
+                self._keep(episode, environment, [])
             return opening
 
         if isinstance(request, Past):
@@ -142,30 +190,66 @@ class Host:
 
     def _keep(self, episode: int, environment: Environment, snapshots: list[Any]) -> None:
         """Snapshot n is that after n turns: one is added to `snapshots` here, where there are any."""
+        if isinstance(environment, Snapshots):
+            snapshots.append(_snapshot_of(environment))
         self._environments[episode] = environment
         self._snapshots[episode] = snapshots
-        if isinstance(environment, Snapshots):
-            snapshots.append(environment.snapshot())
 
     def _bring_back(self, episode: int, past: Past) -> None:
         """By snapshot where there is one, else by replay."""
-        environment = self._make()
         turn = len(past.actions)
         source = episode if past.parent is None else past.parent
         snapshots = self._snapshots.get(source, [])
 
-        if isinstance(environment, Snapshots) and turn < len(snapshots):
-            # a copy: what the environment changes from here on must not change the snapshot
-            environment.restore(copy.deepcopy(snapshots[turn]))
-            self._environments[episode] = environment
-            self._snapshots[episode] = snapshots[: turn + 1]
-            return
-
-        kept: list[Any] = []
-        player = _Recording(environment, kept) if isinstance(environment, Snapshots) else environment
-        replay_same(player, past.row, past.opening, past.actions, past.steps)
+        environment = self._make()
+        with self._left_if_it_fails(environment):
+            if isinstance(environment, Snapshots) and turn < len(snapshots):
+                # a copy: what the environment changes from here on must not change the snapshot
+                environment.restore(copy.deepcopy(snapshots[turn]))
+                kept = snapshots[: turn + 1]
+            else:
+                kept = []
+                player = _Recording(environment, kept) if isinstance(environment, Snapshots) else environment
+                replay_same(player, past.row, past.opening, past.actions, past.steps)
         self._environments[episode] = environment
         self._snapshots[episode] = kept
+
+    @contextlib.contextmanager
+    def _left_if_it_fails(self, environment: Environment) -> Iterator[None]:
+        try:
+            yield
+        except BaseException:
+            self._leave(environment)
+            raise
+
+    def _drop(self, episode: int) -> None:
+        """Under the lock."""
+        self._snapshots.pop(episode, None)
+        environment = self._environments.pop(episode, None)
+        if environment is not None:
+            self._leave(environment)
+
+    def _leave(self, environment: Environment) -> None:
+        if callable(getattr(environment, "close", None)):
+            self._to_close.append(environment)
+
+    def _close_left(self) -> None:
+        """What fails to close is told after all have been closed."""
+        failed: BaseException | None = None
+        while self._to_close:
+            try:
+                self._to_close.pop().close()
+            except IndexError:  # another thread took the last
+                break
+            except (Exception, SystemExit) as error:
+                failed = error
+        if failed is not None:
+            raise failed
+
+
+def _snapshot_of(environment: Snapshots) -> Any:
+    """A copy of its own: an environment that goes on in what it returned must not change it."""
+    return copy.deepcopy(environment.snapshot())
 
 
 class _Recording:
@@ -177,22 +261,26 @@ class _Recording:
 
     def reset(self, row: Mapping[str, Any]) -> Prompt:
         opening = self._inner.reset(row)
-        self._kept.append(self._inner.snapshot())
+        self._kept.append(_snapshot_of(self._inner))
         return opening
 
     def step(self, action: str) -> Step:
         step = self._inner.step(action)
-        self._kept.append(self._inner.snapshot())
+        self._kept.append(_snapshot_of(self._inner))
         return step
 
 
 class HostProcess:
     """A `Host` in a process of its own; one caller at a time. Raises ValueError if `make` cannot be loaded there, or
-    makes no environment."""
+    makes no environment.
+
+    Requests go out as pickle and carry a number; answers come back as plain data with the number of their request.
+    """
 
     def __init__(self, make: bytes, start_timeout_s: float):
-        self.process, self.connection = start_child("rljax.envs.host:serve")
-        answer = self._exchange(make, start_timeout_s)
+        self.process, self.channel = start_child("rljax.envs.host:serve")
+        self._number = 0
+        answer = self._exchange(Close(), make, start_timeout_s)
         if answer.reason is not None:
             self.kill()
             raise ValueError(
@@ -200,69 +288,127 @@ class HostProcess:
                 "function or object of a module that imports on its own"
             )
 
+    @property
+    def is_sound(self) -> bool:
+        """Whether it can be given a request: it stands, and has said nothing that nobody asked for."""
+        return self.process.returncode is None and not self.channel.has_input()
+
     def serve(self, episode: int, request: Request, timeout_s: float) -> Answer:
         """The process is dead after CRASHED and TIMEOUT."""
+        self._number += 1
         try:
-            message = pickle.dumps((episode, request))
+            message = pickle.dumps((self._number, episode, request))
         except Exception as error:
             return Answer(None, RAISED, f"the row cannot be sent to a worker process ({error})")
 
-        answer = self._exchange(message, timeout_s)
+        answer = self._exchange(request, message, timeout_s)
         if answer.reason in (CRASHED, TIMEOUT):
             self.kill()
-            if answer.reason == CRASHED:
+            if answer.reason == CRASHED and not answer.error:
                 code = self.process.returncode
                 answer = Answer(None, CRASHED, f"the worker process ended with exit code {code}", answer.seconds)
         return answer
 
-    def _exchange(self, message: bytes, timeout_s: float) -> Answer:
+    def _exchange(self, request: Request, message: bytes, timeout_s: float) -> Answer:
         begin = time.monotonic()
         try:
-            self.connection.send_bytes(message)
-            if not self.connection.poll(timeout_s):
-                return Answer(None, TIMEOUT, f"it took longer than {timeout_s:g} s", time.monotonic() - begin)
-            answer = pickle.loads(self.connection.recv_bytes())
-        except (EOFError, OSError, pickle.UnpicklingError):
+            self.channel.send(message, timeout_s)
+            reply = self.channel.receive(timeout_s)
+            if reply is not None:
+                return _read_answer(reply, self._number, request)
+        except Garbled as error:
+            says = f"the worker process sent what is no answer ({error})"
+            return Answer(None, CRASHED, says, time.monotonic() - begin)
+        except TimeoutError:
+            pass
+        except (EOFError, OSError):
             return Answer(None, CRASHED, "", time.monotonic() - begin)
-        # an environment may write to the descriptor itself
-        return answer if isinstance(answer, Answer) else Answer(None, MALFORMED, f"{answer!r:.100}")
+        return Answer(None, TIMEOUT, f"it took longer than {timeout_s:g} s", time.monotonic() - begin)
+
+    def let_go(self) -> None:
+        """Tell the process that nothing more comes: once idle, it closes its environments and ends by itself."""
+        self.channel.end()
+
+    def has_ended(self) -> bool:
+        """Whether it ended by itself; leaves it to `kill` to reap it."""
+        return has_ended(self.process)
 
     def kill(self) -> None:
         """End the process and all that it started."""
-        end_child(self.process, self.connection)
+        end_child(self.process, self.channel)
+
+
+def _write_answer(number: int, answer: Answer) -> bytes:
+    value = answer.value
+    if isinstance(value, Step):
+        value = [value.observation, value.reward, value.done, dict(value.counts)]
+    try:
+        return write_data(number, value, answer.reason, answer.error, answer.seconds)
+    except (TypeError, ValueError, RecursionError) as error:
+        return write_data(number, None, MALFORMED, f"the answer cannot be sent ({error})", answer.seconds)
+
+
+def _read_answer(message: bytes, number: int, request: Request) -> Answer:
+    """Raises `Garbled` for what is no answer to the request of this number: an environment may write to the descriptor
+    itself."""
+    fields = read_data(message)
+    if len(fields) != 5 or fields[0] != number:
+        raise Garbled(f"it answers the request {fields[0] if fields else None!r:.20}, not {number}")
+
+    _, value, reason, error, seconds = fields
+    is_time = type(seconds) is float and 0 <= seconds < float("inf")
+    if reason not in (None, *FAILED) or not isinstance(error, str) or not is_time:
+        raise Garbled(f"it says {fields[2:]!r:.100}")
+    if reason is not None:
+        return Answer(None, reason, error, seconds)
+
+    try:
+        if isinstance(request, Start):
+            return Answer(checked_prompt(value), seconds=seconds)
+        if isinstance(request, Act):
+            return Answer(checked_step(Step(*value)), seconds=seconds)
+    except (MalformedStep, TypeError) as problem:
+        raise Garbled(str(problem)) from None
+    return Answer(seconds=seconds)
 
 
 def serve(descriptor: int) -> None:
     """The life of a worker process: load the factory, then serve requests until the socket closes."""
     os.set_inheritable(descriptor, False)
-    connection = Connection(descriptor)
+    worker = os.getpid()
+    channel = Channel(socket.socket(fileno=descriptor), most_bytes=None)
     try:
-        host = Host(pickle.loads(connection.recv_bytes()))
+        host = Host(pickle.loads(_next(channel)))
         host.check()
-        connection.send_bytes(pickle.dumps(Answer()))
+        answer = Answer()
     except BaseException as error:
-        with contextlib.suppress(OSError):
-            connection.send_bytes(pickle.dumps(Answer(None, RAISED, f"{type(error).__name__}: {error}")))
+        answer = Answer(None, RAISED, f"{type(error).__name__}: {error}")
+    end_if_forked(worker)
+    with contextlib.suppress(OSError):
+        channel.send(_write_answer(0, answer))
+    if answer.reason is not None:
         return
 
-    threading.Thread(target=_end_with_parent, args=(connection.fileno(),), daemon=True).start()
+    threading.Thread(target=_end_with_parent, args=(channel.fileno(),), daemon=True).start()
 
     while True:
         try:
-            episode, request = pickle.loads(connection.recv_bytes())
+            number, episode, request = pickle.loads(_next(channel))
         except (EOFError, OSError):
+            with contextlib.suppress(Exception, SystemExit):
+                host.close()
             return
         answer = host.serve(episode, request)
-
-        # text of a class of its own cannot always be sent
         try:
-            message = pickle.dumps(answer)
-        except Exception as error:
-            message = pickle.dumps(Answer(None, MALFORMED, f"the answer cannot be sent ({error})"))
-        try:
-            connection.send_bytes(message)
+            channel.send(_write_answer(number, answer))
         except OSError:
             return
+
+
+def _next(channel: Channel) -> bytes:
+    message = channel.receive()
+    assert message is not None  # it waits for as long as it takes
+    return message
 
 
 def _end_with_parent(descriptor: int) -> None:

@@ -31,6 +31,12 @@ from rljax.envs.formats import load
 from rljax.envs.host import Act, Answer, Close, Host, HostProcess, Past, Request, Start
 from rljax.envs.tools import cut
 
+CLOSE = "close"
+"""Key of `EnvironmentPool.failures`: an environment failed to close."""
+
+_GRACE_S = 2.0  # for environments to close when the pool does
+_MOST_HUNG = 4  # hung threads for each of the pool's own; beyond, a call fails at once
+
 
 @runtime_checkable
 class Encoder(Protocol):
@@ -146,7 +152,8 @@ class EnvironmentPool:
 
     Use it as a context manager, or call `open` and `close`: no thread or process starts, and no environment is made,
     before. Observations are cut to the limits, by tokens too if there is a `tokenizer`. `failures` counts ends by
-    reason since the start. Raises ValueError for a factory that cannot be called, or not be sent to a process.
+    reason since the start, and as `close` the environments that failed to close. Raises ValueError for a factory that
+    cannot be called, or not be sent to a process.
     """
 
     def __init__(
@@ -181,8 +188,9 @@ class EnvironmentPool:
         self._lock = threading.Lock()
         self._where: dict[int, _Lane] = {}  # processes: where an episode lives
         self._lanes: list[_Lane] = []  # none until the pool is open
+        self._hung = 0  # threads that were given up and have not come back
         # also ends the workers of a pool that is dropped without being closed
-        self._finalizer = weakref.finalize(self, _close, self._lanes)
+        self._finalizer = weakref.finalize(self, _close, self._lanes, self._host)
 
     def open(self) -> None:
         """Start the workers. Does nothing if they stand.
@@ -310,9 +318,8 @@ class EnvironmentPool:
             lane = self._where.pop(episode.id, None)
             if lane is not None:
                 lane.episodes -= 1
-        if self._host is not None:
-            self._host.serve(episode.id, Close())
-        elif lane is not None:
+        # threads: dropped at once; only what has to be closed, which may take its time, is left to a lane
+        if lane is not None and (self._host is None or self._host.forget(episode.id)):
             lane.inbox.put(_Job(episode, Close(), self.limits.step_s, Future()))
 
     def _replay_timeout_s(self, turns: int) -> float:
@@ -347,37 +354,65 @@ class EnvironmentPool:
         threading.Thread(target=_serve, args=(weakref.ref(self), lane), daemon=True, name="environment").start()
 
     def _serve_job(self, lane: _Lane, job: _Job) -> None:
-        if self._host is not None:
-            lane.deadline = time.monotonic() + job.timeout_s
-            lane.job = job
-            answer = self._host.serve(job.episode.id, job.request)
-            lane.job = None
-        else:
+        lane.deadline = time.monotonic() + job.timeout_s
+        lane.job = job
+        if self._host is None:
             answer = self._serve_in_process(lane, job)
+        elif self._hung >= _MOST_HUNG * self._workers:
+            problem = f"{self._hung} threads hang in environments; give them processes=True, or timeouts of their own"
+            answer = Answer(None, TIMEOUT, problem)
+        else:
+            answer = self._host.serve(job.episode.id, job.request)
+        with self._lock:
+            lane.job = None
+            if lane.is_abandoned:  # too late; another lane has its place
+                self._hung -= 1
         self._deliver(job, answer)
 
     def _serve_in_process(self, lane: _Lane, job: _Job) -> Answer:
-        assert lane.process is not None and self._payload is not None
+        assert lane.process is not None
+        # it died while idle, or what ran in it before left something behind: not the fault of this episode
+        problem = "" if lane.process.is_sound else self._restart(lane)
+        if problem:
+            return Answer(None, CRASHED, problem)
+
         timeout_s = job.timeout_s
         if isinstance(job.request, Act) and job.episode.id not in lane.known:  # all of it is played again
             timeout_s += self._replay_timeout_s(len(job.request.past.actions))
-        lane.known.add(job.episode.id)
+        if isinstance(job.request, Close):
+            lane.known.discard(job.episode.id)
+        else:
+            lane.known.add(job.episode.id)
         answer = lane.process.serve(job.episode.id, job.request, timeout_s)
 
-        has_died = lane.process.process.returncode is not None
-        if has_died and self._finalizer.alive:
-            lane.known.clear()
-            try:
-                lane.process = HostProcess(self._payload, self._start_timeout_s)
-            except (ValueError, OSError) as error:  # the next job tries again
-                answer = Answer(None, answer.reason or CRASHED, f"{answer.error}; and no new worker started: {error}")
+        if not lane.process.is_sound:
+            problem = self._restart(lane)
+            if problem and answer.reason is not None:
+                answer = Answer(None, answer.reason, f"{answer.error}; and {problem}", answer.seconds)
         return answer
+
+    def _restart(self, lane: _Lane) -> str:
+        """A new process for the lane, whose episodes come back by replay; why there is none, if there is none."""
+        assert lane.process is not None and self._payload is not None
+        if not self._finalizer.alive:
+            return ""
+        lane.process.kill()
+        lane.known.clear()
+        try:
+            lane.process = HostProcess(self._payload, self._start_timeout_s)
+        except (ValueError, OSError) as error:  # the next job tries again
+            return f"no new worker started: {error}"
+        return ""
 
     def _give_up(self, lane: _Lane, job: _Job) -> None:
         """A thread hangs: leave it, and put another in its place."""
-        lane.is_abandoned = True
         fresh = _Lane(lane.inbox)
         with self._lock:
+            # it may have come back in this very moment
+            if lane.job is not job:
+                return
+            lane.is_abandoned = True
+            self._hung += 1
             self._lanes[self._lanes.index(lane)] = fresh
         self._run_lane(fresh)
         self._deliver(job, Answer(None, TIMEOUT, f"it took longer than {job.timeout_s:g} s", job.timeout_s))
@@ -389,6 +424,13 @@ class EnvironmentPool:
         # before the job is claimed: the tokenizer may raise, and then somebody else must answer
         step = self._cut(answer.value) if isinstance(request, Act) and answer.reason is None else None
         if not job.claim():
+            return
+
+        if isinstance(request, Close):
+            # its episode is over, whatever became of the environment
+            with self._lock:
+                self.failures[CLOSE] += answer.reason is not None
+            job.future.set_result(episode)
             return
 
         with self._lock, episode._lock:
@@ -406,7 +448,7 @@ class EnvironmentPool:
                 episode.steps.append(step)
                 episode._uncut.append(answer.value)
                 episode.end = self._end(episode)
-            if episode.end is not None and not isinstance(request, Close):
+            if episode.end is not None:
                 self.failures[episode.end] += episode.end != DONE
         job.future.set_result(episode)
 
@@ -484,7 +526,8 @@ def _fail(job: _Job, reason: str, error: str) -> None:
     job.future.set_result(job.episode)
 
 
-def _close(lanes: list[_Lane]) -> None:
+def _close(lanes: list[_Lane], host: Host | None) -> None:
+    idle = [lane.process for lane in lanes if lane.process is not None and lane.job is None]
     for lane in lanes:
         waiting: list[_Job | None] = [lane.job]
         with contextlib.suppress(queue.Empty):
@@ -497,7 +540,26 @@ def _close(lanes: list[_Lane]) -> None:
     # every thread gets its own end, whether it shares the queue or not
     for lane in lanes:
         lane.inbox.put(None)
+    _close_environments(idle, host)
     for lane in lanes:
         if lane.process is not None:
             lane.process.kill()
     lanes.clear()
+
+
+def _close_environments(idle: Sequence[HostProcess], host: Host | None) -> None:
+    """Those that nobody is at; one that hangs in `close` is left behind."""
+    deadline = time.monotonic() + _GRACE_S
+    if host is not None:
+        closing = threading.Thread(target=_close_host, args=(host,), daemon=True, name="environment close")
+        closing.start()
+        closing.join(_GRACE_S)
+    for process in idle:
+        process.let_go()
+    while not all(process.has_ended() for process in idle) and time.monotonic() < deadline:
+        time.sleep(0.01)
+
+
+def _close_host(host: Host) -> None:
+    with contextlib.suppress(Exception, SystemExit):
+        host.close()

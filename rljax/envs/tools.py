@@ -26,6 +26,7 @@ from typing import Any
 
 from rljax.envs.formats import ToolCall, load
 from rljax.envs.sandbox import Sandbox
+from rljax.tasks.workers import end_if_forked
 
 UNKNOWN_TOOL = "unknown_tool"
 MISSING_ARGUMENT = "missing_argument"
@@ -34,6 +35,9 @@ WRONG_TYPE = "wrong_type"
 TOOL_RAISED = "tool_raised"
 TOOL_TIMEOUT = "tool_timeout"
 CALL_FAILURES = (UNKNOWN_TOOL, MISSING_ARGUMENT, EXTRA_ARGUMENT, WRONG_TYPE, TOOL_RAISED, TOOL_TIMEOUT)
+
+MOST_HUNG = 32
+"""Calls of one tool that may hang in their threads, in one process."""
 
 _TYPES: dict[str, tuple[type, ...]] = {
     "string": (str,),
@@ -105,8 +109,10 @@ class ToolBox:
     """Tools by name. Safe for many threads at once.
 
     A tool is a function, or its name `module:function`. `timeout_s` is for one call; one that takes longer is left
-    behind in its thread and its answer dropped. `max_chars` bounds an observation. `counts` counts calls by tool
-    (`calls/NAME`) and failures by kind. Raises ValueError for a tool without schema, two of one name, or none.
+    behind in its thread and its answer dropped. Where MOST_HUNG calls of a tool hang in a process, it is called again
+    once one of them has come back; until then calls fail at once. `max_chars` bounds an observation. `counts` counts
+    calls by tool (`calls/NAME`) and failures by kind. Raises ValueError for a tool without schema, two of one
+    name, or none.
     """
 
     def __init__(self, tools: Sequence[Callable[..., Any] | str], *, timeout_s: float = 10.0, max_chars: int = 8192):
@@ -156,12 +162,16 @@ class ToolBox:
         return None
 
     def _run(self, call: ToolCall) -> ToolResult:
+        tool = self._tools[call.name]
         box: list[ToolResult] = []
 
         def work() -> None:
-            tool = self._tools[call.name]
+            process = os.getpid()
             try:
-                value = tool(**call.arguments)
+                try:
+                    value = tool(**call.arguments)
+                finally:
+                    end_if_forked(process)
                 text = value if isinstance(value, str) else _as_text(value)
                 box.append(ToolResult(self._cut(text), None, getattr(tool, "is_final", False), value))
             except (Exception, SystemExit) as error:
@@ -169,15 +179,40 @@ class ToolBox:
                 box.append(ToolResult(text, TOOL_RAISED))
 
         # a thread of its own, since nothing ends a call that hangs; it is left behind
+        hung = _hung_calls(tool)
+        if hung >= MOST_HUNG:
+            return ToolResult(f"{call.name} is not available: {hung} earlier calls of it still hang.", TOOL_TIMEOUT)
         thread = threading.Thread(target=work, daemon=True, name=f"tool {call.name}")
         thread.start()
         thread.join(self._timeout_s)
         if box:
             return box[0]
+        with _HUNG_LOCK:
+            _HUNG.setdefault(_key_of(tool), []).append(thread)
         return ToolResult(f"{call.name} took longer than {self._timeout_s:g} s and was given up.", TOOL_TIMEOUT)
 
     def _cut(self, text: str) -> str:
         return cut(text, self._max_chars)
+
+
+# boxes come and go with their environments, so calls that hang are kept by the tool
+_HUNG: dict[str, list[threading.Thread]] = {}
+_HUNG_LOCK = threading.Lock()
+
+
+def _key_of(tool: Callable[..., Any]) -> str:
+    kind = type(tool)
+    return f"{getattr(tool, '__module__', kind.__module__)}:{getattr(tool, '__qualname__', kind.__qualname__)}"
+
+
+def _hung_calls(tool: Callable[..., Any]) -> int:
+    """How many calls of a tool were given up in this process and have not come back."""
+    key = _key_of(tool)
+    with _HUNG_LOCK:
+        alive = [thread for thread in _HUNG.pop(key, []) if thread.is_alive()]
+        if alive:
+            _HUNG[key] = alive
+    return len(alive)
 
 
 def cut(text: str, max_chars: int) -> str:

@@ -91,7 +91,7 @@ def build(config: Config) -> Run:
     check_chat_settings(config, dataset)
     decoder = config.model.decoder_of(tokenizer)
     mesh = make_mesh(**dataclasses.asdict(config.mesh))
-    actor = build_actor(config, algorithm.plan, dataset, tokenizer, decoder, mesh)
+    actor, dataset = build_actor(config, algorithm.plan, dataset, tokenizer, decoder, mesh)
 
     return Run(
         config=config,
@@ -109,8 +109,9 @@ def build(config: Config) -> Run:
 
 def build_actor(
     config: Config, plan: RolloutPlan, dataset: Dataset, tokenizer: Tokenizer, decoder: DecoderConfig, mesh: Mesh
-) -> Actor:
-    """What plays the policy, with nothing open. ValueError for prompts that cannot be sampled or trained on."""
+) -> tuple[Actor, Dataset]:
+    """What plays the policy, with nothing open, and the rows that it can play. ValueError for prompts that cannot be
+    sampled or trained on."""
     sampling = config.sampling
     settings = RolloutSettings(
         seed=config.seed,
@@ -130,8 +131,7 @@ def build_actor(
         groups=config.prompts_per_step,
     )
     actor = config.actor.build(parts)
-    config.actor.check_prompts(parts, config.update.pack_length)
-    return actor
+    return actor, config.actor.check_prompts(parts, config.update.pack_length)
 
 
 def make_learner(config: Config, decoder: DecoderConfig, algorithm: Algorithm, mesh: Mesh) -> Learner:

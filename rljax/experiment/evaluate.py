@@ -35,7 +35,8 @@ def evaluate_model(
     if is_main_process():
         print(evaluation_table(evaluation))
         if json_file:
-            Path(json_file).write_text(json.dumps(evaluation.to_dict(), indent=2, ensure_ascii=False) + "\n")
+            text = json.dumps(evaluation.to_dict(), indent=2, ensure_ascii=False) + "\n"
+            Path(json_file).write_text(text, encoding="utf-8", errors="backslashreplace")
     return evaluation
 
 

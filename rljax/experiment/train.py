@@ -147,7 +147,7 @@ def train_step(run: Run, step: int) -> tuple[dict[str, float], Rollout]:
         first = updates[0] if updates else {}
         metrics |= {name: float(value) for name, value in first.items() if name.startswith("rollout/logprob_gap")}
 
-    run.curriculum.observe(rollout.examples, rollout.mean_rewards())
+    run.curriculum.observe(*rollout.observed())
     for record, row in zip(rollout.records, advantages, strict=False):
         record["advantage"] = float(row[np.abs(row).argmax()])
 

@@ -37,9 +37,12 @@ class Rollout(NamedTuple):
     actor_stats: dict[str, float]
     seconds: dict[str, float]
 
-    def mean_rewards(self) -> list[float]:
-        """Mean reward of each group over its valid samples; 0 where there is none."""
-        return [float(row[~np.isnan(row)].mean()) if (~np.isnan(row)).any() else 0.0 for row in self.rewards]
+    def observed(self) -> tuple[list[Example], list[float]]:
+        """The examples that have a valid reward, and its mean over their valid samples: what a curriculum learns from.
+        A reward that failed says nothing about an example."""
+        scored = [(example, row[~np.isnan(row)]) for example, row in zip(self.examples, self.rewards, strict=True)]
+        scored = [(example, valid) for example, valid in scored if len(valid)]
+        return [example for example, _ in scored], [float(valid.mean()) for _, valid in scored]
 
 
 def collect(actor: Actor, plan: RolloutPlan, draw: Callable[[int], Sequence[Example]], n: int, step: int) -> Rollout:

@@ -57,8 +57,9 @@ class ActorConfig(Protocol):
         """The actor, with nothing open. ValueError for what only the data can show."""
         ...
 
-    def check_prompts(self, parts: ActorParts, pack_length: int) -> None:
-        """ValueError for a prompt that cannot be sampled or trained on."""
+    def check_prompts(self, parts: ActorParts, pack_length: int) -> Dataset:
+        """The data set, without rows that the config says are to be dropped. ValueError for a prompt that cannot be
+        sampled or trained on."""
         ...
 
 
@@ -96,8 +97,9 @@ class TurnsConfig:
         if self.workers < 1:
             raise ValueError(f"config.actor.workers={self.workers} must be at least 1")
 
-    def check_prompts(self, parts: ActorParts, pack_length: int) -> None:
-        """What opens an episode is known when it does; one that is too long fails alone."""
+    def check_prompts(self, parts: ActorParts, pack_length: int) -> Dataset:
+        """All of it: what opens an episode is known when it does; one that is too long fails alone."""
+        return parts.dataset
 
     def turn_decoder(self, parts: ActorParts, *, groups_in_flight: int, stop_strings: tuple[str, ...]) -> TurnDecoder:
         group = parts.plan.forks.leaves if parts.plan.forks else parts.plan.group_size

@@ -15,7 +15,15 @@ from rljax.rollouts.config import ActorParts, chains_of, make_rewards, stops_of
 from rljax.rollouts.forks import ForkRounds
 from rljax.rollouts.orders import Order, QueuedActor
 from rljax.sampling import Request, Sample, Sampler, SamplerSpec, SamplingConfig, SamplingParams
-from rljax.tasks import Example, RewardConfig, RewardInput, RewardResult, RewardRunner
+from rljax.tasks import (
+    Dataset,
+    Example,
+    RewardConfig,
+    RewardInput,
+    RewardResult,
+    RewardRunner,
+    without_long_rows,
+)
 from rljax.text import StepSplitter, Tokenizer, render_prompt
 from rljax.types import Params
 
@@ -28,6 +36,9 @@ class SingleTurn:
     """What a completion is worth; several add up by weight. Empty takes the verifier that comes with the data."""
     prompt_buckets: tuple[int, ...] = (64, 128, 256, 512)
     """Prompt lengths in tokens that programs are compiled for. The last must hold the longest prompt."""
+    drop_long_prompts: bool = False
+    """Whether rows whose prompt is longer are left out of training and evaluation, with a line that says how many. Else
+    they end the start, and the first of them is named."""
     prompt_slots: int = 0
     """Prompts that decode at once; 0 is all of a step. Lower it when keys and values do not fit."""
     sample_slots: int = 0
@@ -66,27 +77,30 @@ class SingleTurn:
         sampler = Sampler(parts.decoder, spec, stops_of(parts), mesh=parts.mesh)
         return SingleTurnActor(sampler, parts.tokenizer, rewards, parts.settings)
 
-    def check_prompts(self, parts: ActorParts, pack_length: int) -> None:
+    def check_prompts(self, parts: ActorParts, pack_length: int) -> Dataset:
         """Renders every prompt once."""
-        # Test prompts too: an evaluation in the middle of a run would find a long one hours later.
-        length, example_id = max(
-            (len(render_prompt(parts.tokenizer, example.prompt, parts.settings.chat)), example.id)
-            for example in [*parts.dataset.train, *parts.dataset.test]
-        )
-        if length > self.prompt_buckets[-1]:
-            raise ValueError(
-                f"the longest prompt has {length} tokens (id {example_id}), more than the largest of "
-                f"config.actor.prompt_buckets={self.prompt_buckets}; add a bucket or drop the row"
-            )
 
-        # A row is never split between packed sequences.
-        total = length + parts.sampling.max_new_tokens
-        if total > pack_length:
-            raise ValueError(
-                f"config.update.pack_length={pack_length} cannot hold the longest prompt "
-                f"({length} tokens) and config.sampling.max_new_tokens={parts.sampling.max_new_tokens}; "
-                f"raise it to at least {total}"
+        def length_of(example: Example) -> int:
+            try:
+                return len(render_prompt(parts.tokenizer, example.prompt, parts.settings.chat))
+            except (ValueError, TypeError) as error:  # tokenizers raise the latter for half characters
+                raise ValueError(f"{example.name}: {error}") from error
+
+        # a row is never split between packed sequences
+        room = pack_length - parts.sampling.max_new_tokens
+        limit = min(self.prompt_buckets[-1], room)
+
+        def remedy(longest: int) -> str:
+            new_tokens = parts.sampling.max_new_tokens
+            raised = (
+                f"add a bucket of at least {longest} to config.actor.prompt_buckets={self.prompt_buckets}"
+                if limit < room
+                else f"config.update.pack_length={pack_length} must hold a prompt and "
+                f"config.sampling.max_new_tokens={new_tokens}, so raise it to at least {longest + new_tokens}"
             )
+            return f"{raised}, or set config.actor.drop_long_prompts=True"
+
+        return without_long_rows(parts.dataset, length_of, limit, drop=self.drop_long_prompts, remedy=remedy)
 
 
 class SingleTurnActor(QueuedActor):

@@ -1,6 +1,6 @@
 """A sample of a scored group as a trajectory, and as a line of the rollout log."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -108,7 +108,7 @@ def _value(column: Column, group: ScoredGroup, index: int, on_completion: Any) -
 
 
 def record_of(group: ScoredGroup, index: int, trajectory: Trajectory, step: int) -> dict[str, Any]:
-    """A JSON-ready line of the rollout log."""
+    """A JSON-ready line of the rollout log. `columns` are those of the data row, the right answer among them."""
     sample = group.samples[index]
     result = group.results[index]
     record = {
@@ -117,6 +117,7 @@ def record_of(group: ScoredGroup, index: int, trajectory: Trajectory, step: int)
         "sample": index,
         "prompt": group.example.prompt,
         "completion": group.texts[index],
+        "columns": _as_json(group.example.columns),
         "reward": result.value if result.is_valid else None,
         "shaped_reward": trajectory.reward,
         "components": result.components,
@@ -130,3 +131,12 @@ def record_of(group: ScoredGroup, index: int, trajectory: Trajectory, step: int)
     if sample.forced:
         record["forced"] = [list(span) for span in sample.forced]
     return record
+
+
+def _as_json(value: Any) -> Any:
+    """Keys as text, which JSON wants; values that it lacks are left to the writer."""
+    if isinstance(value, Mapping):
+        return {key if isinstance(key, str) else str(key): _as_json(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_as_json(item) for item in value]
+    return value

@@ -25,9 +25,10 @@ from rljax.tasks.config import (
     RewardConfig,
     RowsData,
     UniformTasks,
+    without_long_rows,
 )
 from rljax.tasks.curriculum import Curriculum, UniformCurriculum
-from rljax.tasks.examples import Example, Prompt, Split, decontaminate, split_by_hash
+from rljax.tasks.examples import Example, Prompt, Split, decontaminate, split_answer, split_by_hash, whole_text
 from rljax.tasks.failures import (
     FailedTasks,
     FailureCurriculum,
@@ -131,8 +132,11 @@ __all__ = [
     "reasoning_gym_task",
     "repeated_share",
     "replications",
+    "split_answer",
     "split_by_hash",
     "states_facts",
     "whole_completion",
     "whole_number",
+    "whole_text",
+    "without_long_rows",
 ]

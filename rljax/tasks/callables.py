@@ -1,7 +1,7 @@
 """Rewards as plain callables: how they are found by name, and what they ask for.
 
 A reward takes any of `prompt`, `completion`, `token_ids` and of the data row's columns, by keyword, and returns a
-number for one sample:
+number for one sample, or None where it does not apply:
 
     def reward(completion, answer): return float(completion.strip() == answer)
     def reward(prompt, completion, token_ids, **columns): ...
@@ -12,6 +12,7 @@ or by the decorator `batch_reward`; `token_ids` and columns are lists as well:
     def reward(completions, answer): return [float(c == a) for c, a in zip(completions, answer)]
 """
 
+import copy
 import importlib
 import inspect
 import os
@@ -54,15 +55,18 @@ class Wants:
 
     def keywords(self, inputs: Sequence[RewardInput]) -> dict[str, Any]:
         """The keyword arguments of one call; a single input for a per-sample reward. A missing column is left out of a
-        per-sample call and None in a batch."""
+        per-sample call and None in a batch. Prompts and columns are copies: what a reward does to them reaches neither
+        the data nor the next call."""
         if not self.is_batch:
             (one,) = inputs
-            return {**self._columns(one.columns), **self._given(one.prompt, one.completion, list(one.token_ids))}
+            prompt = _copy(one.prompt)
+            return {**self._columns(one.columns), **self._given(prompt, one.completion, list(one.token_ids))}
 
         # rows may differ in their columns: each column is as long as the batch
-        names = dict.fromkeys(name for i in inputs for name in self._columns(i.columns))
-        columns = {name: [i.columns.get(name) for i in inputs] for name in names}
-        prompts = [i.prompt for i in inputs]
+        rows = [self._columns(i.columns) for i in inputs]
+        names = dict.fromkeys(name for row in rows for name in row)
+        columns = {name: [row.get(name) for row in rows] for name in names}
+        prompts = [_copy(i.prompt) for i in inputs]
         completions = [i.completion for i in inputs]
         # the sample's own arguments last: a column of the same name does not hide them
         return {**columns, **self._given(prompts, completions, [list(i.token_ids) for i in inputs])}
@@ -73,7 +77,17 @@ class Wants:
 
     def _columns(self, columns: Mapping[str, Any]) -> dict[str, Any]:
         named = (*self.columns, *self.optional_columns)
-        return {name: value for name, value in columns.items() if self.all_columns or name in named}
+        return {name: _copy(value) for name, value in columns.items() if self.all_columns or name in named}
+
+
+def _copy(value: Any) -> Any:
+    """A deep copy; the value itself where it cannot change, or cannot be copied, as an open file."""
+    if isinstance(value, (str, int, float, bool, bytes, type(None))):
+        return value
+    try:
+        return copy.deepcopy(value)
+    except Exception:
+        return value
 
 
 def inspect_reward(function: Callable[..., Any], name: str) -> Wants:

@@ -8,7 +8,7 @@ from typing import Any, Protocol, runtime_checkable
 from rljax.tasks.answers import Extractor, whole_completion
 from rljax.tasks.callables import load_callable
 from rljax.tasks.curriculum import Curriculum, UniformCurriculum
-from rljax.tasks.examples import Example, decontaminate, split_by_hash
+from rljax.tasks.examples import Example, decontaminate, split_answer, split_by_hash
 from rljax.tasks.failures import FailedTasks
 from rljax.tasks.files import load_jsonl, load_parquet
 from rljax.tasks.mixture import balanced
@@ -121,6 +121,43 @@ class FileRows:
     verifier: Callable[..., Any] | None = None
 
 
+def without_long_rows(
+    dataset: Dataset, length_of: Callable[[Example], int], limit: int, *, drop: bool, remedy: Callable[[int], str]
+) -> Dataset:
+    """The data set without rows of more than `limit` tokens, or itself if there are none.
+
+    Test rows too: an evaluation in the middle of a run would find a long one hours later. Raises ValueError that names
+    the first such row and counts them, with a remedy for the longest, unless they are to be dropped, and if none would
+    be left to train on.
+    """
+    long = {}
+    for example in (*dataset.train, *dataset.test):
+        if (length := length_of(example)) > limit:
+            long[id(example)] = (example, length)
+    if not long:
+        return dataset
+
+    first, length = next(iter(long.values()))
+    longest = max(length for _, length in long.values())
+    says = (
+        f"{len(long)} of {len(dataset.train) + len(dataset.test)} prompts have more than {limit} tokens: {first.name} "
+        f"has {length}, the longest {longest}"
+    )
+    train = [example for example in dataset.train if id(example) not in long]
+    if not drop or not train:
+        raise ValueError(f"{says}; {remedy(longest)}")
+    return _Shorter(train, [e for e in dataset.test if id(e) not in long], dataset.verifier, says)
+
+
+@dataclasses.dataclass
+class _Shorter(FileRows):
+    dropped: str = ""
+
+    def describe(self) -> str:
+        """For a person."""
+        return f"{len(self.train)} training examples, {len(self.test)} held out; dropped: {self.dropped}"
+
+
 @dataclasses.dataclass
 class FileData:
     """JSONL or Parquet files with a prompt column and whatever columns the reward wants."""
@@ -132,7 +169,8 @@ class FileData:
     test_fraction: float = 0.05
     """Share of `train` that is held out where there is no `test`."""
     prompt_column: str = "prompt"
-    """Holds text, or a list of chat messages."""
+    """Holds text, or a list of chat messages. A last turn of the assistant is taken out of these and becomes the column
+    `completion`."""
     chat: bool | None = None
     """Whether text becomes a user message of the chat template; None leaves text as it is."""
 
@@ -205,7 +243,16 @@ class RowsData:
         wrong = next((row for row in rows if not isinstance(row, Mapping) or "prompt" not in row), None)
         if wrong is not None:
             raise ValueError(f"config.data.rows={self.rows} gave {wrong!r:.100}; a row is a mapping with a 'prompt'")
-        return [Example(row["prompt"], {k: v for k, v in row.items() if k != "prompt"}) for row in rows]
+        return [self._example(index, row) for index, row in enumerate(rows)]
+
+    def _example(self, index: int, row: Mapping[str, Any]) -> Example:
+        place = f"row {index} of {self.rows}"
+        columns = {name: value for name, value in row.items() if name != "prompt"}
+        try:
+            prompt, columns = split_answer(row["prompt"], columns)
+        except (ValueError, AttributeError, TypeError) as error:
+            raise ValueError(f"{place}: {error}") from None
+        return Example(prompt, columns, place=place)
 
 
 def _check_fraction(value: float) -> None:

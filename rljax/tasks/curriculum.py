@@ -20,7 +20,8 @@ class Curriculum(Protocol):
         ...
 
     def observe(self, examples: Sequence[Example], rewards: Sequence[float]) -> None:
-        """Learn from the mean reward of each example of a step."""
+        """Learn from the mean reward of each example of a step. One without any valid reward is not among them, so
+        there may be fewer than were drawn, or none."""
         ...
 
     def state_dict(self) -> dict[str, Any]:

@@ -23,6 +23,23 @@ def prompt_digest(example: "Example") -> int:
     return digest(example.prompt)
 
 
+def whole_text(text: str) -> str:
+    """`text` with U+FFFD for lone surrogates, which JSON may escape and no tokenizer or file takes."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+def split_answer(prompt: Prompt, columns: Mapping[str, Any]) -> tuple[Prompt, dict[str, Any]]:
+    """A prompt without the assistant's turn that it ends with, which becomes the column `completion` unless the row has
+    one: data of conversations holds the answer, and the policy must not read it. Raises ValueError if no turn is left
+    for it to answer."""
+    if isinstance(prompt, str) or not prompt or prompt[-1].get("role") != "assistant":
+        return prompt, dict(columns)
+    rest = list(prompt[:-1])
+    if not any(message.get("role") == "user" for message in rest) or rest[-1].get("role") == "assistant":
+        raise ValueError("nothing is left to answer once the assistant's last turn is taken as the answer")
+    return rest, {"completion": prompt[-1].get("content"), **columns}
+
+
 def with_paragraph(prompt: Prompt, text: str) -> Prompt:
     """`prompt` with `text` as a last paragraph, of its last user message where it is messages; the very prompt for
     empty text. Raises ValueError for messages without a user message of text."""
@@ -42,18 +59,25 @@ def with_paragraph(prompt: Prompt, text: str) -> Prompt:
 class Example:
     """One data row: a `prompt` (text, or a list of `{role, content}` messages) and the `columns` that rewards read.
 
-    `id` is a 31-bit hash of the content unless given; it names the prompt in sampling keys and logs.
+    `id` is a 31-bit hash of the content unless given; it names the prompt in sampling keys and logs. `place` is where
+    the row came from, such as a file and a line, for messages to a person.
     """
 
     prompt: Prompt
     columns: Mapping[str, Any] = field(default_factory=dict)
     id: int = -1
+    place: str = field(default="", compare=False)
 
     def __post_init__(self) -> None:
         if self.id == -1:
             object.__setattr__(self, "id", digest([self.prompt, dict(self.columns)]) >> 97)
         elif not 0 <= self.id < 2**31:
             raise ValueError(f"example id {self.id} must be in [0, 2**31), or left out to be a hash of the content")
+
+    @property
+    def name(self) -> str:
+        """Where the row came from, or its id."""
+        return self.place or f"the row of id {self.id}"
 
     @property
     def task_id(self) -> int:

@@ -133,7 +133,10 @@ class FailureCurriculum:
         return [self._examples[i] for i in order[:n]]
 
     def observe(self, examples: Sequence[Example], rewards: Sequence[float]) -> None:
-        """Learn which examples of a step failed; those of other data sets are passed over."""
+        """Learn which examples of a step failed; those of other data sets are passed over. A step of which nothing is
+        known is none."""
+        if not examples:
+            return
         settings = self._settings
         failed = [
             self._index[example.id]

@@ -1,12 +1,13 @@
 """Data sets from JSONL and Parquet files: a prompt, and whatever columns the rewards want."""
 
+import codecs
 import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from rljax.tasks.examples import Example
+from rljax.tasks.examples import Example, Prompt, split_answer, whole_text
 
 
 def load_jsonl(
@@ -14,29 +15,36 @@ def load_jsonl(
 ) -> list[Example]:
     """Read one example from each line of a JSON Lines file; blank lines are skipped.
 
-    The prompt is text or a non-empty list of `{role, content}` messages; all other keys become columns. Ids are hashes
-    of the row unless `id_column` names a column of integers in [0, 2**31). Raises ValueError, naming file, line and
-    value, for a row that is no JSON object or has no usable prompt, and for a file that is missing or empty.
+    The prompt is text or a non-empty list of `{role, content}` messages; all other keys become columns. Where messages
+    end with the assistant's turn, that is taken out and becomes the column `completion` (`split_answer`). Ids are
+    hashes of the row unless `id_column` names a column of integers in [0, 2**31). Raises ValueError, naming file, line
+    and value, for a row that is no JSON object or has no usable prompt, and for a file that is missing or empty.
     """
 
     def rows() -> Iterator[tuple[str, Any]]:
-        with open(path, encoding="utf-8") as file:
+        with open(path, "rb") as file:
             for number, line in enumerate(file, start=1):
+                place = f"{path}, line {number}"
+                if number == 1:
+                    line = line.removeprefix(codecs.BOM_UTF8)
                 if line.strip():
-                    place = f"{path}, line {number}"
-                    try:
-                        yield place, json.loads(line)
-                    except json.JSONDecodeError as error:
-                        raise ValueError(
-                            f"{place}: not valid JSON ({error.msg} at column {error.colno}): {_short(line.strip())}; "
-                            "each line must be one JSON object"
-                        ) from None
+                    yield place, _row(line, place)
 
     _check_file(path)
-    try:  # rows are read, and so decoded, as examples are made
-        return _examples(rows(), path, prompt_column, id_column)
+    return _examples(rows(), path, prompt_column, id_column)
+
+
+def _row(line: bytes, place: str) -> Any:
+    try:
+        return json.loads(line.decode("utf-8"))
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text ({error}); save it as UTF-8 JSON Lines") from None
+        raise ValueError(f"{place}: not UTF-8 text ({error}); save the file as UTF-8 JSON Lines") from None
+    except (ValueError, RecursionError) as error:
+        reason = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else str(error)
+        # what was being written when a disk was full or a copy broke off
+        remedy = "each line must be one JSON object" if line.endswith(b"\n") else "the file is cut off here"
+        text = _short(line[:400].decode("utf-8", "replace").strip())
+        raise ValueError(f"{place}: not valid JSON ({reason}): {text}; {remedy}") from None
 
 
 def load_parquet(
@@ -81,11 +89,13 @@ def _examples(
                 "add it, or name the column that holds the prompt with prompt_column"
             )
 
-        prompt = _prompt(columns.pop(prompt_column), place, prompt_column)
-        if id_column is None:
-            examples.append(Example(prompt=prompt, columns=columns))
-        else:
-            examples.append(Example(prompt=prompt, columns=columns, id=_id(columns, place, id_column)))
+        prompt: Prompt = _prompt(columns.pop(prompt_column), place, prompt_column)
+        example_id = -1 if id_column is None else _id(columns, place, id_column)
+        try:
+            prompt, columns = split_answer(prompt, columns)
+        except ValueError as error:
+            raise ValueError(f"{place}: {error}; add the user's turn, or drop the row") from None
+        examples.append(Example(prompt=prompt, columns=columns, id=example_id, place=place))
 
     if not examples:
         raise ValueError(f"{path} holds no rows; a data set needs at least one")
@@ -104,6 +114,7 @@ def _id(columns: dict[str, Any], place: str, id_column: str) -> int:
 
 def _prompt(value: Any, place: str, column: str) -> str | list[dict[str, Any]]:
     if isinstance(value, str) and value.strip():
+        _check_text(value, place, column)
         return value
     if isinstance(value, list) and value:
         # Parquet gives every struct of a list all fields, null where a message has none
@@ -114,8 +125,18 @@ def _prompt(value: Any, place: str, column: str) -> str | list[dict[str, Any]]:
                     f"{place}: message {i} of {column!r} is {_short(value[i])}; "
                     "a message is an object with a text role and a text content"
                 )
+            _check_text(m["content"], place, column)
         return messages
     raise ValueError(f"{place}: {column!r} is {_short(value)}; it must be non-empty text, or a list of chat messages")
+
+
+def _check_text(text: str, place: str, column: str) -> None:
+    if whole_text(text) != text:
+        at = next(i for i, char in enumerate(text) if "\ud800" <= char <= "\udfff")
+        raise ValueError(
+            f"{place}: {column!r} holds half of a character ({text[at]!a}, at character {at}), which no tokenizer "
+            "takes; write the whole character, or take it out"
+        )
 
 
 def _short(value: Any) -> str:

@@ -137,18 +137,18 @@ def _make_items(name: str, config: Mapping[str, Any]) -> list[dict[str, Any]]:
         (reply,) = pool.run([Job(0, (name, dict(config)), _GENERATION_TIMEOUT_S)])
     if reply.kind != DONE:
         raise RuntimeError(f"reasoning-gym failed to make items of {name!r} ({reply.kind}): {reply.value}")
-    if isinstance(reply.value, Exception):
-        raise reply.value
+    if isinstance(reply.value, str):
+        raise ValueError(reply.value)
     return reply.value
 
 
-def _items(arguments: tuple[str, dict[str, Any]]) -> list[dict[str, Any]] | Exception:
-    """All items of a data set; runs in a worker of its own."""
+def _items(arguments: tuple[str, dict[str, Any]]) -> list[dict[str, Any]] | str:
+    """All items of a data set, or why it cannot be made; runs in a worker of its own."""
     name, config = arguments
     try:
         dataset = _create(name, config)
     except (ImportError, ValueError) as error:
-        return error.with_traceback(None)
+        return str(error)
     import numpy as np
 
     np.random.seed(0)  # noqa: NPY002  the generators' own, in a process that does nothing else

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from absl import logging
 
 from rljax.tasks.callables import RewardInput, Wants, check_columns, inspect_reward, load_callable
-from rljax.tasks.workers import DONE, RAISED, TIMEOUT, Job, WorkerPool
+from rljax.tasks.workers import DONE, RAISED, TIMEOUT, Job, Reply, WorkerPool, end_if_forked
 
 EXCEPTION = "exception"
 """It raised, or exited."""
@@ -24,8 +24,10 @@ CRASH = "crash"
 """Its process died."""
 NOT_FINITE = "not_finite"
 """It gave no finite number."""
-FAILURES = (EXCEPTION, TIMED_OUT, CRASH, NOT_FINITE)
-"""Kinds of failure of a reward."""
+NONE_APPLIES = "none_applies"
+"""Every reward returned None for the sample."""
+FAILURES = (EXCEPTION, TIMED_OUT, CRASH, NOT_FINITE, NONE_APPLIES)
+"""Why a sample has no valid score."""
 
 _FLOAT32_MAX = 3.4028234e38
 
@@ -35,7 +37,8 @@ class RewardSpec:
     """One reward of a run."""
 
     reward: Callable[..., Any] | str
-    """A callable (see `rljax.tasks.callables`), or its name `module:function`."""
+    """A callable (see `rljax.tasks.callables`), or its name `module:function`. Where it returns None it does not apply
+    to the sample, whose other rewards count."""
     weight: float = 1.0
     """Multiplies its value in the sum of a sample's rewards."""
     name: str | None = None
@@ -49,19 +52,19 @@ class RewardSpec:
 
 @dataclass(frozen=True)
 class RewardResult:
-    """What the rewards say of one sample. If a component fails, the sample is not valid."""
+    """What the rewards say of one sample. If a component fails, or none applies, the sample is not valid."""
 
     value: float
     """The weighted sum; 0 if the sample is not valid."""
     components: dict[str, float]
-    """The unweighted rewards by name, without those that failed."""
+    """The unweighted rewards by name, without those that failed or do not apply."""
     is_valid: bool = True
     error: str | None = None
     """What failed, if anything."""
 
 
 class _Outcome(NamedTuple):
-    value: float
+    value: float | None  # None: the reward does not apply
     failure: str | None = None  # one of FAILURES
     message: str = ""
 
@@ -78,8 +81,12 @@ class _Scorer:
         getattr(self.reward, "warm_up", lambda: None)()
 
     def __call__(self, inputs: Sequence[RewardInput]) -> list[_Outcome]:
+        process = os.getpid()
         try:
-            result = self.reward(**self.wants.keywords(inputs))
+            try:
+                result = self.reward(**self.wants.keywords(inputs))
+            finally:
+                end_if_forked(process)
             if not self.wants.is_batch:
                 return [_as_outcome(result)]
             result = result.tolist() if hasattr(result, "tolist") else list(result)
@@ -91,6 +98,8 @@ class _Scorer:
 
 
 def _as_outcome(value: Any) -> _Outcome:
+    if value is None:
+        return _Outcome(None)
     if not isinstance(value, (bool, int, float)) and getattr(value, "ndim", None) == 0:
         value = value.item()  # a scalar of numpy or jax
     if not isinstance(value, (bool, int, float)):
@@ -203,36 +212,58 @@ class RewardRunner:
         # jobs of one reward are in the order of the inputs, and replies in that of the jobs
         outcomes: dict[str, list[_Outcome]] = {r.name: [] for r in self._remote}
         for (reward, size), reply in zip(owners, self._pool.run(jobs), strict=True):
-            # what fails a batch reward fails all samples of the batch
-            outcomes[reward.name] += reply.value if reply.kind == DONE else [_failed(reward, reply)] * size
+            outcomes[reward.name] += _outcomes_of(reward, reply, size)
         return outcomes
 
     def _count(self, reward: _Reward, outcomes: Sequence[_Outcome]) -> None:
         for outcome in outcomes:
-            if outcome.failure is None:
-                continue
-            self.failures[outcome.failure] += 1
-            kind = (reward.name, outcome.failure)
-            if kind not in self._logged:
-                self._logged.add(kind)
-                logging.warning(
-                    "Reward %s failed (%s); the sample takes no part. More of this kind are counted, not logged.\n%s",
+            if outcome.failure is not None:
+                self._note(
                     reward.name,
                     outcome.failure,
-                    outcome.message,
+                    f"Reward {reward.name} failed ({outcome.failure}); the sample takes no part. More of this kind are "
+                    f"counted, not logged.\n{outcome.message}",
                 )
+        # of a reward for other rows, or of one that forgot its `return`
+        if len(outcomes) > 1 and all(outcome.value is None for outcome in outcomes):
+            self._log_once(
+                (reward.name, NONE_APPLIES),
+                f"Reward {reward.name} returned None for all of {len(outcomes)} samples, which says that it does not "
+                "apply to them: it took no part in their scores.",
+            )
+
+    def _note(self, name: str, failure: str, text: str) -> None:
+        self.failures[failure] += 1
+        self._log_once((name, failure), text)
+
+    def _log_once(self, kind: tuple[str, str], text: str) -> None:
+        if kind not in self._logged:
+            self._logged.add(kind)
+            logging.warning("%s", text)
 
     def _combine(self, outcomes: dict[str, _Outcome]) -> RewardResult:
-        components = {r.name: outcomes[r.name].value for r in self._rewards if outcomes[r.name].failure is None}
+        components: dict[str, float] = {}
+        weighted: list[float] = []
+        for reward in self._rewards:
+            outcome = outcomes[reward.name]
+            if outcome.failure is None and outcome.value is not None:
+                components[reward.name] = outcome.value
+                weighted.append(reward.weight * outcome.value)
+
         errors = [
             f"{name}: {o.failure}: {o.message.strip().rsplit(chr(10), 1)[-1]}"
             for name, o in outcomes.items()
             if o.failure is not None
         ]
+        if not errors and not components:
+            errors = [f"{NONE_APPLIES}: {' and '.join(self.names)} returned None"]
+            self._note(
+                "", NONE_APPLIES, f"A sample has no score, since {' and '.join(self.names)} returned None for it."
+            )
         if errors:
             return RewardResult(0.0, components, is_valid=False, error="; ".join(errors))
         # fsum: the value must not depend on the order in which rewards are listed
-        return RewardResult(math.fsum(r.weight * components[r.name] for r in self._rewards), components)
+        return RewardResult(math.fsum(weighted), components)
 
 
 def _batches(reward: _Reward, inputs: Sequence[RewardInput]) -> list[Sequence[RewardInput]]:
@@ -244,7 +275,29 @@ def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _failed(reward: _Reward, reply: Any) -> _Outcome:
+def _outcomes_of(reward: _Reward, reply: Reply, size: int) -> list[_Outcome]:
+    """Of one call of a reward for `size` samples."""
+    if reply.kind == DONE:
+        # the process answers for code that may have written to its socket, so nothing about it is taken for granted
+        values = reply.value if isinstance(reply.value, list) and len(reply.value) == size else []
+        outcomes = [_Outcome(*value) for value in values if isinstance(value, tuple) and len(value) == 3]
+        if len(outcomes) == size and all(map(_is_outcome, outcomes)):
+            return outcomes
+        return [_Outcome(0.0, CRASH, f"its worker process answered {reply.value!r:.100}")] * size
+    # what fails a batch reward fails all samples of the batch
+    return [_failed(reward, reply)] * size
+
+
+def _is_outcome(outcome: _Outcome) -> bool:
+    is_number = type(outcome.value) is float and -_FLOAT32_MAX <= outcome.value <= _FLOAT32_MAX
+    return (
+        (is_number or outcome.value is None)
+        and outcome.failure in (None, *FAILURES)
+        and isinstance(outcome.message, str)
+    )
+
+
+def _failed(reward: _Reward, reply: Reply) -> _Outcome:
     if reply.kind == TIMEOUT:
         return _Outcome(
             0.0, TIMED_OUT, f"it ran longer than {reward.timeout_s} s and was ended; raise timeout_s if it may"

@@ -4,10 +4,14 @@
 holds a device) that leads a process group of its own, talks over one socket pair and does one job at a time. A worker
 ends when that socket closes, so none outlives its parent, however the parent ends. It never runs the parent's main
 module, so a training script's imports cost it nothing.
+
+Jobs go out as pickle and carry a number; answers come back as plain data (`rljax.tasks.channel`) with the number of
+their job. A worker that sends anything else is replaced, and what it sent is never run.
 """
 
 import contextlib
 import faulthandler
+import itertools
 import json
 import os
 import pickle
@@ -23,8 +27,10 @@ import traceback
 import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
-from multiprocessing.connection import Connection, wait
+from multiprocessing.connection import wait
 from typing import Any, NamedTuple
+
+from rljax.tasks.channel import Channel, Garbled, read_data, write_data
 
 DONE, RAISED, TIMEOUT, CRASHED = "done", "raised", "timeout", "crashed"
 
@@ -32,10 +38,11 @@ _STARTED = "started"
 _GRACE_S = 2.0  # from the end of the parent to that of a busy worker
 _BACKSTOP_S = 10.0  # beyond the timeout; for a worker whose parent is gone and whose job never lets go of the GIL
 _MAX_FAILED_STARTS = 5
+_LOADING = 0  # the number of the first message to a worker
 _CHILD = "import json, sys; sys.path[:] = json.loads(sys.argv[2]); from {0} import {1}; {1}(int(sys.argv[1]))"
 
 
-def start_child(serve: str) -> tuple[subprocess.Popen, Connection]:
+def start_child(serve: str) -> tuple[subprocess.Popen, Channel]:
     """A fresh Python process that leads a process group of its own, and our end of the socket pair to it.
 
     `serve` names the `module:function` that it runs, with the descriptor of its end. The process never runs this one's
@@ -50,20 +57,35 @@ def start_child(serve: str) -> tuple[subprocess.Popen, Connection]:
         process = subprocess.Popen(
             arguments, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, start_new_session=True, env=env
         )
-    return process, Connection(ours.detach())
+    return process, Channel(ours)
 
 
-def end_child(process: subprocess.Popen, connection: Connection) -> None:
+def end_child(process: subprocess.Popen, channel: Channel) -> None:
     """End the process and all that it started."""
-    connection.close()
+    channel.close()
     if process.returncode is None:  # not yet reaped, so its id still names its group
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
 
 
+def has_ended(process: subprocess.Popen) -> bool:
+    """Whether it ended by itself; leaves it to `end_child` to reap it."""
+    if process.returncode is not None:
+        return True
+    return os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT | os.WNOHANG) is not None
+
+
+def end_if_forked(process: int) -> None:
+    """Ends this process if it is not the one of that id: a child that a reward, an environment or a tool forked, and
+    that came back from it by returning or raising, must neither answer in its parent's place nor go on as it."""
+    if os.getpid() != process:
+        os._exit(1)
+
+
 class Job(NamedTuple):
-    """Call `functions[function](argument)`, for at most `timeout_s` seconds."""
+    """Call `functions[function](argument)`, for at most `timeout_s` seconds. The argument is pickled; the result must
+    be plain data, as `write_data` takes it."""
 
     function: int
     argument: Any
@@ -78,15 +100,17 @@ class Reply(NamedTuple):
 
 
 class _Worker:
-    """A process and where it stands. `job` is the index of what it works on; `deadline` that of its start or job."""
+    """A process and where it stands. `job` is the index of what it works on, `number` that of the message with it;
+    `deadline` that of its start or job."""
 
     def __init__(self, payload: bytes, start_timeout_s: float):
-        self.process, self.connection = start_child("rljax.tasks.workers:serve")
+        self.process, self.channel = start_child("rljax.tasks.workers:serve")
         self.is_ready = False
         self.job: int | None = None
+        self.number = _LOADING
         self.deadline = time.monotonic() + start_timeout_s
         with contextlib.suppress(OSError):  # if it died at once, reading tells
-            self.connection.send_bytes(payload)
+            self.channel.send(payload, start_timeout_s)
 
     @property
     def is_idle(self) -> bool:
@@ -95,17 +119,17 @@ class _Worker:
 
     def kill(self) -> None:
         """End the process and all that it started."""
-        end_child(self.process, self.connection)
+        end_child(self.process, self.channel)
 
     def has_ended(self) -> bool:
         """Whether it ended by itself; leaves it to `kill` to reap it."""
-        return os.waitid(os.P_PID, self.process.pid, os.WEXITED | os.WNOWAIT | os.WNOHANG) is not None
+        return has_ended(self.process)
 
 
 def _close(workers: list[_Worker]) -> None:
     idle = [worker for worker in workers if worker.is_idle]
     for worker in idle:
-        worker.connection.close()  # it then ends by itself, running its exit handlers
+        worker.channel.close()  # it then ends by itself, running its exit handlers
     deadline = time.monotonic() + _GRACE_S
     while not all(worker.has_ended() for worker in idle) and time.monotonic() < deadline:
         time.sleep(0.01)
@@ -129,6 +153,8 @@ class WorkerPool:
         self._payload = pickle.dumps(list(functions))
         self._start_timeout_s = start_timeout_s
         self._failed_starts = 0
+        # never the same twice: an answer that comes late must fit no later job
+        self._numbers = itertools.count(_LOADING + 1)
         self._workers: list[_Worker] = []
         # also ends the workers of a pool that is dropped without being closed
         self._finalizer = weakref.finalize(self, _close, self._workers)
@@ -201,30 +227,38 @@ class WorkerPool:
         while waiting and worker.job is None:
             index = waiting.popleft()
             try:
-                message = pickle.dumps(tuple(jobs[index]))
+                number = next(self._numbers)
+                message = pickle.dumps((number, *jobs[index]))
             except Exception:  # whatever a value's own pickling raises
                 replies[index] = Reply(RAISED, traceback.format_exc())
                 continue
+
+            # it died while idle, or what ran in it before left something behind: not this job's fault
+            is_sound = not worker.channel.has_input()
             try:
-                worker.connection.send_bytes(message)
-            except OSError:  # it died while idle: not this job's fault
+                if is_sound:
+                    worker.channel.send(message, jobs[index].timeout_s)
+            except OSError:
+                is_sound = False
+            if not is_sound:
                 waiting.appendleft(index)
                 self._replace(worker)
                 return
             worker.job = index
+            worker.number = number
             worker.deadline = time.monotonic() + jobs[index].timeout_s
 
     def _wait(self, first_start: bool = False) -> list[tuple[int, Reply]]:
         """Sleep until something happens; replies of the jobs that ended by it."""
         active = [worker for worker in self._workers if not worker.is_idle]
         timeout = max(0.0, min(worker.deadline for worker in active) - time.monotonic())
-        heard = set(wait([worker.connection for worker in active], timeout))
+        heard = set(wait([worker.channel.fileno() for worker in active], timeout))
         now = time.monotonic()
 
         # an answer counts even if it came late: it is there
         ended = []
         for worker in active:
-            reply = self._hear(worker) if worker.connection in heard else None
+            reply = self._hear(worker) if worker.channel.fileno() in heard else None
             if reply is None and now >= worker.deadline:
                 reply = Reply(TIMEOUT, "")
             if reply is None:
@@ -241,14 +275,25 @@ class WorkerPool:
             ended.append((job, reply))
         return ended
 
-    def _hear(self, worker: _Worker) -> Reply:
+    def _hear(self, worker: _Worker) -> Reply | None:
+        """What the worker says, if all of it is there."""
         try:
-            return Reply(*pickle.loads(worker.connection.recv_bytes()))
+            message = worker.channel.take()
+            if message is None:
+                return None
+            number, kind, value = read_data(message)
+            if number != worker.number:
+                raise Garbled(f"it answers the message {number!r:.20}, not {worker.number}")
+            if kind not in (RAISED, DONE if worker.is_ready else _STARTED):
+                raise Garbled(f"it is of the kind {kind!r:.20}")
+            return Reply(kind, value)
         except (EOFError, OSError):
             worker.kill()
             code = worker.process.returncode
             how = f"was ended by signal {-code}" if code < 0 else f"ended with exit code {code}"
             return Reply(CRASHED, f"the worker process {how}")
+        except (Garbled, ValueError) as error:
+            return Reply(CRASHED, f"the worker process sent what is no answer ({error})")
 
     def _after_start(self, worker: _Worker, reply: Reply, first_start: bool) -> None:
         if reply.kind == _STARTED:
@@ -276,41 +321,44 @@ class WorkerPool:
 def serve(descriptor: int) -> None:
     """The life of a worker process: load the functions, then do jobs until the socket closes."""
     os.set_inheritable(descriptor, False)
-    connection = Connection(descriptor)
+    worker = os.getpid()
+    channel = Channel(socket.socket(fileno=descriptor), most_bytes=None)
     # a thread reads, so that the end of the parent is noticed during a job
     inbox: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
-    threading.Thread(target=_receive, args=(connection, inbox), daemon=True).start()
+    threading.Thread(target=_receive, args=(channel, inbox), daemon=True).start()
 
     null = open(os.devnull, "w")  # noqa: SIM115  for the life of the process
     functions: list[Callable[[Any], Any]] | None = None
     for message in iter(inbox.get, None):
+        number = _LOADING
         try:
             if functions is None:
                 functions = pickle.loads(message)
                 for function in functions:
                     getattr(function, "warm_up", lambda: None)()
-                reply = Reply(_STARTED, None)
+                answer = write_data(number, _STARTED, None)
             else:
-                job = Job(*pickle.loads(message))
+                number, *fields = pickle.loads(message)
+                job = Job(*fields)
                 faulthandler.dump_traceback_later(job.timeout_s + _BACKSTOP_S, exit=True, file=null)
                 random.seed(0)  # which worker did what before must not show in the result
-                reply = Reply(DONE, functions[job.function](job.argument))
-            answer = pickle.dumps(tuple(reply))
+                answer = write_data(number, DONE, functions[job.function](job.argument))
         except BaseException:
-            answer = pickle.dumps((RAISED, traceback.format_exc()))
+            answer = write_data(number, RAISED, traceback.format_exc())
         finally:
+            end_if_forked(worker)
             faulthandler.cancel_dump_traceback_later()
 
         try:
-            connection.send_bytes(answer)
+            channel.send(answer)
         except OSError:  # the parent is gone
             return
 
 
-def _receive(connection: Connection, inbox: "queue.SimpleQueue[bytes | None]") -> None:
+def _receive(channel: Channel, inbox: "queue.SimpleQueue[bytes | None]") -> None:
     try:
         while True:
-            inbox.put(connection.recv_bytes())
+            inbox.put(channel.receive())
     except (EOFError, OSError):
         inbox.put(None)
     time.sleep(_GRACE_S)

@@ -108,7 +108,7 @@ class RunFolder:
         records = list(records)
         if records:
             lines = [json.dumps(record, ensure_ascii=False, default=_plain) + "\n" for record in records]
-            (self.path / "rollouts" / f"step_{step:06d}.jsonl").write_text("".join(lines), encoding="utf-8")
+            _write(self.path / "rollouts" / f"step_{step:06d}.jsonl", "".join(lines))
         self._writer.write(step, metrics)
 
         if self._bar is not None:
@@ -138,7 +138,7 @@ class RunFolder:
             file.parent.mkdir(parents=True, exist_ok=True)
             text = json.dumps(content, indent=2, ensure_ascii=False, default=_plain) + "\n"
             temporary = file.with_name(file.name + ".tmp")
-            temporary.write_text(text, encoding="utf-8")
+            _write(temporary, text)
             temporary.replace(file)
         return file
 
@@ -169,6 +169,11 @@ class RunFolder:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _write(file: Path, text: str) -> None:
+    """Half characters, which prompts, completions and errors may hold, are escaped: in JSON they mean the same."""
+    file.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def _plain(value: Any) -> Any:

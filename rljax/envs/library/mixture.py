@@ -38,6 +38,10 @@ class MixedEnvironment:
             raise ValueError("step before reset: a mixed environment does not know its environment yet")
         return self.environment.step(action)
 
+    def close(self) -> None:
+        """Closes the row's environment, if there is anything to close."""
+        getattr(self.environment, "close", lambda: None)()
+
 
 def mixed_rows(parts: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Rows of several sources, taking turns.

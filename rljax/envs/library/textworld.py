@@ -92,8 +92,7 @@ class TextWorldEnvironment:
         file = file or make_game(row["seed"], row.get("options"), folder=self._folder)
 
         wanted = ("objective", "description", "score", "max_score", "moves", "won", "lost", "admissible_commands")
-        if self._game is not None:
-            self._game.close()
+        self.close()
         self._game = self._textworld.start(
             str(file), request_infos=self._textworld.EnvInfos(**dict.fromkeys(wanted, True))
         )
@@ -104,6 +103,12 @@ class TextWorldEnvironment:
         self._moves = 0
         self._highest = max(1, int(state.max_score))
         return "\n\n".join(filter(None, (state.objective.strip(), state.description.strip(), self._hint(state))))
+
+    def close(self) -> None:
+        """Ends the game's process, if there is one."""
+        if self._game is not None:
+            self._game.close()
+            self._game = None
 
     def step(self, action: str) -> Step:
         """Send one command to the game."""

@@ -4,6 +4,7 @@ import contextlib
 import copy
 import dataclasses
 import math
+import os
 import queue
 import threading
 import time
@@ -21,6 +22,7 @@ from rljax.rollouts.config import ActorParts, TurnsConfig, make_rewards, require
 from rljax.rollouts.orders import Order, QueuedActor
 from rljax.sampling import Sample, SamplingConfig, SamplingParams
 from rljax.tasks import Example, RewardConfig, RewardInput, RewardResult, RewardRunner, load_callable
+from rljax.tasks.workers import end_if_forked
 from rljax.types import Params
 
 Agent = Callable[[str, dict[str, Any]], float | str]
@@ -226,10 +228,12 @@ class BlackBoxActor(QueuedActor):
         row = copy.deepcopy({"prompt": run.example.prompt, **run.example.columns})
         answer = None
         error = ""
+        process = os.getpid()
         try:
             answer = self.agent(self.endpoint.url(run.session), row)
         except BaseException as raised:
             error = f"the agent raised {type(raised).__name__}: {raised}"
+        end_if_forked(process)
 
         with run.session.lock:
             if not run.session.is_closed:  # else it had taken too long

@@ -32,7 +32,6 @@ from rljax.types import Params
 
 _MOST_BYTES = 64 * 2**20  # of a request
 _ROUTE = re.compile(r"(?:/session/(?P<session>[^/]+))?/v1/(?P<what>[^?]*)")
-_CALL_MARKS = ("<tool_call>", "<|python_tag|>", '{"name"')
 
 
 class _Place(NamedTuple):
@@ -276,10 +275,8 @@ class ChatEndpoint:
         message: dict[str, Any] = {"role": "assistant", "content": text}
 
         if parsed is not None and parsed.calls and parsed.problem is None:
-            # The content is what stands before the first call. A mark within the thinking is no call.
-            marks = (*_CALL_MARKS, *(f"<{call.name}>" for call in parsed.calls))
-            places = [text.find(mark, text.rfind("</think>") + 1) for mark in marks]
-            before = text[: min((place for place in places if place >= 0), default=0)].strip()
+            # The content is what stands before the first call; a parser of one's own may not say where that is.
+            before = text[: parsed.start or 0].strip()
             message["content"] = before or None
             message["tool_calls"] = [
                 {

@@ -28,7 +28,7 @@ from rljax.rollouts.multi_turn import MultiTurn
 from rljax.rollouts.orders import Order, QueuedActor
 from rljax.rollouts.single_turn import SingleTurn
 from rljax.sampling import SamplingConfig, SamplingParams
-from rljax.tasks import Example
+from rljax.tasks import Dataset, Example
 from rljax.tasks.examples import digest
 from rljax.types import SOURCE_GUIDED, Params
 
@@ -78,8 +78,8 @@ class Guided:
     def build(self, parts: ActorParts) -> "GuidedActor":
         return GuidedActor(self.actor.build(parts), self)
 
-    def check_prompts(self, parts: ActorParts, pack_length: int) -> None:
-        self.actor.check_prompts(parts, pack_length)
+    def check_prompts(self, parts: ActorParts, pack_length: int) -> Dataset:
+        return self.actor.check_prompts(parts, pack_length)
 
 
 class GuidedGroups(NamedTuple):

@@ -5,7 +5,16 @@ from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 from rljax.advantages import AdvantageFn, group_normalized
-from rljax.losses import Loss, PenaltyFn, SurrogateFn, clipped, entropy_bonus, kl_penalty
+from rljax.losses import (
+    ComparedWith,
+    Loss,
+    PenaltyFn,
+    SurrogateFn,
+    clipped,
+    compared_with,
+    entropy_bonus,
+    kl_penalty,
+)
 from rljax.plans import RolloutPlan
 
 Encode = Callable[[str], list[int]]
@@ -23,6 +32,11 @@ class Algorithm(NamedTuple):
     advantage_fn: AdvantageFn
     loss: Loss
     bind: Callable[[Encode, int], "Algorithm"] | None = None
+
+    def compared_with(self) -> ComparedWith:
+        """Which policies the loss compares the current one with (`rljax.losses.compared_with`)."""
+        columns = {column.name: column.per != "row" for column in self.plan.columns}
+        return compared_with(self.loss, columns)
 
 
 @dataclasses.dataclass

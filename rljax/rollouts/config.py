@@ -48,6 +48,12 @@ class ActorParts:
 class ActorConfig(Protocol):
     """How a run rolls out."""
 
+    @property
+    def off_policy(self) -> str:
+        """The setting that lets rollouts hold tokens which the current policy did not sample under their prompt, as
+        `config.<path>=value`; empty where there is none."""
+        ...
+
     def check(self, plan: RolloutPlan, sampling: SamplingConfig, pack_length: int) -> None:
         """Refuses what cannot work, with a ValueError of one line, before any data is read. A trajectory is trained on
         in packed sequences of `pack_length` tokens."""
@@ -81,6 +87,10 @@ class TurnsConfig:
     """Decoding steps between two looks for finished turns."""
     workers: int = 64
     """Threads (or processes) that environments or agents run in."""
+
+    @property
+    def off_policy(self) -> str:
+        return ""
 
     def check(self, plan: RolloutPlan, sampling: SamplingConfig, pack_length: int) -> None:
         get_format(self.tool_format)

@@ -74,6 +74,13 @@ class MultiTurn(TurnsConfig):
     stale_every: int = 25
     """Steps after which these weights are renewed."""
 
+    @property
+    def off_policy(self) -> str:
+        for name in ("groups_in_flight", "stale_share"):
+            if getattr(self, name):
+                return f"config.actor.{name}={getattr(self, name)}"
+        return ""
+
     def check(self, plan: RolloutPlan, sampling: SamplingConfig, pack_length: int) -> None:
         if not self.make:
             raise ValueError(

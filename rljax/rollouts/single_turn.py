@@ -33,6 +33,10 @@ class SingleTurn:
     sample_slots: int = 0
     """Samples of a prompt that decode at once; 0 is the whole group."""
 
+    @property
+    def off_policy(self) -> str:
+        return ""
+
     def check(self, plan: RolloutPlan, sampling: SamplingConfig, pack_length: int) -> None:
         buckets = self.prompt_buckets
         if not buckets or list(buckets) != sorted(set(buckets)) or buckets[0] < 1:

@@ -116,6 +116,7 @@ def build_actor(
         chat=config.data.chat,
         stop_strings=sampling.stop_strings,
         truncated_is_wrong=sampling.truncated_is_wrong,
+        solved_by=config.evaluation.solved_by,
     )
     parts = ActorParts(
         decoder=decoder,

@@ -56,7 +56,8 @@ def _update(loss: Loss, behavior: Array, old: Array, columns: Mapping[str, bool]
         rows, _, scale = loss.correct_fn(rows)
 
     microbatch = jax.tree.map(lambda x: x[0], rows)
-    slopes = jax.grad(lambda *of_policy: loss.loss(*of_policy, microbatch)[0], argnums=(0, 1))(zeros[0], zeros[0])
+    gradient = jax.grad(lambda logprobs, entropies: loss.loss(logprobs, entropies, microbatch)[0], argnums=(0, 1))
+    slopes = gradient(zeros[0], zeros[0])
     return slopes if scale is None else (*slopes, scale)
 
 

@@ -105,6 +105,7 @@ class RolloutPlan(NamedTuple):
         needs_ref: log-probs of the reference model are needed, in the reward or in the loss.
         forks: how the samples of a prompt branch; None samples them independently.
         needs_uniforms: the loss wants a uniform random number per token (`Rows.uniforms`).
+        signal_reward: the reward, by name, whose unweighted values `keep_group` is told; empty is the weighted sum.
         refresh_every: steps after which the reference becomes a copy of the policy; 0 is never. A run's own
             `reference_refresh` goes before it.
         refresh_gate: told the held-out scores per problem now and at the last refresh (the start counts as one), says
@@ -132,6 +133,7 @@ def has_signal(rewards: np.ndarray) -> bool:
     rewards = np.asarray(rewards, np.float64)
     return bool(rewards.size and rewards.max() > rewards.min())
 
+    signal_reward: str = ""
 
 def not_worse(now: np.ndarray, before: np.ndarray) -> bool:
     """Whether the mean of scores per problem [N] has fallen by no more than one standard error of the paired difference

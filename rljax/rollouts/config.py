@@ -123,9 +123,10 @@ class TurnsConfig:
         return TurnDecoder(parts.decoder, spec, stops_of(parts, stop_strings), mesh=parts.mesh)
 
 
-def make_rewards(configs: tuple[RewardConfig, ...], dataset: Dataset) -> RewardRunner | None:
+def make_rewards(configs: tuple[RewardConfig, ...], parts: ActorParts) -> RewardRunner | None:
     """The configured rewards, or the data set's own verifier; None for neither. ValueError when a reward wants a column
-    that the data lacks."""
+    that the data lacks, and for a name in the config or plan that is no reward's."""
+    dataset = parts.dataset
     specs = [reward.load() for reward in configs]
     if not specs and dataset.verifier is not None:
         specs = [RewardSpec(dataset.verifier)]
@@ -133,6 +134,13 @@ def make_rewards(configs: tuple[RewardConfig, ...], dataset: Dataset) -> RewardR
         return None
     runner = RewardRunner(specs)
     runner.check_columns(set.intersection(*(set(e.columns) for e in [*dataset.train, *dataset.test])))
+    for path, name in (
+        ("config.evaluation.solved_by", parts.settings.solved_by),
+        ("config.algorithm.signal_reward", parts.plan.signal_reward),
+    ):
+        if name and name not in runner.names:
+            raise ValueError(f"{path}={name!r} is none of the rewards: {', '.join(runner.names)}; name one of them")
+    runner.decided_by = parts.settings.solved_by or runner.decided_by
     return runner
 
 

@@ -523,9 +523,8 @@ class MultiTurnActor:
         value = episode.reward
         if episode.end != DONE and self.config.unfinished_reward is not None:
             value = self.config.unfinished_reward
-        if play.is_truncated and self.settings.truncated_is_wrong:
-            value = min(value, 0.0)
-        return RewardResult(value, parts)
+        result = RewardResult(value, parts, decided_by=self.settings.solved_by)
+        return result.voided() if play.is_truncated and self.settings.truncated_is_wrong else result
 
     # What is under way, out of a checkpoint and back.
 

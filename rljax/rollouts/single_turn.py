@@ -51,7 +51,7 @@ class SingleTurn:
 
     def build(self, parts: ActorParts) -> "SingleTurnActor":
         plan = parts.plan
-        rewards = make_rewards(self.rewards, parts.dataset)
+        rewards = make_rewards(self.rewards, parts)
         if rewards is None:
             raise ValueError(
                 "config.actor.rewards is empty and the data has no verifier of its own; add e.g. "
@@ -154,7 +154,8 @@ class SingleTurnActor(QueuedActor):
 
         # One call for all groups, so that a slow reward runs beside all others.
         begin = time.perf_counter()
-        results = iter(self.judge(examples, sampled, texts))
+        judged = iter(self.judge(examples, sampled, texts))
+        results = [list(itertools.islice(judged, len(samples))) for samples in sampled]
         self.seconds["reward"] += time.perf_counter() - begin
 
         return [
@@ -163,13 +164,19 @@ class SingleTurnActor(QueuedActor):
                 prompt=prompts[i],
                 samples=sampled[i],
                 texts=texts[i],
-                results=list(itertools.islice(results, len(sampled[i]))),
+                results=results[i],
                 steps=[splitter(sample.tokens) for sample in sampled[i]],
             )
+                answers=self._answers(texts[i], results[i]),
             for i, example in enumerate(examples)
         ]
 
     def _request(
+    def _answers(self, texts: Sequence[str], results: Sequence[RewardResult]) -> list[str | None]:
+        if not self.rewards.finds_answers:
+            return []
+        return [self.rewards.answer(text, result) for text, result in zip(texts, results, strict=True)]
+
         self, group: GroupRequest, prompt: list[int], plan: RolloutPlan, splitter: StepSplitter, step: int
     ) -> Request:
         """The request to the sampler: all samples at once, or the chains and the rounds of forks that follow them."""
@@ -215,7 +222,7 @@ class SingleTurnActor(QueuedActor):
         # A completion that was cut off may not earn, but a penalty stays.
         flat: Iterable[Sample] = itertools.chain.from_iterable(sampled)
         return [
-            replace(result, value=min(result.value, 0.0)) if sample.finish_reason == "length" else result
+            result.voided() if sample.finish_reason == "length" else result
             for result, sample in zip(results, flat, strict=True)
         ]
 

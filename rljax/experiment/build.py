@@ -83,7 +83,7 @@ def build(config: Config) -> Run:
     # In the order of what fails fastest: tokenizer, data, rewards and environments, then the model's shape.
     tokenizer = config.model.tokenizer_of()
     if algorithm.bind is not None:
-        algorithm = algorithm.bind(tokenizer.encode, tokenizer.vocab_size)
+        algorithm = algorithm.bind(tokenizer)
         check_forks(config, algorithm.plan)
     algorithm = algorithm._replace(advantage_fn=jax.jit(algorithm.advantage_fn))
     dataset = config.data.load()

@@ -119,6 +119,7 @@ class TurnsConfig:
             max_new_tokens=parts.sampling.max_new_tokens,
             prefill_chunks=self.prefill_chunks,
             check_every=self.check_every,
+            suppressed=parts.plan.forks.suppressed if parts.plan.forks else (),
         )
         return TurnDecoder(parts.decoder, spec, stops_of(parts, stop_strings), mesh=parts.mesh)
 
@@ -133,7 +134,6 @@ def make_rewards(configs: tuple[RewardConfig, ...], parts: ActorParts) -> Reward
     if not specs:
         return None
     runner = RewardRunner(specs)
-    runner.check_columns(set.intersection(*(set(e.columns) for e in [*dataset.train, *dataset.test])))
     for path, name in (
         ("config.evaluation.solved_by", parts.settings.solved_by),
         ("config.algorithm.signal_reward", parts.plan.signal_reward),
@@ -141,6 +141,7 @@ def make_rewards(configs: tuple[RewardConfig, ...], parts: ActorParts) -> Reward
         if name and name not in runner.names:
             raise ValueError(f"{path}={name!r} is none of the rewards: {', '.join(runner.names)}; name one of them")
     runner.decided_by = parts.settings.solved_by or runner.decided_by
+    runner.check_columns(set.intersection(*(set(e.columns) for e in [*dataset.train, *dataset.test])))
     return runner
 
 

@@ -4,11 +4,13 @@
     python benchmarks/papers.py --configs=fipo,owpo   # these alone
     python benchmarks/papers.py --size=smoke          # two steps each of a tiny model, to see that it works
 
-The warm-up of the configs is the same for all, so it is done once. Each finished config is one JSON line in the work
-folder. It is one seed, on one easy task: enough to see that a method learns, too little to rank methods by.
+Configs of one task share its warm-up, which is done once. A method whose task is not the common one has GRPO on its
+task beside it, on plain rollouts. Each finished run is one JSON line in the work folder. It is one seed, on one easy
+task: enough to see that a method learns, too little to rank methods by.
 """
 
 import argparse
+import dataclasses
 import importlib
 import json
 import re
@@ -21,7 +23,8 @@ from typing import Any
 import jax
 from _environments import HOME, relaunch_with_allocator
 
-from rljax.experiment import Config, PretrainedModel, WarmupConfig
+from rljax.algorithms import GRPO
+from rljax.experiment import Config, Guided, MultiTurn, PretrainedModel, WarmupConfig
 from rljax.experiment.build import build
 from rljax.experiment.sft import warm_up
 from rljax.experiment.train import train
@@ -32,13 +35,33 @@ from rljax.training import RunFolder, read_jsonl
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = ROOT / "configs" / "papers"
 PAGE = ROOT / "docs" / "papers.md"
+COMMON = "half_scrambled"
+"""Demonstrations of the task that most configs share."""
+TASKS = {
+    "with_restarts": "Spelling, where demonstrations start over after wrong beginnings: a start over is right more "
+    "often than going on, which is the contrast of ReSum.",
+}
+"""What the other tasks show, by their demonstrations."""
+CONTROL = "+control"
+"""Ends the name of a config whose task GRPO learns in its place."""
 BEGIN, END = "<!-- measured: written by benchmarks/papers.py -->", "<!-- end of measured -->"
 
 
-def configs() -> list[str]:
-    """Names of the configs, in the order of docs/papers.md."""
+def configs(size: str = "full") -> list[str]:
+    """Names of the configs, in the order of docs/papers.md; before the first of each task but the common one, that of
+    its control."""
     order = re.findall(r"\(\.\./configs/papers/(\w+)\.py\)", PAGE.read_text())
-    return [name for name in dict.fromkeys(order) if name != "spelling"]
+    names: list[str] = []
+    tasks = {COMMON}
+    for name in dict.fromkeys(order):
+        if name == "spelling":
+            continue
+        task = task_of(get_config(name, size))
+        if task not in tasks:
+            tasks.add(task)
+            names.append(name + CONTROL)
+        names.append(name)
+    return names
 
 
 def get_config(name: str, size: str) -> Config:
@@ -47,11 +70,26 @@ def get_config(name: str, size: str) -> Config:
     return importlib.import_module(name).get_config(size)
 
 
-def initial_model(size: str, folder: Path) -> Path:
-    """The warmed-up model as a Hugging Face folder, made once."""
-    target = folder / "initial"
+def task_of(config: Config) -> str:
+    """What a config trains on, by the demonstrations of its warm-up."""
+    assert config.warmup.demonstrations is not None
+    return config.warmup.demonstrations.__name__
+
+
+def control_of(config: Config) -> Config:
+    """GRPO on the task of a config, with rollouts of the current policy alone."""
+    actor = config.actor.actor if isinstance(config.actor, Guided) else config.actor
+    if isinstance(actor, MultiTurn):
+        actor = dataclasses.replace(actor, groups_in_flight=0, stale_share=0.0)
+    group = config.algorithm.build().plan.group_size
+    return dataclasses.replace(config, algorithm=GRPO(group_size=group, kl_coef=0.0), actor=actor)
+
+
+def initial_model(config: Config, folder: Path) -> Path:
+    """The warmed-up model of the config's task as a Hugging Face folder, made once."""
+    target = folder / f"initial_{task_of(config)}"
     if not (target / "config.json").exists():
-        run = build(get_config("grpo", size))
+        run = build(control_of(config))
         with run.actor, RunFolder(folder / "warmup", fresh=True) as log, use_mesh(run.mesh):
             params = warm_up(run, run.initial_params(), log)
             save_hf(target, run.decoder, params, tokenizer=run.tokenizer)
@@ -59,9 +97,12 @@ def initial_model(size: str, folder: Path) -> Path:
 
 
 def measure(name: str, size: str, folder: Path) -> dict[str, Any]:
-    """Trains one config; the line of it."""
-    config = get_config(name, size)
-    model = str(initial_model(size, folder))
+    """Trains one config, or of a name that ends in `CONTROL` the control on its task; the line of it."""
+    config = get_config(name.removesuffix(CONTROL), size)
+    if name.endswith(CONTROL):
+        config = control_of(config)
+    task = task_of(config)
+    model = str(initial_model(config, folder))
     config.model = PretrainedModel(path=model, dtype="float32", param_dtype="float32")
     config.warmup = WarmupConfig()
     run_folder = folder / name
@@ -70,6 +111,7 @@ def measure(name: str, size: str, folder: Path) -> dict[str, Any]:
     samples = config.evaluation.samples
     line = {
         "config": name,
+        "task": task,
         "recipe": type(config.algorithm).__name__,
         "seed": config.seed,
         "steps": len(lines),
@@ -85,14 +127,36 @@ def measure(name: str, size: str, folder: Path) -> dict[str, Any]:
 
 
 def table(lines: Sequence[dict[str, Any]]) -> str:
-    """The measured section of docs/papers.md."""
-    n = lines[0]["samples"]
+    """The measured section of docs/papers.md: the common task, then each of the others."""
+    by_task: dict[str, list[dict[str, Any]]] = {}
+    for line in lines:
+        by_task.setdefault(line["task"], []).append(line)
+    own = [_own_task(task, rows) for task, rows in by_task.items() if task != COMMON]
+    return "\n\n".join([*(_common_task(by_task[COMMON]) if COMMON in by_task else []), *own])
+
+
+def _common_task(lines: Sequence[dict[str, Any]]) -> list[str]:
     text = [
         "## Measured",
         f"Seed {lines[0]['seed']} alone, {lines[0]['steps']} steps from one warmed-up model, held-out words; time of "
         "sampling and training on two cores, compiling included. It shows that a method learns and ranks none: samples "
         "per prompt, updates and learning rate are the same for all, and tuned for no one.",
         "",
+        *_rows(lines),
+        "",
+        "Tokens are those of the groups that were trained on; dynamic sampling draws more prompts than that.",
+    ]
+    return ["\n".join(text)]
+
+
+def _own_task(task: str, lines: Sequence[dict[str, Any]]) -> str:
+    about = f"{TASKS[task]} Seed {lines[0]['seed']} alone, {lines[0]['steps']} steps from one warmed-up model."
+    return "\n".join([f"### {task.replace('_', ' ').capitalize()}", about, "", *_rows(lines)])
+
+
+def _rows(lines: Sequence[dict[str, Any]]) -> list[str]:
+    n = lines[0]["samples"]
+    text = [
         f"| method | avg@{n} | greedy | pass@{n} | prompts | tokens sampled | s |",
         "|---|---|---|---|---|---|---|",
     ]
@@ -103,8 +167,7 @@ def table(lines: Sequence[dict[str, Any]]) -> str:
             f"| [{x['recipe']}](#{x['recipe'].lower()}) | {scores} | {x['prompts']:.0f} | "
             f"{x['new_tokens'] / 1e3:.0f}k | {x['seconds']:.0f} |"
         )
-    text.append("\nTokens are those of the groups that were trained on; dynamic sampling draws more prompts than that.")
-    return "\n".join(text)
+    return text
 
 
 def with_table(page: str, text: str) -> str:
@@ -122,9 +185,10 @@ def main() -> None:
     parser.add_argument("--configs", help="comma-separated names; all when left out")
     parser.add_argument("--page", default=str(PAGE), help="where the table goes; at smoke size it is only printed")
     arguments = parser.parse_args()
-    names = arguments.configs.split(",") if arguments.configs else configs()
-    if unknown := sorted(set(names) - set(configs())):
-        parser.error(f"--configs: {unknown[0]!r} is not one of {', '.join(configs())}")
+    known = configs(arguments.size)
+    names = arguments.configs.split(",") if arguments.configs else known
+    if unknown := sorted(set(names) - set(known)):
+        parser.error(f"--configs: {unknown[0]!r} is not one of {', '.join(known)}")
     relaunch_with_allocator()
     jax.config.update("jax_compilation_cache_dir", str(HOME / "jax"))
     folder = Path(arguments.workdir) / arguments.size
@@ -143,7 +207,7 @@ def main() -> None:
             f"{x['new_tokens'] / 1e3:.0f}k tokens, {x['seconds']:.0f} s",
             flush=True,
         )
-    text = table([done[name] for name in configs() if name in done])
+    text = table([done[name] for name in known if name in done])
     print(f"\n{text}")
     if arguments.size == "full":
         page = Path(arguments.page)

@@ -403,8 +403,8 @@ EVERY = {
     "appo": A.dual_group(),
     "appo_released": A.shared_branch_credit(),
     "aepo": A.entropy_scaled(A.group_normalized()),
-    "resum": A.summary_contrast([[6, 6]], natural=0.0, injected=0.0),
-    "resum_own": A.summary_own_group([[6, 6]], natural=0.0, injected=0.0),
+    "resum": A.summary_contrast(natural=0.0, injected=0.0),
+    "resum_own": A.summary_own_group(natural=0.0, injected=0.0),
 }
 JITTED = {name: jax.jit(function) for name, function in EVERY.items()}
 every = pytest.mark.parametrize("name", EVERY)

@@ -57,13 +57,17 @@ def test_it_runs_and_spends_what_its_plan_says(recipe, tmp_path):
     for line, records in zip(run_metrics(tmp_path / "run"), rollout_records(tmp_path / "run").values(), strict=True):
         assert len(records) == line["rollout/leaves"] == 4 * leaves - line["rollout/unused_forks"]
         assert sum("parent" in r for r in records) == len(records) - 4 * config.algorithm.chains > 0
-        assert line["rollout/logprob_gap_max"] < 2e-5 and np.isfinite(line["loss/grad_norm"])
+        # The chains of APPO are of the weights before the last update, but in the first step.
+        is_lagged = recipe is APPO and line["step"] > 1
+        assert (line["rollout/logprob_gap_max"] < 2e-5) != is_lagged and np.isfinite(line["loss/grad_norm"])
         given = [r for r in records if r.get("forced")]
         assert bool(given) == (recipe is ReSum)
         for record in given:
             for start, stop in record["forced"]:
                 assert not any(record["logprobs"][start:stop])
-                assert TOKENIZER.decode(record["tokens"][start:stop]) in ("ab", "c")
+                given = TOKENIZER.decode(record["tokens"][start:stop])
+                # Injected, or the first token where a phrase is suppressed, which begins none.
+                assert given in ("ab", "c") or (len(given) < 2 and given not in ("a", "d"))
 
 
 def forest_batch(seed=0, groups=3, interventions=(0,)):
@@ -184,7 +188,7 @@ def test_a_phrase_without_tokens_or_out_of_the_vocabulary_is_refused_at_the_star
     for inject, message in ((("",), "has no tokens"), (("ab", "Z"), "'Z'"), ((), "has no phrases")):
         recipe = ReSum(chains=2, inject=inject, detect=("ab",))
         with pytest.raises(ValueError, match=message):
-            recipe.build().bind(TOKENIZER.encode, TOKENIZER.vocab_size)
+            recipe.build().bind(TOKENIZER)
     config = config_of(ReSum)
     config.sampling.max_new_tokens = 2
     with pytest.raises(ValueError, match="leaves no room beside the tokens that a fork of ReSum begins with"):

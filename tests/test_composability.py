@@ -36,6 +36,11 @@ def forks(rule, **changes):
     return ForkPlan(chains=2, points=2, rule=rule, step_delimiters=STEPS)._replace(**changes)
 
 
+def fives(tokens, sampled):
+    """Where a natural phrase begins."""
+    return np.flatnonzero(tokens == 5).tolist()
+
+
 FORKS = {
     "independent": None,
     "random_token": forks(rules.random_token(2, 2, tail=0.0)),
@@ -44,7 +49,11 @@ FORKS = {
     "top_branching_score": forks(rules.top_branching_score(4)),
     "entropy_jump": forks(rules.filled(rules.entropy_jump(4, scale=2.0, window=2), 4)),
     "summary": forks(
-        rules.summary_points([[5]], PHRASES, 2, middle=0.8), points=1, rounds=2, fork_forks=False, max_injected=2
+        rules.summary_points(fives, PHRASES, 2, middle=0.8),
+        points=1,
+        rounds=2,
+        fork_forks=False,
+        max_injected=2,
     ),
 }
 ADVANTAGES = {
@@ -62,7 +71,7 @@ ADVANTAGES = {
     "sibling_normalized": adv.sibling_normalized(),
     "dual_group": adv.dual_group(),
     "entropy_scaled": adv.entropy_scaled(adv.group_normalized()),
-    "summary_contrast": adv.summary_contrast(PHRASES),
+    "summary_contrast": adv.summary_contrast(),
 }
 RATIOS = {
     "token": ls.token_ratio,

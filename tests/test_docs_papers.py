@@ -24,6 +24,7 @@ from rljax.experiment.check import check
 from rljax.experiment.config import to_dict
 from rljax.experiment.train import train
 from rljax.plans.fork_rules import PartialGroup
+from rljax.plans.phrases import SUMMARY_PHRASES, PhraseFinder
 from rljax.testing import run_metrics
 
 ROOT = Path(__file__).parent.parent
@@ -120,8 +121,7 @@ def test_every_config_makes_two_steps_and_reports_what_it_says_to_look_at(name, 
     assert set(METRIC.findall(module.__doc__)) <= set(lines[-1])
 
 
-PHRASES = ([[0]], [[0]])
-UNBOUND = {"resum": PHRASES, "arpo": (2,), "aepo": (2,)}
+UNBOUND = {"resum": (PhraseFinder(SUMMARY_PHRASES), [[0]], ()), "arpo": (2,), "aepo": (2,)}
 """What those are given here that need a tokenizer; a recipe that is not bound yet has the same."""
 
 

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from rljax.evaluation import EvaluationConfig, summarize
 from rljax.evaluation.estimators import (
     all_at_k,
     avg_at_k,
@@ -18,6 +19,9 @@ from rljax.evaluation.estimators import (
     pass_at_k,
     standard_error,
 )
+from rljax.rollouts import ScoredGroup
+from rljax.sampling import Sample
+from rljax.tasks import Example, RewardResult
 
 PASS_OF_4 = {0: [0, 0, 0, 0], 1: [0.25, 0.5, 0.75, 1], 2: [0.5, 0.8333333333, 1, 1], 4: [1, 1, 1, 1]}
 CORRECT = np.array([[1, 0, 1, 0], [0, 0, 0, 1]])
@@ -191,3 +195,54 @@ def test_paired_difference_removes_the_spread_between_problems():
     assert difference.low > 0.09
     with pytest.raises(ValueError, match="same problems"):
         paired_difference(after, before[:-1])
+
+
+def group_of(texts, results, answers=()):
+    """One problem as an evaluation is given it."""
+    sample = Sample(np.zeros(2, np.int32), np.zeros(2, np.float32), np.zeros(2, np.float32), "stop")
+    count = len(texts)
+    steps = [np.zeros(2, np.int32)] * count
+    return ScoredGroup(Example("?", {}), [1], [sample] * count, texts, results, steps, answers=answers)
+
+
+def summary(results, answers=(), **config):
+    texts = [f"thinking {i}, so {answer}" for i, answer in enumerate(answers or results)]
+    sampled = group_of(texts, results, answers)
+    greedy = group_of(texts[:1], results[:1], answers[:1])
+    return summarize([greedy], [sampled], EvaluationConfig(samples=len(results), **config))
+
+
+def test_the_majority_is_of_answers_and_not_of_texts():
+    """Two of eight say 5, which is right, and six say 17, each in words of its own: the majority is wrong."""
+    results = [RewardResult(float(i < 2), {}) for i in range(8)]
+    metrics = summary(results, ["5", "5"] + ["17"] * 6).metrics
+    assert metrics["maj@8"] == 0 and metrics["avg@8"] == 0.25
+    split = summary(results, ["5", "5", "17", "18", "19", None, None, None])
+    assert split.metrics["maj@8"] == 1
+    assert split.problems[0]["answers"][2:6] == ["17", "18", "19", None]
+
+
+def test_right_answers_vote_as_one_and_without_an_extractor_there_is_no_vote():
+    results = [RewardResult(float(i < 4), {}) for i in range(8)]
+    assert summary(results, ["1/2", "0.5", "2/4", "0.50", "3", "3", "3", "4"]).metrics["maj@8"] == 1
+    metrics = summary(results).metrics
+    assert "maj@8" not in metrics and metrics["pass@8"] == 1
+
+
+def test_what_decides_says_what_is_solved_and_not_the_weighted_sum():
+    """0.8 for the answer and 0.2 for the format: right without format sums to 0.8, wrong with two bonuses to 1."""
+    parts = [{"right": 1.0, "format": 0.0}, {"right": 0.0, "format": 5.0}, {"right": 1.0, "format": 1.0}]
+    results = [RewardResult(0.8 * p["right"] + 0.2 * p["format"], p, decided_by="right") for p in parts]
+    assert [result.is_solved for result in results] == [True, False, True]
+    assert [RewardResult(result.value, result.components).is_solved for result in results] == [False, True, True]
+    found = summary(results)
+    assert found.metrics["avg@3"] == pytest.approx(2 / 3) and found.solved_shares() == [pytest.approx(2 / 3)]
+    with pytest.raises(ValueError, match=r"solved_by='rihgt' is no reward .* there are format, right"):
+        summary(results, solved_by="rihgt")
+
+
+def test_a_completion_that_was_cut_off_may_not_earn_by_any_part():
+    cut = RewardResult(0.7, {"right": 1.0, "format": -0.3}, decided_by="right").voided()
+    assert not cut.is_solved and (cut.value, cut.part("right"), cut.part("format")) == (0, 0, -0.3)
+    assert cut.components["right"] == 1
+    assert not RewardResult(0.0, {"right": 1.0}, False, decided_by="right").is_solved

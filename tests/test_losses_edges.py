@@ -179,3 +179,31 @@ def test_zero_advantage_gives_no_gradient_in_any_surrogate():
             assert not gradient.any()
             if surrogate is surrogates[0]:
                 assert metrics["loss/clip_fraction"] == 0
+
+
+@pytest.mark.parametrize(
+    ("estimator", "slopes"),
+    [
+        # 1 - exp(-l) between the bounds of the value, whose gradient is l for k2 and k3_plus.
+        (L.k1, [1, 1, 1, 1, 1, 1]),
+        (L.k2, [-19, -2.62, -2.6, 10.9, 11.1, 19]),
+        (L.k3, [0, 0, 1 - np.exp(2.6), 1 - np.exp(-10.9), 0, 0]),
+        (L.k3_plus, [-19, -2.62, -2.6, 10.9, 11.1, 19]),
+    ],
+    ids=lambda x: getattr(x, "__name__", ""),
+)
+def test_where_estimators_of_the_kl_lose_their_gradient(estimator, slopes):
+    """k3 at its largest value, all of them where the log-ratio is clamped, at 20 nats."""
+    ratios = np.array([-19, -2.62, -2.6, 10.9, 11.1, 19])
+    with float64():
+        for far, want in ((ratios, slopes), (np.array([-20.5, 20.5]), [0, 0])):
+            rows = make_rows(
+                np.ones((1, len(far)), bool),
+                aggregate=L.token_mean,
+                old=np.zeros((1, len(far))),
+                ref=-far[None],
+                advantages=np.zeros((1, len(far))),
+            )
+            loss = L.policy_loss(L.token_ratio, L.clipped(), L.token_mean, penalties=[L.kl_penalty(1.0, estimator)])
+            _, _, slope = value_and_grad(loss, rows, np.zeros((1, len(far))))
+            np.testing.assert_allclose(slope[0] * len(far), want, rtol=1e-9, atol=1e-12)

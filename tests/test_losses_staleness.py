@@ -16,12 +16,13 @@ from rljax.advantages import (
     pass_at_k_unbiased,
     task_normalized,
 )
-from rljax.algorithms import DIS, M2PO, VCPO, DecoupledPPO, IcePop
+from rljax.algorithms import DIS, M2PO, RECIPES, VCPO, ActGuideRL, AgentRL, DecoupledPPO, IcePop
 from rljax.losses import (
     behavior_ratio,
     behavior_sequence_ratio,
     cispo,
     clipped,
+    compared_with,
     double_sided,
     effective_sample_size,
     geometric_log_weights,
@@ -48,6 +49,26 @@ def one_row(new, behavior, advantages, *, old=None, mask=None, aggregate=token_m
     old = behavior if old is None else np.log([old])
     mask = np.ones(new.shape, bool) if mask is None else np.array([mask], bool)
     return new, make_rows(mask, aggregate=aggregate, old=old, behavior=behavior, advantages=np.array([advantages]))
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.__name__)
+def test_what_a_recipe_compares_the_policy_with_is_read_off_its_gradient(recipe):
+    """Only these know who sampled a token; those with both would lose their correction if both were one."""
+    sampler_alone = {ActGuideRL, AgentRL, DIS}
+    both = {DecoupledPPO, IcePop, M2PO, VCPO}
+    got = recipe().build().compared_with()
+    assert got == (recipe in sampler_alone | both, recipe not in sampler_alone)
+
+
+def test_a_penalty_a_weight_or_a_column_counts_as_a_comparison_and_a_report_does_not():
+    plain = (token_ratio, clipped(), token_mean)
+    assert compared_with(policy_loss(*plain, penalties=[squared_log_ratio()])) == (True, True)
+    assert compared_with(policy_loss(*plain, weight_fns=[truncated_is()])) == (True, True)
+    reports = [lambda logprobs, entropies, rows: {"loss/gap": rows.behavior_logprobs}]
+    assert compared_with(policy_loss(*plain, report_fns=reports)) == (False, True)
+    weights = [lambda logprobs, entropies, rows: rows.columns["row"][:, None] * rows.columns["token"]]
+    loss = policy_loss(*plain, weight_fns=weights)
+    assert compared_with(loss, {"row": False, "token": True}) == (False, True)
 
 
 @pytest.mark.parametrize(

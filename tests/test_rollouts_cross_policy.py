@@ -46,11 +46,16 @@ def test_an_unfinished_episode_lowers_its_group(ddof, expected):
 
 
 def test_the_loss_meets_the_worked_example():
+    """The ratio is to the weights that spoke; that to the policy before the update is 1."""
     ratio, advantages, expected = [1.5, 0.5, 5.0, 1.1], [1.0, 1.0, -1.0, -1.0], [-1.2, -0.5, 3.0, 1.1]
     loss = AgentRL(kl_coef=0.0).build().loss
     for t in range(4):
         rows = make_rows(
-            np.arange(4)[None] == t, aggregate=loss.token_weights, old=np.zeros((1, 4)), advantages=[advantages]
+            np.arange(4)[None] == t,
+            aggregate=loss.token_weights,
+            old=np.log([ratio]),
+            behavior=np.zeros((1, 4)),
+            advantages=[advantages],
         )
         value, _, _ = value_and_grad(loss, rows, np.log([ratio]))
         assert value == pytest.approx(expected[t], abs=1e-6)

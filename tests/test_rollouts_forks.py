@@ -8,7 +8,7 @@ import pytest
 
 from rljax.algorithms import GRPO
 from rljax.experiment.train import train
-from rljax.plans import ForkPlan, ForkPoint
+from rljax.plans import NEWEST_LOGPROBS, ForkPlan, ForkPoint
 from rljax.plans.fork_rules import (
     PartialGroup,
     _between,
@@ -22,6 +22,7 @@ from rljax.plans.fork_rules import (
     top_surprisal,
     top_turn_surprisal,
 )
+from rljax.plans.phrases import PhraseFinder
 from rljax.rollouts.forks import ForkRounds
 from rljax.sampling import Sample
 from rljax.testing import rollout_records, run_metrics, tiny_config
@@ -135,6 +136,26 @@ def test_the_branching_score_of_the_policys_own_samples_is_their_entropy():
     assert set(places(points)[:2]) == {(1, 2), (0, 1)} and places(points)[2:] == [(0, 3), (0, 2)]
 
 
+def test_the_branching_score_sees_how_the_policy_has_moved_since():
+    """The worked example of APPO: of the pooled four, the two strict ones first, then by entropy."""
+    moves = [[0.10, -0.05, 0.20, 0.90, 0.00, 0.05], [-0.10, 0.15, 0.05, -0.20, 0.10, 0.30]]
+    entropies = [[0.2, 1.5, 0.9, 9.9, 0.4, 1.1], [0.6, 0.3, 1.8, 0.7, 1.4, 7.7]]
+    logprobs = -np.arange(1.0, 13).reshape(2, 6).astype(np.float32)
+    samples = [
+        sample("abcdef", logprobs=logprobs[i], entropies=entropies[i], forced=((3 + 2 * i, 4 + 2 * i),))
+        for i in range(2)
+    ]
+    newest = {NEWEST_LOGPROBS: [logprobs[i] + np.float32(moves[i]) for i in range(2)]}
+    batch = partial_batch(samples, 4, 24, [SPLITTER(s.tokens) for s in samples], newest)
+    group = grown(samples, chains=2)
+    rule = top_branching_score(4, discount=0.5)
+    points = rule(dataclasses.replace(group, batch=batch))
+    assert places(points) == [(1, 4), (0, 2), (1, 2), (0, 1)]
+    np.testing.assert_allclose([p.score for p in points[:2]], [0.722164, 0.279979], atol=1e-4)
+    # Without the newest log-probs the policy has not moved, and the entropy decides.
+    assert places(rule(group)) == [(1, 2), (0, 1), (1, 4), (0, 5)]
+
+
 def test_turns_are_chosen_by_their_surprisal_less_what_is_there():
     one = sample("ab.cd.ef", logprobs=[-1, -1, -1, -4, -4, -4, -2, -2])
     fork = sample("ab.xyz", logprobs=[-1, -1, -1, -1, -1, -1], parent=0, fork_index=3)
@@ -143,16 +164,17 @@ def test_turns_are_chosen_by_their_surprisal_less_what_is_there():
 
 
 def test_summaries_fork_at_natural_phrases_first_then_with_given_ones():
-    detect, inject = [TOKENIZER.encode("in sum")], [TOKENIZER.encode("to sum up"), TOKENIZER.encode("so")]
-    rule = summary_points(detect, inject, chains=2, middle=0.5)
+    inject = [TOKENIZER.encode("to sum up"), TOKENIZER.encode("so")]
+    rule = summary_points(PhraseFinder(("in sum",), TOKENIZER.decode), inject, chains=2, middle=0.5)
     samples = [sample("one two. in sum three"), sample("abcdefghijklmnopqrst")]
     natural, given = rule(grown(samples, chains=2))
     assert natural == ForkPoint(0, 9, 1.0, (), INTERVENTION_SUPPRESS)
     assert (given.parent, given.inject, given.intervention) == (1, tuple(inject[1]), INTERVENTION_INJECT)
     hit = {rule(grown(samples, chains=2, seed=seed))[1].fork_index for seed in range(300)}
     assert hit == set(range(5, 15))  # the middle half
-    samples.append(sample("one two. so three", parent=0, fork_index=9, intervention=INTERVENTION_SUPPRESS))
     assert rule(grown(samples, chains=2, round=1))[0].intervention == INTERVENTION_INJECT  # the natural one is used
+    twice = [sample("one in sum two in sum"), samples[1]]
+    assert [rule(grown(twice, chains=2, round=i))[0].fork_index for i in range(2)] == [4, 15]
 
 
 def plan_of(**changes):

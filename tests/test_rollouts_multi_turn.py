@@ -62,7 +62,17 @@ class Broken(Echo):
 
 
 def make_actor(
-    make=Echo, *, rows=3, conversations=12, decoders=1, limits=None, workers=8, length=LENGTH, pick=None, **settings
+    make=Echo,
+    *,
+    rows=3,
+    conversations=12,
+    decoders=1,
+    limits=None,
+    workers=8,
+    length=LENGTH,
+    pick=None,
+    scorer=None,
+    **settings,
 ):
     spec = TurnDecoderSpec(
         conversations=conversations,
@@ -77,7 +87,9 @@ def make_actor(
     pool = EnvironmentPool(make, workers=workers, limits=limits or EnvironmentLimits())
     pool.open()
     how = RolloutSettings(seed=3, sampling=sampling_params())
-    actor = MultiTurnActor(made, pool, Dialogue(TOKENIZER, wrap=(" ", "#")), how, MultiTurn(**settings), pick=pick)
+    actor = MultiTurnActor(
+        made, pool, Dialogue(TOKENIZER, wrap=(" ", "#")), how, MultiTurn(**settings), pick=pick, scorer=scorer
+    )
     actor.set_params(params(), version=0)
     return actor
 

@@ -11,7 +11,7 @@ from test_rollouts_endpoint import CONFIG as MODEL
 from test_rollouts_endpoint import make_tokenizer, params
 
 import rljax.experiment.train
-from rljax.algorithms import ARPO, GRPO, ActGuideRL, AgentRL, DeepDive, RoleAgent, TreeGRPO
+from rljax.algorithms import ARPO, GRPO, M2PO, ActGuideRL, AgentRL, DecoupledPPO, DeepDive, RoleAgent, TreeGRPO
 from rljax.experiment import (
     BlackBox,
     CheckpointConfig,
@@ -97,7 +97,7 @@ def test_a_run_over_turns_trains_and_reports(tmp_path):
         (RoleAgent(group_size=4), {}),
         (DeepDive(group_size=4), {}),
         (AgentRL(group_size=4), {"stale_share": 0.5, "stale_every": 2, "unfinished_reward": -0.2}),
-        (GRPO(group_size=4, kl_coef=0.0), {"groups_in_flight": 2}),
+        (DecoupledPPO(group_size=4), {"groups_in_flight": 2}),
     ],
     ids=["tree_grpo", "arpo", "role_agent", "deepdive", "agentrl", "in_flight"],
 )
@@ -110,7 +110,7 @@ def test_methods_train_over_turns(tmp_path, algorithm, changes):
 
 def test_groups_in_flight_are_not_lost_when_a_run_breaks_off(tmp_path, monkeypatch):
     """What a checkpoint holds of groups under way is trained on after the resume, or still under way at the end."""
-    config = make_config(GRPO(group_size=4, kl_coef=0.0), steps=4, checkpoint=CheckpointConfig(every=1))
+    config = make_config(DecoupledPPO(group_size=4), steps=4, checkpoint=CheckpointConfig(every=1))
     config.actor = dataclasses.replace(config.actor, groups_in_flight=3)
     step = rljax.experiment.train.train_step
     states = []
@@ -200,6 +200,13 @@ def guided(config, **settings):
         (lambda c: guided(c, probes=0), "probes=0"),
         (lambda c: guided(c, column=""), "config.actor.column is empty"),
         (lambda c: (setattr(c.actor, "groups_in_flight", 2), guided(c)), "groups_in_flight=2 and guidance exclude"),
+        (lambda c: setattr(c.actor, "groups_in_flight", 2), "groups_in_flight=2 trains on .* GRPO takes them for"),
+        (lambda c: setattr(c.actor, "stale_share", 0.25), r"stale_share=0.25 trains on .*\.use_sampler_logprobs=True"),
+        (guided, r"actor=Guided\(...\) trains on tokens that other policies sampled, and GRPO"),
+        (
+            lambda c: (setattr(c, "algorithm", M2PO(group_size=4)), setattr(c.update, "use_sampler_logprobs", True)),
+            "use_sampler_logprobs=True makes .* M2PO corrects by their difference",
+        ),
         (lambda c: setattr(c, "actor", BlackBox(agent="")), "config.actor.agent is empty"),
         (
             lambda c: (
@@ -219,6 +226,16 @@ def test_impossible_configs_are_refused(change, message):
     change(config)
     with pytest.raises(ValueError, match=message):
         check(config, jax.device_count())
+
+
+@pytest.mark.parametrize(
+    ("recipe", "changes"), [(AgentRL, {}), (M2PO, {}), (GRPO, {"use_sampler_logprobs": True})], ids=str
+)
+def test_rollouts_of_older_policies_are_for_losses_that_know_who_sampled(recipe, changes):
+    config = make_config(recipe(group_size=4))
+    config.actor.groups_in_flight = 2
+    config.update = dataclasses.replace(config.update, **changes)
+    check(config, jax.device_count())
 
 
 def test_an_environment_that_cannot_be_made_is_refused():

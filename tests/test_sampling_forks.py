@@ -17,9 +17,11 @@ from test_sampling_generate import (
 )
 
 from rljax.sampling import Fork, Request, Stops, compile_count, sampling_params
+from rljax.types import INTERVENTION_NONE, INTERVENTION_SUPPRESS
 
 ROUNDS, FORKS = 3, 3
 PATHS = 3 + FORKS * (ROUNDS - 1)
+SUPPRESSED = tuple(range(0, VOCAB, 2))
 
 
 def random_rounds(prompt_id):
@@ -54,7 +56,7 @@ def generate(sampler, requests):
 
 @pytest.fixture(scope="module")
 def sampler():
-    return make_sampler(path_slots=PATHS, max_injected=3, prompt_slots=2)
+    return make_sampler(path_slots=PATHS, max_injected=3, prompt_slots=2, suppressed=SUPPRESSED)
 
 
 @pytest.fixture(scope="module")
@@ -94,6 +96,26 @@ def _with_true_values_where_given(config, request, group):
 def test_logprobs_of_every_path_equal_one_forward_pass_over_it(trees):
     assert [len(group) for group in trees] == [3 + ROUNDS * FORKS] * len(PROMPTS)
     check_against_forward(CONFIG, trees)
+
+
+def test_a_fork_cannot_begin_with_what_is_suppressed_and_its_first_token_is_not_the_policys(sampler, trees):
+    """Only that token, and only of such forks; what follows goes on from it as from any other."""
+
+    def rounds(samples):
+        if len(samples) > 3:
+            return []
+        kinds = [(i, INTERVENTION_SUPPRESS if i % 2 else INTERVENTION_NONE) for i in range(40)]
+        return [Fork(i % 3, 2, 200 + i, intervention=kind) for i, kind in kinds]
+
+    (group,) = generate(sampler, [forking_requests()[0]._replace(rounds=rounds)])
+    plain, suppressed = group[3::2], group[4::2]
+    assert {s.tokens[2] in SUPPRESSED for s in plain} == {True, False}
+    assert not any(s.tokens[2] in SUPPRESSED for s in suppressed)
+    assert {t in SUPPRESSED for s in suppressed for t in s.tokens[3:]} == {True, False}
+    assert all(s.forced == ((2, 3),) and s.sampled.sum() == len(s.tokens) - 1 for s in suppressed)
+    assert all(s.sampled.all() for s in plain)
+    masked = _with_true_values_where_given(CONFIG, forking_requests()[0], group[:12])
+    assert_matches_forward(CONFIG, forking_requests()[:1], [masked], sampling_params())
 
 
 VARIANTS = {

@@ -17,8 +17,10 @@ from rljax.tasks import (
     ReasoningGymVerifier,
     RegexMatch,
     RewardInput,
+    RewardResult,
     RewardRunner,
     RewardSpec,
+    UnlessDegenerate,
     in_box,
     last_number,
     reasoning_gym_names,
@@ -288,3 +290,21 @@ def test_jax_stays_out_even_when_tasks_are_used():
         "MathVerify().warm_up()\nByteTokenizer().encode('a')\nprint('jax' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"
+
+
+def test_the_deciding_reward_says_what_the_answer_is():
+    """In a form in which equal numbers are equal; the first reward decides unless another is named."""
+    runner = RewardRunner([NumberMatch(), ExactMatch(ignore_case=True, extract=InTag())])
+    result = runner.score([RewardInput("p", "so 17.0", [1], {"answer": "5"})])[0]
+    assert runner.answer("so 17.0", result) == runner.answer("it is 34/2, 17", result) == "17"
+    assert runner.answer("no number", result) is None and result.decided_by == "number_match"
+    runner.decided_by = "exact_match"
+    assert runner.answer("<answer> Yes </answer>", result) == "yes"
+    assert runner.answer("yes", result) is None
+
+
+def test_without_an_extractor_or_a_valid_score_there_is_no_answer():
+    assert not RewardRunner([RewardSpec(RegexMatch(pattern="."), in_process=True)]).finds_answers
+    wrapped = RewardRunner([UnlessDegenerate(verify=NumberMatch())])
+    assert wrapped.answer("17", RewardResult(0.0, {})) == "17"
+    assert wrapped.answer("17", RewardResult(0.0, {}, is_valid=False)) is None

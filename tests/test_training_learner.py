@@ -176,6 +176,18 @@ def test_score_rows_is_zero_off_the_mask_and_equals_the_gap():
     np.testing.assert_allclose(metrics["rollout/logprob_gap_mean"], gap.mean(), rtol=1e-5)
 
 
+def test_the_only_update_of_a_rollout_takes_its_ratio_to_the_sampler_if_told_so():
+    """Tokens of an older policy: without the option the ratio of a single update is 1, whatever sampled."""
+    batch, _ = rollout()
+    mask = batch.action_mask & batch.is_valid[:, None]
+    scored = make(PackConfig(pack_length=128)).score_rows(params(), batch)
+    want = np.exp(np.clip(np.float64(scored) - batch.behavior_logprobs, -20, 20))[mask]
+    _, metrics, _ = gradient("whole", use_sampler_logprobs=True)
+    np.testing.assert_allclose(metrics["loss/ratio_mean"], want.mean(), rtol=1e-5)
+    np.testing.assert_allclose(metrics["loss/ratio_max"], want.max(), rtol=1e-5)
+    assert want.max() > 1.5 and gradient("whole")[1]["loss/ratio_max"] == 1
+
+
 def test_tokens_off_the_loss_mask_have_no_influence():
     """Advantages, behavior log-probs and tokens of invalid rows may be anything."""
     learner = make(PackConfig(pack_length=128))

@@ -2,11 +2,11 @@
 
     python launch/train.py --config=configs/papers/resum.py --workdir=runs/resum
 
-Look at rollout/forced_tokens, given to forks. What follows the last `=` is the answer, so that ` =` given to a fork
-lets it start over.
+Look at rollout/forced_tokens, given to forks. A summary is a start over here: what follows the last ` =` is the answer,
+and the demonstrations start over after wrong beginnings, so that there is a contrast to learn from.
 """
 
-from spelling import after_equals, spelling_config
+from spelling import after_equals, spelling_config, with_restarts
 
 from rljax.algorithms import ReSum
 from rljax.experiment import Config
@@ -19,4 +19,5 @@ def get_config(size: str = "full") -> Config:
         max_new_tokens=16,
         extract=after_equals,
         minibatches=4,
+        demonstrations=with_restarts,
     )

@@ -1,13 +1,15 @@
 """What the configs of this folder share: a character model learns to spell words backwards, by one method or another.
 
 The task and the model are those of configs/quickstart_tiny.py: a warm-up on demonstrations of which every second one is
-scrambled, then 60 steps of 64 prompts with 8 samples each. About a minute on two cores.
+scrambled, then 60 steps of 64 prompts with 8 samples each. About a minute on two cores. Methods that need a start over
+have demonstrations with it (`with_restarts`).
 
 Every config takes a size: `--config=configs/papers/fipo.py:smoke` is two steps of a far smaller model, to see it run.
 """
 
 import random
 import string
+from collections.abc import Callable
 
 from rljax.experiment import (
     CheckpointConfig,
@@ -41,6 +43,20 @@ def half_scrambled(examples: list[Example]) -> list[Example]:
     return made
 
 
+def with_restarts(examples: list[Example]) -> list[Example]:
+    """Demonstrations of every training word, a quarter each: right, scrambled, and two that begin with some letters of
+    a scrambled one and start over behind ` =`, rightly. So an answer that starts over is right more often."""
+    rng = random.Random(0)
+    made = []
+    for index, example in enumerate(examples):
+        right = example.columns["answer"]
+        scrambled = "".join(rng.sample(right, len(right)))
+        begun = scrambled[: rng.randint(1, len(right))]
+        completion = (right, scrambled, f"{begun} ={right}", f"{begun} ={right}")[index % 4]
+        made.append(Example(prompt=example.prompt, columns={"completion": completion}))
+    return made
+
+
 def after_equals(completion: str) -> str | None:
     """What the model wrote last. Not in a config file itself, which the processes that reward cannot import."""
     return completion.rpartition("=")[2].strip()
@@ -55,6 +71,7 @@ def spelling_config(
     extract: Extractor = whole_completion,
     optimizer: OptimizerConfig | None = None,
     critic_warmup: int = 0,
+    demonstrations: Callable[[list[Example]], list[Example]] = half_scrambled,
 ) -> Config:
     """`algorithm` on the spelling task; `minibatches` are updates per rollout. ValueError for an unknown `size`."""
     if size not in SIZES:
@@ -99,7 +116,7 @@ def spelling_config(
         warmup=WarmupConfig(
             steps=2 if smoke else 300,
             batch_size=16 if smoke else 128,
-            demonstrations=half_scrambled,
+            demonstrations=demonstrations,
             optimizer=OptimizerConfig(learning_rate=2e-3, schedule="cosine", warmup_steps=20, total_steps=300),
         ),
         evaluation=EvaluationConfig(

@@ -2,6 +2,7 @@
 
 from rljax.advantages.branch import dual_group, entropy_scaled, root_tokens, shared_branch_credit
 from rljax.advantages.contrastive import (
+    SUMMARIES,
     summary_bonus_released,
     summary_contrast,
     summary_counts,
@@ -54,11 +55,13 @@ from rljax.advantages.tree import (
     global_and_local,
     global_and_local_released,
     intra_and_inter_tree,
+    own_tokens,
     prefix_weighted,
     shared_mean,
 )
 
 __all__ = [
+    "SUMMARIES",
     "AdvantageFn",
     "LambdaFn",
     "StepReturnFn",
@@ -81,6 +84,7 @@ __all__ = [
     "last_turn_reward",
     "leave_one_out",
     "length_adaptive",
+    "own_tokens",
     "pass_at_k_normalized",
     "pass_at_k_unbiased",
     "penalized",

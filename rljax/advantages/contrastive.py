@@ -1,26 +1,25 @@
 """Solutions with a summary against solutions without: ReSum, 2606.13316.
 
-Phrases are static sequences of token ids. A *natural* phrase is one that the policy produced; an *injected* one was
-given to a fork (`intervention` INJECT). A fork from before a natural phrase (`intervention` SUPPRESS) goes on without
-it. `R` is the task's reward; rows that are not valid take no part.
+A *natural* phrase is one that the policy produced: a column of the batch has 1 on the token with which it begins. An
+*injected* one was given to a fork (`intervention` INJECT). A fork from before a natural phrase (`intervention`
+SUPPRESS) goes on without it. `R` is the task's reward; rows that are not valid take no part.
 """
-
-from collections.abc import Sequence
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from rljax.advantages.group import AdvantageFn, _on_tokens, _valid_tokens
-from rljax.ops import as_float, find_phrases, segment_mean, segment_sum, segment_whiten, segment_zscore
+from rljax.ops import as_float, segment_count, segment_mean, segment_sum, segment_whiten, segment_zscore
 from rljax.trees import build_tree
 from rljax.types import INTERVENTION_INJECT, INTERVENTION_SUPPRESS, NO_PARENT, ArrayLike, RolloutBatch
 
-Phrases = Sequence[Sequence[int]]
+SUMMARIES = "summaries"
+"""The column that marks natural phrases."""
 
 
 def summary_contrast(
-    phrases: Phrases,
     *,
+    column: str = SUMMARIES,
     natural: float = 0.2,
     injected: float = 0.05,
     only_if_correct: bool = False,
@@ -32,24 +31,30 @@ def summary_contrast(
         A = (R' - mean_with) / (std_with + epsilon) + (R' - mean_without) / (std_without + epsilon)
 
     `R' = R + summary_reward`. A set of fewer than two rows or without spread adds nothing, so that a prompt without
-    any summary is left with GRPO. Rows of equal `R` but different summaries differ in `R'`.
+    any summary is left with GRPO. Where a set of two and more rows has no spread, its own rows get 0: the rows of the
+    other set are scored by their own set alone. Rows of equal `R` but different summaries differ in `R'`.
     """
 
     def advantages(batch: RolloutBatch) -> Float[Array, "B T"]:
-        reward, has_summary = _shaped(batch, phrases, natural, injected, only_if_correct)
+        counts = summary_counts(batch, column)
+        extra = summary_reward(*counts, natural_weight=natural, injected_weight=injected)
+        reward, has_summary = _shaped(batch, counts, extra, only_if_correct)
         is_valid = jnp.asarray(batch.is_valid)
-        having, lacking = (
-            segment_zscore(reward, batch.group_id, is_valid & members, ddof=ddof, epsilon=epsilon)[0]
-            for members in (has_summary, ~has_summary)
-        )
-        return _on_tokens(having + lacking, batch)
+        credit = jnp.zeros_like(reward)
+        is_flat = jnp.zeros(reward.shape, bool)
+        for members in (is_valid & has_summary, is_valid & ~has_summary):
+            score, is_usable = segment_zscore(reward, batch.group_id, members, ddof=ddof, epsilon=epsilon)
+            count = segment_count(batch.group_id, members)[jnp.asarray(batch.group_id)]
+            credit = credit + score
+            is_flat |= members & (count > 1) & ~is_usable
+        return _on_tokens(jnp.where(is_flat, 0, credit), batch)
 
     return advantages
 
 
 def summary_own_group(
-    phrases: Phrases,
     *,
+    column: str = SUMMARIES,
     natural: float = 0.2,
     injected: float = 0.05,
     only_if_correct: bool = False,
@@ -59,7 +64,9 @@ def summary_own_group(
     """The other reading of ReSum 5.3: a row against the rows of its own kind alone, with a summary or without."""
 
     def advantages(batch: RolloutBatch) -> Float[Array, "B T"]:
-        reward, has_summary = _shaped(batch, phrases, natural, injected, only_if_correct)
+        counts = summary_counts(batch, column)
+        extra = summary_reward(*counts, natural_weight=natural, injected_weight=injected)
+        reward, has_summary = _shaped(batch, counts, extra, only_if_correct)
         is_valid = jnp.asarray(batch.is_valid)
         having, lacking = (
             segment_whiten(reward, batch.group_id, is_valid & members, ddof=ddof, epsilon=epsilon)
@@ -71,7 +78,7 @@ def summary_own_group(
 
 
 def summary_bonus_released(
-    phrases: Phrases, *, bonus: float = 0.3, suppressed_weight: float = 2.0, epsilon: float = 1e-4
+    *, column: str = SUMMARIES, bonus: float = 0.3, suppressed_weight: float = 2.0, epsilon: float = 1e-4
 ) -> AdvantageFn:
     """What ReSum's released code does instead: forked rows only shift the statistics, and get no credit themselves.
 
@@ -82,7 +89,7 @@ def summary_bonus_released(
     """
 
     def advantages(batch: RolloutBatch) -> Float[Array, "B T"]:
-        natural, _ = summary_counts(batch, phrases)
+        natural, _ = summary_counts(batch, column)
         is_valid = jnp.asarray(batch.is_valid)
         group_id = jnp.asarray(batch.group_id)
         reward = jnp.where(is_valid, as_float(batch.reward), 0)
@@ -101,17 +108,17 @@ def summary_bonus_released(
     return advantages
 
 
-def summary_counts(batch: RolloutBatch, phrases: Phrases) -> tuple[Int[Array, " B"], Int[Array, " B"]]:
+def summary_counts(batch: RolloutBatch, column: str = SUMMARIES) -> tuple[Int[Array, " B"], Int[Array, " B"]]:
     """How many natural and how many injected phrases each path holds, inherited ones included.
 
-    A natural phrase is made of action tokens only, so neither a prompt nor a tool result counts. A phrase injected into
-    a row counts where that row forks; a row forked before it does not have it.
+    Natural phrases are counted on action tokens, by `column`, none where the batch lacks it. A phrase injected into a
+    row counts where that row forks; a row forked before it does not have it.
     """
-    natural = jnp.sum(find_phrases(batch.tokens, _valid_tokens(batch), phrases), axis=1)
+    marks = batch.columns.get(column, jnp.zeros(jnp.shape(batch.tokens)))
+    natural = jnp.sum(jnp.where(_valid_tokens(batch), marks, 0) > 0, axis=1)
     owners = jnp.asarray(build_tree(batch).owners)
     fork = jnp.where(jnp.asarray(batch.intervention) == INTERVENTION_INJECT, jnp.asarray(batch.fork_index), -1)
-    column = jnp.arange(owners.shape[1])
-    injected = jnp.sum(fork[owners] == column, axis=1)
+    injected = jnp.sum(fork[owners] == jnp.arange(owners.shape[1]), axis=1)
     return natural.astype(jnp.int32), injected.astype(jnp.int32)
 
 
@@ -131,11 +138,10 @@ def summary_reward(
 
 
 def _shaped(
-    batch: RolloutBatch, phrases: Phrases, natural_weight: float, injected_weight: float, only_if_correct: bool
+    batch: RolloutBatch, counts: tuple[Array, Array], extra: Array, only_if_correct: bool
 ) -> tuple[Array, Array]:
-    """`R'` of each row, and whether it has a summary."""
-    natural, injected = summary_counts(batch, phrases)
-    extra = summary_reward(natural, injected, natural_weight=natural_weight, injected_weight=injected_weight)
+    """`R'` of each row, `extra` being its reward for summaries, and whether it has one."""
+    natural, injected = counts
     reward = as_float(batch.reward)
     if only_if_correct:
         extra = jnp.where(reward > 0, extra, 0)

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float
 from rljax.advantages.group import AdvantageFn, _constant, _on_tokens, _valid_tokens
 from rljax.ops import segment_whiten
 from rljax.trees import build_tree, leaf_mean, on_tokens, parent_values, prefix_weights, root_values, token_mean
-from rljax.types import RolloutBatch
+from rljax.types import NO_PARENT, RolloutBatch
 
 
 def intra_and_inter_tree(*, ddof: int = 1, epsilon: float = 1e-6) -> AdvantageFn:
@@ -99,6 +99,19 @@ def prefix_weighted(advantage_fn: AdvantageFn, *, power: float) -> AdvantageFn:
 
     def advantages(batch: RolloutBatch) -> Float[Array, "B T"]:
         return _masked(advantage_fn(batch) * prefix_weights(build_tree(batch), power=power), batch)
+
+    return advantages
+
+
+def own_tokens(advantage_fn: AdvantageFn) -> AdvantageFn:
+    """`advantage_fn`, 0 on the tokens that a fork has from its parent: what a branch came to says nothing against the
+    prefix that it was given, from which other branches go on."""
+
+    def advantages(batch: RolloutBatch) -> Float[Array, "B T"]:
+        is_fork = jnp.asarray(batch.parent_row) != NO_PARENT
+        first = jnp.where(is_fork, jnp.asarray(batch.fork_index), 0)
+        is_own = jnp.arange(jnp.shape(batch.tokens)[1]) >= first[:, None]
+        return _masked(jnp.where(is_own, advantage_fn(batch), 0), batch)
 
     return advantages
 

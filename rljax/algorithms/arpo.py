@@ -35,7 +35,7 @@ class ARPO(ForestRecipe):
     def build(self) -> Algorithm:
         """The algorithm before it knows the vocabulary. Raises ValueError for hyperparameters that cannot work."""
         check_at_least(self, 1, "window")
-        return self._build(2)._replace(bind=lambda _, vocab_size: self._build(vocab_size))
+        return self._build(2)._replace(bind=lambda vocabulary: self._build(vocabulary.vocab_size))
 
     def _build(self, vocab_size: int) -> Algorithm:
         return self.compose(self._rule(vocab_size, 0.0), self._credit(), aggregate_fn=sequence_mean)

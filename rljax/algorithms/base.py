@@ -2,27 +2,53 @@
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
 from rljax.advantages import AdvantageFn, group_normalized
-from rljax.losses import Loss, PenaltyFn, SurrogateFn, clipped, entropy_bonus, kl_penalty
+from rljax.losses import (
+    ComparedWith,
+    Loss,
+    PenaltyFn,
+    SurrogateFn,
+    clipped,
+    compared_with,
+    entropy_bonus,
+    kl_penalty,
+)
 from rljax.plans import RolloutPlan
 
 Encode = Callable[[str], list[int]]
 """Text to token ids."""
 
 
+@runtime_checkable
+class Vocabulary(Protocol):
+    """What a method may ask of a tokenizer."""
+
+    @property
+    def vocab_size(self) -> int: ...
+
+    def encode(self, text: str) -> list[int]: ...
+
+    def decode(self, ids: Sequence[int]) -> str: ...
+
+
 class Algorithm(NamedTuple):
     """A published method: what to collect, how to give credit, what to minimise.
 
-    `bind(encode, vocab_size)`, where a method speaks of words or of the vocabulary, gives the algorithm for a
-    tokenizer; it raises ValueError for words that the tokenizer cannot encode.
+    `bind(tokenizer)`, where a method speaks of words or of the vocabulary, gives the algorithm for a tokenizer; it
+    raises ValueError for words that the tokenizer cannot encode.
     """
 
     plan: RolloutPlan
     advantage_fn: AdvantageFn
     loss: Loss
-    bind: Callable[[Encode, int], "Algorithm"] | None = None
+    bind: Callable[[Vocabulary], "Algorithm"] | None = None
+
+    def compared_with(self) -> ComparedWith:
+        """Which policies the loss compares the current one with (`rljax.losses.compared_with`)."""
+        columns = {column.name: column.per != "row" for column in self.plan.columns}
+        return compared_with(self.loss, columns)
 
 
 @dataclasses.dataclass

@@ -8,8 +8,8 @@ from rljax.plans import RolloutPlan, has_signal, soft_overlong_punishment
 
 @dataclasses.dataclass
 class DynamicSampling(GroupRecipe):
-    """Groups whose *raw* rewards are all equal are replaced, for at most `max_sampling_rounds` rounds of prompts; the
-    credit is that of `R' = R + soft overlong punishment`.
+    """Groups whose *raw* rewards, or values of the reward `signal_reward`, are all equal are replaced, for at most
+    `max_sampling_rounds` rounds of prompts; the credit is that of `R' = R + soft overlong punishment`.
 
     The punishment falls linearly from 0 at `overlong_length - overlong_buffer` tokens to `-overlong_factor` at
     `overlong_length`.
@@ -30,6 +30,9 @@ class DynamicSampling(GroupRecipe):
     since it hides it."""
     max_sampling_rounds: int = 10
     """Rounds of prompts drawn to fill a batch."""
+    signal_reward: str = ""
+    """Name of the reward whose values must differ within a group; empty is the weighted sum. Name the reward for the
+    right answer where another one, such as for the format, would keep groups that are all wrong."""
 
     def check(self) -> None:
         super().check()
@@ -46,6 +49,7 @@ class DynamicSampling(GroupRecipe):
         plan = super().plan()
         return plan._replace(
             keep_group=has_signal,
+            signal_reward=self.signal_reward,
             max_sampling_rounds=self.max_sampling_rounds,
             shape_reward=punishment,
             mask_truncated=self.mask_truncated,

@@ -7,7 +7,7 @@ from typing import Any
 
 from rljax.advantages import AdvantageFn, group_normalized, prefix_weighted
 from rljax.algorithms.base import Algorithm, check_at_least, check_clip, kl_and_entropy
-from rljax.losses import AggregateFn, SurrogateFn, WeightFn, clipped, policy_loss, token_mean, token_ratio
+from rljax.losses import AggregateFn, RatioFn, SurrogateFn, WeightFn, clipped, policy_loss, token_mean, token_ratio
 from rljax.plans import ForkPlan, ForkRule, RolloutPlan
 from rljax.plans.fork_rules import random_token
 
@@ -45,6 +45,7 @@ class ForestRecipe:
         rule: ForkRule,
         advantage_fn: AdvantageFn,
         *,
+        ratio_fn: RatioFn = token_ratio,
         surrogate_fn: SurrogateFn | None = None,
         aggregate_fn: AggregateFn = token_mean,
         weight_fns: Sequence[WeightFn] = (),
@@ -74,7 +75,7 @@ class ForestRecipe:
             plan=RolloutPlan(group_size=forks.leaves, needs_ref=self.kl_coef > 0, forks=forks),
             advantage_fn=advantage_fn,
             loss=policy_loss(
-                ratio_fn=token_ratio,
+                ratio_fn=ratio_fn,
                 surrogate_fn=surrogate_fn,
                 aggregate_fn=aggregate_fn,
                 weight_fns=weight_fns,

@@ -155,7 +155,7 @@ def _look(run: Run, params: Params, spent: Spent) -> Look:
 
     results = [result for group in sampled for result in group.results]
     calls = np.array([result.components.get("tool_calls", 0.0) for result in results])
-    alone = np.array([result.value >= 1 for result in results])[calls == 0]
+    alone = np.array([result.is_solved for result in results])[calls == 0]
 
     return Look(
         **dataclasses.asdict(spent),

@@ -16,7 +16,7 @@ from rljax.rollouts.single_turn import completion_text
 from rljax.sampling import Sample, SamplingParams, Stops, sampling_params
 from rljax.sampling.slots import FinishReason
 from rljax.sampling.stopping import StopStrings
-from rljax.tasks import Example, RewardResult
+from rljax.tasks import Example
 from rljax.text import render_prompt
 from rljax.types import Params
 
@@ -117,7 +117,7 @@ class Decoding:
         ]
         results = self.actor.judge(self.examples, grouped, texts)
 
-        solved = np.array([_is_solved(result) for result in results], float).reshape(-1, count).mean(axis=1)
+        solved = np.array([result.is_solved for result in results], float).reshape(-1, count).mean(axis=1)
         values = [result.value if result.is_valid else None for result in results]
         return Arm(
             name=name,
@@ -213,7 +213,3 @@ def arms_table(title: str, arms: Sequence[Arm]) -> str:
             )
         )
     return aligned(rows)
-
-
-def _is_solved(result: RewardResult) -> bool:
-    return result.is_valid and result.value >= 1.0

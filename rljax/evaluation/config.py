@@ -13,6 +13,10 @@ class EvaluationConfig:
     """Held-out examples that are answered, the first ones; 0 is all. `launch/sft.py` evaluates none for -1."""
     samples: int = 8
     """Samples of each problem, for avg@k, pass@k and maj@k with k up to this."""
+    solved_by: str = ""
+    """Name of the reward, or of a count of the environment, that decides: a sample is solved where it is 1 or more,
+    unweighted. Empty is the first of `config.actor.rewards` (or the data's verifier), and in an environment the reward
+    of the episode. Set it where the first reward is not the one for the right answer."""
     temperature: float = 1.0
     """Of these samples."""
     top_p: float = 1.0

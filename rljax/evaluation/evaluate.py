@@ -17,6 +17,9 @@ EVALUATION_STEP = 2**30
 """Step folded into the keys of evaluation samples: no training step uses it, so they repeat from one evaluation to the
 next (the same noise before and after) and never coincide with training samples."""
 
+RIGHT = True
+"""The vote of every right answer; no text equals it."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Estimate:
@@ -48,7 +51,7 @@ class Evaluation:
 
     def solved_shares(self) -> list[float]:
         """avg@k of each problem."""
-        return [float(np.mean([r is not None and r >= 1.0 for r in p["rewards"]])) for p in self.problems]
+        return [float(np.mean(p["solved"])) for p in self.problems]
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> "Evaluation":
@@ -78,18 +81,21 @@ def summarize(
 ) -> Evaluation:
     """What `answers` came to.
 
-    A problem counts as solved when its reward is at least 1. A sample whose reward failed counts as unsolved; the
-    metrics say how many (`invalid_rewards`). Estimators: `rljax.evaluation.estimators`.
+    A sample is solved when what `config.solved_by` names is at least 1, whatever other rewards say. A sample whose
+    reward failed counts as unsolved; the metrics say how many (`invalid_rewards`). maj@k votes on the answers that this
+    reward extracts, and is left out where nothing extracts them. Estimators: `rljax.evaluation.estimators`. ValueError
+    when no sample has anything of that name.
     """
+    _check_decides(config.solved_by, [*greedy, *sampled])
     samples = config.samples
-    solved = np.array([[_solved(result) for result in group.results] for group in sampled])
+    solved = np.array([[result.is_solved for result in group.results] for group in sampled])
     counts = solved.sum(axis=1)
-    per_problem = {"greedy": np.array([float(_solved(group.results[0])) for group in greedy])}
+    per_problem = {"greedy": np.array([float(group.results[0].is_solved) for group in greedy])}
     per_problem[f"avg@{samples}"] = counts / samples
     for k in _powers_of_two(samples):
         if k > 1:
             per_problem[f"pass@{k}"] = np.array([pass_at_k(samples, int(c), k) for c in counts])
-    if samples > 1:
+    if samples > 1 and all(group.answers for group in sampled):
         per_problem[f"maj@{samples}"] = np.array([_majority(group, samples) for group in sampled])
 
     estimates = {name: Estimate(float(v.mean()), *bootstrap_interval(v)) for name, v in per_problem.items()}
@@ -117,16 +123,21 @@ def _groups(
     return groups
 
 
-def _solved(result: Any) -> bool:
-    return bool(result.is_valid and result.value >= 1.0)
+def _check_decides(name: str, groups: Sequence[ScoredGroup]) -> None:
+    results = [result for group in groups for result in group.results if result.is_valid]
+    known = sorted({component for result in results for component in result.components})
+    if name and results and name not in known:
+        raise ValueError(
+            f"config.evaluation.solved_by={name!r} is no reward or count of any sample; there are {', '.join(known)}"
+        )
 
 
 def _majority(group: ScoredGroup, k: int) -> float:
-    """maj@k of one problem: equal texts vote together, and a vote's gold is whether its text was rewarded."""
-    answers: list[str | None] = [text.strip() or None for text in group.texts]
-    winners = {a for a, r in zip(answers, group.results, strict=True) if a is not None and _solved(r)}
-    merged = ["gold" if a in winners else a for a in answers]
-    return float(maj_at_k(merged, "gold", k))
+    """maj@k of one problem: equal answers vote together, and those that were right as one, however they are written."""
+    pairs = zip(group.answers, group.results, strict=True)
+    right = {answer for answer, result in pairs if answer is not None and result.is_solved}
+    votes = [RIGHT if answer in right else answer for answer in group.answers]
+    return float(maj_at_k(votes, RIGHT, k))
 
 
 def _powers_of_two(limit: int) -> list[int]:
@@ -141,5 +152,7 @@ def _record(greedy: ScoredGroup, sampled: ScoredGroup) -> dict[str, Any]:
         "greedy_completion": greedy.texts[0],
         "greedy_reward": greedy.results[0].value if greedy.results[0].is_valid else 0.0,
         "completions": sampled.texts,
+        "answers": list(sampled.answers),
         "rewards": [r.value if r.is_valid else None for r in sampled.results],
+        "solved": [r.is_solved for r in sampled.results],
     }

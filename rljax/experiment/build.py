@@ -84,7 +84,7 @@ def build(config: Config) -> Run:
     # In the order of what fails fastest: tokenizer, data, rewards and environments, then the model's shape.
     tokenizer = config.model.tokenizer_of()
     if algorithm.bind is not None:
-        algorithm = algorithm.bind(tokenizer.encode, tokenizer.vocab_size)
+        algorithm = algorithm.bind(tokenizer)
         check_forks(config, algorithm.plan)
     algorithm = algorithm._replace(advantage_fn=jax.jit(algorithm.advantage_fn))
     dataset = config.data.load()
@@ -119,6 +119,7 @@ def build_actor(
         chat=config.data.chat,
         stop_strings=sampling.stop_strings,
         truncated_is_wrong=sampling.truncated_is_wrong,
+        solved_by=config.evaluation.solved_by,
     )
     parts = ActorParts(
         decoder=decoder,

@@ -29,6 +29,7 @@ def check(config: Config, device_count: int | None = None) -> Algorithm:
         )
     check_forks(config, plan)
     config.actor.check(plan, config.sampling, config.update.pack_length)
+    check_off_policy(config, algorithm)
     if config.sampling.temperature <= 0 and plan.group_size > 1:
         raise ValueError(
             f"config.sampling.temperature={config.sampling.temperature} makes all {plan.group_size} samples of a group "
@@ -39,6 +40,29 @@ def check(config: Config, device_count: int | None = None) -> Algorithm:
     if device_count is not None:
         config.mesh.check(device_count)
     return algorithm
+
+
+def check_off_policy(config: Config, algorithm: Algorithm) -> None:
+    """Refuses rollouts of other policies for a loss that takes them for the current one's, and old log-probs that would
+    leave a correction nothing to correct."""
+    source = config.actor.off_policy
+    uses_sampler = config.update.use_sampler_logprobs
+    if not source and not uses_sampler:
+        return
+
+    name = type(config.algorithm).__name__
+    compared = algorithm.compared_with()
+    if uses_sampler and compared.old and compared.behavior:
+        raise ValueError(
+            f"config.update.use_sampler_logprobs=True makes old and sampler's log-probs one, and {name} corrects by "
+            "their difference; set it to False"
+        )
+    if source and not compared.behavior and not (uses_sampler and compared.old):
+        raise ValueError(
+            f"{source} trains on tokens that other policies sampled, and {name} takes them for the current one's; set "
+            "config.update.use_sampler_logprobs=True, which takes ratios to the policy that sampled, or choose a "
+            "method that corrects, e.g. DecoupledPPO, DIS or AgentRL"
+        )
 
 
 def check_forks(config: Config, plan: RolloutPlan) -> None:

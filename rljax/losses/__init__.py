@@ -4,6 +4,7 @@ Weights, filters, penalties and reports are functions of (logprobs, entropies, r
 """
 
 from rljax.losses.aggregation import AggregateFn, fixed_length, sequence_mean, sequence_sum, token_mean, token_sum
+from rljax.losses.comparison import ComparedWith, compared_with
 from rljax.losses.corrections import (
     CorrectFn,
     Correction,
@@ -91,6 +92,7 @@ from rljax.losses.weights import (
 
 __all__ = [
     "AggregateFn",
+    "ComparedWith",
     "CorrectFn",
     "Correction",
     "FilterFn",
@@ -115,6 +117,7 @@ __all__ = [
     "clip_balanced",
     "clipped",
     "clipped_value_loss",
+    "compared_with",
     "current_deviation",
     "divergence_weights",
     "double_sided",

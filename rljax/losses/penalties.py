@@ -16,6 +16,7 @@ from rljax.ops import as_float
 from rljax.types import ArrayLike, Rows
 
 MAX_K3 = 10.0
+"""Largest value of `k3`, in nats; what would exceed it has no gradient."""
 
 KlEstimator = Callable[[Array], Array]
 """l = lp - lp_ref -> values of the same shape whose expectation under the policy estimates KL(policy || ref)."""
@@ -43,7 +44,11 @@ def k2(l: Float[ArrayLike, "*shape"]) -> Float[Array, "*shape"]:
 
 
 def k3(l: Float[ArrayLike, "*shape"]) -> Float[Array, "*shape"]:
-    """`exp(-l) + l - 1`, at most 10: unbiased and not negative; its on-policy gradient is that of KL(ref || policy)."""
+    """`exp(-l) + l - 1`, at most 10: unbiased and not negative; its on-policy gradient is that of KL(ref || policy).
+
+    Where it is at its bound, for `l` below about -2.61 and above about 11, the gradient is 0: tokens that the policy
+    has made 14 times less likely than the reference are not pulled back. `k2`, and `k3_plus`, pull at any `l`.
+    """
     l = as_float(l)
     return jnp.minimum(jnp.exp(-l) + l - 1, MAX_K3)
 
@@ -55,7 +60,10 @@ def k3_plus(l: Float[ArrayLike, "*shape"]) -> Float[Array, "*shape"]:
 
 
 def kl_penalty(kl_coef: float, estimator: KlEstimator = k3) -> PenaltyFn:
-    """`kl_coef * estimator(lp - lp_ref)` per token; the metric is `loss/kl_ref`, without the coefficient."""
+    """`kl_coef * estimator(lp - lp_ref)` per token; the metric is `loss/kl_ref`, without the coefficient.
+
+    `lp - lp_ref` is clamped to +-20 nats, beyond which no estimator has a gradient; `k3` has its own, nearer bound.
+    """
 
     def penalty(logprobs: Float[ArrayLike, "B T"], entropies: Float[ArrayLike, "B T"], rows: Rows) -> Penalty:
         kl = estimator(_log_ratio_to_ref(logprobs, rows))
@@ -67,7 +75,7 @@ def kl_penalty(kl_coef: float, estimator: KlEstimator = k3) -> PenaltyFn:
 def importance_corrected_kl(kl_coef: float, estimator: KlEstimator = k3) -> PenaltyFn:
     """`kl_coef * r * estimator(lp - lp_ref)`, `r = exp(lp - lp_old)` live (DeepSeek-V3.2, 2512.02556).
 
-    With `k3` value and gradient are unbiased for the reverse KL, off-policy too.
+    With `k3` value and gradient are unbiased for the reverse KL, off-policy too, within the bounds of `kl_penalty`.
     """
 
     def penalty(logprobs: Float[ArrayLike, "B T"], entropies: Float[ArrayLike, "B T"], rows: Rows) -> Penalty:

@@ -11,7 +11,6 @@ from rljax.ops.masked import (
     masked_whiten,
 )
 from rljax.ops.noise import row_uniforms
-from rljax.ops.phrases import find_phrases
 from rljax.ops.scans import discounted_sum, future_value, next_unmasked
 from rljax.ops.segments import (
     segment_count,
@@ -25,7 +24,6 @@ from rljax.ops.segments import (
 __all__ = [
     "as_float",
     "discounted_sum",
-    "find_phrases",
     "future_value",
     "masked_max",
     "masked_mean",

@@ -1,6 +1,7 @@
 """What a rollout is to collect, as plain data, and the rules by which it forks."""
 
 from rljax.plans.plan import (
+    NEWEST_LOGPROBS,
     Column,
     CriticSpec,
     ForkPlan,
@@ -13,6 +14,7 @@ from rljax.plans.plan import (
 )
 
 __all__ = [
+    "NEWEST_LOGPROBS",
     "Column",
     "CriticSpec",
     "ForkPlan",

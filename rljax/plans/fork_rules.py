@@ -7,7 +7,8 @@ function of the run's seed, the step, the prompt and the round alone. Each rule 
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -16,8 +17,8 @@ import numpy as np
 from jaxtyping import Array, Bool, Float
 
 from rljax.batching import stack
-from rljax.ops import find_phrases
-from rljax.plans import ForkPoint, ForkRule
+from rljax.ops import future_value
+from rljax.plans import NEWEST_LOGPROBS, ForkPoint, ForkRule
 from rljax.trees import Tree, build_tree
 from rljax.trees.forks import (
     Forks,
@@ -188,15 +189,24 @@ def top_tokens(
     return rule_of(choose, tail=tail, last_words=last_words)
 
 
-def top_branching_score(points: int, *, tail: float = 0.0, span: Sequence[str] = ()) -> ForkRule:
-    """The `points` best tokens of the prompt's samples by APPO's branching score (2606.12384, 3.3 and 3.4).
+def top_branching_score(
+    points: int, *, discount: float = 2 ** (-1 / 32), tail: float = 0.0, span: Sequence[str] = ()
+) -> ForkRule:
+    """The `points` best tokens of the prompt's samples by APPO's branching score (2606.12384, 3.3 and 3.4): where the
+    policy hesitated, and what it has since come to like the rest of the sample for.
 
-    The samples are the current policy's own, so its future value is 1 everywhere and the score is `Z(H)`, behind its
-    sign gate and filled up by `Z(H)`. With `span` only tokens between these two texts count.
+    The future value is of the newest log-probs against those that the samples were drawn with, at `discount` a token,
+    for a plan with `lagged_chains`. Without them the samples are the newest policy's own: the future value is 1
+    everywhere, and the score is `Z(H)`, behind its sign gate and filled up by `Z(H)`. With `span` only tokens between
+    these two texts count.
     """
 
     def choose(batch, tree, eligible, key):
-        found = branching_candidates(jnp.ones(jnp.shape(batch.tokens)), batch.entropies, batch.action_mask)
+        newest = batch.columns.get(NEWEST_LOGPROBS)
+        omega = jnp.ones(jnp.shape(batch.tokens))
+        if newest is not None:
+            omega = future_value(newest - batch.behavior_logprobs, batch.action_mask, discount=discount)
+        found = branching_candidates(omega, batch.entropies, batch.action_mask)
         then = (found.fill, found.is_allowed & eligible)
         return select_forks(found.scores, found.is_strict & eligible, points, then=then), found.scores
 
@@ -260,52 +270,57 @@ def top_turn_surprisal(points: int, *, penalty: float = 0.0) -> ForkRule:
 
 
 def summary_points(
-    detect: Sequence[Sequence[int]], inject: Sequence[Sequence[int]], chains: int, *, middle: float = 0.8
+    find: Callable[[np.ndarray, np.ndarray], Sequence[int]],
+    inject: Sequence[Sequence[int]],
+    chains: int,
+    *,
+    middle: float = 0.8,
 ) -> ForkRule:
-    """One fork of each chain in a round (ReSum, 2606.13316, section 4): before its next natural phrase of `detect`,
-    which is then missing from the fork, or, when it has none left, at a random place of its middle (a share `middle` of
-    the completion), with one of the phrases `inject`. Phrases are sequences of token ids."""
+    """One fork of each chain in a round (ReSum, 2606.13316, section 4): before its next natural phrase, which is then
+    missing from the fork, or, when it has none left, at a random place of its middle (a share `middle` of the
+    completion), with one of the phrases `inject`, as token ids.
 
-    @jax.jit
-    def choose(batch: RolloutBatch, key: Array):
-        tokens = jnp.asarray(batch.tokens)
-        mask = jnp.asarray(batch.action_mask)
-        # A place serves once; a fork at 0 would be one more independent sample.
-        used = fork_counts(build_tree(batch), batch.parent_row, batch.fork_index) > 0
-        place = jnp.arange(mask.shape[1])
-        natural = find_phrases(tokens, mask, detect) & ~used & (place > 0)
-
-        # Where no phrase is left: a random place of the middle, the first and last of the completion being cut off.
-        length = jnp.asarray(batch.lengths)[:, None]
-        cut = (1 - middle) / 2 * length
-        inner = mask & ~used & (place >= jnp.maximum(cut, 1)) & (place < jnp.maximum(length - cut, 2))
-        chance = jnp.where(inner, jax.random.uniform(key, mask.shape), -1)
-
-        return (
-            jnp.any(natural, axis=1),
-            jnp.argmax(natural, axis=1),
-            jnp.max(chance, axis=1),
-            jnp.argmax(chance, axis=1),
-        )
+    `find(token ids, which of them were sampled)` gives the tokens with which natural phrases begin, such as a
+    `PhraseFinder`. The plan's `suppressed` keeps them from beginning again where one was cut off.
+    """
 
     def rule(group: PartialGroup) -> list[ForkPoint]:
-        has_natural, first, best, random = jax.device_get(choose(group.batch, group.key))
+        batch = group.batch
+        chance = np.asarray(jax.random.uniform(group.key, np.shape(batch.tokens)))
         points = []
         for chain in range(group.chains):
-            # Phrases take turns over rounds and chains.
-            phrase = tuple(inject[(group.round + chain) % len(inject)])
-            if has_natural[chain]:
-                points.append(ForkPoint(chain, int(first[chain]), 1.0, (), INTERVENTION_SUPPRESS))
-            elif best[chain] >= 0:
-                points.append(ForkPoint(chain, int(random[chain]), 0.0, phrase, INTERVENTION_INJECT))
+            length = int(batch.lengths[chain])
+            sampled = np.asarray(batch.action_mask[chain, :length])
+
+            # Natural phrases are used up in order, one a round. A fork at 0 would be one more independent sample.
+            tokens = np.asarray(batch.tokens[chain, :length])
+            natural = [place for place in find(tokens, sampled) if place > 0]
+            if group.round < len(natural):
+                points.append(ForkPoint(chain, natural[group.round], 1.0, (), INTERVENTION_SUPPRESS))
+                continue
+
+            cut = (1 - middle) / 2 * length
+            place = np.arange(length)
+            inner = sampled & (place >= max(cut, 1)) & (place < max(length - cut, 2))
+            if inner.any():
+                drawn = int(np.where(inner, chance[chain, :length], -1).argmax())
+                # Phrases take turns over rounds and chains.
+                phrase = tuple(inject[(group.round + chain) % len(inject)])
+                points.append(ForkPoint(chain, drawn, 0.0, phrase, INTERVENTION_INJECT))
         return points
 
     return rule
 
 
-def partial_batch(samples: Sequence[Any], rows: int, width: int, steps: Sequence[np.ndarray]) -> RolloutBatch:
+def partial_batch(
+    samples: Sequence[Any],
+    rows: int,
+    width: int,
+    steps: Sequence[np.ndarray],
+    columns: Mapping[str, Sequence[np.ndarray]] = MappingProxyType({}),
+) -> RolloutBatch:
     """Samples of one prompt as a `RolloutBatch` `[rows, width]` of completions alone, in one group. `steps` numbers the
-    steps of each."""
+    steps of each; `columns` have a float32 [T] for each."""
     made = [
         Trajectory(
             tokens=np.asarray(sample.tokens, np.int32),
@@ -321,6 +336,7 @@ def partial_batch(samples: Sequence[Any], rows: int, width: int, steps: Sequence
             fork_index=sample.fork_index,
             fork_score=float(sample.fork_score),
             intervention=sample.intervention,
+            columns={name: values[i] for name, values in columns.items()},
         )
         for i, (sample, step) in enumerate(zip(samples, steps, strict=True))
     ]

@@ -5,6 +5,10 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
+NEWEST_LOGPROBS = "newest_logprobs"
+"""Column of a `PartialGroup`'s batch, float32 [B, T]: log-probs of its samples under the weights that forks are sampled
+with, where those are not the ones that the samples are of."""
+
 
 class ForkPoint(NamedTuple):
     """Where new samples start: after the first `fork_index` completion tokens of sample `parent` of the prompt, and
@@ -30,6 +34,10 @@ class ForkPlan(NamedTuple):
         rule: chooses the points of a round, `points * chains` at most; what it returns beyond them is not used.
         fork_forks: whether forks may be forked again; else only chains are.
         max_injected: most tokens that a fork begins with and that are given to it.
+        lagged_chains: whether the chains are sampled by the weights before the last update, and their forks by the
+            newest. Rules then find the newest log-probs of the samples in the column `NEWEST_LOGPROBS`.
+        suppressed: tokens that a fork of intervention SUPPRESS cannot begin with. Its first token is then not drawn as
+            the policy would, and gets no gradient.
         step_delimiters: a token whose text contains one of these ends a step of the completion.
     """
 
@@ -40,6 +48,8 @@ class ForkPlan(NamedTuple):
     branches: int = 1
     fork_forks: bool = True
     max_injected: int = 0
+    lagged_chains: bool = False
+    suppressed: tuple[int, ...] = ()
     step_delimiters: tuple[str, ...] = ()
 
     @property
@@ -61,6 +71,8 @@ class ForkPlan(NamedTuple):
                     f"a fork plan of {self.chains} chains, {self.points} points, {self.rounds} rounds and "
                     f"{self.branches} branches forks nothing: {name} must be at least 1"
                 )
+        if self.lagged_chains and self.suppressed:
+            raise ValueError("forks of lagged chains cannot suppress tokens; leave one of the two out")
 
 
 class CriticSpec(NamedTuple):
@@ -77,18 +89,22 @@ class CriticSpec(NamedTuple):
 
 class Column(NamedTuple):
     """A signal that an algorithm wants beside the tokens, by the name under which the rollout has it: a count of the
-    environment's steps, a component of the reward, or a numeric column of the example.
+    environment's steps, a component of the reward, a numeric column of the example, or what `mark` finds.
 
     Attributes:
         name: where it is found in `columns` of `RolloutBatch` and `Rows`.
         per: "row" is a number a row, a count summed over the episode. "turn" is a number a turn, on each of its action
             tokens; "token" a number a token. Both are what their row has where nothing finer is known.
 
+        mark: (token ids of a completion [T], bool [T]: those that were sampled) -> places of the tokens that have 1;
+            all others have 0. For a column per "token"; None looks for the name.
+
     A row without the name has 0.
     """
 
     name: str
     per: Literal["row", "turn", "token"]
+    mark: Callable[[np.ndarray, np.ndarray], Sequence[int]] | None = None
 
 
 class RolloutPlan(NamedTuple):
@@ -98,6 +114,7 @@ class RolloutPlan(NamedTuple):
         group_size: samples per prompt, with `forks` at most.
         keep_group: dynamic sampling: told the raw rewards (float64, valid samples only) of a group, says whether the
             group is kept; None keeps all.
+        signal_reward: the reward, by name, whose unweighted values `keep_group` is told; empty is the weighted sum.
         max_sampling_rounds: rounds of prompts drawn to fill a batch under `keep_group` before giving up.
         shape_reward: (raw reward, completion length in tokens) -> the reward that advantages see; None leaves it.
         mask_truncated: overlong filtering: completions cut off by the length limit count in the statistics of their
@@ -125,6 +142,7 @@ class RolloutPlan(NamedTuple):
     forks: ForkPlan | None = None
     critic: CriticSpec | None = None
     columns: tuple[Column, ...] = ()
+    signal_reward: str = ""
 
 
 def has_signal(rewards: np.ndarray) -> bool:

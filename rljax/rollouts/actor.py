@@ -39,6 +39,7 @@ class ScoredGroup(NamedTuple):
         signals: named values of each completion token, float32 [T], that a plan may declare as columns.
         episodes: the first sample of the episode that each sample belongs to; empty where each is its own.
         source: one of the sources of `rljax.types`, of the whole group.
+        answers: what the reward that decides took for the answers, None for none; empty where nothing extracts them.
     """
 
     example: Example
@@ -51,6 +52,7 @@ class ScoredGroup(NamedTuple):
     signals: Sequence[Mapping[str, np.ndarray]] = ()
     episodes: Sequence[int] = ()
     source: int = SOURCE_POLICY
+    answers: Sequence[str | None] = ()
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,8 @@ class RolloutSettings:
         chat: as in `rljax.text.render_prompt`.
         stop_strings: texts that end a completion, and are cut from what the reward sees.
         truncated_is_wrong: a completion cut off by a length limit earns 0 at most.
+        solved_by: the reward, or count of an environment, by which a sample counts as solved; empty is the first
+            reward, or what an episode is worth.
     """
 
     seed: int
@@ -70,6 +74,7 @@ class RolloutSettings:
     chat: bool | None = None
     stop_strings: Sequence[str] = ()
     truncated_is_wrong: bool = False
+    solved_by: str = ""
 
 
 @runtime_checkable

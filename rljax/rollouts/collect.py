@@ -49,8 +49,8 @@ def collect(actor: Actor, plan: RolloutPlan, draw: Callable[[int], Sequence[Exam
     """Collects `n` groups of `plan.group_size` samples for `step`; of at most so many if the plan forks.
 
     `draw(k)` gives the next `k` examples. Under dynamic sampling (`plan.keep_group`, DAPO 2503.14476) groups whose raw
-    rewards carry no signal are dropped and more prompts are drawn, up to `plan.max_sampling_rounds` times; a
-    `RuntimeError` says so when that does not fill the batch.
+    rewards, or what of them `plan.signal_reward` names, carry no signal are dropped and more prompts are drawn, up to
+    `plan.max_sampling_rounds` times; a `RuntimeError` says so when that does not fill the batch.
     """
     kept: list[ScoredGroup] = []
     drawn = 0
@@ -68,7 +68,7 @@ def collect(actor: Actor, plan: RolloutPlan, draw: Callable[[int], Sequence[Exam
         for phase, spent in actor.seconds.items():
             seconds[phase] = seconds.get(phase, 0.0) + spent
 
-        kept += [group for group in groups if plan.keep_group is None or plan.keep_group(_valid_rewards(group))]
+        kept += [group for group in groups if plan.keep_group is None or plan.keep_group(_signal(plan, group))]
         if len(kept) >= n:
             break
     else:
@@ -105,5 +105,14 @@ def _rows_of(
     return trajectories, records, rewards
 
 
-def _valid_rewards(group: ScoredGroup) -> np.ndarray:
-    return np.array([r.value for r in group.results if r.is_valid], dtype=np.float64)
+def _signal(plan: RolloutPlan, group: ScoredGroup) -> np.ndarray:
+    """What dynamic sampling judges a group by: the raw rewards of its valid samples, or the one that the plan names.
+    ValueError when a sample has nothing of that name."""
+    results = [result for result in group.results if result.is_valid]
+    name = plan.signal_reward
+    for result in results:
+        if name and name not in result.components:
+            raise ValueError(
+                f"config.algorithm.signal_reward={name!r} is none of a sample's rewards: {', '.join(result.components)}"
+            )
+    return np.array([result.part(name) for result in results], dtype=np.float64)

@@ -48,6 +48,12 @@ class ActorParts:
 class ActorConfig(Protocol):
     """How a run rolls out."""
 
+    @property
+    def off_policy(self) -> str:
+        """The setting that lets rollouts hold tokens which the current policy did not sample under their prompt, as
+        `config.<path>=value`; empty where there is none."""
+        ...
+
     def check(self, plan: RolloutPlan, sampling: SamplingConfig, pack_length: int) -> None:
         """Refuses what cannot work, with a ValueError of one line, before any data is read. A trajectory is trained on
         in packed sequences of `pack_length` tokens."""
@@ -83,6 +89,10 @@ class TurnsConfig:
     workers: int = 64
     """Threads (or processes) that environments or agents run in."""
 
+    @property
+    def off_policy(self) -> str:
+        return ""
+
     def check(self, plan: RolloutPlan, sampling: SamplingConfig, pack_length: int) -> None:
         get_format(self.tool_format)
         if not sampling.max_new_tokens < self.context_length <= pack_length:
@@ -111,19 +121,28 @@ class TurnsConfig:
             max_new_tokens=parts.sampling.max_new_tokens,
             prefill_chunks=self.prefill_chunks,
             check_every=self.check_every,
+            suppressed=parts.plan.forks.suppressed if parts.plan.forks else (),
         )
         return TurnDecoder(parts.decoder, spec, stops_of(parts, stop_strings), mesh=parts.mesh)
 
 
-def make_rewards(configs: tuple[RewardConfig, ...], dataset: Dataset) -> RewardRunner | None:
+def make_rewards(configs: tuple[RewardConfig, ...], parts: ActorParts) -> RewardRunner | None:
     """The configured rewards, or the data set's own verifier; None for neither. ValueError when a reward wants a column
-    that the data lacks."""
+    that the data lacks, and for a name in the config or plan that is no reward's."""
+    dataset = parts.dataset
     specs = [reward.load() for reward in configs]
     if not specs and dataset.verifier is not None:
         specs = [RewardSpec(dataset.verifier)]
     if not specs:
         return None
     runner = RewardRunner(specs)
+    for path, name in (
+        ("config.evaluation.solved_by", parts.settings.solved_by),
+        ("config.algorithm.signal_reward", parts.plan.signal_reward),
+    ):
+        if name and name not in runner.names:
+            raise ValueError(f"{path}={name!r} is none of the rewards: {', '.join(runner.names)}; name one of them")
+    runner.decided_by = parts.settings.solved_by or runner.decided_by
     runner.check_columns(set.intersection(*(set(e.columns) for e in [*dataset.train, *dataset.test])))
     return runner
 

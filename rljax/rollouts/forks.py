@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rljax.plans import ForkPlan
+from rljax.plans import NEWEST_LOGPROBS, ForkPlan
 from rljax.plans.fork_rules import PartialGroup, partial_batch
 from rljax.sampling import Fork, Sample
 
@@ -23,6 +23,8 @@ class ForkRounds:
         seed, step, prompt_id: with the round, these name the random numbers of the rule.
         first_id: forks take the sample ids from here on.
         limit: tokens of the longest completion; a point without room for a token of its own is left out.
+        score: log-probs of samples under the weights that forks are sampled with, float32 [T] each; None where the
+            samples are theirs.
         made: rounds made so far.
     """
 
@@ -34,6 +36,7 @@ class ForkRounds:
     prompt_id: int
     first_id: int
     limit: int
+    score: Callable[[Sequence[Sample]], Sequence[np.ndarray]] | None = None
     made: int = 0
 
     def __call__(self, samples: Sequence[Sample]) -> list[Fork]:
@@ -43,9 +46,12 @@ class ForkRounds:
             return []
 
         parents = samples[: plan.parents]
+        columns = {} if self.score is None else {NEWEST_LOGPROBS: self.score(parents)}
         numbers = np.random.SeedSequence([self.seed, self.step, self.prompt_id, self.first_id, self.made])
         group = PartialGroup(
-            batch=partial_batch(parents, plan.parents, self.limit, [self.steps_of(sample) for sample in parents]),
+            batch=partial_batch(
+                parents, plan.parents, self.limit, [self.steps_of(sample) for sample in parents], columns
+            ),
             chains=plan.chains,
             round=self.made,
             key=jax.random.wrap_key_data(jnp.asarray(numbers.generate_state(2)), impl="threefry2x32"),

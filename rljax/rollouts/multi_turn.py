@@ -41,10 +41,10 @@ from rljax.rollouts.episodes import (
     turns_of,
 )
 from rljax.rollouts.forks import ForkRounds
-from rljax.sampling import Fork, SamplingConfig, SamplingParams, Turn, TurnDecoder, TurnResult
+from rljax.sampling import Fork, RowScorer, Sample, SamplingConfig, SamplingParams, Turn, TurnDecoder, TurnResult
 from rljax.tasks import Example, RewardResult, load_callable
 from rljax.text import Dialogue, Tokenizer
-from rljax.types import NO_PARENT, Params
+from rljax.types import INTERVENTION_SUPPRESS, NO_PARENT, Params
 
 Pick = Callable[[int, int, int], int]
 """(prompt id, sample id, turn) -> the decoder that speaks this turn."""
@@ -74,6 +74,13 @@ class MultiTurn(TurnsConfig):
     stale_every: int = 25
     """Steps after which these weights are renewed."""
 
+    @property
+    def off_policy(self) -> str:
+        for name in ("groups_in_flight", "stale_share"):
+            if getattr(self, name):
+                return f"config.actor.{name}={getattr(self, name)}"
+        return ""
+
     def check(self, plan: RolloutPlan, sampling: SamplingConfig, pack_length: int) -> None:
         if not self.make:
             raise ValueError(
@@ -87,6 +94,11 @@ class MultiTurn(TurnsConfig):
                 f"config.actor.stale_share={self.stale_share} must be at least 0 and below 1, and "
                 f"stale_every={self.stale_every} at least 1"
             )
+        if self.stale_share and plan.forks and plan.forks.lagged_chains:
+            raise ValueError(
+                f"config.actor.stale_share={self.stale_share} and forks of lagged chains both say which weights speak; "
+                "set it to 0"
+            )
         if self.groups_in_flight < 0:
             raise ValueError(f"config.actor.groups_in_flight={self.groups_in_flight} must be at least 0")
 
@@ -97,11 +109,15 @@ class MultiTurn(TurnsConfig):
         if any(dialogue.is_chat(example.prompt) for example in [*parts.dataset.train, *parts.dataset.test]):
             check_chat_template(parts.tokenizer, role=style.role)
 
+        forks = parts.plan.forks if parts.plan.forks and parts.plan.forks.lagged_chains else None
         decoders = [
             self.turn_decoder(parts, groups_in_flight=self.groups_in_flight, stop_strings=tuple(style.stop_strings))
-            for _ in range(2 if self.stale_share else 1)
+            for _ in range(2 if self.stale_share or forks else 1)
         ]
-        return MultiTurnActor(decoders, self._pool(parts.tokenizer), dialogue, parts.settings, self)
+        scorer = None
+        if forks:
+            scorer = RowScorer(parts.decoder, parts.mesh, rows=forks.parents, length=self.context_length)
+        return MultiTurnActor(decoders, self._pool(parts.tokenizer), dialogue, parts.settings, self, scorer=scorer)
 
     def _pool(self, tokenizer: Tokenizer) -> EnvironmentPool:
         """ValueError when an environment cannot be made."""
@@ -130,7 +146,8 @@ class MultiTurnActor:
 
     There is one decoder, or two for cross-policy sampling (AgentRL, 2510.04206): the second speaks a share
     `config.stale_share` of the turns, or those that `pick` says, and takes new weights only every `config.stale_every`
-    steps.
+    steps. With a `scorer` chains are lagged (`ForkPlan.lagged_chains`): the second decoder has the weights before the
+    last update, and speaks the turns of chains.
     """
 
     def __init__(
@@ -142,7 +159,9 @@ class MultiTurnActor:
         config: MultiTurn,
         *,
         pick: Pick | None = None,
+        scorer: RowScorer | None = None,
     ):
+        self.scorer = scorer
         # The first decoder has the current weights; a second one, older ones.
         self.decoders = list(decoders)
         self.pool = pool
@@ -179,7 +198,15 @@ class MultiTurnActor:
         self.pool.__exit__(*error)
 
     def set_params(self, params: Params, version: int) -> None:
+        if self.scorer is not None:
+            self.scorer.set_params(params)
+            if 0 <= self.versions[0] != version:
+                self.decoders[1].adopt(self.decoders[0])
+                self.versions[1] = self.versions[0]
+
         for i, decoder in enumerate(self.decoders):
+            if i == 1 and self.scorer is not None and self.versions[1] >= 0:
+                continue
             is_current = i == 0
             if is_current or self.versions[i] < 0 or version % self.config.stale_every == 0:
                 decoder.set_params(params)
@@ -263,8 +290,12 @@ class MultiTurnActor:
                 prompt_id=request.example.id,
                 first_id=request.first_sample,
                 limit=self._length,
+                score=None if self.scorer is None else functools.partial(self._score, self.scorer, group),
             )
         return group
+
+    def _score(self, scorer: RowScorer, group: Group, samples: Sequence[Sample]) -> list[np.ndarray]:
+        return scorer(group.prompt or [], [sample.tokens for sample in samples], self.settings.sampling)
 
     def _play(self, wanted: int) -> list[Group]:
         """The loop: until `wanted` groups are complete, which are taken out."""
@@ -411,6 +442,8 @@ class MultiTurnActor:
             return self._finish(play)
 
         self._speaking[play.conversation] = play
+        # What a fork is to go on without cannot come again with the first token that is its own.
+        is_suppressed = play.fork.intervention == INTERVENTION_SUPPRESS and bool(decoder.spec.suppressed)
         decoder.submit(
             Turn(
                 conversation=play.conversation,
@@ -421,16 +454,21 @@ class MultiTurnActor:
                 # A fork shares its parent's tokens; any other play shares the prompt with the first of its group.
                 prefix_of=group.plays[max(play.fork.parent, 0)].conversation,
                 max_new_tokens=room,
+                suppress=is_suppressed and len(play.tokens) == play.fork.fork_index + len(play.fork.inject),
             )
         )
 
     def _decoder_of(self, play: Play) -> int:
         """Which decoder speaks the current turn: the same each time it is asked, so that a turn goes on where it
         began."""
+        if self.scorer is not None:
+            return int(play.fork.parent == NO_PARENT)
         return self._pick(play.group.example.id, play.fork.sample_id, play.turn)
 
     def _heard(self, play: Play, result: TurnResult) -> None:
         version = self.versions[self._decoder_of(play)]
+        if result.turn.suppress and len(result.tokens):
+            play.forced.append((len(play.tokens), len(play.tokens) + 1))
         play.add(result.tokens.tolist(), result.logprobs.tolist(), result.entropies.tolist(), version)
         if result.end == "interrupted":
             self._paused.append(play)
@@ -516,9 +554,8 @@ class MultiTurnActor:
         value = episode.reward
         if episode.end != DONE and self.config.unfinished_reward is not None:
             value = self.config.unfinished_reward
-        if play.is_truncated and self.settings.truncated_is_wrong:
-            value = min(value, 0.0)
-        return RewardResult(value, parts)
+        result = RewardResult(value, parts, decided_by=self.settings.solved_by)
+        return result.voided() if play.is_truncated and self.settings.truncated_is_wrong else result
 
     # What is under way, out of a checkpoint and back.
 

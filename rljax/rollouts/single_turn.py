@@ -1,6 +1,7 @@
 """Prompts answered in one turn, and scored by rewards on the text."""
 
 import dataclasses
+import functools
 import itertools
 import time
 from collections.abc import Iterable, Sequence
@@ -13,6 +14,7 @@ from rljax.plans import ForkPlan, RolloutPlan
 from rljax.rollouts.actor import GroupRequest, RolloutSettings, ScoredGroup
 from rljax.rollouts.config import ActorParts, chains_of, make_rewards, stops_of
 from rljax.rollouts.forks import ForkRounds
+from rljax.rollouts.lagged import LaggedChains
 from rljax.rollouts.orders import Order, QueuedActor
 from rljax.sampling import Request, Sample, Sampler, SamplerSpec, SamplingConfig, SamplingParams
 from rljax.tasks import (
@@ -44,6 +46,10 @@ class SingleTurn:
     sample_slots: int = 0
     """Samples of a prompt that decode at once; 0 is the whole group."""
 
+    @property
+    def off_policy(self) -> str:
+        return ""
+
     def check(self, plan: RolloutPlan, sampling: SamplingConfig, pack_length: int) -> None:
         buckets = self.prompt_buckets
         if not buckets or list(buckets) != sorted(set(buckets)) or buckets[0] < 1:
@@ -58,7 +64,7 @@ class SingleTurn:
 
     def build(self, parts: ActorParts) -> "SingleTurnActor":
         plan = parts.plan
-        rewards = make_rewards(self.rewards, parts.dataset)
+        rewards = make_rewards(self.rewards, parts)
         if rewards is None:
             raise ValueError(
                 "config.actor.rewards is empty and the data has no verifier of its own; add e.g. "
@@ -73,9 +79,17 @@ class SingleTurn:
             sample_slots=self.sample_slots or chains_of(plan),
             path_slots=plan.forks.parents if plan.forks else 0,
             max_injected=plan.forks.max_injected if plan.forks else 0,
+            suppressed=plan.forks.suppressed if plan.forks else (),
         )
-        sampler = Sampler(parts.decoder, spec, stops_of(parts), mesh=parts.mesh)
-        return SingleTurnActor(sampler, parts.tokenizer, rewards, parts.settings)
+        stops = stops_of(parts)
+        if plan.forks is None or not plan.forks.lagged_chains:
+            sampler = Sampler(parts.decoder, spec, stops, mesh=parts.mesh)
+            return SingleTurnActor(sampler, parts.tokenizer, rewards, parts.settings)
+
+        # Forks are requests of their own: no path is kept, and nothing is given behind one.
+        sampler = Sampler(parts.decoder, replace(spec, path_slots=0, max_injected=0), stops, mesh=parts.mesh)
+        lagged = LaggedChains(sampler, stops)
+        return SingleTurnActor(sampler, parts.tokenizer, rewards, parts.settings, lagged)
 
     def check_prompts(self, parts: ActorParts, pack_length: int) -> Dataset:
         """Renders every prompt once."""
@@ -109,8 +123,16 @@ class SingleTurnActor(QueuedActor):
     All groups of a call are decoded together. The `Actor` protocol says the rest.
     """
 
-    def __init__(self, sampler: Sampler, tokenizer: Tokenizer, rewards: RewardRunner, settings: RolloutSettings):
+    def __init__(
+        self,
+        sampler: Sampler,
+        tokenizer: Tokenizer,
+        rewards: RewardRunner,
+        settings: RolloutSettings,
+        lagged: LaggedChains | None = None,
+    ):
         super().__init__()
+        self.lagged = lagged
         self.sampler = sampler
         self.tokenizer = tokenizer
         self.rewards = rewards
@@ -124,15 +146,19 @@ class SingleTurnActor(QueuedActor):
         self.rewards.__exit__(*error)
 
     def set_params(self, params: Params, version: int) -> None:
-        """All tokens of a completion are of one version: that of the step which trains on them."""
-        self.sampler.set_params(params)
+        """All tokens of a completion are of one version, that of the step which trains on them; without a plan of
+        lagged chains."""
+        if self.lagged is None:
+            self.sampler.set_params(params)
+        else:
+            self.lagged.set_params(params, version)
 
     def for_evaluation(self, sampling: SamplingParams) -> "SingleTurnActor":
         settings = replace(self.settings, sampling=sampling)
         return SingleTurnActor(self.sampler, self.tokenizer, self.rewards, settings)
 
     def cache_bytes(self) -> int:
-        return self.sampler.cache_bytes()
+        return self.sampler.cache_bytes() if self.lagged is None else self.lagged.cache_bytes()
 
     def longest_row(self, prompt_length: int) -> int:
         return prompt_length + self.sampler.spec.max_new_tokens
@@ -155,7 +181,8 @@ class SingleTurnActor(QueuedActor):
         ]
 
         begin = time.perf_counter()
-        sampled = self.sampler.generate(requests, self.settings.sampling, seed=self.settings.seed, step=step)
+        sampler = self.lagged if self.lagged is not None and plan.forks else self.sampler
+        sampled = sampler.generate(requests, self.settings.sampling, seed=self.settings.seed, step=step)
         texts = [
             [completion_text(self.tokenizer, sample, self.settings.stop_strings) for sample in samples]
             for samples in sampled
@@ -164,7 +191,8 @@ class SingleTurnActor(QueuedActor):
 
         # One call for all groups, so that a slow reward runs beside all others.
         begin = time.perf_counter()
-        results = iter(self.judge(examples, sampled, texts))
+        judged = iter(self.judge(examples, sampled, texts))
+        results = [list(itertools.islice(judged, len(samples))) for samples in sampled]
         self.seconds["reward"] += time.perf_counter() - begin
 
         return [
@@ -173,11 +201,17 @@ class SingleTurnActor(QueuedActor):
                 prompt=prompts[i],
                 samples=sampled[i],
                 texts=texts[i],
-                results=list(itertools.islice(results, len(sampled[i]))),
+                results=results[i],
                 steps=[splitter(sample.tokens) for sample in sampled[i]],
+                answers=self._answers(texts[i], results[i]),
             )
             for i, example in enumerate(examples)
         ]
+
+    def _answers(self, texts: Sequence[str], results: Sequence[RewardResult]) -> list[str | None]:
+        if not self.rewards.finds_answers:
+            return []
+        return [self.rewards.answer(text, result) for text, result in zip(texts, results, strict=True)]
 
     def _request(
         self, group: GroupRequest, prompt: list[int], plan: RolloutPlan, splitter: StepSplitter, step: int
@@ -201,8 +235,12 @@ class SingleTurnActor(QueuedActor):
             prompt_id=group.example.id,
             first_id=first,
             limit=self.sampler.spec.max_new_tokens,
+            score=None if self.lagged is None else functools.partial(self._score, self.lagged, prompt),
         )
         return request._replace(rounds=rounds)
+
+    def _score(self, lagged: LaggedChains, prompt: list[int], samples: Sequence[Sample]) -> list[np.ndarray]:
+        return lagged.scorer(prompt, [sample.tokens for sample in samples], self.settings.sampling)
 
     def judge(
         self, examples: Sequence[Example], sampled: Sequence[list[Sample]], texts: Sequence[list[str]]
@@ -225,7 +263,7 @@ class SingleTurnActor(QueuedActor):
         # A completion that was cut off may not earn, but a penalty stays.
         flat: Iterable[Sample] = itertools.chain.from_iterable(sampled)
         return [
-            replace(result, value=min(result.value, 0.0)) if sample.finish_reason == "length" else result
+            result.voided() if sample.finish_reason == "length" else result
             for result, sample in zip(results, flat, strict=True)
         ]
 

@@ -85,9 +85,15 @@ def columns_of(plan: RolloutPlan, groups: Sequence[ScoredGroup]) -> list[Column]
 
 
 def _find(column: Column, group: ScoredGroup, index: int) -> Any:
-    """The value of a sample under the column's name, None for none: of each token where the rollout has it so and the
-    column asks for it; else a component of the reward (environments add up the counts of their steps there); else a
-    number of the data row."""
+    """The value of a sample under the column's name, None for none: what the column itself marks; of each token where
+    the rollout has it so and the column asks for it; else a component of the reward (environments add up the counts of
+    their steps there); else a number of the data row."""
+    if column.mark is not None:
+        sample = group.samples[index]
+        marks = np.zeros(len(sample.tokens), np.float32)
+        marks[column.mark(sample.tokens, sample.sampled)] = 1
+        return marks
+
     if column.per != "row" and group.signals and column.name in group.signals[index]:
         return group.signals[index][column.name]
 

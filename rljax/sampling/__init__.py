@@ -3,6 +3,7 @@
 from rljax.sampling.compile_counter import compile_count
 from rljax.sampling.config import SamplingConfig
 from rljax.sampling.logits import SamplingParams, process_logits, sampling_params
+from rljax.sampling.row_scorer import RowScorer
 from rljax.sampling.sampler import Sampler
 from rljax.sampling.slots import Fork, Request, Rounds, Sample
 from rljax.sampling.spec import SamplerSpec, Stops, TurnDecoderSpec
@@ -12,6 +13,7 @@ __all__ = [
     "Fork",
     "Request",
     "Rounds",
+    "RowScorer",
     "Sample",
     "Sampler",
     "SamplerSpec",

@@ -48,6 +48,10 @@ class DecodeRows:
     """Place of the first given token in the completion."""
     forced_length: Int[ArrayLike, "P G"]
     """How many tokens are given."""
+    suppressed: Int[ArrayLike, " N"] | None = None
+    """Tokens that may not be sampled at `suppress_at`; None where nothing is ever suppressed."""
+    suppress_at: Int[ArrayLike, "P G"] | None = None
+    """Place in the completion at which none of `suppressed` may be sampled; -1 for nowhere."""
 
 
 @struct
@@ -78,9 +82,9 @@ class Emitted:
     tokens: Int[Array, "K P G"]
     """Token ids, given ones too."""
     logprobs: Float[Array, "K P G"]
-    """Nats, of the distribution sampled from; 0 for a given token."""
+    """Nats, of the distribution sampled from; 0 for a given token and one drawn while others were suppressed."""
     entropies: Float[Array, "K P G"]
-    """Nats, of the distribution sampled from; 0 for a given token."""
+    """Nats, likewise."""
 
 
 @struct
@@ -215,10 +219,14 @@ def decode(
         writes = loop.active if loop.cache.path_k else None
         hidden, cache = _forward(config, params, loop.cache, loop.token, rows.prefix_length, loop.steps, now, writes)
 
-        processed = process_logits(logits(config, params, hidden, vocab_first=True), run.sampling, axis=0)
+        raw = _suppress(rows, loop.steps, logits(config, params, hidden, vocab_first=True))
+        processed = process_logits(raw, run.sampling, axis=0)
         token, logprob, entropy = sample_tokens(processed, uniforms[loop.step], greedy)
         if rows.forced.shape[-1]:
             token, logprob, entropy = _force(rows, loop.steps, token, logprob, entropy)
+        if rows.suppressed is not None:
+            # Not drawn as the policy would: nothing is known of it that could be trained on.
+            logprob, entropy = (jnp.where(_is_suppressing(rows, loop.steps), 0, x) for x in (logprob, entropy))
 
         steps = loop.steps + loop.active
         stopped = jnp.any(token[..., None] == jnp.asarray(stop_tokens, jnp.int32), axis=-1)
@@ -257,6 +265,18 @@ def decode(
     )
     next_column = (jnp.asarray(run.column) + end.step) % ring
     return end.cache, next_column, steps, active, emitted
+
+
+def _suppress(rows: DecodeRows, steps: Array, logits: Array) -> Array:
+    """Logits [V, P, G], -inf for what may not be sampled now."""
+    if rows.suppressed is None:
+        return logits
+    lowered = jnp.where(_is_suppressing(rows, steps), -jnp.inf, 0.0).astype(logits.dtype)
+    return logits.at[jnp.asarray(rows.suppressed)].add(lowered)
+
+
+def _is_suppressing(rows: DecodeRows, steps: Array) -> Array:
+    return jnp.equal(steps, jnp.asarray(rows.suppress_at))
 
 
 def _is_forced(rows: DecodeRows, steps: Array) -> Array:

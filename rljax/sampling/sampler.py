@@ -72,6 +72,10 @@ class Sampler:
         with self._on_mesh():
             self._params = take_weights(self.config, self.mesh, params)
 
+    def adopt(self, other: "Sampler") -> None:
+        """Samples with the weights that another sampler of this model and mesh holds; nothing is copied."""
+        self._params = other._weights()
+
     def warmup(self) -> None:
         """Compiles every program that `generate` can need."""
         spec = self.spec

@@ -8,10 +8,11 @@ import numpy as np
 
 from rljax.sampling.generate import DecodeRows
 from rljax.sampling.spec import SamplerSpec
-from rljax.types import INTERVENTION_NONE, NO_PARENT
+from rljax.types import INTERVENTION_NONE, INTERVENTION_SUPPRESS, NO_PARENT
 
 FinishReason = Literal["stop", "length", "stop_string"]
 _FREE = -1
+_NOWHERE = -1
 
 
 class Sample(NamedTuple):
@@ -33,7 +34,8 @@ class Sample(NamedTuple):
     fork_score: float = 0.0
     """What chose the fork."""
     forced: tuple[tuple[int, int], ...] = ()
-    """Spans [start, stop) of tokens that were given and not sampled; log-prob and entropy are 0 there."""
+    """Spans [start, stop) of tokens that were given, or drawn while others were suppressed, and so not sampled as the
+    policy would; log-prob and entropy are 0 there."""
     intervention: int = INTERVENTION_NONE
     """What was done to it (see `rljax.types`)."""
     turns: np.ndarray | None = None
@@ -123,6 +125,7 @@ class Slots:
         self.max_new_tokens = spec.max_new_tokens
         self.path_slots = spec.path_slots
         self.max_injected = spec.max_injected
+        self._suppressed = np.array(spec.suppressed, np.int32)
 
         # Per request: the samples asked for so far, and what has become of them.
         self._work = [[Fork(NO_PARENT, 0, i) for i in request.sample_ids] for request in requests]
@@ -148,6 +151,7 @@ class Slots:
         self._forced = np.zeros((*shape, spec.max_injected), np.int32)
         self._forced_start = np.zeros(shape, np.int32)
         self._forced_length = np.zeros(shape, np.int32)
+        self._suppress_at = np.full(shape, _NOWHERE)
 
     @property
     def active(self) -> np.ndarray:
@@ -178,6 +182,8 @@ class Slots:
             forced=self._forced,
             forced_start=self._forced_start,
             forced_length=self._forced_length,
+            suppressed=self._suppressed if len(self._suppressed) else None,
+            suppress_at=self._suppress_at if len(self._suppressed) else None,
         )
 
     def other_work(self) -> np.ndarray:
@@ -221,8 +227,9 @@ class Slots:
         forced: tuple[tuple[int, int], ...] = ()
         if work.parent != NO_PARENT:
             forced = _before(self._result(request, work.parent).forced, work.fork_index)
-        if work.inject:
-            forced += ((work.fork_index, work.fork_index + len(work.inject)),)
+        given = len(work.inject) + self._is_suppressed(work)
+        if given:
+            forced += ((work.fork_index, work.fork_index + given),)
         self.results[request][sample] = Sample(
             tokens=tokens,
             logprobs=logprobs,
@@ -271,6 +278,10 @@ class Slots:
         self.waiting[request] += range(done, done + len(forks))
         self.results[request] += [None] * len(forks)
         self._unfinished[request] += len(forks)
+
+    def _is_suppressed(self, work: Fork) -> bool:
+        """Whether its first own token is drawn while others are suppressed."""
+        return work.intervention == INTERVENTION_SUPPRESS and len(self._suppressed) > 0
 
     def _result(self, request: int, sample: int) -> Sample:
         result = self.results[request][sample]
@@ -321,6 +332,8 @@ class Slots:
             self._forced[row][: len(work.inject)] = work.inject
             self._forced_start[row] = work.fork_index
             self._forced_length[row] = len(work.inject)
+            place = work.fork_index + len(work.inject)
+            self._suppress_at[row] = place if self._is_suppressed(work) else _NOWHERE
 
             # A fork of the prompt itself inherits nothing, and has no path to be laid.
             if work.fork_index:

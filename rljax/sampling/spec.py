@@ -47,6 +47,8 @@ class SamplerSpec:
     """Samples of a request, the first ones, that forks may start from: memory for as many completions a prompt slot."""
     max_injected: int = 0
     """Most given tokens that a fork may begin with."""
+    suppressed: Sequence[int] = ()
+    """Tokens that a fork of intervention SUPPRESS cannot begin with."""
 
     def check(self) -> None:
         """ValueError for a size that cannot be."""
@@ -88,6 +90,8 @@ class TurnDecoderSpec:
     """Lengths (tokens) of the chunks in which what is new before a turn is computed: an observation up to a prompt."""
     check_every: int = 8
     """Steps after which finished rows are handed over and waiting turns take them; raise it where turns are long."""
+    suppressed: Sequence[int] = ()
+    """Tokens that a turn with `suppress` cannot begin with."""
 
     def check(self, config: DecoderConfig) -> None:
         """ValueError for a size that cannot be, or that the model cannot serve."""

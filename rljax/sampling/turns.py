@@ -81,6 +81,8 @@ class Turn(NamedTuple):
     """Another conversation that may begin with the same tokens: what it has computed of them is copied."""
     max_new_tokens: int | None = None
     """Most tokens of this turn; None is the decoder's limit."""
+    suppress: bool = False
+    """Whether its first token is none of those that the decoder was told to suppress."""
 
 
 class TurnResult(NamedTuple):
@@ -140,7 +142,7 @@ class TurnDecoder:
         self._waiting: deque[Turn] = deque()
         self._turns: list[Turn | None] = [None] * spec.rows
         self._emitted: list[list[_Emitted]] = [[] for _ in range(spec.rows)]
-        self._grid = _Grid(spec.rows)
+        self._grid = _Grid(spec.rows, spec.suppressed)
         self.stats: dict[str, float] = {}
         self._clear_stats()
 
@@ -151,12 +153,22 @@ class TurnDecoder:
         """Takes a copy of the weights, which may lie on the devices of the decoder's mesh, on others, or on the host;
         what was computed with the last ones is forgotten. Raises RuntimeError while turns are under way: `interrupt`
         them first."""
-        if self.num_open:
-            raise RuntimeError(f"{self.num_open} turns are under way with the old weights; interrupt them first")
+        self._check_idle()
         self._params = None
         with self._on_mesh():
             self._params = take_weights(self.config, self.mesh, params)
         self.forget()
+
+    def adopt(self, other: "TurnDecoder") -> None:
+        """Decodes with the weights that another decoder of this model and mesh holds; nothing is copied. Otherwise as
+        `set_params`."""
+        self._check_idle()
+        self._params = other._params
+        self.forget()
+
+    def _check_idle(self) -> None:
+        if self.num_open:
+            raise RuntimeError(f"{self.num_open} turns are under way with the old weights; interrupt them first")
 
     def forget(self) -> None:
         """All conversations are computed anew when they are next used."""
@@ -440,7 +452,7 @@ class TurnDecoder:
 class _Grid:
     """What the device is told about the rows."""
 
-    def __init__(self, rows: int):
+    def __init__(self, rows: int, suppressed: Sequence[int]):
         self.active = np.zeros(rows, bool)
         self.steps = np.zeros(rows, np.int32)
         self._prompt_id = np.zeros(rows, np.int32)
@@ -448,6 +460,8 @@ class _Grid:
         self._sample_id = np.zeros(rows, np.int32)
         self._token = np.zeros(rows, np.int32)
         self._limit = np.ones(rows, np.int32)
+        self._suppressed = np.array(suppressed, np.int32)
+        self._suppress_at = np.full(rows, -1, np.int32)
 
     def start(self, row: int, turn: Turn, limit: int) -> None:
         self.active[row] = True
@@ -458,6 +472,7 @@ class _Grid:
         # A turn counts as a sample of its own, so that no two turns share numbers.
         self._sample_id[row] = turn.sample_id * MOST_TURNS + turn.turn
         self._token[row] = turn.tokens[-1]
+        self._suppress_at[row] = 0 if turn.suppress else -1
 
     def advance(self, row: int, tokens: np.ndarray) -> None:
         self.steps[row] += len(tokens)
@@ -478,6 +493,8 @@ class _Grid:
             forced=np.zeros((len(self.active), 1, 0), np.int32),
             forced_start=none,
             forced_length=none,
+            suppressed=self._suppressed if len(self._suppressed) else None,
+            suppress_at=self._suppress_at[:, None] if len(self._suppressed) else None,
         )
 
 

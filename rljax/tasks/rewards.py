@@ -8,7 +8,7 @@ import threading
 import traceback
 from collections import Counter
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 from absl import logging
@@ -61,6 +61,25 @@ class RewardResult:
     is_valid: bool = True
     error: str | None = None
     """What failed, if anything."""
+    decided_by: str = field(default="", compare=False)
+    """The component by which the sample counts as solved; empty, or one that it lacks, is `value`."""
+    is_void: bool = field(default=False, compare=False)
+    """Whether it was cut off and may not earn: `value` is 0 at most, and `components` say what they would be worth."""
+
+    @property
+    def is_solved(self) -> bool:
+        """Whether what decides is worth 1 or more; False for a sample that is not valid."""
+        return self.is_valid and self.part(self.decided_by) >= 1.0
+
+    def part(self, name: str) -> float:
+        """The component `name`, 0 at most if it may not earn; `value` where there is none of that name."""
+        if name not in self.components:
+            return self.value
+        return min(self.components[name], 0.0) if self.is_void else self.components[name]
+
+    def voided(self) -> "RewardResult":
+        """The result of a completion that was cut off: it may not earn, but a penalty stays."""
+        return replace(self, value=min(self.value, 0.0), is_void=True)
 
 
 class _Outcome(NamedTuple):
@@ -126,8 +145,9 @@ class RewardRunner:
 
     Use it as a context manager, or call `open` and `close`: no process starts before. Values do not depend on the
     number of workers or on the order of the samples. `failures` counts samples by kind since the start; the first
-    failure of each reward and kind is logged with its traceback. Raises ValueError for no rewards, a signature that is
-    none of a reward's, a repeated name, a weight or timeout out of range, or a reward that cannot be sent to a worker.
+    failure of each reward and kind is logged with its traceback. `decided_by`, the first unless it is set to another,
+    names the reward by which a sample counts as solved. Raises ValueError for no rewards, a signature that is none of a
+    reward's, a repeated name, a weight or timeout out of range, or a reward that cannot be sent to a worker.
     """
 
     def __init__(
@@ -144,6 +164,7 @@ class RewardRunner:
             raise ValueError("a reward runner needs at least one reward; none was given")
         if len(set(names)) < len(names):
             raise ValueError(f"reward names {names} must differ; set RewardSpec.name")
+        self.decided_by = names[0]
 
         self.failures: Counter[str] = Counter(dict.fromkeys(FAILURES, 0))
         self._logged: set[tuple[str, str]] = set()
@@ -178,6 +199,35 @@ class RewardRunner:
     def names(self) -> list[str]:
         """Names of the rewards, the keys of `RewardResult.components`."""
         return [r.name for r in self._rewards]
+
+    def answer(self, completion: str, result: RewardResult) -> str | None:
+        """What the deciding reward takes for the answer of a completion that it has scored, None for none.
+
+        That is `reward.answer_in(completion)`, in a form in which equal answers are equal texts, or else
+        `reward.extract(completion)`, of the reward itself or the one around which it is (`verify`). It runs in this
+        process; where it raised or hung in the reward, whose `result` is then not valid, it is not asked again.
+        """
+        find = self._finder
+        if find is None or not result.is_valid:
+            return None
+        try:
+            return find(completion) or None
+        except Exception:
+            return None
+
+    @property
+    def finds_answers(self) -> bool:
+        """Whether the deciding reward can say what it takes for the answer."""
+        return self._finder is not None
+
+    @property
+    def _finder(self) -> Callable[[str], str | None] | None:
+        reward: Any = next(r.scorer.reward for r in self._rewards if r.name == self.decided_by)
+        while reward is not None:
+            if find := getattr(reward, "answer_in", None) or getattr(reward, "extract", None):
+                return find
+            reward = getattr(reward, "verify", None)
+        return None
 
     def check_columns(self, columns: Collection[str]) -> None:
         """Raise ValueError, before anything is sampled, if a reward wants a column that the data lacks."""
@@ -263,7 +313,7 @@ class RewardRunner:
         if errors:
             return RewardResult(0.0, components, is_valid=False, error="; ".join(errors))
         # fsum: the value must not depend on the order in which rewards are listed
-        return RewardResult(math.fsum(weighted), components)
+        return RewardResult(math.fsum(weighted), components, decided_by=self.decided_by)
 
 
 def _batches(reward: _Reward, inputs: Sequence[RewardInput]) -> list[Sequence[RewardInput]]:

@@ -30,6 +30,11 @@ class ExactMatch:
     def required_columns(self) -> tuple[str, ...]:
         return (self.column,)
 
+    def answer_in(self, completion: str) -> str | None:
+        """The answer as it is compared."""
+        answer = self.extract(completion)
+        return None if answer is None else self._fold(answer)
+
     def __call__(self, completion: str, **columns: Any) -> float:
         answer = self.extract(completion)
         right = _right_answer(columns, self.column)
@@ -61,6 +66,12 @@ class NumberMatch:
     @property
     def required_columns(self) -> tuple[str, ...]:
         return (self.column,)
+
+    def answer_in(self, completion: str) -> str | None:
+        """The number, as a fraction in lowest terms."""
+        answer = self.extract(completion)
+        found = None if answer is None else self.number(answer)
+        return None if found is None else str(found)
 
     def __call__(self, completion: str, **columns: Any) -> float:
         right = last_number(str(_right_answer(columns, self.column)))

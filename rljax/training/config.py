@@ -25,8 +25,10 @@ class UpdateConfig(PackConfig):
     """Draw the groups of the minibatches anew at every step, by the run's seed; else they keep the rollout's order."""
 
     use_sampler_logprobs: bool = False
-    """Take the sampler's log-probs as the old ones, which saves scoring the rollout where there are several updates.
-    Set it where `rollout/logprob_gap_max` shows that sampler and trainer agree to rounding."""
+    """Take the sampler's log-probs as the old ones: ratios, and what is clipped by them, are then to the policy that
+    sampled each token. Set it for rollouts that older policies sampled in part. On fresh ones it saves scoring the
+    rollout where there are several updates, if `rollout/logprob_gap_max` shows that sampler and trainer agree to
+    rounding."""
 
     head_chunk: int = 512
     """Tokens whose logits exist at a time. Lower it to save memory, raise it for speed with a small vocabulary."""

@@ -144,8 +144,9 @@ class Learner:
         """The minibatches of one rollout, in order: each is one `update`, and they are on the device already.
 
         With one update per rollout, `old_logprobs` are the update's own log-probs as constants, which costs nothing;
-        with several, the policy before the first is scored here. Reference log-probs are taken from the batch, or
-        scored if the learner needs them.
+        with several, the policy before the first is scored here. With `use_sampler_logprobs` they are those that were
+        recorded when the tokens were sampled, whatever the number of updates. Reference log-probs are taken from the
+        batch, or scored if the learner needs them.
         """
         update = self.update_config
         advantages = np.asarray(advantages, np.float32)

@@ -46,12 +46,20 @@ class UpdateProgram:
     """Keywords of `score_fn`: how log-probs are computed, never what they are."""
 
     updates_once: bool
-    """Whether a rollout is one update; then its old log-probs are the update's own, as constants."""
+    """Whether a rollout is one update; then its old log-probs are the update's own, as constants, unless those of the
+    sampler are asked for."""
 
     use_sampler_logprobs: bool
+    """Whether the sampler's log-probs, with which a batch comes, are the old ones."""
+
     subtree: Subtree = EVERYTHING
     schedule: optax.Schedule | None = None
     """Learning rate by optimizer step, for the metrics."""
+
+    @property
+    def _old_is_current(self) -> bool:
+        """Whether the old log-probs are the update's own."""
+        return self.updates_once and not self.use_sampler_logprobs
 
     def step(
         self, trainable: Any, opt_state: Any, step: Array, skipped: Array, base: Any, batch: TrainBatch, sampling: Any
@@ -173,7 +181,7 @@ class UpdateProgram:
         logprobs, entropies = self.rows_logprobs(params, packed, rows.row_index, rows.loss_mask, sampling)
 
         # The only update of a rollout starts from the old policy: the ratio is 1, and only its gradient counts.
-        if self.updates_once and not anchored:
+        if self._old_is_current and not anchored:
             rows = rows.replace(old_logprobs=jax.lax.stop_gradient(logprobs))  # type: ignore[attr-defined]
         loss, metrics = self.loss.loss(logprobs, entropies, rows)
 
@@ -213,7 +221,7 @@ class UpdateProgram:
 
     def _anchored(self, params: Params, batch: TrainBatch, sampling: Any) -> TrainBatch:
         """The minibatch with old log-probs, which a single update would else leave to the loss itself."""
-        if not self.updates_once:
+        if not self._old_is_current:
             return batch
         rows = batch.rows
         scored = self.score_microbatches(params, batch.packed, rows.row_index, rows.loss_mask, sampling)

@@ -82,7 +82,7 @@ class BlackBox(TurnsConfig):
         endpoint = ChatEndpoint(
             decoder, parts.tokenizer, tool_format=self.tool_format, stop_strings=parts.sampling.stop_strings
         )
-        rewards = make_rewards(self.rewards, parts.dataset)
+        rewards = make_rewards(self.rewards, parts)
         return BlackBoxActor(endpoint, load_callable(self.agent), rewards, parts.settings, self)
 
 
@@ -264,7 +264,7 @@ class BlackBoxActor(QueuedActor):
             result = scores.get(id(run)) or _own_reward(run)
             # One conversation that was cut off makes the whole run wrong: which of them earned the reward is unknown.
             if self.settings.truncated_is_wrong and result.is_valid and any(path[-1].is_cut for path in run.paths):
-                result = RewardResult(min(result.value, 0.0), result.components)
+                result = result.voided()
 
             counts = {
                 "turns": float(len(run.session.replies)),
@@ -273,7 +273,8 @@ class BlackBoxActor(QueuedActor):
                 "malformed_calls": float(run.session.counts["malformed_calls"]),
             }
             # A component of the same name is the user's, and wins.
-            results.append(RewardResult(result.value, counts | result.components, result.is_valid, result.error))
+            decided_by = self.settings.solved_by or result.decided_by
+            results.append(replace(result, components=counts | result.components, decided_by=decided_by))
         return results
 
     def _scored(self, runs: Sequence[_Run], results: Sequence[RewardResult]) -> ScoredGroup:

@@ -53,6 +53,11 @@ class Guided:
     threshold: float = 0.0
     """An example is hard if its best reward is at most this."""
 
+    @property
+    def off_policy(self) -> str:
+        # Guided rows were sampled under a prompt that the trained policy does not see.
+        return "config.actor=Guided(...)"
+
     def check(self, plan: RolloutPlan, sampling: SamplingConfig, pack_length: int) -> None:
         if plan.forks is not None:
             raise ValueError(

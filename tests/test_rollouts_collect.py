@@ -1,0 +1,46 @@
+"""Which groups of a rollout are kept."""
+
+from unittest.mock import Mock
+
+import numpy as np
+import pytest
+
+from rljax.plans import RolloutPlan, has_signal
+from rljax.rollouts import Actor, ScoredGroup, collect
+from rljax.sampling import Sample
+from rljax.tasks import Example, RewardResult
+
+
+def scored(request):
+    """Samples that have the parts which a column of their example says."""
+    sample = Sample(np.zeros(2, np.int32), np.zeros(2, np.float32), np.zeros(2, np.float32), "stop")
+    parts = request.example.columns["parts"]
+    results = [RewardResult(right + 0.1 * form, {"right": right, "form": form}) for right, form in parts]
+    return ScoredGroup(request.example, [1], [sample] * 2, ["a", "b"], results, [np.zeros(2, np.int32)] * 2)
+
+
+def judged():
+    actor = Mock(spec=Actor, stats={}, seconds={})
+    actor.missing.side_effect = lambda n: n
+    actor.ready.side_effect = lambda n: list(map(scored, actor.submit.call_args.args[0]))
+    return actor
+
+
+ALL_WRONG = Example("wrong", {"parts": [(0.0, 1.0), (0.0, 0.0)]}, id=1)
+MIXED = Example("mixed", {"parts": [(1.0, 0.0), (0.0, 1.0)]}, id=2)
+
+
+def kept(signal_reward):
+    plan = RolloutPlan(2, keep_group=has_signal, max_sampling_rounds=2, signal_reward=signal_reward)
+    draws = iter([[ALL_WRONG], [MIXED]])
+    return [example.id for example in collect(judged(), plan, lambda n: next(draws), 1, 0).examples]
+
+
+def test_a_group_whose_rewards_differ_by_the_format_alone_is_dropped_when_the_answer_is_the_signal():
+    assert kept("right") == [MIXED.id]
+    assert kept("") == kept("form") == [ALL_WRONG.id]
+
+
+def test_a_signal_that_no_sample_has_is_refused():
+    with pytest.raises(ValueError, match=r"signal_reward='rihgt' is none of a sample's rewards: right, form"):
+        kept("rihgt")

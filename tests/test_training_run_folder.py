@@ -1,6 +1,9 @@
 """The run folder: files that can be read while a run goes on, and that a resumed run continues."""
 
 import json
+import os
+import signal
+import subprocess
 import sys
 import types
 
@@ -132,3 +135,47 @@ def test_phases_add_up_and_the_progress_line_shows_what_there_is():
     metrics = timer.metrics()
     assert 0 < metrics["time/sample_s"] < metrics["time/total_s"]
     assert progress_line({"rollout/reward_mean": 0.5, "time/tokens_per_s": 812.3}) == "reward=0.500 tok/s=812"
+
+
+HOLDER = """
+import fcntl, json, os, sys, time
+file = os.open(sys.argv[1], os.O_RDWR | os.O_CREAT | os.O_TRUNC)
+fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+os.write(file, json.dumps({"pid": os.getpid(), "host": "elsewhere", "since": "noon"}).encode())
+print("held", flush=True)
+time.sleep(60)
+"""
+
+
+def test_a_folder_in_use_by_another_process_is_refused_and_free_again_when_that_is_killed(tmp_path):
+    write(tmp_path, [1], 0)
+    other = subprocess.Popen([sys.executable, "-c", HOLDER, str(tmp_path / "lock")], stdout=subprocess.PIPE, text=True)
+    try:
+        assert other.stdout.readline() == "held\n"
+        with pytest.raises(ValueError, match=rf"in use by another run \(process {other.pid} on elsewhere since noon\)"):
+            RunFolder(tmp_path, fresh=True)
+        assert read_jsonl(tmp_path / "metrics.jsonl"), "it was emptied"
+    finally:
+        other.send_signal(signal.SIGKILL)
+        other.wait()
+    write(tmp_path, [2], 1)
+
+
+def test_the_lock_is_held_until_the_run_has_left_and_not_by_its_children(tmp_path):
+    attempt = [sys.executable, "-c", HOLDER.replace("time.sleep(60)", ""), str(tmp_path / "lock")]
+    with RunFolder(tmp_path) as run:
+        with RunFolder(tmp_path):
+            pass
+        run.close()
+        assert json.loads((tmp_path / "lock").read_text())["pid"] == os.getpid()
+        assert subprocess.run(attempt, capture_output=True).returncode != 0
+        reader, writer = os.pipe()
+        child = os.fork()
+        if child == 0:
+            os.read(reader, 1)
+            os._exit(0)
+    try:
+        assert subprocess.run(attempt, capture_output=True).returncode == 0
+    finally:
+        os.write(writer, b"x")
+        os.waitpid(child, 0)

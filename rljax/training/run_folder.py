@@ -13,17 +13,31 @@ from typing import Any
 import jax
 from tqdm import tqdm
 
-from rljax.parallel import barrier, is_main_process
+from rljax.parallel import gather, is_main_process
+from rljax.training.lock import lock, unlock
 from rljax.training.metrics import MetricsWriter, read_jsonl
 
 PACKAGES = ("rljax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "transformers", "reasoning-gym")
+
+_FOLDERS = (
+    "rollouts",
+    "evaluations",
+    "checkpoints",
+    "checkpoints_unreadable",
+    "warmup_checkpoints",
+    "warmup_checkpoints_unreadable",
+    "tensorboard",
+    "wandb",
+)
+"""Folders that a run writes."""
 
 
 class RunFolder:
     """`config.json`, `versions.json`, `metrics.jsonl`, `tensorboard/`, `rollouts/`, `evaluations/`, `checkpoints/` and
     `learning_curve.png` under one path.
 
-    A context manager. Only the main process writes. `fresh` empties the folder first. Call `start` with the step that
+    A context manager. Only the main process writes, and no second run may: ValueError for a folder in use by another
+    process. `fresh` empties the folder first. Call `start` with the step that
     a checkpoint gave (0 for a new run) before the first `log_step`: what was written after that step is dropped, and
     written again.
     """
@@ -44,25 +58,34 @@ class RunFolder:
         self._writer: MetricsWriter | None = None
         self._bar: tqdm | None = None
 
-        # The other processes wait here until the folder stands.
-        if not is_main_process():
-            barrier("run folder")
-            return
+        # The other processes wait here until the folder stands, and hear why it does not.
+        refused = ""
+        if is_main_process():
+            try:
+                self._prepare(fresh)
+            except ValueError as error:
+                refused = str(error)
+        for message in gather(refused):
+            if message:
+                raise ValueError(message)
 
+    def _prepare(self, fresh: bool) -> None:
         if self.path.exists() and not self.path.is_dir():
             raise ValueError(f"workdir {self.path} is a file; name a folder")
-        if fresh and self.path.exists():
-            self._empty()
+        self.path.mkdir(parents=True, exist_ok=True)
 
+        # The order is important: what another run writes must not be emptied.
+        lock(self.path)
+        if fresh:
+            self._empty()
         for name in ("rollouts", "evaluations", "checkpoints"):
             (self.path / name).mkdir(parents=True, exist_ok=True)
         self.write_json(self.path / "config.json", self.config)
         self.write_json(self.path / "versions.json", versions())
-        barrier("run folder")
 
     def _empty(self) -> None:
         """Removes what a run writes; anything else in the folder stays."""
-        for name in ("rollouts", "evaluations", "checkpoints", "checkpoints_unreadable", "tensorboard", "wandb"):
+        for name in _FOLDERS:
             shutil.rmtree(self.path / name, ignore_errors=True)
         for name in ("config.json", "versions.json", "metrics.jsonl", "summary.json", "learning_curve.png", "wandb_id"):
             (self.path / name).unlink(missing_ok=True)
@@ -71,12 +94,22 @@ class RunFolder:
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
 
+    @property
+    def warmup_checkpoints(self) -> Path:
+        """Those of a supervised warm-up, until `drop_warmup`."""
+        return self.path / "warmup_checkpoints"
+
+    def drop_warmup(self) -> None:
+        """Removes the checkpoints of the warm-up: the run has its own."""
+        if is_main_process():
+            shutil.rmtree(self.warmup_checkpoints, ignore_errors=True)
+
     def evaluation_file(self, step: int) -> Path:
         """Where the evaluation of `step` is kept."""
         return self.path / "evaluations" / f"step_{step:06d}.json"
 
-    def start(self, step: int) -> None:
-        """Opens the logs to go on after `step`."""
+    def start(self, step: int, *, is_logged: bool = True) -> None:
+        """Opens the logs to go on after `step`, whose line of metrics is still to be written unless `is_logged`."""
         if not is_main_process():
             return
 
@@ -86,7 +119,7 @@ class RunFolder:
 
         self._writer = MetricsWriter(
             self.path,
-            resume_after=step,
+            resume_after=step if is_logged else step - 1,
             wandb_project=self._wandb,
             run_name=str(self.config.get("name", "")),
             config=self.config,
@@ -105,15 +138,18 @@ class RunFolder:
             raise RuntimeError("RunFolder.start(step) must be called before log_step")
 
         # The order is important: a line of metrics tells that the rollouts of its step are whole.
-        records = list(records)
-        if records:
-            lines = [json.dumps(record, ensure_ascii=False, default=_plain) + "\n" for record in records]
-            (self.path / "rollouts" / f"step_{step:06d}.jsonl").write_text("".join(lines), encoding="utf-8")
+        self.log_rollouts(step, records)
         self._writer.write(step, metrics)
 
         if self._bar is not None:
             self._bar.n = step
             self._bar.set_postfix_str(progress_line(metrics))
+
+    def log_rollouts(self, step: int, records: Iterable[Mapping[str, Any]]) -> None:
+        """The rollouts of the step that brings the count to `step`; no file where there are none."""
+        lines = [json.dumps(record, ensure_ascii=False, default=_plain) + "\n" for record in records]
+        if lines and is_main_process():
+            (self.path / "rollouts" / f"step_{step:06d}.jsonl").write_text("".join(lines), encoding="utf-8")
 
     def progress(self, label: str, done: int, total: int, metrics: Mapping[str, Any]) -> None:
         """A bar for work outside the loop, such as the supervised warm-up."""
@@ -169,6 +205,7 @@ class RunFolder:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+        unlock(self.path)
 
 
 def _plain(value: Any) -> Any:

@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import os
+import signal
 
 import numpy as np
 import pytest
@@ -122,26 +124,31 @@ def test_a_run_repeats_bit_for_bit_and_another_seed_does_not(straight, tmp_path)
 
 @pytest.mark.parametrize("name", ["plain", pytest.param("everything", marks=pytest.mark.slow)])
 def test_a_run_that_breaks_off_and_goes_on_equals_one_that_does_not(name, straight, tmp_path, monkeypatch):
-    config = tiny_config()
+    # Its last regular checkpoint is that of step 2.
+    config = tiny_config(checkpoint=CheckpointConfig(every=2))
     if name == "everything":  # a reference that moves, dynamic sampling, several updates, a schedule
         config = tiny_config(
             algorithm=DAPO(group_size=4, overlong_buffer=0, kl_coef=0.1),
             reference_refresh=2,
             update=dataclasses.replace(config.update, minibatches=2, epochs=2),
             optimizer=OptimizerConfig(learning_rate=1e-2, schedule="cosine", warmup_steps=1, total_steps=4),
+            checkpoint=config.checkpoint,
         )
         train(config, str(tmp_path / "straight"))
     whole = straight[0] if name == "plain" else tmp_path / "straight"
     step = rljax.experiment.train.train_step
+    collect = rljax.experiment.train.collect
 
-    def breaks(run, index):
+    def is_stopped(actor, plan, draw, n, index):
+        rollout = collect(actor, plan, draw, n, index)
         if index == 3:
-            raise KeyboardInterrupt
-        return step(run, index)
+            os.kill(os.getpid(), signal.SIGTERM)
+        return rollout
 
-    monkeypatch.setattr(rljax.experiment.train, "train_step", breaks)
-    with pytest.raises(KeyboardInterrupt):
+    monkeypatch.setattr(rljax.experiment.train, "collect", is_stopped)
+    with pytest.raises(SystemExit) as stop:
         train(config, str(tmp_path / "parts"))
+    assert stop.value.code == 143
     assert not (tmp_path / "parts" / "summary.json").exists()
     monkeypatch.undo()
     steps_run = []
@@ -149,7 +156,7 @@ def test_a_run_that_breaks_off_and_goes_on_equals_one_that_does_not(name, straig
         rljax.experiment.train, "train_step", lambda run, index: (steps_run.append(index), step(run, index))[1]
     )
     train(config, str(tmp_path / "parts"))
-    assert steps_run and steps_run[0] > 0, "it did not resume"
+    assert steps_run == [3], "only the rollout under way is lost"
     assert run_metrics(tmp_path / "parts") == run_metrics(whole)
     assert rollout_records(tmp_path / "parts") == rollout_records(whole)
     assert params_fingerprint(tmp_path / "parts") == params_fingerprint(whole)

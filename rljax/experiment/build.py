@@ -12,6 +12,7 @@ from rljax.evaluation import Evaluation
 from rljax.experiment.check import check, check_forks
 from rljax.experiment.config import Config
 from rljax.experiment.model import model_path
+from rljax.experiment.stops import Stops
 from rljax.models import DecoderConfig, load_config, load_model, param_shardings
 from rljax.parallel import make_mesh
 from rljax.plans import RolloutPlan
@@ -31,6 +32,7 @@ class Run:
         evaluation: the last one.
         reference_scores: held-out avg@k per problem when the reference was last refreshed.
         state: replaced at every update; None until weights are loaded or restored.
+        stops: tells when the run is asked to end.
     """
 
     config: Config
@@ -46,6 +48,7 @@ class Run:
     evaluation: Evaluation | None = None
     reference_scores: list[float] = dataclasses.field(default_factory=list)
     state: TrainState = None  # type: ignore[assignment]
+    stops: Stops = dataclasses.field(default_factory=Stops)
 
     def abstract_state(self) -> TrainState:
         """What a checkpoint of `state` is restored into."""

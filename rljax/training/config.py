@@ -109,7 +109,8 @@ class CheckpointConfig:
     """When a run saves its state, and which checkpoints it keeps."""
 
     every: int = 50
-    """Steps between saves; the last step is saved too. 0 never saves."""
+    """Steps between saves, of a supervised warm-up too; the last step is saved as well. With 0 a run saves only when it
+    is asked to end (SIGTERM, SIGUSR1, Ctrl-C)."""
 
     keep_last: int = 2
     """Newest checkpoints that stay. More of them survive a damaged disk, and cost a whole state each."""

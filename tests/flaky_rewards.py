@@ -18,3 +18,7 @@ def nan_on_h(completion: str, answer: str) -> float:
 def nearly_always_equal(completion: str, answer: str) -> float:
     """A reward that few groups disagree about."""
     return float(completion.startswith(answer))
+
+
+def always_raises(completion):
+    raise RuntimeError("no judge here")

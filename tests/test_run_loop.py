@@ -12,9 +12,9 @@ from docs_metrics import unexplained
 import rljax.experiment.train
 from rljax.algorithms import DAPO, GRPO, RECIPES, RLOO
 from rljax.experiment import CheckpointConfig, EvaluationConfig, RewardConfig, SingleTurn
-from rljax.experiment.train import train
+from rljax.experiment.train import RunFailed, train
 from rljax.testing import params_fingerprint, rollout_records, run_metrics, tiny_config
-from rljax.training import OptimizerConfig, read_jsonl
+from rljax.training import Checkpointer, OptimizerConfig, read_jsonl
 
 
 @pytest.fixture(scope="module")
@@ -208,8 +208,32 @@ def test_dynamic_sampling_trains_on_groups_that_disagree(tmp_path):
 def test_dynamic_sampling_that_finds_no_signal_says_what_to_change(tmp_path):
     hopeless = dataclasses.replace(tiny_config().sampling, temperature=1e-3)  # groups of equal samples
     config = short(sampling=hopeless, algorithm=DAPO(group_size=4, overlong_buffer=0, max_sampling_rounds=2))
-    with pytest.raises(RuntimeError, match=r"after 2 rounds .*equal rewards.*group_size"):
+    with pytest.raises(RunFailed, match=r"2 steps in a row .*after 2 rounds .*equal rewards.*group_size"):
         train(config, str(tmp_path))
+    lines = read_jsonl(tmp_path / "metrics.jsonl")
+    assert [line["rollout/empty_steps"] for line in lines] == [1, 2]
+    assert [line["rollout/prompts_drawn"] for line in lines] == [8, 8]
+    # All that was drawn can be read, and the next start would go on behind it.
+    assert [len(records) for records in rollout_records(tmp_path).values()] == [32, 32]
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["2"]
+
+
+def test_steps_whose_rewards_all_fail_update_nothing_and_end_the_run_with_the_reason(tmp_path):
+    config = with_reward("always_raises", steps=3, checkpoint=CheckpointConfig(every=1, keep_best=1))
+    config.update = dataclasses.replace(config.update, max_empty=2)
+    with pytest.raises(RunFailed, match=r"2 steps in a row .*none of the 16 samples has a valid reward.*no judge here"):
+        train(config, str(tmp_path))
+    lines = read_jsonl(tmp_path / "metrics.jsonl")
+    assert [line["rollout/reward_mean"] for line in lines] == ["nan", "nan"]
+    assert [line["rollout/empty_steps"] for line in lines] == [1, 2]
+    assert params_fingerprint(tmp_path, 1) == params_fingerprint(tmp_path, 2)
+    saved = Checkpointer(tmp_path / "checkpoints")
+    assert saved.steps == [1, 2] and [saved._score(step) for step in saved.steps] == [None, None]
+
+
+def test_a_metric_that_the_best_is_chosen_by_must_exist(tmp_path):
+    with pytest.raises(ValueError, match=r"best_metric='rollout/reward_meen' is no .* mean rollout/reward_mean\?"):
+        train(short(checkpoint=CheckpointConfig(keep_best=1, best_metric="rollout/reward_meen")), str(tmp_path))
 
 
 RECIPE_RUNS = [

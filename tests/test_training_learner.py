@@ -348,3 +348,16 @@ def test_weights_that_came_in_bfloat16_resume_bit_for_bit(tmp_path):
     restored, _, step = Checkpointer(tmp_path).restore(learner.abstract_state())
     assert step == 1
     jax.tree.map(np.testing.assert_array_equal, restored, state)
+
+
+def test_a_minibatch_without_a_valid_sample_moves_nothing():
+    """Neither weights, by momentum, nor the count that the schedule goes by; and it is no failure."""
+    learner = make(FLAT)
+    batch, advantages = rollout()
+    state = learner.init_state(params())
+    state, _ = learner.update(state, learner.prepare(state, batch, advantages)[0])
+    before = jax.device_get((state.trainable, state.opt_state))
+    empty = batch.replace(is_valid=np.zeros_like(batch.is_valid))
+    state, metrics = learner.update(state, learner.prepare(state, empty, advantages)[0])
+    jax.tree.map(np.testing.assert_array_equal, before, jax.device_get((state.trainable, state.opt_state)))
+    assert int(state.skipped) == 0 == metrics["loss/skipped"]

@@ -33,6 +33,8 @@ class Run:
         reference_scores: held-out avg@k per problem when the reference was last refreshed.
         state: replaced at every update; None until weights are loaded or restored.
         stops: tells when the run is asked to end.
+        empty_steps: steps without an update up to now, in a row.
+        lacking: what the last of them lacked.
     """
 
     config: Config
@@ -49,6 +51,8 @@ class Run:
     reference_scores: list[float] = dataclasses.field(default_factory=list)
     state: TrainState = None  # type: ignore[assignment]
     stops: Stops = dataclasses.field(default_factory=Stops)
+    empty_steps: int = 0
+    lacking: str = ""
 
     def abstract_state(self) -> TrainState:
         """What a checkpoint of `state` is restored into."""

@@ -2,8 +2,10 @@
 
 import contextlib
 import dataclasses
+import difflib
 import json
 import time
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -17,10 +19,14 @@ from rljax.experiment.sft import warm_up
 from rljax.experiment.stops import Stopped, Stops
 from rljax.models import config_to_hf
 from rljax.parallel import is_main_process, use_mesh
-from rljax.rollouts import Rollout, collect
+from rljax.rollouts import NoSignal, Rollout, collect
 from rljax.sampling import compile_count
 from rljax.training import Checkpointer, PhaseTimer, RunFolder, add_metrics, with_critic
 from rljax.types import Params
+
+
+class RunFailed(RuntimeError):
+    """A run that cannot go on as it is, for a reason that its user can mend; the message is one line."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +51,8 @@ def train(config: Config, workdir: str, *, fresh: bool = False) -> dict[str, Any
 
     `fresh` empties the folder first. Raises ValueError, before any device work, for a config or data that cannot work.
     On SIGTERM, SIGUSR1 or Ctrl-C it gives up the rollout or evaluation under way, saves, and raises `Stopped`, which
-    ends the process with status 143.
+    ends the process with status 143. Steps without a valid reward, or without the groups that dynamic sampling needs,
+    update nothing and are counted; `RunFailed` after `config.update.max_empty` of them in a row.
     """
     started = time.perf_counter()
     with Stops() as stops:
@@ -87,6 +94,7 @@ class Loop:
         save_description(run, self.folder)
         before = held_out(run, self.folder, 0)
         run.reference_scores = run.reference_scores or before.solved_shares()
+        check_best_metric(config, [f"eval/{name}" for name in before.metrics])
         if not self.place.is_logged:
             self.report_step()
 
@@ -94,9 +102,12 @@ class Loop:
             # What a step draws and asks for changes the host's state, so it is taken down before.
             self.place = place_of(run, step, self.place.metrics)
             metrics, rollout = train_step(run, step)
-            self.folder.log_rollouts(step + 1, rollout.records if step % config.log.rollouts_every == 0 else ())
+            # What nothing could be learned from is what a user has to look at.
+            if step % config.log.rollouts_every == 0 or run.empty_steps:
+                self.folder.log_rollouts(step + 1, rollout.records, rollout.untrained)
             self.place = place_of(run, step + 1, metrics, is_logged=False)
             self.report_step()
+            self.stop_if_nothing_is_learned()
 
         run.check()
         self.checkpoints.wait()
@@ -110,6 +121,9 @@ class Loop:
         assert self.place is not None
         done = self.place.step
         metrics = dict(self.place.metrics or {})
+        # A step without an update lacks the metrics of one.
+        if "loss/total" in metrics:
+            check_best_metric(config, metrics)
 
         refresh_reference(run, self.folder, done)
         if config.evaluation.every and done % config.evaluation.every == 0 and done < config.steps:
@@ -121,6 +135,19 @@ class Loop:
         self.place = place_of(run, done, metrics)
         if config.checkpoint.every and (done % config.checkpoint.every == 0 or done == config.steps):
             self.save_place()
+
+    def stop_if_nothing_is_learned(self) -> None:
+        """RunFailed after `config.update.max_empty` steps in a row without an update, or where the run has no more."""
+        run = self.run
+        if run.empty_steps < min(run.config.update.max_empty, run.config.steps):
+            return
+        # What was drawn does not come again, so that a repaired reward goes on behind it.
+        self.save_place()
+        self.checkpoints.wait()
+        raise RunFailed(
+            f"{run.empty_steps} steps in a row had nothing to learn from; in the last one {run.lacking} "
+            f"(rollouts of all of them: {self.folder.path / 'rollouts'})"
+        )
 
     def save_place(self) -> None:
         """Begins a checkpoint of the place, if there is none. Without weights there is nothing to save."""
@@ -134,6 +161,20 @@ class Loop:
         # What is being written is not whole, so the warm-up's own go when the next one is begun.
         if any(step < place.step for step in self.checkpoints.steps):
             self.folder.drop_warmup()
+
+
+def check_best_metric(config: Config, known: Iterable[str]) -> None:
+    """ValueError if `config.checkpoint` ranks by a metric that is not among those known of its kind: of evaluations,
+    whose names begin with `eval/`, or of steps."""
+    own = config.checkpoint
+    names = list(known)
+    is_of_evaluation = own.best_metric.startswith("eval/")
+    is_other_kind = bool(names) and names[0].startswith("eval/") != is_of_evaluation
+    if not own.keep_best or is_other_kind or own.best_metric in names:
+        return
+    near = difflib.get_close_matches(own.best_metric, names, n=1)
+    hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(sorted(names))}"
+    raise ValueError(f"config.checkpoint.best_metric={own.best_metric!r} is no metric of this run; {hint}")
 
 
 def place_of(run: Run, step: int, metrics: dict[str, float] | None = None, *, is_logged: bool = True) -> Place:
@@ -159,6 +200,7 @@ def resume(run: Run, checkpoints: Checkpointer, folder: RunFolder) -> Place | No
     run.state, host, step = restored
     run.curriculum.load_state_dict(host["curriculum"])
     run.reference_scores = host.get("reference_scores", [])
+    run.empty_steps = host.get("empty_steps", 0)
     examples = {example.id: example for example in run.dataset.train}
     run.actor.load_state_dict(host.get("actor", {}), run.algorithm.plan, examples)
 
@@ -183,6 +225,7 @@ def host_state(run: Run) -> dict[str, Any]:
         "curriculum": run.curriculum.state_dict(),
         "reference_scores": run.reference_scores,
         "actor": run.actor.state_dict(),
+        "empty_steps": run.empty_steps,
     }
 
 
@@ -195,10 +238,12 @@ def train_step(run: Run, step: int) -> tuple[dict[str, float], Rollout]:
 
     with run.stops.abandonable():
         run.actor.set_params(run.policy(), step)
-        rollout = collect(
-            run.actor, run.algorithm.plan, lambda n: run.curriculum.sample(step, n), config.prompts_per_step, step
-        )
+        rollout, lacking = roll_out(run, step)
         timer.add(rollout.seconds)
+    if lacking:
+        metrics = empty_step(run, rollout, lacking, timer)
+        metrics["compile/count"] = float(compile_count() - compiled)
+        return metrics, rollout
 
     with run.stops.abandonable(), timer("score"):
         batch = stack_rows(config, rollout.trajectories, rollout.rewards.size)
@@ -211,7 +256,7 @@ def train_step(run: Run, step: int) -> tuple[dict[str, float], Rollout]:
         minibatches = run.learner.prepare(run.state, batch, advantages) if run.policy_moves(step) else []
 
     with timer("update"):
-        metrics: dict[str, float] = {}
+        metrics = {}
         # The critic first: its minibatches hold the values that the advantages were made of.
         if run.critic is not None:
             critic_state, metrics = run.critic.update(run.state.critic, batch)
@@ -225,16 +270,49 @@ def train_step(run: Run, step: int) -> tuple[dict[str, float], Rollout]:
         first = updates[0] if updates else {}
         metrics |= {name: float(value) for name, value in first.items() if name.startswith("rollout/logprob_gap")}
 
-    run.curriculum.observe(rollout.examples, rollout.mean_rewards())
+    # A group without a valid reward says nothing of its prompt.
+    judged = [i for i, rewards in enumerate(rollout.rewards) if not np.isnan(rewards).all()]
+    means = rollout.mean_rewards()
+    run.curriculum.observe([rollout.examples[i] for i in judged], [means[i] for i in judged])
     for record, row in zip(rollout.records, advantages, strict=False):
         record["advantage"] = float(row[np.abs(row).argmax()])
 
-    metrics |= {f"rollout/{name}": value for name, value in rollout.stats.items()}
+    run.empty_steps = 0
+    metrics |= rollout_metrics(run, rollout, timer)
+    metrics["compile/count"] = float(compile_count() - compiled)
+    return metrics, rollout
+
+
+def roll_out(run: Run, step: int) -> tuple[Rollout, str]:
+    """The rollout of a step, and what it lacks to be learned from; "" where it lacks nothing."""
+    plan = run.algorithm.plan
+    try:
+        rollout = collect(run.actor, plan, lambda n: run.curriculum.sample(step, n), run.config.prompts_per_step, step)
+    except NoSignal as error:
+        return error.rollout, str(error)
+
+    if not np.isnan(rollout.rewards).all():
+        return rollout, ""
+    error = next((record["error"] for record in rollout.records if record["error"]), "no reward said why")
+    return rollout, f"none of the {len(rollout.records)} samples has a valid reward; the first failed with: {error}"
+
+
+def empty_step(run: Run, rollout: Rollout, lacking: str, timer: PhaseTimer) -> dict[str, float]:
+    """The metrics of a step that nothing can be learned from, and which updates nothing."""
+    run.empty_steps += 1
+    run.lacking = lacking
+    logging.warning("a step without an update, the %d. in a row: %s", run.empty_steps, lacking)
+    return rollout_metrics(run, rollout, timer)
+
+
+def rollout_metrics(run: Run, rollout: Rollout, timer: PhaseTimer) -> dict[str, float]:
+    """What the log says of a rollout and of the time that its step took."""
+    metrics = {f"rollout/{name}": value for name, value in rollout.stats.items()}
+    metrics["rollout/empty_steps"] = float(run.empty_steps)
     metrics |= {f"play/{name}": value for name, value in rollout.actor_stats.items()}
     metrics |= timer.metrics()
     metrics["time/tokens_per_s"] = rollout.stats["new_tokens"] / timer.total
-    metrics["compile/count"] = float(compile_count() - compiled)
-    return metrics, rollout
+    return metrics
 
 
 def refresh_reference(run: Run, folder: RunFolder, done: int) -> None:

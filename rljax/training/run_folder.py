@@ -114,8 +114,9 @@ class RunFolder:
             return
 
         # What a killed run wrote after its checkpoint is written again.
-        for file in self._later(self.path / "rollouts", step) + self._later(self.path / "evaluations", step):
-            file.unlink()
+        for name in ("rollouts", "rollouts/untrained", "evaluations"):
+            for file in self._later(self.path / name, step):
+                file.unlink()
 
         self._writer = MetricsWriter(
             self.path,
@@ -145,11 +146,18 @@ class RunFolder:
             self._bar.n = step
             self._bar.set_postfix_str(progress_line(metrics))
 
-    def log_rollouts(self, step: int, records: Iterable[Mapping[str, Any]]) -> None:
-        """The rollouts of the step that brings the count to `step`; no file where there are none."""
-        lines = [json.dumps(record, ensure_ascii=False, default=_plain) + "\n" for record in records]
-        if lines and is_main_process():
-            (self.path / "rollouts" / f"step_{step:06d}.jsonl").write_text("".join(lines), encoding="utf-8")
+    def log_rollouts(
+        self, step: int, records: Iterable[Mapping[str, Any]], untrained: Iterable[Mapping[str, Any]] = ()
+    ) -> None:
+        """The rollouts of the step that brings the count to `step`, and in `rollouts/untrained/` those that it drew and
+        left out; no file where there are none."""
+        if not is_main_process():
+            return
+        for folder, kept in ((self.path / "rollouts", records), (self.path / "rollouts" / "untrained", untrained)):
+            lines = [json.dumps(record, ensure_ascii=False, default=_plain) + "\n" for record in kept]
+            if lines:
+                folder.mkdir(parents=True, exist_ok=True)
+                (folder / f"step_{step:06d}.jsonl").write_text("".join(lines), encoding="utf-8")
 
     def progress(self, label: str, done: int, total: int, metrics: Mapping[str, Any]) -> None:
         """A bar for work outside the loop, such as the supervised warm-up."""

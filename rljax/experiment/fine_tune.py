@@ -8,7 +8,7 @@ from rljax.experiment.report import evaluation_table, say
 from rljax.experiment.sft import supervised, train_supervised
 from rljax.experiment.stops import Stops
 from rljax.experiment.train import evaluate_run, open_checkpoints
-from rljax.parallel import use_mesh
+from rljax.parallel import check_equal, end_together, use_mesh
 from rljax.training import RunFolder
 
 
@@ -18,11 +18,12 @@ def fine_tune(config: Config, workdir: str, *, fresh: bool = False) -> dict[str,
     if config.warmup.steps < 1:
         raise ValueError(f"config.warmup.steps={config.warmup.steps} must be at least 1 for supervised fine-tuning")
 
-    with Stops() as stops:
+    with end_together(), Stops() as stops:
         with stops.abandonable():
             run = build(config)
             learner, curriculum = supervised(run)
         run.stops = stops
+        check_equal(config=to_dict(config), data=[example.id for example in run.dataset.train])
         folder = RunFolder(workdir, config=to_dict(config), fresh=fresh, total_steps=config.warmup.steps)
         checkpoints = open_checkpoints(config, folder)
         last: dict[str, float] = {}
@@ -31,7 +32,7 @@ def fine_tune(config: Config, workdir: str, *, fresh: bool = False) -> dict[str,
             folder.log_step(done, metrics)
             last.update(metrics)
 
-        with run.actor, folder, contextlib.closing(checkpoints), use_mesh(run.mesh):
+        with run.actor, folder, contextlib.closing(checkpoints), use_mesh(run.mesh), end_together():
             state = train_supervised(run, learner, curriculum, checkpoints, report=report, begin=folder.start)
             checkpoints.wait()
             if config.evaluation.problems >= 0:

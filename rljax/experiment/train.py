@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterable
 from typing import Any
 
+import jax
 import numpy as np
 from absl import logging
 
@@ -18,7 +19,7 @@ from rljax.experiment.report import describe_run, finish, say
 from rljax.experiment.sft import warm_up
 from rljax.experiment.stops import Stopped, Stops
 from rljax.models import config_to_hf
-from rljax.parallel import is_main_process, use_mesh
+from rljax.parallel import check_equal, end_together, is_main_process, use_mesh
 from rljax.rollouts import NoSignal, Rollout, collect
 from rljax.sampling import compile_count
 from rljax.training import Checkpointer, PhaseTimer, RunFolder, add_metrics, with_critic
@@ -55,15 +56,17 @@ def train(config: Config, workdir: str, *, fresh: bool = False) -> dict[str, Any
     update nothing and are counted; `RunFailed` after `config.update.max_empty` of them in a row.
     """
     started = time.perf_counter()
-    with Stops() as stops:
+    with end_together(), Stops() as stops:
         with stops.abandonable():
             run = build(config)
         run.stops = stops
+        check_equal(config=to_dict(config), data=[example.id for example in [*run.dataset.train, *run.dataset.test]])
         say(describe_run(run))
         folder = RunFolder(workdir, config=to_dict(config), fresh=fresh)
         checkpoints = open_checkpoints(config, folder)
 
-        with run.actor, folder, contextlib.closing(checkpoints), use_mesh(run.mesh):
+        # Innermost again: what is closed on the way out would wait for the processes that are left behind.
+        with run.actor, folder, contextlib.closing(checkpoints), use_mesh(run.mesh), end_together():
             loop = Loop(run, folder, checkpoints)
             try:
                 before, after = loop.run_to_the_end()
@@ -254,6 +257,10 @@ def train_step(run: Run, step: int) -> tuple[dict[str, float], Rollout]:
             batch = run.critic.with_values(run.state.critic, batch)
         advantages = np.asarray(run.algorithm.advantage_fn(batch))
         minibatches = run.learner.prepare(run.state, batch, advantages) if run.policy_moves(step) else []
+        check_equal(
+            rollout=(batch.tokens, batch.action_mask, batch.is_valid, batch.reward),
+            shapes=[[np.shape(x) for x in jax.tree.leaves(minibatch)] for minibatch in minibatches],
+        )
 
     with timer("update"):
         metrics = {}

@@ -73,6 +73,18 @@ def test_tensorboard_reads_the_events(tmp_path):
     assert [(e.step, e.value) for e in events.Scalars("loss/total")] == [(1, 0.5), (2, 1.0), (3, 9.0)]
 
 
+def test_a_run_that_starts_over_leaves_nothing_of_the_steps_before(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    write(tmp_path, range(1, 4), 0)
+    (tmp_path / "summary.json").write_text("{}")
+    write(tmp_path, [1], 0)
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert [e.step for e in events.Scalars("rollout/reward_mean")] == [1]
+    assert not (tmp_path / "summary.json").exists() and not list((tmp_path / "evaluations").glob("*00[23].json"))
+
+
 class FakeRun:
     """What `wandb.init` returns, as far as it is used."""
 
@@ -179,3 +191,22 @@ def test_the_lock_is_held_until_the_run_has_left_and_not_by_its_children(tmp_pat
     finally:
         os.write(writer, b"x")
         os.waitpid(child, 0)
+
+
+def test_every_start_is_kept_with_its_config(tmp_path):
+    for start, rate in ((0, 1e-3), (1, 0.5)):
+        with RunFolder(tmp_path, config={"optimizer": {"learning_rate": rate}}) as run:
+            assert run.previous_config == (None if start == 0 else {"optimizer": {"learning_rate": 1e-3}})
+            run.start(start)
+    starts = read_jsonl(tmp_path / "starts.jsonl")
+    assert [(s["step"], s["config"]["optimizer"]["learning_rate"]) for s in starts] == [(0, 1e-3), (1, 0.5)]
+
+
+@pytest.mark.parametrize("text", ['{"step": 1', "\ufeff{}", "nonsense"])
+def test_a_damaged_file_is_named(tmp_path, text):
+    for name in ("metrics.jsonl", "config.json"):
+        (tmp_path / name).write_text('{"step": 0}\n' + text + "\n")
+    with pytest.raises(ValueError, match=r"metrics\.jsonl, line 2 is damaged"):
+        read_jsonl(tmp_path / "metrics.jsonl")
+    with pytest.raises(ValueError, match=r"config\.json is damaged"):
+        RunFolder(tmp_path)

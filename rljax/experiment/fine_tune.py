@@ -3,6 +3,7 @@
 import contextlib
 
 from rljax.experiment.build import build
+from rljax.experiment.changes import review_changes
 from rljax.experiment.config import Config, to_dict
 from rljax.experiment.report import evaluation_table, say
 from rljax.experiment.sft import supervised, train_supervised
@@ -33,6 +34,8 @@ def fine_tune(config: Config, workdir: str, *, fresh: bool = False) -> dict[str,
             last.update(metrics)
 
         with run.actor, folder, contextlib.closing(checkpoints), use_mesh(run.mesh), end_together():
+            if checkpoints.steps:
+                review_changes(folder.previous_config, folder.config, checkpoints.steps[-1], "config.warmup.steps")
             state = train_supervised(run, learner, curriculum, checkpoints, report=report, begin=folder.start)
             checkpoints.wait()
             if config.evaluation.problems >= 0:

@@ -6,6 +6,7 @@ import difflib
 import json
 import time
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -14,6 +15,7 @@ from absl import logging
 
 from rljax.evaluation import Evaluation, evaluate
 from rljax.experiment.build import Run, build, stack_rows
+from rljax.experiment.changes import review_changes
 from rljax.experiment.config import Config, to_dict
 from rljax.experiment.report import describe_run, finish, say
 from rljax.experiment.sft import warm_up
@@ -22,7 +24,7 @@ from rljax.models import config_to_hf
 from rljax.parallel import check_equal, end_together, is_main_process, use_mesh
 from rljax.rollouts import NoSignal, Rollout, collect
 from rljax.sampling import compile_count
-from rljax.training import Checkpointer, PhaseTimer, RunFolder, add_metrics, with_critic
+from rljax.training import Checkpointer, PhaseTimer, RunFolder, add_metrics, read_json, with_critic
 from rljax.types import Params
 
 
@@ -193,7 +195,10 @@ def open_checkpoints(config: Config, folder: RunFolder) -> Checkpointer:
 
 
 def resume(run: Run, checkpoints: Checkpointer, folder: RunFolder) -> Place | None:
-    """Restores the newest good checkpoint into `run`, and says where it stands; None for a new run."""
+    """Restores the newest good checkpoint into `run`, and says where it stands; None for a new run. ValueError for a
+    config that the run cannot go on with."""
+    if checkpoints.steps:
+        review_changes(folder.previous_config, folder.config, checkpoints.steps[-1], "config.steps")
     restored = checkpoints.restore(run.abstract_state())
     if restored is None:
         folder.evaluation_file(0).unlink(missing_ok=True)
@@ -344,7 +349,8 @@ def held_out(run: Run, folder: RunFolder, step: int) -> Evaluation:
 
     file = folder.evaluation_file(step)
     if file.exists():
-        run.evaluation = Evaluation.from_dict(json.loads(file.read_text()))
+        run.evaluation = Evaluation.from_dict(read_json(file))
+        check_same_problems(run, run.evaluation, file)
         return run.evaluation
 
     if step in (0, run.config.steps):
@@ -352,6 +358,16 @@ def held_out(run: Run, folder: RunFolder, step: int) -> Evaluation:
     run.evaluation = evaluate_run(run, run.policy(), step)
     folder.write_json(file, run.evaluation.to_dict())
     return run.evaluation
+
+
+def check_same_problems(run: Run, evaluation: Evaluation, file: Path) -> None:
+    """ValueError unless an evaluation that was read is of the problems that the data holds out now."""
+    problems = run.dataset.test[: run.config.evaluation.problems or None]
+    if [problem["prompt_id"] for problem in evaluation.problems] != [example.id for example in problems]:
+        raise ValueError(
+            f"{file} is of other held-out problems than the data has now; go on with the data that the run began with, "
+            "or start in a new folder"
+        )
 
 
 def evaluate_run(run: Run, params: Params, step: int) -> Evaluation:

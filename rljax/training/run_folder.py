@@ -6,6 +6,7 @@ import platform
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from tqdm import tqdm
 
 from rljax.parallel import gather, is_main_process
 from rljax.training.lock import lock, unlock
-from rljax.training.metrics import MetricsWriter, read_jsonl
+from rljax.training.metrics import MetricsWriter, read_json, read_jsonl
 
 PACKAGES = ("rljax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "transformers", "reasoning-gym")
 
@@ -31,15 +32,26 @@ _FOLDERS = (
 )
 """Folders that a run writes."""
 
+_FILES = (
+    "config.json",
+    "versions.json",
+    "starts.jsonl",
+    "metrics.jsonl",
+    "summary.json",
+    "learning_curve.png",
+    "wandb_id",
+)
+"""Files that a run writes beside its lock."""
+
 
 class RunFolder:
-    """`config.json`, `versions.json`, `metrics.jsonl`, `tensorboard/`, `rollouts/`, `evaluations/`, `checkpoints/` and
-    `learning_curve.png` under one path.
+    """Everything that a run writes, under one path: `config.json`, `versions.json` and `starts.jsonl` (both, of every
+    start), `metrics.jsonl`, `tensorboard/`, `rollouts/`, `evaluations/`, `checkpoints/` and `learning_curve.png`.
 
     A context manager. Only the main process writes, and no second run may: ValueError for a folder in use by another
-    process. `fresh` empties the folder first. Call `start` with the step that
-    a checkpoint gave (0 for a new run) before the first `log_step`: what was written after that step is dropped, and
-    written again.
+    process. `fresh` empties the folder first. `previous_config` is that of the last start, None for a new run. Call
+    `start` with the step that a checkpoint gave (0 for a new run) before the first `log_step`: what was written after
+    that step is dropped, and written again.
     """
 
     def __init__(
@@ -52,7 +64,8 @@ class RunFolder:
         wandb_project: str = "",
     ):
         self.path = Path(path).absolute()
-        self.config = dict(config or {})
+        # As JSON holds it, so that it can be compared with what an earlier start has written.
+        self.config: dict[str, Any] = json.loads(json.dumps(config or {}, default=_plain))
         self.total_steps = total_steps or self.config.get("steps")
         self._wandb = wandb_project or (self.config.get("log") or {}).get("wandb_project", "")
         self._writer: MetricsWriter | None = None
@@ -60,16 +73,18 @@ class RunFolder:
 
         # The other processes wait here until the folder stands, and hear why it does not.
         refused = ""
+        previous: dict[str, Any] | None = None
         if is_main_process():
             try:
-                self._prepare(fresh)
+                previous = self._prepare(fresh)
             except ValueError as error:
                 refused = str(error)
-        for message in gather(refused):
-            if message:
-                raise ValueError(message)
+        refused, self.previous_config = gather((refused, previous))[0]
+        if refused:
+            raise ValueError(refused)
 
-    def _prepare(self, fresh: bool) -> None:
+    def _prepare(self, fresh: bool) -> dict[str, Any] | None:
+        """Makes the folder; returns the config of the last start in it, None for the first."""
         if self.path.exists() and not self.path.is_dir():
             raise ValueError(f"workdir {self.path} is a file; name a folder")
         self.path.mkdir(parents=True, exist_ok=True)
@@ -80,14 +95,14 @@ class RunFolder:
             self._empty()
         for name in ("rollouts", "evaluations", "checkpoints"):
             (self.path / name).mkdir(parents=True, exist_ok=True)
-        self.write_json(self.path / "config.json", self.config)
-        self.write_json(self.path / "versions.json", versions())
+        written = self.path / "config.json"
+        return read_json(written) if written.exists() else None
 
     def _empty(self) -> None:
         """Removes what a run writes; anything else in the folder stays."""
         for name in _FOLDERS:
             shutil.rmtree(self.path / name, ignore_errors=True)
-        for name in ("config.json", "versions.json", "metrics.jsonl", "summary.json", "learning_curve.png", "wandb_id"):
+        for name in _FILES:
             (self.path / name).unlink(missing_ok=True)
 
     @property
@@ -113,7 +128,16 @@ class RunFolder:
         if not is_main_process():
             return
 
-        # What a killed run wrote after its checkpoint is written again.
+        found = versions()
+        self.write_json("config.json", self.config)
+        self.write_json("versions.json", found)
+        begun = {"time": time.strftime("%Y-%m-%d %H:%M:%S"), "step": step, "git": found["git"], "config": self.config}
+        with (self.path / "starts.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(begun) + "\n")
+
+        # What a killed run wrote after its checkpoint is written again; what it wrote at its end is of other steps.
+        for name in ("summary.json", "learning_curve.png"):
+            (self.path / name).unlink(missing_ok=True)
         for name in ("rollouts", "rollouts/untrained", "evaluations"):
             for file in self._later(self.path / name, step):
                 file.unlink()

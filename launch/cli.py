@@ -34,7 +34,8 @@ def _find_neighbours(file: str) -> None:
 
 
 def launch(main: Callable[[], None]) -> None:
-    """Parses flags, runs `main`, and turns a bad flag or config (`ValueError`) into one line and exit status 2."""
+    """Parses flags and runs `main`. A bad flag or config (`ValueError`) becomes one line and exit status 2, a run that
+    cannot go on one line and exit status 1."""
     preload_allocator()
     # prompts and completions may hold characters that a terminal, or no encoding, can show
     for stream in (sys.stdout, sys.stderr):
@@ -49,12 +50,21 @@ def _run(main: Callable[[], None]) -> None:
     except (ValueError, FileNotFoundError) as error:
         if os.environ.get("RLJAX_TRACEBACK"):
             raise
-        _fail(f"{error}\n(RLJAX_TRACEBACK=1 shows where this came from)")
+        _fail(f"{error}\n{_MORE}")
+    except (RuntimeError, FloatingPointError) as error:
+        from rljax.experiment.train import RunFailed
+
+        if os.environ.get("RLJAX_TRACEBACK") or not isinstance(error, (RunFailed, FloatingPointError)):
+            raise
+        _fail(f"{error}\n{_MORE}", status=1)
 
 
-def _fail(message: str) -> typing.NoReturn:
+_MORE = "(RLJAX_TRACEBACK=1 shows where this came from)"
+
+
+def _fail(message: str, status: int = 2) -> typing.NoReturn:
     print(f"error: {message}", file=sys.stderr)
-    sys.exit(2)
+    sys.exit(status)
 
 
 def _parse(argv: list[str]) -> list[str]:

@@ -1,6 +1,8 @@
 #!/usr/bin/env bash
 # Runs the same script on every worker of a Cloud TPU pod slice.
 # usage: launch/tpu_pod.sh TPU_NAME ZONE CONFIG WORKDIR [FLAGS ...]     (WORKDIR: gs://..., or storage all workers mount)
+# When the workers are told to stop, they save and exit with 143; the same command goes on from there, so run it again
+# once the slice is back.
 # The repository must lie in ~/rljax on the workers with .venv installed for TPU (BUILD.md); --setup as CONFIG does that.
 set -euo pipefail
 name=${1:?TPU name}

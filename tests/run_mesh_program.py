@@ -7,7 +7,8 @@ from pathlib import Path
 
 from absl import logging
 
-from rljax.experiment import FreshModel, MeshConfig, UpdateConfig
+import rljax.experiment.train
+from rljax.experiment import FreshModel, MeshConfig, RewardConfig, SingleTurn, UpdateConfig
 from rljax.experiment.train import train
 from rljax.parallel import initialize_distributed, is_main_process
 from rljax.testing import rollout_records, run_metrics, tiny_config
@@ -29,9 +30,20 @@ def config(mesh):
     model = FreshModel(  # an even vocabulary, to split over `tensor`
         alphabet="abcdefghi=", num_layers=2, embed_dim=32, num_heads=4, num_kv_heads=2, head_dim=8, mlp_dim=64
     )
+    actor = SingleTurn(rewards=(RewardConfig("flaky_rewards:of_the_main_process"),), prompt_buckets=(4,))
     return tiny_config(
-        steps=3, prompts_per_step=8, model=model, mesh=MeshConfig(*mesh), update=update, optimizer=optimizer
+        actor=actor,
+        steps=3,
+        prompts_per_step=8,
+        model=model,
+        mesh=MeshConfig(*mesh),
+        update=update,
+        optimizer=optimizer,
     )
+
+
+def fails(run, step):
+    raise RuntimeError("this process alone")
 
 
 def main(folder, shapes):
@@ -53,4 +65,6 @@ if __name__ == "__main__":
     if len(sys.argv) > 3:
         os.environ |= {"RLJAX_NUM_PROCESSES": "2", "RLJAX_PROCESS_ID": sys.argv[3]}
         assert initialize_distributed(coordinator=sys.argv[4])
+        if sys.argv[5:] == [sys.argv[3]]:
+            rljax.experiment.train.train_step = fails
     main(sys.argv[1], sys.argv[2].split(","))

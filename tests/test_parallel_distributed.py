@@ -74,6 +74,16 @@ def test_host_data_crosses_processes(two_processes):
         assert result["moved"] == 0
 
 
+def test_what_may_differ_is_made_once_and_what_must_not_is_compared(two_processes):
+    main, other = two_processes[0]
+    assert main["once"] == other["once"] == {"process": 0}
+    assert main["failed"] == "KeyError: 'judge'"
+    assert other["failed"] == "RuntimeError: process 0 failed with KeyError: 'judge'"
+    assert main["equal"] is None is other["equal"]
+    assert main["unequal"] == other["unequal"]
+    assert "shapes of process 1 differs from that of process 0" in main["unequal"]
+
+
 def test_an_export_from_two_processes_is_the_export_from_one(two_processes):
     folder = two_processes[1]
     for name in ("model.safetensors", "config.json"):
@@ -88,6 +98,9 @@ def test_one_process_needs_no_start_up(monkeypatch):
     assert parallel.is_main_process()
     parallel.barrier("alone")
     assert parallel.gather("x") == ["x"]
+    assert parallel.on_main(lambda: "x") == "x"
+    with pytest.raises(ValueError, match="as it was"), parallel.end_together():
+        raise ValueError("as it was")
     assert parallel.to_host({"x": jax.numpy.ones(2)})["x"].tolist() == [1, 1]
 
 

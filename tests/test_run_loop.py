@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import os
+import signal
 
 import numpy as np
 import pytest
@@ -10,9 +12,9 @@ from docs_metrics import unexplained
 import rljax.experiment.train
 from rljax.algorithms import DAPO, GRPO, RECIPES, RLOO
 from rljax.experiment import CheckpointConfig, EvaluationConfig, RewardConfig, SingleTurn
-from rljax.experiment.train import train
+from rljax.experiment.train import RunFailed, train
 from rljax.testing import params_fingerprint, rollout_records, run_metrics, tiny_config
-from rljax.training import OptimizerConfig, read_jsonl
+from rljax.training import Checkpointer, OptimizerConfig, read_jsonl
 
 
 @pytest.fixture(scope="module")
@@ -122,26 +124,31 @@ def test_a_run_repeats_bit_for_bit_and_another_seed_does_not(straight, tmp_path)
 
 @pytest.mark.parametrize("name", ["plain", pytest.param("everything", marks=pytest.mark.slow)])
 def test_a_run_that_breaks_off_and_goes_on_equals_one_that_does_not(name, straight, tmp_path, monkeypatch):
-    config = tiny_config()
+    # Its last regular checkpoint is that of step 2.
+    config = tiny_config(checkpoint=CheckpointConfig(every=2))
     if name == "everything":  # a reference that moves, dynamic sampling, several updates, a schedule
         config = tiny_config(
             algorithm=DAPO(group_size=4, overlong_buffer=0, kl_coef=0.1),
             reference_refresh=2,
             update=dataclasses.replace(config.update, minibatches=2, epochs=2),
             optimizer=OptimizerConfig(learning_rate=1e-2, schedule="cosine", warmup_steps=1, total_steps=4),
+            checkpoint=config.checkpoint,
         )
         train(config, str(tmp_path / "straight"))
     whole = straight[0] if name == "plain" else tmp_path / "straight"
     step = rljax.experiment.train.train_step
+    collect = rljax.experiment.train.collect
 
-    def breaks(run, index):
+    def is_stopped(actor, plan, draw, n, index):
+        rollout = collect(actor, plan, draw, n, index)
         if index == 3:
-            raise KeyboardInterrupt
-        return step(run, index)
+            os.kill(os.getpid(), signal.SIGTERM)
+        return rollout
 
-    monkeypatch.setattr(rljax.experiment.train, "train_step", breaks)
-    with pytest.raises(KeyboardInterrupt):
+    monkeypatch.setattr(rljax.experiment.train, "collect", is_stopped)
+    with pytest.raises(SystemExit) as stop:
         train(config, str(tmp_path / "parts"))
+    assert stop.value.code == 143
     assert not (tmp_path / "parts" / "summary.json").exists()
     monkeypatch.undo()
     steps_run = []
@@ -149,7 +156,7 @@ def test_a_run_that_breaks_off_and_goes_on_equals_one_that_does_not(name, straig
         rljax.experiment.train, "train_step", lambda run, index: (steps_run.append(index), step(run, index))[1]
     )
     train(config, str(tmp_path / "parts"))
-    assert steps_run and steps_run[0] > 0, "it did not resume"
+    assert steps_run == [3], "only the rollout under way is lost"
     assert run_metrics(tmp_path / "parts") == run_metrics(whole)
     assert rollout_records(tmp_path / "parts") == rollout_records(whole)
     assert params_fingerprint(tmp_path / "parts") == params_fingerprint(whole)
@@ -201,8 +208,32 @@ def test_dynamic_sampling_trains_on_groups_that_disagree(tmp_path):
 def test_dynamic_sampling_that_finds_no_signal_says_what_to_change(tmp_path):
     hopeless = dataclasses.replace(tiny_config().sampling, temperature=1e-3)  # groups of equal samples
     config = short(sampling=hopeless, algorithm=DAPO(group_size=4, overlong_buffer=0, max_sampling_rounds=2))
-    with pytest.raises(RuntimeError, match=r"after 2 rounds .*equal rewards.*group_size"):
+    with pytest.raises(RunFailed, match=r"2 steps in a row .*after 2 rounds .*equal rewards.*group_size"):
         train(config, str(tmp_path))
+    lines = read_jsonl(tmp_path / "metrics.jsonl")
+    assert [line["rollout/empty_steps"] for line in lines] == [1, 2]
+    assert [line["rollout/prompts_drawn"] for line in lines] == [8, 8]
+    # All that was drawn can be read, and the next start would go on behind it.
+    assert [len(records) for records in rollout_records(tmp_path).values()] == [32, 32]
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["2"]
+
+
+def test_steps_whose_rewards_all_fail_update_nothing_and_end_the_run_with_the_reason(tmp_path):
+    config = with_reward("always_raises", steps=3, checkpoint=CheckpointConfig(every=1, keep_best=1))
+    config.update = dataclasses.replace(config.update, max_empty=2)
+    with pytest.raises(RunFailed, match=r"2 steps in a row .*none of the 16 samples has a valid reward.*no judge here"):
+        train(config, str(tmp_path))
+    lines = read_jsonl(tmp_path / "metrics.jsonl")
+    assert [line["rollout/reward_mean"] for line in lines] == ["nan", "nan"]
+    assert [line["rollout/empty_steps"] for line in lines] == [1, 2]
+    assert params_fingerprint(tmp_path, 1) == params_fingerprint(tmp_path, 2)
+    saved = Checkpointer(tmp_path / "checkpoints")
+    assert saved.steps == [1, 2] and [saved._score(step) for step in saved.steps] == [None, None]
+
+
+def test_a_metric_that_the_best_is_chosen_by_must_exist(tmp_path):
+    with pytest.raises(ValueError, match=r"best_metric='rollout/reward_meen' is no .* mean rollout/reward_mean\?"):
+        train(short(checkpoint=CheckpointConfig(keep_best=1, best_metric="rollout/reward_meen")), str(tmp_path))
 
 
 RECIPE_RUNS = [

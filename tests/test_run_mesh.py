@@ -61,11 +61,29 @@ def test_eight_devices_run_what_one_runs(meshes, single, mesh):
     assert_the_same(meshes[mesh], single)
 
 
-def test_two_processes_run_what_one_runs(tmp_path, single):
+def start_two(folder, *more):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
-    processes = [start(tmp_path, ["2x2x1"], 2, str(index), address) for index in range(2)]
+    return [start(folder, ["2x2x1"], 2, str(index), address, *more) for index in range(2)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("failing", [0, 1])
+def test_no_process_waits_for_one_that_has_failed(failing, tmp_path):
+    processes = start_two(tmp_path, str(failing))
+    try:
+        said = [process.communicate(timeout=400)[1] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert processes[failing].returncode == 1 and "this process alone" in said[failing]
+    assert processes[1 - failing].returncode != 0
+
+
+def test_two_processes_run_what_one_runs(tmp_path, single):
+    """Rewards included, though only one of the processes can judge."""
+    processes = start_two(tmp_path)
     try:
         main, other = (result(process) for process in processes)
     finally:

@@ -12,7 +12,19 @@ from rljax import losses
 from rljax.batching import PackConfig, stack
 from rljax.models import DecoderConfig, init_params
 from rljax.sampling import compile_count, sampling_params
-from rljax.training import Learner, LossNeeds, OptimizerConfig, UpdateConfig, add_metrics, sft_loss
+from rljax.training import (
+    Checkpointer,
+    Learner,
+    LightSAMConfig,
+    LossNeeds,
+    MuonConfig,
+    OptimizerConfig,
+    UpdateConfig,
+    add_metrics,
+    create_state,
+    make_optimizer,
+    sft_loss,
+)
 from rljax.types import Trajectory
 
 CONFIG = DecoderConfig(
@@ -302,3 +314,62 @@ def test_nothing_compiles_after_the_first_step_with_one_shape():
         state, _ = learner.update(state, minibatch)
         counts.append(compile_count() - before)
     assert counts[0] > 0 and counts[1:] == [0, 0, 0]
+
+
+IN_BFLOAT16 = dataclasses.replace(CONFIG, param_dtype="bfloat16")
+
+
+@pytest.mark.parametrize("microbatches", [16, 1])
+@pytest.mark.parametrize("optimizer", [OptimizerConfig, MuonConfig, LightSAMConfig])
+def test_an_update_keeps_the_dtypes_of_a_state_whatever_the_weights_came_in(optimizer, microbatches):
+    """So that a checkpoint of any step is what `abstract_state` says, and no second program is compiled."""
+    update = update_config(dataclasses.replace(FLAT, microbatch_size=16 // microbatches))
+    learner = Learner(IN_BFLOAT16, grpo(), optimizer(), update)
+    state = learner.abstract_state()
+    (minibatch,) = learner.prepare(state, *rollout())
+    weights, moments, *_ = jax.eval_shape(learner.program.step, *learner._arguments(state, minibatch))
+
+    def dtypes(tree):
+        return [x.dtype for x in jax.tree.leaves(tree)]
+
+    assert dtypes((weights, moments)) == dtypes((state.trainable, state.opt_state))
+    assert set(dtypes((weights, moments))) == {jnp.dtype("float32"), jnp.dtype("int32")}
+
+
+def test_a_hundred_small_updates_of_a_bfloat16_weight_add_up():
+    """Adam on a constant gradient: each step is the learning rate, so 100 of 1e-6 are 1e-4."""
+    optimizer = make_optimizer(OptimizerConfig(learning_rate=1e-6))
+    state = create_state({"w": jnp.full((4,), 0.02, jnp.bfloat16)}, optimizer)
+    start = float(jnp.bfloat16(0.02))
+    weights, moments = state.trainable, state.opt_state
+    update = jax.jit(optimizer.update)
+    for _ in range(100):
+        moved, moments = update({"w": jnp.full((4,), 0.1)}, moments, weights)
+        weights = jax.tree.map(jnp.add, weights, moved)
+    np.testing.assert_allclose(weights["w"], start - 1e-4, rtol=0, atol=2e-7)
+
+
+def test_weights_that_came_in_bfloat16_resume_bit_for_bit(tmp_path):
+    update = update_config(dataclasses.replace(FLAT, microbatch_size=2))
+    learner = Learner(IN_BFLOAT16, grpo(), OptimizerConfig(learning_rate=1e-2), update)
+    state = learner.init_state(jax.tree.map(lambda x: x.astype(jnp.bfloat16), params()))
+    state, _ = learner.update(state, learner.prepare(state, *rollout())[0])
+    checkpoints = Checkpointer(tmp_path)
+    checkpoints.save(1, state, {})
+    checkpoints.close()
+    restored, _, step = Checkpointer(tmp_path).restore(learner.abstract_state())
+    assert step == 1
+    jax.tree.map(np.testing.assert_array_equal, restored, state)
+
+
+def test_a_minibatch_without_a_valid_sample_moves_nothing():
+    """Neither weights, by momentum, nor the count that the schedule goes by; and it is no failure."""
+    learner = make(FLAT)
+    batch, advantages = rollout()
+    state = learner.init_state(params())
+    state, _ = learner.update(state, learner.prepare(state, batch, advantages)[0])
+    before = jax.device_get((state.trainable, state.opt_state))
+    empty = batch.replace(is_valid=np.zeros_like(batch.is_valid))
+    state, metrics = learner.update(state, learner.prepare(state, empty, advantages)[0])
+    jax.tree.map(np.testing.assert_array_equal, before, jax.device_get((state.trainable, state.opt_state)))
+    assert int(state.skipped) == 0 == metrics["loss/skipped"]

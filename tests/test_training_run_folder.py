@@ -1,6 +1,9 @@
 """The run folder: files that can be read while a run goes on, and that a resumed run continues."""
 
 import json
+import os
+import signal
+import subprocess
 import sys
 import types
 
@@ -81,6 +84,18 @@ def test_tensorboard_reads_the_events(tmp_path):
     assert [(e.step, e.value) for e in events.Scalars("loss/total")] == [(1, 0.5), (2, 1.0), (3, 9.0)]
 
 
+def test_a_run_that_starts_over_leaves_nothing_of_the_steps_before(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    write(tmp_path, range(1, 4), 0)
+    (tmp_path / "summary.json").write_text("{}")
+    write(tmp_path, [1], 0)
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert [e.step for e in events.Scalars("rollout/reward_mean")] == [1]
+    assert not (tmp_path / "summary.json").exists() and not list((tmp_path / "evaluations").glob("*00[23].json"))
+
+
 class FakeRun:
     """What `wandb.init` returns, as far as it is used."""
 
@@ -143,3 +158,66 @@ def test_phases_add_up_and_the_progress_line_shows_what_there_is():
     metrics = timer.metrics()
     assert 0 < metrics["time/sample_s"] < metrics["time/total_s"]
     assert progress_line({"rollout/reward_mean": 0.5, "time/tokens_per_s": 812.3}) == "reward=0.500 tok/s=812"
+
+
+HOLDER = """
+import fcntl, json, os, sys, time
+file = os.open(sys.argv[1], os.O_RDWR | os.O_CREAT | os.O_TRUNC)
+fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+os.write(file, json.dumps({"pid": os.getpid(), "host": "elsewhere", "since": "noon"}).encode())
+print("held", flush=True)
+time.sleep(60)
+"""
+
+
+def test_a_folder_in_use_by_another_process_is_refused_and_free_again_when_that_is_killed(tmp_path):
+    write(tmp_path, [1], 0)
+    other = subprocess.Popen([sys.executable, "-c", HOLDER, str(tmp_path / "lock")], stdout=subprocess.PIPE, text=True)
+    try:
+        assert other.stdout.readline() == "held\n"
+        with pytest.raises(ValueError, match=rf"in use by another run \(process {other.pid} on elsewhere since noon\)"):
+            RunFolder(tmp_path, fresh=True)
+        assert read_jsonl(tmp_path / "metrics.jsonl"), "it was emptied"
+    finally:
+        other.send_signal(signal.SIGKILL)
+        other.wait()
+    write(tmp_path, [2], 1)
+
+
+def test_the_lock_is_held_until_the_run_has_left_and_not_by_its_children(tmp_path):
+    attempt = [sys.executable, "-c", HOLDER.replace("time.sleep(60)", ""), str(tmp_path / "lock")]
+    with RunFolder(tmp_path) as run:
+        with RunFolder(tmp_path):
+            pass
+        run.close()
+        assert json.loads((tmp_path / "lock").read_text())["pid"] == os.getpid()
+        assert subprocess.run(attempt, capture_output=True).returncode != 0
+        reader, writer = os.pipe()
+        child = os.fork()
+        if child == 0:
+            os.read(reader, 1)
+            os._exit(0)
+    try:
+        assert subprocess.run(attempt, capture_output=True).returncode == 0
+    finally:
+        os.write(writer, b"x")
+        os.waitpid(child, 0)
+
+
+def test_every_start_is_kept_with_its_config(tmp_path):
+    for start, rate in ((0, 1e-3), (1, 0.5)):
+        with RunFolder(tmp_path, config={"optimizer": {"learning_rate": rate}}) as run:
+            assert run.previous_config == (None if start == 0 else {"optimizer": {"learning_rate": 1e-3}})
+            run.start(start)
+    starts = read_jsonl(tmp_path / "starts.jsonl")
+    assert [(s["step"], s["config"]["optimizer"]["learning_rate"]) for s in starts] == [(0, 1e-3), (1, 0.5)]
+
+
+@pytest.mark.parametrize("text", ['{"step": 1', "\ufeff{}", "nonsense"])
+def test_a_damaged_file_is_named(tmp_path, text):
+    for name in ("metrics.jsonl", "config.json"):
+        (tmp_path / name).write_text('{"step": 0}\n' + text + "\n")
+    with pytest.raises(ValueError, match=r"metrics\.jsonl, line 2 is damaged"):
+        read_jsonl(tmp_path / "metrics.jsonl")
+    with pytest.raises(ValueError, match=r"config\.json is damaged"):
+        RunFolder(tmp_path)

@@ -28,7 +28,24 @@ moved = parallel.reshard(params, param_shardings(CONFIG, mesh, parallel.DECODE_R
 save_hf(folder / "again", CONFIG, params)
 parallel.barrier("saved")
 
+
+def said_by(function):
+    try:
+        return function()
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+
+
+def fails():
+    raise KeyError("judge")
+
+
+index = jax.process_index()
 result = {
+    "once": parallel.on_main(lambda: {"process": index}),
+    "failed": said_by(lambda: parallel.on_main(fails)),
+    "equal": said_by(lambda: parallel.check_equal(config={"a": 1}, shapes=(4, 8), mask=np.arange(3))),
+    "unequal": said_by(lambda: parallel.check_equal(config={"a": 1}, shapes=(4, index), mask=np.arange(3) + index)),
     "several": several,
     "devices": [jax.device_count(), jax.local_device_count()],
     "main": parallel.is_main_process(),

@@ -13,6 +13,7 @@ from rljax.experiment.check import check, check_forks
 from rljax.experiment.config import Config
 from rljax.experiment.model import model_path
 from rljax.experiment.prompts import check_chat_settings
+from rljax.experiment.stops import Stops
 from rljax.models import DecoderConfig, load_config, load_model, param_shardings
 from rljax.parallel import make_mesh
 from rljax.plans import RolloutPlan
@@ -32,6 +33,9 @@ class Run:
         evaluation: the last one.
         reference_scores: held-out avg@k per problem when the reference was last refreshed.
         state: replaced at every update; None until weights are loaded or restored.
+        stops: tells when the run is asked to end.
+        empty_steps: steps without an update up to now, in a row.
+        lacking: what the last of them lacked.
     """
 
     config: Config
@@ -47,6 +51,9 @@ class Run:
     evaluation: Evaluation | None = None
     reference_scores: list[float] = dataclasses.field(default_factory=list)
     state: TrainState = None  # type: ignore[assignment]
+    stops: Stops = dataclasses.field(default_factory=Stops)
+    empty_steps: int = 0
+    lacking: str = ""
 
     def abstract_state(self) -> TrainState:
         """What a checkpoint of `state` is restored into."""

@@ -1,6 +1,7 @@
 """What cannot work is refused in one line, before any data is read or device touched."""
 
 import importlib.util
+import math
 
 from rljax.algorithms import Algorithm
 from rljax.experiment.config import Config
@@ -28,6 +29,7 @@ def check(config: Config, device_count: int | None = None) -> Algorithm:
             f"{config.update.minibatches}; a minibatch holds whole groups, so choose a divisor"
         )
     check_forks(config, plan)
+    check_best(config)
     config.actor.check(plan, config.sampling, config.update.pack_length)
     check_off_policy(config, algorithm)
     if config.sampling.temperature <= 0 and plan.group_size > 1:
@@ -62,6 +64,20 @@ def check_off_policy(config: Config, algorithm: Algorithm) -> None:
             f"{source} trains on tokens that other policies sampled, and {name} takes them for the current one's; set "
             "config.update.use_sampler_logprobs=True, which takes ratios to the policy that sampled, or choose a "
             "method that corrects, e.g. DecoupledPPO, DIS or AgentRL"
+        )
+
+
+def check_best(config: Config) -> None:
+    """Refuses to rank checkpoints by an evaluation where no saved step has one."""
+    own = config.checkpoint
+    if not own.keep_best or not own.best_metric.startswith("eval/"):
+        return
+    every = math.lcm(own.every, config.evaluation.every)
+    if not 0 < every < config.steps:
+        raise ValueError(
+            f"config.checkpoint.best_metric={own.best_metric!r} is measured every config.evaluation.every="
+            f"{config.evaluation.every} steps, and config.checkpoint.every={own.every} saves none of them before the "
+            f"last of {config.steps}; let one divide the other"
         )
 
 

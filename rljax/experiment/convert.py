@@ -1,5 +1,6 @@
 """What `launch/convert.py` does."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -28,7 +29,9 @@ def convert(source: str, target: str, *, step: int | None = None, dtype: str = "
     if (Path(source) / "model" / "config.json").is_file():
         model = Path(source) / "model"
         decoder = config_from_hf(json.loads((model / "config.json").read_text()))
-        params, _ = restore_params(run_checkpoints(source), abstract_params(decoder), step)
+        # In float32 as they were trained; the target's dtype comes last, so that weights are rounded once.
+        trained = abstract_params(dataclasses.replace(decoder, param_dtype="float32"))
+        params, _ = restore_params(run_checkpoints(source), trained, step)
     else:
         model = model_path(source)
         decoder, params = load_model(model)

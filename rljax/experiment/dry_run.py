@@ -19,7 +19,7 @@ from rljax.types import Rows, TrainBatch
 
 GIB = 2**30
 _ADVICE = {
-    "parameters": "a larger config.mesh.fsdp or config.mesh.tensor, or config.model.param_dtype=bfloat16",
+    "parameters": "a larger config.mesh.fsdp or config.mesh.tensor",
     "optimizer": "a larger config.mesh.fsdp",
     "gradients": "a larger config.mesh.fsdp",
     "reference": "an algorithm with kl_coef=0, which needs no reference model",

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import jax
+import numpy as np
 
 from rljax.evaluation import Evaluation
 from rljax.experiment.build import Run, build
@@ -43,8 +44,9 @@ def evaluate_model(
 def checkpoint_params(run: Run, folder: str, step: int | None = None) -> tuple[Params, int]:
     """(weights on the mesh of `run`, their step) of a checkpoint of the run folder `folder`; `step` None is the newest.
     ValueError when there is none."""
+    # Trained weights are float32 whatever the model's own were loaded as.
     target = jax.tree.map(
-        lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where),
+        lambda x, where: jax.ShapeDtypeStruct(x.shape, np.float32, sharding=where),
         abstract_params(run.decoder),
         param_shardings(run.decoder, run.mesh),
     )

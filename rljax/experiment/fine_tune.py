@@ -3,50 +3,43 @@
 import contextlib
 
 from rljax.experiment.build import build
+from rljax.experiment.changes import review_changes
 from rljax.experiment.config import Config, to_dict
-from rljax.experiment.report import evaluation_table
-from rljax.experiment.sft import supervised, supervised_step
+from rljax.experiment.report import evaluation_table, say
+from rljax.experiment.sft import supervised, train_supervised
+from rljax.experiment.stops import Stops
 from rljax.experiment.train import evaluate_run, open_checkpoints
-from rljax.parallel import is_main_process, use_mesh
-from rljax.training import PhaseTimer, RunFolder, add_metrics
+from rljax.parallel import check_equal, end_together, use_mesh
+from rljax.training import RunFolder
 
 
 def fine_tune(config: Config, workdir: str, *, fresh: bool = False) -> dict[str, float]:
-    """`config.warmup.steps` supervised steps in a run folder, resuming from its newest checkpoint."""
+    """`config.warmup.steps` supervised steps in a run folder, going on from its newest checkpoint; returns the metrics
+    of the last one. On SIGTERM, SIGUSR1 or Ctrl-C it saves and raises `Stopped`."""
     if config.warmup.steps < 1:
         raise ValueError(f"config.warmup.steps={config.warmup.steps} must be at least 1 for supervised fine-tuning")
 
-    run = build(config)
-    learner, curriculum = supervised(run)
-    folder = RunFolder(workdir, config=to_dict(config), fresh=fresh, total_steps=config.warmup.steps)
-    checkpoints = open_checkpoints(config, folder)
-    metrics: dict[str, float] = {}
+    with end_together(), Stops() as stops:
+        with stops.abandonable():
+            run = build(config)
+            learner, curriculum = supervised(run)
+        run.stops = stops
+        check_equal(config=to_dict(config), data=[example.id for example in run.dataset.train])
+        folder = RunFolder(workdir, config=to_dict(config), fresh=fresh, total_steps=config.warmup.steps)
+        checkpoints = open_checkpoints(config, folder)
+        last: dict[str, float] = {}
 
-    with run.actor, folder, contextlib.closing(checkpoints), use_mesh(run.mesh):
-        restored = checkpoints.restore(learner.abstract_state())
-        first = 0 if restored is None else restored[2]
-        folder.start(first)
-        if restored is None:
-            state = learner.init_state(run.initial_params())
-        else:
-            state = restored[0]
-            curriculum.load_state_dict(restored[1]["curriculum"])
+        def report(done: int, metrics: dict[str, float]) -> None:
+            folder.log_step(done, metrics)
+            last.update(metrics)
 
-        for step in range(first, config.warmup.steps):
-            timer = PhaseTimer()
-            with timer("update"):
-                state, stats = supervised_step(run, learner, curriculum, state, step)
-                metrics = add_metrics([stats])
-
-            # As in training, the log comes before the checkpoint that it is resumed from.
-            done = step + 1
-            folder.log_step(done, metrics | timer.metrics())
-            every = config.checkpoint.every
-            if every and (done % every == 0 or done == config.warmup.steps):
-                checkpoints.save(done, state, {"curriculum": curriculum.state_dict()}, metrics)
-
-        checkpoints.wait()
-        if config.evaluation.problems >= 0 and is_main_process():
-            print(evaluation_table(evaluate_run(run, learner.policy_params(state), config.warmup.steps)))
-    print(f"run folder      {folder.path}")
-    return metrics
+        with run.actor, folder, contextlib.closing(checkpoints), use_mesh(run.mesh), end_together():
+            if checkpoints.steps:
+                review_changes(folder.previous_config, folder.config, checkpoints.steps[-1], "config.warmup.steps")
+            state = train_supervised(run, learner, curriculum, checkpoints, report=report, begin=folder.start)
+            checkpoints.wait()
+            if config.evaluation.problems >= 0:
+                evaluation = evaluate_run(run, learner.policy_params(state), config.warmup.steps)
+                say(evaluation_table(evaluation))
+        say(f"run folder      {folder.path}")
+        return {name: value for name, value in last.items() if not name.startswith("time/")}

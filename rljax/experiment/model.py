@@ -51,7 +51,8 @@ class PretrainedModel:
     dtype: str = "float32"
     """Of activations: float32 or bfloat16."""
     param_dtype: str = "float32"
-    """Of the weights that are trained."""
+    """Of the weights as they are loaded: float32 or bfloat16. Training keeps its own in float32 whatever it says, so
+    bfloat16 saves memory where weights are only read, as in `launch/eval.py`."""
 
     def tokenizer_of(self) -> Tokenizer:
         path = model_path(self.path)  # the model is looked for even where the tokenizer is another's
@@ -117,7 +118,8 @@ class FreshModel:
     dtype: str = "float32"
     """Of activations: float32 or bfloat16."""
     param_dtype: str = "float32"
-    """Of the weights that are trained."""
+    """Of the weights as they are loaded: float32 or bfloat16. Training keeps its own in float32 whatever it says, so
+    bfloat16 saves memory where weights are only read, as in `launch/eval.py`."""
 
     def tokenizer_of(self) -> Tokenizer:
         return CharTokenizer(self.alphabet)

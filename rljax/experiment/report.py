@@ -54,9 +54,11 @@ def finish(folder: RunFolder, before: Evaluation, after: Evaluation, *, wall_sec
         },
         "steps": len(history),
         "wall_seconds": round(wall_seconds, 1),
+        "empty_steps": sum(m.get("rollout/empty_steps", 0) > 0 for m in history),
         "new_tokens": int(sum(m["rollout/new_tokens"] for m in history)),
-        "trained_tokens": int(sum(m["pack/unique_tokens"] for m in history)),
-        "compiles_after_warmup": int(sum(m["compile/count"] for m in history[2:])),
+        # A step without an update trains on nothing.
+        "trained_tokens": int(sum(m.get("pack/unique_tokens", 0) for m in history)),
+        "compiles_after_warmup": int(sum(m.get("compile/count", 0) for m in history[2:])),
         "peak_memory_gib": round(peak_memory() / 2**30, 2),
         "versions": versions(),
     }

@@ -1,29 +1,86 @@
 """Supervised training on given completions: the warm-up before a run, and `launch/sft.py`."""
 
+import contextlib
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
 from rljax.experiment.build import Run, stack_rows
+from rljax.experiment.stops import Stopped
 from rljax.tasks import UniformCurriculum
 from rljax.text import Tokenizer, render_prompt
-from rljax.training import Learner, RunFolder, sft_loss
-from rljax.types import TrainState, Trajectory
+from rljax.training import Checkpointer, Learner, PhaseTimer, RunFolder, add_metrics, sft_loss
+from rljax.types import Params, TrainState, Trajectory
 
 
-def warm_up(run: Run, params: Any, folder: RunFolder) -> Any:
-    """Supervised steps before the first rollout; returns the params, which it consumes."""
-    config = run.config.warmup
-    if not config.steps:
-        return params
+def warm_up(run: Run, folder: RunFolder) -> Params:
+    """The params that the first rollout starts from: the model's own, after `config.warmup.steps` supervised steps.
+
+    Its checkpoints lie in a folder of their own until the run has one.
+    """
+    steps = run.config.warmup.steps
+    if not steps:
+        return run.initial_params()
 
     learner, curriculum = supervised(run)
-    state = learner.init_state(params)
-    for step in range(config.steps):
-        state, metrics = supervised_step(run, learner, curriculum, state, step)
-        folder.progress("warm-up", step + 1, config.steps, metrics)
+    with contextlib.closing(Checkpointer(folder.warmup_checkpoints, keep_last=1)) as checkpoints:
+        state = train_supervised(
+            run,
+            learner,
+            curriculum,
+            checkpoints,
+            report=lambda done, metrics: folder.progress("warm-up", done, steps, metrics),
+        )
     return learner.policy_params(state)
+
+
+def train_supervised(
+    run: Run,
+    learner: Learner,
+    curriculum: UniformCurriculum,
+    checkpoints: Checkpointer,
+    *,
+    report: Callable[[int, dict[str, float]], None],
+    begin: Callable[[int], None] = lambda first: None,
+) -> TrainState:
+    """The state after all steps of `config.warmup`, going on from the newest of `checkpoints`.
+
+    `begin(step)` is told where it goes on, `report(done, metrics)` every step. It saves every
+    `config.checkpoint.every` steps and at the last, and before it raises `Stopped` when the run is asked to end.
+    """
+    steps = run.config.warmup.steps
+    every = run.config.checkpoint.every
+
+    restored = checkpoints.restore(learner.abstract_state())
+    first = 0 if restored is None else restored[2]
+    run.stops.check()
+    begin(first)
+    if restored is None:
+        state = learner.init_state(run.initial_params())
+    else:
+        state = restored[0]
+        curriculum.load_state_dict(restored[1]["curriculum"])
+
+    for done in range(first + 1, steps + 1):
+        timer = PhaseTimer()
+        with timer("update"):
+            state, stats = supervised_step(run, learner, curriculum, state, done - 1)
+            metrics = add_metrics([stats])
+
+        # As in training, the log comes before the checkpoint that it is resumed from.
+        report(done, metrics | timer.metrics())
+        is_due = every > 0 and (done % every == 0 or done == steps)
+        try:
+            run.stops.check()
+        except Stopped:
+            is_due = True
+            raise
+        finally:
+            if is_due:
+                checkpoints.save(done, state, {"curriculum": curriculum.state_dict()}, metrics)
+    return state
 
 
 def supervised(run: Run) -> tuple[Learner, UniformCurriculum]:

@@ -2,63 +2,190 @@
 
 import contextlib
 import dataclasses
+import difflib
 import json
 import shutil
 import time
+from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 from absl import logging
 
 from rljax.evaluation import Evaluation, evaluate
 from rljax.experiment.build import Run, build, stack_rows
+from rljax.experiment.changes import review_changes
 from rljax.experiment.config import Config, to_dict
 from rljax.experiment.report import describe_run, finish, say
 from rljax.experiment.sft import warm_up
+from rljax.experiment.stops import Stopped, Stops
 from rljax.models import written_metadata
-from rljax.parallel import is_main_process, use_mesh
-from rljax.rollouts import Rollout, collect
+from rljax.parallel import check_equal, end_together, is_main_process, use_mesh
+from rljax.rollouts import NoSignal, Rollout, collect
 from rljax.sampling import compile_count
-from rljax.training import Checkpointer, PhaseTimer, RunFolder, add_metrics, with_critic
+from rljax.training import Checkpointer, PhaseTimer, RunFolder, add_metrics, read_json, with_critic
 from rljax.types import Params
+
+
+class RunFailed(RuntimeError):
+    """A run that cannot go on as it is, for a reason that its user can mend; the message is one line."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """Where a run stands when nothing is under way: what a checkpoint of this moment says beside the state."""
+
+    step: int
+    """Steps that are done."""
+
+    host: str
+    """`host_state` as JSON, so that later steps cannot change it."""
+
+    metrics: dict[str, float] | None = None
+    """Of the last step; None before the first, and where they are not known any more."""
+
+    is_logged: bool = True
+    """Whether these metrics are in the log. Between a step and its line lies an evaluation, which may take long."""
 
 
 def train(config: Config, workdir: str, *, fresh: bool = False) -> dict[str, Any]:
     """Runs `config` in the folder `workdir`, going on from its newest checkpoint if there is one; returns the summary.
 
     `fresh` empties the folder first. Raises ValueError, before any device work, for a config or data that cannot work.
+    On SIGTERM, SIGUSR1 or Ctrl-C it gives up the rollout or evaluation under way, saves, and raises `Stopped`, which
+    ends the process with status 143. Steps without a valid reward, or without the groups that dynamic sampling needs,
+    update nothing and are counted; `RunFailed` after `config.update.max_empty` of them in a row.
     """
     started = time.perf_counter()
-    run = build(config)
-    say(describe_run(run))
-    folder = RunFolder(workdir, config=to_dict(config), fresh=fresh)
-    checkpoints = open_checkpoints(config, folder)
+    with end_together(), Stops() as stops:
+        with stops.abandonable():
+            run = build(config)
+        run.stops = stops
+        check_equal(config=to_dict(config), data=[example.id for example in [*run.dataset.train, *run.dataset.test]])
+        say(describe_run(run))
+        folder = RunFolder(workdir, config=to_dict(config), fresh=fresh)
+        checkpoints = open_checkpoints(config, folder)
 
-    with run.actor, folder, contextlib.closing(checkpoints), use_mesh(run.mesh):
-        first = resume(run, checkpoints, folder)
-        if run.state is None:
-            run.state = run.init_state(warm_up(run, run.initial_params(), folder))
-        save_description(run, folder)
-        before = held_out(run, folder, 0)
+        # Innermost again: what is closed on the way out would wait for the processes that are left behind.
+        with run.actor, folder, contextlib.closing(checkpoints), use_mesh(run.mesh), end_together():
+            loop = Loop(run, folder, checkpoints)
+            try:
+                before, after = loop.run_to_the_end()
+            except Stopped:
+                loop.save_place()
+                raise
+            return finish(folder, before, after, wall_seconds=time.perf_counter() - started)
+
+
+class Loop:
+    """The steps of one run in its folder. `place` is None until there are weights."""
+
+    def __init__(self, run: Run, folder: RunFolder, checkpoints: Checkpointer):
+        self.run = run
+        self.folder = folder
+        self.checkpoints = checkpoints
+        self.place: Place | None = None
+
+    def run_to_the_end(self) -> tuple[Evaluation, Evaluation]:
+        """The evaluations before and after training."""
+        run = self.run
+        config = run.config
+
+        self.place = resume(run, self.checkpoints, self.folder)
+        if self.place is None:
+            run.state = run.init_state(warm_up(run, self.folder))
+            self.place = place_of(run, 0)
+        save_description(run, self.folder)
+        before = held_out(run, self.folder, 0)
         run.reference_scores = run.reference_scores or before.solved_shares()
+        check_best_metric(config, [f"eval/{name}" for name in before.metrics])
+        if not self.place.is_logged:
+            self.report_step()
 
-        for step in range(first, config.steps):
+        for step in range(self.place.step, config.steps):
+            # What a step draws and asks for changes the host's state, so it is taken down before.
+            self.place = place_of(run, step, self.place.metrics)
             metrics, rollout = train_step(run, step)
-            done = step + 1
-            refresh_reference(run, folder, done)
-            if config.evaluation.every and done % config.evaluation.every == 0 and done < config.steps:
-                metrics |= {f"eval/{k}": v for k, v in held_out(run, folder, done).metrics.items()}
-
-            # The log comes before the checkpoint: a resumed run drops the lines behind its checkpoint, and would
-            # miss one that was never written.
-            folder.log_step(done, metrics, rollout.records if step % config.log.rollouts_every == 0 else ())
-            if config.checkpoint.every and (done % config.checkpoint.every == 0 or done == config.steps):
-                checkpoints.save(done, run.state, host_state(run), metrics)
+            # What nothing could be learned from is what a user has to look at.
+            if step % config.log.rollouts_every == 0 or run.empty_steps:
+                self.folder.log_rollouts(step + 1, rollout.records, rollout.untrained)
+            self.place = place_of(run, step + 1, metrics, is_logged=False)
+            self.report_step()
+            self.stop_if_nothing_is_learned()
 
         run.check()
-        checkpoints.wait()
-        after = held_out(run, folder, config.steps)
-        return finish(folder, before, after, wall_seconds=time.perf_counter() - started)
+        self.checkpoints.wait()
+        return before, held_out(run, self.folder, config.steps)
+
+    def report_step(self) -> None:
+        """What follows the updates of a step: the reference, an evaluation, the line of metrics and the checkpoint. It
+        may be given up and begun again."""
+        run = self.run
+        config = run.config
+        assert self.place is not None
+        done = self.place.step
+        metrics = dict(self.place.metrics or {})
+        # A step without an update lacks the metrics of one.
+        if "loss/total" in metrics:
+            check_best_metric(config, metrics)
+
+        refresh_reference(run, self.folder, done)
+        if config.evaluation.every and done % config.evaluation.every == 0 and done < config.steps:
+            metrics |= {f"eval/{k}": v for k, v in held_out(run, self.folder, done).metrics.items()}
+
+        # The log comes before the checkpoint: a resumed run drops the lines behind its checkpoint, and would
+        # miss one that was never written.
+        self.folder.log_step(done, metrics)
+        self.place = place_of(run, done, metrics)
+        if config.checkpoint.every and (done % config.checkpoint.every == 0 or done == config.steps):
+            self.save_place()
+
+    def stop_if_nothing_is_learned(self) -> None:
+        """RunFailed after `config.update.max_empty` steps in a row without an update, or where the run has no more."""
+        run = self.run
+        if run.empty_steps < min(run.config.update.max_empty, run.config.steps):
+            return
+        # What was drawn does not come again, so that a repaired reward goes on behind it.
+        self.save_place()
+        self.checkpoints.wait()
+        raise RunFailed(
+            f"{run.empty_steps} steps in a row had nothing to learn from; in the last one {run.lacking} "
+            f"(rollouts of all of them: {self.folder.path / 'rollouts'})"
+        )
+
+    def save_place(self) -> None:
+        """Begins a checkpoint of the place, if there is none. Without weights there is nothing to save."""
+        place = self.place
+        if place is None or place.step in self.checkpoints.steps:
+            return
+        host = json.loads(place.host)
+        if not place.is_logged:
+            host["unlogged"] = {name: str(value) for name, value in (place.metrics or {}).items()}
+        self.checkpoints.save(place.step, self.run.state, host, place.metrics)
+        # What is being written is not whole, so the warm-up's own go when the next one is begun.
+        if any(step < place.step for step in self.checkpoints.steps):
+            self.folder.drop_warmup()
+
+
+def check_best_metric(config: Config, known: Iterable[str]) -> None:
+    """ValueError if `config.checkpoint` ranks by a metric that is not among those known of its kind: of evaluations,
+    whose names begin with `eval/`, or of steps."""
+    own = config.checkpoint
+    names = list(known)
+    is_of_evaluation = own.best_metric.startswith("eval/")
+    is_other_kind = bool(names) and names[0].startswith("eval/") != is_of_evaluation
+    if not own.keep_best or is_other_kind or own.best_metric in names:
+        return
+    near = difflib.get_close_matches(own.best_metric, names, n=1)
+    hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(sorted(names))}"
+    raise ValueError(f"config.checkpoint.best_metric={own.best_metric!r} is no metric of this run; {hint}")
+
+
+def place_of(run: Run, step: int, metrics: dict[str, float] | None = None, *, is_logged: bool = True) -> Place:
+    """The place of a run that has done `step` steps and has nothing under way."""
+    return Place(step, json.dumps(host_state(run)), metrics, is_logged)
 
 
 def open_checkpoints(config: Config, folder: RunFolder) -> Checkpointer:
@@ -68,22 +195,30 @@ def open_checkpoints(config: Config, folder: RunFolder) -> Checkpointer:
     )
 
 
-def resume(run: Run, checkpoints: Checkpointer, folder: RunFolder) -> int:
-    """Restores the newest good checkpoint into `run`; returns the step to go on with, 0 for a new run."""
+def resume(run: Run, checkpoints: Checkpointer, folder: RunFolder) -> Place | None:
+    """Restores the newest good checkpoint into `run`, and says where it stands; None for a new run. ValueError for a
+    config that the run cannot go on with."""
+    if checkpoints.steps:
+        review_changes(folder.previous_config, folder.config, checkpoints.steps[-1], "config.steps")
     restored = checkpoints.restore(run.abstract_state())
     if restored is None:
         folder.evaluation_file(0).unlink(missing_ok=True)
         folder.start(0)
-        return 0
+        return None
 
     run.state, host, step = restored
     run.curriculum.load_state_dict(host["curriculum"])
     run.reference_scores = host.get("reference_scores", [])
+    run.empty_steps = host.get("empty_steps", 0)
     examples = {example.id: example for example in run.dataset.train}
     run.actor.load_state_dict(host.get("actor", {}), run.algorithm.plan, examples)
-    folder.start(step)
+
+    unlogged = host.get("unlogged")
+    folder.start(step, is_logged=unlogged is None)
     logging.info("resuming %s at step %d", folder.path, step)
-    return step
+    if unlogged is None:
+        return place_of(run, step)
+    return place_of(run, step, {name: float(value) for name, value in unlogged.items()}, is_logged=False)
 
 
 def save_description(run: Run, folder: RunFolder) -> None:
@@ -107,22 +242,27 @@ def host_state(run: Run) -> dict[str, Any]:
         "curriculum": run.curriculum.state_dict(),
         "reference_scores": run.reference_scores,
         "actor": run.actor.state_dict(),
+        "empty_steps": run.empty_steps,
     }
 
 
 def train_step(run: Run, step: int) -> tuple[dict[str, float], Rollout]:
-    """One rollout and the updates made of it; `run.state` is replaced, the old one's buffers are donated."""
+    """One rollout and the updates made of it; `run.state` is replaced, the old one's buffers are donated. `Stopped`
+    comes before the first update or not at all."""
     config = run.config
     timer = PhaseTimer()
     compiled = compile_count()
 
-    run.actor.set_params(run.policy(), step)
-    rollout = collect(
-        run.actor, run.algorithm.plan, lambda n: run.curriculum.sample(step, n), config.prompts_per_step, step
-    )
-    timer.add(rollout.seconds)
+    with run.stops.abandonable():
+        run.actor.set_params(run.policy(), step)
+        rollout, lacking = roll_out(run, step)
+        timer.add(rollout.seconds)
+    if lacking:
+        metrics = empty_step(run, rollout, lacking, timer)
+        metrics["compile/count"] = float(compile_count() - compiled)
+        return metrics, rollout
 
-    with timer("score"):
+    with run.stops.abandonable(), timer("score"):
         batch = stack_rows(config, rollout.trajectories, rollout.rewards.size)
         if run.algorithm.plan.needs_ref:
             reference = run.learner.reference_params(run.state)
@@ -131,9 +271,13 @@ def train_step(run: Run, step: int) -> tuple[dict[str, float], Rollout]:
             batch = run.critic.with_values(run.state.critic, batch)
         advantages = np.asarray(run.algorithm.advantage_fn(batch))
         minibatches = run.learner.prepare(run.state, batch, advantages) if run.policy_moves(step) else []
+        check_equal(
+            rollout=(batch.tokens, batch.action_mask, batch.is_valid, batch.reward),
+            shapes=[[np.shape(x) for x in jax.tree.leaves(minibatch)] for minibatch in minibatches],
+        )
 
     with timer("update"):
-        metrics: dict[str, float] = {}
+        metrics = {}
         # The critic first: its minibatches hold the values that the advantages were made of.
         if run.critic is not None:
             critic_state, metrics = run.critic.update(run.state.critic, batch)
@@ -151,12 +295,42 @@ def train_step(run: Run, step: int) -> tuple[dict[str, float], Rollout]:
     for record, row in zip(rollout.records, advantages, strict=False):
         record["advantage"] = float(row[np.abs(row).argmax()])
 
-    metrics |= {f"rollout/{name}": value for name, value in rollout.stats.items()}
+    run.empty_steps = 0
+    metrics |= rollout_metrics(run, rollout, timer)
+    metrics["compile/count"] = float(compile_count() - compiled)
+    return metrics, rollout
+
+
+def roll_out(run: Run, step: int) -> tuple[Rollout, str]:
+    """The rollout of a step, and what it lacks to be learned from; "" where it lacks nothing."""
+    plan = run.algorithm.plan
+    try:
+        rollout = collect(run.actor, plan, lambda n: run.curriculum.sample(step, n), run.config.prompts_per_step, step)
+    except NoSignal as error:
+        return error.rollout, str(error)
+
+    if not np.isnan(rollout.rewards).all():
+        return rollout, ""
+    error = next((record["error"] for record in rollout.records if record["error"]), "no reward said why")
+    return rollout, f"none of the {len(rollout.records)} samples has a valid reward; the first failed with: {error}"
+
+
+def empty_step(run: Run, rollout: Rollout, lacking: str, timer: PhaseTimer) -> dict[str, float]:
+    """The metrics of a step that nothing can be learned from, and which updates nothing."""
+    run.empty_steps += 1
+    run.lacking = lacking
+    logging.warning("a step without an update, the %d. in a row: %s", run.empty_steps, lacking)
+    return rollout_metrics(run, rollout, timer)
+
+
+def rollout_metrics(run: Run, rollout: Rollout, timer: PhaseTimer) -> dict[str, float]:
+    """What the log says of a rollout and of the time that its step took."""
+    metrics = {f"rollout/{name}": value for name, value in rollout.stats.items()}
+    metrics["rollout/empty_steps"] = float(run.empty_steps)
     metrics |= {f"play/{name}": value for name, value in rollout.actor_stats.items()}
     metrics |= timer.metrics()
     metrics["time/tokens_per_s"] = rollout.stats["new_tokens"] / timer.total
-    metrics["compile/count"] = float(compile_count() - compiled)
-    return metrics, rollout
+    return metrics
 
 
 def refresh_reference(run: Run, folder: RunFolder, done: int) -> None:
@@ -181,7 +355,8 @@ def held_out(run: Run, folder: RunFolder, step: int) -> Evaluation:
 
     file = folder.evaluation_file(step)
     if file.exists():
-        run.evaluation = Evaluation.from_dict(json.loads(file.read_text()))
+        run.evaluation = Evaluation.from_dict(read_json(file))
+        check_same_problems(run, run.evaluation, file)
         return run.evaluation
 
     if step in (0, run.config.steps):
@@ -191,8 +366,19 @@ def held_out(run: Run, folder: RunFolder, step: int) -> Evaluation:
     return run.evaluation
 
 
+def check_same_problems(run: Run, evaluation: Evaluation, file: Path) -> None:
+    """ValueError unless an evaluation that was read is of the problems that the data holds out now."""
+    problems = run.dataset.test[: run.config.evaluation.problems or None]
+    if [problem["prompt_id"] for problem in evaluation.problems] != [example.id for example in problems]:
+        raise ValueError(
+            f"{file} is of other held-out problems than the data has now; go on with the data that the run began with, "
+            "or start in a new folder"
+        )
+
+
 def evaluate_run(run: Run, params: Params, step: int) -> Evaluation:
     """The evaluation that `config.evaluation` describes, of `params`."""
     config = run.config.evaluation
-    run.actor.set_params(params, step)
-    return evaluate(run.actor, run.dataset.test[: config.problems or None], config, step=step)
+    with run.stops.abandonable():
+        run.actor.set_params(params, step)
+        return evaluate(run.actor, run.dataset.test[: config.problems or None], config, step=step)

@@ -3,10 +3,13 @@
 from rljax.parallel.config import MeshConfig
 from rljax.parallel.distributed import (
     barrier,
+    check_equal,
+    end_together,
     gather,
     initialize_distributed,
     is_main_process,
     on_cluster,
+    on_main,
     to_host,
 )
 from rljax.parallel.mesh import MESH_AXES, make_mesh, platform, use_mesh
@@ -39,13 +42,16 @@ __all__ = [
     "barrier",
     "batch_parts",
     "batch_sharding",
+    "check_equal",
     "constrain",
+    "end_together",
     "gather",
     "initialize_distributed",
     "is_main_process",
     "make_mesh",
     "named_sharding",
     "on_cluster",
+    "on_main",
     "on_shards",
     "partition_spec",
     "platform",

@@ -3,14 +3,20 @@
 Every helper is a no-op, or the identity, in a single process.
 """
 
+import contextlib
+import hashlib
 import os
 import pickle
-from collections.abc import Mapping
-from typing import Any
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
+
+T = TypeVar("T")
 
 COORDINATOR, PROCESSES, PROCESS_ID = "RLJAX_COORDINATOR", "RLJAX_NUM_PROCESSES", "RLJAX_PROCESS_ID"
 """Environment variables that stand in for the arguments of `initialize_distributed`."""
@@ -106,6 +112,76 @@ def gather(value: Any) -> list[Any]:
     padded[: data.size] = data
     everything = np.asarray(multihost_utils.process_allgather(padded))
     return [pickle.loads(row[:size].tobytes()) for row, size in zip(everything, sizes.reshape(-1), strict=True)]
+
+
+def on_main(function: Callable[[], T]) -> T:
+    """What `function` gives in the main process, in every process; it runs in that one alone. Picklable.
+
+    For whatever may come out differently the second time: a judge, a clock, a file. What it raises is raised in every
+    process, in the others as a RuntimeError with the same text.
+    """
+    if jax.process_count() == 1:
+        return function()
+
+    mine: Exception | None = None
+    outcome: tuple[Any, str] = (None, "")
+    if is_main_process():
+        try:
+            outcome = (function(), "")
+        except Exception as error:  # the others wait for an answer, whatever it is
+            mine = error
+            outcome = (None, f"{type(error).__name__}: {error}")
+
+    value, failure = gather(outcome)[0]
+    if mine is not None:
+        raise mine
+    if failure:
+        raise RuntimeError(f"process 0 failed with {failure}")
+    return value
+
+
+def check_equal(**values: Any) -> None:
+    """Raises RuntimeError in every process, naming the first value that differs, unless all have the same. Picklable;
+    arrays are compared bit for bit.
+
+    Processes that compute with other shapes or numbers wait for each other for ever, or mix what does not belong
+    together.
+    """
+    if jax.process_count() == 1:
+        return
+    digests = gather({name: hashlib.sha256(pickle.dumps(value)).hexdigest() for name, value in values.items()})
+    for name in values:
+        found = [digest.get(name) for digest in digests]
+        if len(set(found)) > 1:
+            apart = next(index for index, digest in enumerate(found) if digest != found[0])
+            raise RuntimeError(
+                f"the processes of this run disagree: {name} of process {apart} differs from that of process 0; all "
+                "must run the same code on the same config, data and model"
+            )
+
+
+@contextlib.contextmanager
+def end_together() -> Iterator[None]:
+    """On several processes, an exception inside ends this process at once, with its text and status 1 (2 for a
+    ValueError). `SystemExit` passes: it is raised by all.
+
+    The others wait for it in a collective, and it would wait for them in its exit handlers; once it is gone JAX's
+    coordination service ends them, within its heartbeat timeout (100 s) at the latest.
+    """
+    try:
+        yield
+    except SystemExit:
+        raise
+    except BaseException as error:
+        if jax.process_count() == 1:
+            raise
+        if isinstance(error, ValueError) and not os.environ.get("RLJAX_TRACEBACK"):
+            print(f"error: {error}", file=sys.stderr)
+        else:
+            traceback.print_exc()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(2 if isinstance(error, ValueError) else 1)
 
 
 def to_host(tree: Any) -> Any:

@@ -2,7 +2,7 @@
 
 from rljax.rollouts.actor import Actor, GroupRequest, RolloutSettings, ScoredGroup, number_groups
 from rljax.rollouts.black_box import BlackBox, BlackBoxActor, ChatEndpoint
-from rljax.rollouts.collect import Rollout, collect
+from rljax.rollouts.collect import NoSignal, Rollout, collect
 from rljax.rollouts.config import ActorConfig, ActorParts
 from rljax.rollouts.guided import Guided, GuidedActor
 from rljax.rollouts.multi_turn import MultiTurn, MultiTurnActor
@@ -20,6 +20,7 @@ __all__ = [
     "GuidedActor",
     "MultiTurn",
     "MultiTurnActor",
+    "NoSignal",
     "Rollout",
     "RolloutSettings",
     "ScoredGroup",

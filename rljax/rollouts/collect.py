@@ -27,6 +27,7 @@ class Rollout(NamedTuple):
         stats: metrics of this rollout, without prefix.
         actor_stats: metrics that the actor itself reports, without prefix.
         seconds: wall seconds by phase.
+        untrained: records of what dynamic sampling drew and left out.
     """
 
     trajectories: list[Trajectory]
@@ -36,6 +37,7 @@ class Rollout(NamedTuple):
     stats: dict[str, float]
     actor_stats: dict[str, float]
     seconds: dict[str, float]
+    untrained: Sequence[dict[str, Any]] = ()
 
     def observed(self) -> tuple[list[Example], list[float]]:
         """The examples that have a valid reward, and its mean over their valid samples: what a curriculum learns from.
@@ -45,49 +47,92 @@ class Rollout(NamedTuple):
         return [example for example, _ in scored], [float(valid.mean()) for _, valid in scored]
 
 
+class NoSignal(RuntimeError):
+    """Dynamic sampling did not find the groups that it needs. `rollout` holds everything that was drawn; the message
+    says what the groups lack."""
+
+    def __init__(self, message: str, rollout: Rollout):
+        super().__init__(message)
+        self.rollout = rollout
+
+
 def collect(actor: Actor, plan: RolloutPlan, draw: Callable[[int], Sequence[Example]], n: int, step: int) -> Rollout:
     """Collects `n` groups of `plan.group_size` samples for `step`; of at most so many if the plan forks.
 
     `draw(k)` gives the next `k` examples. Under dynamic sampling (`plan.keep_group`, DAPO 2503.14476) groups whose raw
     rewards, or what of them `plan.signal_reward` names, carry no signal are dropped and more prompts are drawn, up to
-    `plan.max_sampling_rounds` times; a `RuntimeError` says so when that does not fill the batch.
+    `plan.max_sampling_rounds` times; `NoSignal` says what they lack when that does not fill the batch.
     """
     kept: list[ScoredGroup] = []
-    drawn = 0
-    failed = 0
+    dropped: list[ScoredGroup] = []
     seconds: dict[str, float] = {}
     seen: dict[int, int] = {}  # a prompt drawn again in a later round gets fresh samples
 
     for _ in range(plan.max_sampling_rounds if plan.keep_group else 1):
         examples = draw(actor.missing(n))
         actor.submit(number_groups(examples, plan.group_size, seen), plan, step)
-        groups = actor.ready(n)
 
-        drawn += len(groups)
-        failed += sum(not result.is_valid for group in groups for result in group.results)
+        for group in actor.ready(n):
+            is_kept = plan.keep_group is None or plan.keep_group(_signal(plan, group))
+            (kept if is_kept else dropped).append(group)
         for phase, spent in actor.seconds.items():
             seconds[phase] = seconds.get(phase, 0.0) + spent
-
-        kept += [group for group in groups if plan.keep_group is None or plan.keep_group(_signal(plan, group))]
         if len(kept) >= n:
             break
-    else:
-        raise RuntimeError(
-            f"dynamic sampling kept {len(kept)} of the {n} groups it needs after {plan.max_sampling_rounds} "
-            f"rounds ({drawn} prompts): nearly all groups have equal rewards; choose easier or harder prompts, "
-            "a larger group_size, or an algorithm without dynamic sampling"
-        )
 
-    kept = kept[:n]
-    trajectories, records, rewards = _rows_of(kept, plan, step)
-    stats = rollout_stats(plan, kept, rewards, drawn=drawn, failed=failed)
-    return Rollout(trajectories, records, [g.example for g in kept], rewards, stats, dict(actor.stats), seconds)
+    drawn = [*kept, *dropped]
+    if len(kept) < n:
+        raise NoSignal(_what_is_missing(plan, kept, drawn, n), _rollout(actor, plan, drawn, drawn, step, seconds))
+    return _rollout(actor, plan, kept[:n], drawn, step, seconds)
+
+
+def _rollout(
+    actor: Actor,
+    plan: RolloutPlan,
+    groups: Sequence[ScoredGroup],
+    drawn: Sequence[ScoredGroup],
+    step: int,
+    seconds: dict[str, float],
+) -> Rollout:
+    """The rollout of `groups`, which were found among `drawn`."""
+    trajectories, records, rewards = _rows_of(groups, plan, step)
+    is_used = {id(group) for group in groups}
+    untrained = _rows_of([group for group in drawn if id(group) not in is_used], plan, step)[1]
+
+    failed = sum(not result.is_valid for group in drawn for result in group.results)
+    stats = rollout_stats(plan, groups, rewards, drawn=len(drawn), failed=failed)
+    examples = [group.example for group in groups]
+    return Rollout(trajectories, records, examples, rewards, stats, dict(actor.stats), seconds, untrained)
+
+
+def _what_is_missing(plan: RolloutPlan, kept: Sequence[ScoredGroup], drawn: Sequence[ScoredGroup], wanted: int) -> str:
+    """Why so few groups of those drawn carry a signal, and what to change."""
+    samples = [sample for group in drawn for sample in group.samples]
+    results = [result for group in drawn for result in group.results]
+    cut = float(np.mean([sample.finish_reason == "length" for sample in samples]))
+    failed = [result for result in results if not result.is_valid]
+    equal = float(np.mean([len(set(_signal(plan, group).tolist())) < 2 for group in drawn]))
+
+    remedies = []
+    if failed and len(failed) >= len(results) / 2:
+        remedies.append(f"repair the reward ({failed[0].error})")
+    if cut >= 0.5:
+        remedies.append("raise config.sampling.max_new_tokens, since a completion that is cut off may not earn")
+    remedies.append("choose easier or harder prompts, a larger group_size, or an algorithm without dynamic sampling")
+    return (
+        f"dynamic sampling kept {len(kept)} of the {wanted} groups it needs after {plan.max_sampling_rounds} rounds "
+        f"({len(drawn)} prompts): {equal:.0%} of the groups have equal rewards, {cut:.0%} of the samples are cut off "
+        f"by the length limit, and {len(failed) / len(results):.0%} of the rewards are invalid; {'; '.join(remedies)}"
+    )
 
 
 def _rows_of(
     groups: Sequence[ScoredGroup], plan: RolloutPlan, step: int
 ) -> tuple[list[Trajectory], list[dict[str, Any]], np.ndarray]:
     """Trajectories, their records, and raw rewards [groups, group_size]."""
+    if not groups:
+        return [], [], np.empty((0, plan.group_size))
+
     trajectories: list[Trajectory] = []
     records: list[dict[str, Any]] = []
     rewards = np.full((len(groups), plan.group_size), np.nan)

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from rljax.parallel import is_main_process, on_main
 from rljax.plans import ForkPlan, RolloutPlan
 from rljax.rollouts.actor import GroupRequest, RolloutSettings, ScoredGroup
 from rljax.rollouts.config import ActorParts, chains_of, make_rewards, stops_of
@@ -139,11 +140,13 @@ class SingleTurnActor(QueuedActor):
         self.settings = settings
 
     def __enter__(self) -> "SingleTurnActor":
-        self.rewards.__enter__()
+        if is_main_process():
+            self.rewards.__enter__()
         return self
 
     def __exit__(self, *error: Any) -> None:
-        self.rewards.__exit__(*error)
+        if is_main_process():
+            self.rewards.__exit__(*error)
 
     def set_params(self, params: Params, version: int) -> None:
         """All tokens of a completion are of one version, that of the step which trains on them; without a plan of
@@ -256,7 +259,8 @@ class SingleTurnActor(QueuedActor):
             for example, samples, group_texts in zip(examples, sampled, texts, strict=True)
             for sample, text in zip(samples, group_texts, strict=True)
         ]
-        results = self.rewards.score(inputs)
+        # Judged once: a judge may answer otherwise the second time, and all processes must train on one rollout.
+        results = on_main(lambda: self.rewards.score(inputs))
         if not self.settings.truncated_is_wrong:
             return results
 

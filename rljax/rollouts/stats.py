@@ -14,7 +14,8 @@ def rollout_stats(
     plan: RolloutPlan, groups: Sequence[ScoredGroup], rewards: np.ndarray, *, drawn: int, failed: int
 ) -> dict[str, float]:
     """Metrics of the groups that are trained on, without prefix. `rewards` are raw, float64 [groups, group_size], NaN
-    for none; `drawn` groups were sampled for these, with `failed` invalid rewards among them."""
+    for none; `drawn` groups were sampled for these, with `failed` invalid rewards among them. A mean of nothing is NaN:
+    0 would be a score."""
     samples = [sample for group in groups for sample in group.samples]
     lengths = np.array([len(sample.tokens) for sample in samples], np.float64)
     fresh = [_fresh(sample) for sample in samples]
@@ -24,11 +25,11 @@ def rollout_stats(
     spread = np.array([np.ptp(row[ok]) if ok.any() else 0.0 for row, ok in zip(rewards, is_valid, strict=True)])
 
     stats = {
-        "reward_mean": float(rewards[is_valid].mean()) if is_valid.any() else 0.0,
-        "reward_std": float(rewards[is_valid].std()) if is_valid.any() else 0.0,
+        "reward_mean": float(rewards[is_valid].mean()) if is_valid.any() else np.nan,
+        "reward_std": float(rewards[is_valid].std()) if is_valid.any() else np.nan,
         "length_mean": float(lengths.mean()),
         "length_max": float(lengths.max()),
-        "entropy": float(entropies.mean()) if len(entropies) else 0.0,
+        "entropy": float(entropies.mean()) if len(entropies) else np.nan,
         "truncated_share": float(np.mean([sample.finish_reason == "length" for sample in samples])),
         "no_signal_share": float(np.mean(spread == 0)),
         "invalid_rewards": float(failed),
@@ -80,6 +81,6 @@ def _fork_stats(groups: Sequence[ScoredGroup]) -> dict[str, float]:
             if parent.is_valid and result.is_valid:
                 gaps.append(parent.value - result.value)
     return {
-        "fork_depth": float(np.mean(depths)) if depths else 0.0,
-        "original_minus_branch": float(np.mean(gaps)) if gaps else 0.0,
+        "fork_depth": float(np.mean(depths)) if depths else np.nan,
+        "original_minus_branch": float(np.mean(gaps)) if gaps else np.nan,
     }

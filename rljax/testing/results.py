@@ -1,5 +1,6 @@
 """What two runs must have in common to count as the same run."""
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,8 @@ def params_fingerprint(folder: str | Path, step: int | None = None) -> dict[str,
     """Checksums of the restored weights of a run folder's checkpoint; `step` None is the newest."""
     folder = Path(folder)
     decoder = config_from_hf(json.loads((folder / "model" / "config.json").read_text()))
-    return fingerprint(restore_params(folder / "checkpoints", abstract_params(decoder), step)[0])
+    trained = abstract_params(dataclasses.replace(decoder, param_dtype="float32"))
+    return fingerprint(restore_params(folder / "checkpoints", trained, step)[0])
 
 
 def rollout_records(folder: str | Path) -> dict[str, list[dict[str, Any]]]:

@@ -5,7 +5,7 @@ from rljax.training.config import CheckpointConfig, CriticConfig, LogConfig, Upd
 from rljax.training.critic import Critic, explained_variance
 from rljax.training.learner import Learner
 from rljax.training.lightsam import scale_by_lightsam_adagrad, scale_by_lightsam_adam, scale_by_lightsam_norm
-from rljax.training.metrics import MetricsWriter, PhaseTimer, read_jsonl
+from rljax.training.metrics import MetricsWriter, PhaseTimer, read_json, read_jsonl
 from rljax.training.objective import LossNeeds, Objective
 from rljax.training.optimizers import LightSAMConfig, MuonConfig, OptimizerConfig, make_optimizer, make_schedule
 from rljax.training.run_folder import RunFolder, plot_learning_curve, versions
@@ -42,6 +42,7 @@ __all__ = [
     "make_schedule",
     "plot_learning_curve",
     "policy_params",
+    "read_json",
     "read_jsonl",
     "reference_params",
     "restore_params",

@@ -43,11 +43,15 @@ class UpdateConfig(PackConfig):
     max_skipped: int = 5
     """Updates in a row that may be skipped for a loss or gradient that is not finite; the run stops at this number."""
 
+    max_empty: int = 5
+    """Steps in a row that may have nothing to learn from (no valid reward, or too few groups that dynamic sampling
+    keeps); they update nothing, and the run stops at this number."""
+
     def check(self) -> None:
         """ValueError of one line for values that cannot work."""
         super().check()
 
-        for name in ("minibatches", "epochs", "head_chunk", "max_skipped"):
+        for name in ("minibatches", "epochs", "head_chunk", "max_skipped", "max_empty"):
             value = getattr(self, name)
             if value < 1:
                 raise ValueError(f"config.update.{name}={value} must be at least 1")
@@ -111,7 +115,8 @@ class CheckpointConfig:
     """When a run saves its state, and which checkpoints it keeps."""
 
     every: int = 50
-    """Steps between saves; the last step is saved too. 0 never saves."""
+    """Steps between saves, of a supervised warm-up too; the last step is saved as well. With 0 a run saves only when it
+    is asked to end (SIGTERM, SIGUSR1, Ctrl-C)."""
 
     keep_last: int = 2
     """Newest checkpoints that stay. More of them survive a damaged disk, and cost a whole state each."""

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import math
+import shutil
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -14,7 +15,8 @@ class MetricsWriter:
     when `wandb_project` is named (the extra `wandb`).
 
     Lines are flushed at once. Lines of steps after `resume_after` are dropped (0: all of them), so that a resumed run's
-    file goes on where its checkpoint was; TensorBoard is told to forget them too. Values that are not
+    file goes on where its checkpoint was; TensorBoard is told to forget them too, and with 0 its files and the id of
+    the W&B run go. Values that are not
     finite are written as strings.
     """
 
@@ -36,6 +38,9 @@ class MetricsWriter:
         # The order is important: lines after the checkpoint go before the file is opened to append.
         self.path = folder / "metrics.jsonl"
         truncate_jsonl(self.path, resume_after)
+        if not resume_after:
+            shutil.rmtree(folder / "tensorboard", ignore_errors=True)
+            (folder / "wandb_id").unlink(missing_ok=True)
         self._file = self.path.open("a", encoding="utf-8")
         self._events = EventFileWriter(str(folder / "tensorboard"))
         if resume_after:
@@ -93,13 +98,30 @@ def _json_number(value: float) -> float | str:
     return value if math.isfinite(value) else str(value)
 
 
+def read_json(path: str | Path) -> Any:
+    """What a JSON file holds. ValueError, with its name, for one that is not whole."""
+    path = Path(path)
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}); restore it, or remove it to have it made anew") from None
+
+
 def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
-    """The lines of a JSONL file; a last line that a kill cut off is left out. Missing files are empty."""
+    """The lines of a JSONL file; a last line that a kill cut off is left out. Missing files are empty. ValueError, with
+    file and line, for a damaged one."""
     path = Path(path)
     if not path.exists():
         return []
-    lines = path.read_text(encoding="utf-8").split("\n")
-    return [json.loads(line) for line in lines[:-1] if line]
+
+    found = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n")[:-1], 1):
+        try:
+            if line:
+                found.append(json.loads(line))
+        except ValueError as error:
+            raise ValueError(f"{path}, line {number} is damaged ({error}); restore or remove the line") from None
+    return found
 
 
 def truncate_jsonl(path: str | Path, last_step: int) -> None:
@@ -108,11 +130,7 @@ def truncate_jsonl(path: str | Path, last_step: int) -> None:
     if not path.exists():
         return
 
-    # What follows the last newline is empty, or a line that a kill cut off.
-    kept = []
-    for line in path.read_text(encoding="utf-8").split("\n")[:-1]:
-        if line and json.loads(line)["step"] <= last_step:
-            kept.append(line + "\n")
+    kept = [json.dumps(line) + "\n" for line in read_jsonl(path) if line["step"] <= last_step]
 
     temporary = path.with_suffix(".tmp")
     temporary.write_text("".join(kept), encoding="utf-8")

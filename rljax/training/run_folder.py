@@ -6,6 +6,7 @@ import platform
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,19 +14,44 @@ from typing import Any
 import jax
 from tqdm import tqdm
 
-from rljax.parallel import barrier, is_main_process
-from rljax.training.metrics import MetricsWriter, read_jsonl
+from rljax.parallel import gather, is_main_process
+from rljax.training.lock import lock, unlock
+from rljax.training.metrics import MetricsWriter, read_json, read_jsonl
 
 PACKAGES = ("rljax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "transformers", "reasoning-gym")
 
+_FOLDERS = (
+    "rollouts",
+    "evaluations",
+    "checkpoints",
+    "checkpoints_unreadable",
+    "warmup_checkpoints",
+    "warmup_checkpoints_unreadable",
+    "tensorboard",
+    "wandb",
+)
+"""Folders that a run writes."""
+
+_FILES = (
+    "config.json",
+    "versions.json",
+    "starts.jsonl",
+    "metrics.jsonl",
+    "summary.json",
+    "learning_curve.png",
+    "wandb_id",
+)
+"""Files that a run writes beside its lock."""
+
 
 class RunFolder:
-    """`config.json`, `versions.json`, `metrics.jsonl`, `tensorboard/`, `rollouts/`, `evaluations/`, `checkpoints/` and
-    `learning_curve.png` under one path.
+    """Everything that a run writes, under one path: `config.json`, `versions.json` and `starts.jsonl` (both, of every
+    start), `metrics.jsonl`, `tensorboard/`, `rollouts/`, `evaluations/`, `checkpoints/` and `learning_curve.png`.
 
-    A context manager. Only the main process writes. `fresh` empties the folder first. Call `start` with the step that
-    a checkpoint gave (0 for a new run) before the first `log_step`: what was written after that step is dropped, and
-    written again.
+    A context manager. Only the main process writes, and no second run may: ValueError for a folder in use by another
+    process. `fresh` empties the folder first. `previous_config` is that of the last start, None for a new run. Call
+    `start` with the step that a checkpoint gave (0 for a new run) before the first `log_step`: what was written after
+    that step is dropped, and written again.
     """
 
     def __init__(
@@ -38,55 +64,87 @@ class RunFolder:
         wandb_project: str = "",
     ):
         self.path = Path(path).absolute()
-        self.config = dict(config or {})
+        # As JSON holds it, so that it can be compared with what an earlier start has written.
+        self.config: dict[str, Any] = json.loads(json.dumps(config or {}, default=_plain))
         self.total_steps = total_steps or self.config.get("steps")
         self._wandb = wandb_project or (self.config.get("log") or {}).get("wandb_project", "")
         self._writer: MetricsWriter | None = None
         self._bar: tqdm | None = None
 
-        # The other processes wait here until the folder stands.
-        if not is_main_process():
-            barrier("run folder")
-            return
+        # The other processes wait here until the folder stands, and hear why it does not.
+        refused = ""
+        previous: dict[str, Any] | None = None
+        if is_main_process():
+            try:
+                previous = self._prepare(fresh)
+            except ValueError as error:
+                refused = str(error)
+        refused, self.previous_config = gather((refused, previous))[0]
+        if refused:
+            raise ValueError(refused)
 
+    def _prepare(self, fresh: bool) -> dict[str, Any] | None:
+        """Makes the folder; returns the config of the last start in it, None for the first."""
         if self.path.exists() and not self.path.is_dir():
             raise ValueError(f"workdir {self.path} is a file; name a folder")
-        if fresh and self.path.exists():
-            self._empty()
+        self.path.mkdir(parents=True, exist_ok=True)
 
+        # The order is important: what another run writes must not be emptied.
+        lock(self.path)
+        if fresh:
+            self._empty()
         for name in ("rollouts", "evaluations", "checkpoints"):
             (self.path / name).mkdir(parents=True, exist_ok=True)
-        self.write_json(self.path / "config.json", self.config)
-        self.write_json(self.path / "versions.json", versions())
-        barrier("run folder")
+        written = self.path / "config.json"
+        return read_json(written) if written.exists() else None
 
     def _empty(self) -> None:
         """Removes what a run writes; anything else in the folder stays."""
-        for name in ("rollouts", "evaluations", "checkpoints", "checkpoints_unreadable", "tensorboard", "wandb"):
+        for name in _FOLDERS:
             shutil.rmtree(self.path / name, ignore_errors=True)
-        for name in ("config.json", "versions.json", "metrics.jsonl", "summary.json", "learning_curve.png", "wandb_id"):
+        for name in _FILES:
             (self.path / name).unlink(missing_ok=True)
 
     @property
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
 
+    @property
+    def warmup_checkpoints(self) -> Path:
+        """Those of a supervised warm-up, until `drop_warmup`."""
+        return self.path / "warmup_checkpoints"
+
+    def drop_warmup(self) -> None:
+        """Removes the checkpoints of the warm-up: the run has its own."""
+        if is_main_process():
+            shutil.rmtree(self.warmup_checkpoints, ignore_errors=True)
+
     def evaluation_file(self, step: int) -> Path:
         """Where the evaluation of `step` is kept."""
         return self.path / "evaluations" / f"step_{step:06d}.json"
 
-    def start(self, step: int) -> None:
-        """Opens the logs to go on after `step`."""
+    def start(self, step: int, *, is_logged: bool = True) -> None:
+        """Opens the logs to go on after `step`, whose line of metrics is still to be written unless `is_logged`."""
         if not is_main_process():
             return
 
-        # What a killed run wrote after its checkpoint is written again.
-        for file in self._later(self.path / "rollouts", step) + self._later(self.path / "evaluations", step):
-            file.unlink()
+        found = versions()
+        self.write_json("config.json", self.config)
+        self.write_json("versions.json", found)
+        begun = {"time": time.strftime("%Y-%m-%d %H:%M:%S"), "step": step, "git": found["git"], "config": self.config}
+        with (self.path / "starts.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(begun) + "\n")
+
+        # What a killed run wrote after its checkpoint is written again; what it wrote at its end is of other steps.
+        for name in ("summary.json", "learning_curve.png"):
+            (self.path / name).unlink(missing_ok=True)
+        for name in ("rollouts", "rollouts/untrained", "evaluations"):
+            for file in self._later(self.path / name, step):
+                file.unlink()
 
         self._writer = MetricsWriter(
             self.path,
-            resume_after=step,
+            resume_after=step if is_logged else step - 1,
             wandb_project=self._wandb,
             run_name=str(self.config.get("name", "")),
             config=self.config,
@@ -105,15 +163,25 @@ class RunFolder:
             raise RuntimeError("RunFolder.start(step) must be called before log_step")
 
         # The order is important: a line of metrics tells that the rollouts of its step are whole.
-        records = list(records)
-        if records:
-            lines = [json.dumps(record, ensure_ascii=False, default=_plain) + "\n" for record in records]
-            _write(self.path / "rollouts" / f"step_{step:06d}.jsonl", "".join(lines))
+        self.log_rollouts(step, records)
         self._writer.write(step, metrics)
 
         if self._bar is not None:
             self._bar.n = step
             self._bar.set_postfix_str(progress_line(metrics))
+
+    def log_rollouts(
+        self, step: int, records: Iterable[Mapping[str, Any]], untrained: Iterable[Mapping[str, Any]] = ()
+    ) -> None:
+        """The rollouts of the step that brings the count to `step`, and in `rollouts/untrained/` those that it drew and
+        left out; no file where there are none."""
+        if not is_main_process():
+            return
+        for folder, kept in ((self.path / "rollouts", records), (self.path / "rollouts" / "untrained", untrained)):
+            lines = [json.dumps(record, ensure_ascii=False, default=_plain) + "\n" for record in kept]
+            if lines:
+                folder.mkdir(parents=True, exist_ok=True)
+                _write(folder / f"step_{step:06d}.jsonl", "".join(lines))
 
     def progress(self, label: str, done: int, total: int, metrics: Mapping[str, Any]) -> None:
         """A bar for work outside the loop, such as the supervised warm-up."""
@@ -169,6 +237,7 @@ class RunFolder:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+        unlock(self.path)
 
 
 def _write(file: Path, text: str) -> None:

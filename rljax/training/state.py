@@ -25,11 +25,15 @@ def create_state(
     """A state at step 0. `params` become part of it (what is trained is donated by the first update); the reference is
     a copy of what is trained.
 
+    What is trained is float32 whatever the dtype of `params`, and so are the moments made of it: in bfloat16 a step of
+    less than 1/256 of a weight is lost, and a decay of 0.999 is 1.
+
     `shardings` is a `TrainState` of shardings, as `state_shardings` makes it; None leaves everything where it is.
     """
 
     def build(params):
         trainable, _ = subtree.split(params)
+        trainable = jax.tree.map(_as_master, trainable)
         return TrainState(
             trainable=trainable,
             opt_state=optimizer.init(trainable),
@@ -42,7 +46,9 @@ def create_state(
     if shardings is None:
         return build(params)
     placed = jax.device_put(params, policy_params(shardings, subtree))
-    return jax.jit(build, out_shardings=shardings, donate_argnums=0)(placed)
+    # A buffer can only be handed on to one of its own dtype.
+    is_master = all(x.dtype == jnp.promote_types(x.dtype, jnp.float32) for x in jax.tree.leaves(placed))
+    return jax.jit(build, out_shardings=shardings, donate_argnums=(0,) if is_master else ())(placed)
 
 
 def frozen_base(params: Params, subtree: Subtree, *, shardings: Any = None) -> Any:
@@ -126,6 +132,12 @@ def with_critic(state: TrainState, critic: TrainState | None) -> TrainState:
 def with_base(state: TrainState, base: Any) -> TrainState:
     """The state, arrays and `jax.ShapeDtypeStruct`s alike, over the frozen weights `base`."""
     return _replaced(state, base=base)
+
+
+def _as_master(weight: Any) -> Any:
+    """A weight in the dtype that it is trained in; the array itself where it has that already."""
+    wanted = jnp.promote_types(weight.dtype, jnp.float32)
+    return weight if weight.dtype == wanted else weight.astype(wanted)
 
 
 def _replaced(state: TrainState, **fields: Any) -> TrainState:

@@ -65,7 +65,8 @@ class UpdateProgram:
         self, trainable: Any, opt_state: Any, step: Array, skipped: Array, base: Any, batch: TrainBatch, sampling: Any
     ) -> tuple[Any, Any, Array, Array, Metrics, dict[str, Array]]:
         """(trainable, opt_state, step, skipped, metrics, finite) after one update. An update whose loss or gradient is
-        not finite leaves weights and optimizer as they are; `finite` says what was."""
+        not finite, or whose minibatch has no token to learn from, leaves weights and optimizer as they are; `finite`
+        says what was."""
         params = self.subtree.merge(trainable, base)
         batch, whole_metrics, scale = self._whole_minibatch(params, batch, sampling)
         loss, metrics, grads = self.gradients(trainable, batch, sampling, base=base)
@@ -90,7 +91,10 @@ class UpdateProgram:
         # The optimizer runs before the norms are judged: it may call `gradient_at`, which adds one.
         updates, new_opt_state = self.optimizer.update(grads, opt_state, trainable, grad_fn=gradient_at)
         finite["gradient norm"] = jnp.all(jnp.isfinite(jnp.stack(norms)))
-        ok = finite["loss"] & finite["gradient norm"]
+        is_finite = finite["loss"] & finite["gradient norm"]
+
+        # No data is no update: momentum would move the weights, and the schedule would go on.
+        ok = is_finite & jnp.any(jnp.asarray(batch.rows.loss_mask))
 
         if scale is not None:
             updates = jax.tree.map(lambda u: (u * scale).astype(u.dtype), updates)
@@ -100,7 +104,7 @@ class UpdateProgram:
         new_trainable, new_opt_state = jax.tree.map(
             lambda new, old: jnp.where(ok, new, old), (new_trainable, new_opt_state), (trainable, opt_state)
         )
-        skipped = jnp.where(ok, 0, skipped + 1).astype(jnp.int32)
+        skipped = jnp.where(is_finite, jnp.where(ok, 0, skipped), skipped + 1).astype(jnp.int32)
 
         metrics |= {"loss/total": loss, "loss/grad_norm": grad_norm, "loss/skipped": skipped.astype(jnp.float32)}
         metrics |= whole_metrics | _packing_metrics(batch)

@@ -1,0 +1,54 @@
+"""What has changed in a run's config since its last start: said, or refused where the run could not end."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from rljax.experiment.report import say
+
+_OF_THE_FIRST_EVALUATION = tuple(
+    f"config.evaluation.{name}" for name in ("problems", "samples", "temperature", "top_p", "solved_by")
+)
+"""Settings that the evaluation before training was made with; its weights are gone."""
+
+
+def changed_fields(old: Any, new: Any, path: str = "config") -> dict[str, tuple[Any, Any]]:
+    """(old, new) of every field that differs in two configs as JSON holds them, by `config.part.field`. None stands for
+    a field that one of them lacks."""
+    if not (isinstance(old, Mapping) and isinstance(new, Mapping)):
+        return {} if old == new else {path: (old, new)}
+    found: dict[str, tuple[Any, Any]] = {}
+    for name in dict.fromkeys([*old, *new]):
+        found |= changed_fields(old.get(name), new.get(name), f"{path}.{name}")
+    return found
+
+
+def review_changes(old: Mapping[str, Any] | None, new: Mapping[str, Any], done: int, steps_field: str) -> None:
+    """Prints what has changed since the start that wrote `old`, of a run that has done `done` steps.
+
+    ValueError for fewer steps than those (`steps_field` names the number of steps, `config.steps` or
+    `config.warmup.steps`), and for an evaluation that could not be compared with the one before training.
+    """
+    if old is None:
+        return
+    changed = changed_fields(old, new)
+
+    steps = new
+    for name in steps_field.split(".")[1:]:
+        steps = steps[name]
+    if isinstance(steps, int) and steps < done:
+        raise ValueError(
+            f"{steps_field}={steps}, but the run in this folder has done {done}; raise it, or start in a new folder "
+            "(or with --fresh)"
+        )
+
+    for name in _OF_THE_FIRST_EVALUATION:
+        if name in changed:
+            was, value = changed[name]
+            raise ValueError(
+                f"{name}={value}, but the evaluation before training was made with {was}, and its weights are gone; "
+                "set it back, and measure what else you want to know with launch/eval.py"
+            )
+
+    if changed:
+        lines = [f"  {name}: {was} -> {value}" for name, (was, value) in changed.items()]
+        say("\n".join([f"going on at step {done} with another config than at the last start:", *lines]))

@@ -61,6 +61,9 @@ class DecoderConfig:
     """How these are stretched."""
     norm_eps: float = 1e-5
     """Added to the mean square in norms."""
+    tokenizer_size: int | None = None
+    """Ids that the tokenizer has. Rows of the embedding behind them are padding, which gets no probability; None where
+    all rows are tokens."""
     tied_embeddings: bool = False
     """Whether the embedding is the vocabulary's head too."""
     attention_bias: bool = False
@@ -89,10 +92,20 @@ class DecoderConfig:
             raise ValueError(
                 f"num_heads={self.num_heads} must be a multiple of num_kv_heads={self.num_kv_heads}; change one of them"
             )
+        if self.tokenizer_size is not None and not 1 <= self.tokenizer_size <= self.vocab_size:
+            raise ValueError(
+                f"tokenizer_size={self.tokenizer_size} must lie between 1 and vocab_size={self.vocab_size}; "
+                "take the tokenizer that belongs to the model"
+            )
         if self.head_dim % 2:
             raise ValueError(f"head_dim={self.head_dim} must be even: rotary embeddings rotate pairs")
         if self.sliding_layers is not None and len(self.sliding_layers) != self.num_layers:
             raise ValueError(f"sliding_layers has {len(self.sliding_layers)} entries for num_layers={self.num_layers}")
+
+    @property
+    def num_ids(self) -> int:
+        """Ids that exist: from 0 up to here."""
+        return self.vocab_size if self.tokenizer_size is None else self.tokenizer_size
 
     @property
     def windows(self) -> tuple[int, ...]:

@@ -74,7 +74,8 @@ def process_logits(logits: Float[Array, "..."], params: SamplingParams, *, axis:
         lambda x: jnp.full_like(jax.lax.slice_in_dim(x, 0, 1, axis=axis), -jnp.inf),
         detached,
     )
-    return jnp.where(detached >= threshold, scaled, MASKED)
+    # What the head has masked stays so, whatever it is divided by.
+    return jnp.where((detached >= threshold) & (logits > MASKED / 2), scaled, MASKED)
 
 
 def _threshold(x: Array, params: SamplingParams, axis: int) -> Array:
@@ -183,7 +184,8 @@ def _invert(weights: Array, share: Array) -> tuple[Array, Array]:
     ends = jnp.cumsum(units, axis=0)
     target = (share * ends[-1].astype(jnp.float32)).astype(jnp.int32)
 
-    # A product may round up to the very end, where nobody is: that sliver goes to the heaviest, which it cannot distort.
+    # A product may round up to the very end, where nobody is: the sliver goes to the heaviest, whose share it hardly
+    # changes.
     found = jnp.sum(ends <= target, axis=0)
     index = jnp.where(target < ends[-1], found, jnp.argmax(units, axis=0)).astype(jnp.int32)
 

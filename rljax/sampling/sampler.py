@@ -283,9 +283,9 @@ class Sampler:
                 f"{where}: prompt of {len(prompt)} tokens is longer than the largest bucket of prompt_buckets="
                 f"{spec.prompt_buckets}; add a bucket or shorten the prompt"
             )
-        if len(outside := prompt[(prompt < 0) | (prompt >= config.vocab_size)]):
+        if len(outside := prompt[(prompt < 0) | (prompt >= config.num_ids)]):
             raise ValueError(
-                f"{where}: token {outside[0]} is outside the vocabulary of {config.vocab_size}; "
+                f"{where}: token {outside[0]} is outside the vocabulary of {config.num_ids}; "
                 "check that tokenizer and model belong together"
             )
 

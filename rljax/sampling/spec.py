@@ -19,8 +19,8 @@ class Stops:
 
     def check(self, config: DecoderConfig) -> None:
         """ValueError for a token that the model does not know."""
-        if outside := [token for token in self.tokens if not 0 <= token < config.vocab_size]:
-            raise ValueError(f"stop token {outside[0]} is outside the vocabulary of {config.vocab_size}; leave it out")
+        if outside := [token for token in self.tokens if not 0 <= token < config.num_ids]:
+            raise ValueError(f"stop token {outside[0]} is outside the vocabulary of {config.num_ids}; leave it out")
 
 
 NO_STOPS = Stops()

@@ -26,6 +26,7 @@ from rljax.models import (
     value_config,
 )
 from rljax.models.cache import init_cache
+from rljax.models.families import config_to_hf
 from rljax.sampling import Request, Sampler, SamplerSpec, Stops, process_logits, sampling_params
 from rljax.sampling.generate import DecodeRows, DecodeRun, decode
 from rljax.sampling.logits import MASKED, sample_tokens
@@ -236,6 +237,7 @@ def test_prompts_and_stops_of_ids_that_the_tokenizer_lacks_are_refused():
         sampler.generate([Request([1, 20], 0, (0,))], sampling_params(), seed=0, step=0)
     with pytest.raises(ValueError, match="stop token 20 is outside the vocabulary of 20"):
         Sampler(config, spec, Stops(tokens=[20]))
+    assert config_to_hf(config) == config_to_hf(CONFIG)
     with pytest.raises(ValueError, match=f"tokenizer_size=54 must lie between 1 and vocab_size={VOCAB}"):
         dataclasses.replace(CONFIG, tokenizer_size=54)
 

@@ -421,6 +421,7 @@ class MultiTurnActor:
                 # A fork shares its parent's tokens; any other play shares the prompt with the first of its group.
                 prefix_of=group.plays[max(play.fork.parent, 0)].conversation,
                 max_new_tokens=room,
+                begun=spoken,
             )
         )
 

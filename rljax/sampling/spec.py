@@ -13,7 +13,8 @@ class Stops:
     tokens: Sequence[int] = ()
     """Token ids that end it, themselves included in it."""
     strings: Sequence[str] = ()
-    """Texts that end it once it contains one of them, looked for every `check_every` steps."""
+    """Texts that end it once it contains one of them, looked for every `check_every` steps. One that begins in
+    inherited or given tokens and ends behind them counts; one that lies in them as a whole does not."""
     decode_text: Callable[[list[int]], str] | None = None
     """Token ids -> text, such as a tokenizer's `decode`; needed with `strings`."""
 

@@ -1,6 +1,7 @@
 """From a config to everything a run holds. What can be wrong is refused before weights load, and nothing is opened."""
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 
 import jax
@@ -17,7 +18,7 @@ from rljax.parallel import make_mesh
 from rljax.plans import RolloutPlan
 from rljax.rollouts import Actor, ActorParts, RolloutSettings
 from rljax.tasks import Curriculum, Dataset
-from rljax.text import Tokenizer
+from rljax.text import Tokenizer, encode_text
 from rljax.training import Critic, Learner, LossNeeds, with_critic
 from rljax.types import Params, RolloutBatch, TrainState, Trajectory
 
@@ -83,7 +84,9 @@ def build(config: Config) -> Run:
     # In the order of what fails fastest: tokenizer, data, rewards and environments, then the model's shape.
     tokenizer = config.model.tokenizer_of()
     if algorithm.bind is not None:
-        algorithm = algorithm.bind(tokenizer.encode, tokenizer.vocab_size)
+        # Phrases stand within a text, not at the beginning of one.
+        encode = functools.partial(encode_text, tokenizer, continues=True)
+        algorithm = algorithm.bind(encode, tokenizer.vocab_size)
         check_forks(config, algorithm.plan)
     algorithm = algorithm._replace(advantage_fn=jax.jit(algorithm.advantage_fn))
     dataset = config.data.load()

@@ -4,7 +4,7 @@ A tokenizer is anything that follows `Tokenizer`. `load_tokenizer` reads the thr
 with; `CharTokenizer` and `ByteTokenizer` serve small models trained from nothing.
 """
 
-from rljax.text.base import Message, Tokenizer
+from rljax.text.base import Message, Tokenizer, decode_behind, encode_text
 from rljax.text.char import ByteTokenizer, CharTokenizer
 from rljax.text.dialogue import Dialogue
 from rljax.text.gguf import load_gguf_tokenizer
@@ -25,6 +25,8 @@ __all__ = [
     "StepSplitter",
     "Tokenizer",
     "check_messages",
+    "decode_behind",
+    "encode_text",
     "load_gguf_tokenizer",
     "load_huggingface_tokenizer",
     "load_tokenizer",

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from rljax.text.base import END_OF_TURN_TOKENS, Message, unique
+from rljax.text.plain import PlainText, special_tokens
 
 
 class HuggingFaceTokenizer:
@@ -29,9 +30,13 @@ class HuggingFaceTokenizer:
         self.hf = tokenizer
         self.bos_id: int | None = tokenizer.bos_token_id
 
+        # ids may have gaps, so not the number of tokens
+        self.vocab_size: int = max(tokenizer.get_vocab().values()) + 1
         # names alone do not tell: a vocabulary may hold one as a piece of text
-        special = {str(token): i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
-        named = [special.get(name) for name in END_OF_TURN_TOKENS]
+        self.special_tokens: Mapping[str, int] = special_tokens(tokenizer)
+        self._template_kwargs = dict(template_kwargs or {})
+
+        named = [self.special_tokens.get(name) for name in END_OF_TURN_TOKENS]
         self.stop_ids: tuple[int, ...] = unique([tokenizer.eos_token_id, *(stop_ids or named)])
         if not self.stop_ids:
             raise ValueError(
@@ -41,10 +46,8 @@ class HuggingFaceTokenizer:
 
         self.eos_id: int = self.stop_ids[0]
         self.pad_id: int = self.eos_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-        # ids may have gaps, so not the number of tokens
-        self.vocab_size: int = max(tokenizer.get_vocab().values()) + 1
         self.adds_bos: bool = self._finds_bos() if adds_bos is None else adds_bos
-        self._template_kwargs = dict(template_kwargs or {})
+        self._plain = PlainText(tokenizer)
 
     def _finds_bos(self) -> bool:
         return self.bos_id is not None and self.hf.encode("a", add_special_tokens=True)[:1] == [self.bos_id]
@@ -57,6 +60,13 @@ class HuggingFaceTokenizer:
         """Names of special tokens in the text become those tokens."""
         return list(self.hf.encode(text, add_special_tokens=False))
 
+    def encode_text(self, text: str, *, wrap: tuple[str, str] = ("", ""), continues: bool = False) -> list[int]:
+        """See `rljax.text.encode_text`."""
+        marked = self._plain.mark(text)
+        if marked == text and not (continues and self._plain.has_dummy_prefix()):
+            return self.encode(f"{wrap[0]}{text}{wrap[1]}")
+        return self._plain.encode(f"{wrap[0]}{marked}{wrap[1]}", continues=continues)
+
     def decode(self, ids: Sequence[int]) -> str:
         known = [int(i) for i in ids if 0 <= i < self.vocab_size]  # a model's vocabulary may be padded beyond ours
         return self.hf.decode(known, skip_special_tokens=True, clean_up_tokenization_spaces=False)
@@ -64,7 +74,8 @@ class HuggingFaceTokenizer:
     def apply_chat_template(self, messages: Sequence[Message], add_generation_prompt: bool = True) -> list[int]:
         """A message may have a key `tools`, JSON schemas of functions, which the template is shown.
 
-        Raises ValueError without a chat template, or if the template refuses the messages.
+        Names of control tokens in messages and tools are text; only the template writes such tokens. Raises ValueError
+        without a chat template, or if the template refuses the messages.
         """
         if not self.has_chat_template:
             raise ValueError(
@@ -76,19 +87,17 @@ class HuggingFaceTokenizer:
         except ImportError:
             raise ValueError("chat templates need the package jinja2: pip install 'jinja2>=3.1'") from None
 
+        # last, so that tools given for all conversations win
+        kwargs = {"tools": _tools(messages), **self._template_kwargs, "add_generation_prompt": add_generation_prompt}
+        given = [list(messages), kwargs["tools"]]
+        marked = self._plain.mark(given)
         try:
-            return list(
-                self.hf.apply_chat_template(
-                    list(messages),
-                    tokenize=True,
-                    return_dict=False,
-                    add_generation_prompt=add_generation_prompt,
-                    # last, so that tools given for all conversations win
-                    **{"tools": _tools(messages), **self._template_kwargs},
-                )
-            )
+            if marked == given:
+                return list(self.hf.apply_chat_template(given[0], tokenize=True, return_dict=False, **kwargs))
+            text = self.hf.apply_chat_template(marked[0], tokenize=False, **{**kwargs, "tools": marked[1]})
         except jinja2.TemplateError as error:
             raise ValueError(f"the chat template refused {list(messages)!r}: {error}") from error
+        return self._plain.encode(text)
 
     def with_template_kwargs(self, **template_kwargs: Any) -> "HuggingFaceTokenizer":
         """The same tokenizer whose chat template gets these as well, such as `tools`."""

@@ -9,8 +9,10 @@ import pytest
 import transformers
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
+from rljax.experiment.sft import demonstration_row
 from rljax.rollouts import ActorParts, RolloutSettings, SingleTurn
 from rljax.rollouts.black_box.recording import Renderer, Reply
+from rljax.rollouts.config import stop_tokens_of, stops_of
 from rljax.rollouts.single_turn import completion_text
 from rljax.sampling import Sample, SamplingConfig, Stops
 from rljax.sampling.stopping import StopStrings, find_stop
@@ -21,6 +23,7 @@ from rljax.text import (
     Dialogue,
     HuggingFaceTokenizer,
     SentencePieceTokenizer,
+    StepSplitter,
     decode_behind,
     encode_text,
     load_tokenizer,
@@ -165,12 +168,36 @@ class TestContinuations:
             assert [*prompt, *ids] == tokenizer.encode(f"f.\n{text}")
             assert decode_behind(tokenizer, ids, prompt) == text
 
-    def test_stop_strings_may_begin_with_a_space(self, tokenizer):
+    def test_stop_strings_and_step_delimiters_may_begin_with_a_space(self, tokenizer):
         prompt = tokenizer.encode("f.\n")
         tokens = np.array(encode_text(tokenizer, " end of", continues=True))
         stops = StopStrings(Stops(strings=(" end",), decode_text=tokenizer.decode))
         end = stops.end(tokens, before=prompt)
         assert end is not None and decode_behind(tokenizer, tokens[:end].tolist(), prompt) == " end"
+
+        steps = StepSplitter(tokenizer, (" of",))([*encode_text(tokenizer, "end of", continues=True), *prompt])
+        assert steps[-len(prompt) :].tolist() == [1] * len(prompt)
+
+    def test_a_demonstration_is_what_would_have_been_sampled(self, tokenizer):
+        row = demonstration_row(Dialogue(tokenizer), "f.\n", ["a b", " c\n", "d"], 0, 0)
+        prompt = render_prompt(tokenizer, "f.\n")
+        assert row.tokens.tolist() == [*render_prompt(tokenizer, "f.\na b c\nd"), tokenizer.eos_id]
+        assert row.tokens[: len(prompt)].tolist() == prompt and not row.action_mask[: len(prompt)].any()
+        assert decode_behind(tokenizer, row.tokens[~row.action_mask][len(prompt) :].tolist(), prompt) == " c\n"
+
+
+def test_a_demonstration_of_a_chat_ends_its_turns_as_the_template_does():
+    template = CHATML.replace("<|im_end|>", "<|turn|>")
+    tokenizer = byte_level(("<|im_start|>", "<|im_end|>", "<|turn|>"), template=template)
+    messages = [{"role": "user", "content": "x"}]
+    row = demonstration_row(Dialogue(tokenizer), messages, ["look", HOSTILE, "1901"], 0, 0)
+
+    said = [("assistant", "look"), ("tool", HOSTILE), ("assistant", "1901")]
+    whole = [*messages, *({"role": role, "content": text} for role, text in said)]
+    rendered = tokenizer.apply_chat_template(whole, add_generation_prompt=False)
+    assert row.tokens.tolist() == rendered[:-1]  # the template's last line break is not said
+    learned = row.tokens[row.action_mask].tolist()
+    assert learned == [*tokenizer.encode("look<|turn|>"), *tokenizer.encode("1901<|turn|>")]
 
 
 class TestTextConditions:
@@ -193,6 +220,28 @@ class TestTextConditions:
         zeros = np.zeros(6, np.float32)
         sample = Sample(np.array(tokenizer.encode("a..b..")), zeros, zeros, "stop_string", forced=((0, 3),))
         assert completion_text(tokenizer, sample, ("..",)) == "a..b"
+
+    def test_a_control_token_as_stop_string_is_a_stop_token(self, smollm):
+        start, eos = smollm.hf.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"])
+        assert stop_tokens_of(smollm, ("\n\n", "<|im_start|>", "<|im_end|>")) == [start, eos]
+        assert stop_tokens_of(CharTokenizer("ab"), ("<|im_end|>",)) == []
+        with pytest.raises(
+            ValueError, match=r"stop_strings: '<\|im_end\|>\\n' never ends .* give '<\|im_end\|>' alone"
+        ):
+            stop_tokens_of(smollm, ("<|im_end|>\n",))
+
+    def test_a_step_ends_with_a_control_token_and_with_a_delimiter_across_tokens(self, smollm):
+        start = smollm.hf.convert_tokens_to_ids("<|im_start|>")
+        ids = [*smollm.encode("a"), start, *smollm.encode("b.\n"), *smollm.encode("\nc")]
+        steps = StepSplitter(smollm, ("<|im_start|>", ".\n\n"))(ids)
+        assert steps.tolist() == [0, 0, *[1] * (len(ids) - 3), 2]
+        with pytest.raises(ValueError, match=r"'x<\|im_start\|>' ends no step"):
+            StepSplitter(smollm, ("x<|im_start|>",))
+
+    def test_every_token_that_holds_a_delimiter_ends_a_step(self):
+        splitter = StepSplitter(CharTokenizer("ab."), ("..",))
+        assert splitter(CharTokenizer("ab.").encode("a....b.b")).tolist() == [0, 0, 0, 1, 1, 2, 2, 2]
+
 
 def test_what_an_agent_sends_opens_no_turn():
     tokenizer = byte_level()
@@ -223,3 +272,22 @@ def test_prompts_of_text_that_name_control_tokens_are_counted_in_the_log(caplog)
     SingleTurn().check_prompts(parts_of(byte_level()), 1024)
     [record] = caplog.records
     assert record.getMessage().startswith("1 prompts are text and name control tokens (<|im_end|>, <|im_start|>)")
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "string", "why"),
+    [
+        (CharTokenizer("ab"), "\n", r"'\\n' never ends a completion: character '\\n'"),
+        (byte_level(), "<|im_end|>\n", r"'<\|im_end\|>\\n' never ends a completion, since"),
+    ],
+)
+def test_a_stop_string_that_no_completion_can_hold_is_refused(tokenizer, string, why):
+    with pytest.raises(ValueError, match=rf"config\.sampling\.stop_strings: {why}"):
+        stops_of(parts_of(tokenizer, SamplingConfig(stop_strings=(string,))))
+
+
+def test_a_stop_string_that_is_a_control_token_stops_as_a_token():
+    tokenizer = byte_level()
+    start = tokenizer.hf.convert_tokens_to_ids("<|im_start|>")
+    stops = stops_of(parts_of(tokenizer, SamplingConfig(stop_strings=("<|im_start|>", "\n\n"))))
+    assert set(stops.tokens) == {*tokenizer.stop_ids, start} and stops.strings == ("<|im_start|>", "\n\n")

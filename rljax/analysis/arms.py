@@ -12,6 +12,7 @@ from rljax.evaluation import Estimate, bootstrap_interval
 from rljax.experiment.build import Run
 from rljax.experiment.report import aligned
 from rljax.rollouts import SingleTurnActor
+from rljax.rollouts.config import stop_tokens_of
 from rljax.rollouts.single_turn import completion_text
 from rljax.sampling import Sample, SamplingParams, Stops, sampling_params
 from rljax.sampling.slots import FinishReason
@@ -87,7 +88,7 @@ class Decoding:
         self.spec = TwoModelSpec(
             config=run.decoder,
             max_new_tokens=run.config.sampling.max_new_tokens,
-            stop_tokens=run.tokenizer.stop_ids,
+            stop_tokens=(*run.tokenizer.stop_ids, *stop_tokens_of(run.tokenizer, actor.settings.stop_strings)),
             vocab_size=run.tokenizer.vocab_size,
         )
         self._batch_rows = min(evaluation.batch_prompts, len(self.examples)) * evaluation.samples

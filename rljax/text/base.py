@@ -28,7 +28,8 @@ class Tokenizer(Protocol):
     past the largest id. `pad_id` may equal `eos_id`. A tokenizer whose model expects a beginning-of-sequence token in
     front of plain text also has a true attribute `adds_bos`; `render_prompt` reads it. One whose `encode` finds control
     tokens in text, or begins a text with a space of its own, also has `encode_text`, which the function of that name
-    calls. One with control tokens, which `decode` leaves out, has their ids by name in a mapping `special_tokens`.
+    calls. One with control tokens, which `decode` leaves out, has their ids by name in a mapping `special_tokens`. One
+    whose chat template ends the assistant's turns with another token than `eos_id` names it as `turn_end_id`.
     """
 
     @property

@@ -60,6 +60,10 @@ class Dialogue:
         # The stop token itself belongs to the observation where the turn has none of its own.
         return ids[end + (is_closed and bool(stops)) :]
 
+    def turn_end(self, *, is_chat: bool) -> int:
+        """The token with which a turn of the policy ends: the chat template's, or else the end of sequence."""
+        return getattr(self.tokenizer, "turn_end_id", self.tokenizer.eos_id) if is_chat else self.tokenizer.eos_id
+
     def is_chat(self, prompt: str | Sequence[Message]) -> bool:
         """Whether a prompt goes through the chat template."""
         return bool(self.chat) if isinstance(prompt, str) else True

@@ -10,13 +10,17 @@ from typing import Any
 from rljax.text.base import END_OF_TURN_TOKENS, Message, unique
 from rljax.text.plain import PlainText, special_tokens
 
+_ANSWER = "qz7"  # stands for what the assistant says
+
 
 class HuggingFaceTokenizer:
     """Wraps a `transformers` tokenizer.
 
-    `stop_ids` default to the tokenizer's end of sequence and the end-of-turn tokens that its vocabulary marks special.
-    `template_kwargs` go to the chat template at every call, such as `{"enable_thinking": False}`.
-    Raises ValueError if the tokenizer has no end-of-sequence token.
+    What ends a completion is said in several places, and each counts: the tokenizer's end of sequence, `stop_ids`, the
+    end-of-turn tokens by name that the vocabulary marks special, and what the chat template writes behind a turn of the
+    assistant (`turn_end_id`, the end of sequence where it writes nothing special). `template_kwargs` go to the chat
+    template at every call, such as `{"enable_thinking": False}`. Raises ValueError if the tokenizer has no
+    end-of-sequence token.
     """
 
     def __init__(
@@ -37,7 +41,9 @@ class HuggingFaceTokenizer:
         self._template_kwargs = dict(template_kwargs or {})
 
         named = [self.special_tokens.get(name) for name in END_OF_TURN_TOKENS]
-        self.stop_ids: tuple[int, ...] = unique([tokenizer.eos_token_id, *(stop_ids or named)])
+        template_end = self._template_end()
+        known = [i for i in stop_ids if 0 <= i < self.vocab_size]  # files may speak of a larger vocabulary
+        self.stop_ids: tuple[int, ...] = unique([tokenizer.eos_token_id, *known, *named, template_end])
         if not self.stop_ids:
             raise ValueError(
                 f"tokenizer {tokenizer.name_or_path!r} has no end-of-sequence token, so a completion could never end; "
@@ -46,8 +52,24 @@ class HuggingFaceTokenizer:
 
         self.eos_id: int = self.stop_ids[0]
         self.pad_id: int = self.eos_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+        self.turn_end_id: int = self.eos_id if template_end is None else template_end
         self.adds_bos: bool = self._finds_bos() if adds_bos is None else adds_bos
         self._plain = PlainText(tokenizer)
+
+    def _template_end(self) -> int | None:
+        """The first special token that the chat template writes behind a turn of the assistant."""
+        if not self.has_chat_template:
+            return None
+        messages = [{"role": "user", "content": "x"}, {"role": "assistant", "content": _ANSWER}]
+        try:
+            text = self.hf.apply_chat_template(messages, tokenize=False, **self._template_kwargs)
+        except Exception:  # a template may stumble over anything; it says so when it is given a conversation
+            return None
+
+        behind = text.rpartition(_ANSWER)[2]
+        places = {name: behind.find(name) for name in self.special_tokens if name in behind}
+        # of names that begin at one place the longest is the token
+        return self.special_tokens[min(places, key=lambda name: (places[name], -len(name)))] if places else None
 
     def _finds_bos(self) -> bool:
         return self.bos_id is not None and self.hf.encode("a", add_special_tokens=True)[:1] == [self.bos_id]
@@ -120,8 +142,8 @@ def load_huggingface_tokenizer(
 ) -> HuggingFaceTokenizer:
     """The tokenizer of a local model folder; nothing is ever downloaded.
 
-    End tokens come from `generation_config.json` where the folder has one, else from the vocabulary. Raises ValueError
-    if the folder cannot be read.
+    End tokens of its `generation_config.json` count beside those of `HuggingFaceTokenizer`. Raises ValueError if the
+    folder cannot be read.
     """
     transformers = import_transformers()
     try:

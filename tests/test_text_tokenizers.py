@@ -14,6 +14,7 @@ import pytest
 from rljax.text import (
     ByteTokenizer,
     CharTokenizer,
+    Dialogue,
     Tokenizer,
     load_tokenizer,
     read_gguf_metadata,
@@ -268,10 +269,29 @@ class TestPlain:
 
 
 class TestFolder:
-    def test_generation_config_names_the_stop_tokens(self, smollm, tmp_path):
+    def test_stop_tokens_of_generation_config_and_vocabulary_all_count(self, smollm, tmp_path):
         smollm.save(tmp_path)
-        (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 7]}))
-        assert load_tokenizer(tmp_path).stop_ids == (2, 7)
+        (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [0, 7, 49_152]}))
+        tokenizer = load_tokenizer(tmp_path)
+        assert tokenizer.stop_ids == (2, 0, 7)  # no id that the vocabulary lacks
+        assert smollm.stop_ids == (2, 0)
+
+    def test_what_the_template_writes_behind_the_assistant_is_a_stop_token(self, smollm, tmp_path):
+        """A base model whose files name the end of a document, under a template with an end of its own."""
+        smollm.save(tmp_path)
+        (tmp_path / "chat_template.jinja").write_text(
+            "{% for m in messages %}<file_sep>{{ m.role }}: {{ m.content }}<repo_name>\n{% endfor %}"
+        )
+        (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": 0}))
+        settings = json.loads((tmp_path / "tokenizer_config.json").read_text())
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings | {"eos_token": "<|endoftext|>"}))
+
+        tokenizer = load_tokenizer(tmp_path)
+        end = tokenizer.hf.convert_tokens_to_ids("<repo_name>")
+        assert (tokenizer.eos_id, tokenizer.turn_end_id) == (0, end)
+        assert tokenizer.stop_ids == (0, 2, end)
+        dialogue = Dialogue(tokenizer)
+        assert (dialogue.turn_end(is_chat=True), dialogue.turn_end(is_chat=False)) == (end, 0)
 
     def test_template_kwargs_reach_the_template(self, smollm, tmp_path):
         smollm.save(tmp_path)

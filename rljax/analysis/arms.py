@@ -12,6 +12,7 @@ from rljax.evaluation import Estimate, bootstrap_interval
 from rljax.experiment.build import Run
 from rljax.experiment.report import aligned
 from rljax.rollouts import SingleTurnActor
+from rljax.rollouts.config import stop_tokens_of
 from rljax.rollouts.single_turn import completion_text
 from rljax.sampling import Sample, SamplingParams, Stops, sampling_params
 from rljax.sampling.slots import FinishReason
@@ -87,7 +88,7 @@ class Decoding:
         self.spec = TwoModelSpec(
             config=run.decoder,
             max_new_tokens=run.config.sampling.max_new_tokens,
-            stop_tokens=run.tokenizer.stop_ids,
+            stop_tokens=(*run.tokenizer.stop_ids, *stop_tokens_of(run.tokenizer, actor.settings.stop_strings)),
             vocab_size=run.tokenizer.vocab_size,
         )
         self._batch_rows = min(evaluation.batch_prompts, len(self.examples)) * evaluation.samples
@@ -100,21 +101,24 @@ class Decoding:
         """Completions of `rule(level)` with these two models, and what they are worth."""
         drawn = self._decode(rule, level, first, second)
         samples = []
+        prompts = []
         interventions = 0
         effective = 0
         for row in range(len(drawn.tokens)):
-            sample = self._sample(np.asarray(drawn.tokens[row, : drawn.lengths[row]]))
+            prompt = self._prompts.tokens[row, : self._prompts.lengths[row]].tolist()
+            sample = self._sample(np.asarray(drawn.tokens[row, : drawn.lengths[row]]), prompt)
             samples.append(sample)
+            prompts.append(prompt)
             # What lies behind a stop string was decoded, but is no part of the answer.
             interventions += int(drawn.intervened[row, : len(sample.tokens)].sum())
             effective += int(drawn.changed[row, : len(sample.tokens)].sum())
 
         count = self.run.config.evaluation.samples
         grouped = [samples[start : start + count] for start in range(0, len(samples), count)]
-        texts = [
-            [completion_text(self.run.tokenizer, sample, self.actor.settings.stop_strings) for sample in group]
-            for group in grouped
-        ]
+        tokenizer = self.run.tokenizer
+        strings = self.actor.settings.stop_strings
+        flat = [completion_text(tokenizer, x, strings, prompt) for x, prompt in zip(samples, prompts, strict=True)]
+        texts = [flat[start : start + count] for start in range(0, len(flat), count)]
         results = self.actor.judge(self.examples, grouped, texts)
 
         solved = np.array([result.is_solved for result in results], float).reshape(-1, count).mean(axis=1)
@@ -163,10 +167,10 @@ class Decoding:
         key = jax.random.key(self.run.config.seed)
         return generate_with_two(self.spec, first, second, prompts, rule(level), key)
 
-    def _sample(self, tokens: np.ndarray) -> Sample:
+    def _sample(self, tokens: np.ndarray, prompt: list[int]) -> Sample:
         """A completion as an actor would hand it to rewards: cut at the first stop string."""
         reason: FinishReason = "stop" if tokens[-1] in self.spec.stop_tokens else "length"
-        end = self._stop_strings.end(tokens)
+        end = self._stop_strings.end(tokens, before=prompt)
         if end is not None:
             tokens = tokens[:end]
             reason = "stop_string"

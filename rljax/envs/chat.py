@@ -1,5 +1,6 @@
 """Does a chat template keep the turns that it has rendered? Token bookkeeping over turns relies on it."""
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
@@ -34,7 +35,8 @@ def check_chat_template(
     """Raise ValueError unless rendering turn by turn only ever appends token ids.
 
     Before every turn of the assistant the conversation is rendered up to where it begins to speak, and after it with
-    its turn; each rendering must begin with the ids of the one before. `messages` defaults to
+    its turn; each rendering must begin with the ids of the one before. What others say must be there to be read: a
+    template may leave out the messages of a role that it does not know. `messages` defaults to
     `probe_conversation(role)`, with `role` that of observations. The error names the first turn that
     differs and the remedy.
     """
@@ -49,7 +51,22 @@ def check_chat_template(
             ids = _render(tokenizer, conversation[:count], prompting)
             if ids[: len(before)] != before:
                 raise ValueError(_explain(tokenizer, conversation[:count], before, ids))
+            _check_said(tokenizer, conversation[:count], ids[len(before) :])
             before = ids
+
+
+def _check_said(tokenizer: ChatTokenizer, turns: Sequence[Message], new: Sequence[int]) -> None:
+    """ValueError if the ids that the last messages added do not hold what others than the assistant say in them."""
+    text = tokenizer.decode(list(new))
+    later = itertools.takewhile(lambda turn: turn.get("role") != "assistant", reversed(turns))
+    for turn in later:
+        content = turn.get("content")
+        if isinstance(content, str) and content.strip() not in text:
+            raise ValueError(
+                f"the chat template leaves out messages of role {turn.get('role')!r}: the policy would never read "
+                f"{content!r}. Choose a role that it knows, such as 'tool', 'ipython' or 'user' (a tool format names "
+                "the role of observations)"
+            )
 
 
 def _render(tokenizer: ChatTokenizer, messages: Sequence[Message], prompting: bool) -> list[int]:

@@ -19,7 +19,7 @@ from rljax.parallel import make_mesh
 from rljax.plans import RolloutPlan
 from rljax.rollouts import Actor, ActorParts, RolloutSettings
 from rljax.tasks import Curriculum, Dataset
-from rljax.text import Tokenizer
+from rljax.text import Tokenizer, WithinText
 from rljax.training import Critic, Learner, LossNeeds, with_critic
 from rljax.types import Params, RolloutBatch, TrainState, Trajectory
 
@@ -91,7 +91,7 @@ def build(config: Config) -> Run:
     # In the order of what fails fastest: tokenizer, data, rewards and environments, then the model's shape.
     tokenizer = config.model.tokenizer_of()
     if algorithm.bind is not None:
-        algorithm = algorithm.bind(tokenizer)
+        algorithm = algorithm.bind(WithinText(tokenizer))
         check_forks(config, algorithm.plan)
     algorithm = algorithm._replace(advantage_fn=jax.jit(algorithm.advantage_fn))
     dataset = config.data.load()

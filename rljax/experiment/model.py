@@ -85,6 +85,8 @@ class PretrainedModel:
                 f"the tokenizer has ids up to {tokenizer.vocab_size - 1}, but {self.path} has embeddings for "
                 f"{decoder.vocab_size}; use the tokenizer that belongs to the model"
             )
+        if tokenizer.vocab_size < decoder.vocab_size:
+            decoder = dataclasses.replace(decoder, tokenizer_size=tokenizer.vocab_size)
         return decoder
 
     def params_of(self, decoder: DecoderConfig, shardings: Any, seed: int) -> Params:

@@ -2,15 +2,16 @@
 
 import contextlib
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
+from rljax.envs import get_format
 from rljax.experiment.build import Run, stack_rows
 from rljax.experiment.stops import Stopped
 from rljax.tasks import UniformCurriculum
-from rljax.text import Tokenizer, render_prompt
+from rljax.text import Dialogue, Message, encode_text
 from rljax.training import Checkpointer, Learner, PhaseTimer, RunFolder, add_metrics, sft_loss
 from rljax.types import Params, TrainState, Trajectory
 
@@ -105,17 +106,15 @@ def supervised(run: Run) -> tuple[Learner, UniformCurriculum]:
 def supervised_step(
     run: Run, learner: Learner, curriculum: UniformCurriculum, state: TrainState, step: int
 ) -> tuple[TrainState, dict[str, Any]]:
-    """One update on `config.warmup.batch_size` demonstrations; each ends with the end-of-sequence token.
-
-    A completion is a text, or, for episodes, a list of texts: what the policy says and what comes back, in turn.
-    """
+    """One update on `config.warmup.batch_size` demonstrations (`demonstration_row`)."""
     config = run.config.warmup
-    tokenizer = run.tokenizer
+    style = get_format(getattr(run.config.actor, "tool_format", "hermes"))
+    dialogue = Dialogue(run.tokenizer, role=style.role, chat=run.config.data.chat)
 
-    rows = []
-    for index, example in enumerate(curriculum.sample(step, config.batch_size)):
-        prompt = render_prompt(tokenizer, example.prompt, run.config.data.chat)
-        rows.append(_row(tokenizer, prompt, example.columns[config.completion_column], example.id, index))
+    rows = [
+        demonstration_row(dialogue, example.prompt, example.columns[config.completion_column], example.id, index)
+        for index, example in enumerate(curriculum.sample(step, config.batch_size))
+    ]
     batch = stack_rows(run.config, rows)
 
     # The supervised loss does not look at advantages.
@@ -123,14 +122,37 @@ def supervised_step(
     return learner.update(state, minibatch)
 
 
-def _row(tokenizer: Tokenizer, prompt: list[int], completion: Any, prompt_id: int, index: int) -> Trajectory:
-    """A text, or a list of texts by turns: what the policy says and what comes back, the latter not learned."""
+def demonstration_row(
+    dialogue: Dialogue, prompt: str | Sequence[Message], completion: Any, prompt_id: int, index: int
+) -> Trajectory:
+    """A demonstration as the trajectory that a rollout would have made of it.
+
+    The completion is a text, or, for episodes, a list of texts: what the policy says and what comes back, in turn; the
+    latter is not learned. The last turn ends with a stop token: the chat template's behind a prompt of messages, else
+    the end of sequence. Behind such a prompt every turn of the policy ends with it, and the template stands around what
+    comes back; behind plain text the texts follow each other as they are.
+    """
+    tokenizer = dialogue.tokenizer
+    is_chat = dialogue.is_chat(prompt)
+    end = dialogue.turn_end(is_chat=is_chat)
     parts = [completion] if isinstance(completion, str) else [str(part) for part in completion]
-    ids = [tokenizer.encode(part) for part in parts]
-    ids[-1] = [*ids[-1], tokenizer.eos_id]
-    row = demonstration(prompt, [token for part in ids for token in part], prompt_id, index)
-    is_said = np.repeat([i % 2 == 0 for i in range(len(ids))], [len(part) for part in ids])
-    return dataclasses.replace(row, action_mask=np.concatenate([row.action_mask[: len(prompt)], is_said]))
+
+    ids = []
+    for i, part in enumerate(parts):
+        is_said = i % 2 == 0
+        if is_said:
+            # The demonstrator's own text may name control tokens.
+            said = encode_text(tokenizer, "", wrap=(part, ""), continues=True)
+            ids.append([*said, end] if is_chat or i == len(parts) - 1 else said)
+        elif is_chat:
+            ids.append(dialogue.observation(part, is_chat=True, is_closed=True))
+        else:
+            ids.append(encode_text(tokenizer, part, continues=True))
+
+    opening = dialogue.opening(prompt)
+    row = demonstration(opening, [token for part in ids for token in part], prompt_id, index)
+    said_mask = np.repeat([i % 2 == 0 for i in range(len(ids))], [len(part) for part in ids])
+    return dataclasses.replace(row, action_mask=np.concatenate([row.action_mask[: len(opening)], said_mask]))
 
 
 def demonstration(prompt: list[int], completion: list[int], prompt_id: int, index: int) -> Trajectory:

@@ -102,6 +102,9 @@ class DecoderConfig:
     """How these are stretched."""
     norm_eps: float = 1e-5
     """Added to the mean square in norms."""
+    tokenizer_size: int | None = None
+    """Ids that the tokenizer has. Rows of the embedding behind them are padding, which gets no probability; None where
+    all rows are tokens."""
     tied_embeddings: bool = False
     """Whether the embedding is the vocabulary's head too."""
     attention_bias: bool = False
@@ -136,6 +139,11 @@ class DecoderConfig:
             raise ValueError(
                 f"num_heads={self.num_heads} must be a multiple of num_kv_heads={self.num_kv_heads}; change one of them"
             )
+        if self.tokenizer_size is not None and not 1 <= self.tokenizer_size <= self.vocab_size:
+            raise ValueError(
+                f"tokenizer_size={self.tokenizer_size} must lie between 1 and vocab_size={self.vocab_size}; "
+                "take the tokenizer that belongs to the model"
+            )
         if self.head_dim % 2:
             raise ValueError(f"head_dim={self.head_dim} must be even: rotary embeddings rotate pairs")
         # yarn counts rotations by the logarithm of the base.
@@ -162,6 +170,11 @@ class DecoderConfig:
                 covered = 0.0
         # A file may state the stretched length by itself.
         return max(self.max_position, int(min(covered, NO_WINDOW)))
+
+    @property
+    def num_ids(self) -> int:
+        """Ids that exist: from 0 up to here."""
+        return self.vocab_size if self.tokenizer_size is None else self.tokenizer_size
 
     @property
     def windows(self) -> tuple[int, ...]:

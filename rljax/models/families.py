@@ -412,8 +412,9 @@ def config_to_hf(config: DecoderConfig) -> dict[str, Any]:
             "layer_types": ["sliding_attention" if s else "full_attention" for s in sliding],
         }
 
-    # Read back: whatever does not come back as it was cannot be said in this family's file.
-    back = dataclasses.replace(config_from_hf(hf), dtype=config.dtype)
+    # Read back: whatever does not come back as it was cannot be said in this family's file. How many ids there are is
+    # said by the tokenizer's files.
+    back = dataclasses.replace(config_from_hf(hf), dtype=config.dtype, tokenizer_size=config.tokenizer_size)
     if lost := [f.name for f in dataclasses.fields(config) if getattr(back, f.name) != getattr(config, f.name)]:
         named = ", ".join(f"{name}={getattr(config, name)!r}" for name in lost)
         raise ValueError(f"a {config.family} config.json cannot express {named}; change it or choose another family")

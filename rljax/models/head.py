@@ -1,7 +1,7 @@
 """The vocabulary's head: the one place where hidden states become logits, and where gradients come back through them.
 
-Sampler, scorer and studies all call `logits`, so a change of what a logit is (a soft cap, a padded vocabulary) is made
-here once, beside its derivative in `logits_gradient`.
+Sampler, scorer and studies all call `logits`, so what a logit is (of padding, under a soft cap) is said here once,
+beside its derivative in `logits_gradient`.
 """
 
 from typing import Any
@@ -9,6 +9,7 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from rljax.models.attention import MASKED
 from rljax.models.config import DecoderConfig
 from rljax.types import Params
 
@@ -31,13 +32,18 @@ def logits(
     config: DecoderConfig, params: Params, hidden: Float[Array, "*B D"], *, vocab_first: bool = False
 ) -> Float[Array, "..."]:
     """Float32 logits [*B, V] of final-normed `hidden`; [V, *B] with `vocab_first`, for few states at a time: a CPU
-    multiplies a few columns faster with the weights in rows. `params` may be those of `head_params` alone."""
+    multiplies a few columns faster with the weights in rows. `params` may be those of `head_params` alone.
+
+    Rows of the head that pad the vocabulary (`config.tokenizer_size`) give -1e30: they take no part in any softmax.
+    """
     head = output_projection(config, params).astype(hidden.dtype)
     if not vocab_first:
-        return jnp.einsum("...d,vd->...v", hidden, head, preferred_element_type=jnp.float32)
+        out = jnp.einsum("...d,vd->...v", hidden, head, preferred_element_type=jnp.float32)
+        return _where_ids(config, out, MASKED, axis=-1)
 
     few = hidden.reshape(-1, hidden.shape[-1])
     out = jnp.einsum("vd,md->vm", head, few, preferred_element_type=jnp.float32)
+    out = _where_ids(config, out, MASKED, axis=0)
     return out.reshape(-1, *hidden.shape[:-1])
 
 
@@ -49,7 +55,17 @@ def logits_gradient(
     Products are taken in the dtype of `hidden` and summed in float32, as the forward product is.
     """
     head = output_projection(config, params).astype(hidden.dtype)
-    d_logits = d_logits.astype(hidden.dtype)
+    d_logits = _where_ids(config, d_logits.astype(hidden.dtype), 0.0, axis=-1)
     d_hidden = jnp.einsum("rcv,vd->rcd", d_logits, head, preferred_element_type=jnp.float32)
     d_head = jnp.einsum("rcv,rcd->vd", d_logits, hidden, preferred_element_type=jnp.float32)
     return d_hidden, dict.fromkeys(head_params(config, params), d_head)
+
+
+def _where_ids(config: DecoderConfig, x: Array, other: float, *, axis: int) -> Array:
+    """`x`, with `other` in the places of `axis` that pad the vocabulary."""
+    if config.num_ids == config.vocab_size:
+        return x
+    exists = jnp.arange(config.vocab_size) < config.num_ids
+    shape = [1] * x.ndim
+    shape[axis] = config.vocab_size
+    return jnp.where(exists.reshape(shape), x, jnp.asarray(other, x.dtype))

@@ -5,6 +5,7 @@ Each kind of actor is a config that builds itself and stands beside its actor (`
 """
 
 import dataclasses
+from collections.abc import Mapping, Sequence
 from typing import Protocol, runtime_checkable
 
 import jax
@@ -16,7 +17,7 @@ from rljax.plans import RolloutPlan
 from rljax.rollouts.actor import Actor, RolloutSettings
 from rljax.sampling import SamplingConfig, Stops, TurnDecoder, TurnDecoderSpec
 from rljax.tasks import Dataset, RewardConfig, RewardRunner, RewardSpec
-from rljax.text import Tokenizer
+from rljax.text import Tokenizer, encode_text
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,12 +154,45 @@ def chains_of(plan: RolloutPlan) -> int:
 
 
 def stops_of(parts: ActorParts, strings: tuple[str, ...] = ()) -> Stops:
-    """What ends a completion: the tokenizer's stop tokens, the config's stop strings and `strings`."""
+    """What ends a completion: the tokenizer's stop tokens, the config's stop strings and `strings`. ValueError for a
+    string that no completion can hold."""
+    tokenizer = parts.tokenizer
+    for string in parts.sampling.stop_strings:
+        check_can_be_said(tokenizer, string)
+    strings = (*strings, *parts.sampling.stop_strings)
     return Stops(
-        tokens=parts.tokenizer.stop_ids,
-        strings=(*strings, *parts.sampling.stop_strings),
-        decode_text=parts.tokenizer.decode,
+        tokens=(*tokenizer.stop_ids, *stop_tokens_of(tokenizer, strings)),
+        strings=strings,
+        decode_text=tokenizer.decode,
     )
+
+
+def check_can_be_said(tokenizer: Tokenizer, string: str) -> None:
+    """ValueError for a stop string that the tokenizer has no tokens for, or whose tokens say something else."""
+    if string in getattr(tokenizer, "special_tokens", {}):
+        return
+    never = f"config.sampling.stop_strings: {string!r} never ends a completion"
+    try:
+        said = tokenizer.decode(encode_text(tokenizer, string))
+    except ValueError as error:
+        raise ValueError(f"{never}: {error}") from None
+    # A space at either end is what a tokenizer may add or take away at the ends of a text.
+    if string.strip(" ") not in said:
+        raise ValueError(f"{never}: its tokens say {said!r}; choose another")
+
+
+def stop_tokens_of(tokenizer: Tokenizer, strings: Sequence[str]) -> list[int]:
+    """Those of `strings` that are control tokens, as ids: the text of a completion does not show them. ValueError for a
+    string that can stand in no text."""
+    special: Mapping[str, int] = getattr(tokenizer, "special_tokens", {})
+    for string in strings:
+        name = next((name for name in special if name in string), None)
+        if name is not None and string not in special:
+            raise ValueError(
+                f"config.sampling.stop_strings: {string!r} never ends a completion, since its text leaves out the "
+                f"control token {name!r}; give {name!r} alone, or a string without it"
+            )
+    return [special[string] for string in strings if string in special]
 
 
 def require_one_process(what: str) -> None:

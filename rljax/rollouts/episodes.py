@@ -122,12 +122,13 @@ def sample_of(play: Play) -> Sample:
 
 def scored(group: Group, dialogue: Dialogue) -> ScoredGroup:
     samples = [sample for sample in group.samples if sample is not None]
+    # A group none of whose episodes opened has no prompt; a row needs one token before the first sampled one.
+    prompt = group.prompt or [dialogue.tokenizer.eos_id]
     return ScoredGroup(
         example=group.example,
-        # A group none of whose episodes opened has no prompt; a row needs one token before the first sampled one.
-        prompt=group.prompt or [dialogue.tokenizer.eos_id],
+        prompt=prompt,
         samples=samples,
-        texts=[dialogue.tokenizer.decode(sample.tokens.tolist()) for sample in samples],
+        texts=[dialogue.action(sample.tokens.tolist(), prompt) for sample in samples],
         results=[result for result in group.results if result is not None],
         steps=[np.array(play.turn_ids, np.int32) for play in group.plays],
         turn_fields=[turn_fields_of(play) for play in group.plays],

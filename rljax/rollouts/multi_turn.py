@@ -43,7 +43,7 @@ from rljax.rollouts.episodes import (
 from rljax.rollouts.forks import ForkRounds
 from rljax.sampling import Fork, RowScorer, Sample, SamplingConfig, SamplingParams, Turn, TurnDecoder, TurnResult
 from rljax.tasks import Example, RewardResult, load_callable
-from rljax.text import Dialogue, Tokenizer
+from rljax.text import Dialogue, Tokenizer, encode_text
 from rljax.types import INTERVENTION_SUPPRESS, NO_PARENT, Params
 
 Pick = Callable[[int, int, int], int]
@@ -130,8 +130,21 @@ class MultiTurn(TurnsConfig):
                 f"{type(error).__name__}: {error}"
             ) from error
         return EnvironmentPool(
-            make, workers=self.workers, processes=self.processes, limits=self.limits, tokenizer=tokenizer
+            make, workers=self.workers, processes=self.processes, limits=self.limits, tokenizer=_Text(tokenizer)
         )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Text:
+    """Observations as ids and back, for those that are too long: names of control tokens in them are text."""
+
+    tokenizer: Tokenizer
+
+    def encode(self, text: str) -> list[int]:
+        return encode_text(self.tokenizer, text)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self.tokenizer.decode(ids)
 
 
 class MultiTurnActor:
@@ -283,7 +296,7 @@ class MultiTurnActor:
         if plan.forks:
             group.rounds = ForkRounds(
                 plan=plan.forks,
-                decode=self.dialogue.tokenizer.decode,
+                decode=lambda ids: self.dialogue.action(ids, group.prompt or ()),
                 steps_of=turns_of,
                 seed=self.settings.seed,
                 step=step,
@@ -455,6 +468,7 @@ class MultiTurnActor:
                 prefix_of=group.plays[max(play.fork.parent, 0)].conversation,
                 max_new_tokens=room,
                 suppress=is_suppressed and len(play.tokens) == play.fork.fork_index + len(play.fork.inject),
+                begun=spoken,
             )
         )
 
@@ -481,7 +495,8 @@ class MultiTurnActor:
     def _act(self, play: Play) -> None:
         """Hands the policy's turn to the environment."""
         assert play.episode is not None
-        action = self.dialogue.action(play.tokens[play.turn_start :])
+        before = play.tokens[: play.turn_start] or play.prompt
+        action = self.dialogue.action(play.tokens[play.turn_start :], before)
         self._after(play, self._stepped, self.pool.step(play.episode, action))
 
     def _stepped(self, play: Play) -> None:

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import itertools
+import logging
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
@@ -18,6 +19,7 @@ from rljax.rollouts.forks import ForkRounds
 from rljax.rollouts.lagged import LaggedChains
 from rljax.rollouts.orders import Order, QueuedActor
 from rljax.sampling import Request, Sample, Sampler, SamplerSpec, SamplingConfig, SamplingParams
+from rljax.sampling.stopping import find_stop
 from rljax.tasks import (
     Dataset,
     Example,
@@ -27,7 +29,7 @@ from rljax.tasks import (
     RewardRunner,
     without_long_rows,
 )
-from rljax.text import StepSplitter, Tokenizer, render_prompt
+from rljax.text import StepSplitter, Tokenizer, decode_behind, render_prompt
 from rljax.types import Params
 
 
@@ -93,7 +95,8 @@ class SingleTurn:
         return SingleTurnActor(sampler, parts.tokenizer, rewards, parts.settings, lagged)
 
     def check_prompts(self, parts: ActorParts, pack_length: int) -> Dataset:
-        """Renders every prompt once."""
+        """Renders every prompt once. A log line says where prompts of text name control tokens."""
+        _warn_of_control_tokens(parts, [*parts.dataset.train, *parts.dataset.test])
 
         def length_of(example: Example) -> int:
             try:
@@ -116,6 +119,22 @@ class SingleTurn:
             return f"{raised}, or set config.actor.drop_long_prompts=True"
 
         return without_long_rows(parts.dataset, length_of, limit, drop=self.drop_long_prompts, remedy=remedy)
+
+
+def _warn_of_control_tokens(parts: ActorParts, examples: Sequence[Example]) -> None:
+    """Logs how many prompts of text hold names of control tokens: whoever wrote a chat template's marks by hand would
+    not find out that they are read as text."""
+    names = getattr(parts.tokenizer, "special_tokens", {})
+    texts = [example.prompt for example in examples if isinstance(example.prompt, str)]
+    found = {name for text in texts for name in names if name in text}
+    if found and not parts.settings.chat:
+        count = sum(any(name in text for name in found) for text in texts)
+        logging.getLogger(__name__).warning(
+            "%d prompts are text and name control tokens (%s), which are read as plain text; give messages of a chat "
+            "where these should open and close turns",
+            count,
+            ", ".join(sorted(found)),
+        )
 
 
 class SingleTurnActor(QueuedActor):
@@ -187,8 +206,8 @@ class SingleTurnActor(QueuedActor):
         sampler = self.lagged if self.lagged is not None and plan.forks else self.sampler
         sampled = sampler.generate(requests, self.settings.sampling, seed=self.settings.seed, step=step)
         texts = [
-            [completion_text(self.tokenizer, sample, self.settings.stop_strings) for sample in samples]
-            for samples in sampled
+            [completion_text(self.tokenizer, sample, self.settings.stop_strings, prompt) for sample in samples]
+            for samples, prompt in zip(sampled, prompts, strict=True)
         ]
         self.seconds["sample"] += time.perf_counter() - begin
 
@@ -231,7 +250,7 @@ class SingleTurnActor(QueuedActor):
 
         rounds = ForkRounds(
             plan=forks,
-            decode=self.tokenizer.decode,
+            decode=lambda ids: decode_behind(self.tokenizer, ids, prompt),
             steps_of=lambda sample: splitter(sample.tokens),
             seed=self.settings.seed,
             step=step,
@@ -272,10 +291,16 @@ class SingleTurnActor(QueuedActor):
         ]
 
 
-def completion_text(tokenizer: Tokenizer, sample: Sample, stop_strings: Sequence[str] = ()) -> str:
-    """The completion as the reward sees it: special tokens left out, cut before the stop string that ended it."""
-    text = tokenizer.decode(np.asarray(sample.tokens).tolist())
+def completion_text(
+    tokenizer: Tokenizer, sample: Sample, stop_strings: Sequence[str] = (), prompt: Sequence[int] = ()
+) -> str:
+    """The completion as the reward sees it: special tokens left out, cut before the stop string that ended it. `prompt`
+    are the tokens before it, of which the last one suffices."""
+    ids = np.asarray(sample.tokens).tolist()
+    text = decode_behind(tokenizer, ids, prompt)
     if sample.finish_reason != "stop_string":
         return text
-    starts = [text.find(stop) for stop in stop_strings if stop in text]
-    return text[: min(starts)] if starts else text
+
+    # The string that ended it was completed by the last token; another may stand in what a fork was given.
+    start = find_stop(text, stop_strings, decode_behind(tokenizer, ids[:-1], prompt))
+    return text[:start]

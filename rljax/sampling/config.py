@@ -22,7 +22,7 @@ class SamplingConfig:
     truncated_is_wrong: bool = True
     """A completion that runs into `max_new_tokens` earns no reward, in training and evaluation."""
     stop_strings: tuple[str, ...] = ()
-    """Texts that end a completion, beside the tokenizer's own stop tokens."""
+    """Texts that end a completion, beside the tokenizer's own stop tokens; a control token such as `<|eot_id|>` too."""
 
     def params(self) -> SamplingParams:
         """The distribution that is sampled from. ValueError for a value out of range."""

@@ -14,6 +14,9 @@ from rljax.types import ArrayLike, struct
 MASKED = -1e30
 """Logit of a token that truncation removed: finite, so that probability times log-prob is 0 and never NaN."""
 
+_UNITS = 2.0**30
+_HALF_CELL = 2.0**-24  # uniform numbers are multiples of 2**-23
+
 
 @struct
 class SamplingParams:
@@ -71,7 +74,8 @@ def process_logits(logits: Float[Array, "..."], params: SamplingParams, *, axis:
         lambda x: jnp.full_like(jax.lax.slice_in_dim(x, 0, 1, axis=axis), -jnp.inf),
         detached,
     )
-    return jnp.where(detached >= threshold, scaled, MASKED)
+    # What the head has masked stays so, whatever it is divided by.
+    return jnp.where((detached >= threshold) & (logits > MASKED / 2), scaled, MASKED)
 
 
 def _threshold(x: Array, params: SamplingParams, axis: int) -> Array:
@@ -128,7 +132,7 @@ def sample_tokens(
     Returns (tokens int32, log-probs, entropies), the latter two of the softmax of `processed`, in nats. The vocabulary
     comes first, so that sums over it run along many columns at once. They are taken in blocks: the uniform number
     picks a block, then a token in it. A token of probability 0 is never chosen. Uniforms of 23 random bits resolve
-    probabilities down to 1e-7.
+    probabilities down to 2**-23, and a token's chance differs from its probability by about as much.
     """
     vocab, *batch = processed.shape
     size = block_size(vocab)
@@ -144,8 +148,9 @@ def sample_tokens(
     block_moment = jnp.sum(weights * shifted, axis=1)
     total = jnp.sum(block_weight, axis=0)
 
-    # A block by the CDF of the blocks, then a token by the CDF inside it.
-    block, rest = _invert(block_weight, jnp.ravel(uniform) * jnp.cumsum(block_weight, axis=0)[-1])
+    # A block by the CDF of the blocks, then a token by the CDF inside it. A uniform number stands for the cell of the
+    # line that begins there; its middle is no place where a probability of few bits ends.
+    block, rest = _invert(block_weight, jnp.ravel(uniform) + _HALF_CELL)
     inside = jnp.take_along_axis(blocks, block[None, None], axis=0)[0]
     index, _ = _invert(jnp.exp(inside - best), rest)
     tokens = jax.lax.cond(
@@ -168,14 +173,22 @@ def block_size(vocab: int) -> int:
     return min(divisors, key=lambda size: abs(size - 256)) if divisors else 256
 
 
-def _invert(weights: Array, target: Array) -> tuple[Array, Array]:
-    """First index along axis 0 whose cumulative weight exceeds `target`, and what of `target` remains inside it.
+def _invert(weights: Array, share: Array) -> tuple[Array, Array]:
+    """The index along axis 0 in which the share `share` of all weight ends, and the share of its own that lies below.
 
-    Sums of another order may round below `target`; the last index of positive weight is taken then.
+    Weights count in whole units, some 2**30 in all. Sums of integers are exact in whatever order they are taken, so an
+    index owns exactly its units of the line, and one of less than half a unit owns nothing. Float sums would give
+    places of rounding to their neighbours, however improbable.
     """
-    cumulative = jnp.cumsum(weights, axis=0)
-    index = jnp.sum(cumulative <= target, axis=0)
-    last = jnp.max(jnp.where(weights > 0, jnp.arange(weights.shape[0])[:, None], 0), axis=0)
-    index = jnp.minimum(index, last).astype(jnp.int32)
-    before = jnp.take_along_axis(cumulative - weights, index[None], axis=0)[0]
-    return index, jnp.maximum(target - before, 0.0)
+    units = jnp.round(weights * (_UNITS / jnp.sum(weights, axis=0))).astype(jnp.int32)
+    ends = jnp.cumsum(units, axis=0)
+    target = (share * ends[-1].astype(jnp.float32)).astype(jnp.int32)
+
+    # A product may round up to the very end, where nobody is: the sliver goes to the heaviest, whose share it hardly
+    # changes.
+    found = jnp.sum(ends <= target, axis=0)
+    index = jnp.where(target < ends[-1], found, jnp.argmax(units, axis=0)).astype(jnp.int32)
+
+    own = jnp.take_along_axis(units, index[None], axis=0)[0]
+    before = jnp.take_along_axis(ends, index[None], axis=0)[0] - own
+    return index, (target - before + 0.5) / own

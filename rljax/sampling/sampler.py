@@ -198,14 +198,14 @@ class Sampler:
             slots.advance(row, emitted.tokens[new], emitted.logprobs[new], emitted.entropies[new])
             tokens = slots.tokens(owner)
 
-            # Stop strings are looked for in what the sample itself said, and found at a token of this run at the
-            # earliest: the text before was searched after the run before.
-            length: int | None = None
-            if self._stop_strings.strings:
-                given = slots.first_sampled(owner)
-                checked = max(len(tokens) - int(grown[row]) - given, 0)
-                own = self._stop_strings.end(tokens[given:], checked)
-                length = None if own is None else given + own
+            # A stop string is found at a token of this run at the earliest: the text before was searched after the
+            # run before.
+            length = self._stop_strings.end(
+                tokens,
+                len(tokens) - int(grown[row]),
+                given=slots.first_sampled(owner),
+                before=slots.requests[owner[0]].prompt[-1:],
+            )
 
             path = None
             if length is not None:
@@ -287,9 +287,9 @@ class Sampler:
                 f"{where}: prompt of {len(prompt)} tokens is longer than the largest bucket of prompt_buckets="
                 f"{spec.prompt_buckets}; add a bucket or shorten the prompt"
             )
-        if len(outside := prompt[(prompt < 0) | (prompt >= config.vocab_size)]):
+        if len(outside := prompt[(prompt < 0) | (prompt >= config.num_ids)]):
             raise ValueError(
-                f"{where}: token {outside[0]} is outside the vocabulary of {config.vocab_size}; "
+                f"{where}: token {outside[0]} is outside the vocabulary of {config.num_ids}; "
                 "check that tokenizer and model belong together"
             )
 

@@ -13,14 +13,15 @@ class Stops:
     tokens: Sequence[int] = ()
     """Token ids that end it, themselves included in it."""
     strings: Sequence[str] = ()
-    """Texts that end it once it contains one of them, looked for every `check_every` steps."""
+    """Texts that end it once it contains one of them, looked for every `check_every` steps. One that begins in
+    inherited or given tokens and ends behind them counts; one that lies in them as a whole does not."""
     decode_text: Callable[[list[int]], str] | None = None
     """Token ids -> text, such as a tokenizer's `decode`; needed with `strings`."""
 
     def check(self, config: DecoderConfig) -> None:
         """ValueError for a token that the model does not know."""
-        if outside := [token for token in self.tokens if not 0 <= token < config.vocab_size]:
-            raise ValueError(f"stop token {outside[0]} is outside the vocabulary of {config.vocab_size}; leave it out")
+        if outside := [token for token in self.tokens if not 0 <= token < config.num_ids]:
+            raise ValueError(f"stop token {outside[0]} is outside the vocabulary of {config.num_ids}; leave it out")
 
 
 NO_STOPS = Stops()

@@ -80,7 +80,9 @@ class Turn(NamedTuple):
     prefix_of: int | None = None
     """Another conversation that may begin with the same tokens: what it has computed of them is copied."""
     max_new_tokens: int | None = None
-    """Most tokens of this turn; None is the decoder's limit."""
+    """Most tokens that are sampled; None is the decoder's limit."""
+    begun: int = 0
+    """The last `begun` of `tokens` belong to this turn, which goes on: a stop string may begin in them."""
     suppress: bool = False
     """Whether its first token is none of those that the decoder was told to suppress."""
 
@@ -203,6 +205,8 @@ class TurnDecoder:
         length = len(turn.tokens)
         if not 0 <= turn.conversation < spec.conversations:
             raise ValueError(f"{where} must lie between 0 and {spec.conversations - 1}")
+        if not 0 <= turn.begun <= length:
+            raise ValueError(f"{where}: begun={turn.begun} must lie between 0 and its {length} tokens")
         if not 1 <= length < spec.context_length:
             raise ValueError(
                 f"{where}: {length} tokens leave no room for a new one within context_length={spec.context_length}"
@@ -416,10 +420,20 @@ class TurnDecoder:
 
     def _end(self, row: int, grown: int, is_active: bool) -> tuple[TurnEnd, int | None] | None:
         """Why and after how many tokens the row's turn is over, if it is."""
+        turn = self._turns[row]
+        assert turn is not None
         tokens = np.concatenate([part[0] for part in self._emitted[row]])
-        length = self._stop_strings.end(tokens, len(tokens) - grown)
+
+        # The text of a turn that goes on begins with what was said of it before.
+        start = len(turn.tokens) - turn.begun
+        length = self._stop_strings.end(
+            np.concatenate([np.asarray(turn.tokens[start:], np.int32), tokens]),
+            turn.begun + len(tokens) - grown,
+            given=turn.begun,
+            before=turn.tokens[max(start - 1, 0) : start],
+        )
         if length is not None:
-            return "stop_string", length
+            return "stop_string", length - turn.begun
         if is_active:
             return None
         return ("stop" if tokens[-1] in self._stop_tokens else "length"), None

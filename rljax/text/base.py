@@ -1,5 +1,6 @@
 """What every tokenizer offers the rest of the package."""
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from os import PathLike
 from typing import Any, Protocol, runtime_checkable
@@ -26,7 +27,10 @@ class Tokenizer(Protocol):
 
     `stop_ids` lists the tokens that end a completion (`eos_id` first, then end-of-turn tokens); `vocab_size` is one
     past the largest id. `pad_id` may equal `eos_id`. A tokenizer whose model expects a beginning-of-sequence token in
-    front of plain text also has a true attribute `adds_bos`; `render_prompt` reads it.
+    front of plain text also has a true attribute `adds_bos`; `render_prompt` reads it. One whose `encode` finds control
+    tokens in text, or begins a text with a space of its own, also has `encode_text`, which the function of that name
+    calls. One with control tokens, which `decode` leaves out, has their ids by name in a mapping `special_tokens`. One
+    whose chat template ends the assistant's turns with another token than `eos_id` names it as `turn_end_id`.
     """
 
     @property
@@ -48,7 +52,8 @@ class Tokenizer(Protocol):
     def has_chat_template(self) -> bool: ...
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of `text`; no token is added at either end."""
+        """Token ids of `text`, the beginning of one; no token is added at either end. For text of one's own: names of
+        control tokens in it may become these."""
         ...
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -62,6 +67,50 @@ class Tokenizer(Protocol):
     def save(self, folder: str | PathLike) -> None:
         """Write files into `folder` from which `load_tokenizer(folder)` gives the same tokenizer."""
         ...
+
+
+def encode_text(
+    tokenizer: Tokenizer, text: str, *, wrap: tuple[str, str] = ("", ""), continues: bool = False
+) -> list[int]:
+    """Token ids of `wrap[0] + text + wrap[1]`, where `text` comes from outside: whatever names of control tokens it
+    holds, they are text. Those in `wrap` are control tokens. `continues`: it stands behind other tokens, so that no
+    dummy space is put in front. Raises ValueError for text that the tokenizer cannot encode."""
+    own = getattr(tokenizer, "encode_text", None)
+    if own is None:
+        return tokenizer.encode(f"{wrap[0]}{text}{wrap[1]}")
+    return own(text, wrap=wrap, continues=continues)
+
+
+def decode_behind(tokenizer: Tokenizer, ids: Sequence[int], before: Sequence[int]) -> str:
+    """Text of `ids`, special tokens left out, as it stands behind the tokens `before`, of which the last one suffices:
+    a space that begins it stays, which a tokenizer takes away at the beginning of a text."""
+    last = list(before[-1:])
+    if not last:
+        return tokenizer.decode(ids)
+    text = tokenizer.decode([*last, *ids])
+    head = tokenizer.decode(last)
+
+    # A character whose last bytes come with `ids` is theirs.
+    while not text.startswith(head):
+        head = head[:-1]
+    return text[len(head) :]
+
+
+@dataclasses.dataclass(frozen=True)
+class WithinText:
+    """A tokenizer for words that stand within a text, not at the beginning of one."""
+
+    tokenizer: Tokenizer
+
+    @property
+    def vocab_size(self) -> int:
+        return self.tokenizer.vocab_size
+
+    def encode(self, text: str) -> list[int]:
+        return encode_text(self.tokenizer, text, continues=True)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self.tokenizer.decode(ids)
 
 
 def unique(ids: Sequence[int | None]) -> tuple[int, ...]:

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from rljax.text.base import Message, Tokenizer
+from rljax.text.base import Message, Tokenizer, decode_behind, encode_text
 from rljax.text.prompts import render_prompt
 
 _BEFORE: list[dict[str, Any]] = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]
@@ -14,6 +14,7 @@ class Dialogue:
 
     Behind a prompt of chat messages an observation is what the chat template puts behind a turn of the assistant: a
     message of `role`, and the start of the next turn. Behind a prompt of plain text it is `wrap[0] + text + wrap[1]`.
+    Names of control tokens in the text of an environment are text.
     `chat` is that of `render_prompt`.
     """
 
@@ -30,15 +31,16 @@ class Dialogue:
         """Ids of a prompt up to where the policy speaks. Raises ValueError as `render_prompt` does."""
         return render_prompt(self.tokenizer, prompt, self.chat)
 
-    def action(self, ids: Sequence[int]) -> str:
-        """The text of a turn of the policy, without special tokens: what the environment gets."""
-        return self.tokenizer.decode(ids)
+    def action(self, ids: Sequence[int], before: Sequence[int] = ()) -> str:
+        """The text of a turn of the policy behind the tokens `before`, without special tokens: what the environment
+        gets."""
+        return decode_behind(self.tokenizer, ids, before)
 
     def observation(self, text: str, *, is_chat: bool, is_closed: bool) -> list[int]:
         """Ids that follow a turn, up to where the policy speaks again. `is_closed`: the turn ends with a stop token of
         its own; else the template's is put in first. Raises ValueError if the template does not append."""
         if not is_chat:
-            return self.tokenizer.encode(f"{self.wrap[0]}{text}{self.wrap[1]}")
+            return encode_text(self.tokenizer, text, wrap=self.wrap, continues=True)
 
         # What a template appends is the difference between two renderings of a conversation that stands for any.
         if self._base is None:
@@ -57,6 +59,10 @@ class Dialogue:
             )
         # The stop token itself belongs to the observation where the turn has none of its own.
         return ids[end + (is_closed and bool(stops)) :]
+
+    def turn_end(self, *, is_chat: bool) -> int:
+        """The token with which a turn of the policy ends: the chat template's, or else the end of sequence."""
+        return getattr(self.tokenizer, "turn_end_id", self.tokenizer.eos_id) if is_chat else self.tokenizer.eos_id
 
     def is_chat(self, prompt: str | Sequence[Message]) -> bool:
         """Whether a prompt goes through the chat template."""

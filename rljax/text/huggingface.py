@@ -8,6 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from rljax.text.base import END_OF_TURN_TOKENS, Message, unique
+from rljax.text.plain import PlainText, special_tokens
+
+_ANSWER = "qz7"  # stands for what the assistant says
 
 GENERATION_FILE = "generation_config.json"
 
@@ -15,9 +18,11 @@ GENERATION_FILE = "generation_config.json"
 class HuggingFaceTokenizer:
     """Wraps a `transformers` tokenizer.
 
-    `stop_ids` default to the tokenizer's end of sequence and the end-of-turn tokens that its vocabulary marks special.
-    `template_kwargs` go to the chat template at every call, such as `{"enable_thinking": False}`.
-    Raises ValueError if the tokenizer has no end-of-sequence token.
+    What ends a completion is said in several places, and each counts: the tokenizer's end of sequence, `stop_ids`, the
+    end-of-turn tokens by name that the vocabulary marks special, and what the chat template writes behind a turn of the
+    assistant (`turn_end_id`, the end of sequence where it writes nothing special). `template_kwargs` go to the chat
+    template at every call, such as `{"enable_thinking": False}`. Raises ValueError if the tokenizer has no
+    end-of-sequence token.
     """
 
     def __init__(
@@ -31,23 +36,47 @@ class HuggingFaceTokenizer:
         self.hf = tokenizer
         self.bos_id: int | None = tokenizer.bos_token_id
 
-        # names alone do not tell: a vocabulary may hold one as a piece of text
-        special = {str(token): i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
-        named = [special.get(name) for name in END_OF_TURN_TOKENS]
-        self.stop_ids: tuple[int, ...] = unique([tokenizer.eos_token_id, *(stop_ids or named)])
-        if not self.stop_ids:
-            raise ValueError(
-                f"tokenizer {tokenizer.name_or_path!r} has no end-of-sequence token, so a completion could never end; "
-                "set eos_token in its tokenizer_config.json"
-            )
-
-        self.eos_id: int = self.stop_ids[0]
-        self.pad_id: int = self.eos_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
         # ids may have gaps, so not the number of tokens
         self.vocab_size: int = max(tokenizer.get_vocab().values()) + 1
+        # names alone do not tell: a vocabulary may hold one as a piece of text
+        self.special_tokens: Mapping[str, int] = special_tokens(tokenizer)
+        self._template_kwargs = dict(template_kwargs or {})
+
+        named = [self.special_tokens.get(name) for name in END_OF_TURN_TOKENS]
+        known = [i for i in stop_ids if 0 <= i < self.vocab_size]  # files may speak of a larger vocabulary
+        self._own_stops = unique([tokenizer.eos_token_id, *known, *named])
+        self._find_ends()
+        self.pad_id: int = self.eos_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
         self.adds_bos: bool = self._finds_bos() if adds_bos is None else adds_bos
         self.system_prompt: str = ""
-        self._template_kwargs = dict(template_kwargs or {})
+        self._plain = PlainText(tokenizer)
+
+    def _find_ends(self) -> None:
+        """What ends a completion, and what ends a turn."""
+        template_end = self._template_end()
+        self.stop_ids: tuple[int, ...] = unique([*self._own_stops, template_end])
+        if not self.stop_ids:
+            raise ValueError(
+                f"tokenizer {self.hf.name_or_path!r} has no end-of-sequence token, so a completion could never end; "
+                "set eos_token in its tokenizer_config.json"
+            )
+        self.eos_id: int = self.stop_ids[0]
+        self.turn_end_id: int = self.eos_id if template_end is None else template_end
+
+    def _template_end(self) -> int | None:
+        """The first special token that the chat template writes behind a turn of the assistant."""
+        if not self.has_chat_template:
+            return None
+        messages = [{"role": "user", "content": "x"}, {"role": "assistant", "content": _ANSWER}]
+        try:
+            text = self.hf.apply_chat_template(messages, tokenize=False, **self._template_kwargs)
+        except Exception:  # a template may stumble over anything; it says so when it is given a conversation
+            return None
+
+        behind = text.rpartition(_ANSWER)[2]
+        places = {name: behind.find(name) for name in self.special_tokens if name in behind}
+        # of names that begin at one place the longest is the token
+        return self.special_tokens[min(places, key=lambda name: (places[name], -len(name)))] if places else None
 
     def _finds_bos(self) -> bool:
         return self.bos_id is not None and self.hf.encode("a", add_special_tokens=True)[:1] == [self.bos_id]
@@ -60,6 +89,13 @@ class HuggingFaceTokenizer:
         """Names of special tokens in the text become those tokens."""
         return list(self.hf.encode(text, add_special_tokens=False))
 
+    def encode_text(self, text: str, *, wrap: tuple[str, str] = ("", ""), continues: bool = False) -> list[int]:
+        """See `rljax.text.encode_text`."""
+        marked = self._plain.mark(text)
+        if marked == text and not (continues and self._plain.has_dummy_prefix()):
+            return self.encode(f"{wrap[0]}{text}{wrap[1]}")
+        return self._plain.encode(f"{wrap[0]}{marked}{wrap[1]}", continues=continues)
+
     def decode(self, ids: Sequence[int]) -> str:
         known = [int(i) for i in ids if 0 <= i < self.vocab_size]  # a model's vocabulary may be padded beyond ours
         return self.hf.decode(known, skip_special_tokens=True, clean_up_tokenization_spaces=False)
@@ -68,7 +104,8 @@ class HuggingFaceTokenizer:
         """A message may have a key `tools`, JSON schemas of functions, which the template is shown. `system_prompt`
         stands before messages that do not begin with a system message.
 
-        Raises ValueError without a chat template, or if the template refuses the messages.
+        Names of control tokens in messages and tools are text; only the template writes such tokens. Raises ValueError
+        without a chat template, or if the template refuses the messages.
         """
         if not self.has_chat_template:
             raise ValueError(
@@ -81,19 +118,17 @@ class HuggingFaceTokenizer:
         except ImportError:
             raise ValueError("chat templates need the package jinja2: pip install 'jinja2>=3.1'") from None
 
+        # last, so that tools given for all conversations win
+        kwargs = {"tools": _tools(messages), **self._template_kwargs, "add_generation_prompt": add_generation_prompt}
+        given = [list(messages), kwargs["tools"]]
+        marked = self._plain.mark(given)
         try:
-            return list(
-                self.hf.apply_chat_template(
-                    list(messages),
-                    tokenize=True,
-                    return_dict=False,
-                    add_generation_prompt=add_generation_prompt,
-                    # last, so that tools given for all conversations win
-                    **{"tools": _tools(messages), **self._template_kwargs},
-                )
-            )
+            if marked == given:
+                return list(self.hf.apply_chat_template(given[0], tokenize=True, return_dict=False, **kwargs))
+            text = self.hf.apply_chat_template(marked[0], tokenize=False, **{**kwargs, "tools": marked[1]})
         except jinja2.TemplateError as error:
             raise ValueError(f"the chat template refused {list(messages)!r}: {error}") from error
+        return self._plain.encode(text)
 
     def _behind_system_prompt(self, messages: Sequence[Message]) -> Sequence[Message]:
         own = bool(messages) and messages[0].get("role") == "system"
@@ -109,6 +144,7 @@ class HuggingFaceTokenizer:
         if chat_template:
             other.hf = copy.copy(self.hf)
             other.hf.chat_template = chat_template
+            other._find_ends()
         return other
 
     def with_template_kwargs(self, **template_kwargs: Any) -> "HuggingFaceTokenizer":
@@ -140,8 +176,8 @@ def load_huggingface_tokenizer(
     """The tokenizer of a local model folder; nothing is ever downloaded.
 
     The ids are those of the folder's own files: transformers rebuilds the tokenizers of some families by their name,
-    whatever splitting tokenizer.json describes. End tokens come from `generation_config.json` where the folder has
-    one, else from the vocabulary. Raises ValueError if the folder cannot be read.
+    whatever splitting tokenizer.json describes. End tokens of its `generation_config.json` count beside those of
+    `HuggingFaceTokenizer`. Raises ValueError if the folder cannot be read.
     """
     folder = Path(folder)
     try:

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from rljax.text.base import Message, Tokenizer
+from rljax.text.base import Message, Tokenizer, encode_text
 
 
 def render_prompt(tokenizer: Tokenizer, prompt: str | Sequence[Message], chat: bool | None = None) -> list[int]:
@@ -11,7 +11,7 @@ def render_prompt(tokenizer: Tokenizer, prompt: str | Sequence[Message], chat: b
 
     A list of messages goes through the chat template, up to where the assistant begins to speak. Text is encoded as
     it is, behind a beginning-of-sequence token if the tokenizer's model expects one; with `chat=True` it is taken as
-    one user message.
+    one user message. Names of control tokens in either are text: only the template opens turns.
 
     Raises ValueError if the prompt is empty or malformed, if it needs a chat template and there is none, or for
     messages with `chat=False`.
@@ -20,7 +20,7 @@ def render_prompt(tokenizer: Tokenizer, prompt: str | Sequence[Message], chat: b
         if chat:
             return render_prompt(tokenizer, [{"role": "user", "content": prompt}])
         # a template writes the token by itself; plain text has nobody to do it
-        ids = tokenizer.encode(prompt)
+        ids = encode_text(tokenizer, prompt)
         bos = tokenizer.bos_id if getattr(tokenizer, "adds_bos", False) else None
         if bos is not None and ids[:1] != [bos]:
             ids = [bos, *ids]

@@ -8,6 +8,7 @@ from pathlib import Path
 from rljax.text.base import Message, unique
 
 MODEL_FILE = "tokenizer.model"
+_APART = "\ue000"  # no vocabulary joins it with a neighbour
 
 
 class SentencePieceTokenizer:
@@ -44,11 +45,25 @@ class SentencePieceTokenizer:
         self.bos_id: int | None = None if bos < 0 else bos
         self.pad_id: int = eos if pad < 0 else pad
         self.stop_ids: tuple[int, ...] = unique([eos])
-        self.vocab_size: int = self._processor.vocab_size()
+        size = self._processor.vocab_size()
+        control = [i for i in range(size) if self._processor.IsControl(i)]
+        self.special_tokens: dict[str, int] = {self._processor.IdToPiece(i): i for i in control}
+        self.vocab_size: int = size
         self.adds_bos: bool = adds_bos and self.bos_id is not None
 
     def encode(self, text: str) -> list[int]:
         return list(self._processor.EncodeAsIds(text))
+
+    def encode_text(self, text: str, *, wrap: tuple[str, str] = ("", ""), continues: bool = False) -> list[int]:
+        """See `rljax.text.encode_text`; SentencePiece never reads the names of control pieces as such."""
+        text = f"{wrap[0]}{text}{wrap[1]}"
+        if not continues:
+            return self.encode(text)
+
+        # Behind a character that joins with nothing there is no dummy space.
+        apart = self.encode(_APART)
+        ids = self.encode(_APART + text)
+        return ids[len(apart) :] if ids[: len(apart)] == apart else self.encode(text)
 
     def decode(self, ids: Sequence[int]) -> str:
         """Control pieces and ids outside of the vocabulary give nothing."""

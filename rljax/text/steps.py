@@ -1,6 +1,7 @@
-"""Completions cut into steps by what their tokens say."""
+"""Completions cut into steps by what their text says."""
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from jaxtyping import Int
@@ -9,25 +10,54 @@ from rljax.text.base import Tokenizer
 
 
 class StepSplitter:
-    """Numbers the steps of a completion from 0: a step ends with a token whose text contains one of `delimiters`.
+    """Numbers the steps of a completion from 0: a step ends with the token that completes one of `delimiters`, which
+    may lie across tokens, or be the name of a control token.
 
     The number of a token depends on the tokens up to it alone, so completions that share a prefix share its steps.
-    Without delimiters everything is step 0. Raises ValueError for an empty delimiter.
+    Without delimiters everything is step 0. Raises ValueError for an empty delimiter, and for one that no text can hold
+    since a control token stands in it.
     """
 
     def __init__(self, tokenizer: Tokenizer, delimiters: Sequence[str]):
         if "" in delimiters:
             raise ValueError("a step delimiter is empty and would end a step at every token; leave it out")
+        special: Mapping[str, int] = getattr(tokenizer, "special_tokens", {})
+        for delimiter in delimiters:
+            name = next((name for name in special if name in delimiter), None)
+            if name is not None and delimiter not in special:
+                raise ValueError(
+                    f"the step delimiter {delimiter!r} ends no step, since text leaves out the control token {name!r}; "
+                    f"give {name!r} alone, or a delimiter without it"
+                )
+
         self._tokenizer = tokenizer
         self._delimiters = tuple(delimiters)
-        self._ends: dict[int, bool] = {}  # by token, which is decoded once
+        self._ids = {special[delimiter] for delimiter in delimiters if delimiter in special}
+        self._texts: dict[int, str] = {}  # by token, which is decoded once
 
     def __call__(self, tokens: Sequence[int] | np.ndarray) -> Int[np.ndarray, " T"]:
-        ends = np.array([self._is_end(int(token)) for token in tokens], np.int32)
+        ids = [int(token) for token in tokens]
+        ends = np.array([token in self._ids for token in ids], np.int32)
+
+        if self._delimiters:
+            pieces = [self._text(token) for token in ids]
+            stops = np.array(list(itertools.accumulate(map(len, pieces))), np.int64)
+            ends[np.searchsorted(stops, self._places("".join(pieces)))] = 1
         return (np.cumsum(ends) - ends).astype(np.int32)
 
-    def _is_end(self, token: int) -> bool:
-        if token not in self._ends:
-            text = self._tokenizer.decode([token]) if self._delimiters else ""
-            self._ends[token] = any(delimiter in text for delimiter in self._delimiters)
-        return self._ends[token]
+    def _places(self, text: str) -> list[int]:
+        """Lengths of `text` at which it ends with a delimiter; of each delimiter, those that do not overlap."""
+        places = []
+        for delimiter in self._delimiters:
+            start = text.find(delimiter)
+            while start >= 0:
+                places.append(start + len(delimiter))
+                start = text.find(delimiter, places[-1])
+        return places
+
+    def _text(self, token: int) -> str:
+        if token not in self._texts:
+            # Behind itself, since at the beginning of a text a tokenizer may take its space away.
+            once = self._tokenizer.decode([token])
+            self._texts[token] = self._tokenizer.decode([token, token])[len(once) :]
+        return self._texts[token]

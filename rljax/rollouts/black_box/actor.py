@@ -304,7 +304,7 @@ class BlackBoxActor(QueuedActor):
             example=runs[0].example,
             prompt=prompt,
             samples=samples,
-            texts=[self.endpoint.renderer.decode(sample.tokens.tolist()) for sample in samples],
+            texts=[self.endpoint.renderer.decode(sample.tokens.tolist(), prompt) for sample in samples],
             results=judged,
             steps=[sample.turns for sample in samples if sample.turns is not None],
             episodes=episodes,

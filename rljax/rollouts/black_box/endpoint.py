@@ -270,7 +270,7 @@ class ChatEndpoint:
 
     def _message_of(self, result: TurnResult, request: ChatRequest, turn: int) -> tuple[dict[str, Any], str, bool]:
         """The answer's message, why it ended, and whether a call in it could not be read."""
-        text = self.renderer.decode(result.tokens.tolist())
+        text = self.renderer.decode(result.tokens.tolist(), result.turn.tokens)
         parsed = self._format.parse(text) if request.reads_calls else None
         message: dict[str, Any] = {"role": "assistant", "content": text}
 

@@ -15,7 +15,7 @@ import numpy as np
 
 from rljax.sampling import Sample
 from rljax.sampling.turns import MOST_TURNS
-from rljax.text import Tokenizer, check_messages
+from rljax.text import Tokenizer, check_messages, decode_behind
 
 _PLACEHOLDER = "qz7"  # stands for the assistant's text where only the ids after it are wanted
 
@@ -117,9 +117,10 @@ class Renderer:
         self.tokenizer = tokenizer
         self._lock = threading.Lock()  # fast tokenizers keep padding and truncation in a state of their own
 
-    def decode(self, ids: Sequence[int]) -> str:
+    def decode(self, ids: Sequence[int], before: Sequence[int] = ()) -> str:
+        """Text of `ids` behind the tokens `before`."""
         with self._lock:
-            return self.tokenizer.decode(ids)
+            return decode_behind(self.tokenizer, ids, before)
 
     def opening_ids(self, messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]]) -> list[int]:
         """Ids of a whole conversation, up to where the policy speaks. Raises ValueError if the template refuses it."""

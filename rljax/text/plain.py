@@ -1,0 +1,166 @@
+"""Text of others as token ids: what it says is text, whatever names of control tokens stand in it.
+
+A page that holds `<|im_end|>` would otherwise end a turn and speak as the policy. A name of a control token is broken
+by a mark that no text needs; the mark goes away behind the search for control tokens, so that the name is read as the
+letters that it has. What a chat template writes by itself is not marked, and stays what it is.
+"""
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+MARK = "\ufdd0"
+"""A code point that Unicode sets aside for use within a program."""
+
+_PROBE = [
+    {"role": "user", "content": "x"},
+    {"role": "assistant", "content": "y"},
+    {"role": "user", "content": "x"},
+]
+
+
+class PlainText:
+    """The control tokens of a `transformers` tokenizer, and an encoder that tells them from text.
+
+    Control tokens are those that the vocabulary marks special, and whatever else was added to it that the chat template
+    writes between two turns. Everything is found when it is first needed, since a copy of a large vocabulary takes a
+    second.
+    """
+
+    def __init__(self, hf: Any):
+        self._hf = hf
+        self._control: dict[str, int] | None = None
+        self._names = re.compile("")
+        self._copies: dict[bool, Any] = {}
+
+    @property
+    def control(self) -> Mapping[str, int]:
+        """Ids of control tokens by name."""
+        if self._control is None:
+            control = special_tokens(self._hf)
+            others = {str(token): i for i, token in self._hf.added_tokens_decoder.items() if str(token) not in control}
+            between = self._between_turns() if others else ""
+            control |= {name: i for name, i in others.items() if name in between}
+            # A name of one letter cannot be broken, and is the unknown token of a toy.
+            control = {name: i for name, i in control.items() if len(name) > 1}
+
+            # The longest first, since one name may begin with another.
+            longest = sorted(control, key=len, reverse=True)
+            self._names = re.compile("|".join(map(re.escape, longest)) or "(?!)")
+            self._control = control
+        return self._control
+
+    def _between_turns(self) -> str:
+        """What the chat template writes around turns; "" where there is none, or it refuses the probe."""
+        if not self._hf.chat_template:
+            return ""
+        try:
+            return self._hf.apply_chat_template(_PROBE, tokenize=False)
+        except Exception:  # a template may stumble over anything
+            return ""
+
+    def mark(self, value: Any) -> Any:
+        """`value`, nested lists and mappings of text, with all names of control tokens in it broken."""
+        if isinstance(value, str):
+            return self._names.sub(lambda found: found[0][0] + MARK + found[0][1:], value) if self.control else value
+        if isinstance(value, Mapping):
+            return {self.mark(key): self.mark(part) for key, part in value.items()}
+        if isinstance(value, (list, tuple)):
+            return type(value)(map(self.mark, value))
+        return value
+
+    def encode(self, marked: str, *, continues: bool = False) -> list[int]:
+        """Ids of a text in which broken names are text and whole ones are control tokens, without the dummy space in
+        front of a text where it `continues` another. Raises ValueError for a name that the vocabulary cannot spell."""
+        control = self.control
+        wanted = [control[name] for name in self._names.findall(marked)] if control else []
+        ids = list(self._encode(marked, continues))
+
+        # What the vocabulary lacks becomes the unknown token, which opens no turn.
+        counted = set(control.values()) - {self._hf.unk_token_id}
+        if [i for i in ids if i in counted] != [i for i in wanted if i in counted]:
+            raise ValueError(
+                f"the tokenizer cannot write {self._unspelt(marked)} as plain text; take it out of the text"
+            )
+        return ids
+
+    def _encode(self, marked: str, continues: bool) -> list[int]:
+        if getattr(self._hf, "backend_tokenizer", None) is not None:
+            return self._copy(continues).encode(marked, add_special_tokens=False).ids
+
+        # A tokenizer written in Python has nothing behind the search: what stands around marks is encoded alone.
+        parts = marked.split(MARK)
+        return [i for part in parts for i in self._hf.encode(part, add_special_tokens=False)]
+
+    def _unspelt(self, marked: str) -> str:
+        return ", ".join(sorted({repr(name) for name in self._names.findall(marked.replace(MARK, ""))}))
+
+    def has_dummy_prefix(self) -> bool:
+        """Whether the tokenizer begins a text with a space that is not in it."""
+        backend = getattr(self._hf, "backend_tokenizer", None)
+        if backend is None:
+            return False
+        parts = (backend.normalizer, backend.pre_tokenizer)
+        return any(_puts_space(node) for part in parts if part is not None for node in _nodes(_state(part)))
+
+    def _copy(self, continues: bool) -> Any:
+        """The tokenizer with marks taken out behind the search for control tokens."""
+        continues = continues and self.has_dummy_prefix()
+        if continues not in self._copies:
+            from tokenizers import Tokenizer
+
+            state = json.loads(self._hf.backend_tokenizer.to_str())
+            state["truncation"] = None
+            state["padding"] = None
+            # Special tokens are looked for before the text is normalized, and there alone.
+            for token in state["added_tokens"]:
+                token["normalized"] = token["normalized"] and token["content"] not in self.control
+
+            if continues:
+                state["normalizer"] = _without_space(state["normalizer"])
+                state["pre_tokenizer"] = _without_space(state["pre_tokenizer"])
+            remove = {"type": "Replace", "pattern": {"String": MARK}, "content": ""}
+            normalizers = [remove, *([state["normalizer"]] if state["normalizer"] else [])]
+            state["normalizer"] = {"type": "Sequence", "normalizers": normalizers}
+            self._copies[continues] = Tokenizer.from_str(json.dumps(state))
+        return self._copies[continues]
+
+
+def special_tokens(hf: Any) -> dict[str, int]:
+    """Ids of the tokens by name that a `transformers` tokenizer leaves out when it decodes."""
+    added = {str(token): i for i, token in hf.added_tokens_decoder.items() if token.special}
+    return added | dict(zip(hf.all_special_tokens, hf.all_special_ids, strict=True))
+
+
+def _state(part: Any) -> Any:
+    return json.loads(part.__getstate__())
+
+
+def _nodes(state: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    """A component of a tokenizer and all that it is made of."""
+    yield state
+    for part in (*state.get("normalizers", ()), *state.get("pretokenizers", ())):
+        yield from _nodes(part)
+
+
+def _puts_space(state: Mapping[str, Any]) -> bool:
+    if state["type"] == "Metaspace":
+        return state.get("prepend_scheme", "always") != "never"
+    return state["type"] == "Prepend" or (state["type"] == "ByteLevel" and bool(state.get("add_prefix_space")))
+
+
+def _without_space(state: dict[str, Any] | None) -> dict[str, Any] | None:
+    """A normalizer or pre-tokenizer that puts no space in front of a text."""
+    if state is None or state["type"] == "Prepend":
+        return None
+    if state["type"] == "Metaspace":
+        return {**state, "prepend_scheme": "never"}
+    if state["type"] == "ByteLevel":
+        return {**state, "add_prefix_space": False}
+
+    for name in ("normalizers", "pretokenizers"):
+        if name in state:
+            parts = [_without_space(part) for part in state[name]]
+            state = {**state, name: [part for part in parts if part is not None]}
+    return state

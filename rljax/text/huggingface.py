@@ -104,11 +104,16 @@ class HuggingFaceTokenizer:
     ) -> "HuggingFaceTokenizer":
         """The same tokenizer with another template and system prompt (empty: its own), and `template_kwargs` as well.
         `rljax.text.with_chat_settings` checks them."""
-        other = self.with_template_kwargs(**template_kwargs)
+        hf = copy.copy(self.hf)
+        hf.chat_template = chat_template or hf.chat_template
+        # Made anew, since what ends a completion may follow from the template.
+        other = HuggingFaceTokenizer(
+            hf,
+            stop_ids=self.stop_ids,
+            adds_bos=self.adds_bos,
+            template_kwargs={**self._template_kwargs, **template_kwargs},
+        )
         other.system_prompt = system_prompt or self.system_prompt
-        if chat_template:
-            other.hf = copy.copy(self.hf)
-            other.hf.chat_template = chat_template
         return other
 
     def with_template_kwargs(self, **template_kwargs: Any) -> "HuggingFaceTokenizer":

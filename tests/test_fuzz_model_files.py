@@ -261,17 +261,21 @@ def test_any_bytes_as_gguf(path, content):
         refuses_or_reads(read, path)
 
 
+NEW_KEYS = st.text(max_size=6)
 TENSORS = st.tuples(st.text(max_size=4), st.lists(COUNTS, max_size=6), st.integers(0, 45), COUNTS)
 
 
 @FUZZ
 @given(
     changes=st.dictionaries(
-        st.sampled_from(sorted(KEYS_OF_MODEL | KEYS_OF_TOKENIZER)) | st.text(max_size=6), VALUES, max_size=3
+        st.sampled_from(sorted(KEYS_OF_MODEL | KEYS_OF_TOKENIZER)) | NEW_KEYS | NEW_KEYS.map("llama.".__add__),
+        VALUES,
+        max_size=3,
     ),
     table=st.lists(TENSORS, max_size=3),
     counts=st.tuples(st.none() | COUNTS, st.none() | COUNTS),
 )
+@example({"llama.a\nb": scalar(4, 1)}, [("token_embd.weight", [4, 4], 0, 0)], (None, None))
 @example({"general.alignment": scalar(4, 0)}, [], (None, None))
 @example({"general.alignment": struct.pack("<I", 8) + text("x")}, [], (None, None))
 @example({"a": struct.pack("<IIQ", 9, 9, 1) * 2000}, [], (None, None))

@@ -131,7 +131,7 @@ CHAT = [{"role": "user", "content": "hi"}]
             {"data": FileData(chat=True), "model": PretrainedModel(system_prompt="Be brief.")},
             ["a"],
             OWN,
-            "text as a user message of the chat template (config.data.chat=True), system prompt 'Be brief.'",
+            "text as a user message of the chat template (config.data.chat=True), system_prompt='Be brief.'",
         ),
     ],
 )

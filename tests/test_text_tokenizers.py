@@ -196,6 +196,20 @@ class TestGguf:
         tokenizer.save(tmp_path / "folder")
         assert load_tokenizer(tmp_path / "folder").adds_bos == adds
 
+    def test_the_ends_of_turns_that_a_file_names_end_a_completion(self, tmp_path):
+        gguf = pytest.importorskip("gguf")
+        writer = gguf.GGUFWriter(str(tmp_path / "x.gguf"), "llama")
+        writer.add_tokenizer_model("gpt2")
+        writer.add_tokenizer_pre("llama-bpe")
+        writer.add_token_list(["a", "b", "ab", "<end>", "<turn>", "<message>"])
+        writer.add_token_types([1, 1, 1, 3, 3, 3])
+        writer.add_token_merges(["a b"])
+        writer.add_eos_token_id(3)
+        writer.add_uint32("tokenizer.ggml.eot_token_id", 4)
+        writer.add_uint32("tokenizer.ggml.eom_token_id", 5)
+        write(writer)
+        assert load_tokenizer(tmp_path / "x.gguf").stop_ids == (3, 4, 5)
+
     def test_sentencepiece_without_ids_of_special_tokens_has_llama_cpps(self, tmp_path):
         gguf = pytest.importorskip("gguf")
         writer = gguf.GGUFWriter(str(tmp_path / "x.gguf"), "llama")

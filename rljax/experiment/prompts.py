@@ -22,14 +22,8 @@ def check_chat_settings(config: Config, dataset: Dataset) -> None:
 
 def describe_prompts(config: Config, dataset: Dataset, tokenizer: Tokenizer) -> str:
     """In a few words, what stands around the prompts of the data."""
-    parts = []
-    if getattr(config.model, "system_prompt", ""):
-        parts.append(f"system prompt {config.model.system_prompt!r:.40}")
-    if getattr(config.model, "template_kwargs", {}):
-        parts.append(f"template_kwargs {config.model.template_kwargs}")
-    if getattr(config.model, "chat_template", ""):
-        parts.append(f"chat template of {config.model.chat_template}")
-    settings = "".join(f", {part}" for part in parts)
+    given = {name: getattr(config.model, name, None) for name in _CHAT_FIELDS}
+    settings = "".join(f", {name}={value!r:.60}" for name, value in given.items() if value)
 
     if not _opens_by_row(config):
         return f"opened by the environment or agent; chat messages go through the chat template{settings}"

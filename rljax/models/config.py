@@ -1,8 +1,8 @@
 """The one description of a decoder-only transformer that every supported family reduces to."""
 
 import dataclasses
-import math
 import numbers
+import sys
 import typing
 from typing import Any, Literal
 
@@ -28,7 +28,9 @@ def _check_whole(name: str, value: Any, *, least: int) -> None:
 
 
 def _check_real(name: str, value: Any) -> None:
-    if not isinstance(value, numbers.Real) or isinstance(value, bool) or not (value > 0 and math.isfinite(value)):
+    is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    # A whole number may be beyond every float.
+    if not (is_number and 0 < value <= sys.float_info.max):
         raise ValueError(f"{name}={value!r:.80} must be a finite number above 0")
 
 

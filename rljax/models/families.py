@@ -6,7 +6,7 @@ PyTorch state dict, which decides how an export is split into files.
 """
 
 import dataclasses
-import math
+import sys
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -252,8 +252,8 @@ def _whole(get: Callable[..., Any], key: str, default: int | None = None, most: 
 
 def _real(key: str, value: Any) -> float:
     """A finite number above 0."""
-    # JSON has whole numbers where a float is meant; `True` is none.
-    if type(value) not in (int, float) or not 0 < value < math.inf:
+    # JSON has whole numbers where a float is meant, and some beyond every float; `True` is none.
+    if type(value) not in (int, float) or not 0 < value <= sys.float_info.max:
         raise ValueError(f"config.json: {key}={value!r:.80} must be a finite number above 0")
     return float(value)
 
@@ -325,7 +325,7 @@ def _rope_from_hf(hf: Mapping[str, Any], max_position: int) -> tuple[float, Rope
     rope = dict(hf.get("rope_scaling") or newer)
     if any(isinstance(value, Mapping) for value in rope.values()):
         raise ValueError("config.json: rope_parameters differ by layer type, which no supported family has")
-    kind = rope.get("rope_type", rope.get("type", "default"))
+    kind: Any = rope.get("rope_type", rope.get("type", "default"))
     if not isinstance(kind, str) or kind not in _ROPE_KEYS:
         raise ValueError(f"config.json: rope type {kind!r:.80} is not supported; supported are {', '.join(_ROPE_KEYS)}")
 
@@ -362,7 +362,7 @@ def _rope_from_hf(hf: Mapping[str, Any], max_position: int) -> tuple[float, Rope
         values[ours] = bool(value) if ours == "truncate" else _real(theirs, value)
     if "original_max_position" in values:
         values["original_max_position"] = int(values["original_max_position"])
-    return theta, RopeScaling(type=kind, **values)
+    return theta, RopeScaling(**{"type": kind, **values})
 
 
 def config_to_hf(config: DecoderConfig) -> dict[str, Any]:

@@ -84,9 +84,16 @@ def _read_index(path: Path) -> dict[str, str]:
         raise ValueError(f"{path} has no object weight_map; write it again, or download it")
     for file in weight_map.values():
         # A shard lies beside the index, and nowhere else.
-        if not isinstance(file, str) or Path(file).name != file:
+        if not _is_file_name(file):
             raise ValueError(f"{path} puts a tensor into {file!r:.80}, which is no name of a file in its folder")
     return weight_map
+
+
+def _is_file_name(name: Any) -> bool:
+    """Whether a value can name a file in a folder: text in one line, of a length that file systems take."""
+    if not isinstance(name, str) or not name.isprintable():
+        return False
+    return Path(name).name == name and len(name.encode()) <= 255
 
 
 def _parse(path: Path, text: bytes, what: str) -> dict[str, Any]:

@@ -140,7 +140,7 @@ class _Keys:
             if key in self.asked or key in _INERT or value in _NEUTRAL.get(key, ()):
                 continue
             raise ValueError(
-                f"GGUF metadata {self.arch}.{key}={value!r:.80} is not supported: it may change what the model "
+                f"GGUF metadata {self.arch}.{shown(key)}={value!r:.80} is not supported: it may change what the model "
                 "computes; take the model's Hugging Face folder"
             )
 

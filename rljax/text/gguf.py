@@ -213,7 +213,12 @@ def _wrap(
     if adds_bos and bos is not None:
         begin_with(tokenizer, bos)
 
-    names = {"bos_token": bos, "eos_token": token("eos"), "pad_token": token("padding"), "unk_token": token("unknown")}
+    names: dict[str, Any] = {
+        "bos_token": bos,
+        "eos_token": token("eos"),
+        "pad_token": token("padding"),
+        "unk_token": token("unknown"),
+    }
     context = next((v for k, v in meta.items() if k.endswith(".context_length")), None)
     if type(context) is int:
         names["model_max_length"] = context
@@ -224,4 +229,11 @@ def _wrap(
         **{name: value for name, value in names.items() if value is not None},
     )
     wrapped.chat_template = meta.get("tokenizer.chat_template")
-    return HuggingFaceTokenizer(wrapped, adds_bos=bool(adds_bos) and bos is not None, template_kwargs=template_kwargs)
+    # llama.cpp ends a text at these too.
+    turn_ends = [meta.get(f"tokenizer.ggml.{name}_token_id") for name in ("eot", "eom")]
+    return HuggingFaceTokenizer(
+        wrapped,
+        stop_ids=[i for i in turn_ends if type(i) is int and 0 <= i < len(tokens)],
+        adds_bos=bool(adds_bos) and bos is not None,
+        template_kwargs=template_kwargs,
+    )

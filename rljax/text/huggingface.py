@@ -45,23 +45,20 @@ class HuggingFaceTokenizer:
         named = [self.special_tokens.get(name) for name in END_OF_TURN_TOKENS]
         known = [i for i in stop_ids if 0 <= i < self.vocab_size]  # files may speak of a larger vocabulary
         self._own_stops = unique([tokenizer.eos_token_id, *known, *named])
-        self._find_ends()
-        self.pad_id: int = self.eos_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-        self.adds_bos: bool = self._finds_bos() if adds_bos is None else adds_bos
-        self.system_prompt: str = ""
-        self._plain = PlainText(tokenizer)
-
-    def _find_ends(self) -> None:
-        """What ends a completion, and what ends a turn."""
         template_end = self._template_end()
         self.stop_ids: tuple[int, ...] = unique([*self._own_stops, template_end])
         if not self.stop_ids:
             raise ValueError(
-                f"tokenizer {self.hf.name_or_path!r} has no end-of-sequence token, so a completion could never end; "
+                f"tokenizer {tokenizer.name_or_path!r} has no end-of-sequence token, so a completion could never end; "
                 "set eos_token in its tokenizer_config.json"
             )
+
         self.eos_id: int = self.stop_ids[0]
         self.turn_end_id: int = self.eos_id if template_end is None else template_end
+        self.pad_id: int = self.eos_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+        self.adds_bos: bool = self._finds_bos() if adds_bos is None else adds_bos
+        self.system_prompt: str = ""
+        self._plain = PlainText(tokenizer)
 
     def _template_end(self) -> int | None:
         """The first special token that the chat template writes behind a turn of the assistant."""
@@ -139,12 +136,16 @@ class HuggingFaceTokenizer:
     ) -> "HuggingFaceTokenizer":
         """The same tokenizer with another template and system prompt (empty: its own), and `template_kwargs` as well.
         `rljax.text.with_chat_settings` checks them."""
-        other = self.with_template_kwargs(**template_kwargs)
+        hf = copy.copy(self.hf)
+        hf.chat_template = chat_template or hf.chat_template
+        # Made anew, since what ends a completion may follow from the template.
+        other = HuggingFaceTokenizer(
+            hf,
+            stop_ids=self._own_stops,
+            adds_bos=self.adds_bos,
+            template_kwargs={**self._template_kwargs, **template_kwargs},
+        )
         other.system_prompt = system_prompt or self.system_prompt
-        if chat_template:
-            other.hf = copy.copy(self.hf)
-            other.hf.chat_template = chat_template
-            other._find_ends()
         return other
 
     def with_template_kwargs(self, **template_kwargs: Any) -> "HuggingFaceTokenizer":

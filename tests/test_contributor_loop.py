@@ -15,6 +15,7 @@ OF_ALL_ROOMS = (
     "test_composability",
     "test_contributor_loop",
     "test_docs_",
+    "test_fuzz_",
     "test_gpu",
     "test_imports",
 )

@@ -8,7 +8,7 @@ import pytest
 
 from rljax.plans import ForkPlan, RolloutPlan
 from rljax.rollouts import ActorParts, BlackBox, Guided, MultiTurn, ScoredGroup, SingleTurn
-from rljax.rollouts.trajectories import record_of
+from rljax.rollouts.trajectories import record_of, trajectory_of
 from rljax.sampling import Sample, SamplingConfig
 from rljax.tasks import Example, FileRows, RewardResult
 from rljax.text import CharTokenizer
@@ -82,6 +82,7 @@ def test_a_line_of_the_rollout_log_has_the_columns_of_its_row():
     zeros = np.zeros(1, np.float32)
     sample = Sample(np.array([5], np.int32), zeros, zeros, "stop")
     group = ScoredGroup(example, [1], [sample], ["2"], [RewardResult(1.0, {"match": 1.0})], [np.zeros(1, np.int32)])
-    record = record_of(group, 0, SimpleNamespace(reward=1.0), 0)
+    trajectory = trajectory_of(RolloutPlan(1), group, 0, 0, [], group_id=0, first_row=0)
+    record = record_of(group, 0, trajectory, 0)
     assert record["columns"] == {"answer": "2", "metadata": {"3": [1, 2], "4": None}}
     json.dumps(record)

@@ -175,6 +175,86 @@ except OSError: pass
 try: socket.getaddrinfo('localhost', 80, type=socket.SOCK_STREAM) and None
 except OSError: pass
 """,
+    "pairs of sockets": """
+import socket
+for kind in (socket.SOCK_STREAM, socket.SOCK_DGRAM, socket.SOCK_SEQPACKET, socket.SOCK_RAW):
+    try: socket.socketpair(socket.AF_UNIX, kind); escaped('socketpair', kind)
+    except OSError: pass
+""",
+    "datagrams to a socket outside": """
+import socket
+try:
+    mine = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)[0]
+    mine.sendto(b'x', MAILBOX)
+    escaped('sent')
+except OSError: pass
+""",
+    "memory in buffers of sockets": """
+import socket
+held = 0
+try:
+    for _ in range(11):
+        if os.fork() == 0: break
+except OSError: pass
+kept = []
+try:
+    for _ in range(200):
+        kept.append(socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM))
+        for end in kept[-1]:
+            end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 20)
+            end.setblocking(False)
+            while True: held += end.send(bytes(60000))
+except OSError: pass
+if held > 2_000_000: escaped(held, 'bytes in each process')
+time.sleep(4)
+""",
+    "memory in pipes": """
+import fcntl, mmap
+page = mmap.mmap(-1, 2 << 20)
+libc = ctypes.CDLL(None, use_errno=True)
+ends, held = [], 0
+try:
+    while True:
+        ends.append(os.pipe()); os.set_blocking(ends[-1][1], False)
+        try: fcntl.fcntl(ends[-1][1], 1031, 1 << 20); escaped('a larger pipe')
+        except OSError: pass
+        vector = (ctypes.c_size_t * 2)(ctypes.addressof(ctypes.c_char.from_buffer(page)), 4096)
+        if libc.vmsplice(ends[-1][1], vector, ctypes.c_size_t(1), 0) > 0: escaped('pages kept by a pipe')
+        try:
+            while True: held += os.write(ends[-1][1], bytes(65536))
+        except BlockingIOError: pass
+except OSError: pass
+if held > 4_000_000: escaped(held, 'bytes')
+""",
+    "watch what others open": """
+libc = ctypes.CDLL(None, use_errno=True)
+for make in (lambda: libc.inotify_init(), lambda: libc.inotify_init1(0), lambda: libc.fanotify_init(0, 0)):
+    watch = make()
+    if watch >= 0:
+        escaped('a watch')
+        for folder in ('/usr', sys.prefix, os.path.dirname(os.__file__), os.path.dirname(SECRET)):
+            if libc.inotify_add_watch(watch, folder.encode(), 0xfff) >= 0: escaped('on', folder)
+import fcntl
+for folder in ('/usr', sys.prefix):
+    try: fcntl.fcntl(os.open(folder, os.O_RDONLY), fcntl.F_NOTIFY, 0x8000001f); escaped('told of', folder)
+    except OSError: pass
+""",
+    "hold up who opens a file": """
+import fcntl
+for path in (os.__file__, signal.__file__, sys.executable):
+    for kind in (fcntl.F_RDLCK, fcntl.F_WRLCK):
+        try: fcntl.fcntl(os.open(path, os.O_RDONLY), fcntl.F_SETLEASE, kind); escaped('lease on', path)
+        except OSError: pass
+""",
+    "signals by way of a descriptor": """
+import fcntl
+read, write = os.pipe()
+for command, value in ((fcntl.F_SETOWN, VICTIM), (10, signal.SIGKILL), (15, VICTIM)):
+    try: fcntl.fcntl(read, command, value); escaped('command', command)
+    except (OSError, TypeError): pass
+fcntl.fcntl(read, fcntl.F_SETFL, os.O_ASYNC)
+os.write(write, b'x')
+""",
     "kill the parent": """
 for process in (os.getppid(), VICTIM):
     try: process > 1 and (os.kill(process, 9), escaped('killed', process))
@@ -267,15 +347,15 @@ except OSError: pass
 if made > 5000: escaped(made, 'files')
 """,
 }
-"""Name and program; SECRET, HOME, WORD, VICTIM and PORT stand for what `Outside` sets up."""
+"""Name and program; SECRET, HOME, WORD, VICTIM, PORT and MAILBOX stand for what `Outside` sets up."""
 
 DISK = ("fill the disk", "many files")
 """Attacks that level "landlock" does not stop, as its description says."""
 
 
 class Outside:
-    """What there is to get at: a secret file in the home, a word in the environment, a process, a listening port.
-    A context manager."""
+    """What there is to get at: a secret file in the home, a word in the environment, a process, a listening port, a
+    socket for datagrams. A context manager."""
 
     def __enter__(self) -> "Outside":
         self.word = "rljax" + secrets.token_hex(8)
@@ -286,11 +366,17 @@ class Outside:
         os.environ["RLJAX_ATTACK_WORD"] = self.word
         self.victim = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], start_new_session=True)
         self.listener = socket.create_server(("127.0.0.1", 0))
+        self.post = tempfile.TemporaryDirectory(prefix="rljax-post-")
+        self.mailbox = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self.mailbox.bind(f"{self.post.name}/box")
+        self.mailbox.setblocking(False)
         return self
 
     def __exit__(self, *error: object) -> None:
         os.environ.pop("RLJAX_ATTACK_WORD", None)
         self.listener.close()
+        self.mailbox.close()
+        self.post.cleanup()
         self.victim.kill()
         self.victim.wait()
         shutil.rmtree(self.folder, ignore_errors=True)
@@ -299,6 +385,7 @@ class Outside:
         """The attack, told where everything is."""
         names: dict[str, Any] = {"SECRET": str(self.secret), "HOME": str(Path.home()), "WORD": self.word}
         names |= {"VICTIM": self.victim.pid, "PORT": self.listener.getsockname()[1]}
+        names |= {"MAILBOX": self.mailbox.getsockname()}
         return "".join(f"{name} = {value!r}\n" for name, value in names.items()) + _START + ATTACKS[attack]
 
     def leaks(self, result: SandboxResult, limits: Limits) -> list[str]:
@@ -312,6 +399,8 @@ class Outside:
             found.append(f"{len(result.output)} characters of output")
         if result.wall_s > limits.wall_s + 5:
             found.append(f"it ran {result.wall_s:.1f} s")
+        with contextlib.suppress(BlockingIOError):
+            found.append(f"a datagram came out: {self.mailbox.recv(16)!r}")
         if self.victim.poll() is not None:
             found.append("the process outside is dead")
         if not self.secret.exists() or self.secret.read_text() != self.word or len(list(self.folder.iterdir())) > 1:

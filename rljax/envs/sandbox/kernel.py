@@ -153,9 +153,11 @@ def landlock(readable, writable):
     os.close(rules)
 
 
-# System calls by number (x86-64, aarch64); -1 where there is none.
+# System calls by number (x86-64, aarch64); -1 where there is none. Sockets of a pair, and pages spliced into pipes,
+# hold memory that no limit counts; datagrams reach sockets in the file system; watches show what others open.
 _NEVER = {
-    "socket": (41, 198), "ptrace": (101, 117), "process_vm_readv": (310, 270), "process_vm_writev": (311, 271),
+    "socket": (41, 198), "socketpair": (53, 199), "vmsplice": (278, 75), "ptrace": (101, 117),
+    "process_vm_readv": (310, 270), "process_vm_writev": (311, 271),
     "kcmp": (312, 272), "mount": (165, 40), "umount2": (166, 39), "pivot_root": (155, 41), "chroot": (161, 51),
     "open_tree": (428, 428), "move_mount": (429, 429), "fsopen": (430, 430), "fsconfig": (431, 431),
     "fsmount": (432, 432), "fspick": (433, 433), "mount_setattr": (442, 442), "unshare": (272, 97),
@@ -172,7 +174,8 @@ _NEVER = {
     "settimeofday": (164, 170), "clock_settime": (227, 112), "adjtimex": (159, 171), "clock_adjtime": (305, 266),
     "sethostname": (170, 161), "setdomainname": (171, 162), "vhangup": (153, 58), "pidfd_getfd": (438, 438),
     "process_madvise": (440, 440), "move_pages": (279, 239), "migrate_pages": (256, 238),
-    "fanotify_init": (300, 262), "modify_ldt": (154, -1), "personality": (135, 92), "lookup_dcookie": (212, 18),
+    "fanotify_init": (300, 262), "inotify_init": (253, -1), "inotify_init1": (294, 26), "inotify_add_watch": (254, 27),
+    "modify_ldt": (154, -1), "personality": (135, 92), "lookup_dcookie": (212, 18),
 }  # fmt: skip
 # Where no namespace hides other processes and files: nothing that starts, signals or re-schedules a process, and
 # nothing that changes a file without opening it (Landlock does not see these).
@@ -192,6 +195,10 @@ _CLONE3 = (435, 435)
 _KILL = (62, 129)
 _TGKILL = (234, 131)
 _PRLIMIT = (302, 261)
+_FCNTL = (72, 25)
+# Commands of it: signals to other processes (F_SETOWN, F_SETSIG, F_SETOWN_EX), a lease, which holds up whoever opens
+# the file, a watch on a folder, and a larger pipe.
+_FCNTL_NEVER = (8, 10, 15, 1024, 1026, 1031)
 _AUDIT_ARCH = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
 _LAST_KNOWN = 470
 
@@ -230,6 +237,7 @@ def seccomp(has_namespaces):
     for numbers in denied.values():
         if numbers[column] >= 0:
             program += [(_EQUAL, 0, 1, numbers[column]), (_RETURN, 0, 0, _ERROR | _EPERM)]
+    program += _if_second_is(_FCNTL[column], _FCNTL_NEVER)
 
     if has_namespaces:
         program += _unless(_CLONE[column], (_ANY_BIT, 0, 1, _NAMESPACES))
@@ -245,6 +253,14 @@ def seccomp(has_namespaces):
     buffer = ctypes.create_string_buffer(code, len(code))
     filter_ = struct.pack("HxxxxxxQ", len(program), ctypes.addressof(buffer))
     _check(_libc.prctl(_PR_SET_SECCOMP, ctypes.c_ulong(2), filter_, 0, 0), "seccomp")
+
+
+def _if_second_is(number, values):
+    """Refuse the call if its second argument is one of the values; reload the number."""
+    last = len(values) - 1
+    tests = [(_EQUAL, last - i, 1 if i == last else 0, value) for i, value in enumerate(values)]
+    refuse = (_RETURN, 0, 0, _ERROR | _EPERM)
+    return [(_EQUAL, 0, len(tests) + 3, number), (_LOAD, 0, 0, 24), *tests, refuse, (_LOAD, 0, 0, 0)]
 
 
 def _unless(number, test):

@@ -27,26 +27,28 @@ OUTCOMES = ("ok", "error", "timeout", "cpu", "memory", "processes", "output", "s
 
 _STOPS = {
     "namespaces": (
-        "stops: any network (there is none, and no socket can be made); seeing or writing any file but the interpreter "
-        "and system libraries (read-only) and a scratch folder in memory that vanishes; seeing or signalling any "
-        "process but its own; outliving the run, in any number of processes; the environment, /proc, /sys, devices; "
-        "gaining privileges; more CPU, memory, processes, output, files or time than the limits"
+        "stops: any network (there is none, and no socket can be made, nor a pair of them); seeing or writing any file "
+        "but the interpreter and system libraries (read-only) and a scratch folder in memory that vanishes; watching "
+        "or holding up what others open; seeing or signalling any process but its own; outliving the run, in any "
+        "number of processes; the environment, /proc, /sys, devices; gaining privileges; more CPU, memory, processes, "
+        "output, files or time than the limits"
     ),
     "landlock": (
-        "stops: any socket; opening any file but the interpreter and system libraries (read-only) and a scratch "
-        "folder; starting or signalling processes, so nothing outlives the run; the environment; more CPU, memory, "
-        "output or time than the limits"
+        "stops: any socket, pairs too; opening any file but the interpreter and system libraries (read-only) and a "
+        "scratch folder; watching or holding up what others open; starting or signalling processes, so nothing "
+        "outlives the run; the environment; more CPU, memory, output or time than the limits"
     ),
     "seccomp": (
-        "stops: any socket; starting or signalling processes, so nothing outlives the run; the environment; changing "
-        "modes or owners of files; more CPU, memory, output or time than the limits"
+        "stops: any socket, pairs too; starting or signalling processes, so nothing outlives the run; the environment; "
+        "changing modes or owners of files; more CPU, memory, output or time than the limits"
     ),
     "rlimits": "stops: more CPU or output or time than the limits, and on Linux more memory; the environment",
 }
 _LETS = {
     "namespaces": (
         "does not stop: a fault of the kernel itself; reading what the interpreter's own folder or /usr hold; timing "
-        "side channels; slowing other work within its CPU and memory limits"
+        "side channels; slowing other work within its CPU and memory limits, beside which there are the scratch "
+        "folder, 64 KB for each pipe and the kernel's notes on processes, mappings and descriptors"
     ),
     "landlock": (
         "does not stop: a fault of the kernel itself; asking whether a file exists, its size and dates; filling the "

@@ -359,6 +359,8 @@ class Program:
             text = io.TextIOWrapper(io.BufferedWriter(raw), "utf-8", "backslashreplace", line_buffering=True)
             setattr(sys, name, text)
 
+        socket.socketpair = _wakeup_pair
+
         # the program is the main module, and tracebacks show its lines
         sys.argv = ["program.py"]
         sys.path.insert(0, self.scratch)
@@ -398,6 +400,41 @@ class Program:
             with contextlib.suppress(Exception):
                 stream.flush()
         return status & 0xFF
+
+
+_socketpair = socket.socketpair
+
+
+class _PipeEnd:
+    """What asyncio wants of the sockets by which it wakes itself."""
+
+    def __init__(self, descriptor):
+        self.descriptor = descriptor
+
+    def fileno(self):
+        return self.descriptor
+
+    def setblocking(self, flag):
+        os.set_blocking(self.descriptor, flag)
+
+    def recv(self, size):
+        return os.read(self.descriptor, size)
+
+    def send(self, data):
+        return os.write(self.descriptor, data)
+
+    def close(self):
+        if self.descriptor >= 0:
+            os.close(self.descriptor)
+        self.descriptor = -1
+
+
+def _wakeup_pair(*arguments, **keywords):
+    """Event loops call it without arguments, send on the second end and read from the first: a pipe does for them.
+    Other pairs are the kernel's to refuse."""
+    if arguments or keywords:
+        return _socketpair(*arguments, **keywords)
+    return tuple(map(_PipeEnd, os.pipe()))
 
 
 def _kill(pid):

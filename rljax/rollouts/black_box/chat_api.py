@@ -72,8 +72,7 @@ def read_request(body: Any, *, sampling: Mapping[str, float], stop_strings: Sequ
 
     for name in _SAMPLED:
         value = body.get(name)
-        # The comparison is written so that NaN, which JSON may hold, fails it.
-        if value is not None and (not _is_number(value) or not abs(value - sampling[name]) <= 1e-6):
+        if value is not None and not _is_near(value, sampling[name]):
             raise ApiError(
                 f"{name}={_short(value)}, but this run samples with {name}={sampling[name]:g}, and the log-probs that "
                 "are recorded are of that; leave it out",
@@ -155,12 +154,16 @@ def _call(where: str, raw: Any) -> dict[str, Any]:
     arguments = function.get("arguments", {})
     if isinstance(arguments, str):
         try:
-            parsed = json.loads(arguments)
+            parsed = json.loads(arguments, parse_constant=_no_constant)
         except (ValueError, RecursionError):
             parsed = None
         arguments = parsed if isinstance(parsed, dict) else arguments
     call = {"type": "function", "function": {"name": function["name"], "arguments": arguments}}
     return call | ({"id": raw["id"]} if isinstance(raw.get("id"), str) else {})
+
+
+def _no_constant(name: str) -> Any:
+    raise ValueError(f"{name} is no JSON number")
 
 
 def _tools(raw: Any) -> list[dict[str, Any]]:
@@ -256,8 +259,11 @@ def _event(data: str) -> bytes:
     return f"data: {data}\n\n".encode()
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+def _is_near(value: Any, wanted: float) -> bool:
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        return False
+    # NaN, which JSON may hold, is near nothing; an integer may be too large to be subtracted from
+    return wanted - 1e-6 <= value <= wanted + 1e-6
 
 
 def _short(value: Any) -> str:

@@ -4,10 +4,12 @@ policy, and every token that it says to them is recorded."""
 import contextlib
 import hashlib
 import json
+import math
 import re
 import secrets
 import socket
 import threading
+import time
 from collections.abc import Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, NamedTuple
@@ -30,7 +32,11 @@ from rljax.sampling import SamplingParams, TurnDecoder, TurnResult
 from rljax.text import Tokenizer
 from rljax.types import Params
 
-_MOST_BYTES = 64 * 2**20  # of a request
+_LEAST_BYTES = 2**20  # a body may have so many whatever the context
+_BYTES_A_TOKEN = 64  # beyond what any text with its JSON escapes takes
+_MOST_DRAINED = 2**20  # bytes of a refused body that are read and dropped, so that the client sees the answer
+_MOST_CONNECTIONS = 1024  # at a time, a thread each
+_READ_S = 60.0  # for a whole request to arrive, however its pieces come
 _ROUTE = re.compile(r"(?:/session/(?P<session>[^/]+))?/v1/(?P<what>[^?]*)")
 
 
@@ -86,6 +92,7 @@ class ChatEndpoint:
         self.failure: Exception | None = None  # what the decoder raised, if it did
         self.renderer = Renderer(tokenizer)
         self.context_length = decoder.spec.context_length
+        self.most_bytes = max(_LEAST_BYTES, _BYTES_A_TOKEN * self.context_length)  # of a request's body
         self._turn_decoder = decoder
         self._format = get_format(tool_format)
         self._stop_strings = tuple(stop_strings)
@@ -188,7 +195,10 @@ class ChatEndpoint:
         """Answers a chat completion, from any thread: the request as it was read, and the answer. Raises ApiError."""
         if self._sampling is None:
             raise ApiError("the endpoint was not told how to sample; call begin first", status=503, code="not_ready")
-        request = read_request(body, sampling=self._sampling, stop_strings=self._stop_strings)
+        try:
+            request = read_request(body, sampling=self._sampling, stop_strings=self._stop_strings)
+        except RecursionError as error:
+            raise ApiError("the body is nested too deeply") from error
         place = self._find_place(session, request)
         limit = min(request.limit or self._max_new_tokens, self._max_new_tokens)
         result, version = self._sample(session, place, limit)
@@ -309,7 +319,8 @@ class _Server(ThreadingHTTPServer):
 
     def __init__(self, address: tuple[str, int], endpoint: ChatEndpoint):
         self.endpoint = endpoint
-        self._connections: set[socket.socket] = set()
+        # when the request of each must have arrived, on the monotonic clock; infinity once it has
+        self._connections: dict[socket.socket, float] = {}
         self._is_closing = False
         super().__init__(address, _Handler)
 
@@ -323,14 +334,43 @@ class _Server(ThreadingHTTPServer):
         with contextlib.suppress(OSError):
             connection.shutdown(socket.SHUT_RD)  # answers still go out
 
+    def process_request(self, request: Any, client_address: Any) -> None:
+        if len(self._connections) >= _MOST_CONNECTIONS:
+            self._turn_away(request)
+            return
+        self._connections[request] = time.monotonic() + _READ_S
+        super().process_request(request, client_address)
+
+    def _turn_away(self, request: socket.socket) -> None:
+        """Clients of OpenAI's try again after this answer."""
+        error = ApiError(f"{_MOST_CONNECTIONS} requests are under way; try again later", status=429, code="busy")
+        body = json.dumps(error.body).encode()
+        head = f"HTTP/1.1 429 Too Many Requests\r\nContent-Length: {len(body)}\r\nRetry-After: 1\r\n"
+        with contextlib.suppress(OSError):
+            request.settimeout(0)  # this thread takes in everybody
+            request.sendall(f"{head}Content-Type: application/json\r\nConnection: close\r\n\r\n".encode() + body)
+        self.shutdown_request(request)
+
+    def shutdown_request(self, request: Any) -> None:
+        self._connections.pop(request, None)
+        super().shutdown_request(request)
+
+    def service_actions(self) -> None:
+        """Some times a second: requests that come in drop by drop have had their time."""
+        now = time.monotonic()
+        for connection, deadline in list(self._connections.items()):
+            if deadline < now:
+                self._end_input(connection)
+
+    def has_arrived(self, connection: socket.socket) -> None:
+        """The whole request was read."""
+        if connection in self._connections:
+            self._connections[connection] = math.inf
+
     def finish_request(self, request: Any, client_address: Any) -> None:
-        self._connections.add(request)
         if self._is_closing:
             self._end_input(request)
-        try:
-            super().finish_request(request, client_address)
-        finally:
-            self._connections.discard(request)
+        super().finish_request(request, client_address)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """An agent that went away is no fault of ours."""
@@ -358,8 +398,16 @@ class _Handler(BaseHTTPRequestHandler):
             message = f"{type(error).__name__}: {error}"
             self._send(500, json.dumps(ApiError(message, status=500).body).encode())
 
+    @property
+    def _path(self) -> str:
+        try:
+            return urlsplit(self.path).path.rstrip("/")
+        except ValueError as error:
+            raise ApiError(f"the URL cannot be read: {error}") from error
+
     def _get(self) -> None:
-        path = urlsplit(self.path).path.rstrip("/")
+        self.server.has_arrived(self.connection)
+        path = self._path
         endpoint = self.server.endpoint
         if path == "/health":
             return self._send(200, json.dumps({"status": "ok", "version": endpoint.version}).encode())
@@ -372,17 +420,31 @@ class _Handler(BaseHTTPRequestHandler):
         raise ApiError(f"nothing is served at GET {self.path}", status=404, code="unknown_url")
 
     def _post(self) -> None:
-        # Read before anything is refused: a client that is still sending would see a broken connection, no answer.
-        body = self._body()
-        route = _ROUTE.fullmatch(urlsplit(self.path).path.rstrip("/"))
-        if not route or route["what"] != "chat/completions":
-            raise ApiError(f"nothing is served at POST {self.path}", status=404, code="unknown_url")
-
-        # Clients that cannot be given a base URL of their own name their session by the API key.
+        # who asks is known from the head: of a stranger nothing is kept
+        length = self._length()
         endpoint = self.server.endpoint
-        key = self.headers.get("Authorization", "").removeprefix("Bearer ").strip()
-        session = endpoint.session(unquote(route["session"]) if route["session"] else key)
+        try:
+            route = _ROUTE.fullmatch(self._path)
+            if not route or route["what"] != "chat/completions":
+                raise ApiError(f"nothing is served at POST {self.path}", status=404, code="unknown_url")
+            # Clients that cannot be given a base URL of their own name their session by the API key.
+            key = self.headers.get("Authorization", "").removeprefix("Bearer ").strip()
+            session = endpoint.session(unquote(route["session"]) if route["session"] else key)
+            if length > endpoint.most_bytes:
+                raise ApiError(
+                    f"the body has {length} bytes; {endpoint.most_bytes} are more than the context of "
+                    f"{endpoint.context_length} tokens can hold",
+                    status=413,
+                    code="request_too_large",
+                )
+        except ApiError:
+            self._drain(length)
+            raise
 
+        body = self.rfile.read(length)
+        self.server.has_arrived(self.connection)
+        if len(body) < length:
+            raise ApiError(f"the body ended after {len(body)} of {length} bytes, or came too slowly", status=408)
         try:
             value = json.loads(body)
         except (ValueError, RecursionError) as error:
@@ -393,14 +455,17 @@ class _Handler(BaseHTTPRequestHandler):
             return self._send(200, json.dumps(answer).encode())
         self._send(200, b"".join(stream_answer(answer, include_usage=request.include_usage)), "text/event-stream")
 
-    def _body(self) -> bytes:
-        try:
-            length = int(self.headers.get("Content-Length", ""))
-        except ValueError:
-            length = -1
-        if not 0 <= length <= _MOST_BYTES:
-            raise ApiError(f"Content-Length must lie between 0 and {_MOST_BYTES}", status=411 if length < 0 else 413)
-        return self.rfile.read(length)
+    def _length(self) -> int:
+        text = self.headers.get("Content-Length", "").strip()
+        if not (text.isascii() and text.isdigit() and len(text) < 20):
+            raise ApiError("Content-Length must be the number of bytes of the body", status=411)
+        return int(text)
+
+    def _drain(self, length: int) -> None:
+        """A client that is still sending would see a broken connection, and no answer."""
+        left = min(length, _MOST_DRAINED)
+        while left > 0 and (piece := self.rfile.read(min(left, 2**16))):
+            left -= len(piece)
 
     def _send(self, status: int, body: bytes, kind: str = "application/json") -> None:
         self.close_connection = True

@@ -35,11 +35,17 @@ from rljax.training import RunFolder, read_jsonl
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = ROOT / "configs" / "papers"
 PAGE = ROOT / "docs" / "papers.md"
+SHARED = ("spelling", "turns")
+"""What configs of the folder import."""
 COMMON = "half_scrambled"
 """Demonstrations of the task that most configs share."""
 TASKS = {
     "with_restarts": "Spelling, where demonstrations start over after wrong beginnings: a start over is right more "
     "often than going on, which is the contrast of ReSum.",
+    "flawed_shopping": "Episodes over turns: prices that only a tool tells, and their sums (turns.py). Two kinds of "
+    "questions are the two tasks of AgentRL, older weights speak a quarter of its turns, and VCPO has a step's worth "
+    "of groups under way. Few tokens of an episode decide, which is what HighEntropy counts on; some ask twice, which "
+    "DeepDive counts; turns from one state are what RoleAgent compares.",
 }
 """What the other tasks show, by their demonstrations."""
 CONTROL = "+control"
@@ -54,7 +60,7 @@ def configs(size: str = "full") -> list[str]:
     names: list[str] = []
     tasks = {COMMON}
     for name in dict.fromkeys(order):
-        if name == "spelling":
+        if name in SHARED:
             continue
         task = task_of(get_config(name, size))
         if task not in tasks:

@@ -81,6 +81,20 @@ def test_without_a_version_before_both_are_the_same():
         assert set(a.versions) == {0}
 
 
+def test_the_step_behind_a_checkpoint_is_as_behind_a_resume():
+    """A checkpoint holds the newest weights alone."""
+    params = make_params(CONFIG)
+    lagged = LaggedChains(make_sampler(prompt_slots=1, sample_slots=2, prompt_buckets=(4,)), NO_STOPS)
+    used = []
+    for version, is_saved in ((1, False), (2, True), (3, False), (4, False)):
+        lagged.set_params(params, version)
+        lagged.set_params(params, version)
+        used.append(lagged.version_before)
+        if is_saved:
+            lagged.forget()
+    assert used == [-1, 1, -1, 3]
+
+
 def test_episodes_have_lagged_chains_too():
     """Each token's log-prob is that of the weights which its version names, and the rule is told the newest."""
     seen = []
@@ -102,6 +116,9 @@ def test_episodes_have_lagged_chains_too():
         by = [dense(TURNS_CONFIG, weights, group.prompt, sample.tokens) for weights in (turn_params(), new)]
         want = np.where(inherited, *by)
         np.testing.assert_allclose(sample.logprobs, np.where(sample.sampled, want, 0), atol=5e-5)
+    actor.state_dict()
+    actor.set_params(new, version=2)
+    assert actor.versions == [2, 2]
     chain = group.samples[0]
     newest = dense(TURNS_CONFIG, new, group.prompt, chain.tokens)
     np.testing.assert_allclose(seen[0][0, : len(newest)], newest, atol=5e-5)

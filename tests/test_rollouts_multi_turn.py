@@ -12,12 +12,13 @@ from forward import row_logprobs
 
 from rljax.envs import EnvironmentLimits, EnvironmentPool, Step
 from rljax.models import DecoderConfig, init_params
-from rljax.plans import Column, ForkPlan, RolloutPlan
+from rljax.plans import Column, ForkPlan, ForkPoint, RolloutPlan
 from rljax.plans.fork_rules import random_step, top_entropy
 from rljax.rollouts import MultiTurn, MultiTurnActor, RolloutSettings, collect, number_groups
 from rljax.sampling import Stops, TurnDecoder, TurnDecoderSpec, sampling_params
 from rljax.tasks import Example
 from rljax.text import CharTokenizer, Dialogue
+from rljax.types import INTERVENTION_SUPPRESS
 
 TOKENIZER = CharTokenizer("abcdefghijklmnoprstw?!#0123456789 ")
 CONFIG = DecoderConfig(
@@ -72,6 +73,7 @@ def make_actor(
     length=LENGTH,
     pick=None,
     scorer=None,
+    suppressed=(),
     **settings,
 ):
     spec = TurnDecoderSpec(
@@ -81,6 +83,7 @@ def make_actor(
         max_new_tokens=9,
         prefill_chunks=(4, 16),
         check_every=3,
+        suppressed=suppressed,
     )
     stops = Stops(tokens=[*TOKENIZER.stop_ids, *TOKENIZER.encode("abcd")])
     made = [TurnDecoder(CONFIG, spec, stops) for _ in range(decoders)]
@@ -213,6 +216,25 @@ def test_forks_at_turns_begin_after_an_observation():
     for sample in children:
         assert not sample.sampled[sample.fork_index - 1]  # the token before belongs to an observation
         assert sample.turns[sample.fork_index] == sample.turns[sample.fork_index - 1] + 1
+
+
+def test_a_fork_in_mid_turn_cannot_begin_with_what_is_suppressed():
+    """Its first token gets no gradient; what follows is sampled as ever, suppressed tokens too."""
+    suppressed = tuple(range(0, TOKENIZER.vocab_size, 2))
+
+    def rule(group):
+        return [ForkPoint(i, 1 + i, intervention=INTERVENTION_SUPPRESS) for i in range(2)]
+
+    plan = ForkPlan(chains=2, points=1, rule=rule, branches=3, suppressed=suppressed)
+    (group,) = play(make_actor(suppressed=suppressed), EXAMPLES[:1], forks=plan)
+    forks = [sample for sample in group.samples if sample.parent >= 0]
+    assert len(forks) == 6
+    for fork in forks:
+        check_sample(group, fork)
+        place = fork.fork_index
+        assert fork.tokens[place] not in suppressed and not fork.sampled[place] and (place, place + 1) in fork.forced
+    later = [t for fork in forks for t in fork.tokens[fork.fork_index + 1 :][fork.sampled[fork.fork_index + 1 :]]]
+    assert {t in suppressed for t in later} == {True, False}
 
 
 def test_groups_in_flight_span_versions():

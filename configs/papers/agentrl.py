@@ -1,15 +1,16 @@
-"""AgentRL, arXiv 2510.04206: advantages normalised once more over all tokens of a task.
+"""AgentRL, arXiv 2510.04206: two tasks on one scale, and a quarter of the turns by older weights.
 
     python launch/train.py --config=configs/papers/agentrl.py --workdir=runs/agentrl
 
-Look at rollout/reward_mean; with several tasks in the column `task` each gets the same scale.
+Look at rollout/reward_mean, and at loss/ratio_max: tokens of the older weights have ratios of their own.
 """
 
-from spelling import spelling_config
+from turns import turns_config
 
 from rljax.algorithms import AgentRL
 from rljax.experiment import Config
 
 
 def get_config(size: str = "full") -> Config:
-    return spelling_config(AgentRL(group_size=8, kl_coef=0.0), size, minibatches=4)
+    recipe = AgentRL(group_size=8, kl_coef=0.0)
+    return turns_config(recipe, size, stale_share=0.25, stale_every=5)

@@ -2,14 +2,14 @@
 
     python launch/train.py --config=configs/papers/deepdive.py --workdir=runs/deepdive
 
-Look at rollout/reward_mean. Nothing is searched for on this task, so that it is GRPO with a wider upper clip.
+Look at rollout/component/redundancy: a third of the demonstrations of two goods ask for one price twice.
 """
 
-from spelling import spelling_config
+from turns import turns_config
 
 from rljax.algorithms import DeepDive
 from rljax.experiment import Config
 
 
 def get_config(size: str = "full") -> Config:
-    return spelling_config(DeepDive(group_size=8), size, minibatches=4)
+    return turns_config(DeepDive(group_size=8), size)

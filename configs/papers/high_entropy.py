@@ -2,14 +2,15 @@
 
     python launch/train.py --config=configs/papers/high_entropy.py --workdir=runs/high_entropy
 
-Look at loss/entropy against dapo.py: the tokens left out keep theirs.
+Look at loss/selected_fraction and loss/entropy. Few tokens of an episode decide (which price to ask for next, whether
+to answer); most copy what a tool said.
 """
 
-from spelling import spelling_config
+from turns import turns_config
 
 from rljax.algorithms import HighEntropy
 from rljax.experiment import Config
 
 
 def get_config(size: str = "full") -> Config:
-    return spelling_config(HighEntropy(group_size=8, overlong_buffer=0), size, minibatches=4)
+    return turns_config(HighEntropy(group_size=8, overlong_buffer=0), size)

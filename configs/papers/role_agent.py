@@ -2,14 +2,15 @@
 
     python launch/train.py --config=configs/papers/role_agent.py --workdir=runs/role_agent
 
-Look at rollout/reward_mean. Answers of one turn predict nothing, so that it is GRPO with a wider upper clip.
+Look at rollout/reward_mean: turns from one state are compared. Nothing is predicted here, since prices cannot be
+foreseen; configs/agents/role_agent.py has predictions.
 """
 
-from spelling import spelling_config
+from turns import turns_config
 
 from rljax.algorithms import RoleAgent
 from rljax.experiment import Config
 
 
 def get_config(size: str = "full") -> Config:
-    return spelling_config(RoleAgent(group_size=8, kl_coef=0.0), size, minibatches=4)
+    return turns_config(RoleAgent(group_size=8, kl_coef=0.0), size)

@@ -2,14 +2,16 @@
 
     python launch/train.py --config=configs/papers/vcpo.py --workdir=runs/vcpo
 
-Look at loss/effective_sample_size and loss/step_scale, 1 on fresh rollouts, as here.
+Look at loss/effective_sample_size and loss/step_scale: a step's worth of groups is under way while the policy is
+updated, so that its tokens are of several versions.
 """
 
-from spelling import spelling_config
+from turns import turns_config
 
 from rljax.algorithms import VCPO
 from rljax.experiment import Config
 
 
 def get_config(size: str = "full") -> Config:
-    return spelling_config(VCPO(group_size=8), size, minibatches=4)
+    in_flight = 4 if size == "smoke" else 24
+    return turns_config(VCPO(group_size=8), size, groups_in_flight=in_flight)

@@ -42,6 +42,11 @@ class LaggedChains:
         if self.version_before < 0:
             self.chains.adopt(self.sampler)
 
+    def forget(self) -> None:
+        """The next version has none before it, as behind a resume: a checkpoint holds the newest weights alone."""
+        self.version = -1
+        self.version_before = -1
+
     def cache_bytes(self) -> int:
         """Of the chains or the forks, whichever is more: one after the other is there."""
         return max(self.chains.cache_bytes(), self.forks.cache_bytes())

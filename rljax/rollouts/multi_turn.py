@@ -267,7 +267,11 @@ class MultiTurnActor:
 
     def state_dict(self) -> dict[str, Any]:
         """Groups that wait, are under way, and are complete but not taken; `{}` for none. Of an episode its tokens and
-        actions are saved: environments come back by replay."""
+        actions are saved: environments come back by replay. Weights of lagged chains are in no checkpoint, so the next
+        step does without them whether the run goes on or is resumed from here."""
+        if self.scorer is not None:
+            self.versions = [-1] * len(self.versions)
+
         groups = [*self._done, *self._open, *self._queue]
         if not groups:
             return {}

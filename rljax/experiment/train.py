@@ -24,6 +24,7 @@ from rljax.models import config_to_hf
 from rljax.parallel import check_equal, end_together, is_main_process, use_mesh
 from rljax.rollouts import NoSignal, Rollout, collect
 from rljax.sampling import compile_count
+from rljax.tasks import Example
 from rljax.training import Checkpointer, PhaseTimer, RunFolder, add_metrics, read_json, with_critic
 from rljax.types import Params
 
@@ -62,6 +63,7 @@ def train(config: Config, workdir: str, *, fresh: bool = False) -> dict[str, Any
         with stops.abandonable():
             run = build(config)
         run.stops = stops
+        held_out_examples(run)
         check_equal(config=to_dict(config), data=[example.id for example in [*run.dataset.train, *run.dataset.test]])
         say(describe_run(run))
         folder = RunFolder(workdir, config=to_dict(config), fresh=fresh)
@@ -362,8 +364,7 @@ def held_out(run: Run, folder: RunFolder, step: int) -> Evaluation:
 
 def check_same_problems(run: Run, evaluation: Evaluation, file: Path) -> None:
     """ValueError unless an evaluation that was read is of the problems that the data holds out now."""
-    problems = run.dataset.test[: run.config.evaluation.problems or None]
-    if [problem["prompt_id"] for problem in evaluation.problems] != [example.id for example in problems]:
+    if [problem["prompt_id"] for problem in evaluation.problems] != [e.id for e in held_out_examples(run)]:
         raise ValueError(
             f"{file} is of other held-out problems than the data has now; go on with the data that the run began with, "
             "or start in a new folder"
@@ -375,4 +376,18 @@ def evaluate_run(run: Run, params: Params, step: int) -> Evaluation:
     config = run.config.evaluation
     with run.stops.abandonable():
         run.actor.set_params(params, step)
-        return evaluate(run.actor, run.dataset.test[: config.problems or None], config, step=step)
+        return evaluate(run.actor, held_out_examples(run), config, step=step)
+
+
+def held_out_examples(run: Run) -> list[Example]:
+    """The examples that are evaluated. ValueError where there are none."""
+    problems = run.config.evaluation.problems
+    if problems < 0:
+        raise ValueError(f"config.evaluation.problems={problems} must be at least 0 here; 0 is all held-out examples")
+    examples = list(run.dataset.test[: problems or None])
+    if not examples:
+        raise ValueError(
+            "the data holds out no example, and a run is evaluated before and after training; raise "
+            "config.data.test_fraction (or test_size), or name held-out data"
+        )
+    return examples

@@ -53,7 +53,7 @@ def initial_model(size: str, folder: Path) -> Path:
     if not (target / "config.json").exists():
         run = build(get_config("grpo", size))
         with run.actor, RunFolder(folder / "warmup", fresh=True) as log, use_mesh(run.mesh):
-            params = warm_up(run, run.initial_params(), log)
+            params = warm_up(run, log)
             save_hf(target, run.decoder, params, tokenizer=run.tokenizer)
     return target
 

@@ -71,7 +71,8 @@ def field(
 def check_fields(config: Any, path: str) -> None:
     """ValueError, in one line that begins with `path.field=value`, for a value of another type than the field's
     annotation, or outside its range. Parts are held against their own class's fields."""
-    hints = _hints(type(config))
+    cls: Any = type(config)
+    hints = _hints(cls)
     for one in dataclasses.fields(config):
         value = getattr(config, one.name)
         where = f"{path}.{one.name}" if path else one.name
@@ -146,7 +147,7 @@ def described(hint: Any) -> str:
 
 
 @functools.cache
-def _hints(cls: type) -> dict[str, Any]:
+def _hints(cls: Any) -> dict[str, Any]:
     return typing.get_type_hints(cls)
 
 

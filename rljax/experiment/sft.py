@@ -1,6 +1,5 @@
 """Supervised training on given completions: the warm-up before a run, and `launch/sft.py`."""
 
-import contextlib
 import dataclasses
 from collections.abc import Callable
 from typing import Any
@@ -15,24 +14,24 @@ from rljax.training import Checkpointer, Learner, PhaseTimer, RunFolder, add_met
 from rljax.types import Params, TrainState, Trajectory
 
 
-def warm_up(run: Run, folder: RunFolder) -> Params:
+def warm_up(run: Run, folder: RunFolder, checkpoints: Checkpointer | None = None) -> Params:
     """The params that the first rollout starts from: the model's own, after `config.warmup.steps` supervised steps.
 
-    Its checkpoints lie in a folder of their own until the run has one.
+    `folder` shows how far it is. With `checkpoints`, which must be of this run's warm-up alone, it goes on from the
+    newest of them; without, nothing is saved.
     """
     steps = run.config.warmup.steps
     if not steps:
         return run.initial_params()
 
     learner, curriculum = supervised(run)
-    with contextlib.closing(Checkpointer(folder.warmup_checkpoints, keep_last=1)) as checkpoints:
-        state = train_supervised(
-            run,
-            learner,
-            curriculum,
-            checkpoints,
-            report=lambda done, metrics: folder.progress("warm-up", done, steps, metrics),
-        )
+    state = train_supervised(
+        run,
+        learner,
+        curriculum,
+        checkpoints,
+        report=lambda done, metrics: folder.progress("warm-up", done, steps, metrics),
+    )
     return learner.policy_params(state)
 
 
@@ -40,7 +39,7 @@ def train_supervised(
     run: Run,
     learner: Learner,
     curriculum: UniformCurriculum,
-    checkpoints: Checkpointer,
+    checkpoints: Checkpointer | None,
     *,
     report: Callable[[int, dict[str, float]], None],
     begin: Callable[[int], None] = lambda first: None,
@@ -53,7 +52,7 @@ def train_supervised(
     steps = run.config.warmup.steps
     every = run.config.checkpoint.every
 
-    restored = checkpoints.restore(learner.abstract_state())
+    restored = None if checkpoints is None else checkpoints.restore(learner.abstract_state())
     first = 0 if restored is None else restored[2]
     run.stops.check()
     begin(first)
@@ -78,7 +77,7 @@ def train_supervised(
             is_due = True
             raise
         finally:
-            if is_due:
+            if is_due and checkpoints is not None:
                 checkpoints.save(done, state, {"curriculum": curriculum.state_dict()}, metrics)
     return state
 

@@ -96,7 +96,7 @@ class Loop:
 
         self.place = resume(run, self.checkpoints, self.folder)
         if self.place is None:
-            run.state = run.init_state(warm_up(run, self.folder))
+            run.state = run.init_state(self.warmed_up())
             self.place = place_of(run, 0)
         save_description(run, self.folder)
         before = held_out(run, self.folder, 0)
@@ -119,6 +119,13 @@ class Loop:
         run.check()
         self.checkpoints.wait()
         return before, held_out(run, self.folder, config.steps)
+
+    def warmed_up(self) -> Params:
+        """The weights that the first rollout starts from."""
+        if not self.run.config.warmup.steps:
+            return self.run.initial_params()
+        with contextlib.closing(Checkpointer(self.folder.warmup_checkpoints, keep_last=1)) as checkpoints:
+            return warm_up(self.run, self.folder, checkpoints)
 
     def report_step(self) -> None:
         """What follows the updates of a step: the reference, an evaluation, the line of metrics and the checkpoint. It
@@ -307,8 +314,8 @@ def roll_out(run: Run, step: int) -> tuple[Rollout, str]:
 
     if not np.isnan(rollout.rewards).all():
         return rollout, ""
-    error = next((record["error"] for record in rollout.records if record["error"]), "no reward said why")
-    return rollout, f"none of the {len(rollout.records)} samples has a valid reward; the first failed with: {error}"
+    why = next((record["error"] for record in rollout.records if record["error"]), "no reward said why")
+    return rollout, f"none of the {len(rollout.records)} samples has a valid reward; the first failed with: {why}"
 
 
 def empty_step(run: Run, rollout: Rollout, lacking: str, timer: PhaseTimer) -> dict[str, float]:

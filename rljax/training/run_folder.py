@@ -132,8 +132,8 @@ class RunFolder:
         self.write_json("config.json", self.config)
         self.write_json("versions.json", found)
         begun = {"time": time.strftime("%Y-%m-%d %H:%M:%S"), "step": step, "git": found["git"], "config": self.config}
-        with (self.path / "starts.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps(begun) + "\n")
+        with (self.path / "starts.jsonl").open("a", encoding="utf-8") as starts:
+            starts.write(json.dumps(begun) + "\n")
 
         # What a killed run wrote after its checkpoint is written again; what it wrote at its end is of other steps.
         for name in ("summary.json", "learning_curve.png"):

@@ -1,14 +1,14 @@
 """Supervised training on given completions: the warm-up before a run, and `launch/sft.py`."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
 from rljax.experiment.build import Run, stack_rows
 from rljax.experiment.stops import Stopped
-from rljax.tasks import UniformCurriculum
+from rljax.tasks import Example, UniformCurriculum
 from rljax.text import Tokenizer, render_prompt
 from rljax.training import Checkpointer, Learner, PhaseTimer, RunFolder, add_metrics, sft_loss
 from rljax.types import Params, TrainState, Trajectory
@@ -84,6 +84,16 @@ def train_supervised(
 
 def supervised(run: Run) -> tuple[Learner, UniformCurriculum]:
     """The learner and the demonstrations of `config.warmup`."""
+    examples = demonstrations(run)
+
+    # Demonstrations are one update a step, whatever rollouts are split into, and no sampler has log-probs of them.
+    update = dataclasses.replace(run.config.update, minibatches=1, epochs=1, use_sampler_logprobs=False)
+    learner = Learner(run.decoder, sft_loss(), run.config.warmup.optimizer, update, mesh=run.mesh)
+    return learner, UniformCurriculum(examples, seed=run.config.seed)
+
+
+def demonstrations(run: Run) -> list[Example]:
+    """The examples with what is to be said. ValueError for one without."""
     config = run.config.warmup
     make = config.demonstrations or (lambda examples: examples)
     examples = make(run.dataset.train)
@@ -94,11 +104,7 @@ def supervised(run: Run) -> tuple[Learner, UniformCurriculum]:
             f"supervised examples need the column {config.completion_column!r}; one has {sorted(missing.columns)}. "
             "Name it with config.warmup.completion_column, or make it with config.warmup.demonstrations"
         )
-
-    # Demonstrations are one update a step, whatever rollouts are split into, and no sampler has log-probs of them.
-    update = dataclasses.replace(run.config.update, minibatches=1, epochs=1, use_sampler_logprobs=False)
-    learner = Learner(run.decoder, sft_loss(), config.optimizer, update, mesh=run.mesh)
-    return learner, UniformCurriculum(examples, seed=run.config.seed)
+    return list(examples)
 
 
 def supervised_step(
@@ -108,18 +114,26 @@ def supervised_step(
 
     A completion is a text, or, for episodes, a list of texts: what the policy says and what comes back, in turn.
     """
-    config = run.config.warmup
-    tokenizer = run.tokenizer
-
-    rows = []
-    for index, example in enumerate(curriculum.sample(step, config.batch_size)):
-        prompt = render_prompt(tokenizer, example.prompt, run.config.data.chat)
-        rows.append(_row(tokenizer, prompt, example.columns[config.completion_column], example.id, index))
-    batch = stack_rows(run.config, rows)
+    batch = stack_rows(run.config, _rows(run, curriculum.sample(step, run.config.warmup.batch_size)))
 
     # The supervised loss does not look at advantages.
     (minibatch,) = learner.prepare(state, batch, np.zeros(batch.tokens.shape, np.float32))
     return learner.update(state, minibatch)
+
+
+def longest_demonstrations(run: Run) -> list[Trajectory]:
+    """The rows of the largest minibatch that the warm-up can draw."""
+    rows = _rows(run, demonstrations(run))
+    return sorted(rows, key=lambda row: len(row.tokens))[-run.config.warmup.batch_size :]
+
+
+def _rows(run: Run, examples: Sequence[Example]) -> list[Trajectory]:
+    column = run.config.warmup.completion_column
+    rows = []
+    for index, example in enumerate(examples):
+        prompt = render_prompt(run.tokenizer, example.prompt, run.config.data.chat)
+        rows.append(_row(run.tokenizer, prompt, example.columns[column], example.id, index))
+    return rows
 
 
 def _row(tokenizer: Tokenizer, prompt: list[int], completion: Any, prompt_id: int, index: int) -> Trajectory:

@@ -17,6 +17,7 @@ from rljax.evaluation import Evaluation, evaluate
 from rljax.experiment.build import Run, build, stack_rows
 from rljax.experiment.changes import review_changes
 from rljax.experiment.config import Config, to_dict
+from rljax.experiment.dry_run import check_tables
 from rljax.experiment.report import describe_run, finish, say
 from rljax.experiment.sft import warm_up
 from rljax.experiment.stops import Stopped, Stops
@@ -64,6 +65,7 @@ def train(config: Config, workdir: str, *, fresh: bool = False) -> dict[str, Any
             run = build(config)
         run.stops = stops
         held_out_examples(run)
+        check_tables(run)
         check_equal(config=to_dict(config), data=[example.id for example in [*run.dataset.train, *run.dataset.test]])
         say(describe_run(run))
         folder = RunFolder(workdir, config=to_dict(config), fresh=fresh)

@@ -64,7 +64,7 @@ def train_supervised(
 
     for done in range(first + 1, steps + 1):
         timer = PhaseTimer()
-        with timer("update"):
+        with timer("update"), run.pulse("supervised update"):
             state, stats = supervised_step(run, learner, curriculum, state, done - 1)
             metrics = add_metrics([stats])
 

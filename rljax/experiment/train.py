@@ -18,6 +18,7 @@ from rljax.experiment.build import Run, build, stack_rows
 from rljax.experiment.changes import review_changes
 from rljax.experiment.config import Config, to_dict
 from rljax.experiment.dry_run import check_tables
+from rljax.experiment.pulse import Pulse
 from rljax.experiment.report import describe_run, finish, say
 from rljax.experiment.sft import warm_up
 from rljax.experiment.stops import Stopped, Stops
@@ -72,7 +73,8 @@ def train(config: Config, workdir: str, *, fresh: bool = False) -> dict[str, Any
         checkpoints = open_checkpoints(config, folder)
 
         # Innermost again: what is closed on the way out would wait for the processes that are left behind.
-        with run.actor, folder, contextlib.closing(checkpoints), use_mesh(run.mesh), end_together():
+        run.pulse = Pulse(folder.status, config.log.pulse_s)
+        with run.actor, folder, contextlib.closing(checkpoints), use_mesh(run.mesh), run.pulse, end_together():
             loop = Loop(run, folder, checkpoints)
             try:
                 before, after = loop.run_to_the_end()
@@ -255,7 +257,7 @@ def train_step(run: Run, step: int) -> tuple[dict[str, float], Rollout]:
     timer = PhaseTimer()
     compiled = compile_count()
 
-    with run.stops.abandonable():
+    with run.stops.abandonable(), run.pulse("rollout"):
         run.actor.set_params(run.policy(), step)
         rollout, lacking = roll_out(run, step)
         timer.add(rollout.seconds)
@@ -264,7 +266,7 @@ def train_step(run: Run, step: int) -> tuple[dict[str, float], Rollout]:
         metrics["compile/count"] = float(compile_count() - compiled)
         return metrics, rollout
 
-    with run.stops.abandonable(), timer("score"):
+    with run.stops.abandonable(), timer("score"), run.pulse("scoring"):
         batch = stack_rows(config, rollout.trajectories, rollout.rewards.size)
         if run.algorithm.plan.needs_ref:
             reference = run.learner.reference_params(run.state)
@@ -278,7 +280,7 @@ def train_step(run: Run, step: int) -> tuple[dict[str, float], Rollout]:
             shapes=[[np.shape(x) for x in jax.tree.leaves(minibatch)] for minibatch in minibatches],
         )
 
-    with timer("update"):
+    with timer("update"), run.pulse("update"):
         metrics = {}
         # The critic first: its minibatches hold the values that the advantages were made of.
         if run.critic is not None:
@@ -383,7 +385,7 @@ def check_same_problems(run: Run, evaluation: Evaluation, file: Path) -> None:
 def evaluate_run(run: Run, params: Params, step: int) -> Evaluation:
     """The evaluation that `config.evaluation` describes, of `params`."""
     config = run.config.evaluation
-    with run.stops.abandonable():
+    with run.stops.abandonable(), run.pulse("evaluation"):
         run.actor.set_params(params, step)
         return evaluate(run.actor, held_out_examples(run), config, step=step)
 

@@ -6,6 +6,7 @@ from rljax.sampling.logits import SamplingParams, process_logits, sampling_param
 from rljax.sampling.sampler import Sampler
 from rljax.sampling.slots import Fork, Request, Rounds, Sample
 from rljax.sampling.spec import SamplerSpec, Stops, TurnDecoderSpec
+from rljax.sampling.token_counter import token_count
 from rljax.sampling.turns import Turn, TurnDecoder, TurnResult
 
 __all__ = [
@@ -25,4 +26,5 @@ __all__ = [
     "compile_count",
     "process_logits",
     "sampling_params",
+    "token_count",
 ]

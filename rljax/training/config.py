@@ -111,5 +111,8 @@ class LogConfig:
     rollouts_every: int = field(default=1, least=1)
     """Steps between rollouts that are written to `rollouts/`, one JSON line a sample."""
 
+    pulse_s: float = field(default=10.0, least=0)
+    """Seconds between two signs of life within a step: what is under way, for how long, tokens so far. 0 is none."""
+
     wandb_project: str = ""
     """Weights & Biases project to log to (the extra `wandb`); empty is none."""

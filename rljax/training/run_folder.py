@@ -183,6 +183,12 @@ class RunFolder:
                 folder.mkdir(parents=True, exist_ok=True)
                 (folder / f"step_{step:06d}.jsonl").write_text("".join(lines), encoding="utf-8")
 
+    def status(self, line: str) -> None:
+        """Shows what is under way behind the bar of the loop, until the step is logged."""
+        bar = self._bar
+        if bar is not None:
+            bar.set_postfix_str(line)
+
     def progress(self, label: str, done: int, total: int, metrics: Mapping[str, Any]) -> None:
         """A bar for work outside the loop, such as the supervised warm-up."""
         if not is_main_process():

@@ -226,7 +226,7 @@ def initial_model(task: Task, preset: dict[str, Any], folder: Path) -> Path:
         config = config_of(task, preset)
         run = build(config)
         with run.actor, RunFolder(folder / task.name / "warmup", fresh=True) as log, use_mesh(run.mesh):
-            params = warm_up(run, run.initial_params(), log)
+            params = warm_up(run, log)
             save_hf(target, run.decoder, params, tokenizer=run.tokenizer)
     return target
 

@@ -97,7 +97,7 @@ def initial_model(config: Config, folder: Path) -> Path:
     if not (target / "config.json").exists():
         run = build(control_of(config))
         with run.actor, RunFolder(folder / "warmup", fresh=True) as log, use_mesh(run.mesh):
-            params = warm_up(run, run.initial_params(), log)
+            params = warm_up(run, log)
             save_hf(target, run.decoder, params, tokenizer=run.tokenizer)
     return target
 

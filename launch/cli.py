@@ -97,7 +97,12 @@ def _print_help() -> None:
 def _config_problems(argv: list[str]):
     """Checks config overrides against the fields of the config file, before absl meets them."""
     # ml_collections answers a wrong name with a traceback from its own depths, and says nothing of the right one.
-    path = next((a.split("=", 1)[1] for a in argv if re.match(r"--?config=", a)), None)
+    # absl takes `--config FILE` as well as `--config=FILE`.
+    path = None
+    for argument, after in zip(argv, [*argv[1:], None], strict=True):
+        if match := re.fullmatch(r"--?config(?:=(.*))?", argument, re.DOTALL):
+            path = match[1] if "=" in argument else after
+            break
     if path is None:
         return
 
@@ -133,7 +138,11 @@ def _load_config(file: str, arguments: list[str]):
         spec.loader.exec_module(module)
         if not hasattr(module, "get_config"):
             return None, f"--config={file} defines no get_config(); it must return an rljax.experiment.Config"
-        return module.get_config(*arguments), ""
+        config = module.get_config(*arguments)
+        if not dataclasses.is_dataclass(config) or isinstance(config, type):
+            kind = type(config).__name__
+            return None, f"--config={file}: get_config() returns a {kind}; it must return an rljax.experiment.Config"
+        return config, ""
     except ValueError as error:
         return None, str(error)
     except Exception as error:

@@ -194,12 +194,35 @@ def test_a_reward_that_wants_a_missing_column_is_named(mistake, config_file, tmp
             r"config\.update\.packed_rows is config\.update\.microbatch_size now",
         ),
         ("def get_config():\n    return 1 / 0", r"cannot be loaded: ZeroDivisionError: division by zero"),
+        ("def get_config():\n    return {'steps': 1}", r"get_config\(\) returns a dict; it must return an .*Config"),
     ],
 )
 def test_a_config_file_that_cannot_be_loaded_says_why(text, says, mistake, config_file):
     config_file.write_text(text)
     line = mistake(f"--config={config_file}")
     assert re.search(says, line), line
+
+
+def test_a_config_after_a_space_is_checked_like_one_after_an_equals_sign(script, capsys, config_file, monkeypatch):
+    cli, _ = script
+    arguments = ["train.py", "--config", str(config_file), "--config.stepz=3"]
+    monkeypatch.setattr(sys, "argv", arguments)
+    with flagsaver.flagsaver(), pytest.raises(SystemExit):
+        cli._parse(arguments)
+    assert re.search(r"--config\.stepz.*did you mean config\.steps\?", capsys.readouterr().err)
+
+
+def test_a_run_that_cannot_go_on_ends_in_one_line_with_status_1(script, capsys):
+    from rljax.experiment.train import RunFailed
+
+    def fails():
+        raise RunFailed("5 steps in a row had nothing to learn from")
+
+    cli, _ = script
+    with pytest.raises(SystemExit) as stop:
+        cli._run(fails)
+    said = capsys.readouterr().err.splitlines()
+    assert stop.value.code == 1 and said[0] == "error: 5 steps in a row had nothing to learn from" and len(said) == 2
 
 
 def run_script(*arguments):

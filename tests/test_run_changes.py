@@ -1,9 +1,15 @@
 """A run that goes on with another config says so, or is refused before anything is written."""
 
+import dataclasses
+
 import pytest
 
+from rljax.experiment import WarmupConfig
+from rljax.experiment.build import build
 from rljax.experiment.changes import changed_fields, review_changes
 from rljax.experiment.config import to_dict
+from rljax.experiment.dry_run import check_tables
+from rljax.tasks import Example
 from rljax.testing import tiny_config
 
 
@@ -47,6 +53,32 @@ def test_what_the_run_could_not_end_with_is_refused(part, name, value, says):
     (new[part] if part else new)[name] = value
     with pytest.raises(ValueError, match=says):
         review_changes(config(), new, 2, "config.steps")
+
+
+@pytest.mark.parametrize(
+    ("table", "says"),
+    [
+        ({"microbatch_buckets": (1,)}, r"config\.update does not fit rollouts of full length: .* is 2, .* bucket is 1"),
+        ({"row_buckets": (4,)}, r"config\.update does not fit .*largest bucket is 4; .* or leave the table empty"),
+        ({"trajectory_buckets": (6,)}, r"config\.update does not fit rollouts .* is 7, but the largest bucket is 6"),
+    ],
+)
+def test_a_table_that_the_run_would_exceed_is_found_before_it_begins(table, says):
+    run = build(tiny_config())
+    check_tables(run)
+    run.config.update = dataclasses.replace(run.config.update, **table)
+    with pytest.raises(ValueError, match=says):
+        check_tables(run)
+
+
+def test_a_warm_up_that_does_not_fit_the_tables_is_found_too():
+    def long(examples):
+        return [Example(e.prompt, {"completion": "a" * 40}) for e in examples]
+
+    run = build(tiny_config())
+    run.config.warmup = WarmupConfig(steps=1, batch_size=16, demonstrations=long)
+    with pytest.raises(ValueError, match=r"does not fit the longest demonstrations: .* is 16, .* bucket is 8"):
+        check_tables(run)
 
 
 def test_fewer_steps_of_supervised_training_are_refused():

@@ -343,7 +343,7 @@ def test_impossible_optimizers_are_one_clear_line(config, message):
 def test_a_variant_set_from_the_command_line_is_checked_too():
     config = LightSAMConfig()
     config.variant = "sgd"
-    with pytest.raises(ValueError, match="variant='sgd' must be one of adam, adagrad, norm"):
+    with pytest.raises(ValueError, match="variant='sgd' must be one of 'adam', 'adagrad', 'norm'"):
         make_optimizer(config)
 
 

@@ -107,7 +107,7 @@ def agent_demo(
 def _warm_start(run: Run, folder: RunFolder) -> tuple[Params, Look]:
     """The policy that all methods of a seed begin with."""
     with run.actor, use_mesh(run.mesh):
-        params = warm_up(run, run.initial_params(), folder)
+        params = warm_up(run, folder)
         return params, _look(run, params, Spent())
 
 

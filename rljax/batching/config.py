@@ -2,7 +2,8 @@
 
 import dataclasses
 
-_POSITIVE = ("pack_length", "microbatch_size")
+from rljax.settings import check_fields, field
+
 _TABLES = ("length_buckets", "score_buckets", "row_buckets", "microbatch_buckets", "trajectory_buckets")
 
 
@@ -14,9 +15,9 @@ class PackConfig:
     Microbatches that hold nothing cost nothing.
     """
 
-    pack_length: int = 1024
+    pack_length: int = field(default=1024, least=1)
     """Tokens that a packed sequence holds. Raise it to the longest prompt plus completion."""
-    microbatch_size: int = 1
+    microbatch_size: int = field(default=1, least=1)
     """Packed sequences in a microbatch. More fill a device better; a multiple of the devices that split the batch."""
     share_prefixes: bool | None = None
     """Pack forests, in which shared prefixes stand once (True), or rows side by side (False). None takes forests unless
@@ -34,11 +35,7 @@ class PackConfig:
 
     def check(self) -> None:
         """Raises ValueError for values that no rows can be packed by."""
-        for name in _POSITIVE:
-            value = getattr(self, name)
-            if value < 1:
-                raise ValueError(f"config.update.{name}={value} must be at least 1")
-
+        check_fields(self, "config.update")
         for name in _TABLES:
             table = getattr(self, name)
             if list(table) != sorted(set(table)) or (table and table[0] < 1):

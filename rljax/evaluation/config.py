@@ -2,30 +2,35 @@
 
 import dataclasses
 
+from rljax.sampling import SamplingParams, sampling_params
+from rljax.settings import field
+
 
 @dataclasses.dataclass
 class EvaluationConfig:
     """Held-out examples, answered once greedily and several times by chance."""
 
-    every: int = 0
+    every: int = field(default=0, least=0)
     """Training steps between two evaluations; 0 is before and after training only."""
-    problems: int = 64
+    problems: int = field(default=64, least=-1)
     """Held-out examples that are answered, the first ones; 0 is all. `launch/sft.py` evaluates none for -1."""
-    samples: int = 8
+    samples: int = field(default=8, least=1)
     """Samples of each problem, for avg@k, pass@k and maj@k with k up to this."""
     solved_by: str = ""
     """Name of the reward, or of a count of the environment, that decides: a sample is solved where it is 1 or more,
     unweighted. Empty is the first of `config.actor.rewards` (or the data's verifier), and in an environment the reward
     of the episode. Set it where the first reward is not the one for the right answer."""
-    temperature: float = 1.0
+    temperature: float = field(default=1.0, least=0, most=1e6)
     """Of these samples."""
-    top_p: float = 1.0
+    top_p: float = field(default=1.0, above=0, most=1)
     """Of these samples: the smallest set of tokens with this much probability is sampled from."""
-    batch_prompts: int = 16
+    batch_prompts: int = field(default=16, least=1)
     """Problems that are sampled together. It changes memory and speed, and no result."""
 
+    def sampled(self) -> SamplingParams:
+        """The distribution of the samples. ValueError for a value out of range."""
+        return sampling_params(temperature=self.temperature, top_p=self.top_p)
+
     def check(self) -> None:
-        """Raises ValueError for values that cannot work."""
-        for name in ("samples", "batch_prompts"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"config.evaluation.{name}={getattr(self, name)} must be at least 1")
+        """ValueError of one line for values that cannot work."""
+        self.sampled()

@@ -70,9 +70,8 @@ def answers(
     actor: Actor, examples: Sequence[Example], config: EvaluationConfig
 ) -> tuple[list[ScoredGroup], list[ScoredGroup]]:
     """A greedy answer to every example, and `config.samples` at `config.temperature`; groups in order."""
-    by_chance = sampling_params(temperature=config.temperature, top_p=config.top_p)
     greedy = _groups(actor, examples, 1, sampling_params(temperature=0.0), config.batch_prompts)
-    sampled = _groups(actor, examples, config.samples, by_chance, config.batch_prompts)
+    sampled = _groups(actor, examples, config.samples, config.sampled(), config.batch_prompts)
     return greedy, sampled
 
 

@@ -13,6 +13,7 @@ from rljax.experiment.check import check, check_forks
 from rljax.experiment.config import Config
 from rljax.experiment.model import model_path
 from rljax.experiment.prompts import check_chat_settings
+from rljax.experiment.pulse import Pulse
 from rljax.experiment.stops import Stops
 from rljax.models import DecoderConfig, load_config, load_model, param_shardings
 from rljax.parallel import make_mesh
@@ -34,6 +35,7 @@ class Run:
         reference_scores: held-out avg@k per problem when the reference was last refreshed.
         state: replaced at every update; None until weights are loaded or restored.
         stops: tells when the run is asked to end.
+        pulse: names what is under way, and shows it where it is open.
         empty_steps: steps without an update up to now, in a row.
         lacking: what the last of them lacked.
     """
@@ -52,6 +54,7 @@ class Run:
     reference_scores: list[float] = dataclasses.field(default_factory=list)
     state: TrainState = None  # type: ignore[assignment]
     stops: Stops = dataclasses.field(default_factory=Stops)
+    pulse: Pulse = dataclasses.field(default_factory=Pulse)
     empty_steps: int = 0
     lacking: str = ""
 

@@ -6,22 +6,22 @@ import math
 from rljax.algorithms import Algorithm
 from rljax.experiment.config import Config
 from rljax.plans import RolloutPlan
+from rljax.settings import check_config, placed
 
 
 def check(config: Config, device_count: int | None = None) -> Algorithm:
     """Builds the algorithm and refuses impossible combinations with a `ValueError` of one line.
 
-    What a part can see by itself it checks itself; here is what takes two. `device_count` is checked against the mesh
+    Types and ranges are those of the fields (`rljax.settings`), and what a part can see by itself it checks itself;
+    here is what takes two. `device_count` is checked against the mesh
     when given.
     """
-    algorithm = config.algorithm.build()
-    plan = algorithm.plan
-
-    for name in ("steps", "prompts_per_step"):
-        if getattr(config, name) < 1:
-            raise ValueError(f"config.{name}={getattr(config, name)} must be at least 1")
-    for part in (config.sampling, config.update, config.critic, config.evaluation, config.checkpoint):
-        part.check()
+    check_config(config)
+    with placed("config.algorithm"):
+        algorithm = config.algorithm.build()
+        plan = algorithm.plan
+        if plan.forks is not None:
+            plan.forks.check()
 
     if config.prompts_per_step % config.update.minibatches:
         raise ValueError(
@@ -38,7 +38,10 @@ def check(config: Config, device_count: int | None = None) -> Algorithm:
             "equal; training needs a temperature above 0 (evaluation is greedy on its own)"
         )
     if config.log.wandb_project and importlib.util.find_spec("wandb") is None:
-        raise ValueError("wandb is not installed; pip install 'rljax[wandb]'")
+        raise ValueError(
+            f"config.log.wandb_project={config.log.wandb_project!r} needs wandb, which is not installed; "
+            "pip install wandb, or leave it empty"
+        )
     if device_count is not None:
         config.mesh.check(device_count)
     return algorithm

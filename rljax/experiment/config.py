@@ -13,6 +13,7 @@ from rljax.experiment.model import ModelSource, PretrainedModel
 from rljax.parallel import MeshConfig
 from rljax.rollouts import ActorConfig, SingleTurn
 from rljax.sampling import SamplingConfig
+from rljax.settings import field
 from rljax.tasks import CurriculumSource, DataSource, ReasoningGymData, UniformTasks
 from rljax.training import (
     CheckpointConfig,
@@ -37,11 +38,11 @@ class Config:
 
     name: str = "run"
     """What the run is called in its summary and in trackers."""
-    seed: int = 0
+    seed: int = field(default=0, least=0, below=2**31)
     """Enters every random number: data order, weights of a fresh model, sampling."""
-    steps: int = 100
+    steps: int = field(default=100, least=1)
     """Rollouts, each followed by its updates."""
-    prompts_per_step: int = 8
+    prompts_per_step: int = field(default=8, least=1)
     """Groups of a rollout. It must divide into `update.minibatches`."""
     model: ModelSource = dataclasses.field(default_factory=PretrainedModel)
     """Weights and tokenizer: `PretrainedModel` or `FreshModel`."""
@@ -53,7 +54,7 @@ class Config:
     """Which examples are drawn: `UniformTasks` or `FailedTasks`."""
     algorithm: Recipe = dataclasses.field(default_factory=GRPO)
     """The method, an entry of `rljax.algorithms`."""
-    reference_refresh: int = 0
+    reference_refresh: int = field(default=0, least=0)
     """Steps after which the reference becomes a copy of the policy; 0 leaves it to the algorithm."""
     sampling: SamplingConfig = dataclasses.field(default_factory=SamplingConfig)
     """The distribution that training samples from, and what ends a completion."""

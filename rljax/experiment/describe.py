@@ -21,7 +21,7 @@ class FieldText:
     name: str
     """Its name."""
     type: str
-    """Its annotation."""
+    """Its annotation, and the range of a number that has one."""
     default: str
     """Its default as written, `Class()` for a part that a class makes; empty for a field that must be given."""
     text: str
@@ -52,7 +52,13 @@ def config_classes() -> tuple[type, ...]:
 def field_texts(cls: type) -> tuple[FieldText, ...]:
     """The fields of a dataclass in the order of its constructor, inherited ones included."""
     own = {name: text for base in reversed(cls.__mro__) for name, text in _written(base).items()}
-    return tuple(own[field.name] for field in dataclasses.fields(cls) if field.name in own)
+    return tuple(_bounded(own[field.name], field) for field in dataclasses.fields(cls) if field.name in own)
+
+
+def _bounded(text: FieldText, field: dataclasses.Field) -> FieldText:
+    """The field with its range behind its type."""
+    bounds = str(field.metadata.get("range") or "")
+    return dataclasses.replace(text, type=f"{text.type}, {bounds}") if bounds else text
 
 
 def first_paragraph(cls: type) -> str:

@@ -7,15 +7,15 @@ import jax
 import numpy as np
 
 from rljax.batching import PackConfig, layout, loss_mask, stack
-from rljax.experiment.build import Run, build
+from rljax.experiment.build import Run, build, stack_rows
 from rljax.experiment.config import Config
 from rljax.experiment.prompts import describe_prompts
 from rljax.experiment.report import aligned
-from rljax.experiment.sft import demonstration
+from rljax.experiment.sft import demonstration, longest_demonstrations
 from rljax.models import DecoderConfig, abstract_params, param_shardings
 from rljax.parallel import DECODE_RULES, batch_parts, is_main_process, use_mesh
 from rljax.text import render_prompt
-from rljax.types import Rows, TrainBatch
+from rljax.types import Rows, TrainBatch, Trajectory
 
 GIB = 2**30
 _ADVICE = {
@@ -93,8 +93,26 @@ def _remedy(predicted: dict[str, int], total: int, limit: int) -> str:
     return f"DOES NOT FIT: {total / GIB:.2f} GiB of {limit / GIB:.2f}. Largest parts first, {advice}"
 
 
-def worst_batch(run: Run) -> TrainBatch:
-    """The largest minibatch of the config, as shapes: every completion of full length, sharing only prompts."""
+def check_tables(run: Run) -> None:
+    """ValueError for a table of `config.update` that the run's own largest minibatch, of rollouts or of its warm-up,
+    does not fit into; else that is found in the middle of the run. Automatic tables fit anything."""
+    update = run.config.update
+    if not (update.score_buckets or update.row_buckets or update.microbatch_buckets or update.trajectory_buckets):
+        return
+
+    demonstrations = longest_demonstrations(run) if run.config.warmup.steps else []
+    for what, rows in (("rollouts of full length", worst_rows(run)), ("the longest demonstrations", demonstrations)):
+        if not rows:
+            continue
+        try:
+            batch = stack_rows(run.config, rows)
+            layout(batch, loss_mask(batch), update)
+        except ValueError as error:
+            raise ValueError(f"config.update does not fit {what}: {error}, or leave the table empty") from None
+
+
+def worst_rows(run: Run) -> list[Trajectory]:
+    """The rows of the largest minibatch: every completion of full length, sharing only prompts."""
     config = run.config
     prompts = sorted((render_prompt(run.tokenizer, e.prompt, config.data.chat) for e in run.dataset.train), key=len)
     group = run.algorithm.plan.group_size
@@ -108,7 +126,13 @@ def worst_batch(run: Run) -> TrainBatch:
             length = run.actor.longest_row(len(prompt)) - len(prompt)
             completion = rng.integers(0, run.decoder.vocab_size, length).tolist()
             rows.append(demonstration(prompt, completion, index, index))
-    batch = stack(rows)
+    return rows
+
+
+def worst_batch(run: Run) -> TrainBatch:
+    """`worst_rows` as the minibatch that they become, in shapes."""
+    config = run.config
+    batch = stack(worst_rows(run))
     packing = layout(batch, loss_mask(batch), config.update)
 
     plan = run.algorithm.plan

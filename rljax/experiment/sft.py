@@ -1,6 +1,5 @@
 """Supervised training on given completions: the warm-up before a run, and `launch/sft.py`."""
 
-import contextlib
 import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -10,30 +9,30 @@ import numpy as np
 from rljax.envs import get_format
 from rljax.experiment.build import Run, stack_rows
 from rljax.experiment.stops import Stopped
-from rljax.tasks import UniformCurriculum
+from rljax.tasks import Example, UniformCurriculum
 from rljax.text import Dialogue, Message, encode_text
 from rljax.training import Checkpointer, Learner, PhaseTimer, RunFolder, add_metrics, sft_loss
 from rljax.types import Params, TrainState, Trajectory
 
 
-def warm_up(run: Run, folder: RunFolder) -> Params:
+def warm_up(run: Run, folder: RunFolder, checkpoints: Checkpointer | None = None) -> Params:
     """The params that the first rollout starts from: the model's own, after `config.warmup.steps` supervised steps.
 
-    Its checkpoints lie in a folder of their own until the run has one.
+    `folder` shows how far it is. With `checkpoints`, which must be of this run's warm-up alone, it goes on from the
+    newest of them; without, nothing is saved.
     """
     steps = run.config.warmup.steps
     if not steps:
         return run.initial_params()
 
     learner, curriculum = supervised(run)
-    with contextlib.closing(Checkpointer(folder.warmup_checkpoints, keep_last=1)) as checkpoints:
-        state = train_supervised(
-            run,
-            learner,
-            curriculum,
-            checkpoints,
-            report=lambda done, metrics: folder.progress("warm-up", done, steps, metrics),
-        )
+    state = train_supervised(
+        run,
+        learner,
+        curriculum,
+        checkpoints,
+        report=lambda done, metrics: folder.progress("warm-up", done, steps, metrics),
+    )
     return learner.policy_params(state)
 
 
@@ -41,7 +40,7 @@ def train_supervised(
     run: Run,
     learner: Learner,
     curriculum: UniformCurriculum,
-    checkpoints: Checkpointer,
+    checkpoints: Checkpointer | None,
     *,
     report: Callable[[int, dict[str, float]], None],
     begin: Callable[[int], None] = lambda first: None,
@@ -54,7 +53,7 @@ def train_supervised(
     steps = run.config.warmup.steps
     every = run.config.checkpoint.every
 
-    restored = checkpoints.restore(learner.abstract_state())
+    restored = None if checkpoints is None else checkpoints.restore(learner.abstract_state())
     first = 0 if restored is None else restored[2]
     run.stops.check()
     begin(first)
@@ -66,7 +65,7 @@ def train_supervised(
 
     for done in range(first + 1, steps + 1):
         timer = PhaseTimer()
-        with timer("update"):
+        with timer("update"), run.pulse("supervised update"):
             state, stats = supervised_step(run, learner, curriculum, state, done - 1)
             metrics = add_metrics([stats])
 
@@ -79,13 +78,23 @@ def train_supervised(
             is_due = True
             raise
         finally:
-            if is_due:
+            if is_due and checkpoints is not None:
                 checkpoints.save(done, state, {"curriculum": curriculum.state_dict()}, metrics)
     return state
 
 
 def supervised(run: Run) -> tuple[Learner, UniformCurriculum]:
     """The learner and the demonstrations of `config.warmup`."""
+    examples = demonstrations(run)
+
+    # Demonstrations are one update a step, whatever rollouts are split into, and no sampler has log-probs of them.
+    update = dataclasses.replace(run.config.update, minibatches=1, epochs=1, use_sampler_logprobs=False)
+    learner = Learner(run.decoder, sft_loss(), run.config.warmup.optimizer, update, mesh=run.mesh)
+    return learner, UniformCurriculum(examples, seed=run.config.seed)
+
+
+def demonstrations(run: Run) -> list[Example]:
+    """The examples with what is to be said. ValueError for one without."""
     config = run.config.warmup
     make = config.demonstrations or (lambda examples: examples)
     examples = make(run.dataset.train)
@@ -96,30 +105,34 @@ def supervised(run: Run) -> tuple[Learner, UniformCurriculum]:
             f"supervised examples need the column {config.completion_column!r}; one has {sorted(missing.columns)}. "
             "Name it with config.warmup.completion_column, or make it with config.warmup.demonstrations"
         )
-
-    # Demonstrations are one update a step, whatever rollouts are split into, and no sampler has log-probs of them.
-    update = dataclasses.replace(run.config.update, minibatches=1, epochs=1, use_sampler_logprobs=False)
-    learner = Learner(run.decoder, sft_loss(), config.optimizer, update, mesh=run.mesh)
-    return learner, UniformCurriculum(examples, seed=run.config.seed)
+    return list(examples)
 
 
 def supervised_step(
     run: Run, learner: Learner, curriculum: UniformCurriculum, state: TrainState, step: int
 ) -> tuple[TrainState, dict[str, Any]]:
     """One update on `config.warmup.batch_size` demonstrations (`demonstration_row`)."""
-    config = run.config.warmup
-    style = get_format(getattr(run.config.actor, "tool_format", "hermes"))
-    dialogue = Dialogue(run.tokenizer, role=style.role, chat=run.config.data.chat)
-
-    rows = [
-        demonstration_row(dialogue, example.prompt, example.columns[config.completion_column], example.id, index)
-        for index, example in enumerate(curriculum.sample(step, config.batch_size))
-    ]
-    batch = stack_rows(run.config, rows)
+    batch = stack_rows(run.config, _rows(run, curriculum.sample(step, run.config.warmup.batch_size)))
 
     # The supervised loss does not look at advantages.
     (minibatch,) = learner.prepare(state, batch, np.zeros(batch.tokens.shape, np.float32))
     return learner.update(state, minibatch)
+
+
+def longest_demonstrations(run: Run) -> list[Trajectory]:
+    """The rows of the largest minibatch that the warm-up can draw."""
+    rows = _rows(run, demonstrations(run))
+    return sorted(rows, key=lambda row: len(row.tokens))[-run.config.warmup.batch_size :]
+
+
+def _rows(run: Run, examples: Sequence[Example]) -> list[Trajectory]:
+    column = run.config.warmup.completion_column
+    style = get_format(getattr(run.config.actor, "tool_format", "hermes"))
+    dialogue = Dialogue(run.tokenizer, role=style.role, chat=run.config.data.chat)
+    return [
+        demonstration_row(dialogue, example.prompt, example.columns[column], example.id, index)
+        for index, example in enumerate(examples)
+    ]
 
 
 def demonstration_row(

@@ -18,6 +18,8 @@ from rljax.evaluation import Evaluation, evaluate
 from rljax.experiment.build import Run, build, stack_rows
 from rljax.experiment.changes import review_changes
 from rljax.experiment.config import Config, to_dict
+from rljax.experiment.dry_run import check_tables
+from rljax.experiment.pulse import Pulse
 from rljax.experiment.report import describe_run, finish, say
 from rljax.experiment.sft import warm_up
 from rljax.experiment.stops import Stopped, Stops
@@ -25,6 +27,7 @@ from rljax.models import written_metadata
 from rljax.parallel import check_equal, end_together, is_main_process, use_mesh
 from rljax.rollouts import NoSignal, Rollout, collect
 from rljax.sampling import compile_count
+from rljax.tasks import Example
 from rljax.training import Checkpointer, PhaseTimer, RunFolder, add_metrics, read_json, with_critic
 from rljax.types import Params
 
@@ -63,13 +66,16 @@ def train(config: Config, workdir: str, *, fresh: bool = False) -> dict[str, Any
         with stops.abandonable():
             run = build(config)
         run.stops = stops
+        held_out_examples(run)
+        check_tables(run)
         check_equal(config=to_dict(config), data=[example.id for example in [*run.dataset.train, *run.dataset.test]])
         say(describe_run(run))
         folder = RunFolder(workdir, config=to_dict(config), fresh=fresh)
         checkpoints = open_checkpoints(config, folder)
 
         # Innermost again: what is closed on the way out would wait for the processes that are left behind.
-        with run.actor, folder, contextlib.closing(checkpoints), use_mesh(run.mesh), end_together():
+        run.pulse = Pulse(folder.status, config.log.pulse_s)
+        with run.actor, folder, contextlib.closing(checkpoints), use_mesh(run.mesh), run.pulse, end_together():
             loop = Loop(run, folder, checkpoints)
             try:
                 before, after = loop.run_to_the_end()
@@ -95,7 +101,7 @@ class Loop:
 
         self.place = resume(run, self.checkpoints, self.folder)
         if self.place is None:
-            run.state = run.init_state(warm_up(run, self.folder))
+            run.state = run.init_state(self.warmed_up())
             self.place = place_of(run, 0)
         save_description(run, self.folder)
         before = held_out(run, self.folder, 0)
@@ -118,6 +124,13 @@ class Loop:
         run.check()
         self.checkpoints.wait()
         return before, held_out(run, self.folder, config.steps)
+
+    def warmed_up(self) -> Params:
+        """The weights that the first rollout starts from."""
+        if not self.run.config.warmup.steps:
+            return self.run.initial_params()
+        with contextlib.closing(Checkpointer(self.folder.warmup_checkpoints, keep_last=1)) as checkpoints:
+            return warm_up(self.run, self.folder, checkpoints)
 
     def report_step(self) -> None:
         """What follows the updates of a step: the reference, an evaluation, the line of metrics and the checkpoint. It
@@ -253,7 +266,7 @@ def train_step(run: Run, step: int) -> tuple[dict[str, float], Rollout]:
     timer = PhaseTimer()
     compiled = compile_count()
 
-    with run.stops.abandonable():
+    with run.stops.abandonable(), run.pulse("rollout"):
         run.actor.set_params(run.policy(), step)
         rollout, lacking = roll_out(run, step)
         timer.add(rollout.seconds)
@@ -262,7 +275,7 @@ def train_step(run: Run, step: int) -> tuple[dict[str, float], Rollout]:
         metrics["compile/count"] = float(compile_count() - compiled)
         return metrics, rollout
 
-    with run.stops.abandonable(), timer("score"):
+    with run.stops.abandonable(), timer("score"), run.pulse("scoring"):
         batch = stack_rows(config, rollout.trajectories, rollout.rewards.size)
         if run.algorithm.plan.needs_ref:
             reference = run.learner.reference_params(run.state)
@@ -276,7 +289,7 @@ def train_step(run: Run, step: int) -> tuple[dict[str, float], Rollout]:
             shapes=[[np.shape(x) for x in jax.tree.leaves(minibatch)] for minibatch in minibatches],
         )
 
-    with timer("update"):
+    with timer("update"), run.pulse("update"):
         metrics = {}
         # The critic first: its minibatches hold the values that the advantages were made of.
         if run.critic is not None:
@@ -311,8 +324,8 @@ def roll_out(run: Run, step: int) -> tuple[Rollout, str]:
 
     if not np.isnan(rollout.rewards).all():
         return rollout, ""
-    error = next((record["error"] for record in rollout.records if record["error"]), "no reward said why")
-    return rollout, f"none of the {len(rollout.records)} samples has a valid reward; the first failed with: {error}"
+    why = next((record["error"] for record in rollout.records if record["error"]), "no reward said why")
+    return rollout, f"none of the {len(rollout.records)} samples has a valid reward; the first failed with: {why}"
 
 
 def empty_step(run: Run, rollout: Rollout, lacking: str, timer: PhaseTimer) -> dict[str, float]:
@@ -368,8 +381,7 @@ def held_out(run: Run, folder: RunFolder, step: int) -> Evaluation:
 
 def check_same_problems(run: Run, evaluation: Evaluation, file: Path) -> None:
     """ValueError unless an evaluation that was read is of the problems that the data holds out now."""
-    problems = run.dataset.test[: run.config.evaluation.problems or None]
-    if [problem["prompt_id"] for problem in evaluation.problems] != [example.id for example in problems]:
+    if [problem["prompt_id"] for problem in evaluation.problems] != [e.id for e in held_out_examples(run)]:
         raise ValueError(
             f"{file} is of other held-out problems than the data has now; go on with the data that the run began with, "
             "or start in a new folder"
@@ -379,6 +391,20 @@ def check_same_problems(run: Run, evaluation: Evaluation, file: Path) -> None:
 def evaluate_run(run: Run, params: Params, step: int) -> Evaluation:
     """The evaluation that `config.evaluation` describes, of `params`."""
     config = run.config.evaluation
-    with run.stops.abandonable():
+    with run.stops.abandonable(), run.pulse("evaluation"):
         run.actor.set_params(params, step)
-        return evaluate(run.actor, run.dataset.test[: config.problems or None], config, step=step)
+        return evaluate(run.actor, held_out_examples(run), config, step=step)
+
+
+def held_out_examples(run: Run) -> list[Example]:
+    """The examples that are evaluated. ValueError where there are none."""
+    problems = run.config.evaluation.problems
+    if problems < 0:
+        raise ValueError(f"config.evaluation.problems={problems} must be at least 0 here; 0 is all held-out examples")
+    examples = list(run.dataset.test[: problems or None])
+    if not examples:
+        raise ValueError(
+            "the data holds out no example, and a run is evaluated before and after training; raise "
+            "config.data.test_fraction (or test_size), or name held-out data"
+        )
+    return examples

@@ -95,7 +95,10 @@ class TurnsConfig:
         return ""
 
     def check(self, plan: RolloutPlan, sampling: SamplingConfig, pack_length: int) -> None:
-        get_format(self.tool_format)
+        try:
+            get_format(self.tool_format)
+        except ValueError as error:
+            raise ValueError(f"config.actor.tool_format={self.tool_format!r}: {error}") from None
         if not sampling.max_new_tokens < self.context_length <= pack_length:
             raise ValueError(
                 f"config.actor.context_length={self.context_length}, the length of an episode, must be above "

@@ -7,6 +7,7 @@ from rljax.sampling.row_scorer import RowScorer
 from rljax.sampling.sampler import Sampler
 from rljax.sampling.slots import Fork, Request, Rounds, Sample
 from rljax.sampling.spec import SamplerSpec, Stops, TurnDecoderSpec
+from rljax.sampling.token_counter import token_count
 from rljax.sampling.turns import Turn, TurnDecoder, TurnResult
 
 __all__ = [
@@ -27,4 +28,5 @@ __all__ = [
     "compile_count",
     "process_logits",
     "sampling_params",
+    "token_count",
 ]

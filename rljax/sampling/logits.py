@@ -14,6 +14,9 @@ from rljax.types import ArrayLike, struct
 MASKED = -1e30
 """Logit of a token that truncation removed: finite, so that probability times log-prob is 0 and never NaN."""
 
+SMALLEST_TEMPERATURE = 1e-6
+"""Above 0: `MASKED` and the logits of any model stay finite when they are divided by it."""
+
 _UNITS = 2.0**30
 _HALF_CELL = 2.0**-24  # uniform numbers are multiples of 2**-23
 
@@ -42,6 +45,11 @@ def sampling_params(temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0
     """
     if not 0.0 <= temperature < float("inf"):
         raise ValueError(f"temperature={temperature} must be finite and at least 0; 0 is greedy, 1 the model's own")
+    if 0.0 < temperature < SMALLEST_TEMPERATURE:
+        raise ValueError(
+            f"temperature={temperature} must be 0, which is greedy, or at least {SMALLEST_TEMPERATURE:g}: logits "
+            "divided by less overflow"
+        )
     if int(top_k) != top_k or top_k < 0:
         raise ValueError(f"top_k={top_k} must be a whole number of tokens, 0 to switch it off")
     if not 0.0 < top_p <= 1.0:

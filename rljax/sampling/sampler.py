@@ -16,6 +16,7 @@ from rljax.sampling.logits import SamplingParams, sampling_params
 from rljax.sampling.slots import FinishReason, Load, Path, Request, Sample, Slots
 from rljax.sampling.spec import NO_STOPS, SamplerSpec, Stops
 from rljax.sampling.stopping import StopStrings
+from rljax.sampling.token_counter import count_tokens
 from rljax.sampling.weights import take_weights
 from rljax.types import Params
 
@@ -148,6 +149,7 @@ class Sampler:
                 stats["row_steps"] += int(grown.max()) * active.size
                 stats["forced_tokens"] += forced
                 stats["new_tokens"] += int(grown.sum()) - forced
+                count_tokens(int(grown.sum()) - forced)
                 stats["reused_tokens"] += sum(path.steps for path in paths)
                 stats["runs"] += 1
                 stats["prefill_tokens"] += sum(len(requests[x.request].prompt) - 1 for x in loads if x.source is None)

@@ -31,6 +31,7 @@ from rljax.sampling.logits import SamplingParams
 from rljax.sampling.sampler import prefill_counts
 from rljax.sampling.spec import NO_STOPS, Stops, TurnDecoderSpec
 from rljax.sampling.stopping import StopStrings
+from rljax.sampling.token_counter import count_tokens
 from rljax.sampling.weights import take_weights
 from rljax.types import Params
 
@@ -396,6 +397,7 @@ class TurnDecoder:
         self.stats["decode_steps"] += int(grown.max())
         self.stats["busy_rows"] += int(grown.sum())
         self.stats["new_tokens"] += int(grown.sum())
+        count_tokens(int(grown.sum()))
         if moves:
             self._kept = _keep_turns(self._kept, self._cache, self._moves(moves))
         return results

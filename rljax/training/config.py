@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 from rljax.batching import PackConfig
+from rljax.settings import field
 from rljax.training.optimizers import OptimizerConfig
 
 
@@ -15,10 +16,10 @@ class UpdateConfig(PackConfig):
     A minibatch is packed as `PackConfig` says; gradients of its microbatches add up.
     """
 
-    minibatches: int = 1
+    minibatches: int = field(default=1, least=1)
     """Optimizer steps per epoch. They share out whole groups, so it must divide `config.prompts_per_step`."""
 
-    epochs: int = 1
+    epochs: int = field(default=1, least=1)
     """Times that the updates go through a rollout. Above 1 the loss should clip ratios."""
 
     shuffle: bool = False
@@ -30,7 +31,7 @@ class UpdateConfig(PackConfig):
     rollout where there are several updates, if `rollout/logprob_gap_max` shows that sampler and trainer agree to
     rounding."""
 
-    head_chunk: int = 512
+    head_chunk: int = field(default=512, least=1)
     """Tokens whose logits exist at a time. Lower it to save memory, raise it for speed with a small vocabulary."""
 
     remat: bool = False
@@ -40,21 +41,12 @@ class UpdateConfig(PackConfig):
     """Train long packed sequences with kernels that leave out blocks which see nothing, on a GPU or TPU. A CPU, and
     short sequences, keep the XLA form whatever it says."""
 
-    max_skipped: int = 5
+    max_skipped: int = field(default=5, least=1)
     """Updates in a row that may be skipped for a loss or gradient that is not finite; the run stops at this number."""
 
-    max_empty: int = 5
+    max_empty: int = field(default=5, least=1)
     """Steps in a row that may have nothing to learn from (no valid reward, or too few groups that dynamic sampling
     keeps); they update nothing, and the run stops at this number."""
-
-    def check(self) -> None:
-        """ValueError of one line for values that cannot work."""
-        super().check()
-
-        for name in ("minibatches", "epochs", "head_chunk", "max_skipped", "max_empty"):
-            value = getattr(self, name)
-            if value < 1:
-                raise ValueError(f"config.update.{name}={value} must be at least 1")
 
 
 @dataclasses.dataclass
@@ -66,31 +58,24 @@ class CriticConfig:
     """Language model that its trunk starts from: a Hugging Face folder, a `.gguf` file or `smollm2`, of any size with
     the policy's vocabulary. Empty is a copy of the policy. The head starts at 0."""
 
-    epochs: int = 1
+    epochs: int = field(default=1, least=1)
     """Times that its updates go through a rollout."""
 
-    warmup_steps: int = 0
+    warmup_steps: int = field(default=0, least=0)
     """First steps of the run in which the policy stands still and the critic learns its values."""
 
     optimizer: OptimizerConfig = dataclasses.field(default_factory=lambda: OptimizerConfig(learning_rate=5e-5))
     """Its own optimizer. A critic bears a larger learning rate than the policy."""
-
-    def check(self) -> None:
-        """ValueError of one line for values that cannot work."""
-        if self.epochs < 1:
-            raise ValueError(f"config.critic.epochs={self.epochs} must be at least 1")
-        if self.warmup_steps < 0:
-            raise ValueError(f"config.critic.warmup_steps={self.warmup_steps} must be at least 0")
 
 
 @dataclasses.dataclass
 class WarmupConfig:
     """Supervised steps (next-token loss) before the first rollout, or all there is to `launch/sft.py`."""
 
-    steps: int = 0
+    steps: int = field(default=0, least=0)
     """Updates; 0 is no warm-up."""
 
-    batch_size: int = 64
+    batch_size: int = field(default=64, least=1)
     """Examples in an update."""
 
     completion_column: str = "completion"
@@ -102,50 +87,34 @@ class WarmupConfig:
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
     """Optimizer of the warm-up; its moments end with it."""
 
-    def check(self) -> None:
-        """ValueError of one line for values that cannot work."""
-        if self.steps < 0:
-            raise ValueError(f"config.warmup.steps={self.steps} must be at least 0; 0 is no warm-up")
-        if self.batch_size < 1:
-            raise ValueError(f"config.warmup.batch_size={self.batch_size} must be at least 1")
-
 
 @dataclasses.dataclass
 class CheckpointConfig:
     """When a run saves its state, and which checkpoints it keeps."""
 
-    every: int = 50
+    every: int = field(default=50, least=0)
     """Steps between saves, of a supervised warm-up too; the last step is saved as well. With 0 a run saves only when it
     is asked to end (SIGTERM, SIGUSR1, Ctrl-C)."""
 
-    keep_last: int = 2
+    keep_last: int = field(default=2, least=1)
     """Newest checkpoints that stay. More of them survive a damaged disk, and cost a whole state each."""
 
-    keep_best: int = 0
+    keep_best: int = field(default=0, least=0)
     """Checkpoints that stay besides, those with the highest `best_metric`."""
 
     best_metric: str = "rollout/reward_mean"
     """Metric, by its name in `metrics.jsonl`, that `keep_best` ranks by."""
-
-    def check(self) -> None:
-        """ValueError of one line for values that cannot work."""
-        for name, least in (("every", 0), ("keep_last", 1), ("keep_best", 0)):
-            value = getattr(self, name)
-            if value < least:
-                raise ValueError(f"config.checkpoint.{name}={value} must be at least {least}")
 
 
 @dataclasses.dataclass
 class LogConfig:
     """What a run writes beside its metrics."""
 
-    rollouts_every: int = 1
+    rollouts_every: int = field(default=1, least=1)
     """Steps between rollouts that are written to `rollouts/`, one JSON line a sample."""
+
+    pulse_s: float = field(default=10.0, least=0)
+    """Seconds between two signs of life within a step: what is under way, for how long, tokens so far. 0 is none."""
 
     wandb_project: str = ""
     """Weights & Biases project to log to (the extra `wandb`); empty is none."""
-
-    def check(self) -> None:
-        """ValueError of one line for values that cannot work."""
-        if self.rollouts_every < 1:
-            raise ValueError(f"config.log.rollouts_every={self.rollouts_every} must be at least 1")

@@ -39,10 +39,10 @@ def lock(folder: Path) -> None:
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        holder = os.read(file, 4096).decode(errors="replace").strip()
+        said = os.read(file, 4096).decode(errors="replace").strip()
         os.close(file)
         raise ValueError(
-            f"workdir {folder} is in use by another run ({_described(holder)}); wait until it has ended, end it, or "
+            f"workdir {folder} is in use by another run ({_described(said)}); wait until it has ended, end it, or "
             "name another folder"
         ) from None
     except OSError as error:

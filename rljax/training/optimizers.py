@@ -6,6 +6,7 @@ from typing import Any, Literal
 import jax
 import optax
 
+from rljax.settings import check_fields, field
 from rljax.training.lightsam import scale_by_lightsam_adagrad, scale_by_lightsam_adam, scale_by_lightsam_norm
 from rljax.types import Params
 
@@ -14,48 +15,41 @@ from rljax.types import Params
 class OptimizerConfig:
     """AdamW (1711.05101) behind a clip of the global gradient norm. Weight decay leaves norms and biases out."""
 
-    learning_rate: float = 1e-5
+    learning_rate: float = field(default=1e-5, least=0)
     """Full rate, after the warm-up. Raise it for small models and fresh weights."""
 
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     """What follows the warm-up: the full rate (`constant`), or a fall to 0 at `total_steps` (`linear`, `cosine`)."""
 
-    warmup_steps: int = 0
+    warmup_steps: int = field(default=0, least=0)
     """Optimizer steps over which the rate rises linearly to the full one."""
 
-    total_steps: int = 0
+    total_steps: int = field(default=0, least=0)
     """Optimizer steps of the run, for `linear` and `cosine`: steps x minibatches x epochs."""
 
-    weight_decay: float = 0.0
+    weight_decay: float = field(default=0.0, least=0)
     """Share of a weight that is taken off per step, times the learning rate."""
 
-    b1: float = 0.9
+    b1: float = field(default=0.9, least=0, below=1)
     """Decay of the average of gradients."""
 
-    b2: float = 0.999
+    b2: float = field(default=0.999, least=0, below=1)
     """Decay of the average of squared gradients. Lower it (0.95 to 0.99) for short or unsteady runs."""
 
-    eps: float = 1e-8
+    eps: float = field(default=1e-8, above=0)
     """Added to the root of the average square. Raise it where tiny gradients are noise, as in bfloat16."""
 
-    max_grad_norm: float = 1.0
+    max_grad_norm: float = field(default=1.0, least=0)
     """Global norm that gradients are clipped to; 0 is no clipping."""
 
     def check(self) -> None:
         """ValueError of one line for values that cannot work."""
-        if not self.learning_rate >= 0:
-            raise ValueError(f"learning_rate={self.learning_rate} must be at least 0")
-        if self.schedule not in ("constant", "linear", "cosine"):
-            raise ValueError(f"schedule={self.schedule!r} must be one of constant, linear, cosine")
-        if self.warmup_steps < 0:
-            raise ValueError(f"warmup_steps={self.warmup_steps} must be at least 0")
+        check_fields(self, "")
         if self.schedule != "constant" and self.total_steps <= self.warmup_steps:
             raise ValueError(
                 f"schedule={self.schedule!r} needs total_steps above warmup_steps={self.warmup_steps}, not "
                 f"{self.total_steps}; set total_steps to the number of updates of the run"
             )
-        if self.max_grad_norm < 0:
-            raise ValueError(f"max_grad_norm={self.max_grad_norm} must be at least 0; 0 is no clipping")
 
     def direction(self) -> optax.GradientTransformation:
         """From (clipped) gradients to what weight decay is added to and the learning rate multiplies."""
@@ -70,24 +64,16 @@ class MuonConfig(OptimizerConfig):
     scaled by its shape.
     """
 
-    beta: float = 0.95
+    beta: float = field(default=0.95, least=0, below=1)
     """Decay of the momentum."""
 
-    newton_schulz_steps: int = 5
+    newton_schulz_steps: int = field(default=5, least=1)
     """Newton-Schulz steps; more of them come closer to orthogonal."""
 
-    consistent_rms: float = 0.2
+    consistent_rms: float = field(default=0.2, least=0)
     """The update is scaled by this times `sqrt(max(in, out))` (2502.16982): with 0.2 a step is as large as one of
     AdamW, so that its learning rate and weight decay serve. 0 scales by `sqrt(max(1, out / in))` instead, which wants a
     rate about 0.2 sqrt(max(in, out)) times larger."""
-
-    def check(self) -> None:
-        """ValueError of one line for values that cannot work."""
-        super().check()
-        if self.newton_schulz_steps < 1:
-            raise ValueError(f"newton_schulz_steps={self.newton_schulz_steps} must be at least 1")
-        if not self.consistent_rms >= 0:
-            raise ValueError(f"consistent_rms={self.consistent_rms} must be at least 0; 0 scales by width alone")
 
     def direction(self) -> optax.GradientTransformation:
         muon = optax.contrib.scale_by_muon(
@@ -110,22 +96,14 @@ class LightSAMConfig(OptimizerConfig):
     unstable.
     """
 
-    b2: float = 0.99
+    b2: float = field(default=0.99, least=0, below=1)
     """Decay of the average of squared gradients, of the variant `adam`."""
 
-    rho: float = 0.05
+    rho: float = field(default=0.05, least=0)
     """How far away the second gradient is taken; 0 does not look elsewhere."""
 
     variant: Literal["adam", "adagrad", "norm"] = "adam"
     """How both steps are normalised: `adam` (III), `adagrad` (II) or `norm` (I, one scalar)."""
-
-    def check(self) -> None:
-        """ValueError of one line for values that cannot work."""
-        super().check()
-        if not self.rho >= 0:
-            raise ValueError(f"rho={self.rho} must be at least 0; 0 does not look elsewhere")
-        if self.variant not in ("adam", "adagrad", "norm"):
-            raise ValueError(f"variant={self.variant!r} must be one of adam, adagrad, norm")
 
     def direction(self) -> optax.GradientTransformation:
         both: dict[str, Any] = {"eps": self.eps, "max_grad_norm": self.max_grad_norm}

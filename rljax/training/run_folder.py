@@ -132,8 +132,8 @@ class RunFolder:
         self.write_json("config.json", self.config)
         self.write_json("versions.json", found)
         begun = {"time": time.strftime("%Y-%m-%d %H:%M:%S"), "step": step, "git": found["git"], "config": self.config}
-        with (self.path / "starts.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps(begun) + "\n")
+        with (self.path / "starts.jsonl").open("a", encoding="utf-8") as starts:
+            starts.write(json.dumps(begun) + "\n")
 
         # What a killed run wrote after its checkpoint is written again; what it wrote at its end is of other steps.
         for name in ("summary.json", "learning_curve.png"):
@@ -182,6 +182,12 @@ class RunFolder:
             if lines:
                 folder.mkdir(parents=True, exist_ok=True)
                 _write(folder / f"step_{step:06d}.jsonl", "".join(lines))
+
+    def status(self, line: str) -> None:
+        """Shows what is under way behind the bar of the loop, until the step is logged."""
+        bar = self._bar
+        if bar is not None:
+            bar.set_postfix_str(line)
 
     def progress(self, label: str, done: int, total: int, metrics: Mapping[str, Any]) -> None:
         """A bar for work outside the loop, such as the supervised warm-up."""

@@ -12,6 +12,7 @@ _NORMAL = 1
 _UNKNOWN = 2
 _CONTROL = 3
 _USER_DEFINED = 4
+_UNUSED = 5
 
 _SPACE = "▁"
 
@@ -61,6 +62,11 @@ def load_gguf_tokenizer(
 
     tokens = _field(meta, "tokenizer.ggml.tokens", path)
     types = meta.get("tokenizer.ggml.token_type") or [_NORMAL] * len(tokens)
+
+    # Converters fill the list up to the rows of the embedding; what they put at its end is no token.
+    count = 1 + max((i for i, kind in enumerate(types) if kind != _UNUSED), default=-1)
+    tokens = tokens[:count]
+    types = types[:count]
     tokenizer = builders[kind](meta, tokens, path)
     _add_special_tokens(tokenizer, tokens, types)
     return _wrap(tokenizer, meta, tokens, template_kwargs)

@@ -243,6 +243,20 @@ class TestTextConditions:
         assert splitter(CharTokenizer("ab.").encode("a....b.b")).tolist() == [0, 0, 0, 1, 1, 2, 2, 2]
 
 
+@pytest.mark.parametrize(
+    ("end", "prompting", "stops"),
+    [("<|turn|>", False, ["<|im_end|>", "<|turn|>"]), ("", False, ["<|im_end|>"]), ("", True, ["<|im_end|>"])],
+)
+def test_a_template_that_ends_no_turn_adds_no_stop_token(end, prompting, stops):
+    template = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}" + end + "\n{% endfor %}"
+        f"{{% if add_generation_prompt or {prompting} %}}<|im_start|>assistant\n{{% endif %}}"
+    )
+    tokenizer = byte_level(("<|im_start|>", "<|im_end|>", "<|turn|>"), template=template)
+    assert tokenizer.hf.convert_ids_to_tokens(tokenizer.stop_ids) == stops
+    assert tokenizer.turn_end_id == tokenizer.stop_ids[-1]
+
+
 def test_what_an_agent_sends_opens_no_turn():
     tokenizer = byte_level()
     start, end = tokenizer.hf.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"])

@@ -222,6 +222,21 @@ class TestGguf:
         assert (tokenizer.bos_id, tokenizer.eos_id) == (1, 2)
         assert render_prompt(tokenizer, "a") == [1, 5]
 
+    def test_fillers_at_the_end_of_the_vocabulary_are_no_tokens(self, tmp_path):
+        gguf = pytest.importorskip("gguf")
+        tokens = ["a", "b", "[PAD2]", "<eos>", "ab", "[PAD5]", "[PAD6]"]
+        writer = gguf.GGUFWriter(str(tmp_path / "x.gguf"), "llama")
+        writer.add_tokenizer_model("gpt2")
+        writer.add_tokenizer_pre("gpt-2")
+        writer.add_token_list(tokens)
+        writer.add_token_types([1, 1, 5, 3, 1, 5, 5])
+        writer.add_token_merges(["a b"])
+        writer.add_eos_token_id(3)
+        write(writer)
+        tokenizer = load_tokenizer(tmp_path / "x.gguf")
+        assert tokenizer.vocab_size == 5  # what lies between tokens keeps their places
+        assert tokenizer.encode("ab") == [4] and tokenizer.decode([4, 5, 6]) == "ab"
+
     @pytest.mark.parametrize("rule", sorted({"qwen2", "llama-bpe", "tekken"}))
     def test_split_rules_equal_the_published_patterns(self, rule):
         """Split by Python-level reference semantics: what the rule promises about digits and spaces."""

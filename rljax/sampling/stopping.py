@@ -23,11 +23,11 @@ class StopStrings:
         """The fewest tokens, more than `checked` and `given`, whose text contains a stop string.
 
         The first `given` tokens were not said by this sample: a string that lies in them as a whole does not count, but
-        one that begins there does. `before` are the tokens that stand before all of these, the last one at least: a
+        one that begins there does. `before` are the tokens that stand before all of these, of which the last counts: a
         tokenizer may write the first word of a text otherwise than one within it.
         """
         ids = tokens.tolist()
-        before = list(before)
+        before = list(before[-1:])
         known = self._text(ids[:given], before) if self.strings and given else ""
         if not self.strings or not self._is_in(ids, before, known):
             return None

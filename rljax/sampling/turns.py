@@ -120,6 +120,7 @@ class TurnDecoder:
         mesh: jax.sharding.Mesh | None = None,
     ):
         spec.check(config)
+        stops.check(config)
         spec = spec.resolved()
         self.config = config
         self.spec = spec

@@ -12,6 +12,7 @@ _NORMAL = 1
 UNKNOWN = 2
 CONTROL = 3
 _USER_DEFINED = 4
+_UNUSED = 5
 
 _SPACE = "▁"
 
@@ -64,6 +65,11 @@ def load_gguf_tokenizer(
     types = [_NORMAL] * len(tokens)
     if "tokenizer.ggml.token_type" in meta:
         types = _list(meta, "tokenizer.ggml.token_type", int, path, len(tokens))
+
+    # Converters fill the list up to the rows of the embedding; what they put at its end is no token.
+    count = 1 + max((i for i, kind in enumerate(types) if kind != _UNUSED), default=-1)
+    tokens = tokens[:count]
+    types = types[:count]
     try:
         tokenizer = builders[kind](meta, tokens, path)
         add_special_tokens(tokenizer, tokens, types)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from rljax.text.base import END_OF_TURN_TOKENS, Message, unique
-from rljax.text.plain import PlainText, special_tokens
+from rljax.text.plain import PlainText, any_of, special_tokens
 
 _ANSWER = "qz7"  # stands for what the assistant says
 
@@ -70,10 +70,12 @@ class HuggingFaceTokenizer:
         except Exception:  # a template may stumble over anything; it says so when it is given a conversation
             return None
 
-        behind = text.rpartition(_ANSWER)[2]
-        places = {name: behind.find(name) for name in self.special_tokens if name in behind}
-        # of names that begin at one place the longest is the token
-        return self.special_tokens[min(places, key=lambda name: (places[name], -len(name)))] if places else None
+        before, _, behind = text.rpartition(_ANSWER)
+        find = any_of(self.special_tokens).findall
+        # A template that always opens the next turn ends none with the token that opens it.
+        opening = find(before)[-1:]
+        ends = [name for name in find(behind)[:1] if [name] != opening]
+        return self.special_tokens[ends[0]] if ends else None
 
     def _finds_bos(self) -> bool:
         return self.bos_id is not None and self.hf.encode("a", add_special_tokens=True)[:1] == [self.bos_id]

@@ -7,7 +7,7 @@ letters that it has. What a chat template writes by itself is not marked, and st
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 MARK = "\ufdd0"
@@ -45,9 +45,7 @@ class PlainText:
             # A name of one letter cannot be broken, and is the unknown token of a toy.
             control = {name: i for name, i in control.items() if len(name) > 1}
 
-            # The longest first, since one name may begin with another.
-            longest = sorted(control, key=len, reverse=True)
-            self._names = re.compile("|".join(map(re.escape, longest)) or "(?!)")
+            self._names = any_of(control)
             self._control = control
         return self._control
 
@@ -131,6 +129,12 @@ def special_tokens(hf: Any) -> dict[str, int]:
     """Ids of the tokens by name that a `transformers` tokenizer leaves out when it decodes."""
     added = {str(token): i for i, token in hf.added_tokens_decoder.items() if token.special}
     return added | dict(zip(hf.all_special_tokens, hf.all_special_ids, strict=True))
+
+
+def any_of(names: Iterable[str]) -> re.Pattern[str]:
+    """Finds the first of `names` in a text; nothing if there are none."""
+    # The longest first, since one name may begin with another.
+    return re.compile("|".join(map(re.escape, sorted(names, key=len, reverse=True))) or "(?!)")
 
 
 def _state(part: Any) -> Any:

@@ -70,7 +70,9 @@ class HuggingFaceTokenizer:
         except Exception:  # a template may stumble over anything; it says so when it is given a conversation
             return None
 
-        before, _, behind = text.rpartition(_ANSWER)
+        before, found, behind = text.rpartition(_ANSWER)
+        if not found:  # it shows questions alone
+            return None
         find = any_of(self.special_tokens).findall
         # A template that always opens the next turn ends none with the token that opens it.
         opening = find(before)[-1:]

@@ -4,9 +4,9 @@ import contextlib
 
 from rljax.experiment.build import build
 from rljax.experiment.config import Config, to_dict
-from rljax.experiment.report import evaluation_table
+from rljax.experiment.report import describe_run, evaluation_table, say
 from rljax.experiment.sft import supervised, supervised_step
-from rljax.experiment.train import evaluate_run, open_checkpoints
+from rljax.experiment.train import evaluate_run, open_checkpoints, save_description
 from rljax.parallel import is_main_process, use_mesh
 from rljax.training import PhaseTimer, RunFolder, add_metrics
 
@@ -17,6 +17,7 @@ def fine_tune(config: Config, workdir: str, *, fresh: bool = False) -> dict[str,
         raise ValueError(f"config.warmup.steps={config.warmup.steps} must be at least 1 for supervised fine-tuning")
 
     run = build(config)
+    say(describe_run(run))
     learner, curriculum = supervised(run)
     folder = RunFolder(workdir, config=to_dict(config), fresh=fresh, total_steps=config.warmup.steps)
     checkpoints = open_checkpoints(config, folder)
@@ -26,6 +27,7 @@ def fine_tune(config: Config, workdir: str, *, fresh: bool = False) -> dict[str,
         restored = checkpoints.restore(learner.abstract_state())
         first = 0 if restored is None else restored[2]
         folder.start(first)
+        save_description(run, folder)
         if restored is None:
             state = learner.init_state(run.initial_params())
         else:

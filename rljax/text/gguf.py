@@ -124,7 +124,7 @@ def _byte_level_bpe(meta: Mapping[str, Any], tokens: list[str], path: str | os.P
 
 
 def _from_scores(meta: Mapping[str, Any], tokens: list[str], path: str | os.PathLike) -> Any:
-    scores = _list(meta, "tokenizer.ggml.scores", (int, float), path, len(tokens))
+    scores = _list(meta, "tokenizer.ggml.scores", (int, float), path, len(meta["tokenizer.ggml.tokens"]))
     prefix = bool(meta.get("tokenizer.ggml.add_space_prefix", True))
     return sentencepiece_bpe(tokens, scores, _special(meta, tokens, "unknown"), prefix=prefix)
 

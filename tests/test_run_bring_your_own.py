@@ -83,6 +83,10 @@ def test_supervised_fine_tuning_learns_and_resumes(trained, tmp_path):
     fine_tune(config, str(tmp_path / "straight"))
     losses = [line["loss/nll"] for line in read_jsonl(tmp_path / "straight" / "metrics.jsonl")]
     assert len(losses) == 8 and losses[-1] < losses[0] / 2
+    # What it learnt can be exported like the weights of any run.
+    _, exported = load_model(convert(str(tmp_path / "straight"), str(tmp_path / "hf")))
+    saved, _ = restore_params(tmp_path / "straight" / "checkpoints", jax.eval_shape(lambda: exported))
+    jax.tree.map(np.testing.assert_array_equal, exported, saved)
     half = dataclasses.replace(config, warmup=dataclasses.replace(warmup, steps=4))
     fine_tune(half, str(tmp_path / "resumed"))
     fine_tune(config, str(tmp_path / "resumed"))

@@ -5,10 +5,10 @@ import contextlib
 from rljax.experiment.build import build
 from rljax.experiment.changes import review_changes
 from rljax.experiment.config import Config, to_dict
-from rljax.experiment.report import evaluation_table, say
+from rljax.experiment.report import describe_run, evaluation_table, say
 from rljax.experiment.sft import supervised, train_supervised
 from rljax.experiment.stops import Stops
-from rljax.experiment.train import evaluate_run, open_checkpoints
+from rljax.experiment.train import evaluate_run, open_checkpoints, save_description
 from rljax.parallel import check_equal, end_together, use_mesh
 from rljax.training import RunFolder
 
@@ -24,10 +24,15 @@ def fine_tune(config: Config, workdir: str, *, fresh: bool = False) -> dict[str,
             run = build(config)
             learner, curriculum = supervised(run)
         run.stops = stops
+        say(describe_run(run))
         check_equal(config=to_dict(config), data=[example.id for example in run.dataset.train])
         folder = RunFolder(workdir, config=to_dict(config), fresh=fresh, total_steps=config.warmup.steps)
         checkpoints = open_checkpoints(config, folder)
         last: dict[str, float] = {}
+
+        def begin(first: int) -> None:
+            folder.start(first)
+            save_description(run, folder)
 
         def report(done: int, metrics: dict[str, float]) -> None:
             folder.log_step(done, metrics)
@@ -36,7 +41,7 @@ def fine_tune(config: Config, workdir: str, *, fresh: bool = False) -> dict[str,
         with run.actor, folder, contextlib.closing(checkpoints), use_mesh(run.mesh), end_together():
             if checkpoints.steps:
                 review_changes(folder.previous_config, folder.config, checkpoints.steps[-1], "config.warmup.steps")
-            state = train_supervised(run, learner, curriculum, checkpoints, report=report, begin=folder.start)
+            state = train_supervised(run, learner, curriculum, checkpoints, report=report, begin=begin)
             checkpoints.wait()
             if config.evaluation.problems >= 0:
                 evaluation = evaluate_run(run, learner.policy_params(state), config.warmup.steps)

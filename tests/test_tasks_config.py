@@ -56,3 +56,18 @@ def test_curricula_are_made_of_their_settings(source):
     curriculum = source.make([Example(f"p{i}") for i in range(4)], 7)
     assert isinstance(source, CurriculumSource) and isinstance(curriculum, Curriculum)
     assert curriculum.state_dict()["seed"] == 7
+
+
+def some_rows(last):
+    asked = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    return [{"prompt": f"p{i}", "answer": i} for i in range(5)] + [{"prompt": asked}, {"prompt": last}]
+
+
+def test_rows_of_a_function_are_asked_without_their_answer_and_named_where_they_are_wrong():
+    make = lambda last: RowsData(rows=f"{__name__}:some_rows", args={"last": last}, test_fraction=0.0)  # noqa: E731
+    asked = make("p9").load().train[5]
+    assert (asked.prompt, asked.columns) == ([{"role": "user", "content": "q"}], {"completion": "a"})
+    assert asked.place == f"row 5 of {__name__}:some_rows"
+    for last, says in ((["p"], "neither text nor chat"), ([{"role": "assistant", "content": "a"}], "nothing is left")):
+        with pytest.raises(ValueError, match=f"^row 6 of {__name__}:some_rows: .*{says}"):
+            make(last).load()

@@ -145,7 +145,7 @@ def study(
             "result": dataclasses.asdict(result),
         }
         text = json.dumps(report, indent=2, ensure_ascii=False) + "\n"
-        Path(json_file).write_text(text, encoding="utf-8", errors="backslashreplace")
+        Path(json_file).write_bytes(text.encode("utf-8", "backslashreplace"))
     return result
 
 

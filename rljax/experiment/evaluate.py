@@ -37,7 +37,7 @@ def evaluate_model(
         print(evaluation_table(evaluation))
         if json_file:
             text = json.dumps(evaluation.to_dict(), indent=2, ensure_ascii=False) + "\n"
-            Path(json_file).write_text(text, encoding="utf-8", errors="backslashreplace")
+            Path(json_file).write_bytes(text.encode("utf-8", "backslashreplace"))
     return evaluation
 
 

@@ -250,8 +250,10 @@ class RowsData:
         columns = {name: value for name, value in row.items() if name != "prompt"}
         try:
             prompt, columns = split_answer(row["prompt"], columns)
-        except (ValueError, AttributeError, TypeError) as error:
+        except ValueError as error:
             raise ValueError(f"{place}: {error}") from None
+        except (AttributeError, TypeError):
+            raise ValueError(f"{place}: the prompt {row['prompt']!r:.80} is neither text nor chat messages") from None
         return Example(prompt, columns, place=place)
 
 

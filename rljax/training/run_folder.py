@@ -248,7 +248,7 @@ class RunFolder:
 
 def _write(file: Path, text: str) -> None:
     """Half characters, which prompts, completions and errors may hold, are escaped: in JSON they mean the same."""
-    file.write_text(text, encoding="utf-8", errors="backslashreplace")
+    file.write_bytes(text.encode("utf-8", "backslashreplace"))
 
 
 def _plain(value: Any) -> Any:

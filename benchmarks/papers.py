@@ -156,8 +156,12 @@ def _common_task(lines: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def _own_task(task: str, lines: Sequence[dict[str, Any]]) -> str:
+    # Without times: what two rows cost is told by the common task.
     about = f"{TASKS[task]} Seed {lines[0]['seed']} alone, {lines[0]['steps']} steps from one warmed-up model."
-    return "\n".join([f"### {task.replace('_', ' ').capitalize()}", about, "", *_rows(lines)])
+    head, separator, *rest = _rows(lines)
+    head, *rest = (row.rpartition(" | ")[0] + " |" for row in (head, *rest))
+    heading = f"### {task.replace('_', ' ').capitalize()}"
+    return "\n".join([heading, about, "", head, separator.removesuffix("---|"), *rest])
 
 
 def _rows(lines: Sequence[dict[str, Any]]) -> list[str]:

@@ -6,7 +6,6 @@ import difflib
 import json
 import time
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -27,7 +26,17 @@ from rljax.parallel import check_equal, end_together, is_main_process, use_mesh
 from rljax.rollouts import NoSignal, Rollout, collect
 from rljax.sampling import compile_count
 from rljax.tasks import Example
-from rljax.training import Checkpointer, PhaseTimer, RunFolder, add_metrics, read_json, with_critic
+from rljax.training import (
+    AnyPath,
+    Checkpointer,
+    PhaseTimer,
+    RunFolder,
+    add_metrics,
+    local_folder,
+    reachable,
+    read_json,
+    with_critic,
+)
 from rljax.types import Params
 
 
@@ -63,13 +72,14 @@ def train(config: Config, workdir: str, *, fresh: bool = False) -> dict[str, Any
     started = time.perf_counter()
     with end_together(), Stops() as stops:
         with stops.abandonable():
+            path = reachable(workdir)
             run = build(config)
         run.stops = stops
         held_out_examples(run)
         check_tables(run)
         check_equal(config=to_dict(config), data=[example.id for example in [*run.dataset.train, *run.dataset.test]])
         say(describe_run(run))
-        folder = RunFolder(workdir, config=to_dict(config), fresh=fresh)
+        folder = RunFolder(path, config=to_dict(config), fresh=fresh)
         checkpoints = open_checkpoints(config, folder)
 
         # Innermost again: what is closed on the way out would wait for the processes that are left behind.
@@ -236,7 +246,8 @@ def resume(run: Run, checkpoints: Checkpointer, folder: RunFolder) -> Place | No
 def save_description(run: Run, folder: RunFolder) -> None:
     """Writes `model/`: config.json and tokenizer, what `launch/convert.py` needs beside a checkpoint."""
     if is_main_process():
-        run.tokenizer.save(folder.path / "model")
+        with local_folder(folder.path / "model") as path:
+            run.tokenizer.save(path)
         folder.write_json("model/config.json", config_to_hf(run.decoder))
 
 
@@ -373,7 +384,7 @@ def held_out(run: Run, folder: RunFolder, step: int) -> Evaluation:
     return run.evaluation
 
 
-def check_same_problems(run: Run, evaluation: Evaluation, file: Path) -> None:
+def check_same_problems(run: Run, evaluation: Evaluation, file: AnyPath) -> None:
     """ValueError unless an evaluation that was read is of the problems that the data holds out now."""
     if [problem["prompt_id"] for problem in evaluation.problems] != [e.id for e in held_out_examples(run)]:
         raise ValueError(

@@ -11,6 +11,7 @@ from rljax.testing.layering import read_rooms
 ROOT = Path(__file__).parent.parent
 TESTS = {file.stem for file in (ROOT / "tests").glob("test_*.py")}
 OF_ALL_ROOMS = (
+    "test_fuzz_",
     "test_benchmarks_",
     "test_composability",
     "test_contributor_loop",

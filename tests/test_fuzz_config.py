@@ -117,30 +117,3 @@ def test_any_hyperparameter_of_any_recipe_is_taken_or_named(recipe, every):
     for place, name in enumerate(own):
         for value in NASTY[place % every :: every]:
             assert_taken_or_named(base, "config.algorithm", name, value)
-
-
-@pytest.mark.parametrize(
-    ("part", "name", "value", "says"),
-    [
-        ("config", "steps", 2.5, "=2.5 must be a whole number"),
-        ("config.log", "rollouts_every", 0, "=0 must be at least 1"),
-        ("config.actor", "prompt_buckets", 16, "=16 must be a tuple of whole numbers, such as (16,)"),
-        ("config.optimizer", "learning_rate", float("inf"), "=inf must be a finite number"),
-        ("config.optimizer", "b1", 2.0, "=2.0 must be at least 0 and below 1"),
-        ("config.optimizer", "eps", -1.0, "=-1.0 must be above 0"),
-        ("config.checkpoint", "every", -1, "=-1 must be at least 0"),
-        ("config.sampling", "temperature", 1e-38, "=1e-38 must be 0"),
-        ("config.warmup.optimizer", "schedule", "linear", "='linear' needs total_steps"),
-    ],
-)
-def test_what_is_said_of_a_wrong_value(part, name, value, says):
-    config = tiny_config()
-    with pytest.raises(ValueError, match=re.escape(f"{part}.{name}{says}")), with_value(config, part, name, value):
-        check(config)
-
-
-def test_one_reward_without_its_tuple_is_told_how_to_write_it():
-    config = tiny_config()
-    config.actor.rewards = RewardConfig()
-    with pytest.raises(ValueError, match=r"config\.actor\.rewards=RewardConfig\(.* must be a tuple of RewardConfig"):
-        check(config)

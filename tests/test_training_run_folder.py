@@ -10,7 +10,7 @@ import types
 import numpy as np
 import pytest
 
-from rljax.training import MetricsWriter, PhaseTimer, RunFolder, read_jsonl
+from rljax.training import MetricsWriter, PhaseTimer, RunFolder, reachable, read_jsonl
 from rljax.training.run_folder import progress_line
 
 
@@ -221,3 +221,60 @@ def test_a_damaged_file_is_named(tmp_path, text):
         read_jsonl(tmp_path / "metrics.jsonl")
     with pytest.raises(ValueError, match=r"config\.json is damaged"):
         RunFolder(tmp_path)
+
+
+class Bucket:
+    """What a storage client does, on a local folder that stands for everything behind `gs://`."""
+
+    def __init__(self, root):
+        self.root = f"{root}/"
+
+    def __getattr__(self, name):
+        from etils.epath import backend
+
+        def here(value):
+            return str(value).replace("gs://", self.root) if hasattr(value, "__fspath__") or "gs://" in value else value
+
+        def call(*values, **options):
+            found = getattr(backend.os_backend, name)(*map(here, values), **options)
+            return [path.replace(self.root, "gs://") for path in found] if name == "glob" else found
+
+        return call
+
+
+@pytest.fixture
+def bucket(monkeypatch, tmp_path):
+    """The folder behind `gs://`."""
+    from etils.epath import gpath
+
+    client = Bucket(tmp_path)
+    monkeypatch.setattr(gpath._GPath, "_backend", property(lambda self: client))
+    monkeypatch.setattr(gpath, "_get_backend", lambda one, other: client)
+    return tmp_path / "bucket"
+
+
+def test_a_run_folder_may_be_an_address_and_leaves_nothing_beside_it(bucket, monkeypatch):
+    monkeypatch.chdir(bucket.parent)
+    bucket.mkdir()
+    write("gs://bucket/run", range(1, 5), 0)
+    write("gs://bucket/run", range(3, 4), 2)
+    write(bucket.parent / "local", range(1, 4), 0)
+    for name in ("metrics.jsonl", "config.json", "rollouts/step_000003.jsonl", "evaluations/step_000003.json"):
+        assert (bucket / "run" / name).read_bytes() == (bucket.parent / "local" / name).read_bytes()
+    assert not (bucket / "run" / "rollouts" / "step_000004.jsonl").exists()
+    assert len(list((bucket / "run" / "tensorboard").iterdir())) == 2
+    assert RunFolder("gs://bucket/run").plot([(0, 0.1)]).read_bytes().startswith(b"\x89PNG")
+    assert sorted(path.name for path in bucket.parent.iterdir()) == ["bucket", "local"]
+    with RunFolder("gs://bucket/run", fresh=True):
+        assert not (bucket / "run" / "metrics.jsonl").exists()
+
+
+def test_storage_that_cannot_be_reached_is_named_with_the_remedy(monkeypatch):
+    monkeypatch.setitem(sys.modules, "gcsfs", None)
+    with pytest.raises(
+        ValueError, match=r"gs://bucket/run cannot be reached \(.*gcsfs.*\); pip install gcsfs, and gcloud"
+    ):
+        reachable("gs://bucket/run")
+    with pytest.raises(ValueError, match=r"hdfs://x/run is on storage of an unknown kind; .* gs://, s3://"):
+        reachable("hdfs://x/run")
+    assert reachable("runs/x").is_absolute()

@@ -13,7 +13,7 @@ from rljax.experiment.report import evaluation_table
 from rljax.experiment.train import evaluate_run
 from rljax.models import abstract_params, param_shardings
 from rljax.parallel import is_main_process, use_mesh
-from rljax.training import restore_params
+from rljax.training import AnyPath, reachable, restore_params
 from rljax.types import Params
 
 
@@ -53,9 +53,9 @@ def checkpoint_params(run: Run, folder: str, step: int | None = None) -> tuple[P
     return restore_params(run_checkpoints(folder), target, step)
 
 
-def run_checkpoints(folder: str) -> Path:
+def run_checkpoints(folder: str) -> AnyPath:
     """The checkpoints of a run folder. ValueError when there are none."""
-    path = Path(folder) / "checkpoints"
+    path = reachable(folder) / "checkpoints"
     if not path.is_dir() or not any(child.name.isdigit() for child in path.iterdir()):
         raise ValueError(
             f"{folder} holds no checkpoint; give the --workdir of a run with config.checkpoint.every above 0"

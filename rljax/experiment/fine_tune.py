@@ -10,7 +10,7 @@ from rljax.experiment.sft import supervised, train_supervised
 from rljax.experiment.stops import Stops
 from rljax.experiment.train import evaluate_run, open_checkpoints, save_description
 from rljax.parallel import check_equal, end_together, use_mesh
-from rljax.training import RunFolder
+from rljax.training import RunFolder, reachable
 
 
 def fine_tune(config: Config, workdir: str, *, fresh: bool = False) -> dict[str, float]:
@@ -21,12 +21,13 @@ def fine_tune(config: Config, workdir: str, *, fresh: bool = False) -> dict[str,
 
     with end_together(), Stops() as stops:
         with stops.abandonable():
+            path = reachable(workdir)
             run = build(config)
             learner, curriculum = supervised(run)
         run.stops = stops
         say(describe_run(run))
         check_equal(config=to_dict(config), data=[example.id for example in run.dataset.train])
-        folder = RunFolder(workdir, config=to_dict(config), fresh=fresh, total_steps=config.warmup.steps)
+        folder = RunFolder(path, config=to_dict(config), fresh=fresh, total_steps=config.warmup.steps)
         checkpoints = open_checkpoints(config, folder)
         last: dict[str, float] = {}
 

@@ -4,10 +4,8 @@ import contextlib
 import dataclasses
 import difflib
 import json
-import shutil
 import time
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -28,7 +26,18 @@ from rljax.parallel import check_equal, end_together, is_main_process, use_mesh
 from rljax.rollouts import NoSignal, Rollout, collect
 from rljax.sampling import compile_count
 from rljax.tasks import Example
-from rljax.training import Checkpointer, PhaseTimer, RunFolder, add_metrics, read_json, with_critic
+from rljax.training import (
+    AnyPath,
+    Checkpointer,
+    PhaseTimer,
+    RunFolder,
+    add_metrics,
+    local_folder,
+    reachable,
+    read_json,
+    remove_tree,
+    with_critic,
+)
 from rljax.types import Params
 
 
@@ -64,13 +73,14 @@ def train(config: Config, workdir: str, *, fresh: bool = False) -> dict[str, Any
     started = time.perf_counter()
     with end_together(), Stops() as stops:
         with stops.abandonable():
+            path = reachable(workdir)
             run = build(config)
         run.stops = stops
         held_out_examples(run)
         check_tables(run)
         check_equal(config=to_dict(config), data=[example.id for example in [*run.dataset.train, *run.dataset.test]])
         say(describe_run(run))
-        folder = RunFolder(workdir, config=to_dict(config), fresh=fresh)
+        folder = RunFolder(path, config=to_dict(config), fresh=fresh)
         checkpoints = open_checkpoints(config, folder)
 
         # Innermost again: what is closed on the way out would wait for the processes that are left behind.
@@ -237,15 +247,16 @@ def resume(run: Run, checkpoints: Checkpointer, folder: RunFolder) -> Place | No
 def save_description(run: Run, folder: RunFolder) -> None:
     """Writes `model/`: metadata and tokenizer, what `launch/convert.py` needs beside a checkpoint."""
     if is_main_process():
-        # In a folder of its own first: the files of another tokenizer, of a run that was here before, would be read
-        # along with the new ones.
+        # The files of another tokenizer, of a run that was here before, would be read along with the new ones.
         new = folder.path / "model.tmp"
-        shutil.rmtree(new, ignore_errors=True)
-        run.tokenizer.save(new)
+        remove_tree(new)
+        with local_folder(new) as path:
+            run.tokenizer.save(path)
         metadata = written_metadata(run.decoder, run.config.model.metadata_of(), run.tokenizer)
         folder.write_json(new / "config.json", metadata.config)
         folder.write_json(new / "generation_config.json", metadata.generation)
-        shutil.rmtree(folder.path / "model", ignore_errors=True)
+
+        remove_tree(folder.path / "model")
         new.rename(folder.path / "model")
 
 
@@ -379,7 +390,7 @@ def held_out(run: Run, folder: RunFolder, step: int) -> Evaluation:
     return run.evaluation
 
 
-def check_same_problems(run: Run, evaluation: Evaluation, file: Path) -> None:
+def check_same_problems(run: Run, evaluation: Evaluation, file: AnyPath) -> None:
     """ValueError unless an evaluation that was read is of the problems that the data holds out now."""
     if [problem["prompt_id"] for problem in evaluation.problems] != [e.id for e in held_out_examples(run)]:
         raise ValueError(

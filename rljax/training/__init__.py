@@ -11,11 +11,13 @@ from rljax.training.optimizers import LightSAMConfig, MuonConfig, OptimizerConfi
 from rljax.training.run_folder import RunFolder, plot_learning_curve, versions
 from rljax.training.sft import sft_loss
 from rljax.training.state import abstract_state, create_state, state_shardings, with_base, with_critic
+from rljax.training.storage import AnyPath, local_folder, reachable, remove_tree
 from rljax.training.trainable import EVERYTHING, Subtree, policy_params, reference_params, subtree_of
 from rljax.training.update import add_metrics
 
 __all__ = [
     "EVERYTHING",
+    "AnyPath",
     "CheckpointConfig",
     "Checkpointer",
     "Critic",
@@ -38,13 +40,16 @@ __all__ = [
     "create_state",
     "explained_variance",
     "fingerprint",
+    "local_folder",
     "make_optimizer",
     "make_schedule",
     "plot_learning_curve",
     "policy_params",
+    "reachable",
     "read_json",
     "read_jsonl",
     "reference_params",
+    "remove_tree",
     "restore_params",
     "scale_by_lightsam_adagrad",
     "scale_by_lightsam_adam",

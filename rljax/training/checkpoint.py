@@ -2,9 +2,7 @@
 
 import dataclasses
 import json
-import shutil
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -14,6 +12,7 @@ from absl import logging
 from jaxtyping import Array
 
 from rljax.parallel import barrier, gather, is_main_process
+from rljax.training.storage import AnyPath, as_path, remove_tree
 from rljax.training.trainable import EVERYTHING, Subtree
 from rljax.types import TrainState
 
@@ -39,7 +38,7 @@ class Checkpointer:
 
     def __init__(
         self,
-        folder: str | Path,
+        folder: str | AnyPath,
         *,
         keep_last: int = 2,
         keep_best: int = 0,
@@ -47,7 +46,7 @@ class Checkpointer:
     ):
         if keep_last < 1 or keep_best < 0:
             raise ValueError(f"keep_last={keep_last} must be at least 1 and keep_best={keep_best} at least 0")
-        self.folder = Path(folder).absolute()
+        self.folder = as_path(folder)
         self.keep_last = keep_last
         self.keep_best = keep_best
         self.best_metric = best_metric
@@ -162,7 +161,7 @@ class Checkpointer:
             for step in steps:
                 goal = self.folder.parent / f"{self.folder.name}_{UNREADABLE}" / str(step)
                 goal.parent.mkdir(exist_ok=True)
-                shutil.rmtree(goal, ignore_errors=True)
+                remove_tree(goal)
                 (self.folder / str(step)).rename(goal)
         barrier("set aside")
         self._open()
@@ -189,7 +188,7 @@ class Checkpointer:
 
 
 def restore_params(
-    folder: str | Path, target: Any, step: int | None = None, *, subtree: Subtree = EVERYTHING, base: Any = None
+    folder: str | AnyPath, target: Any, step: int | None = None, *, subtree: Subtree = EVERYTHING, base: Any = None
 ) -> tuple[Any, int]:
     """(params, step) of one checkpoint, without optimizer state; `step` None is the newest.
 
@@ -198,17 +197,17 @@ def restore_params(
     checkpoint, for one of another layout or base, and for one whose arrays are not what was saved.
     """
     handlers = {"state": ocp.PyTreeCheckpointHandler(), "host": ocp.JsonCheckpointHandler()}
-    with ocp.CheckpointManager(Path(folder).absolute(), item_handlers=handlers) as manager:
+    with ocp.CheckpointManager(as_path(folder), item_handlers=handlers) as manager:
         steps = sorted(manager.all_steps())
         if not steps or step not in (None, *steps):
             raise ValueError(f"no checkpoint of step {step} in {folder}; there are {steps}")
         step = steps[-1] if step is None else step
 
         host = manager.restore(step, args=ocp.args.Composite(host=ocp.args.JsonRestore()))["host"]
-        _check_layout(host, Path(folder) / str(step))
+        _check_layout(host, as_path(folder) / str(step))
         bases = {} if base is None else {"base": base}
         of_policy = {name: value for name, value in host["base"].items() if not name.startswith("critic/")}
-        _check_base({"base": of_policy}, bases, Path(folder) / str(step))
+        _check_base({"base": of_policy}, bases, as_path(folder) / str(step))
 
         # Read in the dtype of the save, so that the checksum is of what was saved; cast when that is known to be right.
         wanted, _ = subtree.split(target)
@@ -246,7 +245,7 @@ def _bases(state: TrainState) -> dict[str, Any]:
     return bases | ({"critic": of_critic} if of_critic else {})
 
 
-def _check_layout(host: Mapping[str, Any], where: Path) -> None:
+def _check_layout(host: Mapping[str, Any], where: AnyPath) -> None:
     found = host.get("layout")
     if found != LAYOUT:
         what = "before layouts were numbered" if found is None else f"in layout {found}"
@@ -256,7 +255,7 @@ def _check_layout(host: Mapping[str, Any], where: Path) -> None:
         )
 
 
-def _check_base(host: Mapping[str, Any], bases: Mapping[str, Any], where: Path) -> None:
+def _check_base(host: Mapping[str, Any], bases: Mapping[str, Any], where: AnyPath) -> None:
     """Raises unless the frozen weights at hand are bit for bit those that the checkpoint was trained over."""
     found = fingerprint(bases)
     saved = host["base"]

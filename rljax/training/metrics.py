@@ -3,11 +3,13 @@
 import contextlib
 import json
 import math
-import shutil
+import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
+
+from rljax.training.storage import AnyPath, append_text, as_path, copy_files, is_remote, remove_tree
 
 
 class MetricsWriter:
@@ -22,7 +24,7 @@ class MetricsWriter:
 
     def __init__(
         self,
-        folder: str | Path,
+        folder: str | AnyPath,
         *,
         resume_after: int = 0,
         wandb_project: str = "",
@@ -32,17 +34,20 @@ class MetricsWriter:
         from tensorboard.compat.proto.event_pb2 import Event, SessionLog
         from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
-        folder = Path(folder)
+        folder = as_path(folder)
         folder.mkdir(parents=True, exist_ok=True)
 
         # The order is important: lines after the checkpoint go before the file is opened to append.
         self.path = folder / "metrics.jsonl"
         truncate_jsonl(self.path, resume_after)
         if not resume_after:
-            shutil.rmtree(folder / "tensorboard", ignore_errors=True)
+            remove_tree(folder / "tensorboard")
             (folder / "wandb_id").unlink(missing_ok=True)
-        self._file = self.path.open("a", encoding="utf-8")
-        self._events = EventFileWriter(str(folder / "tensorboard"))
+
+        # TensorBoard and W&B write local files; where the folder is remote, those of the first are copied there.
+        self._copy_to = folder / "tensorboard" if is_remote(folder) else None
+        self._local = Path(tempfile.mkdtemp()) if is_remote(folder) else Path(str(folder))
+        self._events = EventFileWriter(str(self._local / "tensorboard"))
         if resume_after:
             # A START event makes TensorBoard drop what an earlier process wrote from this step on.
             start = SessionLog(status=SessionLog.START)
@@ -58,7 +63,7 @@ class MetricsWriter:
                 name=run_name or None,
                 id=_run_id(folder),
                 resume="allow",
-                dir=str(folder),
+                dir=str(self._local),
                 config=dict(config or {}),
             )
 
@@ -69,24 +74,27 @@ class MetricsWriter:
 
         values = {name: float(value) for name, value in sorted(metrics.items())}
         line = {"step": step} | {name: _json_number(value) for name, value in values.items()}
-        self._file.write(json.dumps(line) + "\n")
-        self._file.flush()
+        append_text(self.path, json.dumps(line) + "\n")
 
         summary = Summary(value=[Summary.Value(tag=name, simple_value=value) for name, value in values.items()])
         self._events.add_event(Event(wall_time=time.time(), step=step, summary=summary))
         self._events.flush()
+        if self._copy_to is not None:
+            copy_files(self._local / "tensorboard", self._copy_to)
 
         if self._wandb is not None:
             self._wandb.log(values, step=step)
 
     def close(self) -> None:
-        self._file.close()
         self._events.close()
+        if self._copy_to is not None:
+            copy_files(self._local / "tensorboard", self._copy_to)
+            remove_tree(self._local)
         if self._wandb is not None:
             self._wandb.finish()
 
 
-def _run_id(folder: Path) -> str:
+def _run_id(folder: AnyPath) -> str:
     """A W&B id that a resumed run finds again."""
     file = folder / "wandb_id"
     if not file.exists():
@@ -98,19 +106,19 @@ def _json_number(value: float) -> float | str:
     return value if math.isfinite(value) else str(value)
 
 
-def read_json(path: str | Path) -> Any:
+def read_json(path: str | AnyPath) -> Any:
     """What a JSON file holds. ValueError, with its name, for one that is not whole."""
-    path = Path(path)
+    path = as_path(path)
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path} is damaged ({error}); restore it, or remove it to have it made anew") from None
 
 
-def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
+def read_jsonl(path: str | AnyPath) -> list[dict[str, Any]]:
     """The lines of a JSONL file; a last line that a kill cut off is left out. Missing files are empty. ValueError, with
     file and line, for a damaged one."""
-    path = Path(path)
+    path = as_path(path)
     if not path.exists():
         return []
 
@@ -124,9 +132,9 @@ def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
     return found
 
 
-def truncate_jsonl(path: str | Path, last_step: int) -> None:
+def truncate_jsonl(path: str | AnyPath, last_step: int) -> None:
     """Drops the lines of steps after `last_step`, and a line cut off by a kill. The file is replaced in one move."""
-    path = Path(path)
+    path = as_path(path)
     if not path.exists():
         return
 

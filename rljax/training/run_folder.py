@@ -1,9 +1,9 @@
 """The folder of a run: what it was, what it did, and where it can go on."""
 
 import importlib.metadata
+import io
 import json
 import platform
-import shutil
 import subprocess
 import sys
 import time
@@ -17,6 +17,7 @@ from tqdm import tqdm
 from rljax.parallel import gather, is_main_process
 from rljax.training.lock import lock, unlock
 from rljax.training.metrics import MetricsWriter, read_json, read_jsonl
+from rljax.training.storage import AnyPath, append_text, as_path, is_remote, remove_tree
 
 PACKAGES = ("rljax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "transformers", "reasoning-gym")
 
@@ -56,14 +57,14 @@ class RunFolder:
 
     def __init__(
         self,
-        path: str | Path,
+        path: str | AnyPath,
         *,
         config: Mapping[str, Any] | None = None,
         fresh: bool = False,
         total_steps: int | None = None,
         wandb_project: str = "",
     ):
-        self.path = Path(path).absolute()
+        self.path = as_path(path)
         # As JSON holds it, so that it can be compared with what an earlier start has written.
         self.config: dict[str, Any] = json.loads(json.dumps(config or {}, default=_plain))
         self.total_steps = total_steps or self.config.get("steps")
@@ -90,7 +91,8 @@ class RunFolder:
         self.path.mkdir(parents=True, exist_ok=True)
 
         # The order is important: what another run writes must not be emptied.
-        lock(self.path)
+        if not is_remote(self.path):
+            lock(Path(str(self.path)))
         if fresh:
             self._empty()
         for name in ("rollouts", "evaluations", "checkpoints"):
@@ -101,25 +103,25 @@ class RunFolder:
     def _empty(self) -> None:
         """Removes what a run writes; anything else in the folder stays."""
         for name in _FOLDERS:
-            shutil.rmtree(self.path / name, ignore_errors=True)
+            remove_tree(self.path / name)
         for name in _FILES:
             (self.path / name).unlink(missing_ok=True)
 
     @property
-    def checkpoints(self) -> Path:
+    def checkpoints(self) -> AnyPath:
         return self.path / "checkpoints"
 
     @property
-    def warmup_checkpoints(self) -> Path:
+    def warmup_checkpoints(self) -> AnyPath:
         """Those of a supervised warm-up, until `drop_warmup`."""
         return self.path / "warmup_checkpoints"
 
     def drop_warmup(self) -> None:
         """Removes the checkpoints of the warm-up: the run has its own."""
         if is_main_process():
-            shutil.rmtree(self.warmup_checkpoints, ignore_errors=True)
+            remove_tree(self.warmup_checkpoints)
 
-    def evaluation_file(self, step: int) -> Path:
+    def evaluation_file(self, step: int) -> AnyPath:
         """Where the evaluation of `step` is kept."""
         return self.path / "evaluations" / f"step_{step:06d}.json"
 
@@ -132,8 +134,7 @@ class RunFolder:
         self.write_json("config.json", self.config)
         self.write_json("versions.json", found)
         begun = {"time": time.strftime("%Y-%m-%d %H:%M:%S"), "step": step, "git": found["git"], "config": self.config}
-        with (self.path / "starts.jsonl").open("a", encoding="utf-8") as starts:
-            starts.write(json.dumps(begun) + "\n")
+        append_text(self.path / "starts.jsonl", json.dumps(begun) + "\n")
 
         # What a killed run wrote after its checkpoint is written again; what it wrote at its end is of other steps.
         for name in ("summary.json", "learning_curve.png"):
@@ -152,7 +153,7 @@ class RunFolder:
         self._bar = tqdm(total=self.total_steps, initial=step, unit="step", dynamic_ncols=True)
 
     @staticmethod
-    def _later(folder: Path, step: int) -> list[Path]:
+    def _later(folder: AnyPath, step: int) -> list[AnyPath]:
         return [file for file in folder.glob("step_*.json*") if int(file.stem.split("_")[1]) > step]
 
     def log_step(self, step: int, metrics: Mapping[str, float], records: Iterable[Mapping[str, Any]] = ()) -> None:
@@ -205,9 +206,9 @@ class RunFolder:
             if self._writer is not None:
                 self._bar = tqdm(total=self.total_steps, unit="step", dynamic_ncols=True)
 
-    def write_json(self, file: str | Path, content: Any) -> Path:
+    def write_json(self, file: str | AnyPath, content: Any) -> AnyPath:
         """Writes JSON in one move, so that a kill leaves the old file or the new one. Returns the path."""
-        file = self.path / file
+        file = self.path / file if isinstance(file, str) else file
         if is_main_process():
             file.parent.mkdir(parents=True, exist_ok=True)
             text = json.dumps(content, indent=2, ensure_ascii=False, default=_plain) + "\n"
@@ -220,7 +221,7 @@ class RunFolder:
         """The lines of metrics so far."""
         return read_jsonl(self.path / "metrics.jsonl")
 
-    def plot(self, held_out: Sequence[tuple[int, float]] = ()) -> Path:
+    def plot(self, held_out: Sequence[tuple[int, float]] = ()) -> AnyPath:
         """Draws `learning_curve.png`; `held_out` are (step, score) pairs."""
         file = self.path / "learning_curve.png"
         if is_main_process():
@@ -243,7 +244,7 @@ class RunFolder:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-        unlock(self.path)
+        unlock(Path(str(self.path)))
 
 
 def _write(file: Path, text: str) -> None:
@@ -305,7 +306,7 @@ def git_revision() -> str | None:
 
 
 def plot_learning_curve(
-    file: str | Path,
+    file: str | AnyPath,
     metrics: Sequence[Mapping[str, Any]],
     held_out: Sequence[tuple[int, float]] = (),
     *,
@@ -347,7 +348,9 @@ def plot_learning_curve(
         axes[0].legend(fontsize=8)
     if title:
         figure.suptitle(title)
-    figure.savefig(file, dpi=110)
+    picture = io.BytesIO()
+    figure.savefig(picture, dpi=110)
+    as_path(file).write_bytes(picture.getvalue())
 
 
 def _smooth(values: Sequence[float], width: int = 5) -> list[float]:

@@ -1,0 +1,83 @@
+"""What a wrong value of a config is told: its path, what is allowed, and how to write it."""
+
+import dataclasses
+import re
+
+import pytest
+from test_fuzz_config import with_value
+
+from rljax.experiment import RewardConfig
+from rljax.experiment.check import check
+from rljax.settings import check_fields, field, placed
+from rljax.testing import tiny_config
+
+
+@dataclasses.dataclass
+class Part:
+    """A part with a bound on either side."""
+
+    share: float = field(default=0.5, above=0, most=1)
+    count: int | None = field(default=None, least=2)
+
+
+@pytest.mark.parametrize(
+    ("values", "says"),
+    [
+        ({"share": 0.0}, "config.part.share=0.0 must be above 0 and at most 1"),
+        ({"share": 1.5}, "config.part.share=1.5 must be above 0 and at most 1"),
+        ({"count": 1}, "config.part.count=1 must be at least 2"),
+        ({"count": True}, "config.part.count=True must be a whole number or None"),
+        ({"share": 1.0, "count": 2}, ""),
+        ({"count": None}, ""),
+    ],
+)
+def test_bounds_are_those_of_the_field(values, says):
+    part = Part()
+    for name, value in values.items():
+        setattr(part, name, value)
+    if not says:
+        check_fields(part, "config.part")
+        return
+    with pytest.raises(ValueError, match=f"^{re.escape(says)}$"):
+        check_fields(part, "config.part")
+
+
+@pytest.mark.parametrize(
+    ("message", "says"),
+    [
+        ("rate=2 is too high", "config.part.rate=2 is too high"),
+        ("GRPO: rate=2 is too high", "config.part.rate=2 is too high"),
+        ("there is none", "config.part: there is none"),
+        ("config.other.x=1 is it", "config.other.x=1 is it"),
+    ],
+)
+def test_a_message_gets_the_path_that_it_lacks(message, says):
+    with pytest.raises(ValueError, match=f"^{re.escape(says)}$"), placed("config.part"):
+        raise ValueError(message)
+
+
+@pytest.mark.parametrize(
+    ("part", "name", "value", "says"),
+    [
+        ("config", "steps", 2.5, "=2.5 must be a whole number"),
+        ("config.log", "rollouts_every", 0, "=0 must be at least 1"),
+        ("config.actor", "prompt_buckets", 16, "=16 must be a tuple of whole numbers, such as (16,)"),
+        ("config.optimizer", "learning_rate", float("inf"), "=inf must be a finite number"),
+        ("config.optimizer", "b1", 2.0, "=2.0 must be at least 0 and below 1"),
+        ("config.optimizer", "eps", -1.0, "=-1.0 must be above 0"),
+        ("config.checkpoint", "every", -1, "=-1 must be at least 0"),
+        ("config.sampling", "temperature", 1e-38, "=1e-38 must be 0"),
+        ("config.warmup.optimizer", "schedule", "linear", "='linear' needs total_steps"),
+    ],
+)
+def test_what_is_said_of_a_wrong_value(part, name, value, says):
+    config = tiny_config()
+    with pytest.raises(ValueError, match=re.escape(f"{part}.{name}{says}")), with_value(config, part, name, value):
+        check(config)
+
+
+def test_one_reward_without_its_tuple_is_told_how_to_write_it():
+    config = tiny_config()
+    config.actor.rewards = RewardConfig()
+    with pytest.raises(ValueError, match=r"config\.actor\.rewards=RewardConfig\(.* must be a tuple of RewardConfig"):
+        check(config)

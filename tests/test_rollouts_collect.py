@@ -42,5 +42,21 @@ def test_a_group_whose_rewards_differ_by_the_format_alone_is_dropped_when_the_an
 
 
 def test_a_signal_that_no_sample_has_is_refused():
-    with pytest.raises(ValueError, match=r"signal_reward='rihgt' is none of a sample's rewards: right, form"):
+    with pytest.raises(ValueError, match=r"signal_reward='rihgt' is none of the samples' rewards: form, right"):
         kept("rihgt")
+
+
+def test_where_the_signal_does_not_apply_a_group_is_judged_by_the_sum():
+    other = Example("of another task", {"parts": [(0.0, 0.0), (0.0, 1.0)]}, id=3)
+
+    def without_right(group):
+        is_other = group.example.id == other.id
+        results = [RewardResult(r.value, {"form": r.components["form"]}) if is_other else r for r in group.results]
+        return group._replace(results=results)
+
+    actor = judged()
+    actor.ready.side_effect = lambda n: [without_right(scored(r)) for r in actor.submit.call_args.args[0]]
+    plan = RolloutPlan(2, keep_group=has_signal, max_sampling_rounds=2, signal_reward="right")
+    draws = iter([[ALL_WRONG, MIXED], [other, other]])
+    found = collect(actor, plan, lambda n: next(draws), 2, 0)
+    assert [example.id for example in found.examples] == [MIXED.id, other.id]

@@ -81,6 +81,7 @@ def collect(actor: Actor, plan: RolloutPlan, draw: Callable[[int], Sequence[Exam
             break
 
     drawn = [*kept, *dropped]
+    _check_signal(plan, drawn)
     if len(kept) < n:
         raise NoSignal(_what_is_missing(plan, kept, drawn, n), _rollout(actor, plan, drawn, drawn, step, seconds))
     return _rollout(actor, plan, kept[:n], drawn, step, seconds)
@@ -151,13 +152,19 @@ def _rows_of(
 
 
 def _signal(plan: RolloutPlan, group: ScoredGroup) -> np.ndarray:
-    """What dynamic sampling judges a group by: the raw rewards of its valid samples, or the one that the plan names.
-    ValueError when a sample has nothing of that name."""
-    results = [result for result in group.results if result.is_valid]
-    name = plan.signal_reward
-    for result in results:
-        if name and name not in result.components:
-            raise ValueError(
-                f"config.algorithm.signal_reward={name!r} is none of a sample's rewards: {', '.join(result.components)}"
-            )
-    return np.array([result.part(name) for result in results], dtype=np.float64)
+    """What dynamic sampling judges a group by: of its valid samples the reward that the plan names, or the sum where
+    the plan names none, or one that does not apply to the row."""
+    return np.array([r.part(plan.signal_reward) for r in group.results if r.is_valid], dtype=np.float64)
+
+
+def _check_signal(plan: RolloutPlan, groups: Sequence[ScoredGroup]) -> None:
+    """ValueError where the plan names a reward that no valid sample of a step has: names of what an environment counts
+    are known to nobody before."""
+    if not plan.keep_group or not plan.signal_reward:
+        return
+    names = {name for group in groups for result in group.results if result.is_valid for name in result.components}
+    if names and plan.signal_reward not in names:
+        raise ValueError(
+            f"config.algorithm.signal_reward={plan.signal_reward!r} is none of the samples' rewards: "
+            f"{', '.join(sorted(names))}"
+        )

@@ -10,7 +10,7 @@ import pytest
 
 utils = pytest.importorskip(
     "bfcl_eval.eval_checker.multi_turn_eval.multi_turn_utils",
-    reason="needs bfcl-eval: pip install 'rljax[bfcl]' && pip install --no-deps bfcl-eval==2026.3.23",
+    reason="needs bfcl-eval: pip install 'rljax-lm[bfcl]' && pip install --no-deps bfcl-eval==2026.3.23",
 )
 
 from rljax.envs import EnvironmentLimits, EnvironmentPool  # noqa: E402

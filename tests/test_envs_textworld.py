@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from replays import replay
 
-pytest.importorskip("textworld", reason="needs textworld: pip install 'rljax[textworld]'")
+pytest.importorskip("textworld", reason="needs textworld: pip install 'rljax-lm[textworld]'")
 
 from rljax.envs import EnvironmentLimits, EnvironmentPool, replay_same
 from rljax.envs.library.textworld import TextWorldEnvironment, make_game, rows

@@ -5,9 +5,9 @@ import signal
 import pytest
 from replays import replay
 
-vf = pytest.importorskip("verifiers", reason="needs verifiers: pip install 'rljax[verifiers]'")
+vf = pytest.importorskip("verifiers", reason="needs verifiers: pip install 'rljax-lm[verifiers]'")
 if not hasattr(vf, "MultiTurnEnv"):
-    pytest.skip("needs a version 0.2 of verifiers: pip install 'rljax[verifiers]'", allow_module_level=True)
+    pytest.skip("needs a version 0.2 of verifiers: pip install 'rljax-lm[verifiers]'", allow_module_level=True)
 
 from datasets import Dataset  # noqa: E402
 

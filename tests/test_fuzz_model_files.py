@@ -242,7 +242,7 @@ def sound_gguf(keys=()) -> bytes:
 
 @pytest.fixture(scope="module")
 def path(tmp_path_factory):
-    pytest.importorskip("gguf", reason="weights of a GGUF file need the gguf package; pip install 'rljax[gguf]'")
+    pytest.importorskip("gguf", reason="weights of a GGUF file need the gguf package; pip install 'rljax-lm[gguf]'")
     file = tmp_path_factory.mktemp("gguf") / "m.gguf"
     # It is sound, and imports are done before memory is counted.
     file.write_bytes(sound_gguf())

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-gguf = pytest.importorskip("gguf", reason="GGUF import needs the gguf package; pip install 'rljax[gguf]'")
+gguf = pytest.importorskip("gguf", reason="GGUF import needs the gguf package; pip install 'rljax-lm[gguf]'")
 
 from rljax.models import (  # noqa: E402
     DecoderConfig,

@@ -227,7 +227,7 @@ class TestFiles:
     def test_without_pyarrow_the_extra_is_named(self, tmp_path, monkeypatch):
         (tmp_path / "data.parquet").write_bytes(b"")
         monkeypatch.setitem(sys.modules, "pyarrow", None)
-        with pytest.raises(ImportError, match=r"pip install 'rljax\[parquet\]'"):
+        with pytest.raises(ImportError, match=r"pip install 'rljax-lm\[parquet\]'"):
             load_parquet(tmp_path / "data.parquet")
 
 

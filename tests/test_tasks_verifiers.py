@@ -264,7 +264,7 @@ def test_without_the_packages_the_extra_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "reasoning_gym", None)
     monkeypatch.setitem(sys.modules, "math_verify", None)
     for call in (lambda: reasoning_gym_task("chain_sum", size=1), MathVerify):
-        with pytest.raises(ImportError, match=r"pip install 'rljax\[tasks\]'"):
+        with pytest.raises(ImportError, match=r"pip install 'rljax-lm\[tasks\]'"):
             call()
 
 

@@ -100,7 +100,7 @@ def _gguf_package():
     try:
         from gguf import quants
     except ImportError as error:
-        raise ValueError("reading a GGUF file needs the gguf package: pip install 'rljax[gguf]'") from error
+        raise ValueError("reading a GGUF file needs the gguf package: pip install 'rljax-lm[gguf]'") from error
     return quants
 
 

@@ -60,7 +60,7 @@ def load_parquet(
         import pyarrow
         import pyarrow.parquet
     except ImportError:
-        raise ImportError("reading Parquet needs pyarrow: pip install 'rljax[parquet]'") from None
+        raise ImportError("reading Parquet needs pyarrow: pip install 'rljax-lm[parquet]'") from None
     try:
         table = pyarrow.parquet.read_table(path)
     except (OSError, pyarrow.ArrowInvalid) as error:

@@ -163,7 +163,7 @@ def reasoning_gym_names() -> list[str]:
 
 def _check_installed() -> None:
     if importlib.util.find_spec("reasoning_gym") is None:
-        raise ImportError("reasoning-gym tasks need the package reasoning-gym: pip install 'rljax[tasks]'")
+        raise ImportError("reasoning-gym tasks need the package reasoning-gym: pip install 'rljax-lm[tasks]'")
 
 
 def _registry() -> Mapping[str, Any]:

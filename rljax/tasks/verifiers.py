@@ -125,7 +125,7 @@ def _import_math_verify() -> Any:
     try:
         import math_verify
     except ImportError:
-        raise ImportError("MathVerify needs the package math-verify: pip install 'rljax[tasks]'") from None
+        raise ImportError("MathVerify needs the package math-verify: pip install 'rljax-lm[tasks]'") from None
     return math_verify
 
 

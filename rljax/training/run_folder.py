@@ -19,7 +19,7 @@ from rljax.training.lock import lock, unlock
 from rljax.training.metrics import MetricsWriter, read_json, read_jsonl
 from rljax.training.storage import AnyPath, append_text, as_path, is_remote, remove_tree
 
-PACKAGES = ("rljax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "transformers", "reasoning-gym")
+PACKAGES = ("rljax-lm", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "transformers", "reasoning-gym")
 
 _FOLDERS = (
     "rollouts",

@@ -196,7 +196,7 @@ def _package() -> tuple[Any, Any]:
         from bfcl_eval.eval_checker.multi_turn_eval import multi_turn_checker, multi_turn_utils
     except ImportError as error:
         raise ImportError(
-            f"BFCL needs the package bfcl-eval and the extra bfcl ({error}): pip install 'rljax[bfcl]' && "
+            f"BFCL needs the package bfcl-eval and the extra bfcl ({error}): pip install 'rljax-lm[bfcl]' && "
             "pip install --no-deps bfcl-eval==2026.3.23 (its dependencies are for models behind an API, and clash)"
         ) from error
     return multi_turn_checker, multi_turn_utils

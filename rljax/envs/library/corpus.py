@@ -133,7 +133,7 @@ def _import_bm25s() -> Any:
         logging.getLogger("bm25s").setLevel(logging.WARNING)  # it turns itself up to DEBUG
         return module
     except ImportError:
-        raise ImportError("search over a corpus needs bm25s: pip install 'rljax[agents]'") from None
+        raise ImportError("search over a corpus needs bm25s: pip install 'rljax-lm[agents]'") from None
     finally:
         for name, module in hidden.items():
             if module is _ABSENT:
@@ -171,7 +171,7 @@ def _parquet_rows(path: Path) -> Iterator[Any]:
     try:
         import pyarrow.parquet
     except ImportError:
-        raise ImportError("reading Parquet needs pyarrow: pip install 'rljax[parquet]'") from None
+        raise ImportError("reading Parquet needs pyarrow: pip install 'rljax-lm[parquet]'") from None
     try:
         yield from pyarrow.parquet.read_table(path).to_pylist()
     except (OSError, pyarrow.ArrowInvalid) as error:

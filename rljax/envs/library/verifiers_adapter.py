@@ -151,7 +151,7 @@ def _verifiers() -> Any:
     except ImportError as error:
         raise ImportError(
             f"environments of verifiers need the extra verifiers, with a version 0.2 ({error}): "
-            "pip install 'rljax[verifiers]'"
+            "pip install 'rljax-lm[verifiers]'"
         ) from error
     return verifiers
 

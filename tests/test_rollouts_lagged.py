@@ -116,7 +116,7 @@ def test_episodes_have_lagged_chains_too():
         by = [dense(TURNS_CONFIG, weights, group.prompt, sample.tokens) for weights in (turn_params(), new)]
         want = np.where(inherited, *by)
         np.testing.assert_allclose(sample.logprobs, np.where(sample.sampled, want, 0), atol=5e-5)
-    actor.state_dict()
+    actor.checkpointed()
     actor.set_params(new, version=2)
     assert actor.versions == [2, 2]
     chain = group.samples[0]

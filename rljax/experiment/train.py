@@ -187,6 +187,7 @@ class Loop:
         if not place.is_logged:
             host["unlogged"] = {name: str(value) for name, value in (place.metrics or {}).items()}
         self.checkpoints.save(place.step, self.run.state, host, place.metrics)
+        self.run.actor.checkpointed()
         # What is being written is not whole, so the warm-up's own go when the next one is begun.
         if any(step < place.step for step in self.checkpoints.steps):
             self.folder.drop_warmup()

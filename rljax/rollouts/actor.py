@@ -124,6 +124,11 @@ class Actor(Protocol):
         """What is under way, JSON-ready. `{}` where nothing is."""
         ...
 
+    def checkpointed(self) -> None:
+        """A checkpoint has been made of this moment, with `state_dict` and the newest weights. What a run that is
+        resumed from it could not know, such as older weights, is forgotten, so that both go on alike."""
+        ...
+
     def load_state_dict(self, state: Mapping[str, Any], plan: RolloutPlan, examples: Mapping[int, Example]) -> None:
         """Goes on with what `state_dict` gave. `examples` are the data rows by id."""
         ...

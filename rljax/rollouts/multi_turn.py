@@ -267,15 +267,16 @@ class MultiTurnActor:
 
     def state_dict(self) -> dict[str, Any]:
         """Groups that wait, are under way, and are complete but not taken; `{}` for none. Of an episode its tokens and
-        actions are saved: environments come back by replay. Weights of lagged chains are in no checkpoint, so the next
-        step does without them whether the run goes on or is resumed from here."""
-        if self.scorer is not None:
-            self.versions = [-1] * len(self.versions)
-
+        actions are saved: environments come back by replay."""
         groups = [*self._done, *self._open, *self._queue]
         if not groups:
             return {}
         return {"groups": [self._group_state(group) for group in sorted(groups, key=lambda group: group.number)]}
+
+    def checkpointed(self) -> None:
+        # The next step has no weights of a version before, for lagged chains.
+        if self.scorer is not None:
+            self.versions = [-1] * len(self.versions)
 
     def load_state_dict(self, state: Mapping[str, Any], plan: RolloutPlan, examples: Mapping[int, Example]) -> None:
         """Needs open environments. A turn that was cut off goes on where it stood."""

@@ -74,5 +74,8 @@ class QueuedActor:
     def state_dict(self) -> dict[str, Any]:
         return self._orders.state_dict()
 
+    def checkpointed(self) -> None:
+        pass
+
     def load_state_dict(self, state: Mapping[str, Any], plan: RolloutPlan, examples: Mapping[int, Example]) -> None:
         self._orders.load_state_dict(state, plan, examples)

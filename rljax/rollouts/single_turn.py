@@ -175,12 +175,9 @@ class SingleTurnActor(QueuedActor):
         else:
             self.lagged.set_params(params, version)
 
-    def state_dict(self) -> dict[str, Any]:
-        """As the protocol says. Older weights are in no checkpoint, so the next step does without them whether the run
-        goes on or is resumed from here."""
+    def checkpointed(self) -> None:
         if self.lagged is not None:
             self.lagged.forget()
-        return super().state_dict()
 
     def for_evaluation(self, sampling: SamplingParams) -> "SingleTurnActor":
         settings = replace(self.settings, sampling=sampling)

@@ -256,6 +256,9 @@ class GuidedActor(QueuedActor):
     def longest_row(self, prompt_length: int) -> int:
         return self.plain.longest_row(prompt_length)
 
+    def checkpointed(self) -> None:
+        self.plain.checkpointed()
+
     def ready(self, n: int) -> list[ScoredGroup]:
         self.seconds = {}
         return [group for order in self._orders.take(n) for group in self._play(order)]

@@ -108,13 +108,13 @@ def test_nothing_is_forked_after_the_answer_or_in_given_tokens():
 def test_random_tokens_are_drawn_evenly_and_without_repeats():
     counts = {}
     rule = random_token(2, 1, tail=0.2)
-    for seed in range(800):
+    for seed in range(400):
         points = rule(grown([sample("abcdef")], seed=seed))
         assert len(set(places(points))) == 2
         for key, n in count(points).items():
             counts[key] = counts.get(key, 0) + n
     assert counts.keys() == {(0, 1), (0, 2), (0, 3)}
-    assert all(abs(n - 1600 / 3) < 60 for n in counts.values())
+    assert all(abs(n - 800 / 3) < 45 for n in counts.values())
 
 
 def test_entropy_jumps_fork_in_proportion_to_the_jump():

@@ -4,13 +4,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from forward import row_logprobs
 from test_rollouts_multi_turn import CONFIG as TURNS_CONFIG
 from test_rollouts_multi_turn import EXAMPLES, make_actor, play
 from test_rollouts_multi_turn import params as turn_params
 from test_sampling_generate import CONFIG, NEW, make_params, make_sampler
 
 from rljax.algorithms import APPO
-from rljax.models import hidden_states, logits
 from rljax.plans import ForkPlan, ForkPoint
 from rljax.rollouts.lagged import LaggedChains
 from rljax.sampling import Fork, Request, RowScorer, sampling_params
@@ -19,6 +19,7 @@ from rljax.sampling.spec import NO_STOPS
 PROMPT = [7, 200, 31]
 
 
+@jax.jit
 def moved(params):
     """Weights as an update might leave them."""
     keys = iter(jax.random.split(jax.random.key(5), 64))
@@ -27,10 +28,7 @@ def moved(params):
 
 def dense(config, params, prompt, tokens):
     """Log-probs of a completion by one plain forward pass."""
-    row = jnp.asarray([[*prompt, *tokens]])
-    hidden = hidden_states(config, params, row, jnp.arange(row.shape[1])[None], jnp.full(row.shape, row.shape[1]))
-    table = np.asarray(jax.nn.log_softmax(logits(config, params, hidden)[0]))[len(prompt) - 1 : -1]
-    return table[np.arange(len(tokens)), np.asarray(tokens)]
+    return row_logprobs(config, params, [*prompt, *tokens])[len(prompt) :]
 
 
 def test_rows_are_scored_as_by_one_forward_pass():

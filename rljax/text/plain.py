@@ -70,7 +70,9 @@ class PlainText:
 
     def encode(self, marked: str, *, continues: bool = False) -> list[int]:
         """Ids of a text in which broken names are text and whole ones are control tokens, without the dummy space in
-        front of a text where it `continues` another. Raises ValueError for a name that the vocabulary cannot spell."""
+        front of a text where it `continues` another. Raises ValueError for half of a character, and for a name that the
+        vocabulary cannot spell."""
+        check_characters(marked)
         control = self.control
         wanted = [control[name] for name in self._names.findall(marked)] if control else []
         ids = list(self._encode(marked, continues))
@@ -123,6 +125,17 @@ class PlainText:
             state["normalizer"] = {"type": "Sequence", "normalizers": normalizers}
             self._copies[continues] = Tokenizer.from_str(json.dumps(state))
         return self._copies[continues]
+
+
+def check_characters(text: str) -> None:
+    """ValueError for half of a character: a lone surrogate, which JSON may escape and no tokenizer takes."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"text holds half of a character ({text[error.start]!a} in {text!a:.80}), which "
+            "no tokenizer takes; take it out"
+        ) from None
 
 
 def special_tokens(hf: Any) -> dict[str, int]:

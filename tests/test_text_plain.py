@@ -257,6 +257,14 @@ def test_a_template_that_ends_no_turn_adds_no_stop_token(end, prompting, stops):
     assert tokenizer.turn_end_id == tokenizer.stop_ids[-1]
 
 
+def test_the_end_of_a_thought_is_not_that_of_an_answer():
+    """Harmony ends each message of an answer with <|end|>, Phi-3 the answer."""
+    for channels, stops in ((("<|return|>", "<|call|>"), ("<|im_end|>", "<|return|>", "<|call|>")), ((), None)):
+        tokenizer = byte_level(("<|im_end|>", "<|end|>", *channels))
+        found = tokenizer.hf.convert_ids_to_tokens(list(tokenizer.stop_ids))
+        assert tuple(found) == (stops or ("<|im_end|>", "<|end|>"))
+
+
 def test_what_an_agent_sends_opens_no_turn():
     tokenizer = byte_level()
     start, end = tokenizer.hf.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"])

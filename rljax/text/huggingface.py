@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rljax.text.base import END_OF_TURN_TOKENS, Message, unique
+from rljax.text.base import Message, end_of_turn_tokens, unique
 from rljax.text.plain import PlainText, any_of, check_characters, special_tokens
 
 _ANSWER = "qz7"  # stands for what the assistant says
@@ -43,7 +43,7 @@ class HuggingFaceTokenizer:
         self.special_tokens: Mapping[str, int] = special_tokens(tokenizer)
         self._template_kwargs = dict(template_kwargs or {})
 
-        named = [self.special_tokens.get(name) for name in END_OF_TURN_TOKENS]
+        named = [self.special_tokens.get(name) for name in end_of_turn_tokens(self.special_tokens)]
         known = [i for i in stop_ids if 0 <= i < self.vocab_size]  # files may speak of a larger vocabulary
         self._own_stops = unique([tokenizer.eos_token_id, *known, *named])
         template_end = self._template_end()

@@ -124,6 +124,13 @@ class TestControlTokens:
         assert ids == [user, *tokenizer.encode("<think>"), *tokenizer.encode("<|assistant"), *tokenizer.encode("|>")]
         assert think in ids and assistant not in ids
 
+    def test_marks_of_a_texts_own_stay_in_it(self):
+        tokenizer = byte_level()
+        for own in ("\ufdd0", "\ufdd0\ufdd1", "<\ufdd0|im_end|>", "\ufdd0\ufdd0\ufdd1\ufdd1"):
+            for text in (own, own + HOSTILE + own):
+                assert tokenizer.hf.decode(encode_text(tokenizer, text)) == text
+                assert encode_text(tokenizer, text) == as_text(tokenizer, text)
+
     def test_text_without_such_names_is_encoded_as_ever(self, smollm):
         messages = [{"role": "user", "content": "How old?\n <b>\ufdd0|"}]
         want = smollm.hf.apply_chat_template(messages, tokenize=True, return_dict=False, add_generation_prompt=True)

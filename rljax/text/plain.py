@@ -13,6 +13,11 @@ from typing import Any
 MARK = "\ufdd0"
 """A code point that Unicode sets aside for use within a program."""
 
+_KEPT = "\ufdd1"
+"""Stands behind a mark that a text has of its own, which stays in it."""
+
+_REMOVED = re.compile(f"{MARK}(?!{_KEPT})")
+
 _PROBE = [
     {"role": "user", "content": "x"},
     {"role": "assistant", "content": "y"},
@@ -61,7 +66,9 @@ class PlainText:
     def mark(self, value: Any) -> Any:
         """`value`, nested lists and mappings of text, with all names of control tokens in it broken."""
         if isinstance(value, str):
-            return self._names.sub(lambda found: found[0][0] + MARK + found[0][1:], value) if self.control else value
+            if not self.control:
+                return value
+            return self._names.sub(lambda found: found[0][0] + MARK + found[0][1:], value.replace(MARK, MARK + _KEPT))
         if isinstance(value, Mapping):
             return {self.mark(key): self.mark(part) for key, part in value.items()}
         if isinstance(value, (list, tuple)):
@@ -90,7 +97,7 @@ class PlainText:
             return self._copy(continues).encode(marked, add_special_tokens=False).ids
 
         # A tokenizer written in Python has nothing behind the search: what stands around marks is encoded alone.
-        parts = marked.split(MARK)
+        parts = [part.replace(MARK + _KEPT, MARK) for part in _REMOVED.split(marked)]
         return [i for part in parts for i in self._hf.encode(part, add_special_tokens=False)]
 
     def _unspelt(self, marked: str) -> str:
@@ -120,8 +127,9 @@ class PlainText:
             if continues:
                 state["normalizer"] = _without_space(state["normalizer"])
                 state["pre_tokenizer"] = _without_space(state["pre_tokenizer"])
-            remove = {"type": "Replace", "pattern": {"String": MARK}, "content": ""}
-            normalizers = [remove, *([state["normalizer"]] if state["normalizer"] else [])]
+            remove = {"type": "Replace", "pattern": {"Regex": _REMOVED.pattern}, "content": ""}
+            restore = {"type": "Replace", "pattern": {"String": MARK + _KEPT}, "content": MARK}
+            normalizers = [remove, restore, *([state["normalizer"]] if state["normalizer"] else [])]
             state["normalizer"] = {"type": "Sequence", "normalizers": normalizers}
             self._copies[continues] = Tokenizer.from_str(json.dumps(state))
         return self._copies[continues]

@@ -18,10 +18,11 @@ _KEPT = "\ufdd1"
 
 _REMOVED = re.compile(f"{MARK}(?!{_KEPT})")
 
-_PROBE = [
-    {"role": "user", "content": "x"},
-    {"role": "assistant", "content": "y"},
-    {"role": "user", "content": "x"},
+_BEFORE = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]
+_PROBES = [
+    [*_BEFORE, {"role": "user", "content": "x"}],
+    # What stands around an observation is the template's as well: a page must not close it.
+    [*_BEFORE, {"role": "tool", "content": "z", "name": "f", "tool_call_id": "call00001"}],
 ]
 
 
@@ -29,8 +30,8 @@ class PlainText:
     """The control tokens of a `transformers` tokenizer, and an encoder that tells them from text.
 
     Control tokens are those that the vocabulary marks special, and whatever else was added to it that the chat template
-    writes between two turns. Everything is found when it is first needed, since a copy of a large vocabulary takes a
-    second.
+    writes between two turns or around an observation. Everything is found when it is first needed, since a copy of a
+    large vocabulary takes a second.
     """
 
     def __init__(self, hf: Any):
@@ -55,11 +56,12 @@ class PlainText:
         return self._control
 
     def _between_turns(self) -> str:
-        """What the chat template writes around turns; "" where there is none, or it refuses the probe."""
-        if not self._hf.chat_template:
-            return ""
+        """What the chat template writes around turns; of a probe that it refuses, nothing."""
+        return "\n".join(map(self._written, _PROBES)) if self._hf.chat_template else ""
+
+    def _written(self, probe: list[dict[str, str]]) -> str:
         try:
-            return self._hf.apply_chat_template(_PROBE, tokenize=False)
+            return self._hf.apply_chat_template(probe, tokenize=False)
         except Exception:  # a template may stumble over anything
             return ""
 

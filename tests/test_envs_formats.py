@@ -378,3 +378,16 @@ def test_a_template_that_leaves_out_observations_is_refused(tokenizer):
     check_chat_template(tokenizer(leaves_out))
     with pytest.raises(ValueError, match=r"leaves out messages of role 'ipython'.*The bridge was built in 1901"):
         check_chat_template(tokenizer(leaves_out), role="ipython")
+
+
+def test_a_template_whose_instructions_move_with_the_questions_is_refused(tokenizer):
+    """Environments open with a system message, which such a template writes into the last question."""
+    moves = (
+        "{% set system = messages[0].content + ' ' if messages[0].role == 'system' else '' %}"
+        "{% for m in messages if m.role != 'system' %}<|im_start|>{{ m.role }}\n"
+        "{{ system if loop.last else '' }}{{ m.content }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    check_chat_template(tokenizer(moves), probe_conversation())
+    with pytest.raises(ValueError, match=r"rewrites history: .*'Answer in .* became 'How old"):
+        check_chat_template(tokenizer(moves))

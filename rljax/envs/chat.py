@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 Message = Mapping[str, Any]
+_SYSTEM = {"role": "system", "content": "Answer in one sentence."}
 
 
 @runtime_checkable
@@ -37,10 +38,29 @@ def check_chat_template(
     Before every turn of the assistant the conversation is rendered up to where it begins to speak, and after it with
     its turn; each rendering must begin with the ids of the one before. What others say must be there to be read: a
     template may leave out the messages of a role that it does not know. `messages` defaults to
-    `probe_conversation(role)`, with `role` that of observations. The error names the first turn that
-    differs and the remedy.
+    `probe_conversation(role)`, with `role` that of observations; where the template shows a system message, also behind
+    one. The error names the first turn that differs and the remedy.
     """
-    conversation = list(messages) if messages is not None else probe_conversation(role)
+    if messages is not None:
+        return _check_turns(tokenizer, list(messages))
+
+    conversation = probe_conversation(role)
+    _check_turns(tokenizer, conversation)
+    # A template may write the instructions into the last question, and so into another with every turn.
+    if _shows_system(tokenizer):
+        _check_turns(tokenizer, [_SYSTEM, *conversation])
+
+
+def _shows_system(tokenizer: ChatTokenizer) -> bool:
+    """Whether the template takes a system message; one that refuses or leaves it out says so when one is given."""
+    try:
+        ids = tokenizer.apply_chat_template([_SYSTEM, *probe_conversation()[:1]], add_generation_prompt=True)
+    except ValueError:
+        return False
+    return _SYSTEM["content"] in tokenizer.decode(ids)
+
+
+def _check_turns(tokenizer: ChatTokenizer, conversation: Sequence[Message]) -> None:
     before: list[int] = []
     for i, message in enumerate(conversation):
         if message.get("role") != "assistant":

@@ -1,7 +1,7 @@
 """What every tokenizer offers the rest of the package."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from os import PathLike
 from typing import Any, Protocol, runtime_checkable
 
@@ -17,6 +17,8 @@ END_OF_TURN_TOKENS = (
     "<end_of_turn>",
     "<|end|>",
     "<|end_of_turn|>",
+    "<|return|>",
+    "<|call|>",
 )
 """Names of special tokens after which nothing more of an answer comes, whichever model uses them."""
 
@@ -111,6 +113,13 @@ class WithinText:
 
     def decode(self, ids: Sequence[int]) -> str:
         return self.tokenizer.decode(ids)
+
+
+def end_of_turn_tokens(names: Collection[str]) -> tuple[str, ...]:
+    """Those of `END_OF_TURN_TOKENS` that end an answer in a vocabulary with the special tokens `names`. Where one of
+    them returns or calls, as in the Harmony format, `<|end|>` ends a thought, and the answer comes behind it."""
+    has_channels = "<|return|>" in names and "<|call|>" in names
+    return tuple(name for name in END_OF_TURN_TOKENS if name in names and not (has_channels and name == "<|end|>"))
 
 
 def unique(ids: Sequence[int | None]) -> tuple[int, ...]:

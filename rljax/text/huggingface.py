@@ -3,12 +3,13 @@
 import copy
 import json
 import os
+import reprlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rljax.text.base import END_OF_TURN_TOKENS, Message, unique
-from rljax.text.plain import PlainText, any_of, special_tokens
+from rljax.text.base import Message, end_of_turn_tokens, unique
+from rljax.text.plain import PlainText, any_of, check_characters, special_tokens
 
 _ANSWER = "qz7"  # stands for what the assistant says
 
@@ -42,7 +43,7 @@ class HuggingFaceTokenizer:
         self.special_tokens: Mapping[str, int] = special_tokens(tokenizer)
         self._template_kwargs = dict(template_kwargs or {})
 
-        named = [self.special_tokens.get(name) for name in END_OF_TURN_TOKENS]
+        named = [self.special_tokens.get(name) for name in end_of_turn_tokens(self.special_tokens)]
         known = [i for i in stop_ids if 0 <= i < self.vocab_size]  # files may speak of a larger vocabulary
         self._own_stops = unique([tokenizer.eos_token_id, *known, *named])
         template_end = self._template_end()
@@ -87,7 +88,8 @@ class HuggingFaceTokenizer:
         return bool(self.hf.chat_template)
 
     def encode(self, text: str) -> list[int]:
-        """Names of special tokens in the text become those tokens."""
+        """Names of special tokens in the text become those tokens. Raises ValueError for half of a character."""
+        check_characters(text)
         return list(self.hf.encode(text, add_special_tokens=False))
 
     def encode_text(self, text: str, *, wrap: tuple[str, str] = ("", ""), continues: bool = False) -> list[int]:
@@ -106,30 +108,37 @@ class HuggingFaceTokenizer:
         stands before messages that do not begin with a system message.
 
         Names of control tokens in messages and tools are text; only the template writes such tokens. Raises ValueError
-        without a chat template, or if the template refuses the messages.
+        without a chat template, or if the template refuses the messages or stumbles over them.
         """
         if not self.has_chat_template:
             raise ValueError(
                 "this tokenizer has no chat template, so it cannot take a list of messages; "
                 "give prompts as plain text (config.data.chat=False), or a template with config.model.chat_template"
             )
-        messages = self._behind_system_prompt(messages)
         try:
             import jinja2
         except ImportError:
             raise ValueError("chat templates need the package jinja2: pip install 'jinja2>=3.1'") from None
 
+        try:
+            text, is_marked = self._rendered(messages, add_generation_prompt)
+        except Exception as error:  # the expressions of a template raise what they will
+            kind = "" if isinstance(error, (jinja2.TemplateError, ValueError)) else f"{type(error).__name__}: "
+            reason = " ".join(f"{kind}{error}".split()).encode("utf-8", "backslashreplace").decode("utf-8")
+            raise ValueError(
+                f"the chat template refused the messages ({reason:.300}), which are {reprlib.repr(messages)}"
+            ) from error
+        return self._plain.encode(text) if is_marked else self.encode(text)
+
+    def _rendered(self, messages: Sequence[Message], add_generation_prompt: bool) -> tuple[str, bool]:
+        """What the template makes of messages in which names of control tokens are marked, and whether any is."""
+        messages = self._behind_system_prompt(messages)
         # last, so that tools given for all conversations win
         kwargs = {"tools": _tools(messages), **self._template_kwargs, "add_generation_prompt": add_generation_prompt}
         given = [list(messages), kwargs["tools"]]
         marked = self._plain.mark(given)
-        try:
-            if marked == given:
-                return list(self.hf.apply_chat_template(given[0], tokenize=True, return_dict=False, **kwargs))
-            text = self.hf.apply_chat_template(marked[0], tokenize=False, **{**kwargs, "tools": marked[1]})
-        except jinja2.TemplateError as error:
-            raise ValueError(f"the chat template refused {list(messages)!r}: {error}") from error
-        return self._plain.encode(text)
+        text = self.hf.apply_chat_template(marked[0], tokenize=False, **{**kwargs, "tools": marked[1]})
+        return text, marked != given
 
     def _behind_system_prompt(self, messages: Sequence[Message]) -> Sequence[Message]:
         own = bool(messages) and messages[0].get("role") == "system"

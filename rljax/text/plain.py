@@ -13,10 +13,16 @@ from typing import Any
 MARK = "\ufdd0"
 """A code point that Unicode sets aside for use within a program."""
 
-_PROBE = [
-    {"role": "user", "content": "x"},
-    {"role": "assistant", "content": "y"},
-    {"role": "user", "content": "x"},
+_KEPT = "\ufdd1"
+"""Stands behind a mark that a text has of its own, which stays in it."""
+
+_REMOVED = re.compile(f"{MARK}(?!{_KEPT})")
+
+_BEFORE = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]
+_PROBES = [
+    [*_BEFORE, {"role": "user", "content": "x"}],
+    # What stands around an observation is the template's as well: a page must not close it.
+    [*_BEFORE, {"role": "tool", "content": "z", "name": "f", "tool_call_id": "call00001"}],
 ]
 
 
@@ -24,8 +30,8 @@ class PlainText:
     """The control tokens of a `transformers` tokenizer, and an encoder that tells them from text.
 
     Control tokens are those that the vocabulary marks special, and whatever else was added to it that the chat template
-    writes between two turns. Everything is found when it is first needed, since a copy of a large vocabulary takes a
-    second.
+    writes between two turns or around an observation. Everything is found when it is first needed, since a copy of a
+    large vocabulary takes a second.
     """
 
     def __init__(self, hf: Any):
@@ -50,18 +56,21 @@ class PlainText:
         return self._control
 
     def _between_turns(self) -> str:
-        """What the chat template writes around turns; "" where there is none, or it refuses the probe."""
-        if not self._hf.chat_template:
-            return ""
+        """What the chat template writes around turns; of a probe that it refuses, nothing."""
+        return "\n".join(map(self._written, _PROBES)) if self._hf.chat_template else ""
+
+    def _written(self, probe: list[dict[str, str]]) -> str:
         try:
-            return self._hf.apply_chat_template(_PROBE, tokenize=False)
+            return self._hf.apply_chat_template(probe, tokenize=False)
         except Exception:  # a template may stumble over anything
             return ""
 
     def mark(self, value: Any) -> Any:
         """`value`, nested lists and mappings of text, with all names of control tokens in it broken."""
         if isinstance(value, str):
-            return self._names.sub(lambda found: found[0][0] + MARK + found[0][1:], value) if self.control else value
+            if not self.control:
+                return value
+            return self._names.sub(lambda found: found[0][0] + MARK + found[0][1:], value.replace(MARK, MARK + _KEPT))
         if isinstance(value, Mapping):
             return {self.mark(key): self.mark(part) for key, part in value.items()}
         if isinstance(value, (list, tuple)):
@@ -70,7 +79,9 @@ class PlainText:
 
     def encode(self, marked: str, *, continues: bool = False) -> list[int]:
         """Ids of a text in which broken names are text and whole ones are control tokens, without the dummy space in
-        front of a text where it `continues` another. Raises ValueError for a name that the vocabulary cannot spell."""
+        front of a text where it `continues` another. Raises ValueError for half of a character, and for a name that the
+        vocabulary cannot spell."""
+        check_characters(marked)
         control = self.control
         wanted = [control[name] for name in self._names.findall(marked)] if control else []
         ids = list(self._encode(marked, continues))
@@ -88,7 +99,7 @@ class PlainText:
             return self._copy(continues).encode(marked, add_special_tokens=False).ids
 
         # A tokenizer written in Python has nothing behind the search: what stands around marks is encoded alone.
-        parts = marked.split(MARK)
+        parts = [part.replace(MARK + _KEPT, MARK) for part in _REMOVED.split(marked)]
         return [i for part in parts for i in self._hf.encode(part, add_special_tokens=False)]
 
     def _unspelt(self, marked: str) -> str:
@@ -118,11 +129,23 @@ class PlainText:
             if continues:
                 state["normalizer"] = _without_space(state["normalizer"])
                 state["pre_tokenizer"] = _without_space(state["pre_tokenizer"])
-            remove = {"type": "Replace", "pattern": {"String": MARK}, "content": ""}
-            normalizers = [remove, *([state["normalizer"]] if state["normalizer"] else [])]
+            remove = {"type": "Replace", "pattern": {"Regex": _REMOVED.pattern}, "content": ""}
+            restore = {"type": "Replace", "pattern": {"String": MARK + _KEPT}, "content": MARK}
+            normalizers = [remove, restore, *([state["normalizer"]] if state["normalizer"] else [])]
             state["normalizer"] = {"type": "Sequence", "normalizers": normalizers}
             self._copies[continues] = Tokenizer.from_str(json.dumps(state))
         return self._copies[continues]
+
+
+def check_characters(text: str) -> None:
+    """ValueError for half of a character: a lone surrogate, which JSON may escape and no tokenizer takes."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"text holds half of a character ({text[error.start]!a} in {text!a:.80}), which "
+            "no tokenizer takes; take it out"
+        ) from None
 
 
 def special_tokens(hf: Any) -> dict[str, int]:

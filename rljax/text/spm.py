@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rljax.text.base import Message, unique
+from rljax.text.plain import check_characters
 
 MODEL_FILE = "tokenizer.model"
 _APART = "\ue000"  # no vocabulary joins it with a neighbour
@@ -52,6 +53,8 @@ class SentencePieceTokenizer:
         self.adds_bos: bool = adds_bos and self.bos_id is not None
 
     def encode(self, text: str) -> list[int]:
+        """Raises ValueError for half of a character."""
+        check_characters(text)
         return list(self._processor.EncodeAsIds(text))
 
     def encode_text(self, text: str, *, wrap: tuple[str, str] = ("", ""), continues: bool = False) -> list[int]:

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from rljax.plans import RolloutPlan, has_signal
-from rljax.rollouts import Actor, ScoredGroup, collect
+from rljax.rollouts import Actor, NoSignal, ScoredGroup, collect
 from rljax.sampling import Sample
-from rljax.tasks import Example, RewardResult
+from rljax.tasks import Example, RewardInput, RewardResult, RewardRunner, RewardSpec
 
 
 def scored(request):
@@ -60,3 +60,43 @@ def test_where_the_signal_does_not_apply_a_group_is_judged_by_the_sum():
     draws = iter([[ALL_WRONG, MIXED], [other, other]])
     found = collect(actor, plan, lambda n: next(draws), 2, 0)
     assert [example.id for example in found.examples] == [MIXED.id, other.id]
+
+
+def of_result(change):
+    """An actor whose results are `change(index, result)` of those in the data."""
+    actor = judged()
+
+    def changed(group):
+        return group._replace(results=[change(i, result) for i, result in enumerate(group.results)])
+
+    actor.ready.side_effect = lambda n: [changed(scored(r)) for r in actor.submit.call_args.args[0]]
+    return actor
+
+
+def test_a_step_in_which_the_signal_applies_to_no_row_goes_on():
+    def apart(_, result):
+        return RewardResult(result.value, {"form": result.components["form"]}, not_applied=("right",))
+
+    plan = RolloutPlan(2, keep_group=has_signal, signal_reward="right")
+    assert len(collect(of_result(apart), plan, lambda n: [ALL_WRONG], 1, 0).examples) == 1
+
+
+def test_a_sample_to_which_the_signal_does_not_apply_is_not_compared_with_the_others():
+    """The first completion has right=0, and a sum of 1 beside it says nothing of what is right."""
+
+    def apart(index, result):
+        return result if index == 0 else RewardResult(1.0, {"form": 1.0}, not_applied=("right",))
+
+    plan = RolloutPlan(2, keep_group=has_signal, max_sampling_rounds=1, signal_reward="right")
+    with pytest.raises(NoSignal, match="kept 0 of the 1 groups"):
+        collect(of_result(apart), plan, lambda n: [ALL_WRONG], 1, 0)
+
+
+FORM = RewardSpec(lambda completion: 1.0, name="form", in_process=True)
+
+
+def test_the_rewards_say_which_of_them_does_not_apply():
+    runner = RewardRunner([RewardSpec(lambda completion: None, name="right", in_process=True), FORM])
+    (result,) = runner.score([RewardInput("p", "c")])
+    assert result.not_applied == ("right",)
+    assert result.voided().not_applied == ("right",)

@@ -19,7 +19,8 @@ class EvaluationConfig:
     solved_by: str = ""
     """Name of the reward, or of a count of the environment, that decides: a sample is solved where it is 1 or more,
     unweighted. Empty is the first of `config.actor.rewards` (or the data's verifier), and in an environment the reward
-    of the episode. Set it where the first reward is not the one for the right answer."""
+    of the episode. Where that reward does not apply to a row, the weighted sum decides. Set it where the first reward
+    is not the one for the right answer."""
     temperature: float = field(default=1.0, least=0, most=1e6)
     """Of these samples."""
     top_p: float = field(default=1.0, above=0, most=1)

@@ -124,7 +124,7 @@ def _groups(
 
 def _check_decides(name: str, groups: Sequence[ScoredGroup]) -> None:
     results = [result for group in groups for result in group.results if result.is_valid]
-    known = sorted({component for result in results for component in result.components})
+    known = sorted({name for result in results for name in (*result.components, *result.not_applied)})
     if name and results and name not in known:
         raise ValueError(
             f"config.evaluation.solved_by={name!r} is no reward or count of any sample; there are {', '.join(known)}"

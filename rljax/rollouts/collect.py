@@ -152,17 +152,21 @@ def _rows_of(
 
 
 def _signal(plan: RolloutPlan, group: ScoredGroup) -> np.ndarray:
-    """What dynamic sampling judges a group by: of its valid samples the reward that the plan names, or the sum where
-    the plan names none, or one that does not apply to the row."""
-    return np.array([r.part(plan.signal_reward) for r in group.results if r.is_valid], dtype=np.float64)
+    """What dynamic sampling judges a group by: of its valid samples the reward that the plan names, of those that it
+    applies to; or the sum, where the plan names none or one that applies to none of them."""
+    valid = [result for result in group.results if result.is_valid]
+    # A sum beside a reward would differ from it without saying anything.
+    named = [result for result in valid if plan.signal_reward in result.components]
+    return np.array([result.part(plan.signal_reward) for result in named or valid], dtype=np.float64)
 
 
 def _check_signal(plan: RolloutPlan, groups: Sequence[ScoredGroup]) -> None:
-    """ValueError where the plan names a reward that no valid sample of a step has: names of what an environment counts
+    """ValueError where the plan names what no valid sample of a step was asked for: names of what an environment counts
     are known to nobody before."""
     if not plan.keep_group or not plan.signal_reward:
         return
-    names = {name for group in groups for result in group.results if result.is_valid for name in result.components}
+    valid = [result for group in groups for result in group.results if result.is_valid]
+    names = {name for result in valid for name in (*result.components, *result.not_applied)}
     if names and plan.signal_reward not in names:
         raise ValueError(
             f"config.algorithm.signal_reward={plan.signal_reward!r} is none of the samples' rewards: "

@@ -65,6 +65,8 @@ class RewardResult:
     """The component by which the sample counts as solved; empty, or one that it lacks, is `value`."""
     is_void: bool = field(default=False, compare=False)
     """Whether it was cut off and may not earn: `value` is 0 at most, and `components` say what they would be worth."""
+    not_applied: tuple[str, ...] = field(default=(), compare=False)
+    """The rewards that returned None for the sample."""
 
     @property
     def is_solved(self) -> bool:
@@ -313,7 +315,8 @@ class RewardRunner:
         if errors:
             return RewardResult(0.0, components, is_valid=False, error="; ".join(errors))
         # fsum: the value must not depend on the order in which rewards are listed
-        return RewardResult(math.fsum(weighted), components, decided_by=self.decided_by)
+        not_applied = tuple(name for name in self.names if name not in components)
+        return RewardResult(math.fsum(weighted), components, decided_by=self.decided_by, not_applied=not_applied)
 
 
 def _batches(reward: _Reward, inputs: Sequence[RewardInput]) -> list[Sequence[RewardInput]]:

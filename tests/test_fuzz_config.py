@@ -9,7 +9,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from rljax.algorithms import FOREST_RECIPES, RECIPES
+from rljax.algorithms import FOREST_RECIPES, RECIPES, DecoupledPPO
 from rljax.experiment import (
     BlackBox,
     FailedTasks,
@@ -32,7 +32,11 @@ ROOTS = {
     "tiny": {},
     "episodes": {"actor": MultiTurn(make="m:f", context_length=64), "data": RowsData("m:f")},
     "agents": {"actor": BlackBox(agent="m:f", context_length=64), "data": FileData("x.jsonl")},
-    "guided": {"actor": Guided(SingleTurn(rewards=(RewardConfig(),))), "curriculum": FailedTasks()},
+    "guided": {
+        "actor": Guided(SingleTurn(rewards=(RewardConfig(),))),
+        "curriculum": FailedTasks(),
+        "algorithm": DecoupledPPO(),
+    },
     "pretrained": {"model": PretrainedModel(), "data": ReasoningGymData("chain_sum"), "optimizer": MuonConfig()},
     "lightsam": {"optimizer": LightSAMConfig()},
 }

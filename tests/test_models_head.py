@@ -222,7 +222,7 @@ def test_a_run_knows_how_many_ids_its_tokenizer_has():
 
 def test_padding_of_the_vocabulary_stays_masked_whatever_the_temperature():
     masked = jnp.where(jnp.arange(6) < 4, jnp.arange(6.0), MASKED)[:, None]
-    for temperature in (1e-9, 0.5, 2.0):
+    for temperature in (1e-6, 0.5, 2.0):
         processed = process_logits(masked, sampling_params(temperature), axis=0)
         _, logprobs, entropies = sample_tokens(processed, jnp.full(1, 0.999), jnp.bool_(False))
         assert (processed[4:] == MASKED).all() and np.isfinite([logprobs, entropies]).all()

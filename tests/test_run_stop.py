@@ -71,6 +71,15 @@ def test_what_is_under_way_is_all_that_a_stop_costs(tmp_path, monkeypatch):
     stop_runs.assert_the_same(folder, tmp_path / "straight")
 
 
+@pytest.fixture
+def ctrl_c():
+    """Python's own handler, which pytest's workers do without."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("ctrl_c")
 def test_only_the_second_ctrl_c_ends_a_run_at_once():
     with Stops() as stops:
         ask(signal.SIGINT)

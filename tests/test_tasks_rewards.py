@@ -91,7 +91,7 @@ SCRIBBLES = {
 
 def scribble(data):
     """Writes to every socket of this process."""
-    for descriptor in range(3, 64):
+    for descriptor in range(3, 1024):
         with contextlib.suppress(OSError), socket.socket(fileno=os.dup(descriptor)) as end:
             end.send(data)
 

@@ -247,7 +247,7 @@ class RunFolder:
         unlock(Path(str(self.path)))
 
 
-def _write(file: Path, text: str) -> None:
+def _write(file: AnyPath, text: str) -> None:
     """Half characters, which prompts, completions and errors may hold, are escaped: in JSON they mean the same."""
     file.write_bytes(text.encode("utf-8", "backslashreplace"))
 

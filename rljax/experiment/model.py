@@ -7,6 +7,7 @@ from typing import Any, Protocol, runtime_checkable
 import jax
 
 from rljax.models import DecoderConfig, Metadata, find_smollm2, init_params, load_config, load_model, read_metadata
+from rljax.settings import placed
 from rljax.text import CharTokenizer, Tokenizer, load_tokenizer, with_chat_settings
 from rljax.types import Params
 
@@ -124,7 +125,8 @@ class FreshModel:
     bfloat16 saves memory where weights are only read, as in `launch/eval.py`."""
 
     def tokenizer_of(self) -> Tokenizer:
-        return CharTokenizer(self.alphabet)
+        with placed("config.model"):
+            return CharTokenizer(self.alphabet)
 
     def decoder_of(self, tokenizer: Tokenizer) -> DecoderConfig:
         shape = {name: value for name, value in dataclasses.asdict(self).items() if name != "alphabet"}

@@ -141,8 +141,8 @@ def _package() -> Any:
         import textworld.generator
     except ImportError as error:
         raise ImportError(
-            f"TextWorld games need the extra textworld ({error}): pip install 'rljax-lm[textworld]' (it brings jericho, "
-            "which is under the GPL)"
+            f"TextWorld games need the extra textworld ({error}): pip install 'rljax-lm[textworld]' (it brings "
+            "jericho, which is under the GPL)"
         ) from error
     return textworld
 

@@ -120,6 +120,13 @@ def test_an_evaluation_may_change_that_nothing_is_compared_with(capsys):
     assert "config.evaluation.solved_by: '' -> 'right'" in capsys.readouterr().out
 
 
+def test_a_folder_of_before_a_field_was_there_goes_on(capsys):
+    old = config()
+    del old["evaluation"]["solved_by"], old["update"]["max_empty"]
+    review_changes(old, config(), 2, "config.steps", is_evaluated=True)
+    assert "config.evaluation.solved_by: None -> ''" in capsys.readouterr().out
+
+
 def folder_of(path, steps, warmup=0):
     """A run folder that was left with checkpoints of these steps."""
     folder = RunFolder(path, config=config())

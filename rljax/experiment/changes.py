@@ -45,8 +45,9 @@ def review_changes(
         )
 
     for name in _OF_THE_FIRST_EVALUATION:
-        if is_evaluated and name in changed:
-            was, value = changed[name]
+        was, value = changed.get(name, (None, None))
+        # A config of before the field was there says nothing of it, and could not be set back.
+        if is_evaluated and was is not None:
             raise ValueError(
                 f"{name}={value!r}, but the evaluation before training was made with {was!r}, and its weights are "
                 "gone; set it back, and measure what else you want to know with launch/eval.py"

@@ -21,6 +21,8 @@ def define_config(default: str | None = None) -> flags.FlagHolder:
     """Defines `--config=FILE.py` and its overrides `--config.part.field=value`."""
     if default:
         _find_neighbours(default)
+    # A choice among texts is written as one; the library knows no such type, and `rljax.settings` checks the value.
+    config_flags.register_flag_parser_for_type(typing.Literal, flags.ArgumentParser())
     flag = config_flags.DEFINE_config_file(
         "config", default, "Python file with get_config(); override a field with --config.part.field=value."
     )

@@ -47,7 +47,8 @@ class Range:
 
     def __str__(self) -> str:
         bounds = (("at least", self.least), ("above", self.above), ("at most", self.most), ("below", self.below))
-        return " and ".join(f"{words} {bound:g}" for words, bound in bounds if bound is not None)
+        given = [(words, bound) for words, bound in bounds if bound is not None]
+        return " and ".join(f"{words} {bound if isinstance(bound, int) else f'{bound:g}'}" for words, bound in given)
 
 
 def field(

@@ -110,6 +110,25 @@ MISTAKES = {
         ["--config.update.pack_length=6", "--config.update.length_buckets=(6,)"],
         r"pack_length=6.*raise it to at least 7",
     ),
+    "a model too short": (
+        ["--config.model.max_position=6"],
+        r"more than 2 tokens: .*the model's 6 positions must hold a prompt and .*max_new_tokens=4, so lower that.*drop",
+    ),
+    "too short with all dropped": (
+        ["--config.actor.prompt_buckets=(2,)", "--config.actor.drop_long_prompts=True"],
+        r"none would be left to train on; add a bucket of at least 3 to config\.actor\.prompt_buckets=\(2,\)$",
+    ),
+    "none of the choices": (
+        ["--config.optimizer.schedule=foo"],
+        r"config\.optimizer\.schedule='foo' must be one of 'constant', 'linear', 'cosine'",
+    ),
+    "no type of weights": (["--config.model.dtype=float16"], r"dtype='float16' must be one of 'float32', 'bfloat16'"),
+    "heads that do not divide": (["--config.model.num_kv_heads=3"], r"config\.model\.num_heads=4 must be a multiple"),
+    "an alphabet that repeats": (["--config.model.alphabet=aab"], r"config\.model\.alphabet='aab' must hold each"),
+    "an empty stop string": (
+        ["--config.sampling.stop_strings=('',)"],
+        r"stop_strings holds an empty text",
+    ),
     "a part that has moved": (
         ["--config.environment.make=x:y"],
         r"config\.environment is config\.actor=MultiTurn\(\.\.\.\).*now",

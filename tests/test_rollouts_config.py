@@ -50,6 +50,7 @@ def parts(*prompts):
         tokenizer=CharTokenizer("abc"),
         dataset=FileRows(examples[:-1], examples[-1:]),
         sampling=SamplingConfig(max_new_tokens=4),
+        decoder=SimpleNamespace(longest_sequence=256),
         settings=SimpleNamespace(chat=None),
     )
     for name, value in fields.items():

@@ -134,6 +134,8 @@ def test_weights_alone_come_back_checked_and_in_the_dtype_asked_for(two_steps, t
     np.testing.assert_array_equal(params["w"], make_state(1).trainable["w"].astype(jnp.bfloat16))
     with pytest.raises(ValueError, match=r"no checkpoint of step 7 in .*; there are \[1, 2\]"):
         restore_params(two_steps, wanted, 7)
+    with pytest.raises(ValueError, match=r"of another model: its weights w have the shape .*config\.model \(3,\)"):
+        restore_params(two_steps, {**wanted, "w": jax.ShapeDtypeStruct((3,), jnp.float32)})
 
     folder = tmp_path / "checkpoints"
     shutil.copytree(two_steps, folder)

@@ -19,7 +19,7 @@ from rljax.models import DecoderConfig, load_config, load_model, param_shardings
 from rljax.parallel import make_mesh
 from rljax.plans import RolloutPlan
 from rljax.rollouts import Actor, ActorParts, RolloutSettings
-from rljax.tasks import Curriculum, Dataset
+from rljax.tasks import Curriculum, Dataset, Example
 from rljax.text import Tokenizer, WithinText
 from rljax.training import Critic, Learner, LossNeeds, with_critic
 from rljax.types import Params, RolloutBatch, TrainState, Trajectory
@@ -195,3 +195,17 @@ def stack_rows(config: Config, trajectories: Sequence[Trajectory], rows: int | N
     """`stack` by the bucket tables of `config`; into exactly `rows` rows if told so."""
     tables = {"length_buckets": config.update.trajectory_buckets, "row_buckets": () if rows is None else (rows,)}
     return stack(trajectories, **{name: table for name, table in tables.items() if table})
+
+
+def held_out_examples(run: Run) -> list[Example]:
+    """The examples that are evaluated. ValueError where there are none."""
+    problems = run.config.evaluation.problems
+    if problems < 0:
+        raise ValueError(f"config.evaluation.problems={problems} must be at least 0 here; 0 is all held-out examples")
+    examples = list(run.dataset.test[: problems or None])
+    if not examples:
+        raise ValueError(
+            "the data holds out no example, and a run is evaluated before and after training; raise "
+            "config.data.test_fraction (or test_size), or name held-out data"
+        )
+    return examples

@@ -22,11 +22,14 @@ def changed_fields(old: Any, new: Any, path: str = "config") -> dict[str, tuple[
     return found
 
 
-def review_changes(old: Mapping[str, Any] | None, new: Mapping[str, Any], done: int, steps_field: str) -> None:
+def review_changes(
+    old: Mapping[str, Any] | None, new: Mapping[str, Any], done: int, steps_field: str, *, is_evaluated: bool = False
+) -> None:
     """Prints what has changed since the start that wrote `old`, of a run that has done `done` steps.
 
     ValueError for fewer steps than those (`steps_field` names the number of steps, `config.steps` or
-    `config.warmup.steps`), and for an evaluation that could not be compared with the one before training.
+    `config.warmup.steps`), and, where the run `is_evaluated` before training, for an evaluation that could not be
+    compared with that.
     """
     if old is None:
         return
@@ -42,13 +45,14 @@ def review_changes(old: Mapping[str, Any] | None, new: Mapping[str, Any], done: 
         )
 
     for name in _OF_THE_FIRST_EVALUATION:
-        if name in changed:
-            was, value = changed[name]
+        was, value = changed.get(name, (None, None))
+        # A config of before the field was there says nothing of it, and could not be set back.
+        if is_evaluated and was is not None:
             raise ValueError(
-                f"{name}={value}, but the evaluation before training was made with {was}, and its weights are gone; "
-                "set it back, and measure what else you want to know with launch/eval.py"
+                f"{name}={value!r}, but the evaluation before training was made with {was!r}, and its weights are "
+                "gone; set it back, and measure what else you want to know with launch/eval.py"
             )
 
     if changed:
-        lines = [f"  {name}: {was} -> {value}" for name, (was, value) in changed.items()]
+        lines = [f"  {name}: {was!r} -> {value!r}" for name, (was, value) in changed.items()]
         say("\n".join([f"going on at step {done} with another config than at the last start:", *lines]))

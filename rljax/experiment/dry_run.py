@@ -7,11 +7,11 @@ import jax
 import numpy as np
 
 from rljax.batching import PackConfig, layout, loss_mask, stack
-from rljax.experiment.build import Run, build, stack_rows
+from rljax.experiment.build import Run, build, held_out_examples, stack_rows
 from rljax.experiment.config import Config
 from rljax.experiment.prompts import describe_prompts
 from rljax.experiment.report import aligned
-from rljax.experiment.sft import demonstration, longest_demonstrations
+from rljax.experiment.sft import check_demonstrations, demonstration, longest_demonstrations
 from rljax.models import DecoderConfig, abstract_params, param_shardings
 from rljax.parallel import DECODE_RULES, batch_parts, is_main_process, use_mesh
 from rljax.text import render_prompt
@@ -34,6 +34,7 @@ _ADVICE = {
 def print_plan(config: Config, *, measure: bool = True) -> dict[str, Any]:
     """Prints the plan and returns it. With `measure` the update is compiled, not run, and the compiler asked."""
     run = build(config)
+    check_run(run)
     batch = worst_batch(run)
     predicted = predict_memory(run, batch)
     result = {
@@ -91,6 +92,14 @@ def _remedy(predicted: dict[str, int], total: int, limit: int) -> str:
     largest = sorted(predicted, key=lambda name: -predicted[name])[:2]
     advice = "; ".join(f"{name}: {_ADVICE[name]}" for name in largest)
     return f"DOES NOT FIT: {total / GIB:.2f} GiB of {limit / GIB:.2f}. Largest parts first, {advice}"
+
+
+def check_run(run: Run) -> None:
+    """ValueError, before weights load, for what would be found when a run has gone on for long: a demonstration or a
+    table of `config.update` that does not fit, or nothing to evaluate on."""
+    check_demonstrations(run)
+    check_tables(run)
+    held_out_examples(run)
 
 
 def check_tables(run: Run) -> None:

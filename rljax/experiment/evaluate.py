@@ -7,7 +7,7 @@ import jax
 import numpy as np
 
 from rljax.evaluation import Evaluation
-from rljax.experiment.build import Run, build
+from rljax.experiment.build import Run, build, held_out_examples
 from rljax.experiment.config import Config
 from rljax.experiment.report import evaluation_table
 from rljax.experiment.train import evaluate_run
@@ -22,9 +22,14 @@ def evaluate_model(
 ) -> Evaluation:
     """Evaluates the config's initial model, or the checkpoint of a run folder, and prints the table.
 
-    `step` None is the newest checkpoint. ValueError when there is none.
+    `step` None is the newest checkpoint. ValueError when there is none, for data without held-out examples and for a
+    file in no folder.
     """
     run = build(config)
+    held_out_examples(run)
+    # Before an evaluation that may take long, and would be lost.
+    if json_file and not Path(json_file).parent.is_dir():
+        raise ValueError(f"--json={json_file}: there is no folder {Path(json_file).parent}; make it, or name another")
 
     with run.actor, use_mesh(run.mesh):
         if checkpoint is None:

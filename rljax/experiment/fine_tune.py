@@ -2,11 +2,11 @@
 
 import contextlib
 
-from rljax.experiment.build import build
+from rljax.experiment.build import build, held_out_examples
 from rljax.experiment.changes import review_changes
 from rljax.experiment.config import Config, to_dict
 from rljax.experiment.report import describe_run, evaluation_table, say
-from rljax.experiment.sft import supervised, train_supervised
+from rljax.experiment.sft import check_demonstrations, supervised, train_supervised
 from rljax.experiment.stops import Stops
 from rljax.experiment.train import evaluate_run, open_checkpoints, save_description
 from rljax.parallel import check_equal, end_together, use_mesh
@@ -25,6 +25,9 @@ def fine_tune(config: Config, workdir: str, *, fresh: bool = False) -> dict[str,
             run = build(config)
             learner, curriculum = supervised(run)
         run.stops = stops
+        check_demonstrations(run)
+        if config.evaluation.problems >= 0:
+            held_out_examples(run)
         say(describe_run(run))
         check_equal(config=to_dict(config), data=[example.id for example in run.dataset.train])
         folder = RunFolder(path, config=to_dict(config), fresh=fresh, total_steps=config.warmup.steps)

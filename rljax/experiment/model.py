@@ -2,13 +2,16 @@
 
 import dataclasses
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import jax
 
 from rljax.models import DecoderConfig, Metadata, find_smollm2, init_params, load_config, load_model, read_metadata
+from rljax.settings import placed
 from rljax.text import CharTokenizer, Tokenizer, load_tokenizer, with_chat_settings
 from rljax.types import Params
+
+Dtype = Literal["float32", "bfloat16"]
 
 
 @runtime_checkable
@@ -48,9 +51,9 @@ class PretrainedModel:
     system_prompt: str = ""
     """Begins every conversation that does not begin with a system message of its own; plain text has none. Empty
     leaves conversations as they are."""
-    dtype: str = "float32"
+    dtype: Dtype = "float32"
     """Of activations: float32 or bfloat16."""
-    param_dtype: str = "float32"
+    param_dtype: Dtype = "float32"
     """Of the weights as they are loaded: float32 or bfloat16. Training keeps its own in float32 whatever it says, so
     bfloat16 saves memory where weights are only read, as in `launch/eval.py`."""
 
@@ -117,18 +120,20 @@ class FreshModel:
     """Width of the MLP between its products."""
     max_position: int = 256
     """Tokens of the longest sequence."""
-    dtype: str = "float32"
+    dtype: Dtype = "float32"
     """Of activations: float32 or bfloat16."""
-    param_dtype: str = "float32"
+    param_dtype: Dtype = "float32"
     """Of the weights as they are loaded: float32 or bfloat16. Training keeps its own in float32 whatever it says, so
     bfloat16 saves memory where weights are only read, as in `launch/eval.py`."""
 
     def tokenizer_of(self) -> Tokenizer:
-        return CharTokenizer(self.alphabet)
+        with placed("config.model"):
+            return CharTokenizer(self.alphabet)
 
     def decoder_of(self, tokenizer: Tokenizer) -> DecoderConfig:
         shape = {name: value for name, value in dataclasses.asdict(self).items() if name != "alphabet"}
-        return DecoderConfig(vocab_size=tokenizer.vocab_size, tied_embeddings=True, **shape)
+        with placed("config.model"):
+            return DecoderConfig(vocab_size=tokenizer.vocab_size, tied_embeddings=True, **shape)
 
     def params_of(self, decoder: DecoderConfig, shardings: Any, seed: int) -> Params:
         make = jax.jit(lambda key: init_params(decoder, key), out_shardings=shardings)

@@ -98,6 +98,8 @@ def demonstrations(run: Run) -> list[Example]:
     config = run.config.warmup
     make = config.demonstrations or (lambda examples: examples)
     examples = make(run.dataset.train)
+    if not examples:
+        raise ValueError("config.warmup.demonstrations returns no example; return at least one")
 
     missing = next((e for e in examples if config.completion_column not in e.columns), None)
     if missing is not None:
@@ -106,6 +108,24 @@ def demonstrations(run: Run) -> list[Example]:
             "Name it with config.warmup.completion_column, or make it with config.warmup.demonstrations"
         )
     return list(examples)
+
+
+def check_demonstrations(run: Run) -> None:
+    """ValueError that names the row for a demonstration that cannot be trained on; else that is found in the middle of
+    the run. Does nothing without a warm-up."""
+    if not run.config.warmup.steps:
+        return
+    length = run.config.update.pack_length
+    for example in demonstrations(run):
+        try:
+            (row,) = _rows(run, [example])
+        except (ValueError, TypeError) as error:  # tokenizers raise the latter for half characters
+            raise ValueError(f"the demonstration of {example.name}: {error}") from error
+        if len(row.tokens) > length:
+            raise ValueError(
+                f"the demonstration of {example.name} has {len(row.tokens)} tokens, but config.update.pack_length="
+                f"{length}; raise it to at least {len(row.tokens)}, or leave the row out (config.warmup.demonstrations)"
+            )
 
 
 def supervised_step(
@@ -143,12 +163,14 @@ def demonstration_row(
     The completion is a text, or, for episodes, a list of texts: what the policy says and what comes back, in turn; the
     latter is not learned. The last turn ends with a stop token: the chat template's behind a prompt of messages, else
     the end of sequence. Behind such a prompt every turn of the policy ends with it, and the template stands around what
-    comes back; behind plain text the texts follow each other as they are.
+    comes back; behind plain text the texts follow each other as they are. ValueError for another kind of completion.
     """
     tokenizer = dialogue.tokenizer
     is_chat = dialogue.is_chat(prompt)
     end = dialogue.turn_end(is_chat=is_chat)
-    parts = [completion] if isinstance(completion, str) else [str(part) for part in completion]
+    parts = [completion] if isinstance(completion, str) else completion
+    if not isinstance(parts, (list, tuple)) or not parts or not all(isinstance(part, str) for part in parts):
+        raise ValueError(f"the completion is {completion!r:.100}; it must be a text, or a list of texts by turns")
 
     ids = []
     for i, part in enumerate(parts):

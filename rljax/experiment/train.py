@@ -13,10 +13,10 @@ import numpy as np
 from absl import logging
 
 from rljax.evaluation import Evaluation, evaluate
-from rljax.experiment.build import Run, build, stack_rows
+from rljax.experiment.build import Run, build, held_out_examples, stack_rows
 from rljax.experiment.changes import review_changes
 from rljax.experiment.config import Config, to_dict
-from rljax.experiment.dry_run import check_tables
+from rljax.experiment.dry_run import check_run
 from rljax.experiment.pulse import Pulse
 from rljax.experiment.report import describe_run, finish, say
 from rljax.experiment.sft import warm_up
@@ -25,7 +25,6 @@ from rljax.models import written_metadata
 from rljax.parallel import check_equal, end_together, is_main_process, use_mesh
 from rljax.rollouts import NoSignal, Rollout, collect
 from rljax.sampling import compile_count
-from rljax.tasks import Example
 from rljax.training import (
     AnyPath,
     Checkpointer,
@@ -76,8 +75,7 @@ def train(config: Config, workdir: str, *, fresh: bool = False) -> dict[str, Any
             path = reachable(workdir)
             run = build(config)
         run.stops = stops
-        held_out_examples(run)
-        check_tables(run)
+        check_run(run)
         check_equal(config=to_dict(config), data=[example.id for example in [*run.dataset.train, *run.dataset.test]])
         say(describe_run(run))
         folder = RunFolder(path, config=to_dict(config), fresh=fresh)
@@ -139,7 +137,7 @@ class Loop:
         """The weights that the first rollout starts from."""
         if not self.run.config.warmup.steps:
             return self.run.initial_params()
-        with contextlib.closing(Checkpointer(self.folder.warmup_checkpoints, keep_last=1)) as checkpoints:
+        with contextlib.closing(open_warmup(self.folder)) as checkpoints:
             return warm_up(self.run, self.folder, checkpoints)
 
     def report_step(self) -> None:
@@ -219,13 +217,35 @@ def open_checkpoints(config: Config, folder: RunFolder) -> Checkpointer:
     )
 
 
+def open_warmup(folder: RunFolder) -> Checkpointer:
+    return Checkpointer(folder.warmup_checkpoints, keep_last=1)
+
+
+def review_warmup(folder: RunFolder) -> None:
+    """`review_changes` of a warm-up that goes on. Before the start is written down, which a refused one is not."""
+    if not folder.warmup_checkpoints.exists():
+        return
+    with contextlib.closing(open_warmup(folder)) as checkpoints:
+        steps = checkpoints.steps
+    if steps:
+        review_changes(folder.previous_config, folder.config, steps[-1], "config.warmup.steps")
+
+
 def resume(run: Run, checkpoints: Checkpointer, folder: RunFolder) -> Place | None:
     """Restores the newest good checkpoint into `run`, and says where it stands; None for a new run. ValueError for a
     config that the run cannot go on with."""
     if checkpoints.steps:
-        review_changes(folder.previous_config, folder.config, checkpoints.steps[-1], "config.steps")
+        done = checkpoints.steps[-1]
+        is_evaluated = folder.evaluation_file(0).exists()
+        if done and not is_evaluated:
+            raise ValueError(
+                f"{folder.evaluation_file(0)} is missing, and the weights that it was made with are gone; put it back, "
+                "or start in a new folder (or with --fresh)"
+            )
+        review_changes(folder.previous_config, folder.config, done, "config.steps", is_evaluated=is_evaluated)
     restored = checkpoints.restore(run.abstract_state())
     if restored is None:
+        review_warmup(folder)
         folder.evaluation_file(0).unlink(missing_ok=True)
         folder.start(0)
         return None
@@ -406,17 +426,3 @@ def evaluate_run(run: Run, params: Params, step: int) -> Evaluation:
     with run.stops.abandonable(), run.pulse("evaluation"):
         run.actor.set_params(params, step)
         return evaluate(run.actor, held_out_examples(run), config, step=step)
-
-
-def held_out_examples(run: Run) -> list[Example]:
-    """The examples that are evaluated. ValueError where there are none."""
-    problems = run.config.evaluation.problems
-    if problems < 0:
-        raise ValueError(f"config.evaluation.problems={problems} must be at least 0 here; 0 is all held-out examples")
-    examples = list(run.dataset.test[: problems or None])
-    if not examples:
-        raise ValueError(
-            "the data holds out no example, and a run is evaluated before and after training; raise "
-            "config.data.test_fraction (or test_size), or name held-out data"
-        )
-    return examples

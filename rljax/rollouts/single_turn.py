@@ -104,19 +104,22 @@ class SingleTurn:
             except (ValueError, TypeError) as error:  # tokenizers raise the latter for half characters
                 raise ValueError(f"{example.name}: {error}") from error
 
-        # a row is never split between packed sequences
-        room = pack_length - parts.sampling.max_new_tokens
-        limit = min(self.prompt_buckets[-1], room)
+        # a row is never split between packed sequences, nor longer than the positions of the model
+        new_tokens = parts.sampling.max_new_tokens
+        positions = parts.decoder.longest_sequence
+        longest_row = min(pack_length, positions)
+        limit = min(self.prompt_buckets[-1], longest_row - new_tokens)
 
         def remedy(longest: int) -> str:
-            new_tokens = parts.sampling.max_new_tokens
-            raised = (
-                f"add a bucket of at least {longest} to config.actor.prompt_buckets={self.prompt_buckets}"
-                if limit < room
-                else f"config.update.pack_length={pack_length} must hold a prompt and "
-                f"config.sampling.max_new_tokens={new_tokens}, so raise it to at least {longest + new_tokens}"
-            )
-            return f"{raised}, or set config.actor.drop_long_prompts=True"
+            both = f"must hold a prompt and config.sampling.max_new_tokens={new_tokens}"
+            if limit < longest_row - new_tokens:
+                way = f"add a bucket of at least {longest} to config.actor.prompt_buckets={self.prompt_buckets}"
+            elif pack_length <= positions:
+                raised = longest + new_tokens
+                way = f"config.update.pack_length={pack_length} {both}, so raise it to at least {raised}"
+            else:
+                way = f"the model's {positions} positions {both}, so lower that or shorten the prompts"
+            return way if self.drop_long_prompts else f"{way}, or set config.actor.drop_long_prompts=True"
 
         return without_long_rows(parts.dataset, length_of, limit, drop=self.drop_long_prompts, remedy=remedy)
 

@@ -15,7 +15,9 @@ class StopStrings:
         if stops.strings and stops.decode_text is None:
             raise ValueError("stop_strings need decode_text, a function from token ids to text; pass tokenizer.decode")
         if "" in stops.strings:
-            raise ValueError("a stop string is empty and would end every sample at once; leave it out")
+            raise ValueError(
+                "config.sampling.stop_strings holds an empty text, which would end any sample at once; leave it out"
+            )
         self.strings = tuple(stops.strings)
         self._decode = stops.decode_text
 

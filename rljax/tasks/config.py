@@ -145,7 +145,8 @@ def without_long_rows(
     )
     train = [example for example in dataset.train if id(example) not in long]
     if not drop or not train:
-        raise ValueError(f"{says}; {remedy(longest)}")
+        none_left = "; none would be left to train on" if drop else ""
+        raise ValueError(f"{says}{none_left}; {remedy(longest)}")
     return _Shorter(train, [e for e in dataset.test if id(e) not in long], dataset.verifier, says)
 
 

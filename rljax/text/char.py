@@ -43,7 +43,7 @@ class CharTokenizer(_Plain):
         repeated = sorted({c for c in alphabet if alphabet.count(c) > 1})
         if not alphabet or repeated:
             raise ValueError(
-                f"alphabet {alphabet!r} must hold each character once"
+                f"alphabet={alphabet!r} must hold each character once"
                 + (f"; repeated: {repeated}" if repeated else ", and at least one")
             )
         self.alphabet = alphabet

@@ -212,6 +212,7 @@ def restore_params(
         # Read in the dtype of the save, so that the checksum is of what was saved; cast when that is known to be right.
         wanted, _ = subtree.split(target)
         saved = manager.item_metadata(step)["state"].tree["trainable"]
+        _check_shapes(saved, wanted, as_path(folder) / str(step))
         item = {"trainable": jax.tree.map(lambda t, s: t.update(dtype=s.dtype), wanted, saved)}
         arguments = ocp.checkpoint_utils.construct_restore_args(item)
         restore = ocp.args.PyTreeRestore(item, restore_args=arguments, partial_restore=True)
@@ -220,6 +221,21 @@ def restore_params(
 
     params = subtree.merge(found["trainable"], base)
     return jax.tree.map(lambda x, t: x.astype(t.dtype), params, target), step
+
+
+def _check_shapes(saved: Any, wanted: Any, path: AnyPath) -> None:
+    """ValueError for weights that are not those of the model wanted."""
+    shapes = [
+        {jax.tree_util.keystr(place, simple=True, separator="/"): tuple(leaf.shape) for place, leaf in leaves}
+        for leaves, _ in map(jax.tree_util.tree_flatten_with_path, (saved, wanted))
+    ]
+    has, wants = shapes
+    name = next((name for name in sorted({*has, *wants}) if has.get(name) != wants.get(name)), None)
+    if name is not None:
+        raise ValueError(
+            f"checkpoint {path} is of another model: its weights {name} have the shape {has.get(name)}, and those of "
+            f"config.model {wants.get(name)}; give the config of the run that wrote it"
+        )
 
 
 def _without_base(state: TrainState) -> dict[str, Any]:

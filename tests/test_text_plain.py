@@ -3,6 +3,7 @@
 import importlib.util
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -306,6 +307,7 @@ def parts_of(tokenizer, sampling=None) -> ActorParts:
     settings = RolloutSettings(seed=0, sampling=sampling.params())
     rows = FileRows([Example(HOSTILE), Example("x")], [])
     parts = object.__new__(ActorParts)
+    object.__setattr__(parts, "decoder", SimpleNamespace(longest_sequence=1024))
     for name, value in {"tokenizer": tokenizer, "sampling": sampling, "settings": settings, "dataset": rows}.items():
         object.__setattr__(parts, name, value)
     return parts

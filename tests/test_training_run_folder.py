@@ -10,7 +10,7 @@ import types
 import numpy as np
 import pytest
 
-from rljax.training import MetricsWriter, PhaseTimer, RunFolder, reachable, read_jsonl
+from rljax.training import MetricsWriter, PhaseTimer, RunFolder, local_copy, reachable, read_jsonl
 from rljax.training.run_folder import progress_line
 
 
@@ -267,6 +267,21 @@ def test_a_run_folder_may_be_an_address_and_leaves_nothing_beside_it(bucket, mon
     assert sorted(path.name for path in bucket.parent.iterdir()) == ["bucket", "local"]
     with RunFolder("gs://bucket/run", fresh=True):
         assert not (bucket / "run" / "metrics.jsonl").exists()
+
+
+def test_what_reads_local_folders_alone_gets_a_copy_of_a_remote_one(bucket):
+    (bucket / "model" / "more").mkdir(parents=True)
+    (bucket / "model" / "config.json").write_text("{}")
+    (bucket / "model" / "more" / "words.txt").write_text("a b")
+    with local_copy(reachable("gs://bucket/model")) as folder:
+        assert folder != bucket / "model"
+        assert {str(f.relative_to(folder)): f.read_text() for f in folder.rglob("*") if f.is_file()} == {
+            "config.json": "{}",
+            "more/words.txt": "a b",
+        }
+    assert not folder.exists()
+    with local_copy(bucket / "model") as same:
+        assert same == bucket / "model"
 
 
 def test_storage_that_cannot_be_reached_is_named_with_the_remedy(monkeypatch):

@@ -364,7 +364,7 @@ def empty_step(run: Run, rollout: Rollout, lacking: str, timer: PhaseTimer) -> d
     """The metrics of a step that nothing can be learned from, and which updates nothing."""
     run.empty_steps += 1
     run.lacking = lacking
-    logging.warning("a step without an update, the %d. in a row: %s", run.empty_steps, lacking)
+    logging.warning("a step without an update (%d in a row): %s", run.empty_steps, lacking)
     return rollout_metrics(run, rollout, timer)
 
 

@@ -5,7 +5,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 from etils import epath
 
@@ -76,10 +76,23 @@ def local_folder(path: AnyPath) -> Iterator[Path]:
         copy_files(Path(folder), path)
 
 
-def copy_files(source: Path, target: Any) -> None:
-    """Copies the files of a local folder to a remote one."""
-    for file in sorted(source.rglob("*")):
-        if file.is_file():
-            goal = target / str(file.relative_to(source))
-            goal.parent.mkdir(parents=True, exist_ok=True)
+@contextlib.contextmanager
+def local_copy(path: AnyPath) -> Iterator[Path]:
+    """A folder for what can only read local ones: `path` itself, or one with its files."""
+    if not is_remote(path):
+        yield Path(str(path))
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        copy_files(path, Path(folder))
+        yield Path(folder)
+
+
+def copy_files(source: AnyPath, target: AnyPath) -> None:
+    """Copies the files of a folder, and of those in it, to another; either may be remote."""
+    target.mkdir(parents=True, exist_ok=True)
+    for file in sorted(source.iterdir(), key=lambda path: path.name):
+        goal = target / file.name
+        if file.is_dir():
+            copy_files(file, goal)
+        else:
             goal.write_bytes(file.read_bytes())

@@ -82,9 +82,12 @@ class Method:
     budget: str = "sampled"
 
 
+TWIN = "random forks"
+"""The method whose runs say how much others train on."""
+
 METHODS = (
     Method("GRPO", lambda steps: GRPO(group_size=8, kl_coef=0.0)),
-    Method("random forks", lambda steps: RandomForks(CHAINS, POINTS)),
+    Method(TWIN, lambda steps: RandomForks(CHAINS, POINTS)),
     Method("GRPO, more samples", lambda steps: GRPO(group_size=12, kl_coef=0.0), budget="trained"),
     Method("random forks, Tree-GRPO's credit", lambda steps: RandomForksWith(CHAINS, POINTS)),
     Method("Tree-GRPO", lambda steps: TreeGRPO(CHAINS, POINTS, step_delimiters=steps, kl_coef=0.0)),
@@ -182,8 +185,11 @@ PRESETS = {
 
 
 def config_of(task: Task, preset: dict[str, Any], **changes: Any) -> Config:
-    length = task.prompt_length + task.max_new_tokens
     warmup = int(task.warmup * preset["warmup_share"])
+    # Eight rows of full length fill a packed sequence; every method has the row table of the largest forest.
+    length = task.prompt_length + task.max_new_tokens
+    rows = preset["prompts"] * CHAINS * (1 + POINTS)
+
     return Config(
         name=f"arena-{task.name}",
         prompts_per_step=preset["prompts"],
@@ -203,10 +209,11 @@ def config_of(task: Task, preset: dict[str, Any], **changes: Any) -> Config:
             microbatch_size=4,
             length_buckets=(8 * length,),
             score_buckets=(8 * length,),
-            row_buckets=(preset["prompts"] * CHAINS * (1 + POINTS),),
+            row_buckets=(rows,),
             head_chunk=2048,
         ),
         optimizer=OptimizerConfig(learning_rate=task.learning_rate),
+        # Supervised on flawed demonstrations, so that there is something left for each method to learn.
         warmup=WarmupConfig(
             steps=warmup,
             batch_size=128,
@@ -317,45 +324,60 @@ def draw(results: Sequence[dict[str, Any]], path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
+def measured(task: Task, method: Method, seed: int, preset: dict[str, Any], folder: Path, before: list) -> dict:
+    """The result of one run, from its file if it has been made. KeyError where its budget is that of a run that is not
+    among those made `before`."""
+    slug = re.sub(r"\W+", "_", method.name.lower())
+    file = folder / task.name / f"{slug}-{seed}.json"
+    if file.exists():
+        return json.loads(file.read_text())
+
+    budget = preset["tokens"]
+    if method.budget == "trained":
+        # It samples until it has trained on as many tokens as the forks of the same seed.
+        by_run = {(run["task"], run["method"], run["seed"]): run for run in before}
+        budget = by_run[task.name, TWIN, seed]["curve"][-1][1]
+    result = compete(task, method, seed, preset, initial_model(task, preset, folder), budget)
+
+    # In one move: an interrupted arena goes on with the runs that are whole.
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.with_suffix(".part").write_text(json.dumps(result) + "\n")
+    file.with_suffix(".part").rename(file)
+    return result
+
+
+def chosen(parser: argparse.ArgumentParser, option: str, given: list[str], known: list[str]) -> list[str]:
+    """The names given, or all; ends the program for one that is not known."""
+    if unknown := sorted(set(given) - set(known)):
+        parser.error(f"--{option}: {unknown[0]!r} is not one of {'; '.join(known)}")
+    return given or known
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--preset", choices=PRESETS, default="small")
     parser.add_argument("--workdir", default="runs/arena")
     parser.add_argument("--json", metavar="FILE", help="write the result there")
-    parser.add_argument("--tasks", help="comma-separated, of " + ", ".join(t.name for t in TASKS))
+    parser.add_argument("--tasks", default="", help="comma-separated, of " + ", ".join(t.name for t in TASKS))
     parser.add_argument("--seeds", type=int, help="seeds 0 .. n-1; the preset's number when left out")
-    parser.add_argument("--methods", help="semicolon-separated, of " + "; ".join(m.name for m in METHODS))
+    parser.add_argument("--methods", default="", help="semicolon-separated, of " + "; ".join(m.name for m in METHODS))
     arguments = parser.parse_args()
+
     preset = PRESETS[arguments.preset]
-    names = arguments.tasks.split(",") if arguments.tasks else [t.name for t in TASKS]
-    if unknown := sorted(set(names) - {t.name for t in TASKS}):
-        parser.error(f"--tasks: {unknown[0]!r} is not one of {', '.join(t.name for t in TASKS)}")
-    methods = arguments.methods.split(";") if arguments.methods else [m.name for m in METHODS]
-    if unknown := sorted(set(methods) - {m.name for m in METHODS}):
-        parser.error(f"--methods: {unknown[0]!r} is not one of {'; '.join(m.name for m in METHODS)}")
+    seeds = range(preset["seeds"] if arguments.seeds is None else arguments.seeds)
+    tasks = chosen(parser, "tasks", [t for t in arguments.tasks.split(",") if t], [t.name for t in TASKS])
+    methods = chosen(parser, "methods", [m for m in arguments.methods.split(";") if m], [m.name for m in METHODS])
+    if needy := [m.name for m in METHODS if m.name in methods and m.budget == "trained" and TWIN not in methods]:
+        parser.error(f"--methods: {needy[0]!r} is measured by {TWIN!r}; name it as well")
+
     relaunch_with_allocator()
     jax.config.update("jax_compilation_cache_dir", str(HOME / "jax"))
     folder = Path(arguments.workdir) / arguments.preset
-    seeds = range(preset["seeds"] if arguments.seeds is None else arguments.seeds)
-    entries = [(t, m, s) for s in seeds for t in TASKS if t.name in names for m in METHODS if m.name in methods]
+
+    entries = [(t, m, s) for s in seeds for t in TASKS if t.name in tasks for m in METHODS if m.name in methods]
     results: list[dict[str, Any]] = []
     for number, (task, method, seed) in enumerate(entries, 1):
-        slug = re.sub(r"\W+", "_", method.name.lower())
-        file = folder / task.name / f"{slug}-{seed}.json"
-        if not file.exists():
-            model = initial_model(task, preset, folder)
-            budget = preset["tokens"]
-            if method.budget == "trained":
-                same = [r for r in results if (r["task"], r["method"], r["seed"]) == (task.name, "random forks", seed)]
-                if not same:
-                    parser.error(f"--methods: {method.name!r} is measured by 'random forks'; name it as well")
-                twin = same[0]
-                budget = twin["curve"][-1][1]
-            result = compete(task, method, seed, preset, model, budget)
-            file.parent.mkdir(parents=True, exist_ok=True)
-            file.with_suffix(".part").write_text(json.dumps(result) + "\n")
-            file.with_suffix(".part").rename(file)
-        results.append(json.loads(file.read_text()))
+        results.append(measured(task, method, seed, preset, folder, results))
         last = results[-1]
         print(
             f"[{number}/{len(entries)}] {task.name}, {method.name}, seed {seed}: avg@4 {last['curve'][0][2]:.3f} -> "
@@ -363,6 +385,7 @@ def main() -> None:
             file=sys.stderr,
             flush=True,
         )
+
     lines = summarise(results)
     print(show(lines))
     draw(results, folder / "arena.png")

@@ -193,16 +193,20 @@ def main() -> None:
     parser.add_argument("--size", choices=("full", "smoke"), default="full")
     parser.add_argument("--workdir", default="runs/papers")
     parser.add_argument("--configs", help="comma-separated names; all when left out")
-    parser.add_argument("--page", default=str(PAGE), help="where the table goes; at smoke size it is only printed")
+    parser.add_argument("--page", default=str(PAGE), help="where the table goes when no config is missing")
     arguments = parser.parse_args()
+
     known = configs(arguments.size)
     names = arguments.configs.split(",") if arguments.configs else known
     if unknown := sorted(set(names) - set(known)):
         parser.error(f"--configs: {unknown[0]!r} is not one of {', '.join(known)}")
+
     relaunch_with_allocator()
     jax.config.update("jax_compilation_cache_dir", str(HOME / "jax"))
     folder = Path(arguments.workdir) / arguments.size
     folder.mkdir(parents=True, exist_ok=True)
+
+    # What earlier calls have measured stands in the folder, so that a call goes on where the last one ended.
     file = folder / "results.jsonl"
     done = {x["config"]: x for x in map(json.loads, file.read_text().splitlines())} if file.exists() else {}
     for number, name in enumerate(names, 1):
@@ -210,18 +214,26 @@ def main() -> None:
             done[name] = measure(name, arguments.size, folder)
             with file.open("a") as out:
                 out.write(json.dumps(done[name]) + "\n")
-        x = done[name]
-        avg = f"avg@{x['samples']}"
+
+        line = done[name]
+        avg = f"avg@{line['samples']}"
         print(
-            f"[{number}/{len(names)}] {name}: {avg} {x['before'][avg]:.3f} -> {x['after'][avg]:.3f}, "
-            f"{x['new_tokens'] / 1e3:.0f}k tokens, {x['seconds']:.0f} s",
+            f"[{number}/{len(names)}] {name}: {avg} {line['before'][avg]:.3f} -> {line['after'][avg]:.3f}, "
+            f"{line['new_tokens'] / 1e3:.0f}k tokens, {line['seconds']:.0f} s",
             flush=True,
         )
+
     text = table([done[name] for name in known if name in done])
     print(f"\n{text}")
-    if arguments.size == "full":
-        page = Path(arguments.page)
-        page.write_text(with_table(page.read_text(), text))
+    missing = [name for name in known if name not in done]
+    if arguments.size == "smoke":
+        return
+    if missing:
+        # It would lose the rows of the others.
+        print(f"\n{arguments.page} is left as it is: {folder} has no results of {', '.join(missing)}")
+        return
+    page = Path(arguments.page)
+    page.write_text(with_table(page.read_text(), text))
 
 
 if __name__ == "__main__":

@@ -451,6 +451,7 @@ class MultiTurnActor:
         group = play.group
         tokens = play.prompt + play.tokens
         spoken = len(play.tokens) - play.turn_start
+        drawn = len(play.tokens) - max(play.turn_start, play.first_own)
         decoder = self.decoders[self._decoder_of(play)]
 
         # The limit is of a turn as a whole, also where it was cut off and goes on.
@@ -472,8 +473,9 @@ class MultiTurnActor:
                 # A fork shares its parent's tokens; any other play shares the prompt with the first of its group.
                 prefix_of=group.plays[max(play.fork.parent, 0)].conversation,
                 max_new_tokens=room,
-                suppress=is_suppressed and len(play.tokens) == play.fork.fork_index + len(play.fork.inject),
+                suppress=is_suppressed and len(play.tokens) == play.first_own,
                 begun=spoken,
+                drawn=drawn,
             )
         )
 

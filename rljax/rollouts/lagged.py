@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from rljax.sampling import Fork, Request, RowScorer, Sample, Sampler, SamplingParams, Stops
+from rljax.sampling.slots import spans_before
 from rljax.types import Params
 
 
@@ -92,7 +93,7 @@ class LaggedChains:
         """The whole path of a fork."""
         end = fork.fork_index
         given = np.zeros(len(fork.inject), np.float32)
-        forced = tuple((start, min(stop, end)) for start, stop in parent.forced if start < end)
+        forced = spans_before(parent.forced, end)
         if fork.inject:
             forced += ((end, end + len(fork.inject)),)
 

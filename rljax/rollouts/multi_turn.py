@@ -42,6 +42,7 @@ from rljax.rollouts.episodes import (
 )
 from rljax.rollouts.forks import ForkRounds
 from rljax.sampling import Fork, RowScorer, Sample, SamplingConfig, SamplingParams, Turn, TurnDecoder, TurnResult
+from rljax.sampling.slots import spans_before
 from rljax.tasks import Example, RewardResult, load_callable
 from rljax.text import Dialogue, Tokenizer, encode_text
 from rljax.types import INTERVENTION_SUPPRESS, NO_PARENT, Params
@@ -393,7 +394,7 @@ class MultiTurnActor:
         # What is inherited keeps its spans, cut where the fork leaves them.
         for name in TOKEN_LISTS:
             setattr(play, name, getattr(parent, name)[:place])
-        play.forced = [(start, min(stop, place)) for start, stop in parent.forced if start < place]
+        play.forced = list(spans_before(parent.forced, place))
         play.observed = [span for span in parent.observed if span[0] < place]
         if fork.inject:
             play.give(fork.inject, self.versions[0])

@@ -32,11 +32,11 @@ def dense(config, params, prompt, tokens):
 
 
 def test_rows_are_scored_as_by_one_forward_pass():
-    scorer = RowScorer(CONFIG, None, rows=3, length=16)
+    scorer = RowScorer(CONFIG, None, rows=2, length=16)
     with pytest.raises(ValueError, match="no weights"):
         scorer(PROMPT, [[1, 2]], sampling_params())
     scorer.set_params(make_params(CONFIG))
-    completions = [[5, 6, 7, 8], [299]]
+    completions = [[5, 6, 7, 8], [299], [8, 7]]  # more than the program has rows
     got = scorer(PROMPT, completions, sampling_params())
     for values, tokens in zip(got, completions, strict=True):
         np.testing.assert_allclose(values, dense(CONFIG, make_params(CONFIG), PROMPT, tokens), atol=3e-5)

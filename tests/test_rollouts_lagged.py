@@ -13,7 +13,7 @@ from test_sampling_generate import CONFIG, NEW, make_params, make_sampler
 from rljax.algorithms import APPO
 from rljax.plans import ForkPlan, ForkPoint
 from rljax.rollouts.lagged import LaggedChains
-from rljax.sampling import Fork, Request, RowScorer, sampling_params
+from rljax.sampling import Fork, Request, RowScorer, Stops, sampling_params
 from rljax.sampling.spec import NO_STOPS
 
 PROMPT = [7, 200, 31]
@@ -66,6 +66,29 @@ def test_chains_are_of_the_weights_before_and_forks_of_the_newest():
         )
     assert [s.forced for s in group] == [(), (), (), ((5, 6),), (), ((0, 1),)]
     assert len({tuple(s.tokens) for s in group}) == 6
+
+
+def test_a_stop_string_that_begins_in_what_a_fork_inherits_ends_it():
+    """As with the forks of a `Sampler`, though here what is inherited is a prompt to the sampler."""
+
+    def decode(ids):
+        return "".join(f"<{i}>" for i in ids)
+
+    def first_fork(stops, **fork):
+        sampler = make_sampler(prompt_slots=1, sample_slots=1, prompt_buckets=(4,), stops=stops)
+        lagged = LaggedChains(sampler, stops)
+        lagged.set_params(make_params(CONFIG), 0)
+        rounds = lambda samples: [Fork(0, 4, 50, **fork)] if len(samples) == 1 else []  # noqa: E731
+        (group,) = lagged.generate([Request(PROMPT, 1, (0,), rounds=rounds)], sampling_params(), seed=1, step=2)
+        return group[1]
+
+    for fork in ({}, {"inject": [9]}):
+        place = 4 + len(fork.get("inject", ()))
+        plain = first_fork(NO_STOPS, **fork)
+        assert len(plain.tokens) == NEW
+        last, own = plain.tokens[place - 1 : place + 1].tolist()
+        cut = first_fork(Stops(strings=(f"{last}><{own}",), decode_text=decode), **fork)
+        assert (cut.tokens.tolist(), cut.finish_reason) == (plain.tokens[: place + 1].tolist(), "stop_string")
 
 
 def test_without_a_version_before_both_are_the_same():

@@ -80,13 +80,14 @@ class LaggedChains:
 
     def _request(self, request: Request, samples: Sequence[Sample], fork: Fork) -> Request:
         """A fork as a request of its own: what it has from its parent and is given belongs to the prompt."""
-        prefix = samples[fork.parent].tokens[: fork.fork_index].tolist()
+        begun = [*samples[fork.parent].tokens[: fork.fork_index].tolist(), *fork.inject]
         limit = request.max_new_tokens or self.sampler.spec.max_new_tokens
         return Request(
-            prompt=[*request.prompt, *prefix, *fork.inject],
+            prompt=[*request.prompt, *begun],
             prompt_id=request.prompt_id,
             sample_ids=(fork.sample_id,),
-            max_new_tokens=limit - len(prefix) - len(fork.inject),
+            max_new_tokens=limit - len(begun),
+            begun=len(begun),
         )
 
     def _joined(self, parent: Sample, fork: Fork, own: Sample) -> Sample:

@@ -86,6 +86,8 @@ class Request(NamedTuple):
     """Most tokens of a completion, inherited and given ones included; None is the sampler's limit."""
     rounds: Rounds | None = None
     """Which forks follow; None is no forks."""
+    begun: int = 0
+    """The last `begun` tokens of the prompt belong to the text of the completion: a stop string may begin in them."""
 
 
 class Load(NamedTuple):

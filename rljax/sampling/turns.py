@@ -431,17 +431,9 @@ class TurnDecoder:
         turn = self._turns[row]
         assert turn is not None
         tokens = np.concatenate([part[0] for part in self._emitted[row]])
-
-        # The text of a turn that goes on begins with what was said of it before.
-        start = len(turn.tokens) - turn.begun
-        length = self._stop_strings.end(
-            np.concatenate([np.asarray(turn.tokens[start:], np.int32), tokens]),
-            turn.begun + len(tokens) - grown,
-            given=turn.begun,
-            before=turn.tokens[max(start - 1, 0) : start],
-        )
+        length = self._stop_strings.end(tokens, len(tokens) - grown, prompt=turn.tokens, begun=turn.begun)
         if length is not None:
-            return "stop_string", length - turn.begun
+            return "stop_string", length
         if is_active:
             return None
         return ("stop" if tokens[-1] in self._stop_tokens else "length"), None

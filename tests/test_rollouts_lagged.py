@@ -1,5 +1,7 @@
 """Two policies in one rollout: chains by the weights before the last update, forks by the newest."""
 
+import weakref
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,6 +17,7 @@ from rljax.plans import ForkPlan, ForkPoint
 from rljax.rollouts.lagged import LaggedChains
 from rljax.sampling import Fork, Request, RowScorer, Stops, sampling_params
 from rljax.sampling.spec import NO_STOPS
+from rljax.sampling.weights import take_weights
 
 PROMPT = [7, 200, 31]
 
@@ -114,6 +117,28 @@ def test_the_step_behind_a_checkpoint_is_as_behind_a_resume():
         if is_saved:
             lagged.forget()
     assert used == [-1, 1, -1, 3]
+
+
+def test_there_are_two_copies_of_the_weights_at_most(monkeypatch):
+    """When new ones are taken there is one: of a new version, of the same one again, and behind a checkpoint."""
+    params = make_params(CONFIG)
+    lagged = LaggedChains(make_sampler(prompt_slots=1, sample_slots=2, prompt_buckets=(4,)), NO_STOPS)
+    copies = []
+    held = []
+
+    def take(*args):
+        held.append(sum(copy() is not None for copy in copies))
+        weights = take_weights(*args)
+        copies.append(weakref.ref(jax.tree.leaves(weights)[0]))
+        return weights
+
+    monkeypatch.setattr("rljax.sampling.sampler.take_weights", take)
+    for version, is_saved in ((1, False), (2, True), (3, False), (4, False)):
+        lagged.set_params(params, version)
+        lagged.set_params(params, version)
+        if is_saved:
+            lagged.forget()
+    assert held == [0, 1, 1, 1, 1, 1, 1, 1]
 
 
 def test_episodes_have_lagged_chains_too():

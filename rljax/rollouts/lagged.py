@@ -36,6 +36,9 @@ class LaggedChains:
             self.chains.adopt(self.sampler)
             self.version_before = self.version
 
+        # Two copies at most: the one that the sampler gives up is held by nobody but the chains.
+        if self.version >= 0:
+            self.forks.adopt(self.chains)
         self.sampler.set_params(params)
         self.forks.adopt(self.sampler)
         self.scorer.set_params(params)
@@ -45,6 +48,9 @@ class LaggedChains:
 
     def forget(self) -> None:
         """The next version has none before it, as behind a resume: a checkpoint holds the newest weights alone."""
+        # The weights before are of no use any more, and leave room for the next.
+        if self.version >= 0:
+            self.chains.adopt(self.sampler)
         self.version = -1
         self.version_before = -1
 

@@ -218,11 +218,9 @@ class MultiTurnActor:
                 self.decoders[1].adopt(self.decoders[0])
                 self.versions[1] = self.versions[0]
 
+        is_renewal = self.scorer is None and version % self.config.stale_every == 0
         for i, decoder in enumerate(self.decoders):
-            if i == 1 and self.scorer is not None and self.versions[1] >= 0:
-                continue
-            is_current = i == 0
-            if is_current or self.versions[i] < 0 or version % self.config.stale_every == 0:
+            if i == 0 or self.versions[i] < 0 or is_renewal:
                 decoder.set_params(params)
                 self.versions[i] = version
 

@@ -4,7 +4,7 @@ The task and the model are those of configs/quickstart_tiny.py: a warm-up on dem
 scrambled, then 60 steps of 64 prompts with 8 samples each. About a minute on two cores. Methods that need a start over
 have demonstrations with it (`with_restarts`).
 
-Every config takes a size: `--config=configs/papers/fipo.py:smoke` is two steps of a far smaller model, to see it run.
+Every config takes a size: `--config=papers/fipo:smoke` is two steps of a far smaller model, to see it run.
 """
 
 import random

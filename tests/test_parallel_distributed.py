@@ -79,9 +79,14 @@ def test_what_may_differ_is_made_once_and_what_must_not_is_compared(two_processe
     assert main["once"] == other["once"] == {"process": 0}
     assert main["failed"] == "KeyError: 'judge'"
     assert other["failed"] == "RuntimeError: process 0 failed with KeyError: 'judge'"
+    assert main["refused"] == other["refused"] == "ValueError: no such folder"
     assert main["equal"] is None is other["equal"]
     assert main["unequal"] == other["unequal"]
     assert "shapes of process 1 differs from that of process 0" in main["unequal"]
+
+
+def test_what_is_told_in_another_length_compiles_nothing_new(two_processes):
+    assert all(result["programs"] <= 2 for result in two_processes[0])  # the bytes, and how many they are
 
 
 def test_an_export_from_two_processes_is_the_export_from_one(two_processes):

@@ -11,6 +11,7 @@ from sharded_program import CONFIG, batch, difference, loss
 
 from rljax import parallel
 from rljax.models import load_model, param_shardings, save_hf
+from rljax.sampling import compile_count
 
 os.environ["RLJAX_NUM_PROCESSES"] = "2"
 os.environ["RLJAX_PROCESS_ID"] = sys.argv[1]
@@ -40,10 +41,24 @@ def fails():
     raise KeyError("judge")
 
 
+def refuses():
+    raise ValueError("no such folder")
+
+
+def programs_of(*sizes):
+    """Programs that are compiled to tell all processes texts of these lengths."""
+    before = compile_count()
+    for size in sizes:
+        assert parallel.on_main(lambda size=size: "x" * size) == "x" * size
+    return compile_count() - before
+
+
 index = jax.process_index()
 result = {
     "once": parallel.on_main(lambda: {"process": index}),
     "failed": said_by(lambda: parallel.on_main(fails)),
+    "refused": said_by(lambda: parallel.on_main(refuses)),
+    "programs": programs_of(*range(300, 450, 15)),
     "equal": said_by(lambda: parallel.check_equal(config={"a": 1}, shapes=(4, 8), mask=np.arange(3))),
     "unequal": said_by(lambda: parallel.check_equal(config={"a": 1}, shapes=(4, index), mask=np.arange(3) + index)),
     "several": several,

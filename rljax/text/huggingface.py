@@ -95,7 +95,7 @@ class HuggingFaceTokenizer:
     def encode_text(self, text: str, *, wrap: tuple[str, str] = ("", ""), continues: bool = False) -> list[int]:
         """See `rljax.text.encode_text`."""
         marked = self._plain.mark(text)
-        if marked == text and not (continues and self._plain.has_dummy_prefix()):
+        if marked == text and not (continues and self._plain.has_dummy_prefix):
             return self.encode(f"{wrap[0]}{text}{wrap[1]}")
         return self._plain.encode(f"{wrap[0]}{marked}{wrap[1]}", continues=continues)
 

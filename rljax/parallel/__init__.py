@@ -29,6 +29,7 @@ from rljax.parallel.sharding import (
     replicated,
     reshard,
     shardings,
+    split_axes,
     split_over,
 )
 
@@ -60,6 +61,7 @@ __all__ = [
     "replicated",
     "reshard",
     "shardings",
+    "split_axes",
     "split_over",
     "to_host",
     "use_mesh",

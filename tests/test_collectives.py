@@ -47,3 +47,24 @@ def test_gradients_of_a_split_head_are_those_of_one_device(results):
     """Up to the order of sums over devices, and over parts of the vocabulary."""
     for name, found in results["heads"].items():
         assert found["gap"] < 2e-6, name
+
+
+def test_conversations_stay_on_the_devices_that_keep_them(results):
+    """Only a copy from one device to another sends anything: the one conversation, or prompt."""
+    for name, found in results["stores"].items():
+        moved = sent(found)
+        if name.split()[0] in ("lay_conversations", "keep_turns"):
+            assert not moved, name
+        elif name.split()[0] in ("copy_prompt", "copy_conversations"):
+            assert [(x.kind, x.elements) for x in moved] == [("all-reduce", found["one"])] * 2, name
+
+
+def test_each_device_computes_prompts_of_its_own_slots(results):
+    """Keys and values are not sent, and the products are shared out among the devices."""
+    for name, found in results["stores"].items():
+        if found["share"] is None:
+            continue
+        # Without a split vocabulary and split heads there is nothing to reduce.
+        expected = [("all-reduce", found["states"])] if "2x2x2" in name else []
+        assert [(x.kind, x.elements) for x in sent(found)] == expected, name
+        assert 1 <= found["share"] < 1.25, name

@@ -1,5 +1,6 @@
-"""Mesh, sharding rules and multi-host helpers."""
+"""Mesh, sharding rules, several hosts, and what compiled programs move between devices."""
 
+from rljax.parallel.compiled import Collective, CompiledMemory, collectives, compiled_memory, traffic
 from rljax.parallel.config import MeshConfig
 from rljax.parallel.distributed import (
     barrier,
@@ -37,12 +38,16 @@ __all__ = [
     "MESH_AXES",
     "RULES",
     "AnyMesh",
+    "Collective",
+    "CompiledMemory",
     "MeshConfig",
     "Rules",
     "barrier",
     "batch_parts",
     "batch_sharding",
     "check_equal",
+    "collectives",
+    "compiled_memory",
     "constrain",
     "end_together",
     "gather",
@@ -62,5 +67,6 @@ __all__ = [
     "shardings",
     "split_over",
     "to_host",
+    "traffic",
     "use_mesh",
 ]

@@ -30,6 +30,7 @@ from rljax.parallel.sharding import (
     replicated,
     reshard,
     shardings,
+    split_axes,
     split_over,
 )
 
@@ -65,6 +66,7 @@ __all__ = [
     "replicated",
     "reshard",
     "shardings",
+    "split_axes",
     "split_over",
     "to_host",
     "traffic",

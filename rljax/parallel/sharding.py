@@ -174,6 +174,15 @@ def constrain(x: Array, axes: Sequence[str | None], rules: Rules = RULES) -> Arr
     return jax.lax.with_sharding_constraint(x, PartitionSpec(*parts))
 
 
+def split_axes(axis: str, size: int, rules: Rules = RULES) -> tuple[str, ...]:
+    """The axes of the mesh in use that split a dimension of `size` entries with the logical axis `axis`; none without a
+    mesh (`use_mesh`), and where the dimension does not divide over them."""
+    mesh = jax.sharding.get_abstract_mesh()
+    auto = {name for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind == AxisType.Auto}
+    names = tuple(name for name in _names(rules[axis]) if name in auto and mesh.shape[name] > 1)
+    return () if size % math.prod(mesh.shape[name] for name in names) else names
+
+
 def on_shards(fn: Callable[..., Array], axes: Sequence[str | None], rules: Rules = RULES) -> Callable[..., Array]:
     """`fn(*arrays, first)` on each device's own part of arrays split by `axes`, the first of which is split, so that
     indexing it needs no other device's part. `first` is the number of the part's first entry.

@@ -1,0 +1,49 @@
+"""What programs send between devices does not grow with what each of them holds: 8 and 64 virtual devices."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from compiled_collectives import Collective
+from devices import xla_flags
+
+TESTS = Path(__file__).parent
+
+
+@pytest.fixture(scope="module")
+def results():
+    environment = dict(
+        os.environ, JAX_PLATFORMS="cpu", XLA_FLAGS=xla_flags(64), PYTHONPATH=f"{TESTS.parent}{os.pathsep}{TESTS}"
+    )
+    command = [sys.executable, str(TESTS / "collectives_mesh_program.py")]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def sent(found) -> list[Collective]:
+    return [Collective(*x) for x in found["sent"]]
+
+
+def test_the_head_is_gathered_and_its_gradient_reduced_once_whatever_the_chunk(results):
+    for name, found in results["heads"].items():
+        large = [x for x in sent(found) if x.elements >= found["head"]]
+        assert not [x for x in large if x.in_loop], name
+        assert [x.kind for x in large if x.kind != "all-reduce"] == ["all-gather", "reduce-scatter"], name
+        assert len(large) <= 3, name
+
+
+def test_chunks_send_statistics_and_gradients_of_hidden_states_alone(results):
+    for name, found in results["heads"].items():
+        in_loop = [x for x in sent(found) if x.in_loop]
+        assert bool(in_loop) == ("x2," in name and "chunks of 2" in name), name
+        assert all(x.elements <= found["states"] for x in in_loop), name
+
+
+def test_gradients_of_a_split_head_are_those_of_one_device(results):
+    """Up to the order of sums over devices, and over parts of the vocabulary."""
+    for name, found in results["heads"].items():
+        assert found["gap"] < 2e-6, name

@@ -16,15 +16,15 @@ CACHE := $(CURDIR)/.cache/jax
 .DEFAULT_GOAL := quickstart
 
 quickstart: $(VENV)/.base $(VENV)/.model
-	$(BIN)/python launch/train.py --config=configs/quickstart.py --config.seed=$(SEED) --workdir=runs/quickstart-$(SEED) --fresh
+	$(BIN)/rljax train --config=quickstart --config.seed=$(SEED) --workdir=runs/quickstart-$(SEED) --fresh
 
 quickstart-tiny: $(VENV)/.base
-	$(BIN)/python launch/train.py --config=configs/quickstart_tiny.py --config.seed=$(SEED) --workdir=runs/quickstart-tiny-$(SEED) --fresh
+	$(BIN)/rljax train --config=quickstart_tiny --config.seed=$(SEED) --workdir=runs/quickstart-tiny-$(SEED) --fresh
 
 # Its six runs share compiled programs through the cache.
 agent-demo: $(VENV)/.base
 	JAX_COMPILATION_CACHE_DIR=$(CACHE) JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0 \
-	  $(BIN)/python launch/agent_demo.py --workdir=runs/agent-demo
+	  $(BIN)/rljax agent-demo --workdir=runs/agent-demo
 
 setup: $(VENV)/.base $(VENV)/.model
 

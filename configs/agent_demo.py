@@ -1,7 +1,7 @@
 """A character model under 1M parameters learns to use tools: two prices that only a tool knows, added by another.
 
     make agent-demo                                                    # GRPO and Tree-GRPO, three seeds, one table
-    python launch/train.py --config=configs/agent_demo.py --workdir=runs/agent      # GRPO alone
+    rljax train --config=agent_demo --workdir=runs/agent      # GRPO alone
 
 The task is in configs/shop.py. Of the demonstrations that the warm-up learns from one in five is right, so that the
 policy can write calls, and makes little of them; the rest is left to the reward.
@@ -9,7 +9,7 @@ policy can write calls, and makes little of them; the rest is left to the reward
 Expected: held-out success (avg@8) from 0.14 to 0.85, greedy from 0.3 to 0.9, tool calls per episode from 2 to 3, in 25
 steps.
 
-`--config=configs/agent_demo.py:smoke` is a run of seconds, to see it run.
+`--config=agent_demo:smoke` is a run of seconds, to see it run.
 """
 
 from shop import ALPHABET, flawed

@@ -1,7 +1,7 @@
 """GRPO on SmolLM2-135M-Instruct, one-digit sums of reasoning-gym, on a 2-core CPU.
 
     make quickstart
-    python launch/train.py --config=configs/quickstart.py --workdir=runs/quickstart
+    rljax train --config=quickstart --workdir=runs/quickstart
 
 Expected curve: reward from 0.08 at step 1 to about 0.55 at step 8, and 0.6 to 0.9 from step 16 on; completions shorten
 from 12 to 8 tokens. Held-out problems, three seeds: greedy 0.46 -> 0.73 to 0.84, avg@8 0.06 to 0.08 -> 0.72 to 0.79.

@@ -1,7 +1,7 @@
 """A character model under 2M parameters learns to spell words backwards: supervised warm-up, then GRPO.
 
     make quickstart-tiny
-    python launch/train.py --config=configs/quickstart_tiny.py --workdir=runs/tiny
+    rljax train --config=quickstart_tiny --workdir=runs/tiny
 
 Half of the demonstrations are scrambled, so that the warm-up teaches the form of an answer and only some of the skill;
 the rest is left to the reward. Test words are never trained on.

@@ -1,6 +1,6 @@
 """Supervised fine-tuning of a character model on words spelled backwards.
 
-    python launch/sft.py --config=configs/sft_tiny.py --workdir=runs/sft
+    rljax sft --config=sft_tiny --workdir=runs/sft
 
 The loss falls below 0.2 nats per character within 300 steps.
 """

@@ -97,7 +97,7 @@ def configuration() -> str:
 
     text = [
         "# Configuration",
-        "The fields of a config. Written by `python docs/reference.py`. `python launch/train.py --config=FILE --help`\n"
+        "The fields of a config. Written by `python docs/reference.py`. `rljax train --config=FILE --help`\n"
         "prints the same texts with the values of a file. A field of a part is set by its path, such as\n"
         "`--config.update.minibatches=2`. Fields of the algorithm are in the docstring of its recipe: see\n"
         "[papers.md](papers.md).",

@@ -26,7 +26,7 @@ COSTLY = (
     "test_docs_code",
     "test_docs_papers",
     "test_envs_sandbox",
-    "test_launch_cli",
+    "test_cli_command_line",
     "test_models_attention_kernel",
     "test_models_parity",
     "test_open_columns",

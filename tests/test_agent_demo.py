@@ -119,6 +119,6 @@ def test_the_script_runs(tmp_path):
 
 
 def test_the_script_finds_its_own_config():
-    command = [sys.executable, "launch/agent_demo.py", "--seeds=0"]
+    command = [sys.executable, "-m", "rljax", "agent-demo", "--seeds=0"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 2 and done.stderr.startswith("error: flag --seeds=0"), done.stderr[-500:]

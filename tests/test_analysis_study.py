@@ -165,7 +165,7 @@ def test_a_folder_without_checkpoints_is_named(folder, tmp_path):
 
 def run_script(*arguments):
     environment = dict(os.environ, JAX_PLATFORMS="cpu", RLJAX_ALLOCATOR="system", PYTHONPATH=str(ROOT))
-    command = [sys.executable, "launch/study.py", *arguments]
+    command = [sys.executable, "-m", "rljax", "study", *arguments]
     return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, cwd=ROOT)
 
 
@@ -194,11 +194,11 @@ def test_the_script_prints_and_writes_what_it_found(folder, tmp_path):
 
 
 def test_the_script_asks_for_a_checkpoint():
-    done = run_script("--config=configs/quickstart_tiny.py")
+    done = run_script("--config=quickstart_tiny")
     assert done.returncode == 2 and done.stderr.startswith("error: --checkpoint is missing"), done.stderr[-500:]
 
 
 def test_options_are_the_defaults_of_the_script():
-    text = (ROOT / "launch" / "study.py").read_text()
+    text = (ROOT / "rljax" / "cli" / "study.py").read_text()
     for field in dataclasses.fields(StudyOptions):
         assert f'("{field.name}", {field.default}, ' in text, field.name

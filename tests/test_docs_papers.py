@@ -93,7 +93,7 @@ def test_every_entry_says_what_it_is_how_it_differs_and_shows_a_dozen_lines_at_m
 @every_config
 def test_every_config_says_how_to_run_it_and_is_valid_in_both_sizes(name):
     module = load(CONFIGS / f"{name}.py")
-    assert f"    python launch/train.py --config=configs/papers/{name}.py --workdir=runs/{name}\n" in module.__doc__
+    assert f"    rljax train --config=papers/{name} --workdir=runs/{name}\n" in module.__doc__
     assert METRIC.search(module.__doc__) or "held-out" in module.__doc__
     full, smoke = module.get_config(), module.get_config("smoke")
     assert (full.steps, smoke.steps) == (20 if full.name == "turns" else 60, 2)

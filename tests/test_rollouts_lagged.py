@@ -1,5 +1,7 @@
 """Two policies in one rollout: chains by the weights before the last update, forks by the newest."""
 
+import weakref
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,8 +15,9 @@ from test_sampling_generate import CONFIG, NEW, make_params, make_sampler
 from rljax.algorithms import APPO
 from rljax.plans import ForkPlan, ForkPoint
 from rljax.rollouts.lagged import LaggedChains
-from rljax.sampling import Fork, Request, RowScorer, sampling_params
+from rljax.sampling import Fork, Request, RowScorer, Stops, sampling_params
 from rljax.sampling.spec import NO_STOPS
+from rljax.sampling.weights import take_weights
 
 PROMPT = [7, 200, 31]
 
@@ -32,11 +35,11 @@ def dense(config, params, prompt, tokens):
 
 
 def test_rows_are_scored_as_by_one_forward_pass():
-    scorer = RowScorer(CONFIG, None, rows=3, length=16)
+    scorer = RowScorer(CONFIG, None, rows=2, length=16)
     with pytest.raises(ValueError, match="no weights"):
         scorer(PROMPT, [[1, 2]], sampling_params())
     scorer.set_params(make_params(CONFIG))
-    completions = [[5, 6, 7, 8], [299]]
+    completions = [[5, 6, 7, 8], [299], [8, 7]]  # more than the program has rows
     got = scorer(PROMPT, completions, sampling_params())
     for values, tokens in zip(got, completions, strict=True):
         np.testing.assert_allclose(values, dense(CONFIG, make_params(CONFIG), PROMPT, tokens), atol=3e-5)
@@ -68,6 +71,29 @@ def test_chains_are_of_the_weights_before_and_forks_of_the_newest():
     assert len({tuple(s.tokens) for s in group}) == 6
 
 
+def test_a_stop_string_that_begins_in_what_a_fork_inherits_ends_it():
+    """As with the forks of a `Sampler`, though here what is inherited is a prompt to the sampler."""
+
+    def decode(ids):
+        return "".join(f"<{i}>" for i in ids)
+
+    def first_fork(stops, **fork):
+        sampler = make_sampler(prompt_slots=1, sample_slots=1, prompt_buckets=(4,), stops=stops)
+        lagged = LaggedChains(sampler, stops)
+        lagged.set_params(make_params(CONFIG), 0)
+        rounds = lambda samples: [Fork(0, 4, 50, **fork)] if len(samples) == 1 else []  # noqa: E731
+        (group,) = lagged.generate([Request(PROMPT, 1, (0,), rounds=rounds)], sampling_params(), seed=1, step=2)
+        return group[1]
+
+    for fork in ({}, {"inject": [9]}):
+        place = 4 + len(fork.get("inject", ()))
+        plain = first_fork(NO_STOPS, **fork)
+        assert len(plain.tokens) == NEW
+        last, own = plain.tokens[place - 1 : place + 1].tolist()
+        cut = first_fork(Stops(strings=(f"{last}><{own}",), decode_text=decode), **fork)
+        assert (cut.tokens.tolist(), cut.finish_reason) == (plain.tokens[: place + 1].tolist(), "stop_string")
+
+
 def test_without_a_version_before_both_are_the_same():
     params = make_params(CONFIG)
     lagged = LaggedChains(make_sampler(prompt_slots=1, sample_slots=2, prompt_buckets=(4,)), NO_STOPS)
@@ -91,6 +117,28 @@ def test_the_step_behind_a_checkpoint_is_as_behind_a_resume():
         if is_saved:
             lagged.forget()
     assert used == [-1, 1, -1, 3]
+
+
+def test_there_are_two_copies_of_the_weights_at_most(monkeypatch):
+    """When new ones are taken there is one: of a new version, of the same one again, and behind a checkpoint."""
+    params = make_params(CONFIG)
+    lagged = LaggedChains(make_sampler(prompt_slots=1, sample_slots=2, prompt_buckets=(4,)), NO_STOPS)
+    copies = []
+    held = []
+
+    def take(*args):
+        held.append(sum(copy() is not None for copy in copies))
+        weights = take_weights(*args)
+        copies.append(weakref.ref(jax.tree.leaves(weights)[0]))
+        return weights
+
+    monkeypatch.setattr("rljax.sampling.sampler.take_weights", take)
+    for version, is_saved in ((1, False), (2, True), (3, False), (4, False)):
+        lagged.set_params(params, version)
+        lagged.set_params(params, version)
+        if is_saved:
+            lagged.forget()
+    assert held == [0, 1, 1, 1, 1, 1, 1, 1]
 
 
 def test_episodes_have_lagged_chains_too():

@@ -256,6 +256,37 @@ def test_groups_in_flight_span_versions():
     assert any(len(set(v.tolist())) > 1 for v in versions)
 
 
+@pytest.mark.parametrize("is_forked", [False, True])
+def test_a_step_that_is_asked_for_in_parts_says_what_it_says_at_once(is_forked):
+    """Turns are cut off where a part ends and go on in the same step, as under dynamic sampling: none of their tokens
+    is decided by the number of another."""
+
+    def rule(group):
+        return [ForkPoint(i, 1 + i) for i in range(2)]
+
+    def said(groups):
+        return {group.example.id: [sample.tokens.tolist() for sample in group.samples] for group in groups}
+
+    forks = ForkPlan(chains=2, points=1, rule=rule, branches=2) if is_forked else None
+    want = said(play(make_actor(conversations=18), forks=forks))
+
+    actor = make_actor(conversations=18)
+    after = actor._after
+
+    def wait(play, then, future):
+        future.exception()  # so that what is cut off does not depend on time
+        after(play, then, future)
+
+    actor._after = wait
+    parts = [*play(actor, forks=forks, n=1)]
+    plays = [p for group in actor.state_dict()["groups"] for p in group["plays"] if p["then"] == "speak"]
+    cut = [p["fork"]["parent"] for p in plays if len(p["tokens"]) > max(p["turn_start"], p["fork"]["fork_index"])]
+    assert cut and (max(cut) >= 0) == is_forked
+    for _ in EXAMPLES[1:]:
+        parts += actor.ready(1)
+    assert said(parts) == want
+
+
 def test_decoders_share_an_episode():
     def pick(prompt_id, sample_id, turn):
         return turn % 2

@@ -308,6 +308,7 @@ BAD_REQUESTS = {
     "token -1 is outside": {"prompt": [-1]},
     "max_new_tokens=0": {"max_new_tokens": 0},
     "max_new_tokens=13": {"max_new_tokens": 13},
+    "begun=3 must": {"begun": 3},
     "id -2 must": {"sample_ids": (0, -2)},
     "id 2147483648 must": {"prompt_id": 2**31},
 }

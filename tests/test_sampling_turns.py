@@ -259,3 +259,22 @@ def test_a_stop_string_that_begins_before_a_turn_was_cut_off_ends_it():
         assert (results[begun].tokens.tolist(), results[begun].end) == ([first], "stop_string")
     with pytest.raises(ValueError, match="begun=11 must lie between 0 and its 10 tokens"):
         decoder.submit(Turn(0, context, 50, 0, begun=11))
+
+
+def test_a_turn_that_was_cut_off_goes_on_with_the_numbers_that_are_its_own():
+    """Cut off again and again within a step, it says what it would have said at once."""
+    decoder = make_decoder(stops=Stops())
+    context = list(range(40, 50))
+    decoder.submit(Turn(1, context, 50, 0, 1))
+    at_once = finish(decoder)[1].tokens.tolist()
+
+    tokens = list(context)
+    while (left := NEW + len(context) - len(tokens)) > 0:
+        drawn = len(tokens) - len(context)
+        decoder.submit(Turn(0, tokens, 50, 0, 1, max_new_tokens=left, begun=drawn, drawn=drawn))
+        (said,) = decoder.run() or decoder.interrupt()
+        tokens = [*tokens, *said.tokens.tolist()]
+
+    assert tokens == [*context, *at_once] and len(at_once) == NEW
+    with pytest.raises(ValueError, match="drawn=2 must lie between 0 and begun=1"):
+        decoder.submit(Turn(0, context, 50, 0, begun=1, drawn=2))

@@ -194,7 +194,7 @@ class TestContinuations:
         prompt = tokenizer.encode("f.\n")
         tokens = np.array(encode_text(tokenizer, " end of", continues=True))
         stops = StopStrings(Stops(strings=(" end",), decode_text=tokenizer.decode))
-        end = stops.end(tokens, before=prompt)
+        end = stops.end(tokens, prompt=prompt)
         assert end is not None and decode_behind(tokenizer, tokens[:end].tolist(), prompt) == " end"
 
         steps = StepSplitter(tokenizer, (" of",))([*encode_text(tokenizer, "end of", continues=True), *prompt])

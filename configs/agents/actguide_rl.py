@@ -1,6 +1,6 @@
 """ActGuide-RL, arXiv 2605.12004: where all rollouts fail, as little of a recorded plan as it takes.
 
-    python launch/train.py --config=configs/agents/actguide_rl.py --workdir=runs/agent_actguide_rl
+    rljax train --config=agents/actguide_rl --workdir=runs/agent_actguide_rl
 
 Look at play/hard_share, play/guidance_level_mean and play/probe_tokens.
 """

@@ -1,6 +1,6 @@
 """AgentRL, arXiv 2510.04206: a mixture of tasks, advantages normalised by task, some turns by an older policy.
 
-    python launch/train.py --config=configs/agents/agentrl.py --workdir=runs/agent_agentrl
+    rljax train --config=agents/agentrl --workdir=runs/agent_agentrl
 
 Searches and sums with a Python tool take turns. An episode that ends at a limit is worth -0.2. Up to a step's worth of
 groups is under way while the policy is updated.

@@ -1,6 +1,6 @@
 """APPO, arXiv 2606.12384: forks within the thinking of an agent, credit for what a token led to.
 
-    python launch/train.py --config=configs/agents/appo.py --workdir=runs/agent_appo
+    rljax train --config=agents/appo --workdir=runs/agent_appo
 
 For a model that thinks between `<think>` and `</think>`; one that does not is not forked, which
 rollout/unused_forks shows.

@@ -1,6 +1,6 @@
 """ARPO, arXiv 2507.19849: forks after tool results, where the policy is less sure than it was at the start.
 
-python launch/train.py --config=configs/agents/arpo.py --workdir=runs/agent_arpo
+rljax train --config=agents/arpo --workdir=runs/agent_arpo
 """
 
 from search import search_config

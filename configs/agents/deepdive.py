@@ -1,6 +1,6 @@
 """DeepDive, arXiv 2509.10446: strict rewards, and a penalty for queries that repeat each other.
 
-    python launch/train.py --config=configs/agents/deepdive.py --workdir=runs/agent_deepdive
+    rljax train --config=agents/deepdive --workdir=runs/agent_deepdive
 
 Look at rollout/component/redundancy.
 """

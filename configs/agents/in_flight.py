@@ -1,6 +1,6 @@
 """Episodes that span updates: GRPO on groups that were begun by earlier policies, each token with its own version.
 
-    python launch/train.py --config=configs/agents/in_flight.py --workdir=runs/agent_in_flight
+    rljax train --config=agents/in_flight --workdir=runs/agent_in_flight
 
 The ratio is taken to the log-probs recorded when a token was sampled (Decoupled PPO, arXiv 2505.24298).
 """

@@ -1,6 +1,6 @@
 """Role-Agent, arXiv 2606.10917: an agent that foresees what its actions lead to, on tasks drawn by what failed.
 
-    python launch/train.py --config=configs/agents/role_agent.py --workdir=runs/agent_role_agent
+    rljax train --config=agents/role_agent --workdir=runs/agent_role_agent
 
 Look at rollout/component/prediction, and at copy_prediction beside it: what repeating the last observation would get.
 """

@@ -3,7 +3,7 @@
 The questions and pages are made up (`rljax.envs.MultiHop`, extra `agents`), the model is SmolLM2-135M-Instruct. It
 starts from next to nothing here; take a model that can call tools, with `--config.model.path=...`, and a GPU.
 
-Every config takes a size: `--config=configs/agents/arpo.py:smoke` is two steps of a tiny model of characters.
+Every config takes a size: `--config=agents/arpo:smoke` is two steps of a tiny model of characters.
 """
 
 import dataclasses

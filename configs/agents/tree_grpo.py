@@ -1,6 +1,6 @@
 """Tree-GRPO, arXiv 2509.21240: forks at agent steps, credit within trees and between them.
 
-    python launch/train.py --config=configs/agents/tree_grpo.py --workdir=runs/agent_tree_grpo
+    rljax train --config=agents/tree_grpo --workdir=runs/agent_tree_grpo
 
 A step is a turn with what its tool answered. Look at rollout/reused_tokens: what the forks did not sample again.
 """

@@ -1,6 +1,6 @@
 """ActGuide-RL, arXiv 2605.12004: learning without guidance from rollouts that had some.
 
-    python launch/train.py --config=configs/papers/actguide_rl.py --workdir=runs/actguide_rl
+    rljax train --config=papers/actguide_rl --workdir=runs/actguide_rl
 
 Look at rollout/reward_mean. On this task there is no plan to show, so that it is GRPO with a token mean.
 """

@@ -1,6 +1,6 @@
 """AEPO, arXiv 2510.14545: ARPO with fewer forks in a row, and credit scaled by entropy.
 
-    python launch/train.py --config=configs/papers/aepo.py --workdir=runs/aepo
+    rljax train --config=papers/aepo --workdir=runs/aepo
 
 Look at loss/clip_fraction beside arpo.py: clipped tokens keep a gradient here. Each letter is a step.
 """

@@ -1,6 +1,6 @@
 """AgentRL, arXiv 2510.04206: two tasks on one scale, and a quarter of the turns by older weights.
 
-    python launch/train.py --config=configs/papers/agentrl.py --workdir=runs/agentrl
+    rljax train --config=papers/agentrl --workdir=runs/agentrl
 
 Look at rollout/reward_mean, and at loss/ratio_max: tokens of the older weights have ratios of their own.
 """

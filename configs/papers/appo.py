@@ -1,6 +1,6 @@
 """APPO, arXiv 2606.12384: branches are evidence for the samples they left, credit for what a token led to.
 
-    python launch/train.py --config=configs/papers/appo.py --workdir=runs/appo
+    rljax train --config=papers/appo --workdir=runs/appo
 
 Look at loss/weight_mean, which moves with the policy after a rollout's first minibatch. The half life fits the
 short answers.

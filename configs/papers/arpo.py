@@ -1,6 +1,6 @@
 """ARPO, arXiv 2507.19849: forks at steps that begin with more entropy than the answer did.
 
-    python launch/train.py --config=configs/papers/arpo.py --workdir=runs/arpo
+    rljax train --config=papers/arpo --workdir=runs/arpo
 
 Look at rollout/unused_forks, which is 0: what no step earns is sampled on its own. Each letter is a step.
 """

@@ -1,6 +1,6 @@
 """CISPO, arXiv 2506.13585: the ratio is a capped constant, so that no token loses its gradient.
 
-    python launch/train.py --config=configs/papers/cispo.py --workdir=runs/cispo
+    rljax train --config=papers/cispo --workdir=runs/cispo
 
 Look at loss/ratio_max against the cap of 5; loss/clip_fraction says how often it holds.
 """

@@ -1,6 +1,6 @@
 """DAPO, arXiv 2503.14476: a wider upper clip, token mean, groups without signal replaced.
 
-    python launch/train.py --config=configs/papers/dapo.py --workdir=runs/dapo
+    rljax train --config=papers/dapo --workdir=runs/dapo
 
 Look at rollout/prompts_drawn, which grows as the task is learned: what dynamic sampling costs.
 """

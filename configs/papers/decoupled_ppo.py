@@ -1,6 +1,6 @@
 """Decoupled PPO, arXiv 2110.00641: the trust region is around the policy at the start of the updates.
 
-    python launch/train.py --config=configs/papers/decoupled_ppo.py --workdir=runs/decoupled_ppo
+    rljax train --config=papers/decoupled_ppo --workdir=runs/decoupled_ppo
 
 Look at loss/weight_mean, 1 on fresh rollouts, as here.
 """

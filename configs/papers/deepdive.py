@@ -1,6 +1,6 @@
 """DeepDive, arXiv 2509.10446: GRPO for search agents, less a penalty for searches that repeat themselves.
 
-    python launch/train.py --config=configs/papers/deepdive.py --workdir=runs/deepdive
+    rljax train --config=papers/deepdive --workdir=runs/deepdive
 
 Look at rollout/component/redundancy: a third of the demonstrations of two goods ask for one price twice.
 """

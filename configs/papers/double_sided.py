@@ -1,6 +1,6 @@
 """Double-sided importance sampling, arXiv 2602.15763: no old log-probs, tokens out of the interval dropped.
 
-    python launch/train.py --config=configs/papers/double_sided.py --workdir=runs/double_sided
+    rljax train --config=papers/double_sided --workdir=runs/double_sided
 
 Look at loss/clip_fraction, the share of tokens dropped.
 """

@@ -1,6 +1,6 @@
 """Dr.GRPO, arXiv 2503.20783: GRPO without the division by length and by the group's std.
 
-    python launch/train.py --config=configs/papers/dr_grpo.py --workdir=runs/dr_grpo
+    rljax train --config=papers/dr_grpo --workdir=runs/dr_grpo
 
 Look at rollout/length_mean, which the division would let grow for wrong answers.
 """

@@ -1,6 +1,6 @@
 """FIPO, arXiv 2603.19835: a token counts more where the policy has since moved on the rest of the answer.
 
-    python launch/train.py --config=configs/papers/fipo.py --workdir=runs/fipo
+    rljax train --config=papers/fipo --workdir=runs/fipo
 
 Look at loss/future_kl, and loss/influence_low and loss/influence_high, the shares of tokens at the ends of the range.
 """

@@ -1,6 +1,6 @@
 """GMPO, arXiv 2507.20673: the geometric mean of clipped token ratios.
 
-    python launch/train.py --config=configs/papers/gmpo.py --workdir=runs/gmpo
+    rljax train --config=papers/gmpo --workdir=runs/gmpo
 
 Look at loss/ratio_max, nearer to 1 than that of grpo.py.
 """

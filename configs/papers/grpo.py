@@ -1,6 +1,6 @@
 """GRPO, arXiv 2402.03300: the samples of a prompt are each other's baseline.
 
-    python launch/train.py --config=configs/papers/grpo.py --workdir=runs/grpo
+    rljax train --config=papers/grpo --workdir=runs/grpo
 
 Look at rollout/reward_mean, which rises, and loss/clip_fraction, which stays small.
 """

@@ -1,6 +1,6 @@
 """GSPO, arXiv 2507.18071: one ratio, and one clip, for a whole row.
 
-    python launch/train.py --config=configs/papers/gspo.py --workdir=runs/gspo
+    rljax train --config=papers/gspo --workdir=runs/gspo
 
 Look at loss/clip_fraction, the share of whole rows clipped. The interval is a hundred times the paper's,
 since a model of this size moves further per update.

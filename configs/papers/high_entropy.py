@@ -1,6 +1,6 @@
 """High-entropy minority tokens, arXiv 2506.01939: the gradient of the 20% of tokens of highest entropy alone.
 
-    python launch/train.py --config=configs/papers/high_entropy.py --workdir=runs/high_entropy
+    rljax train --config=papers/high_entropy --workdir=runs/high_entropy
 
 Look at loss/selected_fraction and loss/entropy. Few tokens of an episode decide (which price to ask for next, whether
 to answer); most copy what a tool said.

@@ -1,6 +1,6 @@
 """IcePop, arXiv 2602.15763: tokens on which sampler and trainer disagree are dropped.
 
-    python launch/train.py --config=configs/papers/icepop.py --workdir=runs/icepop
+    rljax train --config=papers/icepop --workdir=runs/icepop
 
 Look at loss/weight_mean, 1 here, as sampler and trainer are one forward pass; rollout/logprob_gap_max says how
 nearly.

@@ -1,6 +1,6 @@
 """M2PO, arXiv 2510.01161: the stalest tokens are dropped until the second moment of the rest is small.
 
-    python launch/train.py --config=configs/papers/m2po.py --workdir=runs/m2po
+    rljax train --config=papers/m2po --workdir=runs/m2po
 
 Look at loss/m2_kept_fraction, 1 on fresh rollouts, as here.
 """

@@ -1,6 +1,6 @@
 """Near-boundary stochastic rescue over DAPO, arXiv 2605.22703: tokens just out of the clip interval may come back.
 
-    python launch/train.py --config=configs/papers/near_boundary_rescue.py --workdir=runs/near_boundary_rescue
+    rljax train --config=papers/near_boundary_rescue --workdir=runs/near_boundary_rescue
 
 Look at loss/rescued against loss/clip_active, the share of clipped tokens that it saves.
 """

@@ -1,6 +1,6 @@
 """Near-boundary stochastic rescue over GSPO, arXiv 2605.22703: whole rows come back.
 
-    python launch/train.py --config=configs/papers/near_boundary_rescue_gspo.py --workdir=runs/near_boundary_rescue_gspo
+    rljax train --config=papers/near_boundary_rescue_gspo --workdir=runs/near_boundary_rescue_gspo
 
 Look at loss/rescued against loss/clip_active. Interval and noise are those of gspo.py, a hundred times the paper's.
 """

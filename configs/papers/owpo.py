@@ -1,6 +1,6 @@
 """OWPO-style, arXiv 2605.22156: a reference that follows the policy sets the size of a step, not its direction.
 
-    python launch/train.py --config=configs/papers/owpo.py --workdir=runs/owpo
+    rljax train --config=papers/owpo --workdir=runs/owpo
 
 Look at loss/inferior and loss/superior, tokens behind and ahead of the reference; both jump to 0 at a refresh.
 """

@@ -1,6 +1,6 @@
 """Pass@k Training, arXiv 2508.10751: credit for being in a set of k of which the best counts.
 
-    python launch/train.py --config=configs/papers/pass_at_k.py --workdir=runs/pass_at_k
+    rljax train --config=papers/pass_at_k --workdir=runs/pass_at_k
 
 Look at held-out pass@8 against avg@8, beside those of grpo.py.
 """

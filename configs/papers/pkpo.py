@@ -1,6 +1,6 @@
 """PKPO, arXiv 2505.15201: an unbiased gradient of the expected best of k.
 
-    python launch/train.py --config=configs/papers/pkpo.py --workdir=runs/pkpo
+    rljax train --config=papers/pkpo --workdir=runs/pkpo
 
 Look at held-out pass@8 against avg@8, beside those of pass_at_k.py.
 """

@@ -1,6 +1,6 @@
 """PPO, arXiv 1707.06347, with GAE, 1506.02438: a critic is trained beside the policy.
 
-    python launch/train.py --config=configs/papers/ppo.py --workdir=runs/ppo
+    rljax train --config=papers/ppo --workdir=runs/ppo
 
 Look at critic/explained_variance, which rises within the first 5 steps, in which the policy stands still.
 """

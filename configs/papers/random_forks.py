@@ -1,6 +1,6 @@
 """Forks at random tokens, GRPO's credit (arXiv 2402.03300): the control of every method that forks.
 
-    python launch/train.py --config=configs/papers/random_forks.py --workdir=runs/random_forks
+    rljax train --config=papers/random_forks --workdir=runs/random_forks
 
 Look at rollout/reused_tokens, what forks inherit, and pack/token_ratio, what training saves by sharing it.
 """

@@ -1,6 +1,6 @@
 """REINFORCE (Williams, 1992) with the batch's mean as baseline: the simplest that learns.
 
-    python launch/train.py --config=configs/papers/reinforce.py --workdir=runs/reinforce
+    rljax train --config=papers/reinforce --workdir=runs/reinforce
 
 Look at rollout/reward_mean; without groups the baseline ignores how hard a prompt is.
 """

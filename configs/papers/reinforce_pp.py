@@ -1,6 +1,6 @@
 """REINFORCE++, arXiv 2501.03262: PPO's clip with returns whitened over the batch, no critic.
 
-    python launch/train.py --config=configs/papers/reinforce_pp.py --workdir=runs/reinforce_pp
+    rljax train --config=papers/reinforce_pp --workdir=runs/reinforce_pp
 
 Look at rollout/reward_mean; with one sample per prompt a group size of 1 would serve as well.
 """

@@ -1,6 +1,6 @@
 """REINFORCE++-baseline, arXiv 2501.03262: the group's mean taken off, then whitened over the batch.
 
-    python launch/train.py --config=configs/papers/reinforce_pp_baseline.py --workdir=runs/reinforce_pp_baseline
+    rljax train --config=papers/reinforce_pp_baseline --workdir=runs/reinforce_pp_baseline
 
 Look at rollout/reward_mean against reinforce_pp.py: what the group's mean does.
 """

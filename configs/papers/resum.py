@@ -1,6 +1,6 @@
 """ReSum, arXiv 2606.13316: solutions branch at summaries; with and without one they are contrasted.
 
-    python launch/train.py --config=configs/papers/resum.py --workdir=runs/resum
+    rljax train --config=papers/resum --workdir=runs/resum
 
 Look at rollout/forced_tokens, given to forks. A summary is a start over here: what follows the last ` =` is the answer,
 and the demonstrations start over after wrong beginnings, so that there is a contrast to learn from.

@@ -1,6 +1,6 @@
 """RLOO, arXiv 2402.14740: the policy gradient with the mean of the other samples as baseline.
 
-    python launch/train.py --config=configs/papers/rloo.py --workdir=runs/rloo
+    rljax train --config=papers/rloo --workdir=runs/rloo
 
 Look at rollout/reward_mean; loss/ratio_mean is 1, with one update per rollout.
 """

@@ -1,6 +1,6 @@
 """Reweighting of rare tokens, arXiv 2603.22117: unlikely tokens of either sign weigh more.
 
-    python launch/train.py --config=configs/papers/rlvr_direction.py --workdir=runs/rlvr_direction
+    rljax train --config=papers/rlvr_direction --workdir=runs/rlvr_direction
 
 Look at loss/weight_mean, by how much the average step grows; it falls as the policy becomes sure.
 """

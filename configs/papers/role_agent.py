@@ -1,6 +1,6 @@
 """Role-Agent, arXiv 2606.10917: credit for turns, raised where the policy foresaw what came next.
 
-    python launch/train.py --config=configs/papers/role_agent.py --workdir=runs/role_agent
+    rljax train --config=papers/role_agent --workdir=runs/role_agent
 
 Look at rollout/reward_mean: turns from one state are compared. Nothing is predicted here, since prices cannot be
 foreseen; configs/agents/role_agent.py has predictions.

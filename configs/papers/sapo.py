@@ -1,6 +1,6 @@
 """SAPO, arXiv 2511.20347: a sigmoid gate in place of the clip interval.
 
-    python launch/train.py --config=configs/papers/sapo.py --workdir=runs/sapo
+    rljax train --config=papers/sapo --workdir=runs/sapo
 
 Look at loss/clip_fraction, which is 0: nothing is clipped, tokens fade.
 """

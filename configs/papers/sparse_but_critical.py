@@ -1,6 +1,6 @@
 """Divergence-weighted advantages, arXiv 2603.22446: tokens on which the policy has moved weigh more.
 
-    python launch/train.py --config=configs/papers/sparse_but_critical.py --workdir=runs/sparse_but_critical
+    rljax train --config=papers/sparse_but_critical --workdir=runs/sparse_but_critical
 
 Look at loss/weight_mean, 1 on a rollout's first minibatch; it leaves 1 with loss/approx_kl.
 """

@@ -4,7 +4,7 @@ The task and the model are those of configs/quickstart_tiny.py: a warm-up on dem
 scrambled, then 60 steps of 64 prompts with 8 samples each. About a minute on two cores. Methods that need a start over
 have demonstrations with it (`with_restarts`).
 
-Every config takes a size: `--config=configs/papers/fipo.py:smoke` is two steps of a far smaller model, to see it run.
+Every config takes a size: `--config=papers/fipo:smoke` is two steps of a far smaller model, to see it run.
 """
 
 import random
@@ -34,7 +34,8 @@ SIZES = ("full", "smoke")
 
 def half_scrambled(examples: list[Example]) -> list[Example]:
     """Demonstrations of every training word; the letters of every second answer are shuffled."""
-    rng, made = random.Random(0), []
+    rng = random.Random(0)
+    made = []
     for index, example in enumerate(examples):
         letters = list(example.columns["answer"])
         if index % 2:
@@ -76,10 +77,15 @@ def spelling_config(
     """`algorithm` on the spelling task; `minibatches` are updates per rollout. ValueError for an unknown `size`."""
     if size not in SIZES:
         raise ValueError(f"--config=...:{size}: the size must be one of {', '.join(SIZES)}")
+
     smoke = size == "smoke"
     prompts = 4 if smoke else 64
     minibatches = min(minibatches, 2) if smoke else minibatches
+
+    # Of one length and one count of rows, so that the update compiles once.
     length = 128 if smoke else 256
+    rows = prompts * algorithm.build().plan.group_size // minibatches
+
     tiny = {"num_layers": 1, "embed_dim": 32, "num_heads": 2, "num_kv_heads": 2, "head_dim": 16, "mlp_dim": 64}
     return Config(
         name="spelling",
@@ -105,7 +111,7 @@ def spelling_config(
             microbatch_size=8 // minibatches,
             length_buckets=(length,),
             score_buckets=(length,),
-            row_buckets=(prompts * algorithm.build().plan.group_size // minibatches,),
+            row_buckets=(rows,),
             head_chunk=2048,
         ),
         optimizer=optimizer or OptimizerConfig(learning_rate=3e-4),

@@ -1,6 +1,6 @@
 """Tree-GRPO, arXiv 2509.21240: forks at ends of steps, credit within a tree and between trees.
 
-    python launch/train.py --config=configs/papers/tree_grpo.py --workdir=runs/tree_grpo
+    rljax train --config=papers/tree_grpo --workdir=runs/tree_grpo
 
 Look at rollout/leaves against rollout/new_tokens beside grpo.py. Each letter is a step. Three leaves a tree, as credit
 within a tree compares them.

@@ -1,6 +1,6 @@
 """TreeRL with EPTree, arXiv 2506.11902: forks at the most surprising tokens, credit from the leaves below.
 
-    python launch/train.py --config=configs/papers/treerl.py --workdir=runs/treerl
+    rljax train --config=papers/treerl --workdir=runs/treerl
 
 Look at rollout/original_minus_branch, what choosing by surprise does to the path that is kept.
 """

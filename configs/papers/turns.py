@@ -7,7 +7,7 @@ They are the two tasks of the data (its column `task`). Of the demonstrations on
 two goods ask for the same price twice, which the shop counts as `redundancy`. The model and the sizes are those of
 configs/agent_demo.py.
 
-Every config takes a size: `--config=configs/papers/agentrl.py:smoke` is two steps of a far smaller model.
+Every config takes a size: `--config=papers/agentrl:smoke` is two steps of a far smaller model.
 """
 
 import dataclasses

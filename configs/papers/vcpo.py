@@ -1,6 +1,6 @@
 """VCPO, arXiv 2602.17616: the step shrinks with the effective sample size of a minibatch.
 
-    python launch/train.py --config=configs/papers/vcpo.py --workdir=runs/vcpo
+    rljax train --config=papers/vcpo --workdir=runs/vcpo
 
 Look at loss/effective_sample_size and loss/step_scale: a step's worth of groups is under way while the policy is
 updated, so that its tokens are of several versions.

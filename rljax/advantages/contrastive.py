@@ -36,10 +36,9 @@ def summary_contrast(
     """
 
     def advantages(batch: RolloutBatch) -> Float[Array, "B T"]:
-        counts = summary_counts(batch, column)
-        extra = summary_reward(*counts, natural_weight=natural, injected_weight=injected)
-        reward, has_summary = _shaped(batch, counts, extra, only_if_correct)
+        reward, has_summary = _shaped(batch, column, natural, injected, only_if_correct)
         is_valid = jnp.asarray(batch.is_valid)
+
         credit = jnp.zeros_like(reward)
         is_flat = jnp.zeros(reward.shape, bool)
         for members in (is_valid & has_summary, is_valid & ~has_summary):
@@ -47,6 +46,7 @@ def summary_contrast(
             count = segment_count(batch.group_id, members)[jnp.asarray(batch.group_id)]
             credit = credit + score
             is_flat |= members & (count > 1) & ~is_usable
+
         return _on_tokens(jnp.where(is_flat, 0, credit), batch)
 
     return advantages
@@ -64,9 +64,7 @@ def summary_own_group(
     """The other reading of ReSum 5.3: a row against the rows of its own kind alone, with a summary or without."""
 
     def advantages(batch: RolloutBatch) -> Float[Array, "B T"]:
-        counts = summary_counts(batch, column)
-        extra = summary_reward(*counts, natural_weight=natural, injected_weight=injected)
-        reward, has_summary = _shaped(batch, counts, extra, only_if_correct)
+        reward, has_summary = _shaped(batch, column, natural, injected, only_if_correct)
         is_valid = jnp.asarray(batch.is_valid)
         having, lacking = (
             segment_whiten(reward, batch.group_id, is_valid & members, ddof=ddof, epsilon=epsilon)
@@ -138,10 +136,11 @@ def summary_reward(
 
 
 def _shaped(
-    batch: RolloutBatch, counts: tuple[Array, Array], extra: Array, only_if_correct: bool
+    batch: RolloutBatch, column: str, natural_weight: float, injected_weight: float, only_if_correct: bool
 ) -> tuple[Array, Array]:
-    """`R'` of each row, `extra` being its reward for summaries, and whether it has one."""
-    natural, injected = counts
+    """`R'` of each row, and whether it has a summary."""
+    natural, injected = summary_counts(batch, column)
+    extra = summary_reward(natural, injected, natural_weight=natural_weight, injected_weight=injected_weight)
     reward = as_float(batch.reward)
     if only_if_correct:
         extra = jnp.where(reward > 0, extra, 0)

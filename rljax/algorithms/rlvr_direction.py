@@ -16,7 +16,7 @@ class DirectionReweighting(DynamicSampling):
     A token of probability p moves the logits by `2 |r A| (1 - p)` in sum, so confident ones hardly learn; the weight, a
     constant of the rollout within [1, 1 + alpha], leans further towards the rare ones. `alpha` 0.2 (7B) or 0.1 (8B).
     It raises the average step too: `loss/weight_mean` says by how much, for a control run with a scaled learning rate.
-    The paper's other half, extrapolation while decoding, is a study: `launch/study.py`.
+    The paper's other half, extrapolation while decoding, is a study: `rljax study`.
 
     Deviation: p_old is that of the distribution that is sampled from; sample with temperature 1 and without truncation,
     as the paper does, to have the model's own.

@@ -17,7 +17,7 @@ class DivergenceWeighting(DynamicSampling):
     `alpha > 0` raises tokens on which the policy has moved ("high-KL boost"), `alpha < 0` lowers them ("low-KL boost");
     both helped in the paper, which offers them as a diagnosis. On a first minibatch, and with `alpha` 0, it is DAPO; it
     needs several minibatches per rollout. The measures and interventions of the paper are in
-    `rljax.analysis.study`, which `launch/study.py` runs.
+    `rljax.analysis.study`, which `rljax study` runs.
 
     Deviation: the paper's `alpha` and `width` are not known; these defaults give weights within 1 +- 0.18 for ratios
     between 1/2 and 2.

@@ -170,7 +170,7 @@ class Decoding:
     def _sample(self, tokens: np.ndarray, prompt: list[int]) -> Sample:
         """A completion as an actor would hand it to rewards: cut at the first stop string."""
         reason: FinishReason = "stop" if tokens[-1] in self.spec.stop_tokens else "length"
-        end = self._stop_strings.end(tokens, before=prompt)
+        end = self._stop_strings.end(tokens, prompt=prompt)
         if end is not None:
             tokens = tokens[:end]
             reason = "stop_string"

@@ -1,4 +1,4 @@
-"""What `launch/study.py` does: a trained policy beside the base that it came from.
+"""What `rljax study` does: a trained policy beside the base that it came from.
 
 Three studies, each a function of a `Pair`: where the policy has moved (2603.22446), what accuracy does when single
 tokens change hands (cross-sampling, 2603.22446), and what extrapolating the move brings (2603.22117).
@@ -299,6 +299,6 @@ def _base_in_words(config: Config, base: str | None) -> str:
     if config.warmup.steps:
         return (
             f"the config's initial model, before its {config.warmup.steps} warm-up steps; --base=FOLDER takes the "
-            "checkpoint of launch/sft.py, which does these steps alone"
+            "checkpoint of `rljax sft`, which does these steps alone"
         )
     return "the config's initial model"

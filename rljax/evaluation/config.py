@@ -13,7 +13,7 @@ class EvaluationConfig:
     every: int = field(default=0, least=0)
     """Training steps between two evaluations; 0 is before and after training only."""
     problems: int = field(default=64, least=-1)
-    """Held-out examples that are answered, the first ones; 0 is all. `launch/sft.py` evaluates none for -1."""
+    """Held-out examples that are answered, the first ones; 0 is all. `rljax sft` evaluates none for -1."""
     samples: int = field(default=8, least=1)
     """Samples of each problem, for avg@k, pass@k and maj@k with k up to this."""
     solved_by: str = ""

@@ -50,7 +50,7 @@ def review_changes(
         if is_evaluated and was is not None:
             raise ValueError(
                 f"{name}={value!r}, but the evaluation before training was made with {was!r}, and its weights are "
-                "gone; set it back, and measure what else you want to know with launch/eval.py"
+                "gone; set it back, and measure what else you want to know with `rljax eval`"
             )
 
     if changed:

@@ -1,4 +1,4 @@
-"""What `launch/convert.py` does."""
+"""What `rljax convert` does."""
 
 import dataclasses
 import json

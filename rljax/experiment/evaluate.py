@@ -1,4 +1,4 @@
-"""What `launch/eval.py` does."""
+"""What `rljax eval` does."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What `launch/sft.py` does."""
+"""What `rljax sft` does."""
 
 import contextlib
 

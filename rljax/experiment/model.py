@@ -55,7 +55,7 @@ class PretrainedModel:
     """Of activations: float32 or bfloat16."""
     param_dtype: Dtype = "float32"
     """Of the weights as they are loaded: float32 or bfloat16. Training keeps its own in float32 whatever it says, so
-    bfloat16 saves memory where weights are only read, as in `launch/eval.py`."""
+    bfloat16 saves memory where weights are only read, as in `rljax eval`."""
 
     def tokenizer_of(self) -> Tokenizer:
         path = model_path(self.path)  # the model is looked for even where the tokenizer is another's
@@ -124,7 +124,7 @@ class FreshModel:
     """Of activations: float32 or bfloat16."""
     param_dtype: Dtype = "float32"
     """Of the weights as they are loaded: float32 or bfloat16. Training keeps its own in float32 whatever it says, so
-    bfloat16 saves memory where weights are only read, as in `launch/eval.py`."""
+    bfloat16 saves memory where weights are only read, as in `rljax eval`."""
 
     def tokenizer_of(self) -> Tokenizer:
         with placed("config.model"):

@@ -1,4 +1,4 @@
-"""Supervised training on given completions: the warm-up before a run, and `launch/sft.py`."""
+"""Supervised training on given completions: the warm-up before a run, and `rljax sft`."""
 
 import dataclasses
 from collections.abc import Callable, Sequence

@@ -266,7 +266,7 @@ def resume(run: Run, checkpoints: Checkpointer, folder: RunFolder) -> Place | No
 
 
 def save_description(run: Run, folder: RunFolder) -> None:
-    """Writes `model/`: metadata and tokenizer, what `launch/convert.py` needs beside a checkpoint."""
+    """Writes `model/`: metadata and tokenizer, what `rljax convert` needs beside a checkpoint."""
     if is_main_process():
         # The files of another tokenizer, of a run that was here before, would be read along with the new ones.
         new = folder.path / "model.tmp"

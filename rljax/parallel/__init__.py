@@ -1,5 +1,6 @@
-"""Mesh, sharding rules and multi-host helpers."""
+"""Mesh, sharding rules, several hosts, and what compiled programs move between devices."""
 
+from rljax.parallel.compiled import Collective, CompiledMemory, collectives, compiled_memory, traffic
 from rljax.parallel.config import MeshConfig
 from rljax.parallel.distributed import (
     barrier,
@@ -39,6 +40,8 @@ __all__ = [
     "MESH_AXES",
     "RULES",
     "AnyMesh",
+    "Collective",
+    "CompiledMemory",
     "MeshConfig",
     "Rules",
     "Shard",
@@ -46,6 +49,8 @@ __all__ = [
     "batch_parts",
     "batch_sharding",
     "check_equal",
+    "collectives",
+    "compiled_memory",
     "constrain",
     "end_together",
     "gather",
@@ -66,5 +71,6 @@ __all__ = [
     "split_axes",
     "split_over",
     "to_host",
+    "traffic",
     "use_mesh",
 ]

@@ -95,7 +95,6 @@ class Column(NamedTuple):
         name: where it is found in `columns` of `RolloutBatch` and `Rows`.
         per: "row" is a number a row, a count summed over the episode. "turn" is a number a turn, on each of its action
             tokens; "token" a number a token. Both are what their row has where nothing finer is known.
-
         mark: (token ids of a completion [T], bool [T]: those that were sampled) -> places of the tokens that have 1;
             all others have 0. For a column per "token"; None looks for the name.
 

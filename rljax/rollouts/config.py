@@ -5,7 +5,7 @@ Each kind of actor is a config that builds itself and stands beside its actor (`
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Protocol, runtime_checkable
 
 import jax
@@ -17,7 +17,7 @@ from rljax.plans import RolloutPlan
 from rljax.rollouts.actor import Actor, RolloutSettings
 from rljax.sampling import SamplingConfig, Stops, TurnDecoder, TurnDecoderSpec
 from rljax.tasks import Dataset, RewardConfig, RewardRunner, RewardSpec
-from rljax.text import Tokenizer, encode_text
+from rljax.text import Tokenizer, control_tokens_of, encode_text
 
 
 @dataclasses.dataclass(frozen=True)
@@ -187,15 +187,7 @@ def check_can_be_said(tokenizer: Tokenizer, string: str) -> None:
 def stop_tokens_of(tokenizer: Tokenizer, strings: Sequence[str]) -> list[int]:
     """Those of `strings` that are control tokens, as ids: the text of a completion does not show them. ValueError for a
     string that can stand in no text."""
-    special: Mapping[str, int] = getattr(tokenizer, "special_tokens", {})
-    for string in strings:
-        name = next((name for name in special if name in string), None)
-        if name is not None and string not in special:
-            raise ValueError(
-                f"config.sampling.stop_strings: {string!r} never ends a completion, since its text leaves out the "
-                f"control token {name!r}; give {name!r} alone, or a string without it"
-            )
-    return [special[string] for string in strings if string in special]
+    return control_tokens_of(tokenizer, strings, "config.sampling.stop_strings: {} never ends a completion")
 
 
 def require_one_process(what: str) -> None:

@@ -48,6 +48,11 @@ class Play:
     is_truncated: bool = False
     problem: str = ""
 
+    @property
+    def first_own(self) -> int:
+        """Tokens that were there before its own: inherited or given to it as a fork."""
+        return self.fork.fork_index + len(self.fork.inject)
+
     def add(self, tokens: list[int], logprobs: list[float], entropies: list[float], version: int) -> None:
         """Appends tokens of the current turn."""
         self.tokens += tokens

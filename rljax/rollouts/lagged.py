@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from rljax.sampling import Fork, Request, RowScorer, Sample, Sampler, SamplingParams, Stops
+from rljax.sampling.slots import spans_before
 from rljax.types import Params
 
 
@@ -35,6 +36,9 @@ class LaggedChains:
             self.chains.adopt(self.sampler)
             self.version_before = self.version
 
+        # Two copies at most: the one that the sampler gives up is held by nobody but the chains.
+        if self.version >= 0:
+            self.forks.adopt(self.chains)
         self.sampler.set_params(params)
         self.forks.adopt(self.sampler)
         self.scorer.set_params(params)
@@ -44,6 +48,9 @@ class LaggedChains:
 
     def forget(self) -> None:
         """The next version has none before it, as behind a resume: a checkpoint holds the newest weights alone."""
+        # The weights before are of no use any more, and leave room for the next.
+        if self.version >= 0:
+            self.chains.adopt(self.sampler)
         self.version = -1
         self.version_before = -1
 
@@ -79,20 +86,21 @@ class LaggedChains:
 
     def _request(self, request: Request, samples: Sequence[Sample], fork: Fork) -> Request:
         """A fork as a request of its own: what it has from its parent and is given belongs to the prompt."""
-        prefix = samples[fork.parent].tokens[: fork.fork_index].tolist()
+        begun = [*samples[fork.parent].tokens[: fork.fork_index].tolist(), *fork.inject]
         limit = request.max_new_tokens or self.sampler.spec.max_new_tokens
         return Request(
-            prompt=[*request.prompt, *prefix, *fork.inject],
+            prompt=[*request.prompt, *begun],
             prompt_id=request.prompt_id,
             sample_ids=(fork.sample_id,),
-            max_new_tokens=limit - len(prefix) - len(fork.inject),
+            max_new_tokens=limit - len(begun),
+            begun=len(begun),
         )
 
     def _joined(self, parent: Sample, fork: Fork, own: Sample) -> Sample:
         """The whole path of a fork."""
         end = fork.fork_index
         given = np.zeros(len(fork.inject), np.float32)
-        forced = tuple((start, min(stop, end)) for start, stop in parent.forced if start < end)
+        forced = spans_before(parent.forced, end)
         if fork.inject:
             forced += ((end, end + len(fork.inject)),)
 

@@ -42,6 +42,7 @@ from rljax.rollouts.episodes import (
 )
 from rljax.rollouts.forks import ForkRounds
 from rljax.sampling import Fork, RowScorer, Sample, SamplingConfig, SamplingParams, Turn, TurnDecoder, TurnResult
+from rljax.sampling.slots import spans_before
 from rljax.tasks import Example, RewardResult, load_callable
 from rljax.text import Dialogue, Tokenizer, encode_text
 from rljax.types import INTERVENTION_SUPPRESS, NO_PARENT, Params
@@ -217,11 +218,9 @@ class MultiTurnActor:
                 self.decoders[1].adopt(self.decoders[0])
                 self.versions[1] = self.versions[0]
 
+        is_renewal = self.scorer is None and version % self.config.stale_every == 0
         for i, decoder in enumerate(self.decoders):
-            if i == 1 and self.scorer is not None and self.versions[1] >= 0:
-                continue
-            is_current = i == 0
-            if is_current or self.versions[i] < 0 or version % self.config.stale_every == 0:
+            if i == 0 or self.versions[i] < 0 or is_renewal:
                 decoder.set_params(params)
                 self.versions[i] = version
 
@@ -393,7 +392,7 @@ class MultiTurnActor:
         # What is inherited keeps its spans, cut where the fork leaves them.
         for name in TOKEN_LISTS:
             setattr(play, name, getattr(parent, name)[:place])
-        play.forced = [(start, min(stop, place)) for start, stop in parent.forced if start < place]
+        play.forced = list(spans_before(parent.forced, place))
         play.observed = [span for span in parent.observed if span[0] < place]
         if fork.inject:
             play.give(fork.inject, self.versions[0])
@@ -451,6 +450,7 @@ class MultiTurnActor:
         group = play.group
         tokens = play.prompt + play.tokens
         spoken = len(play.tokens) - play.turn_start
+        drawn = len(play.tokens) - max(play.turn_start, play.first_own)
         decoder = self.decoders[self._decoder_of(play)]
 
         # The limit is of a turn as a whole, also where it was cut off and goes on.
@@ -472,8 +472,9 @@ class MultiTurnActor:
                 # A fork shares its parent's tokens; any other play shares the prompt with the first of its group.
                 prefix_of=group.plays[max(play.fork.parent, 0)].conversation,
                 max_new_tokens=room,
-                suppress=is_suppressed and len(play.tokens) == play.fork.fork_index + len(play.fork.inject),
+                suppress=is_suppressed and len(play.tokens) == play.first_own,
                 begun=spoken,
+                drawn=drawn,
             )
         )
 

@@ -127,10 +127,13 @@ class SingleTurn:
 def _warn_of_control_tokens(parts: ActorParts, examples: Sequence[Example]) -> None:
     """Logs how many prompts of text hold names of control tokens: whoever wrote a chat template's marks by hand would
     not find out that they are read as text."""
+    # Under a chat template a prompt of text is a user's message, whose names of tokens are meant as text.
+    if parts.settings.chat:
+        return
     names = getattr(parts.tokenizer, "special_tokens", {})
     texts = [example.prompt for example in examples if isinstance(example.prompt, str)]
     found = {name for text in texts for name in names if name in text}
-    if found and not parts.settings.chat:
+    if found:
         count = sum(any(name in text for name in found) for text in texts)
         logging.getLogger(__name__).warning(
             "%d prompts are text and name control tokens (%s), which are read as plain text; give messages of a chat "

@@ -18,9 +18,13 @@ def rollout_stats(
     0 would be a score."""
     samples = [sample for group in groups for sample in group.samples]
     lengths = np.array([len(sample.tokens) for sample in samples], np.float64)
+
+    # What a fork inherits was sampled once, and counts with the sample that it is from.
     fresh = [_fresh(sample) for sample in samples]
     entropies = np.concatenate([sample.entropies[new] for sample, new in zip(samples, fresh, strict=True)])
     new_tokens = float(sum(new.sum() for new in fresh))
+
+    # A group in which nothing is valid teaches as little as one of equal rewards.
     is_valid = ~np.isnan(rewards)
     spread = np.array([np.ptp(row[ok]) if ok.any() else 0.0 for row, ok in zip(rewards, is_valid, strict=True)])
 
@@ -36,6 +40,7 @@ def rollout_stats(
         "prompts_drawn": float(drawn),
         "new_tokens": new_tokens,
     }
+
     if plan.forks:
         reused = float(sum(sample.fork_index for sample in samples))
         stats |= {

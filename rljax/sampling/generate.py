@@ -61,6 +61,8 @@ class DecodeRows:
     """Tokens that may not be sampled at `suppress_at`; None where nothing is ever suppressed."""
     suppress_at: Int[ArrayLike, "P G"] | None = None
     """Place in the completion at which none of `suppressed` may be sampled; -1 for nowhere."""
+    drawn: Int[ArrayLike, "P G"] | None = None
+    """Random numbers of a row's ids that were used up before those of `steps`; None for none anywhere."""
 
 
 @struct
@@ -212,6 +214,8 @@ def decode(
     # Numbers of all steps at once: one draw of many is faster than many of one. A row at step t of the run uses
     # uniforms[t], which belong to the t-th token from its own `steps` on.
     position = jnp.arange(buffer_length)[:, None, None] + rows.steps
+    if rows.drawn is not None:
+        position += rows.drawn
     uniforms = token_uniforms(run.seed, run.step, rows.prompt_id[:, None], rows.sample_id, position)
     greedy = jnp.asarray(run.sampling.temperature) <= 0
 

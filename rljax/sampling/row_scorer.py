@@ -40,7 +40,7 @@ _score_rows = jax.jit(score_rows, static_argnums=0)
 
 
 class RowScorer:
-    """Scores up to `rows` samples of a prompt, of `length` tokens with it, in one program."""
+    """Scores samples of prompts, `rows` at a time and of at most `length` tokens with their prompt, in one program."""
 
     def __init__(self, config: DecoderConfig, mesh: jax.sharding.Mesh | None, *, rows: int, length: int):
         self.config = config
@@ -59,14 +59,18 @@ class RowScorer:
         """Log-probs of each completion's tokens behind the prompt. ValueError before weights are set."""
         if self._params is None:
             raise ValueError("the scorer has no weights; call set_params(params) first")
+        whole = [np.concatenate([prompt, completion]).astype(np.int32) for completion in completions]
 
-        tokens = np.zeros(self._shape, np.int32)
-        lengths = np.zeros(self._shape[0], np.int32)
-        for row, completion in enumerate(completions):
-            whole = np.concatenate([np.asarray(prompt, np.int32), np.asarray(completion, np.int32)])
-            tokens[row, : len(whole)] = whole
-            lengths[row] = len(whole)
+        scored: list[np.ndarray] = []
+        for first in range(0, len(whole), self._shape[0]):
+            part = whole[first : first + self._shape[0]]
+            tokens = np.zeros(self._shape, np.int32)
+            lengths = np.zeros(self._shape[0], np.int32)
+            for row, ids in enumerate(part):
+                tokens[row, : len(ids)] = ids
+                lengths[row] = len(ids)
 
-        with contextlib.nullcontext() if self.mesh is None else use_mesh(self.mesh):
-            scored = to_host(_score_rows(self.config, self._params, tokens, lengths, sampling))
-        return [scored[row, len(prompt) : lengths[row]] for row in range(len(completions))]
+            with contextlib.nullcontext() if self.mesh is None else use_mesh(self.mesh):
+                values = to_host(_score_rows(self.config, self._params, tokens, lengths, sampling))
+            scored += [row[len(prompt) : len(ids)] for row, ids in zip(values, part, strict=False)]
+        return scored

@@ -206,11 +206,13 @@ class Sampler:
 
             # A stop string is found at a token of this run at the earliest: the text before was searched after the
             # run before.
+            request = slots.requests[owner[0]]
             length = self._stop_strings.end(
                 tokens,
                 len(tokens) - int(grown[row]),
+                prompt=request.prompt,
+                begun=request.begun,
                 given=slots.first_sampled(owner),
-                before=slots.requests[owner[0]].prompt[-1:],
             )
 
             path = None
@@ -300,6 +302,9 @@ class Sampler:
                 f"{where}: token {outside[0]} is outside the vocabulary of {config.num_ids}; "
                 "check that tokenizer and model belong together"
             )
+
+        if not 0 <= request.begun <= len(prompt):
+            raise ValueError(f"{where}: begun={request.begun} must lie between 0 and the prompt's {len(prompt)} tokens")
 
         limit = spec.max_new_tokens if request.max_new_tokens is None else request.max_new_tokens
         if not 1 <= limit <= spec.max_new_tokens:

@@ -86,6 +86,8 @@ class Request(NamedTuple):
     """Most tokens of a completion, inherited and given ones included; None is the sampler's limit."""
     rounds: Rounds | None = None
     """Which forks follow; None is no forks."""
+    begun: int = 0
+    """The last `begun` tokens of the prompt belong to the text of the completion: a stop string may begin in them."""
 
 
 class Load(NamedTuple):
@@ -226,7 +228,7 @@ class Slots:
         work = self._work[request][sample]
         forced: tuple[tuple[int, int], ...] = ()
         if work.parent != NO_PARENT:
-            forced = _before(self._result(request, work.parent).forced, work.fork_index)
+            forced = spans_before(self._result(request, work.parent).forced, work.fork_index)
         given = len(work.inject) + self._is_suppressed(work)
         if given:
             forced += ((work.fork_index, work.fork_index + given),)
@@ -345,5 +347,6 @@ class Slots:
         return paths
 
 
-def _before(spans: tuple[tuple[int, int], ...], end: int) -> tuple[tuple[int, int], ...]:
+def spans_before(spans: Sequence[tuple[int, int]], end: int) -> tuple[tuple[int, int], ...]:
+    """What of spans [start, stop) a fork inherits with the first `end` tokens."""
     return tuple((start, min(stop, end)) for start, stop in spans if start < end)

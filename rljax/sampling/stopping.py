@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 import numpy as np
+from jaxtyping import Int
 
 from rljax.sampling.spec import Stops
 
@@ -21,20 +22,34 @@ class StopStrings:
         self.strings = tuple(stops.strings)
         self._decode = stops.decode_text
 
-    def end(self, tokens: np.ndarray, checked: int = 0, *, given: int = 0, before: Sequence[int] = ()) -> int | None:
-        """The fewest tokens, more than `checked` and `given`, whose text contains a stop string.
+    def end(
+        self,
+        tokens: Int[np.ndarray, " T"],
+        checked: int = 0,
+        *,
+        prompt: Sequence[int] = (),
+        begun: int = 0,
+        given: int = 0,
+    ) -> int | None:
+        """The fewest of `tokens`, more than `checked` and `given`, with which the text contains a stop string.
 
-        The first `given` tokens were not said by this sample: a string that lies in them as a whole does not count, but
-        one that begins there does. `before` are the tokens that stand before all of these, of which the last counts: a
-        tokenizer may write the first word of a text otherwise than one within it.
+        `prompt` stands before them. Its last `begun` tokens and the first `given` of `tokens` belong to the text, but
+        were not said by this sample: a string that lies in them as a whole does not count, but one that begins there
+        does. Of the tokens before these the last counts: a tokenizer may write the first word of a text otherwise than
+        one within it.
         """
-        ids = tokens.tolist()
-        before = list(before[-1:])
-        known = self._text(ids[:given], before) if self.strings and given else ""
-        if not self.strings or not self._is_in(ids, before, known):
+        if not self.strings:
             return None
-        first = max(checked, given) + 1
-        return next(n for n in range(first, len(ids) + 1) if self._is_in(ids[:n], before, known))
+        start = len(prompt) - begun
+        before = np.asarray(prompt[max(start - 1, 0) : start], np.int32).tolist()
+        ids = np.concatenate([np.asarray(prompt[start:], np.int32), tokens]).tolist()
+
+        there = begun + given
+        known = self._text(ids[:there], before) if there else ""
+        if not self._is_in(ids, before, known):
+            return None
+        first = begun + max(checked, given) + 1
+        return next(n for n in range(first, len(ids) + 1) if self._is_in(ids[:n], before, known)) - begun
 
     def _is_in(self, ids: list[int], before: list[int], known: str) -> bool:
         return find_stop(self._text(ids, before), self.strings, known) is not None

@@ -84,6 +84,9 @@ class Turn(NamedTuple):
     """Most tokens that are sampled; None is the decoder's limit."""
     begun: int = 0
     """The last `begun` of `tokens` belong to this turn, which goes on: a stop string may begin in them."""
+    drawn: int = 0
+    """The last `drawn` of those were drawn by this turn's own random numbers, which go on behind them: fewer than
+    `begun` where a fork has the others from its parent, or was given them."""
     suppress: bool = False
     """Whether its first token is none of those that the decoder was told to suppress."""
 
@@ -211,6 +214,8 @@ class TurnDecoder:
             raise ValueError(f"{where} must lie between 0 and {spec.conversations - 1}")
         if not 0 <= turn.begun <= length:
             raise ValueError(f"{where}: begun={turn.begun} must lie between 0 and its {length} tokens")
+        if not 0 <= turn.drawn <= turn.begun:
+            raise ValueError(f"{where}: drawn={turn.drawn} must lie between 0 and begun={turn.begun}")
         if not 1 <= length < spec.context_length:
             raise ValueError(
                 f"{where}: {length} tokens leave no room for a new one within context_length={spec.context_length}"
@@ -454,17 +459,9 @@ class TurnDecoder:
         turn = self._turns[row]
         assert turn is not None
         tokens = np.concatenate([part[0] for part in self._emitted[row]])
-
-        # The text of a turn that goes on begins with what was said of it before.
-        start = len(turn.tokens) - turn.begun
-        length = self._stop_strings.end(
-            np.concatenate([np.asarray(turn.tokens[start:], np.int32), tokens]),
-            turn.begun + len(tokens) - grown,
-            given=turn.begun,
-            before=turn.tokens[max(start - 1, 0) : start],
-        )
+        length = self._stop_strings.end(tokens, len(tokens) - grown, prompt=turn.tokens, begun=turn.begun)
         if length is not None:
-            return "stop_string", length - turn.begun
+            return "stop_string", length
         if is_active:
             return None
         return ("stop" if tokens[-1] in self._stop_tokens else "length"), None
@@ -503,6 +500,7 @@ class _Grid:
         self._prompt_id = np.zeros(rows, np.int32)
         self._prefix = np.zeros(rows, np.int32)
         self._sample_id = np.zeros(rows, np.int32)
+        self._drawn = np.zeros(rows, np.int32)
         self._token = np.zeros(rows, np.int32)
         self._limit = np.ones(rows, np.int32)
         self._suppressed = np.array(suppressed, np.int32)
@@ -516,6 +514,7 @@ class _Grid:
         self._prefix[row] = len(turn.tokens) - 1
         # A turn counts as a sample of its own, so that no two turns share numbers.
         self._sample_id[row] = turn.sample_id * MOST_TURNS + turn.turn
+        self._drawn[row] = turn.drawn
         self._token[row] = turn.tokens[-1]
         self._suppress_at[row] = 0 if turn.suppress else -1
 
@@ -530,6 +529,7 @@ class _Grid:
             prompt_id=self._prompt_id,
             prefix_length=self._prefix,
             sample_id=self._sample_id[:, None],
+            drawn=self._drawn[:, None],
             token=self._token[:, None],
             steps=self.steps[:, None],
             max_new_tokens=self._limit[:, None],

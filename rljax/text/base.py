@@ -98,6 +98,21 @@ def decode_behind(tokenizer: Tokenizer, ids: Sequence[int], before: Sequence[int
     return text[len(head) :]
 
 
+def control_tokens_of(tokenizer: Tokenizer, texts: Sequence[str], problem: str) -> list[int]:
+    """Ids of those of `texts` that are control tokens, which the text of a completion does not show. ValueError for one
+    that holds the name of a control token beside other text, and so stands in no completion's text; it begins with
+    `problem`, where `{}` is the text."""
+    special: Mapping[str, int] = getattr(tokenizer, "special_tokens", {})
+    for text in texts:
+        name = next((name for name in special if name in text), None)
+        if name is not None and text not in special:
+            raise ValueError(
+                f"{problem.format(repr(text))}, since the text of a completion leaves out the control token {name!r}; "
+                f"give {name!r} alone, or a text without it"
+            )
+    return [special[text] for text in texts if text in special]
+
+
 @dataclasses.dataclass(frozen=True)
 class WithinText:
     """A tokenizer for words that stand within a text, not at the beginning of one."""

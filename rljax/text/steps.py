@@ -1,12 +1,12 @@
 """Completions cut into steps by what their text says."""
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 from jaxtyping import Int
 
-from rljax.text.base import Tokenizer
+from rljax.text.base import Tokenizer, control_tokens_of
 
 
 class StepSplitter:
@@ -21,18 +21,10 @@ class StepSplitter:
     def __init__(self, tokenizer: Tokenizer, delimiters: Sequence[str]):
         if "" in delimiters:
             raise ValueError("a step delimiter is empty and would end a step at every token; leave it out")
-        special: Mapping[str, int] = getattr(tokenizer, "special_tokens", {})
-        for delimiter in delimiters:
-            name = next((name for name in special if name in delimiter), None)
-            if name is not None and delimiter not in special:
-                raise ValueError(
-                    f"the step delimiter {delimiter!r} ends no step, since text leaves out the control token {name!r}; "
-                    f"give {name!r} alone, or a delimiter without it"
-                )
 
         self._tokenizer = tokenizer
         self._delimiters = tuple(delimiters)
-        self._ids = {special[delimiter] for delimiter in delimiters if delimiter in special}
+        self._ids = set(control_tokens_of(tokenizer, delimiters, "the step delimiter {} ends no step"))
         self._texts: dict[int, str] = {}  # by token, which is decoded once
 
     def __call__(self, tokens: Sequence[int] | np.ndarray) -> Int[np.ndarray, " T"]:

@@ -267,7 +267,7 @@ def _check_layout(host: Mapping[str, Any], where: AnyPath) -> None:
         what = "before layouts were numbered" if found is None else f"in layout {found}"
         raise Refused(
             f"the checkpoint {where} was written {what}, and this release reads layout {LAYOUT}; convert it with the "
-            "release that wrote it (launch/convert.py) and start from the weights, or start in a new folder"
+            "release that wrote it (`rljax convert`) and start from the weights, or start in a new folder"
         )
 
 

@@ -71,7 +71,7 @@ class CriticConfig:
 
 @dataclasses.dataclass
 class WarmupConfig:
-    """Supervised steps (next-token loss) before the first rollout, or all there is to `launch/sft.py`."""
+    """Supervised steps (next-token loss) before the first rollout, or all there is to `rljax sft`."""
 
     steps: int = field(default=0, least=0)
     """Updates; 0 is no warm-up."""

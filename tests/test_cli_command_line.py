@@ -1,6 +1,6 @@
-"""What the launch scripts say: each mistake is one line with the value and the remedy, before a device is touched."""
+"""What the commands say: each mistake is one line with the value and the remedy, before a device is touched."""
 
-import importlib.util
+import importlib
 import os
 import re
 import subprocess
@@ -11,6 +11,8 @@ import pytest
 from absl import logging
 from absl.testing import flagsaver
 
+from rljax.cli import command_line as cli
+from rljax.cli.main import COMMANDS, main
 from rljax.sampling import compile_count
 
 ROOT = Path(__file__).parent.parent
@@ -28,22 +30,12 @@ def get_config(kind="tiny"):
 """
 
 
-def load(name):
-    """A script of launch/ as a module; its flags are defined once."""
-    if name not in sys.modules:
-        spec = importlib.util.spec_from_file_location(name, ROOT / "launch" / f"{name}.py")
-        sys.modules[name] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(sys.modules[name])
-    return sys.modules[name]
-
-
 @pytest.fixture(scope="module")
 def script():
-    """(launch/cli.py, launch/train.py), their flags taken away again afterwards."""
+    """(rljax.cli.command_line, rljax.cli.train), the flags of which are taken away again afterwards."""
     with flagsaver.flagsaver():
-        yield load("cli"), load("train")
-    for name in ("cli", "train"):
-        del sys.modules[name]
+        yield cli, importlib.import_module("rljax.cli.train")
+    del sys.modules["rljax.cli.train"]
 
 
 @pytest.fixture
@@ -55,7 +47,7 @@ def config_file(tmp_path):
 
 @pytest.fixture
 def mistake(script, capsys, tmp_path, config_file, monkeypatch):
-    """Runs launch/train.py with arguments that must fail, and returns what it says."""
+    """Runs `rljax train` with arguments that must fail, and returns what it says."""
     cli, train = script
     verbosity = logging.get_verbosity()
 
@@ -67,7 +59,7 @@ def mistake(script, capsys, tmp_path, config_file, monkeypatch):
         compiled = compile_count()
         monkeypatch.setattr(sys, "argv", ["train.py", *arguments])  # where config overrides are read from
         with flagsaver.flagsaver(), pytest.raises(SystemExit) as stop:
-            cli._parse(["train.py", *arguments])
+            cli._parse(["train.py", *arguments], train)
             cli._run(train.main)
         assert stop.value.code == 2
         assert compile_count() == compiled, "a device did work"
@@ -137,7 +129,7 @@ MISTAKES = {
         ["--config.sampling.prompt_buckets=(8,)"],
         r"config\.sampling\.prompt_buckets is config\.actor\.prompt_buckets now",
     ),
-    "an unknown config file": (["--config=configs/nothing.py"], r"configs/nothing\.py does not exist.*quickstart"),
+    "an unknown config file": (["--config=nothing"], r"=nothing is neither a file nor a config .*: .*quickstart"),
     "a stray argument": (["stray"], r"unexpected arguments \['stray'\].*--name=value"),
     "an unknown flag": (["--work_dir=x"], r"work_dir"),
 }
@@ -223,11 +215,11 @@ def test_a_config_file_that_cannot_be_loaded_says_why(text, says, mistake, confi
 
 
 def test_a_config_after_a_space_is_checked_like_one_after_an_equals_sign(script, capsys, config_file, monkeypatch):
-    cli, _ = script
+    cli, train = script
     arguments = ["train.py", "--config", str(config_file), "--config.stepz=3"]
     monkeypatch.setattr(sys, "argv", arguments)
     with flagsaver.flagsaver(), pytest.raises(SystemExit):
-        cli._parse(arguments)
+        cli._parse(arguments, train)
     assert re.search(r"--config\.stepz.*did you mean config\.steps\?", capsys.readouterr().err)
 
 
@@ -268,6 +260,43 @@ def test_a_mistake_in_a_process_of_its_own_ends_with_status_2(config_file, tmp_p
     done = run_script(f"--config={config_file}", f"--workdir={tmp_path / 'run'}", "--config.algorithm.group_size=1")
     assert done.returncode == 2
     assert done.stderr.startswith("error: ") and "group_size=1" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_every_word_of_the_command_has_a_module_and_a_file_to_run_from_a_clone():
+    for word, command in COMMANDS.items():
+        assert (ROOT / "rljax" / "cli" / f"{command.module}.py").is_file(), word
+        text = (ROOT / "launch" / f"{command.module}.py").read_text()
+        assert f"from rljax.cli.{command.module} import command" in text
+
+
+@pytest.mark.parametrize("arguments", [[], ["--help"]])
+def test_the_command_alone_lists_its_words(arguments, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["rljax", *arguments])
+    main()
+    said = capsys.readouterr().out
+    assert [line.split()[0] for line in said.splitlines() if line.startswith("  ")] == list(COMMANDS)
+
+
+def test_a_word_that_is_none_is_refused(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["rljax", "trian"])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    assert stop.value.code == 2
+    assert capsys.readouterr().err == f"error: rljax has no command 'trian'; commands: {', '.join(COMMANDS)}\n"
+
+
+def test_a_config_is_a_file_or_the_name_of_one_that_comes_with_rljax(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    configs = ROOT / "configs"
+    assert cli.find_config("quickstart_tiny") == cli.find_config("quickstart_tiny.py") == configs / "quickstart_tiny.py"
+    assert cli.find_config("papers/grpo") == configs / "papers" / "grpo.py"
+    assert not cli.find_config("papers/none").exists()
+    (tmp_path / "quickstart_tiny.py").touch()
+    assert cli.find_config("quickstart_tiny.py") == Path("quickstart_tiny.py")  # what lies here goes first
+
+    argv, name = cli._with_config_file(["train", "--seed=1", "--config", "papers/grpo:smoke", "--fresh"])
+    assert name == "papers/grpo:smoke"
+    assert argv == ["train", "--seed=1", f"--config={configs}/papers/grpo.py:smoke", "--fresh"]
 
 
 def test_a_dry_run_prints_the_plan_and_writes_nothing(config_file, tmp_path):

@@ -1,7 +1,8 @@
-"""What the launch scripts share: the config flag with readable errors, and a fast allocator on CPU."""
+"""What the commands share: the config flag with readable errors, and a fast allocator on CPU."""
 
 import dataclasses
 import difflib
+import functools
 import importlib.util
 import os
 import re
@@ -9,6 +10,7 @@ import sys
 import typing
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 from absl import app, flags, logging
 from ml_collections import config_flags
@@ -17,17 +19,45 @@ _HELP = ("--help", "-help", "--help=true", "--helpshort", "-helpshort")
 _OVERRIDE = re.compile(r"--?config\.([\w.]+)")
 
 
-def define_config(default: str | None = None) -> flags.FlagHolder:
-    """Defines `--config=FILE.py` and its overrides `--config.part.field=value`."""
-    if default:
-        _find_neighbours(default)
+def define_config(default: str) -> flags.FlagHolder:
+    """Defines `--config`, a file or the name of a packaged config (`find_config`), and its overrides
+    `--config.part.field=value`. `default` is such a name."""
+    file = str(find_config(default))
+    _find_neighbours(file)
     # A choice among texts is written as one; the library knows no such type, and `rljax.settings` checks the value.
     config_flags.register_flag_parser_for_type(typing.Literal, flags.ArgumentParser())
-    flag = config_flags.DEFINE_config_file(
-        "config", default, "Python file with get_config(); override a field with --config.part.field=value."
+    return config_flags.DEFINE_config_file(
+        "config",
+        file,
+        "Python file with get_config(), or the name of a config that comes with rljax, such as quickstart or "
+        "papers/grpo; override a field with --config.part.field=value.",
     )
-    flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS["config"])  # so that --help shows it
-    return flag
+
+
+def packaged_configs() -> Path:
+    """The folder of the configs that come with rljax: `configs/` of a clone, `rljax/configs/` of an installed wheel."""
+    package = Path(__file__).resolve().parent.parent
+    installed = package / "configs"
+    return installed if installed.is_dir() else package.parent / "configs"
+
+
+def _packaged_names() -> list[str]:
+    """Names of the packaged configs at the top, then the folders of more."""
+    folder = packaged_configs()
+    files = sorted(file for file in folder.glob("*.py") if "def get_config(" in file.read_text())
+    return [file.stem for file in files] + ["papers/NAME", "agents/NAME"]
+
+
+def find_config(name: str) -> Path:
+    """The file that `--config=name` means: a path as it is, else a packaged config by its name, with or without `.py`.
+
+    A file on disk goes first. The result may not exist.
+    """
+    file = Path(name)
+    if file.is_file():
+        return file
+    packaged = packaged_configs() / file.with_suffix(".py")
+    return packaged if packaged.is_file() else file
 
 
 def _find_neighbours(file: str) -> None:
@@ -36,13 +66,13 @@ def _find_neighbours(file: str) -> None:
 
 
 def launch(main: Callable[[], None]) -> None:
-    """Parses flags and runs `main`. A bad flag or config (`ValueError`) becomes one line and exit status 2, a run that
-    cannot go on one line and exit status 1."""
+    """Parses flags and runs `main`, whose module holds the text and the flags of `--help`. A bad flag or config
+    (`ValueError`) becomes one line and exit status 2, a run that cannot go on one line and exit status 1."""
     preload_allocator()
     # prompts and completions may hold characters that a terminal, or no encoding, can show
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
-    app.run(lambda _: _run(main), flags_parser=_parse)
+    app.run(lambda _: _run(main), flags_parser=functools.partial(_parse, module=sys.modules[main.__module__]))
 
 
 def _run(main: Callable[[], None]) -> None:
@@ -69,54 +99,72 @@ def _fail(message: str, status: int = 2) -> typing.NoReturn:
     sys.exit(status)
 
 
-def _parse(argv: list[str]) -> list[str]:
+def _parse(argv: list[str], module: ModuleType) -> list[str]:
     try:
-        for problem in _config_problems(argv):
+        argv, name = _with_config_file(argv)
+        for problem in _config_problems(argv, name):
             _fail(problem)
-        wants_help = "config" in flags.FLAGS and any(argument in _HELP for argument in argv)
         # absl would print the help of its own and exit before the config is there.
-        rest = flags.FLAGS([argument for argument in argv if not (wants_help and argument in _HELP)])
+        wants_help = any(argument in _HELP for argument in argv)
+        rest = flags.FLAGS([argument for argument in argv if argument not in _HELP])
     except flags.Error as error:
         _fail(str(error))
 
     if wants_help:
-        _print_help()
+        print(_help(module))
         sys.exit(0)
     if len(rest) > 1:
         _fail(f"unexpected arguments {rest[1:]}; flags are written --name=value")
     return rest
 
 
-def _print_help() -> None:
-    """The flags of the script, then the fields of its config with the values that this command line gives them."""
+def _help(module: ModuleType) -> str:
+    """What a command is for, its flags, then the fields of its config with the values that this command line gives."""
+    known = flags.FLAGS
+    has_config = "config" in known
+    if has_config:
+        # A library defined it, not the command's module.
+        known.register_key_flag_for_module(module.__name__, known["config"])
+    text = f"{(module.__doc__ or '').strip()}\n\nFlags:{known.module_help(module.__name__)}"
+    if not has_config:
+        return text
+
     from rljax.experiment.describe import describe
 
-    app.usage(shorthelp=True, writeto_stdout=True)
-    print("\nFields of the config:\n")
-    print(describe(flags.FLAGS["config"].value))
+    return f"{text}\n\nFields of the config:\n\n{describe(known['config'].value)}"
 
 
-def _config_problems(argv: list[str]):
+def _with_config_file(argv: list[str]) -> tuple[list[str], str | None]:
+    """The arguments with the name of a config replaced by its file, and the name as it was written (None for none).
+
+    absl takes `--config NAME` as well as `--config=NAME`; what follows a colon goes to `get_config`.
+    """
+    for place, argument in enumerate(argv[1:], 1):
+        match = re.fullmatch(r"--?config(?:=(.*))?", argument, re.DOTALL)
+        if match is None:
+            continue
+        words = 1 if "=" in argument else 2
+        name = match[1] if words == 1 else next(iter(argv[place + 1 :]), "")
+        file, colon, rest = name.partition(":")
+        found = f"--config={find_config(file)}{colon}{rest}"
+        return [*argv[:place], found, *argv[place + words :]], name
+    return argv, None
+
+
+def _config_problems(argv: list[str], name: str | None):
     """Checks config overrides against the fields of the config file, before absl meets them."""
     # ml_collections answers a wrong name with a traceback from its own depths, and says nothing of the right one.
-    # absl takes `--config FILE` as well as `--config=FILE`.
-    path = None
-    for argument, after in zip(argv, [*argv[1:], None], strict=True):
-        if match := re.fullmatch(r"--?config(?:=(.*))?", argument, re.DOTALL):
-            path = match[1] if "=" in argument else after
-            break
-    if path is None:
+    if name is None:
         return
 
-    # What follows a colon goes to get_config.
-    file = path.split(":")[0]
+    path = next(argument.removeprefix("--config=") for argument in argv if argument.startswith("--config="))
+    file, *arguments = path.split(":")
     if not Path(file).is_file():
-        near = ", ".join(sorted(str(p) for p in Path("configs").glob("*.py"))) or "none here"
-        yield f"--config={file} does not exist; config files in configs/: {near}"
+        yield f"--config={name} is neither a file nor a config that comes with rljax: {', '.join(_packaged_names())}"
         return
 
     _find_neighbours(file)
-    config, problem = _load_config(file, path.split(":")[1:])
+    config, problem = _load_config(file, arguments)
     if problem:
         yield problem
         return
@@ -133,6 +181,7 @@ def _load_config(file: str, arguments: list[str]):
     from rljax.moved import keyword_hint
 
     spec = importlib.util.spec_from_file_location("_checked_config", file)
+    assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
 
     # A ValueError is a config's own word on a bad value; anything else is a fault of the file, and is named.
@@ -184,8 +233,8 @@ def _override_problem(config, dotted: str, argument: str) -> str | None:
 
     # A part has no value that a flag could write; its fields do.
     if dataclasses.is_dataclass(holder):
-        names = ", ".join(f.name for f in dataclasses.fields(holder))
-        return f"--{done} is a part of the config; set one of its fields: {names}"
+        listing = ", ".join(f.name for f in dataclasses.fields(holder))
+        return f"--{done} is a part of the config; set one of its fields: {listing}"
     return None
 
 

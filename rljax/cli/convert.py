@@ -1,0 +1,29 @@
+"""Converts weights and tokenizer to a Hugging Face folder.
+
+rljax convert --source=model.gguf --target=folder
+rljax convert --source=smollm2 --target=folder --dtype=bfloat16
+rljax convert --source=runs/x --target=folder             # the newest checkpoint of a run
+rljax convert --source=runs/x --target=folder --step=20
+"""
+
+from absl import flags
+
+from rljax.cli.command_line import launch
+
+_SOURCE = flags.DEFINE_string("source", None, "Hugging Face folder, GGUF file, run folder, or smollm2.")
+_TARGET = flags.DEFINE_string("target", None, "Folder to write.")
+_STEP = flags.DEFINE_integer("step", None, "Step of a run folder's checkpoint; none: the newest.")
+_DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Type of the written weights.")
+
+
+def main() -> None:
+    from rljax.experiment.convert import convert
+
+    if _SOURCE.value is None or _TARGET.value is None:
+        raise ValueError("name both --source (what to convert) and --target (the folder to write)")
+    convert(_SOURCE.value, _TARGET.value, step=_STEP.value, dtype=_DTYPE.value)
+
+
+def command() -> None:
+    """Runs it with the flags of `sys.argv`."""
+    launch(main)

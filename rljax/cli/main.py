@@ -1,0 +1,62 @@
+"""The command `rljax WORD [FLAGS]`: finds the module of the word and runs it."""
+
+import importlib
+import importlib.metadata
+import sys
+from typing import NamedTuple
+
+
+class Command(NamedTuple):
+    """What a word of the command runs."""
+
+    module: str
+    """Of `rljax.cli`."""
+    about: str
+    flags: tuple[str, ...] = ()
+    """Flags that the word stands for."""
+
+
+COMMANDS = {
+    "train": Command("train", "train a model with reinforcement learning; the same command again resumes"),
+    "plan": Command("train", "print what a run would take: shapes, mesh, memory by part", ("--dry_run",)),
+    "eval": Command("eval", "evaluate a model or a checkpoint on held-out problems"),
+    "sft": Command("sft", "fine-tune on completions"),
+    "convert": Command("convert", "write weights and tokenizer as a Hugging Face folder"),
+    "study": Command("study", "compare a trained policy with its base, token by token"),
+    "agent-demo": Command("agent_demo", "a small model learns to use tools, by two methods"),
+}
+
+
+def main() -> None:
+    """Runs `sys.argv`. An unknown word is one line and exit status 2."""
+    word, *arguments = sys.argv[1:] or ["--help"]
+    if word in ("--help", "-h", "help"):
+        print(_usage())
+        return
+    if word == "--version":
+        print(f"rljax {importlib.metadata.version('rljax-lm')}")
+        return
+    if word not in COMMANDS:
+        print(f"error: rljax has no command {word!r}; commands: {', '.join(COMMANDS)}", file=sys.stderr)
+        sys.exit(2)
+
+    command = COMMANDS[word]
+    # absl and ml_collections read the flags from here.
+    sys.argv = [f"rljax {word}", *command.flags, *arguments]
+    importlib.import_module(f"rljax.cli.{command.module}").command()
+
+
+def _usage() -> str:
+    width = max(len(word) for word in COMMANDS)
+    lines = [f"  {word:<{width}}  {command.about}" for word, command in COMMANDS.items()]
+    return "\n".join(
+        [
+            "Reinforcement learning of language models in JAX.",
+            "",
+            "usage: rljax COMMAND [FLAGS]",
+            "",
+            *lines,
+            "",
+            "rljax COMMAND --help lists the flags of a command and the fields of its config; rljax --version.",
+        ]
+    )

@@ -1,0 +1,47 @@
+"""Trains a language model with reinforcement learning.
+
+    rljax train --config=quickstart --workdir=runs/x
+    rljax train --config=quickstart --workdir=runs/x --config.optimizer.learning_rate=1e-5
+    rljax train --config=quickstart --workdir=runs/x --dry_run
+
+Run the same command again after a stop and it goes on where the newest checkpoint left off. On several hosts, run it
+once per host with --coordinator, --num_processes and --process_id (TPU pods and Slurm find these by themselves with
+--distributed).
+"""
+
+from absl import flags
+
+from rljax.cli.command_line import define_config, launch
+
+_CONFIG = define_config("quickstart")
+_WORKDIR = flags.DEFINE_string("workdir", None, "Run folder: config, metrics, rollouts, checkpoints, curve, summary.")
+_DRY_RUN = flags.DEFINE_bool("dry_run", False, "Print the plan (parameters, memory, tokens, shapes, mesh) and exit.")
+_FRESH = flags.DEFINE_bool("fresh", False, "Empty the run folder first instead of resuming from it.")
+_DISTRIBUTED = flags.DEFINE_bool("distributed", False, "Join a cluster that JAX can detect (TPU pod, Slurm, MPI).")
+_COORDINATOR = flags.DEFINE_string("coordinator", None, "host:port of process 0, for clusters JAX cannot detect.")
+_NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "Number of processes, with --coordinator.")
+_PROCESS_ID = flags.DEFINE_integer("process_id", None, "Index of this process, with --coordinator.")
+
+
+def main() -> None:
+    from rljax.experiment.dry_run import print_plan
+    from rljax.experiment.train import train
+    from rljax.parallel import initialize_distributed
+
+    if _WORKDIR.value is None and not _DRY_RUN.value:
+        raise ValueError("--workdir is missing; name a folder for the run, e.g. --workdir=runs/first")
+    initialize_distributed(
+        auto=_DISTRIBUTED.value,
+        coordinator=_COORDINATOR.value,
+        num_processes=_NUM_PROCESSES.value,
+        process_id=_PROCESS_ID.value,
+    )
+    if _DRY_RUN.value or _WORKDIR.value is None:
+        print_plan(_CONFIG.value)
+    else:
+        train(_CONFIG.value, _WORKDIR.value, fresh=_FRESH.value)
+
+
+def command() -> None:
+    """Runs it with the flags of `sys.argv`."""
+    launch(main)

@@ -3,16 +3,17 @@
 import contextlib
 import functools
 import json
+import math
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from compiled_collectives import collectives
 from jax.sharding import NamedSharding, PartitionSpec
 
 from rljax.models import DecoderConfig, abstract_params
 from rljax.models.cache import PREFIX_AXES, SUFFIX_AXES, init_cache
-from rljax.parallel import batch_sharding, make_mesh, partition_spec, use_mesh
+from rljax.parallel import batch_sharding, collectives, make_mesh, partition_spec, use_mesh
+from rljax.parallel.hlo import dimensions
 from rljax.sampling import sampling_params
 from rljax.sampling.conversations import (
     Moves,
@@ -47,6 +48,15 @@ def mesh_of(name):
     return make_mesh(*shape, devices=jax.devices()[: int(np.prod(shape))])
 
 
+def sent_by(compiled):
+    """(kind, elements on a device, whether it stands in a loop) of every array that a program sends."""
+    return [
+        (one.kind, math.prod(dimensions(shape)), one.times > 1)
+        for one in collectives(compiled, data_loops=(2,))
+        for shape in one.shapes
+    ]
+
+
 def head_arguments(rows=ROWS):
     rng = np.random.default_rng(0)
     hidden = rng.normal(size=(rows, LENGTH, DIM)).astype(np.float32)
@@ -76,7 +86,7 @@ def head_on(mesh, arguments, **how):
     with use_mesh(mesh):
         program = jax.jit(lambda *args: head_gradients(*args, **how), out_shardings=((where[0], rows), None))
         compiled = program.lower(*arguments).compile()
-        return collectives(compiled.as_text()), compiled(*arguments)
+        return sent_by(compiled), compiled(*arguments)
 
 
 def largest_gap(got, want):
@@ -144,7 +154,7 @@ def stores():
                 flops[name] = compiled.cost_analysis()["flops"]
                 continue
             found[f"{name} on {mesh_name}"] = {
-                "sent": collectives(compiled.as_text()),
+                "sent": sent_by(compiled),
                 "one": DECODER.num_kv_heads // mesh.shape["tensor"] * COLUMNS * DECODER.head_dim,
                 "states": SLOTS // (mesh.shape["data"] * mesh.shape["fsdp"]) * TOKENS * DECODER.embed_dim,
                 "share": compiled.cost_analysis()["flops"] * mesh.size / flops[name] if name in flops else None,

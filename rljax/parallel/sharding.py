@@ -229,10 +229,10 @@ def on_shards(
         in_specs = tuple(spec(axes) for axes in in_axes)
         first = _names(in_specs[0][0]) if in_specs[0] else ()
 
-        def part(*arrays):
+        def run(*arrays):
             return fn(*arrays, Shard(jax.lax.axis_index(first) if first else 0, first))
 
-        return jax.shard_map(part, in_specs=in_specs, out_specs=spec(out_axes), check_vma=False)(*arrays)
+        return jax.shard_map(run, in_specs=in_specs, out_specs=spec(out_axes), check_vma=False)(*arrays)
 
     return call
 

@@ -239,11 +239,11 @@ class Sampler:
             for batch in by_part(group, places, self._parts, self._prefill_counts(bucket)):
                 tokens = np.zeros((len(batch), bucket), np.int32)
                 where = np.full(len(batch), -1, np.int32)
-                for i, load in enumerate(batch):
-                    if load is not None:
-                        prefix = slots.requests[load.request].prompt[:-1]
+                for i, entry in enumerate(batch):
+                    if entry is not None:
+                        prefix = slots.requests[entry.request].prompt[:-1]
                         tokens[i, : len(prefix)] = prefix
-                        where[i] = load.slot
+                        where[i] = entry.slot
                 cache = _prefill(self.config, params, cache, tokens, where)
 
         # Copies come last: their source may have been prefilled just now.

@@ -344,8 +344,8 @@ class TurnDecoder:
     def _compute(self, params: Params, turns: Sequence[Turn]) -> None:
         """Brings the conversations of these turns up to all of their tokens but the last."""
         work = []
-        near = []
-        far = []
+        near: list[tuple[int, int, int, int]] = []
+        far: list[tuple[int, int, int, int]] = []
         for turn in turns:
             # What is there already: the conversation's own beginning, or another's if that is longer.
             wanted = np.asarray(turn.tokens, np.int32)[:-1]

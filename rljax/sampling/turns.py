@@ -7,7 +7,7 @@ on costs what is new; of a conversation that is new, the part is copied that ano
 import bisect
 import contextlib
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
@@ -337,6 +337,20 @@ class TurnDecoder:
     def part_of(self, conversation: int) -> int:
         """Which of the `parts` of the devices keeps a conversation."""
         return conversation // (self.spec.conversations // self.parts)
+
+    def pick(self, free: Sequence[int], near: int | None = None) -> int:
+        """Which of the conversations `free`, the first to be used first, a new one takes.
+
+        On one device the first. On a mesh one of the devices with most of them, as rows wait for turns of their own
+        devices; or one beside `near`, whose beginning it shares, unless other devices have twice as many.
+        """
+        if self.parts == 1:
+            return free[0]
+        counts = Counter(self.part_of(conversation) for conversation in free)
+        part, most = counts.most_common(1)[0]
+        if near is not None and 2 * counts[self.part_of(near)] >= most:
+            part = self.part_of(near)
+        return next(conversation for conversation in free if self.part_of(conversation) == part)
 
     def _room(self, turn: Turn) -> int:
         return self.spec.context_length - len(turn.tokens)

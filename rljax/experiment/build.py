@@ -87,9 +87,10 @@ class Run:
                 learner.check()
 
 
-def build(config: Config) -> Run:
-    """The run without weights. ValueError for what can be wrong in the config or the data."""
-    algorithm = check(config, jax.device_count())
+def build(config: Config, devices: Sequence[jax.Device] | None = None) -> Run:
+    """The run without weights, on `devices` (all of them when None). ValueError for what can be wrong in the config or
+    the data."""
+    algorithm = check(config, jax.device_count() if devices is None else len(devices))
 
     # In the order of what fails fastest: tokenizer, data, rewards and environments, then the model's shape.
     tokenizer = config.model.tokenizer_of()
@@ -100,7 +101,7 @@ def build(config: Config) -> Run:
     dataset = config.data.load()
     check_chat_settings(config, dataset)
     decoder = config.model.decoder_of(tokenizer)
-    mesh = make_mesh(**dataclasses.asdict(config.mesh))
+    mesh = make_mesh(**dataclasses.asdict(config.mesh), devices=devices)
     actor, dataset = build_actor(config, algorithm.plan, dataset, tokenizer, decoder, mesh)
 
     return Run(

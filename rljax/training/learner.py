@@ -219,8 +219,17 @@ class Learner:
 
     def lower_update(self, train_batch: TrainBatch) -> jax.stages.Lowered:
         """The update lowered for a batch of `jax.ShapeDtypeStruct`s, to compile and inspect; nothing runs."""
+        # Before the mesh is in use: optimizers make constants, and what is compiled for may have no device for them.
+        arguments = self._arguments(self.abstract_state(), train_batch)
         with self._on_mesh():
-            return self._update.lower(*self._arguments(self.abstract_state(), train_batch))
+            return self._update.lower(*arguments)
+
+    def lower_score(self, train_batch: TrainBatch) -> jax.stages.Lowered:
+        """The scoring of a minibatch lowered likewise: old or reference log-probs of all of its rows."""
+        rows = train_batch.rows
+        params = self.policy_params(self.abstract_state())
+        with self._on_mesh():
+            return self._score.lower(params, train_batch.packed, rows.row_index, rows.loss_mask, self._sampling)
 
     def check(self) -> None:
         """Raises for the last update too; `update` itself looks one update back, so as not to wait."""

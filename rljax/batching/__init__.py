@@ -6,6 +6,7 @@
 from rljax.batching.config import PackConfig
 from rljax.batching.forest import Forest, SortedRows, build_forest, pad_rows, sort_rows, unique_tokens
 from rljax.batching.pack import Packing, layout, loss_mask, pack
+from rljax.batching.rows import dense_rows, gather, ragged_rows, spread
 from rljax.batching.stack import LENGTH_BUCKETS, ROW_BUCKETS, bucket, stack, take_rows
 
 __all__ = [
@@ -17,11 +18,15 @@ __all__ = [
     "SortedRows",
     "bucket",
     "build_forest",
+    "dense_rows",
+    "gather",
     "layout",
     "loss_mask",
     "pack",
     "pad_rows",
+    "ragged_rows",
     "sort_rows",
+    "spread",
     "stack",
     "take_rows",
     "unique_tokens",

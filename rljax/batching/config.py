@@ -4,7 +4,14 @@ import dataclasses
 
 from rljax.settings import check_fields, field
 
-_TABLES = ("length_buckets", "score_buckets", "row_buckets", "microbatch_buckets", "trajectory_buckets")
+_TABLES = (
+    "length_buckets",
+    "score_buckets",
+    "row_buckets",
+    "token_buckets",
+    "microbatch_buckets",
+    "trajectory_buckets",
+)
 
 
 @dataclasses.dataclass
@@ -27,9 +34,13 @@ class PackConfig:
     score_buckets: tuple[int, ...] = ()
     """Numbers of scored tokens of a packed sequence. Automatic: quarters of its length."""
     row_buckets: tuple[int, ...] = ()
-    """Numbers of rows of a microbatch. Automatic: powers of two from 8 on."""
+    """Numbers of rows of a microbatch; of one device's part, where devices split it. Automatic: powers of two from 8
+    on."""
     microbatch_buckets: tuple[int, ...] = ()
     """Numbers of microbatches of a minibatch. Automatic: powers of two."""
+    token_buckets: tuple[int, ...] = ()
+    """Numbers of loss tokens of those rows. Automatic: as many as they can have where `score_buckets` and `row_buckets`
+    are set, else quarters of powers of two."""
     trajectory_buckets: tuple[int, ...] = ()
     """Lengths of the longest trajectory of a rollout, in tokens. Automatic: `rljax.batching.LENGTH_BUCKETS`."""
 

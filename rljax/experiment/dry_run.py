@@ -1,5 +1,6 @@
 """The plan of a run, before it runs: parameters, tokens, shapes, mesh, and memory per device by part."""
 
+import dataclasses
 import os
 from typing import Any
 
@@ -15,7 +16,7 @@ from rljax.experiment.sft import check_demonstrations, demonstration, longest_de
 from rljax.models import DecoderConfig, abstract_params, param_shardings
 from rljax.parallel import DECODE_RULES, batch_parts, is_main_process, use_mesh
 from rljax.text import render_prompt
-from rljax.types import Rows, TrainBatch, Trajectory
+from rljax.types import TrainBatch, Trajectory
 
 GIB = 2**30
 _ADVICE = {
@@ -42,7 +43,7 @@ def print_plan(config: Config, *, measure: bool = True) -> dict[str, Any]:
         "shapes": {
             "packed [M, R, S]": batch.packed.tokens.shape,
             "scored [M, R, K]": batch.packed.score_index.shape,
-            "rows [M, B, T]": batch.rows.row_index.shape,
+            "loss tokens of rows [M, Q, C]": batch.rows.place.shape,
         },
         "predicted": predicted,
         "measured": measure_update(run, batch) if measure else {},
@@ -115,7 +116,7 @@ def check_tables(run: Run) -> None:
             continue
         try:
             batch = stack_rows(run.config, rows)
-            layout(batch, loss_mask(batch), update)
+            layout(batch, loss_mask(batch), update, parts=batch_parts(run.mesh))
         except ValueError as error:
             raise ValueError(f"config.update does not fit {what}: {error}, or leave the table empty") from None
 
@@ -142,32 +143,21 @@ def worst_batch(run: Run) -> TrainBatch:
     """`worst_rows` as the minibatch that they become, in shapes."""
     config = run.config
     batch = stack(worst_rows(run))
-    packing = layout(batch, loss_mask(batch), config.update)
+    packing = layout(batch, loss_mask(batch), config.update, parts=batch_parts(run.mesh))
 
     plan = run.algorithm.plan
-    like = packing.row_index.shape
-
-    def shaped(shape, dtype):
-        return jax.ShapeDtypeStruct(shape, dtype)
-
-    real = shaped(like, np.float32)
-    of_row = shaped(like[:2], np.float32)
-    return TrainBatch(
-        packed=jax.tree.map(lambda x: shaped(x.shape, x.dtype), packing.packed),
-        rows=Rows(
-            row_index=shaped(like, np.int32),
-            loss_mask=shaped(like, bool),
-            loss_weights=real,
-            token_count=shaped(like[:1], np.float32),
-            advantages=real,
-            behavior_logprobs=real,
-            old_logprobs=real,
-            source=shaped(like[:2], np.int32),
-            ref_logprobs=real if plan.needs_ref else None,
-            uniforms=real if plan.needs_uniforms else None,
-            columns={column.name: of_row if column.per == "row" else real for column in plan.columns},
-        ),
+    rows = packing.bare_rows()
+    of_tokens = rows.loss_weights
+    of_row = rows.source.astype(np.float32)
+    rows = dataclasses.replace(
+        rows,
+        ref_logprobs=of_tokens if plan.needs_ref else None,
+        uniforms=of_tokens if plan.needs_uniforms else None,
+        columns={column.name: of_tokens for column in plan.columns if column.per != "row"},
+        row_columns={column.name: of_row for column in plan.columns if column.per == "row"},
     )
+    whole = TrainBatch(packed=packing.packed, rows=rows)
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), whole)
 
 
 def predict_memory(run: Run, batch: TrainBatch) -> dict[str, int]:

@@ -23,7 +23,7 @@ from rljax.training.optimizers import OptimizerConfig, make_optimizer, make_sche
 from rljax.training.state import abstract_state, create_state, frozen_base, state_shardings
 from rljax.training.trainable import EVERYTHING, Subtree, policy_params, reference_params
 from rljax.training.update import UpdateProgram, with_rows
-from rljax.types import ArrayLike, Packed, Params, RolloutBatch, TrainBatch, TrainState
+from rljax.types import ArrayLike, Params, RolloutBatch, TrainBatch, TrainState
 
 UNIFORMS = 0x756E69
 """Folded into the run's key for the losses' random numbers, to keep them apart from the sampler's."""
@@ -74,6 +74,7 @@ class Learner:
         self.mesh = mesh
         self.seed = seed
         self.subtree = subtree
+        self._parts = 1 if mesh is None else batch_parts(mesh)
         self._sampling = None if needs.sampling is None or _is_plain(needs.sampling) else needs.sampling
         self._guard = Guard(update.max_skipped)
 
@@ -159,7 +160,7 @@ class Learner:
         packings = []
         for rows in parts:
             part = batch if len(parts) == 1 else take_rows(batch, rows)
-            packing = layout(part, mask[rows], update)
+            packing = layout(part, mask[rows], update, parts=self._parts)
             minibatch = pack(
                 part,
                 advantages[rows],
@@ -187,7 +188,7 @@ class Learner:
         for epoch in range(update.epochs):
             uniforms = self._uniforms(batch, int(state.step), epoch)
             for rows, packing, minibatch in zip(parts, packings, minibatches, strict=True):
-                drawn.append(with_rows(minibatch, uniforms=self._put(packing.rows_of(uniforms[rows]))))
+                drawn.append(with_rows(minibatch, uniforms=self._put(packing.of_tokens(uniforms[rows]))))
         return drawn
 
     def score_rows(
@@ -201,10 +202,10 @@ class Learner:
         out = np.zeros(np.shape(batch.tokens), np.float32)
         for rows in self._split(batch):
             part = take_rows(batch, rows)
-            packing: Packing = layout(part, mask[rows], self.update_config)
-            packed, row_index, row_mask = self._put((packing.packed, packing.row_index, packing.mask))
+            packing: Packing = layout(part, mask[rows], self.update_config, parts=self._parts)
+            packed, ragged = self._put((packing.packed, packing.bare_rows()))
             with self._on_mesh():
-                values = self._score(params, packed, row_index, row_mask, self._sampling)
+                values = self._score(params, packed, ragged, self._sampling)
             out[rows] = packing.batch_of(to_host(values), part.tokens)
         return out
 
@@ -267,22 +268,23 @@ class Learner:
         return np.asarray(_draw(key, np.arange(count), width=width))
 
     def _put(self, tree: Any) -> Any:
-        """Packed sequences split over the batch axes of the mesh, everything else replicated."""
+        """Packed sequences, and the rows that they carry, split over the batch axes of the mesh; numbers of a whole
+        microbatch everywhere."""
         mesh = self.mesh
         if mesh is None:
             return jax.device_put(tree)
 
         def put(x: Any) -> Any:
-            return put_batch(mesh, x, axis=1) if isinstance(x, Packed) else put_host(x, replicated(mesh))
+            return put_batch(mesh, x, axis=1) if np.ndim(x) > 1 else put_host(x, replicated(mesh))
 
-        return jax.tree.map(put, tree, is_leaf=lambda x: isinstance(x, Packed))
+        return jax.tree.map(put, tree)
 
     def _on_mesh(self):
         return contextlib.nullcontext() if self.mesh is None else use_mesh(self.mesh)
 
     def _score_minibatch(self, params: Params, batch: TrainBatch) -> Array:
         with self._on_mesh():
-            return self._score(params, batch.packed, batch.rows.row_index, batch.rows.loss_mask, self._sampling)
+            return self._score(params, batch.packed, batch.rows, self._sampling)
 
 
 @functools.partial(jax.jit, static_argnames="width")

@@ -58,11 +58,15 @@ def choose_bins(identity: Identity, lengths: np.ndarray, groups: np.ndarray, con
 def _bins_of(
     order: SortedRows, lengths: np.ndarray, groups: np.ndarray, table: Sequence[int], config: PackConfig
 ) -> Bins:
-    """Bins of the shortest packed length that needs no more microbatches than the longest."""
+    """Bins of the shortest packed length that needs no more microbatches than the longest.
+
+    Of automatic lengths, several microbatches take the longest alone: what a shorter one saves is less than the last
+    microbatch leaves empty, and every length is a program.
+    """
     best = None
     count = 0
     for size in sorted(table, reverse=True):
-        if size < lengths.max():
+        if size < lengths.max() or (count > 1 and not config.length_buckets):
             break
         bins = _pack_bins(order, lengths, groups, size)
         micro = -(-len(bins) // config.microbatch_size)

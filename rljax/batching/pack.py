@@ -3,21 +3,17 @@
 As in `stack`, every dimension comes from a bucket table and is a function of the data alone.
 """
 
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from rljax.batching.bins import Bins, choose_bins, quarters
+from rljax.batching.bins import Bins, choose_bins
 from rljax.batching.config import PackConfig
 from rljax.batching.forest import lay_out_forest
-from rljax.batching.stack import bucket
+from rljax.batching.sizes import Needs, Sizes, choose_sizes
 from rljax.types import ArrayLike, Packed, RaggedRows, RolloutBatch, TrainBatch, Width
-
-POWERS = tuple(1 << p for p in range(20))
-FINE = tuple(sorted({-(-(4 + q) * (1 << p) // 4) for p in range(3, 30) for q in range(4)}))
-"""8, 10, 12, 14, 16, 20, 24, ...: at most a quarter more than what is wanted."""
 
 
 class Packing(NamedTuple):
@@ -27,7 +23,7 @@ class Packing(NamedTuple):
     q, l]` the row of the batch that a line shows; -1 pads both. `place`, `score_index` and `width` are those of
     `RaggedRows`. `flat_tokens` counts the tokens of the rows, `unique_tokens` those packed, `scored_tokens` the unique
     ones whose log-prob is wanted, `repeated_tokens` those that are packed again because what shares them does not fit
-    one packed sequence.
+    one packed sequence. `needs` and `sizes` are what the minibatch has at most, and the sizes that this makes.
     """
 
     packed: Packed
@@ -40,6 +36,8 @@ class Packing(NamedTuple):
     unique_tokens: int
     scored_tokens: int
     repeated_tokens: int
+    needs: Needs
+    sizes: Sizes
 
     def of_tokens(self, values: ArrayLike) -> np.ndarray:
         """`values [batch rows, T]` of the loss tokens, `[M, Q, C]`, 0 in padding."""
@@ -56,7 +54,7 @@ class Packing(NamedTuple):
         out.reshape(-1)[self.token[real]] = np.asarray(values)[real]
         return out
 
-    def bare_rows(self) -> RaggedRows:
+    def rows_to_score(self) -> RaggedRows:
         """The rows with nothing to learn yet, to score them."""
         zero = np.zeros(self.place.shape, np.float32)
         return RaggedRows(
@@ -69,6 +67,48 @@ class Packing(NamedTuple):
             source=np.zeros(self.source_row.shape, np.int32),
             width=self.width,
         )
+
+
+def emptied(batch: TrainBatch, sizes: Sizes) -> TrainBatch:
+    """A minibatch of other sizes with the same fields as `batch`, and nothing in them. It updates nothing."""
+    _, sequences, _ = batch.packed.tokens.shape
+    _, parts, _ = batch.rows.place.shape
+    of_sequence = (sizes.microbatches, sequences, sizes.length)
+    of_token = (sizes.microbatches, parts, sizes.tokens)
+    of_row = (sizes.microbatches, parts, sizes.rows)
+
+    def filled(shape: tuple[int, ...], fill: int = 0, dtype: Any = np.int32) -> np.ndarray:
+        return np.full(shape, fill, dtype)
+
+    def tokens(like: ArrayLike | None) -> np.ndarray | None:
+        return None if like is None else filled(of_token, 0, np.float32)
+
+    rows = batch.rows
+    packed = Packed(
+        tokens=filled(of_sequence),
+        positions=filled(of_sequence),
+        predecessor=filled(of_sequence, -1),
+        subtree_end=filled(of_sequence),
+        score_index=filled((sizes.microbatches, sequences, sizes.scored), -1),
+    )
+    return TrainBatch(
+        packed=packed,
+        rows=RaggedRows(
+            place=filled(of_token, -1),
+            score_index=filled(of_token),
+            loss_weights=filled(of_token, 0, np.float32),
+            token_count=filled((sizes.microbatches,), 1, np.float32),
+            advantages=filled(of_token, 0, np.float32),
+            behavior_logprobs=filled(of_token, 0, np.float32),
+            source=filled(of_row),
+            width=Width(sizes.width),
+            old_logprobs=tokens(rows.old_logprobs),
+            ref_logprobs=tokens(rows.ref_logprobs),
+            uniforms=tokens(rows.uniforms),
+            columns={name: tokens(value) for name, value in rows.columns.items()},
+            row_columns={name: filled(of_row, 0, np.float32) for name in rows.row_columns},
+        ),
+    )
 
 
 def _taken(values: np.ndarray, index: Int[np.ndarray, "*shape"]) -> np.ndarray:
@@ -208,16 +248,17 @@ def _fill(
     lines = np.bincount(row_part, minlength=cells)
     entries = np.bincount(row_part[token_row], minlength=cells)
 
-    # Every size comes from its table, so that few shapes are compiled.
-    micro = bucket(max(-(-bins // per_micro), 1), config.microbatch_buckets or POWERS, "the number of microbatches")
-    height = bucket(max(int(lines.max()), 1), config.row_buckets or POWERS[3:], "the rows of a microbatch")
-    most = max(int(np.diff(scored_before).max(initial=0)), 1)
-    wide = bucket(most, config.score_buckets or quarters(chosen.length), "the scored tokens of a packed sequence")
-    room = bucket(
-        max(int(entries.max()), 1),
-        config.token_buckets or _token_table(config, height, wide, width),
-        "the loss tokens of a microbatch's rows",
+    needs = Needs(
+        microbatches=-(-bins // per_micro),
+        rows=int(lines.max()),
+        scored=int(np.diff(scored_before).max(initial=0)),
+        tokens=int(entries.max()),
     )
+    sizes = choose_sizes(needs, config, per_part=per_part, length=chosen.length, width=width)
+    micro = sizes.microbatches
+    height = sizes.rows
+    wide = sizes.scored
+    room = sizes.tokens
 
     # A unique token at its place in its packed sequence, whose own numbers count from the sequence's start.
     shape = (micro, per_micro, chosen.length)
@@ -262,21 +303,14 @@ def _fill(
     return Packing(
         packed=packed,
         token=entry_array(batch_token, -1, np.int64),
-        place=entry_array(line[token_row] * width + batch_token % width, -1),
+        place=entry_array(line[token_row] * sizes.width + batch_token % width, -1),
         score_index=entry_array((entry_bin % per_part) * wide + own_slot, 0),
         source_row=source_row,
-        width=Width(width),
+        width=Width(sizes.width),
         flat_tokens=int(ends.sum()),
         unique_tokens=len(token_bin),
         scored_tokens=len(scored),
         repeated_tokens=chosen.repeated,
+        needs=needs,
+        sizes=sizes,
     )
-
-
-def _token_table(config: PackConfig, height: int, wide: int, width: int) -> Sequence[int]:
-    """Automatic numbers of loss tokens of a part, by the sizes of the other tables."""
-    most = height * min(wide, width)
-    # Tables that fix the other sizes fix this one too.
-    if config.row_buckets and config.score_buckets:
-        return (most,)
-    return [n for n in FINE if n < most] + [most]

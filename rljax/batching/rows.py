@@ -85,6 +85,13 @@ def ragged_rows(rows: Rows, like: RaggedRows) -> RaggedRows:
     )
 
 
+def bare_rows(rows: RaggedRows) -> RaggedRows:
+    """Without what not every minibatch has: what scoring takes, so that all are scored by one program."""
+    return rows.replace(  # type: ignore[attr-defined]
+        old_logprobs=None, ref_logprobs=None, uniforms=None, columns={}, row_columns={}
+    )
+
+
 def _maybe(of: Callable[[ArrayLike], Array], values: ArrayLike | None) -> Array | None:
     return None if values is None else of(values)
 

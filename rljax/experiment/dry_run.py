@@ -146,7 +146,7 @@ def worst_batch(run: Run) -> TrainBatch:
     packing = layout(batch, loss_mask(batch), config.update, parts=batch_parts(run.mesh))
 
     plan = run.algorithm.plan
-    rows = packing.bare_rows()
+    rows = packing.rows_to_score()
     of_tokens = rows.loss_weights
     of_row = rows.source.astype(np.float32)
     rows = dataclasses.replace(

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -11,7 +12,7 @@ import optax
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float
 
-from rljax.batching import Packing, layout, loss_mask, pack, take_rows
+from rljax.batching import Packing, bare_rows, emptied, layout, likely_sizes, loss_mask, pack, take_rows
 from rljax.models import DecoderConfig, forest_attention, kernel_attention
 from rljax.ops import row_uniforms
 from rljax.parallel import batch_parts, put_batch, put_host, replicated, to_host, use_mesh
@@ -76,6 +77,7 @@ class Learner:
         self.subtree = subtree
         self._parts = 1 if mesh is None else batch_parts(mesh)
         self._sampling = None if needs.sampling is None or _is_plain(needs.sampling) else needs.sampling
+        self._packing: Packing | None = None
         self._guard = Guard(update.max_skipped)
 
         self.program = UpdateProgram(
@@ -179,6 +181,7 @@ class Learner:
                 minibatch = with_rows(minibatch, ref_logprobs=reference)
             minibatches.append(minibatch)
             packings.append(packing)
+        self._packing = packings[0]
 
         # Epochs go through the same arrays; only random numbers are drawn anew for each.
         if not self.needs.uniforms:
@@ -203,11 +206,47 @@ class Learner:
         for rows in self._split(batch):
             part = take_rows(batch, rows)
             packing: Packing = layout(part, mask[rows], self.update_config, parts=self._parts)
-            packed, ragged = self._put((packing.packed, packing.bare_rows()))
+            packed, ragged = self._put((packing.packed, packing.rows_to_score()))
             with self._on_mesh():
-                values = self._score(params, packed, ragged, self._sampling)
+                values = self._score(params, packed, bare_rows(ragged), self._sampling)
             out[rows] = packing.batch_of(to_host(values), part.tokens)
         return out
+
+    def warm_up(
+        self, state: TrainState, train_batch: TrainBatch, say: Callable[[int, int], None] = lambda done, total: None
+    ) -> TrainState:
+        """Compiles the updates of the sizes that minibatches after `train_batch`, the newest of `prepare`, are likely
+        to have (`config.update.compile_ahead`). `state` is donated, and comes back with the values that it had.
+
+        Each program runs once, on a minibatch of nothing, so that later calls find it compiled. `say` is told how many
+        of how many are done.
+        """
+        assert self._packing is not None, "prepare comes before warm_up"
+        update = self.update_config
+        likely = likely_sizes(
+            self._packing.needs,
+            self._packing.sizes,
+            update,
+            per_part=update.microbatch_size // self._parts,
+            width=self._packing.sizes.width,
+            count=update.compile_ahead,
+        )
+        for done, sizes in enumerate(likely, 1):
+            empty = self._put(emptied(train_batch, sizes))
+            if empty.rows.old_logprobs is not None or empty.rows.ref_logprobs is not None:
+                self._score_minibatch(self.policy_params(state), empty)
+            counters = jax.tree.map(np.asarray, (state.step, state.skipped))
+            with self._on_mesh():
+                trainable, opt_state, step, skipped, _, finite = self._update(*self._arguments(state, empty))
+            self._guard.observe(skipped, finite)
+            # An update of nothing changes no weight, but it counts as a step. Without a mesh the counters stay
+            # uncommitted, as updates leave them: committed ones would be other arguments, and compile again.
+            where = None if self.mesh is None else (step.sharding, skipped.sharding)
+            step, skipped = jax.device_put(counters, where)
+            fields = dict(trainable=trainable, opt_state=opt_state, step=step, skipped=skipped)
+            state = state.replace(**fields)  # type: ignore[attr-defined]
+            say(done, len(likely))
+        return state
 
     def update(self, state: TrainState, train_batch: TrainBatch) -> tuple[TrainState, Metrics]:
         """One optimizer step, one jitted call; `state` is donated, all but its base and reference. The metrics are
@@ -284,7 +323,7 @@ class Learner:
 
     def _score_minibatch(self, params: Params, batch: TrainBatch) -> Array:
         with self._on_mesh():
-            return self._score(params, batch.packed, batch.rows, self._sampling)
+            return self._score(params, batch.packed, bare_rows(batch.rows), self._sampling)
 
 
 @functools.partial(jax.jit, static_argnames="width")

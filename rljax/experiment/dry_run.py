@@ -1,5 +1,6 @@
 """The plan of a run, before it runs: parameters, tokens, shapes, mesh, and memory per device by phase of a step."""
 
+import dataclasses
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -15,9 +16,9 @@ from rljax.experiment.prompts import describe_prompts
 from rljax.experiment.report import aligned
 from rljax.experiment.sft import check_demonstrations, demonstration, longest_demonstrations
 from rljax.models import abstract_params
-from rljax.parallel import batch_sharding, chip_of, is_main_process, replicated, topology_devices, traffic
+from rljax.parallel import batch_parts, batch_sharding, chip_of, is_main_process, replicated, topology_devices, traffic
 from rljax.text import render_prompt
-from rljax.types import Rows, TrainBatch, Trajectory
+from rljax.types import TrainBatch, Trajectory
 
 _ADVICE = {
     "parameters": "a larger config.mesh.fsdp or config.mesh.tensor",
@@ -64,7 +65,7 @@ def print_plan(config: Config, *, topology: str = "", measure: bool = True) -> d
         "shapes": {
             "packed [M, R, S]": batch.packed.tokens.shape,
             "scored [M, R, K]": batch.packed.score_index.shape,
-            "rows [M, B, T]": batch.rows.row_index.shape,
+            "loss tokens of rows [M, Q, C]": batch.rows.place.shape,
         },
         "phases": predicted,
         "compiled": programs,
@@ -178,7 +179,7 @@ def check_tables(run: Run) -> None:
             continue
         try:
             batch = stack_rows(run.config, rows)
-            layout(batch, loss_mask(batch), update)
+            layout(batch, loss_mask(batch), update, parts=batch_parts(run.mesh))
         except ValueError as error:
             raise ValueError(f"config.update does not fit {what}: {error}, or leave the table empty") from None
 
@@ -205,36 +206,27 @@ def worst_batch(run: Run) -> TrainBatch:
     """`worst_rows` as the minibatch that they become, in shapes."""
     config = run.config
     batch = stack_rows(config, worst_rows(run))
-    packing = layout(batch, loss_mask(batch), config.update)
+    packing = layout(batch, loss_mask(batch), config.update, parts=batch_parts(run.mesh))
 
     plan = run.algorithm.plan
-    like = packing.row_index.shape
-
+    rows = packing.rows_to_score()
+    of_tokens = rows.loss_weights
+    of_row = rows.source.astype(np.float32)
+    rows = dataclasses.replace(
+        rows,
+        ref_logprobs=of_tokens if plan.needs_ref else None,
+        uniforms=of_tokens if plan.needs_uniforms else None,
+        columns={column.name: of_tokens for column in plan.columns if column.per != "row"},
+        row_columns={column.name: of_row for column in plan.columns if column.per == "row"},
+    )
     # Laid out as the learner puts them.
     everywhere = replicated(run.mesh)
     split = batch_sharding(run.mesh, axis=1)
 
-    def shaped(shape, dtype, where=everywhere):
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=where)
+    def shaped(x):
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=split if np.ndim(x) > 1 else everywhere)
 
-    real = shaped(like, np.float32)
-    of_row = shaped(like[:2], np.float32)
-    return TrainBatch(
-        packed=jax.tree.map(lambda x: shaped(x.shape, x.dtype, split), packing.packed),
-        rows=Rows(
-            row_index=shaped(like, np.int32),
-            loss_mask=shaped(like, bool),
-            loss_weights=real,
-            token_count=shaped(like[:1], np.float32),
-            advantages=real,
-            behavior_logprobs=real,
-            old_logprobs=real,
-            source=shaped(like[:2], np.int32),
-            ref_logprobs=real if plan.needs_ref else None,
-            uniforms=real if plan.needs_uniforms else None,
-            columns={column.name: of_row if column.per == "row" else real for column in plan.columns},
-        ),
-    )
+    return jax.tree.map(shaped, TrainBatch(packed=packing.packed, rows=rows))
 
 
 def device_memory(run: Run) -> tuple[int, str]:

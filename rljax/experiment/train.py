@@ -37,7 +37,7 @@ from rljax.training import (
     remove_tree,
     with_critic,
 )
-from rljax.types import Params
+from rljax.types import Params, TrainBatch
 
 
 class RunFailed(RuntimeError):
@@ -321,6 +321,10 @@ def train_step(run: Run, step: int) -> tuple[dict[str, float], Rollout]:
             shapes=[[np.shape(x) for x in jax.tree.leaves(minibatch)] for minibatch in minibatches],
         )
 
+    if minibatches and not run.is_compiled:
+        with timer("compile"), run.pulse("compiling updates"):
+            compile_updates(run, minibatches[0])
+
     with timer("update"), run.pulse("update"):
         metrics = {}
         # The critic first: its minibatches hold the values that the advantages were made of.
@@ -344,6 +348,18 @@ def train_step(run: Run, step: int) -> tuple[dict[str, float], Rollout]:
     metrics |= rollout_metrics(run, rollout, timer)
     metrics["compile/count"] = float(compile_count() - compiled)
     return metrics, rollout
+
+
+def compile_updates(run: Run, minibatch: TrainBatch) -> None:
+    """Compiles what this minibatch and those after it are likely to need, and says how far it is."""
+    started = time.perf_counter()
+
+    def progress(done: int, total: int) -> None:
+        say(f"update programs: {done} of {total} compiled, {time.perf_counter() - started:.0f} s")
+
+    if run.config.update.compile_ahead > 1:
+        run.state = run.learner.warm_up(run.state, minibatch, progress)
+    run.is_compiled = True
 
 
 def roll_out(run: Run, step: int) -> tuple[Rollout, str]:

@@ -222,7 +222,7 @@ class TurnDecoder:
             return {
                 "weights": lower_weights(self.config, self.mesh),
                 "extend": _extend.lower(self.config, False, plan.weights, kept, tokens, zeros, zeros),
-                "copy": _copy_conversations.lower(kept, none),
+                "copy": _copy_conversations.lower(kept, none, none),
                 "lay": _lay_conversations.lower(cache, kept, none),
                 "keep": _keep_turns.lower(kept, cache, none),
                 "decode": _decode.lower(

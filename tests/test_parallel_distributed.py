@@ -80,6 +80,9 @@ def test_what_may_differ_is_made_once_and_what_must_not_is_compared(two_processe
     assert main["failed"] == "KeyError: 'judge'"
     assert other["failed"] == "RuntimeError: process 0 failed with KeyError: 'judge'"
     assert main["refused"] == other["refused"] == "ValueError: no such folder"
+    # What cannot be told is an error too, in every process.
+    assert main["unsent"] == "TypeError: cannot pickle code objects"
+    assert other["unsent"] == f"RuntimeError: process 0 failed with {main['unsent']}"
     assert main["equal"] is None is other["equal"]
     assert main["unequal"] == other["unequal"]
     assert "shapes of process 1 differs from that of process 0" in main["unequal"]

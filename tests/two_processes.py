@@ -58,6 +58,7 @@ result = {
     "once": parallel.on_main(lambda: {"process": index}),
     "failed": said_by(lambda: parallel.on_main(fails)),
     "refused": said_by(lambda: parallel.on_main(refuses)),
+    "unsent": said_by(lambda: parallel.on_main(lambda: refuses.__code__)),
     "programs": programs_of(*range(300, 450, 15)),
     "equal": said_by(lambda: parallel.check_equal(config={"a": 1}, shapes=(4, 8), mask=np.arange(3))),
     "unequal": said_by(lambda: parallel.check_equal(config={"a": 1}, shapes=(4, index), mask=np.arange(3) + index)),

@@ -88,6 +88,12 @@ def test_what_may_differ_is_made_once_and_what_must_not_is_compared(two_processe
     assert "shapes of process 1 differs from that of process 0" in main["unequal"]
 
 
+def test_a_checkpoint_that_one_process_cannot_read_is_left_by_all(two_processes):
+    found, folder, *_ = two_processes
+    assert [result["restored"] for result in found] == [1, 1]
+    assert [path.name for path in (folder / "checkpoints_unreadable").iterdir()] == ["2"]
+
+
 def test_what_is_told_in_another_length_compiles_nothing_new(two_processes):
     assert all(result["programs"] <= 2 for result in two_processes[0])  # the bytes, and how many they are
 

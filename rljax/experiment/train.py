@@ -311,6 +311,8 @@ def train_step(run: Run, step: int) -> tuple[dict[str, float], Rollout]:
 
     with run.stops.abandonable(), timer("score"), run.pulse("scoring"):
         batch = stack_rows(config, rollout.trajectories, rollout.rewards.size)
+        # Before anything is computed of it, in which processes with other shapes would wait for each other.
+        check_equal(rollout=(batch.tokens, batch.action_mask, batch.is_valid, batch.reward))
         if run.algorithm.plan.needs_ref:
             reference = run.learner.reference_params(run.state)
             batch = dataclasses.replace(batch, ref_logprobs=run.learner.score_rows(reference, batch))
@@ -318,10 +320,7 @@ def train_step(run: Run, step: int) -> tuple[dict[str, float], Rollout]:
             batch = run.critic.with_values(run.state.critic, batch)
         advantages = np.asarray(run.algorithm.advantage_fn(batch))
         minibatches = run.learner.prepare(run.state, batch, advantages) if run.policy_moves(step) else []
-        check_equal(
-            rollout=(batch.tokens, batch.action_mask, batch.is_valid, batch.reward),
-            shapes=[[np.shape(x) for x in jax.tree.leaves(minibatch)] for minibatch in minibatches],
-        )
+        check_equal(shapes=[[np.shape(x) for x in jax.tree.leaves(minibatch)] for minibatch in minibatches])
 
     with timer("update"), run.pulse("update"):
         metrics = {}

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh, NamedSharding
 
 from rljax.batching import PackConfig, layout, loss_mask
 from rljax.experiment.build import Run, build, held_out_examples, stack_rows
@@ -17,7 +18,7 @@ from rljax.experiment.sft import check_demonstrations, demonstration, longest_de
 from rljax.models import abstract_params
 from rljax.parallel import batch_sharding, chip_of, is_main_process, replicated, topology_devices, traffic
 from rljax.text import render_prompt
-from rljax.types import Rows, TrainBatch, Trajectory
+from rljax.types import Packed, Rows, TrainBatch, Trajectory
 
 _ADVICE = {
     "parameters": "a larger config.mesh.fsdp or config.mesh.tensor",
@@ -210,30 +211,39 @@ def worst_batch(run: Run) -> TrainBatch:
     plan = run.algorithm.plan
     like = packing.row_index.shape
 
-    # Laid out as the learner puts them.
-    everywhere = replicated(run.mesh)
-    split = batch_sharding(run.mesh, axis=1)
+    def empty(shape, dtype):
+        return np.broadcast_to(np.zeros((), dtype), shape)
 
-    def shaped(shape, dtype, where=everywhere):
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=where)
+    real = empty(like, np.float32)
+    of_row = empty(like[:2], np.float32)
+    rows = Rows(
+        row_index=empty(like, np.int32),
+        loss_mask=empty(like, bool),
+        loss_weights=real,
+        token_count=empty(like[:1], np.float32),
+        advantages=real,
+        behavior_logprobs=real,
+        old_logprobs=real,
+        source=empty(like[:2], np.int32),
+        ref_logprobs=real if plan.needs_ref else None,
+        uniforms=real if plan.needs_uniforms else None,
+        columns={column.name: of_row if column.per == "row" else real for column in plan.columns},
+    )
+    return in_shapes(TrainBatch(packed=packing.packed, rows=rows), run.mesh)
 
-    real = shaped(like, np.float32)
-    of_row = shaped(like[:2], np.float32)
-    return TrainBatch(
-        packed=jax.tree.map(lambda x: shaped(x.shape, x.dtype, split), packing.packed),
-        rows=Rows(
-            row_index=shaped(like, np.int32),
-            loss_mask=shaped(like, bool),
-            loss_weights=real,
-            token_count=shaped(like[:1], np.float32),
-            advantages=real,
-            behavior_logprobs=real,
-            old_logprobs=real,
-            source=shaped(like[:2], np.int32),
-            ref_logprobs=real if plan.needs_ref else None,
-            uniforms=real if plan.needs_uniforms else None,
-            columns={column.name: of_row if column.per == "row" else real for column in plan.columns},
-        ),
+
+def in_shapes(batch: TrainBatch, mesh: Mesh) -> TrainBatch:
+    """A minibatch as `jax.ShapeDtypeStruct`s, laid out as a learner puts it."""
+
+    def like(tree: Any, sharding: NamedSharding) -> Any:
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree)
+
+    split = batch_sharding(mesh, axis=1)
+    everywhere = replicated(mesh)
+    return jax.tree.map(
+        lambda part: like(part, split if isinstance(part, Packed) else everywhere),
+        batch,
+        is_leaf=lambda part: isinstance(part, Packed | Rows),
     )
 
 

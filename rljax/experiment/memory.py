@@ -80,8 +80,8 @@ def phases(run: Run, batch: TrainBatch, plans: Sequence[DecoderPlan]) -> list[Ph
     if scores(run):
         found.append(Phase("score", training, _scoring(run.learner, batch)))
     if run.critic is not None:
-        found.append(Phase("critic", training, _updating(run.critic.learner, batch)))
-    return [*found, Phase("update", training, _updating(run.learner, batch))]
+        found.append(Phase("critic", training, predict_update(run.critic.learner, batch)))
+    return [*found, Phase("update", training, predict_update(run.learner, batch))]
 
 
 def scores(run: Run) -> bool:
@@ -156,8 +156,8 @@ def _compile(
     return Compiled(phase, name, seconds, compiled_memory(compiled), found, lacks)
 
 
-def _updating(learner: Learner, batch: TrainBatch) -> dict[str, int]:
-    """What an update adds: the most of its forward and backward pass at one of three places."""
+def predict_update(learner: Learner, batch: TrainBatch) -> dict[str, int]:
+    """What an update of a learner on a mesh adds, by part: the most of three places in its passes."""
     config = learner.config
     microbatches = batch.packed.tokens.shape[0]
     trainable = learner.abstract_state().trainable

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from rljax.batching import PackConfig, layout, loss_mask
 from rljax.experiment.build import Run, build, held_out_examples, stack_rows
@@ -219,14 +220,18 @@ def worst_batch(run: Run) -> TrainBatch:
         columns={column.name: of_tokens for column in plan.columns if column.per != "row"},
         row_columns={column.name: of_row for column in plan.columns if column.per == "row"},
     )
-    # Laid out as the learner puts them.
-    everywhere = replicated(run.mesh)
-    split = batch_sharding(run.mesh, axis=1)
+    return in_shapes(TrainBatch(packed=packing.packed, rows=rows), run.mesh)
 
-    def shaped(x):
+
+def in_shapes(batch: TrainBatch, mesh: Mesh) -> TrainBatch:
+    """A minibatch as `jax.ShapeDtypeStruct`s, laid out as a learner puts it."""
+    split = batch_sharding(mesh, axis=1)
+    everywhere = replicated(mesh)
+
+    def shaped(x: Any) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=split if np.ndim(x) > 1 else everywhere)
 
-    return jax.tree.map(shaped, TrainBatch(packed=packing.packed, rows=rows))
+    return jax.tree.map(shaped, batch)
 
 
 def device_memory(run: Run) -> tuple[int, str]:

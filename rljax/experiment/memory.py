@@ -80,8 +80,8 @@ def phases(run: Run, batch: TrainBatch, plans: Sequence[DecoderPlan]) -> list[Ph
     if scores(run):
         found.append(Phase("score", training, _scoring(run.learner, batch)))
     if run.critic is not None:
-        found.append(Phase("critic", training, _updating(run.critic.learner, batch)))
-    return [*found, Phase("update", training, _updating(run.learner, batch))]
+        found.append(Phase("critic", training, predict_update(run.critic.learner, batch)))
+    return [*found, Phase("update", training, predict_update(run.learner, batch))]
 
 
 def scores(run: Run) -> bool:
@@ -156,14 +156,8 @@ def _compile(
     return Compiled(phase, name, seconds, compiled_memory(compiled), found, lacks)
 
 
-# Arrays that exist at a time where a product, its gradient and what they are made of meet: of a chunk of logits
-# (float32, between two and three), of a block of attention scores (logits, weights and the gradient of either).
-_LOGITS = 2.5
-_SCORES = 3
-
-
-def _updating(learner: Learner, batch: TrainBatch) -> dict[str, int]:
-    """What an update adds: the most of its forward and backward pass at one of three places."""
+def predict_update(learner: Learner, batch: TrainBatch) -> dict[str, int]:
+    """What an update of a learner on a mesh adds, by part: the most of three places in its passes."""
     config = learner.config
     microbatches = batch.packed.tokens.shape[0]
     trainable = learner.abstract_state().trainable
@@ -171,9 +165,10 @@ def _updating(learner: Learner, batch: TrainBatch) -> dict[str, int]:
 
     layers = _layers(learner, batch)
     head = _head(learner, batch)
-    # The table's gradient is added up whole on each device, and then shared out.
-    embedding = config.vocab_size * config.embed_dim * 4 // _tensor(learner)
+    # Gradients of the table are added up whole on each device, and then shared out; of a tied one, two wait for that.
+    table = config.vocab_size * config.embed_dim * 4 // _tensor(learner)
     is_split = batch_parts(_mesh(learner)) > 1
+    embedding = (2 if config.tied_embeddings else 1) * table if is_split else table
 
     held = {"activations": layers["activations"]}
     if microbatches > 1:
@@ -181,7 +176,8 @@ def _updating(learner: Learner, batch: TrainBatch) -> dict[str, int]:
         held["sum of gradients"] = gradients
     at_head = held | head
     in_layers = held | {"gradients": gradients, "a layer": layers["a layer"]}
-    at_embedding = held | {"gradients": gradients} | ({"embedding gradient": embedding} if is_split else {})
+    at_embedding = held | {"gradients": gradients, "embedding gradient": embedding}
+    at_embedding["activations"] = 0
     return max(at_head, in_layers, at_embedding, key=lambda parts: sum(parts.values()))
 
 
@@ -228,14 +224,17 @@ def _head(learner: Learner, batch: TrainBatch, *, backward: bool = True) -> dict
     tensor = _tensor(learner)
     parts = batch_parts(_mesh(learner))
     _, rows, scored = batch.packed.score_index.shape
-    chunk = min(learner.update_config.head_chunk, rows // parts * scored)
+    tokens = rows // parts * scored
+    chunk = min(learner.update_config.head_chunk, tokens)
     size = config.vocab_size * config.embed_dim // tensor
-    logits = int((_LOGITS if backward else 2) * chunk * config.vocab_size * 4 // tensor)
-    return {
-        "vocabulary head": size * np.dtype(config.dtype).itemsize,
-        **({"its gradient": size * 4} if backward else {}),
-        "logits": logits,
-    }
+    width = np.dtype(config.dtype).itemsize
+    logits = chunk * config.vocab_size // tensor
+
+    found = {"vocabulary head": size * width}
+    if backward:
+        # The sum so far, and beside it what the newest chunk adds; a gradient of logits is of the compute dtype.
+        found["its gradient"] = size * 4 * (2 if chunk < tokens else 1)
+    return found | {"logits": logits * (width if backward and chunk < tokens else 8)}
 
 
 def _layers(learner: Learner, batch: TrainBatch, *, backward: bool = True) -> dict[str, int]:
@@ -270,7 +269,9 @@ def _layers(learner: Learner, batch: TrainBatch, *, backward: bool = True) -> di
     kept = forward(options["remat"])
     whole = kept if not options["remat"] else forward(False)
     weights = sum(math.prod(x.shape[1:]) for x in jax.tree.leaves(abstract_params(own)["layers"]))
-    scores = _SCORES * rows // parts * own.num_heads * length * max(length // MAX_BLOCKS, MIN_BLOCK) * 4
+    # Blocks of queries need nothing of each other, so the compiler runs them side by side: logits and weights of all.
+    blocks = min(MAX_BLOCKS, -(-length // MIN_BLOCK))
+    scores = 2 * (rows // parts) * own.num_heads * length**2 * (blocks + 1) // (2 * blocks) * 4
     copies = np.dtype(config.dtype).itemsize + (4 if backward else 0)
     layer = weights * copies + scores
     if options["remat"] or not backward:

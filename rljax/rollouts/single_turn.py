@@ -13,7 +13,7 @@ import numpy as np
 
 from rljax.parallel import is_main_process, on_main
 from rljax.plans import ForkPlan, RolloutPlan
-from rljax.rollouts.actor import GroupRequest, RolloutSettings, ScoredGroup
+from rljax.rollouts.actor import Decoder, GroupRequest, RolloutSettings, ScoredGroup
 from rljax.rollouts.config import ActorParts, chains_of, make_rewards, stops_of
 from rljax.rollouts.forks import ForkRounds
 from rljax.rollouts.lagged import LaggedChains
@@ -189,6 +189,10 @@ class SingleTurnActor(QueuedActor):
     def for_evaluation(self, sampling: SamplingParams) -> "SingleTurnActor":
         settings = replace(self.settings, sampling=sampling)
         return SingleTurnActor(self.sampler, self.tokenizer, self.rewards, settings)
+
+    @property
+    def decoders(self) -> Sequence[Decoder]:
+        return (self.sampler,) if self.lagged is None else (self.lagged.chains, self.lagged.forks)
 
     def cache_bytes(self) -> int:
         return self.sampler.cache_bytes() if self.lagged is None else self.lagged.cache_bytes()

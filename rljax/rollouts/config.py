@@ -80,7 +80,7 @@ class TurnsConfig:
     context_length: int = 1024
     """Tokens of a whole episode. It must fit into `config.update.pack_length`."""
     decode_rows: int = 0
-    """Turns that decode at once; 0 is one for each episode of a step."""
+    """Turns that decode at once; 0 is one for each episode of a step. At most `conversations` do."""
     conversations: int = 0
     """Conversations whose keys and values are kept on the device; 0 is one for each episode under way."""
     prefill_chunks: tuple[int, ...] = (16, 64, 256)

@@ -1,5 +1,6 @@
 """Mesh, sharding rules and multi-host helpers."""
 
+from rljax.parallel.compile_cache import keep_compiled
 from rljax.parallel.config import MeshConfig
 from rljax.parallel.distributed import (
     barrier,
@@ -48,6 +49,7 @@ __all__ = [
     "gather",
     "initialize_distributed",
     "is_main_process",
+    "keep_compiled",
     "make_mesh",
     "named_sharding",
     "on_cluster",

@@ -231,21 +231,19 @@ class Learner:
             width=self._packing.sizes.width,
             count=update.compile_ahead,
         )
-        for done, sizes in enumerate(likely, 1):
+        # The first goes round twice: what an update returns may lie otherwise than what the state began with.
+        for done, sizes in enumerate([likely[0], *likely]):
             empty = self._put(emptied(train_batch, sizes))
             if empty.rows.old_logprobs is not None or empty.rows.ref_logprobs is not None:
                 self._score_minibatch(self.policy_params(state), empty)
-            counters = jax.tree.map(np.asarray, (state.step, state.skipped))
             with self._on_mesh():
                 trainable, opt_state, step, skipped, _, finite = self._update(*self._arguments(state, empty))
             self._guard.observe(skipped, finite)
-            # An update of nothing changes no weight, but it counts as a step. Without a mesh the counters stay
-            # uncommitted, as updates leave them: committed ones would be other arguments, and compile again.
-            where = None if self.mesh is None else (step.sharding, skipped.sharding)
-            step, skipped = jax.device_put(counters, where)
-            fields = dict(trainable=trainable, opt_state=opt_state, step=step, skipped=skipped)
+            # An update of nothing changes no weight, but it counts as a step.
+            fields = dict(trainable=trainable, opt_state=opt_state, step=step - 1, skipped=skipped)
             state = state.replace(**fields)  # type: ignore[attr-defined]
-            say(done, len(likely))
+            if done:
+                say(done, len(likely))
         return state
 
     def update(self, state: TrainState, train_batch: TrainBatch) -> tuple[TrainState, Metrics]:

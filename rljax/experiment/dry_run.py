@@ -26,7 +26,7 @@ _ADVICE = {
     "critic": "a larger config.mesh.fsdp, or an algorithm without a critic",
     "decoder weights": "a larger config.mesh.tensor, or config.model.dtype=bfloat16",
     "KV cache": "fewer config.actor.prompt_slots x sample_slots (or conversations), or a smaller max_new_tokens",
-    "activations": "config.update.remat=True, or a smaller config.update.pack_length or microbatch_size",
+    "activations": "config.update.remat=attention_saved, or a smaller config.update.pack_length or microbatch_size",
     "logits": "a smaller config.update.head_chunk",
 }
 
@@ -174,7 +174,7 @@ def predict_memory(run: Run, batch: TrainBatch) -> dict[str, int]:
     """Bytes per device by part, from shapes and shardings alone.
 
     Activations are what the backward pass keeps of one microbatch: per token and layer the inputs of each product, or
-    with remat the layer's input alone (and one layer's worth while it is recomputed).
+    with remat what its policy saves (and one layer's worth while it is recomputed).
     """
     config = run.config
     state = run.learner.abstract_state()
@@ -216,7 +216,7 @@ def predict_memory(run: Run, batch: TrainBatch) -> dict[str, int]:
     }
 
 
-def _activation_bytes(decoder: DecoderConfig, sequences: int, length: int, tensor: int, *, remat: bool) -> int:
+def _activation_bytes(decoder: DecoderConfig, sequences: int, length: int, tensor: int, *, remat: str) -> int:
     """Of one microbatch of `sequences` packed sequences on a device, whose weights are split `tensor` ways."""
     tokens = sequences * length
     width = np.dtype(decoder.dtype).itemsize
@@ -224,10 +224,13 @@ def _activation_bytes(decoder: DecoderConfig, sequences: int, length: int, tenso
     per_layer = tokens * width * (4 * decoder.embed_dim + heads + 3 * decoder.mlp_dim // tensor)
     # Half of the scores are invisible to their query.
     scores = sequences * decoder.num_heads // tensor * length * length * 4 // 2
-    if not remat:
+    if remat == "none":
         return (per_layer + scores) * decoder.num_layers
 
     inputs = tokens * width * decoder.embed_dim * decoder.num_layers
+    if remat == "attention_saved":
+        # the result, and the log-sum-exp of each query in float32
+        inputs += tokens * decoder.num_heads // tensor * (decoder.head_dim * width + 4) * decoder.num_layers
     return inputs + per_layer + scores
 
 

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Bool, Float, Int
 
-from rljax.models.attention import MASKED, score_divisor
+from rljax.models.attention import MASKED, named, score_divisor
 
 GPU_BLOCK, TPU_BLOCK = 64, 128
 """Queries and keys of a block: what registers hold of the backward pass; the lanes of a vector register."""
@@ -103,7 +103,7 @@ def _attend(options: _Options, q, k, v, positions, subtree_end, window) -> Array
 
 def _attend_forward(options, q, k, v, positions, subtree_end, window):
     arrays = (q, k, v, positions, subtree_end, window)
-    out, normaliser = _on_device(_forward, options, *arrays)
+    out, normaliser = named(*_on_device(_forward, options, *arrays))
     return out, (*arrays, out, normaliser)
 
 

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 from rljax.batching import PackConfig
+from rljax.models import Remat
 from rljax.settings import field
 from rljax.training.optimizers import OptimizerConfig
 
@@ -34,8 +35,9 @@ class UpdateConfig(PackConfig):
     head_chunk: int = field(default=512, least=1)
     """Tokens whose logits exist at a time. Lower it to save memory, raise it for speed with a small vocabulary."""
 
-    remat: bool = False
-    """Recompute the activations of a layer in the backward pass: much less memory for about a third more time."""
+    remat: Remat = "none"
+    """What the backward pass computes again: `none`; `attention_saved`, a layer from its input but for the attention
+    itself (much less memory, for about a quarter more time); `full`, the attention as well (a little less memory)."""
 
     attention_kernel: bool = False
     """Train long packed sequences with kernels that leave out blocks which see nothing, on a GPU or TPU. A CPU, and

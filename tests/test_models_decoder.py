@@ -244,7 +244,7 @@ def test_scanned_unrolled_and_rematerialised_layers_agree(name):
 
 
 def test_saved_attention_costs_its_result_and_log_sum_exp_and_is_not_computed_again():
-    """Of the program of a gradient: how often a softmax looks for its largest score, and what the backward pass keeps."""
+    """Of the program of a gradient: how often a softmax looks for its largest score, and what is kept for that."""
     config = CONFIGS["tied_llama3"]
     params = abstract_params(config)
     tokens, positions, ends = (jnp.asarray(x) for x in forest()[:3])

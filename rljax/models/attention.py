@@ -23,7 +23,7 @@ MASKED = -1e30
 """Score of an invisible key: finite, so that a padding query, which sees nothing, yields no NaN."""
 
 SAVED = ("attention", "attention_normaliser")
-"""Names under which a remat policy finds the result and the log-sum-exp, all that a backward pass needs beside q, k, v."""
+"""Names by which a remat policy keeps the result and the log-sum-exp, all that a backward pass needs beside q, k, v."""
 
 MIN_BLOCK = 128
 """Fewest queries of a block."""

@@ -39,9 +39,10 @@ class UpdateConfig(PackConfig):
     """What the backward pass computes again: `none`; `attention_saved`, a layer from its input but for the attention
     itself (much less memory, for about a quarter more time); `full`, the attention as well (a little less memory)."""
 
-    attention_kernel: bool = False
-    """Train long packed sequences with kernels that leave out blocks which see nothing, on a GPU or TPU. A CPU, and
-    short sequences, keep the XLA form whatever it says."""
+    attention_kernel: bool | None = None
+    """Train packed sequences of 1024 tokens and more with kernels that leave out blocks which see nothing. None does so
+    on a TPU, for which they have been compiled at lengths up to 128k; True on a GPU too, with kernels that jax is about
+    to drop. A CPU, and short sequences, keep the XLA form whatever it says."""
 
     max_skipped: int = field(default=5, least=1)
     """Updates in a row that may be skipped for a loss or gradient that is not finite; the run stops at this number."""

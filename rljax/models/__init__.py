@@ -3,6 +3,7 @@
 from rljax.models.attention import Attention, forest_attention, kernel_attention
 from rljax.models.config import DecoderConfig, RopeScaling
 from rljax.models.decoder import (
+    Remat,
     abstract_params,
     apply_layer,
     embed,
@@ -25,6 +26,7 @@ __all__ = [
     "Attention",
     "DecoderConfig",
     "Metadata",
+    "Remat",
     "RopeScaling",
     "abstract_params",
     "apply_layer",

@@ -20,6 +20,7 @@ from jaxtyping import Array, Bool, Float, Int
 from rljax.models import (
     Attention,
     DecoderConfig,
+    Remat,
     forest_attention,
     head_params,
     hidden_states,
@@ -39,7 +40,7 @@ def score_tokens(
     sampling_params: SamplingParams | None = None,
     *,
     chunk: int = 512,
-    remat: bool = False,
+    remat: Remat = "none",
     scan: bool = True,
     attention: Attention = forest_attention,
 ) -> tuple[Float[Array, "R K"], Float[Array, "R K"]]:
@@ -66,7 +67,7 @@ def score_values(
     sampling_params: SamplingParams | None = None,
     *,
     chunk: int = 512,
-    remat: bool = False,
+    remat: Remat = "none",
     scan: bool = True,
     attention: Attention = forest_attention,
 ) -> tuple[Float[Array, "R K"], Float[Array, "R K"]]:

@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Float
 from rljax.batching import Packing, bare_rows, emptied, layout, likely_sizes, loss_mask, pack, take_rows
 from rljax.models import DecoderConfig, forest_attention, kernel_attention
 from rljax.ops import row_uniforms
-from rljax.parallel import batch_parts, put_batch, put_host, replicated, to_host, use_mesh
+from rljax.parallel import batch_parts, platform, put_batch, put_host, replicated, to_host, use_mesh
 from rljax.sampling import SamplingParams
 from rljax.training.config import UpdateConfig
 from rljax.training.guard import Guard
@@ -88,7 +88,7 @@ class Learner:
             score_options={
                 "chunk": update.head_chunk,
                 "remat": update.remat,
-                "attention": kernel_attention if update.attention_kernel else forest_attention,
+                "attention": kernel_attention if _takes_kernels(update, mesh) else forest_attention,
             },
             updates_once=update.minibatches * update.epochs == 1,
             use_sampler_logprobs=update.use_sampler_logprobs,
@@ -340,6 +340,12 @@ def _draw(key, row_id, *, width: int) -> Array:
 @jax.jit
 def _mix(trainable, reference, weight):
     return jax.tree.map(lambda p, r: (weight * p + (1 - weight) * r).astype(r.dtype), trainable, reference)
+
+
+def _takes_kernels(update: UpdateConfig, mesh: Mesh | None) -> bool:
+    if update.attention_kernel is None:
+        return platform(mesh) == "tpu"
+    return update.attention_kernel
 
 
 def _is_plain(sampling: SamplingParams) -> bool:

@@ -198,9 +198,9 @@ def predict_memory(run: Run, batch: TrainBatch) -> dict[str, int]:
     )
     decoder_weights = _bytes(as_computed, param_shardings(decoder, run.mesh, DECODE_RULES))
 
-    # Logits in float32, their gradient and what the softmax keeps of them.
-    chunk = min(config.update.head_chunk, sequences * batch.packed.score_index.shape[-1])
-    logits = chunk * decoder.vocab_size * 4 * 3 // (parts * tensor)
+    # Logits in float32, their gradient and what the softmax keeps of them, of a chunk on each device.
+    chunk = min(config.update.head_chunk, sequences // parts * batch.packed.score_index.shape[-1])
+    logits = chunk * decoder.vocab_size * 4 * 3 // tensor
 
     return {
         "parameters": weights + _bytes(state.base),

@@ -1,5 +1,6 @@
-"""Mesh, sharding rules and multi-host helpers."""
+"""Mesh, sharding rules, several hosts, and what compiled programs move between devices."""
 
+from rljax.parallel.compiled import Collective, CompiledMemory, collectives, compiled_memory, traffic
 from rljax.parallel.config import MeshConfig
 from rljax.parallel.distributed import (
     barrier,
@@ -18,6 +19,7 @@ from rljax.parallel.sharding import (
     RULES,
     AnyMesh,
     Rules,
+    Shard,
     batch_parts,
     batch_sharding,
     constrain,
@@ -29,6 +31,7 @@ from rljax.parallel.sharding import (
     replicated,
     reshard,
     shardings,
+    split_axes,
     split_over,
 )
 
@@ -37,12 +40,17 @@ __all__ = [
     "MESH_AXES",
     "RULES",
     "AnyMesh",
+    "Collective",
+    "CompiledMemory",
     "MeshConfig",
     "Rules",
+    "Shard",
     "barrier",
     "batch_parts",
     "batch_sharding",
     "check_equal",
+    "collectives",
+    "compiled_memory",
     "constrain",
     "end_together",
     "gather",
@@ -60,7 +68,9 @@ __all__ = [
     "replicated",
     "reshard",
     "shardings",
+    "split_axes",
     "split_over",
     "to_host",
+    "traffic",
     "use_mesh",
 ]

@@ -32,7 +32,8 @@ class UpdateConfig(PackConfig):
     rounding."""
 
     head_chunk: int = field(default=512, least=1)
-    """Tokens whose logits exist at a time. Lower it to save memory, raise it for speed with a small vocabulary."""
+    """Tokens of one device whose logits exist at a time. Lower it to save memory, raise it for speed with a small
+    vocabulary; what devices send each other stays the same."""
 
     remat: bool = False
     """Recompute the activations of a layer in the backward pass: much less memory for about a third more time."""

@@ -17,6 +17,7 @@ from rljax.models.cache import (
     cached_attention,
     constrain_cache,
     layer_cache,
+    ring_size,
     send_entry,
     write_column,
     write_entry,
@@ -209,7 +210,7 @@ def decode(
     paths, the columns of a row that ends stay as they are until the call returns. `params` are those of
     `decode_weights`. Returns (cache, next column, steps, active, emitted).
     """
-    ring = cache.suffix_v[0].shape[3]
+    ring = ring_size(cache)
     shape = rows.token.shape
     # Numbers of all steps at once: one draw of many is faster than many of one. A row at step t of the run uses
     # uniforms[t], which belong to the t-th token from its own `steps` on.
@@ -312,7 +313,7 @@ def _force(rows: DecodeRows, steps: Array, token: Array, logprob: Array, entropy
 def _forward(config, params, cache: KVCache, token, prefix_length, steps, column, writes) -> tuple[Array, KVCache]:
     """Final-normed hidden states [P, G, D] of one new token a row, and the cache with the keys and values of the rows
     that `writes` marks, or of all."""
-    ring = cache.suffix_v[0].shape[3]
+    ring = ring_size(cache)
     # How many steps ago each column of the ring was written; the column of this step is 0 steps old.
     age = (column - jnp.arange(ring)) % ring
     rotary = rotary_table(config, prefix_length[:, None] + steps)

@@ -2,6 +2,7 @@
 
 import bisect
 import contextlib
+import dataclasses
 import time
 from collections.abc import Iterator, Sequence
 from typing import TypeVar
@@ -9,7 +10,17 @@ from typing import TypeVar
 import jax
 import numpy as np
 
-from rljax.models.cache import KVCache, PathMoves, cache_bytes, init_cache, keep_paths, lay_paths
+from rljax.models.cache import (
+    KVCache,
+    PathMoves,
+    cache_bytes,
+    init_cache,
+    keep_paths,
+    lay_paths,
+    resize_ring,
+    resized_column,
+    ring_size,
+)
 from rljax.models.config import DecoderConfig
 from rljax.parallel import batch_parts, platform, use_mesh
 from rljax.sampling.generate import DecodeRows, DecodeRun, copy_prompt, decode, prefill
@@ -29,7 +40,11 @@ _COUNTED = ("decode_steps", "row_steps", "prefill_tokens", "new_tokens", "forced
 
 T = TypeVar("T")
 
-_init_cache = jax.jit(init_cache, static_argnums=(0, 1, 2, 3, 4, 5))
+# Most steps of a run: a run fetches, and draws random numbers for, as many steps as it may have.
+_MOST_STEPS = 256
+
+_init_cache = jax.jit(init_cache, static_argnums=(0, 1, 2, 3, 4, 5, 6))
+_resize_ring = jax.jit(resize_ring, static_argnums=0)
 _keep_paths = jax.jit(keep_paths, donate_argnums=0)
 _lay_paths = jax.jit(lay_paths, donate_argnums=0)
 _prefill = jax.jit(prefill, static_argnums=0, donate_argnums=2)
@@ -95,11 +110,16 @@ class Sampler:
                     for length in (b for b in spec.prompt_buckets if b <= bucket):
                         for count in self._prefill_counts(length):
                             tokens = np.zeros((self._parts * count, length), np.int32)
-                            cache = _prefill(self.config, self._weights(), cache, tokens, tokens[:, 0])
-                    cache = _copy_prompt(cache, np.int32(0), np.int32(0))
-                    cache, *_ = self._decode(cache, idle, self._run(0, idle, sampling_params(), 0, 0))
-                    if spec.path_slots:
-                        cache = _lay_paths(_keep_paths(cache, self._moves([], [])), self._moves([], []))
+                            cache = self._prefill(self._weights(), cache, tokens, tokens[:, 0])
+                    cache = self._copy_prompt(cache, 0, 0)
+
+                    # The ring grows and shrinks from one of its sizes to the next.
+                    for size in (*spec.ring_sizes, *reversed(spec.ring_sizes[:-1])):
+                        cache, _ = self._resize_once(cache, 0, size)
+                        cache, *_ = self._decode(cache, idle, self._run(cache, 0, idle, sampling_params(), 0, 0))
+                        if spec.path_slots:
+                            none = self._moves(cache, [], [])
+                            cache = self._lay_paths(self._keep_paths(cache, none), none)
                 jax.block_until_ready(cache)
 
     def generate(
@@ -131,14 +151,15 @@ class Sampler:
                 # Give the idle rows what the host assigned to them.
                 start = time.perf_counter()
                 cache = self._load(params, cache, slots, loads)
+                cache, column = self._fit_ring(cache, column, slots.oldest() + 1)
                 if paths:
-                    cache = _lay_paths(cache, self._moves(paths, [column] * len(paths)))
+                    cache = self._lay_paths(cache, self._moves(cache, paths, [column] * len(paths)))
                 jax.block_until_ready(cache)
                 loaded = time.perf_counter()
 
                 # Decode until rows want new work.
                 before = slots.rows()
-                cache, *out = self._decode(cache, slots, self._run(column, slots, sampling, seed, step))
+                cache, *out = self._decode(cache, slots, self._run(cache, column, slots, sampling, seed, step))
                 next_column, steps, active, emitted = jax.device_get(out)
                 grown = steps - before.steps
                 forced = _forced_in_run(before, steps)
@@ -146,7 +167,7 @@ class Sampler:
                 # A row that ended keeps its columns until the next call: what forks may start from is copied now.
                 if ended := self._harvest(slots, grown, active, emitted):
                     ends = [column + int(grown[path.slot, path.row]) for path in ended]
-                    cache = _keep_paths(cache, self._moves(ended, ends))
+                    cache = self._keep_paths(cache, self._moves(cache, ended, ends))
                 column = int(next_column)
 
                 stats["decode_steps"] += int(grown.max())
@@ -167,13 +188,19 @@ class Sampler:
 
     def _decode(self, cache: KVCache, slots: Slots, run: DecodeRun):
         """One call of `decode` for the rows as they stand."""
-        length = self.spec.max_new_tokens
-        return _decode(self.config, self._stop_tokens, length, self._weights(), cache, slots.rows(), run)
+        most = self._most_steps(cache)
+        return _decode(self.config, self._stop_tokens, most, self._weights(), cache, slots.rows(), run)
 
-    def _run(self, column: int, slots: Slots, sampling: SamplingParams, seed: int, step: int) -> DecodeRun:
-        most = self.spec.max_new_tokens
-        if self._stop_strings.strings:
-            most = min(self.spec.check_every, most)
+    def _most_steps(self, cache: KVCache) -> int:
+        """Steps of a run at most."""
+        most = self.spec.check_every if self._stop_strings.strings else _MOST_STEPS
+        return min(most, ring_size(cache))
+
+    def _run(
+        self, cache: KVCache, column: int, slots: Slots, sampling: SamplingParams, seed: int, step: int
+    ) -> DecodeRun:
+        # No row may become older than the ring is long.
+        most = min(self._most_steps(cache), ring_size(cache) - slots.oldest())
         return DecodeRun(
             column=np.array(column, np.int32),
             sampling=sampling,
@@ -184,15 +211,65 @@ class Sampler:
             refill_rows=np.array(self.spec.rows_to_refill, np.int32),
         )
 
+    def _fit_ring(self, cache: KVCache, column: int, needed: int) -> tuple[KVCache, int]:
+        """The cache with a ring of at least `needed` columns, and its next column. A ring shrinks when half of the next
+        smaller size would do, so that it does not grow again at once."""
+        sizes = self.spec.ring_sizes
+        index = sizes.index(ring_size(cache))
+        while sizes[index] < needed:
+            index += 1
+            cache, column = self._resize_once(cache, column, sizes[index])
+        while index and 2 * needed <= sizes[index - 1]:
+            index -= 1
+            cache, column = self._resize_once(cache, column, sizes[index])
+        return cache, column
+
+    def _resize_once(self, cache: KVCache, column: int, size: int) -> tuple[KVCache, int]:
+        """The cache with a ring of `size` columns, and its next column."""
+        old = ring_size(cache)
+        if size == old:
+            return cache, column
+
+        # One layer at a time, so that the old ring and the new one never lie there both as a whole.
+        keys = []
+        values = []
+        for k, v in zip(cache.suffix_k, cache.suffix_v, strict=True):
+            new_k, new_v = _resize_ring(size, k, v, np.int32(column))
+            k.delete()
+            v.delete()
+            keys.append(new_k)
+            values.append(new_v)
+        cache = dataclasses.replace(cache, suffix_k=tuple(keys), suffix_v=tuple(values))
+        return cache, resized_column(column, old, size)
+
+    # Programs are compiled for what they see of the cache: what prompts need goes without the ring, whose sizes are
+    # many, and what paths need without the prompts.
+
+    def _prefill(self, params: Params, cache: KVCache, tokens: np.ndarray, slots: np.ndarray) -> KVCache:
+        prompts = _prefill(self.config, params, _prompts(cache), tokens, slots)
+        return dataclasses.replace(cache, prefix_k=prompts.prefix_k, prefix_v=prompts.prefix_v)
+
+    def _copy_prompt(self, cache: KVCache, source: int, target: int) -> KVCache:
+        prompts = _copy_prompt(_prompts(cache), np.int32(source), np.int32(target))
+        return dataclasses.replace(cache, prefix_k=prompts.prefix_k, prefix_v=prompts.prefix_v)
+
+    def _keep_paths(self, cache: KVCache, moves: PathMoves) -> KVCache:
+        moved = _keep_paths(_completions(cache), moves)
+        return dataclasses.replace(moved, prefix_k=cache.prefix_k, prefix_v=cache.prefix_v)
+
+    def _lay_paths(self, cache: KVCache, moves: PathMoves) -> KVCache:
+        moved = _lay_paths(_completions(cache), moves)
+        return dataclasses.replace(moved, prefix_k=cache.prefix_k, prefix_v=cache.prefix_v)
+
     def _slots(self, requests: Sequence[Request]) -> Slots:
         return Slots(requests, self.spec)
 
-    def _moves(self, paths: Sequence[Path], ends: Sequence[int]) -> PathMoves:
+    def _moves(self, cache: KVCache, paths: Sequence[Path], ends: Sequence[int]) -> PathMoves:
         """What the device needs to move these paths; `ends` are the ring columns after the last of each."""
         # Of one size, whatever the number of paths, so that one program serves all.
         columns = np.zeros((4, self.spec.prompt_slots * self.spec.sample_slots), np.int32)
         for i, (path, end) in enumerate(zip(paths, ends, strict=True)):
-            columns[:, i] = path.slot, path.row, path.path, (end - path.steps) % self.spec.max_new_tokens
+            columns[:, i] = path.slot, path.row, path.path, (end - path.steps) % ring_size(cache)
         slot, row, index, first = columns
         return PathMoves(slot=slot, row=row, path=index, column=first, count=np.array(len(paths), np.int32))
 
@@ -244,12 +321,12 @@ class Sampler:
                         prefix = slots.requests[entry.request].prompt[:-1]
                         tokens[i, : len(prefix)] = prefix
                         where[i] = entry.slot
-                cache = _prefill(self.config, params, cache, tokens, where)
+                cache = self._prefill(params, cache, tokens, where)
 
         # Copies come last: their source may have been prefilled just now.
         for load in loads:
             if load.source is not None:
-                cache = _copy_prompt(cache, np.int32(load.source), np.int32(load.slot))
+                cache = self._copy_prompt(cache, load.source, load.slot)
         return cache
 
     def _bucket(self, length: int) -> int:
@@ -274,7 +351,13 @@ class Sampler:
     def _new_cache(self, bucket: int) -> KVCache:
         spec = self.spec
         return _init_cache(
-            self.config, spec.prompt_slots, spec.sample_slots, bucket, spec.max_new_tokens, spec.path_slots
+            self.config,
+            spec.prompt_slots,
+            spec.sample_slots,
+            bucket,
+            spec.ring_sizes[0],
+            spec.path_slots,
+            spec.max_new_tokens,
         )
 
     def _weights(self) -> Params:
@@ -325,6 +408,16 @@ class Sampler:
         ids = [request.prompt_id, *request.sample_ids]
         if wrong := [value for value in ids if not 0 <= value <= _LARGEST_ID]:
             raise ValueError(f"{where}: id {wrong[0]} must lie between 0 and {_LARGEST_ID}; hash it to 31 bits")
+
+
+def _prompts(cache: KVCache) -> KVCache:
+    """The prompts of a cache alone."""
+    return KVCache(prefix_k=cache.prefix_k, prefix_v=cache.prefix_v, suffix_k=(), suffix_v=())
+
+
+def _completions(cache: KVCache) -> KVCache:
+    """The ring and the paths of a cache alone."""
+    return dataclasses.replace(cache, prefix_k=(), prefix_v=())
 
 
 def _forced_in_run(before: DecodeRows, steps: np.ndarray) -> int:

@@ -24,7 +24,7 @@ from rljax.models.cache import (
 from rljax.models.config import DecoderConfig
 from rljax.parallel import batch_parts, platform, use_mesh
 from rljax.sampling.generate import DecodeRows, DecodeRun, copy_prompt, decode, prefill
-from rljax.sampling.logits import SamplingParams, sampling_params
+from rljax.sampling.logits import Rules, SamplingParams, rules_of, sampling_params
 from rljax.sampling.slots import FinishReason, Load, Path, Request, Sample, Slots
 from rljax.sampling.spec import NO_STOPS, SamplerSpec, Stops
 from rljax.sampling.stopping import StopStrings
@@ -49,7 +49,7 @@ _keep_paths = jax.jit(keep_paths, donate_argnums=0)
 _lay_paths = jax.jit(lay_paths, donate_argnums=0)
 _prefill = jax.jit(prefill, static_argnums=0, donate_argnums=2)
 _copy_prompt = jax.jit(copy_prompt, donate_argnums=0)
-_decode = jax.jit(decode, static_argnums=(0, 1, 2), donate_argnums=4)
+_decode = jax.jit(decode, static_argnums=(0, 1, 2, 7), donate_argnums=4)
 
 
 class Sampler:
@@ -84,6 +84,8 @@ class Sampler:
         self._stop_tokens = tuple(sorted(set(stops.tokens)))
         self._stop_strings = StopStrings(stops)
         self._params: Params | None = None
+        # None until a warm-up; then those that have a program of their own.
+        self._rules: set[Rules] | None = None
 
     def set_params(self, params: Params) -> None:
         """Takes a copy of the weights to sample with; the last copy is freed first. `params` may lie on the devices of
@@ -96,9 +98,11 @@ class Sampler:
         """Samples with the weights that another sampler of this model and mesh holds; nothing is copied."""
         self._params = other._weights()
 
-    def warmup(self) -> None:
-        """Compiles every program that `generate` can need."""
+    def warmup(self, *samplings: SamplingParams) -> None:
+        """Compiles every program that `generate` can need. One that draws by `samplings`, or by others that have the
+        same parts on, then has a faster program of its own; all others share one."""
         spec = self.spec
+        self._rules = {rules_of(sampling) for sampling in samplings}
         idle = self._slots([])
 
         # A cache belongs to a bucket, and prompts of all smaller buckets are prefilled into it too.
@@ -116,7 +120,9 @@ class Sampler:
                     # The ring grows and shrinks from one of its sizes to the next.
                     for size in (*spec.ring_sizes, *reversed(spec.ring_sizes[:-1])):
                         cache, _ = self._resize_once(cache, 0, size)
-                        cache, *_ = self._decode(cache, idle, self._run(cache, 0, idle, sampling_params(), 0, 0))
+                        for rules in (None, *self._rules):
+                            run = self._run(cache, 0, idle, sampling_params(), 0, 0)
+                            cache, *_ = self._decode(cache, idle, run, rules)
                         if spec.path_slots:
                             none = self._moves(cache, [], [])
                             cache = self._lay_paths(self._keep_paths(cache, none), none)
@@ -138,6 +144,7 @@ class Sampler:
             if not 0 <= value <= _LARGEST_ID:
                 raise ValueError(f"{name}={value} must lie between 0 and {_LARGEST_ID}")
         params = self._weights()
+        rules = known_rules(sampling, self._rules)
         slots = self._slots(requests)
         bucket = self._bucket(max((len(request.prompt) for request in requests), default=1))
         stats = dict.fromkeys(_COUNTED, 0)
@@ -159,7 +166,7 @@ class Sampler:
 
                 # Decode until rows want new work.
                 before = slots.rows()
-                cache, *out = self._decode(cache, slots, self._run(cache, column, slots, sampling, seed, step))
+                cache, *out = self._decode(cache, slots, self._run(cache, column, slots, sampling, seed, step), rules)
                 next_column, steps, active, emitted = jax.device_get(out)
                 grown = steps - before.steps
                 forced = _forced_in_run(before, steps)
@@ -186,10 +193,10 @@ class Sampler:
         self.last_stats = {**stats, **seconds, "slot_occupancy": busy / max(stats.pop("row_steps"), 1)}
         return [[sample for sample in group if sample is not None] for group in slots.results]
 
-    def _decode(self, cache: KVCache, slots: Slots, run: DecodeRun):
+    def _decode(self, cache: KVCache, slots: Slots, run: DecodeRun, rules: Rules | None):
         """One call of `decode` for the rows as they stand."""
         most = self._most_steps(cache)
-        return _decode(self.config, self._stop_tokens, most, self._weights(), cache, slots.rows(), run)
+        return _decode(self.config, self._stop_tokens, most, self._weights(), cache, slots.rows(), run, rules)
 
     def _most_steps(self, cache: KVCache) -> int:
         """Steps of a run at most."""
@@ -441,6 +448,12 @@ def by_part(entries: Sequence[T], places: Sequence[int], parts: int, counts: Seq
                 batch += mine[:count] + [None] * (count - len(mine))
                 del mine[:count]
             yield batch
+
+
+def known_rules(sampling: SamplingParams, warm: set[Rules] | None) -> Rules | None:
+    """The rules of `sampling`, unless there was a warm-up that compiled no program for them."""
+    rules = rules_of(sampling)
+    return rules if warm is None or rules in warm else None
 
 
 def prefill_counts(length: int, rows: int, on: str) -> list[int]:

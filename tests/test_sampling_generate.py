@@ -9,7 +9,17 @@ import numpy as np
 import pytest
 
 from rljax.models import DecoderConfig, RopeScaling, hidden_states, init_params, logits
-from rljax.sampling import Request, Sampler, SamplerSpec, Stops, compile_count, process_logits, sampling_params
+from rljax.models.cache import resize_ring, resized_column, ring_size
+from rljax.sampling import (
+    Request,
+    Sampler,
+    SamplerSpec,
+    Stops,
+    compile_count,
+    process_logits,
+    sampling_params,
+    spec,
+)
 from rljax.sampling.slots import Slots
 from rljax.sampling.spec import NO_STOPS
 
@@ -205,6 +215,38 @@ def test_a_stop_string_ends_a_sample_at_the_token_that_completes_it(samples, che
             ends = [n for n in range(NEW + 1) if stop in decode(full.tokens[:n])]
             assert sample.tokens.tolist() == full.tokens[: ends[0] if ends else NEW].tolist()
             assert len(sample.logprobs) == len(sample.entropies) == len(sample.tokens)
+
+
+def test_a_step_reads_no_more_columns_than_the_oldest_row_needs(sampler, samples, monkeypatch):
+    """What a limit allows costs nothing: short completions run the programs of a short limit."""
+    monkeypatch.setattr(spec, "_SMALLEST_RING", 8)
+    columns = []
+    decode = Sampler._decode
+
+    def spy(self, cache, *rest):
+        columns.append(ring_size(cache))
+        return decode(self, cache, *rest)
+
+    monkeypatch.setattr(Sampler, "_decode", spy)
+    short = [request._replace(max_new_tokens=8) for request in make_requests()]
+    want = [[x.tokens[:8].tolist() for x in group] for group in samples]
+    roomy = make_sampler(max_new_tokens=100, prompt_buckets=(16,))
+    groups = roomy.generate(short, sampling_params(), seed=1, step=2)
+    assert [[x.tokens.tolist() for x in group] for group in groups] == want and set(columns) == {8}
+
+
+@pytest.mark.parametrize("old, size", [(8, 12), (12, 8), (4, 8), (8, 4), (5, 7)])
+def test_a_resized_ring_holds_the_same_columns_at_the_same_ages(old, size):
+    for written in (1, 3, old - 1, old, old + 2, 3 * old + 1):
+        ring = np.zeros(old, np.float32)
+        for step in range(written):
+            ring[step % old] = 1 + step
+        k = jnp.broadcast_to(ring, (1, 1, 1, 1, old))
+        column = written % old
+        new_k, new_v = resize_ring(size, k, k.swapaxes(3, 4), np.array(column))
+        following = resized_column(column, old, size)
+        for age in range(1, min(written, old, size) + 1):
+            assert new_k[0, 0, 0, 0, following - age] == new_v[0, 0, 0, following - age, 0] == 1 + written - age
 
 
 def test_decoding_ends_with_the_last_row():

@@ -31,7 +31,8 @@ class KVCache:
 
     The suffix is a ring: step `t` of the decoder writes column `t mod Ss` of every row. The last `n` columns written
     belong to a row that has run for `n` steps; older ones are its predecessor's. A row may therefore start at any step,
-    in any slot, and nothing is moved.
+    in any slot, and nothing is moved. A step reads the whole ring, which need not be longer than the oldest row:
+    `resize_ring` changes its length.
     """
 
     prefix_k: tuple[Float[Array, "P KV Sp hd"], ...]
@@ -42,10 +43,10 @@ class KVCache:
     """Keys of what follows, transposed: the products of a step, one query each, run faster so on a CPU."""
     suffix_v: tuple[Float[Array, "P KV G Ss hd"], ...]
     """Values of what follows."""
-    path_k: tuple[Float[Array, "P KV A hd Ss"], ...] = ()
+    path_k: tuple[Float[Array, "P KV A hd Sa"], ...] = ()
     """Keys of up to `A` samples of a slot's prompt, oldest column first, so that later samples can start from any of
     their tokens. Without paths there are none."""
-    path_v: tuple[Float[Array, "P KV A Ss hd"], ...] = ()
+    path_v: tuple[Float[Array, "P KV A Sa hd"], ...] = ()
     """Values of these samples."""
 
 
@@ -81,6 +82,7 @@ def init_cache(
     prefix_length: int,
     suffix_length: int,
     path_slots: int = 0,
+    path_length: int = 0,
 ) -> KVCache:
     """An empty cache in the compute dtype. Call it under `jax.jit`."""
 
@@ -97,8 +99,8 @@ def init_cache(
             prefix_v=zeros(prefix_length, head_dim),
             suffix_k=zeros(sample_slots, head_dim, suffix_length),
             suffix_v=zeros(sample_slots, suffix_length, head_dim),
-            path_k=zeros(path_slots, head_dim, suffix_length) if path_slots else (),
-            path_v=zeros(path_slots, suffix_length, head_dim) if path_slots else (),
+            path_k=zeros(path_slots, head_dim, path_length) if path_slots else (),
+            path_v=zeros(path_slots, path_length, head_dim) if path_slots else (),
         )
     )
 
@@ -154,15 +156,19 @@ def lay_paths(cache: KVCache, moves: PathMoves) -> KVCache:
 
 
 def _move(sources, targets, moves: PathMoves, source_index, target_index, turn, axis: int) -> tuple[Array, ...]:
-    """`target[slot, :, target_index][c] = source[slot, :, source_index][(c + turn) mod columns]`, layer by layer."""
+    """`target[slot, :, target_index][c] = source[slot, :, source_index][(c + turn) mod columns]`, layer by layer, for
+    the columns of the ring, which is as long as a path or shorter."""
 
     def move(source, target, shard):
+        columns = min(source.shape[axis], target.shape[axis])
+
         def one(i, target):
             slot = moves.slot[i]
             row = jax.lax.dynamic_index_in_dim(read_entry(source, slot, shard), source_index[i], 2)
+            row = jax.lax.slice_in_dim(row, 0, columns, axis=axis)
             # A slice of the row written twice is the row rolled by a traced number.
             twice = jnp.concatenate([row, row], axis)
-            row = jax.lax.dynamic_slice_in_dim(twice, turn[i] % row.shape[axis], row.shape[axis], axis)
+            row = jax.lax.dynamic_slice_in_dim(twice, turn[i] % columns, columns, axis)
             return write_entry(target, row, slot, shard, (0, target_index[i], 0, 0))
 
         return jax.lax.fori_loop(0, moves.count, one, target)
@@ -209,6 +215,34 @@ def _own(x: Array, index: Array, shard: Shard) -> tuple[Array, Array]:
     """The nearest place of this part to entry `index` of the whole array, and whether it is that entry's."""
     own = index - shard.number * x.shape[0]
     return jnp.clip(own, 0, x.shape[0] - 1), (own >= 0) & (own < x.shape[0])
+
+
+def resize_ring(
+    size: int, k: Float[Array, "P KV G hd Ss"], v: Float[Array, "P KV G Ss hd"], column: Int[ArrayLike, ""]
+) -> tuple[Float[Array, "P KV G hd Sn"], Float[Array, "P KV G Sn hd"]]:
+    """A layer's ring with `size` columns, of which the last written are those of the old one, as many as both have.
+
+    `column` is the next one to be written in the old ring, and `resized_column` that in the new one. No row may be
+    older than either ring is long.
+    """
+    old = k.shape[K_COLUMNS]
+    last = (jnp.asarray(column) - 1) % old
+    # The column of the same age; of an age that the old ring does not have, one that no row sees.
+    age = (last - jnp.arange(size)) % size
+    source = (last - age) % old
+    new_k = jnp.take(k, source, axis=K_COLUMNS)
+    new_v = jnp.take(v, source, axis=V_COLUMNS)
+    return constrain(new_k, SUFFIX_AXES), constrain(new_v, SUFFIX_AXES)
+
+
+def ring_size(cache: KVCache) -> int:
+    """Columns of the ring."""
+    return cache.suffix_v[0].shape[V_COLUMNS]
+
+
+def resized_column(column: int, old: int, size: int) -> int:
+    """The next column to be written in a ring that `resize_ring` has brought from `old` to `size` columns."""
+    return ((column - 1) % old + 1) % size
 
 
 def layer_cache(cache: KVCache, index: int) -> LayerCache:

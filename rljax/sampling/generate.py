@@ -17,6 +17,7 @@ from rljax.models.cache import (
     cached_attention,
     constrain_cache,
     layer_cache,
+    ring_size,
     send_entry,
     write_column,
     write_entry,
@@ -26,7 +27,7 @@ from rljax.models.decoder import apply_layer, embed, final_norm
 from rljax.models.head import logits
 from rljax.models.rope import rotary_table
 from rljax.parallel import constrain, on_shards
-from rljax.sampling.logits import SamplingParams, process_logits, sample_tokens
+from rljax.sampling.logits import Rules, SamplingParams, process_logits, sample_tokens
 from rljax.sampling.weights import product, product_of_few
 from rljax.types import ArrayLike, Params, struct
 
@@ -201,15 +202,17 @@ def decode(
     cache: KVCache,
     rows: DecodeRows,
     run: DecodeRun,
+    rules: Rules | None = None,
 ) -> tuple[KVCache, Int[Array, ""], Int[Array, "P G"], Bool[Array, "P G"], Emitted]:
     """Samples up to `run.max_steps <= buffer_length` tokens for every active row.
 
     Stops early when no row is active, or when `run.refill_rows` rows could be given new work: idle rows with samples of
     their own prompt waiting, and rows of wholly idle slots that would find other work. Where the cache has room for
     paths, the columns of a row that ends stay as they are until the call returns. `params` are those of
-    `decode_weights`. Returns (cache, next column, steps, active, emitted).
+    `decode_weights`; `rules`, static, those of `run.sampling`, or None to find out as the program runs. Returns
+    (cache, next column, steps, active, emitted).
     """
-    ring = cache.suffix_v[0].shape[3]
+    ring = ring_size(cache)
     shape = rows.token.shape
     # Numbers of all steps at once: one draw of many is faster than many of one. A row at step t of the run uses
     # uniforms[t], which belong to the t-th token from its own `steps` on.
@@ -217,7 +220,7 @@ def decode(
     if rows.drawn is not None:
         position += rows.drawn
     uniforms = token_uniforms(run.seed, run.step, rows.prompt_id[:, None], rows.sample_id, position)
-    greedy = jnp.asarray(run.sampling.temperature) <= 0
+    greedy = jnp.asarray(run.sampling.temperature) <= 0 if rules is None else rules.greedy
 
     def refillable(active):
         idle = jnp.sum(~active, axis=1)
@@ -236,7 +239,7 @@ def decode(
         hidden, cache = _forward(config, params, loop.cache, loop.token, rows.prefix_length, loop.steps, now, writes)
 
         raw = _suppress(rows, loop.steps, logits(config, params, hidden, vocab_first=True))
-        processed = process_logits(raw, run.sampling, axis=0)
+        processed = process_logits(raw, run.sampling, axis=0, rules=rules)
         token, logprob, entropy = sample_tokens(processed, uniforms[loop.step], greedy)
         if rows.forced.shape[-1]:
             token, logprob, entropy = _force(rows, loop.steps, token, logprob, entropy)
@@ -312,7 +315,7 @@ def _force(rows: DecodeRows, steps: Array, token: Array, logprob: Array, entropy
 def _forward(config, params, cache: KVCache, token, prefix_length, steps, column, writes) -> tuple[Array, KVCache]:
     """Final-normed hidden states [P, G, D] of one new token a row, and the cache with the keys and values of the rows
     that `writes` marks, or of all."""
-    ring = cache.suffix_v[0].shape[3]
+    ring = ring_size(cache)
     # How many steps ago each column of the ring was written; the column of this step is 0 steps old.
     age = (column - jnp.arange(ring)) % ring
     rotary = rotary_table(config, prefix_length[:, None] + steps)

@@ -188,6 +188,10 @@ class Slots:
             suppress_at=self._suppress_at if len(self._suppressed) else None,
         )
 
+    def oldest(self) -> int:
+        """Columns of the ring that the oldest active row has."""
+        return int(self._steps[self.active].max(initial=0))
+
     def other_work(self) -> np.ndarray:
         """bool [P]: whether a slot that runs dry may find work: in another prompt, or in a further round of its own."""
         others = bool(self._unloaded) or bool(self._lenders())

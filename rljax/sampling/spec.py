@@ -5,6 +5,8 @@ from collections.abc import Callable, Sequence
 
 from rljax.models.config import DecoderConfig
 
+_SMALLEST_RING = 64
+
 
 @dataclasses.dataclass(frozen=True)
 class Stops:
@@ -75,6 +77,12 @@ class SamplerSpec:
         )
 
     @property
+    def ring_sizes(self) -> tuple[int, ...]:
+        """Columns that the ring of completions may have; programs are compiled for each. A step reads all of them, so
+        the ring is as short as the oldest row allows."""
+        return (*_doublings(_SMALLEST_RING, self.max_new_tokens), self.max_new_tokens)
+
+    @property
     def rows_to_refill(self) -> int:
         """`refill_rows` as a number."""
         return self.refill_rows or max(1, self.prompt_slots * self.sample_slots // 16)
@@ -133,6 +141,15 @@ class TurnDecoderSpec:
 def _multiple(size: int, parts: int) -> int:
     """The smallest multiple of `parts` that is at least `size`."""
     return -(-size // parts) * parts
+
+
+def _doublings(first: int, end: int) -> list[int]:
+    """first, 2 first, 4 first ... below `end`."""
+    sizes = []
+    while first < end:
+        sizes.append(first)
+        first *= 2
+    return sizes
 
 
 def _check_positive(sizes: dict[str, int]) -> None:

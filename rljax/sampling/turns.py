@@ -27,9 +27,9 @@ from rljax.sampling.conversations import (
     lay_conversations,
 )
 from rljax.sampling.generate import DecodeRows, DecodeRun, decode
-from rljax.sampling.logits import SamplingParams
+from rljax.sampling.logits import Rules, SamplingParams, rules_of
 from rljax.sampling.plan import DecoderPlan, abstract_result, abstract_weights, lower_weights
-from rljax.sampling.sampler import by_part, prefill_counts
+from rljax.sampling.sampler import by_part, known_rules, prefill_counts
 from rljax.sampling.spec import NO_STOPS, Stops, TurnDecoderSpec
 from rljax.sampling.stopping import StopStrings
 from rljax.sampling.token_counter import count_tokens
@@ -60,7 +60,7 @@ _extend = jax.jit(extend, static_argnums=(0, 1), donate_argnums=3)
 _copy_conversations = jax.jit(copy_conversations, donate_argnums=0)
 _lay_conversations = jax.jit(lay_conversations, donate_argnums=0)
 _keep_turns = jax.jit(keep_turns, donate_argnums=0)
-_decode = jax.jit(decode, static_argnums=(0, 1, 2), donate_argnums=4)
+_decode = jax.jit(decode, static_argnums=(0, 1, 2, 7), donate_argnums=4)
 
 _Emitted = tuple[np.ndarray, np.ndarray, np.ndarray]
 _NOTHING: _Emitted = (np.zeros(0, np.int32), np.zeros(0, np.float32), np.zeros(0, np.float32))
@@ -135,6 +135,8 @@ class TurnDecoder:
         self._stop_strings = StopStrings(stops)
         self._params: Params | None = None
         self._sampling: SamplingParams | None = None
+        # None until a warm-up; then those that have a program of their own.
+        self._rules: set[Rules] | None = None
         self._seed = 0
         self._step = 0
 
@@ -233,6 +235,7 @@ class TurnDecoder:
                     cache,
                     self._grid.rows(),
                     self._run(sampling),
+                    rules_of(sampling),
                 ),
             }
 
@@ -305,7 +308,8 @@ class TurnDecoder:
         return results
 
     def warmup(self) -> None:
-        """Compiles every program that `run` can need. Raises RuntimeError while turns are under way."""
+        """Compiles every program that `run` can need. What draws as `begin` has said last then has a faster program of
+        its own; all else shares one. Raises RuntimeError while turns are under way."""
         if self.num_open:
             raise RuntimeError(f"{self.num_open} turns are under way; warm up before the first")
         params, sampling = self._ready()
@@ -324,9 +328,11 @@ class TurnDecoder:
                 self._kept = _copy_conversations(self._kept, none, none)
                 self._cache = _lay_conversations(self._cache, self._kept, none)
                 self._kept = _keep_turns(self._kept, self._cache, none)
-                self._call_decode(params, sampling)
+                for rules in (None, rules_of(sampling)):
+                    self._call_decode(params, sampling, rules)
             jax.block_until_ready(self._cache)
 
+        self._rules = {rules_of(sampling)}
         # What was computed above lies over whatever the conversations held.
         self.forget()
 
@@ -460,7 +466,7 @@ class TurnDecoder:
     def _decode_some(self, params: Params, sampling: SamplingParams) -> list[TurnResult]:
         before = self._grid.steps.copy()
         column = self._column
-        steps, active, emitted = self._call_decode(params, sampling)
+        steps, active, emitted = self._call_decode(params, sampling, known_rules(sampling, self._rules))
         grown = steps - before
 
         results = []
@@ -496,11 +502,11 @@ class TurnDecoder:
             self._kept = _keep_turns(self._kept, self._cache, self._moves(moves))
         return results
 
-    def _call_decode(self, params: Params, sampling: SamplingParams):
+    def _call_decode(self, params: Params, sampling: SamplingParams, rules: Rules | None):
         """(steps [E], active [E], emitted) of the rows after up to `check_every` steps."""
         length = self.spec.check_every
         self._cache, _, *out = _decode(
-            self.config, self._stop_tokens, length, params, self._cache, self._grid.rows(), self._run(sampling)
+            self.config, self._stop_tokens, length, params, self._cache, self._grid.rows(), self._run(sampling), rules
         )
         steps, active, emitted = jax.device_get(out)
         return steps[:, 0], active[:, 0], emitted

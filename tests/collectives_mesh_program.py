@@ -1,18 +1,33 @@
 """Run by test_collectives.py on 64 virtual devices: prints JSON of what programs send between them, and compute."""
 
+import contextlib
+import dataclasses
 import functools
 import json
+import math
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from compiled_collectives import collectives
 from jax.sharding import NamedSharding, PartitionSpec
 
-from rljax.models import DecoderConfig
-from rljax.parallel import batch_sharding, make_mesh, use_mesh
+from rljax.models import DecoderConfig, abstract_params
+from rljax.models.cache import PREFIX_AXES, SUFFIX_AXES, init_cache
+from rljax.models.decoder import embed_split
+from rljax.parallel import batch_sharding, collectives, make_mesh, partition_spec, use_mesh
+from rljax.parallel.hlo import dimensions
 from rljax.sampling import sampling_params
+from rljax.sampling.conversations import (
+    Moves,
+    copy_conversations,
+    extend,
+    init_conversations,
+    keep_turns,
+    lay_conversations,
+)
+from rljax.sampling.generate import copy_prompt, prefill
 from rljax.sampling.score import score_hidden
+from rljax.sampling.weights import decode_shardings, decode_weights
 
 ROWS, LENGTH, DIM, VOCAB = 64, 16, 64, 1024
 HEAD = DecoderConfig(  # of which the head alone is used
@@ -33,6 +48,15 @@ HEADS = [
 def mesh_of(name):
     shape = MESHES[name]
     return make_mesh(*shape, devices=jax.devices()[: int(np.prod(shape))])
+
+
+def sent_by(compiled):
+    """(kind, elements on a device, whether it stands in a loop) of every array that a program sends."""
+    return [
+        (one.kind, math.prod(dimensions(shape)), one.times > 1)
+        for one in collectives(compiled, data_loops=(2,))
+        for shape in one.shapes
+    ]
 
 
 def head_arguments(rows=ROWS):
@@ -64,7 +88,7 @@ def head_on(mesh, arguments, **how):
     with use_mesh(mesh):
         program = jax.jit(lambda *args: head_gradients(*args, **how), out_shardings=((where[0], rows), None))
         compiled = program.lower(*arguments).compile()
-        return collectives(compiled.as_text()), compiled(*arguments)
+        return sent_by(compiled), compiled(*arguments)
 
 
 def largest_gap(got, want):
@@ -95,6 +119,96 @@ def heads():
     return found
 
 
+def embeddings():
+    """What embedding tokens and its gradient send, and what they compute beside one device."""
+    config = dataclasses.replace(HEAD, vocab_size=VOCAB)
+    rng = np.random.default_rng(1)
+    table = rng.normal(size=(VOCAB, DIM)).astype(np.float32)
+    # Few tokens, so that many places share one.
+    tokens = rng.choice(VOCAB, 9)[rng.integers(0, 9, (ROWS, LENGTH))].astype(np.int32)
+    by = rng.normal(size=(ROWS, LENGTH, DIM)).astype(np.float32)
+
+    def gradient(table, tokens, by):
+        x, back = jax.vjp(lambda table: embed_split(config, {"embedding": table}, tokens), table)
+        return x, *back(by)
+
+    want = jax.device_get(jax.jit(gradient)(table, tokens, by))
+    found = {}
+    for mesh_name in MESHES:
+        mesh = mesh_of(mesh_name)
+        rows = batch_sharding(mesh)
+        split = NamedSharding(mesh, PartitionSpec("tensor", "fsdp"))
+        arguments = jax.device_put((table, tokens, by), (split, rows, rows))
+        with use_mesh(mesh):
+            compiled = jax.jit(gradient, out_shardings=(rows, split)).lower(*arguments).compile()
+            x, d_table = compiled(*arguments)
+        found[mesh_name] = {
+            "sent": sent_by(compiled),
+            "equal": bool(np.array_equal(x, want[0])),
+            "gap": largest_gap(d_table, want[1]),
+            "table": VOCAB * DIM,
+            "tokens": ROWS * LENGTH,
+            "states": ROWS * LENGTH * DIM,
+            **mesh.shape,
+        }
+    return found
+
+
+DECODER = DecoderConfig(vocab_size=96, num_layers=1, embed_dim=32, num_heads=4, num_kv_heads=2, head_dim=8, mlp_dim=64)
+SLOTS, COLUMNS, TOKENS = 128, 64, 16
+
+
+def stores():
+    """What moving and computing keys and values sends, and the share of the products that a device makes."""
+    found = {}
+    params = jax.eval_shape(lambda p: decode_weights(DECODER, p), abstract_params(DECODER))
+    number = jax.ShapeDtypeStruct((), jnp.int32)
+    some = jax.ShapeDtypeStruct((SLOTS,), jnp.int32)
+    moves = Moves(conversation=some, other=some, start=some, column=some, count=number)
+    tokens = jax.ShapeDtypeStruct((SLOTS, TOKENS), jnp.int32)
+
+    cache = jax.eval_shape(lambda: init_cache(DECODER, SLOTS, 1, COLUMNS, TOKENS))
+    kept = jax.eval_shape(lambda: init_conversations(DECODER, SLOTS, COLUMNS))
+    programs = {
+        "copy_prompt": (copy_prompt, cache, number, number),
+        "copy_conversations": (copy_conversations, kept, moves, moves),
+        "lay_conversations": (lay_conversations, cache, kept, moves),
+        "keep_turns": (keep_turns, kept, cache, moves),
+        "prefill": (functools.partial(prefill, DECODER), params, cache, tokens, some),
+        "extend": (functools.partial(extend, DECODER, False), params, kept, tokens, some, some),
+    }
+    flops = {}
+    for mesh_name in (None, "8", "2x2x2", "64"):
+        mesh = mesh_of(mesh_name) if mesh_name else None
+        for name, (fn, *arguments) in programs.items():
+            if mesh is None and name not in ("prefill", "extend"):
+                continue
+            if mesh is not None:
+                arguments = [on_mesh(mesh, x) for x in arguments]
+            with use_mesh(mesh) if mesh else contextlib.nullcontext():
+                compiled = jax.jit(fn).lower(*arguments).compile()
+            if mesh is None:
+                flops[name] = compiled.cost_analysis()["flops"]
+                continue
+            found[f"{name} on {mesh_name}"] = {
+                "sent": sent_by(compiled),
+                "one": DECODER.num_kv_heads // mesh.shape["tensor"] * COLUMNS * DECODER.head_dim,
+                "states": SLOTS // (mesh.shape["data"] * mesh.shape["fsdp"]) * TOKENS * DECODER.embed_dim,
+                "share": compiled.cost_analysis()["flops"] * mesh.size / flops[name] if name in flops else None,
+            }
+    return found
+
+
+def on_mesh(mesh, tree):
+    """Shapes of an argument with the shardings that decoders give it."""
+    if isinstance(tree, dict):
+        where = decode_shardings(DECODER, mesh)
+    else:
+        axes = {4: PREFIX_AXES, 5: SUFFIX_AXES}
+        where = jax.tree.map(lambda x: NamedSharding(mesh, partition_spec(axes.get(len(x.shape), ()))), tree)
+    return jax.tree.map(lambda x, w: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=w), tree, where)
+
+
 if __name__ == "__main__":
     assert jax.device_count() == 64
-    print(json.dumps({"heads": heads()}))
+    print(json.dumps({"heads": heads(), "embeddings": embeddings(), "stores": stores()}))

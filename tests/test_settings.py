@@ -66,6 +66,7 @@ def test_a_message_gets_the_path_that_it_lacks(message, says):
         ("config.optimizer", "b1", 2.0, "=2.0 must be at least 0 and below 1"),
         ("config.optimizer", "eps", -1.0, "=-1.0 must be above 0"),
         ("config.checkpoint", "every", -1, "=-1 must be at least 0"),
+        ("config.checkpoint", "best_metric", "rewrd", "='rewrd' ranks nothing with config.checkpoint.keep_best=0; set"),
         ("config.sampling", "temperature", 1e-38, "=1e-38 must be 0"),
         ("config.warmup.optimizer", "schedule", "linear", "='linear' needs total_steps"),
     ],

@@ -71,8 +71,13 @@ def check_off_policy(config: Config, algorithm: Algorithm) -> None:
 
 
 def check_best(config: Config) -> None:
-    """Refuses to rank checkpoints by an evaluation where no saved step has one."""
+    """Refuses to rank checkpoints by an evaluation where no saved step has one, and a metric that ranks none."""
     own = config.checkpoint
+    if not own.keep_best and own.best_metric != type(own)().best_metric:
+        raise ValueError(
+            f"config.checkpoint.best_metric={own.best_metric!r} ranks nothing with config.checkpoint.keep_best=0; set "
+            "that to how many of the best checkpoints stay, or leave the metric out"
+        )
     if not own.keep_best or not own.best_metric.startswith("eval/"):
         return
     every = math.lcm(own.every, config.evaluation.every)

@@ -1,12 +1,13 @@
 """The plan of a run, before it runs: parameters, tokens, shapes, mesh, and memory per device by phase of a step."""
 
+import dataclasses
 import os
 from collections.abc import Sequence
 from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 
 from rljax.batching import PackConfig, layout, loss_mask
 from rljax.experiment.build import Run, build, held_out_examples, stack_rows
@@ -16,9 +17,9 @@ from rljax.experiment.prompts import describe_prompts
 from rljax.experiment.report import aligned
 from rljax.experiment.sft import check_demonstrations, demonstration, longest_demonstrations
 from rljax.models import abstract_params
-from rljax.parallel import batch_sharding, chip_of, is_main_process, replicated, topology_devices, traffic
+from rljax.parallel import batch_parts, batch_sharding, chip_of, is_main_process, replicated, topology_devices, traffic
 from rljax.text import render_prompt
-from rljax.types import Packed, Rows, TrainBatch, Trajectory
+from rljax.types import TrainBatch, Trajectory
 
 _ADVICE = {
     "parameters": "a larger config.mesh.fsdp or config.mesh.tensor",
@@ -65,7 +66,7 @@ def print_plan(config: Config, *, topology: str = "", measure: bool = True) -> d
         "shapes": {
             "packed [M, R, S]": batch.packed.tokens.shape,
             "scored [M, R, K]": batch.packed.score_index.shape,
-            "rows [M, B, T]": batch.rows.row_index.shape,
+            "loss tokens of rows [M, Q, C]": batch.rows.place.shape,
         },
         "phases": predicted,
         "compiled": programs,
@@ -179,7 +180,7 @@ def check_tables(run: Run) -> None:
             continue
         try:
             batch = stack_rows(run.config, rows)
-            layout(batch, loss_mask(batch), update)
+            layout(batch, loss_mask(batch), update, parts=batch_parts(run.mesh))
         except ValueError as error:
             raise ValueError(f"config.update does not fit {what}: {error}, or leave the table empty") from None
 
@@ -206,45 +207,31 @@ def worst_batch(run: Run) -> TrainBatch:
     """`worst_rows` as the minibatch that they become, in shapes."""
     config = run.config
     batch = stack_rows(config, worst_rows(run))
-    packing = layout(batch, loss_mask(batch), config.update)
+    packing = layout(batch, loss_mask(batch), config.update, parts=batch_parts(run.mesh))
 
     plan = run.algorithm.plan
-    like = packing.row_index.shape
-
-    def empty(shape, dtype):
-        return np.broadcast_to(np.zeros((), dtype), shape)
-
-    real = empty(like, np.float32)
-    of_row = empty(like[:2], np.float32)
-    rows = Rows(
-        row_index=empty(like, np.int32),
-        loss_mask=empty(like, bool),
-        loss_weights=real,
-        token_count=empty(like[:1], np.float32),
-        advantages=real,
-        behavior_logprobs=real,
-        old_logprobs=real,
-        source=empty(like[:2], np.int32),
-        ref_logprobs=real if plan.needs_ref else None,
-        uniforms=real if plan.needs_uniforms else None,
-        columns={column.name: of_row if column.per == "row" else real for column in plan.columns},
+    rows = packing.rows_to_score()
+    of_tokens = rows.loss_weights
+    of_row = rows.source.astype(np.float32)
+    rows = dataclasses.replace(
+        rows,
+        ref_logprobs=of_tokens if plan.needs_ref else None,
+        uniforms=of_tokens if plan.needs_uniforms else None,
+        columns={column.name: of_tokens for column in plan.columns if column.per != "row"},
+        row_columns={column.name: of_row for column in plan.columns if column.per == "row"},
     )
     return in_shapes(TrainBatch(packed=packing.packed, rows=rows), run.mesh)
 
 
 def in_shapes(batch: TrainBatch, mesh: Mesh) -> TrainBatch:
     """A minibatch as `jax.ShapeDtypeStruct`s, laid out as a learner puts it."""
-
-    def like(tree: Any, sharding: NamedSharding) -> Any:
-        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree)
-
-    split = batch_sharding(mesh, axis=1)
     everywhere = replicated(mesh)
-    return jax.tree.map(
-        lambda part: like(part, split if isinstance(part, Packed) else everywhere),
-        batch,
-        is_leaf=lambda part: isinstance(part, Packed | Rows),
-    )
+    split = batch_sharding(mesh, axis=1)
+
+    def shaped(x: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=split if np.ndim(x) > 1 else everywhere)
+
+    return jax.tree.map(shaped, batch)
 
 
 def device_memory(run: Run) -> tuple[int, str]:

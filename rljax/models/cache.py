@@ -5,6 +5,7 @@ Rows of the decoder form a grid `[P, G]`: `P` prompt slots, `G` samples of each 
 """
 
 import dataclasses
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -13,7 +14,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from rljax.models.attention import MASKED, score_divisor
 from rljax.models.config import DecoderConfig
-from rljax.parallel import constrain, on_shards, platform
+from rljax.parallel import Shard, constrain, on_shards, platform
 from rljax.types import ArrayLike, struct
 
 PREFIX_AXES = ("batch", "kv_heads", None, None)
@@ -155,29 +156,59 @@ def lay_paths(cache: KVCache, moves: PathMoves) -> KVCache:
 def _move(sources, targets, moves: PathMoves, source_index, target_index, turn, axis: int) -> tuple[Array, ...]:
     """`target[slot, :, target_index][c] = source[slot, :, source_index][(c + turn) mod columns]`, layer by layer."""
 
-    def move(source, target, first_slot):
+    def move(source, target, shard):
         def one(i, target):
-            slot = moves.slot[i] - first_slot
-            here = (slot >= 0) & (slot < target.shape[0])
-            # A slot of another device: what lies at the nearest place of this one is written back unchanged.
-            slot = jnp.clip(slot, 0, target.shape[0] - 1)
-            place = (slot, 0, target_index[i], 0, 0)
-            old = jax.lax.dynamic_slice(target, place, _one_row(target))
-            row = jax.lax.dynamic_slice(source, (slot, 0, source_index[i], 0, 0), _one_row(source))
-
+            slot = moves.slot[i]
+            row = jax.lax.dynamic_index_in_dim(read_entry(source, slot, shard), source_index[i], 2)
             # A slice of the row written twice is the row rolled by a traced number.
             twice = jnp.concatenate([row, row], axis)
             row = jax.lax.dynamic_slice_in_dim(twice, turn[i] % row.shape[axis], row.shape[axis], axis)
-            return jax.lax.dynamic_update_slice(target, jnp.where(here, row, old), place)
+            return write_entry(target, row, slot, shard, (0, target_index[i], 0, 0))
 
         return jax.lax.fori_loop(0, moves.count, one, target)
 
-    run = on_shards(move, SUFFIX_AXES)
+    run = on_shards(move, (SUFFIX_AXES, SUFFIX_AXES), SUFFIX_AXES)
     return tuple(run(source, target) for source, target in zip(sources, targets, strict=True))
 
 
-def _one_row(x: Array) -> tuple[int, ...]:
-    return (1, x.shape[1], 1, *x.shape[3:])
+def read_entry(source: Float[Array, "E ..."], index: Int[Array, ""], shard: Shard) -> Float[Array, "1 ..."]:
+    """Entry `index` of an array of which this is a device's part (`rljax.parallel.on_shards`). Another device's entry
+    gives one that means nothing."""
+    own, _ = _own(source, index, shard)
+    return jax.lax.dynamic_slice_in_dim(source, own, 1)
+
+
+def write_entry(
+    target: Float[Array, "E ..."],
+    entry: Float[Array, "1 ..."],
+    index: Int[Array, ""],
+    shard: Shard,
+    start: Sequence[Int[Array, ""] | int] | None = None,
+) -> Float[Array, "E ..."]:
+    """The device's part `target` with `entry` at `index` of the whole array and, in the other dimensions, from `start`
+    (0) on. Of another device's entry, and of -1 on a mesh, nothing is written."""
+    own, here = _own(target, index, shard)
+    place = (own, *(start or (0,) * (target.ndim - 1)))
+    entry = entry.astype(target.dtype)
+    if shard.axes:
+        # What lies at the nearest place of this device is written back unchanged.
+        entry = jnp.where(here, entry, jax.lax.dynamic_slice(target, place, entry.shape))
+    return jax.lax.dynamic_update_slice(target, entry, place)
+
+
+def send_entry(source: Float[Array, "E ..."], index: Int[Array, ""], shard: Shard) -> Float[Array, "1 ..."]:
+    """Entry `index` of the whole array, on every device; the one that has it sends it."""
+    if not shard.axes:
+        return read_entry(source, index, shard)
+    _, here = _own(source, index, shard)
+    # A sum with zeros is exact.
+    return shard.sum(jnp.where(here, read_entry(source, index, shard), 0))
+
+
+def _own(x: Array, index: Array, shard: Shard) -> tuple[Array, Array]:
+    """The nearest place of this part to entry `index` of the whole array, and whether it is that entry's."""
+    own = index - shard.number * x.shape[0]
+    return jnp.clip(own, 0, x.shape[0] - 1), (own >= 0) & (own < x.shape[0])
 
 
 def layer_cache(cache: KVCache, index: int) -> LayerCache:

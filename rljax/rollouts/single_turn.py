@@ -45,7 +45,8 @@ class SingleTurn:
     """Whether rows whose prompt is longer are left out of training and evaluation, with a line that says how many. Else
     they end the start, and the first of them is named."""
     prompt_slots: int = 0
-    """Prompts that decode at once; 0 is all of a step. Lower it when keys and values do not fit."""
+    """Prompts that decode at once; 0 is all of a step. Lower it when keys and values do not fit. A mesh rounds it up to
+    a multiple of the devices that split the batch."""
     sample_slots: int = 0
     """Samples of a prompt that decode at once; 0 is the whole group."""
 

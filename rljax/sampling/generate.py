@@ -11,12 +11,21 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from rljax.models.attention import forest_attention
-from rljax.models.cache import KVCache, cached_attention, constrain_cache, layer_cache, write_column
+from rljax.models.cache import (
+    PREFIX_AXES,
+    KVCache,
+    cached_attention,
+    constrain_cache,
+    layer_cache,
+    send_entry,
+    write_column,
+    write_entry,
+)
 from rljax.models.config import DecoderConfig
 from rljax.models.decoder import apply_layer, embed, final_norm
 from rljax.models.head import logits
 from rljax.models.rope import rotary_table
-from rljax.parallel import constrain
+from rljax.parallel import constrain, on_shards
 from rljax.sampling.logits import SamplingParams, process_logits, sample_tokens
 from rljax.sampling.weights import product, product_of_few
 from rljax.types import ArrayLike, Params, struct
@@ -110,7 +119,8 @@ def prefill(
 ) -> KVCache:
     """Writes the keys and values of `N` prompts (right-padded; the padding is never read) into prompt slots.
 
-    `params` are those of `decode_weights`.
+    On a mesh prompts and slots are split alike: each device computes the prompts of its own slots, and slot -1 is of a
+    prompt that counts for nothing. `params` are those of `decode_weights`.
     """
     tokens = jnp.asarray(tokens)
     slots = jnp.asarray(slots)
@@ -120,7 +130,7 @@ def prefill(
     end = jnp.full(tokens.shape, length)
     rotary = rotary_table(config, positions)
 
-    x = embed(config, params, tokens)
+    x = constrain(embed(config, params, tokens), ("batch", None, None))
     prefix_k = []
     prefix_v = []
     for index, (layer_params, window) in enumerate(zip(params["layers"], config.windows, strict=True)):
@@ -138,24 +148,26 @@ def prefill(
 
 def _store(prefix: Array, new: Array, slots: Array) -> Array:
     """`new` [N, S, KV, hd] into `prefix` [P, KV, Sp, hd] at `slots` [N]."""
-    new = jnp.swapaxes(new, 1, 2).astype(prefix.dtype)
 
-    def write(i, prefix):
-        row = jax.lax.dynamic_slice_in_dim(new, i, 1)
-        return jax.lax.dynamic_update_slice(prefix, row, (slots[i], 0, 0, 0))
+    def store(prefix, new, slots, shard):
+        def write(i, prefix):
+            return write_entry(prefix, jax.lax.dynamic_slice_in_dim(new, i, 1), slots[i], shard)
 
-    return jax.lax.fori_loop(0, new.shape[0], write, prefix)
+        return jax.lax.fori_loop(0, new.shape[0], write, prefix)
+
+    run = on_shards(store, (PREFIX_AXES, PREFIX_AXES, ("batch",)), PREFIX_AXES)
+    return run(prefix, jnp.swapaxes(new, 1, 2).astype(prefix.dtype), slots)
 
 
 def copy_prompt(cache: KVCache, source: Int[ArrayLike, ""], target: Int[ArrayLike, ""]) -> KVCache:
-    """The cache with the prompt of one slot copied into another."""
+    """The cache with the prompt of one slot copied into another, which may be another device's."""
 
-    def copy(prefix):
-        row = jax.lax.dynamic_slice_in_dim(prefix, source, 1)
-        return jax.lax.dynamic_update_slice_in_dim(prefix, row, target, 0)
+    def copy(prefix, shard):
+        return write_entry(prefix, send_entry(prefix, jnp.asarray(source), shard), jnp.asarray(target), shard)
 
-    prefix_k = tuple(map(copy, cache.prefix_k))
-    prefix_v = tuple(map(copy, cache.prefix_v))
+    run = on_shards(copy, (PREFIX_AXES,), PREFIX_AXES)
+    prefix_k = tuple(map(run, cache.prefix_k))
+    prefix_v = tuple(map(run, cache.prefix_v))
     return constrain_cache(dataclasses.replace(cache, prefix_k=prefix_k, prefix_v=prefix_v))
 
 

@@ -3,14 +3,15 @@
 import bisect
 import contextlib
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import TypeVar
 
 import jax
 import numpy as np
 
 from rljax.models.cache import KVCache, PathMoves, cache_bytes, init_cache, keep_paths, lay_paths
 from rljax.models.config import DecoderConfig
-from rljax.parallel import platform, use_mesh
+from rljax.parallel import batch_parts, platform, use_mesh
 from rljax.sampling.generate import DecodeRows, DecodeRun, copy_prompt, decode, prefill
 from rljax.sampling.logits import SamplingParams, sampling_params
 from rljax.sampling.plan import DecoderPlan, abstract_result, abstract_weights, lower_weights
@@ -26,6 +27,8 @@ _PREFILL_TOKENS = {"cpu": 2048}
 _PREFILL_TOKENS_ELSEWHERE = 16384
 _LARGEST_ID = 2**31 - 1
 _COUNTED = ("decode_steps", "row_steps", "prefill_tokens", "new_tokens", "forced_tokens", "reused_tokens", "runs")
+
+T = TypeVar("T")
 
 _init_cache = jax.jit(init_cache, static_argnums=(0, 1, 2, 3, 4, 5))
 _keep_paths = jax.jit(keep_paths, donate_argnums=0)
@@ -60,8 +63,9 @@ class Sampler:
         spec.check()
         stops.check(config)
         self.config = config
-        self.spec = spec.resolved()
         self.mesh = mesh
+        self._parts = 1 if mesh is None else batch_parts(mesh)
+        self.spec = spec.resolved(self._parts)
         self.last_stats: dict[str, float] = {}
         self._stop_tokens = tuple(sorted(set(stops.tokens)))
         self._stop_strings = StopStrings(stops)
@@ -91,8 +95,8 @@ class Sampler:
                 for _ in range(1 if self.mesh is None else 2):
                     for length in (b for b in spec.prompt_buckets if b <= bucket):
                         for count in self._prefill_counts(length):
-                            zeros = np.zeros((count, length), np.int32)
-                            cache = _prefill(self.config, self._weights(), cache, zeros, np.zeros(count, np.int32))
+                            tokens = np.zeros((self._parts * count, length), np.int32)
+                            cache = _prefill(self.config, self._weights(), cache, tokens, tokens[:, 0])
                     cache = _copy_prompt(cache, np.int32(0), np.int32(0))
                     cache, *_ = self._decode(cache, idle, self._run(0, idle, sampling_params(), 0, 0))
                     if spec.path_slots:
@@ -231,16 +235,17 @@ class Sampler:
                 by_bucket.setdefault(bucket, []).append(load)
 
         for bucket, group in by_bucket.items():
-            for count in self._prefill_counts(bucket):
-                while len(group) >= count:
-                    part = group[:count]
-                    group = group[count:]
-                    tokens = np.zeros((count, bucket), np.int32)
-                    for line, load in zip(tokens, part, strict=True):
-                        prefix = slots.requests[load.request].prompt[:-1]
-                        line[: len(prefix)] = prefix
-                    where = np.array([load.slot for load in part], np.int32)
-                    cache = _prefill(self.config, params, cache, tokens, where)
+            own_slots = self.spec.prompt_slots // self._parts
+            places = [load.slot // own_slots for load in group]
+            for batch in by_part(group, places, self._parts, self._prefill_counts(bucket)):
+                tokens = np.zeros((len(batch), bucket), np.int32)
+                where = np.full(len(batch), -1, np.int32)
+                for i, entry in enumerate(batch):
+                    if entry is not None:
+                        prefix = slots.requests[entry.request].prompt[:-1]
+                        tokens[i, : len(prefix)] = prefix
+                        where[i] = entry.slot
+                cache = _prefill(self.config, params, cache, tokens, where)
 
         # Copies come last: their source may have been prefilled just now.
         for load in loads:
@@ -252,7 +257,8 @@ class Sampler:
         return self.spec.prompt_buckets[bisect.bisect_left(self.spec.prompt_buckets, length)]
 
     def _prefill_counts(self, length: int) -> list[int]:
-        return prefill_counts(length, self.spec.prompt_slots, platform(self.mesh))
+        """Prompts that each part of the devices computes at once."""
+        return prefill_counts(length, self.spec.prompt_slots // self._parts, platform(self.mesh))
 
     def cache_bytes(self) -> int:
         """Bytes of keys and values over all devices, for the longest prompts."""
@@ -267,7 +273,7 @@ class Sampler:
                 cache=abstract_result(_init_cache.lower(*self._cache_sizes(length))),
                 keeps_cache=False,
                 rows=self.spec.prompt_slots * self.spec.sample_slots,
-                prefill=(self._prefill_counts(length)[0], length),
+                prefill=(self._parts * self._prefill_counts(length)[0], length),
             )
 
     def lower(self, plan: DecoderPlan, sampling: SamplingParams) -> dict[str, jax.stages.Lowered]:
@@ -357,9 +363,25 @@ def _forced_in_run(before: DecodeRows, steps: np.ndarray) -> int:
     return int((stop - start).sum())
 
 
+def by_part(entries: Sequence[T], places: Sequence[int], parts: int, counts: Sequence[int]) -> Iterator[list[T | None]]:
+    """Entries in batches of `parts` stretches of one of `counts` (largest first, the last is 1) each: every part of the
+    devices gets what belongs to it (`places`), and None where it has nothing left."""
+    own: list[list[T]] = [[] for _ in range(parts)]
+    for entry, place in zip(entries, places, strict=True):
+        own[place].append(entry)
+
+    for count in counts:
+        while max(map(len, own)) >= count:
+            batch: list[T | None] = []
+            for mine in own:
+                batch += mine[:count] + [None] * (count - len(mine))
+                del mine[:count]
+            yield batch
+
+
 def prefill_counts(length: int, rows: int, on: str) -> list[int]:
-    """How many prompts of `length` a prefill takes on the platform `on`: powers of 4 up to `rows`, largest first; any
-    number is a sum of few of them."""
+    """How many prompts of `length` a device's part of a prefill takes on the platform `on`: powers of 4 up to `rows`,
+    largest first; any number is a sum of few of them."""
     counts = [4**i for i in range(16) if 4**i <= rows]
     most = _PREFILL_TOKENS.get(on, _PREFILL_TOKENS_ELSEWHERE)
     return [count for count in reversed(counts) if count == 1 or count * length <= most]

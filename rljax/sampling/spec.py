@@ -37,7 +37,8 @@ class SamplerSpec:
     max_new_tokens: int
     """Most tokens of a completion, and columns of a row in the cache."""
     prompt_slots: int
-    """Prompts held at once, each stored and read once for all of its samples."""
+    """Prompts held at once, each stored and read once for all of its samples. A decoder on a mesh rounds it up to a
+    multiple of the devices that split the batch."""
     sample_slots: int
     """Samples of a prompt that decode at once: the group size, or 1 (plain continuous batching) for ragged lengths."""
     check_every: int = 16
@@ -65,9 +66,13 @@ class SamplerSpec:
         }
         _check_positive(sizes)
 
-    def resolved(self) -> "SamplerSpec":
-        """The same with its buckets in order."""
-        return dataclasses.replace(self, prompt_buckets=tuple(sorted(set(self.prompt_buckets))))
+    def resolved(self, parts: int = 1) -> "SamplerSpec":
+        """The same with its buckets in order, and slots that divide over `parts` of the devices."""
+        return dataclasses.replace(
+            self,
+            prompt_buckets=tuple(sorted(set(self.prompt_buckets))),
+            prompt_slots=_multiple(self.prompt_slots, parts),
+        )
 
     @property
     def rows_to_refill(self) -> int:
@@ -80,9 +85,10 @@ class TurnDecoderSpec:
     """Sizes of a `TurnDecoder`."""
 
     conversations: int
-    """Conversations whose keys and values are kept on the device."""
+    """Conversations whose keys and values are kept on the device. A decoder on a mesh rounds it up to a multiple of the
+    devices that split the batch."""
     rows: int
-    """Turns that decode at once."""
+    """Turns that decode at once; rounded up likewise."""
     context_length: int
     """Most tokens of a conversation, its turns and what stands between them included."""
     max_new_tokens: int
@@ -112,13 +118,21 @@ class TurnDecoderSpec:
         if config.rope_scaling.type == "dynamic":
             raise ValueError("dynamic RoPE scaling changes earlier keys as a context grows; choose another scaling")
 
-    def resolved(self) -> "TurnDecoderSpec":
-        """The same with its chunks in order, and no more steps between two looks than a turn can have."""
+    def resolved(self, parts: int = 1) -> "TurnDecoderSpec":
+        """The same with its chunks in order, no more steps between two looks than a turn can have, and conversations
+        and rows that divide over `parts` of the devices."""
         return dataclasses.replace(
             self,
+            conversations=_multiple(self.conversations, parts),
+            rows=_multiple(self.rows, parts),
             prefill_chunks=tuple(sorted(set(self.prefill_chunks))),
             check_every=min(self.check_every, self.max_new_tokens),
         )
+
+
+def _multiple(size: int, parts: int) -> int:
+    """The smallest multiple of `parts` that is at least `size`."""
+    return -(-size // parts) * parts
 
 
 def _check_positive(sizes: dict[str, int]) -> None:

@@ -7,7 +7,7 @@ on costs what is new; of a conversation that is new, the part is copied that ano
 import bisect
 import contextlib
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
@@ -16,7 +16,7 @@ import numpy as np
 
 from rljax.models.cache import cache_bytes, init_cache
 from rljax.models.config import DecoderConfig
-from rljax.parallel import platform, use_mesh
+from rljax.parallel import batch_parts, platform, use_mesh
 from rljax.sampling.conversations import (
     Moves,
     conversations_bytes,
@@ -29,7 +29,7 @@ from rljax.sampling.conversations import (
 from rljax.sampling.generate import DecodeRows, DecodeRun, decode
 from rljax.sampling.logits import SamplingParams
 from rljax.sampling.plan import DecoderPlan, abstract_result, abstract_weights, lower_weights
-from rljax.sampling.sampler import prefill_counts
+from rljax.sampling.sampler import by_part, prefill_counts
 from rljax.sampling.spec import NO_STOPS, Stops, TurnDecoderSpec
 from rljax.sampling.stopping import StopStrings
 from rljax.sampling.token_counter import count_tokens
@@ -125,7 +125,9 @@ class TurnDecoder:
     ):
         spec.check(config)
         stops.check(config)
-        spec = spec.resolved()
+        # Devices that split the batch keep as many conversations each, and decode these on rows of their own.
+        self.parts = 1 if mesh is None else batch_parts(mesh)
+        spec = spec.resolved(self.parts)
         self.config = config
         self.spec = spec
         self.mesh = mesh
@@ -204,7 +206,7 @@ class TurnDecoder:
                 cache=(kept, cache),
                 keeps_cache=True,
                 rows=self.spec.rows,
-                prefill=(self._counts(chunk)[0], chunk),
+                prefill=(self.parts * self._counts(chunk)[0], chunk),
             )
 
     def lower(self, plan: DecoderPlan, sampling: SamplingParams) -> dict[str, jax.stages.Lowered]:
@@ -220,7 +222,7 @@ class TurnDecoder:
             return {
                 "weights": lower_weights(self.config, self.mesh),
                 "extend": _extend.lower(self.config, False, plan.weights, kept, tokens, zeros, zeros),
-                "copy": _copy_conversations.lower(kept, none),
+                "copy": _copy_conversations.lower(kept, none, none),
                 "lay": _lay_conversations.lower(cache, kept, none),
                 "keep": _keep_turns.lower(kept, cache, none),
                 "decode": _decode.lower(
@@ -315,11 +317,11 @@ class TurnDecoder:
             for _ in range(1 if self.mesh is None else 2):
                 for chunk in self.spec.prefill_chunks:
                     for count in self._counts(chunk):
-                        tokens = np.zeros((count, chunk), np.int32)
-                        zeros = np.zeros(count, np.int32)
+                        tokens = np.zeros((self.parts * count, chunk), np.int32)
+                        zeros = tokens[:, 0]
                         for is_fresh in (True, False):
                             self._kept = _extend(self.config, is_fresh, params, self._kept, tokens, zeros, zeros)
-                self._kept = _copy_conversations(self._kept, none)
+                self._kept = _copy_conversations(self._kept, none, none)
                 self._cache = _lay_conversations(self._cache, self._kept, none)
                 self._kept = _keep_turns(self._kept, self._cache, none)
                 self._call_decode(params, sampling)
@@ -343,8 +345,7 @@ class TurnDecoder:
 
     def _admit(self, params: Params) -> None:
         """Waiting turns onto free rows. One whose beginning another of them computes first waits for that one."""
-        free = [row for row, turn in enumerate(self._turns) if turn is None]
-        chosen = [(row, self._waiting.popleft()) for row in free[: len(self._waiting)]]
+        chosen = self._choose()
         if not chosen:
             return
 
@@ -365,19 +366,56 @@ class TurnDecoder:
             self._grid.start(row, turn, limit)
         self.stats["turns"] += len(chosen)
 
+    def _choose(self) -> list[tuple[int, Turn]]:
+        """Takes the turns that begin now, with the row of each: one on the devices that keep its conversation."""
+        free: list[deque[int]] = [deque() for _ in range(self.parts)]
+        for row, turn in enumerate(self._turns):
+            if turn is None:
+                free[row // (self.spec.rows // self.parts)].append(row)
+
+        chosen = []
+        waiting = self._waiting
+        self._waiting = deque()
+        for turn in waiting:
+            if rows := free[self.part_of(turn.conversation)]:
+                chosen.append((rows.popleft(), turn))
+            else:
+                self._waiting.append(turn)
+        return chosen
+
+    def part_of(self, conversation: int) -> int:
+        """Which of the `parts` of the devices keeps a conversation."""
+        return conversation // (self.spec.conversations // self.parts)
+
+    def pick(self, free: Sequence[int], near: int | None = None) -> int:
+        """Which of the conversations `free`, the first to be used first, a new one takes.
+
+        On one device the first. On a mesh one of the devices with most of them, as rows wait for turns of their own
+        devices; or one beside `near`, whose beginning it shares, unless other devices have twice as many.
+        """
+        if self.parts == 1:
+            return free[0]
+        counts = Counter(self.part_of(conversation) for conversation in free)
+        part, most = counts.most_common(1)[0]
+        if near is not None and 2 * counts[self.part_of(near)] >= most:
+            part = self.part_of(near)
+        return next(conversation for conversation in free if self.part_of(conversation) == part)
+
     def _room(self, turn: Turn) -> int:
         return self.spec.context_length - len(turn.tokens)
 
     def _compute(self, params: Params, turns: Sequence[Turn]) -> None:
         """Brings the conversations of these turns up to all of their tokens but the last."""
         work = []
-        copies = []
+        near: list[tuple[int, int, int, int]] = []
+        far: list[tuple[int, int, int, int]] = []
         for turn in turns:
             # What is there already: the conversation's own beginning, or another's if that is longer.
             wanted = np.asarray(turn.tokens, np.int32)[:-1]
             have = _common(self._held[turn.conversation], wanted)
             if turn.prefix_of is not None and (common := _common(self._held[turn.prefix_of], wanted)) > have:
-                copies.append((turn.conversation, turn.prefix_of, 0, 0))
+                is_near = self.part_of(turn.conversation) == self.part_of(turn.prefix_of)
+                (near if is_near else far).append((turn.conversation, turn.prefix_of, 0, 0))
                 self.stats["copied_tokens"] += common
                 have = common
 
@@ -385,8 +423,8 @@ class TurnDecoder:
             self.stats["prefill_tokens"] += len(wanted) - have
             work.append((turn.conversation, wanted, have))
             self._held[turn.conversation] = wanted
-        if copies:
-            self._kept = _copy_conversations(self._kept, self._moves(copies))
+        if near or far:
+            self._kept = _copy_conversations(self._kept, self._moves(near), self._moves(far))
 
         # The rest chunk by chunk, since a chunk is computed behind the one before; conversations whose chunks have the
         # same shape go together.
@@ -403,20 +441,21 @@ class TurnDecoder:
 
     def _extend_group(self, params, length: int, is_fresh: bool, group) -> None:
         """Extends conversations by chunks of at most `length` tokens, in the compiled counts."""
-        for count in self._counts(length):
-            while len(group) >= count:
-                part = group[:count]
-                group = group[count:]
-                tokens = np.zeros((count, length), np.int32)
-                for line, (_, chunk, _) in zip(tokens, part, strict=True):
-                    line[: len(chunk)] = chunk
-                index = np.array([conversation for conversation, _, _ in part], np.int32)
-                start = np.array([have for _, _, have in part], np.int32)
-                self._kept = _extend(self.config, is_fresh, params, self._kept, tokens, index, start)
-                self.stats["padded_tokens"] += count * length
+        places = [self.part_of(conversation) for conversation, _, _ in group]
+        for batch in by_part(group, places, self.parts, self._counts(length)):
+            tokens = np.zeros((len(batch), length), np.int32)
+            index = np.full(len(batch), -1, np.int32)
+            start = np.zeros(len(batch), np.int32)
+            for i, entry in enumerate(batch):
+                if entry is not None:
+                    index[i], chunk, start[i] = entry
+                    tokens[i, : len(chunk)] = chunk
+            self._kept = _extend(self.config, is_fresh, params, self._kept, tokens, index, start)
+            self.stats["padded_tokens"] += tokens.size
 
     def _counts(self, length: int) -> list[int]:
-        return prefill_counts(length, min(self.spec.rows, _MOST_EXTENDED), platform(self.mesh))
+        """Conversations that each part of the devices extends at once."""
+        return prefill_counts(length, min(self.spec.rows // self.parts, _MOST_EXTENDED), platform(self.mesh))
 
     def _decode_some(self, params: Params, sampling: SamplingParams) -> list[TurnResult]:
         before = self._grid.steps.copy()
@@ -467,13 +506,16 @@ class TurnDecoder:
         return steps[:, 0], active[:, 0], emitted
 
     def _run(self, sampling: SamplingParams) -> DecodeRun:
+        # A row finds other work only among the turns of its own devices.
+        waits = np.zeros(self.parts, bool)
+        waits[[self.part_of(turn.conversation) for turn in self._waiting]] = True
         return DecodeRun(
             column=np.array(self._column, np.int32),
             sampling=sampling,
             seed=np.array(self._seed, np.int32),
             step=np.array(self._step, np.int32),
             max_steps=np.array(self.spec.check_every, np.int32),
-            other_work=np.full(self.spec.rows, bool(self._waiting)),
+            other_work=np.repeat(waits, self.spec.rows // self.parts),
             refill_rows=np.array(max(1, self.spec.rows // 16), np.int32),
         )
 

@@ -42,6 +42,10 @@ class UpdateConfig(PackConfig):
     """Train long packed sequences with kernels that leave out blocks which see nothing, on a GPU or TPU. A CPU, and
     short sequences, keep the XLA form whatever it says."""
 
+    compile_ahead: int = field(default=3, least=1)
+    """Update programs that are compiled before the first update: that of the first minibatch, and those of the sizes
+    which later ones are most likely to have. 1 compiles each when it is met."""
+
     max_skipped: int = field(default=5, least=1)
     """Updates in a row that may be skipped for a loss or gradient that is not finite; the run stops at this number."""
 

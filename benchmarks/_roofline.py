@@ -40,6 +40,8 @@ class Bound:
     bytes: float = 0.0
     flops: float = 0.0
     kernels: float = 0.0
+    custom: float = 0.0
+    """Of these, kernels of which the program does not say what they compute: their reads and writes alone count."""
 
     def __add__(self, other: "Bound") -> "Bound":
         return Bound(*(a + b for a, b in zip(dataclasses.astuple(self), dataclasses.astuple(other), strict=True)))
@@ -87,7 +89,7 @@ def _cost(program: Program, where: str, one: Instruction, chip: Chip, depth: int
         seconds = int(cycles[1]) / chip.clock
     else:
         seconds = max((read + written) / chip.bandwidth, flops / chip.flops) + LAUNCH
-    return Bound(seconds, read + written, flops, 1)
+    return Bound(seconds, read + written, flops, 1, one.opcode == "custom-call")
 
 
 def _traffic(program: Program, where: str, one: Instruction) -> tuple[int, int, int]:

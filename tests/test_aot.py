@@ -9,13 +9,15 @@ import pytest
 from machines import machine
 
 from rljax.algorithms import GRPO
+from rljax.batching import PackConfig, layout, loss_mask, stack
 from rljax.experiment.dry_run import in_shapes, phase_peak, print_plan
 from rljax.experiment.memory import bytes_of
+from rljax.experiment.sft import demonstration
 from rljax.models import DecoderConfig
 from rljax.parallel import MeshConfig, batch_parts, chip_of, collectives, compiled_memory, make_mesh, traffic
 from rljax.testing import tiny_config
 from rljax.training import Learner, OptimizerConfig, UpdateConfig
-from rljax.types import Packed, RaggedRows, TrainBatch, Width
+from rljax.types import TrainBatch
 
 pytestmark = pytest.mark.aot
 
@@ -89,31 +91,10 @@ def test_a_run_is_planned_for_a_machine(name):
 
 
 def minibatch(mesh, *, microbatches, rows, length):
-    def empty(*shape, dtype=np.float32):
-        return np.broadcast_to(np.zeros((), dtype), shape)
-
-    ids = empty(microbatches, rows, length, dtype=np.int32)
-    packed = Packed(
-        tokens=ids,
-        positions=ids,
-        predecessor=ids,
-        subtree_end=ids,
-        score_index=empty(microbatches, rows, length // 2, dtype=np.int32),
-    )
-
-    parts = batch_parts(mesh)
-    lines = rows // parts
-    entries = empty(microbatches, parts, lines * (length // 2), dtype=np.int32)
-    real = empty(*entries.shape)
-    trained = RaggedRows(
-        place=entries,
-        score_index=entries,
-        loss_weights=real,
-        token_count=empty(microbatches),
-        advantages=real,
-        behavior_logprobs=real,
-        source=empty(microbatches, parts, lines, dtype=np.int32),
-        width=Width(length),
-        old_logprobs=real,
-    )
-    return in_shapes(TrainBatch(packed=packed, rows=trained), mesh)
+    rng = np.random.default_rng(0)
+    ids = rng.integers(1, 256, (microbatches * rows, length)).tolist()
+    half = length // 2
+    batch = stack([demonstration(row[:half], row[half:], i, i) for i, row in enumerate(ids)], length_buckets=(length,))
+    config = PackConfig(pack_length=length, microbatch_size=rows, share_prefixes=False, score_buckets=(half,))
+    packing = layout(batch, loss_mask(batch), config, parts=batch_parts(mesh))
+    return in_shapes(TrainBatch(packed=packing.packed, rows=packing.rows_to_score()), mesh)

@@ -225,8 +225,8 @@ def worst_batch(run: Run) -> TrainBatch:
 
 def in_shapes(batch: TrainBatch, mesh: Mesh) -> TrainBatch:
     """A minibatch as `jax.ShapeDtypeStruct`s, laid out as a learner puts it."""
-    split = batch_sharding(mesh, axis=1)
     everywhere = replicated(mesh)
+    split = batch_sharding(mesh, axis=1)
 
     def shaped(x: Any) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=split if np.ndim(x) > 1 else everywhere)

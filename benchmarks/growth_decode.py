@@ -1,6 +1,7 @@
 """What decoding costs as limits and completions grow: a tiny model on the CPU. `growth.py` writes the figures down."""
 
 import time
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -43,3 +44,38 @@ def cap_cost(*, repeats: int = 5) -> float:
     """How many times as long 64 tokens take where 4096 are allowed as where 64 are."""
     seconds = cap_seconds(repeats=repeats)
     return seconds[4096] / seconds[64]
+
+
+def stop_string_us(lengths: tuple[int, ...] = (256, 8192), *, rows: int = 4, repeats: int = 3) -> dict[int, float]:
+    """Least host microseconds a token, by the length of completions, of looking for stop strings that never come."""
+    stops = Stops(strings=("</answer>", "\n\nQuestion:"), decode_text=lambda ids: bytes(ids).decode(errors="replace"))
+    us: dict[int, list[float]] = {length: [] for length in lengths}
+    for _ in range(repeats):
+        for length, times in us.items():
+            times.append(_search_seconds(length, rows, stops) / (rows * length) * 1e6)
+    return {length: min(times) for length, times in us.items()}
+
+
+def _search_seconds(length: int, rows: int, stops: Stops) -> float:
+    """Seconds of the processor in which the host takes over `rows` completions, run by run, without a device."""
+    spec = SamplerSpec(prompt_buckets=(8,), max_new_tokens=length, prompt_slots=1, sample_slots=rows)
+    sampler = Sampler(CONFIG, spec, stops)
+    slots = sampler._slots(_requests(rows, length))
+    slots.assign()
+    shape = (spec.check_every, 1, rows)
+    zeros = np.zeros(shape, np.float32)
+    emitted = SimpleNamespace(
+        tokens=np.random.default_rng(0).integers(97, 123, shape, np.int32), logprobs=zeros, entropies=zeros
+    )
+    grown = np.full((1, rows), spec.check_every)
+
+    start = time.process_time()
+    for done in range(spec.check_every, length + 1, spec.check_every):
+        sampler._harvest(slots, grown, np.full((1, rows), done < length), emitted)
+    return time.process_time() - start
+
+
+def stop_string_growth(*, repeats: int = 3) -> float:
+    """How many times as long the host takes for a token of a completion of 8192 tokens as for one of 256."""
+    us = stop_string_us(repeats=repeats)
+    return us[8192] / us[256]

@@ -22,6 +22,7 @@ from rljax.sampling import (
 )
 from rljax.sampling.slots import Slots
 from rljax.sampling.spec import NO_STOPS
+from rljax.sampling.stopping import StopStrings
 
 VOCAB, NEW = 300, 12
 CONFIG = DecoderConfig(
@@ -215,6 +216,52 @@ def test_a_stop_string_ends_a_sample_at_the_token_that_completes_it(samples, che
             ends = [n for n in range(NEW + 1) if stop in decode(full.tokens[:n])]
             assert sample.tokens.tolist() == full.tokens[: ends[0] if ends else NEW].tolist()
             assert len(sample.logprobs) == len(sample.entropies) == len(sample.tokens)
+
+
+@pytest.mark.parametrize("prompt", [b"", b"a stop", "größer".encode()[:-3]])
+def test_a_tail_of_the_text_tells_what_the_whole_text_does(prompt):
+    """Random bytes, many of them pieces of characters, and tokens without text."""
+
+    def decode(ids):
+        return bytes(i for i in ids if i < 256).decode(errors="replace")
+
+    strings = ("stop", "öß", "a\n\n")
+    finder = StopStrings(Stops(strings=strings, decode_text=decode))
+    pieces = [*(s.encode() for s in strings), b"st", b"op", b"a\n", b"\xc3", b"\xb6\xc3", b"xyz"]
+    rng = np.random.default_rng(len(prompt))
+    found = 0
+    for _ in range(60):
+        ids = []
+        while len(ids) < 120:
+            ids += [*pieces[rng.integers(len(pieces))]] if rng.random() < 0.15 else [*rng.integers(97, 300, 4)]
+        whole = [*prompt, *ids]
+        for new in (1, 5, 16):
+            for end in range(new, len(ids) + 1, new):
+                tokens = np.array(ids[:end], np.int32)
+                if finder.end(tokens, end - new, prompt=list(prompt), begun=len(prompt)) is not None:
+                    found += 1
+                    text = whole[: len(prompt) + end]
+                    assert finder.may_end(lambda n, text=text: text[-n:], new)
+                    break
+    assert found > 50
+
+
+def test_the_search_for_stop_strings_reads_a_tail_alone():
+    lengths = []
+
+    def decode(ids):
+        lengths.append(len(ids))
+        return "x" * len(ids)
+
+    slots = Slots(
+        make_requests(1)[:1], SamplerSpec(prompt_buckets=(8,), max_new_tokens=999, prompt_slots=1, sample_slots=1)
+    )
+    slots.assign()
+    finder = StopStrings(Stops(strings=("a stop string",), decode_text=decode))
+    for _ in range(50):
+        slots.advance((0, 0), *(np.ones(16, t) for t in (np.int32, np.float32, np.float32)))
+        assert not finder.may_end(lambda n: slots.last_tokens((0, 0), n), 16)
+    assert max(lengths) <= 16 + 32 and slots.last_tokens((0, 0), 900)[:3] == list(make_requests()[0].prompt)
 
 
 def test_a_step_reads_no_more_columns_than_the_oldest_row_needs(sampler, samples, monkeypatch):

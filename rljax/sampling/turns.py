@@ -30,6 +30,7 @@ from rljax.sampling.generate import DecodeRows, DecodeRun, decode
 from rljax.sampling.logits import Rules, SamplingParams, rules_of
 from rljax.sampling.plan import DecoderPlan, abstract_result, abstract_weights, lower_weights
 from rljax.sampling.sampler import by_part, known_rules, prefill_counts
+from rljax.sampling.slots import last_of
 from rljax.sampling.spec import NO_STOPS, Stops, TurnDecoderSpec
 from rljax.sampling.stopping import StopStrings
 from rljax.sampling.token_counter import count_tokens
@@ -529,13 +530,21 @@ class TurnDecoder:
         """Why and after how many tokens the row's turn is over, if it is."""
         turn = self._turns[row]
         assert turn is not None
-        tokens = np.concatenate([part[0] for part in self._emitted[row]])
-        length = self._stop_strings.end(tokens, len(tokens) - grown, prompt=turn.tokens, begun=turn.begun)
+        parts = self._emitted[row]
+
+        def last(count: int) -> list[int]:
+            return last_of(turn.tokens, (part[0] for part in reversed(parts)), count)
+
+        # The text of a turn that goes on begins with what was said of it before.
+        length = None
+        if self._stop_strings.may_end(last, grown):
+            tokens = np.concatenate([part[0] for part in parts])
+            length = self._stop_strings.end(tokens, len(tokens) - grown, prompt=turn.tokens, begun=turn.begun)
         if length is not None:
             return "stop_string", length
         if is_active:
             return None
-        return ("stop" if tokens[-1] in self._stop_tokens else "length"), None
+        return ("stop" if last(1)[0] in self._stop_tokens else "length"), None
 
     def _result(self, row: int, end: TurnEnd, length: int | None = None) -> TurnResult:
         turn = self._turns[row]

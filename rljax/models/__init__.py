@@ -18,6 +18,7 @@ from rljax.models.head import head_params, logits, logits_gradient, output_proje
 from rljax.models.huggingface import Metadata, load_hf, read_metadata, save_hf, written_metadata
 from rljax.models.layout import param_shardings
 from rljax.models.load import find_smollm2, load_config, load_model
+from rljax.models.sequence import Shares, sequence_shares
 from rljax.models.value_head import value_config, value_params, values
 
 __all__ = [
@@ -26,6 +27,7 @@ __all__ = [
     "DecoderConfig",
     "Metadata",
     "RopeScaling",
+    "Shares",
     "abstract_params",
     "apply_layer",
     "config_from_hf",
@@ -49,6 +51,7 @@ __all__ = [
     "param_shardings",
     "read_metadata",
     "save_hf",
+    "sequence_shares",
     "unstack_layers",
     "value_config",
     "value_params",

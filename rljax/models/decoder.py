@@ -93,16 +93,21 @@ class Layer(nnx.Module):
         out = checkpoint_name(out.reshape(*x.shape[:-1], c.num_heads * c.head_dim), "attention")
 
         # Without it the compiler may split the residual otherwise from one layer to the next.
-        x = constrain(x + project(out, "o"), ("batch", *(None,) * (x.ndim - 1)))
+        x = constrain(x + project(out, "o"), _axes(x))
 
         h = rms_norm(x, self.mlp_norm[...], c.norm_eps)
         h = swiglu(project(h, "gate"), project(h, "up"))
-        return constrain(x + project(h, "down"), ("batch", *(None,) * (x.ndim - 1))), aux
+        return constrain(x + project(h, "down"), _axes(x)), aux
 
     def _project(self, product: Product, x: Array, name: str) -> Array:
         out = product(x, getattr(self, name)[...])
         bias = getattr(self, f"{name}_bias", None)
         return out if bias is None else out + bias[...].astype(x.dtype)
+
+
+def _axes(x: Array) -> tuple[str | None, ...]:
+    """Logical axes of a layer's activations [R, S, D], or of those of a decoder's rows."""
+    return ("batch", "positions", None) if x.ndim == 3 else ("batch", *(None,) * (x.ndim - 1))
 
 
 class Decoder(nnx.Module):
@@ -220,7 +225,8 @@ def hidden_states(
     """Final-normed hidden states of packed forests (see `rljax.types.Packed`).
 
     `scan` runs the stacked layers as one `lax.scan` (compiles once); otherwise they are unrolled. `remat` keeps only
-    each layer's input for the backward pass. `attention` is `forest_attention` or something that computes the same.
+    each layer's input for the backward pass. `attention` is `forest_attention` or something that computes the same. It
+    alone minds the order of the positions, which is also that of the result.
     """
     # One table for all layers: within a scan it is a constant, not made again.
     rotary = rotary_table(config, positions)
@@ -236,7 +242,8 @@ def hidden_states(
     if remat:
         # A scan keeps its body apart by itself; barriers against common subexpressions would only cost there.
         body = jax.checkpoint(body, prevent_cse=not scan)
-    x = constrain(embed(config, params, tokens), ("batch", None, None))
+    x = embed(config, params, tokens)
+    x = constrain(x, _axes(x))
     if scan:
         x, _ = jax.lax.scan(body, x, (params["layers"], jnp.asarray(config.windows)))
     else:

@@ -39,8 +39,8 @@ class UpdateConfig(PackConfig):
     """Recompute the activations of a layer in the backward pass: much less memory for about a third more time."""
 
     attention_kernel: bool = False
-    """Train long packed sequences with kernels that leave out blocks which see nothing, on a GPU or TPU. A CPU, and
-    short sequences, keep the XLA form whatever it says."""
+    """Train long packed sequences with kernels that leave out blocks which see nothing, on a GPU or TPU. A CPU,
+    short sequences and those that devices share keep the XLA form whatever it says."""
 
     max_skipped: int = field(default=5, least=1)
     """Updates in a row that may be skipped for a loss or gradient that is not finite; the run stops at this number."""

@@ -1,6 +1,7 @@
 """Run by test_collectives.py on 64 virtual devices: prints JSON of what programs send between them, and compute."""
 
 import contextlib
+import dataclasses
 import functools
 import json
 import math
@@ -12,6 +13,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from rljax.models import DecoderConfig, abstract_params
 from rljax.models.cache import PREFIX_AXES, SUFFIX_AXES, init_cache
+from rljax.models.decoder import embed_split
 from rljax.parallel import batch_sharding, collectives, make_mesh, partition_spec, use_mesh
 from rljax.parallel.hlo import dimensions
 from rljax.sampling import sampling_params
@@ -117,6 +119,41 @@ def heads():
     return found
 
 
+def embeddings():
+    """What embedding tokens and its gradient send, and what they compute beside one device."""
+    config = dataclasses.replace(HEAD, vocab_size=VOCAB)
+    rng = np.random.default_rng(1)
+    table = rng.normal(size=(VOCAB, DIM)).astype(np.float32)
+    # Few tokens, so that many places share one.
+    tokens = rng.choice(VOCAB, 9)[rng.integers(0, 9, (ROWS, LENGTH))].astype(np.int32)
+    by = rng.normal(size=(ROWS, LENGTH, DIM)).astype(np.float32)
+
+    def gradient(table, tokens, by):
+        x, back = jax.vjp(lambda table: embed_split(config, {"embedding": table}, tokens), table)
+        return x, *back(by)
+
+    want = jax.device_get(jax.jit(gradient)(table, tokens, by))
+    found = {}
+    for mesh_name in MESHES:
+        mesh = mesh_of(mesh_name)
+        rows = batch_sharding(mesh)
+        split = NamedSharding(mesh, PartitionSpec("tensor", "fsdp"))
+        arguments = jax.device_put((table, tokens, by), (split, rows, rows))
+        with use_mesh(mesh):
+            compiled = jax.jit(gradient, out_shardings=(rows, split)).lower(*arguments).compile()
+            x, d_table = compiled(*arguments)
+        found[mesh_name] = {
+            "sent": sent_by(compiled),
+            "equal": bool(np.array_equal(x, want[0])),
+            "gap": largest_gap(d_table, want[1]),
+            "table": VOCAB * DIM,
+            "tokens": ROWS * LENGTH,
+            "states": ROWS * LENGTH * DIM,
+            **mesh.shape,
+        }
+    return found
+
+
 DECODER = DecoderConfig(vocab_size=96, num_layers=1, embed_dim=32, num_heads=4, num_kv_heads=2, head_dim=8, mlp_dim=64)
 SLOTS, COLUMNS, TOKENS = 128, 64, 16
 
@@ -174,4 +211,4 @@ def on_mesh(mesh, tree):
 
 if __name__ == "__main__":
     assert jax.device_count() == 64
-    print(json.dumps({"heads": heads(), "stores": stores()}))
+    print(json.dumps({"heads": heads(), "embeddings": embeddings(), "stores": stores()}))

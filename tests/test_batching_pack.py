@@ -43,34 +43,33 @@ def rollouts(draw):
 
 
 @settings(max_examples=150, deadline=None)
-@given(rollouts(), st.integers(12, 40), st.integers(1, 3), st.booleans())
-def test_every_loss_token_is_scored_once_on_its_own_path(rows, length, microbatch_size, share):
+@given(rollouts(), st.integers(12, 40), st.integers(1, 3), st.booleans(), st.booleans())
+def test_every_loss_token_is_scored_once_on_its_own_path(rows, length, microbatch_size, share, split):
     """Follows predecessors from every scored token: the path must spell the row up to it."""
     batch = stack(rows)
     mask = loss_mask(batch)
     spec = PackConfig(length, microbatch_size=microbatch_size, share_prefixes=share)
-    packing = layout(batch, mask, spec)
+    packing = layout(batch, mask, spec, parts=microbatch_size if split else 1)
     seen = np.zeros(batch.tokens.shape, int)
-    for m, (index, wanted, source) in enumerate(zip(packing.row_index, packing.mask, packing.source_row, strict=True)):
-        for b in range(len(source)):
-            if source[b] < 0:
-                assert not wanted[b].any()
-                continue
-            np.testing.assert_array_equal(wanted[b], mask[source[b]])
-            for t in np.flatnonzero(wanted[b]):
-                r, k = divmod(int(index[b, t]), packing.packed.score_index.shape[-1])
-                at, path = packing.packed.score_index[m, r, k], []
-                assert packing.packed.positions[m, r, at] == t
-                while at >= 0:
-                    path.append(int(packing.packed.tokens[m, r, at]))
-                    at = packing.packed.predecessor[m, r, at]
-                assert path[::-1] == batch.tokens[source[b], : t + 1].tolist()
-                seen[source[b], t] += 1
+    length_of_scores = packing.packed.score_index.shape[-1]
+    for m, q, c in np.argwhere(packing.place >= 0):
+        line, t = divmod(int(packing.place[m, q, c]), packing.width)
+        source = packing.source_row[m, q, line]
+        assert packing.token[m, q, c] == source * batch.tokens.shape[1] + t
+        r, k = divmod(int(packing.score_index[m, q, c]), length_of_scores)
+        r += q * (microbatch_size // packing.place.shape[1])
+        at, path = packing.packed.score_index[m, r, k], []
+        assert packing.packed.positions[m, r, at] == t
+        while at >= 0:
+            path.append(int(packing.packed.tokens[m, r, at]))
+            at = packing.packed.predecessor[m, r, at]
+        assert path[::-1] == batch.tokens[source, : t + 1].tolist()
+        seen[source, t] += 1
     np.testing.assert_array_equal(seen, mask)
     used = packing.packed.subtree_end > 0
     assert used.sum() == packing.unique_tokens <= packing.flat_tokens
     values = np.arange(mask.size, dtype=np.float32).reshape(mask.shape)
-    np.testing.assert_array_equal(packing.batch_of(packing.rows_of(values), values), np.where(mask, values, 0))
+    np.testing.assert_array_equal(packing.batch_of(packing.of_tokens(values), values), np.where(mask, values, 0))
 
 
 @settings(max_examples=50, deadline=None)
@@ -139,8 +138,10 @@ def test_one_shape_whatever_the_rollout():
         ]
         batch = stack(rows, row_buckets=(8,), length_buckets=(32,))
         packed = pack(batch, batch.action_mask.astype(np.float32), spec)
-        shapes.add((packed.packed.tokens.shape, packed.packed.score_index.shape, packed.rows.row_index.shape))
-    assert shapes == {((16, 1, 32), (16, 1, 32), (16, 16, 32))}
+        shapes.add(tuple(np.shape(x) for x in jax.tree.leaves(packed)))
+    assert len(shapes) == 1
+    assert packed.packed.tokens.shape == packed.packed.score_index.shape == (16, 1, 32)
+    assert packed.rows.source.shape == (16, 1, 16)
 
 
 def test_the_packed_length_is_the_shortest_that_costs_no_microbatch():

@@ -22,6 +22,7 @@ SMALLEST = {
     "agents.py": ("--preset=smoke",),
     "arena.py": ("--preset=smoke", "--tasks=spell_backward", "--methods=random forks;GRPO, more samples"),
     "compare_runs.py": (),
+    "compiled.py": ("--preset=smoke", "--only=decode_bound_0p6b,predicted_over_compiled"),
     "episodes.py": ("--preset=smoke",),
     "forest.py": ("--preset=smoke",),
     "numerics.py": ("--preset=smoke",),
@@ -95,6 +96,13 @@ def test_sampler_and_trainer_agree_and_varied_lengths_compile_nothing_after_warm
     assert report["ratios"]["logprob_gap"] < 2e-5
     assert report["ratios"]["compiles_after_warmup"] == 0
     assert next(x["value"] for x in report["results"] if "in the warm-up" in x["name"]) > 0
+
+
+def test_programs_are_measured_by_compilation_alone(run):
+    report = run("compiled.py", *SMALLEST["compiled.py"])
+    assert report["benchmark"] == "compiled" and not report["missing"]
+    assert 0 < report["ratios"]["decode_bound_0p6b"] < 1
+    assert report["ratios"]["predicted_over_compiled"] > 0
 
 
 def test_the_benchmark_of_the_sandbox_finds_no_leak(run):

@@ -58,6 +58,29 @@ def test_gradients_of_a_split_head_are_those_of_one_device(results):
         assert found["gap"] < 2e-6, name
 
 
+def test_embeddings_exchange_what_is_looked_up_and_never_the_table(results):
+    """There and back; replicas of the weights add up their gradients, and parts of the vocabulary what they found."""
+    for name, found in results["embeddings"].items():
+        data, fsdp, tensor = (found[axis] for axis in ("data", "fsdp", "tensor"))
+        states = found["states"] // (data * fsdp)
+        want = {
+            "all-gather": found["tokens"] // data,
+            "all-to-all": 2 * states,
+            "all-reduce": (data > 1) * found["table"] // (fsdp * tensor) + (tensor > 1) * states,
+        }
+        total = dict.fromkeys(want, 0)
+        for x in sent(found):
+            total[x.kind] += x.elements
+        assert total == want, name
+
+
+def test_embeddings_are_those_of_one_device(results):
+    """Bit for bit; of the gradient only the order of the sum over replicas and their tokens differs."""
+    for name, found in results["embeddings"].items():
+        assert found["equal"], name
+        assert found["gap"] < (1e-6 if found["data"] > 1 else 1e-30), name
+
+
 def test_conversations_stay_on_the_devices_that_keep_them(results):
     """Only a copy from one device to another sends anything: the one conversation, or prompt."""
     for name, found in results["stores"].items():

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rljax.evaluation import EvaluationConfig, summarize
+from rljax.evaluation import Evaluation, EvaluationConfig, summarize
 from rljax.evaluation.estimators import (
     all_at_k,
     avg_at_k,
@@ -19,6 +19,7 @@ from rljax.evaluation.estimators import (
     pass_at_k,
     standard_error,
 )
+from rljax.experiment.report import comparison_table, sample_table
 from rljax.rollouts import ScoredGroup
 from rljax.sampling import Sample
 from rljax.tasks import Example, RewardResult
@@ -246,3 +247,17 @@ def test_a_completion_that_was_cut_off_may_not_earn_by_any_part():
     assert not cut.is_solved and (cut.value, cut.part("right"), cut.part("format")) == (0, 0, -0.3)
     assert cut.components["right"] == 1
     assert not RewardResult(0.0, {"right": 1.0}, False, decided_by="right").is_solved
+
+
+def test_an_evaluation_of_which_less_is_written_can_be_read_and_compared():
+    """Its records name neither answers nor what is solved, and its majority is of texts."""
+    results = [RewardResult(1.0, {}), RewardResult(0.5, {}), RewardResult(0.0, {}, False), RewardResult(1.2, {})]
+    after = summary(results)
+    written = summary(results, ["a", "b", "c", "d"]).to_dict()
+    for record in written["problems"]:
+        del record["answers"], record["solved"]
+    before = Evaluation.from_dict(written)
+    assert before.solved_shares() == after.solved_shares() == [0.5]
+    table = comparison_table(before, after)
+    assert "avg@4" in table and "maj@4" not in table
+    assert "before" in sample_table(before, after)

@@ -52,6 +52,10 @@ def test_arrays_are_really_split(sharded, mesh):
     assert found["replicated"]
 
 
+def test_rows_lie_with_the_packed_sequences_that_they_are_read_from(sharded):
+    assert sharded["collectives_of_rows"] == 0
+
+
 def test_activations_are_split_by_their_logical_axes(sharded):
     assert sharded["constrained"] == [2, 3, 2]
 

@@ -6,6 +6,8 @@ import signal
 import threading
 import time
 
+import jax
+import numpy as np
 import pytest
 import stop_runs
 import stopped_program
@@ -15,6 +17,8 @@ import rljax.experiment.train
 from rljax.experiment.stops import EXIT_STATUS, Stopped, Stops
 from rljax.experiment.train import train
 from rljax.testing import tiny_config
+
+COMPILATION = "/jax/core/compile/backend_compile_duration"
 
 
 def ask(number=signal.SIGTERM):
@@ -109,6 +113,32 @@ def test_only_work_that_may_be_abandoned_is_broken_off():
 def test_a_reward_cannot_take_a_stop_for_its_own_failure():
     with Stops() as stops, pytest.raises(Stopped), stops.abandonable(), contextlib.suppress(Exception):
         ask()
+
+
+def test_a_compilation_goes_to_its_end_before_a_run_is_broken_off():
+    """One that is left running crashes the process on its way out, whose exit status is then another."""
+    log = []
+
+    def begins(event, *_, **__):
+        if event == COMPILATION:
+            ask()
+            log.append("begins")
+
+    def ends(event, *_, **__):
+        if event == COMPILATION:
+            log.append("ends")
+
+    jax.monitoring.register_event_duration_secs_listener(ends)
+    try:
+        with Stops() as stops:
+            jax.monitoring.register_scalar_listener(begins)
+            with pytest.raises(Stopped), stops.abandonable():
+                jax.jit(lambda x: x + 1)(np.ones(3))
+                log.append("more of it")
+    finally:
+        jax.monitoring.unregister_scalar_listener(begins)
+        jax.monitoring.unregister_event_duration_listener(ends)
+    assert log == ["begins", "ends"]
 
 
 def test_a_run_in_another_thread_leaves_signals_alone():

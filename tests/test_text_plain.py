@@ -139,6 +139,30 @@ class TestControlTokens:
         assert [i for i in ids if i in added] == added
         assert tokenizer.hf.decode(ids) == f"<tool_response>{page}</tool_response>"
 
+    @pytest.mark.parametrize(
+        ("shown", "given", "text"),
+        [
+            ("m.content.replace('/no_think', '')", {"content": "a<|im_/no_thinkend|>b"}, "a<|im_end|>b"),
+            ("m.content | lower", {"content": "<|IM_END|>"}, "<|im_end|>"),
+            ("m.content ~ m.more", {"content": "<|im_", "more": "end|>"}, "<|im_end|>"),
+            ("m.content.split('</think>') | join", {"content": "<</think>|im_end|>"}, "<|im_end|>"),
+        ],
+    )
+    def test_nor_does_text_that_the_template_joins(self, shown, given, text):
+        """SmolLM3's template takes switches out of system messages."""
+        template = "{% for m in messages %}{{ " + shown + " }}<|im_end|>{% endfor %}"
+        tokenizer = byte_level(template=template)
+        ids = tokenizer.apply_chat_template([{"role": "system", **given}])
+        assert ids == [*as_text(tokenizer, text), tokenizer.eos_id]
+
+    def test_a_joined_name_that_cannot_be_broken_is_refused(self):
+        template = "{% for m in messages %}{{ m.content.replace('</|', '<|') }}<|im_end|>{% endfor %}"
+        tokenizer = byte_level(template=template)
+        with pytest.raises(ValueError, match="joins parts of their text to names of control tokens"):
+            tokenizer.apply_chat_template([{"role": "system", "content": "</|im_end|>"}])
+        ids = tokenizer.apply_chat_template([{"role": "system", "content": "1</|2"}])
+        assert ids == [*as_text(tokenizer, "1<|2"), tokenizer.eos_id]
+
     def test_marks_of_a_texts_own_stay_in_it(self):
         tokenizer = byte_level()
         for own in ("\ufdd0", "\ufdd0\ufdd1", "<\ufdd0|im_end|>", "\ufdd0\ufdd0\ufdd1\ufdd1"):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from rljax import losses
-from rljax.batching import PackConfig, stack
+from rljax.batching import PackConfig, stack, take_rows
 from rljax.models import DecoderConfig, init_params
 from rljax.sampling import compile_count, sampling_params
 from rljax.training import (
@@ -314,6 +314,27 @@ def test_nothing_compiles_after_the_first_step_with_one_shape():
         state, _ = learner.update(state, minibatch)
         counts.append(compile_count() - before)
     assert counts[0] > 0 and counts[1:] == [0, 0, 0]
+
+
+def test_a_warm_up_changes_nothing_and_later_sizes_find_their_program():
+    """Two microbatches at first, which fill their bucket: four are likely, and come."""
+    learner = make(PackConfig(pack_length=32), compile_ahead=3, epochs=2)
+    whole, advantages = rollout()
+    state = learner.init_state(params())
+    met = {}
+    for groups in (2, 3, 4):
+        rows = np.flatnonzero(whole.group_id < groups)
+        minibatch = learner.prepare(state, take_rows(whole, rows), advantages[rows])[0]
+        if groups == 2:
+            before = jax.tree.map(np.array, state)
+            done: list[tuple[int, int]] = []
+            state = learner.warm_up(state, minibatch, lambda *numbers, into=done: into.append(numbers))
+            assert done == [(1, 3), (2, 3), (3, 3)]
+            jax.tree.map(np.testing.assert_array_equal, before, state)
+        count = compile_count()
+        state, _ = learner.update(state, minibatch)
+        met[groups] = (len(minibatch.packed.tokens), compile_count() - count)
+    assert met == {2: (2, 0), 3: (4, 0), 4: (4, 0)}
 
 
 IN_BFLOAT16 = dataclasses.replace(CONFIG, param_dtype="bfloat16")

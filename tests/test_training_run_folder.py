@@ -53,10 +53,13 @@ def test_half_characters_are_escaped_wherever_text_of_others_is_written(tmp_path
 
 def test_what_was_written_after_the_checkpoint_is_dropped_at_once(tmp_path):
     write(tmp_path, range(1, 7), 0)
+    half_written = tmp_path / "evaluations" / "step_000005.json.tmp"
+    half_written.write_text("{")
     with RunFolder(tmp_path) as run:
         run.start(4)
         assert [line["step"] for line in run.metrics()] == [1, 2, 3, 4]
         assert not run.evaluation_file(5).exists() and run.evaluation_file(4).exists()
+        assert not half_written.exists()
         assert len(list((tmp_path / "rollouts").iterdir())) == 4
 
 

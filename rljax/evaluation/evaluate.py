@@ -55,8 +55,11 @@ class Evaluation:
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> "Evaluation":
+        """The inverse of `to_dict`. Records that do not say which samples are solved go by the weighted sum of the
+        rewards, as the metrics beside them do."""
         estimates = {name: Estimate(**estimate) for name, estimate in data["estimates"].items()}
-        return cls(**{**data, "estimates": estimates})
+        problems = [_with_solved(problem) for problem in data["problems"]]
+        return cls(**{**data, "estimates": estimates, "problems": problems})
 
 
 def evaluate(actor: Actor, examples: Sequence[Example], config: EvaluationConfig, *, step: int = 0) -> Evaluation:
@@ -122,12 +125,13 @@ def _groups(
     return groups
 
 
-def _check_decides(name: str, groups: Sequence[ScoredGroup]) -> None:
+def _check_decides(solved_by: str, groups: Sequence[ScoredGroup]) -> None:
     results = [result for group in groups for result in group.results if result.is_valid]
     known = sorted({name for result in results for name in (*result.components, *result.not_applied)})
-    if name and results and name not in known:
+    if solved_by and results and solved_by not in known:
         raise ValueError(
-            f"config.evaluation.solved_by={name!r} is no reward or count of any sample; there are {', '.join(known)}"
+            f"config.evaluation.solved_by={solved_by!r} is no reward or count of any sample; there are "
+            f"{', '.join(known)}"
         )
 
 
@@ -142,6 +146,12 @@ def _majority(group: ScoredGroup, k: int) -> float:
 def _powers_of_two(limit: int) -> list[int]:
     powers = [2**i for i in range(limit.bit_length()) if 2**i <= limit]
     return powers if powers[-1] == limit else [*powers, limit]
+
+
+def _with_solved(problem: dict[str, Any]) -> dict[str, Any]:
+    if "solved" in problem:
+        return problem
+    return problem | {"solved": [reward is not None and reward >= 1.0 for reward in problem["rewards"]]}
 
 
 def _record(greedy: ScoredGroup, sampled: ScoredGroup) -> dict[str, Any]:

@@ -36,7 +36,8 @@ def describe_run(run: Run) -> str:
 
 
 def finish(folder: RunFolder, before: Evaluation, after: Evaluation, *, wall_seconds: float) -> dict[str, Any]:
-    """Writes `summary.json` and the learning curve, prints the tables; returns the summary.
+    """Writes `summary.json` and the learning curve, prints the tables; returns the summary. For the main process, which
+    has written what is summed up.
 
     `wall_seconds` are those of this process: of a resumed run, since it was resumed.
     """
@@ -83,11 +84,13 @@ def peak_memory() -> int:
 
 
 def comparison_table(before: Evaluation, after: Evaluation) -> str:
-    """Held-out metrics before and after, each with its 95% interval over problems."""
+    """Held-out metrics before and after, those that both have, each with its 95% interval over problems."""
     rows = [("", "before", "after", "change")]
     for name, old in before.estimates.items():
-        new = after.estimates[name]
-        rows.append((name, str(old), str(new), f"{new.value - old.value:+.3f}"))
+        # A run may go on with rewards that extract no answers to vote on, or with others that do.
+        new = after.estimates.get(name)
+        if new is not None:
+            rows.append((name, str(old), str(new), f"{new.value - old.value:+.3f}"))
     for name in ("length_mean", "truncated_share"):
         was, became = before.metrics[name], after.metrics[name]
         rows.append((name.replace("_", " "), f"{was:.2f}", f"{became:.2f}", f"{became - was:+.2f}"))

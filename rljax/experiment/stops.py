@@ -19,6 +19,9 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 """Slurm, Kubernetes and cloud machines send the first before they kill, Slurm the second on demand; the third is
 Ctrl-C."""
 
+_COMPILATION = "/jax/core/compile/backend_compile_duration"
+"""What JAX's monitoring calls a compilation: a scalar when one begins, a duration when it is over."""
+
 
 class Stopped(SystemExit):
     """A run was asked to end. No `Exception`, so that a reward or an environment cannot take it for a failure."""
@@ -30,7 +33,7 @@ class Stopped(SystemExit):
 class Stops:
     """Takes note of the signals while it is open, as a context manager in the main thread; elsewhere it hears none.
 
-    One process gives up at once what is marked `abandonable`. Several must leave their common program at the same
+    One process gives up at once what is marked `abandonable`, but for a compilation, which goes to its end. Several must leave their common program at the same
     place, so they only look at the ends of such work, and all end if one was asked to. A second Ctrl-C is a
     KeyboardInterrupt.
     """
@@ -38,19 +41,26 @@ class Stops:
     def __init__(self) -> None:
         self.requested = ""
         self._may_raise = False
+        self._is_compiling = False
         self._before: dict[int, Any] = {}
         self._pid = os.getpid()
 
     def __enter__(self) -> "Stops":
         self._pid = os.getpid()
         if threading.current_thread() is threading.main_thread():
+            jax.monitoring.register_scalar_listener(self._compilation_begins)
+            jax.monitoring.register_event_duration_secs_listener(self._compilation_ends)
             self._before = {number: signal.signal(number, self._take) for number in SIGNALS}
         return self
 
     def __exit__(self, *_: object) -> None:
+        if not self._before:
+            return
         for number, handler in self._before.items():
             signal.signal(number, handler)
         self._before = {}
+        jax.monitoring.unregister_scalar_listener(self._compilation_begins)
+        jax.monitoring.unregister_event_duration_listener(self._compilation_ends)
 
     @contextlib.contextmanager
     def abandonable(self) -> Iterator[None]:
@@ -84,6 +94,21 @@ class Stops:
         self.requested = signal.Signals(number).name
         # A handler may run within a `print` of the program, which must not be entered twice.
         os.write(2, f"\n{self.requested}: saving, then exit with status {EXIT_STATUS}\n".encode())
-        if self._may_raise:
+        self._break_off()
+
+    def _break_off(self) -> None:
+        # XLA compiles in a thread of its own, which an exception out of the wait for it leaves running: it crashes when
+        # the process takes down what it uses, and the exit status is that of the crash. A compilation that is waited
+        # for is also in the persistent cache, so that the next start does without it.
+        if self.requested and self._may_raise and not self._is_compiling:
             self._may_raise = False
             raise Stopped
+
+    def _compilation_begins(self, event: str, _: float, **__: Any) -> None:
+        if event == _COMPILATION and threading.current_thread() is threading.main_thread():
+            self._is_compiling = True
+
+    def _compilation_ends(self, event: str, _: float, **__: Any) -> None:
+        if event == _COMPILATION and threading.current_thread() is threading.main_thread():
+            self._is_compiling = False
+            self._break_off()

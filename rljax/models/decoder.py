@@ -17,13 +17,14 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from rljax.models.attention import Attention, forest_attention
 from rljax.models.config import DecoderConfig
 from rljax.models.functional import linear, rms_norm, swiglu
 from rljax.models.rope import apply_rotary, rotary_table
-from rljax.parallel import constrain
+from rljax.parallel import constrain, split_axes
 from rljax.types import Params
 
 Attend = Callable[[Array, Array, Array], tuple[Array, Any]]
@@ -184,9 +185,44 @@ def unstack_layers(params: Params) -> dict[str, Any]:
 
 
 def embed(config: DecoderConfig, params: Params, tokens: Int[Array, "*B"]) -> Float[Array, "*B D"]:
-    """Token embeddings in the compute dtype."""
-    table = constrain(params["embedding"], ("vocab", None))  # whole rows: a lookup by split columns moves activations
+    """Token embeddings in the compute dtype, of weights whose rows are whole (`DECODE_RULES`)."""
+    table = constrain(params["embedding"], ("vocab", None))
     return jnp.take(table, tokens, axis=0).astype(config.dtype)
+
+
+def embed_split(config: DecoderConfig, params: Params, tokens: Int[Array, "R S"]) -> Float[Array, "R S D"]:
+    """`embed` of weights that are split as in training (`RULES`), row for row on the devices that have its tokens.
+
+    Neither the table nor its gradient is sent. A device looks its columns up for the tokens of all devices that have
+    the other columns, and they exchange what they found; the gradient comes back the same way.
+    """
+    rows = split_axes("batch", tokens.shape[0])
+    positions = split_axes("positions", tokens.shape[1])
+    vocab = split_axes("vocab", config.vocab_size)
+    width = split_axes("embed", config.embed_dim)
+    own = {*rows, *positions}
+    if not own or not own.issuperset(width):
+        return embed(config, params, tokens)
+
+    def lookup(table: Array, tokens: Array) -> Array:
+        if width:
+            tokens = jax.lax.all_gather(tokens, width, tiled=True)
+        if vocab:
+            # Each token is in one part of the vocabulary, so the sum below adds zeros to its embedding.
+            tokens = tokens - jax.lax.axis_index(vocab) * table.shape[0]
+            is_own = (tokens >= 0) & (tokens < table.shape[0])
+            x = jnp.where(is_own[..., None], jnp.take(table, tokens, axis=0, mode="clip"), 0)
+        else:
+            x = jnp.take(table, tokens, axis=0)
+
+        x = x.astype(config.dtype)
+        if width:
+            x = jax.lax.all_to_all(x, width, split_axis=0, concat_axis=2, tiled=True)
+        return jax.lax.psum(x, vocab)
+
+    split = PartitionSpec(rows, positions)
+    in_specs = (PartitionSpec(vocab, width), split)
+    return jax.shard_map(lookup, in_specs=in_specs, out_specs=split)(params["embedding"], tokens)
 
 
 def apply_layer(
@@ -242,7 +278,7 @@ def hidden_states(
     if remat:
         # A scan keeps its body apart by itself; barriers against common subexpressions would only cost there.
         body = jax.checkpoint(body, prevent_cse=not scan)
-    x = embed(config, params, tokens)
+    x = embed_split(config, params, tokens)
     x = constrain(x, _axes(x))
     if scan:
         x, _ = jax.lax.scan(body, x, (params["layers"], jnp.asarray(config.windows)))

@@ -34,12 +34,15 @@ from rljax.parallel.sharding import (
     split_axes,
     split_over,
 )
+from rljax.parallel.topologies import CHIPS, Chip, chip_of, topology_devices
 
 __all__ = [
+    "CHIPS",
     "DECODE_RULES",
     "MESH_AXES",
     "RULES",
     "AnyMesh",
+    "Chip",
     "Collective",
     "CompiledMemory",
     "MeshConfig",
@@ -49,6 +52,7 @@ __all__ = [
     "batch_parts",
     "batch_sharding",
     "check_equal",
+    "chip_of",
     "collectives",
     "compiled_memory",
     "constrain",
@@ -72,6 +76,7 @@ __all__ = [
     "split_axes",
     "split_over",
     "to_host",
+    "topology_devices",
     "traffic",
     "use_mesh",
 ]

@@ -11,7 +11,9 @@ class MeshConfig:
     data: int = 1
     """Replicas of the weights, each with a part of the batch. Raise it when weights fit a part of the devices."""
     fsdp: int = -1
-    """Devices over which weights, optimizer state and batch are split."""
+    """Devices over which weights, optimizer state and batch are split. On a TPU leave each of them 128 columns of the
+    model's width or more, and raise `data` for the rest: its compiler makes narrow products of narrower parts, and
+    reduces their gradients whole."""
     tensor: int = 1
     """Devices over which heads, MLP and vocabulary are split. Raise it when a layer's weights do not fit a device."""
     sequence: int = 1

@@ -102,15 +102,13 @@ def barrier(name: str) -> None:
 
 
 def gather(value: Any) -> list[Any]:
-    """The `value` of every process, by process index, in every process. Picklable host objects."""
+    """The `value` of every process, by process index, in every process. Picklable host objects; each process holds all
+    of them, padded to the largest."""
     if jax.process_count() == 1:
         return [value]
     data = np.frombuffer(pickle.dumps(value), np.uint8)
-    # Arrays of one shape go round, so all are padded to the longest.
     sizes = np.asarray(multihost_utils.process_allgather(np.int32(data.size)))
-    padded = np.zeros(int(sizes.max()), np.uint8)
-    padded[: data.size] = data
-    everything = np.asarray(multihost_utils.process_allgather(padded))
+    everything = np.asarray(multihost_utils.process_allgather(_padded(data, int(sizes.max()))))
     return [pickle.loads(row[:size].tobytes()) for row, size in zip(everything, sizes.reshape(-1), strict=True)]
 
 
@@ -118,26 +116,44 @@ def on_main(function: Callable[[], T]) -> T:
     """What `function` gives in the main process, in every process; it runs in that one alone. Picklable.
 
     For whatever may come out differently the second time: a judge, a clock, a file. What it raises is raised in every
-    process, in the others as a RuntimeError with the same text.
+    process, in the others as a ValueError or RuntimeError with the same text.
     """
     if jax.process_count() == 1:
         return function()
 
+    answer = b""
     mine: Exception | None = None
-    outcome: tuple[Any, str] = (None, "")
     if is_main_process():
+        # The others wait for an answer, whatever it is; a value that cannot be pickled is none.
         try:
-            outcome = (function(), "")
-        except Exception as error:  # the others wait for an answer, whatever it is
+            answer = pickle.dumps((function(), None))
+        except Exception as error:
             mine = error
-            outcome = (None, f"{type(error).__name__}: {error}")
+            theirs = RuntimeError(f"process 0 failed with {type(error).__name__}: {error}")
+            answer = pickle.dumps((None, ValueError(str(error)) if isinstance(error, ValueError) else theirs))
 
-    value, failure = gather(outcome)[0]
+    value, failure = pickle.loads(_from_main(answer))
     if mine is not None:
         raise mine
-    if failure:
-        raise RuntimeError(f"process 0 failed with {failure}")
+    if failure is not None:
+        raise failure
     return value
+
+
+def _from_main(sent: bytes) -> bytes:
+    """What the main process sends, in every process. Nothing of the others is held, however many they are."""
+    data = np.frombuffer(sent if is_main_process() else b"", np.uint8)
+    size = int(multihost_utils.broadcast_one_to_all(np.int32(data.size)))
+    received = np.asarray(multihost_utils.broadcast_one_to_all(_padded(data, size)))
+    return received[:size].tobytes()
+
+
+def _padded(data: np.ndarray, size: int) -> np.ndarray:
+    """Bytes [N] with zeros behind, to the next power of two of `size`: arrays of one shape go round, and every shape is
+    a program to compile."""
+    padded = np.zeros(1 << max(size - 1, 0).bit_length(), np.uint8)
+    padded[: data.size] = data
+    return padded
 
 
 def check_equal(**values: Any) -> None:

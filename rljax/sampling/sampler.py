@@ -14,6 +14,7 @@ from rljax.models.config import DecoderConfig
 from rljax.parallel import batch_parts, platform, use_mesh
 from rljax.sampling.generate import DecodeRows, DecodeRun, copy_prompt, decode, prefill
 from rljax.sampling.logits import SamplingParams, sampling_params
+from rljax.sampling.plan import DecoderPlan, abstract_result, abstract_weights, lower_weights
 from rljax.sampling.slots import FinishReason, Load, Path, Request, Sample, Slots
 from rljax.sampling.spec import NO_STOPS, SamplerSpec, Stops
 from rljax.sampling.stopping import StopStrings
@@ -261,21 +262,49 @@ class Sampler:
 
     def cache_bytes(self) -> int:
         """Bytes of keys and values over all devices, for the longest prompts."""
-        spec = self.spec
-        return cache_bytes(
-            self.config,
-            spec.prompt_slots,
-            spec.sample_slots,
-            spec.prompt_buckets[-1],
-            spec.max_new_tokens,
-            spec.path_slots,
-        )
+        return cache_bytes(*self._cache_sizes(self.spec.prompt_buckets[-1]))
+
+    def plan(self) -> DecoderPlan:
+        """What it holds while it samples the longest prompts, in shapes."""
+        length = self.spec.prompt_buckets[-1]
+        with self._on_mesh():
+            return DecoderPlan(
+                weights=abstract_weights(self.config, self.mesh),
+                cache=abstract_result(_init_cache.lower(*self._cache_sizes(length))),
+                keeps_cache=False,
+                rows=self.spec.prompt_slots * self.spec.sample_slots,
+                prefill=(self._parts * self._prefill_counts(length)[0], length),
+            )
+
+    def lower(self, plan: DecoderPlan, sampling: SamplingParams) -> dict[str, jax.stages.Lowered]:
+        """The programs that run at the longest prompts, by what they do: `weights` copies a trainer's, `prefill` takes
+        as many prompts as one call does, `decode` steps until rows want new work. To compile and inspect; nothing
+        runs."""
+        count, length = plan.prefill
+        idle = self._slots([])
+        with self._on_mesh():
+            zeros = np.zeros((count, length), np.int32)
+            return {
+                "weights": lower_weights(self.config, self.mesh),
+                "prefill": _prefill.lower(self.config, plan.weights, plan.cache, zeros, np.zeros(count, np.int32)),
+                "decode": _decode.lower(
+                    self.config,
+                    self._stop_tokens,
+                    self.spec.max_new_tokens,
+                    plan.weights,
+                    plan.cache,
+                    idle.rows(),
+                    self._run(0, idle, sampling, 0, 0),
+                ),
+            }
 
     def _new_cache(self, bucket: int) -> KVCache:
+        return _init_cache(*self._cache_sizes(bucket))
+
+    def _cache_sizes(self, bucket: int) -> tuple[DecoderConfig, int, int, int, int, int]:
+        """The arguments of `init_cache`."""
         spec = self.spec
-        return _init_cache(
-            self.config, spec.prompt_slots, spec.sample_slots, bucket, spec.max_new_tokens, spec.path_slots
-        )
+        return self.config, spec.prompt_slots, spec.sample_slots, bucket, spec.max_new_tokens, spec.path_slots
 
     def _weights(self) -> Params:
         if self._params is None:

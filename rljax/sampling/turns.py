@@ -7,7 +7,7 @@ on costs what is new; of a conversation that is new, the part is copied that ano
 import bisect
 import contextlib
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
@@ -28,6 +28,7 @@ from rljax.sampling.conversations import (
 )
 from rljax.sampling.generate import DecodeRows, DecodeRun, decode
 from rljax.sampling.logits import SamplingParams
+from rljax.sampling.plan import DecoderPlan, abstract_result, abstract_weights, lower_weights
 from rljax.sampling.sampler import by_part, prefill_counts
 from rljax.sampling.spec import NO_STOPS, Stops, TurnDecoderSpec
 from rljax.sampling.stopping import StopStrings
@@ -192,8 +193,56 @@ class TurnDecoder:
 
     def cache_bytes(self) -> int:
         """Bytes that conversations and rows take over all devices."""
-        kept = conversations_bytes(self.config, self.spec.conversations, self._size)
-        return kept + cache_bytes(self.config, self.spec.rows, 1, self._size, self._ring)
+        return conversations_bytes(*self._kept_sizes()) + cache_bytes(*self._cache_sizes())
+
+    def plan(self) -> DecoderPlan:
+        """What it holds from its first turn on, in shapes."""
+        chunk = self.spec.prefill_chunks[-1]
+        with self._on_mesh():
+            kept = abstract_result(_init_conversations.lower(*self._kept_sizes()))
+            cache = abstract_result(_init_cache.lower(*self._cache_sizes()))
+            return DecoderPlan(
+                weights=abstract_weights(self.config, self.mesh),
+                cache=(kept, cache),
+                keeps_cache=True,
+                rows=self.spec.rows,
+                prefill=(self.parts * self._counts(chunk)[0], chunk),
+            )
+
+    def lower(self, plan: DecoderPlan, sampling: SamplingParams) -> dict[str, jax.stages.Lowered]:
+        """The programs of the longest chunk, by what they do: `weights` copies a trainer's, `extend` computes chunks
+        behind conversations, `copy`, `lay` and `keep` move conversations, `decode` steps the rows. To compile and
+        inspect; nothing runs."""
+        kept, cache = plan.cache
+        count, chunk = plan.prefill
+        none = self._moves([])
+        with self._on_mesh():
+            tokens = np.zeros((count, chunk), np.int32)
+            zeros = np.zeros(count, np.int32)
+            return {
+                "weights": lower_weights(self.config, self.mesh),
+                "extend": _extend.lower(self.config, False, plan.weights, kept, tokens, zeros, zeros),
+                "copy": _copy_conversations.lower(kept, none, none),
+                "lay": _lay_conversations.lower(cache, kept, none),
+                "keep": _keep_turns.lower(kept, cache, none),
+                "decode": _decode.lower(
+                    self.config,
+                    self._stop_tokens,
+                    self.spec.check_every,
+                    plan.weights,
+                    cache,
+                    self._grid.rows(),
+                    self._run(sampling),
+                ),
+            }
+
+    def _kept_sizes(self) -> tuple[DecoderConfig, int, int]:
+        """The arguments of `init_conversations`."""
+        return self.config, self.spec.conversations, self._size
+
+    def _cache_sizes(self) -> tuple[DecoderConfig, int, int, int, int]:
+        """The arguments of `init_cache`."""
+        return self.config, self.spec.rows, 1, self._size, self._ring
 
     @property
     def num_open(self) -> int:
@@ -290,8 +339,8 @@ class TurnDecoder:
 
     def _allocate(self) -> None:
         if self._cache is None:
-            self._kept = _init_conversations(self.config, self.spec.conversations, self._size)
-            self._cache = _init_cache(self.config, self.spec.rows, 1, self._size, self._ring)
+            self._kept = _init_conversations(*self._kept_sizes())
+            self._cache = _init_cache(*self._cache_sizes())
             self._column = 0
 
     def _admit(self, params: Params) -> None:
@@ -337,6 +386,20 @@ class TurnDecoder:
     def part_of(self, conversation: int) -> int:
         """Which of the `parts` of the devices keeps a conversation."""
         return conversation // (self.spec.conversations // self.parts)
+
+    def pick(self, free: Sequence[int], near: int | None = None) -> int:
+        """Which of the conversations `free`, the first to be used first, a new one takes.
+
+        On one device the first. On a mesh one of the devices with most of them, as rows wait for turns of their own
+        devices; or one beside `near`, whose beginning it shares, unless other devices have twice as many.
+        """
+        if self.parts == 1:
+            return free[0]
+        counts = Counter(self.part_of(conversation) for conversation in free)
+        part, most = counts.most_common(1)[0]
+        if near is not None and 2 * counts[self.part_of(near)] >= most:
+            part = self.part_of(near)
+        return next(conversation for conversation in free if self.part_of(conversation) == part)
 
     def _room(self, turn: Turn) -> int:
         return self.spec.context_length - len(turn.tokens)
@@ -435,10 +498,18 @@ class TurnDecoder:
 
     def _call_decode(self, params: Params, sampling: SamplingParams):
         """(steps [E], active [E], emitted) of the rows after up to `check_every` steps."""
+        length = self.spec.check_every
+        self._cache, _, *out = _decode(
+            self.config, self._stop_tokens, length, params, self._cache, self._grid.rows(), self._run(sampling)
+        )
+        steps, active, emitted = jax.device_get(out)
+        return steps[:, 0], active[:, 0], emitted
+
+    def _run(self, sampling: SamplingParams) -> DecodeRun:
         # A row finds other work only among the turns of its own devices.
         waits = np.zeros(self.parts, bool)
         waits[[self.part_of(turn.conversation) for turn in self._waiting]] = True
-        run = DecodeRun(
+        return DecodeRun(
             column=np.array(self._column, np.int32),
             sampling=sampling,
             seed=np.array(self._seed, np.int32),
@@ -447,12 +518,6 @@ class TurnDecoder:
             other_work=np.repeat(waits, self.spec.rows // self.parts),
             refill_rows=np.array(max(1, self.spec.rows // 16), np.int32),
         )
-        length = self.spec.check_every
-        self._cache, _, *out = _decode(
-            self.config, self._stop_tokens, length, params, self._cache, self._grid.rows(), run
-        )
-        steps, active, emitted = jax.device_get(out)
-        return steps[:, 0], active[:, 0], emitted
 
     def _end(self, row: int, grown: int, is_active: bool) -> tuple[TurnEnd, int | None] | None:
         """Why and after how many tokens the row's turn is over, if it is."""

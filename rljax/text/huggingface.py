@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from rljax.text.base import Message, end_of_turn_tokens, unique
-from rljax.text.plain import PlainText, any_of, check_characters, special_tokens
+from rljax.text.plain import MARK, PlainText, any_of, check_characters, special_tokens
 
 _ANSWER = "qz7"  # stands for what the assistant says
 
@@ -95,7 +95,7 @@ class HuggingFaceTokenizer:
     def encode_text(self, text: str, *, wrap: tuple[str, str] = ("", ""), continues: bool = False) -> list[int]:
         """See `rljax.text.encode_text`."""
         marked = self._plain.mark(text)
-        if marked == text and not (continues and self._plain.has_dummy_prefix()):
+        if marked == text and not (continues and self._plain.has_dummy_prefix):
             return self.encode(f"{wrap[0]}{text}{wrap[1]}")
         return self._plain.encode(f"{wrap[0]}{marked}{wrap[1]}", continues=continues)
 
@@ -121,24 +121,25 @@ class HuggingFaceTokenizer:
             raise ValueError("chat templates need the package jinja2: pip install 'jinja2>=3.1'") from None
 
         try:
-            text, is_marked = self._rendered(messages, add_generation_prompt)
+            text = self._rendered(messages, add_generation_prompt)
         except Exception as error:  # the expressions of a template raise what they will
             kind = "" if isinstance(error, (jinja2.TemplateError, ValueError)) else f"{type(error).__name__}: "
             reason = " ".join(f"{kind}{error}".split()).encode("utf-8", "backslashreplace").decode("utf-8")
             raise ValueError(
                 f"the chat template refused the messages ({reason:.300}), which are {reprlib.repr(messages)}"
             ) from error
-        return self._plain.encode(text) if is_marked else self.encode(text)
+        return self._plain.encode(text) if MARK in text else self.encode(text)
 
-    def _rendered(self, messages: Sequence[Message], add_generation_prompt: bool) -> tuple[str, bool]:
-        """What the template makes of messages in which names of control tokens are marked, and whether any is."""
+    def _rendered(self, messages: Sequence[Message], add_generation_prompt: bool) -> str:
+        """What the template makes of messages in which names of control tokens are marked."""
         messages = self._behind_system_prompt(messages)
         # last, so that tools given for all conversations win
         kwargs = {"tools": _tools(messages), **self._template_kwargs, "add_generation_prompt": add_generation_prompt}
-        given = [list(messages), kwargs["tools"]]
-        marked = self._plain.mark(given)
-        text = self.hf.apply_chat_template(marked[0], tokenize=False, **{**kwargs, "tools": marked[1]})
-        return text, marked != given
+
+        def template(given: Sequence[Any]) -> str:
+            return self.hf.apply_chat_template(given[0], tokenize=False, **{**kwargs, "tools": given[1]})
+
+        return self._plain.render(template, [list(messages), kwargs["tools"]])
 
     def _behind_system_prompt(self, messages: Sequence[Message]) -> Sequence[Message]:
         own = bool(messages) and messages[0].get("role") == "system"

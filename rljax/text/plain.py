@@ -5,9 +5,10 @@ by a mark that no text needs; the mark goes away behind the search for control t
 letters that it has. What a chat template writes by itself is not marked, and stays what it is.
 """
 
+import functools
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 MARK = "\ufdd0"
@@ -17,6 +18,9 @@ _KEPT = "\ufdd1"
 """Stands behind a mark that a text has of its own, which stays in it."""
 
 _REMOVED = re.compile(f"{MARK}(?!{_KEPT})")
+
+_TAG = r"</?\w+>"
+"""What chat templates look for in messages, as `</think>`; it is no beginning of a name that has been cut."""
 
 _BEFORE = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]
 _PROBES = [
@@ -38,6 +42,7 @@ class PlainText:
         self._hf = hf
         self._control: dict[str, int] | None = None
         self._names = re.compile("")
+        self._beginnings = re.compile("")
         self._copies: dict[bool, Any] = {}
 
     @property
@@ -52,6 +57,14 @@ class PlainText:
             control = {name: i for name, i in control.items() if len(name) > 1}
 
             self._names = any_of(control)
+            # Whole names and tags come first: at one place the first alternative that fits is found. Looking at one
+            # letter before them keeps a thousand names from being tried at each place of a text.
+            first = "".join(sorted({re.escape(name[0]) for name in control}))
+            signs = "".join(sorted({re.escape(name[0]) for name in control if not name[0].isalnum()}))
+            if signs:
+                self._beginnings = re.compile(f"(?=[{first}<])(?:{self._names.pattern}|{_TAG}|[{signs}])")
+            else:
+                self._beginnings = self._names
             self._control = control
         return self._control
 
@@ -67,15 +80,38 @@ class PlainText:
 
     def mark(self, value: Any) -> Any:
         """`value`, nested lists and mappings of text, with all names of control tokens in it broken."""
-        if isinstance(value, str):
-            if not self.control:
-                return value
-            return self._names.sub(lambda found: found[0][0] + MARK + found[0][1:], value.replace(MARK, MARK + _KEPT))
-        if isinstance(value, Mapping):
-            return {self.mark(key): self.mark(part) for key, part in value.items()}
-        if isinstance(value, (list, tuple)):
-            return type(value)(map(self.mark, value))
-        return value
+        return _each(self._mark_names, value) if self.control else value
+
+    def render(self, template: Callable[[Any], str], value: Any) -> str:
+        """What `template` writes of `value`, in which names of control tokens are broken; also those that the template
+        joins: `<|im_/no_thinkend|>` where it takes `/no_think` out, or the ends of two fields side by side. Raises
+        ValueError for a joined name that cannot be broken."""
+        marked = self.mark(value)
+        text = template(marked)
+        broken = _each(self._mark_beginnings, value) if self.control else marked
+        if broken == marked:
+            return text
+
+        # Whole names that are there although all their beginnings are broken are the template's own.
+        safe = template(broken)
+        if self._names.findall(safe) == self._names.findall(text):
+            return text
+        # Marks may have changed what the template does: it looks for something in messages, or escapes them.
+        if _REMOVED.sub("", safe) == _REMOVED.sub("", text):
+            return safe
+        raise ValueError("it joins parts of their text to names of control tokens; take the parts of such names out")
+
+    def _mark_names(self, text: str) -> str:
+        return self._names.sub(_broken, text.replace(MARK, MARK + _KEPT))
+
+    def _mark_beginnings(self, text: str) -> str:
+        """Also every sign with which a name of a control token begins; tags that are no such names stay whole."""
+
+        def mark(found: re.Match[str]) -> str:
+            is_tag = len(found[0]) > 1 and found[0] not in self.control
+            return found[0] if is_tag else _broken(found)
+
+        return self._beginnings.sub(mark, text.replace(MARK, MARK + _KEPT))
 
     def encode(self, marked: str, *, continues: bool = False) -> list[int]:
         """Ids of a text in which broken names are text and whole ones are control tokens, without the dummy space in
@@ -105,6 +141,7 @@ class PlainText:
     def _unspelt(self, marked: str) -> str:
         return ", ".join(sorted({repr(name) for name in self._names.findall(marked.replace(MARK, ""))}))
 
+    @functools.cached_property
     def has_dummy_prefix(self) -> bool:
         """Whether the tokenizer begins a text with a space that is not in it."""
         backend = getattr(self._hf, "backend_tokenizer", None)
@@ -115,7 +152,7 @@ class PlainText:
 
     def _copy(self, continues: bool) -> Any:
         """The tokenizer with marks taken out behind the search for control tokens."""
-        continues = continues and self.has_dummy_prefix()
+        continues = continues and self.has_dummy_prefix
         if continues not in self._copies:
             from tokenizers import Tokenizer
 
@@ -135,6 +172,21 @@ class PlainText:
             state["normalizer"] = {"type": "Sequence", "normalizers": normalizers}
             self._copies[continues] = Tokenizer.from_str(json.dumps(state))
         return self._copies[continues]
+
+
+def _broken(name: re.Match[str]) -> str:
+    return name[0][0] + MARK + name[0][1:]
+
+
+def _each(change: Callable[[str], str], value: Any) -> Any:
+    """`value`, nested lists and mappings of text, with all text in it changed."""
+    if isinstance(value, str):
+        return change(value)
+    if isinstance(value, Mapping):
+        return {_each(change, key): _each(change, part) for key, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(_each(change, part) for part in value)
+    return value
 
 
 def check_characters(text: str) -> None:

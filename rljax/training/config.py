@@ -23,7 +23,8 @@ class UpdateConfig(PackConfig):
     """Times that the updates go through a rollout. Above 1 the loss should clip ratios."""
 
     shuffle: bool = False
-    """Draw the groups of the minibatches anew at every step, by the run's seed; else they keep the rollout's order."""
+    """Draw the groups of the minibatches anew at every step, by the run's seed; else they keep the rollout's order. It
+    takes effect with `minibatches` above 1."""
 
     use_sampler_logprobs: bool = False
     """Take the sampler's log-probs as the old ones: ratios, and what is clipped by them, are then to the policy that
@@ -41,6 +42,10 @@ class UpdateConfig(PackConfig):
     attention_kernel: bool = False
     """Train long packed sequences with kernels that leave out blocks which see nothing, on a GPU or TPU. A CPU,
     short sequences and those that devices share keep the XLA form whatever it says."""
+
+    compile_ahead: int = field(default=3, least=1)
+    """Update programs that are compiled before the first update: that of the first minibatch, and those of the sizes
+    which later ones are most likely to have. 1 compiles each when it is met."""
 
     max_skipped: int = field(default=5, least=1)
     """Updates in a row that may be skipped for a loss or gradient that is not finite; the run stops at this number."""
@@ -74,7 +79,7 @@ class WarmupConfig:
     """Supervised steps (next-token loss) before the first rollout, or all there is to `rljax sft`."""
 
     steps: int = field(default=0, least=0)
-    """Updates; 0 is no warm-up."""
+    """Updates; 0 is no warm-up, and the other fields take effect above it."""
 
     batch_size: int = field(default=64, least=1)
     """Examples in an update."""
@@ -98,7 +103,8 @@ class CheckpointConfig:
     is asked to end (SIGTERM, SIGUSR1, Ctrl-C)."""
 
     keep_last: int = field(default=2, least=1)
-    """Newest checkpoints that stay. More of them survive a damaged disk, and cost a whole state each."""
+    """Newest checkpoints that stay. More of them survive a damaged disk, and cost a whole state each. It takes effect
+    with `every` above 0."""
 
     keep_best: int = field(default=0, least=0)
     """Checkpoints that stay besides, those with the highest `best_metric`."""

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -11,7 +12,7 @@ import optax
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float
 
-from rljax.batching import Packing, layout, loss_mask, pack, take_rows
+from rljax.batching import Packing, bare_rows, emptied, layout, likely_sizes, loss_mask, pack, take_rows
 from rljax.models import DecoderConfig, forest_attention, kernel_attention
 from rljax.models.sequence import CHUNKS
 from rljax.ops import row_uniforms
@@ -24,7 +25,7 @@ from rljax.training.optimizers import OptimizerConfig, make_optimizer, make_sche
 from rljax.training.state import abstract_state, create_state, frozen_base, state_shardings
 from rljax.training.trainable import EVERYTHING, Subtree, policy_params, reference_params
 from rljax.training.update import UpdateProgram, with_rows
-from rljax.types import ArrayLike, Packed, Params, RolloutBatch, TrainBatch, TrainState
+from rljax.types import ArrayLike, Params, RolloutBatch, TrainBatch, TrainState
 
 UNIFORMS = 0x756E69
 """Folded into the run's key for the losses' random numbers, to keep them apart from the sampler's."""
@@ -79,7 +80,9 @@ class Learner:
         self.mesh = mesh
         self.seed = seed
         self.subtree = subtree
+        self._parts = 1 if mesh is None else batch_parts(mesh)
         self._sampling = None if needs.sampling is None or _is_plain(needs.sampling) else needs.sampling
+        self._packing: Packing | None = None
         self._guard = Guard(update.max_skipped)
 
         self.program = UpdateProgram(
@@ -164,7 +167,7 @@ class Learner:
         packings = []
         for rows in parts:
             part = batch if len(parts) == 1 else take_rows(batch, rows)
-            packing = layout(part, mask[rows], update)
+            packing = layout(part, mask[rows], update, parts=self._parts)
             minibatch = pack(
                 part,
                 advantages[rows],
@@ -183,6 +186,7 @@ class Learner:
                 minibatch = with_rows(minibatch, ref_logprobs=reference)
             minibatches.append(minibatch)
             packings.append(packing)
+        self._packing = packings[0]
 
         # Epochs go through the same arrays; only random numbers are drawn anew for each.
         if not self.needs.uniforms:
@@ -192,7 +196,7 @@ class Learner:
         for epoch in range(update.epochs):
             uniforms = self._uniforms(batch, int(state.step), epoch)
             for rows, packing, minibatch in zip(parts, packings, minibatches, strict=True):
-                drawn.append(with_rows(minibatch, uniforms=self._put(packing.rows_of(uniforms[rows]))))
+                drawn.append(with_rows(minibatch, uniforms=self._put(packing.of_tokens(uniforms[rows]))))
         return drawn
 
     def score_rows(
@@ -206,12 +210,48 @@ class Learner:
         out = np.zeros(np.shape(batch.tokens), np.float32)
         for rows in self._split(batch):
             part = take_rows(batch, rows)
-            packing: Packing = layout(part, mask[rows], self.update_config)
-            packed, row_index, row_mask = self._put((packing.packed, packing.row_index, packing.mask))
+            packing: Packing = layout(part, mask[rows], self.update_config, parts=self._parts)
+            packed, ragged = self._put((packing.packed, packing.rows_to_score()))
             with self._on_mesh():
-                values = self._score(params, packed, row_index, row_mask, self._sampling)
+                values = self._score(params, packed, bare_rows(ragged), self._sampling)
             out[rows] = packing.batch_of(to_host(values), part.tokens)
         return out
+
+    def warm_up(
+        self, state: TrainState, train_batch: TrainBatch, say: Callable[[int, int], None] = lambda done, total: None
+    ) -> TrainState:
+        """Compiles the updates of the sizes that minibatches after `train_batch`, the newest of `prepare`, are likely
+        to have (`config.update.compile_ahead`). `state` is donated, and comes back with the values that it had.
+
+        Each program runs once, on a minibatch of nothing, so that later calls find it compiled. `say` is told how many
+        of how many are done.
+        """
+        assert self._packing is not None, "prepare comes before warm_up"
+        update = self.update_config
+        likely = likely_sizes(
+            self._packing.needs,
+            self._packing.sizes,
+            update,
+            per_part=update.microbatch_size // self._parts,
+            width=self._packing.sizes.width,
+            count=update.compile_ahead,
+        )
+        for done, sizes in enumerate(likely, 1):
+            empty = self._put(emptied(train_batch, sizes))
+            if empty.rows.old_logprobs is not None or empty.rows.ref_logprobs is not None:
+                self._score_minibatch(self.policy_params(state), empty)
+            counters = jax.tree.map(np.asarray, (state.step, state.skipped))
+            with self._on_mesh():
+                trainable, opt_state, step, skipped, _, finite = self._update(*self._arguments(state, empty))
+            self._guard.observe(skipped, finite)
+            # An update of nothing changes no weight, but it counts as a step. Without a mesh the counters stay
+            # uncommitted, as updates leave them: committed ones would be other arguments, and compile again.
+            where = None if self.mesh is None else (step.sharding, skipped.sharding)
+            step, skipped = jax.device_put(counters, where)
+            fields = dict(trainable=trainable, opt_state=opt_state, step=step, skipped=skipped)
+            state = state.replace(**fields)  # type: ignore[attr-defined]
+            say(done, len(likely))
+        return state
 
     def update(self, state: TrainState, train_batch: TrainBatch) -> tuple[TrainState, Metrics]:
         """One optimizer step, one jitted call; `state` is donated, all but its base and reference. The metrics are
@@ -224,8 +264,16 @@ class Learner:
 
     def lower_update(self, train_batch: TrainBatch) -> jax.stages.Lowered:
         """The update lowered for a batch of `jax.ShapeDtypeStruct`s, to compile and inspect; nothing runs."""
+        # Before the mesh is in use: optimizers make constants, and what is compiled for may have no device for them.
+        arguments = self._arguments(self.abstract_state(), train_batch)
         with self._on_mesh():
-            return self._update.lower(*self._arguments(self.abstract_state(), train_batch))
+            return self._update.lower(*arguments)
+
+    def lower_score(self, train_batch: TrainBatch) -> jax.stages.Lowered:
+        """The scoring of a minibatch lowered likewise: old or reference log-probs of all of its rows."""
+        params = self.policy_params(self.abstract_state())
+        with self._on_mesh():
+            return self._score.lower(params, train_batch.packed, bare_rows(train_batch.rows), self._sampling)
 
     def check(self) -> None:
         """Raises for the last update too; `update` itself looks one update back, so as not to wait."""
@@ -272,22 +320,23 @@ class Learner:
         return np.asarray(_draw(key, np.arange(count), width=width))
 
     def _put(self, tree: Any) -> Any:
-        """Packed sequences split over the batch axes of the mesh, everything else replicated."""
+        """Packed sequences, and the rows that they carry, split over the batch axes of the mesh; numbers of a whole
+        microbatch everywhere."""
         mesh = self.mesh
         if mesh is None:
             return jax.device_put(tree)
 
         def put(x: Any) -> Any:
-            return put_batch(mesh, x, axis=1) if isinstance(x, Packed) else put_host(x, replicated(mesh))
+            return put_batch(mesh, x, axis=1) if np.ndim(x) > 1 else put_host(x, replicated(mesh))
 
-        return jax.tree.map(put, tree, is_leaf=lambda x: isinstance(x, Packed))
+        return jax.tree.map(put, tree)
 
     def _on_mesh(self):
         return contextlib.nullcontext() if self.mesh is None else use_mesh(self.mesh)
 
     def _score_minibatch(self, params: Params, batch: TrainBatch) -> Array:
         with self._on_mesh():
-            return self._score(params, batch.packed, batch.rows.row_index, batch.rows.loss_mask, self._sampling)
+            return self._score(params, batch.packed, bare_rows(batch.rows), self._sampling)
 
 
 def _check_shared(update: UpdateConfig, mesh: Mesh) -> None:

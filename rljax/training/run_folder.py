@@ -14,7 +14,7 @@ from typing import Any
 import jax
 from tqdm import tqdm
 
-from rljax.parallel import gather, is_main_process
+from rljax.parallel import is_main_process, on_main
 from rljax.training.lock import lock, unlock
 from rljax.training.metrics import MetricsWriter, read_json, read_jsonl
 from rljax.training.storage import AnyPath, append_text, as_path, is_remote, remove_tree
@@ -73,16 +73,7 @@ class RunFolder:
         self._bar: tqdm | None = None
 
         # The other processes wait here until the folder stands, and hear why it does not.
-        refused = ""
-        previous: dict[str, Any] | None = None
-        if is_main_process():
-            try:
-                previous = self._prepare(fresh)
-            except ValueError as error:
-                refused = str(error)
-        refused, self.previous_config = gather((refused, previous))[0]
-        if refused:
-            raise ValueError(refused)
+        self.previous_config = on_main(lambda: self._prepare(fresh))
 
     def _prepare(self, fresh: bool) -> dict[str, Any] | None:
         """Makes the folder; returns the config of the last start in it, None for the first."""
@@ -154,7 +145,8 @@ class RunFolder:
 
     @staticmethod
     def _later(folder: AnyPath, step: int) -> list[AnyPath]:
-        return [file for file in folder.glob("step_*.json*") if int(file.stem.split("_")[1]) > step]
+        """The files of steps after `step`, those that a kill left half written too."""
+        return [file for file in folder.glob("step_*.json*") if int(file.name.split(".")[0].split("_")[1]) > step]
 
     def log_step(self, step: int, metrics: Mapping[str, float], records: Iterable[Mapping[str, Any]] = ()) -> None:
         """Metrics of the step that brought the count to `step`, and its rollouts, one JSON line each."""

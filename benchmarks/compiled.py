@@ -30,7 +30,7 @@ from _roofline import bound
 from rljax.algorithms import GRPO
 from rljax.experiment.dry_run import in_shapes
 from rljax.experiment.memory import GIB, bytes_of, predict_update
-from rljax.models import DecoderConfig, abstract_params
+from rljax.models import DecoderConfig, Remat, abstract_params
 from rljax.parallel import CHIPS, batch_parts, collectives, compiled_memory, make_mesh, topology_devices, traffic
 from rljax.sampling import Sampler, SamplerSpec, sampling_params
 from rljax.training import Learner, OptimizerConfig, UpdateConfig
@@ -130,7 +130,7 @@ def minibatch(mesh, microbatches: int, rows: int, length: int) -> TrainBatch:
     return in_shapes(TrainBatch(packed=packed, rows=trained), mesh)
 
 
-def update_of(config, topology: str, *, rows: int, length: int, microbatches: int = 1, remat: bool = False):
+def update_of(config, topology: str, *, rows: int, length: int, microbatches: int = 1, remat: Remat = "none"):
     """(learner, its minibatch, the compiled update) with `rows` packed sequences a device."""
     mesh = mesh_of(topology)
     count = rows * batch_parts(mesh)
@@ -143,7 +143,9 @@ def update_of(config, topology: str, *, rows: int, length: int, microbatches: in
 def fsdp_traffic_over_need(preset: Preset) -> float:
     config = model(QWEN3_8B, preset)
     microbatches = 2
-    _, _, compiled = update_of(config, preset.pod, rows=1, length=preset.length, microbatches=microbatches, remat=True)
+    _, _, compiled = update_of(
+        config, preset.pod, rows=1, length=preset.length, microbatches=microbatches, remat="attention_saved"
+    )
     moved = sum(traffic(collectives(compiled, (microbatches, chunks(preset)))).values())
     count = sum(int(np.prod(x.shape)) for x in jax.tree.leaves(abstract_params(config)))
     return moved / (microbatches * count * (2 * 2 + 4))
@@ -173,7 +175,7 @@ def decode_bound(preset: Preset, shape, prompts: int, samples: int) -> float:
     return read / chip.bandwidth / bound(lowered.compile().as_text(), chip).seconds
 
 
-def mfu_bound(preset: Preset, shape, topology: str, *, rows: int, remat: bool) -> float:
+def mfu_bound(preset: Preset, shape, topology: str, *, rows: int, remat: Remat) -> float:
     config = model(shape, preset)
     _, _, compiled = update_of(config, topology, rows=rows, length=preset.length, remat=remat)
     chip = chip_named(topology)
@@ -192,13 +194,15 @@ def model_flops(config: DecoderConfig, rows: int, length: int) -> float:
 
 
 def peak_gib_long(preset: Preset) -> float:
-    _, _, compiled = update_of(model(QWEN3_0P6B, preset), preset.one, rows=1, length=preset.long, remat=True)
+    _, _, compiled = update_of(
+        model(QWEN3_0P6B, preset), preset.one, rows=1, length=preset.long, remat="attention_saved"
+    )
     return compiled_memory(compiled).peak / GIB
 
 
 def predicted_over_compiled(preset: Preset) -> float:
     learner, batch, compiled = update_of(
-        model(QWEN3_8B, preset), preset.eight, rows=1, length=preset.length, microbatches=2, remat=True
+        model(QWEN3_8B, preset), preset.eight, rows=1, length=preset.length, microbatches=2, remat="attention_saved"
     )
     memory = compiled_memory(compiled)
     return (memory.arguments + sum(predict_update(learner, batch).values())) / memory.peak
@@ -208,8 +212,8 @@ RATIOS: dict[str, Callable[[Preset], float]] = {
     "fsdp_traffic_over_need": fsdp_traffic_over_need,
     "decode_bound_0p6b": lambda preset: decode_bound(preset, QWEN3_0P6B, 32, 8),
     "decode_bound_8b": lambda preset: decode_bound(preset, QWEN3_8B, 8, 8),
-    "mfu_bound_0p6b": lambda preset: mfu_bound(preset, QWEN3_0P6B, preset.one, rows=2, remat=False),
-    "mfu_bound_8b_v5p": lambda preset: mfu_bound(preset, QWEN3_8B, preset.tpu, rows=2, remat=True),
+    "mfu_bound_0p6b": lambda preset: mfu_bound(preset, QWEN3_0P6B, preset.one, rows=2, remat="none"),
+    "mfu_bound_8b_v5p": lambda preset: mfu_bound(preset, QWEN3_8B, preset.tpu, rows=2, remat="attention_saved"),
     "peak_gib_32k": peak_gib_long,
     "predicted_over_compiled": predicted_over_compiled,
 }

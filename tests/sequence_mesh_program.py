@@ -48,7 +48,7 @@ def compiled(mesh, packing, what, remat):
 
 
 def measure(shape, packing, what, remat):
-    _, ((loss, scores), grads) = compiled(None, packing, what, False)
+    _, ((loss, scores), grads) = compiled(None, packing, what, "none")
     mesh = make_mesh(*shape)
     program, ((own_loss, own_scores), own_grads) = compiled(mesh, packing, what, remat)
 
@@ -72,7 +72,7 @@ def main(cases):
     found = {}
     for case in cases:
         shape, packing, what, *rest = case.split()
-        found[case] = measure([int(n) for n in shape.split("x")], packing, what, bool(rest))
+        found[case] = measure([int(n) for n in shape.split("x")], packing, what, *(rest or ["none"]))
 
     mesh = make_mesh(1, 2, 2, 2)
     decoding = decoding_mesh(mesh)

@@ -23,7 +23,7 @@ def batch():
     return {"tokens": tokens, "positions": np.broadcast_to(np.arange(16), (8, 16)), "end": np.full((8, 16), 16)}
 
 
-def loss(params, data, remat=False):
+def loss(params, data, remat="none"):
     hidden = hidden_states(CONFIG, params, data["tokens"], data["positions"], data["end"], remat=remat)
     scores = logits(CONFIG, params, hidden)
     picked = jnp.take_along_axis(jax.nn.log_softmax(scores[:, :-1]), data["tokens"][:, 1:, None], -1)
@@ -76,7 +76,9 @@ def on_meshes(shapes):
         with use_mesh(mesh):
             sharded = jax.device_put(params, layout)
             (value, scores), grad = step(sharded, put_batch(mesh, data))
-            remat = jax.jit(jax.value_and_grad(lambda p, d: loss(p, d, True)[0]), out_shardings=(None, layout))
+            remat = jax.jit(
+                jax.value_and_grad(lambda p, d: loss(p, d, "attention_saved")[0]), out_shardings=(None, layout)
+            )
             remat_value, remat_grad = remat(sharded, put_batch(mesh, data))
             decode = reshard(sharded, param_shardings(CONFIG, mesh, DECODE_RULES))
             unrolled = jax.jit(

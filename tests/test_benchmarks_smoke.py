@@ -25,6 +25,7 @@ SMALLEST = {
     "compiled.py": ("--preset=smoke", "--only=decode_bound_0p6b,predicted_over_compiled"),
     "episodes.py": ("--preset=smoke",),
     "forest.py": ("--preset=smoke",),
+    "growth.py": ("--preset=smoke",),
     "numerics.py": ("--preset=smoke",),
     "objectives.py": ("--preset=smoke",),
     "papers.py": ("--size=smoke", "--configs=grpo"),
@@ -88,6 +89,13 @@ def test_a_benchmark_measures_everything_that_it_reports(run, script):
     assert report["ratios"] and not report.get("missing")
     if "compiles_after_warmup" in report["ratios"]:
         assert report["ratios"]["compiles_after_warmup"] == 0
+
+
+def test_growth_is_measured_and_ragged_updates_compile_nothing_after_the_warm_up(run):
+    report = run("growth.py", *SMALLEST["growth.py"])
+    ratios = report["ratios"]
+    assert ratios["cap_cost"] > 0 and ratios["rows_bytes_per_token"] > 20 and ratios["pack_us_per_token"] > 0
+    assert 1 <= ratios["update_programs"] <= 3 and ratios["compiles_after_warmup"] == 0
 
 
 def test_sampler_and_trainer_agree_and_varied_lengths_compile_nothing_after_warm_up(run):

@@ -21,9 +21,9 @@ from rljax.parallel import MESH_AXES
 from rljax.training import Learner, OptimizerConfig
 
 TESTS = Path(__file__).parent
-FEW = ["1x1x1x8 forest tokens", "1x2x1x4 flat tokens remat"]
-"""data x fsdp x tensor x sequence, packing, what is scored."""
-MORE = ["1x2x2x2 forest tokens", "2x2x1x2 flat tokens", "1x1x2x4 flat tokens remat", "1x4x1x2 forest values"]
+FEW = ["1x1x1x8 forest tokens", "1x2x1x4 flat tokens full"]
+"""data x fsdp x tensor x sequence, packing, what is scored, what the backward pass computes again."""
+MORE = ["1x2x2x2 forest tokens", "2x2x1x2 flat tokens", "1x1x2x4 flat tokens attention_saved", "1x4x1x2 forest values"]
 CASES = FEW + [pytest.param(case, marks=pytest.mark.slow) for case in MORE]
 
 
@@ -75,7 +75,7 @@ def test_a_layer_sends_its_keys_and_values_and_no_other_activations(found, case)
     in_layers = sorted(x for x in activations if x.times == layers)
 
     # Keys and values; once more where the backward pass computes the layer again. Then their gradients.
-    gathers = 4 if "remat" in case else 2
+    gathers = 4 if "full" in case else 2
     gather = Sent("all-gather", found["keys"], layers)
     scatter = Sent("reduce-scatter", found["keys"], layers)
     assert in_layers == [gather] * gathers + [scatter] * 2

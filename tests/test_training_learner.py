@@ -10,7 +10,7 @@ import pytest
 
 from rljax import losses
 from rljax.batching import PackConfig, stack, take_rows
-from rljax.models import DecoderConfig, init_params
+from rljax.models import DecoderConfig, forest_attention, init_params, kernel_attention
 from rljax.sampling import compile_count, sampling_params
 from rljax.training import (
     Checkpointer,
@@ -127,9 +127,23 @@ def test_gradients_equal_those_of_flat_rows(packing, off_policy):
         np.testing.assert_allclose(got[1][name], want[1][name], rtol=2e-4, atol=1e-6, err_msg=name)
 
 
-@pytest.mark.parametrize("changes", [dict(remat=True), dict(head_chunk=1), dict(head_chunk=4096)], ids=str)
+@pytest.mark.parametrize(
+    "changes", [dict(remat="full"), dict(remat="attention_saved"), dict(head_chunk=1), dict(head_chunk=4096)], ids=str
+)
 def test_gradients_do_not_depend_on_how_they_are_computed(changes):
     assert_close(gradient("accumulated in pairs", **changes)[2], gradient("accumulated in pairs")[2])
+
+
+def test_attention_kernels_are_chosen_by_the_devices(monkeypatch):
+    """Those for a TPU have been compiled for it; others must be asked for."""
+
+    def chosen(where, **changes):
+        monkeypatch.setattr("rljax.training.learner.platform", lambda mesh: where)
+        return make(FLAT, **changes).program.score_options["attention"]
+
+    assert [chosen(where) for where in ("cpu", "gpu")] == [forest_attention] * 2
+    assert chosen("tpu") == chosen("gpu", attention_kernel=True) == kernel_attention
+    assert chosen("tpu", attention_kernel=False) == forest_attention
 
 
 def test_flat_gradient_equals_a_plain_padded_forward_pass():

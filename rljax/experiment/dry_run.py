@@ -30,7 +30,7 @@ _ADVICE = {
     "critic": "a larger config.mesh.fsdp, or an algorithm without a critic",
     "decoder weights": "a larger config.mesh.tensor, or config.model.dtype=bfloat16",
     "KV cache": "fewer config.actor.prompt_slots x sample_slots (or conversations), or a smaller max_new_tokens",
-    "activations": "config.update.remat=True, or a smaller config.update.pack_length or microbatch_size",
+    "activations": "config.update.remat=attention_saved, or a smaller config.update.pack_length or microbatch_size",
     "a layer": "a smaller config.update.pack_length or microbatch_size",
     "prefill": "smaller config.actor.prompt_buckets (or prefill_chunks)",
     "logits": "a smaller config.update.head_chunk, or fewer rows that decode at once",

@@ -267,14 +267,14 @@ def _layers(learner: Learner, batch: TrainBatch, *, backward: bool = True) -> di
             return _kept_by_scan(jax.make_jaxpr(pull)(abstract_params(own), ids, ids, ids).jaxpr)
 
     kept = forward(options["remat"])
-    whole = kept if not options["remat"] else forward(False)
+    whole = kept if options["remat"] == "none" else forward("none")
     weights = sum(math.prod(x.shape[1:]) for x in jax.tree.leaves(abstract_params(own)["layers"]))
     # Blocks of queries need nothing of each other, so the compiler runs them side by side: logits and weights of all.
     blocks = min(MAX_BLOCKS, -(-length // MIN_BLOCK))
     scores = 2 * (rows // parts) * own.num_heads * length**2 * (blocks + 1) // (2 * blocks) * 4
     copies = np.dtype(config.dtype).itemsize + (4 if backward else 0)
     layer = weights * copies + scores
-    if options["remat"] or not backward:
+    if options["remat"] != "none" or not backward:
         layer += whole // config.num_layers
     return {"activations": kept, "a layer": layer}
 

@@ -3,6 +3,7 @@
 from rljax.models.attention import Attention, forest_attention, kernel_attention
 from rljax.models.config import DecoderConfig, RopeScaling
 from rljax.models.decoder import (
+    Remat,
     abstract_params,
     apply_layer,
     embed,
@@ -26,6 +27,7 @@ __all__ = [
     "Attention",
     "DecoderConfig",
     "Metadata",
+    "Remat",
     "RopeScaling",
     "Shares",
     "abstract_params",

@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from rljax.parallel import platform, split_over
@@ -21,6 +22,9 @@ with `query_start=` where devices share packed sequences."""
 
 MASKED = -1e30
 """Score of an invisible key: finite, so that a padding query, which sees nothing, yields no NaN."""
+
+SAVED = ("attention", "attention_normaliser")
+"""Names by which a remat policy keeps the result and the log-sum-exp, all that a backward pass needs beside q, k, v."""
 
 MIN_BLOCK = 128
 """Fewest queries of a block."""
@@ -96,6 +100,12 @@ def on_own_heads(attention: Attention) -> Attention:
     return split_over(attention, (heads, heads, heads, row, row, ()), heads)
 
 
+def named(out: Array, normaliser: Array) -> tuple[Array, Array]:
+    """The two under the names of `SAVED`. Forward rules call it on what they return as residuals: names that are put
+    on afterwards would leave the log-sum-exp to be computed again, and the scores with it."""
+    return checkpoint_name(out, SAVED[0]), checkpoint_name(normaliser, SAVED[1])
+
+
 def _blocks(length: int) -> list[tuple[int, int]]:
     size = max(MIN_BLOCK, -(-length // MAX_BLOCKS))
     return [(start, min(start + size, length)) for start in range(0, length, size)]
@@ -147,8 +157,8 @@ def _attend_forward(q, k, v, positions, subtree_end, window):
         outs.append(out.astype(q.dtype))
         normalisers.append(best[..., 0] + jnp.log(total))
 
-    out = jnp.concatenate(outs, axis=2)
-    return out, (q, k, v, positions, subtree_end, window, out, jnp.concatenate(normalisers, axis=2))
+    out, normaliser = named(jnp.concatenate(outs, axis=2), jnp.concatenate(normalisers, axis=2))
+    return out, (q, k, v, positions, subtree_end, window, out, normaliser)
 
 
 def _attend_backward(residuals, d_out):

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from rljax.models.attention import MASKED, score_divisor
+from rljax.models.attention import MASKED, named, score_divisor
 from rljax.types import ArrayLike
 
 BLOCK = 512
@@ -160,8 +160,8 @@ def _attend_forward(q, k, v, positions, subtree_end, window, start):
 
     q_blocks = _cut(q, 2)
     outs, normalisers = jax.lax.map(of_queries, (jnp.arange(len(q_blocks)), q_blocks))
-    out = _joined(outs, queries, 2)
-    return out, (q, k, v, positions, subtree_end, window, start, out, _joined(normalisers, queries, 2))
+    out, normaliser = named(_joined(outs, queries, 2), _joined(normalisers, queries, 2))
+    return out, (q, k, v, positions, subtree_end, window, start, out, normaliser)
 
 
 def _attend_backward(residuals, d_out):

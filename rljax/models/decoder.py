@@ -11,16 +11,15 @@ Both therefore run the same layer.
 import functools
 import hashlib
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from rljax.models.attention import Attention, forest_attention
+from rljax.models.attention import SAVED, Attention, forest_attention
 from rljax.models.config import DecoderConfig
 from rljax.models.functional import linear, rms_norm, swiglu
 from rljax.models.rope import apply_rotary, rotary_table
@@ -29,6 +28,10 @@ from rljax.types import Params
 
 Attend = Callable[[Array, Array, Array], tuple[Array, Any]]
 """`attend(q [..., H, hd], k [..., KV, hd], v [..., KV, hd]) -> (out [..., H, hd], aux)`; rotary is applied already."""
+
+Remat = Literal["none", "attention_saved", "full"]
+"""What of a layer the backward pass computes again. `full`: all of it, so that its input alone is kept.
+`attention_saved`: all but the attention itself, whose result and log-sum-exp are kept too. `none`: nothing."""
 
 Product = Callable[[Array, Array], Array]
 """`product(x [..., D], weight) -> [..., E]`; `weight` is [D, E] unless the caller's params hold it otherwise."""
@@ -91,7 +94,7 @@ class Layer(nnx.Module):
 
         # Keys are rotated before they are kept: a cache never rotates again.
         out, aux = attend(apply_rotary(q, *rotary), apply_rotary(k, *rotary), v)
-        out = checkpoint_name(out.reshape(*x.shape[:-1], c.num_heads * c.head_dim), "attention")
+        out = out.reshape(*x.shape[:-1], c.num_heads * c.head_dim)
 
         # Without it the compiler may split the residual otherwise from one layer to the next.
         x = constrain(x + project(out, "o"), _axes(x))
@@ -254,16 +257,19 @@ def hidden_states(
     positions: Int[Array, "R S"],
     subtree_end: Int[Array, "R S"],
     *,
-    remat: bool = False,
+    remat: Remat = "none",
     scan: bool = True,
     attention: Attention = forest_attention,
 ) -> Float[Array, "R S D"]:
     """Final-normed hidden states of packed forests (see `rljax.types.Packed`).
 
-    `scan` runs the stacked layers as one `lax.scan` (compiles once); otherwise they are unrolled. `remat` keeps only
-    each layer's input for the backward pass. `attention` is `forest_attention` or something that computes the same. It
-    alone minds the order of the positions, which is also that of the result.
+    `scan` runs the stacked layers as one `lax.scan` (compiles once); otherwise they are unrolled. `remat` says what
+    the backward pass computes again (see `Remat`). `attention` is `forest_attention` or something that computes the
+    same; it alone minds the order of the positions, which is also that of the result. ValueError for another `remat`.
     """
+    if remat not in get_args(Remat):
+        raise ValueError(f"remat={remat!r} must be one of {', '.join(map(repr, get_args(Remat)))}")
+
     # One table for all layers: within a scan it is a constant, not made again.
     rotary = rotary_table(config, positions)
 
@@ -275,9 +281,11 @@ def hidden_states(
 
         return apply_layer(config, layer_params, x, rotary, attend)
 
-    if remat:
+    if remat != "none":
+        saved = SAVED if remat == "attention_saved" else ()
+        policy = jax.checkpoint_policies.save_only_these_names(*saved)
         # A scan keeps its body apart by itself; barriers against common subexpressions would only cost there.
-        body = jax.checkpoint(body, prevent_cse=not scan)
+        body = jax.checkpoint(body, prevent_cse=not scan, policy=policy)
     x = embed_split(config, params, tokens)
     x = constrain(x, _axes(x))
     if scan:

@@ -1,5 +1,6 @@
 """Mesh, sharding rules, several hosts, and what compiled programs move between devices."""
 
+from rljax.parallel.compile_cache import keep_compiled
 from rljax.parallel.compiled import Collective, CompiledMemory, collectives, compiled_memory, traffic
 from rljax.parallel.config import MeshConfig
 from rljax.parallel.distributed import (
@@ -61,6 +62,7 @@ __all__ = [
     "gather",
     "initialize_distributed",
     "is_main_process",
+    "keep_compiled",
     "make_mesh",
     "named_sharding",
     "on_cluster",

@@ -20,6 +20,7 @@ from jaxtyping import Array, Bool, Float, Int
 from rljax.models import (
     Attention,
     DecoderConfig,
+    Remat,
     Shares,
     forest_attention,
     head_params,
@@ -41,7 +42,7 @@ def score_tokens(
     sampling_params: SamplingParams | None = None,
     *,
     chunk: int = 512,
-    remat: bool = False,
+    remat: Remat = "none",
     scan: bool = True,
     attention: Attention = forest_attention,
 ) -> tuple[Float[Array, "R K"], Float[Array, "R K"]]:
@@ -78,7 +79,7 @@ def score_values(
     sampling_params: SamplingParams | None = None,
     *,
     chunk: int = 512,
-    remat: bool = False,
+    remat: Remat = "none",
     scan: bool = True,
     attention: Attention = forest_attention,
 ) -> tuple[Float[Array, "R K"], Float[Array, "R K"]]:

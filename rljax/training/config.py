@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 from rljax.batching import PackConfig
+from rljax.models import Remat
 from rljax.settings import field
 from rljax.training.optimizers import OptimizerConfig
 
@@ -36,12 +37,14 @@ class UpdateConfig(PackConfig):
     """Tokens of one device whose logits exist at a time. Lower it to save memory, raise it for speed with a small
     vocabulary; what devices send each other stays the same."""
 
-    remat: bool = False
-    """Recompute the activations of a layer in the backward pass: much less memory for about a third more time."""
+    remat: Remat = "none"
+    """What the backward pass computes again: `none`; `attention_saved`, a layer from its input but for the attention
+    itself (much less memory, for about a quarter more time); `full`, the attention as well (a little less memory)."""
 
-    attention_kernel: bool = False
-    """Train long packed sequences with kernels that leave out blocks which see nothing, on a GPU or TPU. A CPU,
-    short sequences and those that devices share keep the XLA form whatever it says."""
+    attention_kernel: bool | None = None
+    """Train packed sequences of 1024 tokens and more with kernels that leave out blocks which see nothing. None does so
+    on a TPU, for which they have been compiled at lengths up to 128k; True on a GPU too, with kernels that jax is about
+    to drop. A CPU, short sequences and those that devices share keep the XLA form whatever it says."""
 
     compile_ahead: int = field(default=3, least=1)
     """Update programs that are compiled before the first update: that of the first minibatch, and those of the sizes

@@ -16,7 +16,7 @@ from rljax.batching import Packing, bare_rows, emptied, layout, likely_sizes, lo
 from rljax.models import DecoderConfig, forest_attention, kernel_attention
 from rljax.models.sequence import CHUNKS
 from rljax.ops import row_uniforms
-from rljax.parallel import batch_parts, put_batch, put_host, replicated, to_host, use_mesh
+from rljax.parallel import batch_parts, platform, put_batch, put_host, replicated, to_host, use_mesh
 from rljax.sampling import SamplingParams
 from rljax.training.config import UpdateConfig
 from rljax.training.guard import Guard
@@ -93,7 +93,7 @@ class Learner:
             score_options={
                 "chunk": update.head_chunk,
                 "remat": update.remat,
-                "attention": kernel_attention if update.attention_kernel else forest_attention,
+                "attention": kernel_attention if _takes_kernels(update, mesh) else forest_attention,
             },
             updates_once=update.minibatches * update.epochs == 1,
             use_sampler_logprobs=update.use_sampler_logprobs,
@@ -236,21 +236,19 @@ class Learner:
             width=self._packing.sizes.width,
             count=update.compile_ahead,
         )
-        for done, sizes in enumerate(likely, 1):
+        # The first goes round twice: what an update returns may lie otherwise than what the state began with.
+        for done, sizes in enumerate([likely[0], *likely]):
             empty = self._put(emptied(train_batch, sizes))
             if empty.rows.old_logprobs is not None or empty.rows.ref_logprobs is not None:
                 self._score_minibatch(self.policy_params(state), empty)
-            counters = jax.tree.map(np.asarray, (state.step, state.skipped))
             with self._on_mesh():
                 trainable, opt_state, step, skipped, _, finite = self._update(*self._arguments(state, empty))
             self._guard.observe(skipped, finite)
-            # An update of nothing changes no weight, but it counts as a step. Without a mesh the counters stay
-            # uncommitted, as updates leave them: committed ones would be other arguments, and compile again.
-            where = None if self.mesh is None else (step.sharding, skipped.sharding)
-            step, skipped = jax.device_put(counters, where)
-            fields = dict(trainable=trainable, opt_state=opt_state, step=step, skipped=skipped)
+            # An update of nothing changes no weight, but it counts as a step.
+            fields = dict(trainable=trainable, opt_state=opt_state, step=step - 1, skipped=skipped)
             state = state.replace(**fields)  # type: ignore[attr-defined]
-            say(done, len(likely))
+            if done:
+                say(done, len(likely))
         return state
 
     def update(self, state: TrainState, train_batch: TrainBatch) -> tuple[TrainState, Metrics]:
@@ -366,6 +364,12 @@ def _draw(key, row_id, *, width: int) -> Array:
 @jax.jit
 def _mix(trainable, reference, weight):
     return jax.tree.map(lambda p, r: (weight * p + (1 - weight) * r).astype(r.dtype), trainable, reference)
+
+
+def _takes_kernels(update: UpdateConfig, mesh: Mesh | None) -> bool:
+    if update.attention_kernel is None:
+        return platform(mesh) == "tpu"
+    return update.attention_kernel
 
 
 def _is_plain(sampling: SamplingParams) -> bool:

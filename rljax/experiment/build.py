@@ -16,7 +16,7 @@ from rljax.experiment.prompts import check_chat_settings
 from rljax.experiment.pulse import Pulse
 from rljax.experiment.stops import Stops
 from rljax.models import DecoderConfig, load_config, load_model, param_shardings
-from rljax.parallel import make_mesh
+from rljax.parallel import decoding_mesh, make_mesh
 from rljax.plans import RolloutPlan
 from rljax.rollouts import Actor, ActorParts, RolloutSettings
 from rljax.tasks import Curriculum, Dataset, Example
@@ -137,7 +137,7 @@ def build_actor(
     parts = ActorParts(
         decoder=decoder,
         tokenizer=tokenizer,
-        mesh=mesh,
+        mesh=decoding_mesh(mesh),
         plan=plan,
         dataset=dataset,
         sampling=sampling,

@@ -19,6 +19,7 @@ from rljax.models.head import head_params, logits, logits_gradient, output_proje
 from rljax.models.huggingface import Metadata, load_hf, read_metadata, save_hf, written_metadata
 from rljax.models.layout import param_shardings
 from rljax.models.load import find_smollm2, load_config, load_model
+from rljax.models.sequence import Shares, sequence_shares
 from rljax.models.value_head import value_config, value_params, values
 
 __all__ = [
@@ -28,6 +29,7 @@ __all__ = [
     "Metadata",
     "Remat",
     "RopeScaling",
+    "Shares",
     "abstract_params",
     "apply_layer",
     "config_from_hf",
@@ -51,6 +53,7 @@ __all__ = [
     "param_shardings",
     "read_metadata",
     "save_hf",
+    "sequence_shares",
     "unstack_layers",
     "value_config",
     "value_params",

@@ -97,16 +97,21 @@ class Layer(nnx.Module):
         out = out.reshape(*x.shape[:-1], c.num_heads * c.head_dim)
 
         # Without it the compiler may split the residual otherwise from one layer to the next.
-        x = constrain(x + project(out, "o"), ("batch", *(None,) * (x.ndim - 1)))
+        x = constrain(x + project(out, "o"), _axes(x))
 
         h = rms_norm(x, self.mlp_norm[...], c.norm_eps)
         h = swiglu(project(h, "gate"), project(h, "up"))
-        return constrain(x + project(h, "down"), ("batch", *(None,) * (x.ndim - 1))), aux
+        return constrain(x + project(h, "down"), _axes(x)), aux
 
     def _project(self, product: Product, x: Array, name: str) -> Array:
         out = product(x, getattr(self, name)[...])
         bias = getattr(self, f"{name}_bias", None)
         return out if bias is None else out + bias[...].astype(x.dtype)
+
+
+def _axes(x: Array) -> tuple[str | None, ...]:
+    """Logical axes of a layer's activations [R, S, D], or of those of a decoder's rows."""
+    return ("batch", "positions", None) if x.ndim == 3 else ("batch", *(None,) * (x.ndim - 1))
 
 
 class Decoder(nnx.Module):
@@ -195,9 +200,11 @@ def embed_split(config: DecoderConfig, params: Params, tokens: Int[Array, "R S"]
     the other columns, and they exchange what they found; the gradient comes back the same way.
     """
     rows = split_axes("batch", tokens.shape[0])
+    positions = split_axes("positions", tokens.shape[1])
     vocab = split_axes("vocab", config.vocab_size)
     width = split_axes("embed", config.embed_dim)
-    if not rows:
+    own = {*rows, *positions}
+    if not own or not own.issuperset(width):
         return embed(config, params, tokens)
 
     def lookup(table: Array, tokens: Array) -> Array:
@@ -216,8 +223,9 @@ def embed_split(config: DecoderConfig, params: Params, tokens: Int[Array, "R S"]
             x = jax.lax.all_to_all(x, width, split_axis=0, concat_axis=2, tiled=True)
         return jax.lax.psum(x, vocab)
 
-    in_specs = (PartitionSpec(vocab, width), PartitionSpec(rows))
-    return jax.shard_map(lookup, in_specs=in_specs, out_specs=PartitionSpec(rows))(params["embedding"], tokens)
+    split = PartitionSpec(rows, positions)
+    in_specs = (PartitionSpec(vocab, width), split)
+    return jax.shard_map(lookup, in_specs=in_specs, out_specs=split)(params["embedding"], tokens)
 
 
 def apply_layer(
@@ -257,7 +265,7 @@ def hidden_states(
 
     `scan` runs the stacked layers as one `lax.scan` (compiles once); otherwise they are unrolled. `remat` says what
     the backward pass computes again (see `Remat`). `attention` is `forest_attention` or something that computes the
-    same. ValueError for another `remat`.
+    same; it alone minds the order of the positions, which is also that of the result. ValueError for another `remat`.
     """
     if remat not in get_args(Remat):
         raise ValueError(f"remat={remat!r} must be one of {', '.join(map(repr, get_args(Remat)))}")
@@ -278,7 +286,8 @@ def hidden_states(
         policy = jax.checkpoint_policies.save_only_these_names(*saved)
         # A scan keeps its body apart by itself; barriers against common subexpressions would only cost there.
         body = jax.checkpoint(body, prevent_cse=not scan, policy=policy)
-    x = constrain(embed_split(config, params, tokens), ("batch", None, None))
+    x = embed_split(config, params, tokens)
+    x = constrain(x, _axes(x))
     if scan:
         x, _ = jax.lax.scan(body, x, (params["layers"], jnp.asarray(config.windows)))
     else:

@@ -14,7 +14,7 @@ from rljax.parallel.distributed import (
     on_main,
     to_host,
 )
-from rljax.parallel.mesh import MESH_AXES, make_mesh, platform, use_mesh
+from rljax.parallel.mesh import MESH_AXES, decoding_mesh, make_mesh, platform, use_mesh
 from rljax.parallel.sharding import (
     DECODE_RULES,
     RULES,
@@ -57,6 +57,7 @@ __all__ = [
     "collectives",
     "compiled_memory",
     "constrain",
+    "decoding_mesh",
     "end_together",
     "gather",
     "initialize_distributed",

@@ -21,14 +21,17 @@ Rules = Mapping[str, str | tuple[str, ...] | None]
 
 RULES: Rules = {
     "batch": ("data", "fsdp"),
+    "positions": "sequence",
+    "shares": ("data", "fsdp", "sequence"),
     "layers": None,
-    "embed": "fsdp",
+    "embed": ("fsdp", "sequence"),
     "heads": "tensor",
     "kv_heads": "tensor",
     "mlp": "tensor",
     "vocab": "tensor",
 }
-"""For training: weights and optimizer state are split over every device but the `data` replicas."""
+"""For training: weights and optimizer state are split over every device but the `data` replicas. `positions` are those
+of packed sequences, `shares` the parts of them that devices have."""
 
 DECODE_RULES: Rules = {**RULES, "embed": None}
 """For decoding: weights whole along `fsdp`, since a step of one token is too short to gather them in."""

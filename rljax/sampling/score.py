@@ -21,11 +21,13 @@ from rljax.models import (
     Attention,
     DecoderConfig,
     Remat,
+    Shares,
     forest_attention,
     head_params,
     hidden_states,
     logits,
     logits_gradient,
+    sequence_shares,
     values,
 )
 from rljax.parallel import split_axes
@@ -54,10 +56,20 @@ def score_tokens(
     """
     if chunk < 1:
         raise ValueError(f"chunk={chunk} must be at least 1 token; 512 suits most machines")
-    hidden = _hidden_states(config, params, packed, remat=remat, scan=scan, attention=attention)
+    shares = sequence_shares(*packed.tokens.shape)
+    hidden = _hidden_states(config, params, packed, shares, remat=remat, scan=scan, attention=attention)
     wanted, targets, before = _places(packed)
-    hidden = jnp.take_along_axis(hidden, before[..., None], axis=1)
-    return score_hidden(config, params, hidden, targets, wanted, sampling_params, chunk=chunk)
+    if shares is None:
+        hidden = jnp.take_along_axis(hidden, before[..., None], axis=1)
+        return score_hidden(config, params, hidden, targets, wanted, sampling_params, chunk=chunk)
+
+    # Scored tokens may lie all in one part of a sequence, so its devices take equal numbers of them.
+    hidden = shares.states_at(hidden, shares.split(shares.place(before)))
+    targets = shares.split(targets)
+    wanted = shares.split(wanted)
+    logprobs, entropies = score_hidden(config, params, hidden, targets, wanted, sampling_params, chunk=chunk)
+    count = before.shape[1]
+    return shares.join(logprobs, count), shares.join(entropies, count)
 
 
 def score_values(
@@ -77,16 +89,25 @@ def score_values(
     Differentiable in `params`. A value belongs to no distribution and has no logits: `sampling_params` and `chunk`
     change nothing. ValueError when the model has no value head.
     """
-    hidden = _hidden_states(config, params, packed, remat=remat, scan=scan, attention=attention)
+    shares = sequence_shares(*packed.tokens.shape)
+    hidden = _hidden_states(config, params, packed, shares, remat=remat, scan=scan, attention=attention)
     found = values(config, params, hidden)
     wanted, _, before = _places(packed)
+    if shares is not None:
+        before = shares.place(before)
     found = jnp.where(wanted, jnp.take_along_axis(found, before, axis=1), 0.0)
     return found, jnp.zeros_like(found)
 
 
-def _hidden_states(config: DecoderConfig, params: Params, packed: Packed, **how: Any) -> Array:
+def _hidden_states(
+    config: DecoderConfig, params: Params, packed: Packed, shares: Shares | None, *, attention: Attention, **how: Any
+) -> Array:
+    """Of all positions in order; in the order of shares, where devices share packed sequences."""
     tokens, positions, subtree_end = (jnp.asarray(x) for x in (packed.tokens, packed.positions, packed.subtree_end))
-    return hidden_states(config, params, tokens, positions, subtree_end, **how)
+    if shares is not None:
+        attention = shares.attention(attention, positions, subtree_end)
+        tokens, positions, subtree_end = (shares.in_shares(x) for x in (tokens, positions, subtree_end))
+    return hidden_states(config, params, tokens, positions, subtree_end, attention=attention, **how)
 
 
 def _places(packed: Packed) -> tuple[Array, Array, Array]:
@@ -118,7 +139,9 @@ def score_hidden(
     targets = jnp.asarray(targets)
     wanted = jnp.asarray(wanted)
     layout = _Layout(
-        rows=split_axes("batch", rows), vocab=split_axes("vocab", config.vocab_size), width=split_axes("embed", width)
+        rows=split_axes("shares", rows) or split_axes("batch", rows),
+        vocab=split_axes("vocab", config.vocab_size),
+        width=split_axes("embed", width),
     )
     sizes = jax.sharding.get_abstract_mesh().shape
     own_rows = rows // math.prod(sizes[name] for name in layout.rows)

@@ -44,7 +44,7 @@ class UpdateConfig(PackConfig):
     attention_kernel: bool | None = None
     """Train packed sequences of 1024 tokens and more with kernels that leave out blocks which see nothing. None does so
     on a TPU, for which they have been compiled at lengths up to 128k; True on a GPU too, with kernels that jax is about
-    to drop. A CPU, and short sequences, keep the XLA form whatever it says."""
+    to drop. A CPU, short sequences and those that devices share keep the XLA form whatever it says."""
 
     compile_ahead: int = field(default=3, least=1)
     """Update programs that are compiled before the first update: that of the first minibatch, and those of the sizes

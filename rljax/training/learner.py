@@ -14,6 +14,7 @@ from jaxtyping import Array, Bool, Float
 
 from rljax.batching import Packing, bare_rows, emptied, layout, likely_sizes, loss_mask, pack, take_rows
 from rljax.models import DecoderConfig, forest_attention, kernel_attention
+from rljax.models.sequence import CHUNKS
 from rljax.ops import row_uniforms
 from rljax.parallel import batch_parts, platform, put_batch, put_host, replicated, to_host, use_mesh
 from rljax.sampling import SamplingParams
@@ -33,9 +34,10 @@ UNIFORMS = 0x756E69
 class Learner:
     """Makes minibatches of a rollout and updates the state with them.
 
-    `update` says how a rollout becomes updates; under a mesh, its `microbatch_size` must divide over the batch axes.
-    `seed` is the run's: shuffling and the losses' random numbers are drawn from it. `subtree` says which weights are
-    trained; gradients and moments exist for these alone, and the reference shares the frozen ones.
+    `update` says how a rollout becomes updates; under a mesh, its `microbatch_size` must divide over the batch axes,
+    and the lengths of its packed sequences over the devices that share them. `seed` is the run's: shuffling and
+    the losses' random numbers are drawn from it. `subtree` says which weights are trained; gradients and moments exist
+    for these alone, and the reference shares the frozen ones.
 
     An update whose loss or gradient is not finite leaves weights and optimizer as they are; after `max_skipped` of
     them in a row `update` (or `check`) raises `FloatingPointError` with what was not finite. ValueError for values that
@@ -60,6 +62,9 @@ class Learner:
                 f"config.update.microbatch_size={update.microbatch_size} does not divide over the {batch_parts(mesh)} "
                 f"devices that split the batch; set it to a multiple of {batch_parts(mesh)}"
             )
+
+        if mesh is not None:
+            _check_shared(update, mesh)
 
         schedule = None
         if isinstance(optimizer, OptimizerConfig):
@@ -330,6 +335,25 @@ class Learner:
     def _score_minibatch(self, params: Params, batch: TrainBatch) -> Array:
         with self._on_mesh():
             return self._score(params, batch.packed, bare_rows(batch.rows), self._sampling)
+
+
+def _check_shared(update: UpdateConfig, mesh: Mesh) -> None:
+    """Refuses packed sequences of lengths that the devices along `sequence` cannot share."""
+    parts = mesh.shape["sequence"]
+    multiple = CHUNKS * parts
+    devices = f"the {parts} devices of config.mesh.sequence, which have {CHUNKS} equal chunks each"
+    if parts == 1:
+        return
+    if wrong := [length for length in update.length_buckets if length % multiple]:
+        raise ValueError(
+            f"config.update.length_buckets={update.length_buckets}: {wrong[0]} does not divide over {devices}; "
+            f"take multiples of {multiple}"
+        )
+    if not update.length_buckets and update.pack_length % (4 * multiple):
+        raise ValueError(
+            f"config.update.pack_length={update.pack_length} and its quarters do not divide over {devices}; set it to "
+            f"a multiple of {4 * multiple}, or config.update.length_buckets to multiples of {multiple}"
+        )
 
 
 @functools.partial(jax.jit, static_argnames="width")

@@ -12,6 +12,7 @@ once those that are likely have been compiled.
 `small` and `smoke` are shorter forms of `full`; all are a tiny model on the CPU. No rivals: this is growth, not speed.
 """
 
+import dataclasses
 import statistics
 import time
 
@@ -139,7 +140,9 @@ def main() -> None:
     size = SIZES[arguments.preset]
     quick = arguments.preset == "smoke"
     probes = [probe("float32", quick)]
-    model = load_model(write_model(TINY), dtype="float32", param_dtype="float32")
+    config, params = load_model(write_model(TINY), dtype="float32", param_dtype="float32")
+    # Positions enough for the longest cap.
+    model = (dataclasses.replace(config, max_position=2 * max(size["caps"] + size["stops"])), params)
     update = UpdateConfig(pack_length=2 * size["cap"], microbatch_size=2)
     vocab = TINY["vocab_size"]
 

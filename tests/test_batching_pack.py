@@ -258,3 +258,15 @@ def test_owners_by_equal_text_go_by_keys():
     owners = np.asarray(match_owners(stack(rows)))
     np.testing.assert_array_equal(owners[1, :14], [0, *[1] * 13])
     np.testing.assert_array_equal(owners[2, :14], [0] * 12 + [2, 2])
+
+
+def test_a_tree_that_one_sequence_cannot_hold_is_cut_between_its_limbs():
+    """Filled up row by row, the first sequence would hold a leaf of the second limb, whose tokens the next repeats."""
+    trunk, limbs = [1, 2], [[*range(10, 20)], [*range(20, 30)]]
+    rows = [trajectory([*trunk, *limb, *range(100 * n, 100 * n + 4)], 2, 0) for limb in limbs for n in (1, 2, 3)]
+    batch = stack(rows)
+    whole = layout(batch, loss_mask(batch), PackConfig(64, share_prefixes=True))
+    assert (whole.unique_tokens, whole.repeated_tokens) == (2 + 2 * (10 + 12), 0)
+    cut = layout(batch, loss_mask(batch), PackConfig(40, share_prefixes=True))
+    assert cut.packed.tokens.shape[0] == 2
+    assert (cut.unique_tokens, cut.repeated_tokens) == (whole.unique_tokens + 2, 2)

@@ -48,6 +48,8 @@ def fine_tune(config: Config, workdir: str, *, fresh: bool = False) -> dict[str,
 
         def report(done: int, metrics: dict[str, float]) -> None:
             folder.log_step(done, metrics)
+            # Lines come before the checkpoint of their step, and cost nothing here: there are no rollouts.
+            folder.flush()
             last.update(metrics)
 
         with run.actor, folder, contextlib.closing(checkpoints), use_mesh(run.mesh), run.pulse, end_together():

@@ -185,6 +185,7 @@ class Loop:
         host = json.loads(place.host)
         if not place.is_logged:
             host["unlogged"] = {name: str(value) for name, value in (place.metrics or {}).items()}
+        self.folder.flush()
         self.checkpoints.save(place.step, self.run.state, host, place.metrics)
         self.run.actor.checkpointed()
         # What is being written is not whole, so the warm-up's own go when the next one is begun.

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 import optax
+from absl import logging
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float
 
@@ -29,6 +30,10 @@ from rljax.types import ArrayLike, Params, RolloutBatch, TrainBatch, TrainState
 
 UNIFORMS = 0x756E69
 """Folded into the run's key for the losses' random numbers, to keep them apart from the sampler's."""
+
+
+_MUCH_REPEATED = 0.05
+"""Share of the packed tokens, from which on a user hears of it."""
 
 
 class Learner:
@@ -83,6 +88,7 @@ class Learner:
         self._parts = 1 if mesh is None else batch_parts(mesh)
         self._sampling = None if needs.sampling is None or _is_plain(needs.sampling) else needs.sampling
         self._packing: Packing | None = None
+        self._has_told_repeated = False
         self._guard = Guard(update.max_skipped)
 
         self.program = UpdateProgram(
@@ -187,6 +193,7 @@ class Learner:
             minibatches.append(minibatch)
             packings.append(packing)
         self._packing = packings[0]
+        self._tell_repeated(packings)
 
         # Epochs go through the same arrays; only random numbers are drawn anew for each.
         if not self.needs.uniforms:
@@ -198,6 +205,22 @@ class Learner:
             for rows, packing, minibatch in zip(parts, packings, minibatches, strict=True):
                 drawn.append(with_rows(minibatch, uniforms=self._put(packing.of_tokens(uniforms[rows]))))
         return drawn
+
+    def _tell_repeated(self, packings: list[Packing]) -> None:
+        """Says, once, that much is computed again for trees that one packed sequence cannot hold."""
+        repeated = sum(packing.repeated_tokens for packing in packings)
+        unique = sum(packing.unique_tokens for packing in packings)
+        if self._has_told_repeated or repeated <= _MUCH_REPEATED * unique:
+            return
+        self._has_told_repeated = True
+        logging.warning(
+            "%d of %d packed tokens (%.0f%%) are prefixes that stand in another packed sequence as well: what shares "
+            "them exceeds config.update.pack_length=%d; a larger one computes them once, if memory allows",
+            repeated,
+            unique,
+            100 * repeated / unique,
+            self.update_config.pack_length,
+        )
 
     def score_rows(
         self, params: Params, batch: RolloutBatch, mask: Bool[ArrayLike, "B T"] | None = None

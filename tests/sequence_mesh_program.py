@@ -1,4 +1,4 @@
-"""Run by test_sequence_mesh.py on 8 virtual devices: prints JSON of what shared sequences compute and send."""
+"""Run by test_models_sequence_mesh.py on 8 virtual devices: prints JSON of what shared sequences compute and send."""
 
 import functools
 import json

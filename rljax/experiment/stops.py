@@ -33,9 +33,9 @@ class Stopped(SystemExit):
 class Stops:
     """Takes note of the signals while it is open, as a context manager in the main thread; elsewhere it hears none.
 
-    One process gives up at once what is marked `abandonable`, but for a compilation, which goes to its end. Several must leave their common program at the same
-    place, so they only look at the ends of such work, and all end if one was asked to. A second Ctrl-C is a
-    KeyboardInterrupt.
+    One process gives up at once what is marked `abandonable`, but for a compilation, which goes to its end. Several
+    must leave their common program at the same place, so they only look at the ends of such work, and all end if one
+    was asked to. A second Ctrl-C is a KeyboardInterrupt.
     """
 
     def __init__(self) -> None:
@@ -104,11 +104,11 @@ class Stops:
             self._may_raise = False
             raise Stopped
 
-    def _compilation_begins(self, event: str, _: float, **__: Any) -> None:
+    def _compilation_begins(self, event: str, _: int | float, **__: Any) -> None:
         if event == _COMPILATION and threading.current_thread() is threading.main_thread():
             self._is_compiling = True
 
-    def _compilation_ends(self, event: str, _: float, **__: Any) -> None:
+    def _compilation_ends(self, event: str, _: int | float, **__: Any) -> None:
         if event == _COMPILATION and threading.current_thread() is threading.main_thread():
             self._is_compiling = False
             self._break_off()

@@ -1,4 +1,4 @@
-"""Run by test_parallel_collectives.py on 64 virtual devices: prints JSON of what programs send between them, and compute."""
+"""Run by test_parallel_collectives.py on 64 virtual devices: prints JSON of what programs send, and compute."""
 
 import contextlib
 import dataclasses

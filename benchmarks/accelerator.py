@@ -99,7 +99,7 @@ def run(step: Step, seconds_left: float, repeats: int) -> dict[str, Any]:
     started = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "result.json"
-        command = [part.format(json=file, repeats=repeats) for part in step.command]
+        command = [word.replace("{json}", str(file)).replace("{repeats}", str(repeats)) for word in step.command]
         try:
             done = subprocess.run(
                 [sys.executable, *command],
@@ -188,7 +188,8 @@ def with_gradients(attention, positions, subtree_end):
     import jax
 
     def both(q, k, v, cotangent):
-        out, pull = jax.vjp(lambda *x: attention(*x, positions, subtree_end, positions.shape[1]), q, k, v)
+        where = (jax.numpy.asarray(positions), jax.numpy.asarray(subtree_end))
+        out, pull = jax.vjp(lambda *x: attention(*x, *where, positions.shape[1]), q, k, v)
         return out, *pull(cotangent)
 
     return jax.jit(both)
@@ -231,6 +232,8 @@ def memory() -> dict[str, Any]:
     import numpy as np
     from _common import QWEN3_0P6B, QWEN3_TINY, write_model
 
+    from rljax.batching import stack
+    from rljax.experiment.sft import demonstration
     from rljax.losses import clipped, policy_loss, token_mean, token_ratio
     from rljax.models import load_model
     from rljax.training import Learner, OptimizerConfig, UpdateConfig
@@ -243,7 +246,9 @@ def memory() -> dict[str, Any]:
         config, policy_loss(token_ratio, clipped(), token_mean), OptimizerConfig(learning_rate=1e-6), update
     )
     state = learner.init_state(params)
-    batch = one_row(np.random.default_rng(0).integers(3, shape["vocab_size"], length), prompt=length // 2)
+    tokens = np.random.default_rng(0).integers(3, shape["vocab_size"], length).tolist()
+    row = demonstration(tokens[: length // 2], tokens[length // 2 :], 0, 0)
+    batch = stack([row], row_buckets=(1,), length_buckets=(length,))
     (train_batch,) = learner.prepare(state, batch, np.ones((1, length), np.float32))
     analysis: Any = learner.lower_update(train_batch).compile().memory_analysis()
     predicted = analysis.argument_size_in_bytes + analysis.temp_size_in_bytes
@@ -252,16 +257,6 @@ def memory() -> dict[str, Any]:
     loss = float(metrics["loss/total"])
     seen = (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
     return {"length": length, "compiled_bytes": int(predicted), "peak_bytes": seen, "loss": loss}
-
-
-def one_row(tokens, *, prompt: int):
-    from ours import trajectories
-
-    from rljax.batching import stack
-
-    return stack(
-        list(trajectories([tokens.tolist()], prompt, [1.0], 1)), row_buckets=(1,), length_buckets=(len(tokens),)
-    )
 
 
 OWN = {"device": device, "kernels": kernels, "memory": memory}

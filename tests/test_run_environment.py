@@ -56,6 +56,20 @@ def test_accelerators_compute_in_bfloat16_and_train_float32_weights(monkeypatch)
     assert dtypes("tpu", dtype="float32") == {"float32"}
 
 
+def test_the_dtype_is_chosen_by_the_devices_of_the_run(monkeypatch):
+    """They need not be those of this machine."""
+    meshes = []
+
+    def platform():
+        meshes.append(jax.sharding.get_abstract_mesh())
+        return "gpu"
+
+    monkeypatch.setattr("rljax.experiment.model.platform", platform)
+    run = build(make_config())
+    assert run.decoder.dtype == "bfloat16"
+    assert [mesh.axis_names for mesh in meshes] == [run.mesh.axis_names]
+
+
 def make_config(algorithm=None, alphabet="n0123456789:;?y<> \n", **changes) -> Config:
     base = Config(
         steps=2,

@@ -16,7 +16,7 @@ from rljax.experiment.prompts import check_chat_settings
 from rljax.experiment.pulse import Pulse
 from rljax.experiment.stops import Stops
 from rljax.models import DecoderConfig, load_config, load_model, param_shardings
-from rljax.parallel import decoding_mesh, make_mesh
+from rljax.parallel import decoding_mesh, make_mesh, use_mesh
 from rljax.plans import RolloutPlan
 from rljax.rollouts import Actor, ActorParts, RolloutSettings
 from rljax.tasks import Curriculum, Dataset, Example
@@ -102,8 +102,10 @@ def build(config: Config, devices: Sequence[jax.Device] | None = None) -> Run:
     algorithm = algorithm._replace(advantage_fn=jax.jit(algorithm.advantage_fn))
     dataset = config.data.load()
     check_chat_settings(config, dataset)
-    decoder = config.model.decoder_of(tokenizer)
     mesh = make_mesh(**dataclasses.asdict(config.mesh), devices=devices)
+    # On the mesh, since the dtype that is chosen by itself depends on what its devices are.
+    with use_mesh(mesh):
+        decoder = config.model.decoder_of(tokenizer)
     actor, dataset = build_actor(config, algorithm.plan, dataset, tokenizer, decoder, mesh)
 
     return Run(

@@ -35,7 +35,7 @@ NAMES = sorted(path.stem for path in CONFIGS.glob("*.py") if path.stem not in SH
 PAGE = (ROOT / "docs" / "papers.md").read_text()
 ENTRIES = dict(re.findall(r"^### (\w+)\n(.*?)(?=^##|\Z)", PAGE, flags=re.MULTILINE | re.DOTALL))
 NO_PAPER = {"Reinforce", "RandomForks"}
-METRIC = re.compile(r"\b(?:rollout|loss|critic|pack)/\w+")
+METRIC = re.compile(r"\b(?:rollout|loss|critic|pack)/\w+(?:/\w+)*")
 ALWAYS_RUN = {"near_boundary_rescue", "tree_grpo", "ppo"}
 """The other configs make their two steps in the slow suite."""
 

@@ -180,14 +180,25 @@ def _largest(x: Array, weight: Array, goal: Array, best: Array, axis: int) -> Ar
     # Orders are counted from the first, so that no sum of two overflows.
     last = to_order(best) - first
 
+    # The places lie along an axis of their own, so that one sum settles them all: a GPU would read `x` again for every
+    # second sum. It stands where no array has to be turned round for it: not last, and behind a reduced axis 0.
+    axis %= x.ndim
+    own = axis + 1 if axis == 0 else axis
+    summed = 0 if axis == 0 else axis + 1
+
+    def wide(array: Array) -> Array:
+        return jnp.expand_dims(array, own)
+
+    steps = jnp.arange(1, 2**bits, dtype=jnp.uint32)
+    steps = steps.reshape([-1 if i == own else 1 for i in range(x.ndim + 1)])
+
     def narrow(i, low):
         distance = jnp.uint32(1) << (32 - bits * (i + 1)).astype(jnp.uint32)
-        count = jnp.zeros_like(low)
-        for n in range(1, 2**bits):
-            place = low + distance * jnp.uint32(n)
-            total = jnp.sum(jnp.where(x >= to_float(first + place), weight, 0.0), axis=axis, keepdims=True)
-            count += ((place <= last) & (total >= goal)).astype(jnp.uint32)
-        return low + distance * count
+        places = wide(low) + distance * steps
+        reached = jnp.where(wide(x) >= to_float(wide(first) + places), wide(weight), 0.0)
+        totals = jnp.sum(reached, axis=summed, keepdims=True)
+        fits = (places <= wide(last)) & (totals >= wide(goal))
+        return low + distance * jnp.sum(fits, axis=own).astype(jnp.uint32)
 
     return to_float(first + jax.lax.fori_loop(0, 32 // bits, narrow, jnp.zeros_like(first)))
 

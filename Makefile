@@ -12,7 +12,7 @@ SPREAD := -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 # Compiled programs of tests and demos are kept between runs.
 CACHE := $(CURDIR)/.cache/jax
 
-.PHONY: quickstart quickstart-tiny agent-demo setup test test-fast test-slow test-gpu check lint format lock clean
+.PHONY: quickstart quickstart-tiny agent-demo setup test test-fast test-slow test-gpu test-aot check lint format lock clean
 .DEFAULT_GOAL := quickstart
 
 quickstart: $(VENV)/.base $(VENV)/.model
@@ -33,7 +33,7 @@ test: $(VENV)/.base $(VENV)/.model $(VENV)/.parity
 
 # Without the files that tests/conftest.py names as costly.
 test-fast: $(VENV)/.base $(VENV)/.model
-	JAX_COMPILATION_CACHE_DIR=$(CACHE) $(BIN)/python -m pytest $(SPREAD) -m "not slow and not costly"
+	JAX_COMPILATION_CACHE_DIR=$(CACHE) $(BIN)/python -m pytest $(SPREAD) -m "not slow and not aot and not costly"
 
 # One room: `make check ROOM=losses`.
 check: $(VENV)/.base
@@ -42,6 +42,10 @@ check: $(VENV)/.base
 # Compiled as in production, unlike the rest.
 test-slow: $(VENV)/.base $(VENV)/.model $(VENV)/.parity
 	XLA_FLAGS= JAX_COMPILATION_CACHE_DIR=$(CACHE) $(BIN)/python -m pytest -m slow
+
+# Compiles for TPU pods and GPUs on the CPU: pip install 'rljax-lm[aot-tpu,aot-gpu]'. Skipped where a compiler is missing.
+test-aot: $(VENV)/.base
+	XLA_FLAGS= JAX_COMPILATION_CACHE_DIR=$(CACHE) $(BIN)/python -m pytest -rs -m aot
 
 test-gpu: $(VENV)/.base $(VENV)/.model
 	JAX_PLATFORMS=cuda $(BIN)/python -m pytest -m gpu

@@ -131,7 +131,7 @@ def make_update(job, model, rows, advantages, spec, *, group_size, held=None):
     loss = policy_loss(token_ratio, clipped(clip_low=job["clip"], clip_high=job["clip"]), token_mean)
 
     def make_learner(spec):
-        update = UpdateConfig(**dataclasses.asdict(spec), remat=job.get("remat", False))
+        update = UpdateConfig(**dataclasses.asdict(spec), remat=job.get("remat", "none"))
         return Learner(config, loss, OptimizerConfig(learning_rate=job["learning_rate"]), update)
 
     learner = make_learner(spec)

@@ -73,7 +73,7 @@ def main() -> None:
         "advantages": advantages.tolist(),
         "clip": 0.2,
         "learning_rate": 1e-6,
-        "remat": is_gpu,
+        "remat": "full" if is_gpu else "none",
         "variables": {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.45"} if is_gpu else {},
     }
     tasks = {

@@ -14,8 +14,8 @@ import numbers
 import re
 import types
 import typing
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 LARGEST = 3.4028234663852886e38
 """The largest float32."""
@@ -79,11 +79,11 @@ def check_fields(config: Any, path: str) -> None:
         where = f"{path}.{one.name}" if path else one.name
         hint = hints[one.name]
         if not _fits(value, hint):
-            raise ValueError(f"{where}={_shown(value)} must be {described(hint)}{_example(value, hint)}")
+            raise ValueError(f"{where}={shown(value)} must be {described(hint)}{_example(value, hint)}")
 
         bounds = one.metadata.get("range")
         if bounds is not None and value is not None and value not in bounds:
-            raise ValueError(f"{where}={_shown(value)} must be {bounds}")
+            raise ValueError(f"{where}={shown(value)} must be {bounds}")
 
 
 def check_config(config: Any, path: str = "config") -> None:
@@ -98,6 +98,42 @@ def check_config(config: Any, path: str = "config") -> None:
             continue
         with placed(where):
             check()
+
+
+class Switch(NamedTuple):
+    """A field of a config that turns others off."""
+
+    part: type
+    """The config that holds all of them."""
+    name: str
+    """The field that switches."""
+    is_off: Callable[[Any], bool]
+    """Whether a value of it leaves the others without effect."""
+    fields: tuple[str, ...]
+    """These others."""
+    remedy: str
+    """What to do about the switch, where they are meant."""
+
+
+def check_effect(config: Any, switches: Sequence[Switch], path: str = "config") -> None:
+    """ValueError, in one line that names both, for a field that is not its default and that a switch turns off, in a
+    config or any of its parts."""
+    for where, part in parts(config, path):
+        defaults = {field.name: _default(field) for field in dataclasses.fields(part)}
+        for switch in switches:
+            if not isinstance(part, switch.part) or not switch.is_off(getattr(part, switch.name)):
+                continue
+            for name in switch.fields:
+                value = getattr(part, name)
+                if value != defaults[name]:
+                    raise ValueError(
+                        f"{where}.{name}={shown(value)} has no effect with {where}.{switch.name}="
+                        f"{shown(getattr(part, switch.name))}; {switch.remedy}, or leave {name} out"
+                    )
+
+
+def _default(field: dataclasses.Field) -> Any:
+    return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
 
 
 @contextlib.contextmanager
@@ -193,12 +229,12 @@ def _example(value: Any, hint: Any) -> str:
     """What to write, where a tuple of one was meant."""
     arguments = typing.get_args(hint)
     if typing.get_origin(hint) is tuple and _fits(value, arguments[0]):
-        return f", such as ({_shown(value)},)"
+        return f", such as ({shown(value)},)"
     return ""
 
 
-def _shown(value: Any) -> str:
-    """A value in one line."""
+def shown(value: Any) -> str:
+    """A value in one line of at most 80 characters."""
     shown = " ".join(repr(value).split())
     return shown if len(shown) <= 80 else shown[:77] + "..."
 

@@ -1,8 +1,8 @@
 """The data types every room shares: frozen structs of arrays, a shape on every field.
 
 Letters in shapes: `B` rows, `T` positions of a row, `R` packed rows, `S` positions of a packed row,
-`K` scored tokens of a packed row. Index `t` of every field describes token `t` itself; the one function that
-shifts by one is `rljax.sampling.score.score_tokens`.
+`K` scored tokens of a packed row, `Q` parts of a microbatch, `L` rows and `C` loss tokens of a part. Index `t` of every
+field describes token `t` itself; the one function that shifts by one is `rljax.sampling.score.score_tokens`.
 """
 
 import dataclasses
@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any, TypeVar, dataclass_transform
 
 import chex
+import jax
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
@@ -128,12 +129,10 @@ class Packed:
 class Rows:
     """What losses see: one line per sampled row, whatever the packing was.
 
-    `row_index[b, t]` points into the flattened `[R * K]` scored tokens of the same microbatch; 0 where `loss_mask` is
-    False. `loss_weights` are the aggregation's weights over the *global* minibatch and `token_count` its number of loss
+    `loss_weights` are the aggregation's weights over the *global* minibatch and `token_count` its number of loss
     tokens, both fixed before the backward pass; so losses and metrics of microbatches, and of devices, just add up.
     """
 
-    row_index: Int[ArrayLike, "*M B T"]
     loss_mask: Bool[ArrayLike, "*M B T"]
     loss_weights: Float[ArrayLike, "*M B T"]
     token_count: Float[ArrayLike, "*M"]
@@ -146,13 +145,48 @@ class Rows:
     columns: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # float32 [*M, B, T] or [*M, B], by name
 
 
+@jax.tree_util.register_static
+class Width(int):
+    """A number that is part of a program's shape, not of its data: a pytree without leaves."""
+
+
+@struct
+class RaggedRows:
+    """`Rows` as they are stored and moved: one entry per loss token, in `Q` parts that devices hold of their own.
+
+    Part `q` carries the rows of its share of the microbatch's packed rows: `L` lines, and `C` entries in the order of
+    line and position. Entry `c` is position `place % width` of line `place // width`; -1 pads. `score_index` points
+    into the flattened scored tokens `[R / Q * K]` of the same part. `rljax.batching.dense_rows` makes the `Rows` of
+    them; what is said of a field there holds here.
+    """
+
+    place: Int[ArrayLike, "*M Q C"]
+    score_index: Int[ArrayLike, "*M Q C"]
+    loss_weights: Float[ArrayLike, "*M Q C"]
+    token_count: Float[ArrayLike, "*M"]
+    advantages: Float[ArrayLike, "*M Q C"]
+    behavior_logprobs: Float[ArrayLike, "*M Q C"]
+    source: Int[ArrayLike, "*M Q L"]
+    width: Width  # positions of a line, `T`
+    old_logprobs: Float[ArrayLike, "*M Q C"] | None = None  # None: those of the behavior
+    ref_logprobs: Float[ArrayLike, "*M Q C"] | None = None
+    uniforms: Float[ArrayLike, "*M Q C"] | None = None
+    columns: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # float32 [*M, Q, C]: those of tokens
+    row_columns: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # float32 [*M, Q, L]: those of rows
+
+    @property
+    def loss_mask(self) -> Bool[ArrayLike, "*M Q C"]:
+        """Which entries are loss tokens; the others pad."""
+        return self.place >= 0
+
+
 @struct
 class TrainBatch:
     """One minibatch, a leading axis `M` of microbatches on every field. A microbatch holds whole packed rows, and
     all rows that they carry."""
 
     packed: Packed
-    rows: Rows
+    rows: RaggedRows
 
 
 @struct

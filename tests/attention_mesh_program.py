@@ -21,7 +21,7 @@ def measure(shape, arrays, positions, ends, want):
 
     def kernel(q, *rest):
         parts.append(q.shape)
-        return forest_attention_kernel(q, *rest, block_q=16, block_k=16, interpret=True)
+        return forest_attention_kernel(q, *rest, block_q=16, block_k=16, interpret="tpu")
 
     def gradients(q, k, v, g, positions, ends):
         out, pull = jax.vjp(lambda q, k, v: on_own_heads(kernel)(q, k, v, positions, ends, jnp.int32(WINDOW)), q, k, v)

@@ -35,7 +35,6 @@ def make_rows(mask, *, aggregate, old, advantages, behavior=None, ref=None, toke
     mask = np.asarray(mask, bool)
     weights = aggregate(mask) if token_weights is None else token_weights
     return Rows(
-        row_index=np.zeros(mask.shape, np.int32),
         loss_mask=mask,
         loss_weights=weights,
         token_count=jnp.asarray(mask.sum(), jnp.result_type(float)),

@@ -5,6 +5,7 @@ import os
 import sys
 from pathlib import Path
 
+import jax
 from absl import logging
 
 import rljax.experiment.train
@@ -12,7 +13,7 @@ from rljax.experiment import FreshModel, MeshConfig, RewardConfig, SingleTurn, U
 from rljax.experiment.train import train
 from rljax.parallel import initialize_distributed, is_main_process
 from rljax.testing import rollout_records, run_metrics, tiny_config
-from rljax.training import OptimizerConfig
+from rljax.training import OptimizerConfig, RunFolder
 
 
 def config(mesh):
@@ -46,12 +47,23 @@ def fails(run, step):
     raise RuntimeError("this process alone")
 
 
+def read_again(given, workdir):
+    """The summary of the run that is over, of which only the main process sees the evaluations."""
+    if not is_main_process():
+        RunFolder.evaluation_file = lambda self, step: self.path / "unseen" / f"{step}.json"
+    return train(given, str(workdir))
+
+
 def main(folder, shapes):
     logging.set_verbosity(logging.ERROR)
     found = {}
     for shape in shapes:
         workdir = Path(folder) / shape
-        summary = train(config([int(n) for n in shape.split("x")]), str(workdir))
+        given = config([int(n) for n in shape.split("x")])
+        summary = train(given, str(workdir))
+        if jax.process_count() > 1:
+            again = read_again(given, workdir)
+            assert again["after"] == summary["after"]
         if is_main_process():
             found[shape] = {
                 "metrics": run_metrics(workdir),

@@ -102,7 +102,6 @@ def objective(aggregate, advantages, mask, *, ratio=1.0, dual_clip=3.0):
     loss = policy_loss(token_ratio, clipped(clip_low=0.2, clip_high=0.2, dual_clip=dual_clip), aggregate)
     zeros = jnp.zeros(mask.shape)
     rows = Rows(
-        row_index=zeros.astype(int),
         loss_mask=mask,
         loss_weights=loss.token_weights(mask),
         token_count=jnp.asarray(mask.sum(), zeros.dtype),

@@ -86,7 +86,6 @@ class Run:
         mask = np.asarray(batch.action_mask) & np.asarray(batch.is_valid)[:, None]
         drift = 0.02 * noise_of(mask.shape, 5)
         rows = Rows(
-            row_index=np.zeros(mask.shape, np.int32),
             loss_mask=mask,
             loss_weights=np.asarray(self.token_weights(mask)),
             token_count=np.asarray(mask.sum(), np.float32),
@@ -364,7 +363,6 @@ def test_reward_rises_on_a_table_of_logits(recipe):
         old = np.asarray(spoken(table, tokens)[0])
         batch = dataclasses.replace(blank, reward=rewards, behavior_logprobs=old, ref_logprobs=old)
         rows = Rows(
-            row_index=np.zeros(FRAME, np.int32),
             loss_mask=blank.action_mask,
             loss_weights=np.asarray(run.token_weights(blank.action_mask)),
             token_count=np.asarray(blank.action_mask.sum(), np.float32),

@@ -43,34 +43,33 @@ def rollouts(draw):
 
 
 @settings(max_examples=150, deadline=None)
-@given(rollouts(), st.integers(12, 40), st.integers(1, 3), st.booleans())
-def test_every_loss_token_is_scored_once_on_its_own_path(rows, length, microbatch_size, share):
+@given(rollouts(), st.integers(12, 40), st.integers(1, 3), st.booleans(), st.booleans())
+def test_every_loss_token_is_scored_once_on_its_own_path(rows, length, microbatch_size, share, split):
     """Follows predecessors from every scored token: the path must spell the row up to it."""
     batch = stack(rows)
     mask = loss_mask(batch)
     spec = PackConfig(length, microbatch_size=microbatch_size, share_prefixes=share)
-    packing = layout(batch, mask, spec)
+    packing = layout(batch, mask, spec, parts=microbatch_size if split else 1)
     seen = np.zeros(batch.tokens.shape, int)
-    for m, (index, wanted, source) in enumerate(zip(packing.row_index, packing.mask, packing.source_row, strict=True)):
-        for b in range(len(source)):
-            if source[b] < 0:
-                assert not wanted[b].any()
-                continue
-            np.testing.assert_array_equal(wanted[b], mask[source[b]])
-            for t in np.flatnonzero(wanted[b]):
-                r, k = divmod(int(index[b, t]), packing.packed.score_index.shape[-1])
-                at, path = packing.packed.score_index[m, r, k], []
-                assert packing.packed.positions[m, r, at] == t
-                while at >= 0:
-                    path.append(int(packing.packed.tokens[m, r, at]))
-                    at = packing.packed.predecessor[m, r, at]
-                assert path[::-1] == batch.tokens[source[b], : t + 1].tolist()
-                seen[source[b], t] += 1
+    length_of_scores = packing.packed.score_index.shape[-1]
+    for m, q, c in np.argwhere(packing.place >= 0):
+        line, t = divmod(int(packing.place[m, q, c]), packing.width)
+        source = packing.source_row[m, q, line]
+        assert packing.token[m, q, c] == source * batch.tokens.shape[1] + t
+        r, k = divmod(int(packing.score_index[m, q, c]), length_of_scores)
+        r += q * (microbatch_size // packing.place.shape[1])
+        at, path = packing.packed.score_index[m, r, k], []
+        assert packing.packed.positions[m, r, at] == t
+        while at >= 0:
+            path.append(int(packing.packed.tokens[m, r, at]))
+            at = packing.packed.predecessor[m, r, at]
+        assert path[::-1] == batch.tokens[source, : t + 1].tolist()
+        seen[source, t] += 1
     np.testing.assert_array_equal(seen, mask)
     used = packing.packed.subtree_end > 0
     assert used.sum() == packing.unique_tokens <= packing.flat_tokens
     values = np.arange(mask.size, dtype=np.float32).reshape(mask.shape)
-    np.testing.assert_array_equal(packing.batch_of(packing.rows_of(values), values), np.where(mask, values, 0))
+    np.testing.assert_array_equal(packing.batch_of(packing.of_tokens(values), values), np.where(mask, values, 0))
 
 
 @settings(max_examples=50, deadline=None)
@@ -139,8 +138,10 @@ def test_one_shape_whatever_the_rollout():
         ]
         batch = stack(rows, row_buckets=(8,), length_buckets=(32,))
         packed = pack(batch, batch.action_mask.astype(np.float32), spec)
-        shapes.add((packed.packed.tokens.shape, packed.packed.score_index.shape, packed.rows.row_index.shape))
-    assert shapes == {((16, 1, 32), (16, 1, 32), (16, 16, 32))}
+        shapes.add(tuple(np.shape(x) for x in jax.tree.leaves(packed)))
+    assert len(shapes) == 1
+    assert packed.packed.tokens.shape == packed.packed.score_index.shape == (16, 1, 32)
+    assert packed.rows.source.shape == (16, 1, 16)
 
 
 def test_the_packed_length_is_the_shortest_that_costs_no_microbatch():
@@ -257,3 +258,15 @@ def test_owners_by_equal_text_go_by_keys():
     owners = np.asarray(match_owners(stack(rows)))
     np.testing.assert_array_equal(owners[1, :14], [0, *[1] * 13])
     np.testing.assert_array_equal(owners[2, :14], [0] * 12 + [2, 2])
+
+
+def test_a_tree_that_one_sequence_cannot_hold_is_cut_between_its_limbs():
+    """Filled up row by row, the first sequence would hold a leaf of the second limb, whose tokens the next repeats."""
+    trunk, limbs = [1, 2], [[*range(10, 20)], [*range(20, 30)]]
+    rows = [trajectory([*trunk, *limb, *range(100 * n, 100 * n + 4)], 2, 0) for limb in limbs for n in (1, 2, 3)]
+    batch = stack(rows)
+    whole = layout(batch, loss_mask(batch), PackConfig(64, share_prefixes=True))
+    assert (whole.unique_tokens, whole.repeated_tokens) == (2 + 2 * (10 + 12), 0)
+    cut = layout(batch, loss_mask(batch), PackConfig(40, share_prefixes=True))
+    assert cut.packed.tokens.shape[0] == 2
+    assert (cut.unique_tokens, cut.repeated_tokens) == (whole.unique_tokens + 2, 2)

@@ -19,11 +19,14 @@ SCRIPTS = {
 }
 """What is called by hand. These start the workers, which read a job."""
 SMALLEST = {
+    "accelerator.py": ("--step=kernels",),
     "agents.py": ("--preset=smoke",),
     "arena.py": ("--preset=smoke", "--tasks=spell_backward", "--methods=random forks;GRPO, more samples"),
     "compare_runs.py": (),
+    "compiled.py": ("--preset=smoke", "--only=decode_bound_0p6b,predicted_over_compiled"),
     "episodes.py": ("--preset=smoke",),
     "forest.py": ("--preset=smoke",),
+    "growth.py": ("--preset=smoke",),
     "numerics.py": ("--preset=smoke",),
     "objectives.py": ("--preset=smoke",),
     "papers.py": ("--size=smoke", "--configs=grpo"),
@@ -89,12 +92,49 @@ def test_a_benchmark_measures_everything_that_it_reports(run, script):
         assert report["ratios"]["compiles_after_warmup"] == 0
 
 
+def test_growth_is_measured_and_ragged_updates_compile_nothing_after_the_warm_up(run):
+    report = run("growth.py", *SMALLEST["growth.py"])
+    ratios = report["ratios"]
+    assert ratios["cap_cost"] > 0 and ratios["rows_bytes_per_token"] > 20 and ratios["pack_us_per_token"] > 0
+    assert 1 <= ratios["update_programs"] <= 3 and ratios["compiles_after_warmup"] == 0
+
+
 def test_sampler_and_trainer_agree_and_varied_lengths_compile_nothing_after_warm_up(run):
     report = run("numerics.py", *SMALLEST["numerics.py"])
     assert len(report["results"]) == 4 + 2
     assert report["ratios"]["logprob_gap"] < 2e-5
     assert report["ratios"]["compiles_after_warmup"] == 0
     assert next(x["value"] for x in report["results"] if "in the warm-up" in x["name"]) > 0
+
+
+def test_programs_are_measured_by_compilation_alone(run):
+    report = run("compiled.py", *SMALLEST["compiled.py"])
+    assert report["benchmark"] == "compiled" and not report["missing"]
+    assert 0 < report["ratios"]["decode_bound_0p6b"] < 1
+    assert report["ratios"]["predicted_over_compiled"] > 0
+
+
+def test_what_an_accelerator_shows_is_shown_of_a_cpu_in_small_form(run):
+    (line,) = run("accelerator.py", *SMALLEST["accelerator.py"])["lengths"]
+    assert line["length"] == 1024 and max(line["gap_out_dq_dk_dv"]) < 0.1
+    assert line["seconds"] > 0 and line["flops"] > 0
+    seen = run("accelerator.py", "--step=memory")
+    assert seen["compiled_bytes"] > 0 and seen["length"] == 1024
+
+
+def test_a_step_of_an_accelerator_that_fails_costs_only_itself(run):
+    run("accelerator.py", "--step=device")
+    module = sys.modules["benchmark_accelerator"]
+    writes = "import json, sys; json.dump({'rates': {'matmul_gflops': 2.0}}, open(sys.argv[1], 'w'))"
+    done = module.run(module.Step("device", 1, ("-c", writes, "{json}"), 60), 60, 3)
+    failed = module.run(module.Step("kernels", 1, ("-c", "raise SystemExit('no kernels here')"), 60), 60, 3)
+    late = module.run(module.Step("loop", 1, ("-c", "pass"), 60), 5, 3)
+    assert (done["status"], failed["status"], late["status"]) == ("done", "failed", "no time")
+    assert done["result"] == {"rates": {"matmul_gflops": 2.0}} and failed["said"] == "no kernels here"
+
+    line = {"rows": 1, "length": 8, "flops": 4e9, "seconds": 4.0, "xla_seconds": 8.0}
+    lines = module.table({"device": done, "kernels": {"result": {"lengths": [line]}}, "loop": late})
+    assert [(x["bound"], x["measured"], x["share"]) for x in lines] == [(2.0, 4.0, 0.5), (2.0, 8.0, 0.25)]
 
 
 def test_the_benchmark_of_the_sandbox_finds_no_leak(run):

@@ -19,7 +19,7 @@ import pytest
 from rljax import advantages as adv
 from rljax import losses as ls
 from rljax.algorithms import Algorithm, ReSum
-from rljax.batching import stack
+from rljax.batching import dense_rows, spread, stack
 from rljax.experiment.build import build as build_run
 from rljax.plans import ForkPlan, RolloutPlan
 from rljax.plans import fork_rules as rules
@@ -254,13 +254,14 @@ def learner(share: bool) -> Learner:
 
 
 @jax.jit
-def scores(params, packed, row_index, mask):
-    return learner(True).program.rows_logprobs(params, packed, row_index, mask, None)
+def scores(params, packed, ragged):
+    of_tokens = learner(True).program.token_logprobs(params, packed, ragged, None)
+    return tuple(spread(ragged, x) for x in of_tokens)
 
 
 @jax.jit
-def pull_back(params, packed, row_index, mask, slopes):
-    return jax.vjp(lambda p: scores(p, packed, row_index, mask), params)[1](slopes)[0]
+def pull_back(params, packed, ragged, slopes):
+    return jax.vjp(lambda p: scores(p, packed, ragged), params)[1](slopes)[0]
 
 
 def gradients(loss, slopes_of, share: bool, batch, advantages, old, epoch: int, params):
@@ -269,9 +270,11 @@ def gradients(loss, slopes_of, share: bool, batch, advantages, old, epoch: int, 
     made = learner(share)
     made.loss = loss
     minibatch = made.prepare(made.init_state(jax.tree.map(np.array, old)), batch, advantages)[epoch]
-    whole = minibatch.rows if loss.correct_fn is None else loss.correct_fn(minibatch.rows).rows
-    packed, rows = jax.tree.map(lambda x: x[0], (minibatch.packed, whole))
-    where = (params, packed, rows.row_index, rows.loss_mask)
+    whole = dense_rows(minibatch.rows)
+    if loss.correct_fn is not None:
+        whole = loss.correct_fn(whole).rows
+    packed, ragged, rows = jax.tree.map(lambda x: x[0], (minibatch.packed, minibatch.rows, whole))
+    where = (params, packed, ragged)
     logprobs, entropies = scores(*where)
     if loss.select_fn is not None:
         selected = loss.select_fn(entropies[None], rows.loss_mask[None])[0]

@@ -17,6 +17,7 @@ OF_ALL_ROOMS = (
     "test_contributor_loop",
     "test_docs_",
     "test_fuzz_",
+    "test_aot",
     "test_gpu",
     "test_imports",
 )

@@ -275,7 +275,6 @@ def test_expected_value_and_gradient_of_kl_penalties_over_three_tokens(penalty, 
     policy, ref = np.array([0.7, 0.2, 0.1]), np.array([0.5, 0.3, 0.2])
     rows = fixture_rows(L.token_sum)
     rows = type(rows)(
-        row_index=np.zeros((1, 3), np.int32),
         loss_mask=np.ones((1, 3), bool),
         loss_weights=policy[None],  # token t of the row is outcome t: the weighted sum is the expectation
         token_count=np.array(3.0),

@@ -14,13 +14,25 @@ from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 from test_parallel_mesh import run_python
 
 from rljax.batching import build_forest, pad_rows
-from rljax.models import DecoderConfig, attention, forest_attention, hidden_states, init_params, kernel_attention
-from rljax.models.attention_kernel import forest_attention_kernel, visible_blocks
+from rljax.models import (
+    DecoderConfig,
+    attention,
+    attention_tpu,
+    forest_attention,
+    hidden_states,
+    init_params,
+    kernel_attention,
+)
+from rljax.models.attention_blocks import visible_blocks
+from rljax.models.attention_kernel import forest_attention_kernel
 
 ALL = 1 << 30
 """A window that everything is in."""
 
-interpreted = functools.partial(forest_attention_kernel, interpret=True)
+interpreted = functools.partial(forest_attention_kernel, interpret="gpu")
+
+both_devices = pytest.mark.parametrize("device", ["gpu", "tpu"])
+"""Kernels of either device, run as plain operations."""
 
 
 def forests(length, *, seed=0, rows=2):
@@ -108,28 +120,52 @@ def assert_close(got, want, tolerance):
         (90, None, None, 2, 1, 16, 20),
     ],
 )
-def test_values_and_gradients_are_those_of_the_definition(length, block_q, block_k, heads, kv_heads, head_dim, window):
+@both_devices
+def test_values_and_gradients_are_those_of_the_definition(
+    device, length, block_q, block_k, heads, kv_heads, head_dim, window
+):
     """Lengths that fill blocks and that do not, grouped heads, windows, padding with a gradient coming in."""
     positions, ends = forests(length, seed=length)
     arrays = inputs(2, length, heads, kv_heads, head_dim)
-    attend = functools.partial(interpreted, block_q=block_q, block_k=block_k)
+    attend = functools.partial(interpreted, block_q=block_q, block_k=block_k, interpret=device)
     got = value_and_gradients(attend, *arrays, jnp.asarray(positions), jnp.asarray(ends), window)
     assert_close(got, oracle(*arrays, positions, ends, window), 5e-6)
 
 
-def test_padding_gives_zero_and_takes_no_gradient():
+def test_rows_whose_lists_overflow_scalar_memory_go_one_by_one(monkeypatch):
+    positions, ends = forests(60, seed=9, rows=3)
+    arrays = inputs(3, 60, 2, 1, 8)
+    rest = jnp.asarray(positions), jnp.asarray(ends), ALL
+    attend = functools.partial(interpreted, block_q=16, block_k=16, interpret="tpu")
+    of_three_rows = 3 * 4 * (64 // 16) ** 2
+
+    def rows_of_a_call():
+        program = str(jax.make_jaxpr(lambda *x: attend(*x, *rest))(*arrays[:3]))
+        return 1 if "scan[" in program else 3
+
+    monkeypatch.setattr(attention_tpu, "LISTS", of_three_rows)
+    assert rows_of_a_call() == 3
+    monkeypatch.setattr(attention_tpu, "LISTS", of_three_rows - 1)
+    assert rows_of_a_call() == 1
+    got = value_and_gradients(attend, *arrays, *rest)
+    assert_close(got, oracle(*arrays, positions, ends, ALL), 5e-6)
+
+
+@both_devices
+def test_padding_gives_zero_and_takes_no_gradient(device):
     positions, ends = chains(40, 20)
     arrays = inputs(1, 40, 2, 1, 8)
-    attend = functools.partial(interpreted, block_q=16, block_k=16)
+    attend = functools.partial(interpreted, block_q=16, block_k=16, interpret=device)
     for x in value_and_gradients(attend, *arrays, jnp.asarray(positions), jnp.asarray(ends), ALL):
         np.testing.assert_array_equal(x[:, 20:], 0)
         assert np.abs(x[:, :20]).max() > 0.1
 
 
-def test_bfloat16_accumulates_in_float32():
+@both_devices
+def test_bfloat16_accumulates_in_float32(device):
     positions, ends = forests(150, seed=3)
     arrays = inputs(2, 150, 4, 2, 16, jnp.bfloat16)
-    attend = functools.partial(interpreted, block_q=32, block_k=16)
+    attend = functools.partial(interpreted, block_q=32, block_k=16, interpret=device)
     got = value_and_gradients(attend, *arrays, jnp.asarray(positions), jnp.asarray(ends), ALL)
     assert {x.dtype for x in got} == {jnp.dtype(jnp.bfloat16)}
     assert_close(got, oracle(*arrays, positions, ends, ALL), 2**-7)
@@ -157,10 +193,11 @@ def test_blocks_that_are_left_out_hold_no_visible_pair(block_q, block_k, window)
     assert got.sum() < causal
 
 
-def test_blocks_that_nobody_sees_are_not_touched():
+@both_devices
+def test_blocks_that_nobody_sees_are_not_touched(device):
     """Trees side by side: what is not a number in one reaches nothing of another, forward or backward."""
     positions, ends = (jnp.asarray(x) for x in chains(80, 32, 32))
-    attend = functools.partial(interpreted, block_q=16, block_k=16)
+    attend = functools.partial(interpreted, block_q=16, block_k=16, interpret=device)
     clean = value_and_gradients(attend, *inputs(1, 80, 2, 1, 8), positions, ends, ALL)
     for poisoned, other in (
         (slice(0, 32), slice(32, 80)),
@@ -174,9 +211,10 @@ def test_blocks_that_nobody_sees_are_not_touched():
             assert poisoned.start == 64 or np.isnan(x[:, poisoned]).all()
 
 
-def test_keys_out_of_the_window_are_not_touched():
+@both_devices
+def test_keys_out_of_the_window_are_not_touched(device):
     positions, ends = (jnp.asarray(x) for x in chains(80, 80))
-    attend = functools.partial(interpreted, block_q=16, block_k=16)
+    attend = functools.partial(interpreted, block_q=16, block_k=16, interpret=device)
     arrays = [x.at[:, :16].set(jnp.nan) for x in inputs(1, 80, 2, 1, 8)]
     for x in value_and_gradients(attend, *arrays, positions, ends, 16):
         assert np.isfinite(x[:, 32:]).all()
@@ -196,8 +234,10 @@ MODEL = DecoderConfig(
 )
 
 
-@pytest.mark.parametrize("options", [{}, {"scan": False}, {"remat": True}])
-def test_a_model_has_the_same_gradient_with_the_kernels(options):
+@pytest.mark.parametrize(
+    ("device", "options"), [("gpu", {}), ("tpu", {"scan": False}), ("tpu", {"remat": "attention_saved"})]
+)
+def test_a_model_has_the_same_gradient_with_the_kernels(device, options):
     positions, ends = (jnp.asarray(x) for x in forests(70, seed=2))
     tokens = jax.random.randint(jax.random.key(0), positions.shape, 0, MODEL.vocab_size)
     params = init_params(MODEL, jax.random.key(1))
@@ -210,7 +250,7 @@ def test_a_model_has_the_same_gradient_with_the_kernels(options):
         return jax.jit(jax.grad(loss))(params)
 
     want = gradient(forest_attention)
-    got = gradient(functools.partial(interpreted, block_q=16, block_k=16))
+    got = gradient(functools.partial(interpreted, block_q=16, block_k=16, interpret=device))
     for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
         np.testing.assert_allclose(x, y, atol=2e-5 * max(1.0, float(jnp.abs(y).max())))
 

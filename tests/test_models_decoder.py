@@ -231,11 +231,41 @@ def test_scanned_unrolled_and_rematerialised_layers_agree(name):
         return jax.jit(jax.value_and_grad(lambda p: loss(p, **options), has_aux=True))(params)
 
     (_, scanned), gradient = run()
-    for options in ({"scan": False}, {"remat": True}, {"scan": False, "remat": True}):
+    for options in (
+        {"scan": False},
+        {"remat": "full"},
+        {"remat": "attention_saved"},
+        {"scan": False, "remat": "attention_saved"},
+    ):
         (_, other), other_gradient = run(**options)
         assert np.abs(other - scanned).max() < 1e-4
         for a, b in zip(jax.tree.leaves(other_gradient), jax.tree.leaves(gradient), strict=True):
             assert np.abs(a - b).max() < 1e-5 * max(1.0, float(np.abs(b).max()))
+
+
+def test_saved_attention_costs_its_result_and_log_sum_exp_and_is_not_computed_again():
+    """Of the program of a gradient: how often a softmax looks for its largest score, and what is kept for that."""
+    config = CONFIGS["tied_llama3"]
+    params = abstract_params(config)
+    tokens, positions, ends = (jnp.asarray(x) for x in forest()[:3])
+
+    def out(params, remat):
+        return jnp.sum(hidden_states(config, params, tokens, positions, ends, remat=remat))
+
+    def softmaxes(remat):
+        return str(jax.make_jaxpr(jax.grad(lambda p: out(p, remat)))(params)).count("reduce_max")
+
+    def kept(remat):
+        pullback = jax.eval_shape(lambda p: jax.vjp(lambda p: out(p, remat), p)[1], params)
+        return sum(x.size for x in jax.tree.leaves(pullback))
+
+    assert softmaxes("attention_saved") == softmaxes("none") == softmaxes("full") / 2
+    of_query = config.num_heads * (config.head_dim + 1)
+    assert kept("attention_saved") - kept("full") == config.num_layers * tokens.size * of_query
+    assert kept("none") > 2 * kept("attention_saved")
+
+    with pytest.raises(ValueError, match="remat='all' must be one of 'none', 'attention_saved', 'full'"):
+        hidden_states.__wrapped__(config, params, tokens, positions, ends, remat="all")
 
 
 def test_bfloat16_activations_give_float32_logits_near_the_exact_ones():

@@ -16,7 +16,7 @@ from test_run_environment import make_config
 
 from rljax.advantages import group_centered, penalized
 from rljax.algorithms import Algorithm
-from rljax.batching import PackConfig, pack, stack, take_rows
+from rljax.batching import PackConfig, dense_rows, pack, stack, take_rows
 from rljax.experiment import RewardConfig, SingleTurn
 from rljax.experiment.train import train
 from rljax.losses import clipped, policy_loss, token_mean, token_ratio
@@ -142,11 +142,11 @@ def test_columns_are_padded_taken_and_packed_as_the_tokens_they_belong_to():
     np.testing.assert_array_equal(batch.columns["on"][2], [0, 0, 0.25, 0.375, 0, 0, 0, 0])
     np.testing.assert_array_equal(take_rows(batch, np.array([1])).columns["of"], [7])
 
-    packed = pack(batch, batch.reward[:, None] * batch.action_mask, PackConfig(8)).rows
+    packed = dense_rows(pack(batch, batch.reward[:, None] * batch.action_mask, PackConfig(8)).rows)
     for name, on_row in (("on", False), ("of", True)):
         lines = packed.columns[name]
         assert lines.shape == packed.loss_mask.shape[: 2 if on_row else 3]
-        kept = packed.loss_mask.any(-1)
+        kept = np.asarray(packed.loss_mask.any(-1))
         got = sorted(lines[kept].tolist())
         assert got == sorted(batch.columns[name][:3].tolist())
         np.testing.assert_array_equal(lines[~kept], 0)
@@ -161,7 +161,8 @@ def test_columns_that_do_not_fit_are_refused():
 
 def test_what_a_column_holds_off_the_loss_mask_is_harmless():
     batch = stack([trajectory(6, 2, 0, x=np.ones(6), y=1.0)] * 2)
-    rows = jax.tree.map(lambda x: jnp.asarray(x[0]), pack(batch, np.ones(batch.tokens.shape), PackConfig(8)).rows)
+    packed = pack(batch, np.ones(batch.tokens.shape), PackConfig(8)).rows
+    rows = jax.tree.map(lambda x: x[0], dense_rows(packed))
 
     def weights(logprobs, entropies, rows):
         return rows.columns["x"] * rows.columns["y"][:, None]

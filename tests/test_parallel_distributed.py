@@ -80,9 +80,18 @@ def test_what_may_differ_is_made_once_and_what_must_not_is_compared(two_processe
     assert main["failed"] == "KeyError: 'judge'"
     assert other["failed"] == "RuntimeError: process 0 failed with KeyError: 'judge'"
     assert main["refused"] == other["refused"] == "ValueError: no such folder"
+    # What cannot be told is an error too, in every process.
+    assert main["unsent"] == "TypeError: cannot pickle code objects"
+    assert other["unsent"] == f"RuntimeError: process 0 failed with {main['unsent']}"
     assert main["equal"] is None is other["equal"]
     assert main["unequal"] == other["unequal"]
     assert "shapes of process 1 differs from that of process 0" in main["unequal"]
+
+
+def test_a_checkpoint_that_one_process_cannot_read_is_left_by_all(two_processes):
+    found, folder, *_ = two_processes
+    assert [result["restored"] for result in found] == [1, 1]
+    assert [path.name for path in (folder / "checkpoints_unreadable").iterdir()] == ["2"]
 
 
 def test_what_is_told_in_another_length_compiles_nothing_new(two_processes):

@@ -52,6 +52,10 @@ def test_arrays_are_really_split(sharded, mesh):
     assert found["replicated"]
 
 
+def test_rows_lie_with_the_packed_sequences_that_they_are_read_from(sharded):
+    assert sharded["collectives_of_rows"] == 0
+
+
 def test_activations_are_split_by_their_logical_axes(sharded):
     assert sharded["constrained"] == [2, 3, 2]
 
@@ -76,7 +80,7 @@ def test_mesh_sizes_that_do_not_multiply_to_the_devices_are_refused():
         parallel.make_mesh(data=7)
 
 
-MESH = AbstractMesh((1, 4, 3), ("data", "fsdp", "tensor"))
+MESH = AbstractMesh((1, 4, 1, 3), parallel.MESH_AXES)
 
 
 def test_two_axes_on_one_mesh_axis_are_refused():
@@ -88,8 +92,8 @@ def test_two_axes_on_one_mesh_axis_are_refused():
 def test_unknown_axes_are_refused():
     with pytest.raises(ValueError, match="logical axis 'experts' has no rule"):
         parallel.partition_spec(("experts",))
-    with pytest.raises(ValueError, match="mesh axis 'sequence'; the mesh has"):
-        parallel.named_sharding(MESH, ("mlp",), (8,), {"mlp": "sequence"})
+    with pytest.raises(ValueError, match="mesh axis 'expert'; the mesh has"):
+        parallel.named_sharding(MESH, ("mlp",), (8,), {"mlp": "expert"})
 
 
 def test_dimensions_that_do_not_divide_are_refused_by_name():
@@ -111,7 +115,7 @@ def test_layouts_of_unstacked_layers_follow_the_same_table():
     tree = {"layers": ({"q": jnp.zeros((4, 4))}, {"q": jnp.zeros((4, 4))})}
     axes = {"layers": ({"q": ("embed", "heads")}, {"q": ("embed", "heads")})}
     found = parallel.shardings(mesh, axes, tree)
-    assert found["layers"][1]["q"].spec == PartitionSpec("fsdp", "tensor")
+    assert found["layers"][1]["q"].spec == PartitionSpec(("fsdp", "sequence"), "tensor")
 
 
 def test_constrain_without_a_mesh_changes_nothing():

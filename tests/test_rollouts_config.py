@@ -73,9 +73,17 @@ def test_a_long_prompt_is_refused_by_its_line_or_dropped(pack_length, message):
     assert ([e.prompt for e in kept.train], [e.prompt for e in kept.test]) == (["ab"], ["a"])
 
 
-def test_a_prompt_that_cannot_be_rendered_is_named():
-    with pytest.raises(ValueError, match=r"^data.jsonl, line 2: .*"):
-        SingleTurn().check_prompts(parts("ab", [{"role": "user"}], "a"), 64)
+@pytest.mark.parametrize(
+    ("message", "says"),
+    [
+        ({"role": "user"}, "has the content None"),
+        # A template such as `<|{{ role }}|>` would write the end of a turn.
+        ({"role": "end", "content": "x"}, "has the role 'end'; it must be one of system, .*user"),
+    ],
+)
+def test_a_prompt_that_cannot_be_rendered_is_named(message, says):
+    with pytest.raises(ValueError, match=rf"^data.jsonl, line 2: message 1 {says}"):
+        SingleTurn().check_prompts(parts("ab", [{"role": "user", "content": "x"}, message], "a"), 64)
 
 
 def test_a_line_of_the_rollout_log_has_the_columns_of_its_row():

@@ -15,7 +15,7 @@ from rljax.experiment.fine_tune import fine_tune
 from rljax.experiment.train import train
 from rljax.models import abstract_params, load_model
 from rljax.testing import tiny_config
-from rljax.training import OptimizerConfig, read_jsonl, restore_params
+from rljax.training import LogConfig, OptimizerConfig, RunFolder, read_jsonl, restore_params
 
 REWARDS = """
 def correct(prompt, completion, token_ids, answer, **columns):
@@ -74,13 +74,18 @@ def test_a_checkpoint_evaluates_as_the_run_did(trained, capsys):
     assert evaluation.metrics == json.loads((run / "evaluations" / "step_000002.json").read_text())["metrics"]
 
 
-def test_supervised_fine_tuning_learns_and_resumes(trained, tmp_path):
+def test_supervised_fine_tuning_learns_and_resumes(trained, tmp_path, monkeypatch):
     _, config, _ = trained
     warmup = WarmupConfig(
         steps=8, batch_size=8, completion_column="answer", optimizer=OptimizerConfig(learning_rate=3e-2)
     )
-    config = dataclasses.replace(config, warmup=warmup, checkpoint=CheckpointConfig(every=4))
+    config = dataclasses.replace(
+        config, warmup=warmup, checkpoint=CheckpointConfig(every=4), log=LogConfig(pulse_s=0.01)
+    )
+    shown = []
+    monkeypatch.setattr(RunFolder, "status", lambda folder, line: shown.append(line))
     fine_tune(config, str(tmp_path / "straight"))
+    assert any("supervised update" in line for line in shown) and any("evaluation" in line for line in shown)
     losses = [line["loss/nll"] for line in read_jsonl(tmp_path / "straight" / "metrics.jsonl")]
     assert len(losses) == 8 and losses[-1] < losses[0] / 2
     # What it learnt can be exported like the weights of any run.
@@ -91,3 +96,10 @@ def test_supervised_fine_tuning_learns_and_resumes(trained, tmp_path):
     fine_tune(half, str(tmp_path / "resumed"))
     fine_tune(config, str(tmp_path / "resumed"))
     assert [line["loss/nll"] for line in read_jsonl(tmp_path / "resumed" / "metrics.jsonl")] == losses
+
+
+def test_supervised_fine_tuning_has_no_best_checkpoints(tmp_path):
+    config = tiny_config(warmup=WarmupConfig(steps=1), checkpoint=CheckpointConfig(keep_best=2))
+    with pytest.raises(ValueError, match=r"^config\.checkpoint\.keep_best=2 has no effect in supervised .*set it to 0"):
+        fine_tune(config, str(tmp_path / "run"))
+    assert not any(tmp_path.iterdir())

@@ -42,6 +42,34 @@ def demonstrations(examples):
 ASCII = "".join(chr(i) for i in range(32, 127)) + "\n"
 
 
+def test_accelerators_compute_in_bfloat16_and_train_float32_weights(monkeypatch):
+    def dtypes(where, **changes):
+        monkeypatch.setattr("rljax.experiment.model.platform", lambda: where)
+        fresh = FreshModel(**changes)
+        shipped = PretrainedModel(**changes)
+        decoders = [source.decoder_of(source.tokenizer_of()) for source in (fresh, shipped)]
+        assert {decoder.param_dtype for decoder in decoders} == {"float32"}
+        return {decoder.dtype for decoder in decoders}
+
+    assert dtypes("cpu") == {"float32"}
+    assert dtypes("gpu") == dtypes("tpu") == dtypes("cpu", dtype="bfloat16") == {"bfloat16"}
+    assert dtypes("tpu", dtype="float32") == {"float32"}
+
+
+def test_the_dtype_is_chosen_by_the_devices_of_the_run(monkeypatch):
+    """They need not be those of this machine."""
+    meshes = []
+
+    def platform():
+        meshes.append(jax.sharding.get_abstract_mesh())
+        return "gpu"
+
+    monkeypatch.setattr("rljax.experiment.model.platform", platform)
+    run = build(make_config())
+    assert run.decoder.dtype == "bfloat16"
+    assert [mesh.axis_names for mesh in meshes] == [run.mesh.axis_names]
+
+
 def make_config(algorithm=None, alphabet="n0123456789:;?y<> \n", **changes) -> Config:
     base = Config(
         steps=2,

@@ -14,7 +14,7 @@ from rljax.algorithms import DAPO, GRPO, RECIPES, RLOO
 from rljax.experiment import CheckpointConfig, EvaluationConfig, RewardConfig, SingleTurn
 from rljax.experiment.train import RunFailed, train
 from rljax.testing import params_fingerprint, rollout_records, run_metrics, tiny_config
-from rljax.training import Checkpointer, OptimizerConfig, read_jsonl
+from rljax.training import Checkpointer, Learner, OptimizerConfig, read_jsonl
 
 
 @pytest.fixture(scope="module")
@@ -229,6 +229,19 @@ def test_steps_whose_rewards_all_fail_update_nothing_and_end_the_run_with_the_re
     assert params_fingerprint(tmp_path, 1) == params_fingerprint(tmp_path, 2)
     saved = Checkpointer(tmp_path / "checkpoints")
     assert saved.steps == [1, 2] and [saved._score(step) for step in saved.steps] == [None, None]
+
+
+def test_rollouts_are_compared_before_processes_compute_of_them_together(tmp_path, monkeypatch):
+    """Those with other shapes would wait for each other, and never hear why."""
+
+    def apart(**values):
+        if "rollout" in values:
+            raise RuntimeError("the processes of this run disagree")
+
+    monkeypatch.setattr(rljax.experiment.train, "check_equal", apart)
+    monkeypatch.setattr(Learner, "score_rows", None)
+    with pytest.raises(RuntimeError, match="disagree"):
+        train(short(algorithm=GRPO(group_size=4, kl_coef=0.1)), str(tmp_path))
 
 
 def test_a_metric_that_the_best_is_chosen_by_must_exist(tmp_path):

@@ -12,7 +12,7 @@ import pytest
 from devices import xla_flags
 
 TESTS = Path(__file__).parent
-MESHES = ["8x1x1", "2x2x2", "1x4x2"]
+MESHES = ["8x1x1", "2x2x2", "1x4x2", "1x2x2x2"]
 
 
 def start(folder, shapes, devices, *process):

@@ -1,6 +1,7 @@
 """A fork goes on from any token of an earlier sample as if its whole path had been sampled or given at once."""
 
 import dataclasses
+import itertools
 
 import jax
 import numpy as np
@@ -16,7 +17,8 @@ from test_sampling_generate import (
     make_sampler,
 )
 
-from rljax.sampling import Fork, Request, Stops, compile_count, sampling_params
+from rljax.models.cache import ring_size
+from rljax.sampling import Fork, Request, Stops, compile_count, sampling_params, spec
 from rljax.types import INTERVENTION_NONE, INTERVENTION_SUPPRESS
 
 ROUNDS, FORKS = 3, 3
@@ -66,6 +68,28 @@ def trees(sampler):
     samples = generate(sampler, forking_requests())
     assert compile_count() == before
     return samples
+
+
+def test_a_ring_that_grows_and_shrinks_gives_the_same_trees(trees, monkeypatch):
+    monkeypatch.setattr(spec, "_SMALLEST_RING", 2)
+    short = make_sampler(path_slots=PATHS, max_injected=3, prompt_slots=2, suppressed=SUPPRESSED, prompt_buckets=(16,))
+    assert short.spec.ring_sizes == (2, 4, 8, NEW)
+    sizes = []
+    fit = short._fit_ring
+
+    def spy(*args):
+        cache, column = fit(*args)
+        sizes.append(ring_size(cache))
+        return cache, column
+
+    monkeypatch.setattr(short, "_fit_ring", spy)
+    short.warmup()
+    before = compile_count()
+    assert_same(generate(short, forking_requests()), trees)
+    assert compile_count() == before
+
+    # Each size is used, and a ring becomes shorter once the old rows are gone.
+    assert set(sizes) == {2, 4, 8, NEW} and any(a > b for a, b in itertools.pairwise(sizes))
 
 
 def check_against_forward(config, groups):

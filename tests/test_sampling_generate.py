@@ -9,9 +9,20 @@ import numpy as np
 import pytest
 
 from rljax.models import DecoderConfig, RopeScaling, hidden_states, init_params, logits
-from rljax.sampling import Request, Sampler, SamplerSpec, Stops, compile_count, process_logits, sampling_params
+from rljax.models.cache import resize_ring, resized_column, ring_size
+from rljax.sampling import (
+    Request,
+    Sampler,
+    SamplerSpec,
+    Stops,
+    compile_count,
+    process_logits,
+    sampling_params,
+    spec,
+)
 from rljax.sampling.slots import Slots
 from rljax.sampling.spec import NO_STOPS
+from rljax.sampling.stopping import StopStrings
 
 VOCAB, NEW = 300, 12
 CONFIG = DecoderConfig(
@@ -205,6 +216,84 @@ def test_a_stop_string_ends_a_sample_at_the_token_that_completes_it(samples, che
             ends = [n for n in range(NEW + 1) if stop in decode(full.tokens[:n])]
             assert sample.tokens.tolist() == full.tokens[: ends[0] if ends else NEW].tolist()
             assert len(sample.logprobs) == len(sample.entropies) == len(sample.tokens)
+
+
+@pytest.mark.parametrize("prompt", [b"", b"a stop", "größer".encode()[:-3]])
+def test_a_tail_of_the_text_tells_what_the_whole_text_does(prompt):
+    """Random bytes, many of them pieces of characters, and tokens without text."""
+
+    def decode(ids):
+        return bytes(i for i in ids if i < 256).decode(errors="replace")
+
+    strings = ("stop", "öß", "a\n\n")
+    finder = StopStrings(Stops(strings=strings, decode_text=decode))
+    pieces = [*(s.encode() for s in strings), b"st", b"op", b"a\n", b"\xc3", b"\xb6\xc3", b"xyz"]
+    rng = np.random.default_rng(len(prompt))
+    found = 0
+    for _ in range(60):
+        ids = []
+        while len(ids) < 120:
+            ids += [*pieces[rng.integers(len(pieces))]] if rng.random() < 0.15 else [*rng.integers(97, 300, 4)]
+        whole = [*prompt, *ids]
+        for new in (1, 5, 16):
+            for end in range(new, len(ids) + 1, new):
+                tokens = np.array(ids[:end], np.int32)
+                if finder.end(tokens, end - new, prompt=list(prompt), begun=len(prompt)) is not None:
+                    found += 1
+                    text = whole[: len(prompt) + end]
+                    assert finder.may_end(lambda n, text=text: text[-n:], new)
+                    break
+    assert found > 50
+
+
+def test_the_search_for_stop_strings_reads_a_tail_alone():
+    lengths = []
+
+    def decode(ids):
+        lengths.append(len(ids))
+        return "x" * len(ids)
+
+    slots = Slots(
+        make_requests(1)[:1], SamplerSpec(prompt_buckets=(8,), max_new_tokens=999, prompt_slots=1, sample_slots=1)
+    )
+    slots.assign()
+    finder = StopStrings(Stops(strings=("a stop string",), decode_text=decode))
+    for _ in range(50):
+        slots.advance((0, 0), *(np.ones(16, t) for t in (np.int32, np.float32, np.float32)))
+        assert not finder.may_end(lambda n: slots.last_tokens((0, 0), n), 16)
+    assert max(lengths) <= 16 + 32 and slots.last_tokens((0, 0), 900)[:3] == list(make_requests()[0].prompt)
+
+
+def test_a_step_reads_no_more_columns_than_the_oldest_row_needs(sampler, samples, monkeypatch):
+    """What a limit allows costs nothing: short completions run the programs of a short limit."""
+    monkeypatch.setattr(spec, "_SMALLEST_RING", 8)
+    columns = []
+    decode = Sampler._decode
+
+    def spy(self, cache, *rest):
+        columns.append(ring_size(cache))
+        return decode(self, cache, *rest)
+
+    monkeypatch.setattr(Sampler, "_decode", spy)
+    short = [request._replace(max_new_tokens=8) for request in make_requests()]
+    want = [[x.tokens[:8].tolist() for x in group] for group in samples]
+    roomy = make_sampler(max_new_tokens=100, prompt_buckets=(16,))
+    groups = roomy.generate(short, sampling_params(), seed=1, step=2)
+    assert [[x.tokens.tolist() for x in group] for group in groups] == want and set(columns) == {8}
+
+
+@pytest.mark.parametrize("old, size", [(8, 12), (12, 8), (4, 8), (8, 4), (5, 7)])
+def test_a_resized_ring_holds_the_same_columns_at_the_same_ages(old, size):
+    for written in (1, 3, old - 1, old, old + 2, 3 * old + 1):
+        ring = np.zeros(old, np.float32)
+        for step in range(written):
+            ring[step % old] = 1 + step
+        k = jnp.broadcast_to(ring, (1, 1, 1, 1, old))
+        column = written % old
+        new_k, new_v = resize_ring(size, k, k.swapaxes(3, 4), np.array(column))
+        following = resized_column(column, old, size)
+        for age in range(1, min(written, old, size) + 1):
+            assert new_k[0, 0, 0, 0, following - age] == new_v[0, 0, 0, following - age, 0] == 1 + written - age
 
 
 def test_decoding_ends_with_the_last_row():

@@ -1,6 +1,7 @@
 """What is sampled from is the distribution that a float64 sort would give, and it is sampled exactly."""
 
 import itertools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,7 @@ import pytest
 
 from rljax.sampling import compile_count, process_logits, sampling_params
 from rljax.sampling.generate import token_uniforms
-from rljax.sampling.logits import MASKED, block_size, sample_tokens
+from rljax.sampling.logits import MASKED, block_size, rules_of, sample_tokens
 
 
 def oracle(logits, temperature, top_k, top_p, min_p):
@@ -56,6 +57,35 @@ def test_truncation_equals_a_sort_in_float64(logits, axis):
         assert ((got > MASKED / 2) == kept).all(), values
         np.testing.assert_allclose(got[kept], want[kept], atol=2e-5)
     assert compiled == 0  # values are traced
+
+
+@pytest.mark.parametrize("kind", ["cpu", "gpu"])
+def test_a_program_that_is_told_what_is_on_removes_the_same_tokens(logits, kind, monkeypatch):
+    """And so does the search that tries 15 thresholds a pass, which is that of accelerators."""
+    want = {values: np.asarray(process_logits(jnp.asarray(logits), sampling_params(*values))) for values in CASES[::4]}
+    monkeypatch.setattr("rljax.sampling.logits.platform", lambda: kind)
+    process = jax.jit(
+        lambda z, params, rules: process_logits(z, params, rules=rules),
+        static_argnums=2,
+    )
+    for values in [*CASES[::4], (0.0, 3, 0.1, 0.5)]:
+        params = sampling_params(*values)
+        got = process(jnp.asarray(logits), params, rules_of(params))
+        np.testing.assert_array_equal(got, want.get(values, logits))
+
+
+@pytest.mark.parametrize("kind, passes", [("cpu", 32), ("gpu", 8)])
+def test_there_is_no_search_for_what_is_off(logits, kind, passes, monkeypatch):
+    monkeypatch.setattr("rljax.sampling.logits.platform", lambda: kind)
+
+    def lengths(**values):
+        params = sampling_params(**values)
+        text = str(jax.make_jaxpr(lambda z: process_logits(z, params, rules=rules_of(params)))(logits))
+        assert "cond[" not in text
+        return [int(x) for x in re.findall(r"length=(\d+)", text)]
+
+    assert lengths() == lengths(min_p=0.5) == lengths(temperature=0.0, top_k=3) == []
+    assert lengths(top_p=0.5) == lengths(top_k=3) == [passes] and lengths(top_k=3, top_p=0.5) == [passes] * 2
 
 
 def test_tokens_tied_with_the_last_one_kept_are_kept():

@@ -7,8 +7,10 @@ import jax
 import numpy as np
 import pytest
 from forward import row_logprobs
+from jax.sharding import Mesh
 
 from rljax.models import DecoderConfig, init_params
+from rljax.parallel import MESH_AXES
 from rljax.sampling import (
     Request,
     Sampler,
@@ -20,6 +22,7 @@ from rljax.sampling import (
     compile_count,
     sampling_params,
 )
+from rljax.sampling.sampler import by_part
 
 VOCAB, NEW, LENGTH = 300, 10, 96
 CONFIG = DecoderConfig(
@@ -278,3 +281,37 @@ def test_a_turn_that_was_cut_off_goes_on_with_the_numbers_that_are_its_own():
     assert tokens == [*context, *at_once] and len(at_once) == NEW
     with pytest.raises(ValueError, match="drawn=2 must lie between 0 and begun=1"):
         decoder.submit(Turn(0, context, 50, 0, begun=1, drawn=2))
+
+
+FOUR_PARTS = Mesh(np.array(jax.devices()[:1] * 4).reshape(2, 2, 1), MESH_AXES)
+"""For what the host decides: nothing is computed on it."""
+
+
+def test_on_a_mesh_turns_run_on_the_devices_that_keep_their_conversations():
+    """Four parts of the devices: three conversations and two rows each, rounded up from eleven and five."""
+    sizes = TurnDecoderSpec(conversations=11, rows=5, context_length=LENGTH, max_new_tokens=NEW)
+    decoder = TurnDecoder(CONFIG, sizes, mesh=FOUR_PARTS)
+    assert (decoder.parts, decoder.spec.conversations, decoder.spec.rows) == (4, 12, 8)
+
+    # Conversations 0, 1 and 2 share two rows; the last one of all has rows of its own.
+    for conversation in (1, 0, 2, 11):
+        decoder.submit(Turn(conversation, [1, 2], 0, conversation))
+    assert [(row, turn.conversation) for row, turn in decoder._choose()] == [(0, 1), (1, 0), (6, 11)]
+    assert [turn.conversation for turn in decoder._waiting] == [2]
+
+
+def test_on_a_mesh_conversations_are_taken_where_most_are_free():
+    sizes = TurnDecoderSpec(conversations=12, rows=4, context_length=LENGTH, max_new_tokens=NEW)
+    assert make_decoder().pick([5, 0, 3], near=0) == 5
+    decoder = TurnDecoder(CONFIG, sizes, mesh=FOUR_PARTS)
+    assert decoder.pick([11, 4, 5, 3]) == 4
+    # Beside another one, where that does not leave its devices twice as busy.
+    assert decoder.pick([11, 10, 4, 5, 3], near=9) == 11
+    assert decoder.pick([11, 4, 5, 3], near=9) == 4
+
+
+def test_entries_go_to_their_part_of_the_devices():
+    places = [0, 1, 1, 1, 1, 1]
+    batches = list(by_part("abcdef", places, 2, (4, 1)))
+    assert batches == [["a", None, None, None, *"bcde"], [None, "f"]]
+    assert list(by_part("abcde", [0] * 5, 1, (4, 1))) == [[*"abcd"], ["e"]]

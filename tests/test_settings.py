@@ -6,9 +6,20 @@ import re
 import pytest
 from test_fuzz_config import with_value
 
-from rljax.experiment import RewardConfig
+from rljax.experiment import (
+    CheckpointConfig,
+    EvaluationConfig,
+    FileData,
+    MultiTurn,
+    MuonConfig,
+    ReasoningGymData,
+    RewardConfig,
+    RowsData,
+    SamplingConfig,
+)
 from rljax.experiment.check import check
 from rljax.settings import check_fields, field, placed
+from rljax.tasks import final_number
 from rljax.testing import tiny_config
 
 
@@ -74,6 +85,41 @@ def test_what_is_said_of_a_wrong_value(part, name, value, says):
     config = tiny_config()
     with pytest.raises(ValueError, match=re.escape(f"{part}.{name}{says}")), with_value(config, part, name, value):
         check(config)
+
+
+@pytest.mark.parametrize(
+    ("changes", "field", "why"),
+    [
+        (
+            {"checkpoint": CheckpointConfig(best_metric="x")},
+            "checkpoint.best_metric='x'",
+            "checkpoint.keep_best=0; set",
+        ),
+        ({"checkpoint": CheckpointConfig(every=0, keep_best=1)}, "checkpoint.keep_best=1", "checkpoint.every=0; set"),
+        ({"evaluation": EvaluationConfig(temperature=0.0, top_p=0.9)}, "evaluation.top_p=0.9", ".temperature=0.0; set"),
+        ({"sampling": SamplingConfig(temperature=0.0, top_k=5)}, "sampling.top_k=5", ".temperature=0.0; set"),
+        ({"sampling": SamplingConfig(temperature=0.0, top_p=0.5)}, "sampling.top_p=0.5", ".temperature=0.0; set"),
+        ({"sampling": SamplingConfig(temperature=0.0, min_p=0.1)}, "sampling.min_p=0.1", ".temperature=0.0; set"),
+        ({"optimizer": MuonConfig(total_steps=9)}, "optimizer.total_steps=9", "optimizer.schedule='constant'; set"),
+        ({"actor": MultiTurn(make="m:f", stale_every=3)}, "actor.stale_every=3", "actor.stale_share=0.0; set"),
+        (
+            {"data": FileData("a.jsonl", "b.jsonl", 0.5)},
+            "data.test_fraction=0.5",
+            "data.test='b.jsonl'; leave",
+        ),
+        (
+            {"data": RowsData("m:f", {}, {"seed": 1}, 0.5)},
+            "data.test_fraction=0.5",
+            ".test_args={'seed': 1}; leave",
+        ),
+        ({"data": ReasoningGymData(extract=final_number)}, "data.extract=", "the rewards of config.actor and not"),
+        ({"data": ReasoningGymData(full_score_only=False)}, "data.full_score_only=False", "the rewards of"),
+        ({"reference_refresh": 2}, "reference_refresh=2", "GRPO has no reference model; set"),
+    ],
+)
+def test_a_value_without_effect_is_refused(changes, field, why):
+    with pytest.raises(ValueError, match=rf"^config\.{re.escape(field)}.* has no effect.*{re.escape(why)}"):
+        check(tiny_config(**changes))
 
 
 def test_one_reward_without_its_tuple_is_told_how_to_write_it():

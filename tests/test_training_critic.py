@@ -19,10 +19,10 @@ from test_training_learner import CONFIG, FLAT, assert_close, params, rollout, u
 
 from rljax import losses as L
 from rljax.algorithms import GRPO, PPO
-from rljax.batching import PackConfig, loss_mask, pack
+from rljax.batching import PackConfig, loss_mask
 from rljax.experiment import CriticConfig
 from rljax.experiment.build import build, critic_params
-from rljax.experiment.dry_run import predict_memory
+from rljax.experiment.memory import held_state
 from rljax.models import abstract_params, hidden_states, init_params, save_hf, value_config, value_params, values
 from rljax.testing import tiny_config
 from rljax.training import Checkpointer, Critic, Learner, OptimizerConfig, explained_variance, fingerprint, with_critic
@@ -332,7 +332,7 @@ def test_a_dry_run_counts_the_critic_s_weights_and_moments():
     run, without = (
         build(tiny_config(algorithm=recipe)) for recipe in (PPO(group_size=4), GRPO(group_size=4, kl_coef=0.0))
     )
-    found, plain = (predict_memory(r, pack(*rollout(), FLAT)) for r in (run, without))
+    found, plain = (held_state(r) for r in (run, without))
     count = sum(int(np.prod(x.shape)) for x in jax.tree.leaves(abstract_params(run.critic.config)))
     assert found.pop("critic") == pytest.approx(3 * 4 * count, abs=16)  # weights and two moments, and a counter
     assert found.keys() == plain.keys() and all(found[name] >= plain[name] for name in plain)

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from rljax import losses
-from rljax.batching import PackConfig, stack
-from rljax.models import DecoderConfig, init_params
+from rljax.batching import PackConfig, stack, take_rows
+from rljax.models import DecoderConfig, forest_attention, init_params, kernel_attention
 from rljax.sampling import compile_count, sampling_params
 from rljax.training import (
     Checkpointer,
@@ -127,9 +127,23 @@ def test_gradients_equal_those_of_flat_rows(packing, off_policy):
         np.testing.assert_allclose(got[1][name], want[1][name], rtol=2e-4, atol=1e-6, err_msg=name)
 
 
-@pytest.mark.parametrize("changes", [dict(remat=True), dict(head_chunk=1), dict(head_chunk=4096)], ids=str)
+@pytest.mark.parametrize(
+    "changes", [dict(remat="full"), dict(remat="attention_saved"), dict(head_chunk=1), dict(head_chunk=4096)], ids=str
+)
 def test_gradients_do_not_depend_on_how_they_are_computed(changes):
     assert_close(gradient("accumulated in pairs", **changes)[2], gradient("accumulated in pairs")[2])
+
+
+def test_attention_kernels_are_chosen_by_the_devices(monkeypatch):
+    """Those for a TPU have been compiled for it; others must be asked for."""
+
+    def chosen(where, **changes):
+        monkeypatch.setattr("rljax.training.learner.platform", lambda mesh: where)
+        return make(FLAT, **changes).program.score_options["attention"]
+
+    assert [chosen(where) for where in ("cpu", "gpu")] == [forest_attention] * 2
+    assert chosen("tpu") == chosen("gpu", attention_kernel=True) == kernel_attention
+    assert chosen("tpu", attention_kernel=False) == forest_attention
 
 
 def test_flat_gradient_equals_a_plain_padded_forward_pass():
@@ -314,6 +328,27 @@ def test_nothing_compiles_after_the_first_step_with_one_shape():
         state, _ = learner.update(state, minibatch)
         counts.append(compile_count() - before)
     assert counts[0] > 0 and counts[1:] == [0, 0, 0]
+
+
+def test_a_warm_up_changes_nothing_and_later_sizes_find_their_program():
+    """Two microbatches at first, which fill their bucket: four are likely, and come."""
+    learner = make(PackConfig(pack_length=32), compile_ahead=3, epochs=2)
+    whole, advantages = rollout()
+    state = learner.init_state(params())
+    met = {}
+    for groups in (2, 3, 4):
+        rows = np.flatnonzero(whole.group_id < groups)
+        minibatch = learner.prepare(state, take_rows(whole, rows), advantages[rows])[0]
+        if groups == 2:
+            before = jax.tree.map(np.array, state)
+            done: list[tuple[int, int]] = []
+            state = learner.warm_up(state, minibatch, lambda *numbers, into=done: into.append(numbers))
+            assert done == [(1, 3), (2, 3), (3, 3)]
+            jax.tree.map(np.testing.assert_array_equal, before, state)
+        count = compile_count()
+        state, _ = learner.update(state, minibatch)
+        met[groups] = (len(minibatch.packed.tokens), compile_count() - count)
+    assert met == {2: (2, 0), 3: (4, 0), 4: (4, 0)}
 
 
 IN_BFLOAT16 = dataclasses.replace(CONFIG, param_dtype="bfloat16")

@@ -5,12 +5,13 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import types
 
 import numpy as np
 import pytest
 
-from rljax.training import MetricsWriter, PhaseTimer, RunFolder, local_copy, reachable, read_jsonl
+from rljax.training import MetricsWriter, PhaseTimer, RunFolder, local_copy, reachable, read_jsonl, run_folder
 from rljax.training.run_folder import progress_line
 
 
@@ -296,3 +297,38 @@ def test_storage_that_cannot_be_reached_is_named_with_the_remedy(monkeypatch):
     with pytest.raises(ValueError, match=r"hdfs://x/run is on storage of an unknown kind; .* gs://, s3://"):
         reachable("hdfs://x/run")
     assert reachable("runs/x").is_absolute()
+
+
+def test_logs_are_written_in_order_behind_the_loop_and_whole_at_the_end(tmp_path, monkeypatch):
+    may_go_on = threading.Event()
+    written = []
+
+    def slowly(file, text, write=run_folder._write):
+        may_go_on.wait(10)
+        written.append(file.name)
+        write(file, text)
+
+    with RunFolder(tmp_path, config={"name": "test"}) as run:
+        run.start(0)
+        monkeypatch.setattr(run_folder, "_write", slowly)
+        run.log_rollouts(1, [{"text": "a"}])
+        run.log_step(1, {"loss/total": 1.0})
+        assert not written and not read_jsonl(tmp_path / "metrics.jsonl")
+        may_go_on.set()
+        assert [line["step"] for line in run.metrics()] == [1] and written == ["step_000001.jsonl"]
+        run.log_step(2, {}, [{"text": "b"}])
+    assert [line["step"] for line in read_jsonl(tmp_path / "metrics.jsonl")] == [1, 2]
+    assert read_jsonl(tmp_path / "rollouts" / "step_000002.jsonl") == [{"text": "b"}]
+
+
+def test_a_log_that_cannot_be_written_ends_the_run(tmp_path, monkeypatch):
+    def full(file, text):
+        raise OSError("no space left on device")
+
+    run = RunFolder(tmp_path, config={"name": "test"})
+    run.start(0)
+    monkeypatch.setattr(run_folder, "_write", full)
+    run.log_rollouts(1, [{"text": "a"}])
+    with pytest.raises(OSError, match="no space left"):
+        run.flush()
+    run.close()

@@ -17,7 +17,7 @@ from devices import xla_flags
 from test_training_learner import CONFIG, FLAT, params, rollout, update_config
 
 from rljax import losses as L
-from rljax.batching import PackConfig, stack
+from rljax.batching import PackConfig, dense_rows, stack
 from rljax.models import hidden_states, logits
 from rljax.sampling import sampling_params
 from rljax.training import Learner, LossNeeds
@@ -107,7 +107,7 @@ def test_selecting_everything_changes_nothing_at_all():
 
 def uniforms_by_row(train_batch):
     """{(old log-probs of the row's tokens): their uniforms}: rows are known by what they hold."""
-    rows = train_batch.rows
+    rows = dense_rows(train_batch.rows)
     found = {}
     for mask, behavior, uniforms in zip(
         *(np.asarray(x).reshape(-1, x.shape[-1]) for x in (rows.loss_mask, rows.behavior_logprobs, rows.uniforms))

@@ -12,6 +12,8 @@ from sharded_program import CONFIG, batch, difference, loss
 from rljax import parallel
 from rljax.models import load_model, param_shardings, save_hf
 from rljax.sampling import compile_count
+from rljax.training import Checkpointer
+from rljax.types import TrainState
 
 os.environ["RLJAX_NUM_PROCESSES"] = "2"
 os.environ["RLJAX_PROCESS_ID"] = sys.argv[1]
@@ -53,11 +55,35 @@ def programs_of(*sizes):
     return compile_count() - before
 
 
+def restored(checkpoints, target):
+    """The step that is gone on from where process 1 cannot read the newest, and believes in one that is not there."""
+    manager = checkpoints._manager
+    listed = manager.all_steps
+    read = checkpoints._read
+    if jax.process_index():
+        manager.all_steps = lambda: [*listed(), 9]
+        checkpoints._read = lambda step, name, args: read(step if name == "host" or step < 2 else 8, name, args)
+    return checkpoints.restore(target)[2]
+
+
+def saved_twice(params):
+    """Checkpoints of steps 1 and 2, which the abstract state behind them is restored from."""
+    none = jax.device_put(np.int32(0), parallel.replicated(mesh))
+    state = TrainState(trainable=params, opt_state={}, step=none, skipped=none)
+    checkpoints = Checkpointer(folder / "checkpoints")
+    for step in (1, 2):
+        checkpoints.save(step, state, {})
+    checkpoints.wait()
+    return checkpoints, jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
+
+
 index = jax.process_index()
 result = {
+    "restored": restored(*saved_twice(params)),
     "once": parallel.on_main(lambda: {"process": index}),
     "failed": said_by(lambda: parallel.on_main(fails)),
     "refused": said_by(lambda: parallel.on_main(refuses)),
+    "unsent": said_by(lambda: parallel.on_main(lambda: refuses.__code__)),
     "programs": programs_of(*range(300, 450, 15)),
     "equal": said_by(lambda: parallel.check_equal(config={"a": 1}, shapes=(4, 8), mask=np.arange(3))),
     "unequal": said_by(lambda: parallel.check_equal(config={"a": 1}, shapes=(4, index), mask=np.arange(3) + index)),

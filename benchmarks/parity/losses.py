@@ -145,7 +145,6 @@ def our_value_loss(clip: float) -> Callable[[Data], dict[str, np.ndarray]]:
 def rows_of(d: Data, loss: ls.Loss) -> Rows:
     mask = d["mask"]
     return Rows(
-        row_index=np.zeros(mask.shape, np.int32),
         loss_mask=mask,
         loss_weights=loss.token_weights(mask),
         token_count=jnp.asarray(float(mask.sum())),

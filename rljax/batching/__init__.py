@@ -5,7 +5,9 @@
 
 from rljax.batching.config import PackConfig
 from rljax.batching.forest import Forest, SortedRows, build_forest, pad_rows, sort_rows, unique_tokens
-from rljax.batching.pack import Packing, layout, loss_mask, pack
+from rljax.batching.pack import Packing, emptied, layout, loss_mask, pack
+from rljax.batching.rows import bare_rows, dense_rows, gather, ragged_rows, spread
+from rljax.batching.sizes import Sizes, likely_sizes
 from rljax.batching.stack import LENGTH_BUCKETS, ROW_BUCKETS, bucket, stack, take_rows
 
 __all__ = [
@@ -14,14 +16,22 @@ __all__ = [
     "Forest",
     "PackConfig",
     "Packing",
+    "Sizes",
     "SortedRows",
+    "bare_rows",
     "bucket",
     "build_forest",
+    "dense_rows",
+    "emptied",
+    "gather",
     "layout",
+    "likely_sizes",
     "loss_mask",
     "pack",
     "pad_rows",
+    "ragged_rows",
     "sort_rows",
+    "spread",
     "stack",
     "take_rows",
     "unique_tokens",

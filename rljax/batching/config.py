@@ -4,7 +4,14 @@ import dataclasses
 
 from rljax.settings import check_fields, field
 
-_TABLES = ("length_buckets", "score_buckets", "row_buckets", "microbatch_buckets", "trajectory_buckets")
+_TABLES = (
+    "length_buckets",
+    "score_buckets",
+    "row_buckets",
+    "token_buckets",
+    "microbatch_buckets",
+    "trajectory_buckets",
+)
 
 
 @dataclasses.dataclass
@@ -23,13 +30,19 @@ class PackConfig:
     """Pack forests, in which shared prefixes stand once (True), or rows side by side (False). None takes forests unless
     less than a tenth of the tokens is shared and rows side by side, which fill sequences better, need less room."""
     length_buckets: tuple[int, ...] = ()
-    """Lengths of a packed sequence, in tokens; the last is `pack_length`. Automatic: its quarters."""
+    """Lengths of a packed sequence, in tokens; the last is `pack_length`. Automatic: `pack_length`, or
+    the shortest quarter of it that holds everything in one microbatch."""
     score_buckets: tuple[int, ...] = ()
-    """Numbers of scored tokens of a packed sequence. Automatic: quarters of its length."""
+    """Numbers of scored tokens of a packed sequence. Automatic: quarters of its length; halves, where
+    there are several microbatches."""
     row_buckets: tuple[int, ...] = ()
-    """Numbers of rows of a microbatch. Automatic: powers of two from 8 on."""
+    """Numbers of rows of a microbatch; of one device's part, where devices split it. Automatic: 32, 128,
+    512, and so on."""
     microbatch_buckets: tuple[int, ...] = ()
     """Numbers of microbatches of a minibatch. Automatic: powers of two."""
+    token_buckets: tuple[int, ...] = ()
+    """Numbers of loss tokens of those rows. Automatic: as many as they can have where `score_buckets` and `row_buckets`
+    are set; else as many as are scored, times a power of two for rows that share them."""
     trajectory_buckets: tuple[int, ...] = ()
     """Lengths of the longest trajectory of a rollout, in tokens. Automatic: `rljax.batching.LENGTH_BUCKETS`."""
 

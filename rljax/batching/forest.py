@@ -76,44 +76,126 @@ def build_forest(
     """
     count, width = tokens.shape
     if share_prefixes:
-        order, shared = sort_rows(tokens if token_keys is None else token_keys, lengths)
+        rows = sort_rows(tokens if token_keys is None else token_keys, lengths)
     else:
-        order = np.arange(count, dtype=np.int32)
-        shared = np.zeros(count, np.int32)
+        rows = SortedRows(order=np.arange(count, dtype=np.int32), shared=np.zeros(count, np.int32))
 
-    # The new tokens of a place begin where those of the place before end.
-    ends = np.asarray(lengths, np.int32)[order]
-    starts = np.concatenate([[0], np.cumsum(ends - shared)]).astype(np.int32)
-    total = int(starts[-1])
-    column = np.arange(width, dtype=np.int32)
-
-    # Token t of place i belongs to the last place j <= i that did not take its t-th token from the place before.
-    own = shared[:, None] <= column
-    place = np.arange(count, dtype=np.int32)[:, None]
-    owner = np.maximum.accumulate(np.where(own, place, 0), axis=0)
-    index = np.where(column < ends[:, None], (starts[:-1] - shared)[owner] + column, -1).astype(np.int32)
-
-    # Its subtree ends where the next place begins that does not share it.
-    next_place = np.full((count + 1, width), count, np.int32)
-    next_place[:-1] = np.minimum.accumulate(np.where(own, place, count)[::-1], axis=0)[::-1]
-
-    # Every unique token is written once, by the place that owns it.
-    new = own & (column < ends[:, None])
-    where = index[new]
-    before = np.concatenate([np.full((count, 1), -1, np.int32), index[:, :-1]], axis=1)[:, :width]
-    forest = Forest(
-        tokens=np.empty(total, np.int32),
-        positions=np.empty(total, np.int32),
-        predecessor=np.empty(total, np.int32),
-        subtree_end=np.empty(total, np.int32),
-        row_index=np.empty((count, width), np.int32),
+    ends = np.asarray(lengths, np.int32)[rows.order]
+    laid = lay_out_forest(ends, rows.shared)
+    row_index = np.full((count, width), -1, np.int32)
+    row_index[rows.order] = _padded(laid.row_index, ends, width)
+    return Forest(
+        tokens=tokens.reshape(-1)[laid.token_of(rows.order, width)].astype(np.int32),
+        positions=laid.positions,
+        predecessor=laid.predecessor,
+        subtree_end=laid.subtree_end,
+        row_index=row_index,
     )
-    forest.tokens[where] = tokens[order][new]
-    forest.positions[where] = np.broadcast_to(column, new.shape)[new]
-    forest.predecessor[where] = before[new]
-    forest.subtree_end[where] = starts[next_place[1:][new]]
-    forest.row_index[order] = index
-    return forest
+
+
+class RaggedForest(NamedTuple):
+    """The forest of rows in depth-first order, without their tokens: all that follows from lengths and shared prefixes.
+
+    Unique tokens are numbered `[N]` and the tokens of rows `[F]`, row after row. `place` is the row that a unique token
+    stands in first. `row_index` gives the unique token of every token of a row; the rest is as in `Forest`.
+    """
+
+    place: Int[np.ndarray, " N"]
+    positions: Int[np.ndarray, " N"]
+    predecessor: Int[np.ndarray, " N"]
+    subtree_end: Int[np.ndarray, " N"]
+    row_index: Int[np.ndarray, " F"]
+
+    def token_of(self, order: Int[np.ndarray, " B"], width: int) -> Int[np.ndarray, " N"]:
+        """Where the unique tokens stand in a flattened `[rows, width]` whose row `order[i]` is at place `i`."""
+        return (np.asarray(order, np.int64) * width)[self.place] + self.positions
+
+
+def lay_out_forest(ends: Int[np.ndarray, " B"], shared: Int[np.ndarray, " B"]) -> RaggedForest:
+    """Rows of `ends[i]` tokens, of which the first `shared[i]` are those of the row before. A row that shares nothing
+    begins a tree, so rows of several forests may follow each other.
+
+    One pass over rows keeps the path of the row at hand as pieces, each a run of unique tokens of one row; whatever is
+    of the size of the tokens is NumPy.
+    """
+    new = np.asarray(ends - shared, np.int64)
+    starts = np.concatenate([[0], np.cumsum(new)])
+    total = int(starts[-1])
+
+    # The path at hand: first position and first unique token of each piece.
+    path_from: list[int] = []
+    path_at: list[int] = []
+    path_end = 0
+
+    # All paths, one after another; and the runs of unique tokens whose subtree ends at one place.
+    pieces_from: list[int] = []
+    pieces_at: list[int] = []
+    pieces: list[int] = []
+    closed_at: list[int] = []
+    closed_length: list[int] = []
+    closed_by: list[int] = []
+    before_first: list[int] = []
+
+    def close(position: int, by: int) -> None:
+        """Ends the subtrees of the path's tokens from `position` on."""
+        end = path_end
+        while path_from and end > position:
+            first = path_from[-1]
+            at = path_at[-1]
+            low = max(first, position)
+            closed_at.append(at + low - first)
+            closed_length.append(end - low)
+            closed_by.append(by)
+            if first >= position:
+                path_from.pop()
+                path_at.pop()
+            end = low
+
+    columns = zip(starts.tolist(), np.asarray(ends).tolist(), np.asarray(shared).tolist(), strict=False)
+    for start, end, position in columns:
+        close(position, start)
+        before_first.append(path_at[-1] + position - 1 - path_from[-1] if path_from else -1)
+        if end > position:
+            path_from.append(position)
+            path_at.append(start)
+        path_end = end
+        pieces.append(len(path_from))
+        pieces_from += path_from
+        pieces_at += path_at
+    close(0, total)
+
+    place = np.repeat(np.arange(len(new), dtype=np.int32), new)
+    unique = np.arange(total, dtype=np.int32)
+    predecessor = unique - np.int32(1)
+    owns = new > 0
+    predecessor[starts[:-1][owns]] = np.array(before_first, np.int32)[owns]
+
+    closed = np.argsort(np.array(closed_at, np.int64))
+    subtree_end = np.repeat(np.array(closed_by, np.int32)[closed], np.array(closed_length, np.int64)[closed])
+
+    # A piece reaches to the next one of its row, the last one to the row's end.
+    begins = np.array(pieces_from, np.int64)
+    reaches = np.roll(begins, -1)
+    has_path = np.array(pieces, np.int64) > 0
+    reaches[np.cumsum(pieces, dtype=np.int64)[has_path] - 1] = np.asarray(ends)[has_path]
+    sizes = reaches - begins
+    offsets = np.array(pieces_at, np.int64) - (np.cumsum(sizes) - sizes)
+    row_index = np.repeat(offsets.astype(np.int32), sizes)
+    row_index += np.arange(len(row_index), dtype=np.int32)
+
+    return RaggedForest(
+        place=place,
+        positions=unique - (starts[:-1] - shared).astype(np.int32)[place],
+        predecessor=predecessor,
+        subtree_end=subtree_end,
+        row_index=row_index,
+    )
+
+
+def _padded(values: Int[np.ndarray, " F"], lengths: Int[np.ndarray, " B"], width: int) -> Int[np.ndarray, "B T"]:
+    out = np.full((len(lengths), width), -1, np.int32)
+    out[np.arange(width) < lengths[:, None]] = values
+    return out
 
 
 def unique_tokens(rows: SortedRows, lengths: Int[np.ndarray, " B"]) -> int:

@@ -3,46 +3,118 @@
 As in `stack`, every dimension comes from a bucket table and is a function of the data alone.
 """
 
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
+from rljax.batching.bins import Bins, choose_bins
 from rljax.batching.config import PackConfig
-from rljax.batching.forest import Forest, Identity, SortedRows, build_forest, sort_rows
-from rljax.batching.stack import bucket
-from rljax.types import ArrayLike, Packed, RolloutBatch, Rows, TrainBatch
+from rljax.batching.forest import lay_out_forest
+from rljax.batching.sizes import Needs, Sizes, choose_sizes
+from rljax.types import ArrayLike, Packed, RaggedRows, RolloutBatch, TrainBatch, Width
 
 
 class Packing(NamedTuple):
     """The layout of a minibatch, before any advantage or log-prob is attached.
 
-    `source_row[m, b]` is the row of the batch that line `b` of microbatch `m` shows, -1 for padding; `mask` marks the
-    tokens of these lines that are scored. `flat_tokens` counts the tokens of the rows, `unique_tokens` those packed,
-    `scored_tokens` the unique ones whose log-prob is wanted.
+    `token[m, q, c]` is the place of loss token `c` of a part in the flattened batch `[batch rows * T]`, `source_row[m,
+    q, l]` the row of the batch that a line shows; -1 pads both. `place`, `score_index` and `width` are those of
+    `RaggedRows`. `flat_tokens` counts the tokens of the rows, `unique_tokens` those packed, `scored_tokens` the unique
+    ones whose log-prob is wanted, `repeated_tokens` those that are packed again because what shares them does not fit
+    one packed sequence. `needs` and `sizes` are what the minibatch has at most, and the sizes that this makes.
     """
 
     packed: Packed
-    row_index: Int[np.ndarray, "M B T"]
-    mask: Bool[np.ndarray, "M B T"]
-    source_row: Int[np.ndarray, "M B"]
+    token: Int[np.ndarray, "M Q C"]
+    place: Int[np.ndarray, "M Q C"]
+    score_index: Int[np.ndarray, "M Q C"]
+    source_row: Int[np.ndarray, "M Q L"]
+    width: Width
     flat_tokens: int
     unique_tokens: int
     scored_tokens: int
+    repeated_tokens: int
+    needs: Needs
+    sizes: Sizes
 
-    def rows_of(self, values: ArrayLike) -> np.ndarray:
-        """`values [batch rows, T]` as `[M, B, T]`, 0 off the mask; `values [batch rows]` as `[M, B]`, 0 in padding."""
-        values = np.asarray(values)
-        is_kept = self.mask if values.ndim == 2 else self.source_row >= 0
-        return np.where(is_kept, values[np.maximum(self.source_row, 0)], np.zeros((), values.dtype))
+    def of_tokens(self, values: ArrayLike) -> np.ndarray:
+        """`values [batch rows, T]` of the loss tokens, `[M, Q, C]`, 0 in padding."""
+        return _taken(np.asarray(values).reshape(-1), self.token)
+
+    def of_rows(self, values: ArrayLike) -> np.ndarray:
+        """`values [batch rows]` of the lines, `[M, Q, L]`, 0 in padding."""
+        return _taken(np.asarray(values), self.source_row)
 
     def batch_of(self, values: ArrayLike, like: ArrayLike) -> np.ndarray:
-        """The inverse: `values [M, B, T]` as an array of the shape of `like [batch rows, T]`, 0 off the mask."""
+        """The inverse of `of_tokens`: `values [M, Q, C]` in the shape of `like [batch rows, T]`, 0 off the mask."""
         out = np.zeros(np.shape(like), np.asarray(values).dtype)
-        real = self.source_row >= 0
-        out[self.source_row[real]] = np.where(self.mask, np.asarray(values), 0)[real]
+        real = self.token >= 0
+        out.reshape(-1)[self.token[real]] = np.asarray(values)[real]
         return out
+
+    def rows_to_score(self) -> RaggedRows:
+        """The rows with nothing to learn yet, to score them."""
+        zero = np.zeros(self.place.shape, np.float32)
+        return RaggedRows(
+            place=self.place,
+            score_index=self.score_index,
+            loss_weights=zero,
+            token_count=np.ones(len(self.place), np.float32),
+            advantages=zero,
+            behavior_logprobs=zero,
+            source=np.zeros(self.source_row.shape, np.int32),
+            width=self.width,
+        )
+
+
+def emptied(batch: TrainBatch, sizes: Sizes) -> TrainBatch:
+    """A minibatch of other sizes with the same fields as `batch`, and nothing in them. It updates nothing."""
+    _, sequences, _ = batch.packed.tokens.shape
+    _, parts, _ = batch.rows.place.shape
+    of_sequence = (sizes.microbatches, sequences, sizes.length)
+    of_token = (sizes.microbatches, parts, sizes.tokens)
+    of_row = (sizes.microbatches, parts, sizes.rows)
+
+    def filled(shape: tuple[int, ...], fill: int = 0, dtype: Any = np.int32) -> np.ndarray:
+        return np.full(shape, fill, dtype)
+
+    def tokens(like: ArrayLike | None) -> np.ndarray | None:
+        return None if like is None else filled(of_token, 0, np.float32)
+
+    rows = batch.rows
+    packed = Packed(
+        tokens=filled(of_sequence),
+        positions=filled(of_sequence),
+        predecessor=filled(of_sequence, -1),
+        subtree_end=filled(of_sequence),
+        score_index=filled((sizes.microbatches, sequences, sizes.scored), -1),
+    )
+    return TrainBatch(
+        packed=packed,
+        rows=RaggedRows(
+            place=filled(of_token, -1),
+            score_index=filled(of_token),
+            loss_weights=filled(of_token, 0, np.float32),
+            token_count=filled((sizes.microbatches,), 1, np.float32),
+            advantages=filled(of_token, 0, np.float32),
+            behavior_logprobs=filled(of_token, 0, np.float32),
+            source=filled(of_row),
+            width=Width(sizes.width),
+            old_logprobs=tokens(rows.old_logprobs),
+            ref_logprobs=tokens(rows.ref_logprobs),
+            uniforms=tokens(rows.uniforms),
+            columns={name: tokens(value) for name, value in rows.columns.items()},
+            row_columns={name: filled(of_row, 0, np.float32) for name in rows.row_columns},
+        ),
+    )
+
+
+def _taken(values: np.ndarray, index: Int[np.ndarray, "*shape"]) -> np.ndarray:
+    taken = np.take(values, index, mode="clip")
+    taken[index < 0] = 0
+    return taken
 
 
 def loss_mask(batch: RolloutBatch, extra_mask: ArrayLike | None = None) -> Bool[np.ndarray, "B T"]:
@@ -59,52 +131,60 @@ def pack(
     token_weights: Callable[[Bool[np.ndarray, "B T"]], ArrayLike] | None = None,
     extra_mask: Bool[ArrayLike, "B T"] | None = None,
     packing: Packing | None = None,
+    parts: int = 1,
 ) -> TrainBatch:
     """One minibatch: the rows of `batch` that have loss tokens, packed, with everything that losses see.
 
     `token_weights` gives the aggregation's weights from the loss mask of the whole minibatch; None is the token mean.
-    `old_logprobs` are the behavior's until the learner replaces them. `packing` is `layout` of the same loss mask, if
-    it was made before. ValueError as in `layout`.
+    Old log-probs are the behavior's until the learner sets them. `packing` is `layout` of the same loss mask, if
+    it was made before; else one of `parts` is made. ValueError as in `layout`.
     """
     mask = loss_mask(batch, extra_mask)
     if packing is None:
-        packing = layout(batch, mask, config)
+        packing = layout(batch, mask, config, parts=parts)
 
     # Counted over the whole minibatch, before it is split: microbatches and devices then just add up.
     count = max(float(mask.sum()), 1.0)
     weights = mask / np.float32(count) if token_weights is None else token_weights(mask)
 
-    behavior = packing.rows_of(np.asarray(batch.behavior_logprobs, np.float32))
     reference = None
     if batch.ref_logprobs is not None:
-        reference = packing.rows_of(np.asarray(batch.ref_logprobs, np.float32))
+        reference = packing.of_tokens(np.asarray(batch.ref_logprobs, np.float32))
 
-    rows = Rows(
-        row_index=packing.row_index,
-        loss_mask=packing.mask,
-        loss_weights=packing.rows_of(np.asarray(weights, np.float32)),
-        token_count=np.full(len(packing.source_row), count, np.float32),
-        advantages=packing.rows_of(np.asarray(advantages, np.float32)),
-        behavior_logprobs=behavior,
-        old_logprobs=behavior,
-        source=packing.rows_of(np.asarray(batch.source, np.int32)),
+    columns = {name: np.asarray(value, np.float32) for name, value in batch.columns.items()}
+    rows = RaggedRows(
+        place=packing.place,
+        score_index=packing.score_index,
+        loss_weights=packing.of_tokens(np.asarray(weights, np.float32)),
+        token_count=np.full(len(packing.place), count, np.float32),
+        advantages=packing.of_tokens(np.asarray(advantages, np.float32)),
+        behavior_logprobs=packing.of_tokens(np.asarray(batch.behavior_logprobs, np.float32)),
+        source=packing.of_rows(np.asarray(batch.source, np.int32)),
+        width=packing.width,
         ref_logprobs=reference,
-        columns={name: packing.rows_of(np.asarray(value, np.float32)) for name, value in batch.columns.items()},
+        columns={name: packing.of_tokens(value) for name, value in columns.items() if value.ndim == 2},
+        row_columns={name: packing.of_rows(value) for name, value in columns.items() if value.ndim == 1},
     )
     return TrainBatch(packed=packing.packed, rows=rows)
 
 
-def layout(batch: RolloutBatch, mask: Bool[np.ndarray, "B T"], config: PackConfig) -> Packing:
+def layout(batch: RolloutBatch, mask: Bool[np.ndarray, "B T"], config: PackConfig, *, parts: int = 1) -> Packing:
     """Packs the rows of `batch` that `mask` wants something of, each up to its last wanted token.
 
-    Packed sequences are filled group by group; a group too big for one is split, its prompt repeated. Groups that share
-    a prefix share its tokens where they meet; tokens are compared by `token_keys` where the batch has them. Rows
-    without a wanted token are left out.
+    Packed sequences are filled group by group; a group too big for one is split where that repeats least. Groups that
+    share a prefix share its tokens where they meet; tokens are compared by `token_keys` where the batch has them. Rows
+    without a wanted token are left out. `parts` is `Q` of `RaggedRows`, a divisor of `config.microbatch_size`.
 
     Raises ValueError for a config that cannot be met, a row longer than `config.pack_length`, a wanted token that
     nothing precedes, and a size beyond its bucket table.
     """
     config.check()
+    if config.microbatch_size % parts:
+        raise ValueError(
+            f"config.update.microbatch_size={config.microbatch_size} packed sequences do not divide into {parts} "
+            f"parts; set it to a multiple of {parts}"
+        )
+
     mask = np.asarray(mask, bool)
     if mask[:, :1].any():
         raise ValueError(
@@ -123,211 +203,114 @@ def layout(batch: RolloutBatch, mask: Bool[np.ndarray, "B T"], config: PackConfi
         )
 
     identity = np.asarray(batch.tokens if batch.token_keys is None else batch.token_keys)
-    chosen = _choose_bins(identity[rows], lengths[rows], np.asarray(batch.group_id)[rows], config)
-    chosen = chosen._replace(bins=[rows[b] for b in chosen.bins])
-    return _fill(_forests(batch, lengths, chosen), lengths, mask, chosen, config)
+    chosen = choose_bins(identity[rows], lengths[rows], np.asarray(batch.group_id)[rows], config)
+    return _fill(np.asarray(batch.tokens), mask, lengths, rows, chosen, config, parts)
 
 
-class _Bins(NamedTuple):
-    """Row numbers of every packed sequence, the length of one, and whether prefixes are shared in it."""
-
-    bins: list[np.ndarray]
-    length: int
-    is_forest: bool
-
-
-def _forests(batch: RolloutBatch, lengths: np.ndarray, chosen: _Bins) -> list[Forest]:
-    """The forest of every bin."""
-    tokens = np.asarray(batch.tokens)
-    keys = None if batch.token_keys is None else np.asarray(batch.token_keys)
-    return [
-        build_forest(
-            tokens[b],
-            lengths[b],
-            share_prefixes=chosen.is_forest,
-            token_keys=None if keys is None else keys[b],
-        )
-        for b in chosen.bins
-    ]
-
-
-def _fill(forests: list[Forest], lengths: np.ndarray, mask: np.ndarray, chosen: _Bins, config: PackConfig) -> Packing:
-    """Writes the forests, and the rows of every bin, into the arrays of the layout."""
-    bins = chosen.bins
-    scored = [np.unique(forest.row_index[mask[b]]) for forest, b in zip(forests, bins, strict=True)]
-
-    # Every size comes from its table, so that few shapes are compiled.
+def _fill(
+    tokens: np.ndarray,
+    mask: np.ndarray,
+    lengths: np.ndarray,
+    rows: np.ndarray,
+    chosen: Bins,
+    config: PackConfig,
+    parts: int,
+) -> Packing:
+    """Writes the forests, and the rows of every bin, into the arrays of the layout. `chosen` counts among `rows`."""
+    width = mask.shape[1]
     per_micro = config.microbatch_size
-    count = max(-(-len(bins) // per_micro), 1)
-    micro = bucket(count, config.microbatch_buckets or _POWERS, "the number of microbatches")
-    rows_of = [sum(map(len, bins[m : m + per_micro])) for m in range(0, len(bins), per_micro)]
-    height = bucket(max(rows_of, default=1), config.row_buckets or _POWERS[3:], "the rows of a microbatch")
-    most = max(map(len, scored), default=1)
-    wide = bucket(most, config.score_buckets or _quarters(chosen.length), "the scored tokens of a packed sequence")
+    per_part = per_micro // parts
+    bins = chosen.size
 
-    shape = (micro, per_micro, chosen.length)
-    packed = Packed(
-        tokens=np.zeros(shape, np.int32),
-        positions=np.zeros(shape, np.int32),
-        predecessor=np.full(shape, -1, np.int32),
-        subtree_end=np.zeros(shape, np.int32),
-        score_index=np.full((micro, per_micro, wide), -1, np.int32),
+    # Rows bin by bin, and the forests of all bins one after another.
+    order = rows[chosen.rows]
+    ends = lengths[order]
+    forest = lay_out_forest(ends, chosen.shared)
+    row_bin = chosen.bin
+    token_bin = row_bin[forest.place]
+    first_token = np.searchsorted(token_bin, np.arange(bins + 1))
+
+    # The loss tokens of all rows, in the order of part, line and position.
+    row_start = np.cumsum(ends) - ends
+    flat = np.repeat((order.astype(np.int64) * width - row_start), ends) + np.arange(int(ends.sum()))
+    wanted = mask.reshape(-1)[flat]
+    batch_token = flat[wanted]
+    packed_token = forest.row_index[wanted]
+    token_row = np.repeat(np.arange(len(order), dtype=np.int32), ends)[wanted]
+
+    # Unique tokens that are scored, numbered within their bin.
+    is_scored = np.zeros(len(token_bin), bool)
+    is_scored[packed_token] = True
+    number = np.cumsum(is_scored, dtype=np.int32) - np.int32(1)
+    scored_before = np.searchsorted(token_bin[is_scored], np.arange(bins + 1))
+    row_part = row_bin // per_part
+    cells = -(-max(bins, 1) // per_micro) * parts
+    lines = np.bincount(row_part, minlength=cells)
+    entries = np.bincount(row_part[token_row], minlength=cells)
+
+    needs = Needs(
+        microbatches=-(-bins // per_micro),
+        rows=int(lines.max()),
+        scored=int(np.diff(scored_before).max(initial=0)),
+        tokens=int(entries.max()),
     )
-    lines_shape = (micro, height, mask.shape[1])
-    row_index = np.zeros(lines_shape, np.int32)
-    row_mask = np.zeros(lines_shape, bool)
-    source_row = np.full((micro, height), -1, np.int32)
+    sizes = choose_sizes(needs, config, per_part=per_part, length=chosen.length, width=width)
+    micro = sizes.microbatches
+    height = sizes.rows
+    wide = sizes.scored
+    room = sizes.tokens
 
-    line = 0
-    for i, (b, forest, wants) in enumerate(zip(bins, forests, scored, strict=True)):
-        m, r = divmod(i, per_micro)
-        if r == 0:
-            line = 0
-        lines = slice(line, line + len(b))
-        line += len(b)
+    # A unique token at its place in its packed sequence, whose own numbers count from the sequence's start.
+    shape = (micro, per_micro, chosen.length)
+    start = first_token[token_bin].astype(np.int32)
+    at = (token_bin.astype(np.int64) * chosen.length - start) + np.arange(len(token_bin))
 
-        for name in ("tokens", "positions", "predecessor", "subtree_end"):
-            values = getattr(forest, name)
-            getattr(packed, name)[m, r, : len(values)] = values
-        packed.score_index[m, r, : len(wants)] = wants
+    def packed_array(values: np.ndarray, fill: int) -> np.ndarray:
+        out = np.full(shape, fill, np.int32)
+        out.reshape(-1)[at] = values
+        return out
 
-        # Rows point at scored tokens, of which this sequence has `wide` from `r * wide` on. A row's index is -1 beyond
-        # its length, which the last entry answers.
-        slot = np.zeros(len(forest.tokens) + 1, np.int32)
-        slot[wants] = r * wide + np.arange(len(wants))
-        row_index[m, lines] = np.where(mask[b], slot[forest.row_index], 0)
-        row_mask[m, lines] = mask[b]
-        source_row[m, lines] = b
+    score_index = np.full((micro, per_micro, wide), -1, np.int32)
+    scored = np.flatnonzero(is_scored)
+    scored_bin = token_bin[scored]
+    slot = number[scored] - scored_before[scored_bin]
+    score_index.reshape(-1)[scored_bin.astype(np.int64) * wide + slot] = scored - start[scored]
+    packed = Packed(
+        tokens=packed_array(tokens.reshape(-1)[forest.token_of(order, width)], 0),
+        positions=packed_array(forest.positions, 0),
+        predecessor=packed_array(np.maximum(forest.predecessor - start, -1), -1),
+        subtree_end=packed_array(forest.subtree_end - start, 0),
+        score_index=score_index,
+    )
 
+    # Lines and entries of a part count from its start; parts follow each other in the order of their bins.
+    line_start = np.cumsum(lines) - lines
+    line = np.arange(len(order)) - line_start[row_part]
+    source_row = np.full((micro, parts, height), -1, np.int32)
+    source_row.reshape(-1)[row_part.astype(np.int64) * height + line] = order
+
+    entry_part = row_part[token_row]
+    entry_start = np.cumsum(entries) - entries
+    entry = entry_part.astype(np.int64) * room + np.arange(len(token_row)) - entry_start[entry_part]
+    entry_bin = row_bin[token_row]
+
+    def entry_array(values: np.ndarray, fill: int, dtype: type = np.int32) -> np.ndarray:
+        out: np.ndarray = np.full((micro, parts, room), fill, dtype)
+        out.reshape(-1)[entry] = values
+        return out
+
+    own_slot = number[packed_token] - scored_before[entry_bin]
     return Packing(
         packed=packed,
-        row_index=row_index,
-        mask=row_mask,
+        token=entry_array(batch_token, -1, np.int64),
+        place=entry_array(line[token_row] * sizes.width + batch_token % width, -1),
+        score_index=entry_array((entry_bin % per_part) * wide + own_slot, 0),
         source_row=source_row,
-        flat_tokens=int(lengths.sum()),
-        unique_tokens=sum(len(f.tokens) for f in forests),
-        scored_tokens=sum(map(len, scored)),
+        width=Width(sizes.width),
+        flat_tokens=int(ends.sum()),
+        unique_tokens=len(token_bin),
+        scored_tokens=len(scored),
+        repeated_tokens=chosen.repeated,
+        needs=needs,
+        sizes=sizes,
     )
-
-
-_POWERS = tuple(1 << p for p in range(20))
-
-
-def _quarters(size: int) -> tuple[int, ...]:
-    return tuple(sorted({max(-(-size * n // 4), 1) for n in (1, 2, 3, 4)}))
-
-
-_LITTLE_SHARED = 0.1
-
-
-def _choose_bins(identity: Identity, lengths: np.ndarray, groups: np.ndarray, config: PackConfig) -> _Bins:
-    """The bins of a forest or of rows side by side, as `config.share_prefixes` says."""
-    table = config.length_buckets or _quarters(config.pack_length)
-    if not len(lengths):
-        return _Bins([], table[0], bool(config.share_prefixes))
-
-    def bins_of(order: SortedRows, is_forest: bool) -> _Bins:
-        return _Bins(*_bins_of(order, lengths, groups, table, config), is_forest)
-
-    rows = np.arange(len(lengths), dtype=np.int32)
-    side_by_side = SortedRows(order=rows, shared=np.zeros(len(lengths), np.int32))
-    if config.share_prefixes is False:
-        return bins_of(side_by_side, False)
-
-    as_trie = sort_rows(identity, lengths)
-    forest = bins_of(as_trie, True)
-    if config.share_prefixes or as_trie.shared.sum() >= _LITTLE_SHARED * lengths.sum():
-        return forest
-
-    # Little is shared: whichever needs less room.
-    plain = bins_of(side_by_side, False)
-    return min(forest, plain, key=lambda b: -(-len(b.bins) // config.microbatch_size) * b.length)
-
-
-def _bins_of(
-    order: SortedRows, lengths: np.ndarray, groups: np.ndarray, table: Sequence[int], config: PackConfig
-) -> tuple[list[np.ndarray], int]:
-    """Bins, and the packed length: the shortest that needs no more microbatches than the longest."""
-    best = None
-    count = 0
-    for size in sorted(table, reverse=True):
-        if size < lengths.max():
-            break
-        bins = _pack_bins(order, lengths, groups, size)
-        micro = -(-len(bins) // config.microbatch_size)
-        if best is not None and micro > count:
-            break
-        best = (bins, size)
-        count = micro
-
-    if best is None:
-        raise ValueError(f"length_buckets={table} hold no row of {int(lengths.max())} tokens; add a larger one")
-    return best
-
-
-def _pack_bins(rows: SortedRows, lengths: np.ndarray, groups: np.ndarray, size: int) -> list[np.ndarray]:
-    """Best-fit decreasing over units (the rows of a group, split where they exceed `size`); the cost of a unit in a
-    bin is its own tokens less the longest prefix it shares with a unit there."""
-    first, cost = _units(rows, lengths, groups, size)
-    stops = np.append(first[1:], len(lengths))
-    sharing = bool(rows.shared.any())
-
-    # Neighbouring units share what their nearest rows do, which is the least that is shared on the way.
-    starts = np.append(0, first[:-1] + 1)[: len(first)]
-    boundary = np.minimum.reduceat(rows.shared[: first[-1] + 1], starts)
-
-    members: list[list[int]] = []
-    used = np.zeros(len(first), np.int64)
-    unit_bin = np.full(len(first), -1)
-    # The order is stable, so that bins are a function of the rows alone.
-    for unit in np.argsort(-cost, kind="stable").tolist():
-        extra = np.full(len(members), cost[unit])
-        if sharing and members:
-            prefix = _prefix_with_others(boundary, unit, int(lengths[rows.order[first[unit]]]))
-            placed = unit_bin >= 0
-            saved = np.zeros(len(members), np.int64)
-            np.maximum.at(saved, unit_bin[placed], prefix[placed])
-            extra = extra - saved
-
-        after = used[: len(members)] + extra
-        fits = np.flatnonzero(after <= size)
-        if len(fits):
-            # Among the bins where it adds least, the fullest.
-            chosen = fits[np.lexsort((-after[fits], extra[fits]))[0]]
-            used[chosen] = after[chosen]
-        else:
-            chosen = len(members)
-            members.append([])
-            used[chosen] = cost[unit]
-        members[chosen].append(int(unit))
-        unit_bin[unit] = chosen
-
-    bins = [np.concatenate([np.arange(first[u], stops[u]) for u in sorted(units)]) for units in members]
-    return [rows.order[b] for b in sorted(bins, key=lambda b: b[0])]
-
-
-def _units(rows: SortedRows, lengths: np.ndarray, groups: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
-    """First place and number of unique tokens of every unit. Rows that share nothing are units of their own."""
-    first: list[int] = []
-    cost: list[int] = []
-    previous = None
-    for place, row in enumerate(rows.order):
-        length = int(lengths[row])
-        shared = int(rows.shared[place])
-        group = int(groups[row])
-        if group == previous and shared and cost[-1] + length - shared <= size:
-            cost[-1] += length - shared
-        else:
-            first.append(place)
-            cost.append(length)
-        previous = group
-    return np.array(first), np.array(cost)
-
-
-def _prefix_with_others(boundary: np.ndarray, unit: int, own: int) -> np.ndarray:
-    """Common prefix of the first row of `unit` with that of every unit, from the prefixes between neighbours."""
-    prefix = np.empty(len(boundary), np.int64)
-    prefix[unit] = own
-    prefix[unit + 1 :] = np.minimum.accumulate(boundary[unit + 1 :])
-    prefix[:unit] = np.minimum.accumulate(boundary[1 : unit + 1][::-1])[::-1]
-    return prefix

@@ -15,6 +15,13 @@ from types import ModuleType
 from absl import app, flags, logging
 from ml_collections import config_flags
 
+_PROGRAMS = flags.DEFINE_string(
+    "programs",
+    "",
+    "Folder that keeps compiled programs for the next process; 'off' keeps none. Default: JAX_COMPILATION_CACHE_DIR, "
+    "else the user's cache folder.",
+)
+flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS["programs"])  # so that --help shows it
 _HELP = ("--help", "-help", "--help=true", "--helpshort", "-helpshort")
 _OVERRIDE = re.compile(r"--?config\.([\w.]+)")
 
@@ -77,7 +84,10 @@ def launch(main: Callable[[], None]) -> None:
 
 def _run(main: Callable[[], None]) -> None:
     logging.set_verbosity(logging.WARNING)  # Orbax tells every step of its life at INFO
+    from rljax.parallel import keep_compiled
+
     try:
+        keep_compiled(_PROGRAMS.value)
         main()
     except (ValueError, FileNotFoundError) as error:
         if os.environ.get("RLJAX_TRACEBACK"):

@@ -3,6 +3,7 @@
     rljax train --config=quickstart --workdir=runs/x
     rljax train --config=quickstart --workdir=runs/x --config.optimizer.learning_rate=1e-5
     rljax train --config=quickstart --workdir=runs/x --dry_run
+    rljax train --config=quickstart --dry_run --topology=v5e:4x4
 
 Run the same command again after a stop and it goes on where the newest checkpoint left off. On several hosts, run it
 once per host with --coordinator, --num_processes and --process_id (TPU pods and Slurm find these by themselves with
@@ -16,6 +17,9 @@ from rljax.cli.command_line import define_config, launch
 _CONFIG = define_config("quickstart")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Run folder: config, metrics, rollouts, checkpoints, curve, summary.")
 _DRY_RUN = flags.DEFINE_bool("dry_run", False, "Print the plan (parameters, memory, tokens, shapes, mesh) and exit.")
+_TOPOLOGY = flags.DEFINE_string(
+    "topology", "", "With --dry_run: a machine to compile for that need not be here, such as v5e:16x16 or h100:64."
+)
 _FRESH = flags.DEFINE_bool("fresh", False, "Empty the run folder first instead of resuming from it.")
 _DISTRIBUTED = flags.DEFINE_bool("distributed", False, "Join a cluster that JAX can detect (TPU pod, Slurm, MPI).")
 _COORDINATOR = flags.DEFINE_string("coordinator", None, "host:port of process 0, for clusters JAX cannot detect.")
@@ -28,6 +32,8 @@ def main() -> None:
     from rljax.experiment.train import train
     from rljax.parallel import initialize_distributed
 
+    if _TOPOLOGY.value and not _DRY_RUN.value:
+        raise ValueError(f"--topology={_TOPOLOGY.value} names a machine to plan for; add --dry_run")
     if _WORKDIR.value is None and not _DRY_RUN.value:
         raise ValueError("--workdir is missing; name a folder for the run, e.g. --workdir=runs/first")
     initialize_distributed(
@@ -37,7 +43,7 @@ def main() -> None:
         process_id=_PROCESS_ID.value,
     )
     if _DRY_RUN.value or _WORKDIR.value is None:
-        print_plan(_CONFIG.value)
+        print_plan(_CONFIG.value, topology=_TOPOLOGY.value)
     else:
         train(_CONFIG.value, _WORKDIR.value, fresh=_FRESH.value)
 

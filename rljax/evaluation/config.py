@@ -11,7 +11,7 @@ class EvaluationConfig:
     """Held-out examples, answered once greedily and several times by chance."""
 
     every: int = field(default=0, least=0)
-    """Training steps between two evaluations; 0 is before and after training only."""
+    """Training steps between two evaluations; 0 is before and after training only. `rljax sft` evaluates at its end."""
     problems: int = field(default=64, least=-1)
     """Held-out examples that are answered, the first ones; 0 is all. `rljax sft` evaluates none for -1."""
     samples: int = field(default=8, least=1)

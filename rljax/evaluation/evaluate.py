@@ -125,12 +125,13 @@ def _groups(
     return groups
 
 
-def _check_decides(name: str, groups: Sequence[ScoredGroup]) -> None:
+def _check_decides(solved_by: str, groups: Sequence[ScoredGroup]) -> None:
     results = [result for group in groups for result in group.results if result.is_valid]
     known = sorted({name for result in results for name in (*result.components, *result.not_applied)})
-    if name and results and name not in known:
+    if solved_by and results and solved_by not in known:
         raise ValueError(
-            f"config.evaluation.solved_by={name!r} is no reward or count of any sample; there are {', '.join(known)}"
+            f"config.evaluation.solved_by={solved_by!r} is no reward or count of any sample; there are "
+            f"{', '.join(known)}"
         )
 
 

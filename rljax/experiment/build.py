@@ -16,7 +16,7 @@ from rljax.experiment.prompts import check_chat_settings
 from rljax.experiment.pulse import Pulse
 from rljax.experiment.stops import Stops
 from rljax.models import DecoderConfig, load_config, load_model, param_shardings
-from rljax.parallel import make_mesh
+from rljax.parallel import decoding_mesh, make_mesh, use_mesh
 from rljax.plans import RolloutPlan
 from rljax.rollouts import Actor, ActorParts, RolloutSettings
 from rljax.tasks import Curriculum, Dataset, Example
@@ -36,6 +36,7 @@ class Run:
         state: replaced at every update; None until weights are loaded or restored.
         stops: tells when the run is asked to end.
         pulse: names what is under way, and shows it where it is open.
+        is_compiled: whether the programs that updates are likely to need have been compiled.
         empty_steps: steps without an update up to now, in a row.
         lacking: what the last of them lacked.
     """
@@ -55,6 +56,7 @@ class Run:
     state: TrainState = None  # type: ignore[assignment]
     stops: Stops = dataclasses.field(default_factory=Stops)
     pulse: Pulse = dataclasses.field(default_factory=Pulse)
+    is_compiled: bool = False
     empty_steps: int = 0
     lacking: str = ""
 
@@ -87,9 +89,10 @@ class Run:
                 learner.check()
 
 
-def build(config: Config) -> Run:
-    """The run without weights. ValueError for what can be wrong in the config or the data."""
-    algorithm = check(config, jax.device_count())
+def build(config: Config, devices: Sequence[jax.Device] | None = None) -> Run:
+    """The run without weights, on `devices` (all of them when None). ValueError for what can be wrong in the config or
+    the data."""
+    algorithm = check(config, jax.device_count() if devices is None else len(devices))
 
     # In the order of what fails fastest: tokenizer, data, rewards and environments, then the model's shape.
     tokenizer = config.model.tokenizer_of()
@@ -99,8 +102,10 @@ def build(config: Config) -> Run:
     algorithm = algorithm._replace(advantage_fn=jax.jit(algorithm.advantage_fn))
     dataset = config.data.load()
     check_chat_settings(config, dataset)
-    decoder = config.model.decoder_of(tokenizer)
-    mesh = make_mesh(**dataclasses.asdict(config.mesh))
+    mesh = make_mesh(**dataclasses.asdict(config.mesh), devices=devices)
+    # On the mesh, since the dtype that is chosen by itself depends on what its devices are.
+    with use_mesh(mesh):
+        decoder = config.model.decoder_of(tokenizer)
     actor, dataset = build_actor(config, algorithm.plan, dataset, tokenizer, decoder, mesh)
 
     return Run(
@@ -134,7 +139,7 @@ def build_actor(
     parts = ActorParts(
         decoder=decoder,
         tokenizer=tokenizer,
-        mesh=mesh,
+        mesh=decoding_mesh(mesh),
         plan=plan,
         dataset=dataset,
         sampling=sampling,

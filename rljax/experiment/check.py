@@ -4,9 +4,27 @@ import importlib.util
 import math
 
 from rljax.algorithms import Algorithm
+from rljax.evaluation import EvaluationConfig
 from rljax.experiment.config import Config
 from rljax.plans import RolloutPlan
-from rljax.settings import check_config, placed
+from rljax.rollouts import Guided, MultiTurn
+from rljax.sampling import SamplingConfig
+from rljax.settings import Switch, check_config, check_effect, placed, shown
+from rljax.tasks import FileData, ReasoningGymData, RowsData
+from rljax.training import CheckpointConfig, OptimizerConfig
+
+SWITCHES = (
+    Switch(CheckpointConfig, "keep_best", lambda n: not n, ("best_metric",), "set that to how many of the best stay"),
+    Switch(CheckpointConfig, "every", lambda n: not n, ("keep_best",), "set that above 0"),
+    Switch(EvaluationConfig, "temperature", lambda t: t == 0, ("top_p",), "set that above 0"),
+    Switch(SamplingConfig, "temperature", lambda t: t == 0, ("top_k", "top_p", "min_p"), "set that above 0"),
+    Switch(OptimizerConfig, "schedule", lambda s: s == "constant", ("total_steps",), "set that to linear or cosine"),
+    Switch(MultiTurn, "stale_share", lambda p: not p, ("stale_every",), "set that above 0"),
+    Switch(FileData, "test", bool, ("test_fraction",), "leave that out"),
+    Switch(RowsData, "test_args", bool, ("test_fraction",), "leave that out"),
+)
+"""Fields that nobody sets for another reason than their effect. Those that stay in place while their switch is tried on
+and off (a warm-up's, a critic's) are not among them."""
 
 
 def check(config: Config, device_count: int | None = None) -> Algorithm:
@@ -17,6 +35,7 @@ def check(config: Config, device_count: int | None = None) -> Algorithm:
     when given.
     """
     check_config(config)
+    check_effect(config, SWITCHES)
     with placed("config.algorithm"):
         algorithm = config.algorithm.build()
         plan = algorithm.plan
@@ -30,6 +49,12 @@ def check(config: Config, device_count: int | None = None) -> Algorithm:
         )
     check_forks(config, plan)
     check_best(config)
+    check_verifier(config)
+    if config.reference_refresh and not plan.needs_ref:
+        raise ValueError(
+            f"config.reference_refresh={config.reference_refresh} has no effect: {type(config.algorithm).__name__} has "
+            "no reference model; set config.algorithm.kl_coef above 0, or leave it out"
+        )
     config.actor.check(plan, config.sampling, config.update.pack_length)
     check_off_policy(config, algorithm)
     if config.sampling.temperature <= 0 and plan.group_size > 1:
@@ -82,6 +107,23 @@ def check_best(config: Config) -> None:
             f"{config.evaluation.every} steps, and config.checkpoint.every={own.every} saves none of them before the "
             f"last of {config.steps}; let one divide the other"
         )
+
+
+def check_verifier(config: Config) -> None:
+    """Refuses settings of the data's own verifier where something else rewards."""
+    data = config.data
+    actor = config.actor.actor if isinstance(config.actor, Guided) else config.actor
+    is_judged = bool(getattr(actor, "rewards", ()))
+    if not isinstance(data, ReasoningGymData) or not (is_judged or isinstance(actor, MultiTurn)):
+        return
+    by = "the rewards of config.actor" if is_judged else "the environment"
+    for name in ("full_score_only", "extract"):
+        value = getattr(data, name)
+        if value != getattr(ReasoningGymData(), name):
+            raise ValueError(
+                f"config.data.{name}={shown(value)} has no effect: {by} and not the data's verifier say what a sample "
+                "is worth; leave one of them out"
+            )
 
 
 def check_forks(config: Config, plan: RolloutPlan) -> None:

@@ -1,56 +1,92 @@
-"""The plan of a run, before it runs: parameters, tokens, shapes, mesh, and memory per device by part."""
+"""The plan of a run, before it runs: parameters, tokens, shapes, mesh, and memory per device by phase of a step."""
 
+import dataclasses
 import os
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
-from rljax.batching import PackConfig, layout, loss_mask, stack
+from rljax.batching import PackConfig, layout, loss_mask
 from rljax.experiment.build import Run, build, held_out_examples, stack_rows
 from rljax.experiment.config import Config
+from rljax.experiment.memory import GIB, Compiled, Phase, compile_phases, phases
 from rljax.experiment.prompts import describe_prompts
 from rljax.experiment.report import aligned
 from rljax.experiment.sft import check_demonstrations, demonstration, longest_demonstrations
-from rljax.models import DecoderConfig, abstract_params, param_shardings
-from rljax.parallel import DECODE_RULES, batch_parts, is_main_process, use_mesh
+from rljax.models import abstract_params
+from rljax.parallel import batch_parts, batch_sharding, chip_of, is_main_process, replicated, topology_devices, traffic
 from rljax.text import render_prompt
-from rljax.types import Rows, TrainBatch, Trajectory
+from rljax.types import TrainBatch, Trajectory
 
-GIB = 2**30
 _ADVICE = {
     "parameters": "a larger config.mesh.fsdp or config.mesh.tensor",
     "optimizer": "a larger config.mesh.fsdp",
     "gradients": "a larger config.mesh.fsdp",
+    "sum of gradients": "a larger config.mesh.fsdp, or one microbatch",
     "reference": "an algorithm with kl_coef=0, which needs no reference model",
     "critic": "a larger config.mesh.fsdp, or an algorithm without a critic",
     "decoder weights": "a larger config.mesh.tensor, or config.model.dtype=bfloat16",
     "KV cache": "fewer config.actor.prompt_slots x sample_slots (or conversations), or a smaller max_new_tokens",
-    "activations": "config.update.remat=True, or a smaller config.update.pack_length or microbatch_size",
-    "logits": "a smaller config.update.head_chunk",
+    "activations": "config.update.remat=attention_saved, or a smaller config.update.pack_length or microbatch_size",
+    "a layer": "a smaller config.update.pack_length or microbatch_size",
+    "prefill": "smaller config.actor.prompt_buckets (or prefill_chunks)",
+    "logits": "a smaller config.update.head_chunk, or fewer rows that decode at once",
+    "batch": "a smaller config.update.pack_length, or more config.update.minibatches",
+    "vocabulary head": "a larger config.mesh.tensor",
+    "its gradient": "a larger config.mesh.tensor",
+    "embedding gradient": "a larger config.mesh.tensor",
 }
+"""By part of a phase: what makes it smaller."""
 
 
-def print_plan(config: Config, *, measure: bool = True) -> dict[str, Any]:
-    """Prints the plan and returns it. With `measure` the update is compiled, not run, and the compiler asked."""
-    run = build(config)
+def print_plan(config: Config, *, topology: str = "", measure: bool = True) -> dict[str, Any]:
+    """Prints the plan and returns it.
+
+    With `measure` the programs of a step (the decoder's, scoring, the update) are compiled, not run, and the compiler
+    is asked. `topology` names a machine to plan for, as `rljax.parallel.topology_devices` knows it; empty is this one.
+    ValueError for one that does not exist or whose compiler is not installed, and for what a run would be refused for.
+    """
+    # A machine that is planned for elsewhere needs none of the accelerators here.
+    if topology:
+        jax.config.update("jax_platforms", "cpu")
+    devices = topology_devices(topology) if topology else None
+    run = build(config, devices)
     check_run(run)
     batch = worst_batch(run)
-    predicted = predict_memory(run, batch)
+    plans = [decoder.plan() for decoder in run.actor.decoders]
+    predicted = phases(run, batch, plans)
+    limit, limit_is = device_memory(run)
+    programs: list[Compiled] = []
     result = {
+        "topology": topology,
         "parameters": sum(int(np.prod(x.shape)) for x in jax.tree.leaves(abstract_params(run.decoder))),
         "shapes": {
             "packed [M, R, S]": batch.packed.tokens.shape,
             "scored [M, R, K]": batch.packed.score_index.shape,
-            "rows [M, B, T]": batch.rows.row_index.shape,
+            "loss tokens of rows [M, Q, C]": batch.rows.place.shape,
         },
-        "predicted": predicted,
-        "measured": measure_update(run, batch) if measure else {},
-        "total": sum(predicted.values()),
-        "limit": device_memory(),
+        "phases": predicted,
+        "compiled": programs,
+        "limit": limit,
+        "limit_is": limit_is,
     }
-    if is_main_process():
-        print(describe(run, result))
+
+    # What is known comes first: compiling takes minutes for a large model.
+    shows = is_main_process()
+    if shows:
+        print(describe(run, result), flush=True)
+    if measure:
+        if shows:
+            print("\ncompiled, nothing runs:", flush=True)
+        for program in compile_phases(run, batch, plans):
+            programs.append(program)
+            if shows:
+                print(_compiled_line(program), flush=True)
+    if shows:
+        print("\n" + verdict(result))
     return result
 
 
@@ -59,39 +95,68 @@ def describe(run: Run, result: dict[str, Any]) -> str:
     config, update = run.config, run.config.update
     samples = config.prompts_per_step * run.algorithm.plan.group_size
     shapes = ", ".join(f"{name} = {list(shape)}" for name, shape in result["shapes"].items())
+    devices = run.mesh.devices
     lines = [
         f"model        {result['parameters'] / 1e6:.1f}M parameters, {run.decoder.family}, {run.decoder.dtype}",
         f"data         {len(run.dataset.train)} training examples, {len(run.dataset.test)} held out",
         f"prompts      {describe_prompts(config, run.dataset, run.tokenizer)}",
-        f"mesh         {dict(run.mesh.shape)} on {jax.device_count()} x {jax.devices()[0].device_kind}",
+        f"mesh         {dict(run.mesh.shape)} on {devices.size} x {devices.flat[0].device_kind}",
         f"a step       {config.prompts_per_step} prompts x {run.algorithm.plan.group_size} = {samples} samples, up to "
         f"{samples * config.sampling.max_new_tokens} new tokens, {update.minibatches * update.epochs} updates",
         f"actor        {config.actor}",
         f"an update    at most {shapes}; {_tables(config.update)}",
     ]
 
-    rows = [(name, f"{size / GIB:.3f}") for name, size in result["predicted"].items()]
-    rows += [("total", f"{result['total'] / GIB:.3f}"), ("device has", f"{result['limit'] / GIB:.3f}")]
-    lines += ["", aligned([("memory per device (GiB)", "predicted"), *rows])]
-    if result["measured"]:
-        rows = [(name, f"{size / GIB:.3f}") for name, size in result["measured"].items()]
-        lines += ["", aligned([("compiled update, per device (GiB)", "measured"), *rows])]
+    lines += ["", "memory of a device by phase, predicted (GiB)"]
+    for phase in result["phases"]:
+        sizes = f"{_parts(phase.held)}; while it runs {_parts(phase.working)}"
+        lines.append(f"  {phase.name:<7} {phase.predicted / GIB:8.3f} = {sizes}")
+    return "\n".join(lines)
 
-    fits = result["total"] <= result["limit"]
-    return "\n".join(
-        [*lines, "", "it fits" if fits else _remedy(result["predicted"], result["total"], result["limit"])]
-    )
+
+def verdict(result: dict[str, Any]) -> str:
+    """Peak by phase, predicted and compiled, beside what a device has; whether it fits, or what to change."""
+    rows = [("peak by phase (GiB)", "predicted", *(("compiled", "largest program") if result["compiled"] else ()))]
+    peaks = []
+    for phase in result["phases"]:
+        size, name = phase_peak(phase, result["compiled"])
+        peaks.append((size, phase))
+        measured = (f"{size / GIB:.3f}", name) if result["compiled"] else ()
+        rows.append((phase.name, f"{phase.predicted / GIB:.3f}", *measured))
+
+    limit = result["limit"]
+    lines = [aligned(rows), "", f"a device has {limit / GIB:.2f} GiB ({result['limit_is']})"]
+    largest, phase = max(peaks, key=lambda found: found[0])
+    return "\n".join([*lines, "it fits" if largest <= limit else _remedy(phase, largest, limit)])
+
+
+def phase_peak(phase: Phase, compiled: Sequence[Compiled]) -> tuple[int, str]:
+    """Most bytes of a device in a phase, and the program that takes them; predicted where none is compiled."""
+    found = [(program.peak(phase), program.name) for program in compiled if program.phase == phase.name]
+    return max(found, default=(phase.predicted, ""))
+
+
+def _compiled_line(program: Compiled) -> str:
+    moved = ", ".join(f"{kind} {size / 2**20:.1f} MiB" for kind, size in traffic(program.collectives).items())
+    count = sum(one.times for one in program.collectives)
+    sent = f"{count} collectives, {moved}" if moved else "no collectives"
+    return f"  {program.name:<12} {program.seconds:6.1f} s  adds {program.added / GIB:8.3f} GiB  {sent}"
+
+
+def _parts(sizes: Any) -> str:
+    return ", ".join(f"{name} {size / GIB:.3f}" for name, size in sizes.items())
 
 
 def _tables(spec: PackConfig) -> str:
-    names = ("length_buckets", "score_buckets", "row_buckets", "microbatch_buckets")
+    names = ("length_buckets", "score_buckets", "row_buckets", "microbatch_buckets", "trajectory_buckets")
     return ", ".join(f"{name} {getattr(spec, name) or 'automatic'}" for name in names)
 
 
-def _remedy(predicted: dict[str, int], total: int, limit: int) -> str:
-    largest = sorted(predicted, key=lambda name: -predicted[name])[:2]
+def _remedy(phase: Phase, peak: int, limit: int) -> str:
+    parts = {**phase.held, **phase.working}
+    largest = sorted(parts, key=lambda name: -parts[name])[:2]
     advice = "; ".join(f"{name}: {_ADVICE[name]}" for name in largest)
-    return f"DOES NOT FIT: {total / GIB:.2f} GiB of {limit / GIB:.2f}. Largest parts first, {advice}"
+    return f"DOES NOT FIT: {phase.name} takes {peak / GIB:.2f} GiB of {limit / GIB:.2f}. Largest parts first, {advice}"
 
 
 def check_run(run: Run) -> None:
@@ -115,7 +180,7 @@ def check_tables(run: Run) -> None:
             continue
         try:
             batch = stack_rows(run.config, rows)
-            layout(batch, loss_mask(batch), update)
+            layout(batch, loss_mask(batch), update, parts=batch_parts(run.mesh))
         except ValueError as error:
             raise ValueError(f"config.update does not fit {what}: {error}, or leave the table empty") from None
 
@@ -141,124 +206,50 @@ def worst_rows(run: Run) -> list[Trajectory]:
 def worst_batch(run: Run) -> TrainBatch:
     """`worst_rows` as the minibatch that they become, in shapes."""
     config = run.config
-    batch = stack(worst_rows(run))
-    packing = layout(batch, loss_mask(batch), config.update)
+    batch = stack_rows(config, worst_rows(run))
+    packing = layout(batch, loss_mask(batch), config.update, parts=batch_parts(run.mesh))
 
     plan = run.algorithm.plan
-    like = packing.row_index.shape
-
-    def shaped(shape, dtype):
-        return jax.ShapeDtypeStruct(shape, dtype)
-
-    real = shaped(like, np.float32)
-    of_row = shaped(like[:2], np.float32)
-    return TrainBatch(
-        packed=jax.tree.map(lambda x: shaped(x.shape, x.dtype), packing.packed),
-        rows=Rows(
-            row_index=shaped(like, np.int32),
-            loss_mask=shaped(like, bool),
-            loss_weights=real,
-            token_count=shaped(like[:1], np.float32),
-            advantages=real,
-            behavior_logprobs=real,
-            old_logprobs=real,
-            source=shaped(like[:2], np.int32),
-            ref_logprobs=real if plan.needs_ref else None,
-            uniforms=real if plan.needs_uniforms else None,
-            columns={column.name: of_row if column.per == "row" else real for column in plan.columns},
-        ),
+    rows = packing.rows_to_score()
+    of_tokens = rows.loss_weights
+    of_row = rows.source.astype(np.float32)
+    rows = dataclasses.replace(
+        rows,
+        ref_logprobs=of_tokens if plan.needs_ref else None,
+        uniforms=of_tokens if plan.needs_uniforms else None,
+        columns={column.name: of_tokens for column in plan.columns if column.per != "row"},
+        row_columns={column.name: of_row for column in plan.columns if column.per == "row"},
     )
+    return in_shapes(TrainBatch(packed=packing.packed, rows=rows), run.mesh)
 
 
-def predict_memory(run: Run, batch: TrainBatch) -> dict[str, int]:
-    """Bytes per device by part, from shapes and shardings alone.
+def in_shapes(batch: TrainBatch, mesh: Mesh) -> TrainBatch:
+    """A minibatch as `jax.ShapeDtypeStruct`s, laid out as a learner puts it."""
+    everywhere = replicated(mesh)
+    split = batch_sharding(mesh, axis=1)
 
-    Activations are what the backward pass keeps of one microbatch: per token and layer the inputs of each product, or
-    with remat the layer's input alone (and one layer's worth while it is recomputed).
-    """
-    config = run.config
-    state = run.learner.abstract_state()
-    microbatches, sequences, length = batch.packed.tokens.shape
-    tensor = run.mesh.shape["tensor"]
-    parts = batch_parts(run.mesh)
+    def shaped(x: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=split if np.ndim(x) > 1 else everywhere)
 
-    weights = _bytes(state.trainable)
-    gradients = _bytes(_as_float32(state.trainable))
-    critic = {}
-    if run.critic is not None:
-        # Weights and optimizer; gradients and activations are there one model at a time.
-        own = run.critic.abstract_state()
-        critic["critic"] = _bytes(own.trainable) + _bytes(own.base) + _bytes(own.opt_state)
-        gradients = max(gradients, _bytes(_as_float32(own.trainable)))
-
-    # The decoder keeps a copy of the weights in the dtype that it computes in, laid out by rules of its own.
-    decoder = run.decoder
-    as_computed = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, np.dtype(decoder.dtype)), run.learner.policy_params(state)
-    )
-    decoder_weights = _bytes(as_computed, param_shardings(decoder, run.mesh, DECODE_RULES))
-
-    # Logits in float32, their gradient and what the softmax keeps of them.
-    chunk = min(config.update.head_chunk, sequences * batch.packed.score_index.shape[-1])
-    logits = chunk * decoder.vocab_size * 4 * 3 // (parts * tensor)
-
-    return {
-        "parameters": weights + _bytes(state.base),
-        "optimizer": _bytes(state.opt_state),
-        # Of several microbatches the sum is kept beside the newest.
-        "gradients": gradients * (2 if microbatches > 1 else 1),
-        **({"reference": weights} if state.ref_trainable is not None else {}),
-        **critic,
-        "decoder weights": decoder_weights,
-        "KV cache": run.actor.cache_bytes() // parts,
-        "activations": _activation_bytes(decoder, sequences // parts, length, tensor, remat=config.update.remat),
-        "logits": logits,
-    }
+    return jax.tree.map(shaped, batch)
 
 
-def _activation_bytes(decoder: DecoderConfig, sequences: int, length: int, tensor: int, *, remat: bool) -> int:
-    """Of one microbatch of `sequences` packed sequences on a device, whose weights are split `tensor` ways."""
-    tokens = sequences * length
-    width = np.dtype(decoder.dtype).itemsize
-    heads = (2 * decoder.num_heads + 2 * decoder.num_kv_heads) * decoder.head_dim // tensor
-    per_layer = tokens * width * (4 * decoder.embed_dim + heads + 3 * decoder.mlp_dim // tensor)
-    # Half of the scores are invisible to their query.
-    scores = sequences * decoder.num_heads // tensor * length * length * 4 // 2
-    if not remat:
-        return (per_layer + scores) * decoder.num_layers
+def device_memory(run: Run) -> tuple[int, str]:
+    """Bytes that one device of the run may use, and where the number comes from: the kind of chip, what the backend
+    allows, or this machine's memory shared by its CPU devices."""
+    device = run.mesh.devices.flat[0]
+    if device.platform == "cpu":
+        bytes_here = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        return bytes_here // jax.local_device_count(), "this machine's memory, shared by its devices"
 
-    inputs = tokens * width * decoder.embed_dim * decoder.num_layers
-    return inputs + per_layer + scores
-
-
-def measure_update(run: Run, batch: TrainBatch) -> dict[str, int]:
-    """What the compiler says of the update's memory per device: arguments (state and batch) and temporaries."""
-    with use_mesh(run.mesh):
-        analysis: Any = run.learner.lower_update(batch).compile().memory_analysis()
-        critic: Any = run.critic and run.critic.learner.lower_update(batch).compile().memory_analysis()
-    sizes = {"state and batch": analysis.argument_size_in_bytes, "temporaries": analysis.temp_size_in_bytes}
-    if critic is not None:
-        sizes |= {"critic and batch": critic.argument_size_in_bytes, "its temporaries": critic.temp_size_in_bytes}
-    return {name: int(size) for name, size in sizes.items()}
-
-
-def device_memory() -> int:
-    """Bytes that one device may use: what the backend allows, or this machine's memory shared by its CPU devices."""
-    stats = jax.local_devices()[0].memory_stats()
+    # Devices to compile for have no statistics.
+    try:
+        stats = device.memory_stats()
+    except jax.errors.JaxRuntimeError:
+        stats = None
     if stats and "bytes_limit" in stats:
-        return int(stats["bytes_limit"])
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // jax.local_device_count()
-
-
-def _as_float32(tree: Any) -> Any:
-    return jax.tree.map(lambda x: x.update(dtype=np.float32), tree)
-
-
-def _bytes(tree: Any, where: Any = None) -> int:
-    """Bytes on one device of a tree of `ShapeDtypeStruct`s; `where` are the shardings if the leaves have none."""
-    leaves = jax.tree.leaves(tree)
-    places = [x.sharding for x in leaves] if where is None else jax.tree.leaves(where)
-    return sum(
-        int(np.prod(place.shard_shape(x.shape))) * np.dtype(x.dtype).itemsize
-        for x, place in zip(leaves, places, strict=True)
-    )
+        return int(stats["bytes_limit"]), "what the backend allows"
+    chip = chip_of(device)
+    if chip is None:
+        raise ValueError(f"no memory is known of a {device.device_kind}; add it to rljax.parallel.CHIPS")
+    return chip.memory, device.device_kind

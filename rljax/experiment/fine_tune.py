@@ -5,6 +5,7 @@ import contextlib
 from rljax.experiment.build import build, held_out_examples
 from rljax.experiment.changes import review_changes
 from rljax.experiment.config import Config, to_dict
+from rljax.experiment.pulse import Pulse
 from rljax.experiment.report import describe_run, evaluation_table, say
 from rljax.experiment.sft import check_demonstrations, supervised, train_supervised
 from rljax.experiment.stops import Stops
@@ -19,6 +20,12 @@ def fine_tune(config: Config, workdir: str, *, fresh: bool = False) -> dict[str,
     if config.warmup.steps < 1:
         raise ValueError(f"config.warmup.steps={config.warmup.steps} must be at least 1 for supervised fine-tuning")
 
+    if config.checkpoint.keep_best:
+        raise ValueError(
+            f"config.checkpoint.keep_best={config.checkpoint.keep_best} has no effect in supervised fine-tuning, whose "
+            "steps have losses alone and the highest is no best; set it to 0, config.checkpoint.keep_last keeps more"
+        )
+
     with end_together(), Stops() as stops:
         with stops.abandonable():
             path = reachable(workdir)
@@ -32,6 +39,7 @@ def fine_tune(config: Config, workdir: str, *, fresh: bool = False) -> dict[str,
         check_equal(config=to_dict(config), data=[example.id for example in run.dataset.train])
         folder = RunFolder(path, config=to_dict(config), fresh=fresh, total_steps=config.warmup.steps)
         checkpoints = open_checkpoints(config, folder)
+        run.pulse = Pulse(folder.status, config.log.pulse_s)
         last: dict[str, float] = {}
 
         def begin(first: int) -> None:
@@ -40,9 +48,11 @@ def fine_tune(config: Config, workdir: str, *, fresh: bool = False) -> dict[str,
 
         def report(done: int, metrics: dict[str, float]) -> None:
             folder.log_step(done, metrics)
+            # Lines come before the checkpoint of their step, and cost nothing here: there are no rollouts.
+            folder.flush()
             last.update(metrics)
 
-        with run.actor, folder, contextlib.closing(checkpoints), use_mesh(run.mesh), end_together():
+        with run.actor, folder, contextlib.closing(checkpoints), use_mesh(run.mesh), run.pulse, end_together():
             if checkpoints.steps:
                 review_changes(folder.previous_config, folder.config, checkpoints.steps[-1], "config.warmup.steps")
             state = train_supervised(run, learner, curriculum, checkpoints, report=report, begin=begin)

@@ -7,11 +7,13 @@ from typing import Any, Literal, Protocol, runtime_checkable
 import jax
 
 from rljax.models import DecoderConfig, Metadata, find_smollm2, init_params, load_config, load_model, read_metadata
+from rljax.parallel import platform
 from rljax.settings import placed
 from rljax.text import CharTokenizer, Tokenizer, load_tokenizer, with_chat_settings
 from rljax.types import Params
 
 Dtype = Literal["float32", "bfloat16"]
+ComputeDtype = Literal["float32", "bfloat16", "auto"]
 
 
 @runtime_checkable
@@ -51,8 +53,9 @@ class PretrainedModel:
     system_prompt: str = ""
     """Begins every conversation that does not begin with a system message of its own; plain text has none. Empty
     leaves conversations as they are."""
-    dtype: Dtype = "float32"
-    """Of activations: float32 or bfloat16."""
+    dtype: ComputeDtype = "auto"
+    """Of activations, and of weights in products: float32 or bfloat16. `auto` is bfloat16 on a GPU or TPU, float32 on
+    a CPU; a run prints which. Name one where a run moves between kinds of devices."""
     param_dtype: Dtype = "float32"
     """Of the weights as they are loaded: float32 or bfloat16. Training keeps its own in float32 whatever it says, so
     bfloat16 saves memory where weights are only read, as in `rljax eval`."""
@@ -82,7 +85,7 @@ class PretrainedModel:
         return text
 
     def decoder_of(self, tokenizer: Tokenizer) -> DecoderConfig:
-        decoder = load_config(model_path(self.path), dtype=self.dtype, param_dtype=self.param_dtype)
+        decoder = load_config(model_path(self.path), dtype=compute_dtype(self.dtype), param_dtype=self.param_dtype)
         if tokenizer.vocab_size > decoder.vocab_size:
             raise ValueError(
                 f"the tokenizer has ids up to {tokenizer.vocab_size - 1}, but {self.path} has embeddings for "
@@ -94,7 +97,7 @@ class PretrainedModel:
 
     def params_of(self, decoder: DecoderConfig, shardings: Any, seed: int) -> Params:
         path = model_path(self.path)
-        return load_model(path, dtype=self.dtype, param_dtype=self.param_dtype, shardings=shardings)[1]
+        return load_model(path, dtype=decoder.dtype, param_dtype=self.param_dtype, shardings=shardings)[1]
 
     def metadata_of(self) -> Metadata:
         return read_metadata(model_path(self.path))
@@ -120,8 +123,9 @@ class FreshModel:
     """Width of the MLP between its products."""
     max_position: int = 256
     """Tokens of the longest sequence."""
-    dtype: Dtype = "float32"
-    """Of activations: float32 or bfloat16."""
+    dtype: ComputeDtype = "auto"
+    """Of activations, and of weights in products: float32 or bfloat16. `auto` is bfloat16 on a GPU or TPU, float32 on
+    a CPU; a run prints which. Name one where a run moves between kinds of devices."""
     param_dtype: Dtype = "float32"
     """Of the weights as they are loaded: float32 or bfloat16. Training keeps its own in float32 whatever it says, so
     bfloat16 saves memory where weights are only read, as in `rljax eval`."""
@@ -132,6 +136,7 @@ class FreshModel:
 
     def decoder_of(self, tokenizer: Tokenizer) -> DecoderConfig:
         shape = {name: value for name, value in dataclasses.asdict(self).items() if name != "alphabet"}
+        shape["dtype"] = compute_dtype(self.dtype)
         with placed("config.model"):
             return DecoderConfig(vocab_size=tokenizer.vocab_size, tied_embeddings=True, **shape)
 
@@ -141,6 +146,13 @@ class FreshModel:
 
     def metadata_of(self) -> Metadata:
         return Metadata({}, {})
+
+
+def compute_dtype(dtype: ComputeDtype) -> Dtype:
+    """`dtype`, or for `auto` the one that the devices in use are made for: their matrix units take bfloat16."""
+    if dtype != "auto":
+        return dtype
+    return "float32" if platform() == "cpu" else "bfloat16"
 
 
 def model_path(path: str) -> Path:

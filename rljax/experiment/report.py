@@ -36,7 +36,8 @@ def describe_run(run: Run) -> str:
 
 
 def finish(folder: RunFolder, before: Evaluation, after: Evaluation, *, wall_seconds: float) -> dict[str, Any]:
-    """Writes `summary.json` and the learning curve, prints the tables; returns the summary.
+    """Writes `summary.json` and the learning curve, prints the tables; returns the summary. For the main process, which
+    has written what is summed up.
 
     `wall_seconds` are those of this process: of a resumed run, since it was resumed.
     """

@@ -104,11 +104,11 @@ class Stops:
             self._may_raise = False
             raise Stopped
 
-    def _compilation_begins(self, event: str, value: float | int, **_: Any) -> None:
+    def _compilation_begins(self, event: str, value: float | int, **_: str | int) -> None:
         if event == _COMPILATION and threading.current_thread() is threading.main_thread():
             self._is_compiling = True
 
-    def _compilation_ends(self, event: str, duration_secs: float, **_: Any) -> None:
+    def _compilation_ends(self, event: str, duration_secs: float, **_: str | int) -> None:
         if event == _COMPILATION and threading.current_thread() is threading.main_thread():
             self._is_compiling = False
             self._break_off()

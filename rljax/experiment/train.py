@@ -22,7 +22,7 @@ from rljax.experiment.report import describe_run, finish, say
 from rljax.experiment.sft import warm_up
 from rljax.experiment.stops import Stopped, Stops
 from rljax.models import written_metadata
-from rljax.parallel import check_equal, end_together, is_main_process, use_mesh
+from rljax.parallel import check_equal, end_together, is_main_process, on_main, use_mesh
 from rljax.rollouts import NoSignal, Rollout, collect
 from rljax.sampling import compile_count
 from rljax.training import (
@@ -37,7 +37,7 @@ from rljax.training import (
     remove_tree,
     with_critic,
 )
-from rljax.types import Params
+from rljax.types import Params, TrainBatch
 
 
 class RunFailed(RuntimeError):
@@ -90,7 +90,8 @@ def train(config: Config, workdir: str, *, fresh: bool = False) -> dict[str, Any
             except Stopped:
                 loop.save_place()
                 raise
-            return finish(folder, before, after, wall_seconds=time.perf_counter() - started)
+            seconds = time.perf_counter() - started
+            return on_main(lambda: finish(folder, before, after, wall_seconds=seconds))
 
 
 class Loop:
@@ -184,6 +185,7 @@ class Loop:
         host = json.loads(place.host)
         if not place.is_logged:
             host["unlogged"] = {name: str(value) for name, value in (place.metrics or {}).items()}
+        self.folder.flush()
         self.checkpoints.save(place.step, self.run.state, host, place.metrics)
         self.run.actor.checkpointed()
         # What is being written is not whole, so the warm-up's own go when the next one is begun.
@@ -223,7 +225,7 @@ def open_warmup(folder: RunFolder) -> Checkpointer:
 
 def review_warmup(folder: RunFolder) -> None:
     """`review_changes` of a warm-up that goes on. Before the start is written down, which a refused one is not."""
-    if not folder.warmup_checkpoints.exists():
+    if not on_main(folder.warmup_checkpoints.exists):
         return
     with contextlib.closing(open_warmup(folder)) as checkpoints:
         steps = checkpoints.steps
@@ -236,7 +238,7 @@ def resume(run: Run, checkpoints: Checkpointer, folder: RunFolder) -> Place | No
     config that the run cannot go on with."""
     if checkpoints.steps:
         done = checkpoints.steps[-1]
-        is_evaluated = folder.evaluation_file(0).exists()
+        is_evaluated = on_main(folder.evaluation_file(0).exists)
         if done and not is_evaluated:
             raise ValueError(
                 f"{folder.evaluation_file(0)} is missing, and the weights that it was made with are gone; put it back, "
@@ -246,7 +248,8 @@ def resume(run: Run, checkpoints: Checkpointer, folder: RunFolder) -> Place | No
     restored = checkpoints.restore(run.abstract_state())
     if restored is None:
         review_warmup(folder)
-        folder.evaluation_file(0).unlink(missing_ok=True)
+        if is_main_process():
+            folder.evaluation_file(0).unlink(missing_ok=True)
         folder.start(0)
         return None
 
@@ -309,6 +312,8 @@ def train_step(run: Run, step: int) -> tuple[dict[str, float], Rollout]:
 
     with run.stops.abandonable(), timer("score"), run.pulse("scoring"):
         batch = stack_rows(config, rollout.trajectories, rollout.rewards.size)
+        # Before anything is computed of it, in which processes with other shapes would wait for each other.
+        check_equal(rollout=(batch.tokens, batch.action_mask, batch.is_valid, batch.reward))
         if run.algorithm.plan.needs_ref:
             reference = run.learner.reference_params(run.state)
             batch = dataclasses.replace(batch, ref_logprobs=run.learner.score_rows(reference, batch))
@@ -316,10 +321,11 @@ def train_step(run: Run, step: int) -> tuple[dict[str, float], Rollout]:
             batch = run.critic.with_values(run.state.critic, batch)
         advantages = np.asarray(run.algorithm.advantage_fn(batch))
         minibatches = run.learner.prepare(run.state, batch, advantages) if run.policy_moves(step) else []
-        check_equal(
-            rollout=(batch.tokens, batch.action_mask, batch.is_valid, batch.reward),
-            shapes=[[np.shape(x) for x in jax.tree.leaves(minibatch)] for minibatch in minibatches],
-        )
+        check_equal(shapes=[[np.shape(x) for x in jax.tree.leaves(minibatch)] for minibatch in minibatches])
+
+    if minibatches and not run.is_compiled:
+        with timer("compile"), run.pulse("compiling updates"):
+            compile_updates(run, minibatches[0])
 
     with timer("update"), run.pulse("update"):
         metrics = {}
@@ -344,6 +350,18 @@ def train_step(run: Run, step: int) -> tuple[dict[str, float], Rollout]:
     metrics |= rollout_metrics(run, rollout, timer)
     metrics["compile/count"] = float(compile_count() - compiled)
     return metrics, rollout
+
+
+def compile_updates(run: Run, minibatch: TrainBatch) -> None:
+    """Compiles what this minibatch and those after it are likely to need, and says how far it is."""
+    started = time.perf_counter()
+
+    def progress(done: int, total: int) -> None:
+        say(f"update programs: {done} of {total} compiled, {time.perf_counter() - started:.0f} s")
+
+    if run.config.update.compile_ahead > 1:
+        run.state = run.learner.warm_up(run.state, minibatch, progress)
+    run.is_compiled = True
 
 
 def roll_out(run: Run, step: int) -> tuple[Rollout, str]:
@@ -398,9 +416,11 @@ def held_out(run: Run, folder: RunFolder, step: int) -> Evaluation:
     if run.evaluation is not None and run.evaluation.step == step:
         return run.evaluation
 
+    # One process looks, since another may see the folder as it was a while ago, or not at all.
     file = folder.evaluation_file(step)
-    if file.exists():
-        run.evaluation = Evaluation.from_dict(read_json(file))
+    kept = on_main(lambda: read_json(file) if file.exists() else None)
+    if kept is not None:
+        run.evaluation = Evaluation.from_dict(kept)
         check_same_problems(run, run.evaluation, file)
         return run.evaluation
 

@@ -38,7 +38,6 @@ def compared_with(loss: Loss, columns: Mapping[str, bool] | None = None) -> Comp
 def _update(loss: Loss, behavior: Array, old: Array, columns: Mapping[str, bool]) -> tuple[Array, ...]:
     zeros = jnp.zeros_like(behavior)
     rows = Rows(
-        row_index=zeros.astype(jnp.int32),
         loss_mask=jnp.ones(zeros.shape, bool),
         loss_weights=jnp.ones_like(zeros),
         token_count=jnp.ones(zeros.shape[:1]),

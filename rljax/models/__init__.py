@@ -3,6 +3,7 @@
 from rljax.models.attention import Attention, forest_attention, kernel_attention
 from rljax.models.config import DecoderConfig, RopeScaling
 from rljax.models.decoder import (
+    Remat,
     abstract_params,
     apply_layer,
     embed,
@@ -18,6 +19,7 @@ from rljax.models.head import head_params, logits, logits_gradient, output_proje
 from rljax.models.huggingface import Metadata, load_hf, read_metadata, save_hf, written_metadata
 from rljax.models.layout import param_shardings
 from rljax.models.load import find_smollm2, load_config, load_model
+from rljax.models.sequence import Shares, sequence_shares
 from rljax.models.value_head import value_config, value_params, values
 
 __all__ = [
@@ -25,7 +27,9 @@ __all__ = [
     "Attention",
     "DecoderConfig",
     "Metadata",
+    "Remat",
     "RopeScaling",
+    "Shares",
     "abstract_params",
     "apply_layer",
     "config_from_hf",
@@ -49,6 +53,7 @@ __all__ = [
     "param_shardings",
     "read_metadata",
     "save_hf",
+    "sequence_shares",
     "unstack_layers",
     "value_config",
     "value_params",

@@ -11,15 +11,20 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from rljax.parallel import platform, split_over
 
 Attention = Callable[..., Array]
-"""`attention(q, k, v, positions, subtree_end, window) -> out`, arguments and result as those of `forest_attention`."""
+"""`attention(q, k, v, positions, subtree_end, window) -> out`, arguments and result as those of `forest_attention`;
+with `query_start=` where devices share packed sequences."""
 
 MASKED = -1e30
 """Score of an invisible key: finite, so that a padding query, which sees nothing, yields no NaN."""
+
+SAVED = ("attention", "attention_normaliser")
+"""Names by which a remat policy keeps the result and the log-sum-exp, all that a backward pass needs beside q, k, v."""
 
 MIN_BLOCK = 128
 """Fewest queries of a block."""
@@ -37,16 +42,24 @@ def score_divisor(head_dim: int) -> float:
 
 
 def forest_attention(
-    q: Float[Array, "R S H hd"],
+    q: Float[Array, "R Q H hd"],
     k: Float[Array, "R S KV hd"],
     v: Float[Array, "R S KV hd"],
     positions: Int[Array, "R S"],
     subtree_end: Int[Array, "R S"],
     window: Int[Array, ""] | int,
-) -> Float[Array, "R S H hd"]:
+    *,
+    query_start: Int[Array, ""] | int | None = None,
+) -> Float[Array, "R Q H hd"]:
     """Softmax attention where key `j` is visible to query `i` iff `j <= i < subtree_end[j]` and it lies fewer than
     `window` positions back on the path. Scores and softmax are float32; the result has the dtype of `q`.
+
+    The queries are those of all positions, or of the `Q` from `query_start` on.
     """
+    if query_start is not None:
+        from rljax.models.attention_stream import streamed_attention  # it needs this module
+
+        return streamed_attention(q, k, v, positions, subtree_end, window, query_start)
     rows, length, heads, head_dim = q.shape
     kv_heads = k.shape[2]
     grouped = q.reshape(rows, length, kv_heads, heads // kv_heads, head_dim).transpose(0, 2, 1, 3, 4)
@@ -57,16 +70,21 @@ def forest_attention(
 
 
 def kernel_attention(
-    q: Float[Array, "R S H hd"],
+    q: Float[Array, "R Q H hd"],
     k: Float[Array, "R S KV hd"],
     v: Float[Array, "R S KV hd"],
     positions: Int[Array, "R S"],
     subtree_end: Int[Array, "R S"],
     window: Int[Array, ""] | int,
-) -> Float[Array, "R S H hd"]:
+    *,
+    query_start: Int[Array, ""] | int | None = None,
+) -> Float[Array, "R Q H hd"]:
     """`forest_attention` by the kernels of `rljax.models.attention_kernel`, on a GPU or TPU and for rows of at least
-    `KERNEL_LENGTH`; else as it is. Under a mesh each device runs them on its own rows and heads."""
+    `KERNEL_LENGTH`; else, and with `query_start`, as it is. Under a mesh each device runs them on its own rows and
+    heads."""
     arrays = q, k, v, positions, subtree_end, jnp.asarray(window, jnp.int32)
+    if query_start is not None:
+        return forest_attention(*arrays, query_start=query_start)
     if platform() == "cpu" or q.shape[1] < KERNEL_LENGTH:
         return forest_attention(*arrays)
     from rljax.models.attention_kernel import forest_attention_kernel  # Pallas is not needed elsewhere
@@ -80,6 +98,12 @@ def on_own_heads(attention: Attention) -> Attention:
     heads = ("batch", None, "kv_heads", None)
     row = ("batch", None)
     return split_over(attention, (heads, heads, heads, row, row, ()), heads)
+
+
+def named(out: Array, normaliser: Array) -> tuple[Array, Array]:
+    """The two under the names of `SAVED`. Forward rules call it on what they return as residuals: names that are put
+    on afterwards would leave the log-sum-exp to be computed again, and the scores with it."""
+    return checkpoint_name(out, SAVED[0]), checkpoint_name(normaliser, SAVED[1])
 
 
 def _blocks(length: int) -> list[tuple[int, int]]:
@@ -133,8 +157,8 @@ def _attend_forward(q, k, v, positions, subtree_end, window):
         outs.append(out.astype(q.dtype))
         normalisers.append(best[..., 0] + jnp.log(total))
 
-    out = jnp.concatenate(outs, axis=2)
-    return out, (q, k, v, positions, subtree_end, window, out, jnp.concatenate(normalisers, axis=2))
+    out, normaliser = named(jnp.concatenate(outs, axis=2), jnp.concatenate(normalisers, axis=2))
+    return out, (q, k, v, positions, subtree_end, window, out, normaliser)
 
 
 def _attend_backward(residuals, d_out):

@@ -5,6 +5,7 @@ Rows of the decoder form a grid `[P, G]`: `P` prompt slots, `G` samples of each 
 """
 
 import dataclasses
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -13,7 +14,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from rljax.models.attention import MASKED, score_divisor
 from rljax.models.config import DecoderConfig
-from rljax.parallel import constrain, on_shards, platform
+from rljax.parallel import Shard, constrain, on_shards, platform
 from rljax.types import ArrayLike, struct
 
 PREFIX_AXES = ("batch", "kv_heads", None, None)
@@ -30,7 +31,8 @@ class KVCache:
 
     The suffix is a ring: step `t` of the decoder writes column `t mod Ss` of every row. The last `n` columns written
     belong to a row that has run for `n` steps; older ones are its predecessor's. A row may therefore start at any step,
-    in any slot, and nothing is moved.
+    in any slot, and nothing is moved. A step reads the whole ring, which need not be longer than the oldest row:
+    `resize_ring` changes its length.
     """
 
     prefix_k: tuple[Float[Array, "P KV Sp hd"], ...]
@@ -41,10 +43,10 @@ class KVCache:
     """Keys of what follows, transposed: the products of a step, one query each, run faster so on a CPU."""
     suffix_v: tuple[Float[Array, "P KV G Ss hd"], ...]
     """Values of what follows."""
-    path_k: tuple[Float[Array, "P KV A hd Ss"], ...] = ()
+    path_k: tuple[Float[Array, "P KV A hd Sa"], ...] = ()
     """Keys of up to `A` samples of a slot's prompt, oldest column first, so that later samples can start from any of
     their tokens. Without paths there are none."""
-    path_v: tuple[Float[Array, "P KV A Ss hd"], ...] = ()
+    path_v: tuple[Float[Array, "P KV A Sa hd"], ...] = ()
     """Values of these samples."""
 
 
@@ -80,6 +82,7 @@ def init_cache(
     prefix_length: int,
     suffix_length: int,
     path_slots: int = 0,
+    path_length: int = 0,
 ) -> KVCache:
     """An empty cache in the compute dtype. Call it under `jax.jit`."""
 
@@ -96,8 +99,8 @@ def init_cache(
             prefix_v=zeros(prefix_length, head_dim),
             suffix_k=zeros(sample_slots, head_dim, suffix_length),
             suffix_v=zeros(sample_slots, suffix_length, head_dim),
-            path_k=zeros(path_slots, head_dim, suffix_length) if path_slots else (),
-            path_v=zeros(path_slots, suffix_length, head_dim) if path_slots else (),
+            path_k=zeros(path_slots, head_dim, path_length) if path_slots else (),
+            path_v=zeros(path_slots, path_length, head_dim) if path_slots else (),
         )
     )
 
@@ -153,31 +156,93 @@ def lay_paths(cache: KVCache, moves: PathMoves) -> KVCache:
 
 
 def _move(sources, targets, moves: PathMoves, source_index, target_index, turn, axis: int) -> tuple[Array, ...]:
-    """`target[slot, :, target_index][c] = source[slot, :, source_index][(c + turn) mod columns]`, layer by layer."""
+    """`target[slot, :, target_index][c] = source[slot, :, source_index][(c + turn) mod columns]`, layer by layer, for
+    the columns of the ring, which is as long as a path or shorter."""
 
-    def move(source, target, first_slot):
+    def move(source, target, shard):
+        columns = min(source.shape[axis], target.shape[axis])
+
         def one(i, target):
-            slot = moves.slot[i] - first_slot
-            here = (slot >= 0) & (slot < target.shape[0])
-            # A slot of another device: what lies at the nearest place of this one is written back unchanged.
-            slot = jnp.clip(slot, 0, target.shape[0] - 1)
-            place = (slot, 0, target_index[i], 0, 0)
-            old = jax.lax.dynamic_slice(target, place, _one_row(target))
-            row = jax.lax.dynamic_slice(source, (slot, 0, source_index[i], 0, 0), _one_row(source))
-
+            slot = moves.slot[i]
+            row = jax.lax.dynamic_index_in_dim(read_entry(source, slot, shard), source_index[i], 2)
+            row = jax.lax.slice_in_dim(row, 0, columns, axis=axis)
             # A slice of the row written twice is the row rolled by a traced number.
             twice = jnp.concatenate([row, row], axis)
-            row = jax.lax.dynamic_slice_in_dim(twice, turn[i] % row.shape[axis], row.shape[axis], axis)
-            return jax.lax.dynamic_update_slice(target, jnp.where(here, row, old), place)
+            row = jax.lax.dynamic_slice_in_dim(twice, turn[i] % columns, columns, axis)
+            return write_entry(target, row, slot, shard, (0, target_index[i], 0, 0))
 
         return jax.lax.fori_loop(0, moves.count, one, target)
 
-    run = on_shards(move, SUFFIX_AXES)
+    run = on_shards(move, (SUFFIX_AXES, SUFFIX_AXES), SUFFIX_AXES)
     return tuple(run(source, target) for source, target in zip(sources, targets, strict=True))
 
 
-def _one_row(x: Array) -> tuple[int, ...]:
-    return (1, x.shape[1], 1, *x.shape[3:])
+def read_entry(source: Float[Array, "E ..."], index: Int[Array, ""], shard: Shard) -> Float[Array, "1 ..."]:
+    """Entry `index` of an array of which this is a device's part (`rljax.parallel.on_shards`). Another device's entry
+    gives one that means nothing."""
+    own, _ = _own(source, index, shard)
+    return jax.lax.dynamic_slice_in_dim(source, own, 1)
+
+
+def write_entry(
+    target: Float[Array, "E ..."],
+    entry: Float[Array, "1 ..."],
+    index: Int[Array, ""],
+    shard: Shard,
+    start: Sequence[Int[Array, ""] | int] | None = None,
+) -> Float[Array, "E ..."]:
+    """The device's part `target` with `entry` at `index` of the whole array and, in the other dimensions, from `start`
+    (0) on. Of another device's entry, and of -1 on a mesh, nothing is written."""
+    own, here = _own(target, index, shard)
+    place = (own, *(start or (0,) * (target.ndim - 1)))
+    entry = entry.astype(target.dtype)
+    if shard.axes:
+        # What lies at the nearest place of this device is written back unchanged.
+        entry = jnp.where(here, entry, jax.lax.dynamic_slice(target, place, entry.shape))
+    return jax.lax.dynamic_update_slice(target, entry, place)
+
+
+def send_entry(source: Float[Array, "E ..."], index: Int[Array, ""], shard: Shard) -> Float[Array, "1 ..."]:
+    """Entry `index` of the whole array, on every device; the one that has it sends it."""
+    if not shard.axes:
+        return read_entry(source, index, shard)
+    _, here = _own(source, index, shard)
+    # A sum with zeros is exact.
+    return shard.sum(jnp.where(here, read_entry(source, index, shard), 0))
+
+
+def _own(x: Array, index: Array, shard: Shard) -> tuple[Array, Array]:
+    """The nearest place of this part to entry `index` of the whole array, and whether it is that entry's."""
+    own = index - shard.number * x.shape[0]
+    return jnp.clip(own, 0, x.shape[0] - 1), (own >= 0) & (own < x.shape[0])
+
+
+def resize_ring(
+    size: int, k: Float[Array, "P KV G hd Ss"], v: Float[Array, "P KV G Ss hd"], column: Int[ArrayLike, ""]
+) -> tuple[Float[Array, "P KV G hd Sn"], Float[Array, "P KV G Sn hd"]]:
+    """A layer's ring with `size` columns, of which the last written are those of the old one, as many as both have.
+
+    `column` is the next one to be written in the old ring, and `resized_column` that in the new one. No row may be
+    older than either ring is long.
+    """
+    old = k.shape[K_COLUMNS]
+    last = (jnp.asarray(column) - 1) % old
+    # The column of the same age; of an age that the old ring does not have, one that no row sees.
+    age = (last - jnp.arange(size)) % size
+    source = (last - age) % old
+    new_k = jnp.take(k, source, axis=K_COLUMNS)
+    new_v = jnp.take(v, source, axis=V_COLUMNS)
+    return constrain(new_k, SUFFIX_AXES), constrain(new_v, SUFFIX_AXES)
+
+
+def ring_size(cache: KVCache) -> int:
+    """Columns of the ring."""
+    return cache.suffix_v[0].shape[V_COLUMNS]
+
+
+def resized_column(column: int, old: int, size: int) -> int:
+    """The next column to be written in a ring that `resize_ring` has brought from `old` to `size` columns."""
+    return ((column - 1) % old + 1) % size
 
 
 def layer_cache(cache: KVCache, index: int) -> LayerCache:

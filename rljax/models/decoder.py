@@ -11,23 +11,27 @@ Both therefore run the same layer.
 import functools
 import hashlib
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from rljax.models.attention import Attention, forest_attention
+from rljax.models.attention import SAVED, Attention, forest_attention
 from rljax.models.config import DecoderConfig
 from rljax.models.functional import linear, rms_norm, swiglu
 from rljax.models.rope import apply_rotary, rotary_table
-from rljax.parallel import constrain
+from rljax.parallel import constrain, split_axes
 from rljax.types import Params
 
 Attend = Callable[[Array, Array, Array], tuple[Array, Any]]
 """`attend(q [..., H, hd], k [..., KV, hd], v [..., KV, hd]) -> (out [..., H, hd], aux)`; rotary is applied already."""
+
+Remat = Literal["none", "attention_saved", "full"]
+"""What of a layer the backward pass computes again. `full`: all of it, so that its input alone is kept.
+`attention_saved`: all but the attention itself, whose result and log-sum-exp are kept too. `none`: nothing."""
 
 Product = Callable[[Array, Array], Array]
 """`product(x [..., D], weight) -> [..., E]`; `weight` is [D, E] unless the caller's params hold it otherwise."""
@@ -90,19 +94,24 @@ class Layer(nnx.Module):
 
         # Keys are rotated before they are kept: a cache never rotates again.
         out, aux = attend(apply_rotary(q, *rotary), apply_rotary(k, *rotary), v)
-        out = checkpoint_name(out.reshape(*x.shape[:-1], c.num_heads * c.head_dim), "attention")
+        out = out.reshape(*x.shape[:-1], c.num_heads * c.head_dim)
 
         # Without it the compiler may split the residual otherwise from one layer to the next.
-        x = constrain(x + project(out, "o"), ("batch", *(None,) * (x.ndim - 1)))
+        x = constrain(x + project(out, "o"), _axes(x))
 
         h = rms_norm(x, self.mlp_norm[...], c.norm_eps)
         h = swiglu(project(h, "gate"), project(h, "up"))
-        return constrain(x + project(h, "down"), ("batch", *(None,) * (x.ndim - 1))), aux
+        return constrain(x + project(h, "down"), _axes(x)), aux
 
     def _project(self, product: Product, x: Array, name: str) -> Array:
         out = product(x, getattr(self, name)[...])
         bias = getattr(self, f"{name}_bias", None)
         return out if bias is None else out + bias[...].astype(x.dtype)
+
+
+def _axes(x: Array) -> tuple[str | None, ...]:
+    """Logical axes of a layer's activations [R, S, D], or of those of a decoder's rows."""
+    return ("batch", "positions", None) if x.ndim == 3 else ("batch", *(None,) * (x.ndim - 1))
 
 
 class Decoder(nnx.Module):
@@ -179,9 +188,44 @@ def unstack_layers(params: Params) -> dict[str, Any]:
 
 
 def embed(config: DecoderConfig, params: Params, tokens: Int[Array, "*B"]) -> Float[Array, "*B D"]:
-    """Token embeddings in the compute dtype."""
-    table = constrain(params["embedding"], ("vocab", None))  # whole rows: a lookup by split columns moves activations
+    """Token embeddings in the compute dtype, of weights whose rows are whole (`DECODE_RULES`)."""
+    table = constrain(params["embedding"], ("vocab", None))
     return jnp.take(table, tokens, axis=0).astype(config.dtype)
+
+
+def embed_split(config: DecoderConfig, params: Params, tokens: Int[Array, "R S"]) -> Float[Array, "R S D"]:
+    """`embed` of weights that are split as in training (`RULES`), row for row on the devices that have its tokens.
+
+    Neither the table nor its gradient is sent. A device looks its columns up for the tokens of all devices that have
+    the other columns, and they exchange what they found; the gradient comes back the same way.
+    """
+    rows = split_axes("batch", tokens.shape[0])
+    positions = split_axes("positions", tokens.shape[1])
+    vocab = split_axes("vocab", config.vocab_size)
+    width = split_axes("embed", config.embed_dim)
+    own = {*rows, *positions}
+    if not own or not own.issuperset(width):
+        return embed(config, params, tokens)
+
+    def lookup(table: Array, tokens: Array) -> Array:
+        if width:
+            tokens = jax.lax.all_gather(tokens, width, tiled=True)
+        if vocab:
+            # Each token is in one part of the vocabulary, so the sum below adds zeros to its embedding.
+            tokens = tokens - jax.lax.axis_index(vocab) * table.shape[0]
+            is_own = (tokens >= 0) & (tokens < table.shape[0])
+            x = jnp.where(is_own[..., None], jnp.take(table, tokens, axis=0, mode="clip"), 0)
+        else:
+            x = jnp.take(table, tokens, axis=0)
+
+        x = x.astype(config.dtype)
+        if width:
+            x = jax.lax.all_to_all(x, width, split_axis=0, concat_axis=2, tiled=True)
+        return jax.lax.psum(x, vocab)
+
+    split = PartitionSpec(rows, positions)
+    in_specs = (PartitionSpec(vocab, width), split)
+    return jax.shard_map(lookup, in_specs=in_specs, out_specs=split)(params["embedding"], tokens)
 
 
 def apply_layer(
@@ -213,15 +257,19 @@ def hidden_states(
     positions: Int[Array, "R S"],
     subtree_end: Int[Array, "R S"],
     *,
-    remat: bool = False,
+    remat: Remat = "none",
     scan: bool = True,
     attention: Attention = forest_attention,
 ) -> Float[Array, "R S D"]:
     """Final-normed hidden states of packed forests (see `rljax.types.Packed`).
 
-    `scan` runs the stacked layers as one `lax.scan` (compiles once); otherwise they are unrolled. `remat` keeps only
-    each layer's input for the backward pass. `attention` is `forest_attention` or something that computes the same.
+    `scan` runs the stacked layers as one `lax.scan` (compiles once); otherwise they are unrolled. `remat` says what
+    the backward pass computes again (see `Remat`). `attention` is `forest_attention` or something that computes the
+    same; it alone minds the order of the positions, which is also that of the result. ValueError for another `remat`.
     """
+    if remat not in get_args(Remat):
+        raise ValueError(f"remat={remat!r} must be one of {', '.join(map(repr, get_args(Remat)))}")
+
     # One table for all layers: within a scan it is a constant, not made again.
     rotary = rotary_table(config, positions)
 
@@ -233,10 +281,13 @@ def hidden_states(
 
         return apply_layer(config, layer_params, x, rotary, attend)
 
-    if remat:
+    if remat != "none":
+        saved = SAVED if remat == "attention_saved" else ()
+        policy = jax.checkpoint_policies.save_only_these_names(*saved)
         # A scan keeps its body apart by itself; barriers against common subexpressions would only cost there.
-        body = jax.checkpoint(body, prevent_cse=not scan)
-    x = constrain(embed(config, params, tokens), ("batch", None, None))
+        body = jax.checkpoint(body, prevent_cse=not scan, policy=policy)
+    x = embed_split(config, params, tokens)
+    x = constrain(x, _axes(x))
     if scan:
         x, _ = jax.lax.scan(body, x, (params["layers"], jnp.asarray(config.windows)))
     else:

@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from rljax.parallel import split_axes
+
 
 @jax.custom_vjp
 def linear(x: Float[Array, "*B D"], weight: Float[Array, "D E"]) -> Float[Array, "*B E"]:
@@ -20,12 +22,19 @@ def _linear_forward(x, weight):
 
 def _linear_backward(residuals, g):
     x, weight = residuals
-    flat = x.reshape(-1, x.shape[-1])
-    flat_g = g.reshape(-1, g.shape[-1])
+    d_x = jnp.einsum("...e,de->...d", g, weight.astype(g.dtype))
+
+    equation = "na,nb->ab"
+    if x.ndim == 3 and split_axes("positions", x.shape[1]):
+        # Flattened with the rows, positions that several devices share would have to be gathered.
+        equation = "rna,rnb->ab"
+    else:
+        x = x.reshape(-1, x.shape[-1])
+        g = g.reshape(-1, g.shape[-1])
+    product = functools.partial(jnp.einsum, equation, preferred_element_type=jnp.float32)
     # A product contracted over tokens transposes its left operand: that should be the narrow one.
-    product = functools.partial(jnp.einsum, "na,nb->ab", preferred_element_type=jnp.float32)
-    d_weight = product(flat, flat_g) if x.shape[-1] <= g.shape[-1] else product(flat_g, flat).T
-    return jnp.einsum("...e,de->...d", g, weight.astype(g.dtype)), d_weight.astype(weight.dtype)
+    d_weight = product(x, g) if x.shape[-1] <= g.shape[-1] else product(g, x).T
+    return d_x, d_weight.astype(weight.dtype)
 
 
 linear.defvjp(_linear_forward, _linear_backward)

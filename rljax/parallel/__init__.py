@@ -1,5 +1,7 @@
-"""Mesh, sharding rules and multi-host helpers."""
+"""Mesh, sharding rules, several hosts, and what compiled programs move between devices."""
 
+from rljax.parallel.compile_cache import keep_compiled
+from rljax.parallel.compiled import Collective, CompiledMemory, collectives, compiled_memory, traffic
 from rljax.parallel.config import MeshConfig
 from rljax.parallel.distributed import (
     barrier,
@@ -12,12 +14,13 @@ from rljax.parallel.distributed import (
     on_main,
     to_host,
 )
-from rljax.parallel.mesh import MESH_AXES, make_mesh, platform, use_mesh
+from rljax.parallel.mesh import MESH_AXES, decoding_mesh, make_mesh, platform, use_mesh
 from rljax.parallel.sharding import (
     DECODE_RULES,
     RULES,
     AnyMesh,
     Rules,
+    Shard,
     batch_parts,
     batch_sharding,
     constrain,
@@ -29,25 +32,37 @@ from rljax.parallel.sharding import (
     replicated,
     reshard,
     shardings,
+    split_axes,
     split_over,
 )
+from rljax.parallel.topologies import CHIPS, Chip, chip_of, topology_devices
 
 __all__ = [
+    "CHIPS",
     "DECODE_RULES",
     "MESH_AXES",
     "RULES",
     "AnyMesh",
+    "Chip",
+    "Collective",
+    "CompiledMemory",
     "MeshConfig",
     "Rules",
+    "Shard",
     "barrier",
     "batch_parts",
     "batch_sharding",
     "check_equal",
+    "chip_of",
+    "collectives",
+    "compiled_memory",
     "constrain",
+    "decoding_mesh",
     "end_together",
     "gather",
     "initialize_distributed",
     "is_main_process",
+    "keep_compiled",
     "make_mesh",
     "named_sharding",
     "on_cluster",
@@ -60,7 +75,10 @@ __all__ = [
     "replicated",
     "reshard",
     "shardings",
+    "split_axes",
     "split_over",
     "to_host",
+    "topology_devices",
+    "traffic",
     "use_mesh",
 ]

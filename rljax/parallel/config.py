@@ -11,9 +11,14 @@ class MeshConfig:
     data: int = 1
     """Replicas of the weights, each with a part of the batch. Raise it when weights fit a part of the devices."""
     fsdp: int = -1
-    """Devices over which weights, optimizer state and batch are split."""
+    """Devices over which weights, optimizer state and batch are split. On a TPU leave each of them 128 columns of the
+    model's width or more, and raise `data` for the rest: its compiler makes narrow products of narrower parts, and
+    reduces their gradients whole."""
     tensor: int = 1
-    """Devices over which heads, MLP and vocabulary are split. Raise it when a single row does not fit a device."""
+    """Devices over which heads, MLP and vocabulary are split. Raise it when a layer's weights do not fit a device."""
+    sequence: int = 1
+    """Devices that share each packed sequence in training, and the weights too; rollouts give them prompts of their own
+    instead. Raise it when one sequence (`config.update.pack_length` tokens) does not fit a device."""
 
     def check(self, device_count: int | None = None) -> None:
         """Raises a ValueError of one line for sizes that cannot be, or do not multiply to `device_count`."""

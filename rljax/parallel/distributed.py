@@ -121,32 +121,31 @@ def on_main(function: Callable[[], T]) -> T:
     if jax.process_count() == 1:
         return function()
 
-    value: Any = None
+    answer = b""
     mine: Exception | None = None
-    theirs: Exception | None = None
     if is_main_process():
+        # The others wait for an answer, whatever it is; a value that cannot be pickled is none.
         try:
-            value = function()
-        except Exception as error:  # the others wait for an answer, whatever it is
+            answer = pickle.dumps((function(), None))
+        except Exception as error:
             mine = error
             theirs = RuntimeError(f"process 0 failed with {type(error).__name__}: {error}")
-            if isinstance(error, ValueError):
-                theirs = ValueError(str(error))
+            answer = pickle.dumps((None, ValueError(str(error)) if isinstance(error, ValueError) else theirs))
 
-    value, theirs = _from_main((value, theirs))
+    value, failure = pickle.loads(_from_main(answer))
     if mine is not None:
         raise mine
-    if theirs is not None:
-        raise theirs
+    if failure is not None:
+        raise failure
     return value
 
 
-def _from_main(value: Any) -> Any:
-    """The main process's `value` in every process. Nothing of the others is held, however many they are."""
-    data = np.frombuffer(pickle.dumps(value) if is_main_process() else b"", np.uint8)
+def _from_main(sent: bytes) -> bytes:
+    """What the main process sends, in every process. Nothing of the others is held, however many they are."""
+    data = np.frombuffer(sent if is_main_process() else b"", np.uint8)
     size = int(multihost_utils.broadcast_one_to_all(np.int32(data.size)))
-    sent = np.asarray(multihost_utils.broadcast_one_to_all(_padded(data, size)))
-    return pickle.loads(sent[:size].tobytes())
+    received = np.asarray(multihost_utils.broadcast_one_to_all(_padded(data, size)))
+    return received[:size].tobytes()
 
 
 def _padded(data: np.ndarray, size: int) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""The device mesh: `data` x `fsdp` x `tensor`."""
+"""The device mesh: `data` x `fsdp` x `sequence` x `tensor`."""
 
 import math
 from collections.abc import Sequence
@@ -6,17 +6,26 @@ from collections.abc import Sequence
 import jax
 from jax.sharding import AbstractMesh, AxisType, Mesh
 
-MESH_AXES = ("data", "fsdp", "tensor")
+MESH_AXES = ("data", "fsdp", "sequence", "tensor")
+"""From the axis whose devices speak least to each other to the one whose devices speak most."""
 
 
-def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1, *, devices: Sequence[jax.Device] | None = None) -> Mesh:
+def make_mesh(
+    data: int = 1,
+    fsdp: int = -1,
+    tensor: int = 1,
+    sequence: int = 1,
+    *,
+    devices: Sequence[jax.Device] | None = None,
+) -> Mesh:
     """A mesh over `devices` (all of them when None), with the axes of `MESH_AXES`.
 
-    `data` replicates weights and splits the batch, `fsdp` splits both, `tensor` splits heads, the MLP and the
-    vocabulary. One size may be -1: what is left. Axis types are Auto: shardings are hints to the compiler, and code
-    need not name them. Raises ValueError when the sizes do not multiply to the number of devices.
+    `data` replicates weights and splits the batch, `fsdp` splits both, `sequence` splits weights and the positions of
+    packed sequences, `tensor` splits heads, the MLP and the vocabulary. One size may be -1: what is left. Axis types
+    are Auto: shardings are hints to the compiler, and code need not name them. Raises ValueError when the sizes do not
+    multiply to the number of devices.
     """
-    sizes = {"data": data, "fsdp": fsdp, "tensor": tensor}
+    sizes = {"data": data, "fsdp": fsdp, "sequence": sequence, "tensor": tensor}
     count = jax.device_count() if devices is None else len(devices)
     described = ", ".join(f"{name}={size}" for name, size in sizes.items())
     if wrong := [name for name, size in sizes.items() if size != -1 and size < 1]:
@@ -41,6 +50,15 @@ def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1, *, devices: Sequen
         axis_types=(AxisType.Auto,) * len(MESH_AXES),
         devices=None if devices is None else tuple(devices),
     )
+
+
+def decoding_mesh(mesh: Mesh) -> Mesh:
+    """The same devices for decoding, which has no packed sequences to share: those along `sequence` split the batch, as
+    those along `fsdp` do."""
+    sizes = dict(mesh.shape)
+    sizes["fsdp"] *= sizes["sequence"]
+    sizes["sequence"] = 1
+    return Mesh(mesh.devices.reshape(tuple(sizes.values())), mesh.axis_names, axis_types=mesh.axis_types)
 
 
 def use_mesh(mesh: Mesh):

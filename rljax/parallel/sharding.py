@@ -6,7 +6,7 @@ split each. Changing the layout of a run is changing the table.
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -21,14 +21,17 @@ Rules = Mapping[str, str | tuple[str, ...] | None]
 
 RULES: Rules = {
     "batch": ("data", "fsdp"),
+    "positions": "sequence",
+    "shares": ("data", "fsdp", "sequence"),
     "layers": None,
-    "embed": "fsdp",
+    "embed": ("fsdp", "sequence"),
     "heads": "tensor",
     "kv_heads": "tensor",
     "mlp": "tensor",
     "vocab": "tensor",
 }
-"""For training: weights and optimizer state are split over every device but the `data` replicas."""
+"""For training: weights and optimizer state are split over every device but the `data` replicas. `positions` are those
+of packed sequences, `shares` the parts of them that devices have."""
 
 DECODE_RULES: Rules = {**RULES, "embed": None}
 """For decoding: weights whole along `fsdp`, since a step of one token is too short to gather them in."""
@@ -174,45 +177,46 @@ def constrain(x: Array, axes: Sequence[str | None], rules: Rules = RULES) -> Arr
     return jax.lax.with_sharding_constraint(x, PartitionSpec(*parts))
 
 
-def on_shards(fn: Callable[..., Array], axes: Sequence[str | None], rules: Rules = RULES) -> Callable[..., Array]:
-    """`fn(*arrays, first)` on each device's own part of arrays split by `axes`, the first of which is split, so that
-    indexing it needs no other device's part. `first` is the number of the part's first entry.
-
-    Arrays and result share `axes`. Without a mesh, or where a dimension does not divide, `fn` sees whole arrays.
-    """
-
-    def call(*arrays: Array) -> Array:
-        mesh = jax.sharding.get_abstract_mesh()
-        spec = partition_spec(axes, rules)
-        if mesh.empty or mesh.size == 1 or not all(_divides(mesh, x.shape, spec) for x in arrays):
-            return fn(*arrays, 0)
-
-        def part(*arrays):
-            return fn(*arrays, jax.lax.axis_index(_names(spec[0])) * arrays[0].shape[0])
-
-        return jax.shard_map(part, in_specs=(spec,) * len(arrays), out_specs=spec, check_vma=False)(*arrays)
-
-    return call
+def split_axes(axis: str, size: int, rules: Rules = RULES) -> tuple[str, ...]:
+    """The axes of the mesh in use that split a dimension of `size` entries with the logical axis `axis`; none without a
+    mesh (`use_mesh`), and where the dimension does not divide over them."""
+    mesh = jax.sharding.get_abstract_mesh()
+    auto = {name for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind == AxisType.Auto}
+    names = tuple(name for name in _names(rules[axis]) if name in auto and mesh.shape[name] > 1)
+    return () if size % math.prod(mesh.shape[name] for name in names) else names
 
 
-def split_over(
+class Shard(NamedTuple):
+    """A device's part of arrays that are split along their first dimension."""
+
+    number: Array | int
+    """Which part it is."""
+    axes: tuple[str, ...]
+    """Mesh axes that split the dimension; none where every device holds the whole of it."""
+
+    def sum(self, x: Array) -> Array:
+        """The sum of `x` over all parts, on each of them."""
+        return jax.lax.psum(x, self.axes) if self.axes else x
+
+
+def on_shards(
     fn: Callable[..., Array],
     in_axes: Sequence[Sequence[str | None]],
     out_axes: Sequence[str | None],
     rules: Rules = RULES,
 ) -> Callable[..., Array]:
-    """`fn` on each device's own part of its arrays, for what the compiler cannot split itself: the parts need nothing
-    of each other. `in_axes` are the logical axes of each array, `out_axes` those of the result.
+    """`fn(*arrays, shard)` on each device's own part of its arrays, so that indexing them needs no other device's
+    part. `shard` tells which part of the first dimension of the first array that is.
 
-    Mesh axes over which some dimension does not divide are left out: their devices all do the same work. Without a
-    mesh `fn` sees whole arrays.
+    `in_axes` are the logical axes of each array, `out_axes` those of the result. Mesh axes over which some dimension
+    does not divide are left out: their devices all do the same work. Without a mesh `fn` sees whole arrays.
     """
 
     def call(*arrays: Array) -> Array:
         mesh = jax.sharding.get_abstract_mesh()
         auto = {name for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind == AxisType.Auto}
         if not auto or mesh.size == 1:
-            return fn(*arrays)
+            return fn(*arrays, Shard(0, ()))
 
         # An axis that fails for one array is left out for all: a device must hold matching parts of each.
         left_out = {*mesh.axis_names} - auto
@@ -226,12 +230,22 @@ def split_over(
             return PartitionSpec(*(names or None for names in parts))
 
         in_specs = tuple(spec(axes) for axes in in_axes)
-        return jax.shard_map(fn, in_specs=in_specs, out_specs=spec(out_axes), check_vma=False)(*arrays)
+        first = _names(in_specs[0][0]) if in_specs[0] else ()
+
+        def run(*arrays):
+            return fn(*arrays, Shard(jax.lax.axis_index(first) if first else 0, first))
+
+        return jax.shard_map(run, in_specs=in_specs, out_specs=spec(out_axes), check_vma=False)(*arrays)
 
     return call
 
 
-def _divides(mesh: AnyMesh, shape: Sequence[int], spec: PartitionSpec) -> bool:
-    return all(
-        size % math.prod(mesh.shape[name] for name in _names(part)) == 0 for size, part in zip(shape, spec, strict=True)
-    )
+def split_over(
+    fn: Callable[..., Array],
+    in_axes: Sequence[Sequence[str | None]],
+    out_axes: Sequence[str | None],
+    rules: Rules = RULES,
+) -> Callable[..., Array]:
+    """`on_shards` of a function for which it does not matter which part it sees: the parts need nothing of each
+    other, and the compiler cannot split it itself."""
+    return on_shards(lambda *arguments: fn(*arguments[:-1]), in_axes, out_axes, rules)

@@ -10,10 +10,11 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
+import jax
 import numpy as np
 
 from rljax.plans import RolloutPlan
-from rljax.sampling import Sample, SamplingParams
+from rljax.sampling import DecoderPlan, Sample, SamplingParams
 from rljax.tasks import Example, RewardResult
 from rljax.types import SOURCE_POLICY, Params
 
@@ -78,6 +79,19 @@ class RolloutSettings:
 
 
 @runtime_checkable
+class Decoder(Protocol):
+    """What a plan of a run asks of a `Sampler` or `TurnDecoder`."""
+
+    def plan(self) -> DecoderPlan:
+        """What it holds, in shapes."""
+        ...
+
+    def lower(self, plan: DecoderPlan, sampling: SamplingParams) -> dict[str, jax.stages.Lowered]:
+        """Its largest programs by what they do."""
+        ...
+
+
+@runtime_checkable
 class Actor(Protocol):
     """Plays the policy. Ports, threads and processes are open between `__enter__` and `__exit__`, and at no other time.
 
@@ -110,6 +124,11 @@ class Actor(Protocol):
     def for_evaluation(self, sampling: SamplingParams) -> "Actor":
         """An actor over the same decoders and judges that samples from `sampling`. It leaves what is under way alone,
         speaks with the newest weights only, and needs no `with` of its own."""
+        ...
+
+    @property
+    def decoders(self) -> Sequence[Decoder]:
+        """What samples for it, each with a copy of the weights."""
         ...
 
     def cache_bytes(self) -> int:

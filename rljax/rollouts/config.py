@@ -80,9 +80,12 @@ class TurnsConfig:
     context_length: int = 1024
     """Tokens of a whole episode. It must fit into `config.update.pack_length`."""
     decode_rows: int = 0
-    """Turns that decode at once; 0 is one for each episode of a step."""
+    """Turns that decode at once, at most `conversations`; 0 is one for each episode of a step. On a mesh it is rounded
+    up to a multiple of the devices that split the batch, each of which decodes turns of the conversations that it
+    keeps."""
     conversations: int = 0
-    """Conversations whose keys and values are kept on the device; 0 is one for each episode under way."""
+    """Conversations whose keys and values are kept on the device, rounded up likewise; 0 is one for each episode under
+    way."""
     prefill_chunks: tuple[int, ...] = (16, 64, 256)
     """Lengths in tokens in which what comes anew is computed: programs are compiled for these alone."""
     check_every: int = 8

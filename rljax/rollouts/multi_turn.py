@@ -368,7 +368,12 @@ class MultiTurnActor:
             self._after(play, self._opened, self.pool.start(row))
 
     def _new_play(self, group: Group, fork: Fork, *, speaks: bool = True) -> Play:
-        conversation = self._free.popleft() if speaks else NO_CONVERSATION
+        conversation = NO_CONVERSATION
+        if speaks:
+            # Plays of a group share its prompt.
+            near = next((x.conversation for x in group.plays if x.conversation != NO_CONVERSATION), None)
+            conversation = self.decoders[0].pick(self._free, near)
+            self._free.remove(conversation)
         play = Play(group, len(group.plays), fork, conversation)
         group.plays.append(play)
         group.samples.append(None)

@@ -13,7 +13,7 @@ import numpy as np
 
 from rljax.parallel import is_main_process, on_main
 from rljax.plans import ForkPlan, RolloutPlan
-from rljax.rollouts.actor import GroupRequest, RolloutSettings, ScoredGroup
+from rljax.rollouts.actor import Decoder, GroupRequest, RolloutSettings, ScoredGroup
 from rljax.rollouts.config import ActorParts, chains_of, make_rewards, stops_of
 from rljax.rollouts.forks import ForkRounds
 from rljax.rollouts.lagged import LaggedChains
@@ -45,7 +45,8 @@ class SingleTurn:
     """Whether rows whose prompt is longer are left out of training and evaluation, with a line that says how many. Else
     they end the start, and the first of them is named."""
     prompt_slots: int = 0
-    """Prompts that decode at once; 0 is all of a step. Lower it when keys and values do not fit."""
+    """Prompts that decode at once; 0 is all of a step. Lower it when keys and values do not fit. A mesh rounds it up to
+    a multiple of the devices that split the batch."""
     sample_slots: int = 0
     """Samples of a prompt that decode at once; 0 is the whole group."""
 
@@ -188,6 +189,10 @@ class SingleTurnActor(QueuedActor):
     def for_evaluation(self, sampling: SamplingParams) -> "SingleTurnActor":
         settings = replace(self.settings, sampling=sampling)
         return SingleTurnActor(self.sampler, self.tokenizer, self.rewards, settings)
+
+    @property
+    def decoders(self) -> Sequence[Decoder]:
+        return (self.sampler,) if self.lagged is None else (self.lagged.chains, self.lagged.forks)
 
     def cache_bytes(self) -> int:
         return self.sampler.cache_bytes() if self.lagged is None else self.lagged.cache_bytes()

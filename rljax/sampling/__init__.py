@@ -3,6 +3,7 @@
 from rljax.sampling.compile_counter import compile_count
 from rljax.sampling.config import SamplingConfig
 from rljax.sampling.logits import SamplingParams, process_logits, sampling_params
+from rljax.sampling.plan import DecoderPlan
 from rljax.sampling.row_scorer import RowScorer
 from rljax.sampling.sampler import Sampler
 from rljax.sampling.slots import Fork, Request, Rounds, Sample
@@ -11,6 +12,7 @@ from rljax.sampling.token_counter import token_count
 from rljax.sampling.turns import Turn, TurnDecoder, TurnResult
 
 __all__ = [
+    "DecoderPlan",
     "Fork",
     "Request",
     "Rounds",

@@ -11,11 +11,21 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from rljax.models.attention import MASKED, forest_attention, score_divisor
-from rljax.models.cache import K_COLUMNS, PREFIX_AXES, V_COLUMNS, KVCache, constrain_cache
+from rljax.models.cache import (
+    K_COLUMNS,
+    PREFIX_AXES,
+    SUFFIX_AXES,
+    V_COLUMNS,
+    KVCache,
+    constrain_cache,
+    read_entry,
+    send_entry,
+    write_entry,
+)
 from rljax.models.config import DecoderConfig
 from rljax.models.decoder import apply_layer, embed
 from rljax.models.rope import rotary_table
-from rljax.parallel import constrain
+from rljax.parallel import constrain, on_shards
 from rljax.sampling.weights import product
 from rljax.types import ArrayLike, Params, struct
 
@@ -75,6 +85,8 @@ def extend(
     """Computes `tokens` (right-padded) behind the first `start` tokens of the conversations `index`, and writes their
     keys and values there. What padding writes is never read, as long as `start + S` is within the conversations'
     length. `is_fresh`: all `start` are 0, and nothing is there to be read. `params` are those of `decode_weights`.
+
+    On a mesh `index` is split as the conversations are: each device extends its own, and -1 extends none.
     """
     tokens = jnp.asarray(tokens)
     index = jnp.asarray(index)
@@ -83,7 +95,7 @@ def extend(
     positions = start[:, None] + jnp.arange(length)
     rotary = rotary_table(config, positions)
 
-    x = embed(config, params, tokens)
+    x = constrain(embed(config, params, tokens), ("batch", None, None))
     keys = []
     values = []
     for layer, (layer_params, window) in enumerate(zip(params["layers"], config.windows, strict=True)):
@@ -97,7 +109,7 @@ def extend(
                 # Nothing lies before: the new keys alone, which need not be gathered from the whole length.
                 out = forest_attention(q, k, v, positions, jnp.full(tokens.shape, length), window)
             else:
-                out = _attend(q, new_k[index], new_v[index], start, window)
+                out = _attend(q, _read(new_k, index), _read(new_v, index), start, window)
             return out, (new_k, new_v)
 
         x, (new_k, new_v) = apply_layer(config, layer_params, x, rotary, attend, product)
@@ -108,13 +120,25 @@ def extend(
 
 def _write(kept: Array, new: Array, index: Array, start: Array) -> Array:
     """`new` [N, S, KV, hd] into `kept` [E, KV, C, hd] from `start` on."""
-    new = jnp.swapaxes(new, 1, 2).astype(kept.dtype)
 
-    def write(i, kept):
-        row = jax.lax.dynamic_slice_in_dim(new, i, 1)
-        return jax.lax.dynamic_update_slice(kept, row, (index[i], 0, start[i], 0))
+    def store(kept, new, index, start, shard):
+        def write(i, kept):
+            row = jax.lax.dynamic_slice_in_dim(new, i, 1)
+            return write_entry(kept, row, index[i], shard, (0, start[i], 0))
 
-    return jax.lax.fori_loop(0, new.shape[0], write, kept)
+        return jax.lax.fori_loop(0, new.shape[0], write, kept)
+
+    run = on_shards(store, (PREFIX_AXES, PREFIX_AXES, ("batch",), ("batch",)), PREFIX_AXES)
+    return run(kept, jnp.swapaxes(new, 1, 2).astype(kept.dtype), index, start)
+
+
+def _read(kept: Array, index: Array) -> Array:
+    """The conversations `index` [N] of `kept` [E, KV, C, hd], each on the device that has it."""
+
+    def read(kept, index, shard):
+        return kept[jnp.clip(index - shard.number * kept.shape[0], 0, kept.shape[0] - 1)]
+
+    return on_shards(read, (PREFIX_AXES, ("batch",)), PREFIX_AXES)(kept, index)
 
 
 def _attend(q: Array, k: Array, v: Array, start: Array, window: int) -> Array:
@@ -146,51 +170,63 @@ def _attend(q: Array, k: Array, v: Array, start: Array, window: int) -> Array:
     return out.reshape(rows, count * block, heads, head_dim)[:, :length].astype(k.dtype)
 
 
-def copy_conversations(conversations: Conversations, moves: Moves) -> Conversations:
-    """The conversations with `conversation` of each move overwritten by `other`."""
+def copy_conversations(conversations: Conversations, near: Moves, far: Moves) -> Conversations:
+    """The conversations with `conversation` of each move overwritten by `other`. Moves of `near` stay on one device;
+    those of `far` send a conversation to all."""
 
-    def move(kept):
-        def one(i, kept):
-            row = jax.lax.dynamic_slice_in_dim(kept, jnp.asarray(moves.other)[i], 1)
-            return jax.lax.dynamic_update_slice_in_dim(kept, row, jnp.asarray(moves.conversation)[i], 0)
+    def move(kept, shard):
+        def copy(i, kept):
+            row = read_entry(kept, jnp.asarray(near.other)[i], shard)
+            return write_entry(kept, row, jnp.asarray(near.conversation)[i], shard)
 
-        return constrain(jax.lax.fori_loop(0, moves.count, one, kept), PREFIX_AXES)
+        def send(i, kept):
+            row = send_entry(kept, jnp.asarray(far.other)[i], shard)
+            return write_entry(kept, row, jnp.asarray(far.conversation)[i], shard)
 
-    return Conversations(k=tuple(map(move, conversations.k)), v=tuple(map(move, conversations.v)))
+        kept = jax.lax.fori_loop(0, near.count, copy, kept)
+        return jax.lax.fori_loop(0, far.count, send, kept)
+
+    run = on_shards(move, (PREFIX_AXES,), PREFIX_AXES)
+    return Conversations(k=tuple(map(run, conversations.k)), v=tuple(map(run, conversations.v)))
 
 
 def lay_conversations(cache: KVCache, conversations: Conversations, moves: Moves) -> KVCache:
-    """The decoder's cache with conversations as the prompts of its rows `other`."""
+    """The decoder's cache with conversations as the prompts of its rows `other`, each on the device of its
+    conversation."""
 
-    def move(prefix, kept):
+    def move(prefix, kept, shard):
         def one(i, prefix):
-            row = jax.lax.dynamic_slice_in_dim(kept, jnp.asarray(moves.conversation)[i], 1)
-            return jax.lax.dynamic_update_slice_in_dim(prefix, row, jnp.asarray(moves.other)[i], 0)
+            row = read_entry(kept, jnp.asarray(moves.conversation)[i], shard)
+            return write_entry(prefix, row, jnp.asarray(moves.other)[i], shard)
 
         return jax.lax.fori_loop(0, moves.count, one, prefix)
 
-    prefix_k = tuple(map(move, cache.prefix_k, conversations.k))
-    prefix_v = tuple(map(move, cache.prefix_v, conversations.v))
+    run = on_shards(move, (PREFIX_AXES, PREFIX_AXES), PREFIX_AXES)
+    prefix_k = tuple(map(run, cache.prefix_k, conversations.k))
+    prefix_v = tuple(map(run, cache.prefix_v, conversations.v))
     return constrain_cache(dataclasses.replace(cache, prefix_k=prefix_k, prefix_v=prefix_v))
 
 
 def keep_turns(conversations: Conversations, cache: KVCache, moves: Moves) -> Conversations:
-    """The conversations with the ring columns of the rows `other` appended: as many as the ring has, of which those of
-    the turn come first and the rest is never read."""
+    """The conversations with the ring columns of the rows `other`, each on the device of its conversation, appended: as
+    many as the ring has, of which those of the turn come first and the rest is never read."""
 
-    def move(kept, ring, axis: int):
-        def one(i, kept):
-            # The grid of a decoder of turns has one sample a slot.
-            row = jax.lax.dynamic_index_in_dim(ring, jnp.asarray(moves.other)[i], keepdims=False)[:, 0]
-            row = jnp.roll(row, -jnp.asarray(moves.column)[i], axis - 2)
-            # Keys lie transposed in the ring, and not here.
-            row = row.swapaxes(1, 2) if axis == K_COLUMNS else row
-            place = (jnp.asarray(moves.conversation)[i], 0, jnp.asarray(moves.start)[i], 0)
-            return jax.lax.dynamic_update_slice(kept, row[None], place)
+    def on_axis(axis: int):
+        def move(kept, ring, shard):
+            def one(i, kept):
+                # The grid of a decoder of turns has one sample a slot.
+                row = read_entry(ring, jnp.asarray(moves.other)[i], shard)[:, :, 0]
+                row = jnp.roll(row, -jnp.asarray(moves.column)[i], axis - 1)
+                # Keys lie transposed in the ring, and not here.
+                row = row.swapaxes(2, 3) if axis == K_COLUMNS else row
+                start = (0, jnp.asarray(moves.start)[i], 0)
+                return write_entry(kept, row, jnp.asarray(moves.conversation)[i], shard, start)
 
-        return constrain(jax.lax.fori_loop(0, moves.count, one, kept), PREFIX_AXES)
+            return jax.lax.fori_loop(0, moves.count, one, kept)
+
+        return on_shards(move, (PREFIX_AXES, SUFFIX_AXES), PREFIX_AXES)
 
     return Conversations(
-        k=tuple(move(kept, ring, K_COLUMNS) for kept, ring in zip(conversations.k, cache.suffix_k, strict=True)),
-        v=tuple(move(kept, ring, V_COLUMNS) for kept, ring in zip(conversations.v, cache.suffix_v, strict=True)),
+        k=tuple(map(on_axis(K_COLUMNS), conversations.k, cache.suffix_k)),
+        v=tuple(map(on_axis(V_COLUMNS), conversations.v, cache.suffix_v)),
     )

@@ -11,13 +11,23 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from rljax.models.attention import forest_attention
-from rljax.models.cache import KVCache, cached_attention, constrain_cache, layer_cache, write_column
+from rljax.models.cache import (
+    PREFIX_AXES,
+    KVCache,
+    cached_attention,
+    constrain_cache,
+    layer_cache,
+    ring_size,
+    send_entry,
+    write_column,
+    write_entry,
+)
 from rljax.models.config import DecoderConfig
 from rljax.models.decoder import apply_layer, embed, final_norm
 from rljax.models.head import logits
 from rljax.models.rope import rotary_table
-from rljax.parallel import constrain
-from rljax.sampling.logits import SamplingParams, process_logits, sample_tokens
+from rljax.parallel import constrain, on_shards
+from rljax.sampling.logits import Rules, SamplingParams, process_logits, sample_tokens
 from rljax.sampling.weights import product, product_of_few
 from rljax.types import ArrayLike, Params, struct
 
@@ -110,7 +120,8 @@ def prefill(
 ) -> KVCache:
     """Writes the keys and values of `N` prompts (right-padded; the padding is never read) into prompt slots.
 
-    `params` are those of `decode_weights`.
+    On a mesh prompts and slots are split alike: each device computes the prompts of its own slots, and slot -1 is of a
+    prompt that counts for nothing. `params` are those of `decode_weights`.
     """
     tokens = jnp.asarray(tokens)
     slots = jnp.asarray(slots)
@@ -120,7 +131,7 @@ def prefill(
     end = jnp.full(tokens.shape, length)
     rotary = rotary_table(config, positions)
 
-    x = embed(config, params, tokens)
+    x = constrain(embed(config, params, tokens), ("batch", None, None))
     prefix_k = []
     prefix_v = []
     for index, (layer_params, window) in enumerate(zip(params["layers"], config.windows, strict=True)):
@@ -138,24 +149,26 @@ def prefill(
 
 def _store(prefix: Array, new: Array, slots: Array) -> Array:
     """`new` [N, S, KV, hd] into `prefix` [P, KV, Sp, hd] at `slots` [N]."""
-    new = jnp.swapaxes(new, 1, 2).astype(prefix.dtype)
 
-    def write(i, prefix):
-        row = jax.lax.dynamic_slice_in_dim(new, i, 1)
-        return jax.lax.dynamic_update_slice(prefix, row, (slots[i], 0, 0, 0))
+    def store(prefix, new, slots, shard):
+        def write(i, prefix):
+            return write_entry(prefix, jax.lax.dynamic_slice_in_dim(new, i, 1), slots[i], shard)
 
-    return jax.lax.fori_loop(0, new.shape[0], write, prefix)
+        return jax.lax.fori_loop(0, new.shape[0], write, prefix)
+
+    run = on_shards(store, (PREFIX_AXES, PREFIX_AXES, ("batch",)), PREFIX_AXES)
+    return run(prefix, jnp.swapaxes(new, 1, 2).astype(prefix.dtype), slots)
 
 
 def copy_prompt(cache: KVCache, source: Int[ArrayLike, ""], target: Int[ArrayLike, ""]) -> KVCache:
-    """The cache with the prompt of one slot copied into another."""
+    """The cache with the prompt of one slot copied into another, which may be another device's."""
 
-    def copy(prefix):
-        row = jax.lax.dynamic_slice_in_dim(prefix, source, 1)
-        return jax.lax.dynamic_update_slice_in_dim(prefix, row, target, 0)
+    def copy(prefix, shard):
+        return write_entry(prefix, send_entry(prefix, jnp.asarray(source), shard), jnp.asarray(target), shard)
 
-    prefix_k = tuple(map(copy, cache.prefix_k))
-    prefix_v = tuple(map(copy, cache.prefix_v))
+    run = on_shards(copy, (PREFIX_AXES,), PREFIX_AXES)
+    prefix_k = tuple(map(run, cache.prefix_k))
+    prefix_v = tuple(map(run, cache.prefix_v))
     return constrain_cache(dataclasses.replace(cache, prefix_k=prefix_k, prefix_v=prefix_v))
 
 
@@ -189,15 +202,17 @@ def decode(
     cache: KVCache,
     rows: DecodeRows,
     run: DecodeRun,
+    rules: Rules | None = None,
 ) -> tuple[KVCache, Int[Array, ""], Int[Array, "P G"], Bool[Array, "P G"], Emitted]:
     """Samples up to `run.max_steps <= buffer_length` tokens for every active row.
 
     Stops early when no row is active, or when `run.refill_rows` rows could be given new work: idle rows with samples of
     their own prompt waiting, and rows of wholly idle slots that would find other work. Where the cache has room for
     paths, the columns of a row that ends stay as they are until the call returns. `params` are those of
-    `decode_weights`. Returns (cache, next column, steps, active, emitted).
+    `decode_weights`; `rules`, static, those of `run.sampling`, or None to find out as the program runs. Returns
+    (cache, next column, steps, active, emitted).
     """
-    ring = cache.suffix_v[0].shape[3]
+    ring = ring_size(cache)
     shape = rows.token.shape
     # Numbers of all steps at once: one draw of many is faster than many of one. A row at step t of the run uses
     # uniforms[t], which belong to the t-th token from its own `steps` on.
@@ -205,7 +220,7 @@ def decode(
     if rows.drawn is not None:
         position += rows.drawn
     uniforms = token_uniforms(run.seed, run.step, rows.prompt_id[:, None], rows.sample_id, position)
-    greedy = jnp.asarray(run.sampling.temperature) <= 0
+    greedy = jnp.asarray(run.sampling.temperature) <= 0 if rules is None else rules.greedy
 
     def refillable(active):
         idle = jnp.sum(~active, axis=1)
@@ -224,7 +239,7 @@ def decode(
         hidden, cache = _forward(config, params, loop.cache, loop.token, rows.prefix_length, loop.steps, now, writes)
 
         raw = _suppress(rows, loop.steps, logits(config, params, hidden, vocab_first=True))
-        processed = process_logits(raw, run.sampling, axis=0)
+        processed = process_logits(raw, run.sampling, axis=0, rules=rules)
         token, logprob, entropy = sample_tokens(processed, uniforms[loop.step], greedy)
         if rows.forced.shape[-1]:
             token, logprob, entropy = _force(rows, loop.steps, token, logprob, entropy)
@@ -300,7 +315,7 @@ def _force(rows: DecodeRows, steps: Array, token: Array, logprob: Array, entropy
 def _forward(config, params, cache: KVCache, token, prefix_length, steps, column, writes) -> tuple[Array, KVCache]:
     """Final-normed hidden states [P, G, D] of one new token a row, and the cache with the keys and values of the rows
     that `writes` marks, or of all."""
-    ring = cache.suffix_v[0].shape[3]
+    ring = ring_size(cache)
     # How many steps ago each column of the ring was written; the column of this step is 0 steps old.
     age = (column - jnp.arange(ring)) % ring
     rotary = rotary_table(config, prefix_length[:, None] + steps)

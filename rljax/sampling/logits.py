@@ -1,14 +1,19 @@
 """From logits to the distribution that is sampled from, and from one uniform number to a token of it.
 
 Decoder and trainer both call `process_logits`, so the log-prob of a sampled token is that of the distribution really
-used, on either side. Temperature and truncation are traced values: changing them compiles nothing.
+used, on either side. Temperature and truncation are traced values: changing them compiles nothing. A program may be
+told beforehand which of them are on (`Rules`), and then holds no work for the others.
 """
+
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from rljax.parallel import platform
 from rljax.types import ArrayLike, struct
 
 MASKED = -1e30
@@ -33,6 +38,30 @@ class SamplingParams:
     """Share of probability that is kept; 1 is off."""
     min_p: Float[ArrayLike, ""]
     """Least probability, relative to the best token's; 0 is off."""
+
+
+class Rules(NamedTuple):
+    """Which parts of a `SamplingParams` are on. Static: there is a program for each."""
+
+    greedy: bool
+    """The most probable token is taken; nothing else is on."""
+    top_k: bool
+    """The count is limited."""
+    top_p: bool
+    """The share is limited."""
+    min_p: bool
+    """The ratio to the best is limited."""
+
+
+def rules_of(params: SamplingParams) -> Rules:
+    """What is on in `params`, which must not be traced."""
+    greedy = bool(params.temperature <= 0)
+    return Rules(
+        greedy=greedy,
+        top_k=not greedy and bool(params.top_k > 0),
+        top_p=not greedy and bool(params.top_p < 1),
+        min_p=not greedy and bool(params.min_p > 0),
+    )
 
 
 def sampling_params(temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0) -> SamplingParams:
@@ -64,78 +93,110 @@ def sampling_params(temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0
     )
 
 
-def process_logits(logits: Float[Array, "..."], params: SamplingParams, *, axis: int = -1) -> Float[Array, "..."]:
+def process_logits(
+    logits: Float[Array, "..."], params: SamplingParams, *, axis: int = -1, rules: Rules | None = None
+) -> Float[Array, "..."]:
     """Tempered, truncated float32 logits: their softmax over `axis` is the distribution that is sampled from.
 
     Removed tokens get `MASKED`. Gradients flow through the logits of kept tokens; which tokens are kept counts as
-    constant. No truncation work runs while all of it is off. Greedy (temperature 0) samples a point mass, whose
-    log-probs would all be 0; the logits are then returned unchanged, so that log-prob and entropy are the model's own
-    at temperature 1.
+    constant. No truncation work runs for what is off. Greedy (temperature 0) samples a point mass, whose log-probs
+    would all be 0; the logits are then returned unchanged, so that log-prob and entropy are the model's own at
+    temperature 1. `rules` must be those of `params`; with None it is found out as the program runs.
     """
-    greedy = params.temperature <= 0
-    scaled = logits.astype(jnp.float32) / jnp.where(greedy, 1.0, params.temperature)
-    truncates = ~greedy & ((params.top_k > 0) | (params.top_p < 1) | (params.min_p > 0))
-    detached = jax.lax.stop_gradient(scaled)
-    threshold = jax.lax.cond(
-        truncates,
-        lambda x: _threshold(x, params, axis),
-        lambda x: jnp.full_like(jax.lax.slice_in_dim(x, 0, 1, axis=axis), -jnp.inf),
-        detached,
-    )
+    wide = logits.astype(jnp.float32)
     # What the head has masked stays so, whatever it is divided by.
-    return jnp.where((detached >= threshold) & (logits > MASKED / 2), scaled, MASKED)
+    exists = logits > MASKED / 2
+    if rules is not None and rules.greedy:
+        return jnp.where(exists, wide, MASKED)
+
+    greedy = params.temperature <= 0
+    scaled = wide / (jnp.where(greedy, 1.0, params.temperature) if rules is None else params.temperature)
+    detached = jax.lax.stop_gradient(scaled)
+    truncates = ~greedy & ((params.top_k > 0) | (params.top_p < 1) | (params.min_p > 0))
+    threshold = _when(
+        None if rules is None else any(rules),
+        truncates,
+        lambda: _threshold(detached, params, axis, rules),
+        jnp.full_like(jax.lax.slice_in_dim(detached, 0, 1, axis=axis), -jnp.inf),
+    )
+    return jnp.where((detached >= threshold) & exists, scaled, MASKED)
 
 
-def _threshold(x: Array, params: SamplingParams, axis: int) -> Array:
+def _when(
+    known: bool | None, traced: Bool[ArrayLike, ""] | np.bool_, compute: Callable[[], Array], otherwise: Array
+) -> Array:
+    """`compute()` or `otherwise`: as `known` says, and where that is None, as `traced` says when the program runs."""
+    if known is None:
+        return jax.lax.cond(traced, compute, lambda: otherwise)
+    return compute() if known else otherwise
+
+
+def _threshold(x: Array, params: SamplingParams, axis: int, rules: Rules | None) -> Array:
     """The smallest logit that is kept; `axis` has length 1.
 
     Every rule keeps `x >= t` for the largest `t` at which some decreasing function of `t` (a count, a mass) reaches
-    its goal. Bisection over the 2**32 float32 values in their order finds that `t` exactly, without a sort.
+    its goal. A search over the 2**32 float32 values in their order finds that `t` exactly, without a sort.
     """
     best = jnp.max(x, axis=axis, keepdims=True)
     mass = jnp.exp(x - best)
-    vocab = x.shape[axis]
+    nothing = jnp.full_like(best, -jnp.inf)
 
-    # top-p is a share of the mass that top-k left.
-    k = jnp.where(params.top_k > 0, jnp.minimum(params.top_k, vocab), vocab)
-    by_count = _largest(lambda t: jnp.sum(x >= t, axis=axis, keepdims=True) >= k, best)
-
-    def mass_above(t):
-        return jnp.sum(jnp.where(x >= t, mass, 0.0), axis=axis, keepdims=True)
-
-    goal = params.top_p * mass_above(by_count)
-    by_mass = jax.lax.cond(
-        params.top_p < 1, lambda: _largest(lambda t: mass_above(t) >= goal, best), lambda: jnp.full_like(best, -jnp.inf)
+    k = jnp.minimum(params.top_k, x.shape[axis])
+    by_count = _when(
+        None if rules is None else rules.top_k,
+        params.top_k > 0,
+        lambda: _largest(x, jnp.ones_like(x), jnp.full_like(best, k), best, axis),
+        nothing,
     )
+
+    def share():
+        # top-p is a share of the mass that top-k left.
+        left = jnp.sum(jnp.where(x >= by_count, mass, 0.0), axis=axis, keepdims=True)
+        return _largest(x, mass, jnp.asarray(params.top_p) * left, best, axis)
+
+    by_mass = _when(None if rules is None else rules.top_p, params.top_p < 1, share, nothing)
     by_ratio = jnp.where(params.min_p > 0, best + jnp.log(params.min_p), -jnp.inf)
     # Rounding of best + log(1) or of a mass must never remove the most probable token.
     return jnp.minimum(best, jnp.maximum(jnp.maximum(by_count, by_mass), by_ratio))
 
 
-def _largest(reached, best: Array) -> Array:
-    """The largest float32 `t <= best` with `reached(t)`, which holds at -inf and is monotone."""
+def _largest(x: Array, weight: Array, goal: Array, best: Array, axis: int) -> Array:
+    """The largest float32 `t <= best` at which the `weight` of all `x >= t` reaches `goal`, or the smallest float.
 
-    def to_float(order):  # int32 in the order of the floats -> float32
-        return jax.lax.bitcast_convert_type(jnp.where(order < 0, order ^ 0x7FFFFFFF, order), jnp.float32)
+    Each pass over `x` tries places of equal distance: 15 of them, which settles four bits of the order of `t`, where
+    reading `x` is what costs, and one on a CPU, where adding up is.
+    """
+    bits = 1 if platform() == "cpu" else 4
+
+    def to_float(order):  # uint32 in the order of the floats -> float32
+        bits = jnp.where(order >> 31, order ^ jnp.uint32(1 << 31), ~order)
+        return jax.lax.bitcast_convert_type(bits, jnp.float32)
 
     def to_order(value):
-        bits = jax.lax.bitcast_convert_type(value, jnp.int32)
-        return jnp.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+        bits = jax.lax.bitcast_convert_type(value, jnp.uint32)
+        return jnp.where(bits >> 31, ~bits, bits | jnp.uint32(1 << 31))
 
-    def halve(_, bounds):
-        low, high = bounds  # reached(low), not reached(high)
-        middle = (low >> 1) + (high >> 1) + (low & high & 1)
-        good = reached(to_float(middle))
-        return jnp.where(good, middle, low), jnp.where(good, high, middle)
+    first = to_order(jnp.full_like(best, -jnp.inf))
+    # Orders are counted from the first, so that no sum of two overflows.
+    last = to_order(best) - first
 
-    low = to_order(jnp.full_like(best, -jnp.inf))
-    return to_float(jax.lax.fori_loop(0, 32, halve, (low, to_order(best) + 1))[0])
+    def narrow(i, low):
+        distance = jnp.uint32(1) << (32 - bits * (i + 1)).astype(jnp.uint32)
+        count = jnp.zeros_like(low)
+        for n in range(1, 2**bits):
+            place = low + distance * jnp.uint32(n)
+            total = jnp.sum(jnp.where(x >= to_float(first + place), weight, 0.0), axis=axis, keepdims=True)
+            count += ((place <= last) & (total >= goal)).astype(jnp.uint32)
+        return low + distance * count
+
+    return to_float(first + jax.lax.fori_loop(0, 32 // bits, narrow, jnp.zeros_like(first)))
 
 
 def sample_tokens(
-    processed: Float[Array, " V *B"], uniform: Float[Array, "*B"], greedy: Bool[Array, ""]
+    processed: Float[Array, " V *B"], uniform: Float[Array, "*B"], greedy: Bool[Array, ""] | bool
 ) -> tuple[Int[Array, "*B"], Float[Array, "*B"], Float[Array, "*B"]]:
-    """One token a column by inverting the CDF at `uniform` in [0, 1), or the most probable one where `greedy`.
+    """One token a column by inverting the CDF at `uniform` in [0, 1), or the most probable one where `greedy`, of which
+    a Python value leaves the other way out of the program.
 
     Returns (tokens int32, log-probs, entropies), the latter two of the softmax of `processed`, in nats. The vocabulary
     comes first, so that sums over it run along many columns at once. They are taken in blocks: the uniform number
@@ -156,16 +217,21 @@ def sample_tokens(
     block_moment = jnp.sum(weights * shifted, axis=1)
     total = jnp.sum(block_weight, axis=0)
 
-    # A block by the CDF of the blocks, then a token by the CDF inside it. A uniform number stands for the cell of the
-    # line that begins there; its middle is no place where a probability of few bits ends.
-    block, rest = _invert(block_weight, jnp.ravel(uniform) + _HALF_CELL)
-    inside = jnp.take_along_axis(blocks, block[None, None], axis=0)[0]
-    index, _ = _invert(jnp.exp(inside - best), rest)
-    tokens = jax.lax.cond(
-        greedy,
-        lambda: jnp.argmax(blocks.reshape(count * size, -1), axis=0).astype(jnp.int32),
-        lambda: block * size + index,
-    )
+    def invert():
+        # A block by the CDF of the blocks, then a token by the CDF inside it. A uniform number stands for the cell of
+        # the line that begins there; its middle is no place where a probability of few bits ends.
+        block, rest = _invert(block_weight, jnp.ravel(uniform) + _HALF_CELL)
+        inside = jnp.take_along_axis(blocks, block[None, None], axis=0)[0]
+        index, _ = _invert(jnp.exp(inside - best), rest)
+        return block * size + index
+
+    def most_probable():
+        return jnp.argmax(blocks.reshape(count * size, -1), axis=0).astype(jnp.int32)
+
+    if isinstance(greedy, bool):
+        tokens = most_probable() if greedy else invert()
+    else:
+        tokens = jax.lax.cond(greedy, most_probable, invert)
 
     chosen = jnp.take_along_axis(blocks.reshape(count * size, -1), tokens[None], axis=0)[0] - best
     log_total = jnp.log(total)

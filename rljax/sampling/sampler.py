@@ -2,17 +2,31 @@
 
 import bisect
 import contextlib
+import dataclasses
+import functools
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import TypeVar
 
 import jax
 import numpy as np
 
-from rljax.models.cache import KVCache, PathMoves, cache_bytes, init_cache, keep_paths, lay_paths
+from rljax.models.cache import (
+    KVCache,
+    PathMoves,
+    cache_bytes,
+    init_cache,
+    keep_paths,
+    lay_paths,
+    resize_ring,
+    resized_column,
+    ring_size,
+)
 from rljax.models.config import DecoderConfig
-from rljax.parallel import platform, use_mesh
+from rljax.parallel import batch_parts, platform, use_mesh
 from rljax.sampling.generate import DecodeRows, DecodeRun, copy_prompt, decode, prefill
-from rljax.sampling.logits import SamplingParams, sampling_params
+from rljax.sampling.logits import Rules, SamplingParams, rules_of, sampling_params
+from rljax.sampling.plan import DecoderPlan, abstract_result, abstract_weights, lower_weights
 from rljax.sampling.slots import FinishReason, Load, Path, Request, Sample, Slots
 from rljax.sampling.spec import NO_STOPS, SamplerSpec, Stops
 from rljax.sampling.stopping import StopStrings
@@ -26,12 +40,18 @@ _PREFILL_TOKENS_ELSEWHERE = 16384
 _LARGEST_ID = 2**31 - 1
 _COUNTED = ("decode_steps", "row_steps", "prefill_tokens", "new_tokens", "forced_tokens", "reused_tokens", "runs")
 
-_init_cache = jax.jit(init_cache, static_argnums=(0, 1, 2, 3, 4, 5))
+T = TypeVar("T")
+
+# Most steps of a run: a run fetches, and draws random numbers for, as many steps as it may have.
+_MOST_STEPS = 256
+
+_init_cache = jax.jit(init_cache, static_argnums=(0, 1, 2, 3, 4, 5, 6))
+_resize_ring = jax.jit(resize_ring, static_argnums=0)
 _keep_paths = jax.jit(keep_paths, donate_argnums=0)
 _lay_paths = jax.jit(lay_paths, donate_argnums=0)
 _prefill = jax.jit(prefill, static_argnums=0, donate_argnums=2)
 _copy_prompt = jax.jit(copy_prompt, donate_argnums=0)
-_decode = jax.jit(decode, static_argnums=(0, 1, 2), donate_argnums=4)
+_decode = jax.jit(decode, static_argnums=(0, 1, 2, 7), donate_argnums=4)
 
 
 class Sampler:
@@ -59,12 +79,15 @@ class Sampler:
         spec.check()
         stops.check(config)
         self.config = config
-        self.spec = spec.resolved()
         self.mesh = mesh
+        self._parts = 1 if mesh is None else batch_parts(mesh)
+        self.spec = spec.resolved(self._parts)
         self.last_stats: dict[str, float] = {}
         self._stop_tokens = tuple(sorted(set(stops.tokens)))
         self._stop_strings = StopStrings(stops)
         self._params: Params | None = None
+        # None until a warm-up; then those that have a program of their own.
+        self._rules: set[Rules] | None = None
 
     def set_params(self, params: Params) -> None:
         """Takes a copy of the weights to sample with; the last copy is freed first. `params` may lie on the devices of
@@ -77,9 +100,11 @@ class Sampler:
         """Samples with the weights that another sampler of this model and mesh holds; nothing is copied."""
         self._params = other._weights()
 
-    def warmup(self) -> None:
-        """Compiles every program that `generate` can need."""
+    def warmup(self, *samplings: SamplingParams) -> None:
+        """Compiles every program that `generate` can need. One that draws by `samplings`, or by others that have the
+        same parts on, then has a faster program of its own; all others share one."""
         spec = self.spec
+        self._rules = {rules_of(sampling) for sampling in samplings}
         idle = self._slots([])
 
         # A cache belongs to a bucket, and prompts of all smaller buckets are prefilled into it too.
@@ -90,12 +115,19 @@ class Sampler:
                 for _ in range(1 if self.mesh is None else 2):
                     for length in (b for b in spec.prompt_buckets if b <= bucket):
                         for count in self._prefill_counts(length):
-                            zeros = np.zeros((count, length), np.int32)
-                            cache = _prefill(self.config, self._weights(), cache, zeros, np.zeros(count, np.int32))
-                    cache = _copy_prompt(cache, np.int32(0), np.int32(0))
-                    cache, *_ = self._decode(cache, idle, self._run(0, idle, sampling_params(), 0, 0))
-                    if spec.path_slots:
-                        cache = _lay_paths(_keep_paths(cache, self._moves([], [])), self._moves([], []))
+                            tokens = np.zeros((self._parts * count, length), np.int32)
+                            cache = self._prefill(self._weights(), cache, tokens, tokens[:, 0])
+                    cache = self._copy_prompt(cache, 0, 0)
+
+                    # The ring grows and shrinks from one of its sizes to the next.
+                    for size in (*spec.ring_sizes, *reversed(spec.ring_sizes[:-1])):
+                        cache, _ = self._resize_once(cache, 0, size)
+                        for rules in (None, *self._rules):
+                            run = self._run(cache, 0, idle, sampling_params(), 0, 0)
+                            cache, *_ = self._decode(cache, idle, run, rules)
+                        if spec.path_slots:
+                            none = self._moves(cache, [], [])
+                            cache = self._lay_paths(self._keep_paths(cache, none), none)
                 jax.block_until_ready(cache)
 
     def generate(
@@ -114,6 +146,7 @@ class Sampler:
             if not 0 <= value <= _LARGEST_ID:
                 raise ValueError(f"{name}={value} must lie between 0 and {_LARGEST_ID}")
         params = self._weights()
+        rules = known_rules(sampling, self._rules)
         slots = self._slots(requests)
         bucket = self._bucket(max((len(request.prompt) for request in requests), default=1))
         stats = dict.fromkeys(_COUNTED, 0)
@@ -127,14 +160,15 @@ class Sampler:
                 # Give the idle rows what the host assigned to them.
                 start = time.perf_counter()
                 cache = self._load(params, cache, slots, loads)
+                cache, column = self._fit_ring(cache, column, slots.oldest() + 1)
                 if paths:
-                    cache = _lay_paths(cache, self._moves(paths, [column] * len(paths)))
+                    cache = self._lay_paths(cache, self._moves(cache, paths, [column] * len(paths)))
                 jax.block_until_ready(cache)
                 loaded = time.perf_counter()
 
                 # Decode until rows want new work.
                 before = slots.rows()
-                cache, *out = self._decode(cache, slots, self._run(column, slots, sampling, seed, step))
+                cache, *out = self._decode(cache, slots, self._run(cache, column, slots, sampling, seed, step), rules)
                 next_column, steps, active, emitted = jax.device_get(out)
                 grown = steps - before.steps
                 forced = _forced_in_run(before, steps)
@@ -142,7 +176,7 @@ class Sampler:
                 # A row that ended keeps its columns until the next call: what forks may start from is copied now.
                 if ended := self._harvest(slots, grown, active, emitted):
                     ends = [column + int(grown[path.slot, path.row]) for path in ended]
-                    cache = _keep_paths(cache, self._moves(ended, ends))
+                    cache = self._keep_paths(cache, self._moves(cache, ended, ends))
                 column = int(next_column)
 
                 stats["decode_steps"] += int(grown.max())
@@ -161,15 +195,21 @@ class Sampler:
         self.last_stats = {**stats, **seconds, "slot_occupancy": busy / max(stats.pop("row_steps"), 1)}
         return [[sample for sample in group if sample is not None] for group in slots.results]
 
-    def _decode(self, cache: KVCache, slots: Slots, run: DecodeRun):
+    def _decode(self, cache: KVCache, slots: Slots, run: DecodeRun, rules: Rules | None):
         """One call of `decode` for the rows as they stand."""
-        length = self.spec.max_new_tokens
-        return _decode(self.config, self._stop_tokens, length, self._weights(), cache, slots.rows(), run)
+        most = self._most_steps(cache)
+        return _decode(self.config, self._stop_tokens, most, self._weights(), cache, slots.rows(), run, rules)
 
-    def _run(self, column: int, slots: Slots, sampling: SamplingParams, seed: int, step: int) -> DecodeRun:
-        most = self.spec.max_new_tokens
-        if self._stop_strings.strings:
-            most = min(self.spec.check_every, most)
+    def _most_steps(self, cache: KVCache) -> int:
+        """Steps of a run at most."""
+        most = self.spec.check_every if self._stop_strings.strings else _MOST_STEPS
+        return min(most, ring_size(cache))
+
+    def _run(
+        self, cache: KVCache, column: int, slots: Slots, sampling: SamplingParams, seed: int, step: int
+    ) -> DecodeRun:
+        # No row may become older than the ring is long.
+        most = min(self._most_steps(cache), ring_size(cache) - slots.oldest())
         return DecodeRun(
             column=np.array(column, np.int32),
             sampling=sampling,
@@ -180,15 +220,65 @@ class Sampler:
             refill_rows=np.array(self.spec.rows_to_refill, np.int32),
         )
 
+    def _fit_ring(self, cache: KVCache, column: int, needed: int) -> tuple[KVCache, int]:
+        """The cache with a ring of at least `needed` columns, and its next column. A ring shrinks when half of the next
+        smaller size would do, so that it does not grow again at once."""
+        sizes = self.spec.ring_sizes
+        index = sizes.index(ring_size(cache))
+        while sizes[index] < needed:
+            index += 1
+            cache, column = self._resize_once(cache, column, sizes[index])
+        while index and 2 * needed <= sizes[index - 1]:
+            index -= 1
+            cache, column = self._resize_once(cache, column, sizes[index])
+        return cache, column
+
+    def _resize_once(self, cache: KVCache, column: int, size: int) -> tuple[KVCache, int]:
+        """The cache with a ring of `size` columns, and its next column."""
+        old = ring_size(cache)
+        if size == old:
+            return cache, column
+
+        # One layer at a time, so that the old ring and the new one never lie there both as a whole.
+        keys = []
+        values = []
+        for k, v in zip(cache.suffix_k, cache.suffix_v, strict=True):
+            new_k, new_v = _resize_ring(size, k, v, np.int32(column))
+            k.delete()
+            v.delete()
+            keys.append(new_k)
+            values.append(new_v)
+        cache = dataclasses.replace(cache, suffix_k=tuple(keys), suffix_v=tuple(values))
+        return cache, resized_column(column, old, size)
+
+    # Programs are compiled for what they see of the cache: what prompts need goes without the ring, whose sizes are
+    # many, and what paths need without the prompts.
+
+    def _prefill(self, params: Params, cache: KVCache, tokens: np.ndarray, slots: np.ndarray) -> KVCache:
+        prompts = _prefill(self.config, params, _prompts(cache), tokens, slots)
+        return dataclasses.replace(cache, prefix_k=prompts.prefix_k, prefix_v=prompts.prefix_v)
+
+    def _copy_prompt(self, cache: KVCache, source: int, target: int) -> KVCache:
+        prompts = _copy_prompt(_prompts(cache), np.int32(source), np.int32(target))
+        return dataclasses.replace(cache, prefix_k=prompts.prefix_k, prefix_v=prompts.prefix_v)
+
+    def _keep_paths(self, cache: KVCache, moves: PathMoves) -> KVCache:
+        moved = _keep_paths(_completions(cache), moves)
+        return dataclasses.replace(moved, prefix_k=cache.prefix_k, prefix_v=cache.prefix_v)
+
+    def _lay_paths(self, cache: KVCache, moves: PathMoves) -> KVCache:
+        moved = _lay_paths(_completions(cache), moves)
+        return dataclasses.replace(moved, prefix_k=cache.prefix_k, prefix_v=cache.prefix_v)
+
     def _slots(self, requests: Sequence[Request]) -> Slots:
         return Slots(requests, self.spec)
 
-    def _moves(self, paths: Sequence[Path], ends: Sequence[int]) -> PathMoves:
+    def _moves(self, cache: KVCache, paths: Sequence[Path], ends: Sequence[int]) -> PathMoves:
         """What the device needs to move these paths; `ends` are the ring columns after the last of each."""
         # Of one size, whatever the number of paths, so that one program serves all.
         columns = np.zeros((4, self.spec.prompt_slots * self.spec.sample_slots), np.int32)
         for i, (path, end) in enumerate(zip(paths, ends, strict=True)):
-            columns[:, i] = path.slot, path.row, path.path, (end - path.steps) % self.spec.max_new_tokens
+            columns[:, i] = path.slot, path.row, path.path, (end - path.steps) % ring_size(cache)
         slot, row, index, first = columns
         return PathMoves(slot=slot, row=row, path=index, column=first, count=np.array(len(paths), np.int32))
 
@@ -198,24 +288,26 @@ class Sampler:
         for row, owner in slots.owners():
             new = (slice(grown[row]), *row)
             slots.advance(row, emitted.tokens[new], emitted.logprobs[new], emitted.entropies[new])
-            tokens = slots.tokens(owner)
-
             # A stop string is found at a token of this run at the earliest: the text before was searched after the
             # run before.
-            request = slots.requests[owner[0]]
-            length = self._stop_strings.end(
-                tokens,
-                len(tokens) - int(grown[row]),
-                prompt=request.prompt,
-                begun=request.begun,
-                given=slots.first_sampled(owner),
-            )
+            new_tokens = int(grown[row])
+            length = None
+            if self._stop_strings.may_end(functools.partial(slots.last_tokens, owner), new_tokens):
+                request = slots.requests[owner[0]]
+                tokens = slots.tokens(owner)
+                length = self._stop_strings.end(
+                    tokens,
+                    len(tokens) - new_tokens,
+                    prompt=request.prompt,
+                    begun=request.begun,
+                    given=slots.first_sampled(owner),
+                )
 
             path = None
             if length is not None:
                 path = slots.finish(row, "stop_string", length)
             elif not active[row]:
-                reason: FinishReason = "stop" if tokens[-1] in self._stop_tokens else "length"
+                reason: FinishReason = "stop" if slots.last_tokens(owner, 1)[0] in self._stop_tokens else "length"
                 path = slots.finish(row, reason)
             if path is not None:
                 ended.append(path)
@@ -230,46 +322,79 @@ class Sampler:
                 by_bucket.setdefault(bucket, []).append(load)
 
         for bucket, group in by_bucket.items():
-            for count in self._prefill_counts(bucket):
-                while len(group) >= count:
-                    part = group[:count]
-                    group = group[count:]
-                    tokens = np.zeros((count, bucket), np.int32)
-                    for line, load in zip(tokens, part, strict=True):
-                        prefix = slots.requests[load.request].prompt[:-1]
-                        line[: len(prefix)] = prefix
-                    where = np.array([load.slot for load in part], np.int32)
-                    cache = _prefill(self.config, params, cache, tokens, where)
+            own_slots = self.spec.prompt_slots // self._parts
+            places = [load.slot // own_slots for load in group]
+            for batch in by_part(group, places, self._parts, self._prefill_counts(bucket)):
+                tokens = np.zeros((len(batch), bucket), np.int32)
+                where = np.full(len(batch), -1, np.int32)
+                for i, entry in enumerate(batch):
+                    if entry is not None:
+                        prefix = slots.requests[entry.request].prompt[:-1]
+                        tokens[i, : len(prefix)] = prefix
+                        where[i] = entry.slot
+                cache = self._prefill(params, cache, tokens, where)
 
         # Copies come last: their source may have been prefilled just now.
         for load in loads:
             if load.source is not None:
-                cache = _copy_prompt(cache, np.int32(load.source), np.int32(load.slot))
+                cache = self._copy_prompt(cache, load.source, load.slot)
         return cache
 
     def _bucket(self, length: int) -> int:
         return self.spec.prompt_buckets[bisect.bisect_left(self.spec.prompt_buckets, length)]
 
     def _prefill_counts(self, length: int) -> list[int]:
-        return prefill_counts(length, self.spec.prompt_slots, platform(self.mesh))
+        """Prompts that each part of the devices computes at once."""
+        return prefill_counts(length, self.spec.prompt_slots // self._parts, platform(self.mesh))
 
     def cache_bytes(self) -> int:
         """Bytes of keys and values over all devices, for the longest prompts."""
         spec = self.spec
-        return cache_bytes(
-            self.config,
-            spec.prompt_slots,
-            spec.sample_slots,
-            spec.prompt_buckets[-1],
-            spec.max_new_tokens,
-            spec.path_slots,
-        )
+        return cache_bytes(*self._cache_sizes(spec.prompt_buckets[-1], spec.max_new_tokens)[:-1])
+
+    def plan(self) -> DecoderPlan:
+        """What it holds while it samples the longest prompts and completions, in shapes."""
+        length = self.spec.prompt_buckets[-1]
+        with self._on_mesh():
+            return DecoderPlan(
+                weights=abstract_weights(self.config, self.mesh),
+                cache=abstract_result(_init_cache.lower(*self._cache_sizes(length, self.spec.max_new_tokens))),
+                keeps_cache=False,
+                rows=self.spec.prompt_slots * self.spec.sample_slots,
+                prefill=(self._parts * self._prefill_counts(length)[0], length),
+            )
+
+    def lower(self, plan: DecoderPlan, sampling: SamplingParams) -> dict[str, jax.stages.Lowered]:
+        """The programs that run at the longest prompts, by what they do: `weights` copies a trainer's, `prefill` takes
+        as many prompts as one call does, `decode` steps until rows want new work. To compile and inspect; nothing
+        runs."""
+        count, length = plan.prefill
+        idle = self._slots([])
+        with self._on_mesh():
+            zeros = np.zeros((count, length), np.int32)
+            return {
+                "weights": lower_weights(self.config, self.mesh),
+                "prefill": _prefill.lower(self.config, plan.weights, plan.cache, zeros, np.zeros(count, np.int32)),
+                "decode": _decode.lower(
+                    self.config,
+                    self._stop_tokens,
+                    self._most_steps(plan.cache),
+                    plan.weights,
+                    plan.cache,
+                    idle.rows(),
+                    self._run(plan.cache, 0, idle, sampling, 0, 0),
+                    rules_of(sampling),
+                ),
+            }
 
     def _new_cache(self, bucket: int) -> KVCache:
+        return _init_cache(*self._cache_sizes(bucket, self.spec.ring_sizes[0]))
+
+    def _cache_sizes(self, bucket: int, ring: int) -> tuple[DecoderConfig, int, int, int, int, int, int]:
+        """The arguments of `init_cache`."""
         spec = self.spec
-        return _init_cache(
-            self.config, spec.prompt_slots, spec.sample_slots, bucket, spec.max_new_tokens, spec.path_slots
-        )
+        slots = (spec.prompt_slots, spec.sample_slots)
+        return self.config, *slots, bucket, ring, spec.path_slots, spec.max_new_tokens
 
     def _weights(self) -> Params:
         if self._params is None:
@@ -321,6 +446,16 @@ class Sampler:
             raise ValueError(f"{where}: id {wrong[0]} must lie between 0 and {_LARGEST_ID}; hash it to 31 bits")
 
 
+def _prompts(cache: KVCache) -> KVCache:
+    """The prompts of a cache alone."""
+    return KVCache(prefix_k=cache.prefix_k, prefix_v=cache.prefix_v, suffix_k=(), suffix_v=())
+
+
+def _completions(cache: KVCache) -> KVCache:
+    """The ring and the paths of a cache alone."""
+    return dataclasses.replace(cache, prefix_k=(), prefix_v=())
+
+
 def _forced_in_run(before: DecodeRows, steps: np.ndarray) -> int:
     """How many of the tokens emitted in a run were given."""
     start = np.clip(before.steps, before.forced_start, before.forced_start + before.forced_length)
@@ -328,9 +463,31 @@ def _forced_in_run(before: DecodeRows, steps: np.ndarray) -> int:
     return int((stop - start).sum())
 
 
+def by_part(entries: Sequence[T], places: Sequence[int], parts: int, counts: Sequence[int]) -> Iterator[list[T | None]]:
+    """Entries in batches of `parts` stretches of one of `counts` (largest first, the last is 1) each: every part of the
+    devices gets what belongs to it (`places`), and None where it has nothing left."""
+    own: list[list[T]] = [[] for _ in range(parts)]
+    for entry, place in zip(entries, places, strict=True):
+        own[place].append(entry)
+
+    for count in counts:
+        while max(map(len, own)) >= count:
+            batch: list[T | None] = []
+            for mine in own:
+                batch += mine[:count] + [None] * (count - len(mine))
+                del mine[:count]
+            yield batch
+
+
+def known_rules(sampling: SamplingParams, warm: set[Rules] | None) -> Rules | None:
+    """The rules of `sampling`, unless there was a warm-up that compiled no program for them."""
+    rules = rules_of(sampling)
+    return rules if warm is None or rules in warm else None
+
+
 def prefill_counts(length: int, rows: int, on: str) -> list[int]:
-    """How many prompts of `length` a prefill takes on the platform `on`: powers of 4 up to `rows`, largest first; any
-    number is a sum of few of them."""
+    """How many prompts of `length` a device's part of a prefill takes on the platform `on`: powers of 4 up to `rows`,
+    largest first; any number is a sum of few of them."""
     counts = [4**i for i in range(16) if 4**i <= rows]
     most = _PREFILL_TOKENS.get(on, _PREFILL_TOKENS_ELSEWHERE)
     return [count for count in reversed(counts) if count == 1 or count * length <= most]

@@ -2,25 +2,35 @@
 
 The vocabulary head runs on scored tokens alone, a chunk of them at a time, with a gradient of its own: logits are
 recomputed chunk by chunk in the backward pass and never exist for more than one chunk.
+
+On a mesh every device goes through chunks of its own rows. The head is gathered once before them and its gradient
+reduced once after the last, so that the size of a chunk does not change what is sent.
 """
 
 import functools
-from typing import Any
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 from rljax.models import (
     Attention,
     DecoderConfig,
+    Remat,
+    Shares,
     forest_attention,
     head_params,
     hidden_states,
     logits,
     logits_gradient,
+    sequence_shares,
     values,
 )
+from rljax.parallel import split_axes
 from rljax.sampling.logits import SamplingParams, process_logits
 from rljax.types import ArrayLike, Packed, Params
 
@@ -32,7 +42,7 @@ def score_tokens(
     sampling_params: SamplingParams | None = None,
     *,
     chunk: int = 512,
-    remat: bool = False,
+    remat: Remat = "none",
     scan: bool = True,
     attention: Attention = forest_attention,
 ) -> tuple[Float[Array, "R K"], Float[Array, "R K"]]:
@@ -40,16 +50,26 @@ def score_tokens(
     distribution that its predecessor's hidden state gives. 0 where `score_index` is -1.
 
     Both are differentiable in `params`. With `sampling_params` the distribution is the tempered and truncated one that
-    is sampled from (a scored token that truncation would remove is kept); None is the model's own. Logits exist for
-    `chunk` tokens at a time (at least one per packed row). `remat`, `scan` and `attention` are those of
-    `hidden_states`.
+    is sampled from (a scored token that truncation would remove is kept); None is the model's own. On each device
+    logits exist for `chunk` tokens at a time (at least one of each of its packed rows). `remat`, `scan` and `attention`
+    are those of `hidden_states`.
     """
     if chunk < 1:
         raise ValueError(f"chunk={chunk} must be at least 1 token; 512 suits most machines")
-    hidden = _hidden_states(config, params, packed, remat=remat, scan=scan, attention=attention)
+    shares = sequence_shares(*packed.tokens.shape)
+    hidden = _hidden_states(config, params, packed, shares, remat=remat, scan=scan, attention=attention)
     wanted, targets, before = _places(packed)
-    hidden = jnp.take_along_axis(hidden, before[..., None], axis=1)
-    return score_hidden(config, params, hidden, targets, wanted, sampling_params, chunk=chunk)
+    if shares is None:
+        hidden = jnp.take_along_axis(hidden, before[..., None], axis=1)
+        return score_hidden(config, params, hidden, targets, wanted, sampling_params, chunk=chunk)
+
+    # Scored tokens may lie all in one part of a sequence, so its devices take equal numbers of them.
+    hidden = shares.states_at(hidden, shares.split(shares.place(before)))
+    targets = shares.split(targets)
+    wanted = shares.split(wanted)
+    logprobs, entropies = score_hidden(config, params, hidden, targets, wanted, sampling_params, chunk=chunk)
+    count = before.shape[1]
+    return shares.join(logprobs, count), shares.join(entropies, count)
 
 
 def score_values(
@@ -59,7 +79,7 @@ def score_values(
     sampling_params: SamplingParams | None = None,
     *,
     chunk: int = 512,
-    remat: bool = False,
+    remat: Remat = "none",
     scan: bool = True,
     attention: Attention = forest_attention,
 ) -> tuple[Float[Array, "R K"], Float[Array, "R K"]]:
@@ -69,16 +89,25 @@ def score_values(
     Differentiable in `params`. A value belongs to no distribution and has no logits: `sampling_params` and `chunk`
     change nothing. ValueError when the model has no value head.
     """
-    hidden = _hidden_states(config, params, packed, remat=remat, scan=scan, attention=attention)
+    shares = sequence_shares(*packed.tokens.shape)
+    hidden = _hidden_states(config, params, packed, shares, remat=remat, scan=scan, attention=attention)
     found = values(config, params, hidden)
     wanted, _, before = _places(packed)
+    if shares is not None:
+        before = shares.place(before)
     found = jnp.where(wanted, jnp.take_along_axis(found, before, axis=1), 0.0)
     return found, jnp.zeros_like(found)
 
 
-def _hidden_states(config: DecoderConfig, params: Params, packed: Packed, **how: Any) -> Array:
+def _hidden_states(
+    config: DecoderConfig, params: Params, packed: Packed, shares: Shares | None, *, attention: Attention, **how: Any
+) -> Array:
+    """Of all positions in order; in the order of shares, where devices share packed sequences."""
     tokens, positions, subtree_end = (jnp.asarray(x) for x in (packed.tokens, packed.positions, packed.subtree_end))
-    return hidden_states(config, params, tokens, positions, subtree_end, **how)
+    if shares is not None:
+        attention = shares.attention(attention, positions, subtree_end)
+        tokens, positions, subtree_end = (shares.in_shares(x) for x in (tokens, positions, subtree_end))
+    return hidden_states(config, params, tokens, positions, subtree_end, attention=attention, **how)
 
 
 def _places(packed: Packed) -> tuple[Array, Array, Array]:
@@ -103,14 +132,22 @@ def score_hidden(
     """Log-probs of `targets` and entropies under the softmax of `models.logits` of `hidden`; 0 where `wanted [R, K]` is
     False. Of `params` it reads `models.head_params`.
 
-    Chunks that hold no wanted token are skipped. Differentiable in `params` and `hidden`.
+    `chunk` counts the tokens of one device. Rows that do not divide over the batch axes of the mesh in use are chunked
+    as those of one device. Chunks that hold no wanted token are skipped. Differentiable in `params` and `hidden`.
     """
-    rows, length, _ = hidden.shape
+    rows, length, width = hidden.shape
     targets = jnp.asarray(targets)
     wanted = jnp.asarray(wanted)
+    layout = _Layout(
+        rows=split_axes("shares", rows) or split_axes("batch", rows),
+        vocab=split_axes("vocab", config.vocab_size),
+        width=split_axes("embed", width),
+    )
+    sizes = jax.sharding.get_abstract_mesh().shape
+    own_rows = rows // math.prod(sizes[name] for name in layout.rows)
 
     # Chunks of one size, a multiple of 8, so that little of the last is padding.
-    most = min(max(chunk // rows, 1), length)
+    most = min(max(chunk // own_rows, 1), length)
     chunks = -(-length // most)
     step = min(8 * -(-length // (8 * chunks)), most)
     padding = -length % step
@@ -119,7 +156,7 @@ def score_hidden(
         targets, wanted = (jnp.pad(x, ((0, 0), (0, padding))) for x in (targets, wanted))
 
     head = head_params(config, params)
-    logprobs, entropies = _head(config, step, head, hidden, targets, wanted, sampling_params)
+    logprobs, entropies = _head(config, step, layout, head, hidden, targets, wanted, sampling_params)
     return logprobs[:, :length], entropies[:, :length]
 
 
@@ -165,15 +202,60 @@ def _processed_gradient(processed, targets, normaliser, entropy, d_logprob, d_en
     return own - p * (d_logprob[..., None] + d_entropy[..., None] * (log_p + entropy[..., None]))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _head(config: DecoderConfig, step: int, head, hidden, targets, wanted, sampling) -> tuple[Array, Array]:
-    """`score_hidden` of chunks of `step` tokens; `head` are the `head_params`."""
-    (logprobs, entropies), _ = _head_forward(config, step, head, hidden, targets, wanted, sampling)
+class _Layout(NamedTuple):
+    """Mesh axes that split the rows, and those that split the head's vocabulary and its width."""
+
+    rows: tuple[str, ...]
+    vocab: tuple[str, ...]
+    width: tuple[str, ...]
+
+    def on_rows(self, part: Callable[..., Any], in_specs: Any, out_specs: Any) -> Callable[..., Any]:
+        """`part` of each device's own rows. The vocabulary is left to the compiler, which reduces over its devices what
+        a sum over it has come to."""
+        if not self.rows:
+            return part
+        return jax.shard_map(part, in_specs=in_specs, out_specs=out_specs, axis_names={*self.rows}, check_vma=False)
+
+    def gather(self, weight: Array, dtype: Any) -> Array:
+        """A head as the products of one device need it, sent in their dtype."""
+        weight = weight.astype(dtype)
+        if not self.rows or not self.width:
+            return weight
+
+        def part(own):
+            return jax.lax.all_gather(own, self.width, axis=1, tiled=True)
+
+        split = PartitionSpec(self.vocab, self.width)
+        return jax.shard_map(part, in_specs=split, out_specs=PartitionSpec(self.vocab), check_vma=False)(weight)
+
+    def reduce(self, gradient: Array) -> Array:
+        """The sum [V, D] of the gradients [1, V, D] of a head on each device, split as its weight is."""
+        if not self.rows:
+            return gradient[0]
+
+        def part(own):
+            total = own[0]
+            if self.width:
+                total = jax.lax.psum_scatter(total, self.width, scatter_dimension=1, tiled=True)
+            return jax.lax.psum(total, tuple(name for name in self.rows if name not in self.width))
+
+        split = PartitionSpec(self.rows, self.vocab)
+        whole = PartitionSpec(self.vocab, self.width)
+        return jax.shard_map(part, in_specs=split, out_specs=whole, check_vma=False)(gradient)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _head(
+    config: DecoderConfig, step: int, layout: _Layout, head, hidden, targets, wanted, sampling
+) -> tuple[Array, Array]:
+    """`score_hidden` of chunks of `step` tokens of each row; `head` are the `head_params`."""
+    (logprobs, entropies), _ = _head_forward(config, step, layout, head, hidden, targets, wanted, sampling)
     return logprobs, entropies
 
 
 def _live_chunks(step: int, wanted: Array) -> Array:
-    """How many chunks there are up to the last wanted token."""
+    """How many chunks there are up to the last wanted token of any row: devices that share a sum over the vocabulary
+    must go through as many."""
     last = jnp.max(jnp.where(wanted, jnp.arange(wanted.shape[1]) + 1, 0))
     return (last + step - 1) // step
 
@@ -186,51 +268,65 @@ def _write(x: Array, part: Array, i: Array, step: int) -> Array:
     return jax.lax.dynamic_update_slice_in_dim(x, part.astype(x.dtype), i * step, axis=1)
 
 
-def _head_forward(config, step: int, head, hidden, targets, wanted, sampling):
-    if step == hidden.shape[1]:
-        # One chunk: its logits are few enough to be kept for the backward pass.
-        kept = _processed(config, head, hidden, targets, sampling)
-        logprobs, entropies, normalisers = _measure(kept, targets)
-    else:
-        kept = None
+def _head_forward(config, step: int, layout: _Layout, head, hidden, targets, wanted, sampling):
+    def measure(whole, hidden, targets, sampling, live):
+        if step == hidden.shape[1]:
+            # One chunk: its logits are few enough to be kept for the backward pass.
+            kept = _processed(config, whole, hidden, targets, sampling)
+            return kept, _measure(kept, targets)
 
         def chunk(i, carry):
             h = _slice(hidden, i, step)
             y = _slice(targets, i, step)
-            parts = _measure(_processed(config, head, h, y, sampling), y)
+            parts = _measure(_processed(config, whole, h, y, sampling), y)
             return tuple(_write(x, part, i, step) for x, part in zip(carry, parts, strict=True))
 
         empty = jnp.zeros(targets.shape, jnp.float32)
-        logprobs, entropies, normalisers = jax.lax.fori_loop(0, _live_chunks(step, wanted), chunk, (empty,) * 3)
+        return None, jax.lax.fori_loop(0, live, chunk, (empty,) * 3)
+
+    # The gathered head lasts until the backward pass, which comes next: gathering it anew would send it twice.
+    whole = jax.tree.map(lambda x: layout.gather(x, hidden.dtype), head)
+    every = PartitionSpec()
+    own = PartitionSpec(layout.rows)
+    run = layout.on_rows(measure, (every, own, own, every, every), own)
+    kept, (logprobs, entropies, normalisers) = run(whole, hidden, targets, sampling, _live_chunks(step, wanted))
 
     out = jnp.where(wanted, logprobs, 0.0), jnp.where(wanted, entropies, 0.0)
-    return out, (head, hidden, targets, wanted, sampling, normalisers, entropies, kept)
+    return out, (head, whole, hidden, targets, wanted, sampling, normalisers, entropies, kept)
 
 
-def _head_backward(config, step: int, residuals, cotangents):
-    head, hidden, targets, wanted, sampling, normalisers, entropies, kept = residuals
+def _head_backward(config, step: int, layout: _Layout, residuals, cotangents):
+    head, whole, hidden, targets, wanted, sampling, normalisers, entropies, kept = residuals
     d_logprobs, d_entropies = (jnp.where(wanted, d, 0.0) for d in cotangents)
     # Of a logit that truncation removed the probability is 0, so that the division by the temperature is all that
     # lies between a logit and its processed one.
     scale = 1.0 / _temperature(sampling)
 
-    if kept is not None:
-        d_logits = _processed_gradient(kept, targets, normalisers, entropies, d_logprobs, d_entropies) * scale
-        d_hidden, d_head = logits_gradient(config, head, hidden, d_logits)
-    else:
+    def gradients(whole, kept, hidden, targets, at, sampling, scale, live):
+        if kept is not None:
+            d_logits = _processed_gradient(kept, targets, *at) * scale
+            d_hidden, d_head = logits_gradient(config, whole, hidden, d_logits)
+        else:
 
-        def chunk(i, carry):
-            d_hidden, d_head = carry
-            h, y, *at = (_slice(x, i, step) for x in (hidden, targets, normalisers, entropies, d_logprobs, d_entropies))
-            d_logits = _processed_gradient(_processed(config, head, h, y, sampling), y, *at) * scale
-            d_h, d_part = logits_gradient(config, head, h, d_logits)
-            return _write(d_hidden, d_h, i, step), jax.tree.map(jnp.add, d_head, d_part)
+            def chunk(i, carry):
+                d_hidden, d_head = carry
+                h, y, *there = (_slice(x, i, step) for x in (hidden, targets, *at))
+                d_logits = _processed_gradient(_processed(config, whole, h, y, sampling), y, *there) * scale
+                d_h, d_part = logits_gradient(config, whole, h, d_logits)
+                return _write(d_hidden, d_h, i, step), jax.tree.map(jnp.add, d_head, d_part)
 
-        start = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), (hidden, head))
-        d_hidden, d_head = jax.lax.fori_loop(0, _live_chunks(step, wanted), chunk, start)
+            start = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), (hidden, whole))
+            d_hidden, d_head = jax.lax.fori_loop(0, live, chunk, start)
+        return d_hidden.astype(hidden.dtype), jax.tree.map(lambda d: d[None], d_head)
 
-    d_head = jax.tree.map(lambda d, x: d.astype(x.dtype), d_head, head)
-    return d_head, d_hidden.astype(hidden.dtype), None, None, None
+    every = PartitionSpec()
+    own = PartitionSpec(layout.rows)
+    run = layout.on_rows(gradients, (every, own, own, own, own, every, every, every), own)
+    at = (normalisers, entropies, d_logprobs, d_entropies)
+    d_hidden, d_head = run(whole, kept, hidden, targets, at, sampling, scale, _live_chunks(step, wanted))
+
+    d_head = jax.tree.map(lambda d, x: layout.reduce(d).astype(x.dtype), d_head, head)
+    return d_head, d_hidden, None, None, None
 
 
 _head.defvjp(_head_forward, _head_backward)

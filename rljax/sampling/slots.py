@@ -1,7 +1,7 @@
 """Which sample runs in which row: the host's bookkeeping of the decoder's grid. No device work."""
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -188,6 +188,10 @@ class Slots:
             suppress_at=self._suppress_at if len(self._suppressed) else None,
         )
 
+    def oldest(self) -> int:
+        """Columns of the ring that the oldest active row has."""
+        return int(self._steps[self.active].max(initial=0))
+
     def other_work(self) -> np.ndarray:
         """bool [P]: whether a slot that runs dry may find work: in another prompt, or in a further round of its own."""
         others = bool(self._unloaded) or bool(self._lenders())
@@ -211,6 +215,10 @@ class Slots:
     def tokens(self, owner: tuple[int, int]) -> np.ndarray:
         """int32 [T]: all tokens of an unfinished sample so far, inherited and given ones too."""
         return np.concatenate([part[0] for part in self.parts[owner]])
+
+    def last_tokens(self, owner: tuple[int, int], count: int) -> list[int]:
+        """The last `count` tokens of an unfinished sample and the prompt before it, or all there are."""
+        return last_of(self.requests[owner[0]].prompt, (part[0] for part in reversed(self.parts[owner])), count)
 
     def first_sampled(self, owner: tuple[int, int]) -> int:
         """How many tokens of a sample were there before it: inherited or given."""
@@ -345,6 +353,17 @@ class Slots:
                 self._token[row] = parent.tokens[end - 1]
                 paths.append(Path(*row, work.parent, end))
         return paths
+
+
+def last_of(prompt: Sequence[int], parts: Iterable[np.ndarray], count: int) -> list[int]:
+    """The last `count` of a prompt and the tokens behind it, which are given in parts, the last part first."""
+    tail: list[int] = []
+    for part in parts:
+        tail = part[max(0, len(part) - count + len(tail)) :].tolist() + tail
+        if len(tail) >= count:
+            return tail
+    missing = count - len(tail)
+    return [int(token) for token in prompt[max(0, len(prompt) - missing) :]] + tail
 
 
 def spans_before(spans: Sequence[tuple[int, int]], end: int) -> tuple[tuple[int, int], ...]:

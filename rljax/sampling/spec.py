@@ -5,6 +5,8 @@ from collections.abc import Callable, Sequence
 
 from rljax.models.config import DecoderConfig
 
+_SMALLEST_RING = 64
+
 
 @dataclasses.dataclass(frozen=True)
 class Stops:
@@ -37,7 +39,8 @@ class SamplerSpec:
     max_new_tokens: int
     """Most tokens of a completion, and columns of a row in the cache."""
     prompt_slots: int
-    """Prompts held at once, each stored and read once for all of its samples."""
+    """Prompts held at once, each stored and read once for all of its samples. A decoder on a mesh rounds it up to a
+    multiple of the devices that split the batch."""
     sample_slots: int
     """Samples of a prompt that decode at once: the group size, or 1 (plain continuous batching) for ragged lengths."""
     check_every: int = 16
@@ -65,9 +68,19 @@ class SamplerSpec:
         }
         _check_positive(sizes)
 
-    def resolved(self) -> "SamplerSpec":
-        """The same with its buckets in order."""
-        return dataclasses.replace(self, prompt_buckets=tuple(sorted(set(self.prompt_buckets))))
+    def resolved(self, parts: int = 1) -> "SamplerSpec":
+        """The same with its buckets in order, and slots that divide over `parts` of the devices."""
+        return dataclasses.replace(
+            self,
+            prompt_buckets=tuple(sorted(set(self.prompt_buckets))),
+            prompt_slots=_multiple(self.prompt_slots, parts),
+        )
+
+    @property
+    def ring_sizes(self) -> tuple[int, ...]:
+        """Columns that the ring of completions may have; programs are compiled for each. A step reads all of them, so
+        the ring is as short as the oldest row allows."""
+        return (*_doublings(_SMALLEST_RING, self.max_new_tokens), self.max_new_tokens)
 
     @property
     def rows_to_refill(self) -> int:
@@ -80,9 +93,10 @@ class TurnDecoderSpec:
     """Sizes of a `TurnDecoder`."""
 
     conversations: int
-    """Conversations whose keys and values are kept on the device."""
+    """Conversations whose keys and values are kept on the device. A decoder on a mesh rounds it up to a multiple of the
+    devices that split the batch."""
     rows: int
-    """Turns that decode at once."""
+    """Turns that decode at once; rounded up likewise."""
     context_length: int
     """Most tokens of a conversation, its turns and what stands between them included."""
     max_new_tokens: int
@@ -112,13 +126,30 @@ class TurnDecoderSpec:
         if config.rope_scaling.type == "dynamic":
             raise ValueError("dynamic RoPE scaling changes earlier keys as a context grows; choose another scaling")
 
-    def resolved(self) -> "TurnDecoderSpec":
-        """The same with its chunks in order, and no more steps between two looks than a turn can have."""
+    def resolved(self, parts: int = 1) -> "TurnDecoderSpec":
+        """The same with its chunks in order, no more steps between two looks than a turn can have, and conversations
+        and rows that divide over `parts` of the devices."""
         return dataclasses.replace(
             self,
+            conversations=_multiple(self.conversations, parts),
+            rows=_multiple(self.rows, parts),
             prefill_chunks=tuple(sorted(set(self.prefill_chunks))),
             check_every=min(self.check_every, self.max_new_tokens),
         )
+
+
+def _multiple(size: int, parts: int) -> int:
+    """The smallest multiple of `parts` that is at least `size`."""
+    return -(-size // parts) * parts
+
+
+def _doublings(first: int, end: int) -> list[int]:
+    """first, 2 first, 4 first ... below `end`."""
+    sizes = []
+    while first < end:
+        sizes.append(first)
+        first *= 2
+    return sizes
 
 
 def _check_positive(sizes: dict[str, int]) -> None:

@@ -1,11 +1,15 @@
 """Stop strings: looked for in the text of what was sampled, since they may lie across tokens."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from jaxtyping import Int
 
 from rljax.sampling.spec import Stops
+
+# Tokens, and then characters, by which a tail reaches further back than its longest stop string: its first token may be
+# a piece of a character, or be written otherwise than within a text.
+_MARGIN = 8
 
 
 class StopStrings:
@@ -21,6 +25,27 @@ class StopStrings:
             )
         self.strings = tuple(stops.strings)
         self._decode = stops.decode_text
+        self._reach = max(map(len, self.strings), default=0) + _MARGIN
+
+    def may_end(self, last: Callable[[int], Sequence[int]], new: int) -> bool:
+        """Whether a stop string may end within the last `new` tokens, by the text of a tail alone: if not, `end` finds
+        none there. `last(n)` gives the last `n` tokens of prompt and completion, or all there are.
+
+        So a search costs what is new, however long the text has become.
+        """
+        if not self.strings or not new:
+            return False
+        assert self._decode is not None
+
+        back = _MARGIN
+        while True:
+            ids = list(last(new + back))
+            if len(ids) < new + back or len(self._decode(ids[:-new])) >= self._reach:
+                break
+            # Tokens of little text, or none.
+            back *= 2
+        text = self._decode(ids)
+        return any(string in text for string in self.strings)
 
     def end(
         self,

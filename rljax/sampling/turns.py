@@ -7,7 +7,7 @@ on costs what is new; of a conversation that is new, the part is copied that ano
 import bisect
 import contextlib
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
@@ -16,7 +16,7 @@ import numpy as np
 
 from rljax.models.cache import cache_bytes, init_cache
 from rljax.models.config import DecoderConfig
-from rljax.parallel import platform, use_mesh
+from rljax.parallel import batch_parts, platform, use_mesh
 from rljax.sampling.conversations import (
     Moves,
     conversations_bytes,
@@ -27,8 +27,10 @@ from rljax.sampling.conversations import (
     lay_conversations,
 )
 from rljax.sampling.generate import DecodeRows, DecodeRun, decode
-from rljax.sampling.logits import SamplingParams
-from rljax.sampling.sampler import prefill_counts
+from rljax.sampling.logits import Rules, SamplingParams, rules_of
+from rljax.sampling.plan import DecoderPlan, abstract_result, abstract_weights, lower_weights
+from rljax.sampling.sampler import by_part, known_rules, prefill_counts
+from rljax.sampling.slots import last_of
 from rljax.sampling.spec import NO_STOPS, Stops, TurnDecoderSpec
 from rljax.sampling.stopping import StopStrings
 from rljax.sampling.token_counter import count_tokens
@@ -59,7 +61,7 @@ _extend = jax.jit(extend, static_argnums=(0, 1), donate_argnums=3)
 _copy_conversations = jax.jit(copy_conversations, donate_argnums=0)
 _lay_conversations = jax.jit(lay_conversations, donate_argnums=0)
 _keep_turns = jax.jit(keep_turns, donate_argnums=0)
-_decode = jax.jit(decode, static_argnums=(0, 1, 2), donate_argnums=4)
+_decode = jax.jit(decode, static_argnums=(0, 1, 2, 7), donate_argnums=4)
 
 _Emitted = tuple[np.ndarray, np.ndarray, np.ndarray]
 _NOTHING: _Emitted = (np.zeros(0, np.int32), np.zeros(0, np.float32), np.zeros(0, np.float32))
@@ -124,7 +126,9 @@ class TurnDecoder:
     ):
         spec.check(config)
         stops.check(config)
-        spec = spec.resolved()
+        # Devices that split the batch keep as many conversations each, and decode these on rows of their own.
+        self.parts = 1 if mesh is None else batch_parts(mesh)
+        spec = spec.resolved(self.parts)
         self.config = config
         self.spec = spec
         self.mesh = mesh
@@ -132,6 +136,8 @@ class TurnDecoder:
         self._stop_strings = StopStrings(stops)
         self._params: Params | None = None
         self._sampling: SamplingParams | None = None
+        # None until a warm-up; then those that have a program of their own.
+        self._rules: set[Rules] | None = None
         self._seed = 0
         self._step = 0
 
@@ -190,8 +196,57 @@ class TurnDecoder:
 
     def cache_bytes(self) -> int:
         """Bytes that conversations and rows take over all devices."""
-        kept = conversations_bytes(self.config, self.spec.conversations, self._size)
-        return kept + cache_bytes(self.config, self.spec.rows, 1, self._size, self._ring)
+        return conversations_bytes(*self._kept_sizes()) + cache_bytes(*self._cache_sizes())
+
+    def plan(self) -> DecoderPlan:
+        """What it holds from its first turn on, in shapes."""
+        chunk = self.spec.prefill_chunks[-1]
+        with self._on_mesh():
+            kept = abstract_result(_init_conversations.lower(*self._kept_sizes()))
+            cache = abstract_result(_init_cache.lower(*self._cache_sizes()))
+            return DecoderPlan(
+                weights=abstract_weights(self.config, self.mesh),
+                cache=(kept, cache),
+                keeps_cache=True,
+                rows=self.spec.rows,
+                prefill=(self.parts * self._counts(chunk)[0], chunk),
+            )
+
+    def lower(self, plan: DecoderPlan, sampling: SamplingParams) -> dict[str, jax.stages.Lowered]:
+        """The programs of the longest chunk, by what they do: `weights` copies a trainer's, `extend` computes chunks
+        behind conversations, `copy`, `lay` and `keep` move conversations, `decode` steps the rows. To compile and
+        inspect; nothing runs."""
+        kept, cache = plan.cache
+        count, chunk = plan.prefill
+        none = self._moves([])
+        with self._on_mesh():
+            tokens = np.zeros((count, chunk), np.int32)
+            zeros = np.zeros(count, np.int32)
+            return {
+                "weights": lower_weights(self.config, self.mesh),
+                "extend": _extend.lower(self.config, False, plan.weights, kept, tokens, zeros, zeros),
+                "copy": _copy_conversations.lower(kept, none, none),
+                "lay": _lay_conversations.lower(cache, kept, none),
+                "keep": _keep_turns.lower(kept, cache, none),
+                "decode": _decode.lower(
+                    self.config,
+                    self._stop_tokens,
+                    self.spec.check_every,
+                    plan.weights,
+                    cache,
+                    self._grid.rows(),
+                    self._run(sampling),
+                    rules_of(sampling),
+                ),
+            }
+
+    def _kept_sizes(self) -> tuple[DecoderConfig, int, int]:
+        """The arguments of `init_conversations`."""
+        return self.config, self.spec.conversations, self._size
+
+    def _cache_sizes(self) -> tuple[DecoderConfig, int, int, int, int]:
+        """The arguments of `init_cache`."""
+        return self.config, self.spec.rows, 1, self._size, self._ring
 
     @property
     def num_open(self) -> int:
@@ -254,7 +309,8 @@ class TurnDecoder:
         return results
 
     def warmup(self) -> None:
-        """Compiles every program that `run` can need. Raises RuntimeError while turns are under way."""
+        """Compiles every program that `run` can need. What draws as `begin` has said last then has a faster program of
+        its own; all else shares one. Raises RuntimeError while turns are under way."""
         if self.num_open:
             raise RuntimeError(f"{self.num_open} turns are under way; warm up before the first")
         params, sampling = self._ready()
@@ -266,16 +322,18 @@ class TurnDecoder:
             for _ in range(1 if self.mesh is None else 2):
                 for chunk in self.spec.prefill_chunks:
                     for count in self._counts(chunk):
-                        tokens = np.zeros((count, chunk), np.int32)
-                        zeros = np.zeros(count, np.int32)
+                        tokens = np.zeros((self.parts * count, chunk), np.int32)
+                        zeros = tokens[:, 0]
                         for is_fresh in (True, False):
                             self._kept = _extend(self.config, is_fresh, params, self._kept, tokens, zeros, zeros)
-                self._kept = _copy_conversations(self._kept, none)
+                self._kept = _copy_conversations(self._kept, none, none)
                 self._cache = _lay_conversations(self._cache, self._kept, none)
                 self._kept = _keep_turns(self._kept, self._cache, none)
-                self._call_decode(params, sampling)
+                for rules in (None, rules_of(sampling)):
+                    self._call_decode(params, sampling, rules)
             jax.block_until_ready(self._cache)
 
+        self._rules = {rules_of(sampling)}
         # What was computed above lies over whatever the conversations held.
         self.forget()
 
@@ -288,14 +346,13 @@ class TurnDecoder:
 
     def _allocate(self) -> None:
         if self._cache is None:
-            self._kept = _init_conversations(self.config, self.spec.conversations, self._size)
-            self._cache = _init_cache(self.config, self.spec.rows, 1, self._size, self._ring)
+            self._kept = _init_conversations(*self._kept_sizes())
+            self._cache = _init_cache(*self._cache_sizes())
             self._column = 0
 
     def _admit(self, params: Params) -> None:
         """Waiting turns onto free rows. One whose beginning another of them computes first waits for that one."""
-        free = [row for row, turn in enumerate(self._turns) if turn is None]
-        chosen = [(row, self._waiting.popleft()) for row in free[: len(self._waiting)]]
+        chosen = self._choose()
         if not chosen:
             return
 
@@ -316,19 +373,56 @@ class TurnDecoder:
             self._grid.start(row, turn, limit)
         self.stats["turns"] += len(chosen)
 
+    def _choose(self) -> list[tuple[int, Turn]]:
+        """Takes the turns that begin now, with the row of each: one on the devices that keep its conversation."""
+        free: list[deque[int]] = [deque() for _ in range(self.parts)]
+        for row, turn in enumerate(self._turns):
+            if turn is None:
+                free[row // (self.spec.rows // self.parts)].append(row)
+
+        chosen = []
+        waiting = self._waiting
+        self._waiting = deque()
+        for turn in waiting:
+            if rows := free[self.part_of(turn.conversation)]:
+                chosen.append((rows.popleft(), turn))
+            else:
+                self._waiting.append(turn)
+        return chosen
+
+    def part_of(self, conversation: int) -> int:
+        """Which of the `parts` of the devices keeps a conversation."""
+        return conversation // (self.spec.conversations // self.parts)
+
+    def pick(self, free: Sequence[int], near: int | None = None) -> int:
+        """Which of the conversations `free`, the first to be used first, a new one takes.
+
+        On one device the first. On a mesh one of the devices with most of them, as rows wait for turns of their own
+        devices; or one beside `near`, whose beginning it shares, unless other devices have twice as many.
+        """
+        if self.parts == 1:
+            return free[0]
+        counts = Counter(self.part_of(conversation) for conversation in free)
+        part, most = counts.most_common(1)[0]
+        if near is not None and 2 * counts[self.part_of(near)] >= most:
+            part = self.part_of(near)
+        return next(conversation for conversation in free if self.part_of(conversation) == part)
+
     def _room(self, turn: Turn) -> int:
         return self.spec.context_length - len(turn.tokens)
 
     def _compute(self, params: Params, turns: Sequence[Turn]) -> None:
         """Brings the conversations of these turns up to all of their tokens but the last."""
         work = []
-        copies = []
+        near: list[tuple[int, int, int, int]] = []
+        far: list[tuple[int, int, int, int]] = []
         for turn in turns:
             # What is there already: the conversation's own beginning, or another's if that is longer.
             wanted = np.asarray(turn.tokens, np.int32)[:-1]
             have = _common(self._held[turn.conversation], wanted)
             if turn.prefix_of is not None and (common := _common(self._held[turn.prefix_of], wanted)) > have:
-                copies.append((turn.conversation, turn.prefix_of, 0, 0))
+                is_near = self.part_of(turn.conversation) == self.part_of(turn.prefix_of)
+                (near if is_near else far).append((turn.conversation, turn.prefix_of, 0, 0))
                 self.stats["copied_tokens"] += common
                 have = common
 
@@ -336,8 +430,8 @@ class TurnDecoder:
             self.stats["prefill_tokens"] += len(wanted) - have
             work.append((turn.conversation, wanted, have))
             self._held[turn.conversation] = wanted
-        if copies:
-            self._kept = _copy_conversations(self._kept, self._moves(copies))
+        if near or far:
+            self._kept = _copy_conversations(self._kept, self._moves(near), self._moves(far))
 
         # The rest chunk by chunk, since a chunk is computed behind the one before; conversations whose chunks have the
         # same shape go together.
@@ -354,25 +448,26 @@ class TurnDecoder:
 
     def _extend_group(self, params, length: int, is_fresh: bool, group) -> None:
         """Extends conversations by chunks of at most `length` tokens, in the compiled counts."""
-        for count in self._counts(length):
-            while len(group) >= count:
-                part = group[:count]
-                group = group[count:]
-                tokens = np.zeros((count, length), np.int32)
-                for line, (_, chunk, _) in zip(tokens, part, strict=True):
-                    line[: len(chunk)] = chunk
-                index = np.array([conversation for conversation, _, _ in part], np.int32)
-                start = np.array([have for _, _, have in part], np.int32)
-                self._kept = _extend(self.config, is_fresh, params, self._kept, tokens, index, start)
-                self.stats["padded_tokens"] += count * length
+        places = [self.part_of(conversation) for conversation, _, _ in group]
+        for batch in by_part(group, places, self.parts, self._counts(length)):
+            tokens = np.zeros((len(batch), length), np.int32)
+            index = np.full(len(batch), -1, np.int32)
+            start = np.zeros(len(batch), np.int32)
+            for i, entry in enumerate(batch):
+                if entry is not None:
+                    index[i], chunk, start[i] = entry
+                    tokens[i, : len(chunk)] = chunk
+            self._kept = _extend(self.config, is_fresh, params, self._kept, tokens, index, start)
+            self.stats["padded_tokens"] += tokens.size
 
     def _counts(self, length: int) -> list[int]:
-        return prefill_counts(length, min(self.spec.rows, _MOST_EXTENDED), platform(self.mesh))
+        """Conversations that each part of the devices extends at once."""
+        return prefill_counts(length, min(self.spec.rows // self.parts, _MOST_EXTENDED), platform(self.mesh))
 
     def _decode_some(self, params: Params, sampling: SamplingParams) -> list[TurnResult]:
         before = self._grid.steps.copy()
         column = self._column
-        steps, active, emitted = self._call_decode(params, sampling)
+        steps, active, emitted = self._call_decode(params, sampling, known_rules(sampling, self._rules))
         grown = steps - before
 
         results = []
@@ -408,35 +503,48 @@ class TurnDecoder:
             self._kept = _keep_turns(self._kept, self._cache, self._moves(moves))
         return results
 
-    def _call_decode(self, params: Params, sampling: SamplingParams):
+    def _call_decode(self, params: Params, sampling: SamplingParams, rules: Rules | None):
         """(steps [E], active [E], emitted) of the rows after up to `check_every` steps."""
-        run = DecodeRun(
+        length = self.spec.check_every
+        self._cache, _, *out = _decode(
+            self.config, self._stop_tokens, length, params, self._cache, self._grid.rows(), self._run(sampling), rules
+        )
+        steps, active, emitted = jax.device_get(out)
+        return steps[:, 0], active[:, 0], emitted
+
+    def _run(self, sampling: SamplingParams) -> DecodeRun:
+        # A row finds other work only among the turns of its own devices.
+        waits = np.zeros(self.parts, bool)
+        waits[[self.part_of(turn.conversation) for turn in self._waiting]] = True
+        return DecodeRun(
             column=np.array(self._column, np.int32),
             sampling=sampling,
             seed=np.array(self._seed, np.int32),
             step=np.array(self._step, np.int32),
             max_steps=np.array(self.spec.check_every, np.int32),
-            other_work=np.full(self.spec.rows, bool(self._waiting)),
+            other_work=np.repeat(waits, self.spec.rows // self.parts),
             refill_rows=np.array(max(1, self.spec.rows // 16), np.int32),
         )
-        length = self.spec.check_every
-        self._cache, _, *out = _decode(
-            self.config, self._stop_tokens, length, params, self._cache, self._grid.rows(), run
-        )
-        steps, active, emitted = jax.device_get(out)
-        return steps[:, 0], active[:, 0], emitted
 
     def _end(self, row: int, grown: int, is_active: bool) -> tuple[TurnEnd, int | None] | None:
         """Why and after how many tokens the row's turn is over, if it is."""
         turn = self._turns[row]
         assert turn is not None
-        tokens = np.concatenate([part[0] for part in self._emitted[row]])
-        length = self._stop_strings.end(tokens, len(tokens) - grown, prompt=turn.tokens, begun=turn.begun)
+        parts = self._emitted[row]
+
+        def last(count: int) -> list[int]:
+            return last_of(turn.tokens, (part[0] for part in reversed(parts)), count)
+
+        # The text of a turn that goes on begins with what was said of it before.
+        length = None
+        if self._stop_strings.may_end(last, grown):
+            tokens = np.concatenate([part[0] for part in parts])
+            length = self._stop_strings.end(tokens, len(tokens) - grown, prompt=turn.tokens, begun=turn.begun)
         if length is not None:
             return "stop_string", length
         if is_active:
             return None
-        return ("stop" if tokens[-1] in self._stop_tokens else "length"), None
+        return ("stop" if last(1)[0] in self._stop_tokens else "length"), None
 
     def _result(self, row: int, end: TurnEnd, length: int | None = None) -> TurnResult:
         turn = self._turns[row]

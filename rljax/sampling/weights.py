@@ -20,7 +20,7 @@ def take_weights(config: DecoderConfig, mesh: Mesh | None, params: Params) -> Pa
     with the mesh in use. None leaves them where they are."""
     if mesh is not None and not _is_on(mesh, params):
         params = reshard(params, param_shardings(config, mesh, DECODE_RULES))
-    return _weights_program(config, mesh)(params)
+    return weights_program(config, mesh)(params)
 
 
 def _is_on(mesh: Mesh, params: Params) -> bool:
@@ -29,7 +29,7 @@ def _is_on(mesh: Mesh, params: Params) -> bool:
 
 
 @functools.lru_cache(maxsize=16)
-def _weights_program(config: DecoderConfig, mesh: Mesh | None):
+def weights_program(config: DecoderConfig, mesh: Mesh | None):
     layout = None if mesh is None else decode_shardings(config, mesh)
     return jax.jit(functools.partial(decode_weights, config), out_shardings=layout)
 

@@ -47,11 +47,13 @@ class FailedTasks:
     """What failed, and what is like it, more often (Role-Agent, 2606.10917)."""
 
     eta: float = 0.5
-    """Share of the draws that follow failures; the rest is uniform. Lower it if solved tasks are forgotten."""
+    """Share of the draws that follow failures; the rest is uniform. Lower it if solved tasks are forgotten. The other
+    fields take effect with it above 0."""
     decay: float = 0.9
     """What is left of a failure after a step."""
     kappa: float = 0.5
-    """How much a failure counts for a task that is like it, times the similarity; 1 is as much as its own."""
+    """How much a failure counts for a task that is like it, times the similarity; 1 is as much as its own. `count` and
+    `history` take effect with it above 0."""
     count: int = 3
     """How many similar tasks share in a failure."""
     history: int = 512

@@ -40,6 +40,7 @@ def tiny_config(**changes: Any) -> Config:
             row_buckets=(8, 16, 64),
             microbatch_buckets=(2, 8),
             head_chunk=64,
+            compile_ahead=1,
         ),
         optimizer=OptimizerConfig(learning_rate=1e-2),
         evaluation=EvaluationConfig(problems=8, samples=2),

@@ -5,6 +5,20 @@ from typing import Any
 
 from rljax.text.base import Message, Tokenizer, encode_text
 
+ROLES = (
+    "system",
+    "developer",
+    "user",
+    "assistant",
+    "tool",
+    "function",
+    "ipython",
+    "environment",
+    "observation",
+    "documents",
+)
+"""Roles of chat messages that models are trained with."""
+
 
 def render_prompt(tokenizer: Tokenizer, prompt: str | Sequence[Message], chat: bool | None = None) -> list[int]:
     """Token ids of a prompt.
@@ -39,7 +53,7 @@ def render_prompt(tokenizer: Tokenizer, prompt: str | Sequence[Message], chat: b
 
 
 def check_messages(messages: Any) -> None:
-    """Raise ValueError unless `messages` is a non-empty list of objects with a text `role` and a `content`."""
+    """Raise ValueError unless `messages` is a non-empty list of objects with a `role` of `ROLES` and a `content`."""
     if not isinstance(messages, (list, tuple)) or not messages:
         raise ValueError(f"prompt is {messages!r}; it must be text, or a non-empty list of chat messages")
     for i, message in enumerate(messages):
@@ -47,6 +61,9 @@ def check_messages(messages: Any) -> None:
             raise ValueError(
                 f"message {i} is {message!r}; it must be an object with a role such as 'user' and a text content"
             )
+        # A template writes a role as it stands: `<|{{ role }}|>` makes a control token of the role `end`.
+        if message["role"] not in ROLES:
+            raise ValueError(f"message {i} has the role {message['role']!r:.80}; it must be one of {', '.join(ROLES)}")
         content = message.get("content")
         if not isinstance(content, str) and not (content is None and len(message) > 2):
             raise ValueError(f"message {i} has the content {content!r}; it must be text")

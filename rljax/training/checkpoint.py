@@ -2,16 +2,17 @@
 
 import dataclasses
 import json
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from absl import logging
+from etils import epath
 from jaxtyping import Array
 
-from rljax.parallel import barrier, gather, is_main_process
+from rljax.parallel import barrier, gather, is_main_process, on_main
 from rljax.training.storage import AnyPath, as_path, remove_tree
 from rljax.training.trainable import EVERYTHING, Subtree
 from rljax.types import TrainState
@@ -23,8 +24,15 @@ UNREADABLE = "unreadable"
 """Checkpoints skipped for an older one go to `<folder>_unreadable/`."""
 
 
+T = TypeVar("T")
+
+
 class Refused(ValueError):
     """A checkpoint that is whole and does not belong here: of another layout, or over another base."""
+
+
+class Unreadable(ValueError):
+    """A checkpoint of which a process cannot read its part."""
 
 
 class Checkpointer:
@@ -59,13 +67,13 @@ class Checkpointer:
 
     def _open(self) -> None:
         options = ocp.CheckpointManagerOptions(enable_async_checkpointing=True, cleanup_tmp_directories=True)
-        handlers = {"state": ocp.StandardCheckpointHandler(), "host": ocp.JsonCheckpointHandler()}
-        self._manager = ocp.CheckpointManager(self.folder, options=options, item_handlers=handlers)
+        self._handlers: dict[str, Any] = {"state": ocp.StandardCheckpointHandler(), "host": ocp.JsonCheckpointHandler()}
+        self._manager = ocp.CheckpointManager(self.folder, options=options, item_handlers=self._handlers)
 
     @property
     def steps(self) -> list[int]:
-        """Steps that have a finished checkpoint, oldest first."""
-        return sorted(self._manager.all_steps())
+        """Steps that have a finished checkpoint, oldest first: those that the main process sees, which all must ask."""
+        return on_main(lambda: sorted(self._manager.all_steps()))
 
     def save(
         self, step: int, state: TrainState, host_state: Mapping[str, Any], metrics: Mapping[str, float] | None = None
@@ -112,23 +120,18 @@ class Checkpointer:
         failures: dict[int, str] = {}
         refused: Refused | None = None
         for step in reversed(self.steps):
-            result = None
-            why = ""
             try:
                 result = self._restore_step(step, target)
-            except Refused as error:
-                refused = refused or error
-                why = str(error)
-            except Exception as error:  # whatever a broken file makes the readers raise
-                why = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:300] if str(error) else ''}"
-
-            # Processes go on from one step: what one of them cannot read, none of them uses.
-            reasons = [reason for reason in gather(why) if reason]
-            if not reasons and result is not None:
+            except Exception as error:  # whatever a broken file leads to
+                if isinstance(error, Refused):
+                    refused = refused or error
+                failures[step] = str(error) if isinstance(error, (Refused, Unreadable)) else _reason(error)
+                logging.warning(
+                    "checkpoint %s cannot be used (%s); trying the one before", self.folder / str(step), failures[step]
+                )
+            else:
                 self._set_aside(list(failures))
                 return result
-            failures[step] = reasons[0]
-            logging.warning("checkpoint %s cannot be used (%s); trying the one before", self.folder / str(step), why)
 
         if refused is not None:
             raise refused
@@ -142,14 +145,17 @@ class Checkpointer:
 
     def _restore_step(self, step: int, target: TrainState) -> tuple[TrainState, dict[str, Any], int]:
         # What belongs elsewhere is refused by its host state, before any array is read.
-        host = self._manager.restore(step, args=ocp.args.Composite(host=ocp.args.JsonRestore()))["host"]
+        host = _together(lambda: self._read(step, "host", ocp.args.JsonRestore()))
         _check_layout(host, self.folder / str(step))
         _check_base(host, _bases(target), self.folder / str(step))
 
-        args = ocp.args.Composite(state=ocp.args.StandardRestore(_without_base(target)))
-        saved = self._manager.restore(step, args=args)["state"]
+        saved = _together(lambda: self._read(step, "state", ocp.args.StandardRestore(_without_base(target))))
         _check_contents(saved, host["fingerprint"])
         return _with_base(saved, target), host["host"], int(host["step"])
+
+    def _read(self, step: int, name: str, args: Any) -> Any:
+        # Without the manager, at whose barriers the others would wait for a process that fails here.
+        return self._handlers[name].restore(epath.Path(self.folder / str(step) / name), args=args)
 
     def _set_aside(self, steps: list[int]) -> None:
         if not steps:
@@ -171,7 +177,8 @@ class Checkpointer:
         keep = set(steps[-self.keep_last :])
 
         if self.keep_best:
-            scores = {step: self._score(step) for step in steps}
+            # All delete the same ones.
+            scores = on_main(lambda: {step: self._score(step) for step in steps})
             scored = sorted((score, step) for step, score in scores.items() if score is not None)
             keep |= {step for _, step in scored[-self.keep_best :]}
 
@@ -181,10 +188,31 @@ class Checkpointer:
 
     def _score(self, step: int) -> float | None:
         try:
-            host = self._manager.restore(step, args=ocp.args.Composite(host=ocp.args.JsonRestore()))["host"]
-            return host["score"]
+            return self._read(step, "host", ocp.args.JsonRestore())["score"]
         except Exception:  # a broken file has no score
             return None
+
+
+def _together(read: Callable[[], T]) -> T:
+    """What `read` gives; Unreadable in all processes if it raises in one of them. It must not wait for others.
+
+    What follows is computed by all, so that none may go on alone.
+    """
+    result: Any = None
+    why = ""
+    try:
+        result = read()
+    except Exception as error:  # whatever a broken file makes the readers raise
+        why = _reason(error)
+    reasons = [reason for reason in gather(why) if reason]
+    if reasons:
+        raise Unreadable(reasons[0])
+    return result
+
+
+def _reason(error: Exception) -> str:
+    """Kind and first line of an error."""
+    return f"{type(error).__name__}: {str(error).strip().splitlines()[0][:300] if str(error).strip() else ''}"
 
 
 def restore_params(

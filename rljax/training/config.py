@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 from rljax.batching import PackConfig
+from rljax.models import Remat
 from rljax.settings import field
 from rljax.training.optimizers import OptimizerConfig
 
@@ -23,7 +24,8 @@ class UpdateConfig(PackConfig):
     """Times that the updates go through a rollout. Above 1 the loss should clip ratios."""
 
     shuffle: bool = False
-    """Draw the groups of the minibatches anew at every step, by the run's seed; else they keep the rollout's order."""
+    """Draw the groups of the minibatches anew at every step, by the run's seed; else they keep the rollout's order. It
+    takes effect with `minibatches` above 1."""
 
     use_sampler_logprobs: bool = False
     """Take the sampler's log-probs as the old ones: ratios, and what is clipped by them, are then to the policy that
@@ -32,14 +34,21 @@ class UpdateConfig(PackConfig):
     rounding."""
 
     head_chunk: int = field(default=512, least=1)
-    """Tokens whose logits exist at a time. Lower it to save memory, raise it for speed with a small vocabulary."""
+    """Tokens of one device whose logits exist at a time. Lower it to save memory, raise it for speed with a small
+    vocabulary; what devices send each other stays the same."""
 
-    remat: bool = False
-    """Recompute the activations of a layer in the backward pass: much less memory for about a third more time."""
+    remat: Remat = "none"
+    """What the backward pass computes again: `none`; `attention_saved`, a layer from its input but for the attention
+    itself (much less memory, for about a quarter more time); `full`, the attention as well (a little less memory)."""
 
-    attention_kernel: bool = False
-    """Train long packed sequences with kernels that leave out blocks which see nothing, on a GPU or TPU. A CPU, and
-    short sequences, keep the XLA form whatever it says."""
+    attention_kernel: bool | None = None
+    """Train packed sequences of 1024 tokens and more with kernels that leave out blocks which see nothing. None does so
+    on a TPU, for which they have been compiled at lengths up to 128k; True on a GPU too, with kernels that jax is about
+    to drop. A CPU, short sequences and those that devices share keep the XLA form whatever it says."""
+
+    compile_ahead: int = field(default=3, least=1)
+    """Update programs that are compiled before the first update: that of the first minibatch, and those of the sizes
+    which later ones are most likely to have. 1 compiles each when it is met."""
 
     max_skipped: int = field(default=5, least=1)
     """Updates in a row that may be skipped for a loss or gradient that is not finite; the run stops at this number."""
@@ -73,7 +82,7 @@ class WarmupConfig:
     """Supervised steps (next-token loss) before the first rollout, or all there is to `rljax sft`."""
 
     steps: int = field(default=0, least=0)
-    """Updates; 0 is no warm-up."""
+    """Updates; 0 is no warm-up, and the other fields take effect above it."""
 
     batch_size: int = field(default=64, least=1)
     """Examples in an update."""
@@ -97,7 +106,8 @@ class CheckpointConfig:
     is asked to end (SIGTERM, SIGUSR1, Ctrl-C)."""
 
     keep_last: int = field(default=2, least=1)
-    """Newest checkpoints that stay. More of them survive a damaged disk, and cost a whole state each."""
+    """Newest checkpoints that stay. More of them survive a damaged disk, and cost a whole state each. It takes effect
+    with `every` above 0."""
 
     keep_best: int = field(default=0, least=0)
     """Checkpoints that stay besides, those with the highest `best_metric`."""

@@ -3,18 +3,21 @@
 import contextlib
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import numpy as np
 import optax
+from absl import logging
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float
 
-from rljax.batching import Packing, layout, loss_mask, pack, take_rows
+from rljax.batching import Packing, bare_rows, emptied, layout, likely_sizes, loss_mask, pack, take_rows
 from rljax.models import DecoderConfig, forest_attention, kernel_attention
+from rljax.models.sequence import CHUNKS
 from rljax.ops import row_uniforms
-from rljax.parallel import batch_parts, put_batch, put_host, replicated, to_host, use_mesh
+from rljax.parallel import batch_parts, platform, put_batch, put_host, replicated, to_host, use_mesh
 from rljax.sampling import SamplingParams
 from rljax.training.config import UpdateConfig
 from rljax.training.guard import Guard
@@ -23,18 +26,23 @@ from rljax.training.optimizers import OptimizerConfig, make_optimizer, make_sche
 from rljax.training.state import abstract_state, create_state, frozen_base, state_shardings
 from rljax.training.trainable import EVERYTHING, Subtree, policy_params, reference_params
 from rljax.training.update import UpdateProgram, with_rows
-from rljax.types import ArrayLike, Packed, Params, RolloutBatch, TrainBatch, TrainState
+from rljax.types import ArrayLike, Params, RolloutBatch, TrainBatch, TrainState
 
 UNIFORMS = 0x756E69
 """Folded into the run's key for the losses' random numbers, to keep them apart from the sampler's."""
 
 
+_MUCH_REPEATED = 0.05
+"""Share of the packed tokens, from which on a user hears of it."""
+
+
 class Learner:
     """Makes minibatches of a rollout and updates the state with them.
 
-    `update` says how a rollout becomes updates; under a mesh, its `microbatch_size` must divide over the batch axes.
-    `seed` is the run's: shuffling and the losses' random numbers are drawn from it. `subtree` says which weights are
-    trained; gradients and moments exist for these alone, and the reference shares the frozen ones.
+    `update` says how a rollout becomes updates; under a mesh, its `microbatch_size` must divide over the batch axes,
+    and the lengths of its packed sequences over the devices that share them. `seed` is the run's: shuffling and
+    the losses' random numbers are drawn from it. `subtree` says which weights are trained; gradients and moments exist
+    for these alone, and the reference shares the frozen ones.
 
     An update whose loss or gradient is not finite leaves weights and optimizer as they are; after `max_skipped` of
     them in a row `update` (or `check`) raises `FloatingPointError` with what was not finite. ValueError for values that
@@ -60,6 +68,9 @@ class Learner:
                 f"devices that split the batch; set it to a multiple of {batch_parts(mesh)}"
             )
 
+        if mesh is not None:
+            _check_shared(update, mesh)
+
         schedule = None
         if isinstance(optimizer, OptimizerConfig):
             schedule = make_schedule(optimizer)
@@ -74,7 +85,10 @@ class Learner:
         self.mesh = mesh
         self.seed = seed
         self.subtree = subtree
+        self._parts = 1 if mesh is None else batch_parts(mesh)
         self._sampling = None if needs.sampling is None or _is_plain(needs.sampling) else needs.sampling
+        self._packing: Packing | None = None
+        self._has_told_repeated = False
         self._guard = Guard(update.max_skipped)
 
         self.program = UpdateProgram(
@@ -85,7 +99,7 @@ class Learner:
             score_options={
                 "chunk": update.head_chunk,
                 "remat": update.remat,
-                "attention": kernel_attention if update.attention_kernel else forest_attention,
+                "attention": kernel_attention if _takes_kernels(update, mesh) else forest_attention,
             },
             updates_once=update.minibatches * update.epochs == 1,
             use_sampler_logprobs=update.use_sampler_logprobs,
@@ -159,7 +173,7 @@ class Learner:
         packings = []
         for rows in parts:
             part = batch if len(parts) == 1 else take_rows(batch, rows)
-            packing = layout(part, mask[rows], update)
+            packing = layout(part, mask[rows], update, parts=self._parts)
             minibatch = pack(
                 part,
                 advantages[rows],
@@ -178,6 +192,8 @@ class Learner:
                 minibatch = with_rows(minibatch, ref_logprobs=reference)
             minibatches.append(minibatch)
             packings.append(packing)
+        self._packing = packings[0]
+        self._tell_repeated(packings)
 
         # Epochs go through the same arrays; only random numbers are drawn anew for each.
         if not self.needs.uniforms:
@@ -187,8 +203,24 @@ class Learner:
         for epoch in range(update.epochs):
             uniforms = self._uniforms(batch, int(state.step), epoch)
             for rows, packing, minibatch in zip(parts, packings, minibatches, strict=True):
-                drawn.append(with_rows(minibatch, uniforms=self._put(packing.rows_of(uniforms[rows]))))
+                drawn.append(with_rows(minibatch, uniforms=self._put(packing.of_tokens(uniforms[rows]))))
         return drawn
+
+    def _tell_repeated(self, packings: list[Packing]) -> None:
+        """Says, once, that much is computed again for trees that one packed sequence cannot hold."""
+        repeated = sum(packing.repeated_tokens for packing in packings)
+        unique = sum(packing.unique_tokens for packing in packings)
+        if self._has_told_repeated or repeated <= _MUCH_REPEATED * unique:
+            return
+        self._has_told_repeated = True
+        logging.warning(
+            "%d of %d packed tokens (%.0f%%) are prefixes that stand in another packed sequence as well: what shares "
+            "them exceeds config.update.pack_length=%d; a larger one computes them once, if memory allows",
+            repeated,
+            unique,
+            100 * repeated / unique,
+            self.update_config.pack_length,
+        )
 
     def score_rows(
         self, params: Params, batch: RolloutBatch, mask: Bool[ArrayLike, "B T"] | None = None
@@ -201,12 +233,46 @@ class Learner:
         out = np.zeros(np.shape(batch.tokens), np.float32)
         for rows in self._split(batch):
             part = take_rows(batch, rows)
-            packing: Packing = layout(part, mask[rows], self.update_config)
-            packed, row_index, row_mask = self._put((packing.packed, packing.row_index, packing.mask))
+            packing: Packing = layout(part, mask[rows], self.update_config, parts=self._parts)
+            packed, ragged = self._put((packing.packed, packing.rows_to_score()))
             with self._on_mesh():
-                values = self._score(params, packed, row_index, row_mask, self._sampling)
+                values = self._score(params, packed, bare_rows(ragged), self._sampling)
             out[rows] = packing.batch_of(to_host(values), part.tokens)
         return out
+
+    def warm_up(
+        self, state: TrainState, train_batch: TrainBatch, say: Callable[[int, int], None] = lambda done, total: None
+    ) -> TrainState:
+        """Compiles the updates of the sizes that minibatches after `train_batch`, the newest of `prepare`, are likely
+        to have (`config.update.compile_ahead`). `state` is donated, and comes back with the values that it had.
+
+        Each program runs once, on a minibatch of nothing, so that later calls find it compiled. `say` is told how many
+        of how many are done.
+        """
+        assert self._packing is not None, "prepare comes before warm_up"
+        update = self.update_config
+        likely = likely_sizes(
+            self._packing.needs,
+            self._packing.sizes,
+            update,
+            per_part=update.microbatch_size // self._parts,
+            width=self._packing.sizes.width,
+            count=update.compile_ahead,
+        )
+        # The first goes round twice: what an update returns may lie otherwise than what the state began with.
+        for done, sizes in enumerate([likely[0], *likely]):
+            empty = self._put(emptied(train_batch, sizes))
+            if empty.rows.old_logprobs is not None or empty.rows.ref_logprobs is not None:
+                self._score_minibatch(self.policy_params(state), empty)
+            with self._on_mesh():
+                trainable, opt_state, step, skipped, _, finite = self._update(*self._arguments(state, empty))
+            self._guard.observe(skipped, finite)
+            # An update of nothing changes no weight, but it counts as a step.
+            fields = dict(trainable=trainable, opt_state=opt_state, step=step - 1, skipped=skipped)
+            state = state.replace(**fields)  # type: ignore[attr-defined]
+            if done:
+                say(done, len(likely))
+        return state
 
     def update(self, state: TrainState, train_batch: TrainBatch) -> tuple[TrainState, Metrics]:
         """One optimizer step, one jitted call; `state` is donated, all but its base and reference. The metrics are
@@ -219,8 +285,16 @@ class Learner:
 
     def lower_update(self, train_batch: TrainBatch) -> jax.stages.Lowered:
         """The update lowered for a batch of `jax.ShapeDtypeStruct`s, to compile and inspect; nothing runs."""
+        # Before the mesh is in use: optimizers make constants, and what is compiled for may have no device for them.
+        arguments = self._arguments(self.abstract_state(), train_batch)
         with self._on_mesh():
-            return self._update.lower(*self._arguments(self.abstract_state(), train_batch))
+            return self._update.lower(*arguments)
+
+    def lower_score(self, train_batch: TrainBatch) -> jax.stages.Lowered:
+        """The scoring of a minibatch lowered likewise: old or reference log-probs of all of its rows."""
+        params = self.policy_params(self.abstract_state())
+        with self._on_mesh():
+            return self._score.lower(params, train_batch.packed, bare_rows(train_batch.rows), self._sampling)
 
     def check(self) -> None:
         """Raises for the last update too; `update` itself looks one update back, so as not to wait."""
@@ -267,22 +341,42 @@ class Learner:
         return np.asarray(_draw(key, np.arange(count), width=width))
 
     def _put(self, tree: Any) -> Any:
-        """Packed sequences split over the batch axes of the mesh, everything else replicated."""
+        """Packed sequences, and the rows that they carry, split over the batch axes of the mesh; numbers of a whole
+        microbatch everywhere."""
         mesh = self.mesh
         if mesh is None:
             return jax.device_put(tree)
 
         def put(x: Any) -> Any:
-            return put_batch(mesh, x, axis=1) if isinstance(x, Packed) else put_host(x, replicated(mesh))
+            return put_batch(mesh, x, axis=1) if np.ndim(x) > 1 else put_host(x, replicated(mesh))
 
-        return jax.tree.map(put, tree, is_leaf=lambda x: isinstance(x, Packed))
+        return jax.tree.map(put, tree)
 
     def _on_mesh(self):
         return contextlib.nullcontext() if self.mesh is None else use_mesh(self.mesh)
 
     def _score_minibatch(self, params: Params, batch: TrainBatch) -> Array:
         with self._on_mesh():
-            return self._score(params, batch.packed, batch.rows.row_index, batch.rows.loss_mask, self._sampling)
+            return self._score(params, batch.packed, bare_rows(batch.rows), self._sampling)
+
+
+def _check_shared(update: UpdateConfig, mesh: Mesh) -> None:
+    """Refuses packed sequences of lengths that the devices along `sequence` cannot share."""
+    parts = mesh.shape["sequence"]
+    multiple = CHUNKS * parts
+    devices = f"the {parts} devices of config.mesh.sequence, which have {CHUNKS} equal chunks each"
+    if parts == 1:
+        return
+    if wrong := [length for length in update.length_buckets if length % multiple]:
+        raise ValueError(
+            f"config.update.length_buckets={update.length_buckets}: {wrong[0]} does not divide over {devices}; "
+            f"take multiples of {multiple}"
+        )
+    if not update.length_buckets and update.pack_length % (4 * multiple):
+        raise ValueError(
+            f"config.update.pack_length={update.pack_length} and its quarters do not divide over {devices}; set it to "
+            f"a multiple of {4 * multiple}, or config.update.length_buckets to multiples of {multiple}"
+        )
 
 
 @functools.partial(jax.jit, static_argnames="width")
@@ -293,6 +387,12 @@ def _draw(key, row_id, *, width: int) -> Array:
 @jax.jit
 def _mix(trainable, reference, weight):
     return jax.tree.map(lambda p, r: (weight * p + (1 - weight) * r).astype(r.dtype), trainable, reference)
+
+
+def _takes_kernels(update: UpdateConfig, mesh: Mesh | None) -> bool:
+    if update.attention_kernel is None:
+        return platform(mesh) == "tpu"
+    return update.attention_kernel
 
 
 def _is_plain(sampling: SamplingParams) -> bool:

@@ -103,7 +103,8 @@ class LightSAMConfig(OptimizerConfig):
     """How far away the second gradient is taken; 0 does not look elsewhere."""
 
     variant: Literal["adam", "adagrad", "norm"] = "adam"
-    """How both steps are normalised: `adam` (III), `adagrad` (II) or `norm` (I, one scalar)."""
+    """How both steps are normalised: `adam` (III), `adagrad` (II) or `norm` (I, one scalar). `b1` and `b2` take effect
+    with the first."""
 
     def direction(self) -> optax.GradientTransformation:
         both: dict[str, Any] = {"eps": self.eps, "max_grad_norm": self.max_grad_norm}

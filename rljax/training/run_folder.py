@@ -15,6 +15,7 @@ import jax
 from tqdm import tqdm
 
 from rljax.parallel import is_main_process, on_main
+from rljax.training.background import Background
 from rljax.training.lock import lock, unlock
 from rljax.training.metrics import MetricsWriter, read_json, read_jsonl
 from rljax.training.storage import AnyPath, append_text, as_path, is_remote, remove_tree
@@ -49,10 +50,11 @@ class RunFolder:
     """Everything that a run writes, under one path: `config.json`, `versions.json` and `starts.jsonl` (both, of every
     start), `metrics.jsonl`, `tensorboard/`, `rollouts/`, `evaluations/`, `checkpoints/` and `learning_curve.png`.
 
-    A context manager. Only the main process writes, and no second run may: ValueError for a folder in use by another
-    process. `fresh` empties the folder first. `previous_config` is that of the last start, None for a new run. Call
-    `start` with the step that a checkpoint gave (0 for a new run) before the first `log_step`: what was written after
-    that step is dropped, and written again.
+    A context manager. Logs are written by a thread, in the order given; all of them are there after `flush`, `metrics`
+    and the end of the context. Only the main process writes, and no second run may: ValueError for a folder in use by
+    another process. `fresh` empties the folder first. `previous_config` is that of the last start, None for a new run.
+    Call `start` with the step that a checkpoint gave (0 for a new run) before the first `log_step`: what was written
+    after that step is dropped, and written again.
     """
 
     def __init__(
@@ -70,6 +72,7 @@ class RunFolder:
         self.total_steps = total_steps or self.config.get("steps")
         self._wandb = wandb_project or (self.config.get("log") or {}).get("wandb_project", "")
         self._writer: MetricsWriter | None = None
+        self._background = Background()
         self._bar: tqdm | None = None
 
         # The other processes wait here until the folder stands, and hear why it does not.
@@ -157,7 +160,7 @@ class RunFolder:
 
         # The order is important: a line of metrics tells that the rollouts of its step are whole.
         self.log_rollouts(step, records)
-        self._writer.write(step, metrics)
+        self._background(self._writer.write, step, dict(metrics))
 
         if self._bar is not None:
             self._bar.n = step
@@ -167,9 +170,16 @@ class RunFolder:
         self, step: int, records: Iterable[Mapping[str, Any]], untrained: Iterable[Mapping[str, Any]] = ()
     ) -> None:
         """The rollouts of the step that brings the count to `step`, and in `rollouts/untrained/` those that it drew and
-        left out; no file where there are none."""
-        if not is_main_process():
-            return
+        left out; no file where there are none. The records must not change afterwards."""
+        if is_main_process():
+            self._background(self._write_rollouts, step, list(records), list(untrained))
+
+    def flush(self) -> None:
+        """Waits until everything that was logged is written. OSError where that failed. A checkpoint comes after it: a
+        resumed run writes again what follows its checkpoint, and nothing before."""
+        self._background.wait()
+
+    def _write_rollouts(self, step: int, records: list[Mapping[str, Any]], untrained: list[Mapping[str, Any]]) -> None:
         for folder, kept in ((self.path / "rollouts", records), (self.path / "rollouts" / "untrained", untrained)):
             lines = [json.dumps(record, ensure_ascii=False, default=_plain) + "\n" for record in kept]
             if lines:
@@ -211,6 +221,7 @@ class RunFolder:
 
     def metrics(self) -> list[dict[str, Any]]:
         """The lines of metrics so far."""
+        self.flush()
         return read_jsonl(self.path / "metrics.jsonl")
 
     def plot(self, held_out: Sequence[tuple[int, float]] = ()) -> AnyPath:
@@ -222,9 +233,12 @@ class RunFolder:
 
     def close(self) -> None:
         self._close_bar()
-        if self._writer is not None:
-            self._writer.close()
-            self._writer = None
+        try:
+            self.flush()
+        finally:
+            if self._writer is not None:
+                self._writer.close()
+                self._writer = None
 
     def _close_bar(self) -> None:
         if self._bar is not None:
@@ -235,8 +249,11 @@ class RunFolder:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.close()
-        unlock(Path(str(self.path)))
+        try:
+            self.close()
+        finally:
+            self._background.close()
+            unlock(Path(str(self.path)))
 
 
 def _write(file: AnyPath, text: str) -> None:

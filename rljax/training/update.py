@@ -11,11 +11,12 @@ import numpy as np
 import optax
 from jaxtyping import Array
 
+from rljax.batching import dense_rows, gather, ragged_rows, spread
 from rljax.models import DecoderConfig
 from rljax.sampling import SamplingParams
 from rljax.training.objective import Metrics, Objective, ScoreFn
 from rljax.training.trainable import EVERYTHING, Subtree
-from rljax.types import ArrayLike, Packed, Params, Rows, TrainBatch
+from rljax.types import ArrayLike, Packed, Params, RaggedRows, TrainBatch
 
 LOGPROBS = 0
 ENTROPIES = 1
@@ -133,7 +134,7 @@ class UpdateProgram:
             return Scored(loss, metrics, grads)
 
         # A single microbatch needs no accumulators beside its gradients.
-        if batch.rows.row_index.shape[0] == 1:
+        if batch.rows.place.shape[0] == 1:
             return of(0)
 
         def add(m: Any, total: Scored) -> Scored:
@@ -153,36 +154,43 @@ class UpdateProgram:
         count = jnp.maximum(_live_microbatches(batch.rows.loss_mask), 1)
         return jax.lax.fori_loop(0, count, add, start)
 
-    def rows_logprobs(
-        self, params: Params, packed: Packed, row_index: ArrayLike, mask: ArrayLike, sampling: SamplingParams | None
+    def token_logprobs(
+        self, params: Params, packed: Packed, rows: RaggedRows, sampling: SamplingParams | None
     ) -> tuple[Array, Array]:
-        """Log-probs and entropies `[B, T]` of one microbatch, gathered into its rows; 0 off the mask."""
+        """Log-probs and entropies `[Q, C]` of the loss tokens of one microbatch; 0 in padding."""
         scored = self.score_fn(self.config, params, packed, sampling, **self.score_options)
-        gathered = [jnp.where(mask, jnp.take(x.reshape(-1), row_index, axis=0), 0.0) for x in scored]
-        return gathered[LOGPROBS], gathered[ENTROPIES]
+        index = jnp.asarray(rows.score_index)
+
+        def of_tokens(values: Array) -> Array:
+            # Parts hold whole packed rows, so that no device reads the scored tokens of another.
+            of_parts = values.reshape(index.shape[0], -1)
+            return jnp.where(rows.loss_mask, jnp.take_along_axis(of_parts, index, axis=1), 0.0)
+
+        return of_tokens(scored[LOGPROBS]), of_tokens(scored[ENTROPIES])
 
     def score_microbatches(
         self,
         params: Params,
         packed: Packed,
-        row_index: ArrayLike,
-        mask: ArrayLike,
+        rows: RaggedRows,
         sampling: SamplingParams | None,
         what: int = LOGPROBS,
     ) -> Array:
-        """Log-probs or entropies `[M, B, T]` of all microbatches."""
+        """Log-probs or entropies `[M, Q, C]` of the loss tokens of all microbatches."""
 
         def score(m, out):
-            one, index, kept = jax.tree.map(lambda x: x[m], (packed, row_index, mask))
-            return out.at[m].set(self.rows_logprobs(params, one, index, kept, sampling)[what])
+            one, of_one = jax.tree.map(lambda x: x[m], (packed, rows))
+            return out.at[m].set(self.token_logprobs(params, one, of_one, sampling)[what])
 
-        return jax.lax.fori_loop(0, _live_microbatches(mask), score, jnp.zeros(mask.shape, jnp.float32))
+        return jax.lax.fori_loop(0, _live_microbatches(rows.loss_mask), score, jnp.zeros(rows.place.shape, jnp.float32))
 
     def _microbatch_loss(
-        self, trainable: Any, base: Any, packed: Packed, rows: Rows, sampling: Any, *, anchored: bool
+        self, trainable: Any, base: Any, packed: Packed, ragged: RaggedRows, sampling: Any, *, anchored: bool
     ) -> tuple[Array, Metrics]:
         params = self.subtree.merge(trainable, base)
-        logprobs, entropies = self.rows_logprobs(params, packed, rows.row_index, rows.loss_mask, sampling)
+        of_tokens = self.token_logprobs(params, packed, ragged, sampling)
+        logprobs, entropies = (spread(ragged, x) for x in of_tokens)
+        rows = dense_rows(ragged)
 
         # The only update of a rollout starts from the old policy: the ratio is 1, and only its gradient counts.
         if self._old_is_current and not anchored:
@@ -210,15 +218,16 @@ class UpdateProgram:
         # Corrections come first: selection is of the advantages that they leave.
         if self.loss.correct_fn is not None:
             anchored = self._anchored(params, batch, sampling)
-            rows, metrics, scale = self.loss.correct_fn(anchored.rows)
-            batch = TrainBatch(packed=batch.packed, rows=rows)
+            corrected, metrics, scale = self.loss.correct_fn(dense_rows(anchored.rows))
+            batch = TrainBatch(packed=batch.packed, rows=ragged_rows(corrected, anchored.rows))
 
         if self.loss.select_fn is not None:
-            mask = jnp.asarray(batch.rows.loss_mask)
+            ragged = batch.rows
             # `sampling` None: the entropies are of the full softmax, whatever was sampled from.
-            entropies = self.score_microbatches(params, batch.packed, batch.rows.row_index, mask, None, ENTROPIES)
-            selected = self.loss.select_fn(entropies, mask)
-            batch = with_rows(batch, advantages=jnp.where(selected, batch.rows.advantages, 0))
+            entropies = self.score_microbatches(params, batch.packed, ragged, None, ENTROPIES)
+            mask = spread(ragged, ragged.loss_mask)
+            selected = self.loss.select_fn(spread(ragged, entropies), mask)
+            batch = with_rows(batch, advantages=jnp.where(gather(ragged, selected), ragged.advantages, 0))
             fraction = jnp.sum(selected & mask) / jnp.maximum(jnp.sum(mask), 1)
             metrics = metrics | {"loss/selected_fraction": fraction}
         return batch, metrics, scale
@@ -227,8 +236,7 @@ class UpdateProgram:
         """The minibatch with old log-probs, which a single update would else leave to the loss itself."""
         if not self._old_is_current:
             return batch
-        rows = batch.rows
-        scored = self.score_microbatches(params, batch.packed, rows.row_index, rows.loss_mask, sampling)
+        scored = self.score_microbatches(params, batch.packed, batch.rows, sampling)
         return with_rows(batch, old_logprobs=scored)
 
 
@@ -268,11 +276,16 @@ def _live_microbatches(mask: ArrayLike) -> Array:
 
 
 def _packing_metrics(batch: TrainBatch) -> Metrics:
-    mask = jnp.asarray(batch.rows.loss_mask)
+    mask = batch.rows.loss_mask
     real = jnp.asarray(batch.packed.subtree_end) > 0
 
-    # A row counts up to its last loss token, which is as far as it is packed.
-    flat = jnp.sum(jnp.max(jnp.where(mask, jnp.arange(mask.shape[-1]) + 1, 0), axis=-1))
+    # A row counts up to its last loss token, which is as far as it is packed. Tokens stand in the order of line and
+    # position, so the last of a line is the one that another line, or nothing, follows.
+    place = jnp.asarray(batch.rows.place)
+    line = place // batch.rows.width
+    after = jnp.pad(line[..., 1:], ((0, 0), (0, 0), (0, 1)), constant_values=-1)
+    is_last = mask & (line != after)
+    flat = jnp.sum(jnp.where(is_last, place % batch.rows.width + 1, 0))
     unique = jnp.maximum(jnp.sum(real), 1)
     capacity = jnp.maximum(_live_microbatches(mask), 1) * real.shape[1] * real.shape[2]
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from rljax.envs import check_chat_template, get_format
 from rljax.plans import RolloutPlan
-from rljax.rollouts.actor import GroupRequest, RolloutSettings, ScoredGroup
+from rljax.rollouts.actor import Decoder, GroupRequest, RolloutSettings, ScoredGroup
 from rljax.rollouts.black_box.endpoint import ChatEndpoint
 from rljax.rollouts.black_box.recording import Reply, Session, common_prompt, sample_of
 from rljax.rollouts.config import ActorParts, TurnsConfig, make_rewards, require_one_process
@@ -138,6 +138,10 @@ class BlackBoxActor(QueuedActor):
         settings = replace(self.settings, sampling=sampling)
         config = replace(self.config, trained_conversations=1)
         return BlackBoxActor(self.endpoint, self.agent, self.rewards, settings, config)
+
+    @property
+    def decoders(self) -> Sequence[Decoder]:
+        return (self.endpoint.decoder,)
 
     def cache_bytes(self) -> int:
         return self.endpoint.cache_bytes()

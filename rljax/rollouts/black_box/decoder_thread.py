@@ -136,7 +136,11 @@ class DecoderThread:
 
             # A conversation grows at its end only: it can go on where all that it holds is part of the request.
             goes_on = source in self._free and 0 < common[source] == len(self._cached[source])
-            conversation = source if goes_on else self._free[0]
+            conversation = source if goes_on else self._decoder.pick(self._free)
+            # Of several that share as much, one of the same devices need not be sent.
+            place = self._decoder.part_of(conversation)
+            best = np.flatnonzero(np.equal(common, common[source])).tolist()
+            source = next((x for x in best if self._decoder.part_of(x) == place), source)
             turn = Turn(
                 conversation=conversation,
                 tokens=request.tokens.tolist(),

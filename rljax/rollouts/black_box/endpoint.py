@@ -158,6 +158,11 @@ class ChatEndpoint:
         stats = self._decoder.call(lambda decoder: {**decoder.stats, "rows": decoder.spec.rows})
         return {name: float(value) for name, value in stats.items()}
 
+    @property
+    def decoder(self) -> TurnDecoder:
+        """What it speaks with; while the endpoint is open another thread uses it."""
+        return self._turn_decoder
+
     def cache_bytes(self) -> int:
         """Bytes of keys and values over all devices."""
         return self._turn_decoder.cache_bytes()

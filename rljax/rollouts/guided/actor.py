@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Bool, Int
 
 from rljax.plans import RolloutPlan
-from rljax.rollouts.actor import Actor, ScoredGroup, number_groups
+from rljax.rollouts.actor import Actor, Decoder, ScoredGroup, number_groups
 from rljax.rollouts.config import ActorParts
 from rljax.rollouts.guided.guidance import (
     FINAL_ACTIONS,
@@ -249,6 +249,10 @@ class GuidedActor(QueuedActor):
 
     def for_evaluation(self, sampling: SamplingParams) -> Actor:
         return self.plain.for_evaluation(sampling)
+
+    @property
+    def decoders(self) -> Sequence[Decoder]:
+        return self.plain.decoders
 
     def cache_bytes(self) -> int:
         return self.plain.cache_bytes()

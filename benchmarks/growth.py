@@ -1,0 +1,192 @@
+"""What grows with a limit that nobody reaches: caps of length, stop strings, ragged rows, programs.
+
+    python benchmarks/growth.py --preset=full --json=growth.json
+
+`cap_cost`: the time of the same short completions under the largest `max_new_tokens` over that under the smallest.
+`stop_string_growth`: host time a token that looking for a stop string costs, in long completions over short ones; it is
+the time with stop strings less that without. `rows_bytes_per_token`: bytes of `RaggedRows` for a token of rows whose
+lengths are lognormal, mean over ragged minibatches; `pack_us_per_token`: microseconds of the host to lay one out and
+fill it. `update_programs`: programs that the updates of ragged rollouts take; `compiles_after_warmup`: of all kinds,
+once those that are likely have been compiled.
+
+`small` and `smoke` are shorter forms of `full`; all are a tiny model on the CPU. No rivals: this is growth, not speed.
+"""
+
+import dataclasses
+import statistics
+import time
+
+import jax
+import numpy as np
+import optax
+from _common import TINY, finish, machine, parse_arguments, random_prompts, write_model
+from _probe import probe
+
+from rljax.batching import layout, loss_mask, pack, stack
+from rljax.losses import clipped, policy_loss, token_mean, token_ratio
+from rljax.models import load_model
+from rljax.sampling import Request, Sampler, SamplerSpec, Stops, compile_count, sampling_params
+from rljax.training import Learner, UpdateConfig
+from rljax.types import RolloutBatch, Trajectory
+
+SIZES = {
+    "smoke": dict(new=8, caps=(8, 32), stops=(8, 16), rows=2, steps=3, groups=4, size=4, median=12, cap=64),
+    "small": dict(new=64, caps=(64, 1024), stops=(64, 512), rows=4, steps=20, groups=16, size=8, median=40, cap=256),
+    "full": dict(new=64, caps=(64, 4096), stops=(256, 8192), rows=4, steps=60, groups=16, size=8, median=40, cap=256),
+}
+SIZES["gpu"] = SIZES["small"]
+REQUESTS = 16
+PROMPT = 16
+
+
+class Text:
+    """Every token is one letter, none of which is in the stop string."""
+
+    def decode(self, ids) -> str:
+        return "a" * len(ids)
+
+
+def decode_seconds(model, cap: int, new: int, rows: int, requests: int, stops: Stops | None = None) -> float:
+    """Of `requests` completions of `new` tokens under `max_new_tokens` of `cap`, all programs compiled."""
+    config, params = model
+    spec = SamplerSpec(prompt_buckets=(PROMPT,), max_new_tokens=cap, prompt_slots=rows, sample_slots=1)
+    sampler = Sampler(config, spec, stops or Stops())
+    sampler.set_params(params)
+    sampler.warmup()
+    prompts = random_prompts(TINY, requests, PROMPT, seed=1)
+    asked = [Request(prompt, i, (0,), max_new_tokens=new) for i, prompt in enumerate(prompts)]
+
+    def run() -> float:
+        begin = time.perf_counter()
+        sampler.generate(asked, sampling_params(), seed=0, step=0)
+        return time.perf_counter() - begin
+
+    run()
+    return run()
+
+
+def stop_us(model, new: int, rows: int) -> float:
+    """Microseconds a token that looking for a stop string adds."""
+    stops = Stops(strings=("stop",), decode_text=Text().decode)
+    plain = decode_seconds(model, new, new, rows, rows)
+    looked = decode_seconds(model, new, new, rows, rows, stops)
+    return max(looked - plain, 0.0) / (rows * new) * 1e6
+
+
+def rollout(size, vocab: int, step: int) -> RolloutBatch:
+    """Groups of rows of lognormal lengths, which share a prompt."""
+    rng = np.random.default_rng([3, step])
+    rows = []
+    for group in range(size["groups"]):
+        prompt = rng.integers(3, vocab, int(rng.integers(4, PROMPT)))
+        for _ in range(size["size"]):
+            new = int(np.clip(rng.lognormal(np.log(size["median"]), 1.0), 1, size["cap"]))
+            tokens = np.concatenate([prompt, rng.integers(3, vocab, new)]).astype(np.int32)
+            mask = np.arange(len(tokens)) >= len(prompt)
+            zeros = np.zeros(len(tokens), np.int32)
+            rows.append(
+                Trajectory(
+                    tokens=tokens,
+                    action_mask=mask,
+                    behavior_logprobs=np.where(mask, -1.0, 0.0).astype(np.float32),
+                    entropies=np.zeros(len(tokens), np.float32),
+                    turn_ids=zeros,
+                    policy_version=zeros,
+                    prompt_id=group,
+                    group_id=group,
+                    episode_id=len(rows),
+                )
+            )
+    # One width, as `config.update.trajectory_buckets` sets it in a run: aggregation is no program of the update.
+    return stack(rows, length_buckets=(size["cap"] + PROMPT,))
+
+
+def packing(size, update: UpdateConfig, vocab: int) -> tuple[float, float]:
+    """Bytes of rows, and microseconds of packing, a token; means over the ragged rollouts."""
+    of_bytes = []
+    of_time = []
+    for step in range(size["steps"]):
+        batch = rollout(size, vocab, step)
+        mask = loss_mask(batch)
+        begin = time.perf_counter()
+        made = pack(batch, mask.astype(np.float32), update, packing=layout(batch, mask, update))
+        of_time.append((time.perf_counter() - begin) / batch.lengths.sum() * 1e6)
+        of_bytes.append(sum(np.asarray(x).nbytes for x in jax.tree.leaves(made.rows)) / batch.lengths.sum())
+    return statistics.mean(of_bytes), statistics.median(of_time)
+
+
+def programs(model, size, update: UpdateConfig, vocab: int) -> tuple[int, int]:
+    """Shapes of the minibatches of ragged rollouts, and what compiled after those were that are likely."""
+    config, params = model
+    loss = policy_loss(token_ratio, clipped(), token_mean)
+    learner = Learner(config, loss, optax.sgd(1e-3), update)
+    state = learner.init_state(params)
+    shapes = set()
+    compiled = 0
+    for step in range(size["steps"]):
+        batch = rollout(size, vocab, step)
+        (minibatch,) = learner.prepare(state, batch, batch.action_mask.astype(np.float32))
+        if step == 0:
+            state = learner.warm_up(state, minibatch)
+            compiled = compile_count()
+        state, _ = learner.update(state, minibatch)
+        shapes.add(str(jax.tree.map(np.shape, minibatch)))
+    jax.block_until_ready(state.step)
+    return len(shapes), compile_count() - compiled
+
+
+def main() -> None:
+    arguments = parse_arguments(__doc__.splitlines()[0], rivals=())
+    size = SIZES[arguments.preset]
+    quick = arguments.preset == "smoke"
+    probes = [probe("float32", quick)]
+    config, params = load_model(write_model(TINY), dtype="float32", param_dtype="float32")
+    # Positions enough for the longest cap.
+    model = (dataclasses.replace(config, max_position=2 * max(size["caps"] + size["stops"])), params)
+    update = UpdateConfig(pack_length=2 * size["cap"], microbatch_size=2)
+    vocab = TINY["vocab_size"]
+
+    lines = []
+
+    def line(name: str, value: float, seconds: list[float] | None = None) -> float:
+        more = {} if seconds is None else {"seconds": statistics.median(seconds), "all_seconds": seconds}
+        lines.append({"name": name, "value": value} | more)
+        print(f"{name}: {value:.3g}", flush=True)
+        return value
+
+    caps: dict[int, list[float]] = {cap: [] for cap in size["caps"]}
+    looks: dict[int, list[float]] = {new: [] for new in size["stops"]}
+    for _ in range(arguments.repeats):
+        for cap, found in caps.items():
+            found.append(decode_seconds(model, cap, size["new"], REQUESTS, REQUESTS))
+        for new, found in looks.items():
+            found.append(stop_us(model, new, size["rows"]))
+
+    for cap, found in caps.items():
+        line(f"seconds of {REQUESTS} x {size['new']} tokens at max_new_tokens {cap}", statistics.median(found), found)
+    for new, found in looks.items():
+        line(f"us a token of stop strings in {new} tokens", statistics.median(found))
+    of_bytes, of_time = packing(size, update, vocab)
+    line("bytes of rows a token", of_bytes)
+    line("us of packing a token", of_time)
+    used, compiled = programs(model, size, update, vocab)
+    line("update programs", used)
+    line("compiles after the warm-up", compiled)
+
+    few, many = (statistics.median(found) for found in caps.values())
+    short, long = (statistics.median(found) for found in looks.values())
+    ratios: dict[str, float | None] = {
+        "cap_cost": many / few,
+        # A time below what can be told apart from nothing has no ratio.
+        "stop_string_growth": long / short if short > 0 else None,
+        "rows_bytes_per_token": of_bytes,
+        "pack_us_per_token": of_time,
+        "update_programs": used,
+        "compiles_after_warmup": compiled,
+    }
+    probes.append(probe("float32", quick))
+    finish("growth", arguments, machine(probes), {"model": TINY, "dtype": "float32", **size}, lines, ratios)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,286 @@
+"""Memory of one device by phase of a step, predicted from shapes and as the compiler has it.
+
+What coexists is added up, and nothing else: weights and optimizer stay throughout, keys and values are there while
+sampling, gradients and activations while updating.
+"""
+
+import dataclasses
+import math
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AbstractMesh, Mesh
+
+from rljax.experiment.build import Run
+from rljax.models import abstract_params, hidden_states
+from rljax.models.attention import MAX_BLOCKS, MIN_BLOCK
+from rljax.parallel import MESH_AXES, Collective, CompiledMemory, batch_parts, collectives, compiled_memory
+from rljax.sampling import DecoderPlan
+from rljax.training import Learner
+from rljax.types import TrainBatch
+
+GIB = 2**30
+
+
+@dataclasses.dataclass(frozen=True)
+class Phase:
+    """What lies on one device in one phase of a step. Bytes by part."""
+
+    name: str
+    """`sample`, `score`, `update`, or `critic`."""
+    held: Mapping[str, int]
+    """What is there before and after: it is known exactly."""
+    working: Mapping[str, int]
+    """What its programs add while they run, predicted from shapes."""
+
+    @property
+    def predicted(self) -> int:
+        """Most bytes at a time."""
+        return sum(self.held.values()) + sum(self.working.values())
+
+
+@dataclasses.dataclass(frozen=True)
+class Compiled:
+    """A program of a phase, compiled."""
+
+    phase: str
+    name: str
+    seconds: float
+    """Wall seconds of tracing and compiling."""
+    memory: CompiledMemory
+    collectives: Sequence[Collective]
+    """Of one call; of a program that decodes, of one step."""
+    lacks: tuple[str, ...] = ()
+    """Parts that its phase holds and that are not there yet when it runs."""
+
+    @property
+    def added(self) -> int:
+        """Bytes that it adds to what it is called with."""
+        memory = self.memory
+        return memory.temporaries + memory.code + memory.outputs - memory.aliased
+
+    def peak(self, phase: Phase) -> int:
+        """Most bytes on one device while it runs in `phase`."""
+        return self.added + sum(size for name, size in phase.held.items() if name not in self.lacks)
+
+
+def phases(run: Run, batch: TrainBatch, plans: Sequence[DecoderPlan]) -> list[Phase]:
+    """The phases of a step, in order; `plans` are those of the actor's decoders, `batch` is the largest minibatch."""
+    state = held_state(run)
+    decoder = {"decoder weights": sum(bytes_of(plan.weights) for plan in plans)}
+    kept = sum(bytes_of(plan.cache) for plan in plans if plan.keeps_cache)
+    passing = max((bytes_of(plan.cache) for plan in plans if not plan.keeps_cache), default=0)
+    conversations = {"KV cache": kept} if kept else {}
+
+    training = state | decoder | conversations | {"batch": bytes_of(batch)}
+    found = [Phase("sample", state | decoder | {"KV cache": kept + passing}, _decoding(run, plans))]
+    if scores(run):
+        found.append(Phase("score", training, _scoring(run.learner, batch)))
+    if run.critic is not None:
+        found.append(Phase("critic", training, predict_update(run.critic.learner, batch)))
+    return [*found, Phase("update", training, predict_update(run.learner, batch))]
+
+
+def scores(run: Run) -> bool:
+    """Whether a step scores its rollout before it updates: for old log-probs of several updates, or a reference."""
+    update = run.config.update
+    several = update.minibatches * update.epochs > 1
+    return run.algorithm.plan.needs_ref or (several and not update.use_sampler_logprobs)
+
+
+def held_state(run: Run) -> dict[str, int]:
+    """What a run's state takes on one device, by part: there throughout."""
+    state = run.learner.abstract_state()
+    parts = {
+        "parameters": bytes_of(state.trainable) + bytes_of(state.base),
+        "optimizer": bytes_of(state.opt_state),
+    }
+    if state.ref_trainable is not None:
+        parts["reference"] = bytes_of(state.ref_trainable)
+    if run.critic is not None:
+        own = run.critic.abstract_state()
+        parts["critic"] = bytes_of(own.trainable) + bytes_of(own.base) + bytes_of(own.opt_state)
+    return parts
+
+
+def bytes_of(tree: Any) -> int:
+    """Bytes on one device of a tree of `jax.ShapeDtypeStruct`s; of an array without a sharding, all of them."""
+
+    def one(x: Any) -> int:
+        shape = x.shape if x.sharding is None else x.sharding.shard_shape(x.shape)
+        return math.prod(shape) * np.dtype(x.dtype).itemsize
+
+    return sum(map(one, jax.tree.leaves(tree)))
+
+
+def compile_phases(run: Run, batch: TrainBatch, plans: Sequence[DecoderPlan]) -> Iterator[Compiled]:
+    """The programs of a step at their largest shapes, compiled one by one for the run's devices. Nothing runs."""
+    sampling = run.config.sampling.params()
+    for index, (decoder, plan) in enumerate(zip(run.actor.decoders, plans, strict=True)):
+        behind = f" {index}" if index else ""
+        start = time.perf_counter()
+        for name, lowered in decoder.lower(plan, sampling).items():
+            # The copy is what it returns: both are counted as the decoder's weights.
+            copies = ("decoder weights",) if name == "weights" else ()
+            lacks = (*copies, "KV cache") if copies and not plan.keeps_cache else copies
+            yield _compile("sample", f"{name}{behind}", lowered, start, lacks=lacks)
+            start = time.perf_counter()
+
+    microbatches = batch.packed.tokens.shape[0]
+    if scores(run):
+        start = time.perf_counter()
+        yield _compile("score", "score", run.learner.lower_score(batch), start, microbatches)
+    if run.critic is not None:
+        start = time.perf_counter()
+        yield _compile("critic", "critic", run.critic.learner.lower_update(batch), start, microbatches)
+    start = time.perf_counter()
+    yield _compile("update", "update", run.learner.lower_update(batch), start, microbatches)
+
+
+def _compile(
+    phase: str,
+    name: str,
+    lowered: jax.stages.Lowered,
+    start: float,
+    microbatches: int = 1,
+    *,
+    lacks: tuple[str, ...] = (),
+) -> Compiled:
+    compiled = lowered.compile()
+    seconds = time.perf_counter() - start
+    # Microbatches are a loop whose number is data, in which the chunks of the vocabulary's head are another.
+    found = collectives(compiled, (microbatches, 1))
+    return Compiled(phase, name, seconds, compiled_memory(compiled), found, lacks)
+
+
+def predict_update(learner: Learner, batch: TrainBatch) -> dict[str, int]:
+    """What an update of a learner on a mesh adds, by part: the most of three places in its passes."""
+    config = learner.config
+    microbatches = batch.packed.tokens.shape[0]
+    trainable = learner.abstract_state().trainable
+    gradients = bytes_of(jax.tree.map(lambda x: x.update(dtype=np.float32), trainable))
+
+    layers = _layers(learner, batch)
+    head = _head(learner, batch)
+    # Gradients of the table are added up whole on each device, and then shared out; of a tied one, two wait for that.
+    table = config.vocab_size * config.embed_dim * 4 // _tensor(learner)
+    is_split = batch_parts(_mesh(learner)) > 1
+    embedding = (2 if config.tied_embeddings else 1) * table if is_split else table
+
+    held = {"activations": layers["activations"]}
+    if microbatches > 1:
+        # The sum of earlier microbatches is kept beside the newest.
+        held["sum of gradients"] = gradients
+    at_head = held | head
+    in_layers = held | {"gradients": gradients, "a layer": layers["a layer"]}
+    at_embedding = held | {"gradients": gradients, "embedding gradient": embedding}
+    at_embedding["activations"] = 0
+    return max(at_head, in_layers, at_embedding, key=lambda parts: sum(parts.values()))
+
+
+def _scoring(learner: Learner, batch: TrainBatch) -> dict[str, int]:
+    """What scoring a minibatch adds."""
+    head = _head(learner, batch, backward=False)
+    return max({"a layer": _layers(learner, batch, backward=False)["a layer"]}, head, key=lambda x: sum(x.values()))
+
+
+def _decoding(run: Run, plans: Sequence[DecoderPlan]) -> dict[str, int]:
+    """What sampling adds beside keys and values: the logits of a step, or a layer of a prefill."""
+    config = run.decoder
+    parts = batch_parts(run.mesh)
+    tensor = run.mesh.shape["tensor"]
+
+    def own(rows: int) -> int:
+        """Rows of one device; those that do not divide are everybody's."""
+        return rows if rows % parts else rows // parts
+
+    # Logits as they are, tempered, truncated, and summed up along the vocabulary.
+    logits = max(4 * own(plan.rows) * config.vocab_size * 4 // tensor for plan in plans)
+
+    heads = (2 * config.num_heads + 2 * config.num_kv_heads) * config.head_dim
+    per_token = (2 * config.embed_dim + (heads + 2 * config.mlp_dim) // tensor) * np.dtype(config.dtype).itemsize
+    layer = max(own(plan.prefill[0]) * plan.prefill[1] * per_token for plan in plans)
+    return {"logits": logits} if logits > layer else {"prefill": layer}
+
+
+def _mesh(learner: Learner) -> Mesh:
+    assert learner.mesh is not None
+    return learner.mesh
+
+
+def _tensor(learner: Learner) -> int:
+    return _mesh(learner).shape["tensor"]
+
+
+def _head(learner: Learner, batch: TrainBatch, *, backward: bool = True) -> dict[str, int]:
+    """Of the vocabulary head: its copy for products, its own gradient, and a chunk of logits. None of a critic."""
+    config = learner.config
+    if config.value_head:
+        return {}
+
+    tensor = _tensor(learner)
+    parts = batch_parts(_mesh(learner))
+    _, rows, scored = batch.packed.score_index.shape
+    tokens = rows // parts * scored
+    chunk = min(learner.update_config.head_chunk, tokens)
+    size = config.vocab_size * config.embed_dim // tensor
+    width = np.dtype(config.dtype).itemsize
+    logits = chunk * config.vocab_size // tensor
+
+    found = {"vocabulary head": size * width}
+    if backward:
+        # The sum so far, and beside it what the newest chunk adds; a gradient of logits is of the compute dtype.
+        found["its gradient"] = size * 4 * (2 if chunk < tokens else 1)
+    return found | {"logits": logits * (width if backward and chunk < tokens else 8)}
+
+
+def _layers(learner: Learner, batch: TrainBatch, *, backward: bool = True) -> dict[str, int]:
+    """Of the layers: what the forward pass keeps for the backward pass, and what one layer takes while it runs.
+
+    The first is read off a trace of the forward pass as one device runs it: its own rows, its own heads.
+    """
+    config = learner.config
+    tensor = _tensor(learner)
+    parts = batch_parts(_mesh(learner))
+    _, rows, length = batch.packed.tokens.shape
+    own = dataclasses.replace(
+        config,
+        num_heads=config.num_heads // tensor,
+        num_kv_heads=config.num_kv_heads // tensor,
+        mlp_dim=config.mlp_dim // tensor,
+    )
+    options = learner.program.score_options
+    ids = jax.ShapeDtypeStruct((rows // parts, length), np.int32)
+
+    def forward(remat):
+        def pull(params, tokens, positions, ends):
+            how = {"remat": remat, "attention": options["attention"]}
+            return jax.vjp(lambda p: hidden_states(own, p, tokens, positions, ends, **how), params)[1]
+
+        alone = AbstractMesh(
+            (1,) * len(MESH_AXES), MESH_AXES, abstract_device=_mesh(learner).abstract_mesh.abstract_device
+        )
+        with jax.sharding.use_abstract_mesh(alone):
+            return _kept_by_scan(jax.make_jaxpr(pull)(abstract_params(own), ids, ids, ids).jaxpr)
+
+    kept = forward(options["remat"])
+    whole = kept if options["remat"] == "none" else forward("none")
+    weights = sum(math.prod(x.shape[1:]) for x in jax.tree.leaves(abstract_params(own)["layers"]))
+    # Blocks of queries need nothing of each other, so the compiler runs them side by side: logits and weights of all.
+    blocks = min(MAX_BLOCKS, -(-length // MIN_BLOCK))
+    scores = 2 * (rows // parts) * own.num_heads * length**2 * (blocks + 1) // (2 * blocks) * 4
+    copies = np.dtype(config.dtype).itemsize + (4 if backward else 0)
+    layer = weights * copies + scores
+    if options["remat"] != "none" or not backward:
+        layer += whole // config.num_layers
+    return {"activations": kept, "a layer": layer}
+
+
+def _kept_by_scan(jaxpr: Any) -> int:
+    """Bytes that the scan over layers stacks up for its backward pass."""
+    scans = [equation for equation in jaxpr.eqns if equation.primitive.name == "scan"]
+    stacked = [x for scan in scans for x in scan.outvars[scan.params["num_carry"] :]]
+    return sum(math.prod(x.aval.shape) * x.aval.dtype.itemsize for x in stacked)

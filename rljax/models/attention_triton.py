@@ -1,0 +1,276 @@
+"""The attention kernels for a GPU (Pallas through Triton).
+
+What a block holds stands in columns, what its loop walks over in rows. bfloat16 heads of 64 and 128 fit in the
+registers of an A100 and an H200.
+
+A kernel takes one reference per array, inputs before outputs, and so has as many parameters as it has arrays: Pallas
+passes them by position, and a struct around them would have to be taken apart again at once.
+"""
+
+import functools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jaxtyping import Array, Float
+
+from rljax.models.attention import MASKED, score_divisor
+from rljax.models.attention_blocks import (
+    Options,
+    count_from,
+    dot,
+    dot_rows,
+    is_visible,
+    lists,
+    padded,
+    visible_blocks,
+)
+
+BLOCK = 64
+"""Queries and keys of a block: what registers hold of the backward pass."""
+
+
+class _Target(NamedTuple):
+    """How kernels are made for one kind of device."""
+
+    block_q: int
+    block_k: int
+    params: Any = None  # (arrays that a kernel walks over) -> the compiler's parameters
+    interpret: bool = False
+
+
+def _target(options: Options, head_dim: int) -> _Target:
+    block = BLOCK if head_dim <= 128 or options.interpret else BLOCK // 2
+    blocks = (options.block_q or block, options.block_k or block)
+    if options.interpret:
+        return _Target(*blocks, interpret=True)
+
+    from jax.experimental.pallas import triton
+
+    def params(walked: Sequence[Array]):
+        # Blocks that are fetched ahead take shared memory, and few warps registers, which float32 has not to spare.
+        wide = walked[0].dtype.itemsize >= 4
+        return triton.CompilerParams(num_warps=8 if wide else 4, num_stages=1 if wide else 2)
+
+    return _Target(*blocks, params=params)
+
+
+class _Layout(NamedTuple):
+    """The forest padded to whole blocks, as columns `[R, 1, S, 1]` and rows `[R, 1, 1, S]`, and what sees what."""
+
+    size: int
+    window: Array
+    visible: Array
+    depth_column: Array
+    depth_row: Array
+    end_column: Array
+    end_row: Array
+
+
+def _layout(target: _Target, positions: Array, subtree_end: Array, window: Array) -> _Layout:
+    whole = max(target.block_q, target.block_k)
+    size = -(-positions.shape[1] // whole) * whole
+    depth, end = (padded(x.astype(jnp.int32), 1, size) for x in (positions, subtree_end))
+    return _Layout(
+        size=size,
+        window=window.reshape(1, 1),
+        visible=visible_blocks(depth, end, window, block_q=target.block_q, block_k=target.block_k),
+        depth_column=depth[:, None, :, None],
+        depth_row=depth[:, None, None, :],
+        end_column=end[:, None, :, None],
+        end_row=end[:, None, None, :],
+    )
+
+
+def _whole_blocks(x: Float[Array, "R H S hd"], size: int) -> Float[Array, "R H size width"]:
+    """Padded to whole blocks, and to a head size that devices can multiply."""
+    return padded(padded(x, 2, size), 3, max(pl.next_power_of_2(x.shape[3]), 16))
+
+
+def _call(target: _Target, kernel, name: str, block: int, steering, window, own, walked, outputs) -> Sequence[Array]:
+    """Runs `kernel` on the grid `[R, H, blocks]`. Of an array `[R, N, ., .]` a head gets the one of `N` that it belongs
+    to: the `block` entries whose turn it is if the array is in `own`, all of them if in `walked`. `outputs` are shapes,
+    split like `own`."""
+    rows = own[0].shape[0]
+    heads = outputs[0].shape[1]
+    count, numbers = steering
+
+    # `N` is the heads, the heads of keys and values, or 1 for what all heads share.
+
+    def spec(x, split: bool):
+        group = heads // x.shape[1]
+        shape = (None, None, block if split else x.shape[2], x.shape[3])
+        return pl.BlockSpec(shape, lambda r, h, i: (r, jax.lax.div(h, group), i if split else 0, 0))
+
+    # What the loop over blocks is steered by, the same for all heads.
+    steers = [
+        pl.BlockSpec((None, None, 1, 1), lambda r, h, i: (r, i, 0, 0)),
+        pl.BlockSpec((None, None, 1, numbers.shape[-1]), lambda r, h, i: (r, i, 0, 0)),
+        pl.BlockSpec((1, 1), lambda r, h, i: (0, 0)),
+    ]
+    return pl.pallas_call(
+        kernel,
+        name=name,
+        grid=(rows, heads, numbers.shape[1]),
+        in_specs=steers + [spec(x, True) for x in own] + [spec(x, False) for x in walked],
+        out_specs=[spec(x, True) for x in outputs],
+        out_shape=outputs,
+        interpret=target.interpret,
+        **({} if target.params is None else {"compiler_params": target.params(walked)}),
+    )(count, numbers, window, *own, *walked)
+
+
+def forward(options: Options, q, k, v, positions, subtree_end, window) -> tuple[Array, Array]:
+    """(out [R, H, S, hd], log normalisers [R, H, S])"""
+    target = _target(options, q.shape[-1])
+    at = _layout(target, positions, subtree_end, window)
+    length, head_dim = q.shape[2:]
+
+    # The scale is that of the true head size; what the blocks are padded with is 0 and adds nothing to a score.
+    q, k, v = (_whole_blocks(x, at.size) for x in (q, k, v))
+    out, normaliser = _call(
+        target,
+        functools.partial(_forward_kernel, block_k=target.block_k, scale=1.0 / score_divisor(head_dim)),
+        "forest_attention",
+        target.block_q,
+        lists(at.visible),
+        at.window,
+        own=(q, at.depth_column),
+        walked=(k, v, at.depth_row, at.end_row),
+        outputs=[jax.ShapeDtypeStruct(q.shape, q.dtype), jax.ShapeDtypeStruct((*q.shape[:3], 1), jnp.float32)],
+    )
+    return out[:, :, :length, :head_dim], normaliser[:, :, :length, 0]
+
+
+def backward(options: Options, q, k, v, positions, subtree_end, window, d_out, normaliser, expected):
+    """Gradients of q, k and v. Those of keys and values come per query head and are summed over its group here."""
+    target = _target(options, q.shape[-1])
+    at = _layout(target, positions, subtree_end, window)
+    _, heads, length, head_dim = q.shape
+    kv_heads = k.shape[1]
+    dtypes = (q.dtype, k.dtype, v.dtype)
+    scale = 1.0 / score_divisor(head_dim)
+    q, k, v, d_out = (_whole_blocks(x, at.size) for x in (q, k, v, d_out))
+    normaliser, expected = (padded(x, 2, at.size) for x in (normaliser, expected))
+
+    # Blocks of queries walk over the keys that they see; blocks of keys over the queries that see them.
+    (d_q,) = _call(
+        target,
+        functools.partial(_query_kernel, block_k=target.block_k, scale=scale),
+        "forest_attention_dq",
+        target.block_q,
+        lists(at.visible),
+        at.window,
+        own=(q, d_out, normaliser[..., None], expected[..., None], at.depth_column),
+        walked=(k, v, at.depth_row, at.end_row),
+        outputs=[jax.ShapeDtypeStruct(q.shape, q.dtype)],
+    )
+
+    # In float32, since they are still to be summed over the query heads.
+    d_k, d_v = _call(
+        target,
+        functools.partial(_key_kernel, block_q=target.block_q, scale=scale),
+        "forest_attention_dkv",
+        target.block_k,
+        lists(at.visible.swapaxes(1, 2)),
+        at.window,
+        own=(k, v, at.depth_column, at.end_column),
+        walked=(q, d_out, normaliser[:, :, None], expected[:, :, None], at.depth_row),
+        outputs=[jax.ShapeDtypeStruct(q.shape, jnp.float32)] * 2,
+    )
+
+    # The query heads of a group share their keys and values.
+    d_k, d_v = (jnp.sum(x.reshape(x.shape[0], kv_heads, heads // kv_heads, *x.shape[2:]), axis=2) for x in (d_k, d_v))
+    return tuple(x[:, :, :length, :head_dim].astype(dtype) for x, dtype in zip((d_q, d_k, d_v), dtypes, strict=True))
+
+
+def _forward_kernel(
+    count, numbers, window, q, depth, k, v, key_depth, end, out, normaliser, *, block_k: int, scale: float
+):
+    queries = q[...]
+    depth = depth[...]
+    window = window[0, 0]
+    shape = (queries.shape[0], block_k)
+    query = count_from(pl.program_id(2) * shape[0], shape, 0)
+
+    # Softmax in one pass: what is summed so far is scaled down whenever a larger score turns up.
+    def step(n, carry):
+        best, total, acc = carry
+        first = pl.multiple_of(numbers[0, n] * block_k, block_k)
+        keys = pl.ds(first, block_k)
+        visible = is_visible(query, count_from(first, shape, 1), end[:, keys], depth, key_depth[:, keys], window)
+        scores = jnp.where(visible, dot_rows(queries, k[keys, :]) * scale, MASKED)
+        new = jnp.maximum(best, jnp.max(scores, axis=1, keepdims=True))
+
+        # Where a query has seen nothing yet, `new` is MASKED and the exponential 1.
+        weights = jnp.where(visible, jnp.exp(scores - new), 0.0)
+        shrink = jnp.exp(best - new)
+        total = total * shrink + jnp.sum(weights, axis=1, keepdims=True)
+        values = v[keys, :]
+        return new, total, acc * shrink + dot(weights.astype(values.dtype), values)
+
+    column = jnp.zeros((shape[0], 1), jnp.float32)
+    start = (column + MASKED, column, jnp.zeros(queries.shape, jnp.float32))
+    best, total, acc = jax.lax.fori_loop(0, count[0, 0], step, start)
+
+    # Padding sees nothing, not even itself: its output is 0, not NaN.
+    total = jnp.where(total > 0, total, 1.0)
+    out[...] = (acc / total).astype(out.dtype)
+    normaliser[...] = best + jnp.log(total)
+
+
+def _query_kernel(
+    count, numbers, window, q, d_out, normaliser, expected, depth, k, v, key_depth, end, d_q, *, block_k, scale
+):
+    queries = q[...]
+    d_outs = d_out[...]
+    normaliser = normaliser[...]
+    expected = expected[...]
+    depth = depth[...]
+    window = window[0, 0]
+    shape = (queries.shape[0], block_k)
+    query = count_from(pl.program_id(2) * shape[0], shape, 0)
+
+    def step(n, acc):
+        first = pl.multiple_of(numbers[0, n] * block_k, block_k)
+        keys = pl.ds(first, block_k)
+        visible = is_visible(query, count_from(first, shape, 1), end[:, keys], depth, key_depth[:, keys], window)
+        own = k[keys, :]
+        # The softmax is computed anew from its normaliser. `expected` is the mean of d_weights under it.
+        weights = jnp.where(visible, jnp.exp(dot_rows(queries, own) * scale - normaliser), 0.0)
+        d_scores = weights * (dot_rows(d_outs, v[keys, :]) - expected) * scale
+        return acc + dot(d_scores.astype(own.dtype), own)
+
+    acc = jax.lax.fori_loop(0, count[0, 0], step, jnp.zeros(queries.shape, jnp.float32))
+    d_q[...] = acc.astype(d_q.dtype)
+
+
+def _key_kernel(
+    count, numbers, window, k, v, depth, end, q, d_out, normaliser, expected, query_depth, d_k, d_v, *, block_q, scale
+):
+    """Scores stand transposed, keys times queries, so that no product transposes them."""
+    keys = k[...]
+    values = v[...]
+    depth = depth[...]
+    end = end[...]
+    window = window[0, 0]
+    shape = (keys.shape[0], block_q)
+    key = count_from(pl.program_id(2) * shape[0], shape, 0)
+
+    def step(n, carry):
+        d_keys, d_values = carry
+        first = pl.multiple_of(numbers[0, n] * block_q, block_q)
+        at = pl.ds(first, block_q)
+        visible = is_visible(count_from(first, shape, 1), key, end, query_depth[:, at], depth, window)
+        queries = q[at, :]
+        d_outs = d_out[at, :]
+        # As in `_query_kernel`.
+        weights = jnp.where(visible, jnp.exp(dot_rows(keys, queries) * scale - normaliser[:, at]), 0.0)
+        d_scores = weights * (dot_rows(values, d_outs) - expected[:, at]) * scale
+        d_values = d_values + dot(weights.astype(d_outs.dtype), d_outs)
+        return d_keys + dot(d_scores.astype(queries.dtype), queries), d_values
+
+    zeros = jnp.zeros(keys.shape, jnp.float32)
+    d_k[...], d_v[...] = jax.lax.fori_loop(0, count[0, 0], step, (zeros, zeros))

@@ -1,0 +1,100 @@
+"""Programs compiled for TPU pods and GPUs, on a machine that has neither: `make test-aot`."""
+
+import contextlib
+import dataclasses
+import io
+
+import numpy as np
+import pytest
+from machines import machine
+
+from rljax.algorithms import GRPO
+from rljax.batching import PackConfig, layout, loss_mask, stack
+from rljax.experiment.dry_run import in_shapes, phase_peak, print_plan
+from rljax.experiment.memory import bytes_of
+from rljax.experiment.sft import demonstration
+from rljax.models import DecoderConfig
+from rljax.parallel import MeshConfig, batch_parts, chip_of, collectives, compiled_memory, make_mesh, traffic
+from rljax.testing import tiny_config
+from rljax.training import Learner, OptimizerConfig, UpdateConfig
+from rljax.types import TrainBatch
+
+pytestmark = pytest.mark.aot
+
+MODEL = DecoderConfig(
+    vocab_size=32768,
+    num_layers=4,
+    embed_dim=512,
+    num_heads=8,
+    num_kv_heads=4,
+    head_dim=64,
+    mlp_dim=1536,
+    dtype="bfloat16",
+    param_dtype="float32",
+)
+
+
+@pytest.mark.parametrize(
+    ("name", "count", "platform", "gib"),
+    [
+        ("v4:2x2x2", 8, "tpu", 32),
+        ("v5e:16x16", 256, "tpu", 16),
+        ("v5e:1x1", 1, "tpu", 16),
+        ("v5p:4x4x4", 64, "tpu", 95),
+        ("v6e:8x8", 64, "tpu", 32),
+        ("h100:64", 64, "gpu", 79),
+        ("h200:8", 8, "gpu", 131),
+    ],
+)
+def test_a_machine_by_name_has_its_devices(name, count, platform, gib):
+    devices = machine(name)
+    assert len(devices) == count and {device.platform for device in devices} == {platform}
+    assert chip_of(devices[0]).memory // 2**30 == gib
+
+
+@pytest.mark.parametrize("name", ["v5e:3x3", "v5p:3x3x3"])
+def test_a_shape_that_no_pod_has_is_refused_in_one_line(name):
+    machine("v5e:2x2")
+    with pytest.raises(ValueError, match=rf"^topology '{name}': [^\n]+$"):
+        machine(name)
+
+
+@pytest.mark.parametrize("name", ["v5e:2x4", "v5p:2x2x2", "h100:8"])
+def test_an_update_compiles_with_the_state_in_place(name):
+    mesh = make_mesh(1, 8, 1, devices=machine(name))
+    update = UpdateConfig(pack_length=1024, microbatch_size=8, head_chunk=256)
+    learner = Learner(MODEL, GRPO(kl_coef=0.0).build().loss, OptimizerConfig(), update, mesh=mesh)
+    compiled = learner.lower_update(minibatch(mesh, microbatches=2, rows=8, length=1024)).compile()
+    memory = compiled_memory(compiled)
+    state = learner.abstract_state()
+    held = bytes_of(state.trainable) + bytes_of(state.opt_state)
+    # What is replaced is written where it lay.
+    assert memory.aliased == pytest.approx(held, rel=0.02)
+    assert memory.peak < chip_of(mesh.devices.flat[0]).memory
+
+    # Weights are gathered for their products, and gradients reduced.
+    moved = traffic(collectives(compiled))
+    assert moved["all-gather"] > 0 and moved.keys() & {"reduce-scatter", "all-reduce"}
+
+
+@pytest.mark.parametrize("name", ["v5e:2x4", "h100:8"])
+def test_a_run_is_planned_for_a_machine(name):
+    machine(name)
+    update = dataclasses.replace(tiny_config().update, microbatch_size=8)
+    config = tiny_config(mesh=MeshConfig(fsdp=8), update=update)
+    with contextlib.redirect_stdout(io.StringIO()) as text:
+        result = print_plan(config, topology=name)
+    assert {program.name for program in result["compiled"]} == {"weights", "prefill", "decode", "update"}
+    assert "it fits" in text.getvalue() and result["topology"] == name
+    for phase in result["phases"]:
+        assert phase_peak(phase, result["compiled"])[0] > sum(phase.held.values())
+
+
+def minibatch(mesh, *, microbatches, rows, length):
+    rng = np.random.default_rng(0)
+    ids = rng.integers(1, 256, (microbatches * rows, length)).tolist()
+    half = length // 2
+    batch = stack([demonstration(row[:half], row[half:], i, i) for i, row in enumerate(ids)], length_buckets=(length,))
+    config = PackConfig(pack_length=length, microbatch_size=rows, share_prefixes=False, score_buckets=(half,))
+    packing = layout(batch, loss_mask(batch), config, parts=batch_parts(mesh))
+    return in_shapes(TrainBatch(packed=packing.packed, rows=packing.rows_to_score()), mesh)

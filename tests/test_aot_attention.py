@@ -1,0 +1,38 @@
+"""The attention kernels compiled for TPUs: `make test-aot`."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import SingleDeviceSharding
+from machines import machine
+
+from rljax.models.attention_kernel import forest_attention_kernel
+
+pytestmark = pytest.mark.aot
+
+
+@pytest.mark.parametrize("name", ["v5e:1x1", "v5p:2x2x1", "v6e:1x1"])
+@pytest.mark.parametrize(
+    ("length", "rows", "dtype"), [(4096, 8, "float32"), (32768, 2, "bfloat16"), (131072, 1, "bfloat16")]
+)
+def test_a_row_of_any_length_fits_vector_memory(name, length, rows, dtype):
+    """Forward and backward, with the heads of Qwen3-0.6B; what overflows vector or scalar memory does not compile."""
+    where = SingleDeviceSharding(machine(name)[0])
+
+    def shaped(shape, dtype):
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=where)
+
+    q = shaped((rows, length, 16, 128), dtype)
+    k = shaped((rows, length, 8, 128), dtype)
+    of_tokens = shaped((rows, length), jnp.int32)
+
+    def loss(q, k, v, positions, subtree_end):
+        out = forest_attention_kernel(q, k, v, positions, subtree_end, jnp.int32(1 << 30))
+        return jnp.sum(out.astype(jnp.float32))
+
+    compiled = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).lower(q, k, k, of_tokens, of_tokens).compile()
+    assert compiled.as_text().count('custom_call_target="tpu_custom_call"') == 3
+
+    # A few copies of the arrays, and nothing that grows with the square of a length.
+    temporaries = compiled.memory_analysis().temp_size_in_bytes
+    assert temporaries < 4 * 2 * q.size * jnp.dtype(dtype).itemsize

@@ -1,0 +1,70 @@
+"""A dry run compiles a run's own programs and says what coexists on a device, for the machine here or one by name."""
+
+import json
+
+import pytest
+from test_parallel_mesh import run_python
+
+from rljax.experiment.dry_run import print_plan
+from rljax.parallel import topologies, topology_devices
+from rljax.testing import tiny_config
+
+
+@pytest.fixture(scope="module")
+def plans():
+    return json.loads(run_python("plan_mesh_program.py", devices=4))
+
+
+def test_a_phase_holds_what_is_there_at_its_time(plans):
+    phases = plans["rows"]["phases"]
+    assert list(phases) == ["sample", "score", "update"]
+    state = {"parameters", "optimizer", "reference", "decoder weights"}
+    assert set(phases["sample"]["held"]) == state | {"KV cache"}
+    assert set(phases["update"]["held"]) == set(phases["score"]["held"]) == state | {"batch"}
+
+    # Conversations stay where they are while the policy is updated; a grid of prompts does not.
+    assert plans["agent"]["phases"]["update"]["held"]["KV cache"] > 0
+
+
+def test_the_update_is_called_with_what_its_phase_holds(plans):
+    for plan in plans.values():
+        held = plan["phases"]["update"]["held"]
+        counters = 8
+        assert plan["arguments"]["update"] == held["parameters"] + held["optimizer"] + held["batch"] + counters
+
+
+def test_a_plan_of_an_agent_compiles_its_decoder(plans):
+    assert set(plans["agent"]["arguments"]) == {"weights", "extend", "copy", "lay", "keep", "decode", "update"}
+    held = plans["agent"]["phases"]["sample"]["held"]
+    assert plans["agent"]["arguments"]["decode"] > held["decoder weights"]
+
+
+def test_the_peak_of_a_phase_is_that_of_its_largest_program(plans):
+    for plan in plans.values():
+        for name, (size, program) in plan["peaks"].items():
+            assert size > sum(plan["phases"][name]["held"].values())
+            assert program in plan["arguments"]
+        assert "it fits" in plan["text"] and "all-gather" in plan["text"]
+        assert "reduce-scatter" in plan["kinds"]["update"] or "all-reduce" in plan["kinds"]["update"]
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("v9:2x2", r"topology 'v9:2x2' is none; write chip:shape, e.g. v5e:16x16"),
+        ("v5e", r"topology 'v5e' is none; write chip:shape"),
+        ("v5p:4x4", r"v5p takes 3 positive sizes, e.g. v5p:4x4x4"),
+        ("h100:2x2", r"h100 takes 1 positive sizes, e.g. h100:8"),
+        ("h100:12", r"more than 8 GPUs come in hosts of 8"),
+    ],
+)
+def test_machines_that_are_none_are_refused(name, message):
+    with pytest.raises(ValueError, match=message):
+        print_plan(tiny_config(), topology=name)
+
+
+@pytest.mark.parametrize(("name", "extra"), [("v5e:2x2", "aot-tpu"), ("h100:8", "aot-gpu")])
+def test_a_compiler_that_is_missing_is_named(monkeypatch, name, extra):
+    monkeypatch.setattr(topologies.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=rf"topology '{name}' needs the compiler for .*rljax-lm\[{extra}\]"):
+        topology_devices(name)

@@ -26,6 +26,8 @@ from rljax.experiment.stops import EXIT_STATUS
 from rljax.testing import params_fingerprint, rollout_records, run_metrics
 
 TESTS = Path(__file__).parent
+STOPS_OF_RUN = 7
+"""Stops until a run is left alone to its end, and the next one begun."""
 PATIENCE = 300
 """Seconds until a process that does not end counts as hung."""
 
@@ -44,6 +46,7 @@ class Started:
 
         self.log = folder.with_suffix(".log").open("ab")
         self.lines: list[str] = []
+        self.times: list[float] = []
         self.processes = [
             subprocess.Popen(
                 [sys.executable, str(TESTS / "stopped_program.py"), str(folder), *arguments],
@@ -62,6 +65,7 @@ class Started:
     def _read(self, process: subprocess.Popen) -> None:
         for line in process.stdout:
             if line.startswith(("begins ", "ends ")):
+                self.times.append(time.monotonic())
                 self.lines.append(line.strip())
 
     def wait(self) -> list[int]:
@@ -75,6 +79,25 @@ class Started:
                 reader.join(timeout=10)
             self.log.close()
         return codes
+
+    def wait_for(self, line: str, count: int) -> None:
+        """Until it has been said `count` times, or a process has ended."""
+        until = time.monotonic() + PATIENCE
+        while self.lines.count(line) < count and all(p.poll() is None for p in self.processes):
+            assert time.monotonic() < until, (line, count, self.lines)
+            time.sleep(0.01)
+
+    def longest(self) -> dict[str, float]:
+        """Seconds that each phase took at most, in the order of their first ends."""
+        seconds: dict[str, float] = {}
+        begun: dict[str, float] = {}
+        for line, at in zip(self.lines, self.times, strict=True):
+            kind, _, name = line.partition(" ")
+            if kind == "begins":
+                begun[name] = at
+            else:
+                seconds[name] = max(seconds.get(name, 0), at - begun[name])
+        return seconds
 
     @property
     def phase(self) -> str:
@@ -96,15 +119,20 @@ def progress(folder: Path) -> int:
     return WARMUP + steps if steps >= 0 else max(newest(folder / "warmup_checkpoints"), 0)
 
 
-def stop_once(folder: Path, processes: int, rng: random.Random, wait: float) -> tuple[str, bool]:
-    """Starts the run and stops it `wait` seconds after its first sign of life. Returns (what was under way, whether the
-    run has ended)."""
+def ahead(folder: Path, phases: list[str]) -> list[str]:
+    """Those of the phases that a next start comes to."""
+    done = progress(folder)
+    over = {"warm-up step": done >= WARMUP, "step": done >= WARMUP + STEPS}
+    return [phase for phase in phases if not over.get(phase)]
+
+
+def stop_once(folder: Path, processes: int, rng: random.Random, aim: str, longest: float) -> tuple[str, bool]:
+    """Starts the run and stops it within `longest` seconds after the first or second beginning of the phase `aim`.
+    Returns (what was under way, whether the run has ended)."""
     before = progress(folder)
     started = Started(folder, processes)
-    until = time.monotonic() + PATIENCE
-    while not started.lines and all(p.poll() is None for p in started.processes) and time.monotonic() < until:
-        time.sleep(0.01)
-    time.sleep(wait)
+    started.wait_for(f"begins {aim}", rng.choice([1, 1, 2]))
+    time.sleep(rng.uniform(0, longest))
 
     # As a scheduler does it all processes are asked, or, as an operator does, one of them.
     asked = started.processes if rng.random() < 0.5 else [rng.choice(started.processes)]
@@ -135,31 +163,32 @@ def assert_the_same(folder: Path, undisturbed: Path) -> None:
 
 
 def run(root: Path, times: int, processes: int, seed: int = 0) -> collections.Counter:
-    """What was under way when, `times` times over as many runs as it takes."""
+    """How often the run was stopped after the beginning of each of its phases, `times` times in all, over as many runs
+    as it takes. Each stop aims at a phase that lies ahead and has been aimed at the least."""
     undisturbed = root / "undisturbed"
-    begin = time.monotonic()
-    assert set(Started(undisturbed, processes).wait()) == {0}, undisturbed.with_suffix(".log").read_text()[-3000:]
-    whole = time.monotonic() - begin
+    started = Started(undisturbed, processes)
+    assert set(started.wait()) == {0}, undisturbed.with_suffix(".log").read_text()[-3000:]
     assert len(run_metrics(undisturbed)) == STEPS
+    longest = started.longest()
 
     rng = random.Random(seed)
-    phases: collections.Counter = collections.Counter()
-    stopped = 0
+    aims = collections.Counter(dict.fromkeys(longest, 0))
     index = 0
-    while stopped < times:
+    while aims.total() < times:
         folder = root / f"run{index}"
         has_ended = False
-        while not has_ended and stopped < times:
-            phase, has_ended = stop_once(folder, processes, rng, rng.uniform(0, whole / 3))
+        upto = min(times, aims.total() + STOPS_OF_RUN)
+        while not has_ended and aims.total() < upto:
+            aim = min(ahead(folder, list(longest)), key=aims.__getitem__)
+            phase, has_ended = stop_once(folder, processes, rng, aim, longest[aim])
             if not has_ended:
-                stopped += 1
-                phases[phase] += 1
-                print(f"stop {stopped}: {phase}", flush=True)
+                aims[aim] += 1
+                print(f"stop {aims.total()}, after the beginning of a {aim}: {phase}", flush=True)
         if not has_ended:
             assert set(Started(folder, processes).wait()) == {0}, folder.with_suffix(".log").read_text()[-3000:]
         assert_the_same(folder, undisturbed)
         index += 1
-    return phases
+    return aims
 
 
 if __name__ == "__main__":

@@ -325,6 +325,13 @@ def test_idle_slots_take_waiting_samples_of_another_prompt():
     assert sampler.last_stats["prefill_tokens"] == 2  # computed once, copied thrice
 
 
+def test_prompts_fewer_than_slots_are_of_all_devices():
+    sizes = SamplerSpec(prompt_buckets=(1,), max_new_tokens=9, prompt_slots=8, sample_slots=1)
+    for parts, want in ((1, [0, 1, 2]), (2, [0, 4, 1]), (4, [0, 2, 4])):
+        loads, _ = Slots([Request([i], i, (0,)) for i in range(3)], sizes, parts).assign()
+        assert [(load.request, load.slot) for load in loads] == list(enumerate(want))
+
+
 def test_the_bookkeeping_serves_every_sample_once():
     """Random limits and grids, without a device: each sample runs in one row, once, beside its own prompt."""
     rng = np.random.default_rng(0)

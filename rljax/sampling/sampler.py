@@ -271,7 +271,7 @@ class Sampler:
         return dataclasses.replace(moved, prefix_k=cache.prefix_k, prefix_v=cache.prefix_v)
 
     def _slots(self, requests: Sequence[Request]) -> Slots:
-        return Slots(requests, self.spec)
+        return Slots(requests, self.spec, self._parts)
 
     def _moves(self, cache: KVCache, paths: Sequence[Path], ends: Sequence[int]) -> PathMoves:
         """What the device needs to move these paths; `ends` are the ring columns after the last of each."""

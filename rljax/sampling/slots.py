@@ -120,9 +120,12 @@ class Slots:
     A finished row takes the next waiting sample of its prompt; a slot whose rows are all idle and whose prompt has
     none takes the next prompt, or else waiting samples of another slot's prompt. A request with `rounds` stays in its
     slot, where the paths of its first `path_slots` samples are kept.
+
+    Of the slots each of `parts` of the devices has a stretch; work goes to them in turn, so that prompts that are fewer
+    than slots keep all of them busy.
     """
 
-    def __init__(self, requests: Sequence[Request], spec: SamplerSpec):
+    def __init__(self, requests: Sequence[Request], spec: SamplerSpec, parts: int = 1):
         self.requests = requests
         self.max_new_tokens = spec.max_new_tokens
         self.path_slots = spec.path_slots
@@ -139,6 +142,7 @@ class Slots:
         self.parts: dict[tuple[int, int], list[tuple[np.ndarray, np.ndarray, np.ndarray]]] = {}
 
         # Per prompt slot.
+        self._order = np.arange(spec.prompt_slots).reshape(parts, -1).T.ravel().tolist()
         self._request = np.full(spec.prompt_slots, _FREE)
         self._prompt_id = np.zeros(spec.prompt_slots, np.int32)
         self._prefix_length = np.zeros(spec.prompt_slots, np.int32)
@@ -164,7 +168,7 @@ class Slots:
         """Fills idle rows; returns the prompts to load first, in this order, and then the paths to lay."""
         loads: list[Load] = []
         paths: list[Path] = []
-        for slot in range(len(self._request)):
+        for slot in self._order:
             if not self.active[slot].any() and not self._waiting_in(slot) and (load := self._next_prompt(slot)):
                 loads.append(load)
             paths += self._fill(slot)

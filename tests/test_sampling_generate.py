@@ -318,6 +318,14 @@ def test_a_finished_row_is_refilled_at_once():
     assert sampler.last_stats["slot_occupancy"] == 1.0
 
 
+def test_a_short_row_does_not_cut_the_run_of_a_long_one():
+    """Two runs: until the first row is refilled, and until all are done."""
+    sampler = make_sampler(prompt_slots=2, sample_slots=1, refill_rows=1)
+    requests = [Request([1 + i], i, (0,), max_new_tokens=n) for i, n in enumerate((4, 1, NEW))]
+    sampler.generate(requests, sampling_params(), seed=0, step=0)
+    assert (sampler.last_stats["decode_steps"], sampler.last_stats["runs"]) == (1 + NEW, 2)
+
+
 def test_idle_slots_take_waiting_samples_of_another_prompt():
     sampler = make_sampler(prompt_slots=4, sample_slots=2)
     sampler.generate([Request([5, 6, 7], 0, range(8))], sampling_params(), seed=0, step=0)

@@ -209,7 +209,7 @@ class Sampler:
         self, cache: KVCache, column: int, slots: Slots, sampling: SamplingParams, seed: int, step: int
     ) -> DecodeRun:
         # No row may become older than the ring is long.
-        most = min(self._most_steps(cache), ring_size(cache) - slots.oldest())
+        most = min(self._most_steps(cache), slots.steps_within(ring_size(cache)))
         return DecodeRun(
             column=np.array(column, np.int32),
             sampling=sampling,

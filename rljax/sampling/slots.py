@@ -196,6 +196,12 @@ class Slots:
         """Columns of the ring that the oldest active row has."""
         return int(self._steps[self.active].max(initial=0))
 
+    def steps_within(self, columns: int) -> int:
+        """How many steps all active rows can go before one is older than a ring of `columns`, which a row whose limit
+        it holds never is."""
+        can_outgrow = self.active & (self._limit > columns)
+        return columns - int(self._steps[can_outgrow].max(initial=0))
+
     def other_work(self) -> np.ndarray:
         """bool [P]: whether a slot that runs dry may find work: in another prompt, or in a further round of its own."""
         others = bool(self._unloaded) or bool(self._lenders())

@@ -22,7 +22,7 @@ from rljax.sampling import (
 )
 from rljax.sampling.slots import Slots
 from rljax.sampling.spec import NO_STOPS
-from rljax.sampling.stopping import StopStrings
+from rljax.sampling.stopping import StopStrings, find_stop
 
 VOCAB, NEW = 300, 12
 CONFIG = DecoderConfig(
@@ -220,7 +220,7 @@ def test_a_stop_string_ends_a_sample_at_the_token_that_completes_it(samples, che
 
 @pytest.mark.parametrize("prompt", [b"", b"a stop", "größer".encode()[:-3]])
 def test_a_tail_of_the_text_tells_what_the_whole_text_does(prompt):
-    """Random bytes, many of them pieces of characters, and tokens without text."""
+    """Run by run of some steps. Random bytes, many of them pieces of characters, and tokens without text."""
 
     def decode(ids):
         return bytes(i for i in ids if i < 256).decode(errors="replace")
@@ -233,15 +233,17 @@ def test_a_tail_of_the_text_tells_what_the_whole_text_does(prompt):
     for _ in range(60):
         ids = []
         while len(ids) < 120:
-            ids += [*pieces[rng.integers(len(pieces))]] if rng.random() < 0.15 else [*rng.integers(97, 300, 4)]
+            ids += [*pieces[rng.integers(len(pieces))]] if rng.random() < 0.15 else rng.integers(97, 300, 4).tolist()
         whole = [*prompt, *ids]
         for new in (1, 5, 16):
             for end in range(new, len(ids) + 1, new):
-                tokens = np.array(ids[:end], np.int32)
-                if finder.end(tokens, end - new, prompt=list(prompt), begun=len(prompt)) is not None:
+                texts = [decode(whole[: len(prompt) + n]) for n in range(end + 1)]
+                is_in = [find_stop(text, strings, texts[0]) is not None for text in texts]
+                want = next((n for n in range(end - new + 1, end + 1) if is_in[n]), None)
+                tail = whole[: len(prompt) + end]
+                assert finder.end(lambda n, tail=tail: tail[-n:], end, new, begun=len(prompt)) == want
+                if want is not None:
                     found += 1
-                    text = whole[: len(prompt) + end]
-                    assert finder.may_end(lambda n, text=text: text[-n:], new)
                     break
     assert found > 50
 
@@ -260,7 +262,7 @@ def test_the_search_for_stop_strings_reads_a_tail_alone():
     finder = StopStrings(Stops(strings=("a stop string",), decode_text=decode))
     for _ in range(50):
         slots.advance((0, 0), *(np.ones(16, t) for t in (np.int32, np.float32, np.float32)))
-        assert not finder.may_end(lambda n: slots.last_tokens((0, 0), n), 16)
+        assert finder.end(lambda n: slots.last_tokens((0, 0), n), int(slots.steps[0, 0]), 16) is None
     assert max(lengths) <= 16 + 32 and slots.last_tokens((0, 0), 900)[:3] == list(make_requests()[0].prompt)
 
 

@@ -1,5 +1,6 @@
 """Text of others stays text: it opens no turn; and a text that continues another is read and written as it stands."""
 
+import functools
 import importlib.util
 import json
 from pathlib import Path
@@ -16,7 +17,7 @@ from rljax.rollouts.black_box.recording import Renderer, Reply
 from rljax.rollouts.config import stop_tokens_of, stops_of
 from rljax.rollouts.single_turn import completion_text
 from rljax.sampling import Sample, SamplingConfig, Stops
-from rljax.sampling.stopping import StopStrings, find_stop
+from rljax.sampling.stopping import StopStrings, find_stop, last_of
 from rljax.tasks import Example
 from rljax.tasks.config import FileRows
 from rljax.text import (
@@ -218,7 +219,7 @@ class TestContinuations:
         prompt = tokenizer.encode("f.\n")
         tokens = np.array(encode_text(tokenizer, " end of", continues=True))
         stops = StopStrings(Stops(strings=(" end",), decode_text=tokenizer.decode))
-        end = stops.end(tokens, prompt=prompt)
+        end = stops.end(functools.partial(last_of, prompt, [tokens]), len(tokens), len(tokens))
         assert end is not None and decode_behind(tokenizer, tokens[:end].tolist(), prompt) == " end"
 
         steps = StepSplitter(tokenizer, (" of",))([*encode_text(tokenizer, "end of", continues=True), *prompt])

@@ -1,6 +1,7 @@
 """Decoding rules beside each other: all answer the same held-out examples with the same random numbers."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 
 import jax
@@ -16,7 +17,7 @@ from rljax.rollouts.config import stop_tokens_of
 from rljax.rollouts.single_turn import completion_text
 from rljax.sampling import Sample, SamplingParams, Stops, sampling_params
 from rljax.sampling.slots import FinishReason
-from rljax.sampling.stopping import StopStrings
+from rljax.sampling.stopping import StopStrings, last_of
 from rljax.tasks import Example
 from rljax.text import render_prompt
 from rljax.types import Params
@@ -170,7 +171,7 @@ class Decoding:
     def _sample(self, tokens: np.ndarray, prompt: list[int]) -> Sample:
         """A completion as an actor would hand it to rewards: cut at the first stop string."""
         reason: FinishReason = "stop" if tokens[-1] in self.spec.stop_tokens else "length"
-        end = self._stop_strings.end(tokens, prompt=prompt)
+        end = self._stop_strings.end(functools.partial(last_of, prompt, [tokens]), len(tokens), len(tokens))
         if end is not None:
             tokens = tokens[:end]
             reason = "stop_string"

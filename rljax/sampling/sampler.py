@@ -287,27 +287,23 @@ class Sampler:
         ended = []
         for row, owner in slots.owners():
             new = (slice(grown[row]), *row)
-            slots.advance(row, emitted.tokens[new], emitted.logprobs[new], emitted.entropies[new])
+            tokens = emitted.tokens[new]
+            slots.advance(row, tokens, emitted.logprobs[new], emitted.entropies[new])
             # A stop string is found at a token of this run at the earliest: the text before was searched after the
             # run before.
-            new_tokens = int(grown[row])
-            length = None
-            if self._stop_strings.may_end(functools.partial(slots.last_tokens, owner), new_tokens):
-                request = slots.requests[owner[0]]
-                tokens = slots.tokens(owner)
-                length = self._stop_strings.end(
-                    tokens,
-                    len(tokens) - new_tokens,
-                    prompt=request.prompt,
-                    begun=request.begun,
-                    given=slots.first_sampled(owner),
-                )
+            length = self._stop_strings.end(
+                functools.partial(slots.last_tokens, owner),
+                int(slots.steps[row]),
+                len(tokens),
+                begun=slots.requests[owner[0]].begun,
+                given=slots.first_sampled(owner),
+            )
 
             path = None
             if length is not None:
                 path = slots.finish(row, "stop_string", length)
             elif not active[row]:
-                reason: FinishReason = "stop" if slots.last_tokens(owner, 1)[0] in self._stop_tokens else "length"
+                reason: FinishReason = "stop" if tokens[-1] in self._stop_tokens else "length"
                 path = slots.finish(row, reason)
             if path is not None:
                 ended.append(path)

@@ -1,13 +1,14 @@
 """Which sample runs in which row: the host's bookkeeping of the decoder's grid. No device work."""
 
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple
 
 import numpy as np
 
 from rljax.sampling.generate import DecodeRows
 from rljax.sampling.spec import SamplerSpec
+from rljax.sampling.stopping import last_of
 from rljax.types import INTERVENTION_NONE, INTERVENTION_SUPPRESS, NO_PARENT
 
 FinishReason = Literal["stop", "length", "stop_string"]
@@ -152,7 +153,8 @@ class Slots:
         self._sample = np.full(shape, _FREE)
         self._sample_id = np.zeros(shape, np.int32)
         self._token = np.zeros(shape, np.int32)
-        self._steps = np.zeros(shape, np.int32)
+        # Tokens of its sample so far, inherited and given ones too.
+        self.steps = np.zeros(shape, np.int32)
         self._limit = np.ones(shape, np.int32)
         self._forced = np.zeros((*shape, spec.max_injected), np.int32)
         self._forced_start = np.zeros(shape, np.int32)
@@ -181,7 +183,7 @@ class Slots:
             prefix_length=self._prefix_length,
             sample_id=self._sample_id,
             token=self._token,
-            steps=self._steps,
+            steps=self.steps,
             max_new_tokens=self._limit,
             active=self.active,
             waiting=np.array([self._waiting_in(slot) for slot in range(len(self._request))], np.int32),
@@ -194,13 +196,13 @@ class Slots:
 
     def oldest(self) -> int:
         """Columns of the ring that the oldest active row has."""
-        return int(self._steps[self.active].max(initial=0))
+        return int(self.steps[self.active].max(initial=0))
 
     def steps_within(self, columns: int) -> int:
         """How many steps all active rows can go before one is older than a ring of `columns`, which a row whose limit
         it holds never is."""
         can_outgrow = self.active & (self._limit > columns)
-        return columns - int(self._steps[can_outgrow].max(initial=0))
+        return columns - int(self.steps[can_outgrow].max(initial=0))
 
     def other_work(self) -> np.ndarray:
         """bool [P]: whether a slot that runs dry may find work: in another prompt, or in a further round of its own."""
@@ -218,13 +220,9 @@ class Slots:
         """Adds what a row emitted."""
         owner = (int(self._request[row[0]]), int(self._sample[row]))
         self.parts.setdefault(owner, []).append((tokens, logprobs, entropies))
-        self._steps[row] += len(tokens)
+        self.steps[row] += len(tokens)
         if len(tokens):
             self._token[row] = tokens[-1]
-
-    def tokens(self, owner: tuple[int, int]) -> np.ndarray:
-        """int32 [T]: all tokens of an unfinished sample so far, inherited and given ones too."""
-        return np.concatenate([part[0] for part in self.parts[owner]])
 
     def last_tokens(self, owner: tuple[int, int], count: int) -> list[int]:
         """The last `count` tokens of an unfinished sample and the prompt before it, or all there are."""
@@ -271,7 +269,7 @@ class Slots:
             samples = [self._result(request, i) for i in range(len(self.results[request]))]
             self._extend(request, rounds(samples))
         # All columns of the row are kept, also those behind `length`: a fork never begins there.
-        return Path(*row, sample, int(self._steps[row])) if sample < self.path_slots else None
+        return Path(*row, sample, int(self.steps[row])) if sample < self.path_slots else None
 
     def _extend(self, request: int, forks: Sequence[Fork]) -> None:
         """Queues the forks of a new round. ValueError for one that cannot be decoded."""
@@ -347,7 +345,7 @@ class Slots:
             self._sample[row] = sample
             self._sample_id[row] = work.sample_id
             self._token[row] = request.prompt[-1]
-            self._steps[row] = work.fork_index
+            self.steps[row] = work.fork_index
             self._limit[row] = request.max_new_tokens or self.max_new_tokens
             self._forced[row][: len(work.inject)] = work.inject
             self._forced_start[row] = work.fork_index
@@ -363,17 +361,6 @@ class Slots:
                 self._token[row] = parent.tokens[end - 1]
                 paths.append(Path(*row, work.parent, end))
         return paths
-
-
-def last_of(prompt: Sequence[int], parts: Iterable[np.ndarray], count: int) -> list[int]:
-    """The last `count` of a prompt and the tokens behind it, which are given in parts, the last part first."""
-    tail: list[int] = []
-    for part in parts:
-        tail = part[max(0, len(part) - count + len(tail)) :].tolist() + tail
-        if len(tail) >= count:
-            return tail
-    missing = count - len(tail)
-    return [int(token) for token in prompt[max(0, len(prompt) - missing) :]] + tail
 
 
 def spans_before(spans: Sequence[tuple[int, int]], end: int) -> tuple[tuple[int, int], ...]:

@@ -30,9 +30,8 @@ from rljax.sampling.generate import DecodeRows, DecodeRun, decode
 from rljax.sampling.logits import Rules, SamplingParams, rules_of
 from rljax.sampling.plan import DecoderPlan, abstract_result, abstract_weights, lower_weights
 from rljax.sampling.sampler import by_part, known_rules, prefill_counts
-from rljax.sampling.slots import last_of
 from rljax.sampling.spec import NO_STOPS, Stops, TurnDecoderSpec
-from rljax.sampling.stopping import StopStrings
+from rljax.sampling.stopping import StopStrings, last_of
 from rljax.sampling.token_counter import count_tokens
 from rljax.sampling.weights import take_weights
 from rljax.types import Params
@@ -536,15 +535,12 @@ class TurnDecoder:
             return last_of(turn.tokens, (part[0] for part in reversed(parts)), count)
 
         # The text of a turn that goes on begins with what was said of it before.
-        length = None
-        if self._stop_strings.may_end(last, grown):
-            tokens = np.concatenate([part[0] for part in parts])
-            length = self._stop_strings.end(tokens, len(tokens) - grown, prompt=turn.tokens, begun=turn.begun)
+        length = self._stop_strings.end(last, int(self._grid.steps[row]), grown, begun=turn.begun)
         if length is not None:
             return "stop_string", length
         if is_active:
             return None
-        return ("stop" if last(1)[0] in self._stop_tokens else "length"), None
+        return ("stop" if parts[-1][0][-1] in self._stop_tokens else "length"), None
 
     def _result(self, row: int, end: TurnEnd, length: int | None = None) -> TurnResult:
         turn = self._turns[row]

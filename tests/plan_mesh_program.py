@@ -1,16 +1,26 @@
-"""Run by test_run_plan.py in a process with four virtual devices: plans of tiny runs, compiled, as a JSON object."""
+"""Run by test_run_plan.py in a process with four virtual devices: plans of tiny runs, compiled, and of
+updates of sequences that devices share, as a JSON object."""
 
 import contextlib
 import dataclasses
 import io
 import json
 
+import jax
+from test_aot import minibatch
 from test_run_environment import make_config
 
 from rljax.algorithms import GRPO
 from rljax.experiment.dry_run import phase_peak, print_plan
-from rljax.parallel import MeshConfig
+from rljax.experiment.memory import predict_update
+from rljax.models import DecoderConfig
+from rljax.parallel import MeshConfig, compiled_memory, make_mesh
 from rljax.testing import tiny_config
+from rljax.training import Learner, OptimizerConfig, UpdateConfig
+
+MODEL = DecoderConfig(
+    vocab_size=256, num_layers=4, embed_dim=64, num_heads=4, num_kv_heads=2, head_dim=16, mlp_dim=128, dtype="float32"
+)
 
 
 def summary(config):
@@ -25,13 +35,25 @@ def summary(config):
     }
 
 
+def shared(devices, remat):
+    """What an update of one sequence adds on each of so many devices that share it: by part, and as compiled."""
+    mesh = make_mesh(sequence=devices, devices=jax.devices()[:devices])
+    update = UpdateConfig(pack_length=2048, microbatch_size=1, remat=remat)
+    learner = Learner(MODEL, GRPO(kl_coef=0.0).build().loss, OptimizerConfig(), update, mesh=mesh)
+    batch = minibatch(mesh, microbatches=1, rows=1, length=2048)
+    compiled = learner.lower_update(batch).compile()
+    return {"predicted": predict_update(learner, batch), "compiled": compiled_memory(compiled).temporaries}
+
+
 def main():
     mesh = MeshConfig(fsdp=4)
     update = dataclasses.replace(tiny_config().update, microbatch_size=4, trajectory_buckets=(16,))
     config = tiny_config(algorithm=GRPO(group_size=4, kl_coef=0.1), mesh=mesh, update=update)
     agent = make_config(mesh=mesh)
     agent.update.microbatch_size = 4
-    print(json.dumps({"rows": summary(config), "agent": summary(agent)}))
+    plans = {"rows": summary(config), "agent": summary(agent)}
+    sharing = {remat: [shared(devices, remat) for devices in (1, 4)] for remat in ("full", "none")}
+    print(json.dumps({"plans": plans, "sharing": sharing}))
 
 
 if __name__ == "__main__":

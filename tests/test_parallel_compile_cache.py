@@ -1,7 +1,10 @@
 """Where compiled programs are kept: what is asked for, the environment, the user's cache folder; or nowhere."""
 
+import os
+
 import jax
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 from rljax.parallel import keep_compiled
 
@@ -31,3 +34,21 @@ def test_a_named_folder_comes_before_the_environment_and_that_before_the_users_o
 def test_off_keeps_nothing():
     assert keep_compiled("off") == ""
     assert not jax.config.jax_enable_compilation_cache
+
+
+def test_a_user_without_a_home_keeps_nothing(monkeypatch):
+    for name in ("HOME", "XDG_CACHE_HOME", "JAX_COMPILATION_CACHE_DIR"):
+        monkeypatch.delenv(name, raising=False)
+    # Nobody in the list of users has this number.
+    monkeypatch.setattr(os, "getuid", lambda: 2**31 - 7)
+    assert keep_compiled() == ""
+    assert not jax.config.jax_enable_compilation_cache
+
+
+def test_a_folder_that_cannot_be_written_costs_a_warning_and_is_done_without(monkeypatch, tmp_path):
+    (tmp_path / "file").write_text("")
+    keep_compiled(str(tmp_path / "file" / "programs"))
+    compilation_cache.reset_cache()
+    with pytest.warns(UserWarning, match="persistent compilation cache"):
+        assert jax.jit(lambda x: 3 * x)(2.0) == 6.0
+    compilation_cache.reset_cache()

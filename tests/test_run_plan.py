@@ -11,8 +11,13 @@ from rljax.testing import tiny_config
 
 
 @pytest.fixture(scope="module")
-def plans():
+def found():
     return json.loads(run_python("plan_mesh_program.py", devices=4))
+
+
+@pytest.fixture(scope="module")
+def plans(found):
+    return found["plans"]
 
 
 def test_a_phase_holds_what_is_there_at_its_time(plans):
@@ -46,6 +51,16 @@ def test_the_peak_of_a_phase_is_that_of_its_largest_program(plans):
             assert program in plan["arguments"]
         assert "it fits" in plan["text"] and "all-gather" in plan["text"]
         assert "reduce-scatter" in plan["kinds"]["update"] or "all-reduce" in plan["kinds"]["update"]
+
+
+def test_what_devices_share_of_a_sequence_is_a_part_on_each(found):
+    alone, shared = (x["predicted"]["activations"] for x in found["sharing"]["full"])
+    assert 4 * shared == alone
+
+    # A prediction leaves out what is small, and the compiler shares buffers as it likes.
+    for pair in found["sharing"].values():
+        for update in pair:
+            assert 0.5 < sum(update["predicted"].values()) / update["compiled"] < 1.5
 
 
 @pytest.mark.parametrize(

@@ -332,3 +332,22 @@ def test_a_log_that_cannot_be_written_ends_the_run(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="no space left"):
         run.flush()
     run.close()
+
+
+def test_what_follows_a_log_that_failed_is_not_written_and_the_folder_is_free(tmp_path, monkeypatch):
+    """A line of metrics tells that the rollouts of its step are whole."""
+
+    def full(file, text):
+        raise OSError(f"no space left for {file.name}")
+
+    with pytest.raises(OSError, match="no space left for step_000001"), RunFolder(tmp_path) as run:
+        run.start(0)
+        monkeypatch.setattr(run_folder, "_write", full)
+        may_go_on = threading.Event()
+        run._background(may_go_on.wait, 10)
+        run.log_step(1, {"loss/total": 1.0}, [{"text": "a"}])
+        run.log_rollouts(2, [{"text": "b"}])
+        may_go_on.set()
+    assert not read_jsonl(tmp_path / "metrics.jsonl")
+    attempt = [sys.executable, "-c", HOLDER.replace("time.sleep(60)", ""), str(tmp_path / "lock")]
+    assert subprocess.run(attempt, capture_output=True).returncode == 0

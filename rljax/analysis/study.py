@@ -110,12 +110,14 @@ def study(
     """
     options = options or StudyOptions()
     check_study(config, name, options)
+    # A folder without checkpoints is refused before a run is built.
     for folder in (checkpoint, base):
         if folder is not None:
             run_checkpoints(folder)
 
     run = build(config)
     say(describe_run(run))
+
     with run.actor, use_mesh(run.mesh):
         pair = load_pair(run, checkpoint, step, base, base_step)
         say(f"base   {_base_in_words(config, base)}\npolicy step {pair.step} of {checkpoint}")
@@ -144,6 +146,7 @@ def study(
             "max_new_tokens": config.sampling.max_new_tokens,
             "result": dataclasses.asdict(result),
         }
+        # Answers may hold half characters, which are escaped: in JSON they mean the same.
         text = json.dumps(report, indent=2, ensure_ascii=False) + "\n"
         Path(json_file).write_bytes(text.encode("utf-8", "backslashreplace"))
     return result

@@ -36,7 +36,7 @@ class Run:
         state: replaced at every update; None until weights are loaded or restored.
         stops: tells when the run is asked to end.
         pulse: names what is under way, and shows it where it is open.
-        is_compiled: whether the programs that updates are likely to need have been compiled.
+        is_compiled: whether the programs that the policy's updates are likely to need have been compiled.
         empty_steps: steps without an update up to now, in a row.
         lacking: what the last of them lacked.
     """

@@ -55,9 +55,11 @@ def print_plan(config: Config, *, topology: str = "", measure: bool = True) -> d
     devices = topology_devices(topology) if topology else None
     run = build(config, devices)
     check_run(run)
+
+    # The largest that a step can come to.
     batch = worst_batch(run)
     plans = [decoder.plan() for decoder in run.actor.decoders]
-    predicted = phases(run, batch, plans)
+
     limit, limit_is = device_memory(run)
     programs: list[Compiled] = []
     result = {
@@ -68,7 +70,7 @@ def print_plan(config: Config, *, topology: str = "", measure: bool = True) -> d
             "scored [M, R, K]": batch.packed.score_index.shape,
             "loss tokens of rows [M, Q, C]": batch.rows.place.shape,
         },
-        "phases": predicted,
+        "phases": phases(run, batch, plans),
         "compiled": programs,
         "limit": limit,
         "limit_is": limit_is,
@@ -78,6 +80,7 @@ def print_plan(config: Config, *, topology: str = "", measure: bool = True) -> d
     shows = is_main_process()
     if shows:
         print(describe(run, result), flush=True)
+
     if measure:
         if shows:
             print("\ncompiled, nothing runs:", flush=True)
@@ -85,6 +88,7 @@ def print_plan(config: Config, *, topology: str = "", measure: bool = True) -> d
             programs.append(program)
             if shows:
                 print(_compiled_line(program), flush=True)
+
     if shows:
         print("\n" + verdict(result))
     return result

@@ -15,9 +15,18 @@ import numpy as np
 from jax.sharding import AbstractMesh, Mesh
 
 from rljax.experiment.build import Run
-from rljax.models import abstract_params, hidden_states
+from rljax.models import DecoderConfig, abstract_params, hidden_states, sequence_shares
 from rljax.models.attention import MAX_BLOCKS, MIN_BLOCK
-from rljax.parallel import MESH_AXES, Collective, CompiledMemory, batch_parts, collectives, compiled_memory
+from rljax.models.attention_stream import BLOCK
+from rljax.models.sequence import CHUNKS
+from rljax.parallel import (
+    Collective,
+    CompiledMemory,
+    batch_parts,
+    collectives,
+    compiled_memory,
+    decoding_mesh,
+)
 from rljax.sampling import DecoderPlan
 from rljax.training import Learner
 from rljax.types import TrainBatch
@@ -167,7 +176,7 @@ def predict_update(learner: Learner, batch: TrainBatch) -> dict[str, int]:
     head = _head(learner, batch)
     # Gradients of the table are added up whole on each device, and then shared out; of a tied one, two wait for that.
     table = config.vocab_size * config.embed_dim * 4 // _tensor(learner)
-    is_split = batch_parts(_mesh(learner)) > 1
+    is_split = batch_parts(_mesh(learner)) * _sharing(learner) > 1
     embedding = (2 if config.tied_embeddings else 1) * table if is_split else table
 
     held = {"activations": layers["activations"]}
@@ -190,7 +199,7 @@ def _scoring(learner: Learner, batch: TrainBatch) -> dict[str, int]:
 def _decoding(run: Run, plans: Sequence[DecoderPlan]) -> dict[str, int]:
     """What sampling adds beside keys and values: the logits of a step, or a layer of a prefill."""
     config = run.decoder
-    parts = batch_parts(run.mesh)
+    parts = batch_parts(decoding_mesh(run.mesh))
     tensor = run.mesh.shape["tensor"]
 
     def own(rows: int) -> int:
@@ -215,6 +224,11 @@ def _tensor(learner: Learner) -> int:
     return _mesh(learner).shape["tensor"]
 
 
+def _sharing(learner: Learner) -> int:
+    """Devices that share each packed sequence."""
+    return _mesh(learner).shape["sequence"]
+
+
 def _head(learner: Learner, batch: TrainBatch, *, backward: bool = True) -> dict[str, int]:
     """Of the vocabulary head: its copy for products, its own gradient, and a chunk of logits. None of a critic."""
     config = learner.config
@@ -224,7 +238,8 @@ def _head(learner: Learner, batch: TrainBatch, *, backward: bool = True) -> dict
     tensor = _tensor(learner)
     parts = batch_parts(_mesh(learner))
     _, rows, scored = batch.packed.score_index.shape
-    tokens = rows // parts * scored
+    # Those that share a sequence take equal numbers of its scored tokens.
+    tokens = rows // parts * -(-scored // _sharing(learner))
     chunk = min(learner.update_config.head_chunk, tokens)
     size = config.vocab_size * config.embed_dim // tensor
     width = np.dtype(config.dtype).itemsize
@@ -240,12 +255,14 @@ def _head(learner: Learner, batch: TrainBatch, *, backward: bool = True) -> dict
 def _layers(learner: Learner, batch: TrainBatch, *, backward: bool = True) -> dict[str, int]:
     """Of the layers: what the forward pass keeps for the backward pass, and what one layer takes while it runs.
 
-    The first is read off a trace of the forward pass as one device runs it: its own rows, its own heads.
+    The first is read off a trace of the forward pass as one device runs it: its own rows, its own heads. Of sequences
+    that devices share it is read off a trace of theirs together, in which each has an equal part of every array.
     """
     config = learner.config
     tensor = _tensor(learner)
-    parts = batch_parts(_mesh(learner))
+    sharing = _sharing(learner)
     _, rows, length = batch.packed.tokens.shape
+    own_rows = rows // batch_parts(_mesh(learner))
     own = dataclasses.replace(
         config,
         num_heads=config.num_heads // tensor,
@@ -253,30 +270,56 @@ def _layers(learner: Learner, batch: TrainBatch, *, backward: bool = True) -> di
         mlp_dim=config.mlp_dim // tensor,
     )
     options = learner.program.score_options
-    ids = jax.ShapeDtypeStruct((rows // parts, length), np.int32)
+
+    # The part of the mesh whose devices share a sequence.
+    every = _mesh(learner).abstract_mesh
+    part = AbstractMesh(
+        tuple(sharing if name == "sequence" else 1 for name in every.axis_names),
+        every.axis_names,
+        axis_types=every.axis_types,
+        abstract_device=every.abstract_device,
+    )
 
     def forward(remat):
         def pull(params, tokens, positions, ends):
-            how = {"remat": remat, "attention": options["attention"]}
+            shares = sequence_shares(*tokens.shape)
+            attention = options["attention"]
+            if shares is not None:
+                attention = shares.attention(attention, positions, ends)
+            how = {"remat": remat, "attention": attention}
             return jax.vjp(lambda p: hidden_states(own, p, tokens, positions, ends, **how), params)[1]
 
-        alone = AbstractMesh(
-            (1,) * len(MESH_AXES), MESH_AXES, abstract_device=_mesh(learner).abstract_mesh.abstract_device
-        )
-        with jax.sharding.use_abstract_mesh(alone):
-            return _kept_by_scan(jax.make_jaxpr(pull)(abstract_params(own), ids, ids, ids).jaxpr)
+        ids = jax.ShapeDtypeStruct((own_rows, length), np.int32)
+        with jax.sharding.use_abstract_mesh(part):
+            return _kept_by_scan(jax.make_jaxpr(pull)(abstract_params(own), ids, ids, ids).jaxpr) // sharing
 
     kept = forward(options["remat"])
     whole = kept if options["remat"] == "none" else forward("none")
+
     weights = sum(math.prod(x.shape[1:]) for x in jax.tree.leaves(abstract_params(own)["layers"]))
-    # Blocks of queries need nothing of each other, so the compiler runs them side by side: logits and weights of all.
-    blocks = min(MAX_BLOCKS, -(-length // MIN_BLOCK))
-    scores = 2 * (rows // parts) * own.num_heads * length**2 * (blocks + 1) // (2 * blocks) * 4
     copies = np.dtype(config.dtype).itemsize + (4 if backward else 0)
-    layer = weights * copies + scores
+    layer = weights * copies + _attention(own, own_rows, length, sharing, copies)
     if options["remat"] != "none" or not backward:
         layer += whole // config.num_layers
     return {"activations": kept, "a layer": layer}
+
+
+def _attention(config: DecoderConfig, rows: int, length: int, sharing: int, copies: int) -> int:
+    """Of a layer's attention on one device, whose heads are those of `config`: scores and weights, in float32.
+
+    `copies` are the bytes of a number and of its gradient.
+    """
+    if sharing == 1:
+        # Blocks of queries need nothing of each other, so the compiler runs them side by side: all scores exist.
+        blocks = min(MAX_BLOCKS, -(-length // MIN_BLOCK))
+        pairs = length**2 * (blocks + 1) // (2 * blocks)
+        return 2 * rows * config.num_heads * pairs * 4
+
+    # Blocks go one after another, over the keys and values of the whole sequence.
+    chunk = length // (CHUNKS * sharing)
+    pairs = min(chunk, BLOCK) * min(length, BLOCK)
+    gathered = 2 * rows * length * config.num_kv_heads * config.head_dim
+    return 2 * rows * config.num_heads * pairs * 4 + gathered * copies
 
 
 def _kept_by_scan(jaxpr: Any) -> int:

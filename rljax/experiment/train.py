@@ -353,7 +353,8 @@ def train_step(run: Run, step: int) -> tuple[dict[str, float], Rollout]:
 
 
 def compile_updates(run: Run, minibatch: TrainBatch) -> None:
-    """Compiles what this minibatch and those after it are likely to need, and says how far it is."""
+    """Compiles what updates of the policy by this minibatch and those after it are likely to need, and says how far it
+    is. A run does not survive an error in here, which may come when the state is donated."""
     started = time.perf_counter()
 
     def progress(done: int, total: int) -> None:

@@ -16,7 +16,10 @@ def keep_compiled(folder: str = "") -> str:
 
     Empty is what the environment variable `JAX_COMPILATION_CACHE_DIR` names, else `rljax/programs` in the user's cache
     folder (`XDG_CACHE_HOME`, `~/.cache`), apart for each kind of CPU: a program for a CPU may use what another one
-    lacks. `OFF` keeps nothing. Call it before anything is compiled.
+    lacks. `OFF` keeps nothing, nor does empty for a user without a home. Call it before anything is compiled.
+
+    Of the processes of a run the first writes and all read, so that one folder for all hosts serves all. One that
+    cannot be written costs a warning and is done without.
     """
     if folder == OFF:
         jax.config.update("jax_enable_compilation_cache", False)
@@ -24,10 +27,22 @@ def keep_compiled(folder: str = "") -> str:
 
     folder = folder or os.environ.get("JAX_COMPILATION_CACHE_DIR", "")
     if not folder:
-        home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-        folder = str(Path(home) / "rljax" / "programs" / _cpu())
+        home = _user_cache()
+        if home is None:
+            return keep_compiled(OFF)
+        folder = str(home / "rljax" / "programs" / _cpu())
     jax.config.update("jax_compilation_cache_dir", folder)
     return folder
+
+
+def _user_cache() -> Path | None:
+    """The user's cache folder; None where there is no home, as in a container under a user that it does not know."""
+    if named := os.environ.get("XDG_CACHE_HOME"):
+        return Path(named)
+    try:
+        return Path.home() / ".cache"
+    except RuntimeError:
+        return None
 
 
 def _cpu() -> str:

@@ -2,7 +2,7 @@
 
 import collections
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent import futures
 from typing import Any
 
 _MOST_WAITING = 4
@@ -12,24 +12,41 @@ _MOST_WAITING = 4
 class Background:
     """Calls functions in a thread, one after another in the order given.
 
-    What a call raises is raised by the next use of this object. Calls that still wait when the interpreter ends are
-    made before it does; those of a killed process are lost.
+    What a call raises is raised by the next use of this object; calls that were handed over in between are not made,
+    since they may rely on it. Calls that still wait when the interpreter ends are made before it does; those of a
+    killed process are lost.
     """
 
     def __init__(self) -> None:
-        self._thread = ThreadPoolExecutor(1)
-        self._waiting: collections.deque[Future] = collections.deque()
+        self._thread = futures.ThreadPoolExecutor(1)
+        self._waiting: collections.deque[futures.Future] = collections.deque()
+        self._has_failed = False
 
     def __call__(self, function: Callable[..., None], *arguments: Any) -> None:
         """Hands a call over; waits where too many are under way, or to raise what an earlier one raised."""
         while self._waiting and (len(self._waiting) >= _MOST_WAITING or self._waiting[0].done()):
-            self._waiting.popleft().result()
-        self._waiting.append(self._thread.submit(function, *arguments))
+            if self._waiting[0].exception() is not None:
+                self.wait()
+            self._waiting.popleft()
+        self._waiting.append(self._thread.submit(self._call, function, *arguments))
+
+    def _call(self, function: Callable[..., None], *arguments: Any) -> None:
+        if self._has_failed:
+            return
+        try:
+            function(*arguments)
+        except BaseException:
+            self._has_failed = True
+            raise
 
     def wait(self) -> None:
-        """Until everything is done."""
-        while self._waiting:
-            self._waiting.popleft().result()
+        """Until nothing is under way, also where it raises what a call raised."""
+        waiting = [*self._waiting]
+        futures.wait(waiting)
+        self._waiting.clear()
+        self._has_failed = False
+        for call in waiting:
+            call.result()
 
     def close(self) -> None:
         """Waits, and ends the thread."""

@@ -47,8 +47,9 @@ class UpdateConfig(PackConfig):
     to drop. A CPU, short sequences and those that devices share keep the XLA form whatever it says."""
 
     compile_ahead: int = field(default=3, least=1)
-    """Update programs that are compiled before the first update: that of the first minibatch, and those of the sizes
-    which later ones are most likely to have. 1 compiles each when it is met."""
+    """Update programs of the policy that are compiled, and run on nothing, before its first update: that of the first
+    minibatch, and those of the sizes which later ones are most likely to have. 1 compiles each when it is met, as those
+    of a critic always are."""
 
     max_skipped: int = field(default=5, least=1)
     """Updates in a row that may be skipped for a loss or gradient that is not finite; the run stops at this number."""

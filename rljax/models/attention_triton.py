@@ -16,8 +16,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Float
 
-from rljax.models.attention import MASKED, score_divisor
 from rljax.models.attention_blocks import (
+    MASKED,
     Options,
     count_from,
     dot,
@@ -25,6 +25,9 @@ from rljax.models.attention_blocks import (
     is_visible,
     lists,
     padded,
+    score_divisor,
+    score_gradient,
+    softmax_step,
     visible_blocks,
 )
 
@@ -144,7 +147,7 @@ def forward(options: Options, q, k, v, positions, subtree_end, window) -> tuple[
     return out[:, :, :length, :head_dim], normaliser[:, :, :length, 0]
 
 
-def backward(options: Options, q, k, v, positions, subtree_end, window, d_out, normaliser, expected):
+def backward(options: Options, q, k, v, positions, subtree_end, window, d_out, normaliser, mean):
     """Gradients of q, k and v. Those of keys and values come per query head and are summed over its group here."""
     target = _target(options, q.shape[-1])
     at = _layout(target, positions, subtree_end, window)
@@ -153,7 +156,7 @@ def backward(options: Options, q, k, v, positions, subtree_end, window, d_out, n
     dtypes = (q.dtype, k.dtype, v.dtype)
     scale = 1.0 / score_divisor(head_dim)
     q, k, v, d_out = (_whole_blocks(x, at.size) for x in (q, k, v, d_out))
-    normaliser, expected = (padded(x, 2, at.size) for x in (normaliser, expected))
+    normaliser, mean = (padded(x, 2, at.size) for x in (normaliser, mean))
 
     # Blocks of queries walk over the keys that they see; blocks of keys over the queries that see them.
     (d_q,) = _call(
@@ -163,7 +166,7 @@ def backward(options: Options, q, k, v, positions, subtree_end, window, d_out, n
         target.block_q,
         lists(at.visible),
         at.window,
-        own=(q, d_out, normaliser[..., None], expected[..., None], at.depth_column),
+        own=(q, d_out, normaliser[..., None], mean[..., None], at.depth_column),
         walked=(k, v, at.depth_row, at.end_row),
         outputs=[jax.ShapeDtypeStruct(q.shape, q.dtype)],
     )
@@ -177,7 +180,7 @@ def backward(options: Options, q, k, v, positions, subtree_end, window, d_out, n
         lists(at.visible.swapaxes(1, 2)),
         at.window,
         own=(k, v, at.depth_column, at.end_column),
-        walked=(q, d_out, normaliser[:, :, None], expected[:, :, None], at.depth_row),
+        walked=(q, d_out, normaliser[:, :, None], mean[:, :, None], at.depth_row),
         outputs=[jax.ShapeDtypeStruct(q.shape, jnp.float32)] * 2,
     )
 
@@ -195,21 +198,15 @@ def _forward_kernel(
     shape = (queries.shape[0], block_k)
     query = count_from(pl.program_id(2) * shape[0], shape, 0)
 
-    # Softmax in one pass: what is summed so far is scaled down whenever a larger score turns up.
     def step(n, carry):
         best, total, acc = carry
         first = pl.multiple_of(numbers[0, n] * block_k, block_k)
         keys = pl.ds(first, block_k)
         visible = is_visible(query, count_from(first, shape, 1), end[:, keys], depth, key_depth[:, keys], window)
         scores = jnp.where(visible, dot_rows(queries, k[keys, :]) * scale, MASKED)
-        new = jnp.maximum(best, jnp.max(scores, axis=1, keepdims=True))
-
-        # Where a query has seen nothing yet, `new` is MASKED and the exponential 1.
-        weights = jnp.where(visible, jnp.exp(scores - new), 0.0)
-        shrink = jnp.exp(best - new)
-        total = total * shrink + jnp.sum(weights, axis=1, keepdims=True)
+        best, total, weights, shrink = softmax_step(best, total, scores, visible)
         values = v[keys, :]
-        return new, total, acc * shrink + dot(weights.astype(values.dtype), values)
+        return best, total, acc * shrink + dot(weights.astype(values.dtype), values)
 
     column = jnp.zeros((shape[0], 1), jnp.float32)
     start = (column + MASKED, column, jnp.zeros(queries.shape, jnp.float32))
@@ -222,12 +219,12 @@ def _forward_kernel(
 
 
 def _query_kernel(
-    count, numbers, window, q, d_out, normaliser, expected, depth, k, v, key_depth, end, d_q, *, block_k, scale
+    count, numbers, window, q, d_out, normaliser, mean, depth, k, v, key_depth, end, d_q, *, block_k, scale
 ):
     queries = q[...]
     d_outs = d_out[...]
     normaliser = normaliser[...]
-    expected = expected[...]
+    mean = mean[...]
     depth = depth[...]
     window = window[0, 0]
     shape = (queries.shape[0], block_k)
@@ -238,9 +235,9 @@ def _query_kernel(
         keys = pl.ds(first, block_k)
         visible = is_visible(query, count_from(first, shape, 1), end[:, keys], depth, key_depth[:, keys], window)
         own = k[keys, :]
-        # The softmax is computed anew from its normaliser. `expected` is the mean of d_weights under it.
+        # The softmax is computed anew from its normaliser.
         weights = jnp.where(visible, jnp.exp(dot_rows(queries, own) * scale - normaliser), 0.0)
-        d_scores = weights * (dot_rows(d_outs, v[keys, :]) - expected) * scale
+        d_scores = score_gradient(weights, dot_rows(d_outs, v[keys, :]), mean, scale)
         return acc + dot(d_scores.astype(own.dtype), own)
 
     acc = jax.lax.fori_loop(0, count[0, 0], step, jnp.zeros(queries.shape, jnp.float32))
@@ -248,7 +245,7 @@ def _query_kernel(
 
 
 def _key_kernel(
-    count, numbers, window, k, v, depth, end, q, d_out, normaliser, expected, query_depth, d_k, d_v, *, block_q, scale
+    count, numbers, window, k, v, depth, end, q, d_out, normaliser, mean, query_depth, d_k, d_v, *, block_q, scale
 ):
     """Scores stand transposed, keys times queries, so that no product transposes them."""
     keys = k[...]
@@ -268,7 +265,7 @@ def _key_kernel(
         d_outs = d_out[at, :]
         # As in `_query_kernel`.
         weights = jnp.where(visible, jnp.exp(dot_rows(keys, queries) * scale - normaliser[:, at]), 0.0)
-        d_scores = weights * (dot_rows(values, d_outs) - expected[:, at]) * scale
+        d_scores = score_gradient(weights, dot_rows(values, d_outs), mean[:, at], scale)
         d_values = d_values + dot(weights.astype(d_outs.dtype), d_outs)
         return d_keys + dot(d_scores.astype(queries.dtype), queries), d_values
 

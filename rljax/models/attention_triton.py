@@ -35,55 +35,43 @@ BLOCK = 64
 """Queries and keys of a block: what registers hold of the backward pass."""
 
 
-class _Target(NamedTuple):
-    """How kernels are made for one kind of device."""
-
-    block_q: int
-    block_k: int
-    params: Any = None  # (arrays that a kernel walks over) -> the compiler's parameters
-    interpret: bool = False
-
-
-def _target(options: Options, head_dim: int) -> _Target:
-    block = BLOCK if head_dim <= 128 or options.interpret else BLOCK // 2
-    blocks = (options.block_q or block, options.block_k or block)
-    if options.interpret:
-        return _Target(*blocks, interpret=True)
-
-    from jax.experimental.pallas import triton
-
-    def params(walked: Sequence[Array]):
-        # Blocks that are fetched ahead take shared memory, and few warps registers, which float32 has not to spare.
-        wide = walked[0].dtype.itemsize >= 4
-        return triton.CompilerParams(num_warps=8 if wide else 4, num_stages=1 if wide else 2)
-
-    return _Target(*blocks, params=params)
-
-
 class _Layout(NamedTuple):
     """The forest padded to whole blocks, as columns `[R, 1, S, 1]` and rows `[R, 1, 1, S]`, and what sees what."""
 
     size: int
+    """`S`, tokens of a row with its padding."""
     window: Array
     visible: Array
+    """[R, blocks of queries, blocks of keys]"""
     depth_column: Array
     depth_row: Array
     end_column: Array
     end_row: Array
+    block_q: int
+    block_k: int
+    interpret: bool
 
 
-def _layout(target: _Target, positions: Array, subtree_end: Array, window: Array) -> _Layout:
-    whole = max(target.block_q, target.block_k)
+def _layout(options: Options, head_dim: int, positions: Array, subtree_end: Array, window: Array) -> _Layout:
+    interpret = options.interpret is not None
+    block = BLOCK if head_dim <= 128 or interpret else BLOCK // 2
+    block_q = options.block_q or block
+    block_k = options.block_k or block
+
+    whole = max(block_q, block_k)
     size = -(-positions.shape[1] // whole) * whole
     depth, end = (padded(x.astype(jnp.int32), 1, size) for x in (positions, subtree_end))
     return _Layout(
         size=size,
         window=window.reshape(1, 1),
-        visible=visible_blocks(depth, end, window, block_q=target.block_q, block_k=target.block_k),
+        visible=visible_blocks(depth, end, window, block_q=block_q, block_k=block_k),
         depth_column=depth[:, None, :, None],
         depth_row=depth[:, None, None, :],
         end_column=end[:, None, :, None],
         end_row=end[:, None, None, :],
+        block_q=block_q,
+        block_k=block_k,
+        interpret=interpret,
     )
 
 
@@ -92,15 +80,14 @@ def _whole_blocks(x: Float[Array, "R H S hd"], size: int) -> Float[Array, "R H s
     return padded(padded(x, 2, size), 3, max(pl.next_power_of_2(x.shape[3]), 16))
 
 
-def _call(target: _Target, kernel, name: str, block: int, steering, window, own, walked, outputs) -> Sequence[Array]:
+def _call(at: _Layout, kernel, name: str, visible: Array, *, own, walked, outputs) -> Sequence[Array]:
     """Runs `kernel` on the grid `[R, H, blocks]`. Of an array `[R, N, ., .]` a head gets the one of `N` that it belongs
-    to: the `block` entries whose turn it is if the array is in `own`, all of them if in `walked`. `outputs` are shapes,
-    split like `own`."""
-    rows = own[0].shape[0]
-    heads = outputs[0].shape[1]
-    count, numbers = steering
-
-    # `N` is the heads, the heads of keys and values, or 1 for what all heads share.
+    to, where `N` is the heads, those of keys and values, or 1 for what all share: the block whose turn it is if the
+    array is in `own`, all of it if in `walked`. `outputs` are shapes, split like `own`."""
+    rows, heads = outputs[0].shape[:2]
+    blocks = visible.shape[1]
+    block = at.size // blocks
+    count, numbers = lists(visible)
 
     def spec(x, split: bool):
         group = heads // x.shape[1]
@@ -116,30 +103,35 @@ def _call(target: _Target, kernel, name: str, block: int, steering, window, own,
     return pl.pallas_call(
         kernel,
         name=name,
-        grid=(rows, heads, numbers.shape[1]),
+        grid=(rows, heads, blocks),
         in_specs=steers + [spec(x, True) for x in own] + [spec(x, False) for x in walked],
         out_specs=[spec(x, True) for x in outputs],
         out_shape=outputs,
-        interpret=target.interpret,
-        **({} if target.params is None else {"compiler_params": target.params(walked)}),
-    )(count, numbers, window, *own, *walked)
+        compiler_params=None if at.interpret else _compiler_params(walked[0].dtype),
+        interpret=at.interpret,
+    )(count, numbers, at.window, *own, *walked)
+
+
+def _compiler_params(dtype: jnp.dtype) -> Any:
+    from jax.experimental.pallas import triton  # deprecated, and says so
+
+    # Blocks that are fetched ahead take shared memory, and few warps registers, which float32 has not to spare.
+    wide = dtype.itemsize >= 4
+    return triton.CompilerParams(num_warps=8 if wide else 4, num_stages=1 if wide else 2)
 
 
 def forward(options: Options, q, k, v, positions, subtree_end, window) -> tuple[Array, Array]:
     """(out [R, H, S, hd], log normalisers [R, H, S])"""
-    target = _target(options, q.shape[-1])
-    at = _layout(target, positions, subtree_end, window)
     length, head_dim = q.shape[2:]
+    at = _layout(options, head_dim, positions, subtree_end, window)
 
     # The scale is that of the true head size; what the blocks are padded with is 0 and adds nothing to a score.
     q, k, v = (_whole_blocks(x, at.size) for x in (q, k, v))
     out, normaliser = _call(
-        target,
-        functools.partial(_forward_kernel, block_k=target.block_k, scale=1.0 / score_divisor(head_dim)),
+        at,
+        functools.partial(_forward_kernel, block_k=at.block_k, scale=1.0 / score_divisor(head_dim)),
         "forest_attention",
-        target.block_q,
-        lists(at.visible),
-        at.window,
+        at.visible,
         own=(q, at.depth_column),
         walked=(k, v, at.depth_row, at.end_row),
         outputs=[jax.ShapeDtypeStruct(q.shape, q.dtype), jax.ShapeDtypeStruct((*q.shape[:3], 1), jnp.float32)],
@@ -149,9 +141,8 @@ def forward(options: Options, q, k, v, positions, subtree_end, window) -> tuple[
 
 def backward(options: Options, q, k, v, positions, subtree_end, window, d_out, normaliser, mean):
     """Gradients of q, k and v. Those of keys and values come per query head and are summed over its group here."""
-    target = _target(options, q.shape[-1])
-    at = _layout(target, positions, subtree_end, window)
     _, heads, length, head_dim = q.shape
+    at = _layout(options, head_dim, positions, subtree_end, window)
     kv_heads = k.shape[1]
     dtypes = (q.dtype, k.dtype, v.dtype)
     scale = 1.0 / score_divisor(head_dim)
@@ -160,12 +151,10 @@ def backward(options: Options, q, k, v, positions, subtree_end, window, d_out, n
 
     # Blocks of queries walk over the keys that they see; blocks of keys over the queries that see them.
     (d_q,) = _call(
-        target,
-        functools.partial(_query_kernel, block_k=target.block_k, scale=scale),
+        at,
+        functools.partial(_query_kernel, block_k=at.block_k, scale=scale),
         "forest_attention_dq",
-        target.block_q,
-        lists(at.visible),
-        at.window,
+        at.visible,
         own=(q, d_out, normaliser[..., None], mean[..., None], at.depth_column),
         walked=(k, v, at.depth_row, at.end_row),
         outputs=[jax.ShapeDtypeStruct(q.shape, q.dtype)],
@@ -173,12 +162,10 @@ def backward(options: Options, q, k, v, positions, subtree_end, window, d_out, n
 
     # In float32, since they are still to be summed over the query heads.
     d_k, d_v = _call(
-        target,
-        functools.partial(_key_kernel, block_q=target.block_q, scale=scale),
+        at,
+        functools.partial(_key_kernel, block_q=at.block_q, scale=scale),
         "forest_attention_dkv",
-        target.block_k,
-        lists(at.visible.swapaxes(1, 2)),
-        at.window,
+        at.visible.swapaxes(1, 2),
         own=(k, v, at.depth_column, at.end_column),
         walked=(q, d_out, normaliser[:, :, None], mean[:, :, None], at.depth_row),
         outputs=[jax.ShapeDtypeStruct(q.shape, jnp.float32)] * 2,

@@ -56,7 +56,7 @@ def test_every_loss_token_is_scored_once_on_its_own_path(rows, length, microbatc
         line, t = divmod(int(packing.place[m, q, c]), packing.width)
         source = packing.source_row[m, q, line]
         assert packing.token[m, q, c] == source * batch.tokens.shape[1] + t
-        r, k = divmod(int(packing.score_index[m, q, c]), length_of_scores)
+        r, k = divmod(int(packing.row_index[m, q, c]), length_of_scores)
         r += q * (microbatch_size // packing.place.shape[1])
         at, path = packing.packed.score_index[m, r, k], []
         assert packing.packed.positions[m, r, at] == t

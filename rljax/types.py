@@ -155,13 +155,13 @@ class RaggedRows:
     """`Rows` as they are stored and moved: one entry per loss token, in `Q` parts that devices hold of their own.
 
     Part `q` carries the rows of its share of the microbatch's packed rows: `L` lines, and `C` entries in the order of
-    line and position. Entry `c` is position `place % width` of line `place // width`; -1 pads. `score_index` points
-    into the flattened scored tokens `[R / Q * K]` of the same part. `rljax.batching.dense_rows` makes the `Rows` of
-    them; what is said of a field there holds here.
+    line and position. Entry `c` is position `place % width` of line `place // width`; -1 pads. `row_index` points into
+    the flattened scored tokens `[R / Q * K]` of the same part; 0 in padding. `rljax.batching.dense_rows` makes the
+    `Rows` of them; what is said of a field there holds here.
     """
 
     place: Int[ArrayLike, "*M Q C"]
-    score_index: Int[ArrayLike, "*M Q C"]
+    row_index: Int[ArrayLike, "*M Q C"]
     loss_weights: Float[ArrayLike, "*M Q C"]
     token_count: Float[ArrayLike, "*M"]
     advantages: Float[ArrayLike, "*M Q C"]

@@ -41,7 +41,7 @@ def collectives_of_rows(mesh):
     zeros = np.zeros(place.shape, np.float32)
     rows = RaggedRows(
         place=place,
-        score_index=np.zeros(place.shape, np.int32),
+        row_index=np.zeros(place.shape, np.int32),
         loss_weights=zeros,
         token_count=np.ones((), np.float32),
         advantages=zeros,

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rljax.batching import PackConfig, bucket, layout, loss_mask, pack, stack
+from rljax.batching import PackConfig, bucket, layout, likely_sizes, loss_mask, pack, stack
 from rljax.trees import match_owners
 from rljax.types import Trajectory
 
@@ -56,7 +56,7 @@ def test_every_loss_token_is_scored_once_on_its_own_path(rows, length, microbatc
         line, t = divmod(int(packing.place[m, q, c]), packing.width)
         source = packing.source_row[m, q, line]
         assert packing.token[m, q, c] == source * batch.tokens.shape[1] + t
-        r, k = divmod(int(packing.score_index[m, q, c]), length_of_scores)
+        r, k = divmod(int(packing.row_index[m, q, c]), length_of_scores)
         r += q * (microbatch_size // packing.place.shape[1])
         at, path = packing.packed.score_index[m, r, k], []
         assert packing.packed.positions[m, r, at] == t
@@ -149,6 +149,17 @@ def test_the_packed_length_is_the_shortest_that_costs_no_microbatch():
     batch = stack([r.replace(tokens=r.tokens + 20 * i) for i, r in enumerate(rows)])
     assert layout(batch, loss_mask(batch), PackConfig(80)).packed.tokens.shape == (1, 1, 20)
     assert layout(batch, loss_mask(batch), PackConfig(80, microbatch_size=2)).packed.tokens.shape == (1, 2, 20)
+
+
+@pytest.mark.parametrize(("longest", "microbatches"), [(20, {1, 2}), (80, {1})])
+def test_likely_sizes_are_those_of_minibatches_that_there_can_be(longest, microbatches):
+    """Of automatic lengths, several microbatches have the longest alone."""
+    batch = stack([trajectory(np.arange(20), 5, 0)])
+    config = PackConfig(longest)
+    packing = layout(batch, loss_mask(batch), config)
+    assert packing.sizes.length == 20
+    likely = likely_sizes(packing.needs, packing.sizes, config, per_part=1, width=batch.tokens.shape[1], count=8)
+    assert {sizes.microbatches for sizes in likely} == microbatches
 
 
 def test_padding_rows_are_an_invalid_group_of_their_own():

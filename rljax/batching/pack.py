@@ -20,7 +20,7 @@ class Packing(NamedTuple):
     """The layout of a minibatch, before any advantage or log-prob is attached.
 
     `token[m, q, c]` is the place of loss token `c` of a part in the flattened batch `[batch rows * T]`, `source_row[m,
-    q, l]` the row of the batch that a line shows; -1 pads both. `place`, `score_index` and `width` are those of
+    q, l]` the row of the batch that a line shows; -1 pads both. `place`, `row_index` and `width` are those of
     `RaggedRows`. `flat_tokens` counts the tokens of the rows, `unique_tokens` those packed, `scored_tokens` the unique
     ones whose log-prob is wanted, `repeated_tokens` those that are packed again because what shares them does not fit
     one packed sequence. `needs` and `sizes` are what the minibatch has at most, and the sizes that this makes.
@@ -29,7 +29,7 @@ class Packing(NamedTuple):
     packed: Packed
     token: Int[np.ndarray, "M Q C"]
     place: Int[np.ndarray, "M Q C"]
-    score_index: Int[np.ndarray, "M Q C"]
+    row_index: Int[np.ndarray, "M Q C"]
     source_row: Int[np.ndarray, "M Q L"]
     width: Width
     flat_tokens: int
@@ -59,7 +59,7 @@ class Packing(NamedTuple):
         zero = np.zeros(self.place.shape, np.float32)
         return RaggedRows(
             place=self.place,
-            score_index=self.score_index,
+            row_index=self.row_index,
             loss_weights=zero,
             token_count=np.ones(len(self.place), np.float32),
             advantages=zero,
@@ -95,7 +95,7 @@ def emptied(batch: TrainBatch, sizes: Sizes) -> TrainBatch:
         packed=packed,
         rows=RaggedRows(
             place=filled(of_token, -1),
-            score_index=filled(of_token),
+            row_index=filled(of_token),
             loss_weights=filled(of_token, 0, np.float32),
             token_count=filled((sizes.microbatches,), 1, np.float32),
             advantages=filled(of_token, 0, np.float32),
@@ -154,7 +154,7 @@ def pack(
     columns = {name: np.asarray(value, np.float32) for name, value in batch.columns.items()}
     rows = RaggedRows(
         place=packing.place,
-        score_index=packing.score_index,
+        row_index=packing.row_index,
         loss_weights=packing.of_tokens(np.asarray(weights, np.float32)),
         token_count=np.full(len(packing.place), count, np.float32),
         advantages=packing.of_tokens(np.asarray(advantages, np.float32)),
@@ -238,15 +238,18 @@ def _fill(
     packed_token = forest.row_index[wanted]
     token_row = np.repeat(np.arange(len(order), dtype=np.int32), ends)[wanted]
 
-    # Unique tokens that are scored, numbered within their bin.
+    # Unique tokens that are scored, and the slots of these: they are numbered within their bin.
     is_scored = np.zeros(len(token_bin), bool)
     is_scored[packed_token] = True
-    number = np.cumsum(is_scored, dtype=np.int32) - np.int32(1)
-    scored_before = np.searchsorted(token_bin[is_scored], np.arange(bins + 1))
+    scored_before = np.searchsorted(token_bin[is_scored], np.arange(bins + 1)).astype(np.int32)
+    slot = np.cumsum(is_scored, dtype=np.int32) - np.int32(1) - scored_before[token_bin]
+
+    # How many lines and entries each part of the microbatches that hold something has.
     row_part = row_bin // per_part
-    cells = -(-max(bins, 1) // per_micro) * parts
-    lines = np.bincount(row_part, minlength=cells)
-    entries = np.bincount(row_part[token_row], minlength=cells)
+    entry_part = row_part[token_row]
+    part_count = -(-max(bins, 1) // per_micro) * parts
+    lines = np.bincount(row_part, minlength=part_count)
+    entries = np.bincount(entry_part, minlength=part_count)
 
     needs = Needs(
         microbatches=-(-bins // per_micro),
@@ -255,13 +258,9 @@ def _fill(
         tokens=int(entries.max()),
     )
     sizes = choose_sizes(needs, config, per_part=per_part, length=chosen.length, width=width)
-    micro = sizes.microbatches
-    height = sizes.rows
-    wide = sizes.scored
-    room = sizes.tokens
 
     # A unique token at its place in its packed sequence, whose own numbers count from the sequence's start.
-    shape = (micro, per_micro, chosen.length)
+    shape = (sizes.microbatches, per_micro, chosen.length)
     start = first_token[token_bin].astype(np.int32)
     at = (token_bin.astype(np.int64) * chosen.length - start) + np.arange(len(token_bin))
 
@@ -270,11 +269,9 @@ def _fill(
         out.reshape(-1)[at] = values
         return out
 
-    score_index = np.full((micro, per_micro, wide), -1, np.int32)
     scored = np.flatnonzero(is_scored)
-    scored_bin = token_bin[scored]
-    slot = number[scored] - scored_before[scored_bin]
-    score_index.reshape(-1)[scored_bin.astype(np.int64) * wide + slot] = scored - start[scored]
+    score_index = np.full((sizes.microbatches, per_micro, sizes.scored), -1, np.int32)
+    score_index.reshape(-1)[token_bin[scored].astype(np.int64) * sizes.scored + slot[scored]] = scored - start[scored]
     packed = Packed(
         tokens=packed_array(tokens.reshape(-1)[forest.token_of(order, width)], 0),
         positions=packed_array(forest.positions, 0),
@@ -286,25 +283,23 @@ def _fill(
     # Lines and entries of a part count from its start; parts follow each other in the order of their bins.
     line_start = np.cumsum(lines) - lines
     line = np.arange(len(order)) - line_start[row_part]
-    source_row = np.full((micro, parts, height), -1, np.int32)
-    source_row.reshape(-1)[row_part.astype(np.int64) * height + line] = order
+    source_row = np.full((sizes.microbatches, parts, sizes.rows), -1, np.int32)
+    source_row.reshape(-1)[row_part.astype(np.int64) * sizes.rows + line] = order
 
-    entry_part = row_part[token_row]
     entry_start = np.cumsum(entries) - entries
-    entry = entry_part.astype(np.int64) * room + np.arange(len(token_row)) - entry_start[entry_part]
-    entry_bin = row_bin[token_row]
+    entry = entry_part.astype(np.int64) * sizes.tokens + np.arange(len(token_row)) - entry_start[entry_part]
 
     def entry_array(values: np.ndarray, fill: int, dtype: type = np.int32) -> np.ndarray:
-        out: np.ndarray = np.full((micro, parts, room), fill, dtype)
+        out: np.ndarray = np.full((sizes.microbatches, parts, sizes.tokens), fill, dtype)
         out.reshape(-1)[entry] = values
         return out
 
-    own_slot = number[packed_token] - scored_before[entry_bin]
+    sequence = row_bin[token_row] % per_part
     return Packing(
         packed=packed,
         token=entry_array(batch_token, -1, np.int64),
         place=entry_array(line[token_row] * sizes.width + batch_token % width, -1),
-        score_index=entry_array((entry_bin % per_part) * wide + own_slot, 0),
+        row_index=entry_array(sequence * sizes.scored + slot[packed_token], 0),
         source_row=source_row,
         width=Width(sizes.width),
         flat_tokens=int(ends.sum()),

@@ -4,6 +4,7 @@ A whole minibatch is stored by its loss tokens. Positions of rows exist for one 
 that uses them.
 """
 
+import dataclasses
 from collections.abc import Callable
 
 import jax.numpy as jnp
@@ -71,7 +72,8 @@ def ragged_rows(rows: Rows, like: RaggedRows) -> RaggedRows:
     def of_rows(values: ArrayLike) -> Array:
         return jnp.asarray(values).reshape(like.source.shape)
 
-    return like.replace(  # type: ignore[attr-defined]
+    return dataclasses.replace(
+        like,
         loss_weights=gather(like, rows.loss_weights),
         token_count=rows.token_count,
         advantages=gather(like, rows.advantages),
@@ -87,9 +89,7 @@ def ragged_rows(rows: Rows, like: RaggedRows) -> RaggedRows:
 
 def bare_rows(rows: RaggedRows) -> RaggedRows:
     """Without what not every minibatch has: what scoring takes, so that all are scored by one program."""
-    return rows.replace(  # type: ignore[attr-defined]
-        old_logprobs=None, ref_logprobs=None, uniforms=None, columns={}, row_columns={}
-    )
+    return dataclasses.replace(rows, old_logprobs=None, ref_logprobs=None, uniforms=None, columns={}, row_columns={})
 
 
 def _maybe(of: Callable[[ArrayLike], Array], values: ArrayLike | None) -> Array | None:

@@ -78,7 +78,9 @@ def _neighbours(needs: Needs, sizes: Sizes, config: PackConfig) -> Iterator[tupl
     for name, table in tables.items():
         need = max(getattr(needs, name), 1)
         at = list(table).index(getattr(sizes, name))
-        if at + 1 < len(table):
+        # Sequences shorter than the longest hold all in one microbatch, and grow before there are two (`choose_bins`).
+        is_short = not config.length_buckets and sizes.length < config.pack_length
+        if at + 1 < len(table) and not (is_short and name == "microbatches"):
             yield math.log(table[at] / need), needs._replace(**{name: table[at] + 1})
         if at:
             yield math.log(need / table[at - 1]), needs._replace(**{name: table[at - 1]})

@@ -1,30 +1,40 @@
 """Attention over forests: queries see the keys on their own path.
 
-Queries go through in blocks, each against the keys up to its own end, since a later key is never visible. The backward
-pass keeps the result and the log-sum-exp of each query, and computes the weights again block by block (2205.14135),
-with scores transposed, so that no product transposes an array of the size of the scores.
+Who sees whom and the arithmetic of the softmax are in `attention_blocks`. Which blocks meet, and where, is a matter of
+the device and the mesh:
+
+- here, plain operations: everywhere, but for the two cases below;
+- `attention_kernel`, whose kernels are in `attention_tpu` and `attention_triton`: rows from `KERNEL_LENGTH` on, on a
+  TPU or GPU for which `config.update.attention_kernel` takes them;
+- `attention_stream`, loops of plain operations: where devices share a sequence (`sequence`), and queries begin anywhere
+  in it.
+
+Here, queries go through in blocks, each against the keys up to its own end, since a later key is never visible. The
+backward pass keeps the result and the log-sum-exp of each query, and computes the weights again block by block
+(2205.14135), with scores transposed, so that no product transposes an array of the size of the scores.
 """
 
 import functools
-import math
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
+from rljax.models.attention_blocks import (
+    MASKED,
+    is_visible,
+    mean_gradient,
+    named,
+    score_divisor,
+    score_gradient,
+)
+from rljax.models.attention_stream import streamed_attention
 from rljax.parallel import platform, split_over
 
 Attention = Callable[..., Array]
 """`attention(q, k, v, positions, subtree_end, window) -> out`, arguments and result as those of `forest_attention`;
 with `query_start=` where devices share packed sequences."""
-
-MASKED = -1e30
-"""Score of an invisible key: finite, so that a padding query, which sees nothing, yields no NaN."""
-
-SAVED = ("attention", "attention_normaliser")
-"""Names by which a remat policy keeps the result and the log-sum-exp, all that a backward pass needs beside q, k, v."""
 
 MIN_BLOCK = 128
 """Fewest queries of a block."""
@@ -34,11 +44,6 @@ MAX_BLOCKS = 8
 
 KERNEL_LENGTH = 1024
 """Packed rows from which on `kernel_attention` takes the kernels: shorter ones have few blocks to leave out."""
-
-
-def score_divisor(head_dim: int) -> float:
-    """What products of queries and keys are divided by, before the softmax: the one place that says so (1706.03762)."""
-    return math.sqrt(head_dim)
 
 
 def forest_attention(
@@ -57,8 +62,6 @@ def forest_attention(
     The queries are those of all positions, or of the `Q` from `query_start` on.
     """
     if query_start is not None:
-        from rljax.models.attention_stream import streamed_attention  # it needs this module
-
         return streamed_attention(q, k, v, positions, subtree_end, window, query_start)
     rows, length, heads, head_dim = q.shape
     kv_heads = k.shape[2]
@@ -100,12 +103,6 @@ def on_own_heads(attention: Attention) -> Attention:
     return split_over(attention, (heads, heads, heads, row, row, ()), heads)
 
 
-def named(out: Array, normaliser: Array) -> tuple[Array, Array]:
-    """The two under the names of `SAVED`. Forward rules call it on what they return as residuals: names that are put
-    on afterwards would leave the log-sum-exp to be computed again, and the scores with it."""
-    return checkpoint_name(out, SAVED[0]), checkpoint_name(normaliser, SAVED[1])
-
-
 def _blocks(length: int) -> list[tuple[int, int]]:
     size = max(MIN_BLOCK, -(-length // MAX_BLOCKS))
     return [(start, min(start + size, length)) for start in range(0, length, size)]
@@ -115,8 +112,9 @@ def _visible(start: int, stop: int, positions, subtree_end, window) -> Array:
     """[R, queries start..stop, keys 0..stop]"""
     query = jnp.arange(start, stop)[None, :, None]
     key = jnp.arange(stop)[None, None, :]
-    visible = (key <= query) & (query < subtree_end[:, None, :stop])
-    return visible & (positions[:, start:stop, None] - positions[:, None, :stop] < window)
+    query_depth = positions[:, start:stop, None]
+    key_depth = positions[:, None, :stop]
+    return is_visible(query, key, subtree_end[:, None, :stop], query_depth, key_depth, window)
 
 
 def _flat(x: Array, start: int, stop: int) -> Array:
@@ -165,8 +163,7 @@ def _attend_backward(residuals, d_out):
     q, k, v, positions, subtree_end, window, out, normalisers = residuals
     rows, kv_heads, length, groups, head_dim = q.shape
     scale = 1.0 / score_divisor(head_dim)
-    # sum_s p_s dp_s of each query, from the result itself
-    expected = jnp.sum(out.astype(jnp.float32) * d_out.astype(jnp.float32), axis=-1)
+    means = mean_gradient(out, d_out)
 
     d_q: list[Array] = []
     d_k = jnp.zeros(k.shape, jnp.float32)
@@ -180,13 +177,12 @@ def _attend_backward(residuals, d_out):
         visible = jax.lax.optimization_barrier(visible)[:, None]
         scores = _product("rksd,rkqd->rksq", k[:, :, :stop], block(q)) * scale
         normaliser, mean = (
-            x[:, :, start:stop].reshape(rows, kv_heads, 1, (stop - start) * groups) for x in (normalisers, expected)
+            x[:, :, start:stop].reshape(rows, kv_heads, 1, (stop - start) * groups) for x in (normalisers, means)
         )
         weights = jnp.exp(jnp.where(visible, scores, MASKED) - normaliser)
 
-        # Softmax backwards: d_score = p (d_p - sum p d_p).
         d_weights = _product("rksd,rkqd->rksq", v[:, :, :stop], block(d_out))
-        d_scores = (weights * (d_weights - mean) * scale).astype(q.dtype)
+        d_scores = score_gradient(weights, d_weights, mean, scale).astype(q.dtype)
         weights = weights.astype(d_out.dtype)
 
         # Keys and values of a block are those of all blocks before it too: their gradients add up.

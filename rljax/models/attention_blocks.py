@@ -1,10 +1,80 @@
-"""What the attention kernels of all devices share: which blocks see which, and the arithmetic within a block."""
+"""What all forms of attention over forests share: who sees whom, and the softmax with its backward pass; and what the
+kernels of all devices share, their lists of blocks and products within one."""
 
+import math
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Int
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Bool, Float, Int
+
+from rljax.types import ArrayLike
+
+MASKED = -1e30
+"""Score of an invisible key: finite, so that a padding query, which sees nothing, yields no NaN."""
+
+SAVED = ("attention", "attention_normaliser")
+"""Names by which a remat policy keeps the result and the log-sum-exp, all that a backward pass needs beside q, k, v."""
+
+
+def score_divisor(head_dim: int) -> float:
+    """What products of queries and keys are divided by, before the softmax: the one place that says so (1706.03762)."""
+    return math.sqrt(head_dim)
+
+
+def named(out: Array, normaliser: Array) -> tuple[Array, Array]:
+    """The two under the names of `SAVED`. Forward rules call it on what they return as residuals: names that are put
+    on afterwards would leave the log-sum-exp to be computed again, and the scores with it."""
+    return checkpoint_name(out, SAVED[0]), checkpoint_name(normaliser, SAVED[1])
+
+
+def is_visible(
+    query: Array, key: Array, end: Array, query_depth: Array, key_depth: Array, window: ArrayLike | int
+) -> Array:
+    """Whether a query sees a key: packed indices of both, the end of the key's subtree, positions of both on their
+    paths. Pairs come of arrays that broadcast against each other."""
+    return (key <= query) & (query < end) & (query_depth - key_depth < window)
+
+
+def may_see(
+    first_query: Array,
+    last_query: Array,
+    shallowest_query: Array,
+    first_key: Array,
+    last_end: Array,
+    deepest_key: Array,
+    window: ArrayLike | int,
+) -> Array:
+    """Whether some query of a block may see some key of another, from the bounds of both: some key begins before the
+    queries' end and has its subtree end after their beginning, and the deepest key is within `window` of the shallowest
+    query. Never False where `is_visible` holds for a pair."""
+    return (first_key <= last_query) & (first_query < last_end) & (shallowest_query - deepest_key < window)
+
+
+def softmax_step(best: Array, total: Array, scores: Array, visible: Array) -> tuple[Array, Array, Array, Array]:
+    """One block of keys of a softmax in one pass (2205.14135), for scores `[..., n]`, `MASKED` where not `visible`.
+
+    `best` and `total [..., 1]` are the largest score so far, `MASKED` before the first, and the sum of weights so far.
+    Returns both with the block's own, the block's weights, and what everything summed before is to be multiplied by.
+    """
+    higher = jnp.maximum(best, jnp.max(scores, axis=-1, keepdims=True))
+    # Where a query has seen nothing yet, `higher` is MASKED and the exponential 1.
+    weights = jnp.where(visible, jnp.exp(scores - higher), 0.0)
+    shrink = jnp.exp(best - higher)
+    return higher, total * shrink + jnp.sum(weights, axis=-1, keepdims=True), weights, shrink
+
+
+def mean_gradient(out: Float[Array, "*B hd"], d_out: Float[Array, "*B hd"]) -> Float[Array, "*B"]:
+    """The mean of a query's d_weights under its weights, float32: of its result and that one's gradient alone, since
+    `sum_s p_s (v_s . d_out) = out . d_out`."""
+    return jnp.sum(out.astype(jnp.float32) * d_out.astype(jnp.float32), axis=-1)
+
+
+def score_gradient(weights: Array, d_weights: Array, mean: Array, scale: float) -> Array:
+    """The softmax backwards, `p (d_p - sum p d_p)`, to products of queries and keys before they are scaled. `mean` is
+    `mean_gradient`."""
+    return weights * (d_weights - mean) * scale
 
 
 class Options(NamedTuple):
@@ -26,17 +96,15 @@ def visible_blocks(
     block_q: int,
     block_k: int,
 ) -> Bool[Array, "R N M"]:
-    """Which blocks of keys a block of queries may see: some key begins before the queries' end and has its subtree end
-    after their beginning, and the deepest key is within `window` of the shallowest query. Never False for a visible
-    pair. `N` and `M` are the numbers of blocks; `S` must be a multiple of both block sizes."""
+    """`may_see` of `N` blocks of queries and `M` blocks of keys; `S` must be a multiple of both block sizes."""
     rows, length = positions.shape
     first_query = jnp.arange(0, length, block_q)[:, None]
     first_key = jnp.arange(0, length, block_k)[None]
     last_end = jnp.max(subtree_end.reshape(rows, 1, -1, block_k), axis=-1)
     deepest_key = jnp.max(positions.reshape(rows, 1, -1, block_k), axis=-1)
     shallowest_query = jnp.min(positions.reshape(rows, -1, block_q), axis=-1)[..., None]
-    visible = (first_key < first_query + block_q) & (last_end > first_query)
-    return visible & (shallowest_query - deepest_key < window)
+    last_query = first_query + (block_q - 1)
+    return may_see(first_query, last_query, shallowest_query, first_key, last_end, deepest_key, window)
 
 
 def padded(x: Array, axis: int, size: int) -> Array:
@@ -61,11 +129,6 @@ def dot(a: Array, b: Array) -> Array:
 def dot_rows(a: Array, b: Array) -> Array:
     """[m, d] x [n, d] -> float32 [m, n]"""
     return jax.lax.dot_general(a, b, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
-
-
-def is_visible(query: Array, key: Array, end: Array, query_depth: Array, key_depth: Array, window: Array) -> Array:
-    """Pairs of a block; one side is a column, the other a row."""
-    return (key <= query) & (query < end) & (query_depth - key_depth < window)
 
 
 def count_from(start, shape: tuple[int, int], axis: int) -> Array:

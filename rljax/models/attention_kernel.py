@@ -17,8 +17,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from rljax.models import attention_tpu, attention_triton
-from rljax.models.attention import named
-from rljax.models.attention_blocks import Options
+from rljax.models.attention_blocks import Options, mean_gradient, named
 
 
 def forest_attention_kernel(
@@ -65,9 +64,7 @@ def _attend_forward(options, q, k, v, positions, subtree_end, window):
 
 def _attend_backward(options, residuals, d_out):
     *arrays, out, normaliser = residuals
-    # sum_s p_s dp_s of each query, from the result itself
-    expected = jnp.sum(out.astype(jnp.float32) * d_out.astype(jnp.float32), axis=-1)
-    grads = _on_device("backward", options, *arrays, d_out, normaliser, expected)
+    grads = _on_device("backward", options, *arrays, d_out, normaliser, mean_gradient(out, d_out))
     return *grads, None, None, None
 
 

@@ -10,7 +10,16 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from rljax.models.attention import MASKED, named, score_divisor
+from rljax.models.attention_blocks import (
+    MASKED,
+    is_visible,
+    may_see,
+    mean_gradient,
+    named,
+    score_divisor,
+    score_gradient,
+    softmax_step,
+)
 from rljax.types import ArrayLike
 
 BLOCK = 512
@@ -66,8 +75,9 @@ class _Blocks(NamedTuple):
         """[R, 1, bq, 1, bk] of block `i` of queries and block `j` of keys."""
         query = self.query_index[i][None, :, None]
         key = self.key_index[j][None, None]
-        sees = (key <= query) & (query < self.key_end[j][:, None])
-        sees &= self.query_depth[i][..., None] - self.key_depth[j][:, None] < self.window
+        query_depth = self.query_depth[i][..., None]
+        key_depth = self.key_depth[j][:, None]
+        sees = is_visible(query, key, self.key_end[j][:, None], query_depth, key_depth, self.window)
         return sees[:, None, :, None]
 
 
@@ -98,11 +108,19 @@ def _blocks(queries: int, positions: Array, subtree_end: Array, window: ArrayLik
     index = jnp.asarray(start) + jnp.arange(depth.shape[0] * depth.shape[2]).reshape(depth.shape[0], -1)
     key_index = jnp.arange(key_depth.shape[0] * key_depth.shape[2]).reshape(key_depth.shape[0], -1)
 
-    # Never False for a visible pair; of rows side by side, what one of them needs is done for all.
-    begun = key_index[None, :, 0] <= index[:, -1:]
-    open_yet = jnp.max(key_end, axis=-1)[None] > index[:, :1, None]
-    is_near = jnp.min(depth, axis=-1)[:, None] - jnp.max(key_depth, axis=-1)[None] < window
-    needed = begun & jnp.any(open_yet & is_near, axis=-1)
+    # Of rows side by side, what one of them needs is done for all.
+    needed = jnp.any(
+        may_see(
+            first_query=index[:, None, :1],
+            last_query=index[:, None, -1:],
+            shallowest_query=jnp.min(depth, axis=-1)[:, None],
+            first_key=key_index[None, :, :1],
+            last_end=jnp.max(key_end, axis=-1)[None],
+            deepest_key=jnp.max(key_depth, axis=-1)[None],
+            window=window,
+        ),
+        axis=-1,
+    )
     return _Blocks(
         query_index=index,
         query_depth=depth,
@@ -145,18 +163,15 @@ def _attend_forward(q, k, v, positions, subtree_end, window, start):
             visible = blocks.visible(i, j)
             scores = jnp.where(visible, _scores(own, k_blocks[j]), MASKED)
 
-            # What is summed so far is scaled down to the new maximum.
-            higher = jnp.maximum(best, jnp.max(scores, axis=-1))
-            scale = jnp.exp(best - higher)
-            weights = jnp.where(visible, jnp.exp(scores - higher[..., None]), 0.0)
+            best, total, weights, shrink = softmax_step(best, total, scores, visible)
             part = _product("rkqgs,rksd->rkqgd", weights.astype(v.dtype), v_blocks[j])
-            return higher, total * scale + jnp.sum(weights, axis=-1), out * scale[..., None] + part
+            return best, total, out * shrink + part
 
-        column = jnp.zeros(own.shape[:-1], jnp.float32)
+        column = jnp.zeros((*own.shape[:-1], 1), jnp.float32)
         first = (column + MASKED, column, jnp.zeros(own.shape, jnp.float32))
         best, total, out = jax.lax.fori_loop(0, blocks.needed[i], look, first)
         total = jnp.maximum(total, TINY)
-        return (out / total[..., None]).astype(q.dtype), best + jnp.log(total)
+        return (out / total).astype(q.dtype), (best + jnp.log(total))[..., 0]
 
     q_blocks = _cut(q, 2)
     outs, normalisers = jax.lax.map(of_queries, (jnp.arange(len(q_blocks)), q_blocks))
@@ -171,8 +186,6 @@ def _attend_backward(residuals, d_out):
     blocks = _blocks(queries, positions, subtree_end, window, start)
     k_blocks = _cut(k, 2)
     v_blocks = _cut(v, 2)
-    # sum_s p_s dp_s of each query, from the result itself
-    expected = jnp.sum(out.astype(jnp.float32) * d_out.astype(jnp.float32), axis=-1)
 
     def of_queries(carry, inputs):
         i, own, d_own, own_normaliser, mean = inputs
@@ -183,9 +196,8 @@ def _attend_backward(residuals, d_out):
             weights = jnp.exp(_scores(own, k_blocks[j]) - own_normaliser[..., None])
             weights = jnp.where(blocks.visible(i, j), weights, 0.0)
 
-            # Softmax backwards: d_score = p (d_p - sum p d_p).
             d_weights = _product("rkqgd,rksd->rkqgs", d_own, v_blocks[j])
-            d_scores = (weights * (d_weights - mean[..., None]) * scale).astype(q.dtype)
+            d_scores = score_gradient(weights, d_weights, mean[..., None], scale).astype(q.dtype)
             d_v = d_v.at[j].add(_product("rkqgs,rkqgd->rksd", weights.astype(d_out.dtype), d_own))
             d_k = d_k.at[j].add(_product("rkqgs,rkqgd->rksd", d_scores, own))
             return d_q + _product("rkqgs,rksd->rkqgd", d_scores, k_blocks[j]), d_k, d_v
@@ -193,7 +205,7 @@ def _attend_backward(residuals, d_out):
         d_q, d_k, d_v = jax.lax.fori_loop(0, blocks.needed[i], look, (jnp.zeros(own.shape, jnp.float32), *carry))
         return (d_k, d_v), d_q.astype(q.dtype)
 
-    of_blocks = [_cut(x, 2) for x in (q, d_out, normaliser, expected)]
+    of_blocks = [_cut(x, 2) for x in (q, d_out, normaliser, mean_gradient(out, d_out))]
     zeros = jnp.zeros(k_blocks.shape, jnp.float32)
     (d_k, d_v), d_q = jax.lax.scan(of_queries, (zeros, zeros), (jnp.arange(len(of_blocks[0])), *of_blocks))
     length = k.shape[2]

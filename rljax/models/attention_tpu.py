@@ -23,8 +23,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
-from rljax.models.attention import MASKED, score_divisor
 from rljax.models.attention_blocks import (
+    MASKED,
     Options,
     count_from,
     dot,
@@ -32,6 +32,9 @@ from rljax.models.attention_blocks import (
     is_visible,
     lists,
     padded,
+    score_divisor,
+    score_gradient,
+    softmax_step,
     visible_blocks,
 )
 
@@ -85,15 +88,15 @@ def forward(options: Options, q, k, v, positions, subtree_end, window) -> tuple[
     return _few_rows(options, of_rows, q, k, v, positions, subtree_end)
 
 
-def backward(options: Options, q, k, v, positions, subtree_end, window, d_out, normaliser, expected):
+def backward(options: Options, q, k, v, positions, subtree_end, window, d_out, normaliser, mean):
     """Gradients of q, k and v."""
 
-    def of_rows(q, k, v, positions, subtree_end, d_out, normaliser, expected):
+    def of_rows(q, k, v, positions, subtree_end, d_out, normaliser, mean):
         at = _inputs(options, q, k, v, positions, subtree_end, window)
         length, head_dim = q.shape[2:]
         size = at.q.shape[2]
         d_out = padded(d_out, 2, size)
-        normaliser, expected = (padded(x, 2, size)[:, :, None] for x in (normaliser, expected))
+        normaliser, mean = (padded(x, 2, size)[:, :, None] for x in (normaliser, mean))
 
         # Blocks of queries walk over the keys that they see; blocks of keys over the queries that see them.
         (d_q,) = _call(
@@ -101,7 +104,7 @@ def backward(options: Options, q, k, v, positions, subtree_end, window, d_out, n
             _query_kernel,
             "forest_attention_dq",
             at.visible,
-            own=(at.q, d_out, normaliser, expected, at.depth),
+            own=(at.q, d_out, normaliser, mean, at.depth),
             walked=(at.k, at.v, at.depth, at.end),
             outputs=(jax.ShapeDtypeStruct(at.q.shape, q.dtype),),
             scratch=[(at.block_q, 1)] * 3 + [(at.block_q, head_dim)],
@@ -112,13 +115,13 @@ def backward(options: Options, q, k, v, positions, subtree_end, window, d_out, n
             "forest_attention_dkv",
             at.visible.swapaxes(1, 2),
             own=(at.k, at.v, at.depth, at.end),
-            walked=(at.q, d_out, normaliser, expected, at.depth),
+            walked=(at.q, d_out, normaliser, mean, at.depth),
             outputs=(jax.ShapeDtypeStruct(at.k.shape, k.dtype), jax.ShapeDtypeStruct(at.v.shape, v.dtype)),
             scratch=[(at.block_k, 1)] * 2 + [(at.block_k, head_dim)] * 2,
         )
         return tuple(x[:, :, :length] for x in (d_q, d_k, d_v))
 
-    return _few_rows(options, of_rows, q, k, v, positions, subtree_end, d_out, normaliser, expected)
+    return _few_rows(options, of_rows, q, k, v, positions, subtree_end, d_out, normaliser, mean)
 
 
 def _blocks(options: Options, length: int, head_dim: int) -> tuple[int, int]:
@@ -224,6 +227,10 @@ class _Step(NamedTuple):
     meets: Array
     """Whether the list has not ended."""
 
+    def indices(self, shape: tuple[int, int]) -> tuple[Array, Array]:
+        """Packed indices of pairs `shape`: of the own block's, which go down, and of the other's, across."""
+        return count_from(self.own * shape[0], shape, 0), count_from(self.other * shape[1], shape, 1)
+
 
 def _step(count, numbers) -> _Step:
     row, _, own, member, step = (pl.program_id(axis) for axis in range(5))
@@ -262,22 +269,14 @@ def _forward_kernel(
         total[...] = jnp.zeros(total.shape, jnp.float32)
         acc[...] = jnp.zeros(acc.shape, jnp.float32)
 
-    # Softmax in one pass: what is summed so far is scaled down whenever a larger score turns up.
     @pl.when(step.meets)
     def _():
-        query = count_from(step.own * shape[0], shape, 0)
-        key = count_from(step.other * shape[1], shape, 1)
+        query, key = step.indices(shape)
         depths = own_depth[...].astype(jnp.int32)
         visible = is_visible(query, key, end[...], depths, key_depth[...], window[0])
         scores = jnp.where(visible, dot_rows(q[...], k[...]) * scale, MASKED)
-        new = jnp.maximum(best[...], jnp.max(scores, axis=1, keepdims=True))
-
-        # Where a query has seen nothing yet, `new` is MASKED and the exponential 1.
-        weights = jnp.where(visible, jnp.exp(scores - new), 0.0)
-        shrink = jnp.exp(best[...] - new)
-        total[...] = total[...] * shrink + jnp.sum(weights, axis=1, keepdims=True)
+        best[...], total[...], weights, shrink = softmax_step(best[...], total[...], scores, visible)
         acc[...] = acc[...] * shrink + dot(weights.astype(v.dtype), v[...])
-        best[...] = new
 
     @pl.when(step.is_last)
     def _():
@@ -288,29 +287,28 @@ def _forward_kernel(
 
 
 def _query_kernel(
-    count, numbers, window, q, d_out, normaliser, expected, depth, k, v, key_depth, end, d_q, *scratch, scale
+    count, numbers, window, q, d_out, normaliser, mean, depth, k, v, key_depth, end, d_q, *scratch, scale
 ):
-    own_normaliser, own_expected, own_depth, acc = scratch
+    own_normaliser, own_mean, own_depth, acc = scratch
     step = _step(count, numbers)
     shape = (q.shape[0], k.shape[0])
 
     @pl.when(step.is_first)
     def _():
         own_normaliser[...] = _column(normaliser[...])
-        own_expected[...] = _column(expected[...])
+        own_mean[...] = _column(mean[...])
         own_depth[...] = _column(depth[...])
         acc[...] = jnp.zeros(acc.shape, jnp.float32)
 
     @pl.when(step.meets)
     def _():
-        query = count_from(step.own * shape[0], shape, 0)
-        key = count_from(step.other * shape[1], shape, 1)
+        query, key = step.indices(shape)
         depths = own_depth[...].astype(jnp.int32)
         visible = is_visible(query, key, end[...], depths, key_depth[...], window[0])
 
-        # The softmax is computed anew from its normaliser. `expected` is the mean of d_weights under it.
+        # The softmax is computed anew from its normaliser.
         weights = jnp.where(visible, jnp.exp(dot_rows(q[...], k[...]) * scale - own_normaliser[...]), 0.0)
-        d_scores = weights * (dot_rows(d_out[...], v[...]) - own_expected[...]) * scale
+        d_scores = score_gradient(weights, dot_rows(d_out[...], v[...]), own_mean[...], scale)
         acc[...] += dot(d_scores.astype(k.dtype), k[...])
 
     @pl.when(step.is_last)
@@ -319,7 +317,7 @@ def _query_kernel(
 
 
 def _key_kernel(
-    count, numbers, window, k, v, depth, end, q, d_out, normaliser, expected, query_depth, d_k, d_v, *scratch, scale
+    count, numbers, window, k, v, depth, end, q, d_out, normaliser, mean, query_depth, d_k, d_v, *scratch, scale
 ):
     """Scores stand transposed, keys times queries, so that no product transposes them. The query heads of a group
     follow each other in the grid, and their gradients add up here."""
@@ -336,15 +334,14 @@ def _key_kernel(
 
     @pl.when(step.meets)
     def _():
-        key = count_from(step.own * shape[0], shape, 0)
-        query = count_from(step.other * shape[1], shape, 1)
+        key, query = step.indices(shape)
         depths = own_depth[...].astype(jnp.int32)
         ends = own_end[...].astype(jnp.int32)
         visible = is_visible(query, key, ends, query_depth[...], depths, window[0])
 
         # As in `_query_kernel`.
         weights = jnp.where(visible, jnp.exp(dot_rows(k[...], q[...]) * scale - normaliser[...]), 0.0)
-        d_scores = weights * (dot_rows(v[...], d_out[...]) - expected[...]) * scale
+        d_scores = score_gradient(weights, dot_rows(v[...], d_out[...]), mean[...], scale)
         d_values[...] += dot(weights.astype(d_out.dtype), d_out[...])
         d_keys[...] += dot(d_scores.astype(q.dtype), q[...])
 

@@ -16,8 +16,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Float
 
-from rljax.models.attention import MASKED, score_divisor
 from rljax.models.attention_blocks import (
+    MASKED,
     Options,
     count_from,
     dot,
@@ -25,6 +25,9 @@ from rljax.models.attention_blocks import (
     is_visible,
     lists,
     padded,
+    score_divisor,
+    score_gradient,
+    softmax_step,
     visible_blocks,
 )
 
@@ -32,55 +35,43 @@ BLOCK = 64
 """Queries and keys of a block: what registers hold of the backward pass."""
 
 
-class _Target(NamedTuple):
-    """How kernels are made for one kind of device."""
-
-    block_q: int
-    block_k: int
-    params: Any = None  # (arrays that a kernel walks over) -> the compiler's parameters
-    interpret: bool = False
-
-
-def _target(options: Options, head_dim: int) -> _Target:
-    block = BLOCK if head_dim <= 128 or options.interpret else BLOCK // 2
-    blocks = (options.block_q or block, options.block_k or block)
-    if options.interpret:
-        return _Target(*blocks, interpret=True)
-
-    from jax.experimental.pallas import triton
-
-    def params(walked: Sequence[Array]):
-        # Blocks that are fetched ahead take shared memory, and few warps registers, which float32 has not to spare.
-        wide = walked[0].dtype.itemsize >= 4
-        return triton.CompilerParams(num_warps=8 if wide else 4, num_stages=1 if wide else 2)
-
-    return _Target(*blocks, params=params)
-
-
 class _Layout(NamedTuple):
     """The forest padded to whole blocks, as columns `[R, 1, S, 1]` and rows `[R, 1, 1, S]`, and what sees what."""
 
     size: int
+    """`S`, tokens of a row with its padding."""
     window: Array
     visible: Array
+    """[R, blocks of queries, blocks of keys]"""
     depth_column: Array
     depth_row: Array
     end_column: Array
     end_row: Array
+    block_q: int
+    block_k: int
+    interpret: bool
 
 
-def _layout(target: _Target, positions: Array, subtree_end: Array, window: Array) -> _Layout:
-    whole = max(target.block_q, target.block_k)
+def _layout(options: Options, head_dim: int, positions: Array, subtree_end: Array, window: Array) -> _Layout:
+    interpret = options.interpret is not None
+    block = BLOCK if head_dim <= 128 or interpret else BLOCK // 2
+    block_q = options.block_q or block
+    block_k = options.block_k or block
+
+    whole = max(block_q, block_k)
     size = -(-positions.shape[1] // whole) * whole
     depth, end = (padded(x.astype(jnp.int32), 1, size) for x in (positions, subtree_end))
     return _Layout(
         size=size,
         window=window.reshape(1, 1),
-        visible=visible_blocks(depth, end, window, block_q=target.block_q, block_k=target.block_k),
+        visible=visible_blocks(depth, end, window, block_q=block_q, block_k=block_k),
         depth_column=depth[:, None, :, None],
         depth_row=depth[:, None, None, :],
         end_column=end[:, None, :, None],
         end_row=end[:, None, None, :],
+        block_q=block_q,
+        block_k=block_k,
+        interpret=interpret,
     )
 
 
@@ -89,15 +80,14 @@ def _whole_blocks(x: Float[Array, "R H S hd"], size: int) -> Float[Array, "R H s
     return padded(padded(x, 2, size), 3, max(pl.next_power_of_2(x.shape[3]), 16))
 
 
-def _call(target: _Target, kernel, name: str, block: int, steering, window, own, walked, outputs) -> Sequence[Array]:
+def _call(at: _Layout, kernel, name: str, visible: Array, *, own, walked, outputs) -> Sequence[Array]:
     """Runs `kernel` on the grid `[R, H, blocks]`. Of an array `[R, N, ., .]` a head gets the one of `N` that it belongs
-    to: the `block` entries whose turn it is if the array is in `own`, all of them if in `walked`. `outputs` are shapes,
-    split like `own`."""
-    rows = own[0].shape[0]
-    heads = outputs[0].shape[1]
-    count, numbers = steering
-
-    # `N` is the heads, the heads of keys and values, or 1 for what all heads share.
+    to, where `N` is the heads, those of keys and values, or 1 for what all share: the block whose turn it is if the
+    array is in `own`, all of it if in `walked`. `outputs` are shapes, split like `own`."""
+    rows, heads = outputs[0].shape[:2]
+    blocks = visible.shape[1]
+    block = at.size // blocks
+    count, numbers = lists(visible)
 
     def spec(x, split: bool):
         group = heads // x.shape[1]
@@ -113,30 +103,35 @@ def _call(target: _Target, kernel, name: str, block: int, steering, window, own,
     return pl.pallas_call(
         kernel,
         name=name,
-        grid=(rows, heads, numbers.shape[1]),
+        grid=(rows, heads, blocks),
         in_specs=steers + [spec(x, True) for x in own] + [spec(x, False) for x in walked],
         out_specs=[spec(x, True) for x in outputs],
         out_shape=outputs,
-        interpret=target.interpret,
-        **({} if target.params is None else {"compiler_params": target.params(walked)}),
-    )(count, numbers, window, *own, *walked)
+        compiler_params=None if at.interpret else _compiler_params(walked[0].dtype),
+        interpret=at.interpret,
+    )(count, numbers, at.window, *own, *walked)
+
+
+def _compiler_params(dtype: jnp.dtype) -> Any:
+    from jax.experimental.pallas import triton  # deprecated, and says so
+
+    # Blocks that are fetched ahead take shared memory, and few warps registers, which float32 has not to spare.
+    wide = dtype.itemsize >= 4
+    return triton.CompilerParams(num_warps=8 if wide else 4, num_stages=1 if wide else 2)
 
 
 def forward(options: Options, q, k, v, positions, subtree_end, window) -> tuple[Array, Array]:
     """(out [R, H, S, hd], log normalisers [R, H, S])"""
-    target = _target(options, q.shape[-1])
-    at = _layout(target, positions, subtree_end, window)
     length, head_dim = q.shape[2:]
+    at = _layout(options, head_dim, positions, subtree_end, window)
 
     # The scale is that of the true head size; what the blocks are padded with is 0 and adds nothing to a score.
     q, k, v = (_whole_blocks(x, at.size) for x in (q, k, v))
     out, normaliser = _call(
-        target,
-        functools.partial(_forward_kernel, block_k=target.block_k, scale=1.0 / score_divisor(head_dim)),
+        at,
+        functools.partial(_forward_kernel, block_k=at.block_k, scale=1.0 / score_divisor(head_dim)),
         "forest_attention",
-        target.block_q,
-        lists(at.visible),
-        at.window,
+        at.visible,
         own=(q, at.depth_column),
         walked=(k, v, at.depth_row, at.end_row),
         outputs=[jax.ShapeDtypeStruct(q.shape, q.dtype), jax.ShapeDtypeStruct((*q.shape[:3], 1), jnp.float32)],
@@ -144,40 +139,35 @@ def forward(options: Options, q, k, v, positions, subtree_end, window) -> tuple[
     return out[:, :, :length, :head_dim], normaliser[:, :, :length, 0]
 
 
-def backward(options: Options, q, k, v, positions, subtree_end, window, d_out, normaliser, expected):
+def backward(options: Options, q, k, v, positions, subtree_end, window, d_out, normaliser, mean):
     """Gradients of q, k and v. Those of keys and values come per query head and are summed over its group here."""
-    target = _target(options, q.shape[-1])
-    at = _layout(target, positions, subtree_end, window)
     _, heads, length, head_dim = q.shape
+    at = _layout(options, head_dim, positions, subtree_end, window)
     kv_heads = k.shape[1]
     dtypes = (q.dtype, k.dtype, v.dtype)
     scale = 1.0 / score_divisor(head_dim)
     q, k, v, d_out = (_whole_blocks(x, at.size) for x in (q, k, v, d_out))
-    normaliser, expected = (padded(x, 2, at.size) for x in (normaliser, expected))
+    normaliser, mean = (padded(x, 2, at.size) for x in (normaliser, mean))
 
     # Blocks of queries walk over the keys that they see; blocks of keys over the queries that see them.
     (d_q,) = _call(
-        target,
-        functools.partial(_query_kernel, block_k=target.block_k, scale=scale),
+        at,
+        functools.partial(_query_kernel, block_k=at.block_k, scale=scale),
         "forest_attention_dq",
-        target.block_q,
-        lists(at.visible),
-        at.window,
-        own=(q, d_out, normaliser[..., None], expected[..., None], at.depth_column),
+        at.visible,
+        own=(q, d_out, normaliser[..., None], mean[..., None], at.depth_column),
         walked=(k, v, at.depth_row, at.end_row),
         outputs=[jax.ShapeDtypeStruct(q.shape, q.dtype)],
     )
 
     # In float32, since they are still to be summed over the query heads.
     d_k, d_v = _call(
-        target,
-        functools.partial(_key_kernel, block_q=target.block_q, scale=scale),
+        at,
+        functools.partial(_key_kernel, block_q=at.block_q, scale=scale),
         "forest_attention_dkv",
-        target.block_k,
-        lists(at.visible.swapaxes(1, 2)),
-        at.window,
+        at.visible.swapaxes(1, 2),
         own=(k, v, at.depth_column, at.end_column),
-        walked=(q, d_out, normaliser[:, :, None], expected[:, :, None], at.depth_row),
+        walked=(q, d_out, normaliser[:, :, None], mean[:, :, None], at.depth_row),
         outputs=[jax.ShapeDtypeStruct(q.shape, jnp.float32)] * 2,
     )
 
@@ -195,21 +185,15 @@ def _forward_kernel(
     shape = (queries.shape[0], block_k)
     query = count_from(pl.program_id(2) * shape[0], shape, 0)
 
-    # Softmax in one pass: what is summed so far is scaled down whenever a larger score turns up.
     def step(n, carry):
         best, total, acc = carry
         first = pl.multiple_of(numbers[0, n] * block_k, block_k)
         keys = pl.ds(first, block_k)
         visible = is_visible(query, count_from(first, shape, 1), end[:, keys], depth, key_depth[:, keys], window)
         scores = jnp.where(visible, dot_rows(queries, k[keys, :]) * scale, MASKED)
-        new = jnp.maximum(best, jnp.max(scores, axis=1, keepdims=True))
-
-        # Where a query has seen nothing yet, `new` is MASKED and the exponential 1.
-        weights = jnp.where(visible, jnp.exp(scores - new), 0.0)
-        shrink = jnp.exp(best - new)
-        total = total * shrink + jnp.sum(weights, axis=1, keepdims=True)
+        best, total, weights, shrink = softmax_step(best, total, scores, visible)
         values = v[keys, :]
-        return new, total, acc * shrink + dot(weights.astype(values.dtype), values)
+        return best, total, acc * shrink + dot(weights.astype(values.dtype), values)
 
     column = jnp.zeros((shape[0], 1), jnp.float32)
     start = (column + MASKED, column, jnp.zeros(queries.shape, jnp.float32))
@@ -222,12 +206,12 @@ def _forward_kernel(
 
 
 def _query_kernel(
-    count, numbers, window, q, d_out, normaliser, expected, depth, k, v, key_depth, end, d_q, *, block_k, scale
+    count, numbers, window, q, d_out, normaliser, mean, depth, k, v, key_depth, end, d_q, *, block_k, scale
 ):
     queries = q[...]
     d_outs = d_out[...]
     normaliser = normaliser[...]
-    expected = expected[...]
+    mean = mean[...]
     depth = depth[...]
     window = window[0, 0]
     shape = (queries.shape[0], block_k)
@@ -238,9 +222,9 @@ def _query_kernel(
         keys = pl.ds(first, block_k)
         visible = is_visible(query, count_from(first, shape, 1), end[:, keys], depth, key_depth[:, keys], window)
         own = k[keys, :]
-        # The softmax is computed anew from its normaliser. `expected` is the mean of d_weights under it.
+        # The softmax is computed anew from its normaliser.
         weights = jnp.where(visible, jnp.exp(dot_rows(queries, own) * scale - normaliser), 0.0)
-        d_scores = weights * (dot_rows(d_outs, v[keys, :]) - expected) * scale
+        d_scores = score_gradient(weights, dot_rows(d_outs, v[keys, :]), mean, scale)
         return acc + dot(d_scores.astype(own.dtype), own)
 
     acc = jax.lax.fori_loop(0, count[0, 0], step, jnp.zeros(queries.shape, jnp.float32))
@@ -248,7 +232,7 @@ def _query_kernel(
 
 
 def _key_kernel(
-    count, numbers, window, k, v, depth, end, q, d_out, normaliser, expected, query_depth, d_k, d_v, *, block_q, scale
+    count, numbers, window, k, v, depth, end, q, d_out, normaliser, mean, query_depth, d_k, d_v, *, block_q, scale
 ):
     """Scores stand transposed, keys times queries, so that no product transposes them."""
     keys = k[...]
@@ -268,7 +252,7 @@ def _key_kernel(
         d_outs = d_out[at, :]
         # As in `_query_kernel`.
         weights = jnp.where(visible, jnp.exp(dot_rows(keys, queries) * scale - normaliser[:, at]), 0.0)
-        d_scores = weights * (dot_rows(values, d_outs) - expected[:, at]) * scale
+        d_scores = score_gradient(weights, dot_rows(values, d_outs), mean[:, at], scale)
         d_values = d_values + dot(weights.astype(d_outs.dtype), d_outs)
         return d_keys + dot(d_scores.astype(queries.dtype), queries), d_values
 

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from rljax.models.attention import MASKED, score_divisor
+from rljax.models.attention_blocks import MASKED, score_divisor
 from rljax.models.config import DecoderConfig
 from rljax.parallel import Shard, constrain, on_shards, platform
 from rljax.types import ArrayLike, struct

@@ -19,7 +19,8 @@ from flax import nnx
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from rljax.models.attention import SAVED, Attention, forest_attention
+from rljax.models.attention import Attention, forest_attention
+from rljax.models.attention_blocks import SAVED
 from rljax.models.config import DecoderConfig
 from rljax.models.functional import linear, rms_norm, swiglu
 from rljax.models.rope import apply_rotary, rotary_table

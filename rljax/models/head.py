@@ -9,7 +9,7 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from rljax.models.attention import MASKED
+from rljax.models.attention_blocks import MASKED
 from rljax.models.config import DecoderConfig
 from rljax.types import Params
 

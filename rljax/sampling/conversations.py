@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from rljax.models.attention import MASKED, forest_attention, score_divisor
+from rljax.models.attention import forest_attention
+from rljax.models.attention_blocks import MASKED, score_divisor
 from rljax.models.cache import (
     K_COLUMNS,
     PREFIX_AXES,

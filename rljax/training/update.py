@@ -159,7 +159,7 @@ class UpdateProgram:
     ) -> tuple[Array, Array]:
         """Log-probs and entropies `[Q, C]` of the loss tokens of one microbatch; 0 in padding."""
         scored = self.score_fn(self.config, params, packed, sampling, **self.score_options)
-        index = jnp.asarray(rows.score_index)
+        index = jnp.asarray(rows.row_index)
 
         def of_tokens(values: Array) -> Array:
             # Parts hold whole packed rows, so that no device reads the scored tokens of another.

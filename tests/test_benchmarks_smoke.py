@@ -8,6 +8,7 @@ from pathlib import Path
 
 import jax
 import pytest
+from test_tasks_rewards import alive, wait_until
 
 from rljax.envs import Sandbox
 
@@ -123,15 +124,24 @@ def test_what_an_accelerator_shows_is_shown_of_a_cpu_in_small_form(run):
     assert seen["compiled_bytes"] > 0 and seen["length"] == 1024
 
 
-def test_a_step_of_an_accelerator_that_fails_costs_only_itself(run):
+def test_a_step_of_an_accelerator_that_fails_costs_only_itself(run, tmp_path, monkeypatch):
     run("accelerator.py", "--step=device")
     module = sys.modules["benchmark_accelerator"]
+    monkeypatch.setattr(module, "LEAST_SECONDS", 1)
     writes = "import json, sys; json.dump({'rates': {'matmul_gflops': 2.0}}, open(sys.argv[1], 'w'))"
     done = module.run(module.Step("device", 1, ("-c", writes, "{json}"), 60), 60, 3)
     failed = module.run(module.Step("kernels", 1, ("-c", "raise SystemExit('no kernels here')"), 60), 60, 3)
-    late = module.run(module.Step("loop", 1, ("-c", "pass"), 60), 5, 3)
+    late = module.run(module.Step("loop", 1, ("-c", "pass"), 60), 0.5, 3)
     assert (done["status"], failed["status"], late["status"]) == ("done", "failed", "no time")
     assert done["result"] == {"rates": {"matmul_gflops": 2.0}} and failed["said"] == "no kernels here"
+
+    # What a step has started would hold the device's memory in the next one.
+    pid = tmp_path / "pid"
+    starts = "import subprocess, sys; child = subprocess.Popen(['sleep', '600']); print('begun', flush=True)"
+    waits = f"{starts}; open(sys.argv[1], 'w').write(str(child.pid)); child.wait()"
+    hung = module.run(module.Step("rollout", 1, ("-c", waits, str(pid)), 3), 60, 3)
+    assert (hung["status"], hung["said"].split("\n")[0]) == ("failed", "begun")
+    wait_until(lambda: not alive(int(pid.read_text())))
 
     line = {"rows": 1, "length": 8, "flops": 4e9, "seconds": 4.0, "xla_seconds": 8.0}
     lines = module.table({"device": done, "kernels": {"result": {"lengths": [line]}}, "loop": late})

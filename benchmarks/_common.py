@@ -114,7 +114,7 @@ def write_model(shape: Mapping[str, Any]) -> str:
 
     name = "-".join(str(shape[k]) for k in ("family", "num_hidden_layers", "hidden_size", "vocab_size"))
     folder = HOME / "models" / name
-    config = _hf_config(shape)
+    config = hf_config(shape)
     done = folder / "config.json"
     if done.exists() and json.loads(done.read_text()) == config:
         return str(folder)
@@ -158,7 +158,8 @@ def tensor_shapes(shape: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     return out
 
 
-def _hf_config(shape: Mapping[str, Any]) -> dict[str, Any]:
+def hf_config(shape: Mapping[str, Any]) -> dict[str, Any]:
+    """The config.json of a shape."""
     names = {"llama": "LlamaForCausalLM", "qwen3": "Qwen3ForCausalLM"}
     rest = {k: v for k, v in shape.items() if k != "family"}
     return rest | {

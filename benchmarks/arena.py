@@ -185,7 +185,9 @@ PRESETS = {
 
 
 def config_of(task: Task, preset: dict[str, Any], **changes: Any) -> Config:
+    """The run of a task; `changes` replace its fields."""
     warmup = int(task.warmup * preset["warmup_share"])
+
     # Eight rows of full length fill a packed sequence; every method has the row table of the largest forest.
     length = task.prompt_length + task.max_new_tokens
     rows = preset["prompts"] * CHAINS * (1 + POINTS)

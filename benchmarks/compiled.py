@@ -7,12 +7,12 @@
 `smoke` a tiny model on the CPU. A bound is the time that a program's kernels need at least, each at its own roofline
 (`_roofline.py`); a real machine is slower. `--only` takes some of the ratios:
 
-`fsdp_traffic_over_need`: bytes that an update gathers and reduces on a device, over its weights gathered twice a
-microbatch in bfloat16 and their gradient scattered once in float32. `decode_bound_*`: what a step must read (weights,
-keys and values) at full bandwidth, over the bound of the step; top-p 0.95. `mfu_bound_*`: the model's FLOPs at peak,
-over the bound of the update (forward, backward, optimizer). `peak_gib_32k`: GiB of one H100 in an update of one row of
-32k tokens, with remat. `predicted_over_compiled`: what the plan of a run predicts of an update's peak (state, batch and
-what it adds), over the compiled peak, 8B on 8 devices.
+`fsdp_traffic_over_need`: bytes that an update gathers and reduces on a device, over what each of its microbatches
+needs: weights gathered twice in bfloat16, their gradient scattered once in float32. `decode_bound_*`: what a step must
+read (weights, keys and values) at full bandwidth, over the bound of the step; top-p 0.95. `mfu_bound_*`: the model's
+FLOPs at peak, over the bound of the update (forward, backward, optimizer). `peak_gib_32k`: GiB of one H100 in an update
+of one row of 32k tokens, with remat. `predicted_over_compiled`: what the plan of a run predicts of an update's peak
+(state, batch and what it adds), over the compiled peak, 8B on 8 devices.
 """
 
 import argparse
@@ -24,19 +24,16 @@ from collections.abc import Callable
 
 import jax
 import numpy as np
-from _common import QWEN3_0P6B, TINY
+from _common import QWEN3_0P6B, TINY, hf_config
 from _roofline import bound
 
 from rljax.algorithms import GRPO
-from rljax.batching import PackConfig, layout, loss_mask, stack
-from rljax.experiment.dry_run import in_shapes
 from rljax.experiment.memory import GIB, bytes_of, predict_update
-from rljax.experiment.sft import demonstration
-from rljax.models import DecoderConfig, Remat, abstract_params
+from rljax.models import DecoderConfig, Remat, abstract_params, config_from_hf
 from rljax.parallel import CHIPS, batch_parts, collectives, compiled_memory, make_mesh, topology_devices, traffic
 from rljax.sampling import Sampler, SamplerSpec, sampling_params
+from rljax.testing import full_minibatch
 from rljax.training import Learner, OptimizerConfig, UpdateConfig
-from rljax.types import TrainBatch
 
 QWEN3_8B = QWEN3_0P6B | {
     "hidden_size": 4096,
@@ -72,23 +69,9 @@ PRESETS = {
 def model(shape, preset: Preset) -> DecoderConfig:
     if not preset.one:
         shape = TINY | {"family": "qwen3"}
-    return DecoderConfig(
-        vocab_size=shape["vocab_size"],
-        num_layers=preset.layers or shape["num_hidden_layers"],
-        embed_dim=shape["hidden_size"],
-        num_heads=shape["num_attention_heads"],
-        num_kv_heads=shape["num_key_value_heads"],
-        head_dim=shape["head_dim"],
-        mlp_dim=shape["intermediate_size"],
-        tied_embeddings=shape["tie_word_embeddings"],
-        family=shape["family"],
-        qk_norm=True,
-        rope_theta=shape["rope_theta"],
-        norm_eps=shape["rms_norm_eps"],
-        max_position=shape["max_position_embeddings"],
-        dtype="bfloat16",
-        param_dtype="float32",
-    )
+    layers = {"num_hidden_layers": preset.layers} if preset.layers else {}
+    config = config_from_hf(hf_config(shape | layers))
+    return dataclasses.replace(config, dtype="bfloat16", param_dtype="float32")
 
 
 def mesh_of(topology: str):
@@ -99,24 +82,13 @@ def chip_named(topology: str):
     return CHIPS[topology.partition(":")[0] or "h100"]
 
 
-def minibatch(mesh, microbatches: int, rows: int, length: int) -> TrainBatch:
-    """Rows as long as a packed sequence, the later half of each scored."""
-    rng = np.random.default_rng(0)
-    ids = rng.integers(1, 256, (microbatches * rows, length)).tolist()
-    half = length // 2
-    batch = stack([demonstration(row[:half], row[half:], i, i) for i, row in enumerate(ids)], length_buckets=(length,))
-    config = PackConfig(pack_length=length, microbatch_size=rows, share_prefixes=False, score_buckets=(half,))
-    packing = layout(batch, loss_mask(batch), config, parts=batch_parts(mesh))
-    return in_shapes(TrainBatch(packed=packing.packed, rows=packing.rows_to_score()), mesh)
-
-
 def update_of(config, topology: str, *, rows: int, length: int, microbatches: int = 1, remat: Remat = "none"):
     """(learner, its minibatch, the compiled update) with `rows` packed sequences a device."""
     mesh = mesh_of(topology)
     count = rows * batch_parts(mesh)
     how = UpdateConfig(pack_length=length, microbatch_size=count, remat=remat)
     learner = Learner(config, GRPO(kl_coef=0.0).build().loss, OptimizerConfig(), how, mesh=mesh)
-    batch = minibatch(mesh, microbatches, count, length)
+    batch = full_minibatch(mesh, microbatches=microbatches, rows=count, length=length)
     return learner, batch, learner.lower_update(batch).compile()
 
 

@@ -3,18 +3,20 @@
     python benchmarks/growth.py --preset=full --json=growth.json
 
 `cap_cost`: the time of the same short completions under the largest `max_new_tokens` over that under the smallest.
-`stop_string_growth`: host time a token that looking for a stop string costs, in long completions over short ones; it is
-the time with stop strings less that without. `rows_bytes_per_token`: bytes of `RaggedRows` for a token of rows whose
-lengths are lognormal, mean over ragged minibatches; `pack_us_per_token`: microseconds of the host to lay one out and
-fill it. `update_programs`: programs that the updates of ragged rollouts take; `compiles_after_warmup`: of all kinds,
-once those that are likely have been compiled.
+`stop_string_growth`: what taking a token over and looking for stop strings costs the host, in long completions over
+short ones. `rows_bytes_per_token`: bytes of `RaggedRows` for a token of rows whose lengths are lognormal, mean over
+ragged minibatches; `pack_us_per_token`: microseconds of the host to lay one out and fill it, median.
+`update_programs`: programs that the updates of ragged rollouts take; `compiles_after_warmup`: of all kinds, once those
+that are likely have been compiled.
 
 `small` and `smoke` are shorter forms of `full`; all are a tiny model on the CPU. No rivals: this is growth, not speed.
 """
 
 import dataclasses
+import functools
 import statistics
 import time
+from collections.abc import Sequence
 
 import jax
 import numpy as np
@@ -26,11 +28,13 @@ from rljax.batching import layout, loss_mask, pack, stack
 from rljax.losses import clipped, policy_loss, token_mean, token_ratio
 from rljax.models import load_model
 from rljax.sampling import Request, Sampler, SamplerSpec, Stops, compile_count, sampling_params
+from rljax.sampling.slots import Slots
+from rljax.sampling.stopping import StopStrings
 from rljax.training import Learner, UpdateConfig
 from rljax.types import RolloutBatch, Trajectory
 
 SIZES = {
-    "smoke": dict(new=8, caps=(8, 32), stops=(8, 16), rows=2, steps=3, groups=4, size=4, median=12, cap=64),
+    "smoke": dict(new=8, caps=(8, 32), stops=(16, 32), rows=2, steps=3, groups=4, size=4, median=12, cap=64),
     "small": dict(new=64, caps=(64, 1024), stops=(64, 512), rows=4, steps=20, groups=16, size=8, median=40, cap=256),
     "full": dict(new=64, caps=(64, 4096), stops=(256, 8192), rows=4, steps=60, groups=16, size=8, median=40, cap=256),
 }
@@ -39,38 +43,46 @@ REQUESTS = 16
 PROMPT = 16
 
 
-class Text:
-    """Every token is one letter, none of which is in the stop string."""
-
-    def decode(self, ids) -> str:
-        return "a" * len(ids)
-
-
-def decode_seconds(model, cap: int, new: int, rows: int, requests: int, stops: Stops | None = None) -> float:
-    """Of `requests` completions of `new` tokens under `max_new_tokens` of `cap`, all programs compiled."""
+def cap_seconds(model, caps: Sequence[int], new: int, repeats: int) -> dict[int, list[float]]:
+    """Of `REQUESTS` completions of `new` tokens by `max_new_tokens`, all programs compiled."""
     config, params = model
-    spec = SamplerSpec(prompt_buckets=(PROMPT,), max_new_tokens=cap, prompt_slots=rows, sample_slots=1)
-    sampler = Sampler(config, spec, stops or Stops())
-    sampler.set_params(params)
-    sampler.warmup()
-    prompts = random_prompts(TINY, requests, PROMPT, seed=1)
+    samplers = {}
+    for cap in caps:
+        spec = SamplerSpec(prompt_buckets=(PROMPT,), max_new_tokens=cap, prompt_slots=REQUESTS, sample_slots=1)
+        samplers[cap] = Sampler(config, spec)
+        samplers[cap].set_params(params)
+        samplers[cap].warmup()
+
+    prompts = random_prompts(TINY, REQUESTS, PROMPT, seed=1)
     asked = [Request(prompt, i, (0,), max_new_tokens=new) for i, prompt in enumerate(prompts)]
+    seconds: dict[int, list[float]] = {cap: [] for cap in caps}
+    # Samplers take turns, so that what else the machine does falls on all of them; the first round is not timed.
+    for repeat in range(repeats + 1):
+        for cap, sampler in samplers.items():
+            begin = time.perf_counter()
+            sampler.generate(asked, sampling_params(), seed=0, step=repeat)
+            if repeat:
+                seconds[cap].append(time.perf_counter() - begin)
+    return seconds
 
-    def run() -> float:
-        begin = time.perf_counter()
-        sampler.generate(asked, sampling_params(), seed=0, step=0)
-        return time.perf_counter() - begin
 
-    run()
-    return run()
+def stop_us(length: int, rows: int) -> float:
+    """Microseconds of the processor for a token of `rows` completions of `length` tokens, which the host takes over run
+    by run, as a `Sampler` does, and searches for stop strings that never come. The device has no part in it."""
+    stops = Stops(strings=("</answer>", "\n\nQuestion:"), decode_text=lambda ids: bytes(ids).decode())
+    finder = StopStrings(stops)
+    spec = SamplerSpec(prompt_buckets=(PROMPT,), max_new_tokens=length, prompt_slots=1, sample_slots=rows)
+    slots = Slots([Request([97] * PROMPT, 0, range(rows))], spec)
+    slots.assign()
+    tokens = np.random.default_rng(0).integers(97, 123, spec.check_every, np.int32)
+    zeros = np.zeros(spec.check_every, np.float32)
 
-
-def stop_us(model, new: int, rows: int) -> float:
-    """Microseconds a token that looking for a stop string adds."""
-    stops = Stops(strings=("stop",), decode_text=Text().decode)
-    plain = decode_seconds(model, new, new, rows, rows)
-    looked = decode_seconds(model, new, new, rows, rows, stops)
-    return max(looked - plain, 0.0) / (rows * new) * 1e6
+    begin = time.process_time()
+    for _ in range(length // spec.check_every):
+        for row, owner in slots.owners():
+            slots.advance(row, tokens, zeros, zeros)
+            assert not finder.may_end(functools.partial(slots.last_tokens, owner), spec.check_every)
+    return (time.process_time() - begin) / (rows * length) * 1e6
 
 
 def rollout(size, vocab: int, step: int) -> RolloutBatch:
@@ -102,7 +114,7 @@ def rollout(size, vocab: int, step: int) -> RolloutBatch:
 
 
 def packing(size, update: UpdateConfig, vocab: int) -> tuple[float, float]:
-    """Bytes of rows, and microseconds of packing, a token; means over the ragged rollouts."""
+    """Bytes of rows, mean, and microseconds of packing, median over the ragged rollouts; of a token."""
     of_bytes = []
     of_time = []
     for step in range(size["steps"]):
@@ -142,43 +154,38 @@ def main() -> None:
     probes = [probe("float32", quick)]
     config, params = load_model(write_model(TINY), dtype="float32", param_dtype="float32")
     # Positions enough for the longest cap.
-    model = (dataclasses.replace(config, max_position=2 * max(size["caps"] + size["stops"])), params)
+    model = (dataclasses.replace(config, max_position=2 * max(size["caps"])), params)
     update = UpdateConfig(pack_length=2 * size["cap"], microbatch_size=2)
     vocab = TINY["vocab_size"]
 
     lines = []
 
-    def line(name: str, value: float, seconds: list[float] | None = None) -> float:
+    def line(name: str, value: float, seconds: list[float] | None = None) -> None:
         more = {} if seconds is None else {"seconds": statistics.median(seconds), "all_seconds": seconds}
         lines.append({"name": name, "value": value} | more)
         print(f"{name}: {value:.3g}", flush=True)
-        return value
 
-    caps: dict[int, list[float]] = {cap: [] for cap in size["caps"]}
-    looks: dict[int, list[float]] = {new: [] for new in size["stops"]}
-    for _ in range(arguments.repeats):
-        for cap, found in caps.items():
-            found.append(decode_seconds(model, cap, size["new"], REQUESTS, REQUESTS))
-        for new, found in looks.items():
-            found.append(stop_us(model, new, size["rows"]))
+    caps = cap_seconds(model, size["caps"], size["new"], arguments.repeats)
+    # As many tokens of short completions as of long ones, so that the times are as long.
+    tokens = size["rows"] * max(size["stops"])
+    looks = {new: [stop_us(new, tokens // new) for _ in range(arguments.repeats)] for new in size["stops"]}
+    of_bytes, of_time = packing(size, update, vocab)
+    used, compiled = programs(model, size, update, vocab)
 
     for cap, found in caps.items():
         line(f"seconds of {REQUESTS} x {size['new']} tokens at max_new_tokens {cap}", statistics.median(found), found)
     for new, found in looks.items():
         line(f"us a token of stop strings in {new} tokens", statistics.median(found))
-    of_bytes, of_time = packing(size, update, vocab)
     line("bytes of rows a token", of_bytes)
     line("us of packing a token", of_time)
-    used, compiled = programs(model, size, update, vocab)
     line("update programs", used)
     line("compiles after the warm-up", compiled)
 
     few, many = (statistics.median(found) for found in caps.values())
     short, long = (statistics.median(found) for found in looks.values())
-    ratios: dict[str, float | None] = {
+    ratios = {
         "cap_cost": many / few,
-        # A time below what can be told apart from nothing has no ratio.
-        "stop_string_growth": long / short if short > 0 else None,
+        "stop_string_growth": long / short,
         "rows_bytes_per_token": of_bytes,
         "pack_us_per_token": of_time,
         "update_programs": used,

@@ -59,6 +59,8 @@ def main() -> None:
     arguments = parse_arguments(__doc__.splitlines()[0], rivals=("hf", "tunix"))
     is_gpu = on_gpu(arguments.preset)
     size, shape, dtype = setting_of(arguments.preset, SIZES)
+
+    # Everybody has the same weights, rows and advantages.
     advantages = np.random.default_rng(3).standard_normal(size["rows"])
     job = {
         "model": write_model(shape),
@@ -74,8 +76,11 @@ def main() -> None:
         "clip": 0.2,
         "learning_rate": 1e-6,
         "remat": "full" if is_gpu else "none",
+        # Two frameworks share the device, neither of which may take all of its memory.
         "variables": {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.45"} if is_gpu else {},
     }
+
+    # In `gpu` the logits of all positions and their gradient are 28 GiB.
     tasks = {
         "rljax": ["step", "group_step"],
         "hf": ["step", "step_all_logits"],
@@ -85,17 +90,21 @@ def main() -> None:
     workers = ("rljax", *arguments.rivals)
     found, host = measure({name: job for name in workers}, tasks, arguments.repeats)
     check_same_work(found, 2e-2 if dtype == "bfloat16" else 1e-3)
-    tokens = size["rows"] * (size["prompt"] + size["completion"])
+
+    # Logits of the prompt are not asked for: computing them is no reason for a higher limit.
     limit = limits(shape, size, host)
     limit["step_all_logits"] = limit["step"]
+    tokens = size["rows"] * (size["prompt"] + size["completion"])
     results = [
         result(found, who, task, tokens=tokens, limit_seconds=limit[task]) for who in workers for task in tasks[who]
     ]
     for line in filter(None, results):
         first = found.answers[line["who"], line["name"]][0]
         line |= {key: first[key] for key in ("loss", "grad_norm")}
+
     torch = "hf_here" if arguments.preset == "gpu" else "hf"
-    step, group = found.median("rljax", "step"), found.median("rljax", "group_step")
+    step = found.median("rljax", "step")
+    group = found.median("rljax", "group_step")
     ratios = {
         "step_vs_tunix": found.ratio("tunix", step, "step"),
         "step_vs_torch": found.ratio(torch, step, "step", "step_all_logits"),

@@ -1,6 +1,6 @@
 """A character model under 1M parameters learns to use tools: two prices that only a tool knows, added by another.
 
-    make agent-demo                                                    # GRPO and Tree-GRPO, three seeds, one table
+    make agent-demo                                           # GRPO and Tree-GRPO, three seeds, one table
     rljax train --config=agent_demo --workdir=runs/agent      # GRPO alone
 
 The task is in configs/shop.py. Of the demonstrations that the warm-up learns from one in five is right, so that the
@@ -35,9 +35,14 @@ SIZES = ("full", "smoke")
 def get_config(size: str = "full") -> Config:
     if size not in SIZES:
         raise ValueError(f"--config=...:{size}: the size must be one of {', '.join(SIZES)}")
+
     smoke = size == "smoke"
     prompts, group = (4, 4) if smoke else (24, 8)
     warmup, ramp = (2, 1) if smoke else (400, 20)
+
+    # Every episode of a step is played at once, in a conversation of its own.
+    rows = prompts * group
+
     tiny = {"num_layers": 1, "embed_dim": 32, "num_heads": 2, "num_kv_heads": 2, "head_dim": 16, "mlp_dim": 64}
     model = {"num_layers": 2, "embed_dim": 128, "num_heads": 4, "num_kv_heads": 4, "head_dim": 32, "mlp_dim": 384}
     return Config(
@@ -50,8 +55,8 @@ def get_config(size: str = "full") -> Config:
             make="shop:Shop",
             tool_format="shop:FORMAT",
             context_length=48,
-            decode_rows=prompts * group,
-            conversations=prompts * group,
+            decode_rows=rows,
+            conversations=rows,
             prefill_chunks=(8,),
             check_every=4,
             workers=4,
@@ -59,12 +64,13 @@ def get_config(size: str = "full") -> Config:
         ),
         algorithm=GRPO(group_size=group, kl_coef=0.0),
         sampling=SamplingConfig(max_new_tokens=10),
+        # One size of everything, so that the update compiles once.
         update=UpdateConfig(
             pack_length=256,
             microbatch_size=8,
             length_buckets=(256,),
             score_buckets=(256,),
-            row_buckets=(prompts * group,),
+            row_buckets=(rows,),
             microbatch_buckets=(6,),
             trajectory_buckets=(48,),
             head_chunk=2048,

@@ -4,20 +4,16 @@ import contextlib
 import dataclasses
 import io
 
-import numpy as np
 import pytest
 from machines import machine
 
 from rljax.algorithms import GRPO
-from rljax.batching import PackConfig, layout, loss_mask, stack
-from rljax.experiment.dry_run import in_shapes, phase_peak, print_plan
+from rljax.experiment.dry_run import phase_peak, print_plan
 from rljax.experiment.memory import bytes_of
-from rljax.experiment.sft import demonstration
 from rljax.models import DecoderConfig
-from rljax.parallel import MeshConfig, batch_parts, chip_of, collectives, compiled_memory, make_mesh, traffic
-from rljax.testing import tiny_config
+from rljax.parallel import MeshConfig, chip_of, collectives, compiled_memory, make_mesh, traffic
+from rljax.testing import full_minibatch, tiny_config
 from rljax.training import Learner, OptimizerConfig, UpdateConfig
-from rljax.types import TrainBatch
 
 pytestmark = pytest.mark.aot
 
@@ -64,7 +60,7 @@ def test_an_update_compiles_with_the_state_in_place(name):
     mesh = make_mesh(1, 8, 1, devices=machine(name))
     update = UpdateConfig(pack_length=1024, microbatch_size=8, head_chunk=256)
     learner = Learner(MODEL, GRPO(kl_coef=0.0).build().loss, OptimizerConfig(), update, mesh=mesh)
-    compiled = learner.lower_update(minibatch(mesh, microbatches=2, rows=8, length=1024)).compile()
+    compiled = learner.lower_update(full_minibatch(mesh, microbatches=2, rows=8, length=1024)).compile()
     memory = compiled_memory(compiled)
     state = learner.abstract_state()
     held = bytes_of(state.trainable) + bytes_of(state.opt_state)
@@ -88,13 +84,3 @@ def test_a_run_is_planned_for_a_machine(name):
     assert "it fits" in text.getvalue() and result["topology"] == name
     for phase in result["phases"]:
         assert phase_peak(phase, result["compiled"])[0] > sum(phase.held.values())
-
-
-def minibatch(mesh, *, microbatches, rows, length):
-    rng = np.random.default_rng(0)
-    ids = rng.integers(1, 256, (microbatches * rows, length)).tolist()
-    half = length // 2
-    batch = stack([demonstration(row[:half], row[half:], i, i) for i, row in enumerate(ids)], length_buckets=(length,))
-    config = PackConfig(pack_length=length, microbatch_size=rows, share_prefixes=False, score_buckets=(half,))
-    packing = layout(batch, loss_mask(batch), config, parts=batch_parts(mesh))
-    return in_shapes(TrainBatch(packed=packing.packed, rows=packing.rows_to_score()), mesh)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import jax
 import pytest
+from test_tasks_rewards import alive, wait_until
 
 from rljax.envs import Sandbox
 
@@ -95,7 +96,8 @@ def test_a_benchmark_measures_everything_that_it_reports(run, script):
 def test_growth_is_measured_and_ragged_updates_compile_nothing_after_the_warm_up(run):
     report = run("growth.py", *SMALLEST["growth.py"])
     ratios = report["ratios"]
-    assert ratios["cap_cost"] > 0 and ratios["rows_bytes_per_token"] > 20 and ratios["pack_us_per_token"] > 0
+    assert ratios["rows_bytes_per_token"] > 20
+    assert all(ratios[name] > 0 for name in ("cap_cost", "stop_string_growth", "pack_us_per_token"))
     assert 1 <= ratios["update_programs"] <= 3 and ratios["compiles_after_warmup"] == 0
 
 
@@ -122,15 +124,24 @@ def test_what_an_accelerator_shows_is_shown_of_a_cpu_in_small_form(run):
     assert seen["compiled_bytes"] > 0 and seen["length"] == 1024
 
 
-def test_a_step_of_an_accelerator_that_fails_costs_only_itself(run):
+def test_a_step_of_an_accelerator_that_fails_costs_only_itself(run, tmp_path, monkeypatch):
     run("accelerator.py", "--step=device")
     module = sys.modules["benchmark_accelerator"]
+    monkeypatch.setattr(module, "LEAST_SECONDS", 1)
     writes = "import json, sys; json.dump({'rates': {'matmul_gflops': 2.0}}, open(sys.argv[1], 'w'))"
     done = module.run(module.Step("device", 1, ("-c", writes, "{json}"), 60), 60, 3)
     failed = module.run(module.Step("kernels", 1, ("-c", "raise SystemExit('no kernels here')"), 60), 60, 3)
-    late = module.run(module.Step("loop", 1, ("-c", "pass"), 60), 5, 3)
+    late = module.run(module.Step("loop", 1, ("-c", "pass"), 60), 0.5, 3)
     assert (done["status"], failed["status"], late["status"]) == ("done", "failed", "no time")
     assert done["result"] == {"rates": {"matmul_gflops": 2.0}} and failed["said"] == "no kernels here"
+
+    # What a step has started would hold the device's memory in the next one.
+    pid = tmp_path / "pid"
+    starts = "import subprocess, sys; child = subprocess.Popen(['sleep', '600']); print('begun', flush=True)"
+    waits = f"{starts}; open(sys.argv[1], 'w').write(str(child.pid)); child.wait()"
+    hung = module.run(module.Step("rollout", 1, ("-c", waits, str(pid)), 3), 60, 3)
+    assert (hung["status"], hung["said"].split("\n")[0]) == ("failed", "begun")
+    wait_until(lambda: not alive(int(pid.read_text())))
 
     line = {"rows": 1, "length": 8, "flops": 4e9, "seconds": 4.0, "xla_seconds": 8.0}
     lines = module.table({"device": done, "kernels": {"result": {"lengths": [line]}}, "loop": late})

@@ -103,6 +103,7 @@ def spelling_config(
             extract=extract,
         ),
         algorithm=algorithm,
+        # Six letters and " =".
         actor=SingleTurn(prompt_buckets=(8,)),
         sampling=SamplingConfig(max_new_tokens=max_new_tokens, truncated_is_wrong=not smoke),
         update=UpdateConfig(
@@ -112,6 +113,7 @@ def spelling_config(
             length_buckets=(length,),
             score_buckets=(length,),
             row_buckets=(rows,),
+            # A vocabulary of letters: the logits of a microbatch are small enough to be had at once.
             head_chunk=2048,
         ),
         optimizer=optimizer or OptimizerConfig(learning_rate=3e-4),
@@ -128,5 +130,6 @@ def spelling_config(
         evaluation=EvaluationConfig(
             problems=4 if smoke else 256, samples=2 if smoke else 8, batch_prompts=4 if smoke else 64
         ),
+        # A run of about a minute needs none on the way.
         checkpoint=CheckpointConfig(every=0),
     )

@@ -11,8 +11,8 @@
 needs: weights gathered twice in bfloat16, their gradient scattered once in float32. `decode_bound_*`: what a step must
 read (weights, keys and values) at full bandwidth, over the bound of the step; top-p 0.95. `mfu_bound_*`: the model's
 FLOPs at peak, over the bound of the update (forward, backward, optimizer). `peak_gib_32k`: GiB of one H100 in an update
-of one row of 32k tokens, with remat. `predicted_over_compiled`: what the plan of a run predicts of an update's peak
-(state, batch and what it adds), over the compiled peak, 8B on 8 devices.
+of one row of 32k tokens, with remat and XLA's form of attention. `predicted_over_compiled`: what the plan of a run
+predicts of an update's peak (state, batch and what it adds), over the compiled peak, 8B on 8 devices.
 """
 
 import argparse

@@ -1,26 +1,21 @@
 """Packed sequences that several devices share give the numbers of one device, and send keys and values alone."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from devices import xla_flags
 from jax.sharding import Mesh
 from test_models_attention_kernel import ALL, chains, forests, inputs
+from test_parallel_mesh import run_python
 from test_training_learner import CONFIG, FLAT, grpo, update_config
 
 from rljax.models import Shares, attention_stream, forest_attention
 from rljax.parallel import MESH_AXES
 from rljax.training import Learner, OptimizerConfig
 
-TESTS = Path(__file__).parent
 FEW = ["1x1x1x8 forest tokens", "1x2x1x4 flat tokens full"]
 """data x fsdp x tensor x sequence, packing, what is scored, what the backward pass computes again."""
 MORE = ["1x2x2x2 forest tokens", "2x2x1x2 flat tokens", "1x1x2x4 flat tokens attention_saved", "1x4x1x2 forest values"]
@@ -28,13 +23,7 @@ CASES = FEW + [pytest.param(case, marks=pytest.mark.slow) for case in MORE]
 
 
 def run(cases):
-    environment = dict(
-        os.environ, JAX_PLATFORMS="cpu", XLA_FLAGS=xla_flags(8), PYTHONPATH=f"{TESTS.parent}{os.pathsep}{TESTS}"
-    )
-    command = [sys.executable, str(TESTS / "sequence_mesh_program.py"), *cases]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.splitlines()[-1])
+    return json.loads(run_python("sequence_mesh_program.py", *cases, devices=8))
 
 
 @pytest.fixture(scope="module")

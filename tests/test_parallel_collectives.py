@@ -1,27 +1,15 @@
 """What programs send between devices does not grow with what each of them holds: 8 and 64 virtual devices."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from devices import xla_flags
-
-TESTS = Path(__file__).parent
+from test_parallel_mesh import run_python
 
 
 @pytest.fixture(scope="module")
 def results():
-    environment = dict(
-        os.environ, JAX_PLATFORMS="cpu", XLA_FLAGS=xla_flags(64), PYTHONPATH=f"{TESTS.parent}{os.pathsep}{TESTS}"
-    )
-    command = [sys.executable, str(TESTS / "collectives_mesh_program.py")]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.splitlines()[-1])
+    return json.loads(run_python("collectives_mesh_program.py", devices=64))
 
 
 class Sent(NamedTuple):

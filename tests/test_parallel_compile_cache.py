@@ -6,7 +6,7 @@ import jax
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
-from rljax.parallel import keep_compiled
+from rljax.parallel import keep_compiled, topologies, topology_devices
 
 
 @pytest.fixture(autouse=True)
@@ -29,6 +29,14 @@ def test_a_named_folder_comes_before_the_environment_and_that_before_the_users_o
     assert keep_compiled() == jax.config.jax_compilation_cache_dir == str(tmp_path / "of the environment")
     assert keep_compiled(str(tmp_path / "named")) == jax.config.jax_compilation_cache_dir == str(tmp_path / "named")
     assert jax.config.jax_enable_compilation_cache
+
+
+def test_programs_for_machines_that_are_not_here_are_not_kept(monkeypatch):
+    """No process could read them back."""
+    monkeypatch.setattr(topologies, "_gpus", lambda *_: jax.devices()[:1] * 8)
+    assert jax.config.jax_enable_compilation_cache
+    topology_devices("h100:8")
+    assert not jax.config.jax_enable_compilation_cache
 
 
 def test_off_keeps_nothing():

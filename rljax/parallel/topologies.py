@@ -14,6 +14,8 @@ from pathlib import Path
 import jax
 from jax.experimental import topologies
 
+from rljax.parallel.compile_cache import OFF, keep_compiled
+
 GIB = 2**30
 
 
@@ -84,13 +86,16 @@ def topology_devices(name: str) -> list[jax.Device]:
     """The devices of the machine `name`, without hardware: `v5e:16x16`, `v5p:4x4x4` (chips by axis of the pod), or
     `h100:64` (GPUs, in hosts of 8).
 
-    ValueError of one line for a name that is none, a shape that such machines do not have, and a compiler that is not
-    installed.
+    Compiled programs are not kept from here on (`keep_compiled`). ValueError of one line for a name that is none, a
+    shape that such machines do not have, and a compiler that is not installed.
     """
     kind, sizes = _parse(name)
     devices = _gpus(name, kind, sizes[0]) if CHIPS[kind].is_gpu else _tpus(name, kind, sizes)
     if len(devices) != math.prod(sizes):
         raise ValueError(f"topology {name!r} has {len(devices)} devices with this compiler, not {math.prod(sizes)}")
+
+    # A compiler without devices cannot read its programs back: each would be written, and warned of the next time.
+    keep_compiled(OFF)
     return devices
 
 

@@ -16,7 +16,7 @@ from jax.sharding import AbstractMesh, Mesh
 
 from rljax.experiment.build import Run
 from rljax.models import DecoderConfig, abstract_params, hidden_states, sequence_shares
-from rljax.models.attention import MAX_BLOCKS, MIN_BLOCK
+from rljax.models.attention import MAX_BLOCKS, MIN_BLOCK, has_kernels, kernel_attention
 from rljax.models.attention_stream import BLOCK
 from rljax.models.sequence import CHUNKS
 from rljax.parallel import (
@@ -298,7 +298,11 @@ def _layers(learner: Learner, batch: TrainBatch, *, backward: bool = True) -> di
 
     weights = sum(math.prod(x.shape[1:]) for x in jax.tree.leaves(abstract_params(own)["layers"]))
     copies = np.dtype(config.dtype).itemsize + (4 if backward else 0)
-    layer = weights * copies + _attention(own, own_rows, length, sharing, copies)
+    with jax.sharding.use_abstract_mesh(part):
+        in_kernels = sharing == 1 and options["attention"] is kernel_attention and has_kernels(length)
+    layer = weights * copies
+    if not in_kernels:
+        layer += _attention(own, own_rows, length, sharing, copies)
     if options["remat"] != "none" or not backward:
         layer += whole // config.num_layers
     return {"activations": kept, "a layer": layer}

@@ -88,11 +88,16 @@ def kernel_attention(
     arrays = q, k, v, positions, subtree_end, jnp.asarray(window, jnp.int32)
     if query_start is not None:
         return forest_attention(*arrays, query_start=query_start)
-    if platform() == "cpu" or q.shape[1] < KERNEL_LENGTH:
+    if not has_kernels(q.shape[1]):
         return forest_attention(*arrays)
     from rljax.models.attention_kernel import forest_attention_kernel  # Pallas is not needed elsewhere
 
     return on_own_heads(forest_attention_kernel)(*arrays)
+
+
+def has_kernels(length: int) -> bool:
+    """Whether `kernel_attention` takes the kernels for packed rows of `length` on the devices in use."""
+    return platform() != "cpu" and length >= KERNEL_LENGTH
 
 
 def on_own_heads(attention: Attention) -> Attention:

@@ -7,7 +7,6 @@ import io
 import json
 
 import jax
-from test_aot import minibatch
 from test_run_environment import make_config
 
 from rljax.algorithms import GRPO
@@ -15,7 +14,7 @@ from rljax.experiment.dry_run import phase_peak, print_plan
 from rljax.experiment.memory import predict_update
 from rljax.models import DecoderConfig
 from rljax.parallel import MeshConfig, compiled_memory, make_mesh
-from rljax.testing import tiny_config
+from rljax.testing import full_minibatch, tiny_config
 from rljax.training import Learner, OptimizerConfig, UpdateConfig
 
 MODEL = DecoderConfig(
@@ -40,7 +39,7 @@ def shared(devices, remat):
     mesh = make_mesh(sequence=devices, devices=jax.devices()[:devices])
     update = UpdateConfig(pack_length=2048, microbatch_size=1, remat=remat)
     learner = Learner(MODEL, GRPO(kl_coef=0.0).build().loss, OptimizerConfig(), update, mesh=mesh)
-    batch = minibatch(mesh, microbatches=1, rows=1, length=2048)
+    batch = full_minibatch(mesh, microbatches=1, rows=1, length=2048)
     compiled = learner.lower_update(batch).compile()
     return {"predicted": predict_update(learner, batch), "compiled": compiled_memory(compiled).temporaries}
 

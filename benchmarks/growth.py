@@ -81,7 +81,8 @@ def stop_us(length: int, rows: int) -> float:
     for _ in range(length // spec.check_every):
         for row, owner in slots.owners():
             slots.advance(row, tokens, zeros, zeros)
-            assert not finder.may_end(functools.partial(slots.last_tokens, owner), spec.check_every)
+            last = functools.partial(slots.last_tokens, owner)
+            assert finder.end(last, int(slots.steps[row]), spec.check_every) is None
     return (time.process_time() - begin) / (rows * length) * 1e6
 
 

@@ -294,4 +294,4 @@ def test_the_scale_of_attention_is_set_in_one_place():
         for node in ast.walk(ast.parse(path.read_text()))
         if isinstance(node, ast.Call) and ast.unparse(node).endswith("sqrt(head_dim)")
     ]
-    assert found == ["models/attention.py"]
+    assert found == ["models/attention_blocks.py"]

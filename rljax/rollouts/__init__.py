@@ -6,6 +6,7 @@ from rljax.rollouts.collect import NoSignal, Rollout, collect
 from rljax.rollouts.config import ActorConfig, ActorParts
 from rljax.rollouts.guided import Guided, GuidedActor
 from rljax.rollouts.multi_turn import MultiTurn, MultiTurnActor
+from rljax.rollouts.schedule import RolloutConfig
 from rljax.rollouts.single_turn import SingleTurn, SingleTurnActor
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "MultiTurnActor",
     "NoSignal",
     "Rollout",
+    "RolloutConfig",
     "RolloutSettings",
     "ScoredGroup",
     "SingleTurn",

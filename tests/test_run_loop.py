@@ -139,8 +139,8 @@ def test_a_run_that_breaks_off_and_goes_on_equals_one_that_does_not(name, straig
     step = rljax.experiment.train.train_step
     collect = rljax.experiment.train.collect
 
-    def is_stopped(actor, plan, draw, n, index):
-        rollout = collect(actor, plan, draw, n, index)
+    def is_stopped(actor, plan, draw, n, index, **rules):
+        rollout = collect(actor, plan, draw, n, index, **rules)
         if index == 3:
             os.kill(os.getpid(), signal.SIGTERM)
         return rollout

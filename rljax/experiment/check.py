@@ -7,7 +7,7 @@ from rljax.algorithms import Algorithm
 from rljax.evaluation import EvaluationConfig
 from rljax.experiment.config import Config
 from rljax.plans import RolloutPlan
-from rljax.rollouts import Guided, MultiTurn
+from rljax.rollouts import BlackBox, Guided, MultiTurn
 from rljax.sampling import SamplingConfig
 from rljax.settings import Switch, check_config, check_effect, placed, shown
 from rljax.tasks import FileData, ReasoningGymData, RowsData
@@ -57,6 +57,7 @@ def check(config: Config, device_count: int | None = None) -> Algorithm:
         )
     config.actor.check(plan, config.sampling, config.update.pack_length)
     check_off_policy(config, algorithm)
+    check_groups(config, plan)
     if config.sampling.temperature <= 0 and plan.group_size > 1:
         raise ValueError(
             f"config.sampling.temperature={config.sampling.temperature} makes all {plan.group_size} samples of a group "
@@ -93,6 +94,16 @@ def check_off_policy(config: Config, algorithm: Algorithm) -> None:
             "config.update.use_sampler_logprobs=True, which takes ratios to the policy that sampled, or choose a "
             "method that corrects, e.g. DecoupledPPO, DIS or AgentRL"
         )
+
+
+def check_groups(config: Config, plan: RolloutPlan) -> None:
+    """Refuses rules for groups that do not fit the actor, or that nothing could fall under."""
+    actor = config.actor
+    config.rollout.groups.check(
+        plan,
+        spans_updates=isinstance(actor, MultiTurn) and bool(actor.groups_in_flight or actor.stale_share),
+        rows_per_member=actor.trained_conversations if isinstance(actor, BlackBox) else 1,
+    )
 
 
 def check_best(config: Config) -> None:

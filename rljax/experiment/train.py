@@ -23,7 +23,7 @@ from rljax.experiment.sft import warm_up
 from rljax.experiment.stops import Stopped, Stops
 from rljax.models import written_metadata
 from rljax.parallel import check_equal, end_together, is_main_process, on_main, use_mesh
-from rljax.rollouts import NoSignal, Rollout, collect
+from rljax.rollouts import GroupRules, NoSignal, Rollout, collect
 from rljax.sampling import compile_count
 from rljax.training import (
     AnyPath,
@@ -368,8 +368,17 @@ def compile_updates(run: Run, minibatch: TrainBatch) -> None:
 def roll_out(run: Run, step: int) -> tuple[Rollout, str]:
     """The rollout of a step, and what it lacks to be learned from; "" where it lacks nothing."""
     plan = run.algorithm.plan
+    own = run.config.rollout.groups
+    rules = GroupRules(own.incomplete, own.max_age)
     try:
-        rollout = collect(run.actor, plan, lambda n: run.curriculum.sample(step, n), run.config.prompts_per_step, step)
+        rollout = collect(
+            run.actor,
+            plan,
+            lambda n: run.curriculum.sample(step, n),
+            run.config.prompts_per_step,
+            step,
+            rules=rules,
+        )
     except NoSignal as error:
         return error.rollout, str(error)
 

@@ -17,7 +17,6 @@ import numpy as np
 
 from rljax.envs import (
     DONE,
-    FAILED,
     MALFORMED,
     EnvironmentLimits,
     EnvironmentPool,
@@ -41,6 +40,7 @@ from rljax.rollouts.episodes import (
     turns_of,
 )
 from rljax.rollouts.forks import ForkRounds
+from rljax.rollouts.groups import terminal_class
 from rljax.sampling import Fork, RowScorer, Sample, SamplingConfig, SamplingParams, Turn, TurnDecoder, TurnResult
 from rljax.sampling.slots import spans_before
 from rljax.tasks import Example, RewardResult, load_callable
@@ -574,7 +574,7 @@ class MultiTurnActor:
         episode = play.episode
         assert episode is not None
         parts = {"turns": float(len(episode.steps)), **episode.counts}
-        if play.problem or episode.end in FAILED:
+        if play.problem or terminal_class(episode.end, is_truncated=play.is_truncated) == "environment":
             return RewardResult(0.0, parts, False, play.problem or f"{episode.end}: {episode.error}")
 
         value = episode.reward
@@ -665,6 +665,13 @@ class MultiTurnActor:
         results = [r for group in groups for r in group.results if r is not None]
         episodes = [play.episode for group in groups for play in group.plays if play.episode is not None]
 
+        ends = [
+            terminal_class(play.episode.end, is_truncated=play.is_truncated)
+            for group in groups
+            for play in group.plays
+            if play.episode is not None and not play.problem
+        ]
+
         row_steps = total["decode_steps"] * self.decoders[0].spec.rows
         return {
             "busy_share": total["seconds"] / max(seconds, 1e-9),
@@ -674,6 +681,7 @@ class MultiTurnActor:
             "turns": float(total["turns"]),
             "finished_share": float(np.mean([episode.end == DONE for episode in episodes])) if episodes else 0.0,
             "failed": float(sum(not result.is_valid for result in results)),
+            "policy_aborts": float(sum(end == "policy" for end in ends)),
             "groups_in_flight": float(self.num_pending),
         }
 

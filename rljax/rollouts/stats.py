@@ -7,7 +7,7 @@ import numpy as np
 from rljax.plans import RolloutPlan
 from rljax.rollouts.actor import ScoredGroup
 from rljax.sampling import Sample
-from rljax.types import NO_PARENT
+from rljax.types import NO_PARENT, Trajectory
 
 
 def rollout_stats(
@@ -52,6 +52,13 @@ def rollout_stats(
             **_fork_stats(groups),
         }
     return stats | _component_means(groups)
+
+
+def age_stats(trajectories: Sequence[Trajectory], version: int) -> dict[str, float]:
+    """How many versions the oldest token that was sampled for each trajectory is behind `version`, the weights that
+    they train."""
+    ages = [version - int(t.policy_version[t.action_mask].min()) for t in trajectories if t.action_mask.any()]
+    return {"age_mean": float(np.mean(ages)), "age_max": float(np.max(ages))} if ages else {}
 
 
 def _component_means(groups: Sequence[ScoredGroup]) -> dict[str, float]:

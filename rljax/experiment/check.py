@@ -20,6 +20,7 @@ SWITCHES = (
     Switch(SamplingConfig, "temperature", lambda t: t == 0, ("top_k", "top_p", "min_p"), "set that above 0"),
     Switch(OptimizerConfig, "schedule", lambda s: s == "constant", ("total_steps",), "set that to linear or cosine"),
     Switch(MultiTurn, "stale_share", lambda p: not p, ("stale_every",), "set that above 0"),
+    Switch(MultiTurn, "groups_in_flight", lambda n: not n, ("steps_in_flight",), "set that above 0"),
     Switch(FileData, "test", bool, ("test_fraction",), "leave that out"),
     Switch(RowsData, "test_args", bool, ("test_fraction",), "leave that out"),
 )
@@ -99,7 +100,13 @@ def check_off_policy(config: Config, algorithm: Algorithm) -> None:
 def check_groups(config: Config, plan: RolloutPlan) -> None:
     """Refuses rules for groups that do not fit the actor, or that nothing could fall under."""
     actor = config.actor
-    config.rollout.groups.check(
+    own = config.rollout.groups
+    if isinstance(actor, MultiTurn) and not actor.stale_share and None not in (actor.steps_in_flight, own.max_age):
+        raise ValueError(
+            f"config.rollout.groups.max_age={own.max_age} and config.actor.steps_in_flight={actor.steps_in_flight} "
+            "both bound the age of groups: the one wastes what the other has let in, or leaves nothing out; set one"
+        )
+    own.check(
         plan,
         spans_updates=isinstance(actor, MultiTurn) and bool(actor.groups_in_flight or actor.stale_share),
         rows_per_member=actor.trained_conversations if isinstance(actor, BlackBox) else 1,

@@ -20,7 +20,7 @@ SWITCHES = (
     Switch(SamplingConfig, "temperature", lambda t: t == 0, ("top_k", "top_p", "min_p"), "set that above 0"),
     Switch(OptimizerConfig, "schedule", lambda s: s == "constant", ("total_steps",), "set that to linear or cosine"),
     Switch(MultiTurn, "stale_share", lambda p: not p, ("stale_every",), "set that above 0"),
-    Switch(MultiTurn, "groups_in_flight", lambda n: not n, ("steps_in_flight",), "set that above 0"),
+    Switch(MultiTurn, "groups_in_flight", lambda n: not n, ("steps_in_flight", "at_hand_over"), "set that above 0"),
     Switch(FileData, "test", bool, ("test_fraction",), "leave that out"),
     Switch(RowsData, "test_args", bool, ("test_fraction",), "leave that out"),
 )

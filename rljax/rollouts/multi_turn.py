@@ -11,7 +11,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -49,6 +49,9 @@ from rljax.tasks import Example, RewardResult, load_callable
 from rljax.text import Dialogue, Tokenizer, encode_text
 from rljax.types import INTERVENTION_SUPPRESS, NO_PARENT, Params
 
+AtHandOver = Literal["recompute", "keep"]
+"""What becomes of keys and values that older weights have computed."""
+
 Pick = Callable[[int, int, int], int]
 """(prompt id, sample id, turn) -> the decoder that speaks this turn."""
 
@@ -76,6 +79,11 @@ class MultiTurn(TurnsConfig):
     """Steps after the one that asked for it in which a group is trained on at the latest. It lets in at most so many
     times `prompts_per_step` of the groups in flight (AReaL, 2505.24298), and a step waits for those whose last step it
     is. None lets slow groups take any time. Set it where a few episodes take much longer than the others."""
+    at_hand_over: AtHandOver = "recompute"
+    """What becomes of the keys and values of conversations under way when new weights come. `recompute` has the new
+    weights compute them again (AReaL, 2505.24298): what they say next is what they would say behind these tokens.
+    `keep` goes on over those of older weights (PipelineRL, 2509.19128), which saves the computation for long
+    conversations; an evaluation or a checkpoint in between still has them computed again."""
     stale_share: float = 0.0
     """Share of turns, in [0, 1), that weights of an earlier step speak (AgentRL, 2510.04206)."""
     stale_every: int = 25
@@ -105,6 +113,11 @@ class MultiTurn(TurnsConfig):
             raise ValueError(
                 f"config.actor.stale_share={self.stale_share} and forks of lagged chains both say which weights speak; "
                 "set it to 0"
+            )
+        if self.at_hand_over == "keep" and plan.forks and plan.forks.lagged_chains:
+            raise ValueError(
+                "config.actor.at_hand_over='keep' mixes weights within a conversation, and forks of lagged chains need "
+                "to know which of two weights spoke; set it to 'recompute'"
             )
         if self.groups_in_flight < 0:
             raise ValueError(f"config.actor.groups_in_flight={self.groups_in_flight} must be at least 0")
@@ -250,7 +263,7 @@ class MultiTurnActor:
         is_renewal = self.scorer is None and version % self.config.stale_every == 0
         for i, decoder in enumerate(self.decoders):
             if i == 0 or self.versions[i] < 0 or is_renewal:
-                decoder.set_params(params)
+                decoder.set_params(params, keep=self._conversations_to_keep())
                 self.versions[i] = version
 
     def cache_bytes(self) -> int:
@@ -261,6 +274,9 @@ class MultiTurnActor:
 
     def for_evaluation(self, sampling: SamplingParams) -> "MultiTurnActor":
         settings = replace(self.settings, sampling=sampling)
+        # What it says is said by the newest weights alone, also where it begins as a conversation under way does.
+        if self._keeps:
+            self._forget()
         config = replace(self.config, groups_in_flight=0, steps_in_flight=None, stale_share=0.0)
         actor = MultiTurnActor(self.decoders[:1], self.pool, self.dialogue, settings, config)
         actor.versions = self.versions[:1]
@@ -309,7 +325,22 @@ class MultiTurnActor:
             return {}
         return {"groups": [self._group_state(group) for group in sorted(groups, key=lambda group: group.number)]}
 
+    @property
+    def _keeps(self) -> bool:
+        return self.config.at_hand_over == "keep"
+
+    def _conversations_to_keep(self) -> set[int]:
+        """Those under way: one that begins later has nothing of older weights, although it may begin alike."""
+        return set(range(self._num_conversations)) - set(self._free) if self._keeps else set()
+
+    def _forget(self) -> None:
+        for decoder in self.decoders:
+            decoder.forget()
+
     def checkpointed(self) -> None:
+        # A run that is resumed has the tokens, and the newest weights to compute them with.
+        if self._keeps:
+            self._forget()
         # The next step has no weights of a version before, for lagged chains.
         if self.scorer is not None:
             self.versions = [-1] * len(self.versions)
@@ -375,7 +406,7 @@ class MultiTurnActor:
 
         # The weights may change before the next call, so no turn stays in a decoder.
         for decoder in self.decoders:
-            for result in decoder.interrupt():
+            for result in decoder.interrupt(keep=self._keeps):
                 self._heard(self._speaking.pop(result.turn.conversation), result)
 
         # Within the call their order is fixed.

@@ -200,19 +200,19 @@ def test_old_samples_are_left_out_and_their_group_completed_or_drawn_again():
     assert asked == [2, 1] and [example.id for example in rollout.examples] == [0, 2]
     assert [t.is_valid for t in rollout.trajectories] == [True, False, True, True, True, True]
     assert rollout.stats["too_old"] == 3 and rollout.stats["groups_left_out"] == 1
-    assert rollout.stats["invalid_rewards"] == 0 and rollout.stats["age_max"] == 5
+    assert rollout.stats["invalid_rewards"] == 0 and rollout.stats["staleness_max"] == 5
     assert "5 versions behind" in rollout.records[1]["error"]
 
     # Without a way to complete them, groups with an old member are left out as a whole.
     rollout, asked = collected(groups, GroupRules(max_age=3), n=2, size=3)
     assert asked == [2, 2] and [example.id for example in rollout.examples] == [2, 3]
-    assert rollout.stats["groups_left_out"] == 2 and rollout.stats["age_max"] == 3
+    assert rollout.stats["groups_left_out"] == 2 and rollout.stats["staleness_max"] == 3
 
 
 def test_age_counts_from_the_weights_that_are_trained():
     groups = [group_of(E[0], (1.0, 0.0), versions=(2, 2))]
     rollout, _ = collected(groups, GroupRules(max_age=0, version=2), n=1, size=2, step=9)
-    assert rollout.stats["too_old"] == 0 and rollout.stats["age_max"] == 0
+    assert rollout.stats["too_old"] == 0 and rollout.stats["staleness_max"] == 0
 
 
 def test_a_step_that_finds_no_groups_says_why():

@@ -1,6 +1,6 @@
 """Rollouts: from prompts to scored trajectories, by whatever plays the policy."""
 
-from rljax.rollouts.actor import Actor, GroupRequest, RolloutSettings, ScoredGroup, number_groups
+from rljax.rollouts.actor import Actor, GroupRequest, RolloutSettings, ScoredGroup, known_example, number_groups
 from rljax.rollouts.black_box import BlackBox, BlackBoxActor, ChatEndpoint
 from rljax.rollouts.collect import NoSignal, Rollout, collect
 from rljax.rollouts.config import ActorConfig, ActorParts
@@ -32,5 +32,6 @@ __all__ = [
     "SingleTurn",
     "SingleTurnActor",
     "collect",
+    "known_example",
     "number_groups",
 ]

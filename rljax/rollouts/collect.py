@@ -9,7 +9,7 @@ import numpy as np
 from rljax.plans import RolloutPlan
 from rljax.rollouts.actor import Actor, ScoredGroup, number_groups
 from rljax.rollouts.groups import GroupRules, complete, group_weight, judge
-from rljax.rollouts.stats import age_stats, rollout_stats
+from rljax.rollouts.stats import rollout_stats, staleness_stats
 from rljax.rollouts.trajectories import columns_of, record_of, trajectory_of
 from rljax.tasks import Example
 from rljax.types import ROW_WEIGHT, Trajectory
@@ -51,6 +51,17 @@ class Rollout(NamedTuple):
         return [example for example, _ in scored], [float(valid.mean()) for _, valid in scored]
 
 
+class When(NamedTuple):
+    """The place of a rollout in its run."""
+
+    step: int
+    """The step that trains on it: it enters random numbers."""
+    version: int
+    """Version of the weights that sampled it."""
+    trained: int
+    """Version of the weights that it is the first to train."""
+
+
 class NoSignal(RuntimeError):
     """Dynamic sampling did not find the groups that it needs. `rollout` holds everything that was drawn; the message
     says what the groups lack."""
@@ -66,16 +77,20 @@ def collect(
     draw: Callable[[int], Sequence[Example]],
     n: int,
     step: int,
+    version: int | None = None,
     *,
     rules: GroupRules = AS_THEY_ARE,
 ) -> Rollout:
     """Collects `n` groups of `plan.group_size` samples for `step`; of at most so many if the plan forks.
 
-    `draw(k)` gives the next `k` examples. Under dynamic sampling (`plan.keep_group`, DAPO 2503.14476) groups whose raw
-    rewards, or what of them `plan.signal_reward` names, carry no signal are dropped and more prompts are drawn, up to
-    `plan.max_sampling_rounds` times; `NoSignal` says what they lack when that does not fill the batch. The same
-    holds of groups that `rules` leave out: for these as many are drawn as were left out.
+    `version` is that of the actor's weights, `step` if None. `draw(k)` gives the next `k` examples. Under dynamic
+    sampling (`plan.keep_group`, DAPO 2503.14476) groups whose raw rewards, or what of them `plan.signal_reward` names,
+    carry no signal are dropped and more prompts are drawn, up to `plan.max_sampling_rounds` times; `NoSignal` says what
+    they lack when that does not fill the batch. The same holds of groups that `rules` leave out: for these as many are
+    drawn as were left out.
     """
+    trained = step if rules.version is None else rules.version
+    when = When(step, step if version is None else version, trained)
     drawn = _Drawn([], [], {}, dict.fromkeys(("failed", "too_old", "groups_left_out"), 0), [])
     seen: dict[int, int] = {}  # a prompt drawn again in a later round gets fresh samples
 
@@ -86,7 +101,7 @@ def collect(
         actor.submit(number_groups(examples, plan.group_size, seen), plan, step)
 
         for group in actor.ready(wanted):
-            drawn.add(group, plan, rules, step)
+            drawn.add(group, plan, rules, trained)
         for phase, spent in actor.seconds.items():
             drawn.seconds[phase] = drawn.seconds.get(phase, 0.0) + spent
         if len(drawn.kept) >= n:
@@ -95,8 +110,8 @@ def collect(
     _check_signal(plan, drawn.groups)
     if len(drawn.kept) < n:
         # Nothing of it is trained on, so nothing is completed either.
-        raise NoSignal(_what_is_missing(plan, drawn, n), _rollout(actor, plan, drawn, drawn.groups, step, AS_THEY_ARE))
-    return _rollout(actor, plan, drawn, drawn.kept[:n], step, rules)
+        raise NoSignal(_what_is_missing(plan, drawn, n), _rollout(actor, plan, drawn, drawn.groups, when, AS_THEY_ARE))
+    return _rollout(actor, plan, drawn, drawn.kept[:n], when, rules)
 
 
 class _Drawn(NamedTuple):
@@ -112,9 +127,9 @@ class _Drawn(NamedTuple):
     def groups(self) -> list[ScoredGroup]:
         return [*self.kept, *self.dropped]
 
-    def add(self, found: ScoredGroup, plan: RolloutPlan, rules: GroupRules, step: int) -> None:
+    def add(self, found: ScoredGroup, plan: RolloutPlan, rules: GroupRules, trained: int) -> None:
         """Keeps a group or drops it, and counts why."""
-        group, is_taken, too_old = judge(found, rules, step)
+        group, is_taken, too_old = judge(found, rules, trained)
         failed = [result for result in found.results if not result.is_valid]
         self.errors.extend(str(result.error) for result in failed)
         self.counts["failed"] += len(failed)
@@ -126,27 +141,27 @@ class _Drawn(NamedTuple):
 
 
 def _rollout(
-    actor: Actor, plan: RolloutPlan, drawn: _Drawn, groups: Sequence[ScoredGroup], step: int, rules: GroupRules
+    actor: Actor, plan: RolloutPlan, drawn: _Drawn, groups: Sequence[ScoredGroup], when: When, rules: GroupRules
 ) -> Rollout:
     """The rollout of `groups`, which were found among those drawn, completed as `rules` say."""
     rewards = _rewards_of(plan, groups)
     completed = [complete(group, rules) for group in groups]
-    trajectories, records = _rows_of([group for group, _ in completed], plan, step)
+    trajectories, records = _rows_of([group for group, _ in completed], plan, when)
     if rules.incomplete == "reweight":
         trajectories = _weighted(trajectories, rewards)
 
     is_used = {id(group) for group in groups}
-    untrained = _rows_of([group for group in drawn.groups if id(group) not in is_used], plan, step)[1]
+    untrained = _rows_of([group for group in drawn.groups if id(group) not in is_used], plan, when)[1]
 
     # A sample that another one stands for is to be found in the log, with what it failed with.
     repeated = [place for _, order in completed for place in order]
     if rules.incomplete == "pad":
         for record, place in zip(records, repeated, strict=True):
             record["sample"] = place
-        untrained += [record for record in _rows_of(groups, plan, step)[1] if record["reward"] is None]
+        untrained += [record for record in _rows_of(groups, plan, when)[1] if record["reward"] is None]
 
     stats = rollout_stats(plan, groups, rewards, drawn=len(drawn.groups), failed=drawn.counts["failed"])
-    stats |= age_stats(trajectories, step if rules.version is None else rules.version)
+    stats |= staleness_stats(trajectories, when.trained)
     if rules.leave_out():
         stats |= {name: float(drawn.counts[name]) for name in ("too_old", "groups_left_out")}
         stats["incomplete_groups"] = float(sum(not all(r.is_valid for r in group.results) for group in groups))
@@ -205,7 +220,7 @@ def _what_is_missing(plan: RolloutPlan, drawn: _Drawn, wanted: int) -> str:
 
 
 def _rows_of(
-    groups: Sequence[ScoredGroup], plan: RolloutPlan, step: int
+    groups: Sequence[ScoredGroup], plan: RolloutPlan, when: When
 ) -> tuple[list[Trajectory], list[dict[str, Any]]]:
     """Trajectories and their records."""
     trajectories: list[Trajectory] = []
@@ -215,9 +230,11 @@ def _rows_of(
     for group_id, group in enumerate(groups):
         first_row = len(trajectories)  # parents and episodes are named by row of the whole rollout
         for index in range(len(group.results)):
-            trajectory = trajectory_of(plan, group, index, step, columns, group_id=group_id, first_row=first_row)
+            trajectory = trajectory_of(
+                plan, group, index, when.version, columns, group_id=group_id, first_row=first_row
+            )
             trajectories.append(trajectory)
-            records.append(record_of(group, index, trajectory, step))
+            records.append(record_of(group, index, trajectory, when.step))
 
     return trajectories, records
 

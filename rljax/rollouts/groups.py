@@ -71,7 +71,7 @@ class GroupRules(NamedTuple):
     Attributes:
         incomplete: as in the config.
         max_age: as in the config.
-        version: of the weights that the rollout will train; None is the number of the step.
+        version: of the weights that the rollout is the first to train; None is the number of the step.
     """
 
     incomplete: Incomplete = "as_is"
@@ -143,9 +143,8 @@ def group_weight(valid: int, size: int) -> float:
     return size / valid
 
 
-def judge(group: ScoredGroup, rules: GroupRules, step: int) -> Judged:
-    """Leaves out what is too old of a group that was collected for `step`, and says whether the group is trained on."""
-    version = step if rules.version is None else rules.version
+def judge(group: ScoredGroup, rules: GroupRules, version: int) -> Judged:
+    """Leaves out what is too old of a group for weights of `version`, and says whether the group is trained on."""
     too_old = 0
 
     if rules.max_age is not None:

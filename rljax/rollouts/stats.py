@@ -54,11 +54,14 @@ def rollout_stats(
     return stats | _component_means(groups)
 
 
-def age_stats(trajectories: Sequence[Trajectory], version: int) -> dict[str, float]:
-    """How many versions the oldest token that was sampled for each trajectory is behind `version`, the weights that
-    they train."""
-    ages = [version - int(t.policy_version[t.action_mask].min()) for t in trajectories if t.action_mask.any()]
-    return {"age_mean": float(np.mean(ages)), "age_max": float(np.max(ages))} if ages else {}
+def staleness_stats(trajectories: Sequence[Trajectory], step: int) -> dict[str, float]:
+    """How many steps the weights that sampled a token were behind those that are first updated by it, over the tokens
+    that may receive gradient: 0 on-policy, NaN without tokens."""
+    ages = [step - one.policy_version[one.action_mask] for one in trajectories]
+    age = np.concatenate(ages) if ages else np.empty(0)
+    if not len(age):
+        return {"staleness": np.nan, "staleness_max": np.nan}
+    return {"staleness": float(age.mean()), "staleness_max": float(age.max())}
 
 
 def _component_means(groups: Sequence[ScoredGroup]) -> dict[str, float]:

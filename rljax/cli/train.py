@@ -65,6 +65,14 @@ def main() -> None:
         train(_CONFIG.value, _WORKDIR.value, fresh=_FRESH.value)
 
 
+def more_help() -> str:
+    """The numbers of a simulation, as `--assume` takes them."""
+    from rljax.experiment.describe import describe
+    from rljax.simulation import Scenario
+
+    return f"Numbers of a simulation:\n\n{describe(Scenario(), 'assume=')}"
+
+
 def command() -> None:
     """Runs it with the flags of `sys.argv`."""
     launch(main)

@@ -140,8 +140,8 @@ def test_a_run_that_breaks_off_and_goes_on_equals_one_that_does_not(name, straig
     step = rljax.experiment.train.train_step
     collect = rljax.experiment.pipeline.collect
 
-    def is_stopped(actor, plan, draw, n, index, version):
-        rollout = collect(actor, plan, draw, n, index, version)
+    def is_stopped(actor, plan, draw, n, index, version, **rules):
+        rollout = collect(actor, plan, draw, n, index, version, **rules)
         if index == 3:
             os.kill(os.getpid(), signal.SIGTERM)
         return rollout

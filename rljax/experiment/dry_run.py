@@ -64,6 +64,7 @@ def print_plan(config: Config, *, topology: str = "", measure: bool = True) -> d
     limit, limit_is = device_memory(run)
     programs: list[Compiled] = []
     result = {
+        "run": run,
         "topology": topology,
         "parameters": sum(int(np.prod(x.shape)) for x in jax.tree.leaves(abstract_params(run.decoder))),
         "shapes": {

@@ -22,7 +22,7 @@ from jax.sharding import Mesh
 from rljax.experiment.journal import Journal, Made
 from rljax.parallel import hand_over
 from rljax.plans import RolloutPlan
-from rljax.rollouts import Actor, NoSignal, Rollout, RolloutConfig, collect
+from rljax.rollouts import Actor, GroupRules, NoSignal, Rollout, RolloutConfig, collect
 from rljax.sampling import compile_count_here
 from rljax.tasks import Curriculum
 from rljax.types import Params
@@ -69,6 +69,7 @@ class Pipeline:
         self.plan = plan
         self.curriculum = curriculum
         self.staleness = config.staleness
+        self.groups = config.groups
         self.beside = beside
         self.journal: Journal | None = None
         self.until: int | None = None
@@ -201,7 +202,13 @@ class Pipeline:
         """A rollout, and what it lacks to be learned from; "" where it lacks nothing."""
         try:
             rollout = collect(
-                self.actor, self.plan, lambda n: self.curriculum.sample(step, n), self._prompts, step, version
+                self.actor,
+                self.plan,
+                lambda n: self.curriculum.sample(step, n),
+                self._prompts,
+                step,
+                version,
+                rules=GroupRules(self.groups.incomplete, self.groups.max_age),
             )
         except NoSignal as error:
             return error.rollout, str(error)

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+from rljax.rollouts.groups import GroupsConfig
 from rljax.settings import field
 
 
@@ -20,3 +21,5 @@ class RolloutConfig:
     """Steps of training between the weights that sample a rollout and those that are first updated by it. 0 is
     on-policy. Rollouts overlap with updates from 1 on; more evens out rollouts of unequal length, costs a copy of the
     weights a step, and needs a method that looks at the log-probs of the policy that sampled."""
+    groups: GroupsConfig = dataclasses.field(default_factory=GroupsConfig)
+    """What becomes of groups that lack members, or are old."""

@@ -9,6 +9,7 @@ import io
 import json
 import re
 import zipfile
+import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -44,6 +45,10 @@ class Made:
     """Seconds that the actor waited before it, with nothing to do."""
     is_recorded: bool = False
     """Whether it was read from a journal, and made by an earlier start of the run."""
+
+
+class Damaged(Exception):
+    """A file that does not hold a whole rollout."""
 
 
 class Journal:
@@ -99,7 +104,7 @@ class Journal:
             return None
         try:
             return from_bytes(content, examples)
-        except (zipfile.BadZipFile, OSError, KeyError, EOFError, json.JSONDecodeError):
+        except Damaged:
             return None
 
 
@@ -129,11 +134,14 @@ def to_bytes(made: Made) -> bytes:
 
 
 def from_bytes(content: bytes, examples: Mapping[int, Example]) -> Made:
-    """The inverse. ValueError for an example that the data does not hold."""
-    with np.load(io.BytesIO(content), allow_pickle=False) as file:
-        arrays = {name: file[name] for name in file.files}
-    text = json.loads(arrays.pop(_JSON).tobytes())
-    rewards = arrays.pop("rewards")
+    """The inverse. Damaged for content that is not whole, ValueError for an example that the data does not hold."""
+    try:
+        with np.load(io.BytesIO(content), allow_pickle=False) as file:
+            arrays = {name: file[name] for name in file.files}
+        text = json.loads(arrays.pop(_JSON).tobytes())
+        rewards = arrays.pop("rewards")
+    except (zipfile.BadZipFile, zlib.error, OSError, EOFError, KeyError, ValueError) as error:
+        raise Damaged(str(error)) from error
 
     rollout = Rollout(
         trajectories=_trajectories_of(text["trajectories"], arrays),

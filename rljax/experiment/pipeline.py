@@ -5,6 +5,7 @@ give the same rollouts whether a thread works on them while the learner trains, 
 """
 
 import ctypes
+import functools
 import json
 import logging
 import queue
@@ -101,7 +102,7 @@ class Pipeline:
         weights = self._handed_over(params)
         version = self.config.version_of(now)
         for step in range(self._ordered, stop):
-            self._rollouts[step] = self._do(lambda step=step: self._make(step, version, weights))
+            self._rollouts[step] = self._do(functools.partial(self._make, step, version, [weights]))
             self._ordered = step + 1
 
     def take(self, step: int) -> Made:
@@ -172,8 +173,9 @@ class Pipeline:
 
     # The work.
 
-    def _make(self, step: int, version: int, params: Params) -> Made:
-        self.actor.set_params(params, version)
+    def _make(self, step: int, version: int, weights: list[Params]) -> Made:
+        # Taken out of the order, so that what was handed over is freed once the actor has its own copy.
+        self.actor.set_params(weights.pop(), version)
         # An actor may remember older weights, so it gets these for a rollout that was made before, too.
         recorded = self._recorded.pop(step, None)
         if recorded is not None:

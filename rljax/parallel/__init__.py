@@ -15,6 +15,7 @@ from rljax.parallel.distributed import (
     to_host,
 )
 from rljax.parallel.mesh import MESH_AXES, decoding_mesh, make_mesh, mesh_beside, platform, split_devices, use_mesh
+from rljax.parallel.roofline import Bound, bound
 from rljax.parallel.sharding import (
     DECODE_RULES,
     RULES,
@@ -44,6 +45,7 @@ __all__ = [
     "MESH_AXES",
     "RULES",
     "AnyMesh",
+    "Bound",
     "Chip",
     "Collective",
     "CompiledMemory",
@@ -53,6 +55,7 @@ __all__ = [
     "barrier",
     "batch_parts",
     "batch_sharding",
+    "bound",
     "check_equal",
     "chip_of",
     "collectives",

@@ -54,3 +54,12 @@ class Ask:
         said = "<" if self._number < guess else ">"
         counts = {"tool_calls": 1.0, "prediction": float(said in action), "redundancy": 0.1 * self._turns}
         return Step(said, 0.0, self._turns >= self._most, counts)
+
+
+class Fragile(Ask):
+    """Breaks down when it hears a 7."""
+
+    def step(self, action):
+        if "7" in action:
+            raise OSError("the tool is gone")
+        return super().step(action)

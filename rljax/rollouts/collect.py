@@ -177,7 +177,7 @@ def _weighted(trajectories: Sequence[Trajectory], rewards: np.ndarray) -> list[T
     made = np.bincount([t.group_id for t in trajectories], minlength=len(rewards))
     weights = [group_weight(int(n), int(size)) for n, size in zip(valid, made, strict=True)]
     return [
-        dataclasses.replace(t, columns={**t.columns, ROW_WEIGHT: weights[t.group_id]})  # type: ignore[type-var]
+        dataclasses.replace(t, columns={**t.columns, ROW_WEIGHT: weights[t.group_id]})
         for t in trajectories
     ]
 

@@ -18,11 +18,15 @@ import numpy as np
 from rljax.envs import (
     DONE,
     MALFORMED,
+    RAY,
     EnvironmentLimits,
     EnvironmentPool,
     Episode,
+    RayConfig,
     check_chat_template,
+    check_hosts,
     get_format,
+    require_ray,
 )
 from rljax.plans import RolloutPlan
 from rljax.rollouts.actor import GroupRequest, RolloutSettings, ScoredGroup, known_example
@@ -67,8 +71,11 @@ class MultiTurn(TurnsConfig):
     """`module:callable` that makes an environment (`rljax.envs`) for an episode. It gets a row's prompt and columns."""
     args: dict[str, Any] = dataclasses.field(default_factory=dict)
     """Keyword arguments of `make`."""
-    processes: bool = False
-    """Whether environments live in processes instead of threads: for code that may hang or hold the interpreter."""
+    hosts: str = "threads"
+    """Where environments live: in `threads` of this process; in `processes`, for code that may hang or hold the
+    interpreter; or, with `ray`, in processes on the machines of a cluster, for more of them than this machine bears."""
+    ray: RayConfig = dataclasses.field(default_factory=RayConfig)
+    """The cluster of `hosts="ray"`."""
     limits: EnvironmentLimits = dataclasses.field(default_factory=EnvironmentLimits)
     """What an episode, and a step of it, may take."""
     unfinished_reward: float | None = None
@@ -109,6 +116,12 @@ class MultiTurn(TurnsConfig):
             )
         super().check(plan, sampling, pack_length)
         self.limits.check()
+        try:
+            check_hosts(self.hosts)
+            if self.hosts == RAY:
+                require_ray()
+        except ValueError as error:
+            raise ValueError(f"config.actor.{error}") from None
         if not 0 <= self.stale_share < 1 or self.stale_every < 1:
             raise ValueError(
                 f"config.actor.stale_share={self.stale_share} must be at least 0 and below 1, and "
@@ -171,7 +184,12 @@ class MultiTurn(TurnsConfig):
                 f"{type(error).__name__}: {error}"
             ) from error
         return EnvironmentPool(
-            make, workers=self.workers, processes=self.processes, limits=self.limits, tokenizer=_Text(tokenizer)
+            make,
+            workers=self.workers,
+            hosts=self.hosts,
+            ray=self.ray,
+            limits=self.limits,
+            tokenizer=_Text(tokenizer),
         )
 
 

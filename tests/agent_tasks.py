@@ -1,6 +1,8 @@
 """A small task over turns for tests: find a hidden number by asking whether it is larger."""
 
 import json
+import random
+import time
 import urllib.request
 
 from rljax.envs import Parsed, Step, ToolFormat
@@ -62,4 +64,12 @@ class Fragile(Ask):
     def step(self, action):
         if "7" in action:
             raise OSError("the tool is gone")
+        return super().step(action)
+
+
+class Unsteady(Ask):
+    """Takes another time for every answer, in every process."""
+
+    def step(self, action):
+        time.sleep(random.SystemRandom().choice([0, 0, 0.002, 0.02]))
         return super().step(action)

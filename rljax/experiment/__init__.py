@@ -3,7 +3,7 @@
 The loop itself is `rljax.experiment.train.train`.
 """
 
-from rljax.envs import EnvironmentLimits
+from rljax.envs import EnvironmentLimits, RayConfig
 from rljax.evaluation import EvaluationConfig
 from rljax.experiment.config import Config, Recipe
 from rljax.experiment.model import FreshModel, ModelSource, PretrainedModel
@@ -56,6 +56,7 @@ __all__ = [
     "MuonConfig",
     "OptimizerConfig",
     "PretrainedModel",
+    "RayConfig",
     "ReasoningGymData",
     "Recipe",
     "RewardConfig",

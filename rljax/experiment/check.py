@@ -19,6 +19,7 @@ SWITCHES = (
     Switch(EvaluationConfig, "temperature", lambda t: t == 0, ("top_p",), "set that above 0"),
     Switch(SamplingConfig, "temperature", lambda t: t == 0, ("top_k", "top_p", "min_p"), "set that above 0"),
     Switch(OptimizerConfig, "schedule", lambda s: s == "constant", ("total_steps",), "set that to linear or cosine"),
+    Switch(MultiTurn, "hosts", lambda hosts: hosts != "ray", ("ray",), "set that to ray"),
     Switch(MultiTurn, "stale_share", lambda p: not p, ("stale_every",), "set that above 0"),
     Switch(MultiTurn, "groups_in_flight", lambda n: not n, ("steps_in_flight", "at_hand_over"), "set that above 0"),
     Switch(FileData, "test", bool, ("test_fraction",), "leave that out"),

@@ -31,6 +31,7 @@ class Once:
         return Step("", float(len(action)), True)
 
 
+@functools.lru_cache
 def spanning(at_hand_over, *, steps=4):
     """Samples with their prompts: those that several versions of the weights have spoken, and the others; and the
     tokens that were computed before turns."""
@@ -93,7 +94,7 @@ def test_recomputed_conversations_go_on_as_the_new_weights_would():
 
 def test_kept_conversations_go_on_over_what_older_weights_have_computed():
     mixed, plain, computed = spanning("keep")
-    for prompt, sample in mixed[:6]:
+    for prompt, sample in mixed[:4]:
         np.testing.assert_allclose(sample.logprobs, over_mixed_cache(prompt, sample), atol=3e-5)
     assert max(np.abs(s.logprobs - by_new_weights(p, s)).max() for p, s in mixed) > 0.1
     assert computed < spanning("recompute")[2]

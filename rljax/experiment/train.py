@@ -24,7 +24,7 @@ from rljax.experiment.sft import warm_up
 from rljax.experiment.stops import Stopped, Stops
 from rljax.models import written_metadata
 from rljax.parallel import check_equal, end_together, is_main_process, on_main, use_mesh
-from rljax.rollouts import Rollout
+from rljax.rollouts import Rollout, RolloutConfig
 from rljax.sampling import compile_count_here
 from rljax.training import (
     AnyPath,
@@ -321,7 +321,9 @@ def go_on(run: Run, folder: RunFolder, journal: Journal, step: int, host: Mappin
     ordered = host.get("ordered", step)
     found = journal.load(step, examples)
     is_same = folder.previous_config is not None and not sampled_otherwise(folder.previous_config, folder.config)
-    recorded = [made for made in found if made.step < ordered or is_same]
+    # Keys and values of older weights are in no journal, and would be missing behind a rollout that is not made again.
+    replays = getattr(run.config.actor, "at_hand_over", "recompute") == "recompute"
+    recorded = [made for made in found if made.step < ordered or (is_same and replays)]
 
     # Behind a checkpoint without rollouts ahead of it this is in the checkpoint; a new run has it from its config.
     at_step = {name: host[name] for name in ("curriculum", "actor") if name in host}
@@ -331,16 +333,16 @@ def go_on(run: Run, folder: RunFolder, journal: Journal, step: int, host: Mappin
     run.actor.load_state_dict(newest.get("actor", {}), run.algorithm.plan, examples)
 
     # What was drawn does not come again, also where the rollout that was made of it is of no use.
-    recorded = fitting(recorded, run.config.rollout.staleness)
+    recorded = fitting(recorded, run.config.rollout)
     journal.keep(0, step + len(recorded))
     run.pipeline.go_on(step, ordered, recorded, json.dumps(at_step or newest))
     if recorded:
         say(f"going on with {len(recorded)} rollouts of the journal, from that of step {step + 1} on")
 
 
-def fitting(recorded: list[Made], staleness: int) -> list[Made]:
+def fitting(recorded: list[Made], config: RolloutConfig) -> list[Made]:
     """Those of them, up to the first that is older, which a run of this staleness may train on."""
-    fits = [made.version >= made.step - staleness for made in recorded]
+    fits = [made.version >= config.version_of(max(0, made.step - config.staleness)) for made in recorded]
     return recorded[: fits.index(False)] if False in fits else recorded
 
 
@@ -383,7 +385,8 @@ def train_step(run: Run, step: int) -> tuple[dict[str, float], Rollout]:
     compiled = compile_count_here()
 
     with run.stops.abandonable(), run.pulse("rollout"):
-        run.pipeline.order(step, run.policy())
+        run.push(step)
+        run.pipeline.order(step, run.learner.pushed_params(run.state))
         made = run.pipeline.take(step)
         rollout = made.rollout
         timer.add(rollout.seconds)

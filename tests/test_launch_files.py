@@ -161,7 +161,6 @@ def test_xpk_makes_a_workload_that_starts_again(run):
         "num-slices": "2",
         "docker-image": "gcr.io/p/rljax",
         "max-restarts": "100",
-        "restart-on-user-code-failure": "",
         "termination-grace-period-seconds": "120",
     }
     assert inside[0] == "exec"

@@ -4,6 +4,7 @@ from rljax.rollouts.actor import Actor, GroupRequest, RolloutSettings, ScoredGro
 from rljax.rollouts.black_box import BlackBox, BlackBoxActor, ChatEndpoint
 from rljax.rollouts.collect import NoSignal, Rollout, collect
 from rljax.rollouts.config import ActorConfig, ActorParts
+from rljax.rollouts.engines import EngineFailed, EngineService, Remote, RemoteActor
 from rljax.rollouts.guided import Guided, GuidedActor
 from rljax.rollouts.multi_turn import MultiTurn, MultiTurnActor
 from rljax.rollouts.single_turn import SingleTurn, SingleTurnActor
@@ -15,12 +16,16 @@ __all__ = [
     "BlackBox",
     "BlackBoxActor",
     "ChatEndpoint",
+    "EngineFailed",
+    "EngineService",
     "GroupRequest",
     "Guided",
     "GuidedActor",
     "MultiTurn",
     "MultiTurnActor",
     "NoSignal",
+    "Remote",
+    "RemoteActor",
     "Rollout",
     "RolloutSettings",
     "ScoredGroup",

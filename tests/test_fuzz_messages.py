@@ -19,7 +19,7 @@ from test_rollouts_endpoint import ECHO, make_tokenizer
 from rljax.envs import FORMATS, Step, ToolCall
 from rljax.envs.base import CRASHED, MALFORMED, TIMEOUT
 from rljax.envs.formats import get_format
-from rljax.envs.host import Act, Answer, Close, HostProcess, Past, Start, _write_answer
+from rljax.envs.host import Act, Answer, Close, HostProcess, Past, Start, write_answer
 from rljax.rollouts import ChatEndpoint, http_server
 from rljax.rollouts.black_box.recording import Renderer
 from rljax.rollouts.http_server import HttpServer
@@ -299,10 +299,10 @@ def test_any_bytes_of_a_worker_are_its_answer_or_its_end(stream, is_ready):
 
 PAST = Past({}, "o", (), ())
 REPLIES = [
-    _write_answer(7, Answer("opening")),
-    _write_answer(7, Answer(Step("seen", 1.0, True, {"n": 1.0}), seconds=0.5)),
-    _write_answer(7, Answer(None, "raised", "boom")),
-    _write_answer(6, Answer("opening")),
+    write_answer(7, Answer("opening")),
+    write_answer(7, Answer(Step("seen", 1.0, True, {"n": 1.0}), seconds=0.5)),
+    write_answer(7, Answer(None, "raised", "boom")),
+    write_answer(6, Answer("opening")),
     write_data(7, ["seen", math.nan, True, {}], None, "", 0.5),
     write_data(7, ["seen", 1.0, "no", {}], None, "", 0.5),
     write_data(7, None, "nonsense", "", 0.5),

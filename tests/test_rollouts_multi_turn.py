@@ -8,9 +8,10 @@ import time
 import jax
 import numpy as np
 import pytest
+from counting import Echo
 from forward import row_logprobs
 
-from rljax.envs import EnvironmentLimits, EnvironmentPool, Step
+from rljax.envs import EnvironmentLimits, EnvironmentPool
 from rljax.models import DecoderConfig, init_params
 from rljax.plans import Column, ForkPlan, ForkPoint, RolloutPlan
 from rljax.plans.fork_rules import random_step, top_entropy
@@ -30,23 +31,6 @@ LENGTH = 120
 @functools.lru_cache
 def params():
     return jax.tree.map(lambda x: 3 * x, init_params(CONFIG, jax.random.key(0)))
-
-
-class Echo:
-    """Counts the letters it has heard; over after four turns. Its state is more than its last observation."""
-
-    delay = 0.0
-
-    def reset(self, row):
-        self.heard, self.row = 0, row
-        return f"{row['prompt']}#"
-
-    def step(self, action):
-        time.sleep(self.delay)
-        self.heard += len(action)
-        self.turns = getattr(self, "turns", 0) + 1
-        counts = {"tool_calls": 1.0, "foresight": 0.5}
-        return Step(f"?{self.heard}!", float(self.turns), self.turns == 4, counts)
 
 
 class Slow(Echo):
@@ -74,6 +58,7 @@ def make_actor(
     pick=None,
     scorer=None,
     suppressed=(),
+    batch=0,
     **settings,
 ):
     spec = TurnDecoderSpec(
@@ -90,9 +75,8 @@ def make_actor(
     pool = EnvironmentPool(make, workers=workers, limits=limits or EnvironmentLimits())
     pool.open()
     how = RolloutSettings(seed=3, sampling=sampling_params())
-    actor = MultiTurnActor(
-        made, pool, Dialogue(TOKENIZER, wrap=(" ", "#")), how, MultiTurn(**settings), pick=pick, scorer=scorer
-    )
+    dialogue = Dialogue(TOKENIZER, wrap=(" ", "#"))
+    actor = MultiTurnActor(made, pool, dialogue, how, MultiTurn(**settings), pick=pick, scorer=scorer, batch=batch)
     actor.set_params(params(), version=0)
     return actor
 

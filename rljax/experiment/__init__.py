@@ -3,12 +3,12 @@
 The loop itself is `rljax.experiment.train.train`.
 """
 
-from rljax.envs import EnvironmentLimits
+from rljax.envs import EnvironmentLimits, RayConfig
 from rljax.evaluation import EvaluationConfig
 from rljax.experiment.config import Config, Recipe
 from rljax.experiment.model import FreshModel, ModelSource, PretrainedModel
 from rljax.parallel import MeshConfig
-from rljax.rollouts import ActorConfig, BlackBox, Guided, MultiTurn, Remote, SingleTurn
+from rljax.rollouts import ActorConfig, BlackBox, GroupsConfig, Guided, MultiTurn, Remote, RolloutConfig, SingleTurn
 from rljax.sampling import SamplingConfig
 from rljax.tasks import (
     CurriculumSource,
@@ -46,6 +46,7 @@ __all__ = [
     "FailedTasks",
     "FileData",
     "FreshModel",
+    "GroupsConfig",
     "Guided",
     "LightSAMConfig",
     "LogConfig",
@@ -55,10 +56,12 @@ __all__ = [
     "MuonConfig",
     "OptimizerConfig",
     "PretrainedModel",
+    "RayConfig",
     "ReasoningGymData",
     "Recipe",
     "Remote",
     "RewardConfig",
+    "RolloutConfig",
     "RowsData",
     "SamplingConfig",
     "SingleTurn",

@@ -14,7 +14,8 @@ from rljax.parallel.distributed import (
     on_main,
     to_host,
 )
-from rljax.parallel.mesh import MESH_AXES, decoding_mesh, make_mesh, platform, use_mesh
+from rljax.parallel.mesh import MESH_AXES, decoding_mesh, make_mesh, mesh_beside, platform, split_devices, use_mesh
+from rljax.parallel.roofline import Bound, bound
 from rljax.parallel.sharding import (
     DECODE_RULES,
     RULES,
@@ -24,6 +25,7 @@ from rljax.parallel.sharding import (
     batch_parts,
     batch_sharding,
     constrain,
+    hand_over,
     named_sharding,
     on_shards,
     partition_spec,
@@ -43,6 +45,7 @@ __all__ = [
     "MESH_AXES",
     "RULES",
     "AnyMesh",
+    "Bound",
     "Chip",
     "Collective",
     "CompiledMemory",
@@ -52,6 +55,7 @@ __all__ = [
     "barrier",
     "batch_parts",
     "batch_sharding",
+    "bound",
     "check_equal",
     "chip_of",
     "collectives",
@@ -60,10 +64,12 @@ __all__ = [
     "decoding_mesh",
     "end_together",
     "gather",
+    "hand_over",
     "initialize_distributed",
     "is_main_process",
     "keep_compiled",
     "make_mesh",
+    "mesh_beside",
     "named_sharding",
     "on_cluster",
     "on_main",
@@ -76,6 +82,7 @@ __all__ = [
     "reshard",
     "shardings",
     "split_axes",
+    "split_devices",
     "split_over",
     "to_host",
     "topology_devices",

@@ -29,6 +29,8 @@ class Chip:
     """Bytes a second of its memory."""
     memory: int
     """Bytes of its memory, before what the runtime keeps for itself."""
+    links: float
+    """Bytes a second that the others of a large machine can send it: over a TPU's links, or a GPU's network card."""
     kinds: tuple[str, ...]
     """Its names as `jax.Device.device_kind`."""
     clock: float = 0.0
@@ -40,12 +42,12 @@ class Chip:
 
 
 CHIPS = {
-    "v4": Chip(275e12, 1228e9, 32 * GIB, ("TPU v4",), 1.05e9),
-    "v5e": Chip(197e12, 819e9, 16 * GIB, ("TPU v5 lite", "TPU v5e"), 1.5e9),
-    "v5p": Chip(459e12, 2765e9, 95 * GIB, ("TPU v5", "TPU v5p"), 1.75e9),
-    "v6e": Chip(918e12, 1640e9, 32 * GIB, ("TPU v6 lite", "TPU v6e"), 1.75e9),
-    "h100": Chip(989e12, 3352e9, 84_929_347_584, ("NVIDIA H100 80GB HBM3",)),
-    "h200": Chip(989e12, 4800e9, 141_000_000_000, ("NVIDIA H200",)),
+    "v4": Chip(275e12, 1228e9, 32 * GIB, 300e9, ("TPU v4",), 1.05e9),
+    "v5e": Chip(197e12, 819e9, 16 * GIB, 200e9, ("TPU v5 lite", "TPU v5e"), 1.5e9),
+    "v5p": Chip(459e12, 2765e9, 95 * GIB, 600e9, ("TPU v5", "TPU v5p"), 1.75e9),
+    "v6e": Chip(918e12, 1640e9, 32 * GIB, 400e9, ("TPU v6 lite", "TPU v6e"), 1.75e9),
+    "h100": Chip(989e12, 3352e9, 84_929_347_584, 50e9, ("NVIDIA H100 80GB HBM3",)),
+    "h200": Chip(989e12, 4800e9, 141_000_000_000, 50e9, ("NVIDIA H200",)),
 }
 """By the name that a topology begins with."""
 

@@ -1,12 +1,14 @@
 """Rollouts: from prompts to scored trajectories, by whatever plays the policy."""
 
-from rljax.rollouts.actor import Actor, GroupRequest, RolloutSettings, ScoredGroup, number_groups
+from rljax.rollouts.actor import Actor, GroupRequest, RolloutSettings, ScoredGroup, known_example, number_groups
 from rljax.rollouts.black_box import BlackBox, BlackBoxActor, ChatEndpoint
 from rljax.rollouts.collect import NoSignal, Rollout, collect
 from rljax.rollouts.config import ActorConfig, ActorParts
 from rljax.rollouts.engines import EngineFailed, EngineService, Remote, RemoteActor
+from rljax.rollouts.groups import GroupRules, GroupsConfig
 from rljax.rollouts.guided import Guided, GuidedActor
 from rljax.rollouts.multi_turn import MultiTurn, MultiTurnActor
+from rljax.rollouts.schedule import RolloutConfig
 from rljax.rollouts.single_turn import SingleTurn, SingleTurnActor
 
 __all__ = [
@@ -19,6 +21,8 @@ __all__ = [
     "EngineFailed",
     "EngineService",
     "GroupRequest",
+    "GroupRules",
+    "GroupsConfig",
     "Guided",
     "GuidedActor",
     "MultiTurn",
@@ -27,10 +31,12 @@ __all__ = [
     "Remote",
     "RemoteActor",
     "Rollout",
+    "RolloutConfig",
     "RolloutSettings",
     "ScoredGroup",
     "SingleTurn",
     "SingleTurnActor",
     "collect",
+    "known_example",
     "number_groups",
 ]

@@ -91,7 +91,7 @@ class TurnsConfig:
     check_every: int = 8
     """Decoding steps between two looks for finished turns."""
     workers: int = 64
-    """Threads (or processes) that environments or agents run in."""
+    """Threads that environments or agents run in, or processes, or workers on a cluster."""
 
     @property
     def off_policy(self) -> str:

@@ -17,6 +17,7 @@ from urllib.parse import unquote, urlsplit
 
 from rljax.envs import get_format
 from rljax.envs.formats import Parser, ToolFormat
+from rljax.rollouts.black_box.address import EndpointConfig, open_token, session_of
 from rljax.rollouts.black_box.chat_api import (
     ApiError,
     ChatRequest,
@@ -61,19 +62,25 @@ class _Opened(NamedTuple):
     server: "_Server"
     decoder: DecoderThread
     listener: threading.Thread
+    token: str
+    """What requests must bring; empty for nothing."""
+    ending: contextlib.ExitStack
+    """Takes the token out of the environment."""
 
 
 class ChatEndpoint:
-    """Serves `POST /v1/chat/completions`, `GET /v1/models` and `GET /health` on `host` (`port` 0 takes a free one).
+    """Serves `POST /v1/chat/completions`, `GET /v1/models` and `GET /health` at `address`.
 
-    An agent gets a session: `url(session)` is its base URL, or the session's id is its API key. Requests of any number
+    An agent gets a session: `url(session)` is its base URL, or the session's id is its API key. At an address that
+    other machines can reach, every request but that for health must bring the endpoint's token as its API key, or
+    TOKEN.SESSION where the key names the session. Requests of any number
     of agents are decoded together, under the sampling of `begin`. Those that go on from what was answered before get
     the recorded ids and what the chat template puts behind them; others begin a conversation of their own. With `tools`
     in a request, calls are read by `tool_format` (see `rljax.envs.formats`). `stop_strings` are those of the decoder.
 
     A context manager: the port and the threads are open within `with` only, and there it owns the decoder, so give
     weights through `set_params`. Raises ValueError for a tokenizer without a chat template or an unknown format, and
-    OSError, on entering, for a port that is taken.
+    OSError, on entering, for an address that cannot be had.
     """
 
     def __init__(
@@ -83,10 +90,11 @@ class ChatEndpoint:
         *,
         tool_format: str | Parser | ToolFormat = "hermes",
         stop_strings: Sequence[str] = (),
-        host: str = "127.0.0.1",
-        port: int = 0,
+        address: EndpointConfig | None = None,
         model: str = "policy",
     ):
+        self.address = EndpointConfig() if address is None else address
+        self.address.check()
         self.tokenizer = tokenizer
         self.model = model
         self.failure: Exception | None = None  # what the decoder raised, if it did
@@ -97,7 +105,6 @@ class ChatEndpoint:
         self._format = get_format(tool_format)
         self._stop_strings = tuple(stop_strings)
         self._max_new_tokens = decoder.spec.max_new_tokens
-        self._address = (host, port)
         self._sampling: dict[str, float] | None = None
         self._sessions: dict[str, Session] = {}
         self._opened: _Opened | None = None
@@ -105,12 +112,15 @@ class ChatEndpoint:
     def __enter__(self) -> "ChatEndpoint":
         if self._opened is not None:
             raise RuntimeError("the endpoint is open already")
-        # The port first: if it is taken, no thread is left behind.
-        server = _Server(self._address, self)
+        with contextlib.ExitStack() as opening:
+            token = opening.enter_context(open_token(self.address))
+            # The port before the threads: if it is taken, none is left behind.
+            server = _Server((self.address.host, self.address.port), self)
+            ending = opening.pop_all()
         listener = threading.Thread(
             target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True, name="endpoint"
         )
-        self._opened = _Opened(server, DecoderThread(self._turn_decoder), listener)
+        self._opened = _Opened(server, DecoderThread(self._turn_decoder), listener, token, ending)
         listener.start()
         return self
 
@@ -127,6 +137,7 @@ class ChatEndpoint:
         opened.decoder.close()
         opened.server.close()
         opened.listener.join()
+        opened.ending.close()
         self._opened = None
 
     @property
@@ -175,8 +186,12 @@ class ChatEndpoint:
 
     def url(self, session: Session) -> str:
         """The session's base URL, such as `OPENAI_BASE_URL` holds."""
-        host, port = self._open.server.server_address[:2]
-        return f"http://{host if isinstance(host, str) else host.decode()}:{port}/session/{session.id}/v1"
+        return f"{self.address.origin(self._open.server.server_address[1])}/session/{session.id}/v1"
+
+    @property
+    def token(self) -> str:
+        """What requests must bring as API key; empty where they need none."""
+        return self._open.token
 
     def close_session(self, session: Session) -> None:
         """No further request of it is answered, and nothing more recorded."""
@@ -327,6 +342,8 @@ class _Server(ThreadingHTTPServer):
         # when the request of each must have arrived, on the monotonic clock; infinity once it has
         self._connections: dict[socket.socket, float] = {}
         self._is_closing = False
+        if ":" in address[0]:
+            self.address_family = socket.AF_INET6
         super().__init__(address, _Handler)
 
     def close(self) -> None:
@@ -410,12 +427,17 @@ class _Handler(BaseHTTPRequestHandler):
         except ValueError as error:
             raise ApiError(f"the URL cannot be read: {error}") from error
 
+    @property
+    def _key(self) -> str:
+        return self.headers.get("Authorization", "").removeprefix("Bearer ").strip()
+
     def _get(self) -> None:
         self.server.has_arrived(self.connection)
         path = self._path
         endpoint = self.server.endpoint
         if path == "/health":
             return self._send(200, json.dumps({"status": "ok", "version": endpoint.version}).encode())
+        session_of(self._key, endpoint.token)
         card = {"id": endpoint.model, "object": "model", "created": 0, "owned_by": "rljax"}
         route = _ROUTE.fullmatch(path)
         if route and route["what"] == "models":
@@ -429,12 +451,12 @@ class _Handler(BaseHTTPRequestHandler):
         length = self._length()
         endpoint = self.server.endpoint
         try:
+            # Clients that cannot be given a base URL of their own name their session by the API key.
+            named = session_of(self._key, endpoint.token)
             route = _ROUTE.fullmatch(self._path)
             if not route or route["what"] != "chat/completions":
                 raise ApiError(f"nothing is served at POST {self.path}", status=404, code="unknown_url")
-            # Clients that cannot be given a base URL of their own name their session by the API key.
-            key = self.headers.get("Authorization", "").removeprefix("Bearer ").strip()
-            session = endpoint.session(unquote(route["session"]) if route["session"] else key)
+            session = endpoint.session(unquote(route["session"]) if route["session"] else named)
             if length > endpoint.most_bytes:
                 raise ApiError(
                     f"the body has {length} bytes; {endpoint.most_bytes} are more than the context of "
@@ -478,6 +500,8 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_header("Content-Type", kind)
         self.send_header("Content-Length", str(len(body)))
         self.send_header("Connection", "close")
+        if status == 401:
+            self.send_header("WWW-Authenticate", "Bearer")
         self.end_headers()
         self.wfile.write(body)
 

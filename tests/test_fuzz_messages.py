@@ -97,6 +97,8 @@ def test_a_line_of_data_loads_or_is_refused_by_file_and_line(tmp_path, line):
 class Canned(ChatEndpoint):
     """The endpoint whose policy always says the same: all of it but the decoder."""
 
+    token = ""
+
     def __init__(self):
         self.tokenizer = make_tokenizer()
         self.model = "policy"

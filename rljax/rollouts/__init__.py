@@ -1,7 +1,7 @@
 """Rollouts: from prompts to scored trajectories, by whatever plays the policy."""
 
 from rljax.rollouts.actor import Actor, GroupRequest, RolloutSettings, ScoredGroup, known_example, number_groups
-from rljax.rollouts.black_box import BlackBox, BlackBoxActor, ChatEndpoint
+from rljax.rollouts.black_box import BlackBox, BlackBoxActor, ChatEndpoint, EndpointConfig
 from rljax.rollouts.collect import NoSignal, Rollout, collect
 from rljax.rollouts.config import ActorConfig, ActorParts
 from rljax.rollouts.engines import EngineFailed, EngineService, Remote, RemoteActor
@@ -18,6 +18,7 @@ __all__ = [
     "BlackBox",
     "BlackBoxActor",
     "ChatEndpoint",
+    "EndpointConfig",
     "EngineFailed",
     "EngineService",
     "GroupRequest",

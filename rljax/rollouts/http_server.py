@@ -78,6 +78,8 @@ class HttpServer(ThreadingHTTPServer):
         # when the request of each must have arrived, on the monotonic clock; infinity once it has
         self._connections: dict[socket.socket, float] = {}
         self._is_closing = False
+        if ":" in address[0]:
+            self.address_family = socket.AF_INET6
         super().__init__(address, _Handler)
 
     @property
@@ -208,6 +210,8 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_header("Content-Type", answer.kind)
         self.send_header("Content-Length", str(len(answer.body)))
         self.send_header("Connection", "close")
+        if status == 401:
+            self.send_header("WWW-Authenticate", "Bearer")
         self.end_headers()
         self.wfile.write(answer.body)
 

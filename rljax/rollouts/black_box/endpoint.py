@@ -13,6 +13,7 @@ from urllib.parse import unquote
 
 from rljax.envs import get_format
 from rljax.envs.formats import Parser, ToolFormat
+from rljax.rollouts.black_box.address import EndpointConfig, open_token, session_of
 from rljax.rollouts.black_box.chat_api import (
     ChatRequest,
     key_of,
@@ -54,19 +55,25 @@ class _Opened(NamedTuple):
     server: HttpServer
     decoder: DecoderThread
     listener: threading.Thread
+    token: str
+    """What requests must bring; empty for nothing."""
+    ending: contextlib.ExitStack
+    """Takes the token out of the environment."""
 
 
 class ChatEndpoint:
-    """Serves `POST /v1/chat/completions`, `GET /v1/models` and `GET /health` on `host` (`port` 0 takes a free one).
+    """Serves `POST /v1/chat/completions`, `GET /v1/models` and `GET /health` at `address`.
 
-    An agent gets a session: `url(session)` is its base URL, or the session's id is its API key. Requests of any number
+    An agent gets a session: `url(session)` is its base URL, or the session's id is its API key. At an address that
+    other machines can reach, every request but that for health must bring the endpoint's token as its API key, or
+    TOKEN.SESSION where the key names the session. Requests of any number
     of agents are decoded together, under the sampling of `begin`. Those that go on from what was answered before get
     the recorded ids and what the chat template puts behind them; others begin a conversation of their own. With `tools`
     in a request, calls are read by `tool_format` (see `rljax.envs.formats`). `stop_strings` are those of the decoder.
 
     A context manager: the port and the threads are open within `with` only, and there it owns the decoder, so give
     weights through `set_params`. Raises ValueError for a tokenizer without a chat template or an unknown format, and
-    OSError, on entering, for a port that is taken.
+    OSError, on entering, for an address that cannot be had.
     """
 
     def __init__(
@@ -76,10 +83,11 @@ class ChatEndpoint:
         *,
         tool_format: str | Parser | ToolFormat = "hermes",
         stop_strings: Sequence[str] = (),
-        host: str = "127.0.0.1",
-        port: int = 0,
+        address: EndpointConfig | None = None,
         model: str = "policy",
     ):
+        self.address = EndpointConfig() if address is None else address
+        self.address.check()
         self.tokenizer = tokenizer
         self.model = model
         self.failure: Exception | None = None  # what the decoder raised, if it did
@@ -90,7 +98,6 @@ class ChatEndpoint:
         self._format = get_format(tool_format)
         self._stop_strings = tuple(stop_strings)
         self._max_new_tokens = decoder.spec.max_new_tokens
-        self._address = (host, port)
         self._sampling: dict[str, float] | None = None
         self._sessions: dict[str, Session] = {}
         self._opened: _Opened | None = None
@@ -98,12 +105,15 @@ class ChatEndpoint:
     def __enter__(self) -> "ChatEndpoint":
         if self._opened is not None:
             raise RuntimeError("the endpoint is open already")
-        # The port first: if it is taken, no thread is left behind.
-        server = HttpServer(self._address, self)
+        with contextlib.ExitStack() as opening:
+            token = opening.enter_context(open_token(self.address))
+            # The port before the threads: if it is taken, none is left behind.
+            server = HttpServer((self.address.host, self.address.port), self)
+            ending = opening.pop_all()
         listener = threading.Thread(
             target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True, name="endpoint"
         )
-        self._opened = _Opened(server, DecoderThread(self._turn_decoder), listener)
+        self._opened = _Opened(server, DecoderThread(self._turn_decoder), listener, token, ending)
         listener.start()
         return self
 
@@ -120,6 +130,7 @@ class ChatEndpoint:
         opened.decoder.close()
         opened.server.close()
         opened.listener.join()
+        opened.ending.close()
         self._opened = None
 
     @property
@@ -168,7 +179,12 @@ class ChatEndpoint:
 
     def url(self, session: Session) -> str:
         """The session's base URL, such as `OPENAI_BASE_URL` holds."""
-        return f"{self._open.server.url}/session/{session.id}/v1"
+        return f"{self.address.origin(self._open.server.server_address[1])}/session/{session.id}/v1"
+
+    @property
+    def token(self) -> str:
+        """What requests must bring as API key; empty where they need none."""
+        return self._open.token
 
     def close_session(self, session: Session) -> None:
         """No further request of it is answered, and nothing more recorded."""
@@ -192,6 +208,7 @@ class ChatEndpoint:
         """Answers a GET, as `rljax.rollouts.http_server.Service` has it."""
         if asked.path == "/health":
             return json_answer({"status": "ok", "version": self.version})
+        session_of(asked.key, self.token)
         card = {"id": self.model, "object": "model", "created": 0, "owned_by": "rljax"}
         route = _ROUTE.fullmatch(asked.path)
         if route and route["what"] == "models":
@@ -202,11 +219,12 @@ class ChatEndpoint:
 
     def post(self, asked: Asked) -> Callable[[Any], Answer]:
         """Answers a POST, likewise: of a session that is open, and no longer than its context."""
+        # Clients that cannot be given a base URL of their own name their session by the API key.
+        named = session_of(asked.key, self.token)
         route = _ROUTE.fullmatch(asked.path)
         if not route or route["what"] != "chat/completions":
             raise ApiError(f"nothing is served at POST {asked.path}", status=404, code="unknown_url")
-        # Clients that cannot be given a base URL of their own name their session by the API key.
-        session = self.session(unquote(route["session"]) if route["session"] else asked.key)
+        session = self.session(unquote(route["session"]) if route["session"] else named)
         if asked.length > self.most_bytes:
             raise ApiError(
                 f"the body has {asked.length} bytes; {self.most_bytes} are more than the context of "

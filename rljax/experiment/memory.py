@@ -231,7 +231,10 @@ def _scoring(learner: Learner, batch: TrainBatch) -> dict[str, int]:
 
 
 def _decoding(run: Run, plans: Sequence[DecoderPlan]) -> dict[str, int]:
-    """What sampling adds beside keys and values: the logits of a step, or a layer of a prefill."""
+    """What sampling adds beside keys and values: the logits of a step, or a layer of a prefill. Nothing where it is
+    done elsewhere."""
+    if not plans:
+        return {}
     config = run.decoder
     parts = batch_parts(run.rollout_mesh)
     tensor = run.rollout_mesh.shape["tensor"]

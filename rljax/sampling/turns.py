@@ -202,6 +202,15 @@ class TurnDecoder:
         self._step = step
         self._clear_stats()
 
+    def set_stops(self, stops: Stops) -> None:
+        """What ends turns from now on; other stop tokens are another program. Raises RuntimeError while turns are under
+        way, and ValueError for a token that the model does not know."""
+        if self.num_open:
+            raise RuntimeError(f"{self.num_open} turns are under way; interrupt them first")
+        stops.check(self.config)
+        self._stop_tokens = tuple(sorted(set(stops.tokens)))
+        self._stop_strings = StopStrings(stops)
+
     def cache_bytes(self) -> int:
         """Bytes that conversations and rows take over all devices."""
         return conversations_bytes(*self._kept_sizes()) + cache_bytes(*self._cache_sizes())

@@ -14,7 +14,7 @@ from rljax.parallel.distributed import (
     on_main,
     to_host,
 )
-from rljax.parallel.mesh import MESH_AXES, decoding_mesh, make_mesh, platform, use_mesh
+from rljax.parallel.mesh import MESH_AXES, decoding_mesh, device_kind, make_mesh, platform, use_mesh
 from rljax.parallel.sharding import (
     DECODE_RULES,
     RULES,
@@ -58,6 +58,7 @@ __all__ = [
     "compiled_memory",
     "constrain",
     "decoding_mesh",
+    "device_kind",
     "end_together",
     "gather",
     "initialize_distributed",

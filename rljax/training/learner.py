@@ -14,10 +14,10 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float
 
 from rljax.batching import Packing, bare_rows, emptied, layout, likely_sizes, loss_mask, pack, take_rows
-from rljax.models import DecoderConfig, forest_attention, kernel_attention
+from rljax.models import KERNEL_DEVICES, DecoderConfig, forest_attention, kernel_attention
 from rljax.models.sequence import CHUNKS
 from rljax.ops import row_uniforms
-from rljax.parallel import batch_parts, platform, put_batch, put_host, replicated, to_host, use_mesh
+from rljax.parallel import batch_parts, device_kind, put_batch, put_host, replicated, to_host, use_mesh
 from rljax.sampling import SamplingParams
 from rljax.training.config import UpdateConfig
 from rljax.training.guard import Guard
@@ -391,7 +391,7 @@ def _mix(trainable, reference, weight):
 
 def _takes_kernels(update: UpdateConfig, mesh: Mesh | None) -> bool:
     if update.attention_kernel is None:
-        return platform(mesh) == "tpu"
+        return device_kind(mesh).startswith(KERNEL_DEVICES)
     return update.attention_kernel
 
 

@@ -148,9 +148,9 @@ def test_groups_in_flight_are_not_lost_when_a_run_breaks_off(tmp_path, monkeypat
             raise KeyboardInterrupt
         return step(run, index)
 
-    def saved(run, state=rljax.experiment.train.host_state):
-        states.append(state(run)["actor"])
-        return state(run)
+    def saved(run, step, state=rljax.experiment.train.host_state):
+        states.append(state(run, step)["actor"])
+        return state(run, step)
 
     monkeypatch.setattr(rljax.experiment.train, "train_step", breaks)
     monkeypatch.setattr(rljax.experiment.train, "host_state", saved)

@@ -12,13 +12,15 @@ from rljax.evaluation import Evaluation
 from rljax.experiment.check import check, check_forks
 from rljax.experiment.config import Config
 from rljax.experiment.model import model_path
+from rljax.experiment.pipeline import Beside, Pipeline
 from rljax.experiment.prompts import check_chat_settings
 from rljax.experiment.pulse import Pulse
 from rljax.experiment.stops import Stops
 from rljax.models import DecoderConfig, load_config, load_model, param_shardings
-from rljax.parallel import decoding_mesh, make_mesh, use_mesh
+from rljax.parallel import DECODE_RULES, decoding_mesh, make_mesh, mesh_beside, split_devices, use_mesh
 from rljax.plans import RolloutPlan
 from rljax.rollouts import Actor, ActorParts, RolloutSettings
+from rljax.settings import placed
 from rljax.tasks import Curriculum, Dataset, Example
 from rljax.text import Tokenizer, WithinText
 from rljax.training import Critic, Learner, LossNeeds, with_critic
@@ -31,6 +33,8 @@ class Run:
 
     Attributes:
         actor: plays the policy; a context manager.
+        beside: devices that it has of its own; None where it takes turns with the learner.
+        pipeline: gives it its work, in order; a context manager.
         evaluation: the last one.
         reference_scores: held-out avg@k per problem when the reference was last refreshed.
         state: replaced at every update; None until weights are loaded or restored.
@@ -59,6 +63,23 @@ class Run:
     is_compiled: bool = False
     empty_steps: int = 0
     lacking: str = ""
+    beside: Beside | None = None
+    pipeline: Pipeline = dataclasses.field(init=False)
+
+    def __post_init__(self) -> None:
+        self.pipeline = Pipeline(
+            self.actor,
+            self.algorithm.plan,
+            self.curriculum,
+            self.config.rollout,
+            prompts=self.config.prompts_per_step,
+            beside=self.beside,
+        )
+
+    @property
+    def rollout_mesh(self) -> Mesh:
+        """Where the actor decodes."""
+        return decoding_mesh(self.mesh) if self.beside is None else self.beside.mesh
 
     def abstract_state(self) -> TrainState:
         """What a checkpoint of `state` is restored into."""
@@ -92,7 +113,10 @@ class Run:
 def build(config: Config, devices: Sequence[jax.Device] | None = None) -> Run:
     """The run without weights, on `devices` (all of them when None). ValueError for what can be wrong in the config or
     the data."""
-    algorithm = check(config, jax.device_count() if devices is None else len(devices))
+    algorithm = check(config)
+    with placed("config.rollout"):
+        training, rolling = split_devices(jax.devices() if devices is None else devices, config.rollout.devices)
+    config.mesh.check(len(training))
 
     # In the order of what fails fastest: tokenizer, data, rewards and environments, then the model's shape.
     tokenizer = config.model.tokenizer_of()
@@ -102,11 +126,18 @@ def build(config: Config, devices: Sequence[jax.Device] | None = None) -> Run:
     algorithm = algorithm._replace(advantage_fn=jax.jit(algorithm.advantage_fn))
     dataset = config.data.load()
     check_chat_settings(config, dataset)
-    mesh = make_mesh(**dataclasses.asdict(config.mesh), devices=devices)
+    # None lets JAX order all of its devices by their places in the machine.
+    is_every = devices is None and not config.rollout.devices
+    mesh = make_mesh(**dataclasses.asdict(config.mesh), devices=None if is_every else training)
     # On the mesh, since the dtype that is chosen by itself depends on what its devices are.
     with use_mesh(mesh):
         decoder = config.model.decoder_of(tokenizer)
-    actor, dataset = build_actor(config, algorithm.plan, dataset, tokenizer, decoder, mesh)
+    beside = None
+    if config.rollout.devices:
+        own = mesh_beside(mesh, rolling)
+        beside = Beside(own, param_shardings(decoder, own, DECODE_RULES))
+    decodes_on = decoding_mesh(mesh) if beside is None else beside.mesh
+    actor, dataset = build_actor(config, algorithm.plan, dataset, tokenizer, decoder, decodes_on)
 
     return Run(
         config=config,
@@ -119,14 +150,15 @@ def build(config: Config, devices: Sequence[jax.Device] | None = None) -> Run:
         actor=actor,
         learner=make_learner(config, decoder, algorithm, mesh),
         critic=make_critic(config, decoder, algorithm, mesh),
+        beside=beside,
     )
 
 
 def build_actor(
     config: Config, plan: RolloutPlan, dataset: Dataset, tokenizer: Tokenizer, decoder: DecoderConfig, mesh: Mesh
 ) -> tuple[Actor, Dataset]:
-    """What plays the policy, with nothing open, and the rows that it can play. ValueError for prompts that cannot be
-    sampled or trained on."""
+    """What plays the policy on `mesh`, with nothing open, and the rows that it can play. ValueError for prompts that
+    cannot be sampled or trained on."""
     sampling = config.sampling
     settings = RolloutSettings(
         seed=config.seed,
@@ -139,7 +171,7 @@ def build_actor(
     parts = ActorParts(
         decoder=decoder,
         tokenizer=tokenizer,
-        mesh=decoding_mesh(mesh),
+        mesh=mesh,
         plan=plan,
         dataset=dataset,
         sampling=sampling,

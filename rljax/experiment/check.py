@@ -75,7 +75,8 @@ def check(config: Config, device_count: int | None = None) -> Algorithm:
 def check_off_policy(config: Config, algorithm: Algorithm) -> None:
     """Refuses rollouts of other policies for a loss that takes them for the current one's, and old log-probs that would
     leave a correction nothing to correct."""
-    source = config.actor.off_policy
+    staleness = config.rollout.staleness
+    source = config.actor.off_policy or (f"config.rollout.staleness={staleness}" if staleness else "")
     uses_sampler = config.update.use_sampler_logprobs
     if not source and not uses_sampler:
         return

@@ -11,7 +11,7 @@ from rljax.algorithms import GRPO, Algorithm
 from rljax.evaluation import EvaluationConfig
 from rljax.experiment.model import ModelSource, PretrainedModel
 from rljax.parallel import MeshConfig
-from rljax.rollouts import ActorConfig, SingleTurn
+from rljax.rollouts import ActorConfig, RolloutConfig, SingleTurn
 from rljax.sampling import SamplingConfig
 from rljax.settings import field
 from rljax.tasks import CurriculumSource, DataSource, ReasoningGymData, UniformTasks
@@ -50,6 +50,8 @@ class Config:
     """Examples: `ReasoningGymData`, `FileData`, `RowsData`."""
     actor: ActorConfig = dataclasses.field(default_factory=SingleTurn)
     """How the policy is played and judged: `SingleTurn`, `MultiTurn`, `BlackBox`, or `Guided` around one."""
+    rollout: RolloutConfig = dataclasses.field(default_factory=RolloutConfig)
+    """Which weights sample a rollout, and on which devices."""
     curriculum: CurriculumSource = dataclasses.field(default_factory=UniformTasks)
     """Which examples are drawn: `UniformTasks` or `FailedTasks`."""
     algorithm: Recipe = dataclasses.field(default_factory=GRPO)

@@ -25,7 +25,6 @@ from rljax.parallel import (
     batch_parts,
     collectives,
     compiled_memory,
-    decoding_mesh,
 )
 from rljax.sampling import DecoderPlan
 from rljax.training import Learner
@@ -84,13 +83,25 @@ def phases(run: Run, batch: TrainBatch, plans: Sequence[DecoderPlan]) -> list[Ph
     passing = max((bytes_of(plan.cache) for plan in plans if not plan.keeps_cache), default=0)
     conversations = {"KV cache": kept} if kept else {}
 
-    training = state | decoder | conversations | {"batch": bytes_of(batch)}
-    found = [Phase("sample", state | decoder | {"KV cache": kept + passing}, _decoding(run, plans))]
+    # Devices of the actor's own have none of the learner's state, and the others nothing of the actor's.
+    sampling = state | decoder if run.beside is None else decoder | _in_waiting(run)
+    training = state | {"batch": bytes_of(batch)}
+    if run.beside is None:
+        training |= decoder | conversations
+
+    found = [Phase("sample", sampling | {"KV cache": kept + passing}, _decoding(run, plans))]
     if scores(run):
         found.append(Phase("score", training, _scoring(run.learner, batch)))
     if run.critic is not None:
         found.append(Phase("critic", training, predict_update(run.critic.learner, batch)))
     return [*found, Phase("update", training, predict_update(run.learner, batch))]
+
+
+def _in_waiting(run: Run) -> dict[str, int]:
+    """Weights that were handed over and that no rollout has been made with yet: of each version that may wait."""
+    assert run.beside is not None
+    shapes = jax.tree.map(lambda x, where: x.update(sharding=where), abstract_params(run.decoder), run.beside.layout)
+    return {"weights in waiting": max(1, run.config.rollout.staleness) * bytes_of(shapes)}
 
 
 def scores(run: Run) -> bool:
@@ -199,8 +210,8 @@ def _scoring(learner: Learner, batch: TrainBatch) -> dict[str, int]:
 def _decoding(run: Run, plans: Sequence[DecoderPlan]) -> dict[str, int]:
     """What sampling adds beside keys and values: the logits of a step, or a layer of a prefill."""
     config = run.decoder
-    parts = batch_parts(decoding_mesh(run.mesh))
-    tensor = run.mesh.shape["tensor"]
+    parts = batch_parts(run.rollout_mesh)
+    tensor = run.rollout_mesh.shape["tensor"]
 
     def own(rows: int) -> int:
         """Rows of one device; those that do not divide are everybody's."""

@@ -14,7 +14,16 @@ from rljax.parallel.distributed import (
     on_main,
     to_host,
 )
-from rljax.parallel.mesh import MESH_AXES, decoding_mesh, device_kind, make_mesh, platform, use_mesh
+from rljax.parallel.mesh import (
+    MESH_AXES,
+    decoding_mesh,
+    device_kind,
+    make_mesh,
+    mesh_beside,
+    platform,
+    split_devices,
+    use_mesh,
+)
 from rljax.parallel.sharding import (
     DECODE_RULES,
     RULES,
@@ -24,6 +33,7 @@ from rljax.parallel.sharding import (
     batch_parts,
     batch_sharding,
     constrain,
+    hand_over,
     named_sharding,
     on_shards,
     partition_spec,
@@ -61,10 +71,12 @@ __all__ = [
     "device_kind",
     "end_together",
     "gather",
+    "hand_over",
     "initialize_distributed",
     "is_main_process",
     "keep_compiled",
     "make_mesh",
+    "mesh_beside",
     "named_sharding",
     "on_cluster",
     "on_main",
@@ -77,6 +89,7 @@ __all__ = [
     "reshard",
     "shardings",
     "split_axes",
+    "split_devices",
     "split_over",
     "to_host",
     "topology_devices",

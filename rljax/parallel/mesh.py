@@ -61,6 +61,32 @@ def decoding_mesh(mesh: Mesh) -> Mesh:
     return Mesh(mesh.devices.reshape(tuple(sizes.values())), mesh.axis_names, axis_types=mesh.axis_types)
 
 
+def split_devices(devices: Sequence[jax.Device], beside: int) -> tuple[list[jax.Device], list[jax.Device]]:
+    """Devices to train on, and those of this process to roll out on: of every process the last `beside`; with 0 all do
+    both. ValueError where nothing is left to train on."""
+    if not beside:
+        return list(devices), list(devices)
+
+    by_process: dict[int, list[jax.Device]] = {}
+    for device in devices:
+        by_process.setdefault(device.process_index, []).append(device)
+    fewest = min(map(len, by_process.values()))
+    if fewest <= beside:
+        raise ValueError(
+            f"devices={beside} leaves none of the {fewest} devices of a process to train on; take at most {fewest - 1}"
+        )
+    # Of devices to compile for, none need be of this process.
+    own = by_process.get(jax.process_index(), by_process[min(by_process)])
+    return [device for part in by_process.values() for device in part[:-beside]], own[-beside:]
+
+
+def mesh_beside(mesh: Mesh, devices: Sequence[jax.Device]) -> Mesh:
+    """A mesh for decoding on other devices than those of `mesh`: weights split as there, as far as their number allows,
+    and the batch over the rest."""
+    tensor = math.gcd(len(devices), mesh.shape["tensor"])
+    return make_mesh(data=1, fsdp=-1, tensor=tensor, devices=devices)
+
+
 def use_mesh(mesh: Mesh):
     """Context manager inside which `constrain` acts on `mesh`. Part of jit's cache key: a function traced inside and
     outside is compiled for each."""

@@ -1,11 +1,12 @@
 """Rollouts: from prompts to scored trajectories, by whatever plays the policy."""
 
-from rljax.rollouts.actor import Actor, GroupRequest, RolloutSettings, ScoredGroup, number_groups
+from rljax.rollouts.actor import Actor, GroupRequest, RolloutSettings, ScoredGroup, known_example, number_groups
 from rljax.rollouts.black_box import BlackBox, BlackBoxActor, ChatEndpoint
 from rljax.rollouts.collect import NoSignal, Rollout, collect
 from rljax.rollouts.config import ActorConfig, ActorParts
 from rljax.rollouts.guided import Guided, GuidedActor
 from rljax.rollouts.multi_turn import MultiTurn, MultiTurnActor
+from rljax.rollouts.schedule import RolloutConfig
 from rljax.rollouts.single_turn import SingleTurn, SingleTurnActor
 
 __all__ = [
@@ -22,10 +23,12 @@ __all__ = [
     "MultiTurnActor",
     "NoSignal",
     "Rollout",
+    "RolloutConfig",
     "RolloutSettings",
     "ScoredGroup",
     "SingleTurn",
     "SingleTurnActor",
     "collect",
+    "known_example",
     "number_groups",
 ]

@@ -7,7 +7,7 @@ import numpy as np
 
 from rljax.plans import RolloutPlan
 from rljax.rollouts.actor import Actor, ScoredGroup, number_groups
-from rljax.rollouts.stats import rollout_stats
+from rljax.rollouts.stats import rollout_stats, staleness_stats
 from rljax.rollouts.trajectories import columns_of, record_of, trajectory_of
 from rljax.tasks import Example
 from rljax.types import Trajectory
@@ -47,6 +47,15 @@ class Rollout(NamedTuple):
         return [example for example, _ in scored], [float(valid.mean()) for _, valid in scored]
 
 
+class When(NamedTuple):
+    """The place of a rollout in its run."""
+
+    step: int
+    """The step that trains on it: it enters random numbers."""
+    version: int
+    """Steps that the weights had been trained for which sampled it."""
+
+
 class NoSignal(RuntimeError):
     """Dynamic sampling did not find the groups that it needs. `rollout` holds everything that was drawn; the message
     says what the groups lack."""
@@ -56,13 +65,22 @@ class NoSignal(RuntimeError):
         self.rollout = rollout
 
 
-def collect(actor: Actor, plan: RolloutPlan, draw: Callable[[int], Sequence[Example]], n: int, step: int) -> Rollout:
+def collect(
+    actor: Actor,
+    plan: RolloutPlan,
+    draw: Callable[[int], Sequence[Example]],
+    n: int,
+    step: int,
+    version: int | None = None,
+) -> Rollout:
     """Collects `n` groups of `plan.group_size` samples for `step`; of at most so many if the plan forks.
 
-    `draw(k)` gives the next `k` examples. Under dynamic sampling (`plan.keep_group`, DAPO 2503.14476) groups whose raw
-    rewards, or what of them `plan.signal_reward` names, carry no signal are dropped and more prompts are drawn, up to
-    `plan.max_sampling_rounds` times; `NoSignal` says what they lack when that does not fill the batch.
+    `version` is that of the actor's weights, `step` if None. `draw(k)` gives the next `k` examples. Under dynamic
+    sampling (`plan.keep_group`, DAPO 2503.14476) groups whose raw rewards, or what of them `plan.signal_reward` names,
+    carry no signal are dropped and more prompts are drawn, up to `plan.max_sampling_rounds` times; `NoSignal` says what
+    they lack when that does not fill the batch.
     """
+    when = When(step, step if version is None else version)
     kept: list[ScoredGroup] = []
     dropped: list[ScoredGroup] = []
     seconds: dict[str, float] = {}
@@ -83,8 +101,9 @@ def collect(actor: Actor, plan: RolloutPlan, draw: Callable[[int], Sequence[Exam
     drawn = [*kept, *dropped]
     _check_signal(plan, drawn)
     if len(kept) < n:
-        raise NoSignal(_what_is_missing(plan, kept, drawn, n), _rollout(actor, plan, drawn, drawn, step, seconds))
-    return _rollout(actor, plan, kept[:n], drawn, step, seconds)
+        rollout = _rollout(actor, plan, drawn, drawn, when, seconds)
+        raise NoSignal(_what_is_missing(plan, kept, drawn, n), rollout)
+    return _rollout(actor, plan, kept[:n], drawn, when, seconds)
 
 
 def _rollout(
@@ -92,16 +111,17 @@ def _rollout(
     plan: RolloutPlan,
     groups: Sequence[ScoredGroup],
     drawn: Sequence[ScoredGroup],
-    step: int,
+    when: When,
     seconds: dict[str, float],
 ) -> Rollout:
     """The rollout of `groups`, which were found among `drawn`."""
-    trajectories, records, rewards = _rows_of(groups, plan, step)
+    trajectories, records, rewards = _rows_of(groups, plan, when)
     is_used = {id(group) for group in groups}
-    untrained = _rows_of([group for group in drawn if id(group) not in is_used], plan, step)[1]
+    untrained = _rows_of([group for group in drawn if id(group) not in is_used], plan, when)[1]
 
     failed = sum(not result.is_valid for group in drawn for result in group.results)
     stats = rollout_stats(plan, groups, rewards, drawn=len(drawn), failed=failed)
+    stats |= staleness_stats(trajectories, when.step)
     examples = [group.example for group in groups]
     return Rollout(trajectories, records, examples, rewards, stats, dict(actor.stats), seconds, untrained)
 
@@ -128,7 +148,7 @@ def _what_is_missing(plan: RolloutPlan, kept: Sequence[ScoredGroup], drawn: Sequ
 
 
 def _rows_of(
-    groups: Sequence[ScoredGroup], plan: RolloutPlan, step: int
+    groups: Sequence[ScoredGroup], plan: RolloutPlan, when: When
 ) -> tuple[list[Trajectory], list[dict[str, Any]], np.ndarray]:
     """Trajectories, their records, and raw rewards [groups, group_size]."""
     if not groups:
@@ -142,9 +162,11 @@ def _rows_of(
     for group_id, group in enumerate(groups):
         first_row = len(trajectories)  # parents and episodes are named by row of the whole rollout
         for index, result in enumerate(group.results):
-            trajectory = trajectory_of(plan, group, index, step, columns, group_id=group_id, first_row=first_row)
+            trajectory = trajectory_of(
+                plan, group, index, when.version, columns, group_id=group_id, first_row=first_row
+            )
             trajectories.append(trajectory)
-            records.append(record_of(group, index, trajectory, step))
+            records.append(record_of(group, index, trajectory, when.step))
             if result.is_valid:
                 rewards[group_id, index] = result.value
 

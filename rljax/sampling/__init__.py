@@ -1,6 +1,6 @@
 """Sampling from the model: logits processing, the decoder, scoring."""
 
-from rljax.sampling.compile_counter import compile_count
+from rljax.sampling.compile_counter import compile_count, compile_count_here
 from rljax.sampling.config import SamplingConfig
 from rljax.sampling.logits import SamplingParams, process_logits, sampling_params
 from rljax.sampling.plan import DecoderPlan
@@ -28,6 +28,7 @@ __all__ = [
     "TurnDecoderSpec",
     "TurnResult",
     "compile_count",
+    "compile_count_here",
     "process_logits",
     "sampling_params",
     "token_count",

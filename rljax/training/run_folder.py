@@ -24,6 +24,7 @@ PACKAGES = ("rljax-lm", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "n
 
 _FOLDERS = (
     "rollouts",
+    "journal",
     "evaluations",
     "checkpoints",
     "checkpoints_unreadable",
@@ -48,7 +49,8 @@ _FILES = (
 
 class RunFolder:
     """Everything that a run writes, under one path: `config.json`, `versions.json` and `starts.jsonl` (both, of every
-    start), `metrics.jsonl`, `tensorboard/`, `rollouts/`, `evaluations/`, `checkpoints/` and `learning_curve.png`.
+    start), `metrics.jsonl`, `tensorboard/`, `rollouts/`, `journal/`, `evaluations/`, `checkpoints/` and
+    `learning_curve.png`.
 
     A context manager. Logs are written by a thread, in the order given; all of them are there after `flush`, `metrics`
     and the end of the context. Only the main process writes, and no second run may: ValueError for a folder in use by
@@ -104,6 +106,11 @@ class RunFolder:
     @property
     def checkpoints(self) -> AnyPath:
         return self.path / "checkpoints"
+
+    @property
+    def journal(self) -> AnyPath:
+        """Rollouts as they are made, for a start that goes on."""
+        return self.path / "journal"
 
     @property
     def warmup_checkpoints(self) -> AnyPath:

@@ -1,0 +1,22 @@
+"""When the rollouts of a run are made, beside its updates."""
+
+import dataclasses
+
+from rljax.settings import field
+
+
+@dataclasses.dataclass
+class RolloutConfig:
+    """Which weights sample which rollout, and whether rollouts and updates run at the same time.
+
+    Rollout `s` is sampled by the weights after `max(0, s - staleness)` steps, always: a fixed schedule. Whether it is
+    made beside the updates before it or after them changes no number.
+    """
+
+    devices: int = field(default=0, least=0)
+    """How many devices of each process, the last of its local ones, roll out while the others train. 0 lets all of them
+    do both in turn. Choose it so that a rollout takes about as long as the updates of a step."""
+    staleness: int = field(default=0, least=0)
+    """Steps of training between the weights that sample a rollout and those that are first updated by it. 0 is
+    on-policy. Rollouts overlap with updates from 1 on; more evens out rollouts of unequal length, costs a copy of the
+    weights a step, and needs a method that looks at the log-probs of the policy that sampled."""

@@ -50,9 +50,9 @@ class UpdateConfig(PackConfig):
     whatever it says."""
 
     compile_ahead: int = field(default=3, least=1)
-    """Update programs of the policy that are compiled, and run on nothing, before its first update: that of the first
-    minibatch, and those of the sizes which later ones are most likely to have. 1 compiles each when it is met, as those
-    of a critic always are."""
+    """Update programs of the policy, and of a critic, that are compiled, and run on nothing, before its first update:
+    that of the first minibatch, and those of the sizes which later ones are most likely to have. 1 compiles each when
+    it is met."""
 
     max_skipped: int = field(default=5, least=1)
     """Updates in a row that may be skipped for a loss or gradient that is not finite; the run stops at this number."""

@@ -90,6 +90,8 @@ class Learner:
         self._packing: Packing | None = None
         self._has_told_repeated = False
         self._guard = Guard(update.max_skipped)
+        self.is_warm = update.compile_ahead == 1
+        """Whether there is nothing to compile ahead of updates any more."""
 
         self.program = UpdateProgram(
             config=config,
@@ -272,6 +274,7 @@ class Learner:
             state = state.replace(**fields)  # type: ignore[attr-defined]
             if done:
                 say(done, len(likely))
+        self.is_warm = True
         return state
 
     def update(self, state: TrainState, train_batch: TrainBatch) -> tuple[TrainState, Metrics]:

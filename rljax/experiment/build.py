@@ -40,7 +40,6 @@ class Run:
         state: replaced at every update; None until weights are loaded or restored.
         stops: tells when the run is asked to end.
         pulse: names what is under way, and shows it where it is open.
-        is_compiled: whether the programs that the policy's updates are likely to need have been compiled.
         empty_steps: steps without an update up to now, in a row.
         lacking: what the last of them lacked.
     """
@@ -60,7 +59,6 @@ class Run:
     state: TrainState = None  # type: ignore[assignment]
     stops: Stops = dataclasses.field(default_factory=Stops)
     pulse: Pulse = dataclasses.field(default_factory=Pulse)
-    is_compiled: bool = False
     empty_steps: int = 0
     lacking: str = ""
     beside: Beside | None = None

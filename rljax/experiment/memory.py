@@ -336,31 +336,28 @@ def _layers(learner: Learner, batch: TrainBatch, *, backward: bool = True) -> di
     weights = sum(math.prod(x.shape[1:]) for x in jax.tree.leaves(abstract_params(own)["layers"]))
     copies = np.dtype(config.dtype).itemsize + (4 if backward else 0)
     with jax.sharding.use_abstract_mesh(part):
-        in_kernels = sharing == 1 and options["attention"] is kernel_attention and has_kernels(length)
+        in_kernels = options["attention"] is kernel_attention and has_kernels(length)
     layer = weights * copies
+    if sharing > 1:
+        # Of the keys and values of a whole sequence: they are gathered.
+        layer += 2 * own_rows * length * own.num_kv_heads * own.head_dim * copies
     if not in_kernels:
-        layer += _attention(own, own_rows, length, sharing, copies)
+        layer += _scores(own, own_rows, length, sharing)
     if options["remat"] != "none" or not backward:
         layer += whole // config.num_layers
     return {"activations": kept, "a layer": layer}
 
 
-def _attention(config: DecoderConfig, rows: int, length: int, sharing: int, copies: int) -> int:
-    """Of a layer's attention on one device, whose heads are those of `config`: scores and weights, in float32.
-
-    `copies` are the bytes of a number and of its gradient.
-    """
+def _scores(config: DecoderConfig, rows: int, length: int, sharing: int) -> int:
+    """Of a layer's attention on one device, whose heads are those of `config`: scores and weights, in float32."""
     if sharing == 1:
         # Blocks of queries need nothing of each other, so the compiler runs them side by side: all scores exist.
         blocks = min(MAX_BLOCKS, -(-length // MIN_BLOCK))
         pairs = length**2 * (blocks + 1) // (2 * blocks)
-        return 2 * rows * config.num_heads * pairs * 4
-
-    # Blocks go one after another, over the keys and values of the whole sequence.
-    chunk = length // (CHUNKS * sharing)
-    pairs = min(chunk, BLOCK) * min(length, BLOCK)
-    gathered = 2 * rows * length * config.num_kv_heads * config.head_dim
-    return 2 * rows * config.num_heads * pairs * 4 + gathered * copies
+    else:
+        # Blocks go one after another.
+        pairs = min(length // (CHUNKS * sharing), BLOCK) * min(length, BLOCK)
+    return 2 * rows * config.num_heads * pairs * 4
 
 
 def _kept_by_scan(jaxpr: Any) -> int:

@@ -14,7 +14,16 @@ from rljax.parallel.distributed import (
     on_main,
     to_host,
 )
-from rljax.parallel.mesh import MESH_AXES, decoding_mesh, make_mesh, mesh_beside, platform, split_devices, use_mesh
+from rljax.parallel.mesh import (
+    MESH_AXES,
+    decoding_mesh,
+    device_kind,
+    make_mesh,
+    mesh_beside,
+    platform,
+    split_devices,
+    use_mesh,
+)
 from rljax.parallel.roofline import Bound, bound
 from rljax.parallel.sharding import (
     DECODE_RULES,
@@ -62,6 +71,7 @@ __all__ = [
     "compiled_memory",
     "constrain",
     "decoding_mesh",
+    "device_kind",
     "end_together",
     "gather",
     "hand_over",

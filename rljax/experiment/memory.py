@@ -78,13 +78,19 @@ class Compiled:
 def phases(run: Run, batch: TrainBatch, plans: Sequence[DecoderPlan]) -> list[Phase]:
     """The phases of a step, in order; `plans` are those of the actor's decoders, `batch` is the largest minibatch."""
     state = held_state(run)
-    decoder = {"decoder weights": sum(bytes_of(plan.weights) for plan in plans)}
+    weights = sum(bytes_of(plan.weights) for plan in plans)
     kept = sum(bytes_of(plan.cache) for plan in plans if plan.keeps_cache)
     passing = max((bytes_of(plan.cache) for plan in plans if not plan.keeps_cache), default=0)
     conversations = {"KV cache": kept} if kept else {}
 
+    # Decoders on the learner's devices hold no weights while it trains, but for those that older ones are needed of.
+    staying = [plan for plan, of in zip(plans, run.actor.decoders, strict=True) if of not in run.actor.resting]
+    older = sum(bytes_of(plan.weights) for plan in staying)
+    decoder = {"decoder weights": older} if older else {}
+
     training = state | decoder | conversations | {"batch": bytes_of(batch)}
-    found = [Phase("sample", state | decoder | {"KV cache": kept + passing}, _decoding(run, plans))]
+    sampling = {"decoder weights": weights, "KV cache": kept + passing}
+    found = [Phase("sample", state | sampling, _decoding(run, plans))]
     if scores(run):
         found.append(Phase("score", training, _scoring(run.learner, batch)))
     if run.critic is not None:

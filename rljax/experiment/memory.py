@@ -85,18 +85,25 @@ class Compiled:
 def phases(run: Run, batch: TrainBatch, plans: Sequence[DecoderPlan]) -> list[Phase]:
     """The phases of a step, in order; `plans` are those of the actor's decoders, `batch` is the largest minibatch."""
     state = held_state(run)
-    decoder = {"decoder weights": sum(bytes_of(plan.weights) for plan in plans)}
+    weights = sum(bytes_of(plan.weights) for plan in plans)
     kept = sum(bytes_of(plan.cache) for plan in plans if plan.keeps_cache)
     passing = max((bytes_of(plan.cache) for plan in plans if not plan.keeps_cache), default=0)
     conversations = {"KV cache": kept} if kept else {}
 
-    # Devices of the actor's own have none of the learner's state, and the others nothing of the actor's.
-    sampling = state | decoder if run.beside is None else decoder | _in_waiting(run)
+    sampling = {"decoder weights": weights, "KV cache": kept + passing}
     training = state | {"batch": bytes_of(batch)}
-    if run.beside is None:
-        training |= decoder | conversations
+    if run.beside is not None:
+        # Devices of the actor's own have none of the learner's state, and the others nothing of the actor's.
+        sampling |= _in_waiting(run)
+    else:
+        sampling |= state
+        # Decoders hold no weights while the learner trains, but for those that older ones are needed of.
+        staying = [plan for plan, of in zip(plans, run.actor.decoders, strict=True) if of not in run.actor.resting]
+        if older := sum(bytes_of(plan.weights) for plan in staying):
+            training["decoder weights"] = older
+        training |= conversations
 
-    found = [Phase("sample", sampling | {"KV cache": kept + passing}, _decoding(run, plans))]
+    found = [Phase("sample", sampling, _decoding(run, plans))]
     if scores(run):
         found.append(Phase("score", training, _scoring(run.learner, batch)))
     if run.critic is not None:

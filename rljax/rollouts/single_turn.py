@@ -332,6 +332,11 @@ class SingleTurnActor(PromptActor):
     def decoders(self) -> Sequence[Decoder]:
         return (self.sampler,) if self.lagged is None else (self.lagged.chains, self.lagged.forks)
 
+    @property
+    def resting(self) -> Sequence[Decoder]:
+        # The newest weights of lagged chains are the next version's older ones.
+        return (self.sampler,) if self.lagged is None else ()
+
     def cache_bytes(self) -> int:
         return self.sampler.cache_bytes() if self.lagged is None else self.lagged.cache_bytes()
 

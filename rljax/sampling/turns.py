@@ -176,6 +176,12 @@ class TurnDecoder:
             self._params = take_weights(self.config, self.mesh, params)
         self.forget(keep=keep)
 
+    def drop_params(self) -> None:
+        """Frees the copy of the weights, unless another decoder has adopted it. What conversations hold stays. Raises
+        RuntimeError while turns are under way."""
+        self._check_idle()
+        self._params = None
+
     def adopt(self, other: "TurnDecoder") -> None:
         """Decodes with the weights that another decoder of this model and mesh holds; nothing is copied. Otherwise as
         `set_params`."""

@@ -16,7 +16,7 @@ from rljax.experiment.prompts import check_chat_settings
 from rljax.experiment.pulse import Pulse
 from rljax.experiment.stops import Stops
 from rljax.models import DecoderConfig, load_config, load_model, param_shardings
-from rljax.parallel import decoding_mesh, make_mesh, use_mesh
+from rljax.parallel import decoding_mesh, make_mesh, num_processes, own_mesh, use_mesh
 from rljax.plans import RolloutPlan
 from rljax.rollouts import Actor, ActorParts, RolloutSettings
 from rljax.tasks import Curriculum, Dataset, Example
@@ -30,6 +30,8 @@ class Run:
     """Everything a run holds, built once from its config.
 
     Attributes:
+        mesh: what trains.
+        rollout_mesh: what samples: on several processes the devices of this one, unless all decode in step.
         actor: plays the policy; a context manager.
         evaluation: the last one.
         reference_scores: held-out avg@k per problem when the reference was last refreshed.
@@ -47,6 +49,7 @@ class Run:
     tokenizer: Tokenizer
     curriculum: Curriculum
     mesh: Mesh
+    rollout_mesh: Mesh
     decoder: DecoderConfig
     actor: Actor
     learner: Learner
@@ -115,6 +118,7 @@ def build(config: Config, devices: Sequence[jax.Device] | None = None) -> Run:
         tokenizer=tokenizer,
         curriculum=config.curriculum.make(dataset.train, config.seed),
         mesh=mesh,
+        rollout_mesh=rollout_mesh_of(config, mesh),
         decoder=decoder,
         actor=actor,
         learner=make_learner(config, decoder, algorithm, mesh),
@@ -122,11 +126,24 @@ def build(config: Config, devices: Sequence[jax.Device] | None = None) -> Run:
     )
 
 
+def rollout_mesh_of(config: Config, mesh: Mesh) -> Mesh:
+    """The devices that this process samples on. ValueError for a setting that takes several processes, on one."""
+    whole = decoding_mesh(mesh)
+    if num_processes(mesh) > 1:
+        return whole if config.rollout.in_step else own_mesh(whole)
+    if config.rollout.in_step:
+        raise ValueError(
+            "config.rollout.in_step=True has no effect on one process; leave it out, or start the run on several"
+        )
+    return whole
+
+
 def build_actor(
     config: Config, plan: RolloutPlan, dataset: Dataset, tokenizer: Tokenizer, decoder: DecoderConfig, mesh: Mesh
 ) -> tuple[Actor, Dataset]:
     """What plays the policy, with nothing open, and the rows that it can play. ValueError for prompts that cannot be
     sampled or trained on."""
+    rollout_mesh = rollout_mesh_of(config, mesh)
     sampling = config.sampling
     settings = RolloutSettings(
         seed=config.seed,
@@ -139,12 +156,13 @@ def build_actor(
     parts = ActorParts(
         decoder=decoder,
         tokenizer=tokenizer,
-        mesh=decoding_mesh(mesh),
+        mesh=rollout_mesh,
         plan=plan,
         dataset=dataset,
         sampling=sampling,
         settings=settings,
         groups=config.prompts_per_step,
+        processes=num_processes(mesh) // num_processes(rollout_mesh),
     )
     actor = config.actor.build(parts)
     return actor, config.actor.check_prompts(parts, config.update.pack_length)

@@ -25,7 +25,6 @@ from rljax.parallel import (
     batch_parts,
     collectives,
     compiled_memory,
-    decoding_mesh,
 )
 from rljax.sampling import DecoderPlan
 from rljax.training import Learner
@@ -199,8 +198,8 @@ def _scoring(learner: Learner, batch: TrainBatch) -> dict[str, int]:
 def _decoding(run: Run, plans: Sequence[DecoderPlan]) -> dict[str, int]:
     """What sampling adds beside keys and values: the logits of a step, or a layer of a prefill."""
     config = run.decoder
-    parts = batch_parts(decoding_mesh(run.mesh))
-    tensor = run.mesh.shape["tensor"]
+    parts = batch_parts(run.rollout_mesh)
+    tensor = run.rollout_mesh.shape["tensor"]
 
     def own(rows: int) -> int:
         """Rows of one device; those that do not divide are everybody's."""

@@ -24,6 +24,7 @@ from rljax.experiment.stops import Stopped, Stops
 from rljax.models import written_metadata
 from rljax.parallel import check_equal, end_together, is_main_process, on_main, use_mesh
 from rljax.rollouts import NoSignal, Rollout, collect
+from rljax.rollouts.shared import check_processes
 from rljax.sampling import compile_count
 from rljax.training import (
     AnyPath,
@@ -258,6 +259,7 @@ def resume(run: Run, checkpoints: Checkpointer, folder: RunFolder) -> Place | No
     run.reference_scores = host.get("reference_scores", [])
     run.empty_steps = host.get("empty_steps", 0)
     examples = {example.id: example for example in run.dataset.train}
+    check_processes(host.get("actor", {}))
     run.actor.load_state_dict(host.get("actor", {}), run.algorithm.plan, examples)
 
     unlogged = host.get("unlogged")

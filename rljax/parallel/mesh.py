@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 
 import jax
+import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh
 
 MESH_AXES = ("data", "fsdp", "sequence", "tensor")
@@ -59,6 +60,36 @@ def decoding_mesh(mesh: Mesh) -> Mesh:
     sizes["fsdp"] *= sizes["sequence"]
     sizes["sequence"] = 1
     return Mesh(mesh.devices.reshape(tuple(sizes.values())), mesh.axis_names, axis_types=mesh.axis_types)
+
+
+def num_processes(mesh: Mesh) -> int:
+    """How many processes the devices of `mesh` belong to: also of devices that only a compiler knows."""
+    return len({device.process_index for device in mesh.devices.flat})
+
+
+def spread_mesh(mesh: Mesh) -> Mesh:
+    """The devices of `mesh` in their order, as whole copies of a model along `data`, none of which lies in two
+    processes: `tensor` is the largest divisor of that of `mesh` for which this is so."""
+    devices = mesh.devices.reshape(-1)
+    owners = np.array([device.process_index for device in devices])
+
+    def is_within_processes(tensor: int) -> bool:
+        by_copy = owners.reshape(-1, tensor)
+        return bool((by_copy == by_copy[:, :1]).all())
+
+    whole = mesh.shape["tensor"]
+    tensor = max(size for size in range(1, whole + 1) if whole % size == 0 and is_within_processes(size))
+    return Mesh(devices.reshape(-1, 1, 1, tensor), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+
+
+def own_mesh(mesh: Mesh) -> Mesh:
+    """Those copies of `spread_mesh` that lie in this process, for what it computes by itself. ValueError where it has
+    none."""
+    copies = spread_mesh(mesh).devices
+    own = copies[[row[0, 0, 0].process_index == jax.process_index() for row in copies]]
+    if not own.size:
+        raise ValueError(f"process {jax.process_index()} has no device of the mesh {dict(mesh.shape)}")
+    return Mesh(own, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
 
 
 def use_mesh(mesh: Mesh):

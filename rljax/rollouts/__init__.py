@@ -7,6 +7,7 @@ from rljax.rollouts.config import ActorConfig, ActorParts
 from rljax.rollouts.guided import Guided, GuidedActor
 from rljax.rollouts.multi_turn import MultiTurn, MultiTurnActor
 from rljax.rollouts.schedule import RolloutConfig
+from rljax.rollouts.shared import Shared
 from rljax.rollouts.single_turn import SingleTurn, SingleTurnActor
 
 __all__ = [
@@ -26,6 +27,7 @@ __all__ = [
     "RolloutConfig",
     "RolloutSettings",
     "ScoredGroup",
+    "Shared",
     "SingleTurn",
     "SingleTurnActor",
     "collect",

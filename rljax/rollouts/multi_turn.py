@@ -26,8 +26,8 @@ from rljax.envs import (
     get_format,
 )
 from rljax.plans import RolloutPlan
-from rljax.rollouts.actor import GroupRequest, RolloutSettings, ScoredGroup, known_example
-from rljax.rollouts.config import ActorParts, TurnsConfig, require_one_process
+from rljax.rollouts.actor import Actor, GroupRequest, RolloutSettings, ScoredGroup, known_example
+from rljax.rollouts.config import ActorParts, TurnsConfig
 from rljax.rollouts.cross_policy import stale_turns
 from rljax.rollouts.episodes import (
     NO_CONVERSATION,
@@ -103,8 +103,8 @@ class MultiTurn(TurnsConfig):
         if self.groups_in_flight < 0:
             raise ValueError(f"config.actor.groups_in_flight={self.groups_in_flight} must be at least 0")
 
-    def build(self, parts: ActorParts) -> "MultiTurnActor":
-        require_one_process("environments")
+    def build(self, parts: ActorParts) -> Actor:
+        parts.refuse_in_step("environments")
         style = get_format(self.tool_format)
         dialogue = Dialogue(parts.tokenizer, role=style.role, wrap=style.wrap, chat=parts.settings.chat)
         if any(dialogue.is_chat(example.prompt) for example in [*parts.dataset.train, *parts.dataset.test]):
@@ -118,7 +118,8 @@ class MultiTurn(TurnsConfig):
         scorer = None
         if forks:
             scorer = RowScorer(parts.decoder, parts.mesh, rows=forks.parents, length=self.context_length)
-        return MultiTurnActor(decoders, self._pool(parts.tokenizer), dialogue, parts.settings, self, scorer=scorer)
+        pool = self._pool(parts.tokenizer)
+        return parts.shared(MultiTurnActor(decoders, pool, dialogue, parts.settings, self, scorer=scorer))
 
     def _pool(self, tokenizer: Tokenizer) -> EnvironmentPool:
         """ValueError when an environment cannot be made."""

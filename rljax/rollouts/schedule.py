@@ -21,6 +21,11 @@ class RolloutConfig:
     on-policy. Rollouts overlap with updates from 1 on; more evens out rollouts of unequal length, costs a copy of the
     weights a step, and needs a method that looks at the log-probs of the policy that sampled."""
 
+    in_step: bool = False
+    """On several processes: whether all of them decode one batch over one mesh, in step, and process 0 judges alone. It
+    is for a model of which the devices of a process cannot hold a copy, and for one turn without environments. Off,
+    each process plays and judges its share of the groups by itself."""
+
     def check(self) -> None:
         """ValueError for what the loop cannot do: it alternates, on all devices."""
         for name in ("devices", "staleness"):

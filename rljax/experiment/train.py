@@ -21,6 +21,7 @@ from rljax.experiment.pulse import Pulse
 from rljax.experiment.report import describe_run, finish, say
 from rljax.experiment.sft import warm_up
 from rljax.experiment.stops import Stopped, Stops
+from rljax.experiment.watchdog import Watchdog
 from rljax.models import written_metadata
 from rljax.parallel import check_equal, end_together, is_main_process, on_main, use_mesh
 from rljax.rollouts import NoSignal, Rollout, collect
@@ -84,7 +85,16 @@ def train(config: Config, workdir: str, *, fresh: bool = False) -> dict[str, Any
 
         # Innermost again: what is closed on the way out would wait for the processes that are left behind.
         run.pulse = Pulse(folder.status, config.log.pulse_s)
-        with run.actor, folder, contextlib.closing(checkpoints), use_mesh(run.mesh), run.pulse, end_together():
+        watchdog = Watchdog(run.pulse, folder.stacks, config.log.stall_s)
+        with (
+            watchdog,
+            run.actor,
+            folder,
+            contextlib.closing(checkpoints),
+            use_mesh(run.mesh),
+            run.pulse,
+            end_together(),
+        ):
             loop = Loop(run, folder, checkpoints)
             try:
                 before, after = loop.run_to_the_end()

@@ -15,7 +15,7 @@ from rljax.parallel.distributed import (
     require_one_process,
     to_host,
 )
-from rljax.parallel.exchange import exchange, is_waiting
+from rljax.parallel.exchange import exchange, heard, is_waiting, say_to_all
 from rljax.parallel.mesh import (
     MESH_AXES,
     decoding_mesh,
@@ -73,6 +73,7 @@ __all__ = [
     "end_together",
     "exchange",
     "gather",
+    "heard",
     "initialize_distributed",
     "is_main_process",
     "is_waiting",
@@ -92,6 +93,7 @@ __all__ = [
     "replicated",
     "require_one_process",
     "reshard",
+    "say_to_all",
     "shardings",
     "split_axes",
     "split_over",

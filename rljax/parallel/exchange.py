@@ -17,8 +17,8 @@ from jax._src import distributed
 ROOT = "rljax"
 """What all keys begin with."""
 
-FAILED = f"{ROOT}/failed"
-"""Under it is what each process says that ends by an error."""
+FAILED = "failed"
+"""The topic under which processes say that they end by an error."""
 
 CHUNK = 2**20
 """Bytes of a value: larger ones make the service's messages slow."""
@@ -87,16 +87,30 @@ def _wait_for(key: str, who: str, deadline: float) -> bytes:
 
 def check_others() -> None:
     """RuntimeError if another process has said that it failed."""
-    for key, text in client().key_value_dir_get(f"{FAILED}/"):
-        index = key.rsplit("/", 1)[1]
-        if int(index) != jax.process_index():
+    for index, text in heard(FAILED).items():
+        if index != jax.process_index():
             raise RuntimeError(f"process {index} failed: {text}")
 
 
 def tell_failure(text: str) -> None:
     """Tells the other processes that this one ends, so that none waits for it. Raises nothing."""
     with contextlib.suppress(Exception):
-        client().key_value_set(f"{FAILED}/{jax.process_index()}", text, allow_overwrite=True)
+        say_to_all(FAILED, text)
+
+
+def say_to_all(topic: str, text: str) -> None:
+    """Leaves a word under a topic, in place of the last one, for others to hear when they look. Nothing in a single
+    process. RuntimeError where process 0 is gone."""
+    if jax.process_count() > 1:
+        client().key_value_set(f"{ROOT}/{topic}/{jax.process_index()}", text, allow_overwrite=True)
+
+
+def heard(topic: str) -> dict[int, str]:
+    """What processes have left under a topic, by process index, this one's own too; nobody waits."""
+    if jax.process_count() == 1:
+        return {}
+    said = client().key_value_dir_get(f"{ROOT}/{topic}/")
+    return {int(key.rsplit("/", 1)[1]): text for key, text in said}
 
 
 def is_waiting() -> bool:

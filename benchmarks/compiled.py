@@ -5,7 +5,7 @@
 
 `full` is Qwen3 0.6B and 8B on H100s and on a v5p:4x4x4, `small` the same programs with 4 layers and fewer devices,
 `smoke` a tiny model on the CPU. A bound is the time that a program's kernels need at least, each at its own roofline
-(`_roofline.py`); a real machine is slower. `--only` takes some of the ratios:
+(`rljax.parallel.roofline`); a real machine is slower. `--only` takes some of the ratios:
 
 `fsdp_traffic_over_need`: bytes that an update gathers and reduces on a device, over what each of its microbatches
 needs: weights gathered twice in bfloat16, their gradient scattered once in float32. `decode_bound_*`: what a step must
@@ -25,12 +25,11 @@ from collections.abc import Callable
 import jax
 import numpy as np
 from _common import QWEN3_0P6B, TINY, hf_config
-from _roofline import bound
 
 from rljax.algorithms import GRPO
 from rljax.experiment.memory import GIB, bytes_of, predict_update
 from rljax.models import DecoderConfig, Remat, abstract_params, config_from_hf
-from rljax.parallel import CHIPS, batch_parts, collectives, compiled_memory, make_mesh, topology_devices, traffic
+from rljax.parallel import CHIPS, batch_parts, bound, collectives, compiled_memory, make_mesh, topology_devices, traffic
 from rljax.sampling import Sampler, SamplerSpec, sampling_params
 from rljax.testing import full_minibatch
 from rljax.training import Learner, OptimizerConfig, UpdateConfig

@@ -23,6 +23,10 @@ shows; its `behavior_logprobs` are those of the prompt that was used."""
 
 INTERVENTION_NONE, INTERVENTION_INJECT, INTERVENTION_SUPPRESS = 0, 1, 2
 
+ROW_WEIGHT = "row_weight"
+"""Column of a batch, float32 [B]: how much a row counts in the loss beside the other rows of its minibatch. Without it
+all count alike."""
+
 T = TypeVar("T")
 
 

@@ -9,7 +9,8 @@ import json
 import jax
 from test_run_environment import make_config
 
-from rljax.algorithms import GRPO
+from rljax.algorithms import GRPO, DecoupledPPO
+from rljax.experiment import RolloutConfig
 from rljax.experiment.dry_run import phase_peak, print_plan
 from rljax.experiment.memory import predict_update
 from rljax.models import DecoderConfig
@@ -22,9 +23,9 @@ MODEL = DecoderConfig(
 )
 
 
-def summary(config):
+def summary(config, **how):
     with contextlib.redirect_stdout(io.StringIO()) as text:
-        result = print_plan(config)
+        result = print_plan(config, **how)
     return {
         "phases": {phase.name: {"held": phase.held, "working": phase.working} for phase in result["phases"]},
         "peaks": {phase.name: phase_peak(phase, result["compiled"]) for phase in result["phases"]},
@@ -51,8 +52,11 @@ def main():
     agent = make_config(mesh=mesh)
     agent.update.microbatch_size = 4
     plans = {"rows": summary(config), "agent": summary(agent)}
+    rollout = RolloutConfig(devices=2, staleness=3)
+    halves = tiny_config(algorithm=DecoupledPPO(group_size=4), rollout=rollout, update=update)
+    plan_of_halves = summary(halves, measure=False)
     sharing = {remat: [shared(devices, remat) for devices in (1, 4)] for remat in ("full", "none")}
-    print(json.dumps({"plans": plans, "sharing": sharing}))
+    print(json.dumps({"plans": plans, "halves": plan_of_halves, "sharing": sharing}))
 
 
 if __name__ == "__main__":

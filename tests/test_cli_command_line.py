@@ -75,6 +75,26 @@ def mistake(script, capsys, tmp_path, config_file, monkeypatch):
 
 
 MISTAKES = {
+    "a simulation without costs": (
+        ["--dry_run", "--simulate"],
+        r"--simulate lacks the costs of a step: add --topology",
+    ),
+    "a simulation of a training run": (["--simulate"], r"--simulate belongs to a plan"),
+    "what is measured for no simulation": (["--dry_run", "--measured=runs/x"], r"add --simulate"),
+    "a measured run that is none": (["--dry_run", "--simulate", "--measured=runs/none"], r"has no metrics\.jsonl"),
+    "an assumption that is no number": (
+        ["--dry_run", "--simulate", "--assume=step_s=fast", "--assume=update_s=1"],
+        r"--assume=step_s=fast must be a finite number",
+    ),
+    "an assumption about nothing": (
+        ["--dry_run", "--simulate", "--assume=stepp_s=1", "--assume=step_s=1", "--assume=update_s=1"],
+        r"--assume=stepp_s=1: no such number; did you mean step_s\?",
+    ),
+    "an assumption without a value": (["--dry_run", "--simulate", "--assume=devices"], r"must be field=value"),
+    "an assumption out of range": (
+        ["--dry_run", "--simulate", "--assume=step_s=1", "--assume=update_s=1", "--assume=devices_per_host=0"],
+        r"--assume=devices_per_host=0 must be at least 1",
+    ),
     "a misspelt field": (["--config.stepz=3"], r"--config\.stepz.*did you mean config\.steps\?"),
     "a misspelt field of a part": (
         ["--config.optimizer.learning_rat=1"],

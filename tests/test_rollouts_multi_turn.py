@@ -74,6 +74,7 @@ def make_actor(
     pick=None,
     scorer=None,
     suppressed=(),
+    batch=0,
     **settings,
 ):
     spec = TurnDecoderSpec(
@@ -90,9 +91,8 @@ def make_actor(
     pool = EnvironmentPool(make, workers=workers, limits=limits or EnvironmentLimits())
     pool.open()
     how = RolloutSettings(seed=3, sampling=sampling_params())
-    actor = MultiTurnActor(
-        made, pool, Dialogue(TOKENIZER, wrap=(" ", "#")), how, MultiTurn(**settings), pick=pick, scorer=scorer
-    )
+    dialogue = Dialogue(TOKENIZER, wrap=(" ", "#"))
+    actor = MultiTurnActor(made, pool, dialogue, how, MultiTurn(**settings), pick=pick, scorer=scorer, batch=batch)
     actor.set_params(params(), version=0)
     return actor
 

@@ -44,8 +44,8 @@ class Counted(QueuedActor):
         self.played = []
         self.decoders = ()
 
-    def missing(self, n):
-        return self._orders.missing(n + self.in_flight)
+    def missing(self, n, pending=None):
+        return super().missing(n + self.in_flight, pending)
 
     def __enter__(self):
         return self

@@ -11,6 +11,7 @@ from rljax.experiment.changes import changed_fields, review_changes
 from rljax.experiment.config import to_dict
 from rljax.experiment.dry_run import check_tables, print_plan
 from rljax.experiment.evaluate import evaluate_model
+from rljax.experiment.journal import Journal
 from rljax.experiment.sft import check_demonstrations
 from rljax.experiment.train import resume
 from rljax.tasks import Example
@@ -143,14 +144,14 @@ def test_a_warm_up_that_goes_on_is_reviewed_too(tmp_path):
     checkpoints = Mock(spec=Checkpointer, steps=[])
     checkpoints.restore.return_value = None
     with pytest.raises(ValueError, match=r"config\.warmup\.steps=3, but .* has done 4"):
-        resume(Mock(spec=Run), checkpoints, folder)
+        resume(Mock(spec=Run), checkpoints, folder, Mock(spec=Journal))
     assert not (tmp_path / "config.json").exists(), "a refused start is written down"
 
 
 def test_weights_of_later_are_not_evaluated_in_the_place_of_the_first(tmp_path):
     folder = folder_of(tmp_path, 2)
     with pytest.raises(ValueError, match=r"step_000000\.json is missing, .* weights .* are gone"):
-        resume(Mock(spec=Run), Mock(spec=Checkpointer, steps=[2]), folder)
+        resume(Mock(spec=Run), Mock(spec=Checkpointer, steps=[2]), folder, Mock(spec=Journal))
 
 
 def test_the_plan_of_a_run_that_would_be_refused_is_refused():

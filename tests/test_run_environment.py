@@ -148,9 +148,9 @@ def test_groups_in_flight_are_not_lost_when_a_run_breaks_off(tmp_path, monkeypat
             raise KeyboardInterrupt
         return step(run, index)
 
-    def saved(run, state=rljax.experiment.train.host_state):
-        states.append(state(run)["actor"])
-        return state(run)
+    def saved(run, step, state=rljax.experiment.train.host_state):
+        states.append(state(run, step)["actor"])
+        return state(run, step)
 
     monkeypatch.setattr(rljax.experiment.train, "train_step", breaks)
     monkeypatch.setattr(rljax.experiment.train, "host_state", saved)
@@ -217,6 +217,11 @@ def guided(config, **settings):
     config.actor = Guided(config.actor, **settings)
 
 
+def in_flight(config, **settings):
+    config.algorithm = DecoupledPPO(group_size=4)
+    config.actor = dataclasses.replace(config.actor, groups_in_flight=2, **settings)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -229,6 +234,19 @@ def guided(config, **settings):
         (lambda c: guided(c, column=""), "config.actor.column is empty"),
         (lambda c: (setattr(c.actor, "groups_in_flight", 2), guided(c)), "groups_in_flight=2 and guidance exclude"),
         (lambda c: setattr(c.actor, "groups_in_flight", 2), "groups_in_flight=2 trains on .* GRPO takes them for"),
+        (lambda c: setattr(c.actor, "steps_in_flight", 2), r"steps_in_flight=2 has no effect .*groups_in_flight=0"),
+        (
+            lambda c: (in_flight(c, steps_in_flight=2), setattr(c.rollout.groups, "max_age", 3)),
+            r"groups\.max_age=3 and config\.actor\.steps_in_flight=2 both bound",
+        ),
+        (lambda c: setattr(c.rollout.groups, "max_age", 3), r"groups\.max_age=3 has no effect"),
+        (
+            lambda c: (
+                setattr(c, "algorithm", TreeGRPO(chains=2, points=1)),
+                setattr(c.rollout.groups, "incomplete", "pad"),
+            ),
+            "incomplete='pad' counts independent members",
+        ),
         (lambda c: setattr(c.actor, "stale_share", 0.25), r"stale_share=0.25 trains on .*\.use_sampler_logprobs=True"),
         (guided, r"actor=Guided\(...\) trains on tokens that other policies sampled, and GRPO"),
         (

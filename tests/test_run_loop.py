@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from docs_metrics import unexplained
 
+import rljax.experiment.pipeline
 import rljax.experiment.train
 from rljax.algorithms import DAPO, GRPO, RECIPES, RLOO
 from rljax.experiment import CheckpointConfig, EvaluationConfig, RewardConfig, SingleTurn
@@ -137,15 +138,15 @@ def test_a_run_that_breaks_off_and_goes_on_equals_one_that_does_not(name, straig
         train(config, str(tmp_path / "straight"))
     whole = straight[0] if name == "plain" else tmp_path / "straight"
     step = rljax.experiment.train.train_step
-    collect = rljax.experiment.train.collect
+    collect = rljax.experiment.pipeline.collect
 
-    def is_stopped(actor, plan, draw, n, index):
-        rollout = collect(actor, plan, draw, n, index)
+    def is_stopped(actor, plan, draw, n, index, version, **rules):
+        rollout = collect(actor, plan, draw, n, index, version, **rules)
         if index == 3:
             os.kill(os.getpid(), signal.SIGTERM)
         return rollout
 
-    monkeypatch.setattr(rljax.experiment.train, "collect", is_stopped)
+    monkeypatch.setattr(rljax.experiment.pipeline, "collect", is_stopped)
     with pytest.raises(SystemExit) as stop:
         train(config, str(tmp_path / "parts"))
     assert stop.value.code == 143

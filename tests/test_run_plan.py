@@ -31,6 +31,18 @@ def test_a_phase_holds_what_is_there_at_its_time(plans):
     assert plans["agent"]["phases"]["update"]["held"]["KV cache"] > 0
 
 
+def test_devices_of_the_actors_own_hold_its_weights_and_those_that_wait(found, plans):
+    phases = found["halves"]["phases"]
+    assert set(phases["sample"]["held"]) == {"decoder weights", "weights in waiting", "KV cache"}
+    assert set(phases["update"]["held"]) == {"parameters", "optimizer", "batch"}
+    # Rollouts have whole weights, of three versions at most; updates share theirs among two devices.
+    held = phases["sample"]["held"]
+    assert held["weights in waiting"] == 3 * held["decoder weights"]
+    assert phases["update"]["held"]["parameters"] < held["decoder weights"]
+    assert "by weights 3 steps old, on 2 devices of each process" in found["halves"]["text"]
+    assert "by the newest weights, in turn with updates" in plans["rows"]["text"]
+
+
 def test_the_update_is_called_with_what_its_phase_holds(plans):
     for plan in plans.values():
         held = plan["phases"]["update"]["held"]

@@ -12,6 +12,7 @@ import pytest
 import stop_runs
 import stopped_program
 
+import rljax.experiment.pipeline
 import rljax.experiment.sft
 import rljax.experiment.train
 from rljax.experiment.stops import EXIT_STATUS, Stopped, Stops
@@ -30,7 +31,7 @@ def ask(number=signal.SIGTERM):
 MOMENTS = {
     "warm-up": ("sft", "supervised_step", None, signal.SIGTERM),
     "evaluation before": ("train", "evaluate", 0, signal.SIGUSR1),
-    "rollout": ("train", "collect", None, signal.SIGTERM),
+    "rollout": ("pipeline", "collect", None, signal.SIGTERM),
     "update": ("train", "add_metrics", None, signal.SIGINT),
     "evaluation of a step": ("train", "evaluate", 1, signal.SIGTERM),
     "evaluation after": ("train", "evaluate", 2, signal.SIGTERM),

@@ -67,7 +67,7 @@ def with_seed(run: Run, seed: int) -> Run:
         run,
         config=config,
         curriculum=config.curriculum.make(run.dataset.train, seed),
-        actor=build_actor(config, run.algorithm.plan, run.dataset, run.tokenizer, run.decoder, run.mesh)[0],
+        actor=build_actor(config, run.algorithm.plan, run.dataset, run.tokenizer, run.decoder, run.rollout_mesh)[0],
         state=None,  # type: ignore[arg-type]
         evaluation=None,
     )

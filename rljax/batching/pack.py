@@ -13,7 +13,7 @@ from rljax.batching.bins import Bins, choose_bins
 from rljax.batching.config import PackConfig
 from rljax.batching.forest import lay_out_forest
 from rljax.batching.sizes import Needs, Sizes, choose_sizes
-from rljax.types import ArrayLike, Packed, RaggedRows, RolloutBatch, TrainBatch, Width
+from rljax.types import ROW_WEIGHT, ArrayLike, Packed, RaggedRows, RolloutBatch, TrainBatch, Width
 
 
 class Packing(NamedTuple):
@@ -123,6 +123,15 @@ def loss_mask(batch: RolloutBatch, extra_mask: ArrayLike | None = None) -> Bool[
     return mask if extra_mask is None else mask & np.asarray(extra_mask, bool)
 
 
+def row_weights(weight: Float[np.ndarray, " B"], mask: Bool[np.ndarray, "B T"]) -> Float[np.ndarray, " B"]:
+    """`weight` scaled to a mean of 1 over the rows that have loss tokens: the aggregations divide by how many there are
+    of these, so that only the proportions are left to say."""
+    counted = mask.any(axis=1)
+    if not counted.any():
+        return weight
+    return weight / weight[counted].mean(dtype=np.float64).astype(np.float32)
+
+
 def pack(
     batch: RolloutBatch,
     advantages: Float[ArrayLike, "B T"],
@@ -136,6 +145,7 @@ def pack(
     """One minibatch: the rows of `batch` that have loss tokens, packed, with everything that losses see.
 
     `token_weights` gives the aggregation's weights from the loss mask of the whole minibatch; None is the token mean.
+    Where the batch has the column `ROW_WEIGHT`, rows count in its proportions.
     Old log-probs are the behavior's until the learner sets them. `packing` is `layout` of the same loss mask, if
     it was made before; else one of `parts` is made. ValueError as in `layout`.
     """
@@ -147,11 +157,14 @@ def pack(
     count = max(float(mask.sum()), 1.0)
     weights = mask / np.float32(count) if token_weights is None else token_weights(mask)
 
+    columns = {name: np.asarray(value, np.float32) for name, value in batch.columns.items()}
+    if ROW_WEIGHT in columns:
+        weights = np.asarray(weights) * row_weights(columns.pop(ROW_WEIGHT), mask)[:, None]
+
     reference = None
     if batch.ref_logprobs is not None:
         reference = packing.of_tokens(np.asarray(batch.ref_logprobs, np.float32))
 
-    columns = {name: np.asarray(value, np.float32) for name, value in batch.columns.items()}
     rows = RaggedRows(
         place=packing.place,
         row_index=packing.row_index,

@@ -141,7 +141,9 @@ def _help(module: ModuleType) -> str:
 
     from rljax.experiment.describe import describe
 
-    return f"{text}\n\nFields of the config:\n\n{describe(known['config'].value)}"
+    text += f"\n\nFields of the config:\n\n{describe(known['config'].value)}"
+    more = getattr(module, "more_help", None)
+    return f"{text}\n\n{more()}" if more else text
 
 
 def _with_config_file(argv: list[str]) -> tuple[list[str], str | None]:

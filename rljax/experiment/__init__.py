@@ -8,7 +8,7 @@ from rljax.evaluation import EvaluationConfig
 from rljax.experiment.config import Config, Recipe
 from rljax.experiment.model import FreshModel, ModelSource, PretrainedModel
 from rljax.parallel import MeshConfig
-from rljax.rollouts import ActorConfig, BlackBox, Guided, MultiTurn, RolloutConfig, SingleTurn
+from rljax.rollouts import ActorConfig, BlackBox, GroupsConfig, Guided, MultiTurn, RolloutConfig, SingleTurn
 from rljax.sampling import SamplingConfig
 from rljax.tasks import (
     CurriculumSource,
@@ -46,6 +46,7 @@ __all__ = [
     "FailedTasks",
     "FileData",
     "FreshModel",
+    "GroupsConfig",
     "Guided",
     "LightSAMConfig",
     "LogConfig",

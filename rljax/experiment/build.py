@@ -12,13 +12,25 @@ from rljax.evaluation import Evaluation
 from rljax.experiment.check import check, check_forks
 from rljax.experiment.config import Config
 from rljax.experiment.model import model_path
+from rljax.experiment.pipeline import Beside, Pipeline
 from rljax.experiment.prompts import check_chat_settings
 from rljax.experiment.pulse import Pulse
 from rljax.experiment.stops import Stops
 from rljax.models import DecoderConfig, load_config, load_model, param_shardings
-from rljax.parallel import decoding_mesh, make_mesh, num_processes, own_mesh, use_mesh
+from rljax.parallel import (
+    DECODE_RULES,
+    decoding_mesh,
+    make_mesh,
+    mesh_beside,
+    num_processes,
+    on_one_host,
+    own_mesh,
+    split_devices,
+    use_mesh,
+)
 from rljax.plans import RolloutPlan
 from rljax.rollouts import Actor, ActorParts, RolloutSettings
+from rljax.settings import placed
 from rljax.tasks import Curriculum, Dataset, Example
 from rljax.text import Tokenizer, WithinText
 from rljax.training import Critic, Learner, LossNeeds, with_critic
@@ -33,6 +45,8 @@ class Run:
         mesh: what trains.
         rollout_mesh: what samples: on several processes the devices of this one, unless all decode in step.
         actor: plays the policy; a context manager.
+        beside: devices that it has of its own; None where it takes turns with the learner.
+        pipeline: gives it its work, in order; a context manager.
         evaluation: the last one.
         reference_scores: held-out avg@k per problem when the reference was last refreshed.
         state: replaced at every update; None until weights are loaded or restored.
@@ -62,6 +76,18 @@ class Run:
     is_compiled: bool = False
     empty_steps: int = 0
     lacking: str = ""
+    beside: Beside | None = None
+    pipeline: Pipeline = dataclasses.field(init=False)
+
+    def __post_init__(self) -> None:
+        self.pipeline = Pipeline(
+            self.actor,
+            self.algorithm.plan,
+            self.curriculum,
+            self.config.rollout,
+            prompts=self.config.prompts_per_step,
+            beside=self.beside,
+        )
 
     def abstract_state(self) -> TrainState:
         """What a checkpoint of `state` is restored into."""
@@ -95,7 +121,10 @@ class Run:
 def build(config: Config, devices: Sequence[jax.Device] | None = None) -> Run:
     """The run without weights, on `devices` (all of them when None). ValueError for what can be wrong in the config or
     the data."""
-    algorithm = check(config, jax.device_count() if devices is None else len(devices))
+    algorithm = check(config)
+    with placed("config.rollout"):
+        training, rolling = split_devices(jax.devices() if devices is None else devices, config.rollout.devices)
+    config.mesh.check(len(training))
 
     # In the order of what fails fastest: tokenizer, data, rewards and environments, then the model's shape.
     tokenizer = config.model.tokenizer_of()
@@ -105,11 +134,19 @@ def build(config: Config, devices: Sequence[jax.Device] | None = None) -> Run:
     algorithm = algorithm._replace(advantage_fn=jax.jit(algorithm.advantage_fn))
     dataset = config.data.load()
     check_chat_settings(config, dataset)
-    mesh = make_mesh(**dataclasses.asdict(config.mesh), devices=devices)
+    # None lets JAX order all of its devices by their places in the machine.
+    is_every = devices is None and not config.rollout.devices
+    mesh = make_mesh(**dataclasses.asdict(config.mesh), devices=None if is_every else training)
     # On the mesh, since the dtype that is chosen by itself depends on what its devices are.
     with use_mesh(mesh):
         decoder = config.model.decoder_of(tokenizer)
-    actor, dataset = build_actor(config, algorithm.plan, dataset, tokenizer, decoder, mesh)
+    beside = None
+    if config.rollout.devices:
+        own = mesh_beside(mesh, rolling)
+        beside = Beside(own, param_shardings(decoder, own, DECODE_RULES))
+    rollout_mesh = rollout_mesh_of(config, mesh, beside)
+    processes = num_processes(mesh) // num_processes(rollout_mesh)
+    actor, dataset = build_actor(config, algorithm.plan, dataset, tokenizer, decoder, rollout_mesh, processes)
 
     return Run(
         config=config,
@@ -118,32 +155,51 @@ def build(config: Config, devices: Sequence[jax.Device] | None = None) -> Run:
         tokenizer=tokenizer,
         curriculum=config.curriculum.make(dataset.train, config.seed),
         mesh=mesh,
-        rollout_mesh=rollout_mesh_of(config, mesh),
+        rollout_mesh=rollout_mesh,
         decoder=decoder,
         actor=actor,
         learner=make_learner(config, decoder, algorithm, mesh),
         critic=make_critic(config, decoder, algorithm, mesh),
+        beside=beside,
     )
 
 
-def rollout_mesh_of(config: Config, mesh: Mesh) -> Mesh:
-    """The devices that this process samples on. ValueError for a setting that takes several processes, on one."""
+def rollout_mesh_of(config: Config, mesh: Mesh, beside: Beside | None) -> Mesh:
+    """What this process samples on, where `mesh` trains. ValueError for a setting that takes several processes on one,
+    or one mesh."""
     whole = decoding_mesh(mesh)
-    if num_processes(mesh) > 1:
-        return whole if config.rollout.in_step else own_mesh(whole)
-    if config.rollout.in_step:
+    if config.rollout.in_step and num_processes(mesh) == 1:
         raise ValueError(
             "config.rollout.in_step=True has no effect on one process; leave it out, or start the run on several"
         )
-    return whole
+    if config.rollout.in_step and beside is not None:
+        raise ValueError(
+            f"config.rollout.in_step=True decodes on the devices of all processes together, and config.rollout.devices="
+            f"{config.rollout.devices} on those of each by itself; leave one of them out"
+        )
+    if beside is not None:
+        return beside.mesh
+    if num_processes(mesh) == 1 or config.rollout.in_step:
+        return whole
+    # Of a machine that is not here, whose plan this is, all hosts are alike.
+    return (
+        own_mesh(whole)
+        if jax.process_count() > 1
+        else on_one_host(own_mesh(whole, whole.devices.flat[0].process_index))
+    )
 
 
 def build_actor(
-    config: Config, plan: RolloutPlan, dataset: Dataset, tokenizer: Tokenizer, decoder: DecoderConfig, mesh: Mesh
+    config: Config,
+    plan: RolloutPlan,
+    dataset: Dataset,
+    tokenizer: Tokenizer,
+    decoder: DecoderConfig,
+    mesh: Mesh,
+    processes: int = 1,
 ) -> tuple[Actor, Dataset]:
-    """What plays the policy, with nothing open, and the rows that it can play. ValueError for prompts that cannot be
-    sampled or trained on."""
-    rollout_mesh = rollout_mesh_of(config, mesh)
+    """What plays the policy on `mesh`, with nothing open, and the rows that it can play; one of `processes` that share
+    the groups. ValueError for prompts that cannot be sampled or trained on."""
     sampling = config.sampling
     settings = RolloutSettings(
         seed=config.seed,
@@ -156,13 +212,13 @@ def build_actor(
     parts = ActorParts(
         decoder=decoder,
         tokenizer=tokenizer,
-        mesh=rollout_mesh,
+        mesh=mesh,
         plan=plan,
         dataset=dataset,
         sampling=sampling,
         settings=settings,
         groups=config.prompts_per_step,
-        processes=num_processes(mesh) // num_processes(rollout_mesh),
+        processes=processes,
     )
     actor = config.actor.build(parts)
     return actor, config.actor.check_prompts(parts, config.update.pack_length)

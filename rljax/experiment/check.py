@@ -7,7 +7,7 @@ from rljax.algorithms import Algorithm
 from rljax.evaluation import EvaluationConfig
 from rljax.experiment.config import Config
 from rljax.plans import RolloutPlan
-from rljax.rollouts import Guided, MultiTurn
+from rljax.rollouts import BlackBox, Guided, MultiTurn
 from rljax.sampling import SamplingConfig
 from rljax.settings import Switch, check_config, check_effect, placed, shown
 from rljax.tasks import FileData, ReasoningGymData, RowsData
@@ -20,6 +20,7 @@ SWITCHES = (
     Switch(SamplingConfig, "temperature", lambda t: t == 0, ("top_k", "top_p", "min_p"), "set that above 0"),
     Switch(OptimizerConfig, "schedule", lambda s: s == "constant", ("total_steps",), "set that to linear or cosine"),
     Switch(MultiTurn, "stale_share", lambda p: not p, ("stale_every",), "set that above 0"),
+    Switch(MultiTurn, "groups_in_flight", lambda n: not n, ("steps_in_flight", "at_hand_over"), "set that above 0"),
     Switch(FileData, "test", bool, ("test_fraction",), "leave that out"),
     Switch(RowsData, "test_args", bool, ("test_fraction",), "leave that out"),
 )
@@ -57,6 +58,7 @@ def check(config: Config, device_count: int | None = None) -> Algorithm:
         )
     config.actor.check(plan, config.sampling, config.update.pack_length)
     check_off_policy(config, algorithm)
+    check_groups(config, plan)
     if config.sampling.temperature <= 0 and plan.group_size > 1:
         raise ValueError(
             f"config.sampling.temperature={config.sampling.temperature} makes all {plan.group_size} samples of a group "
@@ -75,7 +77,8 @@ def check(config: Config, device_count: int | None = None) -> Algorithm:
 def check_off_policy(config: Config, algorithm: Algorithm) -> None:
     """Refuses rollouts of other policies for a loss that takes them for the current one's, and old log-probs that would
     leave a correction nothing to correct."""
-    source = config.actor.off_policy
+    staleness = config.rollout.staleness
+    source = config.actor.off_policy or (f"config.rollout.staleness={staleness}" if staleness else "")
     uses_sampler = config.update.use_sampler_logprobs
     if not source and not uses_sampler:
         return
@@ -93,6 +96,22 @@ def check_off_policy(config: Config, algorithm: Algorithm) -> None:
             "config.update.use_sampler_logprobs=True, which takes ratios to the policy that sampled, or choose a "
             "method that corrects, e.g. DecoupledPPO, DIS or AgentRL"
         )
+
+
+def check_groups(config: Config, plan: RolloutPlan) -> None:
+    """Refuses rules for groups that do not fit the actor, or that nothing could fall under."""
+    actor = config.actor
+    own = config.rollout.groups
+    if isinstance(actor, MultiTurn) and not actor.stale_share and None not in (actor.steps_in_flight, own.max_age):
+        raise ValueError(
+            f"config.rollout.groups.max_age={own.max_age} and config.actor.steps_in_flight={actor.steps_in_flight} "
+            "both bound the age of groups: the one wastes what the other has let in, or leaves nothing out; set one"
+        )
+    own.check(
+        plan,
+        spans_updates=isinstance(actor, MultiTurn) and bool(actor.groups_in_flight or actor.stale_share),
+        rows_per_member=actor.trained_conversations if isinstance(actor, BlackBox) else 1,
+    )
 
 
 def check_best(config: Config) -> None:

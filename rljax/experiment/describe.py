@@ -67,21 +67,22 @@ def first_paragraph(cls: type) -> str:
 
 
 def settings(config: Any, path: str = "config") -> Iterator[tuple[str, Any, str]]:
-    """(`config.part.field`, value, text) of every field of a config that is no part itself, parts depth first."""
+    """(`config.part.field`, value, text) of every field of a config that is no part itself, parts depth first. A path
+    that ends with `=` has the fields right behind it."""
     cls: type = type(config)
     for field in field_texts(cls):
         value = getattr(config, field.name)
-        name = f"{path}.{field.name}"
+        name = f"{path}{field.name}" if path.endswith("=") else f"{path}.{field.name}"
         if dataclasses.is_dataclass(value) and not isinstance(value, type):
             yield from settings(value, name)
         else:
             yield name, value, field.text
 
 
-def describe(config: Any, width: int = 100) -> str:
+def describe(config: Any, path: str = "config", width: int = 100) -> str:
     """The fields of a config with their values and texts, as `--help` prints them."""
     lines = []
-    for name, value, text in settings(config):
+    for name, value, text in settings(config, path):
         lines.append(f"  --{name}: {_shown(value)}")
         lines += textwrap.wrap(text, width, initial_indent="    ", subsequent_indent="    ")
     return "\n".join(lines)

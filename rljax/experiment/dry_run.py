@@ -29,6 +29,7 @@ _ADVICE = {
     "reference": "an algorithm with kl_coef=0, which needs no reference model",
     "critic": "a larger config.mesh.fsdp, or an algorithm without a critic",
     "decoder weights": "a larger config.mesh.tensor, or config.model.dtype=bfloat16",
+    "weights in waiting": "a smaller config.rollout.staleness, or more config.rollout.devices",
     "KV cache": "fewer config.actor.prompt_slots x sample_slots (or conversations), or a smaller max_new_tokens",
     "activations": "config.update.remat=attention_saved, or a smaller config.update.pack_length or microbatch_size",
     "a layer": "a smaller config.update.pack_length or microbatch_size",
@@ -63,6 +64,7 @@ def print_plan(config: Config, *, topology: str = "", measure: bool = True) -> d
     limit, limit_is = device_memory(run)
     programs: list[Compiled] = []
     result = {
+        "run": run,
         "topology": topology,
         "parameters": sum(int(np.prod(x.shape)) for x in jax.tree.leaves(abstract_params(run.decoder))),
         "shapes": {
@@ -107,6 +109,7 @@ def describe(run: Run, result: dict[str, Any]) -> str:
         f"mesh         {dict(run.mesh.shape)} on {devices.size} x {devices.flat[0].device_kind}",
         f"a step       {config.prompts_per_step} prompts x {run.algorithm.plan.group_size} = {samples} samples, up to "
         f"{samples * config.sampling.max_new_tokens} new tokens, {update.minibatches * update.epochs} updates",
+        f"rollouts     {describe_schedule(run)}",
         f"actor        {config.actor}",
         f"an update    at most {shapes}; {_tables(config.update)}",
     ]
@@ -116,6 +119,17 @@ def describe(run: Run, result: dict[str, Any]) -> str:
         sizes = f"{_parts(phase.held)}; while it runs {_parts(phase.working)}"
         lines.append(f"  {phase.name:<7} {phase.predicted / GIB:8.3f} = {sizes}")
     return "\n".join(lines)
+
+
+def describe_schedule(run: Run) -> str:
+    """Which weights sample a rollout, and on which devices."""
+    staleness = run.config.rollout.staleness
+    weights = f"by weights {staleness} steps old" if staleness else "by the newest weights"
+    if run.beside is None:
+        return f"{weights}, in turn with updates"
+    own = run.rollout_mesh
+    where = f"on {own.devices.size} devices of each process, {dict(own.shape)}"
+    return f"{weights}, {where}, {'beside updates' if staleness else 'in turn with updates: nothing overlaps'}"
 
 
 def verdict(result: dict[str, Any]) -> str:

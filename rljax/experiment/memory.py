@@ -20,13 +20,18 @@ from rljax.models.attention import MAX_BLOCKS, MIN_BLOCK, has_kernels, kernel_at
 from rljax.models.attention_stream import BLOCK
 from rljax.models.sequence import CHUNKS
 from rljax.parallel import (
+    Bound,
+    Chip,
     Collective,
     CompiledMemory,
     batch_parts,
+    bound,
+    chip_of,
     collectives,
     compiled_memory,
+    num_processes,
 )
-from rljax.sampling import DecoderPlan
+from rljax.sampling import DecoderPlan, lower_copies
 from rljax.training import Learner
 from rljax.types import TrainBatch
 
@@ -61,6 +66,9 @@ class Compiled:
     memory: CompiledMemory
     collectives: Sequence[Collective]
     """Of one call; of a program that decodes, of one step."""
+    bound: Bound | None
+    """What its kernels need at least on this kind of device, collectives left out, likewise; None where the kind is not
+    known."""
     lacks: tuple[str, ...] = ()
     """Parts that its phase holds and that are not there yet when it runs."""
 
@@ -83,13 +91,25 @@ def phases(run: Run, batch: TrainBatch, plans: Sequence[DecoderPlan]) -> list[Ph
     passing = max((bytes_of(plan.cache) for plan in plans if not plan.keeps_cache), default=0)
     conversations = {"KV cache": kept} if kept else {}
 
-    training = state | decoder | conversations | {"batch": bytes_of(batch)}
-    found = [Phase("sample", state | decoder | {"KV cache": kept + passing}, _decoding(run, plans))]
+    # Devices of the actor's own have none of the learner's state, and the others nothing of the actor's.
+    sampling = state | decoder if run.beside is None else decoder | _in_waiting(run)
+    training = state | {"batch": bytes_of(batch)}
+    if run.beside is None:
+        training |= decoder | conversations
+
+    found = [Phase("sample", sampling | {"KV cache": kept + passing}, _decoding(run, plans))]
     if scores(run):
         found.append(Phase("score", training, _scoring(run.learner, batch)))
     if run.critic is not None:
         found.append(Phase("critic", training, predict_update(run.critic.learner, batch)))
     return [*found, Phase("update", training, predict_update(run.learner, batch))]
+
+
+def _in_waiting(run: Run) -> dict[str, int]:
+    """Weights that were handed over and that no rollout has been made with yet: of each version that may wait."""
+    assert run.beside is not None
+    shapes = jax.tree.map(lambda x, where: x.update(sharding=where), abstract_params(run.decoder), run.beside.layout)
+    return {"weights in waiting": max(1, run.config.rollout.staleness) * bytes_of(shapes)}
 
 
 def scores(run: Run) -> bool:
@@ -127,25 +147,33 @@ def bytes_of(tree: Any) -> int:
 def compile_phases(run: Run, batch: TrainBatch, plans: Sequence[DecoderPlan]) -> Iterator[Compiled]:
     """The programs of a step at their largest shapes, compiled one by one for the run's devices. Nothing runs."""
     sampling = run.config.sampling.params()
+    chip = chip_of(run.mesh.devices.flat[0])
     for index, (decoder, plan) in enumerate(zip(run.actor.decoders, plans, strict=True)):
         behind = f" {index}" if index else ""
         start = time.perf_counter()
-        for name, lowered in decoder.lower(plan, sampling).items():
+        programs = decoder.lower(plan, sampling)
+        if run.beside is None and num_processes(run.mesh) > num_processes(run.rollout_mesh):
+            programs["weights"] = lower_copies(run.decoder, run.mesh)
+        for name, lowered in programs.items():
             # The copy is what it returns: both are counted as the decoder's weights.
             copies = ("decoder weights",) if name == "weights" else ()
             lacks = (*copies, "KV cache") if copies and not plan.keeps_cache else copies
-            yield _compile("sample", f"{name}{behind}", lowered, start, lacks=lacks)
+            yield _compile("sample", f"{name}{behind}", lowered, start, chip, lacks=lacks)
             start = time.perf_counter()
 
     microbatches = batch.packed.tokens.shape[0]
+    # Microbatches are a loop whose number is data, in which the chunks of the vocabulary's head are another. An update
+    # of one microbatch has no loop around it.
+    loops = (microbatches, _chunks(run.learner, batch))
+    of_update = loops if microbatches > 1 else loops[1:]
     if scores(run):
         start = time.perf_counter()
-        yield _compile("score", "score", run.learner.lower_score(batch), start, microbatches)
+        yield _compile("score", "score", run.learner.lower_score(batch), start, chip, loops)
     if run.critic is not None:
         start = time.perf_counter()
-        yield _compile("critic", "critic", run.critic.learner.lower_update(batch), start, microbatches)
+        yield _compile("critic", "critic", run.critic.learner.lower_update(batch), start, chip, (microbatches,))
     start = time.perf_counter()
-    yield _compile("update", "update", run.learner.lower_update(batch), start, microbatches)
+    yield _compile("update", "update", run.learner.lower_update(batch), start, chip, of_update)
 
 
 def _compile(
@@ -153,15 +181,24 @@ def _compile(
     name: str,
     lowered: jax.stages.Lowered,
     start: float,
-    microbatches: int = 1,
+    chip: Chip | None,
+    loops: Sequence[int] = (1,),
     *,
     lacks: tuple[str, ...] = (),
 ) -> Compiled:
     compiled = lowered.compile()
     seconds = time.perf_counter() - start
-    # Microbatches are a loop whose number is data, in which the chunks of the vocabulary's head are another.
-    found = collectives(compiled, (microbatches, 1))
-    return Compiled(phase, name, seconds, compiled_memory(compiled), found, lacks)
+
+    text = compiled.as_text() or ""
+    least = None if chip is None else bound(text, chip, loops)
+    return Compiled(phase, name, seconds, compiled_memory(compiled), collectives(text, loops), least, lacks)
+
+
+def _chunks(learner: Learner, batch: TrainBatch) -> int:
+    """Chunks in which one device computes the vocabulary head of a microbatch."""
+    _, rows, scored = batch.packed.score_index.shape
+    tokens = rows // batch_parts(_mesh(learner)) * -(-scored // _sharing(learner))
+    return -(-tokens // learner.update_config.head_chunk)
 
 
 def predict_update(learner: Learner, batch: TrainBatch) -> dict[str, int]:

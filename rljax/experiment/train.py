@@ -5,7 +5,7 @@ import dataclasses
 import difflib
 import json
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
@@ -14,9 +14,10 @@ from absl import logging
 
 from rljax.evaluation import Evaluation, evaluate
 from rljax.experiment.build import Run, build, held_out_examples, stack_rows
-from rljax.experiment.changes import review_changes
+from rljax.experiment.changes import changed_fields, review_changes
 from rljax.experiment.config import Config, to_dict
 from rljax.experiment.dry_run import check_run
+from rljax.experiment.journal import Journal, Made
 from rljax.experiment.pulse import Pulse
 from rljax.experiment.report import describe_run, finish, say
 from rljax.experiment.sft import warm_up
@@ -24,9 +25,9 @@ from rljax.experiment.stops import Stopped, Stops
 from rljax.experiment.watchdog import Watchdog
 from rljax.models import written_metadata
 from rljax.parallel import check_equal, end_together, is_main_process, on_main, use_mesh
-from rljax.rollouts import NoSignal, Rollout, collect
+from rljax.rollouts import Rollout
 from rljax.rollouts.shared import check_processes
-from rljax.sampling import compile_count
+from rljax.sampling import compile_count_here
 from rljax.training import (
     AnyPath,
     Checkpointer,
@@ -40,6 +41,9 @@ from rljax.training import (
     with_critic,
 )
 from rljax.types import Params, TrainBatch
+
+SETTLE_S = 20.0
+"""How long a run that is asked to end waits for rollouts that are under way: schedulers kill it after 30 s or so."""
 
 
 class RunFailed(RuntimeError):
@@ -81,10 +85,13 @@ def train(config: Config, workdir: str, *, fresh: bool = False) -> dict[str, Any
         check_equal(config=to_dict(config), data=[example.id for example in [*run.dataset.train, *run.dataset.test]])
         say(describe_run(run))
         folder = RunFolder(path, config=to_dict(config), fresh=fresh)
-        checkpoints = open_checkpoints(config, folder)
+        journal = Journal(folder.journal)
+        checkpoints = open_checkpoints(config, folder, journal)
 
         # Innermost again: what is closed on the way out would wait for the processes that are left behind.
         run.pulse = Pulse(folder.status, config.log.pulse_s)
+        run.pipeline.journal = journal
+        run.pipeline.until = config.steps
         watchdog = Watchdog(run.pulse, folder.stacks, config.log.stall_s)
         with (
             watchdog,
@@ -93,13 +100,15 @@ def train(config: Config, workdir: str, *, fresh: bool = False) -> dict[str, Any
             contextlib.closing(checkpoints),
             use_mesh(run.mesh),
             run.pulse,
+            run.pipeline,
             end_together(),
         ):
-            loop = Loop(run, folder, checkpoints)
+            loop = Loop(run, folder, checkpoints, journal)
             try:
                 before, after = loop.run_to_the_end()
             except Stopped:
                 loop.save_place()
+                loop.settle()
                 raise
             seconds = time.perf_counter() - started
             return on_main(lambda: finish(folder, before, after, wall_seconds=seconds))
@@ -108,10 +117,11 @@ def train(config: Config, workdir: str, *, fresh: bool = False) -> dict[str, Any
 class Loop:
     """The steps of one run in its folder. `place` is None until there are weights."""
 
-    def __init__(self, run: Run, folder: RunFolder, checkpoints: Checkpointer):
+    def __init__(self, run: Run, folder: RunFolder, checkpoints: Checkpointer, journal: Journal):
         self.run = run
         self.folder = folder
         self.checkpoints = checkpoints
+        self.journal = journal
         self.place: Place | None = None
 
     def run_to_the_end(self) -> tuple[Evaluation, Evaluation]:
@@ -119,7 +129,7 @@ class Loop:
         run = self.run
         config = run.config
 
-        self.place = resume(run, self.checkpoints, self.folder)
+        self.place = resume(run, self.checkpoints, self.folder, self.journal)
         if self.place is None:
             run.state = run.init_state(self.warmed_up())
             self.place = place_of(run, 0)
@@ -180,6 +190,9 @@ class Loop:
         run = self.run
         if run.empty_steps < min(run.config.update.max_empty, run.config.steps):
             return
+        # A rollout of an earlier start says nothing of what has been mended since.
+        if run.pipeline.is_recorded:
+            return
         # What was drawn does not come again, so that a repaired reward goes on behind it.
         self.save_place()
         self.checkpoints.wait()
@@ -198,10 +211,25 @@ class Loop:
             host["unlogged"] = {name: str(value) for name, value in (place.metrics or {}).items()}
         self.folder.flush()
         self.checkpoints.save(place.step, self.run.state, host, place.metrics)
-        self.run.actor.checkpointed()
+        self.run.pipeline.checkpointed()
+        # What no checkpoint would go on with is of no use; the one being written may still be lost.
+        first = self.checkpoints.first_kept
+        if first is not None:
+            self.journal.keep(first)
         # What is being written is not whole, so the warm-up's own go when the next one is begun.
         if any(step < place.step for step in self.checkpoints.steps):
             self.folder.drop_warmup()
+
+    def settle(self) -> None:
+        """Waits a while for rollouts that the newest checkpoint goes on with; without them the run goes on from the one
+        before."""
+        if self.place is None:
+            return
+        stop = json.loads(self.place.host)["ordered"]
+        missing = self.run.pipeline.num_missing(stop)
+        if missing:
+            say(f"waiting up to {SETTLE_S:.0f} s for {missing} rollouts that the checkpoint needs")
+            self.run.pipeline.settle(stop, SETTLE_S)
 
 
 def check_best_metric(config: Config, known: Iterable[str]) -> None:
@@ -220,13 +248,18 @@ def check_best_metric(config: Config, known: Iterable[str]) -> None:
 
 def place_of(run: Run, step: int, metrics: dict[str, float] | None = None, *, is_logged: bool = True) -> Place:
     """The place of a run that has done `step` steps and has nothing under way."""
-    return Place(step, json.dumps(host_state(run)), metrics, is_logged)
+    return Place(step, json.dumps(host_state(run, step)), metrics, is_logged)
 
 
-def open_checkpoints(config: Config, folder: RunFolder) -> Checkpointer:
+def open_checkpoints(config: Config, folder: RunFolder, journal: Journal | None = None) -> Checkpointer:
+    """The checkpoints of a run; those of a loop count as whole when the rollouts that they need are in its journal."""
     own = config.checkpoint
     return Checkpointer(
-        folder.checkpoints, keep_last=own.keep_last, keep_best=own.keep_best, best_metric=own.best_metric
+        folder.checkpoints,
+        keep_last=own.keep_last,
+        keep_best=own.keep_best,
+        best_metric=own.best_metric,
+        is_complete=None if journal is None else lambda step, host: journal.holds(step, host.get("ordered", step)),
     )
 
 
@@ -244,9 +277,12 @@ def review_warmup(folder: RunFolder) -> None:
         review_changes(folder.previous_config, folder.config, steps[-1], "config.warmup.steps")
 
 
-def resume(run: Run, checkpoints: Checkpointer, folder: RunFolder) -> Place | None:
+def resume(run: Run, checkpoints: Checkpointer, folder: RunFolder, journal: Journal) -> Place | None:
     """Restores the newest good checkpoint into `run`, and says where it stands; None for a new run. ValueError for a
-    config that the run cannot go on with."""
+    config that the run cannot go on with.
+
+    Rollouts that an earlier start has made of the same config are taken from the journal, behind the checkpoint too.
+    """
     if checkpoints.steps:
         done = checkpoints.steps[-1]
         is_evaluated = on_main(folder.evaluation_file(0).exists)
@@ -261,16 +297,14 @@ def resume(run: Run, checkpoints: Checkpointer, folder: RunFolder) -> Place | No
         review_warmup(folder)
         if is_main_process():
             folder.evaluation_file(0).unlink(missing_ok=True)
+        go_on(run, folder, journal, 0, {})
         folder.start(0)
         return None
 
     run.state, host, step = restored
-    run.curriculum.load_state_dict(host["curriculum"])
     run.reference_scores = host.get("reference_scores", [])
     run.empty_steps = host.get("empty_steps", 0)
-    examples = {example.id: example for example in run.dataset.train}
-    check_processes(host.get("actor", {}))
-    run.actor.load_state_dict(host.get("actor", {}), run.algorithm.plan, examples)
+    go_on(run, folder, journal, step, host)
 
     unlogged = host.get("unlogged")
     folder.start(step, is_logged=unlogged is None)
@@ -278,6 +312,47 @@ def resume(run: Run, checkpoints: Checkpointer, folder: RunFolder) -> Place | No
     if unlogged is None:
         return place_of(run, step)
     return place_of(run, step, {name: float(value) for name, value in unlogged.items()}, is_logged=False)
+
+
+def go_on(run: Run, folder: RunFolder, journal: Journal, step: int, host: Mapping[str, Any]) -> None:
+    """Brings the actor's side to where it stood behind `step` steps, of which a checkpoint says `host`, or behind the
+    last rollout that is used again.
+
+    Used again is what the same config has made. Where it has changed, only rollouts that were ordered before are used,
+    whose weights are gone, as far as the staleness asked for allows.
+    """
+    examples = {example.id: example for example in run.dataset.train}
+    ordered = host.get("ordered", step)
+    found = journal.load(step, examples)
+    is_same = folder.previous_config is not None and not sampled_otherwise(folder.previous_config, folder.config)
+    recorded = [made for made in found if made.step < ordered or is_same]
+
+    # Behind a checkpoint without rollouts ahead of it this is in the checkpoint; a new run has it from its config.
+    at_step = {name: host[name] for name in ("curriculum", "actor") if name in host}
+    at_step = at_step or (json.loads(run.pipeline.host_state()) if ordered <= step else {})
+    newest = json.loads(recorded[-1].behind) if recorded else at_step
+    check_processes(newest.get("actor", {}))
+    run.curriculum.load_state_dict(newest["curriculum"])
+    run.actor.load_state_dict(newest.get("actor", {}), run.algorithm.plan, examples)
+
+    # What was drawn does not come again, also where the rollout that was made of it is of no use.
+    recorded = fitting(recorded, run.config.rollout.staleness)
+    journal.keep(0, step + len(recorded))
+    run.pipeline.go_on(step, ordered, recorded, json.dumps(at_step or newest))
+    if recorded:
+        say(f"going on with {len(recorded)} rollouts of the journal, from that of step {step + 1} on")
+
+
+def fitting(recorded: list[Made], staleness: int) -> list[Made]:
+    """Those of them, up to the first that is older, which a run of this staleness may train on."""
+    fits = [made.version >= made.step - staleness for made in recorded]
+    return recorded[: fits.index(False)] if False in fits else recorded
+
+
+def sampled_otherwise(old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
+    """Whether two configs, as JSON, may lead to other rollouts."""
+    of_no_matter = ("config.name", "config.steps", "config.log", "config.checkpoint", "config.rollout.devices")
+    return any(not name.startswith(of_no_matter) for name in changed_fields(old, new))
 
 
 def save_description(run: Run, folder: RunFolder) -> None:
@@ -296,13 +371,12 @@ def save_description(run: Run, folder: RunFolder) -> None:
         new.rename(folder.path / "model")
 
 
-def host_state(run: Run) -> dict[str, Any]:
-    """What a checkpoint holds beside arrays, JSON-ready."""
+def host_state(run: Run, step: int) -> dict[str, Any]:
+    """What a checkpoint of `step` done steps holds beside arrays, JSON-ready."""
     return {
-        "curriculum": run.curriculum.state_dict(),
         "reference_scores": run.reference_scores,
-        "actor": run.actor.state_dict(),
         "empty_steps": run.empty_steps,
+        **run.pipeline.place(step),
     }
 
 
@@ -311,15 +385,17 @@ def train_step(run: Run, step: int) -> tuple[dict[str, float], Rollout]:
     comes before the first update or not at all."""
     config = run.config
     timer = PhaseTimer()
-    compiled = compile_count()
+    compiled = compile_count_here()
 
     with run.stops.abandonable(), run.pulse("rollout"):
-        run.actor.set_params(run.policy(), step)
-        rollout, lacking = roll_out(run, step)
+        run.pipeline.order(step, run.policy())
+        made = run.pipeline.take(step)
+        rollout = made.rollout
         timer.add(rollout.seconds)
-    if lacking:
-        metrics = empty_step(run, rollout, lacking, timer)
-        metrics["compile/count"] = float(compile_count() - compiled)
+    if made.lacking:
+        metrics = empty_step(run, rollout, made.lacking, timer)
+        metrics |= waits(run, made)
+        metrics["compile/count"] = float(compile_count_here() - compiled + made.compiled)
         return metrics, rollout
 
     with run.stops.abandonable(), timer("score"), run.pulse("scoring"):
@@ -354,14 +430,21 @@ def train_step(run: Run, step: int) -> tuple[dict[str, float], Rollout]:
         first = updates[0] if updates else {}
         metrics |= {name: float(value) for name, value in first.items() if name.startswith("rollout/logprob_gap")}
 
-    run.curriculum.observe(*rollout.observed())
     for record, row in zip(rollout.records, advantages, strict=False):
         record["advantage"] = float(row[np.abs(row).argmax()])
 
     run.empty_steps = 0
     metrics |= rollout_metrics(run, rollout, timer)
-    metrics["compile/count"] = float(compile_count() - compiled)
+    metrics |= waits(run, made)
+    metrics["compile/count"] = float(compile_count_here() - compiled + made.compiled)
     return metrics, rollout
+
+
+def waits(run: Run, made: Made) -> dict[str, float]:
+    """Seconds that the learner waited for a rollout, and the actor for an order, where they work beside each other."""
+    if run.beside is None:
+        return {}
+    return {"time/learner_wait_s": run.pipeline.waited_s, "time/actor_wait_s": made.idle_s}
 
 
 def compile_updates(run: Run, minibatch: TrainBatch) -> None:
@@ -375,20 +458,6 @@ def compile_updates(run: Run, minibatch: TrainBatch) -> None:
     if run.config.update.compile_ahead > 1:
         run.state = run.learner.warm_up(run.state, minibatch, progress)
     run.is_compiled = True
-
-
-def roll_out(run: Run, step: int) -> tuple[Rollout, str]:
-    """The rollout of a step, and what it lacks to be learned from; "" where it lacks nothing."""
-    plan = run.algorithm.plan
-    try:
-        rollout = collect(run.actor, plan, lambda n: run.curriculum.sample(step, n), run.config.prompts_per_step, step)
-    except NoSignal as error:
-        return error.rollout, str(error)
-
-    if not np.isnan(rollout.rewards).all():
-        return rollout, ""
-    why = next((record["error"] for record in rollout.records if record["error"]), "no reward said why")
-    return rollout, f"none of the {len(rollout.records)} samples has a valid reward; the first failed with: {why}"
 
 
 def empty_step(run: Run, rollout: Rollout, lacking: str, timer: PhaseTimer) -> dict[str, float]:
@@ -456,6 +525,6 @@ def check_same_problems(run: Run, evaluation: Evaluation, file: AnyPath) -> None
 def evaluate_run(run: Run, params: Params, step: int) -> Evaluation:
     """The evaluation that `config.evaluation` describes, of `params`."""
     config = run.config.evaluation
+    examples = held_out_examples(run)
     with run.stops.abandonable(), run.pulse("evaluation"):
-        run.actor.set_params(params, step)
-        return evaluate(run.actor, held_out_examples(run), config, step=step)
+        return run.pipeline.evaluate(step, params, lambda: evaluate(run.actor, examples, config, step=step))

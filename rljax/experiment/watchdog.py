@@ -106,7 +106,7 @@ class Watchdog:
             # Re-armed with every look, it goes off only where no look is possible.
             with contextlib.suppress(Exception):
                 later = self._limit_s + 3 * self._every_s
-                faulthandler.dump_traceback_later(later, exit=True, file=sys.__stderr__)
+                faulthandler.dump_traceback_later(later, exit=True, file=sys.__stderr__ or sys.stderr)
 
             # The service may be gone, which JAX itself ends this process for.
             with contextlib.suppress(RuntimeError):

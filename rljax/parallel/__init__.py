@@ -20,12 +20,15 @@ from rljax.parallel.mesh import (
     MESH_AXES,
     decoding_mesh,
     make_mesh,
+    mesh_beside,
     num_processes,
     own_mesh,
     platform,
+    split_devices,
     spread_mesh,
     use_mesh,
 )
+from rljax.parallel.roofline import Bound, bound
 from rljax.parallel.sharding import (
     DECODE_RULES,
     RULES,
@@ -35,6 +38,7 @@ from rljax.parallel.sharding import (
     batch_parts,
     batch_sharding,
     constrain,
+    hand_over,
     named_sharding,
     on_shards,
     own_part,
@@ -47,7 +51,7 @@ from rljax.parallel.sharding import (
     split_axes,
     split_over,
 )
-from rljax.parallel.topologies import CHIPS, Chip, chip_of, topology_devices
+from rljax.parallel.topologies import CHIPS, Chip, chip_of, on_one_host, topology_devices
 
 __all__ = [
     "CHIPS",
@@ -55,6 +59,7 @@ __all__ = [
     "MESH_AXES",
     "RULES",
     "AnyMesh",
+    "Bound",
     "Chip",
     "Collective",
     "CompiledMemory",
@@ -64,6 +69,7 @@ __all__ = [
     "barrier",
     "batch_parts",
     "batch_sharding",
+    "bound",
     "check_equal",
     "chip_of",
     "collectives",
@@ -73,16 +79,19 @@ __all__ = [
     "end_together",
     "exchange",
     "gather",
+    "hand_over",
     "heard",
     "initialize_distributed",
     "is_main_process",
     "is_waiting",
     "keep_compiled",
     "make_mesh",
+    "mesh_beside",
     "named_sharding",
     "num_processes",
     "on_cluster",
     "on_main",
+    "on_one_host",
     "on_shards",
     "own_mesh",
     "own_part",
@@ -96,6 +105,7 @@ __all__ = [
     "say_to_all",
     "shardings",
     "split_axes",
+    "split_devices",
     "split_over",
     "spread_mesh",
     "to_host",

@@ -62,6 +62,32 @@ def decoding_mesh(mesh: Mesh) -> Mesh:
     return Mesh(mesh.devices.reshape(tuple(sizes.values())), mesh.axis_names, axis_types=mesh.axis_types)
 
 
+def split_devices(devices: Sequence[jax.Device], beside: int) -> tuple[list[jax.Device], list[jax.Device]]:
+    """Devices to train on, and those of this process to roll out on: of every process the last `beside`; with 0 all do
+    both. ValueError where nothing is left to train on."""
+    if not beside:
+        return list(devices), list(devices)
+
+    by_process: dict[int, list[jax.Device]] = {}
+    for device in devices:
+        by_process.setdefault(device.process_index, []).append(device)
+    fewest = min(map(len, by_process.values()))
+    if fewest <= beside:
+        raise ValueError(
+            f"devices={beside} leaves none of the {fewest} devices of a process to train on; take at most {fewest - 1}"
+        )
+    # Of devices to compile for, none need be of this process.
+    own = by_process.get(jax.process_index(), by_process[min(by_process)])
+    return [device for part in by_process.values() for device in part[:-beside]], own[-beside:]
+
+
+def mesh_beside(mesh: Mesh, devices: Sequence[jax.Device]) -> Mesh:
+    """A mesh for decoding on other devices than those of `mesh`: weights split as there, as far as their number allows,
+    and the batch over the rest."""
+    tensor = math.gcd(len(devices), mesh.shape["tensor"])
+    return make_mesh(data=1, fsdp=-1, tensor=tensor, devices=devices)
+
+
 def num_processes(mesh: Mesh) -> int:
     """How many processes the devices of `mesh` belong to: also of devices that only a compiler knows."""
     return len({device.process_index for device in mesh.devices.flat})
@@ -82,13 +108,14 @@ def spread_mesh(mesh: Mesh) -> Mesh:
     return Mesh(devices.reshape(-1, 1, 1, tensor), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
 
 
-def own_mesh(mesh: Mesh) -> Mesh:
-    """Those copies of `spread_mesh` that lie in this process, for what it computes by itself. ValueError where it has
-    none."""
+def own_mesh(mesh: Mesh, process: int | None = None) -> Mesh:
+    """Those copies of `spread_mesh` that lie in one process (None: this one), for what it computes by itself.
+    ValueError where it has none."""
+    process = jax.process_index() if process is None else process
     copies = spread_mesh(mesh).devices
-    own = copies[[row[0, 0, 0].process_index == jax.process_index() for row in copies]]
+    own = copies[[row[0, 0, 0].process_index == process for row in copies]]
     if not own.size:
-        raise ValueError(f"process {jax.process_index()} has no device of the mesh {dict(mesh.shape)}")
+        raise ValueError(f"process {process} has no device of the mesh {dict(mesh.shape)}")
     return Mesh(own, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
 
 

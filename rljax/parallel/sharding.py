@@ -170,6 +170,27 @@ def own_part(tree: Any, mesh: Mesh) -> Any:
     return jax.tree.map(part, tree)
 
 
+def hand_over(params: Any, target: Any) -> Any:
+    """Copies of arrays under the shardings of `target`, whose devices belong to this process and hold none of the
+    arrays. They last when the arrays are donated.
+
+    Of arrays that are spread over several processes each gets the whole first, one array after another. All processes
+    must come here.
+    """
+
+    def one(x: Array, where: NamedSharding) -> Array:
+        if not x.is_fully_addressable:
+            mesh = x.sharding.mesh  # type: ignore[attr-defined]
+            x = jax.jit(_same, out_shardings=replicated(mesh))(x).addressable_data(0)
+        return jax.device_put(x, where, may_alias=False)
+
+    return jax.tree.map(one, params, target)
+
+
+def _same(x: Array) -> Array:
+    return x
+
+
 def constrain(x: Array, axes: Sequence[str | None], rules: Rules = RULES) -> Array:
     """Asks the compiler to split activation `x` by its logical axes; without a mesh (`use_mesh`) `x` as it is.
 

@@ -12,7 +12,9 @@ import re
 from pathlib import Path
 
 import jax
+import numpy as np
 from jax.experimental import topologies
+from jax.sharding import Mesh
 
 from rljax.parallel.compile_cache import OFF, keep_compiled
 
@@ -29,6 +31,8 @@ class Chip:
     """Bytes a second of its memory."""
     memory: int
     """Bytes of its memory, before what the runtime keeps for itself."""
+    links: float
+    """Bytes a second that the others of a large machine can send it: over a TPU's links, or a GPU's network card."""
     kinds: tuple[str, ...]
     """Its names as `jax.Device.device_kind`."""
     clock: float = 0.0
@@ -40,12 +44,12 @@ class Chip:
 
 
 CHIPS = {
-    "v4": Chip(275e12, 1228e9, 32 * GIB, ("TPU v4",), 1.05e9),
-    "v5e": Chip(197e12, 819e9, 16 * GIB, ("TPU v5 lite", "TPU v5e"), 1.5e9),
-    "v5p": Chip(459e12, 2765e9, 95 * GIB, ("TPU v5", "TPU v5p"), 1.75e9),
-    "v6e": Chip(918e12, 1640e9, 32 * GIB, ("TPU v6 lite", "TPU v6e"), 1.75e9),
-    "h100": Chip(989e12, 3352e9, 84_929_347_584, ("NVIDIA H100 80GB HBM3",)),
-    "h200": Chip(989e12, 4800e9, 141_000_000_000, ("NVIDIA H200",)),
+    "v4": Chip(275e12, 1228e9, 32 * GIB, 300e9, ("TPU v4",), 1.05e9),
+    "v5e": Chip(197e12, 819e9, 16 * GIB, 200e9, ("TPU v5 lite", "TPU v5e"), 1.5e9),
+    "v5p": Chip(459e12, 2765e9, 95 * GIB, 600e9, ("TPU v5", "TPU v5p"), 1.75e9),
+    "v6e": Chip(918e12, 1640e9, 32 * GIB, 400e9, ("TPU v6 lite", "TPU v6e"), 1.75e9),
+    "h100": Chip(989e12, 3352e9, 84_929_347_584, 50e9, ("NVIDIA H100 80GB HBM3",)),
+    "h200": Chip(989e12, 4800e9, 141_000_000_000, 50e9, ("NVIDIA H200",)),
 }
 """By the name that a topology begins with."""
 
@@ -82,6 +86,10 @@ device_description_str: "{kind}"
 """
 
 
+_HOSTS = {2: {1: "1x1", 4: "2x2", 8: "2x4"}, 3: {4: "2x2x1"}}
+"""By the number of axes of a pod: the shape of a host by its chips."""
+
+
 def topology_devices(name: str) -> list[jax.Device]:
     """The devices of the machine `name`, without hardware: `v5e:16x16`, `v5p:4x4x4` (chips by axis of the pod), or
     `h100:64` (GPUs, in hosts of 8).
@@ -97,6 +105,19 @@ def topology_devices(name: str) -> list[jax.Device]:
     # A compiler without devices cannot read its programs back: each would be written, and warned of the next time.
     keep_compiled(OFF)
     return devices
+
+
+def on_one_host(mesh: Mesh) -> Mesh:
+    """`mesh`, whose devices are those of one host of a larger machine that is not here, on a machine of one such host:
+    no compiler takes a part of a machine. ValueError for a part that is no host of its kind."""
+    count = mesh.size
+    kind = next((name for name, chip in CHIPS.items() if mesh.devices.flat[0].device_kind in chip.kinds), "")
+    shapes = _HOSTS.get(_TPU_AXES.get(kind, 1), {})
+    shape = shapes.get(count, "" if kind in _TPU_AXES else str(count))
+    if not kind or not shape:
+        raise ValueError(f"no host of {count} x {mesh.devices.flat[0].device_kind} is known, to plan its rollouts for")
+    devices = np.array(topology_devices(f"{kind}:{shape}")).reshape(mesh.devices.shape)
+    return Mesh(devices, mesh.axis_names, axis_types=mesh.axis_types)
 
 
 def chip_of(device: jax.Device) -> Chip | None:

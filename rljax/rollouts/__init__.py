@@ -1,9 +1,10 @@
 """Rollouts: from prompts to scored trajectories, by whatever plays the policy."""
 
-from rljax.rollouts.actor import Actor, GroupRequest, RolloutSettings, ScoredGroup, number_groups
+from rljax.rollouts.actor import Actor, GroupRequest, RolloutSettings, ScoredGroup, known_example, number_groups
 from rljax.rollouts.black_box import BlackBox, BlackBoxActor, ChatEndpoint
 from rljax.rollouts.collect import NoSignal, Rollout, collect
 from rljax.rollouts.config import ActorConfig, ActorParts
+from rljax.rollouts.groups import GroupRules, GroupsConfig
 from rljax.rollouts.guided import Guided, GuidedActor
 from rljax.rollouts.multi_turn import MultiTurn, MultiTurnActor
 from rljax.rollouts.schedule import RolloutConfig
@@ -18,6 +19,8 @@ __all__ = [
     "BlackBoxActor",
     "ChatEndpoint",
     "GroupRequest",
+    "GroupRules",
+    "GroupsConfig",
     "Guided",
     "GuidedActor",
     "MultiTurn",
@@ -31,5 +34,6 @@ __all__ = [
     "SingleTurn",
     "SingleTurnActor",
     "collect",
+    "known_example",
     "number_groups",
 ]

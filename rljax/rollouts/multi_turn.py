@@ -11,13 +11,12 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from rljax.envs import (
     DONE,
-    FAILED,
     MALFORMED,
     EnvironmentLimits,
     EnvironmentPool,
@@ -27,6 +26,7 @@ from rljax.envs import (
 )
 from rljax.plans import RolloutPlan
 from rljax.rollouts.actor import Actor, GroupRequest, RolloutSettings, ScoredGroup, known_example
+from rljax.rollouts.admission import all_in_time, capacity
 from rljax.rollouts.config import ActorParts, TurnsConfig
 from rljax.rollouts.cross_policy import stale_turns
 from rljax.rollouts.episodes import (
@@ -41,11 +41,16 @@ from rljax.rollouts.episodes import (
     turns_of,
 )
 from rljax.rollouts.forks import ForkRounds
+from rljax.rollouts.groups import terminal_class
 from rljax.sampling import Fork, RowScorer, Sample, SamplingConfig, SamplingParams, Turn, TurnDecoder, TurnResult
 from rljax.sampling.slots import spans_before
+from rljax.settings import field
 from rljax.tasks import Example, RewardResult, load_callable
 from rljax.text import Dialogue, Tokenizer, encode_text
 from rljax.types import INTERVENTION_SUPPRESS, NO_PARENT, Params
+
+AtHandOver = Literal["recompute", "keep"]
+"""What becomes of keys and values that older weights have computed."""
 
 Pick = Callable[[int, int, int], int]
 """(prompt id, sample id, turn) -> the decoder that speaks this turn."""
@@ -70,6 +75,15 @@ class MultiTurn(TurnsConfig):
     """What an episode is worth that ended at a limit or was cut off; None is what it had earned."""
     groups_in_flight: int = 0
     """Groups that are under way beyond those that a step needs: an episode may span updates."""
+    steps_in_flight: int | None = field(default=None, least=1)
+    """Steps after the one that asked for it in which a group is trained on at the latest. It lets in at most so many
+    times `prompts_per_step` of the groups in flight (AReaL, 2505.24298), and a step waits for those whose last step it
+    is. None lets slow groups take any time. Set it where a few episodes take much longer than the others."""
+    at_hand_over: AtHandOver = "recompute"
+    """What becomes of the keys and values of conversations under way when new weights come. `recompute` has the new
+    weights compute them again (AReaL, 2505.24298): what they say next is what they would say behind these tokens.
+    `keep` goes on over those of older weights (PipelineRL, 2509.19128), which saves the computation for long
+    conversations; an evaluation or a checkpoint in between still has them computed again."""
     stale_share: float = 0.0
     """Share of turns, in [0, 1), that weights of an earlier step speak (AgentRL, 2510.04206)."""
     stale_every: int = 25
@@ -100,11 +114,22 @@ class MultiTurn(TurnsConfig):
                 f"config.actor.stale_share={self.stale_share} and forks of lagged chains both say which weights speak; "
                 "set it to 0"
             )
+        if self.at_hand_over == "keep" and plan.forks and plan.forks.lagged_chains:
+            raise ValueError(
+                "config.actor.at_hand_over='keep' mixes weights within a conversation, and forks of lagged chains need "
+                "to know which of two weights spoke; set it to 'recompute'"
+            )
         if self.groups_in_flight < 0:
             raise ValueError(f"config.actor.groups_in_flight={self.groups_in_flight} must be at least 0")
 
     def build(self, parts: ActorParts) -> Actor:
         parts.refuse_in_step("environments")
+        # Each process trains its own groups by their last step, for which its share of a step must always be the same.
+        if self.steps_in_flight is not None and parts.groups % parts.processes:
+            raise ValueError(
+                f"config.actor.steps_in_flight={self.steps_in_flight} needs config.prompts_per_step={parts.groups} to "
+                f"divide over the {parts.processes} processes; change one of the three"
+            )
         style = get_format(self.tool_format)
         dialogue = Dialogue(parts.tokenizer, role=style.role, wrap=style.wrap, chat=parts.settings.chat)
         if any(dialogue.is_chat(example.prompt) for example in [*parts.dataset.train, *parts.dataset.test]):
@@ -112,14 +137,31 @@ class MultiTurn(TurnsConfig):
 
         forks = parts.plan.forks if parts.plan.forks and parts.plan.forks.lagged_chains else None
         decoders = [
-            self.turn_decoder(parts, groups_in_flight=self.groups_in_flight, stop_strings=tuple(style.stop_strings))
+            self.turn_decoder(
+                parts, groups_in_flight=self.most_in_flight(parts.groups), stop_strings=tuple(style.stop_strings)
+            )
             for _ in range(2 if self.stale_share or forks else 1)
         ]
         scorer = None
         if forks:
             scorer = RowScorer(parts.decoder, parts.mesh, rows=forks.parents, length=self.context_length)
         pool = self._pool(parts.tokenizer)
-        return parts.shared(MultiTurnActor(decoders, pool, dialogue, parts.settings, self, scorer=scorer))
+        actor = MultiTurnActor(decoders, pool, dialogue, parts.settings, self, scorer=scorer, batch=parts.groups)
+        actor.processes = parts.processes
+        return parts.shared(actor)
+
+    def most_in_flight(self, batch: int) -> int:
+        """Groups that may be under way beyond the `batch` that a step needs."""
+        if self.steps_in_flight is None:
+            return self.groups_in_flight
+        return capacity(
+            version=0,
+            staleness=self.steps_in_flight,
+            batch=batch,
+            accepted=0,
+            running=batch,
+            most=batch + self.groups_in_flight,
+        )
 
     def _pool(self, tokenizer: Tokenizer) -> EnvironmentPool:
         """ValueError when an environment cannot be made."""
@@ -157,7 +199,10 @@ class MultiTurnActor:
 
     With `config.groups_in_flight` above 0 that many groups more than asked for are under way, and `ready` returns when
     as many as it was asked for are complete; the others go on at the next call, with the weights of then. Every token
-    carries the `policy_version` that said it.
+    carries the `policy_version` that said it. With `config.steps_in_flight` fewer may be under way, and `ready` takes
+    the oldest, and waits for those that no later step could take in time; `batch` is how many groups a step trains.
+
+    Which groups a call returns, and where in an episode a version begins, depends on how fast environments answer.
 
     There is one decoder, or two for cross-policy sampling (AgentRL, 2510.04206): the second speaks a share
     `config.stale_share` of the turns, or those that `pick` says, and takes new weights only every `config.stale_every`
@@ -175,7 +220,10 @@ class MultiTurnActor:
         *,
         pick: Pick | None = None,
         scorer: RowScorer | None = None,
+        batch: int = 0,
     ):
+        if config.steps_in_flight is not None and batch < 1:
+            raise ValueError(f"steps_in_flight={config.steps_in_flight} needs batch, the groups that a step trains")
         self.scorer = scorer
         # The first decoder has the current weights; a second one, older ones.
         self.decoders = list(decoders)
@@ -183,6 +231,8 @@ class MultiTurnActor:
         self.dialogue = dialogue
         self.settings = settings
         self.config = config
+        self.batch = batch
+        self.processes = 1  # that share the groups of a step
         self.versions = [-1] * len(decoders)
         self.stats: dict[str, float] = {}
         self.seconds: dict[str, float] = {}
@@ -222,7 +272,7 @@ class MultiTurnActor:
         is_renewal = self.scorer is None and version % self.config.stale_every == 0
         for i, decoder in enumerate(self.decoders):
             if i == 0 or self.versions[i] < 0 or is_renewal:
-                decoder.set_params(params)
+                decoder.set_params(params, keep=self._conversations_to_keep())
                 self.versions[i] = version
 
     def cache_bytes(self) -> int:
@@ -233,7 +283,10 @@ class MultiTurnActor:
 
     def for_evaluation(self, sampling: SamplingParams) -> "MultiTurnActor":
         settings = replace(self.settings, sampling=sampling)
-        config = replace(self.config, groups_in_flight=0, stale_share=0.0)
+        # What it says is said by the newest weights alone, also where it begins as a conversation under way does.
+        if self._keeps:
+            self._forget()
+        config = replace(self.config, groups_in_flight=0, steps_in_flight=None, stale_share=0.0)
         actor = MultiTurnActor(self.decoders[:1], self.pool, self.dialogue, settings, config)
         actor.versions = self.versions[:1]
         return actor
@@ -243,8 +296,15 @@ class MultiTurnActor:
         """Groups under way between calls."""
         return len(self._queue) + len(self._open) + len(self._done)
 
-    def missing(self, n: int) -> int:
-        return max(0, n + self.config.groups_in_flight - self.num_pending)
+    def missing(self, n: int, pending: int | None = None) -> int:
+        eta = self.config.steps_in_flight
+        most = n + self.config.groups_in_flight
+        running = self.num_pending if pending is None else pending
+        if eta is None:
+            return max(0, most - running)
+
+        # Counted from this step on; what it asks for less than a batch, it has accepted in an earlier round.
+        return capacity(version=0, staleness=eta, batch=self.batch, accepted=self.batch - n, running=running, most=most)
 
     def submit(self, requests: Sequence[GroupRequest], plan: RolloutPlan, step: int) -> None:
         """Raises ValueError if a group needs more conversations than there are."""
@@ -273,7 +333,22 @@ class MultiTurnActor:
             return {}
         return {"groups": [self._group_state(group) for group in sorted(groups, key=lambda group: group.number)]}
 
+    @property
+    def _keeps(self) -> bool:
+        return self.config.at_hand_over == "keep"
+
+    def _conversations_to_keep(self) -> set[int]:
+        """Those under way: one that begins later has nothing of older weights, although it may begin alike."""
+        return set(range(self._num_conversations)) - set(self._free) if self._keeps else set()
+
+    def _forget(self) -> None:
+        for decoder in self.decoders:
+            decoder.forget()
+
     def checkpointed(self) -> None:
+        # A run that is resumed has the tokens, and the newest weights to compute them with.
+        if self._keeps:
+            self._forget()
         # The next step has no weights of a version before, for lagged chains.
         if self.scorer is not None:
             self.versions = [-1] * len(self.versions)
@@ -323,7 +398,7 @@ class MultiTurnActor:
         for play in paused:
             self._speak(play)
 
-        while len(self._done) < wanted:
+        while (taken := self._taken(wanted)) is None:
             self._open_groups()
             for decoder in self.decoders:
                 if decoder.num_open:
@@ -331,22 +406,37 @@ class MultiTurnActor:
                         self._heard(self._speaking.pop(result.turn.conversation), result)
 
             is_idle = not any(decoder.num_open for decoder in self.decoders)
-            if is_idle and not self._acting and not self._queue and len(self._done) < wanted:
+            if is_idle and not self._acting and not self._queue and self._taken(wanted) is None:
                 raise RuntimeError(f"{wanted} groups were asked for, but only {len(self._done)} are under way")
 
             # With nothing to decode the only thing to do is to wait for an environment.
-            self._take_events(wait=is_idle and self._acting > 0 and len(self._done) < wanted)
+            self._take_events(wait=is_idle and self._acting > 0 and self._taken(wanted) is None)
 
         # The weights may change before the next call, so no turn stays in a decoder.
         for decoder in self.decoders:
-            for result in decoder.interrupt():
+            for result in decoder.interrupt(keep=self._keeps):
                 self._heard(self._speaking.pop(result.turn.conversation), result)
 
-        # Those complete first are taken, so that none waits for another; within the call their order is fixed.
-        taken = sorted(self._done[:wanted], key=lambda group: group.number)
-        self._done = self._done[wanted:]
+        # Within the call their order is fixed.
+        taken.sort(key=lambda group: group.number)
+        self._done = [group for group in self._done if group not in taken]
         self.stats = self._stats(taken, time.perf_counter() - begin)
         return taken
+
+    def _taken(self, wanted: int) -> list[Group] | None:
+        """The complete groups that a call for `wanted` takes; None to wait for more."""
+        if len(self._done) < wanted:
+            return None
+        eta = self.config.steps_in_flight
+        # Those complete first, so that none waits for another.
+        if eta is None:
+            return self._done[:wanted]
+
+        oldest = sorted(self._done, key=lambda group: (group.step, group.number))[:wanted]
+        left = [group.step for group in (*self._done, *self._open, *self._queue) if group not in oldest]
+        is_all_done = len(self._done) == self.num_pending
+        in_time = all_in_time(left, step=self._step + 1, staleness=eta, batch=self.batch // self.processes)
+        return oldest if in_time or is_all_done else None
 
     def _open_groups(self) -> None:
         """Opens groups from the queue as long as each can be finished: conversations are promised to the forks that are
@@ -575,7 +665,7 @@ class MultiTurnActor:
         episode = play.episode
         assert episode is not None
         parts = {"turns": float(len(episode.steps)), **episode.counts}
-        if play.problem or episode.end in FAILED:
+        if play.problem or terminal_class(episode.end, is_truncated=play.is_truncated) == "environment":
             return RewardResult(0.0, parts, False, play.problem or f"{episode.end}: {episode.error}")
 
         value = episode.reward
@@ -666,6 +756,13 @@ class MultiTurnActor:
         results = [r for group in groups for r in group.results if r is not None]
         episodes = [play.episode for group in groups for play in group.plays if play.episode is not None]
 
+        ends = [
+            terminal_class(play.episode.end, is_truncated=play.is_truncated)
+            for group in groups
+            for play in group.plays
+            if play.episode is not None and not play.problem
+        ]
+
         row_steps = total["decode_steps"] * self.decoders[0].spec.rows
         return {
             "busy_share": total["seconds"] / max(seconds, 1e-9),
@@ -675,7 +772,9 @@ class MultiTurnActor:
             "turns": float(total["turns"]),
             "finished_share": float(np.mean([episode.end == DONE for episode in episodes])) if episodes else 0.0,
             "failed": float(sum(not result.is_valid for result in results)),
+            "policy_aborts": float(sum(end == "policy" for end in ends)),
             "groups_in_flight": float(self.num_pending),
+            "steps_in_flight": float(max((self._step - group.step for group in groups), default=0)),
         }
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+from rljax.rollouts.groups import GroupsConfig
 from rljax.settings import field
 
 
@@ -20,14 +21,9 @@ class RolloutConfig:
     """Steps of training between the weights that sample a rollout and those that are first updated by it. 0 is
     on-policy. Rollouts overlap with updates from 1 on; more evens out rollouts of unequal length, costs a copy of the
     weights a step, and needs a method that looks at the log-probs of the policy that sampled."""
-
+    groups: GroupsConfig = dataclasses.field(default_factory=GroupsConfig)
+    """What becomes of groups that lack members, or are old."""
     in_step: bool = False
     """On several processes: whether all of them decode one batch over one mesh, in step, and process 0 judges alone. It
     is for a model of which the devices of a process cannot hold a copy, and for one turn without environments. Off,
     each process plays and judges its share of the groups by itself."""
-
-    def check(self) -> None:
-        """ValueError for what the loop cannot do: it alternates, on all devices."""
-        for name in ("devices", "staleness"):
-            if value := getattr(self, name):
-                raise ValueError(f"{name}={value} must be 0: rollouts and updates alternate")

@@ -1,6 +1,7 @@
 """An actor around another one, for several processes: each plays its share of the groups, and all see all of them."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from statistics import mean
 from typing import Any
 
 import jax
@@ -13,8 +14,16 @@ from rljax.sampling import SamplingParams
 from rljax.tasks import Example
 from rljax.types import Params
 
-ADD_UP = ("prefill_tokens", "turns", "failed", "groups_in_flight", "unused_conversations")
-"""Those of an actor's stats that are numbers of things, and add up over processes. Others are means."""
+COMBINED: dict[str, Callable[[list[float]], float]] = {
+    "prefill_tokens": sum,
+    "turns": sum,
+    "failed": sum,
+    "policy_aborts": sum,
+    "groups_in_flight": sum,
+    "unused_conversations": sum,
+    "steps_in_flight": max,
+}
+"""What an actor's stats are of all processes: numbers of things add up, and what is not here is a mean."""
 
 
 NAME = "rollouts"
@@ -34,7 +43,6 @@ class Shared:
         self.actor = actor
         self.stats: dict[str, float] = {}
         self.seconds: dict[str, float] = {}
-        self._in_flight = actor.missing(0)
 
         # Both count groups, of all processes.
         self._submitted = 0
@@ -68,8 +76,8 @@ class Shared:
     def longest_row(self, prompt_length: int) -> int:
         return self.actor.longest_row(prompt_length)
 
-    def missing(self, n: int) -> int:
-        return max(0, n + self._in_flight - (self._submitted - self._taken))
+    def missing(self, n: int, pending: int | None = None) -> int:
+        return self.actor.missing(n, self._submitted - self._taken if pending is None else pending)
 
     def submit(self, requests: Sequence[GroupRequest], plan: RolloutPlan, step: int) -> None:
         own = [request for number, request in enumerate(requests, self._submitted) if self._is_own(number)]
@@ -114,7 +122,7 @@ class Shared:
         self.stats = {}
         for name in dict.fromkeys(name for stats in played for name in stats):
             values = [stats[name] for stats in played if name in stats]
-            self.stats[name] = sum(values) if name in ADD_UP else sum(values) / len(values)
+            self.stats[name] = COMBINED.get(name, mean)(values)
 
         spent = [part["seconds"] for part in told]
         phases = dict.fromkeys(name for seconds in spent for name in seconds)

@@ -7,7 +7,7 @@ import numpy as np
 from rljax.plans import RolloutPlan
 from rljax.rollouts.actor import ScoredGroup
 from rljax.sampling import Sample
-from rljax.types import NO_PARENT
+from rljax.types import NO_PARENT, Trajectory
 
 
 def rollout_stats(
@@ -52,6 +52,16 @@ def rollout_stats(
             **_fork_stats(groups),
         }
     return stats | _component_means(groups)
+
+
+def staleness_stats(trajectories: Sequence[Trajectory], step: int) -> dict[str, float]:
+    """How many steps the weights that sampled a token were behind those that are first updated by it, over the tokens
+    that may receive gradient: 0 on-policy, NaN without tokens."""
+    ages = [step - one.policy_version[one.action_mask] for one in trajectories]
+    age = np.concatenate(ages) if ages else np.empty(0)
+    if not len(age):
+        return {"staleness": np.nan, "staleness_max": np.nan}
+    return {"staleness": float(age.mean()), "staleness_max": float(age.max())}
 
 
 def _component_means(groups: Sequence[ScoredGroup]) -> dict[str, float]:

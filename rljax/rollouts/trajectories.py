@@ -16,7 +16,7 @@ def trajectory_of(
     plan: RolloutPlan,
     group: ScoredGroup,
     index: int,
-    step: int,
+    version: int,
     columns: Sequence[Column] = (),
     *,
     group_id: int = 0,
@@ -24,8 +24,9 @@ def trajectory_of(
 ) -> Trajectory:
     """Sample `index` of `group`, prompt and completion in one sequence.
 
-    The group is the `group_id`-th of its rollout, and its first sample row `first_row` of it. `columns` are those that
-    the trajectory gets, 0 where the sample has no value.
+    `version` is that of the weights, where the sample does not tell it of each token. The group is the `group_id`-th of
+    its rollout, and its first sample row `first_row` of it. `columns` are those that the trajectory gets, 0 where the
+    sample has no value.
     """
     sample = group.samples[index]
     result = group.results[index]
@@ -40,7 +41,7 @@ def trajectory_of(
     if plan.shape_reward is not None and result.is_valid:
         reward = plan.shape_reward(reward, len(sample.tokens))
 
-    versions = np.full(total, step, np.int32)
+    versions = np.full(total, version, np.int32)
     if sample.versions is not None:
         versions = on_completion(sample.versions, np.int32)
     is_child = sample.parent != NO_PARENT

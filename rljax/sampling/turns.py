@@ -8,7 +8,7 @@ import bisect
 import contextlib
 import time
 from collections import Counter, deque
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Literal, NamedTuple
 
 import jax
@@ -161,15 +161,20 @@ class TurnDecoder:
     def _clear_stats(self) -> None:
         self.stats = dict.fromkeys(_COUNTED, 0) | {"seconds": 0.0}
 
-    def set_params(self, params: Params) -> None:
+    def set_params(self, params: Params, *, keep: Collection[int] = ()) -> None:
         """Takes a copy of the weights, which may lie on the devices of the decoder's mesh, on others, or on the host;
-        what was computed with the last ones is forgotten. Raises RuntimeError while turns are under way: `interrupt`
-        them first."""
+        what was computed with the last ones is forgotten, but for the conversations `keep`. Raises RuntimeError while
+        turns are under way: `interrupt` them first.
+
+        A conversation that is kept goes on over keys and values of several weights (PipelineRL, 2509.19128): its tokens
+        have the log-probs of this mixture, which no single weights would give them. One that is forgotten is computed
+        anew by these weights (AReaL, 2505.24298), and its next tokens have the log-probs of a forward pass by them.
+        """
         self._check_idle()
         self._params = None
         with self._on_mesh():
             self._params = take_weights(self.config, self.mesh, params)
-        self.forget()
+        self.forget(keep=keep)
 
     def adopt(self, other: "TurnDecoder") -> None:
         """Decodes with the weights that another decoder of this model and mesh holds; nothing is copied. Otherwise as
@@ -182,9 +187,10 @@ class TurnDecoder:
         if self.num_open:
             raise RuntimeError(f"{self.num_open} turns are under way with the old weights; interrupt them first")
 
-    def forget(self) -> None:
-        """All conversations are computed anew when they are next used."""
-        self._held = [np.zeros(0, np.int32)] * self.spec.conversations
+    def forget(self, *, keep: Collection[int] = ()) -> None:
+        """All conversations but those of `keep` are computed anew when they are next used."""
+        nothing = np.zeros(0, np.int32)
+        self._held = [self._held[i] if i in keep else nothing for i in range(self.spec.conversations)]
 
     def begin(self, sampling: SamplingParams, *, seed: int, step: int) -> None:
         """How turns are sampled from now on; clears `stats`. (seed, step) enter the random numbers."""
@@ -296,13 +302,22 @@ class TurnDecoder:
         self.stats["seconds"] += time.perf_counter() - begin
         return ended
 
-    def interrupt(self) -> list[TurnResult]:
-        """Ends all turns where they stand; those that had not begun have no tokens."""
+    def interrupt(self, *, keep: bool = False) -> list[TurnResult]:
+        """Ends all turns where they stand; those that had not begun have no tokens. What the others have computed since
+        they began is computed again when they go on, unless told to `keep` it."""
         results = []
+        moves = []
         for row, turn in enumerate(self._turns):
-            if turn is not None:
-                results.append(self._result(row, "interrupted"))
-                self._free(row)
+            if turn is None:
+                continue
+            results.append(self._result(row, "interrupted"))
+            if keep:
+                moves.append(self._hand_over(row, results[-1], self._column))
+            self._free(row)
+        if moves:
+            with self._on_mesh():
+                self._kept = _keep_turns(self._kept, self._cache, self._moves(moves))
+
         results += [TurnResult(turn, *_NOTHING, "interrupted") for turn in self._waiting]
         self._waiting.clear()
         return results
@@ -482,15 +497,9 @@ class TurnDecoder:
             if end is None:
                 continue
 
-            # The row is free; what it has computed goes to its conversation, whose next turn comes behind it. The last
-            # token has been sampled and not yet fed, so that it has no keys and values.
             reason, length = end
-            result = self._result(row, reason, length)
-            results.append(result)
-            total = int(self._grid.steps[row])
-            first_column = (column + count - total) % self._ring
-            moves.append((turn.conversation, row, len(turn.tokens) - 1, first_column))
-            self._held[turn.conversation] = np.concatenate([np.asarray(turn.tokens, np.int32), result.tokens])[:-1]
+            results.append(self._result(row, reason, length))
+            moves.append(self._hand_over(row, results[-1], column + count))
             self._free(row)
 
         self._column = int((column + grown.max()) % self._ring)
@@ -548,6 +557,15 @@ class TurnDecoder:
         parts = self._emitted[row] or [_NOTHING]
         tokens, logprobs, entropies = (np.concatenate(arrays)[:length] for arrays in zip(*parts, strict=True))
         return TurnResult(turn, tokens, logprobs, entropies, end)
+
+    def _hand_over(self, row: int, result: TurnResult, column: int) -> tuple[int, int, int, int]:
+        """What a row has computed goes to its conversation, whose next turn comes behind it: the move that brings it
+        there. `column` is where the row would have written next."""
+        # The last token has been sampled and not yet fed, so that it has no keys and values.
+        turn = result.turn
+        self._held[turn.conversation] = np.concatenate([np.asarray(turn.tokens, np.int32), result.tokens])[:-1]
+        first_column = (column - int(self._grid.steps[row])) % self._ring
+        return turn.conversation, row, len(turn.tokens) - 1, first_column
 
     def _free(self, row: int) -> None:
         self._turns[row] = None

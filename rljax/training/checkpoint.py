@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import jax
@@ -31,6 +31,10 @@ class Refused(ValueError):
     """A checkpoint that is whole and does not belong here: of another layout, or over another base."""
 
 
+class Incomplete(ValueError):
+    """A checkpoint that relies on what is not there."""
+
+
 class Unreadable(ValueError):
     """A checkpoint of which a process cannot read its part."""
 
@@ -42,6 +46,10 @@ class Checkpointer:
     begins, so that one finished checkpoint is there at any time. What an interrupted save left is removed at start.
 
     Frozen base weights are not saved: they are loaded from the model again, and must be those of the save.
+
+    `is_complete(step, host_state)` tells, where it is given, whether what a checkpoint relies on elsewhere is there.
+    One that is not complete is passed over, and counts for none of the `keep_last`. `first_kept` is the oldest of
+    these, None as long as there is none; it is known from the first save on.
     """
 
     def __init__(
@@ -51,6 +59,7 @@ class Checkpointer:
         keep_last: int = 2,
         keep_best: int = 0,
         best_metric: str = "rollout/reward_mean",
+        is_complete: Callable[[int, Mapping[str, Any]], bool] | None = None,
     ):
         if keep_last < 1 or keep_best < 0:
             raise ValueError(f"keep_last={keep_last} must be at least 1 and keep_best={keep_best} at least 0")
@@ -58,6 +67,8 @@ class Checkpointer:
         self.keep_last = keep_last
         self.keep_best = keep_best
         self.best_metric = best_metric
+        self.is_complete = is_complete
+        self.first_kept: int | None = None
 
         # The folder must be there before any process looks into it.
         if is_main_process():
@@ -118,6 +129,7 @@ class Checkpointer:
             raise ValueError("the target's base has shapes alone; load it: with_base(target, learner.base_of(params))")
 
         failures: dict[int, str] = {}
+        incomplete: list[int] = []
         refused: Refused | None = None
         for step in reversed(self.steps):
             try:
@@ -125,16 +137,23 @@ class Checkpointer:
             except Exception as error:  # whatever a broken file leads to
                 if isinstance(error, Refused):
                     refused = refused or error
-                failures[step] = str(error) if isinstance(error, (Refused, Unreadable)) else _reason(error)
+                known = isinstance(error, (Refused, Unreadable, Incomplete))
+                failures[step] = str(error) if known else _reason(error)
+                if isinstance(error, Incomplete):
+                    incomplete.append(step)
                 logging.warning(
                     "checkpoint %s cannot be used (%s); trying the one before", self.folder / str(step), failures[step]
                 )
             else:
-                self._set_aside(list(failures))
+                self._set_aside([step for step in failures if step not in incomplete])
+                self._delete(incomplete)
                 return result
 
         if refused is not None:
             raise refused
+        if incomplete and len(incomplete) == len(failures):
+            self._delete(incomplete)
+            return None
         if failures:
             listed = "; ".join(f"step {step}: {reason}" for step, reason in failures.items())
             raise ValueError(
@@ -148,6 +167,8 @@ class Checkpointer:
         host = _together(lambda: self._read(step, "host", ocp.args.JsonRestore()))
         _check_layout(host, self.folder / str(step))
         _check_base(host, _bases(target), self.folder / str(step))
+        if not on_main(lambda: self._has_all(step, host)):
+            raise Incomplete("rollouts that it goes on with are not in the journal")
 
         saved = _together(lambda: self._read(step, "state", ocp.args.StandardRestore(_without_base(target))))
         _check_contents(saved, host["fingerprint"])
@@ -172,9 +193,31 @@ class Checkpointer:
         barrier("set aside")
         self._open()
 
+    def _delete(self, steps: Sequence[int]) -> None:
+        for step in steps:
+            self._manager.delete(step)
+
+    def _has_all(self, step: int, host: Mapping[str, Any]) -> bool:
+        return self.is_complete is None or self.is_complete(step, host["host"])
+
+    def _complete(self) -> list[int]:
+        """Steps whose checkpoint is complete, as this process sees it, oldest first."""
+        found = []
+        for step in sorted(self._manager.all_steps()):
+            try:
+                host = {} if self.is_complete is None else self._read(step, "host", ocp.args.JsonRestore())
+                if self._has_all(step, host):
+                    found.append(step)
+            except Exception:  # a broken file is no checkpoint to go on from
+                continue
+        return found
+
     def _thin_out(self) -> None:
         steps = self.steps
-        keep = set(steps[-self.keep_last :])
+        last = on_main(self._complete)[-self.keep_last :]
+        # One that is not complete yet may become it, and is newer than those that are.
+        keep = {step for step in steps if not last or step >= last[0]}
+        self.first_kept = last[0] if last else None
 
         if self.keep_best:
             # All delete the same ones.
@@ -182,9 +225,7 @@ class Checkpointer:
             scored = sorted((score, step) for step, score in scores.items() if score is not None)
             keep |= {step for _, step in scored[-self.keep_best :]}
 
-        for step in steps:
-            if step not in keep:
-                self._manager.delete(step)
+        self._delete([step for step in steps if step not in keep])
 
     def _score(self, step: int) -> float | None:
         try:

@@ -24,6 +24,7 @@ PACKAGES = ("rljax-lm", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "n
 
 _FOLDERS = (
     "rollouts",
+    "journal",
     "evaluations",
     "checkpoints",
     "checkpoints_unreadable",
@@ -49,7 +50,8 @@ _FILES = (
 
 class RunFolder:
     """Everything that a run writes, under one path: `config.json`, `versions.json` and `starts.jsonl` (both, of every
-    start), `metrics.jsonl`, `tensorboard/`, `rollouts/`, `evaluations/`, `checkpoints/` and `learning_curve.png`.
+    start), `metrics.jsonl`, `tensorboard/`, `rollouts/`, `journal/`, `evaluations/`, `checkpoints/` and
+    `learning_curve.png`.
 
     A context manager. Logs are written by a thread, in the order given; all of them are there after `flush`, `metrics`
     and the end of the context. Only the main process writes, and no second run may: ValueError for a folder in use by
@@ -110,6 +112,11 @@ class RunFolder:
     def stacks(self) -> AnyPath:
         """What threads did when a run was ended because nothing moved."""
         return self.path / "stacks"
+
+    @property
+    def journal(self) -> AnyPath:
+        """Rollouts as they are made, for a start that goes on."""
+        return self.path / "journal"
 
     @property
     def warmup_checkpoints(self) -> AnyPath:

@@ -10,8 +10,8 @@ import math
 import re
 from collections.abc import Sequence
 
-from rljax.parallel import Chip
 from rljax.parallel.hlo import Instruction, Program, dimensions, parse, shape_bytes
+from rljax.parallel.topologies import Chip
 
 LAUNCH = 1.5e-6
 """Seconds between two kernels of a GPU."""
@@ -38,7 +38,9 @@ class Bound:
 
     seconds: float = 0.0
     bytes: float = 0.0
+    """Read from memory and written to it."""
     flops: float = 0.0
+    """Of products; 0 of a TPU's program, which has them in forms of its own."""
     kernels: float = 0.0
     custom: float = 0.0
     """Of these, kernels of which the program does not say what they compute: their reads and writes alone count."""

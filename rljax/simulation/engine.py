@@ -1,0 +1,117 @@
+"""A rollout in detail: the rows of every host's decoder, and the episodes that pass through them."""
+
+import dataclasses
+import math
+from collections.abc import Iterator
+
+import numpy as np
+
+from rljax.simulation.scenario import Scenario
+
+
+@dataclasses.dataclass(frozen=True)
+class RolloutTimes:
+    """What the rollouts of a scenario take, sample by sample; one number for each rollout that is drawn."""
+
+    sample_s: np.ndarray
+    """Seconds until the last host has its last sample, float64 `[N]`."""
+    after_s: np.ndarray
+    """Seconds of judging and of gathering behind that, float64 `[N]`."""
+    tokens: np.ndarray
+    """New tokens of all hosts, int64 `[N]`."""
+    busy_rows: np.ndarray
+    """Mean rows that hold an episode over `sample_s`, all hosts together, float64 `[N]`."""
+
+    @property
+    def seconds(self) -> np.ndarray:
+        """Of a whole rollout, float64 `[N]`."""
+        return self.sample_s + self.after_s
+
+
+def draw_tokens(scenario: Scenario, rollout: int) -> np.ndarray:
+    """New tokens of every turn of a rollout, int64 `[samples, turns]`: lognormal, from 1 to `max_tokens`."""
+    rng = np.random.default_rng([scenario.seed, 1, rollout])
+    size = (scenario.groups * scenario.group_size, scenario.turns)
+    drawn = lognormal(rng, scenario.tokens, scenario.tokens_cv, size)
+    return np.clip(np.rint(drawn), 1, scenario.max_tokens).astype(np.int64)
+
+
+def draw_tools(scenario: Scenario, rollout: int) -> np.ndarray:
+    """Seconds of every tool of a rollout, float64 `[samples, turns - 1]`."""
+    rng = np.random.default_rng([scenario.seed, 2, rollout])
+    size = (scenario.groups * scenario.group_size, scenario.turns - 1)
+    return lognormal(rng, scenario.tool_s, scenario.tool_cv, size)
+
+
+def lognormal(rng: np.random.Generator, mean: float, cv: float, size: tuple[int, ...]) -> np.ndarray:
+    """Lognormal numbers of a mean and a coefficient of variation, float64 of shape `size`."""
+    if mean == 0:
+        return np.zeros(size)
+    variance = math.log1p(cv**2)
+    return rng.lognormal(math.log(mean) - variance / 2, math.sqrt(variance), size)
+
+
+def roll_out(scenario: Scenario) -> RolloutTimes:
+    """Simulates the rollouts of a scenario. Deterministic for its seed. ValueError where simpy is not installed."""
+    found = [_one_rollout(scenario, index) for index in range(scenario.drawn)]
+    columns = zip(*found, strict=True)
+    return RolloutTimes(*(np.asarray(column) for column in columns))
+
+
+def _one_rollout(scenario: Scenario, rollout: int) -> tuple[float, float, int, float]:
+    """(seconds of sampling, seconds behind it, new tokens, mean busy rows)."""
+    tokens = draw_tokens(scenario, rollout)
+    episodes = tokens.sum(axis=1) * scenario.token_s + draw_tools(scenario, rollout).sum(axis=1)
+    host_of = np.arange(len(episodes)) // scenario.group_size % scenario.hosts
+
+    env = environment()
+    decoders = [Decoder(env, scenario, episodes[host_of == host]) for host in range(scenario.hosts)]
+    env.run()
+
+    sample_s = env.now
+    busy = sum(decoder.row_seconds for decoder in decoders) / sample_s if sample_s else 0.0
+    # A host judges what it has played, and takes in what the others have.
+    own = math.ceil(scenario.groups / scenario.hosts) * scenario.group_size
+    total = int(tokens.sum())
+    received = total * scenario.trajectory_bytes * (1 - 1 / scenario.hosts)
+    return sample_s, own * scenario.judge_s + received / scenario.gather_bandwidth, total, busy
+
+
+class Decoder:
+    """The rows of one host, which take the host's episodes in their order. `row_seconds` adds up rows over time."""
+
+    def __init__(self, env, scenario: Scenario, episodes: np.ndarray):
+        self.env = env
+        self.row_seconds = 0.0
+        self._active = 0
+        self._since = 0.0
+        self._waiting = iter(episodes.tolist())
+
+        groups = len(episodes) / scenario.group_size
+        prefill = groups * scenario.prefill_s / scenario.decoding_devices
+        for _ in range(min(scenario.rows, len(episodes))):
+            env.process(self._row(prefill))
+
+    def _row(self, prefill: float) -> Iterator:
+        """A row: one episode after another, as long as there are any. Prompts are computed before."""
+        yield self.env.timeout(prefill)
+        self._count(1)
+        for seconds in self._waiting:
+            yield self.env.timeout(seconds)
+            # The row is as full as before if it takes another one, so that nothing has to be counted.
+        self._count(-1)
+
+    def _count(self, change: int) -> None:
+        now = self.env.now
+        self.row_seconds += self._active * (now - self._since)
+        self._since = now
+        self._active += change
+
+
+def environment(now: float = 0.0):
+    """A `simpy.Environment` that begins at `now`. ValueError where simpy is not installed."""
+    try:
+        import simpy
+    except ImportError:
+        raise ValueError("--simulate needs the package simpy: pip install 'rljax-lm[simulate]'") from None
+    return simpy.Environment(now)

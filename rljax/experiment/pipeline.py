@@ -235,9 +235,15 @@ class Pipeline:
         future: Future[T] = Future()
         if self._thread is None:
             future.set_result(work())
+            self._free_weights()
         else:
             self._jobs.put((future, work))
         return future
+
+    def _free_weights(self) -> None:
+        """An actor that takes turns with the learner leaves it the room of its weights: each order brings them anew."""
+        for decoder in self.actor.resting:
+            decoder.drop_params()
 
     def __enter__(self) -> "Pipeline":
         if self.beside is not None:

@@ -1,13 +1,15 @@
 """Rollouts: from prompts to scored trajectories, by whatever plays the policy."""
 
 from rljax.rollouts.actor import Actor, GroupRequest, RolloutSettings, ScoredGroup, known_example, number_groups
-from rljax.rollouts.black_box import BlackBox, BlackBoxActor, ChatEndpoint
+from rljax.rollouts.black_box import BlackBox, BlackBoxActor, ChatEndpoint, EndpointConfig
 from rljax.rollouts.collect import NoSignal, Rollout, collect
 from rljax.rollouts.config import ActorConfig, ActorParts
+from rljax.rollouts.engines import EngineFailed, EngineService, Remote, RemoteActor
 from rljax.rollouts.groups import GroupRules, GroupsConfig
 from rljax.rollouts.guided import Guided, GuidedActor
 from rljax.rollouts.multi_turn import MultiTurn, MultiTurnActor
 from rljax.rollouts.schedule import RolloutConfig
+from rljax.rollouts.shared import Shared
 from rljax.rollouts.single_turn import SingleTurn, SingleTurnActor
 
 __all__ = [
@@ -17,6 +19,9 @@ __all__ = [
     "BlackBox",
     "BlackBoxActor",
     "ChatEndpoint",
+    "EndpointConfig",
+    "EngineFailed",
+    "EngineService",
     "GroupRequest",
     "GroupRules",
     "GroupsConfig",
@@ -25,10 +30,13 @@ __all__ = [
     "MultiTurn",
     "MultiTurnActor",
     "NoSignal",
+    "Remote",
+    "RemoteActor",
     "Rollout",
     "RolloutConfig",
     "RolloutSettings",
     "ScoredGroup",
+    "Shared",
     "SingleTurn",
     "SingleTurnActor",
     "collect",

@@ -32,6 +32,10 @@ class RolloutConfig:
     it moves every weight by about the learning rate, so take it with a `push_every` of 4 and more."""
     groups: GroupsConfig = dataclasses.field(default_factory=GroupsConfig)
     """What becomes of groups that lack members, or are old."""
+    in_step: bool = False
+    """On several processes: whether all of them decode one batch over one mesh, in step, and process 0 judges alone. It
+    is for a model of which the devices of a process cannot hold a copy, and for one turn without environments. Off,
+    each process plays and judges its share of the groups by itself."""
 
     def version_of(self, step: int) -> int:
         """The version of the weights that a step hands to the rollouts, or that it trains."""

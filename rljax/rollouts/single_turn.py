@@ -5,15 +5,15 @@ import functools
 import itertools
 import logging
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Protocol, Self, runtime_checkable
 
 import numpy as np
 
-from rljax.parallel import is_main_process, on_main
+from rljax.parallel import is_main_process, num_processes, on_main
 from rljax.plans import ForkPlan, RolloutPlan
-from rljax.rollouts.actor import Decoder, GroupRequest, RolloutSettings, ScoredGroup
+from rljax.rollouts.actor import Actor, Decoder, GroupRequest, RolloutSettings, ScoredGroup
 from rljax.rollouts.config import ActorParts, chains_of, make_rewards, stops_of
 from rljax.rollouts.forks import ForkRounds
 from rljax.rollouts.lagged import LaggedChains
@@ -46,7 +46,7 @@ class SingleTurn:
     they end the start, and the first of them is named."""
     prompt_slots: int = 0
     """Prompts that decode at once; 0 is all of a step. Lower it when keys and values do not fit. A mesh rounds it up to
-    a multiple of the devices that split the batch."""
+    a multiple of the devices that split the batch. Several processes share them."""
     sample_slots: int = 0
     """Samples of a prompt that decode at once; 0 is the whole group."""
 
@@ -66,7 +66,7 @@ class SingleTurn:
                     f"config.actor.{name}={getattr(self, name)} must be at least 0, and 0 is all of a step"
                 )
 
-    def build(self, parts: ActorParts) -> "SingleTurnActor":
+    def build(self, parts: ActorParts) -> Actor:
         plan = parts.plan
         rewards = make_rewards(self.rewards, parts)
         if rewards is None:
@@ -79,50 +79,63 @@ class SingleTurn:
         spec = SamplerSpec(
             prompt_buckets=self.prompt_buckets,
             max_new_tokens=parts.sampling.max_new_tokens,
-            prompt_slots=self.prompt_slots or parts.groups,
+            prompt_slots=parts.share(self.prompt_slots or parts.groups),
             sample_slots=self.sample_slots or chains_of(plan),
             path_slots=plan.forks.parents if plan.forks else 0,
             max_injected=plan.forks.max_injected if plan.forks else 0,
             suppressed=plan.forks.suppressed if plan.forks else (),
         )
         stops = stops_of(parts)
+        judge = OnMain(rewards) if num_processes(parts.mesh) > 1 else rewards
         if plan.forks is None or not plan.forks.lagged_chains:
             sampler = Sampler(parts.decoder, spec, stops, mesh=parts.mesh)
-            return SingleTurnActor(sampler, parts.tokenizer, rewards, parts.settings)
+            return parts.shared(SingleTurnActor(sampler, parts.tokenizer, judge, parts.settings))
 
         # Forks are requests of their own: no path is kept, and nothing is given behind one.
         sampler = Sampler(parts.decoder, replace(spec, path_slots=0, max_injected=0), stops, mesh=parts.mesh)
         lagged = LaggedChains(sampler, stops)
-        return SingleTurnActor(sampler, parts.tokenizer, rewards, parts.settings, lagged)
+        return parts.shared(SingleTurnActor(sampler, parts.tokenizer, judge, parts.settings, lagged))
 
     def check_prompts(self, parts: ActorParts, pack_length: int) -> Dataset:
         """Renders every prompt once. A log line says where prompts of text name control tokens."""
-        _warn_of_control_tokens(parts, [*parts.dataset.train, *parts.dataset.test])
 
-        def length_of(example: Example) -> int:
-            try:
-                return len(render_prompt(parts.tokenizer, example.prompt, parts.settings.chat))
-            except (ValueError, TypeError) as error:  # tokenizers raise the latter for half characters
-                raise ValueError(f"{example.name}: {error}") from error
+        def raised(longest: int) -> str:
+            buckets = f"config.actor.prompt_buckets={self.prompt_buckets}"
+            return f"add a bucket of at least {longest} to {buckets}"
 
-        # a row is never split between packed sequences, nor longer than the positions of the model
-        new_tokens = parts.sampling.max_new_tokens
-        positions = parts.decoder.longest_sequence
-        longest_row = min(pack_length, positions)
-        limit = min(self.prompt_buckets[-1], longest_row - new_tokens)
+        return playable_rows(parts, pack_length, self.prompt_buckets[-1], raised, drop=self.drop_long_prompts)
 
-        def remedy(longest: int) -> str:
-            both = f"must hold a prompt and config.sampling.max_new_tokens={new_tokens}"
-            if limit < longest_row - new_tokens:
-                way = f"add a bucket of at least {longest} to config.actor.prompt_buckets={self.prompt_buckets}"
-            elif pack_length <= positions:
-                raised = longest + new_tokens
-                way = f"config.update.pack_length={pack_length} {both}, so raise it to at least {raised}"
-            else:
-                way = f"the model's {positions} positions {both}, so lower that or shorten the prompts"
-            return way if self.drop_long_prompts else f"{way}, or set config.actor.drop_long_prompts=True"
 
-        return without_long_rows(parts.dataset, length_of, limit, drop=self.drop_long_prompts, remedy=remedy)
+def playable_rows(
+    parts: ActorParts, pack_length: int, longest_prompt: int, raised: Callable[[int], str], *, drop: bool
+) -> Dataset:
+    """The rows whose prompt has at most `longest_prompt` tokens, and leaves room for a completion. ValueError for
+    others, unless they are to be dropped; `raised(n)` says how to allow prompts of `n` tokens."""
+    _warn_of_control_tokens(parts, [*parts.dataset.train, *parts.dataset.test])
+
+    def length_of(example: Example) -> int:
+        try:
+            return len(render_prompt(parts.tokenizer, example.prompt, parts.settings.chat))
+        except (ValueError, TypeError) as error:  # tokenizers raise the latter for half characters
+            raise ValueError(f"{example.name}: {error}") from error
+
+    # a row is never split between packed sequences, nor longer than the positions of the model
+    new_tokens = parts.sampling.max_new_tokens
+    positions = parts.decoder.longest_sequence
+    longest_row = min(pack_length, positions)
+    limit = min(longest_prompt, longest_row - new_tokens)
+
+    def remedy(longest: int) -> str:
+        both = f"must hold a prompt and config.sampling.max_new_tokens={new_tokens}"
+        if limit < longest_row - new_tokens:
+            way = raised(longest)
+        elif pack_length <= positions:
+            way = f"config.update.pack_length={pack_length} {both}, so raise it to at least {longest + new_tokens}"
+        else:
+            way = f"the model's {positions} positions {both}, so lower that or shorten the prompts"
+        return way if drop else f"{way}, or set config.actor.drop_long_prompts=True"
+
+    return without_long_rows(parts.dataset, length_of, limit, drop=drop, remedy=remedy)
 
 
 def _warn_of_control_tokens(parts: ActorParts, examples: Sequence[Example]) -> None:
@@ -144,17 +157,56 @@ def _warn_of_control_tokens(parts: ActorParts, examples: Sequence[Example]) -> N
         )
 
 
-class SingleTurnActor(QueuedActor):
+@runtime_checkable
+class PromptSampler(Protocol):
+    """What samples completions of prompts: a `Sampler`, or what stands for one elsewhere."""
+
+    def generate(
+        self, requests: Sequence[Request], sampling: SamplingParams, *, seed: int, step: int
+    ) -> list[list[Sample]]:
+        """As `Sampler.generate`."""
+        ...
+
+
+class OnMain:
+    """Rewards for processes that decode in step: process 0 judges, and tells the others. A judge may answer otherwise
+    the second time, and all processes must train on one rollout."""
+
+    def __init__(self, rewards: RewardRunner):
+        self.rewards = rewards
+
+    def __enter__(self) -> "OnMain":
+        if is_main_process():
+            self.rewards.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        if is_main_process():
+            self.rewards.__exit__(*error)
+
+    def score(self, inputs: Sequence[RewardInput]) -> list[RewardResult]:
+        return on_main(lambda: self.rewards.score(inputs))
+
+    @property
+    def finds_answers(self) -> bool:
+        return self.rewards.finds_answers
+
+    def answer(self, completion: str, result: RewardResult) -> str | None:
+        return self.rewards.answer(completion, result)
+
+
+class PromptActor(QueuedActor):
     """Samples each prompt of a group independently, or in rounds of forks, and runs `rewards` on the texts.
 
-    All groups of a call are decoded together. The `Actor` protocol says the rest.
+    All groups of a call are decoded together. What samples, and how it gets weights, is for actors to say that derive
+    from this; the `Actor` protocol says the rest.
     """
 
     def __init__(
         self,
-        sampler: Sampler,
+        sampler: PromptSampler,
         tokenizer: Tokenizer,
-        rewards: RewardRunner,
+        rewards: RewardRunner | OnMain,
         settings: RolloutSettings,
         lagged: LaggedChains | None = None,
     ):
@@ -165,40 +217,19 @@ class SingleTurnActor(QueuedActor):
         self.rewards = rewards
         self.settings = settings
 
-    def __enter__(self) -> "SingleTurnActor":
-        if is_main_process():
-            self.rewards.__enter__()
+    def __enter__(self) -> Self:
+        self.rewards.__enter__()
         return self
 
     def __exit__(self, *error: Any) -> None:
-        if is_main_process():
-            self.rewards.__exit__(*error)
+        self.rewards.__exit__(*error)
 
-    def set_params(self, params: Params, version: int) -> None:
-        """All tokens of a completion are of one version, that of the step which trains on them; without a plan of
-        lagged chains."""
-        if self.lagged is None:
-            self.sampler.set_params(params)
-        else:
-            self.lagged.set_params(params, version)
-
-    def checkpointed(self) -> None:
-        if self.lagged is not None:
-            self.lagged.forget()
-
-    def for_evaluation(self, sampling: SamplingParams) -> "SingleTurnActor":
+    def for_evaluation(self, sampling: SamplingParams) -> Self:
         settings = replace(self.settings, sampling=sampling)
-        return SingleTurnActor(self.sampler, self.tokenizer, self.rewards, settings)
-
-    @property
-    def decoders(self) -> Sequence[Decoder]:
-        return (self.sampler,) if self.lagged is None else (self.lagged.chains, self.lagged.forks)
-
-    def cache_bytes(self) -> int:
-        return self.sampler.cache_bytes() if self.lagged is None else self.lagged.cache_bytes()
+        return type(self)(self.sampler, self.tokenizer, self.rewards, settings)
 
     def longest_row(self, prompt_length: int) -> int:
-        return prompt_length + self.sampler.spec.max_new_tokens
+        raise NotImplementedError
 
     def ready(self, n: int) -> list[ScoredGroup]:
         self.seconds = {"sample": 0.0, "reward": 0.0}
@@ -271,7 +302,7 @@ class SingleTurnActor(QueuedActor):
             step=step,
             prompt_id=group.example.id,
             first_id=first,
-            limit=self.sampler.spec.max_new_tokens,
+            limit=self.longest_row(0),
             score=None if self.lagged is None else functools.partial(self._score, self.lagged, prompt),
         )
         return request._replace(rounds=rounds)
@@ -293,8 +324,7 @@ class SingleTurnActor(QueuedActor):
             for example, samples, group_texts in zip(examples, sampled, texts, strict=True)
             for sample, text in zip(samples, group_texts, strict=True)
         ]
-        # Judged once: a judge may answer otherwise the second time, and all processes must train on one rollout.
-        results = on_main(lambda: self.rewards.score(inputs))
+        results = self.rewards.score(inputs)
         if not self.settings.truncated_is_wrong:
             return results
 
@@ -304,6 +334,39 @@ class SingleTurnActor(QueuedActor):
             result.voided() if sample.finish_reason == "length" else result
             for result, sample in zip(results, flat, strict=True)
         ]
+
+
+class SingleTurnActor(PromptActor):
+    """A `PromptActor` over a decoder of its own."""
+
+    sampler: Sampler
+
+    def set_params(self, params: Params, version: int) -> None:
+        """All tokens of a completion are of one version, that of the step which trains on them; without a plan of
+        lagged chains."""
+        if self.lagged is None:
+            self.sampler.set_params(params)
+        else:
+            self.lagged.set_params(params, version)
+
+    def checkpointed(self) -> None:
+        if self.lagged is not None:
+            self.lagged.forget()
+
+    @property
+    def decoders(self) -> Sequence[Decoder]:
+        return (self.sampler,) if self.lagged is None else (self.lagged.chains, self.lagged.forks)
+
+    @property
+    def resting(self) -> Sequence[Decoder]:
+        # The newest weights of lagged chains are the next version's older ones.
+        return (self.sampler,) if self.lagged is None else ()
+
+    def cache_bytes(self) -> int:
+        return self.sampler.cache_bytes() if self.lagged is None else self.lagged.cache_bytes()
+
+    def longest_row(self, prompt_length: int) -> int:
+        return prompt_length + self.sampler.spec.max_new_tokens
 
 
 def completion_text(

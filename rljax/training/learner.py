@@ -15,10 +15,10 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float
 
 from rljax.batching import Packing, bare_rows, emptied, layout, likely_sizes, loss_mask, pack, take_rows
-from rljax.models import DecoderConfig, forest_attention, kernel_attention
+from rljax.models import KERNEL_DEVICES, DecoderConfig, forest_attention, kernel_attention
 from rljax.models.sequence import CHUNKS
 from rljax.ops import row_uniforms
-from rljax.parallel import batch_parts, platform, put_batch, put_host, replicated, to_host, use_mesh
+from rljax.parallel import batch_parts, device_kind, put_batch, put_host, replicated, to_host, use_mesh
 from rljax.sampling import SamplingParams
 from rljax.training.config import UpdateConfig
 from rljax.training.guard import Guard
@@ -91,6 +91,8 @@ class Learner:
         self._packing: Packing | None = None
         self._has_told_repeated = False
         self._guard = Guard(update.max_skipped)
+        self.is_warm = update.compile_ahead == 1
+        """Whether there is nothing to compile ahead of updates any more."""
 
         self.program = UpdateProgram(
             config=config,
@@ -280,6 +282,7 @@ class Learner:
             state = state.replace(**fields)  # type: ignore[attr-defined]
             if done:
                 say(done, len(likely))
+        self.is_warm = True
         return state
 
     def update(self, state: TrainState, train_batch: TrainBatch) -> tuple[TrainState, Metrics]:
@@ -418,7 +421,7 @@ def _mix(trainable, reference, weight):
 
 def _takes_kernels(update: UpdateConfig, mesh: Mesh | None) -> bool:
     if update.attention_kernel is None:
-        return platform(mesh) == "tpu"
+        return device_kind(mesh).startswith(KERNEL_DEVICES)
     return update.attention_kernel
 
 

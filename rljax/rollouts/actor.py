@@ -90,6 +90,10 @@ class Decoder(Protocol):
         """Its largest programs by what they do."""
         ...
 
+    def drop_params(self) -> None:
+        """Frees its copy of the weights; it needs new ones before it decodes again."""
+        ...
+
 
 @runtime_checkable
 class Actor(Protocol):
@@ -108,8 +112,9 @@ class Actor(Protocol):
         its own mesh."""
         ...
 
-    def missing(self, n: int) -> int:
-        """How many groups have to be submitted for `ready(n)` to return `n`."""
+    def missing(self, n: int, pending: int | None = None) -> int:
+        """How many groups have to be submitted for `ready(n)` to return `n`; where `pending` are under way, or as many
+        as are (None)."""
         ...
 
     def submit(self, requests: Sequence[GroupRequest], plan: RolloutPlan, step: int) -> None:
@@ -129,6 +134,12 @@ class Actor(Protocol):
     @property
     def decoders(self) -> Sequence[Decoder]:
         """What samples for it, each with a copy of the weights."""
+        ...
+
+    @property
+    def resting(self) -> Sequence[Decoder]:
+        """Of `decoders`, those whose weights nothing needs from the end of `ready` to the next `set_params`, which
+        replaces them whatever its version is."""
         ...
 
     def cache_bytes(self) -> int:

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from rljax.plans import RolloutPlan
-from rljax.rollouts.actor import GroupRequest, known_example
+from rljax.rollouts.actor import Decoder, GroupRequest, known_example
 from rljax.tasks import Example
 
 
@@ -23,9 +23,8 @@ class Orders:
     def __init__(self) -> None:
         self._queue: list[tuple[GroupRequest, RolloutPlan, int]] = []
 
-    def missing(self, n: int) -> int:
-        """How many groups have to be added before `n` can be taken."""
-        return max(0, n - len(self._queue))
+    def __len__(self) -> int:
+        return len(self._queue)
 
     def add(self, requests: Sequence[GroupRequest], plan: RolloutPlan, step: int) -> None:
         self._queue += [(request, plan, step) for request in requests]
@@ -65,14 +64,18 @@ class QueuedActor:
         self.seconds: dict[str, float] = {}
         self._orders = Orders()
 
-    def missing(self, n: int) -> int:
-        return self._orders.missing(n)
+    def missing(self, n: int, pending: int | None = None) -> int:
+        return max(0, n - (len(self._orders) if pending is None else pending))
 
     def submit(self, requests: Sequence[GroupRequest], plan: RolloutPlan, step: int) -> None:
         self._orders.add(requests, plan, step)
 
     def state_dict(self) -> dict[str, Any]:
         return self._orders.state_dict()
+
+    @property
+    def resting(self) -> Sequence[Decoder]:
+        return ()
 
     def checkpointed(self) -> None:
         pass

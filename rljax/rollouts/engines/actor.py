@@ -9,9 +9,10 @@ import jax
 import jax.numpy as jnp
 
 from rljax.models import DecoderConfig, save_hf
+from rljax.parallel import require_one_process
 from rljax.plans import RolloutPlan
 from rljax.rollouts.actor import Decoder, ScoredGroup
-from rljax.rollouts.config import ActorParts, make_rewards, require_one_process, stops_of
+from rljax.rollouts.config import ActorParts, make_rewards, stops_of
 from rljax.rollouts.engines.config import EnginesConfig
 from rljax.rollouts.engines.fleet import Export, Fleet
 from rljax.rollouts.engines.remote_sampler import RemoteSampler, SamplingProbe
@@ -55,7 +56,7 @@ class Remote(EnginesConfig):
             raise ValueError(f"forks that {what} are not served by engines; use config.actor=SingleTurn(...)")
 
     def build(self, parts: ActorParts) -> "RemoteActor":
-        require_one_process("engines")
+        require_one_process("a run with config.actor=Remote(...)")
         rewards = make_rewards(self.rewards, parts)
         if rewards is None:
             raise ValueError(

@@ -2,6 +2,7 @@
 
 import math
 import os
+from pathlib import Path
 
 from rljax.tasks.echo import echo_reward
 
@@ -25,8 +26,9 @@ def always_raises(completion):
     raise RuntimeError("no judge here")
 
 
-def of_the_main_process(completion: str, answer: str) -> float:
-    """A judge that can be reached from the main process alone."""
-    if os.environ.get("RLJAX_PROCESS_ID", "0") != "0":
-        raise RuntimeError("judged twice")
+def noted(completion: str, answer: str) -> float:
+    """A judge that notes what it is asked, by process."""
+    notes = Path(os.environ["NOTES"]) / os.environ.get("RLJAX_PROCESS_ID", "alone")
+    with notes.open("a") as file:
+        file.write(f"{completion} {answer}\n")
     return echo_reward(completion, answer)

@@ -31,7 +31,7 @@ def config(mesh):
     model = FreshModel(  # an even vocabulary, to split over `tensor`
         alphabet="abcdefghi=", num_layers=2, embed_dim=32, num_heads=4, num_kv_heads=2, head_dim=8, mlp_dim=64
     )
-    actor = SingleTurn(rewards=(RewardConfig("flaky_rewards:of_the_main_process"),), prompt_buckets=(4,))
+    actor = SingleTurn(rewards=(RewardConfig("flaky_rewards:noted"),), prompt_buckets=(4,))
     return tiny_config(
         actor=actor,
         steps=3,

@@ -40,5 +40,6 @@ def test_nothing_is_explained_that_is_not_logged():
     for name in EXPLAINED - {"rollout/component/NAME"}:
         short = name.split("/")[1]
         phase = short.removesuffix("_s")
-        places = (f'"{name}"', f'"{short}"', f'"{short.removesuffix("k")}', f'phase("{phase}")', f'timer("{phase}")')
+        timed = (f'phase("{phase}")', f'timer("{phase}")', f'seconds["{phase}"]')
+        places = (f'"{name}"', f'"{short}"', f'"{short.removesuffix("k")}', *timed)
         assert any(place in known for place in places), name

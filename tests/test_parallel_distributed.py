@@ -94,8 +94,22 @@ def test_a_checkpoint_that_one_process_cannot_read_is_left_by_all(two_processes)
     assert [path.name for path in (folder / "checkpoints_unreadable").iterdir()] == ["2"]
 
 
-def test_what_is_told_in_another_length_compiles_nothing_new(two_processes):
-    assert all(result["programs"] <= 2 for result in two_processes[0])  # the bytes, and how many they are
+def test_what_hosts_tell_each_other_takes_no_device(two_processes):
+    assert all(result["programs"] == 0 for result in two_processes[0])
+
+
+def test_bytes_of_any_size_go_round_and_leave_nothing(two_processes):
+    """They are cut into pieces of a MiB, and go once all have read them; the last are kept until the next."""
+    for result in two_processes[0]:
+        assert result["large"] == [True, True, True]
+        assert set(result["kept"]) <= {"1", "2"}
+    assert two_processes[0][0]["kept"] == ["2"]
+
+
+def test_who_waits_says_for_whom(two_processes):
+    main, _ = two_processes[0]
+    assert main["late"] == "TimeoutError: process 0 has waited too long for process 1 in late"
+    assert main["other_failed"] == "RuntimeError: process 1 failed: KeyError: judge"
 
 
 def test_an_export_from_two_processes_is_the_export_from_one(two_processes):
@@ -141,12 +155,27 @@ def test_detection_that_finds_nothing_says_what_to_give(monkeypatch):
     for name in ("RLJAX_COORDINATOR", "RLJAX_NUM_PROCESSES", "RLJAX_PROCESS_ID"):
         monkeypatch.delenv(name, raising=False)
 
-    def undefined():
+    def undefined(**_):
         raise ValueError("coordinator_address should be defined.")
 
     monkeypatch.setattr(jax.distributed, "initialize", undefined)
     with pytest.raises(ValueError, match="recognises no cluster in this environment; give coordinator"):
         parallel.initialize_distributed(auto=True)
+
+
+@pytest.mark.parametrize("name", ["RLJAX_NUM_PROCESSES", "SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE"])
+def test_what_runs_on_one_process_says_so(name, monkeypatch):
+    for other in ("RLJAX_NUM_PROCESSES", "SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE"):
+        monkeypatch.setenv(other, "1")
+    parallel.require_one_process("rljax convert")
+    monkeypatch.setenv(name, "4")
+    with pytest.raises(ValueError, match=rf"^rljax convert runs on one process, .*\({name}=4\); start it once$"):
+        parallel.require_one_process("rljax convert")
+
+
+def test_a_heartbeat_takes_a_second_at_least():
+    with pytest.raises(ValueError, match="heartbeat_s=0 must be at least 1 second"):
+        parallel.initialize_distributed(heartbeat_s=0)
 
 
 def test_clusters_are_recognised_by_their_environment():

@@ -20,6 +20,7 @@ def start(folder, shapes, devices, *process):
         os.environ,
         JAX_PLATFORMS="cpu",
         XLA_FLAGS=xla_flags(devices),
+        NOTES=str(folder),
         PYTHONPATH=f"{TESTS.parent}{os.pathsep}{TESTS}",
     )
     command = [sys.executable, str(TESTS / "run_mesh_program.py"), str(folder), ",".join(shapes), *process]
@@ -32,9 +33,31 @@ def result(process):
     return json.loads(out.splitlines()[-1])
 
 
+def judged(folder):
+    """What was judged by each process."""
+    return {
+        name: sorted((folder / name).read_text().splitlines())
+        for name in ("0", "1", "alone")
+        if (folder / name).exists()
+    }
+
+
 @pytest.fixture(scope="module")
-def single(tmp_path_factory):
-    return result(start(tmp_path_factory.mktemp("one"), ["1x1x1"], 1))["1x1x1"]
+def alone(tmp_path_factory):
+    """What one device computes, and what its judge was asked."""
+    folder = tmp_path_factory.mktemp("one")
+    found = result(start(folder, ["1x1x1"], 1))["1x1x1"]
+    return found, judged(folder)["alone"]
+
+
+@pytest.fixture(scope="module")
+def single(alone):
+    return alone[0]
+
+
+@pytest.fixture(scope="module")
+def judged_alone(alone):
+    return alone[1]
 
 
 @pytest.fixture(scope="module")
@@ -81,8 +104,7 @@ def test_no_process_waits_for_one_that_has_failed(failing, tmp_path):
     assert processes[1 - failing].returncode != 0
 
 
-def test_two_processes_run_what_one_runs(tmp_path, single):
-    """Rewards included, though only one of the processes can judge."""
+def test_two_processes_run_what_one_runs_with_half_of_the_work_each(tmp_path, single, judged_alone):
     processes = start_two(tmp_path)
     try:
         main, other = (result(process) for process in processes)
@@ -91,3 +113,8 @@ def test_two_processes_run_what_one_runs(tmp_path, single):
             process.kill()
     assert not other  # only the main process writes the run folder
     assert_the_same(main["2x2x1"], single)
+
+    # Every sample is judged once, by the process that played it: of training, and of the evaluations.
+    by_process = judged(tmp_path)
+    assert sorted([*by_process["0"], *by_process["1"]]) == judged_alone
+    assert len(by_process["0"]) == len(by_process["1"]) == len(judged_alone) // 2

@@ -11,6 +11,7 @@ from sharded_program import CONFIG, batch, difference, loss
 
 from rljax import parallel
 from rljax.models import load_model, param_shardings, save_hf
+from rljax.parallel.exchange import client, exchange, tell_failure
 from rljax.sampling import compile_count
 from rljax.training import Checkpointer
 from rljax.types import TrainState
@@ -77,8 +78,23 @@ def saved_twice(params):
     return checkpoints, jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
 
 
+def late():
+    """Process 0 waits for one that does not come."""
+    return "" if index else said_by(lambda: exchange("late", b"", timeout_s=1.0))
+
+
+def failed():
+    """Process 0 waits for one that has failed."""
+    return tell_failure("KeyError: judge") if index else said_by(lambda: exchange("last", b""))
+
+
 index = jax.process_index()
+large = [bytes([number]) * (2**20 * number + 5) for number in (1, 2)]
+told = [exchange("large", large[index]) for _ in range(3)]
 result = {
+    "large": [parts == large for parts in told],
+    "kept": sorted({key.split("/")[2] for key, _ in client().key_value_dir_get_bytes("rljax/large/")}),
+    "late": late(),
     "restored": restored(*saved_twice(params)),
     "once": parallel.on_main(lambda: {"process": index}),
     "failed": said_by(lambda: parallel.on_main(fails)),
@@ -95,5 +111,6 @@ result = {
     "moved": difference(parallel.to_host(moved), parallel.to_host(params)),
     "addressable": params["layers"]["q"].is_fully_addressable,
 }
+result["other_failed"] = failed()
 np.savez(folder / f"grad{sys.argv[1]}.npz", *jax.tree.leaves(parallel.to_host(grad)))
 print(json.dumps(result))

@@ -34,7 +34,6 @@ from rljax.experiment.report import aligned, describe_run, say
 from rljax.parallel import use_mesh
 from rljax.plans import RolloutPlan
 from rljax.rollouts import SingleTurn, collect
-from rljax.rollouts.config import require_one_process
 from rljax.tasks import Example
 from rljax.types import Trajectory
 
@@ -162,7 +161,6 @@ def check_study(config: Config, name: str, options: StudyOptions) -> None:
             f"--study={name} decodes answers of one turn and rewards their texts, so it needs "
             f"config.actor=SingleTurn(...), not {type(config.actor).__name__}; --study=shifts takes every actor"
         )
-    require_one_process("studies of two models")
 
 
 def load_pair(run: Run, checkpoint: str, step: int | None, base: str | None, base_step: int | None) -> Pair:

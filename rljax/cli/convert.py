@@ -4,6 +4,8 @@ rljax convert --source=model.gguf --target=folder
 rljax convert --source=smollm2 --target=folder --dtype=bfloat16
 rljax convert --source=runs/x --target=folder             # the newest checkpoint of a run
 rljax convert --source=runs/x --target=folder --step=20
+
+It runs on one process.
 """
 
 from absl import flags
@@ -18,7 +20,9 @@ _DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Type of
 
 def main() -> None:
     from rljax.experiment.convert import convert
+    from rljax.parallel import require_one_process
 
+    require_one_process("rljax convert")
     if _SOURCE.value is None or _TARGET.value is None:
         raise ValueError("name both --source (what to convert) and --target (the folder to write)")
     convert(_SOURCE.value, _TARGET.value, step=_STEP.value, dtype=_DTYPE.value)

@@ -11,6 +11,7 @@ extrapolate  Accuracy when tokens from which the policy has turned away are redr
 The base is the config's initial model, or the checkpoint of the run folder --base. config.evaluation says how examples
 are answered: samples, temperature, top_p (2603.22446 and 2603.22117 take 0.7), batch_prompts. Nothing is cached in
 cross and extrapolate: they are for small models, or few examples and short answers.
+It runs on one process.
 """
 
 from absl import flags
@@ -36,7 +37,9 @@ _GAMMA = flags.DEFINE_float("gamma", 0.1, "extrapolate: how far beyond the polic
 
 def main() -> None:
     from rljax.analysis.study import StudyOptions, study
+    from rljax.parallel import require_one_process
 
+    require_one_process("rljax study")
     if _CHECKPOINT.value is None:
         raise ValueError("--checkpoint is missing; name the run folder of the policy, e.g. --checkpoint=runs/x")
     if _BASE.value is None and _BASE_STEP.value is not None:

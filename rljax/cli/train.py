@@ -14,6 +14,7 @@ once per host with --coordinator, --num_processes and --process_id (TPU pods and
 from absl import flags
 
 from rljax.cli.command_line import define_config, launch
+from rljax.cli.processes import define_processes
 
 _CONFIG = define_config("quickstart")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Run folder: config, metrics, rollouts, checkpoints, curve, summary.")
@@ -31,17 +32,13 @@ _ASSUME = flags.DEFINE_multi_string(
     "assume", [], "With --simulate: field=value of `rljax.simulation.Scenario`, such as devices=512; repeat the flag."
 )
 _FRESH = flags.DEFINE_bool("fresh", False, "Empty the run folder first instead of resuming from it.")
-_DISTRIBUTED = flags.DEFINE_bool("distributed", False, "Join a cluster that JAX can detect (TPU pod, Slurm, MPI).")
-_COORDINATOR = flags.DEFINE_string("coordinator", None, "host:port of process 0, for clusters JAX cannot detect.")
-_NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "Number of processes, with --coordinator.")
-_PROCESS_ID = flags.DEFINE_integer("process_id", None, "Index of this process, with --coordinator.")
+_JOIN = define_processes()
 
 
 def main() -> None:
     from rljax.experiment.dry_run import print_plan
     from rljax.experiment.simulate import print_simulation
     from rljax.experiment.train import train
-    from rljax.parallel import initialize_distributed
 
     if _TOPOLOGY.value and not _DRY_RUN.value:
         raise ValueError(f"--topology={_TOPOLOGY.value} names a machine to plan for; add --dry_run")
@@ -51,12 +48,7 @@ def main() -> None:
         raise ValueError("--measured and --assume say what is simulated; add --simulate")
     if _WORKDIR.value is None and not _DRY_RUN.value:
         raise ValueError("--workdir is missing; name a folder for the run, e.g. --workdir=runs/first")
-    initialize_distributed(
-        auto=_DISTRIBUTED.value,
-        coordinator=_COORDINATOR.value,
-        num_processes=_NUM_PROCESSES.value,
-        process_id=_PROCESS_ID.value,
-    )
+    _JOIN()
     if _SIMULATE.value:
         print_simulation(_CONFIG.value, topology=_TOPOLOGY.value, measured=_MEASURED.value, assumed=_ASSUME.value)
     elif _DRY_RUN.value or _WORKDIR.value is None:

@@ -17,7 +17,17 @@ from rljax.experiment.prompts import check_chat_settings
 from rljax.experiment.pulse import Pulse
 from rljax.experiment.stops import Stops
 from rljax.models import DecoderConfig, load_config, load_model, param_shardings
-from rljax.parallel import DECODE_RULES, decoding_mesh, make_mesh, mesh_beside, split_devices, use_mesh
+from rljax.parallel import (
+    DECODE_RULES,
+    decoding_mesh,
+    make_mesh,
+    mesh_beside,
+    num_processes,
+    on_one_host,
+    own_mesh,
+    split_devices,
+    use_mesh,
+)
 from rljax.plans import RolloutPlan
 from rljax.rollouts import Actor, ActorParts, RolloutSettings
 from rljax.settings import placed
@@ -32,6 +42,8 @@ class Run:
     """Everything a run holds, built once from its config.
 
     Attributes:
+        mesh: what trains.
+        rollout_mesh: what samples: on several processes the devices of this one, unless all decode in step.
         actor: plays the policy; a context manager.
         beside: devices that it has of its own; None where it takes turns with the learner.
         pipeline: gives it its work, in order; a context manager.
@@ -51,6 +63,7 @@ class Run:
     tokenizer: Tokenizer
     curriculum: Curriculum
     mesh: Mesh
+    rollout_mesh: Mesh
     decoder: DecoderConfig
     actor: Actor
     learner: Learner
@@ -75,11 +88,6 @@ class Run:
             prompts=self.config.prompts_per_step,
             beside=self.beside,
         )
-
-    @property
-    def rollout_mesh(self) -> Mesh:
-        """Where the actor decodes."""
-        return decoding_mesh(self.mesh) if self.beside is None else self.beside.mesh
 
     def abstract_state(self) -> TrainState:
         """What a checkpoint of `state` is restored into."""
@@ -136,8 +144,9 @@ def build(config: Config, devices: Sequence[jax.Device] | None = None) -> Run:
     if config.rollout.devices:
         own = mesh_beside(mesh, rolling)
         beside = Beside(own, param_shardings(decoder, own, DECODE_RULES))
-    decodes_on = decoding_mesh(mesh) if beside is None else beside.mesh
-    actor, dataset = build_actor(config, algorithm.plan, dataset, tokenizer, decoder, decodes_on)
+    rollout_mesh = rollout_mesh_of(config, mesh, beside)
+    processes = num_processes(mesh) // num_processes(rollout_mesh)
+    actor, dataset = build_actor(config, algorithm.plan, dataset, tokenizer, decoder, rollout_mesh, processes)
 
     return Run(
         config=config,
@@ -146,6 +155,7 @@ def build(config: Config, devices: Sequence[jax.Device] | None = None) -> Run:
         tokenizer=tokenizer,
         curriculum=config.curriculum.make(dataset.train, config.seed),
         mesh=mesh,
+        rollout_mesh=rollout_mesh,
         decoder=decoder,
         actor=actor,
         learner=make_learner(config, decoder, algorithm, mesh),
@@ -154,11 +164,42 @@ def build(config: Config, devices: Sequence[jax.Device] | None = None) -> Run:
     )
 
 
+def rollout_mesh_of(config: Config, mesh: Mesh, beside: Beside | None) -> Mesh:
+    """What this process samples on, where `mesh` trains. ValueError for a setting that takes several processes on one,
+    or one mesh."""
+    whole = decoding_mesh(mesh)
+    if config.rollout.in_step and num_processes(mesh) == 1:
+        raise ValueError(
+            "config.rollout.in_step=True has no effect on one process; leave it out, or start the run on several"
+        )
+    if config.rollout.in_step and beside is not None:
+        raise ValueError(
+            f"config.rollout.in_step=True decodes on the devices of all processes together, and config.rollout.devices="
+            f"{config.rollout.devices} on those of each by itself; leave one of them out"
+        )
+    if beside is not None:
+        return beside.mesh
+    if num_processes(mesh) == 1 or config.rollout.in_step:
+        return whole
+    # Of a machine that is not here, whose plan this is, all hosts are alike.
+    return (
+        own_mesh(whole)
+        if jax.process_count() > 1
+        else on_one_host(own_mesh(whole, whole.devices.flat[0].process_index))
+    )
+
+
 def build_actor(
-    config: Config, plan: RolloutPlan, dataset: Dataset, tokenizer: Tokenizer, decoder: DecoderConfig, mesh: Mesh
+    config: Config,
+    plan: RolloutPlan,
+    dataset: Dataset,
+    tokenizer: Tokenizer,
+    decoder: DecoderConfig,
+    mesh: Mesh,
+    processes: int = 1,
 ) -> tuple[Actor, Dataset]:
-    """What plays the policy on `mesh`, with nothing open, and the rows that it can play. ValueError for prompts that
-    cannot be sampled or trained on."""
+    """What plays the policy on `mesh`, with nothing open, and the rows that it can play; one of `processes` that share
+    the groups. ValueError for prompts that cannot be sampled or trained on."""
     sampling = config.sampling
     settings = RolloutSettings(
         seed=config.seed,
@@ -177,6 +218,7 @@ def build_actor(
         sampling=sampling,
         settings=settings,
         groups=config.prompts_per_step,
+        processes=processes,
     )
     actor = config.actor.build(parts)
     return actor, config.actor.check_prompts(parts, config.update.pack_length)

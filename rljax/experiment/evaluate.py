@@ -8,11 +8,11 @@ import numpy as np
 
 from rljax.evaluation import Evaluation
 from rljax.experiment.build import Run, build, held_out_examples
-from rljax.experiment.config import Config
+from rljax.experiment.config import Config, to_dict
 from rljax.experiment.report import evaluation_table
 from rljax.experiment.train import evaluate_run
 from rljax.models import abstract_params, param_shardings
-from rljax.parallel import is_main_process, use_mesh
+from rljax.parallel import check_equal, end_together, is_main_process, on_main, use_mesh
 from rljax.training import AnyPath, reachable, restore_params
 from rljax.types import Params
 
@@ -25,13 +25,19 @@ def evaluate_model(
     `step` None is the newest checkpoint. ValueError when there is none, for data without held-out examples and for a
     file in no folder.
     """
+    with end_together():
+        return _evaluate_model(config, checkpoint, step, json_file)
+
+
+def _evaluate_model(config: Config, checkpoint: str | None, step: int | None, json_file: str | None) -> Evaluation:
     run = build(config)
-    held_out_examples(run)
-    # Before an evaluation that may take long, and would be lost.
-    if json_file and not Path(json_file).parent.is_dir():
+    examples = held_out_examples(run)
+    check_equal(config=to_dict(config), data=[example.id for example in examples])
+    # Before an evaluation that may take long, and would be lost. Process 0 writes it, and may alone see the folder.
+    if json_file and not on_main(lambda: Path(json_file).parent.is_dir()):
         raise ValueError(f"--json={json_file}: there is no folder {Path(json_file).parent}; make it, or name another")
 
-    with run.actor, use_mesh(run.mesh):
+    with run.actor, use_mesh(run.mesh), end_together():
         if checkpoint is None:
             params = run.initial_params()
         else:

@@ -10,6 +10,7 @@ from rljax.experiment.report import describe_run, evaluation_table, say
 from rljax.experiment.sft import check_demonstrations, supervised, train_supervised
 from rljax.experiment.stops import Stops
 from rljax.experiment.train import evaluate_run, open_checkpoints, save_description
+from rljax.experiment.watchdog import Watchdog
 from rljax.parallel import check_equal, end_together, use_mesh
 from rljax.training import RunFolder, reachable
 
@@ -40,6 +41,7 @@ def fine_tune(config: Config, workdir: str, *, fresh: bool = False) -> dict[str,
         folder = RunFolder(path, config=to_dict(config), fresh=fresh, total_steps=config.warmup.steps)
         checkpoints = open_checkpoints(config, folder)
         run.pulse = Pulse(folder.status, config.log.pulse_s)
+        watchdog = Watchdog(run.pulse, folder.stacks, config.log.stall_s)
         last: dict[str, float] = {}
 
         def begin(first: int) -> None:
@@ -52,7 +54,8 @@ def fine_tune(config: Config, workdir: str, *, fresh: bool = False) -> dict[str,
             folder.flush()
             last.update(metrics)
 
-        with run.actor, folder, contextlib.closing(checkpoints), use_mesh(run.mesh), run.pulse, end_together():
+        opened = contextlib.closing(checkpoints)
+        with watchdog, run.actor, folder, opened, use_mesh(run.mesh), run.pulse, end_together():
             if checkpoints.steps:
                 review_changes(folder.previous_config, folder.config, checkpoints.steps[-1], "config.warmup.steps")
             state = train_supervised(run, learner, curriculum, checkpoints, report=report, begin=begin)

@@ -29,8 +29,9 @@ from rljax.parallel import (
     chip_of,
     collectives,
     compiled_memory,
+    num_processes,
 )
-from rljax.sampling import DecoderPlan
+from rljax.sampling import DecoderPlan, lower_copies
 from rljax.training import Learner
 from rljax.types import TrainBatch
 
@@ -150,7 +151,10 @@ def compile_phases(run: Run, batch: TrainBatch, plans: Sequence[DecoderPlan]) ->
     for index, (decoder, plan) in enumerate(zip(run.actor.decoders, plans, strict=True)):
         behind = f" {index}" if index else ""
         start = time.perf_counter()
-        for name, lowered in decoder.lower(plan, sampling).items():
+        programs = decoder.lower(plan, sampling)
+        if run.beside is None and num_processes(run.mesh) > num_processes(run.rollout_mesh):
+            programs["weights"] = lower_copies(run.decoder, run.mesh)
+        for name, lowered in programs.items():
             # The copy is what it returns: both are counted as the decoder's weights.
             copies = ("decoder weights",) if name == "weights" else ()
             lacks = (*copies, "KV cache") if copies and not plan.keeps_cache else copies

@@ -28,6 +28,7 @@ class Pulse:
         self._show = show
         self._every_s = every_s
         self._phase: Phase | None = None
+        self._changes = 0
         self._ended = threading.Event()
         self._thread: threading.Thread | None = None
 
@@ -36,10 +37,22 @@ class Pulse:
         """Names what is under way inside."""
         before = self._phase
         self._phase = Phase(name, time.perf_counter(), token_count(), compile_count())
+        self._changes += 1
         try:
             yield
         finally:
             self._phase = before
+            self._changes += 1
+
+    @property
+    def name(self) -> str:
+        """Of what is under way; "" between phases."""
+        phase = self._phase
+        return "" if phase is None else phase.name
+
+    def progress(self) -> tuple[int, int, int]:
+        """Changes whenever something moves: a phase begins or ends, a token is sampled, a program is compiled."""
+        return self._changes, token_count(), compile_count()
 
     def line(self) -> str:
         """The phase, its seconds, and the tokens and programs since it began; "" between phases."""

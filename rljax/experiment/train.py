@@ -22,9 +22,11 @@ from rljax.experiment.pulse import Pulse
 from rljax.experiment.report import describe_run, finish, say
 from rljax.experiment.sft import warm_up
 from rljax.experiment.stops import Stopped, Stops
+from rljax.experiment.watchdog import Watchdog
 from rljax.models import written_metadata
 from rljax.parallel import check_equal, end_together, is_main_process, on_main, use_mesh
 from rljax.rollouts import Rollout
+from rljax.rollouts.shared import check_processes
 from rljax.sampling import compile_count_here
 from rljax.training import (
     AnyPath,
@@ -90,7 +92,9 @@ def train(config: Config, workdir: str, *, fresh: bool = False) -> dict[str, Any
         run.pulse = Pulse(folder.status, config.log.pulse_s)
         run.pipeline.journal = journal
         run.pipeline.until = config.steps
+        watchdog = Watchdog(run.pulse, folder.stacks, config.log.stall_s)
         with (
+            watchdog,
             run.actor,
             folder,
             contextlib.closing(checkpoints),
@@ -327,6 +331,7 @@ def go_on(run: Run, folder: RunFolder, journal: Journal, step: int, host: Mappin
     at_step = {name: host[name] for name in ("curriculum", "actor") if name in host}
     at_step = at_step or (json.loads(run.pipeline.host_state()) if ordered <= step else {})
     newest = json.loads(recorded[-1].behind) if recorded else at_step
+    check_processes(newest.get("actor", {}))
     run.curriculum.load_state_dict(newest["curriculum"])
     run.actor.load_state_dict(newest.get("actor", {}), run.algorithm.plan, examples)
 

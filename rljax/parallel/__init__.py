@@ -12,9 +12,22 @@ from rljax.parallel.distributed import (
     is_main_process,
     on_cluster,
     on_main,
+    require_one_process,
     to_host,
 )
-from rljax.parallel.mesh import MESH_AXES, decoding_mesh, make_mesh, mesh_beside, platform, split_devices, use_mesh
+from rljax.parallel.exchange import exchange, heard, is_waiting, say_to_all
+from rljax.parallel.mesh import (
+    MESH_AXES,
+    decoding_mesh,
+    make_mesh,
+    mesh_beside,
+    num_processes,
+    own_mesh,
+    platform,
+    split_devices,
+    spread_mesh,
+    use_mesh,
+)
 from rljax.parallel.roofline import Bound, bound
 from rljax.parallel.sharding import (
     DECODE_RULES,
@@ -28,6 +41,7 @@ from rljax.parallel.sharding import (
     hand_over,
     named_sharding,
     on_shards,
+    own_part,
     partition_spec,
     put_batch,
     put_host,
@@ -37,7 +51,7 @@ from rljax.parallel.sharding import (
     split_axes,
     split_over,
 )
-from rljax.parallel.topologies import CHIPS, Chip, chip_of, topology_devices
+from rljax.parallel.topologies import CHIPS, Chip, chip_of, on_one_host, topology_devices
 
 __all__ = [
     "CHIPS",
@@ -63,27 +77,37 @@ __all__ = [
     "constrain",
     "decoding_mesh",
     "end_together",
+    "exchange",
     "gather",
     "hand_over",
+    "heard",
     "initialize_distributed",
     "is_main_process",
+    "is_waiting",
     "keep_compiled",
     "make_mesh",
     "mesh_beside",
     "named_sharding",
+    "num_processes",
     "on_cluster",
     "on_main",
+    "on_one_host",
     "on_shards",
+    "own_mesh",
+    "own_part",
     "partition_spec",
     "platform",
     "put_batch",
     "put_host",
     "replicated",
+    "require_one_process",
     "reshard",
+    "say_to_all",
     "shardings",
     "split_axes",
     "split_devices",
     "split_over",
+    "spread_mesh",
     "to_host",
     "topology_devices",
     "traffic",

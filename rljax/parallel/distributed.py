@@ -8,6 +8,7 @@ import hashlib
 import os
 import pickle
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
@@ -16,10 +17,18 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from rljax.parallel.exchange import exchange, tell_failure
+
 T = TypeVar("T")
 
 COORDINATOR, PROCESSES, PROCESS_ID = "RLJAX_COORDINATOR", "RLJAX_NUM_PROCESSES", "RLJAX_PROCESS_ID"
 """Environment variables that stand in for the arguments of `initialize_distributed`."""
+
+_LAUNCHED = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")
+"""In which launchers say how many processes they have started."""
+
+HEARTBEAT_S = 100
+"""Seconds of silence of a process after which JAX ends the others, unless told otherwise."""
 
 
 def initialize_distributed(
@@ -28,16 +37,23 @@ def initialize_distributed(
     process_id: int | None = None,
     *,
     auto: bool = False,
+    heartbeat_s: int = HEARTBEAT_S,
 ) -> bool:
     """Joins the processes of a run; call it before anything else touches a device. Returns whether there are several.
 
     The first three arguments (or the environment variables above) belong together: `host:port` of process 0, the
     number of processes and this one's index. Without them, a multi-host TPU, Slurm or Open MPI job is recognised by its
     environment and left to JAX's own detection; `auto` asks for that detection in any case (say, on Kubernetes).
-    Otherwise the run has one process. Calling it again does nothing. ValueError for incomplete or impossible arguments.
+    Otherwise the run has one process. Calling it again does nothing.
+
+    A process that is silent for `heartbeat_s` seconds (its machine has died, say) ends all others. One that hangs and
+    is not dead is not silent. ValueError for incomplete or impossible arguments.
     """
     if jax.distributed.is_initialized():
         return jax.process_count() > 1
+
+    if heartbeat_s < 1:
+        raise ValueError(f"heartbeat_s={heartbeat_s} must be at least 1 second; {HEARTBEAT_S} is usual")
 
     # Arguments go before the environment.
     coordinator = coordinator or os.environ.get(COORDINATOR)
@@ -49,7 +65,7 @@ def initialize_distributed(
         if not (auto or on_cluster(os.environ)):
             return False
         try:
-            jax.distributed.initialize()
+            jax.distributed.initialize(heartbeat_timeout_seconds=heartbeat_s)
         except ValueError as error:
             raise ValueError(
                 "JAX recognises no cluster in this environment; give coordinator, num_processes and process_id"
@@ -68,7 +84,7 @@ def initialize_distributed(
     # One process needs no coordinator: the same launch script serves a laptop.
     if num_processes == 1:
         return False
-    jax.distributed.initialize(coordinator, num_processes, process_id)
+    jax.distributed.initialize(coordinator, num_processes, process_id, heartbeat_timeout_seconds=heartbeat_s)
     return True
 
 
@@ -84,10 +100,18 @@ def _env_int(name: str) -> int | None:
 def on_cluster(environ: Mapping[str, str]) -> bool:
     """Whether the environment belongs to a job of several processes that JAX can join by itself."""
     workers = [host for host in environ.get("TPU_WORKER_HOSTNAMES", "").split(",") if host]
-    counts = [
-        environ.get(name, "1") for name in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "MEGASCALE_NUM_SLICES")
-    ]
+    counts = [environ.get(name, "1") for name in (*_LAUNCHED, "MEGASCALE_NUM_SLICES")]
     return len(workers) > 1 or any(count.isdigit() and int(count) > 1 for count in counts)
+
+
+def require_one_process(what: str) -> None:
+    """ValueError where this is one of several processes, or a launcher has started it as one: each would do the same
+    work, and write over the others' files."""
+    counts = {name: os.environ.get(name, "1") for name in (PROCESSES, *_LAUNCHED)}
+    started = [f"{name}={count}" for name, count in counts.items() if count.isdigit() and int(count) > 1]
+    if started or jax.distributed.is_initialized():
+        where = started[0] if started else f"{jax.process_count()} processes"
+        raise ValueError(f"{what} runs on one process, and this is one of several ({where}); start it once")
 
 
 def is_main_process() -> bool:
@@ -102,14 +126,19 @@ def barrier(name: str) -> None:
 
 
 def gather(value: Any) -> list[Any]:
-    """The `value` of every process, by process index, in every process. Picklable host objects; each process holds all
-    of them, padded to the largest."""
+    """The `value` of every process, by process index, in every process. Picklable host objects of any size; each
+    process holds all of them. No device takes part. Errors as in `exchange`.
+
+    All processes come here in the same order, thread by thread: threads that call it have the same names in all.
+    """
     if jax.process_count() == 1:
         return [value]
-    data = np.frombuffer(pickle.dumps(value), np.uint8)
-    sizes = np.asarray(multihost_utils.process_allgather(np.int32(data.size)))
-    everything = np.asarray(multihost_utils.process_allgather(_padded(data, int(sizes.max()))))
-    return [pickle.loads(row[:size].tobytes()) for row, size in zip(everything, sizes.reshape(-1), strict=True)]
+    return [pickle.loads(data) for data in exchange(_name(), pickle.dumps(value))]
+
+
+def _name() -> str:
+    """Of the exchanges of the calling thread."""
+    return f"host {threading.current_thread().name}"
 
 
 def on_main(function: Callable[[], T]) -> T:
@@ -132,28 +161,13 @@ def on_main(function: Callable[[], T]) -> T:
             theirs = RuntimeError(f"process 0 failed with {type(error).__name__}: {error}")
             answer = pickle.dumps((None, ValueError(str(error)) if isinstance(error, ValueError) else theirs))
 
-    value, failure = pickle.loads(_from_main(answer))
+    # Only the main process has anything to send.
+    value, failure = pickle.loads(exchange(_name(), answer)[0])
     if mine is not None:
         raise mine
     if failure is not None:
         raise failure
     return value
-
-
-def _from_main(sent: bytes) -> bytes:
-    """What the main process sends, in every process. Nothing of the others is held, however many they are."""
-    data = np.frombuffer(sent if is_main_process() else b"", np.uint8)
-    size = int(multihost_utils.broadcast_one_to_all(np.int32(data.size)))
-    received = np.asarray(multihost_utils.broadcast_one_to_all(_padded(data, size)))
-    return received[:size].tobytes()
-
-
-def _padded(data: np.ndarray, size: int) -> np.ndarray:
-    """Bytes [N] with zeros behind, to the next power of two of `size`: arrays of one shape go round, and every shape is
-    a program to compile."""
-    padded = np.zeros(1 << max(size - 1, 0).bit_length(), np.uint8)
-    padded[: data.size] = data
-    return padded
 
 
 def check_equal(**values: Any) -> None:
@@ -181,8 +195,9 @@ def end_together() -> Iterator[None]:
     """On several processes, an exception inside ends this process at once, with its text and status 1 (2 for a
     ValueError). `SystemExit` passes: it is raised by all.
 
-    The others wait for it in a collective, and it would wait for them in its exit handlers; once it is gone JAX's
-    coordination service ends them, within its heartbeat timeout (100 s) at the latest.
+    The others may wait for it, and it would wait for them in its exit handlers. It tells them before it goes, which
+    those hear that wait on the host; those that wait in a program are ended by JAX's coordination service, within its
+    heartbeat timeout at the latest.
     """
     try:
         yield
@@ -191,6 +206,7 @@ def end_together() -> Iterator[None]:
     except BaseException as error:
         if jax.process_count() == 1:
             raise
+        tell_failure(f"{type(error).__name__}: {error}")
         if isinstance(error, ValueError) and not os.environ.get("RLJAX_TRACEBACK"):
             print(f"error: {error}", file=sys.stderr)
         else:

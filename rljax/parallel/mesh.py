@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 
 import jax
+import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh
 
 MESH_AXES = ("data", "fsdp", "sequence", "tensor")
@@ -85,6 +86,37 @@ def mesh_beside(mesh: Mesh, devices: Sequence[jax.Device]) -> Mesh:
     and the batch over the rest."""
     tensor = math.gcd(len(devices), mesh.shape["tensor"])
     return make_mesh(data=1, fsdp=-1, tensor=tensor, devices=devices)
+
+
+def num_processes(mesh: Mesh) -> int:
+    """How many processes the devices of `mesh` belong to: also of devices that only a compiler knows."""
+    return len({device.process_index for device in mesh.devices.flat})
+
+
+def spread_mesh(mesh: Mesh) -> Mesh:
+    """The devices of `mesh` in their order, as whole copies of a model along `data`, none of which lies in two
+    processes: `tensor` is the largest divisor of that of `mesh` for which this is so."""
+    devices = mesh.devices.reshape(-1)
+    owners = np.array([device.process_index for device in devices])
+
+    def is_within_processes(tensor: int) -> bool:
+        by_copy = owners.reshape(-1, tensor)
+        return bool((by_copy == by_copy[:, :1]).all())
+
+    whole = mesh.shape["tensor"]
+    tensor = max(size for size in range(1, whole + 1) if whole % size == 0 and is_within_processes(size))
+    return Mesh(devices.reshape(-1, 1, 1, tensor), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+
+
+def own_mesh(mesh: Mesh, process: int | None = None) -> Mesh:
+    """Those copies of `spread_mesh` that lie in one process (None: this one), for what it computes by itself.
+    ValueError where it has none."""
+    process = jax.process_index() if process is None else process
+    copies = spread_mesh(mesh).devices
+    own = copies[[row[0, 0, 0].process_index == process for row in copies]]
+    if not own.size:
+        raise ValueError(f"process {process} has no device of the mesh {dict(mesh.shape)}")
+    return Mesh(own, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
 
 
 def use_mesh(mesh: Mesh):

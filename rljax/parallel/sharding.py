@@ -157,6 +157,19 @@ def reshard(params: Any, target: Any) -> Any:
     return jax.device_put(params, target)
 
 
+def own_part(tree: Any, mesh: Mesh) -> Any:
+    """What arrays hold on the devices of `mesh`, as arrays on them alone: nothing is copied. Their shardings name axes
+    as `mesh` does, and split them over its devices in the same parts as over all: those of `spread_mesh` and
+    `own_mesh`."""
+
+    def part(x: Array) -> Array:
+        where = NamedSharding(mesh, x.sharding.spec)  # type: ignore[attr-defined]
+        shards = [shard.data for shard in x.addressable_shards]
+        return jax.make_array_from_single_device_arrays(x.shape, where, shards)
+
+    return jax.tree.map(part, tree)
+
+
 def hand_over(params: Any, target: Any) -> Any:
     """Copies of arrays under the shardings of `target`, whose devices belong to this process and hold none of the
     arrays. They last when the arrays are donated.

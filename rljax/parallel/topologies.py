@@ -12,7 +12,9 @@ import re
 from pathlib import Path
 
 import jax
+import numpy as np
 from jax.experimental import topologies
+from jax.sharding import Mesh
 
 from rljax.parallel.compile_cache import OFF, keep_compiled
 
@@ -84,6 +86,10 @@ device_description_str: "{kind}"
 """
 
 
+_HOSTS = {2: {1: "1x1", 4: "2x2", 8: "2x4"}, 3: {4: "2x2x1"}}
+"""By the number of axes of a pod: the shape of a host by its chips."""
+
+
 def topology_devices(name: str) -> list[jax.Device]:
     """The devices of the machine `name`, without hardware: `v5e:16x16`, `v5p:4x4x4` (chips by axis of the pod), or
     `h100:64` (GPUs, in hosts of 8).
@@ -99,6 +105,19 @@ def topology_devices(name: str) -> list[jax.Device]:
     # A compiler without devices cannot read its programs back: each would be written, and warned of the next time.
     keep_compiled(OFF)
     return devices
+
+
+def on_one_host(mesh: Mesh) -> Mesh:
+    """`mesh`, whose devices are those of one host of a larger machine that is not here, on a machine of one such host:
+    no compiler takes a part of a machine. ValueError for a part that is no host of its kind."""
+    count = mesh.size
+    kind = next((name for name, chip in CHIPS.items() if mesh.devices.flat[0].device_kind in chip.kinds), "")
+    shapes = _HOSTS.get(_TPU_AXES.get(kind, 1), {})
+    shape = shapes.get(count, "" if kind in _TPU_AXES else str(count))
+    if not kind or not shape:
+        raise ValueError(f"no host of {count} x {mesh.devices.flat[0].device_kind} is known, to plan its rollouts for")
+    devices = np.array(topology_devices(f"{kind}:{shape}")).reshape(mesh.devices.shape)
+    return Mesh(devices, mesh.axis_names, axis_types=mesh.axis_types)
 
 
 def chip_of(device: jax.Device) -> Chip | None:

@@ -8,6 +8,7 @@ from rljax.rollouts.groups import GroupRules, GroupsConfig
 from rljax.rollouts.guided import Guided, GuidedActor
 from rljax.rollouts.multi_turn import MultiTurn, MultiTurnActor
 from rljax.rollouts.schedule import RolloutConfig
+from rljax.rollouts.shared import Shared
 from rljax.rollouts.single_turn import SingleTurn, SingleTurnActor
 
 __all__ = [
@@ -29,6 +30,7 @@ __all__ = [
     "RolloutConfig",
     "RolloutSettings",
     "ScoredGroup",
+    "Shared",
     "SingleTurn",
     "SingleTurnActor",
     "collect",

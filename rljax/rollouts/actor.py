@@ -108,8 +108,9 @@ class Actor(Protocol):
         its own mesh."""
         ...
 
-    def missing(self, n: int) -> int:
-        """How many groups have to be submitted for `ready(n)` to return `n`."""
+    def missing(self, n: int, pending: int | None = None) -> int:
+        """How many groups have to be submitted for `ready(n)` to return `n`; where `pending` are under way, or as many
+        as are (None)."""
         ...
 
     def submit(self, requests: Sequence[GroupRequest], plan: RolloutPlan, step: int) -> None:

@@ -8,13 +8,14 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Protocol, runtime_checkable
 
-import jax
 from jax.sharding import Mesh
 
 from rljax.envs import get_format
 from rljax.models import DecoderConfig
+from rljax.parallel import num_processes
 from rljax.plans import RolloutPlan
 from rljax.rollouts.actor import Actor, RolloutSettings
+from rljax.rollouts.shared import Shared
 from rljax.sampling import SamplingConfig, Stops, TurnDecoder, TurnDecoderSpec
 from rljax.tasks import Dataset, RewardConfig, RewardRunner, RewardSpec
 from rljax.text import Tokenizer, control_tokens_of, encode_text
@@ -33,6 +34,7 @@ class ActorParts:
         sampling: how to sample.
         settings: the same as functions need it, with the run's seed.
         groups: prompts of a step.
+        processes: how many there are, each of which plays its share of the groups on a mesh of its own.
     """
 
     decoder: DecoderConfig
@@ -43,6 +45,23 @@ class ActorParts:
     sampling: SamplingConfig
     settings: RolloutSettings
     groups: int
+    processes: int = 1
+
+    def share(self, count: int) -> int:
+        """What one process needs of so many slots, rows or conversations of all."""
+        return -(-count // self.processes)
+
+    def shared(self, actor: Actor) -> Actor:
+        """`actor` for all processes: as it is for one, and where all decode in step."""
+        return actor if self.processes == 1 else Shared(actor)
+
+    def refuse_in_step(self, what: str) -> None:
+        """ValueError where all processes decode in step, which takes the same work in the same order in each."""
+        if num_processes(self.mesh) > 1:
+            raise ValueError(
+                f"config.rollout.in_step=True has all processes decode the same batch at the same time, and {what} "
+                "answer each process at their own pace; set it to False"
+            )
 
 
 @runtime_checkable
@@ -82,7 +101,7 @@ class TurnsConfig:
     decode_rows: int = 0
     """Turns that decode at once, at most `conversations`; 0 is one for each episode of a step. On a mesh it is rounded
     up to a multiple of the devices that split the batch, each of which decodes turns of the conversations that it
-    keeps."""
+    keeps. Several processes share them, as they share `conversations`."""
     conversations: int = 0
     """Conversations whose keys and values are kept on the device, rounded up likewise; 0 is one for each episode under
     way."""
@@ -91,7 +110,7 @@ class TurnsConfig:
     check_every: int = 8
     """Decoding steps between two looks for finished turns."""
     workers: int = 64
-    """Threads that environments or agents run in, or processes, or workers on a cluster."""
+    """Threads that environments or agents run in, or processes, or workers on a cluster; in each process of the run."""
 
     @property
     def off_policy(self) -> str:
@@ -120,10 +139,12 @@ class TurnsConfig:
 
     def turn_decoder(self, parts: ActorParts, *, groups_in_flight: int, stop_strings: tuple[str, ...]) -> TurnDecoder:
         group = parts.plan.forks.leaves if parts.plan.forks else parts.plan.group_size
-        conversations = self.conversations or (parts.groups + groups_in_flight) * group
+        own_groups = parts.share(parts.groups) + parts.share(groups_in_flight)
+        conversations = parts.share(self.conversations) or own_groups * group
+        rows = parts.share(self.decode_rows) or parts.share(parts.groups) * chains_of(parts.plan)
         spec = TurnDecoderSpec(
             conversations=conversations,
-            rows=min(self.decode_rows or parts.groups * chains_of(parts.plan), conversations),
+            rows=min(rows, conversations),
             context_length=self.context_length,
             max_new_tokens=parts.sampling.max_new_tokens,
             prefill_chunks=self.prefill_chunks,
@@ -191,9 +212,3 @@ def stop_tokens_of(tokenizer: Tokenizer, strings: Sequence[str]) -> list[int]:
     """Those of `strings` that are control tokens, as ids: the text of a completion does not show them. ValueError for a
     string that can stand in no text."""
     return control_tokens_of(tokenizer, strings, "config.sampling.stop_strings: {} never ends a completion")
-
-
-def require_one_process(what: str) -> None:
-    """ValueError on several processes."""
-    if jax.process_count() > 1:
-        raise ValueError(f"{what} are served by one process today; run this config on one, with all its devices")

@@ -29,9 +29,9 @@ from rljax.envs import (
     require_ray,
 )
 from rljax.plans import RolloutPlan
-from rljax.rollouts.actor import GroupRequest, RolloutSettings, ScoredGroup, known_example
+from rljax.rollouts.actor import Actor, GroupRequest, RolloutSettings, ScoredGroup, known_example
 from rljax.rollouts.admission import all_in_time, capacity
-from rljax.rollouts.config import ActorParts, TurnsConfig, require_one_process
+from rljax.rollouts.config import ActorParts, TurnsConfig
 from rljax.rollouts.cross_policy import stale_turns
 from rljax.rollouts.episodes import (
     NO_CONVERSATION,
@@ -140,8 +140,14 @@ class MultiTurn(TurnsConfig):
         if self.groups_in_flight < 0:
             raise ValueError(f"config.actor.groups_in_flight={self.groups_in_flight} must be at least 0")
 
-    def build(self, parts: ActorParts) -> "MultiTurnActor":
-        require_one_process("environments")
+    def build(self, parts: ActorParts) -> Actor:
+        parts.refuse_in_step("environments")
+        # Each process trains its own groups by their last step, for which its share of a step must always be the same.
+        if self.steps_in_flight is not None and parts.groups % parts.processes:
+            raise ValueError(
+                f"config.actor.steps_in_flight={self.steps_in_flight} needs config.prompts_per_step={parts.groups} to "
+                f"divide over the {parts.processes} processes; change one of the three"
+            )
         style = get_format(self.tool_format)
         dialogue = Dialogue(parts.tokenizer, role=style.role, wrap=style.wrap, chat=parts.settings.chat)
         if any(dialogue.is_chat(example.prompt) for example in [*parts.dataset.train, *parts.dataset.test]):
@@ -158,7 +164,9 @@ class MultiTurn(TurnsConfig):
         if forks:
             scorer = RowScorer(parts.decoder, parts.mesh, rows=forks.parents, length=self.context_length)
         pool = self._pool(parts.tokenizer)
-        return MultiTurnActor(decoders, pool, dialogue, parts.settings, self, scorer=scorer, batch=parts.groups)
+        actor = MultiTurnActor(decoders, pool, dialogue, parts.settings, self, scorer=scorer, batch=parts.groups)
+        actor.processes = parts.processes
+        return parts.shared(actor)
 
     def most_in_flight(self, batch: int) -> int:
         """Groups that may be under way beyond the `batch` that a step needs."""
@@ -258,6 +266,7 @@ class MultiTurnActor:
         self.settings = settings
         self.config = config
         self.batch = batch
+        self.processes = 1  # that share the groups of a step
         self.versions = [-1] * len(decoders)
         self.stats: dict[str, float] = {}
         self.seconds: dict[str, float] = {}
@@ -324,16 +333,15 @@ class MultiTurnActor:
         """Groups under way between calls."""
         return len(self._queue) + len(self._open) + len(self._done)
 
-    def missing(self, n: int) -> int:
+    def missing(self, n: int, pending: int | None = None) -> int:
         eta = self.config.steps_in_flight
         most = n + self.config.groups_in_flight
+        running = self.num_pending if pending is None else pending
         if eta is None:
-            return max(0, most - self.num_pending)
+            return max(0, most - running)
 
         # Counted from this step on; what it asks for less than a batch, it has accepted in an earlier round.
-        return capacity(
-            version=0, staleness=eta, batch=self.batch, accepted=self.batch - n, running=self.num_pending, most=most
-        )
+        return capacity(version=0, staleness=eta, batch=self.batch, accepted=self.batch - n, running=running, most=most)
 
     def submit(self, requests: Sequence[GroupRequest], plan: RolloutPlan, step: int) -> None:
         """Raises ValueError if a group needs more conversations than there are."""
@@ -471,7 +479,7 @@ class MultiTurnActor:
         oldest = sorted(self._done, key=lambda group: (group.step, group.number))[:wanted]
         left = [group.step for group in (*self._done, *self._open, *self._queue) if group not in oldest]
         is_all_done = len(self._done) == self.num_pending
-        in_time = all_in_time(left, step=self._step + 1, staleness=eta, batch=self.batch)
+        in_time = all_in_time(left, step=self._step + 1, staleness=eta, batch=self.batch // self.processes)
         return oldest if in_time or is_all_done else None
 
     def _open_groups(self) -> None:

@@ -23,9 +23,8 @@ class Orders:
     def __init__(self) -> None:
         self._queue: list[tuple[GroupRequest, RolloutPlan, int]] = []
 
-    def missing(self, n: int) -> int:
-        """How many groups have to be added before `n` can be taken."""
-        return max(0, n - len(self._queue))
+    def __len__(self) -> int:
+        return len(self._queue)
 
     def add(self, requests: Sequence[GroupRequest], plan: RolloutPlan, step: int) -> None:
         self._queue += [(request, plan, step) for request in requests]
@@ -65,8 +64,8 @@ class QueuedActor:
         self.seconds: dict[str, float] = {}
         self._orders = Orders()
 
-    def missing(self, n: int) -> int:
-        return self._orders.missing(n)
+    def missing(self, n: int, pending: int | None = None) -> int:
+        return max(0, n - (len(self._orders) if pending is None else pending))
 
     def submit(self, requests: Sequence[GroupRequest], plan: RolloutPlan, step: int) -> None:
         self._orders.add(requests, plan, step)

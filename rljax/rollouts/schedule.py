@@ -23,3 +23,7 @@ class RolloutConfig:
     weights a step, and needs a method that looks at the log-probs of the policy that sampled."""
     groups: GroupsConfig = dataclasses.field(default_factory=GroupsConfig)
     """What becomes of groups that lack members, or are old."""
+    in_step: bool = False
+    """On several processes: whether all of them decode one batch over one mesh, in step, and process 0 judges alone. It
+    is for a model of which the devices of a process cannot hold a copy, and for one turn without environments. Off,
+    each process plays and judges its share of the groups by itself."""

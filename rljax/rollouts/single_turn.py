@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from rljax.parallel import is_main_process, on_main
+from rljax.parallel import is_main_process, num_processes, on_main
 from rljax.plans import ForkPlan, RolloutPlan
-from rljax.rollouts.actor import Decoder, GroupRequest, RolloutSettings, ScoredGroup
+from rljax.rollouts.actor import Actor, Decoder, GroupRequest, RolloutSettings, ScoredGroup
 from rljax.rollouts.config import ActorParts, chains_of, make_rewards, stops_of
 from rljax.rollouts.forks import ForkRounds
 from rljax.rollouts.lagged import LaggedChains
@@ -46,7 +46,7 @@ class SingleTurn:
     they end the start, and the first of them is named."""
     prompt_slots: int = 0
     """Prompts that decode at once; 0 is all of a step. Lower it when keys and values do not fit. A mesh rounds it up to
-    a multiple of the devices that split the batch."""
+    a multiple of the devices that split the batch. Several processes share them."""
     sample_slots: int = 0
     """Samples of a prompt that decode at once; 0 is the whole group."""
 
@@ -66,7 +66,7 @@ class SingleTurn:
                     f"config.actor.{name}={getattr(self, name)} must be at least 0, and 0 is all of a step"
                 )
 
-    def build(self, parts: ActorParts) -> "SingleTurnActor":
+    def build(self, parts: ActorParts) -> Actor:
         plan = parts.plan
         rewards = make_rewards(self.rewards, parts)
         if rewards is None:
@@ -79,21 +79,22 @@ class SingleTurn:
         spec = SamplerSpec(
             prompt_buckets=self.prompt_buckets,
             max_new_tokens=parts.sampling.max_new_tokens,
-            prompt_slots=self.prompt_slots or parts.groups,
+            prompt_slots=parts.share(self.prompt_slots or parts.groups),
             sample_slots=self.sample_slots or chains_of(plan),
             path_slots=plan.forks.parents if plan.forks else 0,
             max_injected=plan.forks.max_injected if plan.forks else 0,
             suppressed=plan.forks.suppressed if plan.forks else (),
         )
         stops = stops_of(parts)
+        judge = OnMain(rewards) if num_processes(parts.mesh) > 1 else rewards
         if plan.forks is None or not plan.forks.lagged_chains:
             sampler = Sampler(parts.decoder, spec, stops, mesh=parts.mesh)
-            return SingleTurnActor(sampler, parts.tokenizer, rewards, parts.settings)
+            return parts.shared(SingleTurnActor(sampler, parts.tokenizer, judge, parts.settings))
 
         # Forks are requests of their own: no path is kept, and nothing is given behind one.
         sampler = Sampler(parts.decoder, replace(spec, path_slots=0, max_injected=0), stops, mesh=parts.mesh)
         lagged = LaggedChains(sampler, stops)
-        return SingleTurnActor(sampler, parts.tokenizer, rewards, parts.settings, lagged)
+        return parts.shared(SingleTurnActor(sampler, parts.tokenizer, judge, parts.settings, lagged))
 
     def check_prompts(self, parts: ActorParts, pack_length: int) -> Dataset:
         """Renders every prompt once. A log line says where prompts of text name control tokens."""
@@ -144,6 +145,33 @@ def _warn_of_control_tokens(parts: ActorParts, examples: Sequence[Example]) -> N
         )
 
 
+class OnMain:
+    """Rewards for processes that decode in step: process 0 judges, and tells the others. A judge may answer otherwise
+    the second time, and all processes must train on one rollout."""
+
+    def __init__(self, rewards: RewardRunner):
+        self.rewards = rewards
+
+    def __enter__(self) -> "OnMain":
+        if is_main_process():
+            self.rewards.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        if is_main_process():
+            self.rewards.__exit__(*error)
+
+    def score(self, inputs: Sequence[RewardInput]) -> list[RewardResult]:
+        return on_main(lambda: self.rewards.score(inputs))
+
+    @property
+    def finds_answers(self) -> bool:
+        return self.rewards.finds_answers
+
+    def answer(self, completion: str, result: RewardResult) -> str | None:
+        return self.rewards.answer(completion, result)
+
+
 class SingleTurnActor(QueuedActor):
     """Samples each prompt of a group independently, or in rounds of forks, and runs `rewards` on the texts.
 
@@ -154,7 +182,7 @@ class SingleTurnActor(QueuedActor):
         self,
         sampler: Sampler,
         tokenizer: Tokenizer,
-        rewards: RewardRunner,
+        rewards: RewardRunner | OnMain,
         settings: RolloutSettings,
         lagged: LaggedChains | None = None,
     ):
@@ -166,13 +194,11 @@ class SingleTurnActor(QueuedActor):
         self.settings = settings
 
     def __enter__(self) -> "SingleTurnActor":
-        if is_main_process():
-            self.rewards.__enter__()
+        self.rewards.__enter__()
         return self
 
     def __exit__(self, *error: Any) -> None:
-        if is_main_process():
-            self.rewards.__exit__(*error)
+        self.rewards.__exit__(*error)
 
     def set_params(self, params: Params, version: int) -> None:
         """All tokens of a completion are of one version, that of the step which trains on them; without a plan of
@@ -293,8 +319,7 @@ class SingleTurnActor(QueuedActor):
             for example, samples, group_texts in zip(examples, sampled, texts, strict=True)
             for sample, text in zip(samples, group_texts, strict=True)
         ]
-        # Judged once: a judge may answer otherwise the second time, and all processes must train on one rollout.
-        results = on_main(lambda: self.rewards.score(inputs))
+        results = self.rewards.score(inputs)
         if not self.settings.truncated_is_wrong:
             return results
 

@@ -3,7 +3,7 @@
 from rljax.sampling.compile_counter import compile_count, compile_count_here
 from rljax.sampling.config import SamplingConfig
 from rljax.sampling.logits import SamplingParams, process_logits, sampling_params
-from rljax.sampling.plan import DecoderPlan
+from rljax.sampling.plan import DecoderPlan, lower_copies
 from rljax.sampling.row_scorer import RowScorer
 from rljax.sampling.sampler import Sampler
 from rljax.sampling.slots import Fork, Request, Rounds, Sample
@@ -29,6 +29,7 @@ __all__ = [
     "TurnResult",
     "compile_count",
     "compile_count_here",
+    "lower_copies",
     "process_logits",
     "sampling_params",
     "token_count",

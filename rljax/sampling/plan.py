@@ -9,6 +9,7 @@ from jax.sharding import Mesh
 from rljax.models.config import DecoderConfig
 from rljax.models.decoder import abstract_params
 from rljax.models.layout import param_shardings
+from rljax.parallel import spread_mesh, use_mesh
 from rljax.sampling.weights import decode_shardings, decode_weights, weights_program
 
 
@@ -40,6 +41,14 @@ def lower_weights(config: DecoderConfig, mesh: Mesh | None) -> jax.stages.Lowere
     if mesh is not None:
         params = _placed(params, param_shardings(config, mesh))
     return weights_program(config, mesh).lower(params)
+
+
+def lower_copies(config: DecoderConfig, mesh: Mesh) -> jax.stages.Lowered:
+    """The program that leaves a copy of the weights of a trainer on `mesh` in each of its processes."""
+    params = _placed(abstract_params(config), param_shardings(config, mesh))
+    everywhere = spread_mesh(mesh)
+    with use_mesh(everywhere):
+        return weights_program(config, everywhere).lower(params)
 
 
 def abstract_result(lowered: jax.stages.Lowered) -> Any:

@@ -12,6 +12,7 @@ from rljax.models.config import DecoderConfig
 from rljax.parallel import to_host, use_mesh
 from rljax.sampling.logits import SamplingParams
 from rljax.sampling.score import score_tokens
+from rljax.sampling.weights import take_params
 from rljax.types import ArrayLike, Packed, Params
 
 
@@ -50,8 +51,8 @@ class RowScorer:
 
     def set_params(self, params: Params) -> None:
         """The weights to score with, as the model takes them. They are not copied, so they must not be donated before
-        the last call."""
-        self._params = params
+        the last call; but for those that are spread over several processes, of which each takes a copy."""
+        self._params = take_params(self.config, self.mesh, params)
 
     def __call__(
         self, prompt: Sequence[int], completions: Sequence[Sequence[int] | np.ndarray], sampling: SamplingParams

@@ -11,21 +11,64 @@ from jaxtyping import Array, Float
 from rljax.models.config import DecoderConfig
 from rljax.models.decoder import unstack_layers
 from rljax.models.layout import param_shardings
-from rljax.parallel import DECODE_RULES, platform, reshard
+from rljax.parallel import DECODE_RULES, num_processes, own_mesh, own_part, platform, reshard, spread_mesh, use_mesh
 from rljax.types import Params
 
 
 def take_weights(config: DecoderConfig, mesh: Mesh | None, params: Params) -> Params:
-    """`decode_weights` of `params` on `mesh`, wherever they lie: on its devices, on others, or on the host. Call it
-    with the mesh in use. None leaves them where they are."""
-    if mesh is not None and not _is_on(mesh, params):
+    """`decode_weights` of `params` on `mesh`, wherever they lie: on its devices, on others, on the host, or spread over
+    several processes, all of which then call this. Call it with the mesh in use. None leaves them where they are."""
+    if mesh is None:
+        return weights_program(config, mesh)(params)
+
+    if is_apart(mesh, params):
+        everywhere = spread_mesh(mesh_of(params))
+        with use_mesh(everywhere):
+            copies = weights_program(config, everywhere)(params)
+        return on_own(mesh, copies, decode_shardings(config, mesh))
+
+    if not _is_on(mesh, params):
         params = reshard(params, param_shardings(config, mesh, DECODE_RULES))
     return weights_program(config, mesh)(params)
+
+
+def take_params(config: DecoderConfig, mesh: Mesh | None, params: Params) -> Params:
+    """`params` as the model takes them, where a decoder on `mesh` can reach them: a copy where they are spread over
+    several processes and the decoder is this one's alone, in which case all processes call this."""
+    if mesh is None or not is_apart(mesh, params):
+        return params
+    everywhere = spread_mesh(mesh_of(params))
+    with use_mesh(everywhere):
+        copies = copies_program(config, everywhere)(params)
+    return on_own(mesh, copies, param_shardings(config, mesh, DECODE_RULES))
+
+
+def is_apart(mesh: Mesh, params: Params) -> bool:
+    """Whether `params` are spread over more processes than `mesh` is."""
+    is_spread = any(isinstance(x, jax.Array) and not x.is_fully_addressable for x in jax.tree.leaves(params))
+    return is_spread and num_processes(mesh) == 1
+
+
+def mesh_of(params: Params) -> Mesh:
+    """The mesh that `params` lie on."""
+    return jax.tree.leaves(params)[0].sharding.mesh
+
+
+def on_own(mesh: Mesh, copies: Any, layout: Any) -> Any:
+    """Of copies on each process this one's, laid out as `layout` on `mesh`: copied only if they lie on other devices of
+    this process."""
+    own = own_part(copies, own_mesh(mesh_of(copies)))
+    return own if _is_on(mesh, own) else reshard(own, layout)
 
 
 def _is_on(mesh: Mesh, params: Params) -> bool:
     devices = set(mesh.devices.flat)
     return all(isinstance(x, jax.Array) and x.sharding.device_set == devices for x in jax.tree.leaves(params))
+
+
+@functools.lru_cache(maxsize=4)
+def copies_program(config: DecoderConfig, mesh: Mesh):
+    return jax.jit(lambda params: params, out_shardings=param_shardings(config, mesh, DECODE_RULES))
 
 
 @functools.lru_cache(maxsize=16)

@@ -127,5 +127,10 @@ class LogConfig:
     pulse_s: float = field(default=10.0, least=0)
     """Seconds between two signs of life within a step: what is under way, for how long, tokens so far. 0 is none."""
 
+    stall_s: float = field(default=3600.0, least=0)
+    """Seconds without progress (a phase that begins or ends, a token, a compiled program), in a process that waits for
+    no other, after which the stacks of its threads go to `stacks/` and all processes end with status 75. Raise it above
+    the longest compilation or update; 0 is never."""
+
     wandb_project: str = ""
     """Weights & Biases project to log to (the extra `wandb`); empty is none."""

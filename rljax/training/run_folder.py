@@ -28,6 +28,7 @@ _FOLDERS = (
     "evaluations",
     "checkpoints",
     "checkpoints_unreadable",
+    "stacks",
     "warmup_checkpoints",
     "warmup_checkpoints_unreadable",
     "tensorboard",
@@ -106,6 +107,11 @@ class RunFolder:
     @property
     def checkpoints(self) -> AnyPath:
         return self.path / "checkpoints"
+
+    @property
+    def stacks(self) -> AnyPath:
+        """What threads did when a run was ended because nothing moved."""
+        return self.path / "stacks"
 
     @property
     def journal(self) -> AnyPath:

@@ -15,10 +15,10 @@ from typing import Any
 
 from rljax.envs import check_chat_template, get_format
 from rljax.plans import RolloutPlan
-from rljax.rollouts.actor import Decoder, GroupRequest, RolloutSettings, ScoredGroup
+from rljax.rollouts.actor import Actor, Decoder, GroupRequest, RolloutSettings, ScoredGroup
 from rljax.rollouts.black_box.endpoint import ChatEndpoint
 from rljax.rollouts.black_box.recording import Reply, Session, common_prompt, sample_of
-from rljax.rollouts.config import ActorParts, TurnsConfig, make_rewards, require_one_process
+from rljax.rollouts.config import ActorParts, TurnsConfig, make_rewards
 from rljax.rollouts.orders import Order, QueuedActor
 from rljax.sampling import Sample, SamplingConfig, SamplingParams
 from rljax.tasks import Example, RewardConfig, RewardInput, RewardResult, RewardRunner, load_callable
@@ -75,15 +75,15 @@ class BlackBox(TurnsConfig):
         if not 0 < self.timeout_s < float("inf"):
             raise ValueError(f"config.actor.timeout_s={self.timeout_s} must be a positive number of seconds")
 
-    def build(self, parts: ActorParts) -> "BlackBoxActor":
-        require_one_process("agents")
+    def build(self, parts: ActorParts) -> Actor:
+        parts.refuse_in_step("agents")
         check_chat_template(parts.tokenizer, role=get_format(self.tool_format).role)
         decoder = self.turn_decoder(parts, groups_in_flight=0, stop_strings=())
         endpoint = ChatEndpoint(
             decoder, parts.tokenizer, tool_format=self.tool_format, stop_strings=parts.sampling.stop_strings
         )
         rewards = make_rewards(self.rewards, parts)
-        return BlackBoxActor(endpoint, load_callable(self.agent), rewards, parts.settings, self)
+        return parts.shared(BlackBoxActor(endpoint, load_callable(self.agent), rewards, parts.settings, self))
 
 
 class BlackBoxActor(QueuedActor):

@@ -1,0 +1,76 @@
+"""Two processes play what one plays, whoever plays it: environments, forks, guidance, agents that cannot be changed."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import shared_program
+from devices import xla_flags
+from test_rollouts_endpoint import CONFIG, make_tokenizer, params
+
+from rljax.models import save_hf
+
+TESTS = Path(__file__).parent
+
+
+@pytest.fixture(scope="module")
+def played(tmp_path_factory):
+    """What one process plays, and what each of two does."""
+    folder = tmp_path_factory.mktemp("shared")
+    save_hf(str(folder / "model"), CONFIG, params(), tokenizer=make_tokenizer())
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    os.environ["NOTES"] = str(folder)
+    environment = {**os.environ, "XLA_FLAGS": xla_flags(1), "PYTHONPATH": f"{TESTS.parent}{os.pathsep}{TESTS}"}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, str(TESTS / "shared_program.py"), str(folder), str(index), address],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for index in range(2)
+    ]
+    try:
+        alone = shared_program.main(folder)
+        outputs = [process.communicate(timeout=400) for process in processes]
+    finally:
+        del os.environ["NOTES"]
+        for process in processes:
+            process.kill()
+    for process, (_, errors) in zip(processes, outputs, strict=True):
+        assert process.returncode == 0, errors[-3000:]
+    return alone, [json.loads(output.splitlines()[-1]) for output, _ in outputs]
+
+
+@pytest.mark.parametrize("name", ["forks", "guided", "agents", "in_step"])
+def test_two_processes_play_what_one_plays(played, name):
+    alone, both = played
+    want = json.loads(json.dumps(alone[name]))
+    for found in both:
+        for part in ("tokens", "rewards", "texts", "components", "evaluation"):
+            assert found[name][part] == want[part], part
+
+
+@pytest.mark.parametrize("name", ["forks", "guided", "agents"])
+def test_what_hosts_do_is_done_once_and_shared_out(played, name):
+    alone, both = played
+    first, second = (found[name] for found in both)
+    assert sorted([*first["asked"], *second["asked"]]) == alone[name]["asked"]
+    assert first["decoded"] + second["decoded"] == alone[name]["decoded"]
+    for found in (first, second):
+        assert len(found["asked"]) <= 0.6 * len(alone[name]["asked"])
+        assert found["decoded"] <= 0.6 * alone[name]["decoded"]
+
+
+def test_in_step_one_judges_and_both_decode(played):
+    alone, both = played
+    first, second = (found["in_step"] for found in both)
+    assert first["asked"] == alone["in_step"]["asked"] and not second["asked"]
+    assert first["decoded"] == second["decoded"] == alone["in_step"]["decoded"]

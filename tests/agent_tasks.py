@@ -64,3 +64,12 @@ class Unsteady(Ask):
     def step(self, action):
         time.sleep(random.SystemRandom().choice([0, 0, 0.002, 0.02]))
         return super().step(action)
+
+
+class Fragile(Ask):
+    """Breaks down when it hears a 7."""
+
+    def step(self, action):
+        if "7" in action:
+            raise OSError("the tool is gone")
+        return super().step(action)

@@ -8,7 +8,17 @@ from rljax.evaluation import EvaluationConfig
 from rljax.experiment.config import Config, Recipe
 from rljax.experiment.model import FreshModel, ModelSource, PretrainedModel
 from rljax.parallel import MeshConfig
-from rljax.rollouts import ActorConfig, BlackBox, GroupsConfig, Guided, MultiTurn, RolloutConfig, SingleTurn
+from rljax.rollouts import (
+    ActorConfig,
+    BlackBox,
+    EndpointConfig,
+    GroupsConfig,
+    Guided,
+    MultiTurn,
+    Remote,
+    RolloutConfig,
+    SingleTurn,
+)
 from rljax.sampling import SamplingConfig
 from rljax.tasks import (
     CurriculumSource,
@@ -41,6 +51,7 @@ __all__ = [
     "CurriculumSource",
     "DataSource",
     "Dataset",
+    "EndpointConfig",
     "EnvironmentLimits",
     "EvaluationConfig",
     "FailedTasks",
@@ -59,6 +70,7 @@ __all__ = [
     "RayConfig",
     "ReasoningGymData",
     "Recipe",
+    "Remote",
     "RewardConfig",
     "RolloutConfig",
     "RowsData",

@@ -29,7 +29,7 @@ from rljax.envs import (
     require_ray,
 )
 from rljax.plans import RolloutPlan
-from rljax.rollouts.actor import Actor, GroupRequest, RolloutSettings, ScoredGroup, known_example
+from rljax.rollouts.actor import Actor, Decoder, GroupRequest, RolloutSettings, ScoredGroup, known_example
 from rljax.rollouts.admission import all_in_time, capacity
 from rljax.rollouts.config import ActorParts, TurnsConfig
 from rljax.rollouts.cross_policy import stale_turns
@@ -311,6 +311,11 @@ class MultiTurnActor:
             if i == 0 or self.versions[i] < 0 or is_renewal:
                 decoder.set_params(params, keep=self._conversations_to_keep())
                 self.versions[i] = version
+
+    @property
+    def resting(self) -> Sequence[Decoder]:
+        # With a scorer the newest weights are the next version's older ones; a second decoder's are renewed seldom.
+        return self.decoders[:1] if self.scorer is None else ()
 
     def cache_bytes(self) -> int:
         return sum(decoder.cache_bytes() for decoder in self.decoders)

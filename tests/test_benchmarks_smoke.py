@@ -25,6 +25,7 @@ SMALLEST = {
     "arena.py": ("--preset=smoke", "--tasks=spell_backward", "--methods=random forks;GRPO, more samples"),
     "compare_runs.py": (),
     "compiled.py": ("--preset=smoke", "--only=decode_bound_0p6b,predicted_over_compiled"),
+    "engines.py": ("--preset=smoke",),
     "episodes.py": ("--preset=smoke",),
     "forest.py": ("--preset=smoke",),
     "growth.py": ("--preset=smoke",),

@@ -183,6 +183,9 @@ class Loop:
         # miss one that was never written.
         self.folder.log_step(done, metrics)
         self.place = place_of(run, done, metrics)
+        if not config.checkpoint.every:
+            # Only a run that is asked to end will save, and then these are trained on already.
+            self.journal.keep(done)
         if config.checkpoint.every and (done % config.checkpoint.every == 0 or done == config.steps):
             self.save_place()
 

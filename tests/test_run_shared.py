@@ -71,6 +71,22 @@ def test_what_hosts_do_is_done_once_and_shared_out(played, name):
         assert found["decoded"] <= 0.6 * alone[name]["decoded"]
 
 
+def test_groups_in_flight_of_two_processes_are_gone_on_with(played):
+    """Each process has one under way, goes on with it, and all know of all."""
+    alone, both = played
+    first, second = (found["in_flight"] for found in both)
+    assert first == second
+
+    # As many are drawn as by one process, and none is played twice or lost.
+    assert first["drawn"] == json.loads(json.dumps(alone["in_flight"]["drawn"]))
+    trained = [example_id for ids in first["ids"] for example_id in ids]
+    left = [group["example_id"] for state in first["state"]["processes"] for group in state["groups"]]
+    assert [len(state["groups"]) for state in first["state"]["processes"]] == [1, 1]
+    assert len(trained) == 8 and len({*trained, *left}) == 10
+    known = [example_id for ids in alone["in_flight"]["ids"] for example_id in ids]
+    assert {*trained, *left} == {*known, *(group["example_id"] for group in alone["in_flight"]["state"]["groups"])}
+
+
 def test_in_step_one_judges_and_both_decode(played):
     alone, both = played
     first, second = (found["in_step"] for found in both)

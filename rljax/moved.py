@@ -29,7 +29,9 @@ MODULES = {
 
 FIELDS = {
     "rewards": "actor=SingleTurn(rewards=...), or BlackBox(rewards=...)",
+    "actor.processes": "actor.hosts='processes'",
     "environment": "actor=MultiTurn(...), or BlackBox(agent=...)",
+    "environment.processes": "actor.hosts='processes'",
     "environment.rows": "actor.decode_rows",
     "environment.contexts": "actor.conversations",
     "environment.extend_buckets": "actor.prefill_chunks",
@@ -49,7 +51,7 @@ FIELDS = {
 """Of a config: what was at this dotted path, and where it is. A longer path went with the longest that is listed."""
 
 _KEYWORD = re.compile(r"got an unexpected keyword argument '(\w+)'")
-_PARTS = ("", "sampling.", "update.")
+_PARTS = ("", "actor.", "sampling.", "update.")
 
 
 def field_hint(dotted: str) -> str:

@@ -196,7 +196,8 @@ class TrainBatch:
 @struct
 class TrainState:
     """Everything on the device that a step changes, and the frozen weights that it stands on. `trainable`, `opt_state`,
-    `base` and `ref_trainable` are pytrees of arrays; `rljax.training.policy_params` puts the model's params together.
+    `base`, `ref_trainable` and `pushed` are pytrees of arrays; `rljax.training.policy_params` puts the model's params
+    together.
     """
 
     trainable: Any
@@ -206,3 +207,4 @@ class TrainState:
     base: Any = None  # weights that no update changes; None where all are trained
     ref_trainable: Any = None  # what stands for `trainable` in the reference; None without one
     critic: Any = None  # the `TrainState` of the value function, where there is one
+    pushed: Any = None  # what stands for `trainable` in rollouts; None where they take every step's own

@@ -1,6 +1,8 @@
 """A small task over turns for tests: find a hidden number by asking whether it is larger."""
 
 import json
+import random
+import time
 import urllib.request
 
 from rljax.envs import Parsed, Step, ToolFormat
@@ -54,3 +56,20 @@ class Ask:
         said = "<" if self._number < guess else ">"
         counts = {"tool_calls": 1.0, "prediction": float(said in action), "redundancy": 0.1 * self._turns}
         return Step(said, 0.0, self._turns >= self._most, counts)
+
+
+class Unsteady(Ask):
+    """Takes another time for every answer, in every process."""
+
+    def step(self, action):
+        time.sleep(random.SystemRandom().choice([0, 0, 0.002, 0.02]))
+        return super().step(action)
+
+
+class Fragile(Ask):
+    """Breaks down when it hears a 7."""
+
+    def step(self, action):
+        if "7" in action:
+            raise OSError("the tool is gone")
+        return super().step(action)

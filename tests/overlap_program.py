@@ -55,11 +55,13 @@ def config(kind, staleness, devices, every=1):
         )
         given.data = RowsData(rows="agent_tasks:rows", args={"size": 40}, test_args={"size": 6, "first": 100})
         given.actor = MultiTurn(
-            make="agent_tasks:Ask",
+            make="agent_tasks:Unsteady",
             tool_format="agent_tasks:FORMAT",
             context_length=64,
             prefill_chunks=(8, 64),
             workers=4,
+            groups_in_flight=3,
+            answers_after=1,
         )
     return given
 
@@ -103,11 +105,11 @@ def broken_off(given, folder, *, at, hangs_at=None, stop=False):
             os.kill(os.getpid(), signal.SIGTERM)
             time.sleep(10)
 
-    def hangs(actor, plan, draw, n, index, version):
+    def hangs(actor, plan, draw, n, index, version, **rules):
         while index == hangs_at:
             time.sleep(0.01)
         made.append(index)
-        return collect(actor, plan, draw, n, index, version)
+        return collect(actor, plan, draw, n, index, version, **rules)
 
     loop.train_step = breaks
     pipeline.collect = hangs

@@ -1,11 +1,13 @@
 """Run by test_sampling_mesh.py in a process with eight virtual devices: prints, per mesh, what was sampled."""
 
+import gc
 import json
 import sys
 
 import jax
 import numpy as np
 
+from rljax.experiment.memory import bytes_of
 from rljax.models import DecoderConfig, init_params
 from rljax.models.layout import param_shardings
 from rljax.parallel import make_mesh
@@ -45,7 +47,14 @@ def sample(mesh):
     requests = [Request(rng.integers(0, 96, 1 + i).tolist(), i, range(3), rounds=fork_twice) for i in range(7)]
     groups = sampler.generate(requests, sampling_params(top_p=0.95), seed=3, step=4)
     flat = [x for group in groups for x in group]
+
+    # Whatever cache a call had is freed; what goes now is the weights.
+    gc.collect()
+    held = bytes_of(jax.live_arrays())
+    sampler.drop_params()
     return {
+        "freed": held - bytes_of(jax.live_arrays()),
+        "weights": bytes_of(sampler.plan().weights),
         "tokens": [x.tokens.tolist() for x in flat],
         "logprobs": [x.logprobs.tolist() for x in flat],
         "compiles": compile_count() - before,

@@ -30,6 +30,7 @@ SMALLEST = {
     "growth.py": ("--preset=smoke",),
     "numerics.py": ("--preset=smoke",),
     "objectives.py": ("--preset=smoke",),
+    "overlap.py": ("--preset=smoke",),
     "papers.py": ("--size=smoke", "--configs=grpo"),
     "parity/losses.py": (),
     "rollout.py": ("--preset=smoke",),
@@ -83,7 +84,9 @@ def test_every_script_has_a_smallest_form():
         assert (Path(__file__).parent / f"{name}.py").exists()
 
 
-@pytest.mark.parametrize("script", ["episodes.py", "forest.py", "objectives.py", "rollout.py", "train_step.py"])
+@pytest.mark.parametrize(
+    "script", ["episodes.py", "forest.py", "objectives.py", "overlap.py", "rollout.py", "train_step.py"]
+)
 def test_a_benchmark_measures_everything_that_it_reports(run, script):
     report = run(script, *SMALLEST[script])
     assert report["benchmark"] == Path(script).stem and report["setting"]["preset"] == "smoke"
@@ -91,6 +94,7 @@ def test_a_benchmark_measures_everything_that_it_reports(run, script):
     assert report["ratios"] and not report.get("missing")
     if "compiles_after_warmup" in report["ratios"]:
         assert report["ratios"]["compiles_after_warmup"] == 0
+    assert report["ratios"].get("digests_equal", 1) == 1
 
 
 def test_growth_is_measured_and_ragged_updates_compile_nothing_after_the_warm_up(run):

@@ -145,6 +145,10 @@ MISTAKES = {
         ["--config.environment.make=x:y"],
         r"config\.environment is config\.actor=MultiTurn\(\.\.\.\).*now",
     ),
+    "an option that has another name": (
+        ["--config.actor.processes=True"],
+        "--config.actor.processes: no such field; config.actor.processes is config.actor.hosts='processes' now",
+    ),
     "a field that has moved": (
         ["--config.sampling.prompt_buckets=(8,)"],
         r"config\.sampling\.prompt_buckets is config\.actor\.prompt_buckets now",

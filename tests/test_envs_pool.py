@@ -7,6 +7,7 @@ import time
 from concurrent.futures import wait
 
 import pytest
+from counting import Copyable, Counter, needs_a_file
 from replays import replay
 from test_tasks_rewards import SCRIBBLES, scribble
 
@@ -24,69 +25,6 @@ from rljax.envs import (
 from rljax.envs.library import calculator
 
 
-def ill_typed(**fields):
-    """A step that no type checker saw."""
-    step = Step("x")
-    for name, value in fields.items():
-        object.__setattr__(step, name, value)
-    return step
-
-
-class Counter:
-    """Adds up numbers; done at the row's goal. Some actions misbehave."""
-
-    def reset(self, row):
-        self.total, self.goal = 0, row["goal"]
-        if row.get("bad"):
-            raise RuntimeError("no such row")
-        return f"Count to {self.goal}."
-
-    def step(self, action):
-        match action:
-            case "raise":
-                raise RuntimeError("oops")
-            case "exit":
-                raise SystemExit(3)
-            case "die":
-                os._exit(7)
-            case "hang":
-                time.sleep(60)
-            case "fork":
-                if os.fork() == 0:
-                    os.execv("/nonexistent", ["x"])
-                os.wait()
-                return Step("forked")
-            case "nonsense":
-                return "a text"
-            case "nan":
-                return Step("x", reward=float("nan"))
-            case "none":
-                return ill_typed(observation=None)
-            case "flag":
-                return ill_typed(done="no")
-            case "long":
-                return Step("x" * 1000)
-            case "tool":
-                return Step("called", counts={"tool_calls": 1.0})
-        self.total += int(action)
-        done = self.total >= self.goal
-        return Step(f"{self.total} after {os.getpid() > 0}", reward=float(done), done=done)
-
-
-class Copyable(Counter):
-    resets = 0
-
-    def reset(self, row):
-        Copyable.resets += 1
-        return super().reset(row)
-
-    def snapshot(self):
-        return {"total": self.total, "goal": self.goal}
-
-    def restore(self, state):
-        self.__dict__.update(state)
-
-
 class Fickle(Counter):
     made = 0
 
@@ -101,7 +39,7 @@ LIMITS = EnvironmentLimits(turns=6, tool_calls=2, observation_chars=100, step_s=
 @pytest.fixture(scope="module", params=["threads", "processes"])
 def pool(request):
     limits = LIMITS if request.param == "threads" else EnvironmentLimits(**{**vars(LIMITS), "step_s": 3.0})
-    with EnvironmentPool(Counter, workers=2, processes=request.param == "processes", limits=limits) as pool:
+    with EnvironmentPool(Counter, workers=2, hosts=request.param, limits=limits) as pool:
         yield pool
 
 
@@ -146,7 +84,7 @@ def test_what_an_environment_does_wrong_ends_its_own_episode(pool, action, end, 
 
 
 def test_a_child_that_an_environment_forked_answers_for_nobody():
-    with EnvironmentPool(Counter, workers=1, processes=True, limits=EnvironmentLimits(step_s=5.0)) as pool:
+    with EnvironmentPool(Counter, workers=1, hosts="processes", limits=EnvironmentLimits(step_s=5.0)) as pool:
         episode = play(pool, ["1", "fork", "2", "1"], {"goal": 9})
         assert [s.observation for s in episode.steps] == ["1 after True", "forked", "3 after True", "4 after True"]
         assert play(pool, ["5"]).opening == "Count to 5."
@@ -161,7 +99,7 @@ class Scribbles(Counter):
 
 @pytest.mark.parametrize("what", ["scribble text", "scribble other number"])
 def test_what_an_environment_writes_to_its_socket_ends_its_own_episode(what):
-    with EnvironmentPool(Scribbles, workers=1, processes=True, limits=EnvironmentLimits(step_s=5.0)) as pool:
+    with EnvironmentPool(Scribbles, workers=1, hosts="processes", limits=EnvironmentLimits(step_s=5.0)) as pool:
         other = play(pool, ["1"])
         assert (play(pool, [what]).end, pool.failures["crashed"]) == ("crashed", 1)
         assert pool.step(other, "1").result(20).steps[-1].observation == "2 after True"
@@ -192,7 +130,7 @@ def test_a_fork_goes_on_from_its_turn(pool):
 
 def test_a_worker_that_dies_is_replaced_and_its_other_episodes_go_on():
     limits = EnvironmentLimits(**{**vars(LIMITS), "step_s": 5.0})
-    with EnvironmentPool(Counter, workers=1, processes=True, limits=limits) as pool:
+    with EnvironmentPool(Counter, workers=1, hosts="processes", limits=limits) as pool:
         other, victim = play(pool, ["1", "1"]), play(pool, ["1", "die"])
         assert (victim.end, victim.error) == ("crashed", "the worker process ended with exit code 7")
         assert pool.step(other, "1").result(20).steps[-1].observation == "3 after True"
@@ -200,8 +138,8 @@ def test_a_worker_that_dies_is_replaced_and_its_other_episodes_go_on():
 
 
 def test_worker_processes_end_with_the_pool():
-    with EnvironmentPool(Counter, workers=1, processes=True, limits=LIMITS) as pool:
-        process = pool._lanes[0].process.process
+    with EnvironmentPool(Counter, workers=1, hosts="processes", limits=LIMITS) as pool:
+        process = pool._lanes[0].worker.process.process
         assert process.poll() is None
     assert process.poll() is not None
     with pytest.raises(RuntimeError, match="closed"):
@@ -242,9 +180,9 @@ class Live(Counter):
         self.__dict__.update(state)
 
 
-@pytest.mark.parametrize("processes", [False, True])
-def test_a_fork_stands_at_its_turn_though_the_snapshot_is_live_state(processes):
-    with EnvironmentPool(Live, workers=1, processes=processes, limits=LIMITS) as pool:
+@pytest.mark.parametrize("hosts", ["threads", "processes"])
+def test_a_fork_stands_at_its_turn_though_the_snapshot_is_live_state(hosts):
+    with EnvironmentPool(Live, workers=1, hosts=hosts, limits=LIMITS) as pool:
         first = play(pool, ["1", "2", "3"], {"goal": 20})
         fork = pool.fork(first, 1).result(9)
         assert pool.step(fork, "5").result(9).steps[-1].observation == "6 after True"
@@ -275,12 +213,12 @@ def closed(path, count):
     return sorted(map(int, path.read_text().split()))
 
 
-@pytest.mark.parametrize("processes", [False, True])
-def test_environments_are_closed_when_they_are_left_and_with_the_pool(processes, tmp_path):
+@pytest.mark.parametrize("hosts", ["threads", "processes"])
+def test_environments_are_closed_when_they_are_left_and_with_the_pool(hosts, tmp_path):
     path = tmp_path / "closed"
     path.touch()
     limits = EnvironmentLimits(step_s=5.0)
-    with EnvironmentPool(make_holds, workers=2, processes=processes, limits=limits) as pool:
+    with EnvironmentPool(make_holds, workers=2, hosts=hosts, limits=limits) as pool:
         episodes = [play(pool, ["1"], {"goal": goal, "file": str(path)}) for goal in (2, 3, 4)]
         failing = play(pool, [], {"goal": 5, "file": str(path), "bad": True})
         pool.release(failing)
@@ -395,11 +333,11 @@ def test_a_restored_episode_must_lead_to_the_same(pool):
     assert "reset began with 'Count to 6.'" in pool.restore(state, {"goal": 6}).result(20).error
 
 
-@pytest.mark.parametrize("processes", [False, True])
-def test_an_environment_that_differs_from_run_to_run_is_found(processes):
+@pytest.mark.parametrize("hosts", ["threads", "processes"])
+def test_an_environment_that_differs_from_run_to_run_is_found(hosts):
     """`Fickle` numbers its openings, so that only a fresh process repeats the first."""
     limits = EnvironmentLimits(step_s=5.0)
-    with EnvironmentPool(Fickle, workers=1, processes=processes, limits=limits) as pool:
+    with EnvironmentPool(Fickle, workers=1, hosts=hosts, limits=limits) as pool:
         state = saved(play(pool, ["1"]))
         assert pool.restore(state).result(20).end == "replay"
 
@@ -458,21 +396,17 @@ def test_bad_pools_are_refused():
     with pytest.raises(ValueError, match="at least 1"):
         EnvironmentPool(Counter, workers=0)
     with pytest.raises(ValueError, match="cannot be sent to a worker process"):
-        EnvironmentPool(lambda: Counter(), workers=1, processes=True)
+        EnvironmentPool(lambda: Counter(), workers=1, hosts="processes")
     with pytest.raises(ValueError, match="cannot load 'nowhere:make'"):
         EnvironmentPool("nowhere:make")
     with pytest.raises(ValueError, match="turns is 0"):
         EnvironmentLimits(turns=0)
 
 
-def needs_a_file():
-    raise OSError("no such index")
-
-
-@pytest.mark.parametrize("processes", [False, True])
-def test_nothing_starts_before_the_pool_is_opened(processes):
+@pytest.mark.parametrize("hosts", ["threads", "processes"])
+def test_nothing_starts_before_the_pool_is_opened(hosts):
     threads = threading.active_count()
-    pool = EnvironmentPool(Counter, workers=2, processes=processes, limits=LIMITS)
+    pool = EnvironmentPool(Counter, workers=2, hosts=hosts, limits=LIMITS)
     assert threading.active_count() == threads and pool._lanes == []
     with pytest.raises(RuntimeError, match=r"not open; use it in a `with` block, or call open\(\) first$"):
         pool.start({"goal": 1})
@@ -483,15 +417,15 @@ def test_nothing_starts_before_the_pool_is_opened(processes):
     with pytest.raises(RuntimeError, match="closed"), pool:
         pass
 
-    never = EnvironmentPool(Counter, workers=2, processes=processes)
+    never = EnvironmentPool(Counter, workers=2, hosts=hosts)
     never.close()
     with pytest.raises(RuntimeError, match="closed"):
         never.open()
 
 
-@pytest.mark.parametrize("processes", [False, True])
-def test_a_factory_that_makes_nothing_is_refused_as_the_pool_opens(processes):
-    pool = EnvironmentPool(needs_a_file, workers=1, processes=processes)
+@pytest.mark.parametrize("hosts", ["threads", "processes"])
+def test_a_factory_that_makes_nothing_is_refused_as_the_pool_opens(hosts):
+    pool = EnvironmentPool(needs_a_file, workers=1, hosts=hosts)
     with pytest.raises(ValueError, match="makes no environment: OSError: no such index") as error, pool:
         pass
     assert "\n" not in str(error.value)
@@ -502,7 +436,7 @@ def test_a_factory_that_no_worker_can_load_is_refused_as_the_pool_opens(tmp_path
     (tmp_path / "only_here.py").write_text(
         f"import os\nif os.getpid() != {os.getpid()}: raise OSError('only there')\ndef make(): return None\n"
     )
-    pool = EnvironmentPool("only_here:make", workers=1, processes=True)
+    pool = EnvironmentPool("only_here:make", workers=1, hosts="processes")
     with pytest.raises(ValueError, match=r"a worker process cannot make environments.*only there"), pool:
         pass
 

@@ -109,7 +109,7 @@ def test_a_game_repeats_itself_so_forks_by_replay_work(folder):
 def test_games_run_in_worker_processes(folder):
     row = rows(1, 5, folder=folder)[0]
     make = functools.partial(TextWorldEnvironment, folder=folder)
-    with EnvironmentPool(make, workers=1, processes=True) as pool:
+    with EnvironmentPool(make, workers=1, hosts="processes") as pool:
         episode = pool.start(row).result()
         for command in walkthrough(row, folder):
             pool.step(episode, command).result()

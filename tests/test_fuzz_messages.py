@@ -19,11 +19,10 @@ from test_rollouts_endpoint import ECHO, make_tokenizer
 from rljax.envs import FORMATS, Step, ToolCall
 from rljax.envs.base import CRASHED, MALFORMED, TIMEOUT
 from rljax.envs.formats import get_format
-from rljax.envs.host import Act, Answer, Close, HostProcess, Past, Start, _write_answer
-from rljax.rollouts import ChatEndpoint
-from rljax.rollouts.black_box import endpoint as endpoint_module
-from rljax.rollouts.black_box.endpoint import _Server
+from rljax.envs.host import Act, Answer, Close, HostProcess, Past, Start, write_answer
+from rljax.rollouts import ChatEndpoint, http_server
 from rljax.rollouts.black_box.recording import Renderer
+from rljax.rollouts.http_server import HttpServer
 from rljax.sampling import Turn, TurnResult
 from rljax.tasks import load_jsonl
 from rljax.tasks.channel import Channel, read_data, write_data
@@ -98,6 +97,8 @@ def test_a_line_of_data_loads_or_is_refused_by_file_and_line(tmp_path, line):
 class Canned(ChatEndpoint):
     """The endpoint whose policy always says the same: all of it but the decoder."""
 
+    token = ""
+
     def __init__(self):
         self.tokenizer = make_tokenizer()
         self.model = "policy"
@@ -121,7 +122,7 @@ class Canned(ChatEndpoint):
 @pytest.fixture(scope="module")
 def server():
     endpoint = Canned()
-    server = _Server(("127.0.0.1", 0), endpoint)
+    server = HttpServer(("127.0.0.1", 0), endpoint)
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
     thread.start()
     yield server
@@ -158,9 +159,9 @@ REQUESTS = st.one_of(
     b'"parameters": ' + b'{"a":' * 900 + b"1" + b"}" * 900 + b"}}]}"
 )
 def test_any_body_is_answered_or_refused(server, body):
-    session = server.endpoint.open_session()
+    session = server.service.open_session()
     status, answer = post(server, body, session.id)
-    server.endpoint.close_session(session)
+    server.service.close_session(session)
     assert status == 200 or 400 <= status < 500, answer
     assert ("choices" in answer) == (status == 200) and ("error" in answer) == (status != 200)
 
@@ -183,13 +184,13 @@ def test_any_head_is_answered_or_the_connection_ends(server, head):
 def test_a_stranger_is_refused_before_its_body_is_read(server):
     with socket.create_connection(server.server_address, timeout=20) as connection:
         head = f"POST /session/nobody/v1/chat/completions HTTP/1.1\r\nContent-Length: {10**9}\r\n\r\n"
-        connection.sendall(head.encode() + bytes(endpoint_module._MOST_DRAINED))
+        connection.sendall(head.encode() + bytes(http_server._MOST_DRAINED))
         assert b" 404 " in connection.recv(1000)
 
 
 def test_a_body_that_no_context_holds_is_refused(server):
-    session = server.endpoint.open_session()
-    status, answer = post(server, b" " * (server.endpoint.most_bytes + 1), session.id)
+    session = server.service.open_session()
+    status, answer = post(server, b" " * (server.service.most_bytes + 1), session.id)
     assert (status, answer["error"]["code"]) == (413, "request_too_large")
     for length in ("-1", "1_0", "9" * 30, "x", "\u0663"):
         headers = {"Content-Length": length.encode().decode("latin-1")}
@@ -197,8 +198,8 @@ def test_a_body_that_no_context_holds_is_refused(server):
 
 
 def test_a_request_that_comes_in_drop_by_drop_has_an_end(server, monkeypatch):
-    monkeypatch.setattr(endpoint_module, "_READ_S", 0.2)
-    session = server.endpoint.open_session()
+    monkeypatch.setattr(http_server, "_READ_S", 0.2)
+    session = server.service.open_session()
     target = f"POST /session/{session.id}/v1/chat/completions HTTP/1.1\r\n"
     for head, status in ((target, b""), (f"{target}Content-Length: 99\r\n\r\n", b" 408 ")):
         with socket.create_connection(server.server_address, timeout=20) as connection:
@@ -212,8 +213,8 @@ def test_a_request_that_comes_in_drop_by_drop_has_an_end(server, monkeypatch):
 
 
 def test_connections_are_bounded(server, monkeypatch):
-    monkeypatch.setattr(endpoint_module, "_MOST_CONNECTIONS", 2)
-    session = server.endpoint.open_session()
+    monkeypatch.setattr(http_server, "_MOST_CONNECTIONS", 2)
+    session = server.service.open_session()
     body = json.dumps({"messages": [{"role": "user", "content": "x"}]}).encode()
     with contextlib.ExitStack() as stack:
         for _ in range(2):
@@ -300,10 +301,10 @@ def test_any_bytes_of_a_worker_are_its_answer_or_its_end(stream, is_ready):
 
 PAST = Past({}, "o", (), ())
 REPLIES = [
-    _write_answer(7, Answer("opening")),
-    _write_answer(7, Answer(Step("seen", 1.0, True, {"n": 1.0}), seconds=0.5)),
-    _write_answer(7, Answer(None, "raised", "boom")),
-    _write_answer(6, Answer("opening")),
+    write_answer(7, Answer("opening")),
+    write_answer(7, Answer(Step("seen", 1.0, True, {"n": 1.0}), seconds=0.5)),
+    write_answer(7, Answer(None, "raised", "boom")),
+    write_answer(6, Answer("opening")),
     write_data(7, ["seen", math.nan, True, {}], None, "", 0.5),
     write_data(7, ["seen", 1.0, "no", {}], None, "", 0.5),
     write_data(7, None, "nonsense", "", 0.5),

@@ -183,7 +183,9 @@ def test_bfloat16_accumulates_in_float32(device):
 @pytest.mark.parametrize("window", [ALL, 6])
 def test_blocks_that_are_left_out_hold_no_visible_pair(block_q, block_k, window):
     positions, ends = forests(192, seed=5, rows=4)
-    got = visible_blocks(jnp.asarray(positions), jnp.asarray(ends), window, block_q=block_q, block_k=block_k)
+    got = visible_blocks(
+        jnp.asarray(positions), jnp.asarray(positions), jnp.asarray(ends), window, block_q=block_q, block_k=block_k
+    )
     pairs = np.stack([seen(p, e, window) for p, e in zip(positions, ends, strict=True)])
     blocks = pairs.reshape(4, 192 // block_q, block_q, 192 // block_k, block_k).any(axis=(2, 4))
     assert not (blocks & ~np.asarray(got)).any()
@@ -308,6 +310,8 @@ def test_wrong_sizes_are_refused():
             forest_attention_kernel(q, k, v, positions, ends, ALL, block_k=size)
     with pytest.raises(ValueError, match="3 query heads do not divide over 2 key heads"):
         forest_attention_kernel(q[:, :, :3], k, v, positions, ends, ALL)
+    with pytest.raises(ValueError, match="8 queries of 16 positions need query_start"):
+        forest_attention_kernel(q[:, :8], k, v, positions, ends, ALL)
 
 
 @pytest.mark.gpu

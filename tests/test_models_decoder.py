@@ -236,6 +236,7 @@ def test_scanned_unrolled_and_rematerialised_layers_agree(name):
         {"remat": "full"},
         {"remat": "attention_saved"},
         {"scan": False, "remat": "attention_saved"},
+        {"remat": "products_saved"},
     ):
         (_, other), other_gradient = run(**options)
         assert np.abs(other - scanned).max() < 1e-4
@@ -243,8 +244,9 @@ def test_scanned_unrolled_and_rematerialised_layers_agree(name):
             assert np.abs(a - b).max() < 1e-5 * max(1.0, float(np.abs(b).max()))
 
 
-def test_saved_attention_costs_its_result_and_log_sum_exp_and_is_not_computed_again():
-    """Of the program of a gradient: how often a softmax looks for its largest score, and what is kept for that."""
+def test_what_remat_saves_is_not_computed_again_and_costs_its_size():
+    """Of the program of a gradient: how often a softmax looks for its largest score, how many products there are, and
+    what is kept for that."""
     config = CONFIGS["tied_llama3"]
     params = abstract_params(config)
     tokens, positions, ends = (jnp.asarray(x) for x in forest()[:3])
@@ -252,8 +254,14 @@ def test_saved_attention_costs_its_result_and_log_sum_exp_and_is_not_computed_ag
     def out(params, remat):
         return jnp.sum(hidden_states(config, params, tokens, positions, ends, remat=remat))
 
+    def count(remat, operation):
+        return str(jax.make_jaxpr(jax.grad(lambda p: out(p, remat)))(params)).count(operation)
+
     def softmaxes(remat):
-        return str(jax.make_jaxpr(jax.grad(lambda p: out(p, remat)))(params)).count("reduce_max")
+        return count(remat, "reduce_max")
+
+    def products(remat):
+        return count(remat, "dot_general")
 
     def kept(remat):
         pullback = jax.eval_shape(lambda p: jax.vjp(lambda p: out(p, remat), p)[1], params)
@@ -264,7 +272,14 @@ def test_saved_attention_costs_its_result_and_log_sum_exp_and_is_not_computed_ag
     assert kept("attention_saved") - kept("full") == config.num_layers * tokens.size * of_query
     assert kept("none") > 2 * kept("attention_saved")
 
-    with pytest.raises(ValueError, match="remat='all' must be one of 'none', 'attention_saved', 'full'"):
+    # Of a layer: q, k, v, what is added to its input, and the two halves of the MLP.
+    of_products = 2 * config.num_kv_heads * config.head_dim + config.num_heads * config.head_dim
+    of_products += config.embed_dim + 2 * config.mlp_dim
+    more = kept("products_saved") - kept("attention_saved")
+    assert more == config.num_layers * tokens.size * of_products < kept("none") - kept("attention_saved")
+    assert products("products_saved") == products("none") < products("attention_saved")
+
+    with pytest.raises(ValueError, match="remat='all' must be one of 'none', 'products_saved', 'attention_s"):
         hidden_states.__wrapped__(config, params, tokens, positions, ends, remat="all")
 
 

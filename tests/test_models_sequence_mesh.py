@@ -1,5 +1,6 @@
 """Packed sequences that several devices share give the numbers of one device, and send keys and values alone."""
 
+import functools
 import json
 from typing import NamedTuple
 
@@ -13,6 +14,7 @@ from test_parallel_mesh import run_python
 from test_training_learner import CONFIG, FLAT, grpo, update_config
 
 from rljax.models import Shares, attention_stream, forest_attention
+from rljax.models.attention_kernel import forest_attention_kernel
 from rljax.parallel import MESH_AXES
 from rljax.training import Learner, OptimizerConfig
 
@@ -74,9 +76,14 @@ def test_a_layer_sends_its_keys_and_values_and_no_other_activations(found, case)
     assert sorted(states) == [Sent("all-gather", found["states"], 1), Sent("reduce-scatter", found["states"], 1)]
 
 
+@pytest.mark.parametrize("form", ["plain", "gpu", "tpu"])
 @pytest.mark.parametrize(("layout", "window"), [("forests", 5), ("chains", ALL)])
-def test_queries_from_anywhere_see_what_they_see_among_all(monkeypatch, layout, window):
-    """Values and gradients, with blocks that do not divide the queries, and with padding behind the trees."""
+def test_queries_from_anywhere_see_what_they_see_among_all(monkeypatch, layout, window, form):
+    """Values and gradients, with blocks that do not divide the queries, and with padding behind the trees; in plain
+    operations, and of the kernels for either device."""
+    attend = forest_attention
+    if form != "plain":
+        attend = functools.partial(forest_attention_kernel, block_q=32, block_k=16, interpret=form)
     monkeypatch.setattr(attention_stream, "BLOCK", 16)
     length, first, count = 72, 19, 45
     trees = forests(length) if layout == "forests" else chains(length, 20, 31, 11)
@@ -90,7 +97,7 @@ def test_queries_from_anywhere_see_what_they_see_among_all(monkeypatch, layout, 
         return jnp.sum((forest_attention(q, k, v, positions, ends, window) * g)[:, mine])
 
     def part(q, k, v, start):
-        out = forest_attention(q[:, mine], k, v, positions, ends, window, query_start=start)
+        out = attend(q[:, mine], k, v, positions, ends, window, query_start=start)
         return jnp.sum(out * g[:, mine])
 
     want = jax.value_and_grad(whole, (0, 1, 2))(q, k, v)

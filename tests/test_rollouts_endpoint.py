@@ -4,7 +4,10 @@ import contextlib
 import functools
 import itertools
 import json
+import os
 import socket
+import subprocess
+import sys
 import threading
 import time
 import urllib.error
@@ -25,12 +28,14 @@ from rljax.rollouts import (
     BlackBox,
     BlackBoxActor,
     ChatEndpoint,
+    EndpointConfig,
     MultiTurn,
     MultiTurnActor,
     RolloutSettings,
     collect,
     number_groups,
 )
+from rljax.rollouts.black_box.address import TOKEN
 from rljax.rollouts.black_box.recording import Renderer, Reply
 from rljax.sampling import Stops, TurnDecoder, TurnDecoderSpec, sampling_params
 from rljax.tasks import Example, RewardRunner, RewardSpec
@@ -675,3 +680,105 @@ def test_an_endpoint_does_not_stay_open_when_its_rewards_cannot_be_opened():
     with pytest.raises(OSError, match="no process can be started"), make_actor(endpoint, talk, rewards):
         pass
     assert [t for t in set(threading.enumerate()) - before if t.is_alive()] == []
+
+
+PROGRAM = """
+import json, os, sys, urllib.request
+body = json.dumps({"model": "policy", "messages": [{"role": "user", "content": "hi"}]}).encode()
+key = os.environ["RLJAX_ENDPOINT_TOKEN"] + sys.argv[1]
+headers = {"Content-Type": "application/json", "Authorization": "Bearer " + key}
+request = urllib.request.Request(os.environ["OPENAI_BASE_URL"] + "/chat/completions", body, headers)
+print(json.load(urllib.request.urlopen(request, timeout=60))["choices"][0]["message"]["content"])
+"""
+
+
+def program(url, row):
+    """An agent in a process of its own, which knows what its environment holds; with a base URL, and by its key."""
+    whole, _, session = url.removesuffix("/v1").partition("/session/")
+    for base, key in ((url, ""), (f"{whole}/v1", f".{session}")):
+        environment = os.environ | {"OPENAI_BASE_URL": base}
+        subprocess.run([sys.executable, "-c", PROGRAM, key], env=environment, check=True, timeout=60)
+    return 1.0
+
+
+def free_port():
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return one.getsockname()[1]
+
+
+def test_agents_on_other_machines_need_the_token_and_find_it_in_their_environment(monkeypatch):
+    monkeypatch.delenv(TOKEN, raising=False)
+    address = EndpointConfig(host="0.0.0.0", port=free_port(), advertised="127.0.0.1")
+    endpoint = ChatEndpoint(make_decoder(), make_tokenizer(), address=address)
+    with make_actor(endpoint, program, timeout_s=60.0) as actor:
+        actor.set_params(params(), version=1)
+        (group,) = play(actor, EXAMPLES[:1], 2)
+        assert [(r.is_valid, r.components["turns"]) for r in group.results] == [(True, 2.0)] * 2
+
+        token = endpoint.token
+        assert len(token) >= 32 and os.environ[TOKEN] == token
+        session = endpoint.open_session()
+        url = endpoint.url(session)
+        assert url == f"http://127.0.0.1:{address.port}/session/{session.id}/v1"
+        body = {"model": "m", "messages": [user("hi")]}
+        for key in ("", "none", session.id, token[:-1], f"x{token}", f"{token[:-1]}.{session.id}", "é" * 40):
+            for path, sent in (("/chat/completions", body), ("/models", None), ("/nowhere", None)):
+                method = "POST" if sent else "GET"
+                status, error = refused(url, sent, key=key, path=path, method=method)
+                assert (status, error["code"]) == (401, "invalid_api_key")
+                assert TOKEN in error["message"] and token not in error["message"]
+        assert session.replies == []
+        assert json.loads(post(url, body, key=f"{token}.{session.id}"))["choices"]
+
+        other = make_actor(ChatEndpoint(make_decoder(), make_tokenizer(), address=address), program)
+        taken = rf"config.actor.endpoint.host='0.0.0.0' and port={address.port} cannot be listened on \(Address already"
+        with pytest.raises(ValueError, match=taken), other:
+            pass
+        assert os.environ[TOKEN] == token
+    assert TOKEN not in os.environ
+
+
+def test_a_token_that_is_given_is_the_one_and_a_weak_one_is_refused_without_being_shown(monkeypatch):
+    endpoint = ChatEndpoint(make_decoder(), make_tokenizer(), address=EndpointConfig(host="0.0.0.0"))
+    monkeypatch.setenv(TOKEN, "a-token-of-a-user-0")
+    with endpoint:
+        assert endpoint.token == "a-token-of-a-user-0"
+    assert os.environ[TOKEN] == "a-token-of-a-user-0"
+    for weak in ("hunter2", "sixteen letters!"):
+        monkeypatch.setenv(TOKEN, weak)
+        with pytest.raises(ValueError, match=f"{TOKEN} must have at least 16 characters") as error, endpoint:
+            pass
+        assert weak not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("settings", "needs_token", "origin"),
+    [
+        ({}, False, "http://127.0.0.1:8000"),
+        ({"host": "localhost"}, False, "http://localhost:8000"),
+        ({"host": "::1"}, False, "http://[::1]:8000"),
+        ({"host": "0.0.0.0"}, True, f"http://{socket.gethostname()}:8000"),
+        ({"host": "10.0.0.5"}, True, "http://10.0.0.5:8000"),
+        ({"host": "trainer-0"}, True, "http://trainer-0:8000"),
+        ({"advertised": "trainer-0"}, True, "http://trainer-0:8000"),
+        ({"advertised": "trainer-0:443"}, True, "http://trainer-0:443"),
+        ({"advertised": "fe80::1"}, True, "http://[fe80::1]:8000"),
+        ({"advertised": "2001:db8::a:443"}, True, "http://[2001:db8::a:443]:8000"),
+        ({"advertised": "[fe80::1]:443"}, True, "http://[fe80::1]:443"),
+        ({"advertised": "https://policy.example/a/"}, True, "https://policy.example/a"),
+    ],
+)
+def test_an_address_says_who_can_reach_it_and_how(settings, needs_token, origin):
+    config = EndpointConfig(**settings)
+    config.check()
+    assert (config.is_open, config.origin(8000)) == (needs_token, origin)
+
+
+@pytest.mark.parametrize(
+    "settings", [{"host": ""}, {"host": "a b"}, {"port": -1}, {"port": 65536}, {"advertised": "ftp://x"}]
+)
+def test_an_address_that_cannot_be_is_refused(settings):
+    name = next(iter(settings))
+    with pytest.raises(ValueError, match=f"EndpointConfig: {name}="):
+        EndpointConfig(**settings).check()

@@ -9,6 +9,7 @@ import pytest
 from forward import mixed_logprobs, row_logprobs
 from test_rollouts_multi_turn import CONFIG, EXAMPLES, make_actor, play
 
+from rljax.envs import Step
 from rljax.models import init_params
 from rljax.plans import RolloutPlan
 from rljax.sampling import sampling_params
@@ -29,6 +30,16 @@ def wait_for_environments(actor):
         after(play, then, future)
 
     actor._after = wait
+
+
+class Once:
+    """A single turn, whose completion is worth its length."""
+
+    def reset(self, row):
+        return f"{row['prompt']}#"
+
+    def step(self, action):
+        return Step("", float(len(action)), True)
 
 
 def spanning(at_hand_over, *, steps=4):
@@ -102,6 +113,21 @@ def test_kept_conversations_go_on_over_what_older_weights_have_computed():
     # What begins behind a hand-over has nothing of older weights, although it begins as others did.
     for prompt, sample in plain:
         np.testing.assert_allclose(sample.logprobs, by_new_weights(prompt, sample), atol=3e-5)
+
+
+def test_a_long_completion_of_a_single_turn_spans_updates():
+    actor = make_actor(Once, rows=5, conversations=24, groups_in_flight=3)
+    wait_for_environments(actor)
+    spans = 0
+    for step in range(4):
+        actor.set_params(weights(step), version=step)
+        groups = play(actor, [Example(f"abc no {step} {i}") for i in range(actor.missing(1))], step=step, n=1)
+        for group in groups:
+            for sample in group.samples:
+                np.testing.assert_allclose(sample.logprobs, by_new_weights(group.prompt, sample), atol=3e-5)
+                assert sample.turns.max() == 0
+                spans += len(set(sample.versions.tolist())) > 1
+    assert spans
 
 
 def test_an_evaluation_is_by_the_newest_weights_alone():

@@ -8,9 +8,10 @@ import time
 import jax
 import numpy as np
 import pytest
+from counting import Echo
 from forward import row_logprobs
 
-from rljax.envs import EnvironmentLimits, EnvironmentPool, Step
+from rljax.envs import EnvironmentLimits, EnvironmentPool
 from rljax.models import DecoderConfig, init_params
 from rljax.plans import Column, ForkPlan, ForkPoint, RolloutPlan
 from rljax.plans.fork_rules import random_step, top_entropy
@@ -30,23 +31,6 @@ LENGTH = 120
 @functools.lru_cache
 def params():
     return jax.tree.map(lambda x: 3 * x, init_params(CONFIG, jax.random.key(0)))
-
-
-class Echo:
-    """Counts the letters it has heard; over after four turns. Its state is more than its last observation."""
-
-    delay = 0.0
-
-    def reset(self, row):
-        self.heard, self.row = 0, row
-        return f"{row['prompt']}#"
-
-    def step(self, action):
-        time.sleep(self.delay)
-        self.heard += len(action)
-        self.turns = getattr(self, "turns", 0) + 1
-        counts = {"tool_calls": 1.0, "foresight": 0.5}
-        return Step(f"?{self.heard}!", float(self.turns), self.turns == 4, counts)
 
 
 class Slow(Echo):
@@ -346,6 +330,41 @@ def test_what_is_under_way_survives_a_checkpoint(forks):
 
     assert outcome(resumed) == outcome(actor)
     assert resumed.state_dict() == {}
+
+
+@pytest.mark.parametrize("forks", [None, ForkPlan(chains=2, points=1, rule=random_step(1, 2), rounds=2)])
+def test_answers_at_fixed_places_make_groups_in_flight_repeat_to_the_last_bit(forks):
+    """Which groups a step gets, where weights change within them, and every number; behind a restart too."""
+    plan = RolloutPlan(group_size=forks.leaves if forks else 4, forks=forks)
+    examples = {f"task {step} {i}": Example(f"task {step} {i}") for step in range(4) for i in range(5)}
+    by_id = {example.id: example for example in examples.values()}
+
+    def made():
+        return make_actor(Slow, conversations=5 * plan.group_size, groups_in_flight=3, answers_after=1)
+
+    def played(actor, steps):
+        found = []
+        for step in steps:
+            actor.set_params(params(), version=step)
+            drawn = [examples[f"task {step} {i}"] for i in range(actor.missing(2))]
+            actor.submit(number_groups(drawn, plan.group_size), plan, step)
+            found += [
+                (step, group.example.id, s.tokens.tolist(), s.logprobs.tobytes(), s.versions.tolist(), r.value)
+                for group in actor.ready(2)
+                for s, r in zip(group.samples, group.results, strict=True)
+            ]
+        return found
+
+    actor = made()
+    first = played(actor, range(2))
+    state = json.loads(json.dumps(actor.state_dict(), allow_nan=False))
+    last = played(actor, range(2, 4))
+    assert any(len(set(versions)) > 1 for *_, versions, _ in first + last)
+    assert played(made(), range(4)) == first + last
+
+    resumed = made()
+    resumed.load_state_dict(state, plan, by_id)
+    assert played(resumed, range(2, 4)) == last
 
 
 def test_a_state_of_other_data_is_refused():

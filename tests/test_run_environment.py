@@ -7,6 +7,7 @@ import threading
 import jax
 import numpy as np
 import pytest
+from docs_metrics import unexplained
 from test_rollouts_endpoint import CONFIG as MODEL
 from test_rollouts_endpoint import make_tokenizer, params
 
@@ -19,9 +20,11 @@ from rljax.experiment import (
     EvaluationConfig,
     FailedTasks,
     FreshModel,
+    GroupsConfig,
     Guided,
     MultiTurn,
     PretrainedModel,
+    RolloutConfig,
     RowsData,
     SamplingConfig,
     UpdateConfig,
@@ -169,6 +172,29 @@ def test_groups_in_flight_are_not_lost_when_a_run_breaks_off(tmp_path, monkeypat
     left = {group["example_id"] for group in states[-1]["groups"]}
     assert len(trained) == 8 and under_way <= trained | left and len(left) == 3
     assert [line["play/groups_in_flight"] for line in lines(tmp_path)] == [3] * 4
+
+
+def test_incomplete_groups_are_weighed_or_drawn_again_in_a_run(tmp_path):
+    config = make_config(DecoupledPPO(group_size=4), steps=3, checkpoint=CheckpointConfig(every=2))
+    config.actor = dataclasses.replace(
+        config.actor, make="agent_tasks:Fragile", groups_in_flight=2, at_hand_over="keep"
+    )
+    config.rollout = RolloutConfig(groups=GroupsConfig(incomplete="reweight", max_age=1))
+    train(config, str(tmp_path))
+
+    found = lines(tmp_path)
+    assert all(np.isfinite(line["loss/total"]) for line in found)
+    assert sum(line["rollout/incomplete_groups"] for line in found) > 0
+    assert sum(line["rollout/invalid_rewards"] for line in found) > 0
+    assert not set().union(*map(unexplained, found))
+    for line in found:
+        records = (tmp_path / "rollouts" / f"step_{line['step']:06d}.jsonl").read_text().splitlines()
+        trained = [json.loads(record) for record in records if "advantage" in record]
+        groups = [trained[i : i + 4] for i in range(0, len(trained), 4)]
+        assert len(groups) == 4
+        # More than half of every group has a reward, and what broke down says why.
+        assert all(sum(record["reward"] is not None for record in group) > 2 for group in groups)
+        assert all("the tool is gone" in r["error"] for g in groups for r in g if r["reward"] is None)
 
 
 def test_building_a_run_opens_nothing(tmp_path):

@@ -1,10 +1,12 @@
 """The loop: what a run leaves behind, that it repeats and resumes bit for bit, and that it learns."""
 
 import dataclasses
+import gc
 import json
 import os
 import signal
 
+import jax
 import numpy as np
 import pytest
 from docs_metrics import unexplained
@@ -243,6 +245,33 @@ def test_rollouts_are_compared_before_processes_compute_of_them_together(tmp_pat
     monkeypatch.setattr(Learner, "score_rows", None)
     with pytest.raises(RuntimeError, match="disagree"):
         train(short(algorithm=GRPO(group_size=4, kl_coef=0.1)), str(tmp_path))
+
+
+def test_the_decoder_leaves_updates_the_room_of_its_weights(tmp_path, monkeypatch):
+    """It takes turns with the learner, and each rollout or evaluation brings it weights anew."""
+    config = short()
+
+    def decoder_bytes():
+        # Of a layer apart, which the learner has stacked.
+        shape = (config.model.mlp_dim, config.model.embed_dim)
+        return sum(x.nbytes for x in jax.live_arrays() if x.shape == shape)
+
+    gc.collect()
+    before = decoder_bytes()
+    seen = {"rollout": [], "update": []}
+
+    def spied(function, name):
+        def call(*args, **kwargs):
+            seen[name].append(decoder_bytes() - before)
+            return function(*args, **kwargs)
+
+        return call
+
+    monkeypatch.setattr(rljax.experiment.pipeline, "collect", spied(rljax.experiment.pipeline.collect, "rollout"))
+    monkeypatch.setattr(Learner, "update", spied(Learner.update, "update"))
+    train(config, str(tmp_path))
+    gate_and_up = 2 * config.model.num_layers * config.model.mlp_dim * config.model.embed_dim * 4
+    assert seen == {"rollout": [gate_and_up] * 2, "update": [0] * 2}
 
 
 def test_a_metric_that_the_best_is_chosen_by_must_exist(tmp_path):

@@ -201,7 +201,7 @@ def beside():
 def pipeline_of(monkeypatch, collected, beside, staleness):
     actor = Actor()
 
-    def collect(actor, plan, draw, n, step, version):
+    def collect(actor, plan, draw, n, step, version, **rules):
         actor.log.append(f"rollout {step} by {version}")
         collected(step)
         return made(step, version).rollout

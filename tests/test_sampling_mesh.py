@@ -32,6 +32,7 @@ def test_meshes_of_eight_devices_sample_what_one_device_samples():
         for got, want in zip(found["logprobs"], single["logprobs"], strict=True):
             np.testing.assert_allclose(got, want, atol=1e-5)
         assert found["compiles"] == 0
+        assert found["freed"] == found["weights"]
         assert found["turns"] == single["turns"] and found["turns"]["compiles"] == 0
 
 

@@ -24,6 +24,7 @@ from rljax.experiment import CriticConfig
 from rljax.experiment.build import build, critic_params
 from rljax.experiment.memory import held_state
 from rljax.models import abstract_params, hidden_states, init_params, save_hf, value_config, value_params, values
+from rljax.sampling import compile_count
 from rljax.testing import tiny_config
 from rljax.training import Checkpointer, Critic, Learner, OptimizerConfig, explained_variance, fingerprint, with_critic
 
@@ -101,6 +102,24 @@ def test_forests_share_what_they_pack():
     state = critic.init_state(params())
     _, metrics = critic.update(state, critic.with_values(state, batch))
     assert metrics["pack/token_ratio"] > 1.2 and metrics["pack/is_forest"] == 1
+
+
+def test_a_warm_up_leaves_the_critic_as_it_was_and_nothing_to_compile():
+    batch, _ = rollout()
+    critic = make(PACKINGS["forest"], compile_ahead=2)
+    state = critic.init_state(weights())
+    batch = critic.with_values(state, batch)
+    before = jax.tree.map(np.array, state)
+    assert not critic.learner.is_warm
+    done: list[tuple[int, int]] = []
+    state = critic.warm_up(state, batch, lambda *numbers: done.append(numbers))
+    assert critic.learner.is_warm and done == [(1, 2), (2, 2)]
+    jax.tree.map(np.testing.assert_array_equal, before, state)
+
+    count = compile_count()
+    (minibatch,) = critic.learner.prepare(state, *reversed(critic._targets(batch)))
+    critic.learner.update(state, minibatch)
+    assert compile_count() == count
 
 
 @pytest.mark.parametrize(

@@ -128,22 +128,31 @@ def test_gradients_equal_those_of_flat_rows(packing, off_policy):
 
 
 @pytest.mark.parametrize(
-    "changes", [dict(remat="full"), dict(remat="attention_saved"), dict(head_chunk=1), dict(head_chunk=4096)], ids=str
+    "changes",
+    [
+        dict(remat="full"),
+        dict(remat="attention_saved"),
+        dict(remat="products_saved"),
+        dict(head_chunk=1),
+        dict(head_chunk=4096),
+    ],
+    ids=str,
 )
 def test_gradients_do_not_depend_on_how_they_are_computed(changes):
     assert_close(gradient("accumulated in pairs", **changes)[2], gradient("accumulated in pairs")[2])
 
 
 def test_attention_kernels_are_chosen_by_the_devices(monkeypatch):
-    """Those for a TPU have been compiled for it; others must be asked for."""
+    """Those that have been compiled for them; others must be asked for."""
 
-    def chosen(where, **changes):
-        monkeypatch.setattr("rljax.training.learner.platform", lambda mesh: where)
+    def chosen(kind, **changes):
+        monkeypatch.setattr("rljax.training.learner.device_kind", lambda mesh: kind)
         return make(FLAT, **changes).program.score_options["attention"]
 
-    assert [chosen(where) for where in ("cpu", "gpu")] == [forest_attention] * 2
-    assert chosen("tpu") == chosen("gpu", attention_kernel=True) == kernel_attention
-    assert chosen("tpu", attention_kernel=False) == forest_attention
+    assert [chosen(kind) for kind in ("cpu", "NVIDIA A100-SXM4-40GB")] == [forest_attention] * 2
+    assert [chosen(kind) for kind in ("TPU v5 lite", "NVIDIA H100 80GB HBM3", "NVIDIA H200")] == [kernel_attention] * 3
+    assert chosen("NVIDIA A100-SXM4-40GB", attention_kernel=True) == kernel_attention
+    assert chosen("TPU v5", attention_kernel=False) == forest_attention
 
 
 def test_flat_gradient_equals_a_plain_padded_forward_pass():

@@ -22,6 +22,7 @@ COMMANDS = {
     "eval": Command("eval", "evaluate a model or a checkpoint on held-out problems"),
     "sft": Command("sft", "fine-tune on completions"),
     "convert": Command("convert", "write weights and tokenizer as a Hugging Face folder"),
+    "serve": Command("serve", "serve a model to runs elsewhere, token ids in and out, in vLLM's protocol"),
     "study": Command("study", "compare a trained policy with its base, token by token"),
     "agent-demo": Command("agent_demo", "a small model learns to use tools, by two methods"),
 }

@@ -33,7 +33,8 @@ from rljax.envs.formats import (
     tag_format,
 )
 from rljax.envs.instructions import tool_instructions
-from rljax.envs.pool import EnvironmentPool, Episode
+from rljax.envs.pool import HOSTS, PROCESSES, RAY, THREADS, EnvironmentPool, Episode, check_hosts
+from rljax.envs.ray_host import RayConfig, require_ray
 from rljax.envs.sandbox import LEVELS, Limits, Sandbox, SandboxResult
 from rljax.envs.tool_environment import ToolEnvironment
 from rljax.envs.tools import (
@@ -54,8 +55,12 @@ __all__ = [
     "END_REASONS",
     "FAILED",
     "FORMATS",
+    "HOSTS",
     "LEVELS",
     "MALFORMED",
+    "PROCESSES",
+    "RAY",
+    "THREADS",
     "Environment",
     "EnvironmentLimits",
     "EnvironmentPool",
@@ -65,6 +70,7 @@ __all__ = [
     "ParseProblem",
     "Parsed",
     "Prompt",
+    "RayConfig",
     "ReplayMismatch",
     "Sandbox",
     "SandboxResult",
@@ -78,6 +84,7 @@ __all__ = [
     "after_thinking",
     "answer",
     "check_chat_template",
+    "check_hosts",
     "final",
     "finish",
     "get_format",
@@ -85,6 +92,7 @@ __all__ = [
     "probe_conversation",
     "python_tool",
     "replay_same",
+    "require_ray",
     "tag_format",
     "tool_instructions",
     "tool_schema",

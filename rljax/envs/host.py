@@ -1,6 +1,6 @@
 """Where environments live: in this process, or in a worker process that serves them one request at a time.
 
-A worker is a fresh Python process that leads a process group of its own and ends when its socket closes, so none
+A worker process is a fresh Python that leads a process group of its own and ends when its socket closes, so none
 outlives its parent, however the parent ends.
 """
 
@@ -76,6 +76,11 @@ class Close:
 
 
 Request = Start | Act | Past | Close
+
+
+def seconds_for(request: Request, step_s: float) -> float:
+    """How long a request may take where a reset or step may take `step_s` seconds."""
+    return step_s * (len(request.actions) + 1) if isinstance(request, Past) else step_s
 
 
 @dataclass(frozen=True)
@@ -296,10 +301,9 @@ class HostProcess:
     def serve(self, episode: int, request: Request, timeout_s: float) -> Answer:
         """The process is dead after CRASHED and TIMEOUT."""
         self._number += 1
-        try:
-            message = pickle.dumps((self._number, episode, request))
-        except Exception as error:
-            return Answer(None, RAISED, f"the row cannot be sent to a worker process ({error})")
+        message = packed(self._number, episode, request)
+        if isinstance(message, Answer):
+            return message
 
         answer = self._exchange(request, message, timeout_s)
         if answer.reason in (CRASHED, TIMEOUT):
@@ -315,7 +319,7 @@ class HostProcess:
             self.channel.send(message, timeout_s)
             reply = self.channel.receive(timeout_s)
             if reply is not None:
-                return _read_answer(reply, self._number, request)
+                return read_answer(reply, self._number, request)
         except Garbled as error:
             says = f"the worker process sent what is no answer ({error})"
             return Answer(None, CRASHED, says, time.monotonic() - begin)
@@ -338,7 +342,82 @@ class HostProcess:
         end_child(self.process, self.channel)
 
 
-def _write_answer(number: int, answer: Answer) -> bytes:
+class Worker:
+    """A `HostProcess` that is replaced when it dies. What lived there comes back by replay, as its next requests bring
+    their past along. One caller at a time, but for `kill`. Raises as `HostProcess`."""
+
+    def __init__(self, make: bytes, start_timeout_s: float):
+        self._make = make
+        self._start_timeout_s = start_timeout_s
+        self._known: set[int] = set()  # episodes that live in the process
+        self._lock = threading.Lock()
+        self._is_over = False
+        self.process = HostProcess(make, start_timeout_s)
+
+    def serve(self, episode: int, request: Request, step_s: float) -> Answer:
+        """What came of a request, of which a reset or step may take `step_s` seconds."""
+        # it died while idle, or what ran in it before left something behind: not the fault of this episode
+        problem = "" if self.process.is_sound else self._restart()
+        if problem:
+            return Answer(None, CRASHED, problem)
+
+        timeout_s = seconds_for(request, step_s)
+        if isinstance(request, Act) and episode not in self._known:  # all of it is played again
+            timeout_s += seconds_for(request.past, step_s)
+        if isinstance(request, Close):
+            self._known.discard(episode)
+        else:
+            self._known.add(episode)
+        answer = self.process.serve(episode, request, timeout_s)
+
+        # at once, so that the next request does not wait for it
+        if not self.process.is_sound:
+            problem = self._restart()
+            if problem and answer.reason is not None:
+                answer = Answer(None, answer.reason, f"{answer.error}; and {problem}", answer.seconds)
+        return answer
+
+    def _restart(self) -> str:
+        """A new process; why there is none, if there is none."""
+        self.process.kill()
+        self._known.clear()
+        if self._is_over:
+            return ""
+        try:
+            process = HostProcess(self._make, self._start_timeout_s)
+        except (ValueError, OSError) as error:  # the next request tries again
+            return f"no new worker started: {error}"
+        with self._lock:
+            self.process = process
+            if self._is_over:  # it was ended in between
+                process.kill()
+        return ""
+
+    def let_go(self) -> None:
+        """Tell the process that nothing more comes: once idle, it closes its environments and ends by itself."""
+        self.process.let_go()
+
+    def has_ended(self) -> bool:
+        """Whether it ended by itself; leaves it to `kill` to reap it."""
+        return self.process.has_ended()
+
+    def kill(self) -> None:
+        """End the process and all that it started; no other takes its place."""
+        with self._lock:
+            self._is_over = True
+            self.process.kill()
+
+
+def packed(*message: Any) -> bytes | Answer:
+    """What is sent to where environments live; the answer instead where a row cannot be sent."""
+    try:
+        return pickle.dumps(message)
+    except Exception as error:
+        return Answer(None, RAISED, f"the row cannot be sent to a worker process ({error})")
+
+
+def write_answer(number: int, answer: Answer) -> bytes:
+    """An answer to the request of this number, as plain data."""
     value = answer.value
     if isinstance(value, Step):
         value = [value.observation, value.reward, value.done, dict(value.counts)]
@@ -348,7 +427,7 @@ def _write_answer(number: int, answer: Answer) -> bytes:
         return write_data(number, None, MALFORMED, f"the answer cannot be sent ({error})", answer.seconds)
 
 
-def _read_answer(message: bytes, number: int, request: Request) -> Answer:
+def read_answer(message: bytes, number: int, request: Request) -> Answer:
     """Raises `Garbled` for what is no answer to the request of this number: an environment may write to the descriptor
     itself."""
     fields = read_data(message)
@@ -385,7 +464,7 @@ def serve(descriptor: int) -> None:
         answer = Answer(None, RAISED, f"{type(error).__name__}: {error}")
     end_if_forked(worker)
     with contextlib.suppress(OSError):
-        channel.send(_write_answer(0, answer))
+        channel.send(write_answer(0, answer))
     if answer.reason is not None:
         return
 
@@ -400,7 +479,7 @@ def serve(descriptor: int) -> None:
             return
         answer = host.serve(episode, request)
         try:
-            channel.send(_write_answer(number, answer))
+            channel.send(write_answer(number, answer))
         except OSError:
             return
 

@@ -1,4 +1,5 @@
-"""Hundreds of episodes at once, in threads or worker processes; what an environment does wrong ends its own episode."""
+"""Hundreds of episodes at once, in threads, in worker processes or on a cluster; what an environment does wrong ends
+its own episode."""
 
 import contextlib
 import copy
@@ -28,8 +29,15 @@ from rljax.envs.base import (
     Step,
 )
 from rljax.envs.formats import load
-from rljax.envs.host import Act, Answer, Close, Host, HostProcess, Past, Request, Start
+from rljax.envs.host import Act, Answer, Close, Host, Past, Request, Start, Worker, seconds_for
+from rljax.envs.ray_host import Cluster, RayConfig, RayWorker
 from rljax.envs.tools import cut
+
+THREADS = "threads"
+PROCESSES = "processes"
+RAY = "ray"
+HOSTS = (THREADS, PROCESSES, RAY)
+"""Where environments may live."""
 
 CLOSE = "close"
 """Key of `EnvironmentPool.failures`: an environment failed to close."""
@@ -126,12 +134,10 @@ class _Job:
 
 @dataclass(eq=False)
 class _Lane:
-    """A thread that serves jobs, in a process where there is one."""
+    """A thread that serves jobs, by its worker where it has one."""
 
     inbox: "queue.SimpleQueue[_Job | None]"
-    process: HostProcess | None = None
-    known: set[int] = field(default_factory=set)
-    """Episodes that live in the process."""
+    worker: Worker | RayWorker | None = None
     episodes: int = 0
     """How many episodes have this lane as theirs."""
     job: _Job | None = None
@@ -145,10 +151,12 @@ class _Lane:
 class EnvironmentPool:
     """Runs episodes; every call returns a future of the `Episode`, and no future ever raises.
 
-    `make` builds a fresh environment for an episode: a callable, or its name `module:function`. With `processes`, the
-    environments live in `workers` processes (then `make` must be importable there), else in `workers` threads of this
-    one. An environment that hangs in a thread is left behind with it and a new thread takes over, which helps only if
-    it lets go of the interpreter; in a process it is killed, and what else lived there is brought back by replay.
+    `make` builds a fresh environment for an episode: a callable, or its name `module:function`. `hosts` says where the
+    environments live: in `workers` "threads" of this process, in so many "processes" of this machine, or in processes
+    on the machines of a cluster, "ray" (see `RayConfig`); for the last two `make` must be importable there. An
+    environment that hangs in a thread is left behind with it and a new thread takes over, which helps only if it lets
+    go of the interpreter; in a process it is killed, and what else lived there is brought back by replay, as is what
+    lived on a machine that is lost.
 
     Use it as a context manager, or call `open` and `close`: no thread or process starts, and no environment is made,
     before. Observations are cut to the limits, by tokens too if there is a `tokenizer`. `failures` counts ends by
@@ -161,11 +169,13 @@ class EnvironmentPool:
         make: Callable[[], Environment] | str,
         *,
         workers: int = 64,
-        processes: bool = False,
+        hosts: str = THREADS,
+        ray: RayConfig | None = None,
         limits: EnvironmentLimits | None = None,
         tokenizer: Encoder | None = None,
         start_timeout_s: float = 60.0,
     ):
+        check_hosts(hosts)
         if workers < 1:
             raise ValueError(f"an environment pool of {workers} workers can do nothing; give at least 1")
         self._make: Callable[[], Environment] = load(make) if isinstance(make, str) else make
@@ -181,8 +191,12 @@ class EnvironmentPool:
         self._tokenizer = tokenizer
         self._start_timeout_s = start_timeout_s
         # exactly one of the two is there: what is sent to processes, or the environments of this one
-        self._payload = _pickled(self._make) if processes else None
-        self._host = None if processes else Host(self._make)
+        self._payload = None if hosts == THREADS else _pickled(self._make)
+        self._host = Host(self._make) if hosts == THREADS else None
+        self._cluster: Cluster | None = None
+        if hosts == RAY:
+            assert self._payload is not None
+            self._cluster = Cluster(ray or RayConfig(), self._make, self._payload, start_timeout_s)
 
         self._ids = itertools.count()
         self._lock = threading.Lock()
@@ -190,13 +204,13 @@ class EnvironmentPool:
         self._lanes: list[_Lane] = []  # none until the pool is open
         self._hung = 0  # threads that were given up and have not come back
         # also ends the workers of a pool that is dropped without being closed
-        self._finalizer = weakref.finalize(self, _close, self._lanes, self._host)
+        self._finalizer = weakref.finalize(self, _close, self._lanes, self._host, self._cluster)
 
     def open(self) -> None:
         """Start the workers. Does nothing if they stand.
 
-        Makes one environment, in each process where there are processes. Raises ValueError if that fails, or `make`
-        cannot be loaded in a worker process; RuntimeError if the pool was closed.
+        Makes one environment, in each process where there are processes. Raises ValueError if that fails, `make`
+        cannot be loaded in a worker process, or the cluster has no room; RuntimeError if the pool was closed.
         """
         self._check_not_closed()
         if self._lanes:
@@ -213,10 +227,12 @@ class EnvironmentPool:
             threading.Thread(target=_watch, args=(weakref.ref(self),), daemon=True, name="environment watch").start()
 
     def _start_lanes(self) -> None:
+        if self._cluster is not None:
+            self._lanes += [_Lane(queue.SimpleQueue(), worker) for worker in self._cluster.start(self._workers)]
+            return
         if self._payload is not None:
             for _ in range(self._workers):
-                process = HostProcess(self._payload, self._start_timeout_s)
-                self._lanes.append(_Lane(queue.SimpleQueue(), process))
+                self._lanes.append(_Lane(queue.SimpleQueue(), Worker(self._payload, self._start_timeout_s)))
             return
 
         assert self._host is not None
@@ -243,14 +259,14 @@ class EnvironmentPool:
     def start(self, row: Mapping[str, Any]) -> "Future[Episode]":
         """Open an episode on a row of data."""
         episode = Episode(next(self._ids), row)
-        return self._submit(episode, Start(copy.deepcopy(dict(row))), self.limits.step_s)
+        return self._submit(episode, Start(copy.deepcopy(dict(row))))
 
     def step(self, episode: Episode, action: str) -> "Future[Episode]":
         """Take the policy's turn. Raises ValueError if the episode is over."""
         if episode.end is not None:
             raise ValueError(f"episode {episode.id} has ended ({episode.end}); it takes no further action")
         past = Past(episode.row, episode.opening, tuple(episode.actions), tuple(episode._uncut))
-        return self._submit(episode, Act(action, past), self.limits.step_s)
+        return self._submit(episode, Act(action, past))
 
     def fork(self, episode: Episode, turn: int) -> "Future[Episode]":
         """A new episode that stands where `episode` stood after its first `turn` turns.
@@ -276,7 +292,7 @@ class EnvironmentPool:
             _uncut=episode._uncut[:turn],
         )
         past = Past(new.row, new.opening, tuple(new.actions), tuple(new._uncut), parent=episode.id)
-        return self._submit(new, past, self._replay_timeout_s(turn), near=episode)
+        return self._submit(new, past, near=episode)
 
     def restore(self, state: Mapping[str, Any], row: Mapping[str, Any] | None = None) -> "Future[Episode]":
         """The episode that `Episode.state_dict` was taken of, in this pool.
@@ -310,7 +326,7 @@ class EnvironmentPool:
             return future
 
         past = Past(row, episode.opening, tuple(episode.actions), tuple(uncut))
-        return self._submit(episode, past, self._replay_timeout_s(len(uncut)))
+        return self._submit(episode, past)
 
     def release(self, episode: Episode) -> None:
         """Forget an episode that needs no further steps or forks."""
@@ -322,22 +338,16 @@ class EnvironmentPool:
         if lane is not None and (self._host is None or self._host.forget(episode.id)):
             lane.inbox.put(_Job(episode, Close(), self.limits.step_s, Future()))
 
-    def _replay_timeout_s(self, turns: int) -> float:
-        """Of a reset and so many steps."""
-        return self.limits.step_s * (turns + 1)
-
     def _check_open(self) -> None:
         self._check_not_closed()
         if not self._lanes:
             raise RuntimeError("this environment pool is not open; use it in a `with` block, or call open() first")
 
-    def _submit(
-        self, episode: Episode, request: Request, timeout_s: float, near: Episode | None = None
-    ) -> "Future[Episode]":
+    def _submit(self, episode: Episode, request: Request, near: Episode | None = None) -> "Future[Episode]":
         """Hands a request to the lane where its episode lives; a new one goes to that of `near`, whose snapshots it
         may need, or else to the lane with fewest episodes."""
         self._check_open()
-        job = _Job(episode, request, timeout_s, Future())
+        job = _Job(episode, request, seconds_for(request, self.limits.step_s), Future())
         with self._lock:
             lane = self._where.get(episode.id)
             if lane is None and near is not None:
@@ -356,53 +366,19 @@ class EnvironmentPool:
     def _serve_job(self, lane: _Lane, job: _Job) -> None:
         lane.deadline = time.monotonic() + job.timeout_s
         lane.job = job
-        if self._host is None:
-            answer = self._serve_in_process(lane, job)
+        if lane.worker is not None:
+            answer = lane.worker.serve(job.episode.id, job.request, self.limits.step_s)
         elif self._hung >= _MOST_HUNG * self._workers:
-            problem = f"{self._hung} threads hang in environments; give them processes=True, or timeouts of their own"
+            problem = f"{self._hung} threads hang in environments; take hosts='processes', or give them timeouts"
             answer = Answer(None, TIMEOUT, problem)
         else:
+            assert self._host is not None
             answer = self._host.serve(job.episode.id, job.request)
         with self._lock:
             lane.job = None
             if lane.is_abandoned:  # too late; another lane has its place
                 self._hung -= 1
         self._deliver(job, answer)
-
-    def _serve_in_process(self, lane: _Lane, job: _Job) -> Answer:
-        assert lane.process is not None
-        # it died while idle, or what ran in it before left something behind: not the fault of this episode
-        problem = "" if lane.process.is_sound else self._restart(lane)
-        if problem:
-            return Answer(None, CRASHED, problem)
-
-        timeout_s = job.timeout_s
-        if isinstance(job.request, Act) and job.episode.id not in lane.known:  # all of it is played again
-            timeout_s += self._replay_timeout_s(len(job.request.past.actions))
-        if isinstance(job.request, Close):
-            lane.known.discard(job.episode.id)
-        else:
-            lane.known.add(job.episode.id)
-        answer = lane.process.serve(job.episode.id, job.request, timeout_s)
-
-        if not lane.process.is_sound:
-            problem = self._restart(lane)
-            if problem and answer.reason is not None:
-                answer = Answer(None, answer.reason, f"{answer.error}; and {problem}", answer.seconds)
-        return answer
-
-    def _restart(self, lane: _Lane) -> str:
-        """A new process for the lane, whose episodes come back by replay; why there is none, if there is none."""
-        assert lane.process is not None and self._payload is not None
-        if not self._finalizer.alive:
-            return ""
-        lane.process.kill()
-        lane.known.clear()
-        try:
-            lane.process = HostProcess(self._payload, self._start_timeout_s)
-        except (ValueError, OSError) as error:  # the next job tries again
-            return f"no new worker started: {error}"
-        return ""
 
     def _give_up(self, lane: _Lane, job: _Job) -> None:
         """A thread hangs: leave it, and put another in its place."""
@@ -478,6 +454,12 @@ class EnvironmentPool:
         return Step(text, step.reward, step.done, step.counts)
 
 
+def check_hosts(hosts: str) -> None:
+    """Raises ValueError for none of `HOSTS`."""
+    if hosts not in HOSTS:
+        raise ValueError(f"hosts={hosts!r} must be one of {', '.join(map(repr, HOSTS))}")
+
+
 def _pickled(make: Any) -> bytes:
     try:
         if getattr(make, "__module__", None) == "__main__":
@@ -486,7 +468,7 @@ def _pickled(make: Any) -> bytes:
     except Exception as error:
         raise ValueError(
             f"environment factory {make!r} cannot be sent to a worker process ({error}); define it at the top level "
-            "of a module, or use threads (processes=False)"
+            "of a module, or use hosts='threads'"
         ) from None
 
 
@@ -526,8 +508,8 @@ def _fail(job: _Job, reason: str, error: str) -> None:
     job.future.set_result(job.episode)
 
 
-def _close(lanes: list[_Lane], host: Host | None) -> None:
-    idle = [lane.process for lane in lanes if lane.process is not None and lane.job is None]
+def _close(lanes: list[_Lane], host: Host | None, cluster: Cluster | None) -> None:
+    idle = [lane.worker for lane in lanes if lane.worker is not None and lane.job is None]
     for lane in lanes:
         waiting: list[_Job | None] = [lane.job]
         with contextlib.suppress(queue.Empty):
@@ -542,21 +524,23 @@ def _close(lanes: list[_Lane], host: Host | None) -> None:
         lane.inbox.put(None)
     _close_environments(idle, host)
     for lane in lanes:
-        if lane.process is not None:
-            lane.process.kill()
+        if lane.worker is not None:
+            lane.worker.kill()
     lanes.clear()
+    if cluster is not None:
+        cluster.close()
 
 
-def _close_environments(idle: Sequence[HostProcess], host: Host | None) -> None:
+def _close_environments(idle: Sequence[Worker | RayWorker], host: Host | None) -> None:
     """Those that nobody is at; one that hangs in `close` is left behind."""
     deadline = time.monotonic() + _GRACE_S
     if host is not None:
         closing = threading.Thread(target=_close_host, args=(host,), daemon=True, name="environment close")
         closing.start()
         closing.join(_GRACE_S)
-    for process in idle:
-        process.let_go()
-    while not all(process.has_ended() for process in idle) and time.monotonic() < deadline:
+    for worker in idle:
+        worker.let_go()
+    while not all(worker.has_ended() for worker in idle) and time.monotonic() < deadline:
         time.sleep(0.01)
 
 

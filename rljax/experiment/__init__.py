@@ -3,12 +3,22 @@
 The loop itself is `rljax.experiment.train.train`.
 """
 
-from rljax.envs import EnvironmentLimits
+from rljax.envs import EnvironmentLimits, RayConfig
 from rljax.evaluation import EvaluationConfig
 from rljax.experiment.config import Config, Recipe
 from rljax.experiment.model import FreshModel, ModelSource, PretrainedModel
 from rljax.parallel import MeshConfig
-from rljax.rollouts import ActorConfig, BlackBox, GroupsConfig, Guided, MultiTurn, RolloutConfig, SingleTurn
+from rljax.rollouts import (
+    ActorConfig,
+    BlackBox,
+    EndpointConfig,
+    GroupsConfig,
+    Guided,
+    MultiTurn,
+    Remote,
+    RolloutConfig,
+    SingleTurn,
+)
 from rljax.sampling import SamplingConfig
 from rljax.tasks import (
     CurriculumSource,
@@ -41,6 +51,7 @@ __all__ = [
     "CurriculumSource",
     "DataSource",
     "Dataset",
+    "EndpointConfig",
     "EnvironmentLimits",
     "EvaluationConfig",
     "FailedTasks",
@@ -56,8 +67,10 @@ __all__ = [
     "MuonConfig",
     "OptimizerConfig",
     "PretrainedModel",
+    "RayConfig",
     "ReasoningGymData",
     "Recipe",
+    "Remote",
     "RewardConfig",
     "RolloutConfig",
     "RowsData",

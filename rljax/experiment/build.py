@@ -33,7 +33,7 @@ from rljax.rollouts import Actor, ActorParts, RolloutSettings
 from rljax.settings import placed
 from rljax.tasks import Curriculum, Dataset, Example
 from rljax.text import Tokenizer, WithinText
-from rljax.training import Critic, Learner, LossNeeds, with_critic
+from rljax.training import Critic, Learner, LossNeeds, with_critic, with_pushed
 from rljax.types import Params, RolloutBatch, TrainState, Trajectory
 
 
@@ -52,7 +52,6 @@ class Run:
         state: replaced at every update; None until weights are loaded or restored.
         stops: tells when the run is asked to end.
         pulse: names what is under way, and shows it where it is open.
-        is_compiled: whether the programs that the policy's updates are likely to need have been compiled.
         empty_steps: steps without an update up to now, in a row.
         lacking: what the last of them lacked.
     """
@@ -73,7 +72,6 @@ class Run:
     state: TrainState = None  # type: ignore[assignment]
     stops: Stops = dataclasses.field(default_factory=Stops)
     pulse: Pulse = dataclasses.field(default_factory=Pulse)
-    is_compiled: bool = False
     empty_steps: int = 0
     lacking: str = ""
     beside: Beside | None = None
@@ -92,12 +90,15 @@ class Run:
     def abstract_state(self) -> TrainState:
         """What a checkpoint of `state` is restored into."""
         critic = None if self.critic is None else self.critic.abstract_state()
-        return with_critic(self.learner.abstract_state(), critic)
+        state = self.learner.abstract_state()
+        return with_pushed(with_critic(state, critic), state.trainable if self.pushes_seldom else None)
 
     def init_state(self, params: Params) -> TrainState:
         """The state at step 0, which owns `params`; a critic starts from a copy of them, or from its own model."""
         critic = None if self.critic is None else self.critic.init_state(critic_params(self, params))
-        return with_critic(self.learner.init_state(params), critic)
+        state = with_critic(self.learner.init_state(params), critic)
+        # A push makes a copy of what is only named here.
+        return self.learner.push(with_pushed(state, state.trainable)) if self.pushes_seldom else state
 
     def initial_params(self) -> Params:
         """The model that the config names, on the mesh."""
@@ -106,6 +107,18 @@ class Run:
     def policy(self) -> Params:
         """The weights of the policy as it stands: what is sampled with, evaluated and exported."""
         return self.learner.policy_params(self.state)
+
+    @property
+    def pushes_seldom(self) -> bool:
+        """Whether rollouts keep weights for several steps."""
+        return self.config.rollout.push_every > 1
+
+    def push(self, step: int) -> None:
+        """Hands the policy's weights to the rollouts that are ordered from `step` on, if it is one that does; nothing
+        is reset before the first update. What is pushed is pushed again by a run that is resumed here."""
+        rollout = self.config.rollout
+        if step % rollout.push_every == 0:
+            self.state = self.learner.push(self.state, rollout.reset_moments if step else "none")
 
     def policy_moves(self, step: int) -> bool:
         """Whether this step updates the policy, rather than the critic alone."""

@@ -29,7 +29,7 @@ def review_changes(
 
     ValueError for fewer steps than those (`steps_field` names the number of steps, `config.steps` or
     `config.warmup.steps`), and, where the run `is_evaluated` before training, for an evaluation that could not be
-    compared with that.
+    compared with that; and where versions would count something else.
     """
     if old is None:
         return
@@ -52,6 +52,13 @@ def review_changes(
                 f"{name}={value!r}, but the evaluation before training was made with {was!r}, and its weights are "
                 "gone; set it back, and measure what else you want to know with `rljax eval`"
             )
+
+    pushed = "config.rollout.push_every"
+    if pushed in changed and steps_field == "config.steps" and None not in changed[pushed]:
+        raise ValueError(
+            f"{pushed}={changed[pushed][1]!r}, but the run in this folder counts versions by {changed[pushed][0]!r} "
+            "steps; set it back, or start in a new folder (or with --fresh)"
+        )
 
     if changed:
         lines = [f"  {name}: {was!r} -> {value!r}" for name, (was, value) in changed.items()]

@@ -11,7 +11,7 @@ from rljax.rollouts import BlackBox, Guided, MultiTurn
 from rljax.sampling import SamplingConfig
 from rljax.settings import Switch, check_config, check_effect, placed, shown
 from rljax.tasks import FileData, ReasoningGymData, RowsData
-from rljax.training import CheckpointConfig, OptimizerConfig
+from rljax.training import CheckpointConfig, OptimizerConfig, has_first_moment
 
 SWITCHES = (
     Switch(CheckpointConfig, "keep_best", lambda n: not n, ("best_metric",), "set that to how many of the best stay"),
@@ -19,6 +19,7 @@ SWITCHES = (
     Switch(EvaluationConfig, "temperature", lambda t: t == 0, ("top_p",), "set that above 0"),
     Switch(SamplingConfig, "temperature", lambda t: t == 0, ("top_k", "top_p", "min_p"), "set that above 0"),
     Switch(OptimizerConfig, "schedule", lambda s: s == "constant", ("total_steps",), "set that to linear or cosine"),
+    Switch(MultiTurn, "hosts", lambda hosts: hosts != "ray", ("ray",), "set that to ray"),
     Switch(MultiTurn, "stale_share", lambda p: not p, ("stale_every",), "set that above 0"),
     Switch(MultiTurn, "groups_in_flight", lambda n: not n, ("steps_in_flight", "at_hand_over"), "set that above 0"),
     Switch(FileData, "test", bool, ("test_fraction",), "leave that out"),
@@ -59,6 +60,7 @@ def check(config: Config, device_count: int | None = None) -> Algorithm:
     config.actor.check(plan, config.sampling, config.update.pack_length)
     check_off_policy(config, algorithm)
     check_groups(config, plan)
+    check_pushes(config)
     if config.sampling.temperature <= 0 and plan.group_size > 1:
         raise ValueError(
             f"config.sampling.temperature={config.sampling.temperature} makes all {plan.group_size} samples of a group "
@@ -78,7 +80,9 @@ def check_off_policy(config: Config, algorithm: Algorithm) -> None:
     """Refuses rollouts of other policies for a loss that takes them for the current one's, and old log-probs that would
     leave a correction nothing to correct."""
     staleness = config.rollout.staleness
+    push_every = config.rollout.push_every
     source = config.actor.off_policy or (f"config.rollout.staleness={staleness}" if staleness else "")
+    source = source or (f"config.rollout.push_every={push_every}" if push_every > 1 else "")
     uses_sampler = config.update.use_sampler_logprobs
     if not source and not uses_sampler:
         return
@@ -112,6 +116,26 @@ def check_groups(config: Config, plan: RolloutPlan) -> None:
         spans_updates=isinstance(actor, MultiTurn) and bool(actor.groups_in_flight or actor.stale_share),
         rows_per_member=actor.trained_conversations if isinstance(actor, BlackBox) else 1,
     )
+
+
+def check_pushes(config: Config) -> None:
+    """Refuses hand-overs that never come, and resets of what an optimizer does not have."""
+    own = config.rollout
+    # A run of one push samples all of its rollouts by the weights that it began with.
+    if own.push_every > 1 and own.push_every >= config.steps:
+        raise ValueError(
+            f"config.rollout.push_every={own.push_every} hands no trained weights to the rollouts of config.steps="
+            f"{config.steps}; lower it, or raise the steps"
+        )
+    if own.reset_moments == "first" and not has_first_moment(config.optimizer):
+        raise ValueError(
+            f"config.rollout.reset_moments='first' has no effect: {type(config.optimizer).__name__} averages no "
+            "gradients as it is set; take 'all', or leave it out"
+        )
+    if own.reset_moments != "none" and config.steps < 2:
+        raise ValueError(
+            f"config.rollout.reset_moments={own.reset_moments!r} has no effect with config.steps=1; leave it out"
+        )
 
 
 def check_best(config: Config) -> None:

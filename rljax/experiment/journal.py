@@ -33,7 +33,7 @@ class Made:
     step: int
     """The step that trains on it, counted from 0."""
     version: int
-    """Steps that the weights had been trained for which sampled it. What was under way before may hold older tokens."""
+    """That of the weights which sampled it. What was under way before may hold older tokens."""
     rollout: Rollout
     lacking: str
     """What it lacks to be learned from; "" where it lacks nothing."""

@@ -86,18 +86,25 @@ class Compiled:
 def phases(run: Run, batch: TrainBatch, plans: Sequence[DecoderPlan]) -> list[Phase]:
     """The phases of a step, in order; `plans` are those of the actor's decoders, `batch` is the largest minibatch."""
     state = held_state(run)
-    decoder = {"decoder weights": sum(bytes_of(plan.weights) for plan in plans)}
+    weights = sum(bytes_of(plan.weights) for plan in plans)
     kept = sum(bytes_of(plan.cache) for plan in plans if plan.keeps_cache)
     passing = max((bytes_of(plan.cache) for plan in plans if not plan.keeps_cache), default=0)
     conversations = {"KV cache": kept} if kept else {}
 
-    # Devices of the actor's own have none of the learner's state, and the others nothing of the actor's.
-    sampling = state | decoder if run.beside is None else decoder | _in_waiting(run)
+    sampling = {"decoder weights": weights, "KV cache": kept + passing}
     training = state | {"batch": bytes_of(batch)}
-    if run.beside is None:
-        training |= decoder | conversations
+    if run.beside is not None:
+        # Devices of the actor's own have none of the learner's state, and the others nothing of the actor's.
+        sampling |= _in_waiting(run)
+    else:
+        sampling |= state
+        # Decoders hold no weights while the learner trains, but for those that older ones are needed of.
+        staying = [plan for plan, of in zip(plans, run.actor.decoders, strict=True) if of not in run.actor.resting]
+        if older := sum(bytes_of(plan.weights) for plan in staying):
+            training["decoder weights"] = older
+        training |= conversations
 
-    found = [Phase("sample", sampling | {"KV cache": kept + passing}, _decoding(run, plans))]
+    found = [Phase("sample", sampling, _decoding(run, plans))]
     if scores(run):
         found.append(Phase("score", training, _scoring(run.learner, batch)))
     if run.critic is not None:
@@ -128,6 +135,8 @@ def held_state(run: Run) -> dict[str, int]:
     }
     if state.ref_trainable is not None:
         parts["reference"] = bytes_of(state.ref_trainable)
+    if run.pushes_seldom:
+        parts["pushed"] = bytes_of(state.trainable)
     if run.critic is not None:
         own = run.critic.abstract_state()
         parts["critic"] = bytes_of(own.trainable) + bytes_of(own.base) + bytes_of(own.opt_state)
@@ -233,7 +242,10 @@ def _scoring(learner: Learner, batch: TrainBatch) -> dict[str, int]:
 
 
 def _decoding(run: Run, plans: Sequence[DecoderPlan]) -> dict[str, int]:
-    """What sampling adds beside keys and values: the logits of a step, or a layer of a prefill."""
+    """What sampling adds beside keys and values: the logits of a step, or a layer of a prefill. Nothing where it is
+    done elsewhere."""
+    if not plans:
+        return {}
     config = run.decoder
     parts = batch_parts(run.rollout_mesh)
     tensor = run.rollout_mesh.shape["tensor"]
@@ -335,31 +347,28 @@ def _layers(learner: Learner, batch: TrainBatch, *, backward: bool = True) -> di
     weights = sum(math.prod(x.shape[1:]) for x in jax.tree.leaves(abstract_params(own)["layers"]))
     copies = np.dtype(config.dtype).itemsize + (4 if backward else 0)
     with jax.sharding.use_abstract_mesh(part):
-        in_kernels = sharing == 1 and options["attention"] is kernel_attention and has_kernels(length)
+        in_kernels = options["attention"] is kernel_attention and has_kernels(length)
     layer = weights * copies
+    if sharing > 1:
+        # Of the keys and values of a whole sequence: they are gathered.
+        layer += 2 * own_rows * length * own.num_kv_heads * own.head_dim * copies
     if not in_kernels:
-        layer += _attention(own, own_rows, length, sharing, copies)
+        layer += _scores(own, own_rows, length, sharing)
     if options["remat"] != "none" or not backward:
         layer += whole // config.num_layers
     return {"activations": kept, "a layer": layer}
 
 
-def _attention(config: DecoderConfig, rows: int, length: int, sharing: int, copies: int) -> int:
-    """Of a layer's attention on one device, whose heads are those of `config`: scores and weights, in float32.
-
-    `copies` are the bytes of a number and of its gradient.
-    """
+def _scores(config: DecoderConfig, rows: int, length: int, sharing: int) -> int:
+    """Of a layer's attention on one device, whose heads are those of `config`: scores and weights, in float32."""
     if sharing == 1:
         # Blocks of queries need nothing of each other, so the compiler runs them side by side: all scores exist.
         blocks = min(MAX_BLOCKS, -(-length // MIN_BLOCK))
         pairs = length**2 * (blocks + 1) // (2 * blocks)
-        return 2 * rows * config.num_heads * pairs * 4
-
-    # Blocks go one after another, over the keys and values of the whole sequence.
-    chunk = length // (CHUNKS * sharing)
-    pairs = min(chunk, BLOCK) * min(length, BLOCK)
-    gathered = 2 * rows * length * config.num_kv_heads * config.head_dim
-    return 2 * rows * config.num_heads * pairs * 4 + gathered * copies
+    else:
+        # Blocks go one after another.
+        pairs = min(length // (CHUNKS * sharing), BLOCK) * min(length, BLOCK)
+    return 2 * rows * config.num_heads * pairs * 4
 
 
 def _kept_by_scan(jaxpr: Any) -> int:

@@ -48,8 +48,8 @@ class Cancelled(BaseException):
 class Pipeline:
     """Orders for `actor`, in their order: a rollout is sampled, collected, and shown to the curriculum.
 
-    Rollout `s` is sampled by the weights of version `max(0, s - config.staleness)`, exactly. With devices of the
-    actor's own (`beside`) a thread works on the orders while this is open, as a context manager; else each order is
+    Rollout `s` is sampled by the weights that step `max(0, s - config.staleness)` has for it, exactly. With devices of
+    the actor's own (`beside`) a thread works on the orders while this is open, as a context manager; else each order is
     carried out when it is given.
 
     What an order raises is raised when its result is asked for, and no later order is begun.
@@ -68,8 +68,8 @@ class Pipeline:
         self.actor = actor
         self.plan = plan
         self.curriculum = curriculum
+        self.config = config
         self.staleness = config.staleness
-        self.groups = config.groups
         self.beside = beside
         self.journal: Journal | None = None
         self.until: int | None = None
@@ -89,16 +89,18 @@ class Pipeline:
 
     # The schedule.
 
-    def order(self, version: int, params: Params) -> None:
-        """Orders the rollouts that the weights of this version sample: all up to that of step `version + staleness`
-        that have not been ordered, and none from step `until` on. `params` may be donated afterwards."""
-        stop = version + self.staleness + 1
+    def order(self, now: int, params: Params) -> None:
+        """Orders the rollouts that the weights of step `now` sample: all up to that of step `now + staleness` that have
+        not been ordered, and none from step `until` on. `params` are those pushed last. They may be donated
+        afterwards."""
+        stop = now + self.staleness + 1
         if self.until is not None:
             stop = min(stop, self.until)
         if self._ordered >= stop:
             return
 
         weights = self._handed_over(params)
+        version = self.config.version_of(now)
         for step in range(self._ordered, stop):
             self._rollouts[step] = self._do(functools.partial(self._make, step, version, [weights]))
             self._ordered = step + 1
@@ -113,10 +115,11 @@ class Pipeline:
         self._behind = made.behind
         return made
 
-    def evaluate(self, version: int, params: Params, work: Callable[[], T]) -> T:
-        """What `work` gives when its turn has come and the actor has the weights `params`, which are those of
-        `version`."""
+    def evaluate(self, step: int, params: Params, work: Callable[[], T]) -> T:
+        """What `work` gives when its turn has come and the actor has the weights `params`, which are those of `step`,
+        pushed or not."""
         weights = self._handed_over(params)
+        version = self.config.version_of(step)
 
         def evaluated() -> T:
             self.actor.set_params(weights, version)
@@ -200,6 +203,7 @@ class Pipeline:
 
     def _roll_out(self, step: int, version: int) -> tuple[Rollout, str]:
         """A rollout, and what it lacks to be learned from; "" where it lacks nothing."""
+        groups = self.config.groups
         try:
             rollout = collect(
                 self.actor,
@@ -208,7 +212,7 @@ class Pipeline:
                 self._prompts,
                 step,
                 version,
-                rules=GroupRules(self.groups.incomplete, self.groups.max_age),
+                rules=GroupRules(groups.incomplete, groups.max_age, self.config.version_of(step)),
             )
         except NoSignal as error:
             return error.rollout, str(error)
@@ -231,9 +235,15 @@ class Pipeline:
         future: Future[T] = Future()
         if self._thread is None:
             future.set_result(work())
+            self._free_weights()
         else:
             self._jobs.put((future, work))
         return future
+
+    def _free_weights(self) -> None:
+        """An actor that takes turns with the learner leaves it the room of its weights: each order brings them anew."""
+        for decoder in self.actor.resting:
+            decoder.drop_params()
 
     def __enter__(self) -> "Pipeline":
         if self.beside is not None:

@@ -5,7 +5,7 @@ import dataclasses
 import difflib
 import json
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -25,7 +25,7 @@ from rljax.experiment.stops import Stopped, Stops
 from rljax.experiment.watchdog import Watchdog
 from rljax.models import written_metadata
 from rljax.parallel import check_equal, end_together, is_main_process, on_main, use_mesh
-from rljax.rollouts import Rollout
+from rljax.rollouts import Rollout, RolloutConfig
 from rljax.rollouts.shared import check_processes
 from rljax.sampling import compile_count_here
 from rljax.training import (
@@ -40,7 +40,7 @@ from rljax.training import (
     remove_tree,
     with_critic,
 )
-from rljax.types import Params, TrainBatch
+from rljax.types import Params
 
 SETTLE_S = 20.0
 """How long a run that is asked to end waits for rollouts that are under way: schedulers kill it after 30 s or so."""
@@ -325,7 +325,9 @@ def go_on(run: Run, folder: RunFolder, journal: Journal, step: int, host: Mappin
     ordered = host.get("ordered", step)
     found = journal.load(step, examples)
     is_same = folder.previous_config is not None and not sampled_otherwise(folder.previous_config, folder.config)
-    recorded = [made for made in found if made.step < ordered or is_same]
+    # Keys and values of older weights are in no journal, and would be missing behind a rollout that is not made again.
+    replays = getattr(run.config.actor, "at_hand_over", "recompute") == "recompute"
+    recorded = [made for made in found if made.step < ordered or (is_same and replays)]
 
     # Behind a checkpoint without rollouts ahead of it this is in the checkpoint; a new run has it from its config.
     at_step = {name: host[name] for name in ("curriculum", "actor") if name in host}
@@ -336,16 +338,16 @@ def go_on(run: Run, folder: RunFolder, journal: Journal, step: int, host: Mappin
     run.actor.load_state_dict(newest.get("actor", {}), run.algorithm.plan, examples)
 
     # What was drawn does not come again, also where the rollout that was made of it is of no use.
-    recorded = fitting(recorded, run.config.rollout.staleness)
+    recorded = fitting(recorded, run.config.rollout)
     journal.keep(0, step + len(recorded))
     run.pipeline.go_on(step, ordered, recorded, json.dumps(at_step or newest))
     if recorded:
         say(f"going on with {len(recorded)} rollouts of the journal, from that of step {step + 1} on")
 
 
-def fitting(recorded: list[Made], staleness: int) -> list[Made]:
+def fitting(recorded: list[Made], config: RolloutConfig) -> list[Made]:
     """Those of them, up to the first that is older, which a run of this staleness may train on."""
-    fits = [made.version >= made.step - staleness for made in recorded]
+    fits = [made.version >= config.version_of(max(0, made.step - config.staleness)) for made in recorded]
     return recorded[: fits.index(False)] if False in fits else recorded
 
 
@@ -388,7 +390,8 @@ def train_step(run: Run, step: int) -> tuple[dict[str, float], Rollout]:
     compiled = compile_count_here()
 
     with run.stops.abandonable(), run.pulse("rollout"):
-        run.pipeline.order(step, run.policy())
+        run.push(step)
+        run.pipeline.order(step, run.learner.pushed_params(run.state))
         made = run.pipeline.take(step)
         rollout = made.rollout
         timer.add(rollout.seconds)
@@ -411,9 +414,13 @@ def train_step(run: Run, step: int) -> tuple[dict[str, float], Rollout]:
         minibatches = run.learner.prepare(run.state, batch, advantages) if run.policy_moves(step) else []
         check_equal(shapes=[[np.shape(x) for x in jax.tree.leaves(minibatch)] for minibatch in minibatches])
 
-    if minibatches and not run.is_compiled:
+    if run.critic is not None and not run.critic.learner.is_warm:
+        with timer("compile"), run.pulse("compiling updates of the critic"):
+            critic_state = run.critic.warm_up(run.state.critic, batch, tell_compiled("critic's update programs"))
+            run.state = with_critic(run.state, critic_state)
+    if minibatches and not run.learner.is_warm:
         with timer("compile"), run.pulse("compiling updates"):
-            compile_updates(run, minibatches[0])
+            run.state = run.learner.warm_up(run.state, minibatches[0], tell_compiled("update programs"))
 
     with timer("update"), run.pulse("update"):
         metrics = {}
@@ -447,17 +454,14 @@ def waits(run: Run, made: Made) -> dict[str, float]:
     return {"time/learner_wait_s": run.pipeline.waited_s, "time/actor_wait_s": made.idle_s}
 
 
-def compile_updates(run: Run, minibatch: TrainBatch) -> None:
-    """Compiles what updates of the policy by this minibatch and those after it are likely to need, and says how far it
-    is. A run does not survive an error in here, which may come when the state is donated."""
+def tell_compiled(what: str) -> Callable[[int, int], None]:
+    """Says how many of how many programs are compiled, and since when."""
     started = time.perf_counter()
 
     def progress(done: int, total: int) -> None:
-        say(f"update programs: {done} of {total} compiled, {time.perf_counter() - started:.0f} s")
+        say(f"{what}: {done} of {total} compiled, {time.perf_counter() - started:.0f} s")
 
-    if run.config.update.compile_ahead > 1:
-        run.state = run.learner.warm_up(run.state, minibatch, progress)
-    run.is_compiled = True
+    return progress
 
 
 def empty_step(run: Run, rollout: Rollout, lacking: str, timer: PhaseTimer) -> dict[str, float]:

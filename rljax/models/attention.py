@@ -6,8 +6,8 @@ the device and the mesh:
 - here, plain operations: everywhere, but for the two cases below;
 - `attention_kernel`, whose kernels are in `attention_tpu` and `attention_triton`: rows from `KERNEL_LENGTH` on, on a
   TPU or GPU for which `config.update.attention_kernel` takes them;
-- `attention_stream`, loops of plain operations: where devices share a sequence (`sequence`), and queries begin anywhere
-  in it.
+- `attention_stream`, loops of plain operations: where devices share a sequence (`sequence`), queries begin anywhere in
+  it, and there are no kernels.
 
 Here, queries go through in blocks, each against the keys up to its own end, since a later key is never visible. The
 backward pass keeps the result and the log-sum-exp of each query, and computes the weights again block by block
@@ -44,6 +44,10 @@ MAX_BLOCKS = 8
 
 KERNEL_LENGTH = 1024
 """Packed rows from which on `kernel_attention` takes the kernels: shorter ones have few blocks to leave out."""
+
+KERNEL_DEVICES = ("TPU", "NVIDIA H100", "NVIDIA H200")
+"""How the kinds of device begin for which the kernels have been compiled (`make test-aot`), whose learners take them
+unasked. None has been timed."""
 
 
 def forest_attention(
@@ -83,15 +87,15 @@ def kernel_attention(
     query_start: Int[Array, ""] | int | None = None,
 ) -> Float[Array, "R Q H hd"]:
     """`forest_attention` by the kernels of `rljax.models.attention_kernel`, on a GPU or TPU and for rows of at least
-    `KERNEL_LENGTH`; else, and with `query_start`, as it is. Under a mesh each device runs them on its own rows and
-    heads."""
+    `KERNEL_LENGTH`; else as it is. Under a mesh each device runs them on its own rows and heads; with `query_start`,
+    which one device's queries have, it is called where they are alone already."""
     arrays = q, k, v, positions, subtree_end, jnp.asarray(window, jnp.int32)
-    if query_start is not None:
+    if not has_kernels(k.shape[1]):
         return forest_attention(*arrays, query_start=query_start)
-    if not has_kernels(q.shape[1]):
-        return forest_attention(*arrays)
     from rljax.models.attention_kernel import forest_attention_kernel  # Pallas is not needed elsewhere
 
+    if query_start is not None:
+        return forest_attention_kernel(*arrays, query_start=query_start)
     return on_own_heads(forest_attention_kernel)(*arrays)
 
 

@@ -89,27 +89,41 @@ class Options(NamedTuple):
 
 
 def visible_blocks(
-    positions: Int[Array, "R S"],
+    query_depth: Int[Array, "R Q"],
+    key_depth: Int[Array, "R S"],
     subtree_end: Int[Array, "R S"],
     window: Int[Array, ""] | int,
+    query_start: Int[ArrayLike, ""] | int = 0,
     *,
     block_q: int,
     block_k: int,
 ) -> Bool[Array, "R N M"]:
-    """`may_see` of `N` blocks of queries and `M` blocks of keys; `S` must be a multiple of both block sizes."""
-    rows, length = positions.shape
-    first_query = jnp.arange(0, length, block_q)[:, None]
-    first_key = jnp.arange(0, length, block_k)[None]
+    """`may_see` of `N` blocks of the `Q` queries from the packed index `query_start` on, and `M` blocks of keys. Depths
+    are positions on paths. `Q` must be a multiple of `block_q` and `S` of `block_k`."""
+    rows, queries = query_depth.shape
+    first_query = query_start + jnp.arange(0, queries, block_q)[:, None]
+    first_key = jnp.arange(0, key_depth.shape[1], block_k)[None]
     last_end = jnp.max(subtree_end.reshape(rows, 1, -1, block_k), axis=-1)
-    deepest_key = jnp.max(positions.reshape(rows, 1, -1, block_k), axis=-1)
-    shallowest_query = jnp.min(positions.reshape(rows, -1, block_q), axis=-1)[..., None]
+    deepest_key = jnp.max(key_depth.reshape(rows, 1, -1, block_k), axis=-1)
+    shallowest_query = jnp.min(query_depth.reshape(rows, -1, block_q), axis=-1)[..., None]
     last_query = first_query + (block_q - 1)
     return may_see(first_query, last_query, shallowest_query, first_key, last_end, deepest_key, window)
 
 
-def padded(x: Array, axis: int, size: int) -> Array:
-    """`x` with zeros behind, `size` long along `axis`."""
-    return jnp.pad(x, [(0, size - n if i == axis else 0) for i, n in enumerate(x.shape)])
+def padded(x: Array, axis: int, size: int, fill: float = 0) -> Array:
+    """`x` with `fill` behind, `size` long along `axis`."""
+    return jnp.pad(x, [(0, size - n if i == axis else 0) for i, n in enumerate(x.shape)], constant_values=fill)
+
+
+def whole_blocks(count: int, block: int) -> int:
+    """`count` rounded up to a multiple of `block`."""
+    return -(-count // block) * block
+
+
+def padded_normaliser(normaliser: Float[Array, "R H Q"], size: int) -> Float[Array, "R H size"]:
+    """With padding whose weights are 0, whatever it sees: queries from the middle of a sequence have others behind
+    them, and what pads them lies in their places."""
+    return padded(normaliser, 2, size, -MASKED)
 
 
 def lists(visible: Bool[Array, "R N M"]) -> tuple[Int[Array, "R N 1 1"], Int[Array, "R N 1 M"]]:

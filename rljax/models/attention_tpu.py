@@ -32,11 +32,14 @@ from rljax.models.attention_blocks import (
     is_visible,
     lists,
     padded,
+    padded_normaliser,
     score_divisor,
     score_gradient,
     softmax_step,
     visible_blocks,
+    whole_blocks,
 )
+from rljax.types import ArrayLike
 
 LANES = 128
 """Numbers side by side in a vector register: blocks are multiples of it."""
@@ -49,14 +52,16 @@ LISTS = 256 << 10
 
 
 class _Inputs(NamedTuple):
-    """Arrays padded to whole blocks, `S` tokens of them, and the lists."""
+    """Arrays padded to whole blocks, `Q` queries and `S` keys, and the lists."""
 
-    q: Float[Array, "R H S hd"]
+    q: Float[Array, "R H Q hd"]
     k: Float[Array, "R KV S hd"]
     v: Float[Array, "R KV S hd"]
+    query_depth: Int[Array, "R 1 1 Q"]
     depth: Int[Array, "R 1 1 S"]
     end: Int[Array, "R 1 1 S"]
-    window: Int[Array, "1"]
+    scalars: Int[Array, "2"]
+    """The window, and the packed index of the first query."""
     visible: Array
     """[R, blocks of queries, blocks of keys]"""
     scale: float
@@ -65,11 +70,12 @@ class _Inputs(NamedTuple):
     interpret: bool
 
 
-def forward(options: Options, q, k, v, positions, subtree_end, window) -> tuple[Array, Array]:
-    """q [R, H, S, hd]; k, v [R, KV, S, hd] -> (out [R, H, S, hd], log normalisers [R, H, S])."""
+def forward(options: Options, q, k, v, positions, subtree_end, window, start) -> tuple[Array, Array]:
+    """q [R, Q, H, hd]; k, v [R, S, KV, hd] -> (out [R, Q, H, hd], log normalisers [R, H, Q]). The first query has the
+    packed index `start`."""
 
     def of_rows(q, k, v, positions, subtree_end):
-        at = _inputs(options, q, k, v, positions, subtree_end, window)
+        at = _inputs(options, (q, k, v, positions, subtree_end), window, start)
         out = jax.ShapeDtypeStruct(at.q.shape, q.dtype)
         normaliser = jax.ShapeDtypeStruct((*at.q.shape[:2], 1, at.q.shape[2]), jnp.float32)
         out, normaliser = _call(
@@ -77,7 +83,7 @@ def forward(options: Options, q, k, v, positions, subtree_end, window) -> tuple[
             _forward_kernel,
             "forest_attention",
             at.visible,
-            own=(at.q, at.depth),
+            own=(at.q, at.query_depth),
             walked=(at.k, at.v, at.depth, at.end),
             outputs=(out, normaliser),
             scratch=[(at.block_q, 1)] * 3 + [(at.block_q, q.shape[-1])],
@@ -85,18 +91,20 @@ def forward(options: Options, q, k, v, positions, subtree_end, window) -> tuple[
         length = q.shape[2]
         return out[:, :, :length], normaliser[:, :, 0, :length]
 
-    return _few_rows(options, of_rows, q, k, v, positions, subtree_end)
+    out, normaliser = _few_rows(options, of_rows, *map(_turned, (q, k, v)), positions, subtree_end)
+    return _turned(out), normaliser
 
 
-def backward(options: Options, q, k, v, positions, subtree_end, window, d_out, normaliser, mean):
+def backward(options: Options, q, k, v, positions, subtree_end, window, start, d_out, normaliser, mean):
     """Gradients of q, k and v."""
 
     def of_rows(q, k, v, positions, subtree_end, d_out, normaliser, mean):
-        at = _inputs(options, q, k, v, positions, subtree_end, window)
-        length, head_dim = q.shape[2:]
+        at = _inputs(options, (q, k, v, positions, subtree_end), window, start)
+        head_dim = q.shape[3]
         size = at.q.shape[2]
         d_out = padded(d_out, 2, size)
-        normaliser, mean = (padded(x, 2, size)[:, :, None] for x in (normaliser, mean))
+        mean = padded(mean, 2, size)[:, :, None]
+        normaliser = padded_normaliser(normaliser, size)[:, :, None]
 
         # Blocks of queries walk over the keys that they see; blocks of keys over the queries that see them.
         (d_q,) = _call(
@@ -104,7 +112,7 @@ def backward(options: Options, q, k, v, positions, subtree_end, window, d_out, n
             _query_kernel,
             "forest_attention_dq",
             at.visible,
-            own=(at.q, d_out, normaliser, mean, at.depth),
+            own=(at.q, d_out, normaliser, mean, at.query_depth),
             walked=(at.k, at.v, at.depth, at.end),
             outputs=(jax.ShapeDtypeStruct(at.q.shape, q.dtype),),
             scratch=[(at.block_q, 1)] * 3 + [(at.block_q, head_dim)],
@@ -115,47 +123,61 @@ def backward(options: Options, q, k, v, positions, subtree_end, window, d_out, n
             "forest_attention_dkv",
             at.visible.swapaxes(1, 2),
             own=(at.k, at.v, at.depth, at.end),
-            walked=(at.q, d_out, normaliser, mean, at.depth),
+            walked=(at.q, d_out, normaliser, mean, at.query_depth),
             outputs=(jax.ShapeDtypeStruct(at.k.shape, k.dtype), jax.ShapeDtypeStruct(at.v.shape, v.dtype)),
             scratch=[(at.block_k, 1)] * 2 + [(at.block_k, head_dim)] * 2,
         )
-        return tuple(x[:, :, :length] for x in (d_q, d_k, d_v))
+        return tuple(x[:, :, : whole.shape[2]] for x, whole in ((d_q, q), (d_k, k), (d_v, v)))
 
-    return _few_rows(options, of_rows, q, k, v, positions, subtree_end, d_out, normaliser, mean)
+    q, k, v, d_out = map(_turned, (q, k, v, d_out))
+    found = _few_rows(options, of_rows, q, k, v, positions, subtree_end, d_out, normaliser, mean)
+    return tuple(map(_turned, found))
 
 
-def _blocks(options: Options, length: int, head_dim: int) -> tuple[int, int]:
+def _turned(x: Float[Array, "R n N hd"]) -> Float[Array, "R N n hd"]:
+    """Heads before tokens, or back: a tile of vector memory is one of tokens and `hd`."""
+    return x.swapaxes(1, 2)
+
+
+def _blocks(options: Options, queries: int, keys: int, head_dim: int) -> tuple[int, int]:
     # A wide head leaves room for smaller blocks only; a short row needs no larger one than itself.
     largest = BLOCK if head_dim <= 128 else BLOCK // 2
-    block = min(largest, max(LANES, pl.next_power_of_2(length)))
-    return options.block_q or block, options.block_k or block
+    block_q, block_k = (min(largest, max(LANES, pl.next_power_of_2(length))) for length in (queries, keys))
+    return options.block_q or block_q, options.block_k or block_k
 
 
 def _few_rows(options: Options, of_rows, *arrays):
     """`of_rows` on all rows at once, or on one at a time if their lists together overflow scalar memory."""
-    rows, _, length, head_dim = arrays[0].shape
-    block_q, block_k = _blocks(options, length, head_dim)
-    if rows == 1 or 4 * rows * -(-length // block_q) * -(-length // block_k) <= LISTS:
+    rows, _, queries, head_dim = arrays[0].shape
+    keys = arrays[1].shape[2]
+    block_q, block_k = _blocks(options, queries, keys, head_dim)
+    if rows == 1 or 4 * rows * -(-queries // block_q) * -(-keys // block_k) <= LISTS:
         return of_rows(*arrays)
     one_by_one = jax.lax.map(lambda row: of_rows(*(x[None] for x in row)), arrays)
     return jax.tree.map(lambda x: x[:, 0], one_by_one)
 
 
-def _inputs(options: Options, q, k, v, positions, subtree_end, window) -> _Inputs:
-    length, head_dim = q.shape[2:]
-    block_q, block_k = _blocks(options, length, head_dim)
-    whole = max(block_q, block_k)
-    size = -(-length // whole) * whole
-    q, k, v = (padded(x, 2, size) for x in (q, k, v))
-    depth, end = (padded(x.astype(jnp.int32), 1, size) for x in (positions, subtree_end))
+def _inputs(options: Options, arrays: tuple[Array, ...], window: ArrayLike, start: ArrayLike) -> _Inputs:
+    q, k, v, positions, subtree_end = arrays
+    queries, head_dim = q.shape[2:]
+    keys = k.shape[2]
+    block_q, block_k = _blocks(options, queries, keys, head_dim)
+    size_q = whole_blocks(queries, block_q)
+    size_k = whole_blocks(keys, block_k)
+
+    depth = positions.astype(jnp.int32)
+    query_depth = padded(jax.lax.dynamic_slice_in_dim(depth, start, queries, axis=1), 1, size_q)
+    depth = padded(depth, 1, size_k)
+    end = padded(subtree_end.astype(jnp.int32), 1, size_k)
     return _Inputs(
-        q=q,
-        k=k,
-        v=v,
+        q=padded(q, 2, size_q),
+        k=padded(k, 2, size_k),
+        v=padded(v, 2, size_k),
+        query_depth=query_depth[:, None, None],
         depth=depth[:, None, None],
         end=end[:, None, None],
-        window=window.reshape(1),
-        visible=visible_blocks(depth, end, window, block_q=block_q, block_k=block_k),
+        scalars=jnp.stack([window, start]),
+        visible=visible_blocks(query_depth, depth, end, window, start, block_q=block_q, block_k=block_k),
         scale=1.0 / score_divisor(head_dim),
         block_q=block_q,
         block_k=block_k,
@@ -179,7 +201,7 @@ def _call(at: _Inputs, kernel, name: str, visible: Array, *, own, walked, output
         # How many of the grid's heads, group members counted, share one of `x`.
         share = heads * group // x.shape[1]
 
-        def index_map(r, h, i, g, j, count, numbers, window):
+        def index_map(r, h, i, g, j, count, numbers, scalars):
             at_block = index_of(r, i, j, count, numbers)
             head = jax.lax.div(h * group + g, share)
             return (r, head, 0, at_block) if is_row else (r, head, at_block, 0)
@@ -212,7 +234,7 @@ def _call(at: _Inputs, kernel, name: str, visible: Array, *, own, walked, output
             dimension_semantics=("parallel", "parallel", "parallel", "arbitrary", "arbitrary")
         ),
         interpret=at.interpret,
-    )(count.reshape(-1), numbers.reshape(-1), at.window, *own, *walked)
+    )(count.reshape(-1), numbers.reshape(-1), at.scalars, *own, *walked)
 
 
 class _Step(NamedTuple):
@@ -228,7 +250,8 @@ class _Step(NamedTuple):
     """Whether the list has not ended."""
 
     def indices(self, shape: tuple[int, int]) -> tuple[Array, Array]:
-        """Packed indices of pairs `shape`: of the own block's, which go down, and of the other's, across."""
+        """Numbers of pairs `shape`, from the first query or key on: the own block's, which go down, and the other's,
+        across."""
         return count_from(self.own * shape[0], shape, 0), count_from(self.other * shape[1], shape, 1)
 
 
@@ -257,7 +280,7 @@ def _row(column: Array) -> Array:
 
 
 def _forward_kernel(
-    count, numbers, window, q, depth, k, v, key_depth, end, out, normaliser, own_depth, best, total, acc, *, scale
+    count, numbers, scalars, q, depth, k, v, key_depth, end, out, normaliser, own_depth, best, total, acc, *, scale
 ):
     step = _step(count, numbers)
     shape = (q.shape[0], k.shape[0])
@@ -273,7 +296,7 @@ def _forward_kernel(
     def _():
         query, key = step.indices(shape)
         depths = own_depth[...].astype(jnp.int32)
-        visible = is_visible(query, key, end[...], depths, key_depth[...], window[0])
+        visible = is_visible(scalars[1] + query, key, end[...], depths, key_depth[...], scalars[0])
         scores = jnp.where(visible, dot_rows(q[...], k[...]) * scale, MASKED)
         best[...], total[...], weights, shrink = softmax_step(best[...], total[...], scores, visible)
         acc[...] = acc[...] * shrink + dot(weights.astype(v.dtype), v[...])
@@ -287,7 +310,7 @@ def _forward_kernel(
 
 
 def _query_kernel(
-    count, numbers, window, q, d_out, normaliser, mean, depth, k, v, key_depth, end, d_q, *scratch, scale
+    count, numbers, scalars, q, d_out, normaliser, mean, depth, k, v, key_depth, end, d_q, *scratch, scale
 ):
     own_normaliser, own_mean, own_depth, acc = scratch
     step = _step(count, numbers)
@@ -304,7 +327,7 @@ def _query_kernel(
     def _():
         query, key = step.indices(shape)
         depths = own_depth[...].astype(jnp.int32)
-        visible = is_visible(query, key, end[...], depths, key_depth[...], window[0])
+        visible = is_visible(scalars[1] + query, key, end[...], depths, key_depth[...], scalars[0])
 
         # The softmax is computed anew from its normaliser.
         weights = jnp.where(visible, jnp.exp(dot_rows(q[...], k[...]) * scale - own_normaliser[...]), 0.0)
@@ -317,7 +340,7 @@ def _query_kernel(
 
 
 def _key_kernel(
-    count, numbers, window, k, v, depth, end, q, d_out, normaliser, mean, query_depth, d_k, d_v, *scratch, scale
+    count, numbers, scalars, k, v, depth, end, q, d_out, normaliser, mean, query_depth, d_k, d_v, *scratch, scale
 ):
     """Scores stand transposed, keys times queries, so that no product transposes them. The query heads of a group
     follow each other in the grid, and their gradients add up here."""
@@ -337,7 +360,7 @@ def _key_kernel(
         key, query = step.indices(shape)
         depths = own_depth[...].astype(jnp.int32)
         ends = own_end[...].astype(jnp.int32)
-        visible = is_visible(query, key, ends, query_depth[...], depths, window[0])
+        visible = is_visible(scalars[1] + query, key, ends, query_depth[...], depths, scalars[0])
 
         # As in `_query_kernel`.
         weights = jnp.where(visible, jnp.exp(dot_rows(k[...], q[...]) * scale - normaliser[...]), 0.0)

@@ -16,6 +16,7 @@ from typing import Any, Literal, get_args
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
@@ -30,9 +31,13 @@ from rljax.types import Params
 Attend = Callable[[Array, Array, Array], tuple[Array, Any]]
 """`attend(q [..., H, hd], k [..., KV, hd], v [..., KV, hd]) -> (out [..., H, hd], aux)`; rotary is applied already."""
 
-Remat = Literal["none", "attention_saved", "full"]
+Remat = Literal["none", "products_saved", "attention_saved", "full"]
 """What of a layer the backward pass computes again. `full`: all of it, so that its input alone is kept.
-`attention_saved`: all but the attention itself, whose result and log-sum-exp are kept too. `none`: nothing."""
+`attention_saved`: all but the attention itself, whose result and log-sum-exp are kept too. `products_saved`: norms,
+rotations and the like; all products with weights are kept besides. `none`: nothing."""
+
+PRODUCT = "product"
+"""Name by which a remat policy keeps what a layer's weights are multiplied to."""
 
 Product = Callable[[Array, Array], Array]
 """`product(x [..., D], weight) -> [..., E]`; `weight` is [D, E] unless the caller's params hold it otherwise."""
@@ -105,7 +110,7 @@ class Layer(nnx.Module):
         return constrain(x + project(h, "down"), _axes(x)), aux
 
     def _project(self, product: Product, x: Array, name: str) -> Array:
-        out = product(x, getattr(self, name)[...])
+        out = checkpoint_name(product(x, getattr(self, name)[...]), PRODUCT)
         bias = getattr(self, f"{name}_bias", None)
         return out if bias is None else out + bias[...].astype(x.dtype)
 
@@ -283,7 +288,7 @@ def hidden_states(
         return apply_layer(config, layer_params, x, rotary, attend)
 
     if remat != "none":
-        saved = SAVED if remat == "attention_saved" else ()
+        saved = {"products_saved": (*SAVED, PRODUCT), "attention_saved": SAVED, "full": ()}[remat]
         policy = jax.checkpoint_policies.save_only_these_names(*saved)
         # A scan keeps its body apart by itself; barriers against common subexpressions would only cost there.
         body = jax.checkpoint(body, prevent_cse=not scan, policy=policy)

@@ -19,6 +19,7 @@ from rljax.parallel.exchange import exchange, heard, is_waiting, say_to_all
 from rljax.parallel.mesh import (
     MESH_AXES,
     decoding_mesh,
+    device_kind,
     make_mesh,
     mesh_beside,
     num_processes,
@@ -76,6 +77,7 @@ __all__ = [
     "compiled_memory",
     "constrain",
     "decoding_mesh",
+    "device_kind",
     "end_together",
     "exchange",
     "gather",

@@ -128,9 +128,7 @@ def use_mesh(mesh: Mesh):
 def platform(mesh: Mesh | AbstractMesh | None = None) -> str:
     """What the devices of `mesh` are: "cpu", "gpu" or "tpu". None is the mesh in use (`use_mesh`), also while tracing;
     without one, or where it names no devices, the kind of device that JAX puts new arrays on."""
-    if mesh is None:
-        mesh = jax.sharding.get_abstract_mesh()
-    device = (mesh.abstract_mesh if isinstance(mesh, Mesh) else mesh).abstract_device
+    device = _abstract_device(mesh)
     if device is not None:
         return device.platform
 
@@ -138,3 +136,22 @@ def platform(mesh: Mesh | AbstractMesh | None = None) -> str:
     if isinstance(default, str):
         return default
     return (default or jax.local_devices()[0]).platform
+
+
+def device_kind(mesh: Mesh | AbstractMesh | None = None) -> str:
+    """The kind of the devices of `mesh` as `jax.Device.device_kind`, of the same mesh or device as `platform`."""
+    device = _abstract_device(mesh)
+    if device is not None:
+        return device.device_kind
+
+    default = jax.config.values["jax_default_device"]
+    if isinstance(default, str):
+        return jax.local_devices(backend=default)[0].device_kind
+    return (default or jax.local_devices()[0]).device_kind
+
+
+def _abstract_device(mesh: Mesh | AbstractMesh | None):
+    """What a mesh, or the one in use, says of its devices; None where it names none."""
+    if mesh is None:
+        mesh = jax.sharding.get_abstract_mesh()
+    return (mesh.abstract_mesh if isinstance(mesh, Mesh) else mesh).abstract_device

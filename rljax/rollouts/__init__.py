@@ -1,9 +1,10 @@
 """Rollouts: from prompts to scored trajectories, by whatever plays the policy."""
 
 from rljax.rollouts.actor import Actor, GroupRequest, RolloutSettings, ScoredGroup, known_example, number_groups
-from rljax.rollouts.black_box import BlackBox, BlackBoxActor, ChatEndpoint
+from rljax.rollouts.black_box import BlackBox, BlackBoxActor, ChatEndpoint, EndpointConfig
 from rljax.rollouts.collect import NoSignal, Rollout, collect
 from rljax.rollouts.config import ActorConfig, ActorParts
+from rljax.rollouts.engines import EngineFailed, EngineService, Remote, RemoteActor
 from rljax.rollouts.groups import GroupRules, GroupsConfig
 from rljax.rollouts.guided import Guided, GuidedActor
 from rljax.rollouts.multi_turn import MultiTurn, MultiTurnActor
@@ -18,6 +19,9 @@ __all__ = [
     "BlackBox",
     "BlackBoxActor",
     "ChatEndpoint",
+    "EndpointConfig",
+    "EngineFailed",
+    "EngineService",
     "GroupRequest",
     "GroupRules",
     "GroupsConfig",
@@ -26,6 +30,8 @@ __all__ = [
     "MultiTurn",
     "MultiTurnActor",
     "NoSignal",
+    "Remote",
+    "RemoteActor",
     "Rollout",
     "RolloutConfig",
     "RolloutSettings",

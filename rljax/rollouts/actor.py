@@ -90,6 +90,10 @@ class Decoder(Protocol):
         """Its largest programs by what they do."""
         ...
 
+    def drop_params(self) -> None:
+        """Frees its copy of the weights; it needs new ones before it decodes again."""
+        ...
+
 
 @runtime_checkable
 class Actor(Protocol):
@@ -130,6 +134,12 @@ class Actor(Protocol):
     @property
     def decoders(self) -> Sequence[Decoder]:
         """What samples for it, each with a copy of the weights."""
+        ...
+
+    @property
+    def resting(self) -> Sequence[Decoder]:
+        """Of `decoders`, those whose weights nothing needs from the end of `ready` to the next `set_params`, which
+        replaces them whatever its version is."""
         ...
 
     def cache_bytes(self) -> int:

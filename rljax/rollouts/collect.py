@@ -176,10 +176,7 @@ def _weighted(trajectories: Sequence[Trajectory], rewards: np.ndarray) -> list[T
     valid = (~np.isnan(rewards)).sum(axis=1)
     made = np.bincount([t.group_id for t in trajectories], minlength=len(rewards))
     weights = [group_weight(int(n), int(size)) for n, size in zip(valid, made, strict=True)]
-    return [
-        dataclasses.replace(t, columns={**t.columns, ROW_WEIGHT: weights[t.group_id]})  # type: ignore[type-var]
-        for t in trajectories
-    ]
+    return [dataclasses.replace(t, columns={**t.columns, ROW_WEIGHT: weights[t.group_id]}) for t in trajectories]
 
 
 def _what_is_missing(plan: RolloutPlan, drawn: _Drawn, wanted: int) -> str:

@@ -110,7 +110,7 @@ class TurnsConfig:
     check_every: int = 8
     """Decoding steps between two looks for finished turns."""
     workers: int = 64
-    """Threads (or processes) that environments or agents run in, in each process of the run."""
+    """Threads that environments or agents run in, or processes, or workers on a cluster; in each process of the run."""
 
     @property
     def off_policy(self) -> str:

@@ -192,4 +192,5 @@ def complete(group: ScoredGroup, rules: GroupRules) -> tuple[ScoredGroup, list[i
         return [values[index] for index in order] if values else []
 
     lists = ("samples", "texts", "results", "steps", "turn_fields", "signals", "answers")
-    return group._replace(**{name: taken(getattr(group, name)) for name in lists}), order
+    filled: dict[str, Any] = {name: taken(getattr(group, name)) for name in lists}
+    return group._replace(**filled), order

@@ -11,21 +11,25 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
 from rljax.envs import (
     DONE,
     MALFORMED,
+    RAY,
     EnvironmentLimits,
     EnvironmentPool,
     Episode,
+    RayConfig,
     check_chat_template,
+    check_hosts,
     get_format,
+    require_ray,
 )
 from rljax.plans import RolloutPlan
-from rljax.rollouts.actor import Actor, GroupRequest, RolloutSettings, ScoredGroup, known_example
+from rljax.rollouts.actor import Actor, Decoder, GroupRequest, RolloutSettings, ScoredGroup, known_example
 from rljax.rollouts.admission import all_in_time, capacity
 from rljax.rollouts.config import ActorParts, TurnsConfig
 from rljax.rollouts.cross_policy import stale_turns
@@ -67,8 +71,11 @@ class MultiTurn(TurnsConfig):
     """`module:callable` that makes an environment (`rljax.envs`) for an episode. It gets a row's prompt and columns."""
     args: dict[str, Any] = dataclasses.field(default_factory=dict)
     """Keyword arguments of `make`."""
-    processes: bool = False
-    """Whether environments live in processes instead of threads: for code that may hang or hold the interpreter."""
+    hosts: str = "threads"
+    """Where environments live: in `threads` of this process; in `processes`, for code that may hang or hold the
+    interpreter; or, with `ray`, in processes on the machines of a cluster, for more of them than this machine bears."""
+    ray: RayConfig = dataclasses.field(default_factory=RayConfig)
+    """The cluster of `hosts="ray"`."""
     limits: EnvironmentLimits = dataclasses.field(default_factory=EnvironmentLimits)
     """What an episode, and a step of it, may take."""
     unfinished_reward: float | None = None
@@ -84,6 +91,11 @@ class MultiTurn(TurnsConfig):
     weights compute them again (AReaL, 2505.24298): what they say next is what they would say behind these tokens.
     `keep` goes on over those of older weights (PipelineRL, 2509.19128), which saves the computation for long
     conversations; an evaluation or a checkpoint in between still has them computed again."""
+    answers_after: int = field(default=0, least=0)
+    """Runs of the decoder, of `check_every` steps each, from the end of a turn until the environment's answer to it is
+    taken, and waited for. 0 takes answers as they come: then the groups that a step gets of those in flight, and the
+    last bits of numbers, depend on how fast environments are. Above 0 a run repeats bit for bit, also one that was
+    killed. Choose it so that a usual answer is there in time."""
     stale_share: float = 0.0
     """Share of turns, in [0, 1), that weights of an earlier step speak (AgentRL, 2510.04206)."""
     stale_every: int = 25
@@ -104,6 +116,12 @@ class MultiTurn(TurnsConfig):
             )
         super().check(plan, sampling, pack_length)
         self.limits.check()
+        try:
+            check_hosts(self.hosts)
+            if self.hosts == RAY:
+                require_ray()
+        except ValueError as error:
+            raise ValueError(f"config.actor.{error}") from None
         if not 0 <= self.stale_share < 1 or self.stale_every < 1:
             raise ValueError(
                 f"config.actor.stale_share={self.stale_share} must be at least 0 and below 1, and "
@@ -174,7 +192,12 @@ class MultiTurn(TurnsConfig):
                 f"{type(error).__name__}: {error}"
             ) from error
         return EnvironmentPool(
-            make, workers=self.workers, processes=self.processes, limits=self.limits, tokenizer=_Text(tokenizer)
+            make,
+            workers=self.workers,
+            hosts=self.hosts,
+            ray=self.ray,
+            limits=self.limits,
+            tokenizer=_Text(tokenizer),
         )
 
 
@@ -191,6 +214,16 @@ class _Text:
         return self.tokenizer.decode(ids)
 
 
+class _Asked(NamedTuple):
+    """An answer of an environment that is to come."""
+
+    due: int
+    """How often the decoders have run when it is taken."""
+    then: Callable[[Play], None]
+    play: Play
+    future: Any
+
+
 class MultiTurnActor:
     """Plays groups of episodes. The `Actor` protocol says most of it.
 
@@ -202,7 +235,8 @@ class MultiTurnActor:
     carries the `policy_version` that said it. With `config.steps_in_flight` fewer may be under way, and `ready` takes
     the oldest, and waits for those that no later step could take in time; `batch` is how many groups a step trains.
 
-    Which groups a call returns, and where in an episode a version begins, depends on how fast environments answer.
+    Which groups a call returns, and where in an episode a version begins, depends on how fast environments answer,
+    unless `config.answers_after` fixes the places at which answers are taken.
 
     There is one decoder, or two for cross-policy sampling (AgentRL, 2510.04206): the second speaks a share
     `config.stale_share` of the turns, or those that `pick` says, and takes new weights only every `config.stale_every`
@@ -254,6 +288,9 @@ class MultiTurnActor:
         # What environments have answered, and how many are at work.
         self._events: queue.SimpleQueue[tuple[Callable[[Play], None], Play, Episode]] = queue.SimpleQueue()
         self._acting = 0
+        # With answers at fixed places: those asked for, in order, and how often the decoders ran.
+        self._asked: deque[_Asked] = deque()
+        self._runs = 0
 
     def __enter__(self) -> "MultiTurnActor":
         self.pool.__enter__()
@@ -274,6 +311,11 @@ class MultiTurnActor:
             if i == 0 or self.versions[i] < 0 or is_renewal:
                 decoder.set_params(params, keep=self._conversations_to_keep())
                 self.versions[i] = version
+
+    @property
+    def resting(self) -> Sequence[Decoder]:
+        # With a scorer the newest weights are the next version's older ones; a second decoder's are renewed seldom.
+        return self.decoders[:1] if self.scorer is None else ()
 
     def cache_bytes(self) -> int:
         return sum(decoder.cache_bytes() for decoder in self.decoders)
@@ -393,6 +435,8 @@ class MultiTurnActor:
     def _play(self, wanted: int) -> list[Group]:
         """The loop: until `wanted` groups are complete, which are taken out."""
         begin = time.perf_counter()
+        # What goes on behind a restart was asked for anew; without one nothing is.
+        self._take_all_asked()
         paused = self._paused
         self._paused = []
         for play in paused:
@@ -405,6 +449,7 @@ class MultiTurnActor:
                     for result in decoder.run():
                         self._heard(self._speaking.pop(result.turn.conversation), result)
 
+            self._runs += 1
             is_idle = not any(decoder.num_open for decoder in self.decoders)
             if is_idle and not self._acting and not self._queue and self._taken(wanted) is None:
                 raise RuntimeError(f"{wanted} groups were asked for, but only {len(self._done)} are under way")
@@ -413,9 +458,13 @@ class MultiTurnActor:
             self._take_events(wait=is_idle and self._acting > 0 and self._taken(wanted) is None)
 
         # The weights may change before the next call, so no turn stays in a decoder.
+        self._take_all_asked()
         for decoder in self.decoders:
             for result in decoder.interrupt(keep=self._keeps):
                 self._heard(self._speaking.pop(result.turn.conversation), result)
+
+        if self.config.answers_after:
+            self._put_in_order()
 
         # Within the call their order is fixed.
         taken.sort(key=lambda group: group.number)
@@ -458,9 +507,12 @@ class MultiTurnActor:
             row = {"prompt": group.example.prompt, **group.example.columns}
             self._after(play, self._opened, self.pool.start(row))
 
-    def _new_play(self, group: Group, fork: Fork, *, speaks: bool = True) -> Play:
+    def _new_play(self, group: Group, fork: Fork, *, speaks: bool = True, wanted: int = NO_CONVERSATION) -> Play:
         conversation = NO_CONVERSATION
-        if speaks:
+        if speaks and wanted in self._free:
+            conversation = wanted
+            self._free.remove(conversation)
+        elif speaks:
             # Plays of a group share its prompt.
             near = next((x.conversation for x in group.plays if x.conversation != NO_CONVERSATION), None)
             conversation = self.decoders[0].pick(self._free, near)
@@ -499,18 +551,45 @@ class MultiTurnActor:
 
     def _after(self, play: Play, then: Callable[[Play], None], future: Any) -> None:
         """Calls `then(play)` in the loop once the environment has answered."""
-        # A worker's thread only reports: plays and decoders are changed in the loop's thread alone.
         self._acting += 1
+        if self.config.answers_after:
+            self._asked.append(_Asked(self._runs + self.config.answers_after, then, play, future))
+            return
+        # A worker's thread only reports: plays and decoders are changed in the loop's thread alone.
         future.add_done_callback(lambda done: self._events.put((then, play, done.result())))
 
     def _take_events(self, *, wait: bool) -> None:
         """Goes on with what environments have answered; waits for one answer if told to."""
+        if self.config.answers_after:
+            # With nothing to decode, those that were asked for first are taken before their time.
+            due = self._asked[0].due if wait else self._runs
+            while self._asked and self._asked[0].due <= due:
+                self._take_asked()
+            return
+
         while wait or not self._events.empty():
             then, play, episode = self._events.get()
             play.episode = episode
             self._acting -= 1
             wait = False
             then(play)
+
+    def _take_asked(self) -> None:
+        """Waits for the answer that was asked for first, and goes on with it."""
+        _, then, play, future = self._asked.popleft()
+        play.episode = future.result()
+        self._acting -= 1
+        then(play)
+
+    def _take_all_asked(self) -> None:
+        while self._asked:
+            self._take_asked()
+
+    def _put_in_order(self) -> None:
+        """Between two calls all stands as a checkpoint would bring it back, so that both go on alike."""
+        self._paused.sort(key=lambda play: (play.group.number, play.index))
+        self._done.sort(key=lambda group: group.number)
+        self._free = deque(sorted(self._free))
 
     # Turns of a play: the environment opens, the policy speaks, the environment steps.
 
@@ -690,7 +769,9 @@ class MultiTurnActor:
         for state in saved["plays"]:
             # What is over and will not be forked holds no conversation, as it held none when it was saved.
             is_left = state["then"] == "finish" and group.rounds is None
-            play = self._new_play(group, Fork(**state["fork"]), speaks=not is_left)
+            # Its old conversation, on whose devices it was decoded.
+            wanted = state.get("conversation", NO_CONVERSATION)
+            play = self._new_play(group, Fork(**state["fork"]), speaks=not is_left, wanted=wanted)
             # JSON has made lists of the spans.
             for name in (*TOKEN_LISTS, "prompt", "turn", "turn_start", "is_truncated", "problem"):
                 setattr(play, name, state[name])
@@ -742,6 +823,7 @@ class MultiTurnActor:
         state = {name: getattr(play, name) for name in TOKEN_LISTS}
         state |= {name: getattr(play, name) for name in ("prompt", "turn", "turn_start", "is_truncated", "problem")}
         return state | {
+            "conversation": play.conversation,
             "fork": {**play.fork._asdict(), "inject": list(play.fork.inject)},
             "forced": play.forced,
             "observed": play.observed,

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from rljax.plans import RolloutPlan
-from rljax.rollouts.actor import GroupRequest, known_example
+from rljax.rollouts.actor import Decoder, GroupRequest, known_example
 from rljax.tasks import Example
 
 
@@ -72,6 +72,10 @@ class QueuedActor:
 
     def state_dict(self) -> dict[str, Any]:
         return self._orders.state_dict()
+
+    @property
+    def resting(self) -> Sequence[Decoder]:
+        return ()
 
     def checkpointed(self) -> None:
         pass

@@ -70,6 +70,10 @@ class Shared:
     def decoders(self) -> Sequence[Decoder]:
         return self.actor.decoders
 
+    @property
+    def resting(self) -> Sequence[Decoder]:
+        return self.actor.resting
+
     def cache_bytes(self) -> int:
         return self.actor.cache_bytes()
 

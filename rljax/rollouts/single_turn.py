@@ -5,9 +5,9 @@ import functools
 import itertools
 import logging
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Protocol, Self, runtime_checkable
 
 import numpy as np
 
@@ -98,32 +98,44 @@ class SingleTurn:
 
     def check_prompts(self, parts: ActorParts, pack_length: int) -> Dataset:
         """Renders every prompt once. A log line says where prompts of text name control tokens."""
-        _warn_of_control_tokens(parts, [*parts.dataset.train, *parts.dataset.test])
 
-        def length_of(example: Example) -> int:
-            try:
-                return len(render_prompt(parts.tokenizer, example.prompt, parts.settings.chat))
-            except (ValueError, TypeError) as error:  # tokenizers raise the latter for half characters
-                raise ValueError(f"{example.name}: {error}") from error
+        def raised(longest: int) -> str:
+            buckets = f"config.actor.prompt_buckets={self.prompt_buckets}"
+            return f"add a bucket of at least {longest} to {buckets}"
 
-        # a row is never split between packed sequences, nor longer than the positions of the model
-        new_tokens = parts.sampling.max_new_tokens
-        positions = parts.decoder.longest_sequence
-        longest_row = min(pack_length, positions)
-        limit = min(self.prompt_buckets[-1], longest_row - new_tokens)
+        return playable_rows(parts, pack_length, self.prompt_buckets[-1], raised, drop=self.drop_long_prompts)
 
-        def remedy(longest: int) -> str:
-            both = f"must hold a prompt and config.sampling.max_new_tokens={new_tokens}"
-            if limit < longest_row - new_tokens:
-                way = f"add a bucket of at least {longest} to config.actor.prompt_buckets={self.prompt_buckets}"
-            elif pack_length <= positions:
-                raised = longest + new_tokens
-                way = f"config.update.pack_length={pack_length} {both}, so raise it to at least {raised}"
-            else:
-                way = f"the model's {positions} positions {both}, so lower that or shorten the prompts"
-            return way if self.drop_long_prompts else f"{way}, or set config.actor.drop_long_prompts=True"
 
-        return without_long_rows(parts.dataset, length_of, limit, drop=self.drop_long_prompts, remedy=remedy)
+def playable_rows(
+    parts: ActorParts, pack_length: int, longest_prompt: int, raised: Callable[[int], str], *, drop: bool
+) -> Dataset:
+    """The rows whose prompt has at most `longest_prompt` tokens, and leaves room for a completion. ValueError for
+    others, unless they are to be dropped; `raised(n)` says how to allow prompts of `n` tokens."""
+    _warn_of_control_tokens(parts, [*parts.dataset.train, *parts.dataset.test])
+
+    def length_of(example: Example) -> int:
+        try:
+            return len(render_prompt(parts.tokenizer, example.prompt, parts.settings.chat))
+        except (ValueError, TypeError) as error:  # tokenizers raise the latter for half characters
+            raise ValueError(f"{example.name}: {error}") from error
+
+    # a row is never split between packed sequences, nor longer than the positions of the model
+    new_tokens = parts.sampling.max_new_tokens
+    positions = parts.decoder.longest_sequence
+    longest_row = min(pack_length, positions)
+    limit = min(longest_prompt, longest_row - new_tokens)
+
+    def remedy(longest: int) -> str:
+        both = f"must hold a prompt and config.sampling.max_new_tokens={new_tokens}"
+        if limit < longest_row - new_tokens:
+            way = raised(longest)
+        elif pack_length <= positions:
+            way = f"config.update.pack_length={pack_length} {both}, so raise it to at least {longest + new_tokens}"
+        else:
+            way = f"the model's {positions} positions {both}, so lower that or shorten the prompts"
+        return way if drop else f"{way}, or set config.actor.drop_long_prompts=True"
+
+    return without_long_rows(parts.dataset, length_of, limit, drop=drop, remedy=remedy)
 
 
 def _warn_of_control_tokens(parts: ActorParts, examples: Sequence[Example]) -> None:
@@ -143,6 +155,17 @@ def _warn_of_control_tokens(parts: ActorParts, examples: Sequence[Example]) -> N
             count,
             ", ".join(sorted(found)),
         )
+
+
+@runtime_checkable
+class PromptSampler(Protocol):
+    """What samples completions of prompts: a `Sampler`, or what stands for one elsewhere."""
+
+    def generate(
+        self, requests: Sequence[Request], sampling: SamplingParams, *, seed: int, step: int
+    ) -> list[list[Sample]]:
+        """As `Sampler.generate`."""
+        ...
 
 
 class OnMain:
@@ -172,15 +195,16 @@ class OnMain:
         return self.rewards.answer(completion, result)
 
 
-class SingleTurnActor(QueuedActor):
+class PromptActor(QueuedActor):
     """Samples each prompt of a group independently, or in rounds of forks, and runs `rewards` on the texts.
 
-    All groups of a call are decoded together. The `Actor` protocol says the rest.
+    All groups of a call are decoded together. What samples, and how it gets weights, is for actors to say that derive
+    from this; the `Actor` protocol says the rest.
     """
 
     def __init__(
         self,
-        sampler: Sampler,
+        sampler: PromptSampler,
         tokenizer: Tokenizer,
         rewards: RewardRunner | OnMain,
         settings: RolloutSettings,
@@ -193,38 +217,19 @@ class SingleTurnActor(QueuedActor):
         self.rewards = rewards
         self.settings = settings
 
-    def __enter__(self) -> "SingleTurnActor":
+    def __enter__(self) -> Self:
         self.rewards.__enter__()
         return self
 
     def __exit__(self, *error: Any) -> None:
         self.rewards.__exit__(*error)
 
-    def set_params(self, params: Params, version: int) -> None:
-        """All tokens of a completion are of one version, that of the step which trains on them; without a plan of
-        lagged chains."""
-        if self.lagged is None:
-            self.sampler.set_params(params)
-        else:
-            self.lagged.set_params(params, version)
-
-    def checkpointed(self) -> None:
-        if self.lagged is not None:
-            self.lagged.forget()
-
-    def for_evaluation(self, sampling: SamplingParams) -> "SingleTurnActor":
+    def for_evaluation(self, sampling: SamplingParams) -> Self:
         settings = replace(self.settings, sampling=sampling)
-        return SingleTurnActor(self.sampler, self.tokenizer, self.rewards, settings)
-
-    @property
-    def decoders(self) -> Sequence[Decoder]:
-        return (self.sampler,) if self.lagged is None else (self.lagged.chains, self.lagged.forks)
-
-    def cache_bytes(self) -> int:
-        return self.sampler.cache_bytes() if self.lagged is None else self.lagged.cache_bytes()
+        return type(self)(self.sampler, self.tokenizer, self.rewards, settings)
 
     def longest_row(self, prompt_length: int) -> int:
-        return prompt_length + self.sampler.spec.max_new_tokens
+        raise NotImplementedError
 
     def ready(self, n: int) -> list[ScoredGroup]:
         self.seconds = {"sample": 0.0, "reward": 0.0}
@@ -297,7 +302,7 @@ class SingleTurnActor(QueuedActor):
             step=step,
             prompt_id=group.example.id,
             first_id=first,
-            limit=self.sampler.spec.max_new_tokens,
+            limit=self.longest_row(0),
             score=None if self.lagged is None else functools.partial(self._score, self.lagged, prompt),
         )
         return request._replace(rounds=rounds)
@@ -329,6 +334,39 @@ class SingleTurnActor(QueuedActor):
             result.voided() if sample.finish_reason == "length" else result
             for result, sample in zip(results, flat, strict=True)
         ]
+
+
+class SingleTurnActor(PromptActor):
+    """A `PromptActor` over a decoder of its own."""
+
+    sampler: Sampler
+
+    def set_params(self, params: Params, version: int) -> None:
+        """All tokens of a completion are of one version, that of the step which trains on them; without a plan of
+        lagged chains."""
+        if self.lagged is None:
+            self.sampler.set_params(params)
+        else:
+            self.lagged.set_params(params, version)
+
+    def checkpointed(self) -> None:
+        if self.lagged is not None:
+            self.lagged.forget()
+
+    @property
+    def decoders(self) -> Sequence[Decoder]:
+        return (self.sampler,) if self.lagged is None else (self.lagged.chains, self.lagged.forks)
+
+    @property
+    def resting(self) -> Sequence[Decoder]:
+        # The newest weights of lagged chains are the next version's older ones.
+        return (self.sampler,) if self.lagged is None else ()
+
+    def cache_bytes(self) -> int:
+        return self.sampler.cache_bytes() if self.lagged is None else self.lagged.cache_bytes()
+
+    def longest_row(self, prompt_length: int) -> int:
+        return prompt_length + self.sampler.spec.max_new_tokens
 
 
 def completion_text(

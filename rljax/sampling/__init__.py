@@ -7,11 +7,12 @@ from rljax.sampling.plan import DecoderPlan, lower_copies
 from rljax.sampling.row_scorer import RowScorer
 from rljax.sampling.sampler import Sampler
 from rljax.sampling.slots import Fork, Request, Rounds, Sample
-from rljax.sampling.spec import SamplerSpec, Stops, TurnDecoderSpec
+from rljax.sampling.spec import NO_STOPS, SamplerSpec, Stops, TurnDecoderSpec
 from rljax.sampling.token_counter import token_count
 from rljax.sampling.turns import Turn, TurnDecoder, TurnResult
 
 __all__ = [
+    "NO_STOPS",
     "DecoderPlan",
     "Fork",
     "Request",

@@ -96,6 +96,10 @@ class Sampler:
         with self._on_mesh():
             self._params = take_weights(self.config, self.mesh, params)
 
+    def drop_params(self) -> None:
+        """Frees the copy of the weights, unless another sampler has adopted it."""
+        self._params = None
+
     def adopt(self, other: "Sampler") -> None:
         """Samples with the weights that another sampler of this model and mesh holds; nothing is copied."""
         self._params = other._weights()

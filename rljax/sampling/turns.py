@@ -176,6 +176,12 @@ class TurnDecoder:
             self._params = take_weights(self.config, self.mesh, params)
         self.forget(keep=keep)
 
+    def drop_params(self) -> None:
+        """Frees the copy of the weights, unless another decoder has adopted it. What conversations hold stays. Raises
+        RuntimeError while turns are under way."""
+        self._check_idle()
+        self._params = None
+
     def adopt(self, other: "TurnDecoder") -> None:
         """Decodes with the weights that another decoder of this model and mesh holds; nothing is copied. Otherwise as
         `set_params`."""
@@ -191,6 +197,9 @@ class TurnDecoder:
         """All conversations but those of `keep` are computed anew when they are next used."""
         nothing = np.zeros(0, np.int32)
         self._held = [self._held[i] if i in keep else nothing for i in range(self.spec.conversations)]
+        # No row is under way, so the ring may begin anew: a decoder that is new to the weights adds up keys in the same
+        # order, to the last bit.
+        self._column = 0
 
     def begin(self, sampling: SamplingParams, *, seed: int, step: int) -> None:
         """How turns are sampled from now on; clears `stats`. (seed, step) enter the random numbers."""
@@ -198,6 +207,15 @@ class TurnDecoder:
         self._seed = seed
         self._step = step
         self._clear_stats()
+
+    def set_stops(self, stops: Stops) -> None:
+        """What ends turns from now on; other stop tokens are another program. Raises RuntimeError while turns are under
+        way, and ValueError for a token that the model does not know."""
+        if self.num_open:
+            raise RuntimeError(f"{self.num_open} turns are under way; interrupt them first")
+        stops.check(self.config)
+        self._stop_tokens = tuple(sorted(set(stops.tokens)))
+        self._stop_strings = StopStrings(stops)
 
     def cache_bytes(self) -> int:
         """Bytes that conversations and rows take over all devices."""

@@ -8,8 +8,8 @@ from typing import Any
 from rljax.models import abstract_params, config_from_hf
 from rljax.training import fingerprint, read_jsonl, restore_params
 
-_OF_THE_PROCESS = ("time/", "compile/")
-"""Metrics that tell of the process rather than of the run: a resumed process compiles again."""
+_OF_THE_PROCESS = ("time/", "compile/", "play/busy_share")
+"""Metrics that tell of the process rather than of the run: how long it took, and what it compiled again."""
 
 
 def run_metrics(folder: str | Path) -> list[dict[str, Any]]:

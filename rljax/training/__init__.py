@@ -7,10 +7,17 @@ from rljax.training.learner import Learner
 from rljax.training.lightsam import scale_by_lightsam_adagrad, scale_by_lightsam_adam, scale_by_lightsam_norm
 from rljax.training.metrics import MetricsWriter, PhaseTimer, read_json, read_jsonl
 from rljax.training.objective import LossNeeds, Objective
-from rljax.training.optimizers import LightSAMConfig, MuonConfig, OptimizerConfig, make_optimizer, make_schedule
+from rljax.training.optimizers import (
+    LightSAMConfig,
+    MuonConfig,
+    OptimizerConfig,
+    has_first_moment,
+    make_optimizer,
+    make_schedule,
+)
 from rljax.training.run_folder import RunFolder, plot_learning_curve, versions
 from rljax.training.sft import sft_loss
-from rljax.training.state import abstract_state, create_state, state_shardings, with_base, with_critic
+from rljax.training.state import abstract_state, create_state, state_shardings, with_base, with_critic, with_pushed
 from rljax.training.storage import AnyPath, local_copy, local_folder, reachable, remove_tree
 from rljax.training.trainable import EVERYTHING, Subtree, policy_params, reference_params, subtree_of
 from rljax.training.update import add_metrics
@@ -40,6 +47,7 @@ __all__ = [
     "create_state",
     "explained_variance",
     "fingerprint",
+    "has_first_moment",
     "local_copy",
     "local_folder",
     "make_optimizer",
@@ -61,4 +69,5 @@ __all__ = [
     "versions",
     "with_base",
     "with_critic",
+    "with_pushed",
 ]

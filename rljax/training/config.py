@@ -38,18 +38,21 @@ class UpdateConfig(PackConfig):
     vocabulary; what devices send each other stays the same."""
 
     remat: Remat = "none"
-    """What the backward pass computes again: `none`; `attention_saved`, a layer from its input but for the attention
-    itself (much less memory, for about a quarter more time); `full`, the attention as well (a little less memory)."""
+    """What the backward pass computes again: `none`, the fastest on a TPU; `products_saved`, what lies between a
+    layer's products (less memory, and the fastest on an H100); `attention_saved`, a layer from its input but for the
+    attention itself (much less memory, for about a quarter more time); `full`, the attention as well (a little less
+    memory)."""
 
     attention_kernel: bool | None = None
     """Train packed sequences of 1024 tokens and more with kernels that leave out blocks which see nothing. None does so
-    on a TPU, for which they have been compiled at lengths up to 128k; True on a GPU too, with kernels that jax is about
-    to drop. A CPU, short sequences and those that devices share keep the XLA form whatever it says."""
+    on a TPU, an H100 and an H200, for which they have been compiled at lengths up to 128k; True on other GPUs too.
+    False is for a jax without Pallas for Triton, which it is about to drop. A CPU and short sequences keep the XLA form
+    whatever it says."""
 
     compile_ahead: int = field(default=3, least=1)
-    """Update programs of the policy that are compiled, and run on nothing, before its first update: that of the first
-    minibatch, and those of the sizes which later ones are most likely to have. 1 compiles each when it is met, as those
-    of a critic always are."""
+    """Update programs of the policy, and of a critic, that are compiled, and run on nothing, before its first update:
+    that of the first minibatch, and those of the sizes which later ones are most likely to have. 1 compiles each when
+    it is met."""
 
     max_skipped: int = field(default=5, least=1)
     """Updates in a row that may be skipped for a loss or gradient that is not finite; the run stops at this number."""

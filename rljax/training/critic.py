@@ -82,8 +82,7 @@ class Critic:
         the first. FloatingPointError as in `Learner.update`.
         """
         # Returns and old values are those before the first update, and stay for all of them.
-        returns = np.asarray(self.returns_fn(batch))
-        rows = dataclasses.replace(batch, behavior_logprobs=np.asarray(batch.values), ref_logprobs=None)
+        returns, rows = self._targets(batch)
         updates = []
         for minibatch in self.learner.prepare(state, rows, returns):
             state, stats = self.learner.update(state, minibatch)
@@ -91,6 +90,20 @@ class Critic:
         metrics = critic_metrics(add_metrics(updates))
         metrics["critic/explained_variance"] = explained_variance(returns, rows.behavior_logprobs, loss_mask(batch))
         return state, metrics
+
+    def warm_up(
+        self, state: TrainState, batch: RolloutBatch, say: Callable[[int, int], None] = lambda done, total: None
+    ) -> TrainState:
+        """`Learner.warm_up` for updates on rollouts like `batch`, which has its values; `state` is donated, and comes
+        back with the values that it had."""
+        returns, rows = self._targets(batch)
+        return self.learner.warm_up(state, self.learner.prepare(state, rows, returns)[0], say)
+
+    def _targets(self, batch: RolloutBatch) -> tuple[np.ndarray, RolloutBatch]:
+        """What the values of a rollout are to become, and its rows with the old values where a policy has old
+        log-probs."""
+        rows = dataclasses.replace(batch, behavior_logprobs=np.asarray(batch.values), ref_logprobs=None)
+        return np.asarray(self.returns_fn(batch)), rows
 
     def check(self) -> None:
         """Raises for the last update too, as `Learner.check`."""

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 from absl import logging
@@ -14,17 +15,17 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float
 
 from rljax.batching import Packing, bare_rows, emptied, layout, likely_sizes, loss_mask, pack, take_rows
-from rljax.models import DecoderConfig, forest_attention, kernel_attention
+from rljax.models import KERNEL_DEVICES, DecoderConfig, forest_attention, kernel_attention
 from rljax.models.sequence import CHUNKS
 from rljax.ops import row_uniforms
-from rljax.parallel import batch_parts, platform, put_batch, put_host, replicated, to_host, use_mesh
+from rljax.parallel import batch_parts, device_kind, put_batch, put_host, replicated, to_host, use_mesh
 from rljax.sampling import SamplingParams
 from rljax.training.config import UpdateConfig
 from rljax.training.guard import Guard
 from rljax.training.objective import NO_NEEDS, LossNeeds, Metrics, Objective
-from rljax.training.optimizers import OptimizerConfig, make_optimizer, make_schedule
+from rljax.training.optimizers import OptimizerConfig, ResetMoments, make_optimizer, make_schedule, reset_moments
 from rljax.training.state import abstract_state, create_state, frozen_base, state_shardings
-from rljax.training.trainable import EVERYTHING, Subtree, policy_params, reference_params
+from rljax.training.trainable import EVERYTHING, Subtree, policy_params, pushed_params, reference_params
 from rljax.training.update import UpdateProgram, with_rows
 from rljax.types import ArrayLike, Params, RolloutBatch, TrainBatch, TrainState
 
@@ -90,6 +91,8 @@ class Learner:
         self._packing: Packing | None = None
         self._has_told_repeated = False
         self._guard = Guard(update.max_skipped)
+        self.is_warm = update.compile_ahead == 1
+        """Whether there is nothing to compile ahead of updates any more."""
 
         self.program = UpdateProgram(
             config=config,
@@ -107,13 +110,20 @@ class Learner:
             schedule=schedule,
         )
         outputs: dict[str, Any] = {}
-        if mesh is not None:
+        where = None if mesh is None else self._shardings()
+        if where is not None:
             # The state comes back as it lay, so that nothing is moved or compiled again.
-            where = self._shardings()
             outputs["out_shardings"] = (where.trainable, where.opt_state, where.step, where.skipped, None, None)
         # What an update replaces is donated; the base is not, since every later state shares it.
         self._update = jax.jit(self.program.step, donate_argnums=(0, 1, 2, 3), **outputs)
         self._score = jax.jit(self.program.score_microbatches)
+        self._copy = jax.jit(_copied, out_shardings=None if where is None else where.trainable)
+        self._reset = jax.jit(
+            functools.partial(reset_moments, self.optimizer),
+            static_argnums=2,
+            donate_argnums=0,
+            out_shardings=None if where is None else where.opt_state,
+        )
 
     def init_state(self, params: Params) -> TrainState:
         """A state at step 0 that owns `params`, sharded over the mesh; with a copy of what is trained as reference if
@@ -272,6 +282,7 @@ class Learner:
             state = state.replace(**fields)  # type: ignore[attr-defined]
             if done:
                 say(done, len(likely))
+        self.is_warm = True
         return state
 
     def update(self, state: TrainState, train_batch: TrainBatch) -> tuple[TrainState, Metrics]:
@@ -306,6 +317,21 @@ class Learner:
             raise ValueError("the state has no reference params; build the learner with LossNeeds(reference=True)")
         moved = _mix(state.trainable, state.ref_trainable, weight)
         return state.replace(ref_trainable=moved)  # type: ignore[attr-defined]
+
+    def pushed_params(self, state: TrainState) -> Params:
+        """The weights that rollouts have, as the model takes them."""
+        return pushed_params(state, self.subtree)
+
+    def push(self, state: TrainState, reset: ResetMoments = "none") -> TrainState:
+        """The state in which rollouts have the policy's weights as they stand, with the moments of the optimizer begun
+        anew as told. The moments' old arrays are donated."""
+        fields: dict[str, Any] = {}
+        if state.pushed is not None:
+            fields["pushed"] = self._copy(state.trainable)
+        if reset != "none":
+            with self._on_mesh():
+                fields["opt_state"] = self._reset(state.opt_state, state.trainable, reset)
+        return state.replace(**fields)  # type: ignore[attr-defined]
 
     def _arguments(self, state: TrainState, batch: TrainBatch) -> tuple[Any, ...]:
         """Of the compiled update; the first four are donated."""
@@ -384,6 +410,10 @@ def _draw(key, row_id, *, width: int) -> Array:
     return row_uniforms(key, row_id, width=width)
 
 
+def _copied(tree):
+    return jax.tree.map(jnp.copy, tree)
+
+
 @jax.jit
 def _mix(trainable, reference, weight):
     return jax.tree.map(lambda p, r: (weight * p + (1 - weight) * r).astype(r.dtype), trainable, reference)
@@ -391,7 +421,7 @@ def _mix(trainable, reference, weight):
 
 def _takes_kernels(update: UpdateConfig, mesh: Mesh | None) -> bool:
     if update.attention_kernel is None:
-        return platform(mesh) == "tpu"
+        return device_kind(mesh).startswith(KERNEL_DEVICES)
     return update.attention_kernel
 
 

@@ -10,6 +10,9 @@ from rljax.settings import check_fields, field
 from rljax.training.lightsam import scale_by_lightsam_adagrad, scale_by_lightsam_adam, scale_by_lightsam_norm
 from rljax.types import Params
 
+ResetMoments = Literal["none", "first", "all"]
+"""Which of an optimizer's averages begin anew: none, those of gradients, or those of squares as well."""
+
 
 @dataclasses.dataclass
 class OptimizerConfig:
@@ -153,6 +156,38 @@ def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
     if clips_inside or not config.max_grad_norm:
         return steps
     return optax.chain(optax.clip_by_global_norm(config.max_grad_norm), steps)
+
+
+def reset_moments(optimizer: optax.GradientTransformation, opt_state: Any, trainable: Any, which: ResetMoments) -> Any:
+    """The optimizer's state with the averages of gradients (`first`), or all averages and the count that corrects their
+    bias (`all`), as at the start. How far the schedule of the learning rate is stays."""
+    if which == "none":
+        return opt_state
+    fresh = optimizer.init(trainable)
+    if which == "first":
+        return jax.tree_util.tree_map_with_path(
+            lambda path, old, new: new if _FIRST_MOMENTS & {_name_of(key) for key in path} else old, opt_state, fresh
+        )
+
+    def is_schedule(part: Any) -> bool:
+        return isinstance(part, optax.ScaleByScheduleState)
+
+    return jax.tree.map(lambda old, new: old if is_schedule(old) else new, opt_state, fresh, is_leaf=is_schedule)
+
+
+def has_first_moment(config: OptimizerConfig) -> bool:
+    """Whether the optimizer averages gradients over updates."""
+    if isinstance(config, LightSAMConfig) and config.variant != "adam":
+        return False
+    return config.b1 > 0 or isinstance(config, MuonConfig)
+
+
+_FIRST_MOMENTS = {"mu", "momentum"}
+"""What optimizers call their averages of gradients."""
+
+
+def _name_of(key: Any) -> str:
+    return str(getattr(key, "name", ""))
 
 
 def decay_mask(params: Params) -> Any:

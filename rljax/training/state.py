@@ -129,6 +129,11 @@ def with_critic(state: TrainState, critic: TrainState | None) -> TrainState:
     return _replaced(state, critic=critic)
 
 
+def with_pushed(state: TrainState, pushed: Any) -> TrainState:
+    """The state, arrays and `jax.ShapeDtypeStruct`s alike, with `pushed` for the weights that rollouts have."""
+    return _replaced(state, pushed=pushed)
+
+
 def with_base(state: TrainState, base: Any) -> TrainState:
     """The state, arrays and `jax.ShapeDtypeStruct`s alike, over the frozen weights `base`."""
     return _replaced(state, base=base)

@@ -66,6 +66,12 @@ def reference_params(state: TrainState, subtree: Subtree = EVERYTHING) -> Any:
     return subtree.merge(state.ref_trainable, state.base)
 
 
+def pushed_params(state: TrainState, subtree: Subtree = EVERYTHING) -> Any:
+    """The weights that rollouts have, as the model takes them: those that were pushed last, or the policy's own where
+    every step pushes."""
+    return subtree.merge(state.trainable if state.pushed is None else state.pushed, state.base)
+
+
 def _set(tree: dict[str, Any], names: list[str], leaf: Any) -> None:
     *parents, last = names
     for name in parents:

@@ -301,5 +301,6 @@ def _packing_metrics(batch: TrainBatch) -> Metrics:
 
 def _update_count(opt_state: Any) -> Array:
     """How many updates the optimizer has applied (skipped ones do not count)."""
+    # The schedule comes last, and keeps its count where that of the moments begins anew.
     counts = optax.tree_utils.tree_get_all_with_path(opt_state, "count")
-    return counts[0][1]
+    return counts[-1][1]

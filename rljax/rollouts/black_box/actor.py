@@ -16,6 +16,7 @@ from typing import Any
 from rljax.envs import check_chat_template, get_format
 from rljax.plans import RolloutPlan
 from rljax.rollouts.actor import Actor, Decoder, GroupRequest, RolloutSettings, ScoredGroup
+from rljax.rollouts.black_box.address import EndpointConfig
 from rljax.rollouts.black_box.endpoint import ChatEndpoint
 from rljax.rollouts.black_box.recording import Reply, Session, common_prompt, sample_of
 from rljax.rollouts.config import ActorParts, TurnsConfig, make_rewards
@@ -55,6 +56,8 @@ class BlackBox(TurnsConfig):
     reward, or a text for `rewards`."""
     rewards: tuple[RewardConfig, ...] = ()
     """What a text that the agent returns is worth. Empty takes the data's verifier, if there is one."""
+    endpoint: EndpointConfig = dataclasses.field(default_factory=EndpointConfig)
+    """Where the agent reaches the policy: on this machine alone, or from others."""
     timeout_s: float = 600.0
     """Seconds that a run of the agent may take."""
     trained_conversations: int = 1
@@ -80,7 +83,11 @@ class BlackBox(TurnsConfig):
         check_chat_template(parts.tokenizer, role=get_format(self.tool_format).role)
         decoder = self.turn_decoder(parts, groups_in_flight=0, stop_strings=())
         endpoint = ChatEndpoint(
-            decoder, parts.tokenizer, tool_format=self.tool_format, stop_strings=parts.sampling.stop_strings
+            decoder,
+            parts.tokenizer,
+            tool_format=self.tool_format,
+            stop_strings=parts.sampling.stop_strings,
+            address=self.endpoint,
         )
         rewards = make_rewards(self.rewards, parts)
         return parts.shared(BlackBoxActor(endpoint, load_callable(self.agent), rewards, parts.settings, self))
@@ -121,7 +128,14 @@ class BlackBoxActor(QueuedActor):
     def __enter__(self) -> "BlackBoxActor":
         # If the second cannot be opened, the first is closed again.
         with contextlib.ExitStack() as opening:
-            opening.enter_context(self.endpoint)
+            try:
+                opening.enter_context(self.endpoint)
+            except OSError as error:
+                address = self.endpoint.address
+                raise ValueError(
+                    f"config.actor.endpoint.host={address.host!r} and port={address.port} cannot be listened on "
+                    f"({error.strerror or error}); choose an address of this machine, and a port that is free or 0"
+                ) from None
             if self.rewards is not None:
                 opening.enter_context(self.rewards)
             self._opened = opening.pop_all()

@@ -6,6 +6,8 @@ import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from rljax.rollouts.http_server import ApiError
+
 ROLES = ("system", "developer", "user", "assistant", "tool")
 
 _NEUTRAL: Mapping[str, tuple[Any, ...]] = {  # settings that change what is sampled, and the values that do not
@@ -22,21 +24,6 @@ _NEUTRAL: Mapping[str, tuple[Any, ...]] = {  # settings that change what is samp
     "tool_choice": ("auto", "none"),
 }
 _SAMPLED = ("temperature", "top_p", "top_k", "min_p")
-
-
-class ApiError(Exception):
-    """An answer that is an error, in OpenAI's shape."""
-
-    def __init__(self, message: str, *, status: int = 400, code: str | None = None, param: str | None = None):
-        super().__init__(message)
-        self.status = status
-        self.code = code
-        self.param = param
-
-    @property
-    def body(self) -> dict[str, Any]:
-        kind = "server_error" if self.status >= 500 else "invalid_request_error"
-        return {"error": {"message": str(self), "type": kind, "param": self.param, "code": self.code}}
 
 
 class ChatRequest(NamedTuple):

@@ -4,21 +4,17 @@ policy, and every token that it says to them is recorded."""
 import contextlib
 import hashlib
 import json
-import math
 import re
 import secrets
-import socket
 import threading
-import time
-from collections.abc import Sequence
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
-from urllib.parse import unquote, urlsplit
+from urllib.parse import unquote
 
 from rljax.envs import get_format
 from rljax.envs.formats import Parser, ToolFormat
+from rljax.rollouts.black_box.address import EndpointConfig, open_token, session_of
 from rljax.rollouts.black_box.chat_api import (
-    ApiError,
     ChatRequest,
     key_of,
     read_message,
@@ -28,15 +24,13 @@ from rljax.rollouts.black_box.chat_api import (
 )
 from rljax.rollouts.black_box.decoder_thread import DecoderThread, Interrupted
 from rljax.rollouts.black_box.recording import Renderer, Reply, Session
-from rljax.sampling import SamplingParams, TurnDecoder, TurnResult
+from rljax.rollouts.http_server import Answer, ApiError, Asked, HttpServer, json_answer
+from rljax.sampling import SamplingParams, Turn, TurnDecoder, TurnResult
 from rljax.text import Tokenizer
 from rljax.types import Params
 
 _LEAST_BYTES = 2**20  # a body may have so many whatever the context
 _BYTES_A_TOKEN = 64  # beyond what any text with its JSON escapes takes
-_MOST_DRAINED = 2**20  # bytes of a refused body that are read and dropped, so that the client sees the answer
-_MOST_CONNECTIONS = 1024  # at a time, a thread each
-_READ_S = 60.0  # for a whole request to arrive, however its pieces come
 _ROUTE = re.compile(r"(?:/session/(?P<session>[^/]+))?/v1/(?P<what>[^?]*)")
 
 
@@ -58,22 +52,28 @@ class _Place(NamedTuple):
 class _Opened(NamedTuple):
     """What an endpoint holds while it is open."""
 
-    server: "_Server"
+    server: HttpServer
     decoder: DecoderThread
     listener: threading.Thread
+    token: str
+    """What requests must bring; empty for nothing."""
+    ending: contextlib.ExitStack
+    """Takes the token out of the environment."""
 
 
 class ChatEndpoint:
-    """Serves `POST /v1/chat/completions`, `GET /v1/models` and `GET /health` on `host` (`port` 0 takes a free one).
+    """Serves `POST /v1/chat/completions`, `GET /v1/models` and `GET /health` at `address`.
 
-    An agent gets a session: `url(session)` is its base URL, or the session's id is its API key. Requests of any number
+    An agent gets a session: `url(session)` is its base URL, or the session's id is its API key. At an address that
+    other machines can reach, every request but that for health must bring the endpoint's token as its API key, or
+    TOKEN.SESSION where the key names the session. Requests of any number
     of agents are decoded together, under the sampling of `begin`. Those that go on from what was answered before get
     the recorded ids and what the chat template puts behind them; others begin a conversation of their own. With `tools`
     in a request, calls are read by `tool_format` (see `rljax.envs.formats`). `stop_strings` are those of the decoder.
 
     A context manager: the port and the threads are open within `with` only, and there it owns the decoder, so give
     weights through `set_params`. Raises ValueError for a tokenizer without a chat template or an unknown format, and
-    OSError, on entering, for a port that is taken.
+    OSError, on entering, for an address that cannot be had.
     """
 
     def __init__(
@@ -83,10 +83,11 @@ class ChatEndpoint:
         *,
         tool_format: str | Parser | ToolFormat = "hermes",
         stop_strings: Sequence[str] = (),
-        host: str = "127.0.0.1",
-        port: int = 0,
+        address: EndpointConfig | None = None,
         model: str = "policy",
     ):
+        self.address = EndpointConfig() if address is None else address
+        self.address.check()
         self.tokenizer = tokenizer
         self.model = model
         self.failure: Exception | None = None  # what the decoder raised, if it did
@@ -97,7 +98,6 @@ class ChatEndpoint:
         self._format = get_format(tool_format)
         self._stop_strings = tuple(stop_strings)
         self._max_new_tokens = decoder.spec.max_new_tokens
-        self._address = (host, port)
         self._sampling: dict[str, float] | None = None
         self._sessions: dict[str, Session] = {}
         self._opened: _Opened | None = None
@@ -105,12 +105,15 @@ class ChatEndpoint:
     def __enter__(self) -> "ChatEndpoint":
         if self._opened is not None:
             raise RuntimeError("the endpoint is open already")
-        # The port first: if it is taken, no thread is left behind.
-        server = _Server(self._address, self)
+        with contextlib.ExitStack() as opening:
+            token = opening.enter_context(open_token(self.address))
+            # The port before the threads: if it is taken, none is left behind.
+            server = HttpServer((self.address.host, self.address.port), self)
+            ending = opening.pop_all()
         listener = threading.Thread(
             target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True, name="endpoint"
         )
-        self._opened = _Opened(server, DecoderThread(self._turn_decoder), listener)
+        self._opened = _Opened(server, DecoderThread(self._turn_decoder), listener, token, ending)
         listener.start()
         return self
 
@@ -127,6 +130,7 @@ class ChatEndpoint:
         opened.decoder.close()
         opened.server.close()
         opened.listener.join()
+        opened.ending.close()
         self._opened = None
 
     @property
@@ -175,8 +179,12 @@ class ChatEndpoint:
 
     def url(self, session: Session) -> str:
         """The session's base URL, such as `OPENAI_BASE_URL` holds."""
-        host, port = self._open.server.server_address[:2]
-        return f"http://{host if isinstance(host, str) else host.decode()}:{port}/session/{session.id}/v1"
+        return f"{self.address.origin(self._open.server.server_address[1])}/session/{session.id}/v1"
+
+    @property
+    def token(self) -> str:
+        """What requests must bring as API key; empty where they need none."""
+        return self._open.token
 
     def close_session(self, session: Session) -> None:
         """No further request of it is answered, and nothing more recorded."""
@@ -195,6 +203,43 @@ class ChatEndpoint:
                 code="session_not_found",
             )
         return session
+
+    def get(self, asked: Asked) -> Answer:
+        """Answers a GET, as `rljax.rollouts.http_server.Service` has it."""
+        if asked.path == "/health":
+            return json_answer({"status": "ok", "version": self.version})
+        session_of(asked.key, self.token)
+        card = {"id": self.model, "object": "model", "created": 0, "owned_by": "rljax"}
+        route = _ROUTE.fullmatch(asked.path)
+        if route and route["what"] == "models":
+            return json_answer({"object": "list", "data": [card]})
+        if route and route["what"] == f"models/{self.model}":
+            return json_answer(card)
+        raise ApiError(f"nothing is served at GET {asked.path}", status=404, code="unknown_url")
+
+    def post(self, asked: Asked) -> Callable[[Any], Answer]:
+        """Answers a POST, likewise: of a session that is open, and no longer than its context."""
+        # Clients that cannot be given a base URL of their own name their session by the API key.
+        named = session_of(asked.key, self.token)
+        route = _ROUTE.fullmatch(asked.path)
+        if not route or route["what"] != "chat/completions":
+            raise ApiError(f"nothing is served at POST {asked.path}", status=404, code="unknown_url")
+        session = self.session(unquote(route["session"]) if route["session"] else named)
+        if asked.length > self.most_bytes:
+            raise ApiError(
+                f"the body has {asked.length} bytes; {self.most_bytes} are more than the context of "
+                f"{self.context_length} tokens can hold",
+                status=413,
+                code="request_too_large",
+            )
+
+        def answer(body: Any) -> Answer:
+            request, said = self.complete(session, body)
+            if not request.stream:
+                return json_answer(said)
+            return Answer(b"".join(stream_answer(said, include_usage=request.include_usage)), "text/event-stream")
+
+        return answer
 
     def complete(self, session: Session, body: Any) -> tuple[ChatRequest, dict[str, Any]]:
         """Answers a chat completion, from any thread: the request as it was read, and the answer. Raises ApiError."""
@@ -273,10 +318,15 @@ class ChatEndpoint:
     def _sample(self, session: Session, place: _Place, limit: int) -> tuple[TurnResult, int]:
         """The policy's turn, and the version of the weights that sampled it."""
         try:
-            future = self._decoder.ask(
-                place.ids, prompt_id=session.prompt_id, sample_id=session.sample_id, turn=place.turn, limit=limit
+            turn = Turn(
+                conversation=0,
+                tokens=place.ids,
+                prompt_id=session.prompt_id,
+                sample_id=session.sample_id,
+                turn=place.turn,
+                max_new_tokens=limit,
             )
-            return future.result()
+            return self._decoder.ask(turn).result()
         except Interrupted as error:
             raise ApiError(f"called off: {error}", status=503, code="interrupted") from error
         except Exception as error:
@@ -315,175 +365,3 @@ class ChatEndpoint:
             {"token": text, "logprob": float(logprob), "bytes": list(text.encode()), "top_logprobs": []}
             for text, logprob in zip(texts, result.logprobs, strict=True)
         ]
-
-
-class _Server(ThreadingHTTPServer):
-    daemon_threads = False  # so that closing waits for them
-    request_queue_size = 1024
-    allow_reuse_address = True
-
-    def __init__(self, address: tuple[str, int], endpoint: ChatEndpoint):
-        self.endpoint = endpoint
-        # when the request of each must have arrived, on the monotonic clock; infinity once it has
-        self._connections: dict[socket.socket, float] = {}
-        self._is_closing = False
-        super().__init__(address, _Handler)
-
-    def close(self) -> None:
-        self._is_closing = True
-        for connection in list(self._connections):
-            self._end_input(connection)
-        self.server_close()
-
-    def _end_input(self, connection: socket.socket) -> None:
-        with contextlib.suppress(OSError):
-            connection.shutdown(socket.SHUT_RD)  # answers still go out
-
-    def process_request(self, request: Any, client_address: Any) -> None:
-        if len(self._connections) >= _MOST_CONNECTIONS:
-            self._turn_away(request)
-            return
-        self._connections[request] = time.monotonic() + _READ_S
-        super().process_request(request, client_address)
-
-    def _turn_away(self, request: socket.socket) -> None:
-        """Clients of OpenAI's try again after this answer."""
-        error = ApiError(f"{_MOST_CONNECTIONS} requests are under way; try again later", status=429, code="busy")
-        body = json.dumps(error.body).encode()
-        head = f"HTTP/1.1 429 Too Many Requests\r\nContent-Length: {len(body)}\r\nRetry-After: 1\r\n"
-        with contextlib.suppress(OSError):
-            request.settimeout(0)  # this thread takes in everybody
-            request.sendall(f"{head}Content-Type: application/json\r\nConnection: close\r\n\r\n".encode() + body)
-        self.shutdown_request(request)
-
-    def shutdown_request(self, request: Any) -> None:
-        self._connections.pop(request, None)
-        super().shutdown_request(request)
-
-    def service_actions(self) -> None:
-        """Some times a second: requests that come in drop by drop have had their time."""
-        now = time.monotonic()
-        for connection, deadline in list(self._connections.items()):
-            if deadline < now:
-                self._end_input(connection)
-
-    def has_arrived(self, connection: socket.socket) -> None:
-        """The whole request was read."""
-        if connection in self._connections:
-            self._connections[connection] = math.inf
-
-    def finish_request(self, request: Any, client_address: Any) -> None:
-        if self._is_closing:
-            self._end_input(request)
-        super().finish_request(request, client_address)
-
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        """An agent that went away is no fault of ours."""
-
-
-class _Handler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-    timeout = 60  # of a connection on which nothing arrives
-    server: _Server
-
-    def do_GET(self) -> None:
-        self._answer(self._get)
-
-    def do_POST(self) -> None:
-        self._answer(self._post)
-
-    def _answer(self, serve: Any) -> None:
-        try:
-            serve()
-        except ApiError as error:
-            self._send(error.status, json.dumps(error.body).encode())
-        except (ConnectionError, TimeoutError):
-            self.close_connection = True
-        except Exception as error:
-            message = f"{type(error).__name__}: {error}"
-            self._send(500, json.dumps(ApiError(message, status=500).body).encode())
-
-    @property
-    def _path(self) -> str:
-        try:
-            return urlsplit(self.path).path.rstrip("/")
-        except ValueError as error:
-            raise ApiError(f"the URL cannot be read: {error}") from error
-
-    def _get(self) -> None:
-        self.server.has_arrived(self.connection)
-        path = self._path
-        endpoint = self.server.endpoint
-        if path == "/health":
-            return self._send(200, json.dumps({"status": "ok", "version": endpoint.version}).encode())
-        card = {"id": endpoint.model, "object": "model", "created": 0, "owned_by": "rljax"}
-        route = _ROUTE.fullmatch(path)
-        if route and route["what"] == "models":
-            return self._send(200, json.dumps({"object": "list", "data": [card]}).encode())
-        if route and route["what"] == f"models/{endpoint.model}":
-            return self._send(200, json.dumps(card).encode())
-        raise ApiError(f"nothing is served at GET {self.path}", status=404, code="unknown_url")
-
-    def _post(self) -> None:
-        # who asks is known from the head: of a stranger nothing is kept
-        length = self._length()
-        endpoint = self.server.endpoint
-        try:
-            route = _ROUTE.fullmatch(self._path)
-            if not route or route["what"] != "chat/completions":
-                raise ApiError(f"nothing is served at POST {self.path}", status=404, code="unknown_url")
-            # Clients that cannot be given a base URL of their own name their session by the API key.
-            key = self.headers.get("Authorization", "").removeprefix("Bearer ").strip()
-            session = endpoint.session(unquote(route["session"]) if route["session"] else key)
-            if length > endpoint.most_bytes:
-                raise ApiError(
-                    f"the body has {length} bytes; {endpoint.most_bytes} are more than the context of "
-                    f"{endpoint.context_length} tokens can hold",
-                    status=413,
-                    code="request_too_large",
-                )
-        except ApiError:
-            self._drain(length)
-            raise
-
-        body = self.rfile.read(length)
-        self.server.has_arrived(self.connection)
-        if len(body) < length:
-            raise ApiError(f"the body ended after {len(body)} of {length} bytes, or came too slowly", status=408)
-        try:
-            value = json.loads(body)
-        except (ValueError, RecursionError) as error:
-            raise ApiError(f"the body is no JSON: {error}") from error
-
-        request, answer = endpoint.complete(session, value)
-        if not request.stream:
-            return self._send(200, json.dumps(answer).encode())
-        self._send(200, b"".join(stream_answer(answer, include_usage=request.include_usage)), "text/event-stream")
-
-    def _length(self) -> int:
-        text = self.headers.get("Content-Length", "").strip()
-        if not (text.isascii() and text.isdigit() and len(text) < 20):
-            raise ApiError("Content-Length must be the number of bytes of the body", status=411)
-        return int(text)
-
-    def _drain(self, length: int) -> None:
-        """A client that is still sending would see a broken connection, and no answer."""
-        left = min(length, _MOST_DRAINED)
-        while left > 0 and (piece := self.rfile.read(min(left, 2**16))):
-            left -= len(piece)
-
-    def _send(self, status: int, body: bytes, kind: str = "application/json") -> None:
-        self.close_connection = True
-        self.send_response(status)
-        self.send_header("Content-Type", kind)
-        self.send_header("Content-Length", str(len(body)))
-        self.send_header("Connection", "close")
-        self.end_headers()
-        self.wfile.write(body)
-
-    def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
-        """What the base class refuses, in OpenAI's shape too."""
-        self._send(code, json.dumps(ApiError(message or explain or "bad request", status=code).body).encode())
-
-    def log_message(self, format: str, *args: Any) -> None:
-        """Nothing: a run has thousands of requests."""

@@ -254,6 +254,10 @@ class GuidedActor(QueuedActor):
     def decoders(self) -> Sequence[Decoder]:
         return self.plain.decoders
 
+    @property
+    def resting(self) -> Sequence[Decoder]:
+        return self.plain.resting
+
     def cache_bytes(self) -> int:
         return self.plain.cache_bytes()
 

@@ -1,0 +1,7 @@
+"""The policy in other processes: vLLM's protocol of token ids, both ends of it."""
+
+from rljax.rollouts.engines.actor import Remote, RemoteActor
+from rljax.rollouts.engines.client import EngineFailed
+from rljax.rollouts.engines.service import EngineService
+
+__all__ = ["EngineFailed", "EngineService", "Remote", "RemoteActor"]

@@ -1,0 +1,91 @@
+"""Which engines sample, and how they get weights."""
+
+import dataclasses
+import os
+import re
+from typing import Literal
+
+from rljax.settings import field
+
+_LOCAL = re.compile(r"https?://(localhost|127\.\d+\.\d+\.\d+|\[::1\])(:\d+)?/?")
+_ADDRESS = re.compile(r"https?://[^\s/]+(/[^\s]*)?")
+_PLACES = ("address", "host", "port", "weights")
+
+
+@dataclasses.dataclass
+class EnginesConfig:
+    """Engines that speak vLLM's protocol of token ids."""
+
+    engines: tuple[str, ...] = ("http://127.0.0.1:8000",)
+    """Addresses. The prompts of a step are spread over them in equal numbers, the same to the same one each time."""
+    engine: Literal["rljax", "vllm"] = "rljax"
+    """What runs there. `rljax` (`rljax serve`) gives the tokens that this process would have sampled, forks too. `vllm`
+    draws other random numbers, says no entropies and knows nothing of forks."""
+    weights: str = ""
+    """Folder that the weights of each hand-over are exported to, which this process and all engines see under this
+    path. Empty is a folder of this machine's own, for engines on it."""
+    weights_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of the exported weights. bfloat16 halves what a hand-over writes and reads, and rounds once more than the trainer
+    where `model.dtype` is float32."""
+    hand_over: Literal["reload", "restart"] = "reload"
+    """How an engine takes new weights: `reload` loads them in place; `restart` ends it and has `command` start it on
+    them, for an engine whose reload is found to be partial."""
+    command: str = ""
+    """Starts an engine in the foreground, such as `rljax serve --model={weights} --port={port}`; also names `{host}`
+    and `{address}`. It is run once an engine on this machine, again when the engine dies, and ended with the run. Empty
+    leaves starting to the user."""
+    key_variable: str = ""
+    """Environment variable that holds the engines' API key; empty is no key."""
+    connections: int = field(default=256, least=1)
+    """Requests under way at an engine at most, of one sample each."""
+    request_s: float = field(default=600.0, above=0)
+    """Seconds after which an engine that has not answered a request counts as dead."""
+    wait_s: float = field(default=600.0, above=0)
+    """Seconds for which a run waits for an engine, at its start and where one dies, before it ends."""
+    probes: int = field(default=4, least=1)
+    """Prompts of the training data that an engine continues behind each hand-over, of up to 16 tokens, and which the
+    trainer's own forward pass scores."""
+    probe_bound: float = field(default=0.0, least=0)
+    """Largest mean difference (nats a token) between those log-probs. 0 is 0.001 where `model.dtype` is float32, else
+    0.05."""
+
+    def check_engines(self) -> None:
+        """Raises a ValueError of one line for what can never work."""
+        if not self.engines or len(set(self.engines)) < len(self.engines):
+            raise ValueError(f"config.actor.engines={self.engines} must be addresses, each of them once")
+        for address in self.engines:
+            if not _ADDRESS.fullmatch(address):
+                raise ValueError(
+                    f"config.actor.engines holds {address!r}, which is no address such as http://host:8000"
+                )
+            if not self.weights and not _LOCAL.fullmatch(address):
+                raise ValueError(
+                    f"config.actor.engines holds {address}, which may be another machine, and config.actor.weights='' "
+                    "is a folder of this one; name a folder that both see"
+                )
+        if self.hand_over == "restart" and not self.command:
+            raise ValueError("config.actor.hand_over='restart' needs config.actor.command, which starts an engine")
+        if self.command:
+            try:
+                written = self.command.format(**dict.fromkeys(_PLACES, ""))
+            except (KeyError, IndexError, ValueError) as error:
+                raise ValueError(
+                    f"config.actor.command={self.command!r} cannot be filled in ({error!r}); it may hold "
+                    f"{', '.join(f'{{{name}}}' for name in _PLACES)}"
+                ) from None
+            if not written.strip() or "{weights}" not in self.command:
+                raise ValueError(
+                    f"config.actor.command={self.command!r} must say where the weights are: write {{weights}} in it"
+                )
+        if self.key_variable and not os.environ.get(self.key_variable):
+            raise ValueError(
+                f"config.actor.key_variable={self.key_variable!r} is not in the environment; set it, or leave it out"
+            )
+
+    def bound(self, dtype: str) -> float:
+        """`probe_bound`, or that of the compute dtype."""
+        return self.probe_bound or (1e-3 if dtype == "float32" else 0.05)
+
+    @property
+    def key(self) -> str:
+        return os.environ.get(self.key_variable, "") if self.key_variable else ""

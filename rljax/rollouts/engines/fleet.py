@@ -1,0 +1,321 @@
+"""The engines of a run: who gives them weights, sees that they speak with these, and waits for those that die."""
+
+import contextlib
+import logging
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import tempfile
+import threading
+import time
+import uuid
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+from urllib.parse import urlsplit
+
+from rljax.rollouts.engines.api import Said
+from rljax.rollouts.engines.client import Engine, EngineFailed, Unreachable
+from rljax.rollouts.engines.config import EnginesConfig
+from rljax.types import Params
+
+_ATTEMPTS = 10  # at one request, behind each of which the engine was found to be well
+_STARTS = 3  # of an engine that ends by itself, until it answers
+_PAUSE_S = 0.1  # between two looks at an engine; each pause is longer, up to
+_LONGEST_PAUSE_S = 2.0
+_END_S = 20.0  # for an engine to end by itself
+
+Export = Callable[[Path, Params], None]
+"""Writes weights as a Hugging Face folder."""
+
+
+@runtime_checkable
+class Probe(Protocol):
+    """Compares what an engine says with what the trainer computes."""
+
+    def set_params(self, params: Params) -> None:
+        """The weights that engines should speak with. Not copied."""
+        ...
+
+    def gap(self, ask: Callable[[dict[str, Any]], Said]) -> float:
+        """Mean difference of log-probs, in nats a token."""
+        ...
+
+
+class _Process(NamedTuple):
+    """An engine that this run has started."""
+
+    popen: "subprocess.Popen[bytes]"
+    label: str
+    """Of the weights that it was started on."""
+
+
+class Fleet:
+    """`config.engines`, each given the weights of `hand_over`, which `export` writes and `probe` looks for.
+
+    A context manager: processes of `config.command` and the folder of weights are there within `with` only. All of it
+    may be called from any thread, but `hand_over` while nothing is under way.
+    """
+
+    def __init__(self, config: EnginesConfig, export: Export, probe: Probe, *, bound: float):
+        self.config = config
+        self.bound = bound
+        self.label = ""
+        self.lost = 0
+        self.resent = 0
+        self.largest_gap = 0.0
+        self.hand_over_s = 0.0
+        self._export = export
+        self._probe = probe
+        self._engines = [Engine(address, timeout_s=config.request_s, key=config.key) for address in config.engines]
+        self._locks = [threading.Lock() for _ in self._engines]
+        self._count_lock = threading.Lock()
+        self._processes: dict[int, _Process] = {}
+        self._failure: EngineFailed | None = None
+        self._is_closing = False
+        self._version: int | None = None
+        self._run = uuid.uuid4().hex[:8]  # so that no engine takes the weights of an earlier run for this one's
+        self._folder: Path | None = None
+        self._opened = contextlib.ExitStack()
+
+    def __enter__(self) -> "Fleet":
+        self._is_closing = False
+        self._failure = None
+        if self.config.weights:
+            self._folder = Path(self.config.weights).expanduser()
+            self._folder.mkdir(parents=True, exist_ok=True)
+        else:
+            self._folder = Path(self._opened.enter_context(tempfile.TemporaryDirectory(prefix="rljax-weights-")))
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._is_closing = True
+        self.abandon()
+        for index in list(self._processes):
+            self._end(index)
+        if self._folder is not None:
+            for old in self._own_folders():
+                shutil.rmtree(old, ignore_errors=True)
+        self._opened.close()
+        self._folder = None
+        self._version = None
+
+    def stats(self) -> dict[str, float]:
+        """Metrics since the last call, without prefix."""
+        found = {
+            "engines_lost": float(self.lost),
+            "resent_requests": float(self.resent),
+            "probe_gap": self.largest_gap,
+            "hand_over_s": self.hand_over_s,
+        }
+        self.lost = 0
+        self.resent = 0
+        self.largest_gap = 0.0
+        self.hand_over_s = 0.0
+        return found
+
+    def hand_over(self, params: Params, version: int) -> None:
+        """Gives all engines the weights of `version`, and returns when each says that it has them and speaks with them.
+        The same version again is only looked for. Raises EngineFailed."""
+        if self._folder is None:
+            raise RuntimeError("the engines are closed; use them within `with actor:`")
+        begin = time.perf_counter()
+        self._probe.set_params(params)
+        is_new = version != self._version
+        if is_new:
+            self.label = f"{self._run}-{version}"
+            partial = self._folder / f"{self.label}.partial"
+            self._export(partial, params)
+            partial.rename(self._folder / self.label)
+            self._version = version
+
+        with ThreadPoolExecutor(len(self._engines), thread_name_prefix="hand-over") as pool:
+            try:
+                list(pool.map(lambda i: self._give(i, is_new=is_new), range(len(self._engines))))
+            except BaseException:
+                self.abandon()
+                raise
+        # An engine that is started again reads the newest alone.
+        for old in self._own_folders():
+            if old.name != self.label:
+                shutil.rmtree(old, ignore_errors=True)
+        self.hand_over_s += time.perf_counter() - begin
+
+    def ask(self, index: int, body: Mapping[str, Any]) -> Said:
+        """One completion of an engine. If it dies it is waited for and asked again. Raises EngineFailed."""
+        error: Unreachable | None = None
+        for attempt in range(_ATTEMPTS):
+            self._check_going()
+            try:
+                return self._ask_once(index, body)
+            except Unreachable as unreachable:
+                error = unreachable
+            self._check_going()
+            with self._count_lock:
+                self.resent += 1
+            self._revive(index, error)
+            time.sleep(min(_PAUSE_S * 2**attempt, _LONGEST_PAUSE_S))
+        raise self._failed(
+            f"engine {self.config.engines[index]} did not answer a request {_ATTEMPTS} times, though it was well "
+            f"before each of them; the last time: {error}"
+        )
+
+    def abandon(self) -> None:
+        """Ends all requests under way."""
+        for engine in self._engines:
+            engine.abandon()
+
+    def _ask_once(self, index: int, body: Mapping[str, Any]) -> Said:
+        said = self._engines[index].generate(body)
+        # An engine that was started again in between answers at once, with whatever it was started on.
+        if said.version is not None and said.version != self.label:
+            raise Unreachable(f"it speaks with the weights {said.version!r} instead of {self.label!r}")
+        return said
+
+    def _check_going(self) -> None:
+        if self._failure is not None:
+            raise self._failure
+        if self._is_closing:
+            raise EngineFailed("the run ends")
+
+    def _failed(self, message: str) -> EngineFailed:
+        """What all others are told too, who would wait as long again."""
+        self._failure = self._failure or EngineFailed(message)
+        return self._failure
+
+    def _revive(self, index: int, error: Unreachable) -> None:
+        """Waits for an engine that did not answer, and gives it the weights again if it has lost them."""
+        with self._locks[index]:
+            self._check_going()
+            # Another thread may have waited for it meanwhile, or it was only busy.
+            if self._engines[index].label() == self.label:
+                return
+            address = self.config.engines[index]
+            logging.getLogger(__name__).warning("engine %s is lost (%s); waiting for it", address, error)
+            with self._count_lock:
+                self.lost += 1
+            self._give_locked(index, is_new=True, is_lost=True)
+            logging.getLogger(__name__).warning("engine %s is back, and has its weights again", address)
+
+    def _give(self, index: int, *, is_new: bool) -> None:
+        with self._locks[index]:
+            self._give_locked(index, is_new=is_new)
+
+    def _give_locked(self, index: int, *, is_new: bool, is_lost: bool = False) -> None:
+        """Brings an engine to where it speaks with the weights of `label`."""
+        engine = self._engines[index]
+        deadline = time.monotonic() + self.config.wait_s
+        if self.config.hand_over == "restart" and is_new:
+            self._end(index)
+        starts = 0
+        pause = _PAUSE_S
+        while True:
+            self._check_going()
+            try:
+                starts += self._start_if_due(index, starts)
+                if not engine.is_healthy():
+                    raise Unreachable("it is not there")
+                if engine.label() != self.label:
+                    self._load(index)
+                if (label := engine.label()) != self.label:
+                    raise Unreachable(f"it says that it has the weights {label!r} instead of {self.label!r}")
+                gap = self._probe.gap(lambda body: self._ask_once(index, body))
+                break
+            except Unreachable as error:
+                if time.monotonic() > deadline:
+                    raise self._failed(
+                        f"engine {engine.address} was waited for {self.config.wait_s:g} s (config.actor.wait_s) and "
+                        f"could not be given weights: {error}; start it again, or name config.actor.command, which does"
+                    ) from None
+            except EngineFailed as error:
+                raise self._failed(str(error)) from None
+            time.sleep(pause)
+            pause = min(2 * pause, _LONGEST_PAUSE_S)
+
+        self.largest_gap = max(self.largest_gap, gap)
+        if not gap <= self.bound:
+            raise self._failed(
+                f"engine {engine.address} says log-probs that are {gap:.3g} nats a token from the trainer's on "
+                f"average, above config.actor.probe_bound={self.bound:g}: it has not loaded all of {self.label}, or "
+                "samples or computes otherwise (vLLM: --logprobs-mode=processed_logprobs, --dtype); start it anew with "
+                "each hand-over (config.actor.hand_over='restart'), or raise the bound if its dtype explains this"
+            )
+
+    def _load(self, index: int) -> None:
+        """The weights into a healthy engine that has others."""
+        engine = self._engines[index]
+        assert self._folder is not None
+        process = self._processes.get(index)
+        # Of one that was started on this very folder only the label is missing.
+        if process is not None and process.label == self.label:
+            engine.set_label(self.label)
+        elif self.config.hand_over == "restart":
+            raise EngineFailed(
+                f"engine {engine.address} was there before this run started it, and config.actor.hand_over='restart' "
+                "reloads nothing; end that process"
+            )
+        else:
+            engine.load(str(self._folder / self.label), self.label)
+
+    def _start_if_due(self, index: int, starts: int) -> int:
+        """Starts the engine's process where it is ours to start and does not run; 1 if it did."""
+        if not self.config.command:
+            return 0
+        process = self._processes.get(index)
+        if process is not None and process.popen.poll() is None:
+            return 0
+        # One that was left behind, or that the user started, holds the port.
+        if process is None and self._engines[index].is_healthy():
+            return 0
+        if starts >= _STARTS:
+            assert process is not None
+            raise EngineFailed(
+                f"config.actor.command ended by itself {starts} times before engine {self.config.engines[index]} "
+                f"answered, the last time with status {process.popen.returncode}; its output is in {self._log(index)}"
+            )
+
+        assert self._folder is not None
+        url = urlsplit(self.config.engines[index])
+        port = url.port or (443 if url.scheme == "https" else 80)
+        words = [
+            word.format(
+                address=self.config.engines[index],
+                host=url.hostname,
+                port=port,
+                weights=self._folder / self.label,
+            )
+            for word in shlex.split(self.config.command)
+        ]
+        with self._log(index).open("ab") as log:
+            try:
+                popen = subprocess.Popen(
+                    words, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, start_new_session=True
+                )
+            except OSError as error:
+                raise EngineFailed(f"config.actor.command={self.config.command!r} cannot be run: {error}") from None
+        self._processes[index] = _Process(popen, self.label)
+        return 1
+
+    def _log(self, index: int) -> Path:
+        assert self._folder is not None
+        return self._folder / f"engine-{index}.log"
+
+    def _end(self, index: int) -> None:
+        """Ends the engine's process, if it is ours."""
+        process = self._processes.pop(index, None)
+        if process is None:
+            return
+        for kill in (signal.SIGTERM, signal.SIGKILL):
+            # The group, since a server may have workers of its own.
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(process.popen.pid, kill)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.popen.wait(_END_S)
+                return
+
+    def _own_folders(self) -> list[Path]:
+        assert self._folder is not None
+        return [path for path in self._folder.glob(f"{self._run}-*") if path.is_dir()]

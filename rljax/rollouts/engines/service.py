@@ -1,0 +1,317 @@
+"""The decoder for conversations as an engine of its own, in vLLM's protocol."""
+
+import itertools
+import re
+import secrets
+import threading
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future
+from typing import Any, NamedTuple
+
+from rljax.rollouts.black_box.decoder_thread import DecoderThread, Interrupted, Manner, UnderWay
+from rljax.rollouts.engines.api import LARGEST_ID, GenerateRequest, read_request, write_choice
+from rljax.rollouts.http_server import Answer, ApiError, Asked, HttpServer, json_answer
+from rljax.sampling import Sample, SamplingParams, Stops, Turn, TurnDecoder, TurnResult, sampling_params
+from rljax.sampling.stopping import find_stop
+from rljax.sampling.turns import MOST_TURNS
+from rljax.text import Tokenizer
+from rljax.types import Params
+
+_LEAST_BYTES = 2**20  # a body may have so many whatever the context
+_BYTES_A_TOKEN = 16  # of a list of ids
+_PAUSES: Mapping[str, UnderWay] = {"abort": "call off", "wait": "wait for", "keep": "begin anew"}
+_LORA = re.compile(r"/v1/(un)?load_lora_adapter")
+
+Load = Callable[[str], Params]
+"""From a folder with weights of the decoder's model to these. ValueError for any other folder."""
+
+
+class _Weights(NamedTuple):
+    """Weights that an engine speaks with, or spoke with."""
+
+    folder: str
+    label: str
+
+
+class EngineService:
+    """Serves `decoder` at `host` (`port` 0 takes a free one) as vLLM serves token ids.
+
+    - `POST /inference/v1/generate`: ids in, ids and log-probs out (`rljax.rollouts.engines.api`). Requests join those
+      under way as rows become free. Turns of one manner (temperature and truncation, seed, step, what ends them) are
+      decoded together; others wait for their end, in the order of arrival.
+    - `POST /collective_rpc` with the method `reload_weights` and `kwargs.weights_path`: other weights, from a folder.
+      What is under way begins anew.
+    - `POST /pause?mode=abort|wait|keep`, `POST /resume`, `GET /is_paused`. With `keep`, what is under way begins anew
+      behind the resume.
+    - `POST /update_weight_version`, `GET /weight_info`: a label of the weights, which every answer repeats.
+    - `POST /reset_prefix_cache`, `GET /health`, `GET /version`, `GET /v1/models`.
+
+    A context manager: the port and the threads are open within `with` only. OSError on entering for a port that is
+    taken.
+    """
+
+    def __init__(
+        self,
+        decoder: TurnDecoder,
+        tokenizer: Tokenizer,
+        load: Load,
+        *,
+        folder: str,
+        host: str = "127.0.0.1",
+        port: int = 0,
+        key: str = "",
+    ):
+        self.tokenizer = tokenizer
+        self.context_length = decoder.spec.context_length
+        self._turn_decoder = decoder
+        self._load = load
+        self._address = (host, port)
+        self._key = key
+        self._most_bytes = max(_LEAST_BYTES, _BYTES_A_TOKEN * self.context_length)
+        # By the number that the decoder's thread knows them by; `default` is what vLLM calls the first.
+        self._weights = {0: _Weights(folder, "default")}
+        self._numbers = itertools.count(1)
+        self._loading = threading.Lock()
+        self._opened: tuple[HttpServer, DecoderThread, threading.Thread] | None = None
+        self._get: dict[str, Callable[[], Any]] = {
+            "/health": lambda: {},
+            "/version": lambda: {"version": "rljax"},
+            "/is_paused": lambda: {"is_paused": self._thread.is_paused},
+            "/weight_info": lambda: {"weight_version": self.weights.label},
+            "/v1/models": self._models,
+        }
+        self._post: dict[str, Callable[[Asked, Any], Any]] = {
+            "/inference/v1/generate": lambda _, body: self.generate(body),
+            "/collective_rpc": lambda _, body: self._collective_rpc(body),
+            "/update_weight_version": lambda _, body: self._update_weight_version(body),
+            "/pause": lambda asked, _: self._pause(asked.query.get("mode", "abort")),
+            "/resume": lambda *_: self._resume(),
+            # What older weights have computed is never read, so that there is nothing to reset.
+            "/reset_prefix_cache": lambda *_: {},
+        }
+
+    def __enter__(self) -> "EngineService":
+        if self._opened is not None:
+            raise RuntimeError("the engine is open already")
+        # The port first: if it is taken, no thread is left behind.
+        server = HttpServer(self._address, self)
+        thread = DecoderThread(self._turn_decoder)
+        thread.version = 0
+        listener = threading.Thread(
+            target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True, name="engine"
+        )
+        self._opened = (server, thread, listener)
+        listener.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._opened is None:
+            return
+        server, thread, listener = self._opened
+        # The order matters: no new requests, then answers to those under way, then their connections.
+        server.shutdown()
+        thread.close()
+        server.close()
+        listener.join()
+        self._opened = None
+
+    @property
+    def url(self) -> str:
+        return self._open[0].url
+
+    @property
+    def weights(self) -> _Weights:
+        """Those that it speaks with."""
+        return self._weights[self._thread.version]
+
+    @property
+    def stats(self) -> dict[str, float]:
+        """The decoder's, since the manner changed last."""
+        return self._turn_decoder.stats
+
+    @property
+    def _open(self) -> tuple[HttpServer, DecoderThread, threading.Thread]:
+        if self._opened is None:
+            raise RuntimeError("the engine is closed; use it within `with engine:`")
+        return self._opened
+
+    @property
+    def _thread(self) -> DecoderThread:
+        return self._open[1]
+
+    def get(self, asked: Asked) -> Answer:
+        """As `rljax.rollouts.http_server.Service` has it."""
+        if asked.path not in self._get:
+            raise ApiError(f"nothing is served at GET {asked.path}", status=404, code="unknown_url")
+        return json_answer(self._get[asked.path]())
+
+    def post(self, asked: Asked) -> Callable[[Any], Answer]:
+        """Likewise."""
+        if self._key and not secrets.compare_digest(asked.key.encode(), self._key.encode()):
+            raise ApiError("the API key is another", status=401, code="invalid_api_key")
+        if _LORA.fullmatch(asked.path):
+            raise ApiError(
+                "adapters are not served: the decoder holds whole weights; hand over a folder with merged weights",
+                status=501,
+                code="no_adapters",
+            )
+        if asked.path not in self._post:
+            raise ApiError(f"nothing is served at POST {asked.path}", status=404, code="unknown_url")
+        if asked.length > self._most_bytes:
+            raise ApiError(
+                f"the body has {asked.length} bytes; {self._most_bytes} are more than {self.context_length} ids take",
+                status=413,
+                code="request_too_large",
+            )
+        answer = self._post[asked.path]
+        return lambda body: json_answer(answer(asked, body))
+
+    def _models(self) -> dict[str, Any]:
+        card = {"id": self.weights.folder, "object": "model", "created": 0, "owned_by": "rljax"}
+        return {"object": "list", "data": [{**card, "max_model_len": self.context_length}]}
+
+    def generate(self, body: Any) -> dict[str, Any]:
+        """Answers a request for completions, from any thread. Raises ApiError."""
+        try:
+            request = read_request(body, new_seed=secrets.randbelow(LARGEST_ID))
+        except RecursionError as error:
+            raise ApiError("the body is nested too deeply") from error
+        turns, manner = self._turns(request)
+
+        futures = [self._ask(turn, manner) for turn in turns]
+        try:
+            results = [future.result() for future in futures]
+        except Interrupted:
+            # As vLLM ends what a pause calls off; it says what there was until then, which would be of no use here.
+            aborted: dict[str, Any] = {
+                "finish_reason": "abort",
+                "stop_reason": None,
+                "token_ids": [],
+                "logprobs": {"content": []},
+            }
+            return {
+                "request_id": request.request_id,
+                "choices": [{"index": i, **aborted} for i in range(request.completions)],
+            }
+        except ValueError as error:  # what the decoder cannot serve
+            raise ApiError(str(error)) from error
+
+        said = sum(len(result.tokens) for result, _ in results)
+        usage = {"prompt_tokens": len(request.tokens), "completion_tokens": said}
+        usage["total_tokens"] = sum(usage.values())
+        choices = [self._choice(i, result, version, request) for i, (result, version) in enumerate(results)]
+        return {"request_id": request.request_id, "choices": choices, "usage": usage}
+
+    def _ask(self, turn: Turn, manner: Manner) -> "Future[tuple[TurnResult, int]]":
+        try:
+            return self._thread.ask(turn, manner)
+        except Interrupted as error:
+            raise ApiError(f"called off: {error}", status=503, code="interrupted") from error
+
+    def _turns(self, request: GenerateRequest) -> tuple[list[Turn], Manner]:
+        """A turn of its own for each completion, and how they are sampled."""
+        _checked_sampling(request)
+        own_stops = () if request.ignores_eos else self.tokenizer.stop_ids
+        manner = Manner(
+            temperature=request.temperature,
+            top_k=request.top_k,
+            top_p=request.top_p,
+            min_p=request.min_p,
+            seed=request.seed,
+            step=request.step,
+            stops=Stops(
+                tokens=tuple(sorted({*request.stop_tokens, *own_stops})),
+                strings=request.stop,
+                decode_text=self.tokenizer.decode,
+            ),
+        )
+
+        # The decoder counts a turn as a sample of its own: with these two numbers its random numbers are those of a
+        # sampler's sample of this id.
+        room = self.context_length - len(request.tokens)
+        if room < 1:
+            raise ApiError(
+                f"this model's maximum context length is {self.context_length} tokens; token_ids has "
+                f"{len(request.tokens)}, and one must be left to say",
+                code="context_length_exceeded",
+                param="token_ids",
+            )
+        most = min(self._turn_decoder.spec.max_new_tokens, room)
+        if request.limit is not None and request.limit > most:
+            raise ApiError(
+                f"max_tokens={request.limit} is more than the {most} that there is room for behind "
+                f"{len(request.tokens)} tokens; lower it, or serve with more --max_new_tokens or --context_length",
+                param="max_tokens",
+            )
+        turns = [
+            Turn(
+                conversation=0,
+                tokens=request.tokens,
+                prompt_id=request.prompt_id,
+                sample_id=sample_id // MOST_TURNS,
+                turn=sample_id % MOST_TURNS,
+                max_new_tokens=request.limit or most,
+                begun=request.begun,
+                drawn=request.drawn,
+            )
+            for sample_id in range(request.sample_id, request.sample_id + request.completions)
+        ]
+        return turns, manner
+
+    def _choice(self, index: int, result: TurnResult, version: int, request: GenerateRequest) -> dict[str, Any]:
+        reason: int | str | None = None
+        if result.end == "stop" and result.tokens[-1] not in (() if request.ignores_eos else self.tokenizer.stop_ids):
+            reason = int(result.tokens[-1])
+        if result.end == "stop_string":
+            begun = request.tokens[len(request.tokens) - request.begun :]
+            text = self.tokenizer.decode([*begun, *result.tokens.tolist()])
+            reason = next((string for string in request.stop if find_stop(text, (string,)) is not None), None)
+        sample = Sample(
+            result.tokens, result.logprobs, result.entropies, "length" if result.end == "length" else "stop"
+        )
+        return write_choice(index, sample, stop_reason=reason, version=self._weights[version].label)
+
+    def _collective_rpc(self, body: Any) -> dict[str, Any]:
+        method = body.get("method") if isinstance(body, dict) else None
+        kwargs = body.get("kwargs") if isinstance(body, dict) else None
+        folder = kwargs.get("weights_path") if isinstance(kwargs, dict) else None
+        if method != "reload_weights" or not isinstance(folder, str):
+            served = '{"method": "reload_weights", "kwargs": {"weights_path": FOLDER}}'
+            raise ApiError(f"of collective_rpc {served} is served, and nothing else")
+
+        with self._loading:
+            try:
+                params = self._load(folder)
+            except (ValueError, OSError) as error:
+                raise ApiError(f"weights_path: {error}", param="weights_path") from error
+            number = next(self._numbers)
+            # Until it is given a label it has that of the folder, so that no answer bears the label of other weights.
+            self._weights[number] = _Weights(folder, folder)
+            self._thread.set_params(params, number, "begin anew")
+        return {"results": [None]}
+
+    def _update_weight_version(self, body: Any) -> dict[str, Any]:
+        label = body.get("new_version") if isinstance(body, dict) else None
+        if not isinstance(label, str) or not label:
+            raise ApiError('the body must be {"new_version": TEXT}')
+        with self._loading:
+            number = self._thread.version
+            self._weights[number] = self._weights[number]._replace(label=label)
+        return {"success": True, "new_version": label}
+
+    def _pause(self, mode: str) -> dict[str, Any]:
+        if mode not in _PAUSES:
+            raise ApiError(f"mode={mode!r} is none of {', '.join(_PAUSES)}", param="mode")
+        self._thread.pause(_PAUSES[mode])
+        return {"status": "paused"}
+
+    def _resume(self) -> dict[str, Any]:
+        self._thread.resume()
+        return {"status": "resumed"}
+
+
+def _checked_sampling(request: GenerateRequest) -> SamplingParams:
+    try:
+        return sampling_params(request.temperature, request.top_k, request.top_p, request.min_p)
+    except ValueError as error:
+        raise ApiError(str(error)) from error

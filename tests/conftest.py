@@ -25,6 +25,7 @@ COSTLY = (
     "test_configs_agents",
     "test_docs_code",
     "test_docs_papers",
+    "test_envs_ray",
     "test_envs_sandbox",
     "test_cli_command_line",
     "test_models_attention_kernel",

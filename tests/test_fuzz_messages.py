@@ -21,6 +21,8 @@ from rljax.envs.base import CRASHED, MALFORMED, TIMEOUT
 from rljax.envs.formats import get_format
 from rljax.envs.host import Act, Answer, Close, HostProcess, Past, Start, write_answer
 from rljax.rollouts import ChatEndpoint, http_server
+from rljax.rollouts.black_box.address import session_of
+from rljax.rollouts.black_box.chat_api import ApiError
 from rljax.rollouts.black_box.recording import Renderer
 from rljax.rollouts.http_server import HttpServer
 from rljax.sampling import Turn, TurnResult
@@ -179,6 +181,18 @@ def test_any_head_is_answered_or_the_connection_ends(server, head):
     assert (
         not answer.startswith(b"HTTP") or answer.split()[1][:1] in (b"2", b"4") or answer.split()[1] in (b"501", b"505")
     )
+
+
+TOKEN = "a-token-of-sixteen.or-more"
+
+
+@settings(max_examples=200, **SETTINGS)
+@given(st.text(st.characters(max_codepoint=255), max_size=40) | st.sampled_from([TOKEN[:-1], f"{TOKEN}x", f".{TOKEN}"]))
+def test_any_key_without_the_token_is_refused(key):
+    with pytest.raises(ApiError, match="wants its token") as error:
+        session_of(key, TOKEN)
+    assert error.value.status == 401 and TOKEN not in str(error.value)
+    assert session_of(f"{TOKEN}.{key.replace('.', '')}", TOKEN) == key.replace(".", "")
 
 
 def test_a_stranger_is_refused_before_its_body_is_read(server):

@@ -50,7 +50,7 @@ class RayConfig:
 
     address: str = ""
     """The cluster: `host:port`, `ray://host:port` or `auto`. Empty takes the variable `RAY_ADDRESS`; where that is not
-    set, Ray is started on this machine alone, to try a config."""
+    set, Ray is started on this machine alone, to try a config: it is no cluster of several machines."""
     cpus: float = 1.0
     """CPUs of the cluster that a worker holds; of a fraction, several workers share one. Lower it for environments that
     mostly wait."""
@@ -351,7 +351,7 @@ def _open(address: str, config: RayConfig, make: Callable[[], Any], count: int) 
 
     options: dict[str, Any] = {"address": address, "logging_level": logging.WARNING}
     if address == _LOCAL:
-        # nothing of it is told to anybody, or can be reached from other machines
+        # nothing of it is told to anybody
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         options |= {
             "num_cpus": max(1, math.ceil(count * config.cpus)),
@@ -372,7 +372,8 @@ def _open(address: str, config: RayConfig, make: Callable[[], Any], count: int) 
         except (Exception, SystemExit) as error:  # whatever Ray raises
             raise ValueError(
                 f"config.actor.ray.address={config.address!r}: the Ray cluster {address!r} cannot be joined "
-                f"({_last_line(error)}); check that it runs, with the same versions of Ray and Python"
+                f"({_last_line(error)}); check that it runs, with the same versions of Ray and Python, "
+                "and that this process has its token (RAY_AUTH_MODE, RAY_AUTH_TOKEN), if it asks for one"
             ) from None
 
 

@@ -28,6 +28,7 @@ SIZES = {
     "full": dict(steps=30, groups=32, width=128, layers=4, tokens=32),
 }
 GROWN = 4
+LETTERS = "abcdefghijklmnopqrstuvwx"
 TRAIN = """
 import sys
 sys.path.insert(0, {folder!r})
@@ -57,7 +58,7 @@ def config_of(size: dict[str, Any], form: str) -> Any:
         steps=size["steps"],
         prompts_per_step=groups,
         model=FreshModel(
-            alphabet="abcdefghi=",
+            alphabet=f"{LETTERS}=",
             num_layers=size["layers"],
             embed_dim=size["width"],
             num_heads=4,
@@ -65,6 +66,8 @@ def config_of(size: dict[str, Any], form: str) -> Any:
             head_dim=size["width"] // 4,
             mlp_dim=2 * size["width"],
         ),
+        # Pairs of these letters are enough for the groups of a step.
+        data=dataclasses.replace(tiny_config().data, letters=LETTERS),
         algorithm=DecoupledPPO(group_size=4),
         actor=dataclasses.replace(tiny_config().actor, prompt_slots=4, sample_slots=4, prompt_buckets=(8,)),
         sampling=SamplingConfig(max_new_tokens=size["tokens"], truncated_is_wrong=False),

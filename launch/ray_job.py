@@ -5,9 +5,10 @@
 
 What follows `--` are flags of `rljax train`. `--dry` prints what each node runs, and runs nothing; Ray is not asked.
 
-Each node has an actor that runs the command with the variables that `rljax.parallel.initialize_distributed` reads. When
-this job is told to stop, so are the runs, which save and exit with 143. When a run is told to stop by its node, or an
-actor is lost, all of them are started anew, `--restarts` times at most, and go on from the newest checkpoint.
+Each node has an actor that runs the command with the variables that `rljax.parallel.initialize_distributed` reads.
+When this job is told to stop, so are the runs, which save and exit with 143. When a run is told to stop by its node or
+stands still, or an actor is lost, all are started anew, `--restarts` times at most, and go on from the newest
+checkpoint.
 """
 
 import argparse
@@ -23,6 +24,8 @@ from typing import Any
 
 STOPPED = 143
 """Exit status of a run that was told to stop and saved."""
+STOOD_STILL = 75
+"""Exit status of a run in which nothing moved."""
 LOST = -1
 """Status of a run whose actor is gone."""
 
@@ -148,7 +151,7 @@ def main() -> None:
     for _ in range(arguments.restarts + 1):
         statuses = start(arguments, command, stop)
         print(f"exit statuses of the nodes: {statuses}", flush=True)
-        if stop.is_asked or not {STOPPED, LOST} & set(statuses):
+        if stop.is_asked or not {STOPPED, STOOD_STILL, LOST} & set(statuses):
             break
     sys.exit(max(status if status >= 0 else 1 for status in statuses))
 

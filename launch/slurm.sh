@@ -4,8 +4,9 @@
 # DRY=1 launch/slurm.sh CONFIG WORKDIR prints the command and runs nothing.
 #
 # Two minutes before the time limit every process gets SIGUSR1, and SIGTERM when the job is preempted: the run saves,
-# exits with 143, and the job goes back into the queue, where the same command goes on from the checkpoint. A node that
-# fails brings the job back by itself (--requeue).
+# exits with 143, and the job goes back into the queue, where the same command goes on from the checkpoint. So it does
+# after status 75, of a run that stood still. RESTARTS (100) is how often at most. A node that fails brings the job back
+# by itself (--requeue).
 #SBATCH --signal=USR1@120
 #SBATCH --requeue
 #SBATCH --open-mode=append
@@ -28,7 +29,8 @@ fi
 trap '' USR1 TERM
 status=0
 "${command[@]}" || status=$?
-if [ "$status" = 143 ] && [ -n "${SLURM_JOB_ID:-}" ]; then
+if [[ "$status" =~ ^(143|75)$ ]] && [ -n "${SLURM_JOB_ID:-}" ] &&
+  [ "${SLURM_RESTART_COUNT:-0}" -lt "${RESTARTS:-100}" ]; then
   scontrol requeue "$SLURM_JOB_ID"
 fi
 exit "$status"

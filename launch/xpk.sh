@@ -7,8 +7,8 @@
 # coordinator. DRY=1 prints the command and runs nothing.
 #
 # A host that is taken away gets SIGTERM and two minutes: the run saves and exits with 143. That, and a host that dies,
-# starts all of them anew, RESTARTS times at most, and the run goes on from its newest checkpoint. (XPK starts again on
-# statuses from 127 on; 1 and 2, with which a run fails by itself, end the workload.)
+# starts all of them anew, RESTARTS times at most, and the run goes on from its newest checkpoint. XPK does so on
+# statuses from 127 on; 75 is that of a run that stood still; 1 and 2, with which a run fails by itself, end it.
 set -euo pipefail
 name=${1:?name of the workload}
 cluster=${2:?cluster}
@@ -23,7 +23,7 @@ train="exec ${PYTHON:-python3} launch/train.py $(printf '%q ' --config="$config"
 command=(xpk workload create
   --workload="$name" --cluster="$cluster" --tpu-type="$type" --num-slices="$slices"
   --docker-image="${IMAGE:?image with the repository and rljax, such as gcr.io/PROJECT/rljax}"
-  --max-restarts="${RESTARTS:-100}" --termination-grace-period-seconds=120
+  --max-restarts="${RESTARTS:-100}" --restart-on-exit-codes=75 --termination-grace-period-seconds=120
   --command="$train")
 if [ -n "${DRY:-}" ]; then
   printf '%q ' "${command[@]}"

@@ -108,9 +108,12 @@ def test_slurm_runs_a_process_a_node_and_goes_back_into_the_queue(run):
         assert parallel.on_cluster(note["places"])
         assert note["places"]["XLA_PYTHON_CLIENT_MEM_FRACTION"] == "0.92"
 
-    stopped, noted = run(*words, **job, STATUS="143")
-    assert stopped.returncode == 143
-    assert noted[-1]["argv"] == ["scontrol", "requeue", "17"]
+    for status in ("143", "75"):
+        stopped, noted = run(*words, **job, STATUS=status)
+        assert stopped.returncode == int(status)
+        assert noted[-1]["argv"] == ["scontrol", "requeue", "17"]
+    worn, noted = run(*words, **job, STATUS="143", SLURM_RESTART_COUNT="100")
+    assert worn.returncode == 143 and len(noted) == 2, "often enough"
     failed, noted = run(*words, **job, STATUS="1")
     assert failed.returncode == 1
     assert len(noted) == 2, "a run that fails by itself would fail again"
@@ -161,6 +164,7 @@ def test_xpk_makes_a_workload_that_starts_again(run):
         "num-slices": "2",
         "docker-image": "gcr.io/p/rljax",
         "max-restarts": "100",
+        "restart-on-exit-codes": "75",
         "termination-grace-period-seconds": "120",
     }
     assert inside[0] == "exec"
@@ -175,7 +179,7 @@ def test_xpk_makes_a_workload_that_starts_again(run):
 @pytest.mark.parametrize("index", [0, 1])
 def test_skypilot_gives_every_node_its_place(run, monkeypatch, index):
     task = yaml.safe_load((LAUNCH / "skypilot.yaml").read_text())
-    assert task["resources"]["job_recovery"]["recover_on_exit_codes"] == [143]
+    assert task["resources"]["job_recovery"]["recover_on_exit_codes"] == [143, 75]
     node = {"SKYPILOT_NODE_IPS": "10.0.0.1\n10.0.0.2", "SKYPILOT_NUM_NODES": "2", "SKYPILOT_NODE_RANK": str(index)}
     given = {"CONFIG": "quickstart_tiny", "WORKDIR": "gs://b/x", "FLAGS": "--config.steps=3 --fresh"}
     result, (note,) = run("bash", "-c", task["run"], **task["envs"] | given | node)

@@ -187,7 +187,7 @@ def _from_measured(run: Run, measured: Measured, sourced: Sourced) -> None:
         turns=max(round(measured.turns), 1),
         judge_s=measured.reward_s * measured.processes / measured.samples,
         update_s=measured.update_s * training * larger,
-        update_fixed_s=measured.other_s,
+        update_fixed_s=measured.other_s * larger,
         # Within what was measured.
         update_bytes=0.0,
         prefill_s=0.0,

@@ -1,8 +1,10 @@
 """A rollout in detail: the rows of every host's decoder, and the episodes that pass through them."""
 
 import dataclasses
+import heapq
+import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -85,21 +87,26 @@ class Decoder:
         self.row_seconds = 0.0
         self._active = 0
         self._since = 0.0
-        self._waiting = iter(episodes.tolist())
-
         groups = len(episodes) / scenario.group_size
         prefill = groups * scenario.prefill_s / scenario.decoding_devices
-        for _ in range(min(scenario.rows, len(episodes))):
-            env.process(self._row(prefill))
+        env.process(self._play(episodes.tolist(), scenario.rows, prefill))
 
-    def _row(self, prefill: float) -> Iterator:
-        """A row: one episode after another, as long as there are any. Prompts are computed before."""
+    def _play(self, episodes: Sequence[float], rows: int, prefill: float) -> Iterator:
+        """Whichever row is free first takes the next episode. Prompts are computed before all."""
         yield self.env.timeout(prefill)
-        self._count(1)
-        for seconds in self._waiting:
-            yield self.env.timeout(seconds)
-            # The row is as full as before if it takes another one, so that nothing has to be counted.
-        self._count(-1)
+        waiting = iter(episodes)
+        ends = [self.env.now + seconds for seconds in itertools.islice(waiting, rows)]
+        heapq.heapify(ends)
+        self._count(len(ends))
+
+        while ends:
+            # The clock may be a rounding ahead of an end.
+            yield self.env.timeout(max(heapq.heappop(ends) - self.env.now, 0.0))
+            following = next(waiting, None)
+            if following is None:
+                self._count(-1)
+            else:
+                heapq.heappush(ends, self.env.now + following)
 
     def _count(self, change: int) -> None:
         now = self.env.now

@@ -68,8 +68,8 @@ def read_run(folder: str | Path) -> Measured:
     rollout_devices = int(config.get("rollout", {}).get("devices", 0))
 
     # A learner beside its actor waits for what is left of a rollout, not for the whole.
-    phases = ("learner_wait",) if rollout_devices else ("sample", "reward")
-    phases += ("score", "update")
+    rollout = ("learner_wait",) if rollout_devices else ("sample", "reward")
+    phases = (*rollout, "score", "update")
     other = [line["time/total_s"] - sum(line.get(f"time/{phase}_s", 0.0) for phase in phases) for line in steps]
     return Measured(
         steps=len(steps),

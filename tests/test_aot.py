@@ -94,3 +94,18 @@ def test_a_run_is_planned_for_a_machine(name):
     assert "it fits" in text.getvalue() and result["topology"] == name
     for phase in result["phases"]:
         assert phase_peak(phase, result["compiled"])[0] > sum(phase.held.values())
+
+
+def test_a_plan_of_several_hosts_has_a_copy_of_the_weights_on_each():
+    """Four hosts of four chips: each decodes by itself, with a copy that is gathered from all."""
+    machine("v5e:4x4")
+    update = dataclasses.replace(tiny_config().update, microbatch_size=16)
+    config = tiny_config(mesh=MeshConfig(fsdp=16), update=update, prompts_per_step=16)
+    with contextlib.redirect_stdout(io.StringIO()):
+        result = print_plan(config, topology="v5e:4x4")
+
+    sample = next(phase for phase in result["phases"] if phase.name == "sample")
+    # The copy is in bfloat16 but for the norms, what is trained is split 16 ways in float32.
+    assert sample.held["decoder weights"] > 7 * sample.held["parameters"]
+    weights = next(program for program in result["compiled"] if program.name == "weights")
+    assert traffic(weights.collectives).keys() == {"all-gather"}

@@ -79,7 +79,7 @@ def _cost(program: Program, where: str, one: Instruction, chip: Chip, depth: int
         inside = Bound()
         for name in one.called:
             inside = inside + of(name, deeper)
-        return inside * times
+        return inside * float(times)
     if one.opcode == "conditional":
         return max((of(name, depth) for name in one.called), key=lambda found: found.seconds, default=Bound())
     if one.opcode in ("call", "async-start"):
@@ -91,7 +91,7 @@ def _cost(program: Program, where: str, one: Instruction, chip: Chip, depth: int
         seconds = int(cycles[1]) / chip.clock
     else:
         seconds = max((read + written) / chip.bandwidth, flops / chip.flops) + LAUNCH
-    return Bound(seconds, read + written, flops, 1, one.opcode == "custom-call")
+    return Bound(seconds, float(read + written), float(flops), 1.0, float(one.opcode == "custom-call"))
 
 
 def _traffic(program: Program, where: str, one: Instruction) -> tuple[int, int, int]:

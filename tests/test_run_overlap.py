@@ -275,7 +275,8 @@ def test_a_run_that_ends_gives_up_the_rollout_under_way(monkeypatch, beside):
 
 def test_only_rollouts_of_the_same_config_and_within_the_staleness_are_used_again():
     recorded = [made(5, 1), made(6, 2), made(7, 6)]
-    assert fitting(recorded, 4) == recorded and fitting(recorded, 3) == [] and fitting(recorded[2:], 1) == recorded[2:]
+    within = {staleness: fitting(recorded, RolloutConfig(staleness=staleness)) for staleness in (3, 4)}
+    assert within == {3: [], 4: recorded} and fitting(recorded[2:], RolloutConfig(staleness=1)) == recorded[2:]
 
     old = {"steps": 3, "rollout": {"devices": 0, "staleness": 1}, "actor": {"rewards": []}}
     assert not sampled_otherwise(old, old | {"steps": 9, "rollout": {"devices": 4, "staleness": 1}})

@@ -7,7 +7,7 @@ import logging
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
-from typing import Any, Protocol, Self, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -217,14 +217,14 @@ class PromptActor(QueuedActor):
         self.rewards = rewards
         self.settings = settings
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "PromptActor":
         self.rewards.__enter__()
         return self
 
     def __exit__(self, *error: Any) -> None:
         self.rewards.__exit__(*error)
 
-    def for_evaluation(self, sampling: SamplingParams) -> Self:
+    def for_evaluation(self, sampling: SamplingParams) -> "PromptActor":
         settings = replace(self.settings, sampling=sampling)
         return type(self)(self.sampler, self.tokenizer, self.rewards, settings)
 

@@ -12,7 +12,7 @@ SPREAD := -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 # Compiled programs of tests and demos are kept between runs.
 CACHE := $(CURDIR)/.cache/jax
 
-.PHONY: quickstart quickstart-tiny agent-demo setup test test-fast test-slow test-gpu test-aot check lint format lock clean
+.PHONY: quickstart quickstart-tiny agent-demo setup test test-fast test-slow test-gpu test-aot test-vllm check lint format lock clean
 .DEFAULT_GOAL := quickstart
 
 quickstart: $(VENV)/.base $(VENV)/.model
@@ -46,6 +46,10 @@ test-slow: $(VENV)/.base $(VENV)/.model $(VENV)/.parity
 # Compiles for TPU pods and GPUs on the CPU: pip install 'rljax-lm[aot-tpu,aot-gpu]'. Skipped where a compiler is missing.
 test-aot: $(VENV)/.base
 	XLA_FLAGS= JAX_COMPILATION_CACHE_DIR=$(CACHE) $(BIN)/python -m pytest -rs -m aot
+
+# vLLM in an environment of its own, see docs/engines.md: `make test-vllm VLLM=path/to/vllm`.
+test-vllm: $(VENV)/.base
+	RLJAX_VLLM=$(VLLM) JAX_COMPILATION_CACHE_DIR=$(CACHE) $(BIN)/python -m pytest -rs -m slow tests/test_engines_vllm.py
 
 test-gpu: $(VENV)/.base $(VENV)/.model
 	JAX_PLATFORMS=cuda $(BIN)/python -m pytest -m gpu

@@ -25,6 +25,7 @@ SMALLEST = {
     "arena.py": ("--preset=smoke", "--tasks=spell_backward", "--methods=random forks;GRPO, more samples"),
     "compare_runs.py": (),
     "compiled.py": ("--preset=smoke", "--only=decode_bound_0p6b,predicted_over_compiled"),
+    "engines.py": ("--preset=smoke",),
     "episodes.py": ("--preset=smoke",),
     "forest.py": ("--preset=smoke",),
     "growth.py": ("--preset=smoke",),
@@ -34,6 +35,7 @@ SMALLEST = {
     "papers.py": ("--size=smoke", "--configs=grpo"),
     "parity/losses.py": (),
     "rollout.py": ("--preset=smoke",),
+    "simulate.py": ("--preset=smoke",),
     "train_step.py": ("--preset=smoke",),
 }
 ELSEWHERE = {"compare_runs.py": "test_benchmarks_compare_runs", "parity/losses.py": "test_benchmarks_parity"}
@@ -85,7 +87,7 @@ def test_every_script_has_a_smallest_form():
 
 
 @pytest.mark.parametrize(
-    "script", ["episodes.py", "forest.py", "objectives.py", "overlap.py", "rollout.py", "train_step.py"]
+    "script", ["episodes.py", "forest.py", "objectives.py", "overlap.py", "rollout.py", "simulate.py", "train_step.py"]
 )
 def test_a_benchmark_measures_everything_that_it_reports(run, script):
     report = run(script, *SMALLEST[script])

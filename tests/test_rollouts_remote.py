@@ -3,17 +3,28 @@
 import contextlib
 import dataclasses
 import http.client
+import itertools
 import json
+import os
+import signal
+import socket
+import sys
+import threading
+import time
 
+import jax
 import numpy as np
 import pytest
 
-from rljax.experiment import Remote
+from rljax.algorithms import GRPO, TreeRL
+from rljax.experiment import Remote, SamplingConfig
 from rljax.experiment.build import build
+from rljax.experiment.check import check
 from rljax.experiment.serve import ServeConfig, engine_of
 from rljax.experiment.train import train
 from rljax.models import save_hf
-from rljax.rollouts import number_groups
+from rljax.rollouts import EngineFailed, number_groups
+from rljax.rollouts.engines.client import assign
 from rljax.testing import tiny_config
 
 # Two programs add up in other orders, so log-probs differ by float32 rounding. Of these models' log-probs, which are
@@ -28,7 +39,8 @@ def model(tmp_path_factory):
     run = build(config)
     folder = tmp_path_factory.mktemp("model")
     save_hf(folder, run.decoder, run.initial_params(), tokenizer=run.tokenizer)
-    return config, run, folder
+    with run.actor:
+        yield config, run, folder
 
 
 @contextlib.contextmanager
@@ -93,3 +105,282 @@ def test_a_run_over_engines_trains_on_the_tokens_of_one_that_samples_itself(mode
     assert len(own) == 2 * 4 * 4
     for one, other in zip(found, own, strict=True):
         assert {**one, "logprobs": 0} == {**other, "logprobs": 0}
+
+
+def test_samples_are_those_of_a_decoder_whatever_the_number_of_engines(model, service):
+    config, run, folder = model
+    wanted = samples_of(run.actor, run, run.initial_params())
+    with served(folder, rows=2) as other:
+        actor = build(dataclasses.replace(config, actor=remote(config, service.url, other.url))).actor
+        with actor:
+            assert_same_samples(samples_of(actor, run, run.initial_params()), wanted)
+            assert actor.stats["probe_gap"] < ROUNDING
+            # Each of the two had its share of the prompts, behind the probe, which is sampled in the same manner.
+            assert service.stats["turns"] == other.stats["turns"] == 8 + 4
+
+
+def test_forks_go_on_with_the_tokens_and_numbers_of_a_decoder(model, service):
+    config, run, _ = model
+    forks = dataclasses.replace(config, algorithm=TreeRL(chains=2, points=1, branches=1, kl_coef=0.0))
+    own = build(forks)
+    with own.actor:
+        wanted = samples_of(own.actor, own, run.initial_params())
+    assert any(sample.fork_index for sample in wanted)
+    other = build(dataclasses.replace(forks, actor=remote(config, service.url)))
+    with other.actor:
+        assert_same_samples(samples_of(other.actor, other, run.initial_params()), wanted)
+
+
+@pytest.mark.parametrize("engine", ["rljax", "vllm"])
+def test_stop_strings_end_a_completion_where_a_decoder_would(model, service, engine):
+    # An engine of vLLM's is told no stop strings: what it said is cut.
+    config, run, _ = model
+    stops = dataclasses.replace(
+        config, sampling=SamplingConfig(max_new_tokens=8, stop_strings=("b", "ha"), truncated_is_wrong=False)
+    )
+    own = build(stops)
+    with own.actor:
+        wanted = samples_of(own.actor, own, run.initial_params())
+    assert {"stop_string", "length"} <= {sample.finish_reason for sample in wanted}
+    other = build(dataclasses.replace(stops, actor=remote(config, service.url, engine=engine)))
+    with other.actor:
+        assert_same_samples(samples_of(other.actor, other, run.initial_params()), wanted)
+
+
+def test_an_engine_that_loads_a_part_of_the_weights_is_found_out(model, service):
+    config, run, folder = model
+    params = run.initial_params()
+    moved = jax.tree.map(lambda x: x + 0.2, params)
+    with served(folder) as engine:
+        whole = engine._load
+
+        def half(path):
+            """The first layer as it is in the folder, the others as they were before."""
+            new = whole(path)
+            old = whole(str(folder))
+            layers = {name: value.at[1:].set(old["layers"][name][1:]) for name, value in new["layers"].items()}
+            return {**new, "layers": layers}
+
+        actor = build(dataclasses.replace(config, actor=remote(config, service.url, engine.url))).actor
+        with actor:
+            actor.set_params(params, 0)
+            engine._load = half
+            url = engine.url
+            with pytest.raises(EngineFailed) as caught:
+                actor.set_params(moved, 1)
+    message = str(caught.value)
+    assert message.startswith(f"engine {url} says log-probs that are 0.")
+    assert "config.actor.probe_bound=0.001" in message and "config.actor.hand_over='restart'" in message
+    assert "\n" not in message
+
+
+def free_port():
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return server.getsockname()[1]
+
+
+def test_an_engine_that_dies_is_waited_for_given_the_weights_again_and_asked_again(model, monkeypatch):
+    config, run, folder = model
+    params = jax.tree.map(lambda x: x + 0.1, run.initial_params())
+    wanted = samples_of(run.actor, run, params, version=3)
+    port = free_port()
+    actor = build(dataclasses.replace(config, actor=remote(config, f"http://127.0.0.1:{port}", connections=3))).actor
+
+    judged = []
+    score = actor.rewards.score
+    monkeypatch.setattr(actor.rewards, "score", lambda inputs: judged.extend(inputs) or score(inputs))
+
+    with contextlib.ExitStack() as engines, actor:
+        first = engines.enter_context(served(folder, port=port))
+        asked = itertools.count()
+        due = threading.Event()
+        answer = first.generate
+
+        def dying(body):
+            # Behind the probe and some of the answers; requests under way are called off with it.
+            if next(asked) == 4 + 6:
+                due.set()
+            return answer(body)
+
+        first._post["/inference/v1/generate"] = lambda _, body: dying(body)
+
+        def die_and_come_back():
+            due.wait(60)
+            first.__exit__()
+            time.sleep(0.3)
+            # It comes back on the weights that it was first started on.
+            engines.enter_context(served(folder, port=port))
+
+        thread = threading.Thread(target=die_and_come_back)
+        thread.start()
+        assert_same_samples(samples_of(actor, run, params, version=3), wanted)
+        thread.join()
+        assert actor.stats["engines_lost"] >= 1 and actor.stats["resent_requests"] >= 1
+    assert len(judged) == len(wanted)
+
+
+def test_an_engine_that_does_not_come_back_ends_the_run_with_the_reason(model):
+    config, run, _ = model
+    address = f"http://127.0.0.1:{free_port()}"
+    actor = build(dataclasses.replace(config, actor=remote(config, address))).actor
+    actor.sampler.fleet.config.wait_s = 0.3
+    with actor, pytest.raises(EngineFailed, match=f"engine {address} was waited for 0.3 s .* start it again"):
+        actor.set_params(run.initial_params(), 0)
+
+
+@pytest.mark.slow
+def test_an_engine_that_a_run_starts_and_that_is_killed_is_started_again(model):
+    config, run, _ = model
+    params = run.initial_params()
+    wanted = samples_of(run.actor, run, params)
+    command = (
+        f"{sys.executable} -m rljax serve --model={{weights}} --port={{port}} --rows=8 --context_length=16 "
+        "--max_new_tokens=8"
+    )
+    address = f"http://127.0.0.1:{free_port()}"
+    for hand_over in ("reload", "restart"):
+        settings = {"command": command, "hand_over": hand_over, "connections": 2}
+        actor = build(dataclasses.replace(config, actor=remote(config, address, **settings))).actor
+        fleet = actor.sampler.fleet
+        fleet.config.wait_s = 120.0
+        with actor:
+            actor.set_params(params, 0)
+            process = fleet._processes[0].popen
+            threading.Timer(0.05, lambda process=process: os.kill(process.pid, signal.SIGKILL)).start()
+            assert_same_samples(samples_of(actor, run, params, version=1), wanted)
+            assert fleet._processes[0].popen.pid != process.pid
+        assert fleet._processes == {}
+
+
+def test_prompts_are_spread_in_equal_numbers_and_stay_where_they_were():
+    engines = [f"http://host-{i}:8000" for i in range(4)]
+    names = list(range(100, 180))
+    places = assign(names, engines)
+    assert [places.count(i) for i in range(4)] == [20] * 4
+    assert assign(names, engines) == places
+    # One prompt a call is bounded by nothing: with an engine fewer only what it had goes elsewhere.
+    alone = {name: engines[assign([name], engines)[0]] for name in names}
+    fewer = {name: engines[:3][assign([name], engines[:3])[0]] for name in names}
+    assert {name for name in names if alone[name] != fewer[name]} == {n for n in names if alone[n] == engines[3]}
+
+
+def body_of(tokens=(3, 4), **sampling):
+    return {"token_ids": list(tokens), "sampling_params": {"max_tokens": 4, "seed": 7, **sampling}}
+
+
+def test_an_engine_refuses_what_it_cannot_honour(service):
+    path = "/inference/v1/generate"
+    refused = {
+        "presence_penalty": 0.5,
+        "min_tokens": 2,
+        "logit_bias": {"3": 1.0},
+        "logprobs": 5,
+        "prompt_logprobs": 1,
+        "beam_width": 2,
+        "top_p": 0.0,
+        "temperature": -1,
+        "n": 0,
+        "stop": [""],
+        "max_tokens": 9,
+        "extra_args": {"rljax": {"turn": 1}},
+    }
+    for name, value in refused.items():
+        status, answer = ask(service, path, body_of(**{name: value}))
+        assert status == 400 and name in "{param} {message}".format(**answer["error"]), (name, answer)
+    for body in ({**body_of(), "stream": True}, {**body_of(), "token_ids": []}, {"token_ids": [1]}, [1], body_of([99])):
+        assert ask(service, path, body)[0] == 400
+    assert ask(service, path, body_of([3] * 16))[1]["error"]["code"] == "context_length_exceeded"
+    status, answer = ask(service, "/v1/load_lora_adapter", {"lora_name": "a", "lora_path": "b"})
+    assert status == 501 and "adapters are not served" in answer["error"]["message"]
+    status, answer = ask(service, "/collective_rpc", {"method": "reload_weights", "kwargs": {"weights_path": "/no"}})
+    assert status == 400 and "no model at '/no'" in answer["error"]["message"]
+
+
+def test_a_key_is_asked_for(model):
+    with served(model[2], key="secret") as service:
+        assert ask(service, "/inference/v1/generate", body_of())[0] == 401
+        assert ask(service, "/health", method="GET") == (200, {})
+
+
+def test_seeds_name_completions_and_manners_do_not_mix(service):
+    """Requests of several seeds, temperatures and stop tokens at once get what each gets alone."""
+    bodies = [
+        body_of(seed=seed, temperature=temperature, stop_token_ids=stops, n=2)
+        for seed, temperature, stops in itertools.product((1, 2), (0.0, 1.0), ([], [4]))
+    ]
+    alone = [ask(service, "/inference/v1/generate", body)[1]["choices"] for body in bodies]
+    found = [None] * len(bodies)
+
+    def one(i):
+        found[i] = ask(service, "/inference/v1/generate", bodies[i])[1]["choices"]
+
+    threads = [threading.Thread(target=one, args=(i,)) for i in range(len(bodies))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for one, other in zip(itertools.chain(*found), itertools.chain(*alone), strict=True):
+        said = [[entry["logprob"] for entry in choice["logprobs"]["content"]] for choice in (one, other)]
+        np.testing.assert_allclose(said[0], said[1], atol=ROUNDING, rtol=0)
+        assert (one["token_ids"], one["stop_reason"]) == (other["token_ids"], other["stop_reason"])
+    assert alone[2] != alone[6]  # of other seeds
+    assert all(choice["token_ids"][-1] == 4 or 4 not in choice["token_ids"] for choice in alone[3])
+
+
+@pytest.mark.parametrize("mode", ["keep", "wait", "abort"])
+def test_a_paused_engine_takes_other_weights_and_goes_on(model, tmp_path, mode):
+    _, run, folder = model
+    path = "/inference/v1/generate"
+    other = jax.tree.map(lambda x: x * 1.5, run.initial_params())
+    save_hf(tmp_path, run.decoder, other, tokenizer=run.tokenizer)
+    with served(folder) as service:
+        before = ask(service, path, body_of())[1]["choices"][0]
+        assert ask(service, f"/pause?mode={mode}", None) == (200, {"status": "paused"})
+        assert ask(service, "/is_paused", method="GET")[1] == {"is_paused": True}
+
+        found = []
+        waiting = threading.Thread(target=lambda: found.append(ask(service, path, body_of())[1]["choices"][0]))
+        waiting.start()
+        assert (
+            ask(service, "/collective_rpc", {"method": "reload_weights", "kwargs": {"weights_path": str(tmp_path)}})[0]
+            == 200
+        )
+        assert ask(service, "/update_weight_version", {"new_version": "next"})[0] == 200
+        assert ask(service, "/weight_info", method="GET")[1] == {"weight_version": "next"}
+        assert not found
+        assert ask(service, "/resume", None) == (200, {"status": "resumed"})
+        waiting.join(30)
+        assert before["weight_versions"] == [{"version": "default", "start": 0, "end": len(before["token_ids"])}]
+        assert found[0]["weight_versions"][0]["version"] == "next"
+        assert found[0]["logprobs"] != before["logprobs"]
+        assert ask(service, "/pause?mode=soon", None)[0] == 400
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"engines": ()}, "config.actor.engines=.* must be addresses"),
+        ({"engines": ("localhost:8000",)}, "'localhost:8000', which is no address such as http://host:8000"),
+        ({"engines": ("http://far:1",)}, "config.actor.weights='' is a folder of this one; name a folder that both"),
+        ({"hand_over": "restart"}, "config.actor.hand_over='restart' needs config.actor.command"),
+        ({"command": "serve {model}"}, r"config.actor.command='serve {model}' cannot be filled in .*{weights}"),
+        ({"command": "serve it"}, "must say where the weights are"),
+        ({"key_variable": "NO_SUCH_KEY"}, "config.actor.key_variable='NO_SUCH_KEY' is not in the environment"),
+        ({"wait_s": 0.0}, "config.actor.wait_s=0.0 must be"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused_in_one_line(model, changes, message):
+    config = model[0]
+    actor = dataclasses.replace(remote(config, "http://127.0.0.1:1"), **changes)
+    with pytest.raises(ValueError, match=message) as caught:
+        check(dataclasses.replace(config, actor=actor))
+    assert "\n" not in str(caught.value)
+
+
+def test_forks_that_engines_cannot_make_are_refused(model):
+    config = model[0]
+    for algorithm in (TreeRL(chains=2, points=1, branches=1),):
+        actor = remote(config, "http://127.0.0.1:1", engine="vllm")
+        with pytest.raises(ValueError, match="engine='vllm' says no entropies and knows nothing of forks"):
+            check(dataclasses.replace(config, actor=actor, algorithm=algorithm))
+    assert check(dataclasses.replace(config, actor=actor, algorithm=GRPO(group_size=4)))

@@ -94,9 +94,11 @@ def _run(main: Callable[[], None]) -> None:
             raise
         _fail(f"{error}\n{_MORE}")
     except (RuntimeError, FloatingPointError) as error:
+        from rljax.experiment import EngineFailed
         from rljax.experiment.train import RunFailed
 
-        if os.environ.get("RLJAX_TRACEBACK") or not isinstance(error, (RunFailed, FloatingPointError)):
+        told = (RunFailed, EngineFailed, FloatingPointError)
+        if os.environ.get("RLJAX_TRACEBACK") or not isinstance(error, told):
             raise
         _fail(f"{error}\n{_MORE}", status=1)
 

@@ -8,6 +8,7 @@ gets the tokens that it would have sampled itself. RLJAX_SERVE_KEY holds the API
 """
 
 import os
+from typing import cast
 
 from absl import flags
 
@@ -26,6 +27,7 @@ _DTYPE = flags.DEFINE_enum(
 
 
 def main() -> None:
+    from rljax.experiment.model import ComputeDtype
     from rljax.experiment.serve import ServeConfig, serve
 
     config = ServeConfig(
@@ -36,7 +38,7 @@ def main() -> None:
         context_length=_CONTEXT.value,
         max_new_tokens=_NEW.value,
         tensor=_TENSOR.value,
-        dtype=_DTYPE.value,
+        dtype=cast(ComputeDtype, _DTYPE.value),
         key=os.environ.get("RLJAX_SERVE_KEY", ""),
     )
     serve(config)

@@ -1,17 +1,21 @@
 """What cannot work is refused in one line, before any data is read or device touched."""
 
+import dataclasses
 import importlib.util
 import math
+
+import numpy as np
 
 from rljax.algorithms import Algorithm
 from rljax.evaluation import EvaluationConfig
 from rljax.experiment.config import Config
 from rljax.plans import RolloutPlan
-from rljax.rollouts import BlackBox, Guided, MultiTurn
+from rljax.rollouts import BlackBox, Guided, MultiTurn, Remote
 from rljax.sampling import SamplingConfig
 from rljax.settings import Switch, check_config, check_effect, placed, shown
 from rljax.tasks import FileData, ReasoningGymData, RowsData
 from rljax.training import CheckpointConfig, OptimizerConfig, has_first_moment
+from rljax.types import NO_PARENT, RolloutBatch
 
 SWITCHES = (
     Switch(CheckpointConfig, "keep_best", lambda n: not n, ("best_metric",), "set that to how many of the best stay"),
@@ -59,6 +63,7 @@ def check(config: Config, device_count: int | None = None) -> Algorithm:
         )
     config.actor.check(plan, config.sampling, config.update.pack_length)
     check_off_policy(config, algorithm)
+    check_entropies(config, algorithm)
     check_groups(config, plan)
     check_pushes(config)
     if config.sampling.temperature <= 0 and plan.group_size > 1:
@@ -116,6 +121,54 @@ def check_groups(config: Config, plan: RolloutPlan) -> None:
         spans_updates=isinstance(actor, MultiTurn) and bool(actor.groups_in_flight or actor.stale_share),
         rows_per_member=actor.trained_conversations if isinstance(actor, BlackBox) else 1,
     )
+
+
+def check_entropies(config: Config, algorithm: Algorithm) -> None:
+    """Refuses an engine that says no entropies for a method whose advantages are made of them."""
+    actor = config.actor
+    if isinstance(actor, Remote) and not actor.says_entropies and reads_entropies(algorithm):
+        raise ValueError(
+            f"config.actor.engine={actor.engine!r} says no entropies, of which {type(config.algorithm).__name__} makes "
+            "advantages; serve with engine='rljax', or choose another method"
+        )
+
+
+def reads_entropies(algorithm: Algorithm) -> bool:
+    """Whether advantages depend on what the sampler said of entropies: tried on a group of samples, of which none is
+    known in the second trial."""
+    rows = algorithm.plan.group_size
+    shape = (rows, 4)
+    zeros = np.zeros(rows, np.int32)
+    batch = RolloutBatch(
+        tokens=np.arange(math.prod(shape), dtype=np.int32).reshape(shape),
+        action_mask=np.ones(shape, bool),
+        behavior_logprobs=np.full(shape, -1, np.float32),
+        entropies=np.linspace(0, 1, math.prod(shape), dtype=np.float32).reshape(shape),
+        turn_ids=np.zeros(shape, np.int32),
+        policy_version=np.zeros(shape, np.int32),
+        lengths=np.full(rows, shape[1], np.int32),
+        reward=np.linspace(0, 1, rows, dtype=np.float32),
+        is_valid=np.ones(rows, bool),
+        is_truncated=np.zeros(rows, bool),
+        group_id=zeros,
+        episode_id=np.arange(rows, dtype=np.int32),
+        source=zeros,
+        parent_row=np.full(rows, NO_PARENT, np.int32),
+        fork_index=zeros,
+        fork_score=np.zeros(rows, np.float32),
+        intervention=zeros,
+        ref_logprobs=np.full(shape, -1, np.float32),
+        values=np.zeros(shape, np.float32),
+        turn_rewards=np.zeros(shape, np.float32),
+        state_ids=np.zeros(shape, np.int32),
+        columns={
+            column.name: np.zeros(rows if column.per == "row" else shape, np.float32)
+            for column in algorithm.plan.columns
+        },
+    )
+    unknown = dataclasses.replace(batch, entropies=np.full(shape, np.nan, np.float32))
+    known = np.asarray(algorithm.advantage_fn(batch))
+    return not np.array_equal(known, np.asarray(algorithm.advantage_fn(unknown)))
 
 
 def check_pushes(config: Config) -> None:

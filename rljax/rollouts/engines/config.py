@@ -82,6 +82,11 @@ class EnginesConfig:
                 f"config.actor.key_variable={self.key_variable!r} is not in the environment; set it, or leave it out"
             )
 
+    @property
+    def says_entropies(self) -> bool:
+        """Whether answers hold the entropies of the distribution that was sampled from."""
+        return self.engine == "rljax"
+
     def bound(self, dtype: str) -> float:
         """`probe_bound`, or that of the compute dtype."""
         return self.probe_bound or (1e-3 if dtype == "float32" else 0.05)

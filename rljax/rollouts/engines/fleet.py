@@ -136,6 +136,8 @@ class Fleet:
             try:
                 list(pool.map(lambda i: self._give(i, is_new=is_new), range(len(self._engines))))
             except BaseException:
+                # The others, which would go on waiting for their engines.
+                self._failed("the hand-over was given up")
                 self.abandon()
                 raise
         # An engine that is started again reads the newest alone.

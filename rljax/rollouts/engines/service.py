@@ -44,7 +44,8 @@ class EngineService:
     - `POST /pause?mode=abort|wait|keep`, `POST /resume`, `GET /is_paused`. With `keep`, what is under way begins anew
       behind the resume.
     - `POST /update_weight_version`, `GET /weight_info`: a label of the weights, which every answer repeats.
-    - `POST /reset_prefix_cache`, `GET /health`, `GET /version`, `GET /v1/models`.
+    - `POST /reset_prefix_cache`, `GET /health`, `GET /version`, `GET /v1/models`; and, of our own, `GET /stats`: the
+      decoder's counts since the manner changed last.
 
     A context manager: the port and the threads are open within `with` only. OSError on entering for a port that is
     taken.
@@ -64,6 +65,7 @@ class EngineService:
         self.tokenizer = tokenizer
         self.context_length = decoder.spec.context_length
         self._turn_decoder = decoder
+        self._vocabulary = decoder.config.num_ids
         self._load = load
         self._address = (host, port)
         self._key = key
@@ -79,6 +81,7 @@ class EngineService:
             "/is_paused": lambda: {"is_paused": self._thread.is_paused},
             "/weight_info": lambda: {"weight_version": self.weights.label},
             "/v1/models": self._models,
+            "/stats": lambda: self.stats,
         }
         self._post: dict[str, Callable[[Asked, Any], Any]] = {
             "/inference/v1/generate": lambda _, body: self.generate(body),
@@ -127,7 +130,7 @@ class EngineService:
     @property
     def stats(self) -> dict[str, float]:
         """The decoder's, since the manner changed last."""
-        return self._turn_decoder.stats
+        return {name: float(value) for name, value in self._turn_decoder.stats.items()}
 
     @property
     def _open(self) -> tuple[HttpServer, DecoderThread, threading.Thread]:
@@ -225,6 +228,13 @@ class EngineService:
                 decode_text=self.tokenizer.decode,
             ),
         )
+
+        if outside := [token for token in (*request.tokens, *request.stop_tokens) if token >= self._vocabulary]:
+            raise ApiError(
+                f"token {outside[0]} is outside the vocabulary of {self._vocabulary}; check that tokenizer and model "
+                "belong together",
+                param="token_ids",
+            )
 
         # The decoder counts a turn as a sample of its own: with these two numbers its random numbers are those of a
         # sampler's sample of this id.

@@ -7,7 +7,7 @@ import logging
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 
@@ -195,6 +195,9 @@ class OnMain:
         return self.rewards.answer(completion, result)
 
 
+Own = TypeVar("Own", bound="PromptActor")
+
+
 class PromptActor(QueuedActor):
     """Samples each prompt of a group independently, or in rounds of forks, and runs `rewards` on the texts.
 
@@ -217,14 +220,14 @@ class PromptActor(QueuedActor):
         self.rewards = rewards
         self.settings = settings
 
-    def __enter__(self) -> "PromptActor":
+    def __enter__(self: Own) -> Own:
         self.rewards.__enter__()
         return self
 
     def __exit__(self, *error: Any) -> None:
         self.rewards.__exit__(*error)
 
-    def for_evaluation(self, sampling: SamplingParams) -> "PromptActor":
+    def for_evaluation(self: Own, sampling: SamplingParams) -> Own:
         settings = replace(self.settings, sampling=sampling)
         return type(self)(self.sampler, self.tokenizer, self.rewards, settings)
 

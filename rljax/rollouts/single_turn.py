@@ -157,6 +157,9 @@ def _warn_of_control_tokens(parts: ActorParts, examples: Sequence[Example]) -> N
         )
 
 
+OwnActor = TypeVar("OwnActor", bound="PromptActor")
+
+
 @runtime_checkable
 class PromptSampler(Protocol):
     """What samples completions of prompts: a `Sampler`, or what stands for one elsewhere."""
@@ -195,9 +198,6 @@ class OnMain:
         return self.rewards.answer(completion, result)
 
 
-Own = TypeVar("Own", bound="PromptActor")
-
-
 class PromptActor(QueuedActor):
     """Samples each prompt of a group independently, or in rounds of forks, and runs `rewards` on the texts.
 
@@ -220,14 +220,14 @@ class PromptActor(QueuedActor):
         self.rewards = rewards
         self.settings = settings
 
-    def __enter__(self: Own) -> Own:
+    def __enter__(self: OwnActor) -> OwnActor:
         self.rewards.__enter__()
         return self
 
     def __exit__(self, *error: Any) -> None:
         self.rewards.__exit__(*error)
 
-    def for_evaluation(self: Own, sampling: SamplingParams) -> Own:
+    def for_evaluation(self: OwnActor, sampling: SamplingParams) -> OwnActor:
         settings = replace(self.settings, sampling=sampling)
         return type(self)(self.sampler, self.tokenizer, self.rewards, settings)
 

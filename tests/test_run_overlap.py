@@ -21,18 +21,19 @@ from devices import xla_flags
 import rljax.experiment.pipeline
 from rljax.algorithms import GRPO, DecoupledPPO
 from rljax.experiment import RolloutConfig
-from rljax.experiment.build import build
+from rljax.experiment.build import Run, build
 from rljax.experiment.check import check
+from rljax.experiment.config import to_dict
 from rljax.experiment.journal import Journal, Made, from_bytes, to_bytes
 from rljax.experiment.pipeline import Beside, Pipeline
-from rljax.experiment.train import fitting, sampled_otherwise
+from rljax.experiment.train import fitting, resume, sampled_otherwise
 from rljax.parallel import make_mesh, replicated, split_devices
 from rljax.plans import RolloutPlan
 from rljax.rollouts import Rollout
 from rljax.rollouts.orders import QueuedActor
 from rljax.tasks import Example, UniformCurriculum
 from rljax.testing import params_fingerprint, rollout_records, run_metrics, tiny_config
-from rljax.training import Checkpointer
+from rljax.training import Checkpointer, RunFolder
 from rljax.types import TrainState, Trajectory
 
 TESTS = Path(__file__).parent
@@ -275,7 +276,8 @@ def test_a_run_that_ends_gives_up_the_rollout_under_way(monkeypatch, beside):
 
 def test_only_rollouts_of_the_same_config_and_within_the_staleness_are_used_again():
     recorded = [made(5, 1), made(6, 2), made(7, 6)]
-    assert fitting(recorded, 4) == recorded and fitting(recorded, 3) == [] and fitting(recorded[2:], 1) == recorded[2:]
+    within = {staleness: fitting(recorded, RolloutConfig(staleness=staleness)) for staleness in (3, 4)}
+    assert within == {3: [], 4: recorded} and fitting(recorded[2:], RolloutConfig(staleness=1)) == recorded[2:]
 
     old = {"steps": 3, "rollout": {"devices": 0, "staleness": 1}, "actor": {"rewards": []}}
     assert not sampled_otherwise(old, old | {"steps": 9, "rollout": {"devices": 4, "staleness": 1}})
@@ -309,9 +311,22 @@ def test_a_checkpoint_that_is_not_complete_is_passed_over_and_counts_for_none(tm
     # Later ones would be of another history, should the run not repeat itself.
     assert checkpoints.steps == [2]
 
+    # None is thrown away for what may be put back.
     there.clear()
-    assert checkpoints.restore(target) is None and checkpoints.steps == []
+    assert checkpoints.restore(target) is None and checkpoints.steps == [2]
     checkpoints.close()
+
+
+def test_checkpoints_whose_rollouts_are_gone_are_not_begun_anew_in_silence(tmp_path):
+    folder = RunFolder(tmp_path, config=to_dict(tiny_config()))
+    folder.evaluation_file(0).write_text("{}")
+    journal = Journal(folder.journal)
+    journal.write(made(4))
+    checkpoints = Mock(spec=Checkpointer, steps=[7])
+    checkpoints.restore.return_value = None
+    with pytest.raises(ValueError, match=r"no checkpoint in .* rollouts that they need are missing in .*journal; put"):
+        resume(Mock(spec=Run), checkpoints, folder, journal)
+    checkpoints.drop.assert_not_called()
 
 
 @pytest.mark.parametrize(

@@ -297,6 +297,14 @@ def resume(run: Run, checkpoints: Checkpointer, folder: RunFolder, journal: Jour
             )
         review_changes(folder.previous_config, folder.config, done, "config.steps", is_evaluated=is_evaluated)
     restored = checkpoints.restore(run.abstract_state())
+    if restored is None and checkpoints.steps:
+        # Before the first one is complete all rollouts are there, and the run begins again with them.
+        if not on_main(lambda: journal.holds(0, 1)):
+            raise ValueError(
+                f"no checkpoint in {folder.checkpoints} can be gone on from: rollouts that they need are missing in "
+                f"{journal.folder}; put them back, or start anew with --fresh"
+            )
+        checkpoints.drop(checkpoints.steps)
     if restored is None:
         review_warmup(folder)
         if is_main_process():

@@ -128,7 +128,8 @@ class Checkpointer:
         self._manager.close()
 
     def restore(self, target: TrainState) -> tuple[TrainState, dict[str, Any], int] | None:
-        """(state, host state, step) of the newest checkpoint that is whole; None when there is none at all.
+        """(state, host state, step) of the newest checkpoint that is whole; None when there is none at all, or none of
+        them is complete.
 
         `target` is a `TrainState` of `jax.ShapeDtypeStruct`s with the shardings to restore onto; they need not be those
         of the save. Its `base`, if it has one, is the loaded weights themselves (`with_base`), and part of what is
@@ -157,13 +158,12 @@ class Checkpointer:
                 )
             else:
                 self._set_aside([step for step in failures if step not in incomplete])
-                self._delete(incomplete)
+                self.drop(incomplete)
                 return result
 
         if refused is not None:
             raise refused
         if incomplete and len(incomplete) == len(failures):
-            self._delete(incomplete)
             return None
         if failures:
             listed = "; ".join(f"step {step}: {reason}" for step, reason in failures.items())
@@ -203,7 +203,8 @@ class Checkpointer:
         barrier("set aside")
         self._open()
 
-    def _delete(self, steps: Sequence[int]) -> None:
+    def drop(self, steps: Sequence[int]) -> None:
+        """Removes finished checkpoints."""
         for step in steps:
             self._manager.delete(step)
 
@@ -235,7 +236,7 @@ class Checkpointer:
             scored = sorted((score, step) for step, score in scores.items() if score is not None)
             keep |= {step for _, step in scored[-self.keep_best :]}
 
-        self._delete([step for step in steps if step not in keep])
+        self.drop([step for step in steps if step not in keep])
 
     def _score(self, step: int) -> float | None:
         try:

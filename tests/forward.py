@@ -37,33 +37,34 @@ def mixed_logprobs(config, weights, ids):
     """The log-prob of each of `ids` [T] after those before it, 0 for the first, where `weights[t]` read token `t`: its
     keys and values are theirs in every layer, over those of the tokens before, whoever computed them.
 
-    Token by token, with plain attention in float32 over lists that grow: what a decoder may make of a cache whose
-    beginning other weights have computed.
+    Token by token, with plain attention in float32: what a decoder may make of a cache whose beginning other weights
+    have computed.
     """
-    keys = [[] for _ in range(config.num_layers)]
-    values = [[] for _ in range(config.num_layers)]
+    shape = (config.num_layers, LENGTH, config.num_kv_heads, config.head_dim)
+    kept = (jnp.zeros(shape), jnp.zeros(shape))
     out = np.zeros(len(ids))
-    for t, (params, token) in enumerate(zip(weights, ids, strict=True)):
-        x = embed(config, params, jnp.array([token]))
-        rotary = rotary_table(config, jnp.array([t]))
-        for layer, layer_params in enumerate(unstack_layers(params)["layers"]):
-
-            def attend(q, k, v, layer=layer):
-                keys[layer].append(np.asarray(k[0]))
-                values[layer].append(np.asarray(v[0]))
-                return _attend(np.asarray(q[0]), np.stack(keys[layer]), np.stack(values[layer]))[None], None
-
-            x, _ = apply_layer(config, layer_params, x, rotary, attend)
+    for t, params in enumerate(weights):
+        table, kept = _read_token(config, params, kept, jnp.int32(ids[t]), jnp.int32(t))
         if t + 1 < len(ids):
-            table = jax.nn.log_softmax(logits(config, params, final_norm(config, params, x))[0])
             out[t + 1] = table[ids[t + 1]]
     return out
 
 
-def _attend(q, k, v):
-    """One query [H, hd] over keys and values [T, KV, hd]."""
-    groups = q.shape[0] // k.shape[1]
-    k, v = (np.repeat(x, groups, axis=1) for x in (k, v))
-    scores = np.einsum("hd,thd->ht", q, k) / np.sqrt(q.shape[-1])
-    weights = np.exp(scores - scores.max(axis=1, keepdims=True))
-    return jnp.asarray(np.einsum("ht,thd->hd", weights / weights.sum(axis=1, keepdims=True), v))
+@functools.partial(jax.jit, static_argnums=0)
+def _read_token(config, params, kept, token, t):
+    """Log-probs [V] behind a token, and keys and values [layers, LENGTH, KV, hd] with its own."""
+    x = embed(config, params, token[None])
+    rotary = rotary_table(config, t[None])
+    for layer, layer_params in enumerate(unstack_layers(params)["layers"]):
+
+        def attend(q, k, v, layer=layer):
+            nonlocal kept
+            kept = tuple(old.at[layer, t].set(new[0]) for old, new in zip(kept, (k, v), strict=True))
+            groups = config.num_heads // config.num_kv_heads
+            keys, values = (jnp.repeat(one[layer], groups, axis=1) for one in kept)
+            scores = jnp.einsum("hd,thd->ht", q[0], keys) / np.sqrt(config.head_dim)
+            scores = jnp.where(jnp.arange(LENGTH) <= t, scores, -jnp.inf)
+            return jnp.einsum("ht,thd->hd", jax.nn.softmax(scores, axis=1), values)[None], None
+
+        x, _ = apply_layer(config, layer_params, x, rotary, attend)
+    return jax.nn.log_softmax(logits(config, params, final_norm(config, params, x))[0]), kept

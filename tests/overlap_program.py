@@ -1,9 +1,10 @@
 """Run by test_run_overlap.py on 8 virtual devices: runs whose rollouts are made beside updates, or in turn.
 
     overlap_program.py FOLDER                              # all of them in one process; prints what they computed
-    overlap_program.py FOLDER KIND STALENESS DEVICES       # one of them, to be killed and started again
+    overlap_program.py FOLDER KIND STALENESS DEVICES [INDEX ADDRESS]
+                                                           # one of them, to be killed and started again; as one of two
 
-Both halves have four devices: where the actor has none of its own, the run has the first four.
+The learner has the first half of a process's devices. Where the actor has none of its own, the run has these alone.
 """
 
 import functools
@@ -24,10 +25,10 @@ from rljax.experiment import CheckpointConfig, EvaluationConfig, FreshModel, Mul
 from rljax.experiment.build import build
 from rljax.experiment.stops import Stopped
 from rljax.experiment.train import train
+from rljax.parallel import initialize_distributed
 from rljax.testing import params_fingerprint, rollout_records, run_metrics, tiny_config
 
 STEPS = 6
-HALF = 4
 
 loop = rljax.experiment.train
 pipeline = rljax.experiment.pipeline
@@ -41,7 +42,7 @@ def config(kind, staleness, devices, every=1):
         evaluation=EvaluationConfig(problems=4, samples=2, every=4),
         checkpoint=CheckpointConfig(every=every),
     )
-    given.update.microbatch_size = HALF
+    given.update.microbatch_size = half() * jax.process_count()
     if kind == "turns":
         given.model = FreshModel(
             alphabet="n0123456789:;?y<> \n",
@@ -68,9 +69,14 @@ def config(kind, staleness, devices, every=1):
 
 def start(given, folder, devices):
     """`train` on the devices of both halves, or on those of one."""
-    count = HALF + devices
-    loop.build = functools.partial(build, devices=jax.devices()[:count])
+    count = half() + devices
+    chosen = [jax.local_devices(process)[:count] for process in range(jax.process_count())]
+    loop.build = functools.partial(build, devices=[device for part in chosen for device in part])
     return train(given, str(folder))
+
+
+def half():
+    return jax.local_device_count() // 2
 
 
 def computed(folder):
@@ -115,7 +121,7 @@ def broken_off(given, folder, *, at, hangs_at=None, stop=False):
     pipeline.collect = hangs
     loop.SETTLE_S = 1.0
     try:
-        start(given, folder, HALF)
+        start(given, folder, half())
     except (KeyboardInterrupt, Stopped):
         pass
     finally:
@@ -127,12 +133,12 @@ def broken_off(given, folder, *, at, hangs_at=None, stop=False):
 def everything(folder):
     found = {}
     for staleness in (1, 4):
-        for devices in (0, HALF):
+        for devices in (0, half()):
             name = f"{staleness}/{devices}"
             start(config("single", staleness, devices), folder / name, devices)
             found[name] = computed(folder / name)
 
-    given = config("single", 4, HALF)
+    given = config("single", 4, half())
     broken = folder / "broken"
     found["pieces"] = [
         broken_off(given, broken, at=3, hangs_at=5),
@@ -150,6 +156,9 @@ if __name__ == "__main__":
     folder = Path(sys.argv[1])
     if len(sys.argv) > 2:
         kind, staleness, devices = sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
+        if len(sys.argv) > 5:
+            os.environ |= {"RLJAX_NUM_PROCESSES": "2", "RLJAX_PROCESS_ID": sys.argv[5]}
+            assert initialize_distributed(coordinator=sys.argv[6])
         start(config(kind, staleness, devices), folder, devices)
     else:
         print(json.dumps(everything(folder)))

@@ -14,7 +14,7 @@ import jax
 from absl import logging
 from agent_tasks import Ask, chat
 
-from rljax.algorithms import GRPO, ActGuideRL, TreeGRPO
+from rljax.algorithms import GRPO, ActGuideRL, DecoupledPPO, TreeGRPO
 from rljax.envs import Parsed, ToolFormat
 from rljax.experiment import (
     BlackBox,
@@ -131,9 +131,34 @@ def rolled_out(config: Config) -> dict:
     }
 
 
+def gone_on_with(config: Config) -> dict:
+    """Ids of the groups of two steps, between which all is built anew from what a checkpoint would hold."""
+    run = build(config)
+    plan = run.algorithm.plan
+    examples = {example.id: example for example in run.dataset.train}
+    params = run.initial_params()
+    ids = []
+    state = {}
+
+    for step in range(2):
+        actor = build(config).actor
+        with actor, use_mesh(run.mesh):
+            actor.set_params(params, step)
+            actor.load_state_dict(state, plan, examples)
+            rollout = collect(actor, plan, lambda n, step=step: run.curriculum.sample(step, n), 4, step)
+            state = json.loads(json.dumps(actor.state_dict()))
+        ids.append([example.id for example in rollout.examples])
+    return {"ids": ids, "drawn": run.curriculum.state_dict(), "state": state}
+
+
 def main(folder: Path) -> dict:
     logging.set_verbosity(logging.ERROR)
-    return {name: rolled_out(config) for name, config in cases(folder).items()}
+    given = cases(folder)
+    found = {name: rolled_out(config) for name, config in given.items()}
+
+    config = dataclasses.replace(given["forks"], algorithm=DecoupledPPO(group_size=2))
+    config.actor = dataclasses.replace(config.actor, groups_in_flight=2)
+    return found | {"in_flight": gone_on_with(config)}
 
 
 if __name__ == "__main__":

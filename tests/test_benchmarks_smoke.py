@@ -35,6 +35,7 @@ SMALLEST = {
     "papers.py": ("--size=smoke", "--configs=grpo"),
     "parity/losses.py": (),
     "rollout.py": ("--preset=smoke",),
+    "simulate.py": ("--preset=smoke",),
     "train_step.py": ("--preset=smoke",),
 }
 ELSEWHERE = {"compare_runs.py": "test_benchmarks_compare_runs", "parity/losses.py": "test_benchmarks_parity"}
@@ -86,7 +87,7 @@ def test_every_script_has_a_smallest_form():
 
 
 @pytest.mark.parametrize(
-    "script", ["episodes.py", "forest.py", "objectives.py", "overlap.py", "rollout.py", "train_step.py"]
+    "script", ["episodes.py", "forest.py", "objectives.py", "overlap.py", "rollout.py", "simulate.py", "train_step.py"]
 )
 def test_a_benchmark_measures_everything_that_it_reports(run, script):
     report = run(script, *SMALLEST[script])

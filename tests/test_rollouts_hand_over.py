@@ -21,17 +21,6 @@ def weights(version):
     return jax.tree.map(lambda x: 3 * x, init_params(CONFIG, jax.random.key(version)))
 
 
-def wait_for_environments(actor):
-    """What is cut off then does not depend on time."""
-    after = actor._after
-
-    def wait(play, then, future):
-        future.exception()
-        after(play, then, future)
-
-    actor._after = wait
-
-
 class Once:
     """A single turn, whose completion is worth its length."""
 
@@ -42,11 +31,11 @@ class Once:
         return Step("", float(len(action)), True)
 
 
+@functools.lru_cache
 def spanning(at_hand_over, *, steps=4):
     """Samples with their prompts: those that several versions of the weights have spoken, and the others; and the
     tokens that were computed before turns."""
-    actor = make_actor(conversations=24, groups_in_flight=3, at_hand_over=at_hand_over)
-    wait_for_environments(actor)
+    actor = make_actor(conversations=24, groups_in_flight=3, answers_after=1, at_hand_over=at_hand_over)
     found = []
     computed = 0.0
     for step in range(steps):
@@ -105,7 +94,7 @@ def test_recomputed_conversations_go_on_as_the_new_weights_would():
 
 def test_kept_conversations_go_on_over_what_older_weights_have_computed():
     mixed, plain, computed = spanning("keep")
-    for prompt, sample in mixed[:6]:
+    for prompt, sample in mixed[:4]:
         np.testing.assert_allclose(sample.logprobs, over_mixed_cache(prompt, sample), atol=3e-5)
     assert max(np.abs(s.logprobs - by_new_weights(p, s)).max() for p, s in mixed) > 0.1
     assert computed < spanning("recompute")[2]
@@ -116,8 +105,7 @@ def test_kept_conversations_go_on_over_what_older_weights_have_computed():
 
 
 def test_a_long_completion_of_a_single_turn_spans_updates():
-    actor = make_actor(Once, rows=5, conversations=24, groups_in_flight=3)
-    wait_for_environments(actor)
+    actor = make_actor(Once, rows=5, conversations=24, groups_in_flight=3, answers_after=1)
     spans = 0
     for step in range(4):
         actor.set_params(weights(step), version=step)
@@ -137,7 +125,7 @@ def test_an_evaluation_is_by_the_newest_weights_alone():
         groups = play(evaluation, EXAMPLES[:1] * 3, step=9)
         return [sample.logprobs for group in groups for sample in group.samples]
 
-    actor = make_actor(conversations=24, groups_in_flight=3, at_hand_over="keep")
+    actor = make_actor(conversations=24, groups_in_flight=3, answers_after=1, at_hand_over="keep")
     play(actor, EXAMPLES[:1] * actor.missing(1), n=1)
     actor.set_params(weights(1), version=1)
     fresh = make_actor(conversations=24)
@@ -153,9 +141,7 @@ def test_a_resumed_actor_goes_on_with_the_same_numbers(at_hand_over):
     examples = [Example(f"task {i}") for i in range(6)]
 
     def made():
-        actor = make_actor(conversations=24, groups_in_flight=3, at_hand_over=at_hand_over)
-        wait_for_environments(actor)
-        return actor
+        return make_actor(conversations=24, groups_in_flight=3, answers_after=1, at_hand_over=at_hand_over)
 
     def said(actor):
         actor.set_params(weights(1), version=1)
@@ -170,7 +156,5 @@ def test_a_resumed_actor_goes_on_with_the_same_numbers(at_hand_over):
     resumed = made()
     resumed.load_state_dict(state, plan, {example.id: example for example in examples})
     for one, other in zip(said(resumed), said(actor), strict=True):
-        np.testing.assert_array_equal(one.tokens, other.tokens)
-        np.testing.assert_array_equal(one.versions, other.versions)
-        # Which turns are computed together depends on the order in which environments come back: hence the rounding.
-        np.testing.assert_allclose(one.logprobs, other.logprobs, atol=3e-5)
+        for name in ("tokens", "versions", "logprobs"):
+            np.testing.assert_array_equal(getattr(one, name), getattr(other, name))

@@ -35,6 +35,7 @@ from rljax.experiment.check import check
 from rljax.experiment.train import train
 from rljax.models import save_hf
 from rljax.tasks import Example
+from rljax.testing import run_metrics
 
 
 def demonstrations(examples):
@@ -174,27 +175,53 @@ def test_groups_in_flight_are_not_lost_when_a_run_breaks_off(tmp_path, monkeypat
     assert [line["play/groups_in_flight"] for line in lines(tmp_path)] == [3] * 4
 
 
-def test_incomplete_groups_are_weighed_or_drawn_again_in_a_run(tmp_path):
-    config = make_config(DecoupledPPO(group_size=4), steps=3, checkpoint=CheckpointConfig(every=2))
+@pytest.fixture(scope="module")
+def with_rules(tmp_path_factory):
+    """A config whose environment fails at times, with groups in flight that keep their keys and values; and the folder
+    of its run."""
+    folder = tmp_path_factory.mktemp("rules")
+    config = make_config(DecoupledPPO(group_size=4), steps=4, checkpoint=CheckpointConfig(every=2))
     config.actor = dataclasses.replace(
-        config.actor, make="agent_tasks:Fragile", groups_in_flight=2, at_hand_over="keep"
+        config.actor, make="agent_tasks:Fragile", groups_in_flight=2, at_hand_over="keep", answers_after=1
     )
     config.rollout = RolloutConfig(groups=GroupsConfig(incomplete="reweight", max_age=1))
-    train(config, str(tmp_path))
+    train(config, str(folder))
+    return config, folder
 
-    found = lines(tmp_path)
+
+def test_incomplete_groups_are_weighed_or_drawn_again_in_a_run(with_rules):
+    _, folder = with_rules
+    found = lines(folder)
     assert all(np.isfinite(line["loss/total"]) for line in found)
     assert sum(line["rollout/incomplete_groups"] for line in found) > 0
     assert sum(line["rollout/invalid_rewards"] for line in found) > 0
     assert not set().union(*map(unexplained, found))
     for line in found:
-        records = (tmp_path / "rollouts" / f"step_{line['step']:06d}.jsonl").read_text().splitlines()
+        records = (folder / "rollouts" / f"step_{line['step']:06d}.jsonl").read_text().splitlines()
         trained = [json.loads(record) for record in records if "advantage" in record]
         groups = [trained[i : i + 4] for i in range(0, len(trained), 4)]
         assert len(groups) == 4
         # More than half of every group has a reward, and what broke down says why.
         assert all(sum(record["reward"] is not None for record in group) > 2 for group in groups)
         assert all("the tool is gone" in r["error"] for g in groups for r in g if r["reward"] is None)
+
+
+def test_a_run_that_keeps_keys_and_values_goes_on_with_the_same_numbers(with_rules, tmp_path, monkeypatch):
+    """It breaks off behind a rollout that is no longer in its checkpoint, and would lack what that had computed."""
+    config, folder = with_rules
+    step = rljax.experiment.train.train_step
+
+    def breaks(run, index):
+        if index == 3:
+            raise KeyboardInterrupt
+        return step(run, index)
+
+    monkeypatch.setattr(rljax.experiment.train, "train_step", breaks)
+    with pytest.raises(KeyboardInterrupt):
+        train(config, str(tmp_path))
+    monkeypatch.setattr(rljax.experiment.train, "train_step", step)
+    train(config, str(tmp_path))
+    assert run_metrics(tmp_path) == run_metrics(folder)
 
 
 def test_building_a_run_opens_nothing(tmp_path):

@@ -5,6 +5,7 @@ import json
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -38,9 +39,9 @@ TESTS = Path(__file__).parent
 STEPS = 6
 
 
-def program(folder, *arguments, **streams):
+def program(folder, *arguments, devices=8, **streams):
     environment = dict(
-        os.environ, JAX_PLATFORMS="cpu", XLA_FLAGS=xla_flags(8), PYTHONPATH=f"{TESTS.parent}{os.pathsep}{TESTS}"
+        os.environ, JAX_PLATFORMS="cpu", XLA_FLAGS=xla_flags(devices), PYTHONPATH=f"{TESTS.parent}{os.pathsep}{TESTS}"
     )
     command = [sys.executable, str(TESTS / "overlap_program.py"), str(folder), *map(str, arguments)]
     return subprocess.Popen(command, env=environment, text=True, **streams)
@@ -342,31 +343,43 @@ def test_every_process_gives_its_last_devices_to_rollouts():
         split_devices(devices, 4)
 
 
-def kill_at_random(folder, rng, *arguments):
+def started(folder, processes, *arguments):
+    """A run as one process with eight devices, or as two with two each."""
+    if processes == 1:
+        return [program(folder, *arguments, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    streams = {"devices": 2, "stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
+    return [program(folder, *arguments, index, address, **streams) for index in range(2)]
+
+
+def kill_at_random(folder, rng, processes, *arguments):
     """Starts a run and kills it at some moment; returns whether it was still running."""
-    process = program(folder, *arguments, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    running = started(folder, processes, *arguments)
     journal = folder / "journal"
 
     def number():
         return len(list(journal.glob("*.npz"))) + len(list(folder.glob("checkpoints/*")))
 
     before = number()
+    wanted = before + rng.choice([1, 1, 2, 3])
     until = time.monotonic() + 300
-    while process.poll() is None and number() <= before + rng.choice([0, 0, 1, 2]):
+    while all(process.poll() is None for process in running) and number() < wanted:
         assert time.monotonic() < until, "it makes no rollout"
         time.sleep(0.01)
     time.sleep(rng.uniform(0, 0.5))
-    was_running = process.poll() is None
-    if was_running:
+    was_running = all(process.poll() is None for process in running)
+    for process in running:
         process.send_signal(signal.SIGKILL)
-    process.wait(timeout=60)
+        process.communicate(timeout=60)
     return was_running
 
 
-def finish(folder, *arguments):
-    process = program(folder, *arguments, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-    errors = process.communicate(timeout=600)[1]
-    assert process.returncode == 0, errors[-4000:]
+def finish(folder, processes, *arguments):
+    for process in started(folder, processes, *arguments):
+        errors = process.communicate(timeout=900)[1]
+        assert process.returncode == 0, errors[-4000:]
 
 
 def files(folder):
@@ -376,14 +389,17 @@ def files(folder):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
 @pytest.mark.parametrize("kind", ["single", "turns"])
 @pytest.mark.parametrize("staleness", [1, 4])
-def test_a_run_killed_three_times_gives_the_numbers_of_the_same_schedule_in_turn(kind, staleness, tmp_path):
+def test_a_run_killed_three_times_gives_the_numbers_of_the_same_schedule_in_turn(kind, staleness, processes, tmp_path):
+    """Turns with groups in flight, whose environments take another time for every answer."""
     in_turn, beside, killed = tmp_path / "in_turn", tmp_path / "beside", tmp_path / "killed"
-    finish(in_turn, kind, staleness, 0)
-    finish(beside, kind, staleness, 4)
+    own = 4 if processes == 1 else 1
+    finish(in_turn, processes, kind, staleness, 0)
+    finish(beside, processes, kind, staleness, own)
     rng = random.Random(staleness)
-    assert sum(kill_at_random(killed, rng, kind, staleness, 4) for _ in range(3)) > 0
-    finish(killed, kind, staleness, 4)
+    assert sum(kill_at_random(killed, rng, processes, kind, staleness, own) for _ in range(3)) > 0
+    finish(killed, processes, kind, staleness, own)
     assert files(beside) == files(in_turn)
     assert files(killed) == files(in_turn)

@@ -18,8 +18,9 @@ from rljax.simulation import (
 )
 
 
-def write_run(folder, **changed):
-    """A run of 4 steps of 8 samples: the first compiles, the others take 2 + 0.5 + 0.25 + 1 + 0.25 = 4 seconds."""
+def write_run(folder, devices=1, **changed):
+    """A run of 4 steps of 8 samples: the first compiles, the others take 4 seconds, in which scoring and updating take
+    0.25 + 1 and the learner waits for 2.5, and the actor samples for 2 and judges for 0.5."""
     (folder / "rollouts").mkdir(parents=True)
     line = {
         "compile/count": 0.0,
@@ -29,6 +30,7 @@ def write_run(folder, **changed):
         "time/reward_s": 0.5,
         "time/score_s": 0.25,
         "time/update_s": 1.0,
+        "time/learner_wait_s": 2.5,
         "time/total_s": 4.0,
         **changed,
     }
@@ -40,7 +42,7 @@ def write_run(folder, **changed):
         text = "\n".join(json.dumps(record) for record in records)
         (folder / "rollouts" / f"step_{step:06d}.jsonl").write_text(text)
     (folder / "versions.json").write_text(json.dumps({"devices": ["cpu:cpu"] * 8, "processes": 2}))
-    (folder / "config.json").write_text(json.dumps({"rollout": {"class": "RolloutConfig", "devices": 1}}))
+    (folder / "config.json").write_text(json.dumps({"rollout": {"class": "RolloutConfig", "devices": devices}}))
     return folder
 
 
@@ -55,11 +57,17 @@ def test_a_run_folder_is_read_without_the_steps_that_compiled(tmp_path):
         "reward_s": 0.5,
         "update_s": 1.25,
         "other_s": 0.25,
+        "step_s": 4.0,
         "samples": 8,
         "turns": 1.0,
         "tokens": 10.0,
         "tokens_cv": 0.5,
     }
+
+
+def test_beside_an_actor_a_learner_waits_for_a_part_of_the_rollout(tmp_path):
+    assert read_run(write_run(tmp_path / "beside", **{"time/learner_wait_s": 0.75})).other_s == 2.0
+    assert read_run(write_run(tmp_path / "in turn", devices=0, **{"time/learner_wait_s": 0.75})).other_s == 0.25
 
 
 def test_turns_share_the_tokens_of_a_sample(tmp_path):

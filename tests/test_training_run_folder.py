@@ -11,7 +11,7 @@ import types
 import numpy as np
 import pytest
 
-from rljax.training import MetricsWriter, PhaseTimer, RunFolder, local_copy, reachable, read_jsonl, run_folder
+from rljax.training import MetricsWriter, PhaseTimer, RunFolder, lease, local_copy, reachable, read_jsonl, run_folder
 from rljax.training.run_folder import progress_line
 
 
@@ -252,6 +252,7 @@ def bucket(monkeypatch, tmp_path):
     from etils.epath import gpath
 
     client = Bucket(tmp_path)
+    monkeypatch.setattr(lease, "_SETTLE_S", 0.0)
     monkeypatch.setattr(gpath._GPath, "_backend", property(lambda self: client))
     monkeypatch.setattr(gpath, "_get_backend", lambda one, other: client)
     return tmp_path / "bucket"
@@ -303,14 +304,14 @@ def test_logs_are_written_in_order_behind_the_loop_and_whole_at_the_end(tmp_path
     may_go_on = threading.Event()
     written = []
 
-    def slowly(file, text, write=run_folder._write):
+    def slowly(file, text, write=run_folder.write_text):
         may_go_on.wait(10)
         written.append(file.name)
         write(file, text)
 
     with RunFolder(tmp_path, config={"name": "test"}) as run:
         run.start(0)
-        monkeypatch.setattr(run_folder, "_write", slowly)
+        monkeypatch.setattr(run_folder, "write_text", slowly)
         run.log_rollouts(1, [{"text": "a"}])
         run.log_step(1, {"loss/total": 1.0})
         assert not written and not read_jsonl(tmp_path / "metrics.jsonl")
@@ -327,7 +328,7 @@ def test_a_log_that_cannot_be_written_ends_the_run(tmp_path, monkeypatch):
 
     run = RunFolder(tmp_path, config={"name": "test"})
     run.start(0)
-    monkeypatch.setattr(run_folder, "_write", full)
+    monkeypatch.setattr(run_folder, "write_text", full)
     run.log_rollouts(1, [{"text": "a"}])
     with pytest.raises(OSError, match="no space left"):
         run.flush()
@@ -342,7 +343,7 @@ def test_what_follows_a_log_that_failed_is_not_written_and_the_folder_is_free(tm
 
     with pytest.raises(OSError, match="no space left for step_000001"), RunFolder(tmp_path) as run:
         run.start(0)
-        monkeypatch.setattr(run_folder, "_write", full)
+        monkeypatch.setattr(run_folder, "write_text", full)
         may_go_on = threading.Event()
         run._background(may_go_on.wait, 10)
         run.log_step(1, {"loss/total": 1.0}, [{"text": "a"}])

@@ -14,7 +14,7 @@ from rljax.experiment.build import Run, build, held_out_examples, stack_rows
 from rljax.experiment.config import Config
 from rljax.experiment.memory import GIB, Compiled, Phase, compile_phases, phases
 from rljax.experiment.prompts import describe_prompts
-from rljax.experiment.report import aligned
+from rljax.experiment.report import aligned, describe_schedule
 from rljax.experiment.sft import check_demonstrations, demonstration, longest_demonstrations
 from rljax.models import abstract_params
 from rljax.parallel import batch_parts, batch_sharding, chip_of, is_main_process, replicated, topology_devices, traffic
@@ -119,17 +119,6 @@ def describe(run: Run, result: dict[str, Any]) -> str:
         sizes = f"{_parts(phase.held)}; while it runs {_parts(phase.working)}"
         lines.append(f"  {phase.name:<7} {phase.predicted / GIB:8.3f} = {sizes}")
     return "\n".join(lines)
-
-
-def describe_schedule(run: Run) -> str:
-    """Which weights sample a rollout, and on which devices."""
-    staleness = run.config.rollout.staleness
-    weights = f"by weights {staleness} steps old" if staleness else "by the newest weights"
-    if run.beside is None:
-        return f"{weights}, in turn with updates"
-    own = run.rollout_mesh
-    where = f"on {own.devices.size} devices of each process, {dict(own.shape)}"
-    return f"{weights}, {where}, {'beside updates' if staleness else 'in turn with updates: nothing overlaps'}"
 
 
 def verdict(result: dict[str, Any]) -> str:

@@ -32,7 +32,20 @@ def describe_run(run: Run) -> str:
         f"data     {data}",
         f"prompts  {describe_prompts(run.config, run.dataset, run.tokenizer)}",
     ]
+    if run.beside is not None or run.config.rollout.staleness:
+        lines.append(f"rollouts {describe_schedule(run)}")
     return "\n".join(lines)
+
+
+def describe_schedule(run: Run) -> str:
+    """Which weights sample a rollout, and on which devices."""
+    staleness = run.config.rollout.staleness
+    weights = f"by weights {staleness} steps old" if staleness else "by the newest weights"
+    if run.beside is None:
+        return f"{weights}, in turn with updates"
+    own = run.rollout_mesh
+    where = f"on {own.devices.size} devices of each process, {dict(own.shape)}"
+    return f"{weights}, {where}, {'beside updates' if staleness else 'in turn with updates: nothing overlaps'}"
 
 
 def finish(folder: RunFolder, before: Evaluation, after: Evaluation, *, wall_seconds: float) -> dict[str, Any]:

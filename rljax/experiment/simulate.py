@@ -188,8 +188,10 @@ def _from_measured(run: Run, measured: Measured, sourced: Sourced) -> None:
         judge_s=measured.reward_s * measured.processes / measured.samples,
         update_s=measured.update_s * training * larger,
         update_fixed_s=measured.other_s,
+        # Within what was measured.
         update_bytes=0.0,
         prefill_s=0.0,
+        hand_over_bytes=0.0,
     )
     there = dataclasses.replace(
         sourced.scenario,

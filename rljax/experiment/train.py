@@ -35,6 +35,7 @@ from rljax.training import (
     RunFolder,
     add_metrics,
     local_folder,
+    move_tree,
     reachable,
     read_json,
     remove_tree,
@@ -182,6 +183,9 @@ class Loop:
         # miss one that was never written.
         self.folder.log_step(done, metrics)
         self.place = place_of(run, done, metrics)
+        if not config.checkpoint.every:
+            # Only a run that is asked to end will save, and then these are trained on already.
+            self.journal.keep(done)
         if config.checkpoint.every and (done % config.checkpoint.every == 0 or done == config.steps):
             self.save_place()
 
@@ -360,17 +364,16 @@ def sampled_otherwise(old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
 def save_description(run: Run, folder: RunFolder) -> None:
     """Writes `model/`: metadata and tokenizer, what `rljax convert` needs beside a checkpoint."""
     if is_main_process():
-        # The files of another tokenizer, of a run that was here before, would be read along with the new ones.
+        # The files of another tokenizer, of a run that was here before, would be read along with the new ones. So they
+        # are made beside the old ones, and whoever looks for `model/config.json` finds a whole folder or none.
         new = folder.path / "model.tmp"
         remove_tree(new)
         with local_folder(new) as path:
             run.tokenizer.save(path)
         metadata = written_metadata(run.decoder, run.config.model.metadata_of(), run.tokenizer)
-        folder.write_json(new / "config.json", metadata.config)
         folder.write_json(new / "generation_config.json", metadata.generation)
-
-        remove_tree(folder.path / "model")
-        new.rename(folder.path / "model")
+        folder.write_json(new / "config.json", metadata.config)
+        move_tree(new, folder.path / "model", last="config.json")
 
 
 def host_state(run: Run, step: int) -> dict[str, Any]:

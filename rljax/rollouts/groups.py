@@ -191,6 +191,13 @@ def complete(group: ScoredGroup, rules: GroupRules) -> tuple[ScoredGroup, list[i
     def taken(values: Sequence[Any]) -> list[Any]:
         return [values[index] for index in order] if values else []
 
-    lists = ("samples", "texts", "results", "steps", "turn_fields", "signals", "answers")
-    filled: dict[str, Any] = {name: taken(getattr(group, name)) for name in lists}
-    return group._replace(**filled), order
+    filled = group._replace(
+        samples=taken(group.samples),
+        texts=taken(group.texts),
+        results=taken(group.results),
+        steps=taken(group.steps),
+        turn_fields=taken(group.turn_fields),
+        signals=taken(group.signals),
+        answers=taken(group.answers),
+    )
+    return filled, order

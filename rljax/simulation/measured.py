@@ -30,7 +30,9 @@ class Measured:
     update_s: float
     """Of scoring and updating."""
     other_s: float
-    """Of the rest of a step: collection, packing, the log."""
+    """Of the rest of a step: collection, packing, copies of weights."""
+    step_s: float
+    """Of a whole step, from one to the next."""
     samples: int
     """Samples of a step."""
     turns: float
@@ -61,19 +63,24 @@ def read_run(folder: str | Path) -> Measured:
 
     samples = round(statistics.median(line["rollout/new_tokens"] / line["rollout/length_mean"] for line in steps))
     turns = max(middle("play/turns") / samples, 1.0)
-    phases = ("sample", "reward", "score", "update", "compile")
-    other = [line["time/total_s"] - sum(line.get(f"time/{phase}_s", 0.0) for phase in phases) for line in steps]
     devices, processes = _machine(path)
     config = json.loads((path / "config.json").read_text()) if (path / "config.json").is_file() else {}
+    rollout_devices = int(config.get("rollout", {}).get("devices", 0))
+
+    # A learner beside its actor waits for what is left of a rollout, not for the whole.
+    phases = ("learner_wait",) if rollout_devices else ("sample", "reward")
+    phases += ("score", "update")
+    other = [line["time/total_s"] - sum(line.get(f"time/{phase}_s", 0.0) for phase in phases) for line in steps]
     return Measured(
         steps=len(steps),
         devices=devices,
         processes=processes,
-        rollout_devices=int(config.get("rollout", {}).get("devices", 0)),
+        rollout_devices=rollout_devices,
         sample_s=middle("time/sample_s"),
         reward_s=middle("time/reward_s"),
         update_s=middle("time/score_s") + middle("time/update_s"),
         other_s=max(statistics.median(other), 0.0),
+        step_s=middle("time/total_s"),
         samples=samples,
         turns=turns,
         tokens=middle("rollout/length_mean") / turns,

@@ -18,7 +18,7 @@ from rljax.training.optimizers import (
 from rljax.training.run_folder import RunFolder, plot_learning_curve, versions
 from rljax.training.sft import sft_loss
 from rljax.training.state import abstract_state, create_state, state_shardings, with_base, with_critic, with_pushed
-from rljax.training.storage import AnyPath, local_copy, local_folder, reachable, remove_tree
+from rljax.training.storage import AnyPath, local_copy, local_folder, move_tree, reachable, remove_tree
 from rljax.training.trainable import EVERYTHING, Subtree, policy_params, reference_params, subtree_of
 from rljax.training.update import add_metrics
 
@@ -52,6 +52,7 @@ __all__ = [
     "local_folder",
     "make_optimizer",
     "make_schedule",
+    "move_tree",
     "plot_learning_curve",
     "policy_params",
     "reachable",

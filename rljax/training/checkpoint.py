@@ -13,7 +13,8 @@ from etils import epath
 from jaxtyping import Array
 
 from rljax.parallel import barrier, gather, is_main_process, on_main
-from rljax.training.storage import AnyPath, as_path, remove_tree
+from rljax.training.mirror import Mirror, needs_mirror
+from rljax.training.storage import AnyPath, as_path, move_tree, remove_tree
 from rljax.training.trainable import EVERYTHING, Subtree
 from rljax.types import TrainState
 
@@ -50,6 +51,9 @@ class Checkpointer:
     `is_complete(step, host_state)` tells, where it is given, whether what a checkpoint relies on elsewhere is there.
     One that is not complete is passed over, and counts for none of the `keep_last`. `first_kept` is the oldest of
     these, None as long as there is none; it is known from the first save on.
+
+    In a bucket that Orbax cannot write to, such as `s3://`, checkpoints are made in a local folder and copied; a save
+    then returns when it is there, and ValueError is raised on several processes.
     """
 
     def __init__(
@@ -74,12 +78,14 @@ class Checkpointer:
         if is_main_process():
             self.folder.mkdir(parents=True, exist_ok=True)
         barrier("checkpoint folder")
+        self._mirror = Mirror(self.folder, cleans=True) if needs_mirror(self.folder) else None
+        self._place: AnyPath = self.folder if self._mirror is None else self._mirror.local
         self._open()
 
     def _open(self) -> None:
         options = ocp.CheckpointManagerOptions(enable_async_checkpointing=True, cleanup_tmp_directories=True)
         self._handlers: dict[str, Any] = {"state": ocp.StandardCheckpointHandler(), "host": ocp.JsonCheckpointHandler()}
-        self._manager = ocp.CheckpointManager(self.folder, options=options, item_handlers=self._handlers)
+        self._manager = ocp.CheckpointManager(self._place, options=options, item_handlers=self._handlers)
 
     @property
     def steps(self) -> list[int]:
@@ -106,11 +112,16 @@ class Checkpointer:
         json.dumps(host, allow_nan=False)  # raises here, not in the writing thread
         args = ocp.args.Composite(state=ocp.args.StandardSave(saved), host=ocp.args.JsonSave(host))
         self._manager.save(step, args=args, force=True)
+        if self._mirror is not None:
+            self._manager.wait_until_finished()
+            self._mirror.push()
 
     def wait(self) -> None:
         """Returns when what was saved is on disk; raises what the writing thread raised."""
         self._manager.wait_until_finished()
         self._thin_out()
+        if self._mirror is not None:
+            self._mirror.push()
 
     def close(self) -> None:
         self.wait()
@@ -176,7 +187,7 @@ class Checkpointer:
 
     def _read(self, step: int, name: str, args: Any) -> Any:
         # Without the manager, at whose barriers the others would wait for a process that fails here.
-        return self._handlers[name].restore(epath.Path(self.folder / str(step) / name), args=args)
+        return self._handlers[name].restore(epath.Path(self._place / str(step) / name), args=args)
 
     def _set_aside(self, steps: list[int]) -> None:
         if not steps:
@@ -187,9 +198,8 @@ class Checkpointer:
         if is_main_process():
             for step in steps:
                 goal = self.folder.parent / f"{self.folder.name}_{UNREADABLE}" / str(step)
-                goal.parent.mkdir(exist_ok=True)
-                remove_tree(goal)
-                (self.folder / str(step)).rename(goal)
+                move_tree(self.folder / str(step), goal)
+                remove_tree(self._place / str(step))
         barrier("set aside")
         self._open()
 
@@ -266,7 +276,9 @@ def restore_params(
     checkpoint, for one of another layout or base, and for one whose arrays are not what was saved.
     """
     handlers = {"state": ocp.PyTreeCheckpointHandler(), "host": ocp.JsonCheckpointHandler()}
-    with ocp.CheckpointManager(as_path(folder), item_handlers=handlers) as manager:
+    mirror = Mirror(as_path(folder), cleans=False) if needs_mirror(as_path(folder)) else None
+    place = as_path(folder) if mirror is None else mirror.local
+    with ocp.CheckpointManager(place, item_handlers=handlers) as manager:
         steps = sorted(manager.all_steps())
         if not steps or step not in (None, *steps):
             raise ValueError(f"no checkpoint of step {step} in {folder}; there are {steps}")

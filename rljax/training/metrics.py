@@ -9,16 +9,24 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from rljax.training.storage import AnyPath, append_text, as_path, copy_files, is_remote, remove_tree
+from rljax.training.storage import (
+    AnyPath,
+    GrowingFile,
+    as_path,
+    copy_files,
+    is_remote,
+    remove_tree,
+    replace_text,
+)
 
 
 class MetricsWriter:
     """Appends one line a step to `folder/metrics.jsonl`, the same to TensorBoard in `folder/tensorboard`, and to W&B
     when `wandb_project` is named (the extra `wandb`).
 
-    Lines are flushed at once. Lines of steps after `resume_after` are dropped (0: all of them), so that a resumed run's
-    file goes on where its checkpoint was; TensorBoard is told to forget them too, and with 0 its files and the id of
-    the W&B run go. Values that are not
+    Lines are flushed at once; in a remote folder some seconds later, and by `flush`. Lines of steps after
+    `resume_after` are dropped (0: all of them), so that a resumed run's file goes on where its checkpoint was;
+    TensorBoard is told to forget them too, and with 0 its files and the id of the W&B run go. Values that are not
     finite are written as strings.
     """
 
@@ -40,12 +48,14 @@ class MetricsWriter:
         # The order is important: lines after the checkpoint go before the file is opened to append.
         self.path = folder / "metrics.jsonl"
         truncate_jsonl(self.path, resume_after)
+        self._lines = GrowingFile(self.path)
         if not resume_after:
             remove_tree(folder / "tensorboard")
             (folder / "wandb_id").unlink(missing_ok=True)
 
         # TensorBoard and W&B write local files; where the folder is remote, those of the first are copied there.
         self._copy_to = folder / "tensorboard" if is_remote(folder) else None
+        self._copied = time.monotonic()
         self._local = Path(tempfile.mkdtemp()) if is_remote(folder) else Path(str(folder))
         self._events = EventFileWriter(str(self._local / "tensorboard"))
         if resume_after:
@@ -74,21 +84,33 @@ class MetricsWriter:
 
         values = {name: float(value) for name, value in sorted(metrics.items())}
         line = {"step": step} | {name: _json_number(value) for name, value in values.items()}
-        append_text(self.path, json.dumps(line) + "\n")
+        self._lines.append(json.dumps(line) + "\n")
 
         summary = Summary(value=[Summary.Value(tag=name, simple_value=value) for name, value in values.items()])
         self._events.add_event(Event(wall_time=time.time(), step=step, summary=summary))
         self._events.flush()
-        if self._copy_to is not None:
-            copy_files(self._local / "tensorboard", self._copy_to)
+        if time.monotonic() - self._copied >= GrowingFile.UPLOAD_S:
+            self._copy_events()
 
         if self._wandb is not None:
             self._wandb.log(values, step=step)
 
-    def close(self) -> None:
-        self._events.close()
+    def flush(self) -> None:
+        """Everything that was written is in the folder afterwards."""
+        self._lines.flush()
+        self._copy_events()
+
+    def _copy_events(self) -> None:
         if self._copy_to is not None:
             copy_files(self._local / "tensorboard", self._copy_to)
+            self._copied = time.monotonic()
+
+    def close(self, *, uploads: bool = True) -> None:
+        """Ends all logs. Without `uploads` nothing more is written to a remote folder."""
+        self._events.close()
+        if uploads:
+            self.flush()
+        if self._copy_to is not None:
             remove_tree(self._local)
         if self._wandb is not None:
             self._wandb.finish()
@@ -139,10 +161,7 @@ def truncate_jsonl(path: str | AnyPath, last_step: int) -> None:
         return
 
     kept = [json.dumps(line) + "\n" for line in read_jsonl(path) if line["step"] <= last_step]
-
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(kept), encoding="utf-8")
-    temporary.replace(path)
+    replace_text(path, "".join(kept))
 
 
 class PhaseTimer:

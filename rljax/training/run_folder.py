@@ -16,9 +16,10 @@ from tqdm import tqdm
 
 from rljax.parallel import is_main_process, on_main
 from rljax.training.background import Background
+from rljax.training.lease import Lease, release_lease, take_lease
 from rljax.training.lock import lock, unlock
 from rljax.training.metrics import MetricsWriter, read_json, read_jsonl
-from rljax.training.storage import AnyPath, append_text, as_path, is_remote, remove_tree
+from rljax.training.storage import AnyPath, GrowingFile, as_path, is_remote, remove_tree, replace_text, write_text
 
 PACKAGES = ("rljax-lm", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "transformers", "reasoning-gym")
 
@@ -77,6 +78,7 @@ class RunFolder:
         self._writer: MetricsWriter | None = None
         self._background = Background()
         self._bar: tqdm | None = None
+        self._lease: Lease | None = None
 
         # The other processes wait here until the folder stands, and hear why it does not.
         self.previous_config = on_main(lambda: self._prepare(fresh))
@@ -88,7 +90,9 @@ class RunFolder:
         self.path.mkdir(parents=True, exist_ok=True)
 
         # The order is important: what another run writes must not be emptied.
-        if not is_remote(self.path):
+        if is_remote(self.path):
+            self._lease = take_lease(self.path)
+        else:
             lock(Path(str(self.path)))
         if fresh:
             self._empty()
@@ -141,7 +145,9 @@ class RunFolder:
         self.write_json("config.json", self.config)
         self.write_json("versions.json", found)
         begun = {"time": time.strftime("%Y-%m-%d %H:%M:%S"), "step": step, "git": found["git"], "config": self.config}
-        append_text(self.path / "starts.jsonl", json.dumps(begun) + "\n")
+        starts = GrowingFile(self.path / "starts.jsonl")
+        starts.append(json.dumps(begun) + "\n")
+        starts.flush()
 
         # What a killed run wrote after its checkpoint is written again; what it wrote at its end is of other steps.
         for name in ("summary.json", "learning_curve.png"):
@@ -184,20 +190,29 @@ class RunFolder:
     ) -> None:
         """The rollouts of the step that brings the count to `step`, and in `rollouts/untrained/` those that it drew and
         left out; no file where there are none. The records must not change afterwards."""
+        self._check_lease()
         if is_main_process():
             self._background(self._write_rollouts, step, list(records), list(untrained))
 
     def flush(self) -> None:
         """Waits until everything that was logged is written. OSError where that failed. A checkpoint comes after it: a
-        resumed run writes again what follows its checkpoint, and nothing before."""
+        resumed run writes again what follows its checkpoint, and nothing before. RuntimeError, in a remote folder, if
+        another run has taken it."""
+        self._check_lease()
+        if self._writer is not None:
+            self._background(self._writer.flush)
         self._background.wait()
+
+    def _check_lease(self) -> None:
+        if self._lease is not None:
+            self._lease.check()
 
     def _write_rollouts(self, step: int, records: list[Mapping[str, Any]], untrained: list[Mapping[str, Any]]) -> None:
         for folder, kept in ((self.path / "rollouts", records), (self.path / "rollouts" / "untrained", untrained)):
             lines = [json.dumps(record, ensure_ascii=False, default=_plain) + "\n" for record in kept]
             if lines:
                 folder.mkdir(parents=True, exist_ok=True)
-                _write(folder / f"step_{step:06d}.jsonl", "".join(lines))
+                write_text(folder / f"step_{step:06d}.jsonl", "".join(lines))
 
     def status(self, line: str) -> None:
         """Shows what is under way behind the bar of the loop, until the step is logged."""
@@ -227,9 +242,7 @@ class RunFolder:
         if is_main_process():
             file.parent.mkdir(parents=True, exist_ok=True)
             text = json.dumps(content, indent=2, ensure_ascii=False, default=_plain) + "\n"
-            temporary = file.with_name(file.name + ".tmp")
-            _write(temporary, text)
-            temporary.replace(file)
+            replace_text(file, text)
         return file
 
     def metrics(self) -> list[dict[str, Any]]:
@@ -250,7 +263,8 @@ class RunFolder:
             self.flush()
         finally:
             if self._writer is not None:
-                self._writer.close()
+                # in a folder that another run has taken, its files stay as that wrote them
+                self._writer.close(uploads=self._lease is None or not self._lease.is_lost)
                 self._writer = None
 
     def _close_bar(self) -> None:
@@ -266,12 +280,11 @@ class RunFolder:
             self.close()
         finally:
             self._background.close()
-            unlock(Path(str(self.path)))
-
-
-def _write(file: AnyPath, text: str) -> None:
-    """Half characters, which prompts, completions and errors may hold, are escaped: in JSON they mean the same."""
-    file.write_bytes(text.encode("utf-8", "backslashreplace"))
+            if self._lease is not None:
+                release_lease(self._lease)
+                self._lease = None
+            else:
+                unlock(Path(str(self.path)))
 
 
 def _plain(value: Any) -> Any:

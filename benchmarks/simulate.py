@@ -1,0 +1,162 @@
+"""What a simulation says of runs that are made here, over what they took: 1 is right.
+
+    python benchmarks/simulate.py --preset=full --json=simulate.json
+
+`grown_over_measured`: from the steps of a small run, a run of four times the groups on as many decode rows.
+`overlapped_over_measured`: rollouts beside updates on two devices, from the seconds of each phase of the same run.
+`processes_over_measured`: the same of two processes that take turns. CPU devices share their cores, so that a phase
+takes another time beside others than alone; what the last two check is the schedule.
+
+`small` is a character model, `full` a larger one for more steps.
+"""
+
+import dataclasses
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from _common import finish, machine, parse_arguments
+from _probe import probe
+
+SIZES = {
+    "smoke": dict(steps=3, groups=4, width=32, layers=1, tokens=8),
+    "small": dict(steps=16, groups=16, width=64, layers=2, tokens=16),
+    "full": dict(steps=30, groups=32, width=128, layers=4, tokens=32),
+}
+GROWN = 4
+TRAIN = """
+import sys
+sys.path.insert(0, {folder!r})
+from rljax.experiment.train import train
+from rljax.parallel import initialize_distributed
+from simulate import config_of
+initialize_distributed()
+train(config_of({size!r}, {form!r}), {workdir!r})
+"""
+
+
+def config_of(size: dict[str, Any], form: str) -> Any:
+    """The config of a run: `small`, `grown`, `overlapped` or `processes`."""
+    from rljax.algorithms import DecoupledPPO
+    from rljax.experiment import (
+        CheckpointConfig,
+        EvaluationConfig,
+        FreshModel,
+        RolloutConfig,
+        SamplingConfig,
+        UpdateConfig,
+    )
+    from rljax.testing import tiny_config
+
+    groups = size["groups"] * (GROWN if form == "grown" else 1)
+    return tiny_config(
+        steps=size["steps"],
+        prompts_per_step=groups,
+        model=FreshModel(
+            alphabet="abcdefghi=",
+            num_layers=size["layers"],
+            embed_dim=size["width"],
+            num_heads=4,
+            num_kv_heads=2,
+            head_dim=size["width"] // 4,
+            mlp_dim=2 * size["width"],
+        ),
+        algorithm=DecoupledPPO(group_size=4),
+        actor=dataclasses.replace(tiny_config().actor, prompt_slots=4, sample_slots=4, prompt_buckets=(8,)),
+        sampling=SamplingConfig(max_new_tokens=size["tokens"], truncated_is_wrong=False),
+        update=UpdateConfig(
+            pack_length=128,
+            microbatch_size=2,
+            head_chunk=256,
+            length_buckets=(128,),
+            score_buckets=(128,),
+            row_buckets=(64,),
+            compile_ahead=1,
+        ),
+        rollout=RolloutConfig(devices=1, staleness=1) if form == "overlapped" else RolloutConfig(),
+        evaluation=EvaluationConfig(every=0, problems=4, samples=1),
+        checkpoint=CheckpointConfig(every=0),
+    )
+
+
+def run(size: dict[str, Any], form: str, folder: Path) -> Path:
+    """Trains in processes of their own; gives the run folder."""
+    workdir = folder / form
+    count = 2 if form == "processes" else 1
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+
+    here = str(Path(__file__).parent)
+    program = TRAIN.format(folder=here, size=size, form=form, workdir=str(workdir))
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices_of(form)}"
+    processes = []
+    for index in range(count):
+        places = {"RLJAX_COORDINATOR": address, "RLJAX_NUM_PROCESSES": str(count), "RLJAX_PROCESS_ID": str(index)}
+        environment = {**os.environ, **(places if count > 1 else {}), "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
+        processes.append(subprocess.Popen([sys.executable, "-c", program], env=environment, stdout=subprocess.DEVNULL))
+    statuses = [process.wait() for process in processes]
+    if any(statuses):
+        raise RuntimeError(f"the run {form!r} ended with {statuses}")
+    return workdir
+
+
+def devices_of(form: str) -> int:
+    """Virtual devices of each process."""
+    return 2 if form == "overlapped" else 1
+
+
+def simulated(size: dict[str, Any], form: str, measured: Any, devices: int) -> float:
+    """Seconds of a step of the run `form`, by the costs of a measured run."""
+    from rljax.experiment.build import build
+    from rljax.experiment.simulate import scenario_of
+    from rljax.simulation import simulate
+
+    config = config_of(size, form)
+    # The mesh of the run is not here: numbers that depend on it are given.
+    built = build(dataclasses.replace(config, rollout=type(config.rollout)()))
+    given = {
+        "devices": devices,
+        "devices_per_host": devices_of(form),
+        "rollout_devices": config.rollout.devices,
+        "staleness": config.rollout.staleness,
+        "steps": 200,
+    }
+    scenario = scenario_of(built, [], measured, {name: str(value) for name, value in given.items()}).scenario
+    return simulate(scenario).step_s
+
+
+def main() -> None:
+    arguments = parse_arguments(__doc__.splitlines()[0], rivals=(), presets=tuple(SIZES))
+    size = SIZES[arguments.preset]
+    probes = [probe("float32", arguments.preset == "smoke")]
+
+    from rljax.simulation import read_run
+
+    # Each form is a process or two that compile all of their programs.
+    sources = {"grown": "small", "overlapped": "overlapped", "processes": "processes"}
+    if arguments.preset == "smoke":
+        sources = {"overlapped": "overlapped"}
+    forms = dict.fromkeys([*sources.values(), *sources])
+
+    results = []
+    ratios = {}
+    with tempfile.TemporaryDirectory() as folder:
+        found = {form: read_run(run(size, form, Path(folder))) for form in forms}
+    for form, source in sources.items():
+        said = simulated(size, form, found[source], found[form].devices)
+        took = found[form].step_s
+        results.append({"name": f"{form}, simulated", "seconds": said, "value": said})
+        results.append({"name": f"{form}, measured", "seconds": took, "value": took})
+        ratios[f"{form}_over_measured"] = said / took
+
+    probes.append(probe("float32", arguments.preset == "smoke"))
+    finish("simulate", arguments, machine(probes), size, results, ratios)
+
+
+if __name__ == "__main__":
+    main()

@@ -8,7 +8,7 @@ import logging
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 
@@ -158,6 +158,9 @@ def _warn_of_control_tokens(parts: ActorParts, examples: Sequence[Example]) -> N
         )
 
 
+OwnActor = TypeVar("OwnActor", bound="PromptActor")
+
+
 @runtime_checkable
 class PromptSampler(Protocol):
     """What samples completions of prompts: a `Sampler`, or what stands for one elsewhere."""
@@ -218,14 +221,14 @@ class PromptActor(QueuedActor, abc.ABC):
         self.rewards = rewards
         self.settings = settings
 
-    def __enter__(self) -> "PromptActor":
+    def __enter__(self: OwnActor) -> OwnActor:
         self.rewards.__enter__()
         return self
 
     def __exit__(self, *error: Any) -> None:
         self.rewards.__exit__(*error)
 
-    def for_evaluation(self, sampling: SamplingParams) -> "PromptActor":
+    def for_evaluation(self: OwnActor, sampling: SamplingParams) -> OwnActor:
         settings = replace(self.settings, sampling=sampling)
         return type(self)(self.sampler, self.tokenizer, self.rewards, settings)
 

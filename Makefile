@@ -49,7 +49,7 @@ test-aot: $(VENV)/.base
 
 # vLLM in an environment of its own, see docs/engines.md: `make test-vllm VLLM=path/to/vllm`.
 test-vllm: $(VENV)/.base
-	RLJAX_VLLM=$(VLLM) JAX_COMPILATION_CACHE_DIR=$(CACHE) $(BIN)/python -m pytest -rs -m slow tests/test_engines_vllm.py
+	RLJAX_VLLM=$(VLLM) JAX_COMPILATION_CACHE_DIR=$(CACHE) $(BIN)/python -m pytest -rs -m slow tests/test_rollouts_vllm.py
 
 test-gpu: $(VENV)/.base $(VENV)/.model
 	JAX_PLATFORMS=cuda $(BIN)/python -m pytest -m gpu

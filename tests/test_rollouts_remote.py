@@ -174,6 +174,21 @@ def test_an_engine_that_loads_a_part_of_the_weights_is_found_out(model, service)
     assert "\n" not in message
 
 
+def test_other_weights_under_the_same_version_are_handed_over_and_the_same_ones_are_not(model, service):
+    # An evaluation between two pushes has weights of its own under the number of the last push.
+    config, run, _ = model
+    first = run.initial_params()
+    second = jax.tree.map(lambda x: x * 2, first)
+    actor = build(dataclasses.replace(config, actor=remote(config, service.url))).actor
+    with actor:
+        labels = []
+        for params in (first, second, second, first):
+            actor.set_params(params, 7)
+            labels.append(service.weights.label)
+        assert actor.sampler.fleet.stats()["probe_gap"] < ROUNDING
+    assert labels[1] == labels[2] and len(set(labels)) == 3
+
+
 def free_port():
     with socket.create_server(("127.0.0.1", 0)) as server:
         return server.getsockname()[1]

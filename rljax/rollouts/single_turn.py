@@ -1,5 +1,6 @@
 """Prompts answered in one turn, and scored by rewards on the text."""
 
+import abc
 import dataclasses
 import functools
 import itertools
@@ -198,7 +199,7 @@ class OnMain:
         return self.rewards.answer(completion, result)
 
 
-class PromptActor(QueuedActor):
+class PromptActor(QueuedActor, abc.ABC):
     """Samples each prompt of a group independently, or in rounds of forks, and runs `rewards` on the texts.
 
     All groups of a call are decoded together. What samples, and how it gets weights, is for actors to say that derive
@@ -231,8 +232,18 @@ class PromptActor(QueuedActor):
         settings = replace(self.settings, sampling=sampling)
         return type(self)(self.sampler, self.tokenizer, self.rewards, settings)
 
-    def longest_row(self, prompt_length: int) -> int:
-        raise NotImplementedError
+    @abc.abstractmethod
+    def set_params(self, params: Params, version: int) -> None: ...
+
+    @property
+    @abc.abstractmethod
+    def decoders(self) -> Sequence[Decoder]: ...
+
+    @abc.abstractmethod
+    def cache_bytes(self) -> int: ...
+
+    @abc.abstractmethod
+    def longest_row(self, prompt_length: int) -> int: ...
 
     def ready(self, n: int) -> list[ScoredGroup]:
         self.seconds = {"sample": 0.0, "reward": 0.0}

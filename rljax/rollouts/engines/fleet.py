@@ -1,6 +1,7 @@
 """The engines of a run: who gives them weights, sees that they speak with these, and waits for those that die."""
 
 import contextlib
+import itertools
 import logging
 import os
 import shlex
@@ -16,6 +17,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 from urllib.parse import urlsplit
+
+import jax
 
 from rljax.rollouts.engines.api import Said
 from rljax.rollouts.engines.client import Engine, EngineFailed, Unreachable
@@ -76,7 +79,8 @@ class Fleet:
         self._processes: dict[int, _Process] = {}
         self._failure: EngineFailed | None = None
         self._is_closing = False
-        self._version: int | None = None
+        self._given: list[Any] = []
+        self._numbers = itertools.count()
         self._run = uuid.uuid4().hex[:8]  # so that no engine takes the weights of an earlier run for this one's
         self._folder: Path | None = None
         self._opened = contextlib.ExitStack()
@@ -101,7 +105,7 @@ class Fleet:
                 shutil.rmtree(old, ignore_errors=True)
         self._opened.close()
         self._folder = None
-        self._version = None
+        self._given = []
 
     def stats(self) -> dict[str, float]:
         """Metrics since the last call, without prefix."""
@@ -119,18 +123,20 @@ class Fleet:
 
     def hand_over(self, params: Params, version: int) -> None:
         """Gives all engines the weights of `version`, and returns when each says that it has them and speaks with them.
-        The same version again is only looked for. Raises EngineFailed."""
+        The very arrays that were handed over last are only looked for: an evaluation has other ones under the number of
+        a push. Raises EngineFailed."""
         if self._folder is None:
             raise RuntimeError("the engines are closed; use them within `with actor:`")
         begin = time.perf_counter()
         self._probe.set_params(params)
-        is_new = version != self._version
+        given = jax.tree.leaves(params)
+        is_new = len(given) != len(self._given) or any(a is not b for a, b in zip(given, self._given, strict=True))
         if is_new:
-            self.label = f"{self._run}-{version}"
+            self.label = f"{self._run}-{version}-{next(self._numbers)}"
             partial = self._folder / f"{self.label}.partial"
             self._export(partial, params)
             partial.rename(self._folder / self.label)
-            self._version = version
+            self._given = given
 
         with ThreadPoolExecutor(len(self._engines), thread_name_prefix="hand-over") as pool:
             try:

@@ -10,9 +10,11 @@
 `fsdp_traffic_over_need`: bytes that an update gathers and reduces on a device, over what each of its microbatches
 needs: weights gathered twice in bfloat16, their gradient scattered once in float32. `decode_bound_*`: what a step must
 read (weights, keys and values) at full bandwidth, over the bound of the step; top-p 0.95. `mfu_bound_*`: the model's
-FLOPs at peak, over the bound of the update (forward, backward, optimizer). `peak_gib_32k`: GiB of one H100 in an update
-of one row of 32k tokens, with remat and XLA's form of attention. `predicted_over_compiled`: what the plan of a run
-predicts of an update's peak (state, batch and what it adds), over the compiled peak, 8B on 8 devices.
+FLOPs at peak, over the bound of the update (forward, backward, optimizer), of 2 packed sequences a device: with
+`products_saved` and all logits at once on a GPU, `attention_saved` for 8B. `peak_gib_32k`: GiB of one H100 in an update
+of one row of 32k tokens, with `full`. `predicted_over_compiled`: what the plan of a run predicts of an update's peak
+(state, batch and what it adds), over the compiled peak, 8B on 8 devices. Attention is in kernels, as on these machines
+by default.
 """
 
 import argparse
@@ -81,11 +83,20 @@ def chip_named(topology: str):
     return CHIPS[topology.partition(":")[0] or "h100"]
 
 
-def update_of(config, topology: str, *, rows: int, length: int, microbatches: int = 1, remat: Remat = "none"):
+def update_of(
+    config,
+    topology: str,
+    *,
+    rows: int,
+    length: int,
+    remat: Remat,
+    microbatches: int = 1,
+    head_chunk: int = UpdateConfig().head_chunk,
+):
     """(learner, its minibatch, the compiled update) with `rows` packed sequences a device."""
     mesh = mesh_of(topology)
     count = rows * batch_parts(mesh)
-    how = UpdateConfig(pack_length=length, microbatch_size=count, remat=remat)
+    how = UpdateConfig(pack_length=length, microbatch_size=count, remat=remat, head_chunk=head_chunk)
     learner = Learner(config, GRPO(kl_coef=0.0).build().loss, OptimizerConfig(), how, mesh=mesh)
     batch = full_minibatch(mesh, microbatches=microbatches, rows=count, length=length)
     return learner, batch, learner.lower_update(batch).compile()
@@ -97,14 +108,14 @@ def fsdp_traffic_over_need(preset: Preset) -> float:
     _, _, compiled = update_of(
         config, preset.pod, rows=1, length=preset.length, microbatches=microbatches, remat="attention_saved"
     )
-    moved = sum(traffic(collectives(compiled, (microbatches, chunks(preset)))).values())
+    moved = sum(traffic(collectives(compiled, (microbatches, chunks(preset.length)))).values())
     count = sum(int(np.prod(x.shape)) for x in jax.tree.leaves(abstract_params(config)))
     return moved / (microbatches * count * (2 * 2 + 4))
 
 
-def chunks(preset: Preset) -> int:
-    """Chunks of the vocabulary head in a row of which half is scored."""
-    return max(preset.length // 2 // UpdateConfig().head_chunk, 1)
+def chunks(tokens: int, head_chunk: int = UpdateConfig().head_chunk) -> int:
+    """Chunks of the vocabulary head for `tokens` of which half is scored."""
+    return max(tokens // 2 // head_chunk, 1)
 
 
 def decode_bound(preset: Preset, shape, prompts: int, samples: int) -> float:
@@ -126,11 +137,11 @@ def decode_bound(preset: Preset, shape, prompts: int, samples: int) -> float:
     return read / chip.bandwidth / bound(lowered.compile().as_text(), chip).seconds
 
 
-def mfu_bound(preset: Preset, shape, topology: str, *, rows: int, remat: Remat) -> float:
+def mfu_bound(preset: Preset, shape, topology: str, *, rows: int, remat: Remat, head_chunk: int) -> float:
     config = model(shape, preset)
-    _, _, compiled = update_of(config, topology, rows=rows, length=preset.length, remat=remat)
+    _, _, compiled = update_of(config, topology, rows=rows, length=preset.length, remat=remat, head_chunk=head_chunk)
     chip = chip_named(topology)
-    found = bound(compiled.as_text(), chip, (chunks(preset) * rows,))
+    found = bound(compiled.as_text(), chip, (chunks(rows * preset.length, head_chunk),))
     seconds = found.seconds
     if found.custom:
         # Attention in kernels of its own: two products forward, and five backward for the four of the derivative.
@@ -153,9 +164,7 @@ def attention_flops(config: DecoderConfig, rows: int, length: int) -> float:
 
 
 def peak_gib_long(preset: Preset) -> float:
-    _, _, compiled = update_of(
-        model(QWEN3_0P6B, preset), preset.one, rows=1, length=preset.long, remat="attention_saved"
-    )
+    _, _, compiled = update_of(model(QWEN3_0P6B, preset), preset.one, rows=1, length=preset.long, remat="full")
     return compiled_memory(compiled).peak / GIB
 
 
@@ -171,8 +180,12 @@ RATIOS: dict[str, Callable[[Preset], float]] = {
     "fsdp_traffic_over_need": fsdp_traffic_over_need,
     "decode_bound_0p6b": lambda preset: decode_bound(preset, QWEN3_0P6B, 32, 8),
     "decode_bound_8b": lambda preset: decode_bound(preset, QWEN3_8B, 8, 8),
-    "mfu_bound_0p6b": lambda preset: mfu_bound(preset, QWEN3_0P6B, preset.one, rows=2, remat="none"),
-    "mfu_bound_8b_v5p": lambda preset: mfu_bound(preset, QWEN3_8B, preset.tpu, rows=2, remat="attention_saved"),
+    "mfu_bound_0p6b": lambda preset: mfu_bound(
+        preset, QWEN3_0P6B, preset.one, rows=2, remat="products_saved", head_chunk=4096
+    ),
+    "mfu_bound_8b_v5p": lambda preset: mfu_bound(
+        preset, QWEN3_8B, preset.tpu, rows=2, remat="attention_saved", head_chunk=1024
+    ),
     "peak_gib_32k": peak_gib_long,
     "predicted_over_compiled": predicted_over_compiled,
 }

@@ -293,11 +293,15 @@ def _head(learner: Learner, batch: TrainBatch, *, backward: bool = True) -> dict
     width = np.dtype(config.dtype).itemsize
     logits = chunk * config.vocab_size // tensor
 
-    found = {"vocabulary head": size * width}
-    if backward:
-        # The sum so far, and beside it what the newest chunk adds; a gradient of logits is of the compute dtype.
-        found["its gradient"] = size * 4 * (2 if chunk < tokens else 1)
-    return found | {"logits": logits * (width if backward and chunk < tokens else 8)}
+    if not backward:
+        # A head of which each device has some columns is gathered, and then turned.
+        is_split = _mesh(learner).shape["fsdp"] * _sharing(learner) > 1
+        return {"vocabulary head": size * width * (2 if is_split else 1), "logits": logits * 4}
+
+    # The sum so far, and beside it what the newest chunk adds; a gradient of logits is of the compute dtype.
+    gradient = size * 4 * (2 if chunk < tokens else 1)
+    in_logits = logits * (width if chunk < tokens else 8)
+    return {"vocabulary head": size * width, "its gradient": gradient, "logits": in_logits}
 
 
 def _layers(learner: Learner, batch: TrainBatch, *, backward: bool = True) -> dict[str, int]:
@@ -353,18 +357,19 @@ def _layers(learner: Learner, batch: TrainBatch, *, backward: bool = True) -> di
         # Of the keys and values of a whole sequence: they are gathered.
         layer += 2 * own_rows * length * own.num_kv_heads * own.head_dim * copies
     if not in_kernels:
-        layer += _scores(own, own_rows, length, sharing)
+        layer += _scores(own, own_rows, length, sharing, backward=backward)
     if options["remat"] != "none" or not backward:
         layer += whole // config.num_layers
     return {"activations": kept, "a layer": layer}
 
 
-def _scores(config: DecoderConfig, rows: int, length: int, sharing: int) -> int:
+def _scores(config: DecoderConfig, rows: int, length: int, sharing: int, *, backward: bool) -> int:
     """Of a layer's attention on one device, whose heads are those of `config`: scores and weights, in float32."""
     if sharing == 1:
-        # Blocks of queries need nothing of each other, so the compiler runs them side by side: all scores exist.
+        # Blocks of queries need nothing of each other, so the compiler runs the backward pass of all side by side: all
+        # scores exist. A forward pass alone goes block by block.
         blocks = min(MAX_BLOCKS, -(-length // MIN_BLOCK))
-        pairs = length**2 * (blocks + 1) // (2 * blocks)
+        pairs = length**2 * (blocks + 1) // (2 * blocks) if backward else length * -(-length // blocks)
     else:
         # Blocks go one after another.
         pairs = min(length // (CHUNKS * sharing), BLOCK) * min(length, BLOCK)

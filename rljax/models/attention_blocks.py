@@ -92,7 +92,7 @@ def visible_blocks(
     query_depth: Int[Array, "R Q"],
     key_depth: Int[Array, "R S"],
     subtree_end: Int[Array, "R S"],
-    window: Int[Array, ""] | int,
+    window: Int[ArrayLike, ""] | int,
     query_start: Int[ArrayLike, ""] | int = 0,
     *,
     block_q: int,
@@ -101,7 +101,7 @@ def visible_blocks(
     """`may_see` of `N` blocks of the `Q` queries from the packed index `query_start` on, and `M` blocks of keys. Depths
     are positions on paths. `Q` must be a multiple of `block_q` and `S` of `block_k`."""
     rows, queries = query_depth.shape
-    first_query = query_start + jnp.arange(0, queries, block_q)[:, None]
+    first_query = jnp.asarray(query_start) + jnp.arange(0, queries, block_q)[:, None]
     first_key = jnp.arange(0, key_depth.shape[1], block_k)[None]
     last_end = jnp.max(subtree_end.reshape(rows, 1, -1, block_k), axis=-1)
     deepest_key = jnp.max(key_depth.reshape(rows, 1, -1, block_k), axis=-1)

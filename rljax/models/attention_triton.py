@@ -163,7 +163,7 @@ def forward(options: Options, q, k, v, positions, subtree_end, window, start) ->
     # The scale is that of the true head size; what the blocks are padded with is 0 and adds nothing to a score.
     q = _whole_blocks(q, at.queries)
     k, v = (_whole_blocks(x, at.keys) for x in (k, v))
-    normaliser = jax.ShapeDtypeStruct((rows, heads, at.queries), jnp.float32)
+    of_queries = jax.ShapeDtypeStruct((rows, heads, at.queries), jnp.float32)
     out, normaliser = _call(
         at,
         functools.partial(_forward_kernel, block_k=at.block_k, scale=1.0 / score_divisor(head_dim)),
@@ -171,7 +171,7 @@ def forward(options: Options, q, k, v, positions, subtree_end, window, start) ->
         at.visible,
         own=(q, at.query_depth),
         walked=(k, v, at.depth, at.end),
-        outputs=[jax.ShapeDtypeStruct(q.shape, q.dtype), normaliser],
+        outputs=[jax.ShapeDtypeStruct(q.shape, q.dtype), of_queries],
     )
     return out[:, :queries, :, :head_dim], normaliser[:, :, :queries]
 

@@ -18,6 +18,7 @@ from rljax.parallel.mesh import MESH_AXES, decoding_mesh, make_mesh, mesh_beside
 from rljax.parallel.sharding import (
     DECODE_RULES,
     RULES,
+    WHOLE,
     AnyMesh,
     Rules,
     Shard,
@@ -43,6 +44,7 @@ __all__ = [
     "DECODE_RULES",
     "MESH_AXES",
     "RULES",
+    "WHOLE",
     "AnyMesh",
     "Chip",
     "Collective",

@@ -16,7 +16,7 @@ from rljax.models.cache import PREFIX_AXES, SUFFIX_AXES, init_cache
 from rljax.models.decoder import embed_split
 from rljax.parallel import batch_sharding, collectives, make_mesh, partition_spec, use_mesh
 from rljax.parallel.hlo import dimensions
-from rljax.sampling import sampling_params
+from rljax.sampling import Sampler, SamplerSpec, sampling_params
 from rljax.sampling.conversations import (
     Moves,
     copy_conversations,
@@ -25,7 +25,8 @@ from rljax.sampling.conversations import (
     keep_turns,
     lay_conversations,
 )
-from rljax.sampling.generate import copy_prompt, prefill
+from rljax.sampling.generate import copy_prompt, draw, prefill
+from rljax.sampling.logits import rules_of
 from rljax.sampling.score import score_hidden
 from rljax.sampling.weights import decode_shardings, decode_weights
 
@@ -199,6 +200,60 @@ def stores():
     return found
 
 
+SAMPLINGS = {
+    "greedy": sampling_params(0.0),
+    "plain": sampling_params(0.7),
+    "top_k": sampling_params(top_k=9),
+    "top_p": sampling_params(0.8, top_p=0.9),
+    "min_p": sampling_params(min_p=0.05),
+    "all": sampling_params(1.1, top_k=20, top_p=0.95, min_p=0.01),
+}
+
+
+DRAW = jax.jit(draw, static_argnums=(3, 4))
+
+
+def decoding():
+    """What drawing from so many tokens sends, by distribution, and what a whole run of steps does in which some tokens
+    are suppressed."""
+    mesh = mesh_of("2x2x2")
+    found = {name: [] for name in (*SAMPLINGS, "decode")}
+    for vocab in (VOCAB, 4 * VOCAB):
+        own = NamedSharding(mesh, partition_spec(("vocab", "batch", None)))
+        logits = jax.ShapeDtypeStruct((vocab, 8, 2), jnp.float32, sharding=own)
+        uniform = jax.ShapeDtypeStruct((8, 2), jnp.float32, sharding=batch_sharding(mesh))
+        for name, sampling in SAMPLINGS.items():
+            with use_mesh(mesh):
+                found[name].append(sent_by(DRAW.lower(logits, uniform, sampling, rules_of(sampling), 0).compile()))
+
+        config = dataclasses.replace(DECODER, vocab_size=vocab)
+        spec = SamplerSpec((8,), max_new_tokens=8, prompt_slots=8, sample_slots=2, suppressed=(3, 5), path_slots=1)
+        sampler = Sampler(config, spec, mesh=mesh)
+        with use_mesh(mesh):
+            lowered = sampler.lower(sampler.plan(), SAMPLINGS["all"])["decode"]
+        found["decode"].append(sent_by(lowered.compile()))
+    return found
+
+
+def draws():
+    """What parts of a vocabulary draw together, and the whole: tokens, log-probs and entropies."""
+    rng = np.random.default_rng(2)
+    found = {}
+    uniform = rng.integers(0, 2**23, (ROWS, 2)).astype(np.float32) / 2**23
+    # Parts of 1024 tokens consist of blocks of the whole, those of 1000 do not.
+    for vocab, axis, is_known in ((1024, 0, True), (1000, -1, False)):
+        logits = np.moveaxis(3 * rng.normal(size=(vocab, ROWS, 2)).astype(np.float32), 0, axis)
+        for name, sampling in SAMPLINGS.items():
+            drawn = []
+            for parts in (1, 2, 4):
+                mesh = make_mesh(1, 1, parts, devices=jax.devices()[:parts])
+                with use_mesh(mesh) if parts > 1 else contextlib.nullcontext():
+                    made = DRAW(logits, uniform, sampling, rules_of(sampling) if is_known else None, axis)
+                drawn.append([np.asarray(x).tolist() for x in made])
+            found[f"{vocab}, {name}"] = drawn
+    return found
+
+
 def on_mesh(mesh, tree):
     """Shapes of an argument with the shardings that decoders give it."""
     if isinstance(tree, dict):
@@ -211,4 +266,5 @@ def on_mesh(mesh, tree):
 
 if __name__ == "__main__":
     assert jax.device_count() == 64
-    print(json.dumps({"heads": heads(), "embeddings": embeddings(), "stores": stores()}))
+    found = {"heads": heads(), "embeddings": embeddings(), "stores": stores(), "decoding": decoding(), "draws": draws()}
+    print(json.dumps(found))

@@ -3,6 +3,7 @@
 import json
 from typing import NamedTuple
 
+import numpy as np
 import pytest
 from test_parallel_mesh import run_python
 
@@ -88,3 +89,18 @@ def test_each_device_computes_prompts_of_its_own_slots(results):
         expected = [("all-reduce", found["states"])] if "2x2x2" in name else []
         assert [(x.kind, x.elements) for x in sent(found)] == expected, name
         assert 1 <= found["share"] < 1.25, name
+
+
+def test_a_decode_step_sends_the_same_whatever_the_vocabulary(results):
+    """A few numbers of each row: its maximum, sums, places of a truncation, and the token."""
+    for name, (small, large) in results["decoding"].items():
+        assert small and small == large, name
+
+
+def test_parts_of_a_vocabulary_draw_what_the_whole_draws(results):
+    """Tokens are equal. Sums over parts are rounded otherwise: by two units in the last place of a normaliser."""
+    for name, (whole, *others) in results["draws"].items():
+        for tokens, logprobs, entropies in others:
+            assert tokens == whole[0], name
+            np.testing.assert_allclose(logprobs, whole[1], rtol=0, atol=1e-6, err_msg=name)
+            np.testing.assert_allclose(entropies, whole[2], rtol=2e-6, atol=2e-6, err_msg=name)

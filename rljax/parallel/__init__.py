@@ -33,6 +33,7 @@ from rljax.parallel.roofline import Bound, bound
 from rljax.parallel.sharding import (
     DECODE_RULES,
     RULES,
+    WHOLE,
     AnyMesh,
     Rules,
     Shard,
@@ -59,6 +60,7 @@ __all__ = [
     "DECODE_RULES",
     "MESH_AXES",
     "RULES",
+    "WHOLE",
     "AnyMesh",
     "Bound",
     "Chip",

@@ -100,6 +100,10 @@ def _traffic(program: Program, where: str, one: Instruction) -> tuple[int, int, 
         return _fusion(program, one.called[0])
 
     computation = program.computations[where]
+    if one.opcode == "dynamic-update-slice":
+        # In place: the update goes in, and nothing else is touched.
+        update = sum(map(shape_bytes, computation[one.operands[1]].shapes))
+        return update, update, 0
     operands = [computation[name] for name in one.operands if name in computation]
     read = sum(shape_bytes(shape) for operand in operands for shape in operand.shapes)
     written = sum(map(shape_bytes, one.shapes))

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
@@ -228,29 +229,51 @@ class Shard(NamedTuple):
     axes: tuple[str, ...]
     """Mesh axes that split the dimension; none where every device holds the whole of it."""
 
+    @property
+    def parts(self) -> int:
+        """How many there are."""
+        return jax.lax.axis_size(self.axes) if self.axes else 1
+
     def sum(self, x: Array) -> Array:
         """The sum of `x` over all parts, on each of them."""
         return jax.lax.psum(x, self.axes) if self.axes else x
 
+    def max(self, x: Array) -> Array:
+        """The largest `x` of all parts, on each of them."""
+        return jax.lax.pmax(x, self.axes) if self.axes else x
+
+    def running(self, x: Array) -> tuple[Array, Array]:
+        """The sums of the integers `x` over the parts before this one, and over all."""
+        if not self.axes:
+            return jnp.zeros_like(x), x
+        every = jax.lax.all_gather(x, self.axes)
+        is_before = jnp.arange(self.parts) < self.number
+        return jnp.tensordot(is_before.astype(x.dtype), every, 1), jnp.sum(every, axis=0)
+
+
+WHOLE = Shard(0, ())
+"""The one part of what is not split."""
+
 
 def on_shards(
-    fn: Callable[..., Array],
+    fn: Callable[..., Any],
     in_axes: Sequence[Sequence[str | None]],
     out_axes: Sequence[str | None],
     rules: Rules = RULES,
-) -> Callable[..., Array]:
+) -> Callable[..., Any]:
     """`fn(*arrays, shard)` on each device's own part of its arrays, so that indexing them needs no other device's
     part. `shard` tells which part of the first dimension of the first array that is.
 
-    `in_axes` are the logical axes of each array, `out_axes` those of the result. Mesh axes over which some dimension
-    does not divide are left out: their devices all do the same work. Without a mesh `fn` sees whole arrays.
+    `in_axes` are the logical axes of each array, `out_axes` those of the result, or of each of several. Mesh axes over
+    which some dimension does not divide are left out: their devices all do the same work. Without a mesh `fn` sees
+    whole arrays.
     """
 
-    def call(*arrays: Array) -> Array:
+    def call(*arrays: Array) -> Any:
         mesh = jax.sharding.get_abstract_mesh()
         auto = {name for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind == AxisType.Auto}
         if not auto or mesh.size == 1:
-            return fn(*arrays, Shard(0, ()))
+            return fn(*arrays, WHOLE)
 
         # An axis that fails for one array is left out for all: a device must hold matching parts of each.
         left_out = {*mesh.axis_names} - auto

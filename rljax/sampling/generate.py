@@ -26,7 +26,7 @@ from rljax.models.config import DecoderConfig
 from rljax.models.decoder import apply_layer, embed, final_norm
 from rljax.models.head import logits
 from rljax.models.rope import rotary_table
-from rljax.parallel import constrain, on_shards
+from rljax.parallel import constrain, on_shards, platform
 from rljax.sampling.logits import Rules, SamplingParams, process_logits, sample_tokens
 from rljax.sampling.weights import product, product_of_few
 from rljax.types import ArrayLike, Params, struct
@@ -220,7 +220,8 @@ def decode(
     if rows.drawn is not None:
         position += rows.drawn
     uniforms = token_uniforms(run.seed, run.step, rows.prompt_id[:, None], rows.sample_id, position)
-    greedy = jnp.asarray(run.sampling.temperature) <= 0 if rules is None else rules.greedy
+    # A CPU adds up along many columns at once, an accelerator along rows.
+    axis = 0 if platform() == "cpu" else -1
 
     def refillable(active):
         idle = jnp.sum(~active, axis=1)
@@ -238,9 +239,9 @@ def decode(
         writes = loop.active if loop.cache.path_k else None
         hidden, cache = _forward(config, params, loop.cache, loop.token, rows.prefix_length, loop.steps, now, writes)
 
-        raw = _suppress(rows, loop.steps, logits(config, params, hidden, vocab_first=True))
-        processed = process_logits(raw, run.sampling, axis=0, rules=rules)
-        token, logprob, entropy = sample_tokens(processed, uniforms[loop.step], greedy)
+        raw = logits(config, params, hidden, vocab_first=axis == 0)
+        raw = _suppress(rows, loop.steps, raw, axis)
+        token, logprob, entropy = draw(raw, uniforms[loop.step], run.sampling, rules, axis)
         if rows.forced.shape[-1]:
             token, logprob, entropy = _force(rows, loop.steps, token, logprob, entropy)
         if rows.suppressed is not None:
@@ -286,12 +287,39 @@ def decode(
     return end.cache, next_column, steps, active, emitted
 
 
-def _suppress(rows: DecodeRows, steps: Array, logits: Array) -> Array:
-    """Logits [V, P, G], -inf for what may not be sampled now."""
+def draw(
+    logits: Float[ArrayLike, "..."],
+    uniform: Float[ArrayLike, "P G"],
+    sampling: SamplingParams,
+    rules: Rules | None,
+    axis: int,
+) -> tuple[Int[Array, "P G"], Float[Array, "P G"], Float[Array, "P G"]]:
+    """(tokens, log-probs in nats, entropies in nats) drawn from logits [V, P, G] or [P, G, V], whose vocabulary is
+    `axis`, 0 or -1. On a mesh each device looks at its own part of the vocabulary and of the rows, and the parts
+    exchange a few numbers a row."""
+    greedy = jnp.asarray(sampling.temperature) <= 0 if rules is None else rules.greedy
+
+    def own(_, logits, uniform, shard):
+        processed = process_logits(logits, sampling, axis=axis, rules=rules, shard=shard)
+        return sample_tokens(processed, uniform, greedy, axis=axis, shard=shard)
+
+    # The first array says which part of the vocabulary a device has.
+    logits = jnp.asarray(logits)
+    ids = jnp.arange(logits.shape[axis])
+    of_logits = ("vocab", "batch", None) if axis == 0 else ("batch", None, "vocab")
+    run = on_shards(own, (("vocab",), of_logits, ("batch", None)), ("batch", None))
+    return run(ids, logits, jnp.asarray(uniform))
+
+
+def _suppress(rows: DecodeRows, steps: Array, logits: Array, axis: int) -> Array:
+    """Logits, -inf for what may not be sampled now; the vocabulary is `axis`, 0 or -1."""
     if rows.suppressed is None:
         return logits
-    lowered = jnp.where(_is_suppressing(rows, steps), -jnp.inf, 0.0).astype(logits.dtype)
-    return logits.at[jnp.asarray(rows.suppressed)].add(lowered)
+    ids = jnp.arange(logits.shape[axis])
+    named = jnp.any(ids[:, None] == jnp.asarray(rows.suppressed), axis=1)
+    named = named[:, None, None] if axis == 0 else named
+    now = _is_suppressing(rows, steps)
+    return jnp.where(named & (now if axis == 0 else now[..., None]), -jnp.inf, logits)
 
 
 def _is_suppressing(rows: DecodeRows, steps: Array) -> Array:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from rljax.parallel import platform
+from rljax.parallel import WHOLE, Shard, platform
 from rljax.types import ArrayLike, struct
 
 MASKED = -1e30
@@ -94,7 +94,12 @@ def sampling_params(temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0
 
 
 def process_logits(
-    logits: Float[Array, "..."], params: SamplingParams, *, axis: int = -1, rules: Rules | None = None
+    logits: Float[Array, "..."],
+    params: SamplingParams,
+    *,
+    axis: int = -1,
+    rules: Rules | None = None,
+    shard: Shard = WHOLE,
 ) -> Float[Array, "..."]:
     """Tempered, truncated float32 logits: their softmax over `axis` is the distribution that is sampled from.
 
@@ -102,6 +107,9 @@ def process_logits(
     constant. No truncation work runs for what is off. Greedy (temperature 0) samples a point mass, whose log-probs
     would all be 0; the logits are then returned unchanged, so that log-prob and entropy are the model's own at
     temperature 1. `rules` must be those of `params`; with None it is found out as the program runs.
+
+    `shard` says which part of the vocabulary the logits are (`rljax.parallel.on_shards`). Parts exchange a few numbers
+    a distribution; of these a sum of probabilities is rounded otherwise than that of a whole.
     """
     wide = logits.astype(jnp.float32)
     # What the head has masked stays so, whatever it is divided by.
@@ -116,7 +124,7 @@ def process_logits(
     threshold = _when(
         None if rules is None else any(rules),
         truncates,
-        lambda: _threshold(detached, params, axis, rules),
+        lambda: _threshold(detached, params, axis, rules, shard),
         jnp.full_like(jax.lax.slice_in_dim(detached, 0, 1, axis=axis), -jnp.inf),
     )
     return jnp.where((detached >= threshold) & exists, scaled, MASKED)
@@ -131,28 +139,30 @@ def _when(
     return compute() if known else otherwise
 
 
-def _threshold(x: Array, params: SamplingParams, axis: int, rules: Rules | None) -> Array:
+def _threshold(x: Array, params: SamplingParams, axis: int, rules: Rules | None, shard: Shard) -> Array:
     """The smallest logit that is kept; `axis` has length 1.
 
     Every rule keeps `x >= t` for the largest `t` at which some decreasing function of `t` (a count, a mass) reaches
     its goal. A search over the 2**32 float32 values in their order finds that `t` exactly, without a sort.
     """
-    best = jnp.max(x, axis=axis, keepdims=True)
-    mass = jnp.exp(x - best)
+    best = shard.max(jnp.max(x, axis=axis, keepdims=True))
     nothing = jnp.full_like(best, -jnp.inf)
 
-    k = jnp.minimum(params.top_k, x.shape[axis])
+    k = jnp.minimum(params.top_k, x.shape[axis] * shard.parts)
     by_count = _when(
         None if rules is None else rules.top_k,
         params.top_k > 0,
-        lambda: _largest(x, jnp.ones_like(x), jnp.full_like(best, k), best, axis),
+        lambda: _largest(x, jnp.ones_like, jnp.full_like(best, k), best, axis, shard),
         nothing,
     )
 
+    def mass(x):
+        return jnp.exp(x - best)
+
     def share():
         # top-p is a share of the mass that top-k left.
-        left = jnp.sum(jnp.where(x >= by_count, mass, 0.0), axis=axis, keepdims=True)
-        return _largest(x, mass, jnp.asarray(params.top_p) * left, best, axis)
+        left = shard.sum(jnp.sum(jnp.where(x >= by_count, mass(x), 0.0), axis=axis, keepdims=True))
+        return _largest(x, mass, jnp.asarray(params.top_p) * left, best, axis, shard)
 
     by_mass = _when(None if rules is None else rules.top_p, params.top_p < 1, share, nothing)
     by_ratio = jnp.where(params.min_p > 0, best + jnp.log(params.min_p), -jnp.inf)
@@ -160,13 +170,15 @@ def _threshold(x: Array, params: SamplingParams, axis: int, rules: Rules | None)
     return jnp.minimum(best, jnp.maximum(jnp.maximum(by_count, by_mass), by_ratio))
 
 
-def _largest(x: Array, weight: Array, goal: Array, best: Array, axis: int) -> Array:
-    """The largest float32 `t <= best` at which the `weight` of all `x >= t` reaches `goal`, or the smallest float.
+def _largest(x: Array, weigh: Callable[[Array], Array], goal: Array, best: Array, axis: int, shard: Shard) -> Array:
+    """The largest float32 `t <= best` at which the weight of all `x >= t` reaches `goal`, or the smallest float.
 
     Each pass over `x` tries places of equal distance: 15 of them, which settles four bits of the order of `t`, where
-    reading `x` is what costs, and one on a CPU, where adding up is.
+    reading and weighing `x` is what costs, and one on a CPU, where adding up is.
     """
-    bits = 1 if platform() == "cpu" else 4
+    on_cpu = platform() == "cpu"
+    bits = 1 if on_cpu else 4
+    weighed = weigh(x)
 
     def to_float(order):  # uint32 in the order of the floats -> float32
         bits = jnp.where(order >> 31, order ^ jnp.uint32(1 << 31), ~order)
@@ -180,73 +192,100 @@ def _largest(x: Array, weight: Array, goal: Array, best: Array, axis: int) -> Ar
     # Orders are counted from the first, so that no sum of two overflows.
     last = to_order(best) - first
 
-    # The places lie along an axis of their own, so that one sum settles them all: a GPU would read `x` again for every
-    # second sum. It stands where no array has to be turned round for it: not last, and behind a reduced axis 0.
-    axis %= x.ndim
-    own = axis + 1 if axis == 0 else axis
-    summed = 0 if axis == 0 else axis + 1
-
-    def wide(array: Array) -> Array:
-        return jnp.expand_dims(array, own)
-
-    steps = jnp.arange(1, 2**bits, dtype=jnp.uint32)
-    steps = steps.reshape([-1 if i == own else 1 for i in range(x.ndim + 1)])
-
     def narrow(i, low):
-        distance = jnp.uint32(1) << (32 - bits * (i + 1)).astype(jnp.uint32)
-        places = wide(low) + distance * steps
-        reached = jnp.where(wide(x) >= to_float(wide(first) + places), wide(weight), 0.0)
-        totals = jnp.sum(reached, axis=summed, keepdims=True)
-        fits = (places <= wide(last)) & (totals >= wide(goal))
-        return low + distance * jnp.sum(fits, axis=own).astype(jnp.uint32)
+        distance = jnp.uint32(1) << jnp.asarray(32 - bits * (i + 1)).astype(jnp.uint32)
+        places = [low + distance * jnp.uint32(j) for j in range(1, 2**bits)]
+        values, weights = x, weighed
+        if not on_cpu:
+            # Tied to the pass, so that weights are computed where they are added up, not stored and read again.
+            values, _ = jax.lax.optimization_barrier((x, low))
+            weights = weigh(values)
 
-    return to_float(first + jax.lax.fori_loop(0, 32 // bits, narrow, jnp.zeros_like(first)))
+        totals = shard.sum(_sums([jnp.where(values >= to_float(first + at), weights, 0.0) for at in places], axis))
+        fits = [(at <= last) & (total >= goal) for at, total in zip(places, totals, strict=True)]
+        return low + distance * sum(one.astype(jnp.uint32) for one in fits)
+
+    start = jnp.zeros_like(first)
+    return to_float(first + jax.lax.fori_loop(0, 32 // bits, narrow, start, unroll=not on_cpu))
+
+
+def _sums(arrays: list[Array], axis: int) -> Array:
+    """The sum of each array along `axis`, which stays, stacked. One reduction, so that an accelerator reads what they
+    are made of once."""
+    if len(arrays) == 1:
+        return jnp.sum(arrays[0], axis=axis, keepdims=True)[None]
+    zeros = (jnp.float32(0),) * len(arrays)
+    totals = jax.lax.reduce(tuple(arrays), zeros, lambda a, b: tuple(map(jnp.add, a, b)), (axis % arrays[0].ndim,))
+    return jnp.expand_dims(jnp.stack(totals), axis if axis < 0 else axis + 1)
 
 
 def sample_tokens(
-    processed: Float[Array, " V *B"], uniform: Float[Array, "*B"], greedy: Bool[Array, ""] | bool
+    processed: Float[Array, "..."],
+    uniform: Float[Array, "*B"],
+    greedy: Bool[Array, ""] | bool,
+    *,
+    axis: int = 0,
+    shard: Shard = WHOLE,
 ) -> tuple[Int[Array, "*B"], Float[Array, "*B"], Float[Array, "*B"]]:
-    """One token a column by inverting the CDF at `uniform` in [0, 1), or the most probable one where `greedy`, of which
-    a Python value leaves the other way out of the program.
+    """One token a distribution by inverting the CDF at `uniform` in [0, 1), or the most probable one where `greedy`, of
+    which a Python value leaves the other way out of the program.
 
-    Returns (tokens int32, log-probs, entropies), the latter two of the softmax of `processed`, in nats. The vocabulary
-    comes first, so that sums over it run along many columns at once. They are taken in blocks: the uniform number
-    picks a block, then a token in it. A token of probability 0 is never chosen. Uniforms of 23 random bits resolve
-    probabilities down to 2**-23, and a token's chance differs from its probability by about as much.
+    `processed` is [V, *B], so that a CPU runs sums over the vocabulary along many columns at once, or [*B, V] where
+    `axis` is -1. `shard` says which part of the vocabulary it is: the parts exchange a few numbers a distribution, and
+    the normaliser, entropy and share of a block are rounded otherwise than those of a whole.
+
+    Returns (tokens int32, log-probs, entropies), the latter two of the softmax of `processed`, in nats. Sums are taken
+    in blocks: the uniform number picks a block, then a token in it. A token of probability 0 is never chosen. Uniforms
+    of 23 random bits resolve probabilities down to 2**-23, and a token's chance differs from its probability by about
+    as much.
     """
-    vocab, *batch = processed.shape
-    size = block_size(vocab)
+    vocab = processed.shape[axis]
+    batch = processed.shape[1:] if axis == 0 else processed.shape[:-1]
+    # A part that consists of the blocks of the whole sums these up as the whole does.
+    size = block_size(vocab * shard.parts)
+    size = block_size(vocab) if vocab % size else size
     count = -(-vocab // size)
-    padding = [(0, count * size - vocab)] + [(0, 0)] * len(batch)
-    blocks = jnp.pad(processed, padding, constant_values=MASKED).reshape(count, size, -1)
+
+    # Blocks [C, S, N] or [N, C, S]: tokens come behind their blocks, and either before or behind what is sampled.
+    of_block = 0 if axis == 0 else 1
+    in_block = of_block + 1
+    padding = [(0, 0)] * processed.ndim
+    padding[axis] = (0, count * size - vocab)
+    padded = jnp.pad(processed, padding, constant_values=MASKED)
+    blocks = padded.reshape((count, size, -1) if axis == 0 else (-1, count, size))
+    tokens_apart = blocks.reshape((count * size, -1) if axis == 0 else (-1, count * size))
 
     # Weights and their moments, block by block: probabilities, normaliser and entropy all come from these.
-    best = jnp.max(blocks, axis=(0, 1))
-    shifted = blocks - best
+    best = shard.max(jnp.max(blocks, axis=(of_block, in_block)))
+    shifted = blocks - jnp.expand_dims(best, (of_block, in_block))
     weights = jnp.exp(shifted)
-    block_weight = jnp.sum(weights, axis=1)
-    block_moment = jnp.sum(weights * shifted, axis=1)
-    total = jnp.sum(block_weight, axis=0)
+    block_weight = jnp.sum(weights, axis=in_block)
+    block_moment = jnp.sum(weights * shifted, axis=in_block)
+    total = shard.sum(jnp.sum(block_weight, axis=of_block))
 
     def invert():
         # A block by the CDF of the blocks, then a token by the CDF inside it. A uniform number stands for the cell of
         # the line that begins there; its middle is no place where a probability of few bits ends.
-        block, rest = _invert(block_weight, jnp.ravel(uniform) + _HALF_CELL)
-        inside = jnp.take_along_axis(blocks, block[None, None], axis=0)[0]
-        index, _ = _invert(jnp.exp(inside - best), rest)
-        return block * size + index
+        block, rest, is_here = _invert(block_weight, jnp.ravel(uniform) + _HALF_CELL, of_block, shard)
+        at = jnp.expand_dims(block, (of_block, in_block))
+        inside = jnp.take_along_axis(blocks, at, axis=of_block).squeeze(of_block)
+        index, *_ = _invert(jnp.exp(inside - jnp.expand_dims(best, of_block)), rest, of_block, WHOLE)
+        return block * size + index, is_here
 
     def most_probable():
-        return jnp.argmax(blocks.reshape(count * size, -1), axis=0).astype(jnp.int32)
+        index = jnp.argmax(tokens_apart, axis=of_block).astype(jnp.int32)
+        return index, _is_first(_at(tokens_apart, index, of_block) == best, shard)
 
     if isinstance(greedy, bool):
-        tokens = most_probable() if greedy else invert()
+        index, is_here = most_probable() if greedy else invert()
     else:
-        tokens = jax.lax.cond(greedy, most_probable, invert)
+        index, is_here = jax.lax.cond(greedy, most_probable, invert)
 
-    chosen = jnp.take_along_axis(blocks.reshape(count * size, -1), tokens[None], axis=0)[0] - best
+    # One part has the token, and the others add 0.
+    chosen = shard.sum(jnp.where(is_here, _at(tokens_apart, index, of_block), 0.0)) - best
+    tokens = shard.sum(jnp.where(is_here, index + shard.number * vocab, 0))
     log_total = jnp.log(total)
-    entropies = log_total - jnp.sum(block_moment, axis=0) / total
+    entropies = log_total - shard.sum(jnp.sum(block_moment, axis=of_block)) / total
     return tokens.reshape(batch), (chosen - log_total).reshape(batch), entropies.reshape(batch)
 
 
@@ -258,22 +297,46 @@ def block_size(vocab: int) -> int:
     return min(divisors, key=lambda size: abs(size - 256)) if divisors else 256
 
 
-def _invert(weights: Array, share: Array) -> tuple[Array, Array]:
-    """The index along axis 0 in which the share `share` of all weight ends, and the share of its own that lies below.
+def _invert(weights: Array, share: Array, axis: int, shard: Shard) -> tuple[Array, Array, Array | bool]:
+    """The index along `axis` in which the share `share` of all weight ends, the share of its own that lies below, and
+    whether it is in this part of the whole; in another the first two mean nothing.
 
     Weights count in whole units, some 2**30 in all. Sums of integers are exact in whatever order they are taken, so an
     index owns exactly its units of the line, and one of less than half a unit owns nothing. Float sums would give
     places of rounding to their neighbours, however improbable.
     """
-    units = jnp.round(weights * (_UNITS / jnp.sum(weights, axis=0))).astype(jnp.int32)
-    ends = jnp.cumsum(units, axis=0)
-    target = (share * ends[-1].astype(jnp.float32)).astype(jnp.int32)
+    total = jnp.expand_dims(shard.sum(jnp.sum(weights, axis=axis)), axis)
+    units = jnp.round(weights * (_UNITS / total)).astype(jnp.int32)
+    ends = jnp.cumsum(units, axis=axis)
+    own_end = jax.lax.index_in_dim(ends, -1, axis, keepdims=False)
+    before, all_units = shard.running(own_end)
+    target = (share * all_units.astype(jnp.float32)).astype(jnp.int32) - before
+    found = jnp.sum(ends <= jnp.expand_dims(target, axis), axis=axis)
 
     # A product may round up to the very end, where nobody is: the sliver goes to the heaviest, whose share it hardly
     # changes.
-    found = jnp.sum(ends <= target, axis=0)
-    index = jnp.where(target < ends[-1], found, jnp.argmax(units, axis=0)).astype(jnp.int32)
+    heaviest = jnp.argmax(units, axis=axis)
+    is_inside = target < all_units - before
+    index = jnp.where(is_inside, found, heaviest).astype(jnp.int32)
+    is_here: Array | bool = True
+    if shard.axes:
+        most = _at(units, heaviest, axis)
+        is_heaviest = _is_first(most == shard.max(most), shard)
+        is_here = jnp.where(is_inside, (target >= 0) & (target < own_end), is_heaviest)
+        index = jnp.minimum(index, units.shape[axis] - 1)
 
-    own = jnp.take_along_axis(units, index[None], axis=0)[0]
-    before = jnp.take_along_axis(ends, index[None], axis=0)[0] - own
-    return index, (target - before + 0.5) / own
+    own = _at(units, index, axis)
+    start = _at(ends, index, axis) - own
+    return index, (target - start + 0.5) / jnp.maximum(own, 1), is_here
+
+
+def _at(x: Array, index: Array, axis: int) -> Array:
+    """The entry of `x` at `index` of `axis`, which goes."""
+    return jnp.take_along_axis(x, jnp.expand_dims(index, axis), axis=axis).squeeze(axis)
+
+
+def _is_first(holds: Array, shard: Shard) -> Array | bool:
+    """Whether this part is the first that `holds`, of which some part does."""
+    if not shard.axes:
+        return True
+    return holds & (shard.running(holds.astype(jnp.int32))[0] == 0)

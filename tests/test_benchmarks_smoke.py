@@ -115,6 +115,12 @@ def test_sampler_and_trainer_agree_and_varied_lengths_compile_nothing_after_warm
     assert next(x["value"] for x in report["results"] if "in the warm-up" in x["name"]) > 0
 
 
+def test_engines_of_their_own_processes_are_asked_and_their_busy_share_is_measured(run):
+    report = run("engines.py", *SMALLEST["engines.py"])
+    assert 0 < report["ratios"]["busy_share"] <= 1
+    assert all(report["results"][name] > 0 for name in ("tokens_per_s", "own_tokens_per_s", "hand_over_s"))
+
+
 def test_programs_are_measured_by_compilation_alone(run):
     report = run("compiled.py", *SMALLEST["compiled.py"])
     assert report["benchmark"] == "compiled" and not report["missing"]

@@ -29,6 +29,7 @@ from rljax.envs import EnvironmentLimits, EnvironmentPool, RayConfig
 ray = pytest.importorskip("ray", reason="needs the extra ray")
 
 LIMITS = EnvironmentLimits(turns=6, tool_calls=2, observation_chars=100, step_s=3.0)
+HANDLERS = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
 SHARED = RayConfig(cpus=0.0)  # no CPU of the cluster is held, so that all pools of this file find room
 
 
@@ -41,6 +42,16 @@ def pool():
 
 def actor_of(pool, episode):
     return pool._where[episode.id].worker.actor
+
+
+def kill(actor):
+    """Returns when it is dead: `ray.kill` only asks for that."""
+    ray.kill(actor)
+    deadline = time.monotonic() + 20
+    with pytest.raises(ray.exceptions.RayActorError):
+        while time.monotonic() < deadline:
+            ray.get(actor.__ray_ready__.remote())
+            time.sleep(0.01)
 
 
 def failures(pool):
@@ -66,7 +77,7 @@ def test_an_actor_that_is_killed_is_replaced_and_its_episodes_go_on(pool, tmp_pa
 
     for episode, action in ((second, "4"), (first, "3")):
         idle = actor_of(pool, episode)
-        ray.kill(idle)
+        kill(idle)
         pool.step(episode, action).result(60)
         assert actor_of(pool, episode) is not idle
     assert [story(one) for one in (first, second)] == [story(one) for one in want]
@@ -108,7 +119,7 @@ def test_tokens_are_those_of_threads_though_an_actor_is_killed(pool, monkeypatch
 
         def step_after_a_kill(episode, action):
             if len(episode.steps) == 1:
-                ray.kill(doomed)
+                kill(doomed)
             return step(episode, action)
 
         monkeypatch.setattr(here, "step", step_after_a_kill)
@@ -130,8 +141,7 @@ def test_environments_are_closed_and_nothing_is_left_of_a_pool(pool, tmp_path):
 
 def test_a_stop_still_reaches_the_run(pool):
     """Ray sets a handler of its own for SIGTERM, by which a run is asked to save."""
-    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert {number: signal.getsignal(number) for number in HANDLERS} == HANDLERS
 
 
 def test_what_cannot_start_is_refused_in_one_line(pool):

@@ -89,7 +89,7 @@ def joined(monkeypatch, places):
     """What `initialize_distributed` joins with the variables of a process."""
     found = []
     monkeypatch.setattr(jax.distributed, "is_initialized", lambda: False)
-    monkeypatch.setattr(jax.distributed, "initialize", lambda *arguments: found.append(arguments))
+    monkeypatch.setattr(jax.distributed, "initialize", lambda *arguments, **_: found.append(arguments))
     for name, value in places.items():
         monkeypatch.setenv(name, value)
     parallel.initialize_distributed()

@@ -321,11 +321,18 @@ def _check_shapes(saved: Any, wanted: Any, path: AnyPath) -> None:
 
 
 def _without_base(state: TrainState) -> dict[str, Any]:
-    """What is saved of a state: all but the base, which the model's files hold; a critic where there is one."""
+    """What is saved of a state: all but the base, which the model's files hold; where there are any, a critic and the
+    weights that rollouts keep."""
     fields = {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}
     del fields["base"]
-    critic = fields.pop("critic")
-    return fields if critic is None else fields | {"critic": _without_base(critic)}
+
+    # Orbax takes a field of None for a part of the tree, which a checkpoint of before that field does not have.
+    for name in ("critic", "pushed"):
+        if fields[name] is None:
+            del fields[name]
+    if state.critic is not None:
+        fields["critic"] = _without_base(state.critic)
+    return fields
 
 
 def _with_base(saved: Mapping[str, Any], target: TrainState) -> TrainState:

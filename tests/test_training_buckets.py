@@ -9,9 +9,11 @@ import time
 
 import object_store
 import pytest
+from test_run_overlap import EXAMPLES, made
 from test_training_checkpoint import assert_is_step, make_state, save_steps, target
 from test_training_run_folder import write
 
+from rljax.experiment.journal import Journal
 from rljax.training import Checkpointer, RunFolder, lease, reachable, read_jsonl
 from rljax.training.lease import Lease
 from rljax.training.storage import GrowingFile, move_tree
@@ -130,8 +132,13 @@ def test_a_run_whose_folder_was_taken_while_it_stood_still_writes_nothing_more(s
             assert time.monotonic() < deadline
             time.sleep(0.01)
         (run.path / "metrics.jsonl").write_text("of the other\n")
+        with pytest.raises(RuntimeError, match="was taken by another run"):
+            run.write_json("summary.json", {})
+        with pytest.raises(RuntimeError, match="was taken by another run"):
+            Journal(run.journal, run.check_lease).write(made())
         run.log_step(2, {"loss/total": 2.0})
     found = object_store.contents("gs://bucket/run")
+    assert not [name for name in found if name.startswith(("summary", "journal"))]
     assert found["metrics.jsonl"] == b"of the other\n" and json.loads(found["lock"])["id"] == "x"
 
 
@@ -162,6 +169,17 @@ def test_a_kill_at_any_write_leaves_a_whole_folder_or_one_that_says_it_is_none(s
     assert changes == 1 + 2 + 3 + 3 and object_store.contents("gs://bucket") == {
         f"model/{n}": t for n, t in whole.items()
     }
+
+
+def test_a_journal_in_a_bucket_gives_back_its_rollouts(store):
+    """Each is one object, written once: nothing is renamed."""
+    journal = Journal(reachable("gs://bucket/run/journal"))
+    for step in (3, 4):
+        journal.write(made(step))
+    assert sorted(object_store.contents("gs://bucket/run/journal")) == ["rollout_000003.npz", "rollout_000004.npz"]
+    assert [one.step for one in journal.load(3, EXAMPLES)] == [3, 4] and journal.holds(3, 5)
+    journal.keep(4)
+    assert sorted(object_store.contents("gs://bucket/run/journal")) == ["rollout_000004.npz"]
 
 
 @pytest.mark.parametrize(

@@ -86,7 +86,7 @@ def train(config: Config, workdir: str, *, fresh: bool = False) -> dict[str, Any
         check_equal(config=to_dict(config), data=[example.id for example in [*run.dataset.train, *run.dataset.test]])
         say(describe_run(run))
         folder = RunFolder(path, config=to_dict(config), fresh=fresh)
-        journal = Journal(folder.journal)
+        journal = Journal(folder.journal, folder.check_lease)
         checkpoints = open_checkpoints(config, folder, journal)
 
         # Innermost again: what is closed on the way out would wait for the processes that are left behind.

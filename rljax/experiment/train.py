@@ -264,11 +264,12 @@ def open_checkpoints(config: Config, folder: RunFolder, journal: Journal | None 
         keep_best=own.keep_best,
         best_metric=own.best_metric,
         is_complete=None if journal is None else lambda step, host: journal.holds(step, host.get("ordered", step)),
+        check=folder.check_lease,
     )
 
 
 def open_warmup(folder: RunFolder) -> Checkpointer:
-    return Checkpointer(folder.warmup_checkpoints, keep_last=1)
+    return Checkpointer(folder.warmup_checkpoints, keep_last=1, check=folder.check_lease)
 
 
 def review_warmup(folder: RunFolder) -> None:

@@ -9,8 +9,9 @@ from fsspec.implementations.memory import MemoryFileSystem
 
 
 class ObjectStore(MemoryFileSystem):
-    """Behind `gs://` and `s3://`, through the same client interface as gcsfs and s3fs. `fails_after` is the number of
-    changes after which the process is "killed"; `puts` counts the writes of every object."""
+    """Behind `gs://` and `s3://`, through the same client interface as gcsfs and s3fs. The process is "killed"
+    after `fails_after` changes, or when it is to change the object `fails_on`; `puts` counts the writes of every
+    object."""
 
     protocol = ("gs", "gcs", "s3")
     cachable = False
@@ -18,6 +19,7 @@ class ObjectStore(MemoryFileSystem):
     pseudo_dirs: ClassVar = [""]
     puts: ClassVar = collections.Counter()
     fails_after: ClassVar = None
+    fails_on: ClassVar = None
 
     def __init__(self, **options):
         super().__init__()
@@ -28,7 +30,9 @@ class ObjectStore(MemoryFileSystem):
             path = path.removeprefix(f"{name}://")
         return "/" + path.strip("/") if path.strip("/") else ""
 
-    def _change(self):
+    def _change(self, path):
+        if path == ObjectStore.fails_on:
+            raise InterruptedError("killed")
         if ObjectStore.fails_after is not None:
             if ObjectStore.fails_after == 0:
                 raise InterruptedError("killed")
@@ -37,7 +41,7 @@ class ObjectStore(MemoryFileSystem):
     def _open(self, path, mode="rb", **options):
         assert "a" not in mode and "+" not in mode, "an object cannot grow"
         if "w" in mode:
-            self._change()
+            self._change(path)
             ObjectStore.puts[path] += 1
         return super()._open(path, mode, **options)
 
@@ -53,7 +57,7 @@ class ObjectStore(MemoryFileSystem):
         if not found:
             raise FileNotFoundError(path)
         for name in found:
-            self._change()
+            self._change(name)
             del self.store[name]
 
     def rename(self, path, dst, **options):
@@ -67,6 +71,7 @@ def install(monkeypatch):
     ObjectStore.store.clear()
     ObjectStore.puts.clear()
     ObjectStore.fails_after = None
+    ObjectStore.fails_on = None
     for name in ObjectStore.protocol:
         monkeypatch.setitem(sys.modules["fsspec.registry"]._registry, name, ObjectStore)
     backend.fsspec_backend._get_filesystem.cache_clear()

@@ -163,6 +163,9 @@ def test_a_damaged_or_missing_rollout_ends_what_a_journal_gives(tmp_path):
     for broken in (whole[: len(whole) // 2], b"", whole[:200] + b"?" + whole[201:]):
         file.write_bytes(broken)
         assert [one.step for one in journal.load(0, EXAMPLES)] == [0]
+        # No checkpoint that needs it is one to go on from.
+        again = Journal(journal.folder)
+        assert again.holds(0, 1) and not again.holds(0, 2) and again.holds(2, 3)
 
     journal.keep(1, 4)
     assert journal.steps() == {1, 2}

@@ -9,9 +9,11 @@ import time
 
 import object_store
 import pytest
+from test_run_overlap import EXAMPLES, made
 from test_training_checkpoint import assert_is_step, make_state, save_steps, target
 from test_training_run_folder import write
 
+from rljax.experiment.journal import Journal
 from rljax.training import Checkpointer, RunFolder, lease, reachable, read_jsonl
 from rljax.training.lease import Lease
 from rljax.training.storage import GrowingFile, move_tree
@@ -118,20 +120,30 @@ def test_of_several_that_come_at_once_one_gets_the_folder(store):
     assert len(refused) == 5 and all("is in use by another run" in says for _, says in refused)
 
 
+def take_over(run):
+    """Another run's name in the lock, which the first one finds."""
+    (run.path / "lock").write_text(json.dumps({"id": "x", "pid": 7, "host": "other", "since": "then"}))
+    deadline = time.monotonic() + 10
+    while not run._lease.is_lost:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
 def test_a_run_whose_folder_was_taken_while_it_stood_still_writes_nothing_more(store):
     run = RunFolder("gs://bucket/run", config={})
     with pytest.raises(RuntimeError, match=r"was taken by another run \(process 7 on other since then\) while"), run:
         run.start(0)
         run.log_step(1, {"loss/total": 1.0})
         run.flush()
-        (run.path / "lock").write_text(json.dumps({"id": "x", "pid": 7, "host": "other", "since": "then"}))
-        deadline = time.monotonic() + 10
-        while not run._lease.is_lost:
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
+        take_over(run)
         (run.path / "metrics.jsonl").write_text("of the other\n")
+        with pytest.raises(RuntimeError, match="was taken by another run"):
+            run.write_json("summary.json", {})
+        with pytest.raises(RuntimeError, match="was taken by another run"):
+            Journal(run.journal, run.check_lease).write(made())
         run.log_step(2, {"loss/total": 2.0})
     found = object_store.contents("gs://bucket/run")
+    assert not [name for name in found if name.startswith(("summary", "journal"))]
     assert found["metrics.jsonl"] == b"of the other\n" and json.loads(found["lock"])["id"] == "x"
 
 
@@ -162,6 +174,17 @@ def test_a_kill_at_any_write_leaves_a_whole_folder_or_one_that_says_it_is_none(s
     assert changes == 1 + 2 + 3 + 3 and object_store.contents("gs://bucket") == {
         f"model/{n}": t for n, t in whole.items()
     }
+
+
+def test_a_journal_in_a_bucket_gives_back_its_rollouts(store):
+    """Each is one object, written once: nothing is renamed."""
+    journal = Journal(reachable("gs://bucket/run/journal"))
+    for step in (3, 4):
+        journal.write(made(step))
+    assert sorted(object_store.contents("gs://bucket/run/journal")) == ["rollout_000003.npz", "rollout_000004.npz"]
+    assert [one.step for one in journal.load(3, EXAMPLES)] == [3, 4] and journal.holds(3, 5)
+    journal.keep(4)
+    assert sorted(object_store.contents("gs://bucket/run/journal")) == ["rollout_000004.npz"]
 
 
 @pytest.mark.parametrize(
@@ -201,24 +224,35 @@ def test_a_kill_during_any_write_of_a_checkpoint_leaves_the_one_before(store):
     folder = "s3://bucket/checkpoints"
     save_steps(folder, [1])
     before = dict(store.store)
-    checkpointer = Checkpointer(folder)
-    store.puts.clear()
-    checkpointer.save(2, make_state(2), {"step": 2})
-    changes = sum(store.puts.values())
-    checkpointer.close()
-    assert changes > 5
 
-    # the first, one in the middle, and the last, which is the mark
-    for killed_at in (0, changes // 2, changes - 1):
+    # The first, one in the middle, and the last, which is the mark. How many there are differs from save to save.
+    for kill in ({"fails_after": 0}, {"fails_after": 5}, {"fails_on": "/bucket/checkpoints/2/_CHECKPOINT_METADATA"}):
         store.store.clear()
         store.store.update(before)
+        store.puts.clear()
         checkpointer = Checkpointer(folder)
-        store.fails_after = killed_at
+        for name, value in kill.items():
+            setattr(store, name, value)
         with pytest.raises(InterruptedError):
             checkpointer.save(2, make_state(2), {"step": 2})
-        store.fails_after = None
+        assert "fails_on" not in kill or sum(store.puts.values()) > 5
+        store.fails_after = store.fails_on = None
         assert_is_step(Checkpointer(folder).restore(target()), 1)
         assert {name.split("/")[0] for name in object_store.contents(folder)} == {"1"}
+
+
+def test_a_run_whose_folder_was_taken_leaves_the_checkpoints_of_the_other_alone(store):
+    """Its own copies are of the steps before, and what is not among them would go."""
+    run = RunFolder("s3://bucket/run", config={})
+    checkpoints = Checkpointer(run.checkpoints, check=run.check_lease)
+    checkpoints.save(1, make_state(1), {})
+    checkpoints.wait()
+    take_over(run)
+    save_steps(run.checkpoints, [2, 3], keep_last=1)
+    for leaves in (checkpoints.close, lambda: run.__exit__(None, None, None)):
+        with pytest.raises(RuntimeError, match="was taken by another run"):
+            leaves()
+    assert {name.split("/")[0] for name in object_store.contents("s3://bucket/run/checkpoints")} == {"3"}
 
 
 def test_a_damaged_checkpoint_of_a_bucket_is_set_aside(store):

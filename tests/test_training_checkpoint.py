@@ -64,6 +64,13 @@ def test_the_newest_comes_back_bit_for_bit(two_steps, tmp_path):
     assert Checkpointer(tmp_path / "empty").restore(target()) is None
 
 
+def test_what_a_state_lacks_leaves_nothing_in_its_checkpoint(two_steps):
+    """Else one that was written before there was such a field could not be gone on from."""
+    written = json.loads((two_steps / "2" / "state" / "_METADATA").read_text())["tree_metadata"]
+    fields = {entry["key_metadata"][0]["key"] for entry in written.values()}
+    assert fields == {"trainable", "opt_state", "step", "skipped", "ref_trainable"}
+
+
 def test_the_last_and_the_best_are_kept(tmp_path):
     save_steps(tmp_path, range(1, 8), keep_last=2, keep_best=1, best_metric="score")
     assert Checkpointer(tmp_path).steps == [5, 6, 7]

@@ -268,7 +268,8 @@ def test_a_run_folder_may_be_an_address_and_leaves_nothing_beside_it(bucket, mon
         assert (bucket / "run" / name).read_bytes() == (bucket.parent / "local" / name).read_bytes()
     assert not (bucket / "run" / "rollouts" / "step_000004.jsonl").exists()
     assert len(list((bucket / "run" / "tensorboard").iterdir())) == 2
-    assert RunFolder("gs://bucket/run").plot([(0, 0.1)]).read_bytes().startswith(b"\x89PNG")
+    with RunFolder("gs://bucket/run") as run:
+        assert run.plot([(0, 0.1)]).read_bytes().startswith(b"\x89PNG")
     assert sorted(path.name for path in bucket.parent.iterdir()) == ["bucket", "local"]
     with RunFolder("gs://bucket/run", fresh=True):
         assert not (bucket / "run" / "metrics.jsonl").exists()

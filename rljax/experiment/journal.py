@@ -10,7 +10,7 @@ import json
 import re
 import zipfile
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,7 +18,7 @@ import numpy as np
 from rljax.parallel import is_main_process, on_main
 from rljax.rollouts import Rollout, known_example
 from rljax.tasks import Example
-from rljax.training import AnyPath
+from rljax.training import AnyPath, replace_bytes
 from rljax.types import Trajectory
 
 _NAME = re.compile(r"rollout_(\d{6,})\.npz")
@@ -52,20 +52,22 @@ class Damaged(Exception):
 
 
 class Journal:
-    """The rollouts in `folder`, one file each. The main process writes; all read what it reads."""
+    """The rollouts in `folder`, one file each. The main process writes; all read what it reads. `check` is called
+    before a rollout is written, to raise where the folder is another run's."""
 
-    def __init__(self, folder: AnyPath):
+    def __init__(self, folder: AnyPath, check: Callable[[], None] = lambda: None):
         self.folder = folder
+        self._check = check
+        self._whole: set[int] = set()  # steps whose files this process has written, or has read
 
     def write(self, made: Made) -> None:
         """Writes a rollout; it is whole, or not there."""
         if not is_main_process():
             return
+        self._check()
         self.folder.mkdir(parents=True, exist_ok=True)
-        file = self._file(made.step)
-        temporary = file.with_name(file.name + ".tmp")
-        temporary.write_bytes(to_bytes(made))
-        temporary.replace(file)
+        replace_bytes(self._file(made.step), to_bytes(made))
+        self._whole.add(made.step)
 
     def load(self, first: int, examples: Mapping[int, Example]) -> list[Made]:
         """The rollouts from that of step `first` on, as far as none is missing or damaged. `examples` are the data rows
@@ -83,8 +85,18 @@ class Journal:
         return {int(name.group(1)) for name in names if name}
 
     def holds(self, first: int, stop: int) -> bool:
-        """Whether the rollouts of steps `first` to `stop - 1` are there, as this process sees the folder."""
-        return first >= stop or {*range(first, stop)} <= self.steps()
+        """Whether the rollouts of steps `first` to `stop - 1` are there and whole, as this process sees the folder."""
+        return first >= stop or ({*range(first, stop)} <= self.steps() and all(map(self._is_whole, range(first, stop))))
+
+    def _is_whole(self, step: int) -> bool:
+        # A file that was found whole is not read again.
+        if step not in self._whole:
+            try:
+                _arrays_of(self._file(step).read_bytes())
+            except (Damaged, FileNotFoundError):
+                return False
+            self._whole.add(step)
+        return True
 
     def keep(self, first: int, stop: int | None = None) -> None:
         """Removes all but the rollouts of steps `first` to `stop - 1`; None is all from `first` on."""
@@ -93,6 +105,7 @@ class Journal:
         for step in self.steps():
             if step < first or (stop is not None and step >= stop):
                 self._file(step).unlink()
+                self._whole.discard(step)
 
     def _file(self, step: int) -> AnyPath:
         return self.folder / f"rollout_{step:06d}.npz"
@@ -135,14 +148,9 @@ def to_bytes(made: Made) -> bytes:
 
 def from_bytes(content: bytes, examples: Mapping[int, Example]) -> Made:
     """The inverse. Damaged for content that is not whole, ValueError for an example that the data does not hold."""
-    try:
-        with np.load(io.BytesIO(content), allow_pickle=False) as file:
-            arrays = {name: file[name] for name in file.files}
-        text = json.loads(arrays.pop(_JSON).tobytes())
-        rewards = arrays.pop("rewards")
-    except (zipfile.BadZipFile, zlib.error, OSError, EOFError, KeyError, ValueError) as error:
-        raise Damaged(str(error)) from error
-
+    arrays = _arrays_of(content)
+    text = json.loads(arrays.pop(_JSON).tobytes())
+    rewards = arrays.pop("rewards")
     rollout = Rollout(
         trajectories=_trajectories_of(text["trajectories"], arrays),
         records=text["records"],
@@ -154,6 +162,15 @@ def from_bytes(content: bytes, examples: Mapping[int, Example]) -> Made:
         untrained=text["untrained"],
     )
     return Made(text["step"], text["version"], rollout, text["lacking"], text["behind"], is_recorded=True)
+
+
+def _arrays_of(content: bytes) -> dict[str, np.ndarray]:
+    """The arrays of a file. Damaged where a byte of them is not what was written, by the checksums in it."""
+    try:
+        with np.load(io.BytesIO(content), allow_pickle=False) as file:
+            return {name: file[name] for name in file.files}
+    except (zipfile.BadZipFile, zlib.error, OSError, EOFError, KeyError, ValueError) as error:
+        raise Damaged(str(error)) from error
 
 
 def _columns_of(trajectories: Sequence[Trajectory]) -> tuple[list[dict[str, Any]], dict[str, np.ndarray]]:

@@ -86,7 +86,7 @@ def train(config: Config, workdir: str, *, fresh: bool = False) -> dict[str, Any
         check_equal(config=to_dict(config), data=[example.id for example in [*run.dataset.train, *run.dataset.test]])
         say(describe_run(run))
         folder = RunFolder(path, config=to_dict(config), fresh=fresh)
-        journal = Journal(folder.journal)
+        journal = Journal(folder.journal, folder.check_lease)
         checkpoints = open_checkpoints(config, folder, journal)
 
         # Innermost again: what is closed on the way out would wait for the processes that are left behind.
@@ -264,11 +264,12 @@ def open_checkpoints(config: Config, folder: RunFolder, journal: Journal | None 
         keep_best=own.keep_best,
         best_metric=own.best_metric,
         is_complete=None if journal is None else lambda step, host: journal.holds(step, host.get("ordered", step)),
+        check=folder.check_lease,
     )
 
 
 def open_warmup(folder: RunFolder) -> Checkpointer:
-    return Checkpointer(folder.warmup_checkpoints, keep_last=1)
+    return Checkpointer(folder.warmup_checkpoints, keep_last=1, check=folder.check_lease)
 
 
 def review_warmup(folder: RunFolder) -> None:

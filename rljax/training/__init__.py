@@ -18,7 +18,15 @@ from rljax.training.optimizers import (
 from rljax.training.run_folder import RunFolder, plot_learning_curve, versions
 from rljax.training.sft import sft_loss
 from rljax.training.state import abstract_state, create_state, state_shardings, with_base, with_critic, with_pushed
-from rljax.training.storage import AnyPath, local_copy, local_folder, move_tree, reachable, remove_tree
+from rljax.training.storage import (
+    AnyPath,
+    local_copy,
+    local_folder,
+    move_tree,
+    reachable,
+    remove_tree,
+    replace_bytes,
+)
 from rljax.training.trainable import EVERYTHING, Subtree, policy_params, reference_params, subtree_of
 from rljax.training.update import add_metrics
 
@@ -60,6 +68,7 @@ __all__ = [
     "read_jsonl",
     "reference_params",
     "remove_tree",
+    "replace_bytes",
     "restore_params",
     "scale_by_lightsam_adagrad",
     "scale_by_lightsam_adam",

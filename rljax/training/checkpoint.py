@@ -52,6 +52,8 @@ class Checkpointer:
     One that is not complete is passed over, and counts for none of the `keep_last`. `first_kept` is the oldest of
     these, None as long as there is none; it is known from the first save on.
 
+    `check` is called before checkpoints are made or removed, to raise where the folder is another run's.
+
     In a bucket that Orbax cannot write to, such as `s3://`, checkpoints are made in a local folder and copied; a save
     then returns when it is there, and ValueError is raised on several processes.
     """
@@ -64,6 +66,7 @@ class Checkpointer:
         keep_best: int = 0,
         best_metric: str = "rollout/reward_mean",
         is_complete: Callable[[int, Mapping[str, Any]], bool] | None = None,
+        check: Callable[[], None] = lambda: None,
     ):
         if keep_last < 1 or keep_best < 0:
             raise ValueError(f"keep_last={keep_last} must be at least 1 and keep_best={keep_best} at least 0")
@@ -72,7 +75,9 @@ class Checkpointer:
         self.keep_best = keep_best
         self.best_metric = best_metric
         self.is_complete = is_complete
+        self.check = check
         self.first_kept: int | None = None
+        self._known_complete: set[int] = set()
 
         # The folder must be there before any process looks into it.
         if is_main_process():
@@ -124,8 +129,11 @@ class Checkpointer:
             self._mirror.push()
 
     def close(self) -> None:
-        self.wait()
-        self._manager.close()
+        """Waits, as `wait`, and ends the writing thread."""
+        try:
+            self.wait()
+        finally:
+            self._manager.close()
 
     def restore(self, target: TrainState) -> tuple[TrainState, dict[str, Any], int] | None:
         """(state, host state, step) of the newest checkpoint that is whole; None when there is none at all, or none of
@@ -213,17 +221,20 @@ class Checkpointer:
 
     def _complete(self) -> list[int]:
         """Steps whose checkpoint is complete, as this process sees it, oldest first."""
-        found = []
-        for step in sorted(self._manager.all_steps()):
+        for step in self._manager.all_steps():
+            # What one relies on stays as long as it does, and host states may be large.
+            if step in self._known_complete:
+                continue
             try:
                 host = {} if self.is_complete is None else self._read(step, "host", ocp.args.JsonRestore())
                 if self._has_all(step, host):
-                    found.append(step)
+                    self._known_complete.add(step)
             except Exception:  # a broken file is no checkpoint to go on from
                 continue
-        return found
+        return sorted(self._known_complete.intersection(self._manager.all_steps()))
 
     def _thin_out(self) -> None:
+        self.check()
         steps = self.steps
         last = on_main(self._complete)[-self.keep_last :]
         # One that is not complete yet may become it, and is newer than those that are.
@@ -321,11 +332,18 @@ def _check_shapes(saved: Any, wanted: Any, path: AnyPath) -> None:
 
 
 def _without_base(state: TrainState) -> dict[str, Any]:
-    """What is saved of a state: all but the base, which the model's files hold; a critic where there is one."""
+    """What is saved of a state: all but the base, which the model's files hold; where there are any, a critic and the
+    weights that rollouts keep."""
     fields = {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}
     del fields["base"]
-    critic = fields.pop("critic")
-    return fields if critic is None else fields | {"critic": _without_base(critic)}
+
+    # Orbax takes a field of None for a part of the tree, which a checkpoint of before that field does not have.
+    for name in ("critic", "pushed"):
+        if fields[name] is None:
+            del fields[name]
+    if state.critic is not None:
+        fields["critic"] = _without_base(state.critic)
+    return fields
 
 
 def _with_base(saved: Mapping[str, Any], target: TrainState) -> TrainState:

@@ -190,20 +190,20 @@ class RunFolder:
     ) -> None:
         """The rollouts of the step that brings the count to `step`, and in `rollouts/untrained/` those that it drew and
         left out; no file where there are none. The records must not change afterwards."""
-        self._check_lease()
+        self.check_lease()
         if is_main_process():
             self._background(self._write_rollouts, step, list(records), list(untrained))
 
     def flush(self) -> None:
         """Waits until everything that was logged is written. OSError where that failed. A checkpoint comes after it: a
-        resumed run writes again what follows its checkpoint, and nothing before. RuntimeError, in a remote folder, if
-        another run has taken it."""
-        self._check_lease()
+        resumed run writes again what follows its checkpoint, and nothing before. RuntimeError as `check_lease`."""
+        self.check_lease()
         if self._writer is not None:
             self._background(self._writer.flush)
         self._background.wait()
 
-    def _check_lease(self) -> None:
+    def check_lease(self) -> None:
+        """RuntimeError, in a remote folder, if another run has taken it."""
         if self._lease is not None:
             self._lease.check()
 
@@ -240,6 +240,7 @@ class RunFolder:
         """Writes JSON in one move, so that a kill leaves the old file or the new one. Returns the path."""
         file = self.path / file if isinstance(file, str) else file
         if is_main_process():
+            self.check_lease()
             file.parent.mkdir(parents=True, exist_ok=True)
             text = json.dumps(content, indent=2, ensure_ascii=False, default=_plain) + "\n"
             replace_text(file, text)
@@ -263,7 +264,7 @@ class RunFolder:
             self.flush()
         finally:
             if self._writer is not None:
-                # in a folder that another run has taken, its files stay as that wrote them
+                # In a folder that another run has taken, its files stay as that wrote them.
                 self._writer.close(uploads=self._lease is None or not self._lease.is_lost)
                 self._writer = None
 

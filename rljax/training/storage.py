@@ -72,8 +72,8 @@ def _without_secrets(text: str) -> str:
 
 
 class GrowingFile:
-    """A text file that lines are added to. `folder/file` on a disk grows at once. A remote object cannot grow: it is
-    written whole, every `UPLOAD_S` seconds at most, and by `flush`. A kill loses what came since."""
+    """A text file that lines are added to. On a disk it grows at once. A remote object cannot grow: it is written
+    whole, every `UPLOAD_S` seconds at most, and by `flush`. A kill loses what came since."""
 
     UPLOAD_S = 30.0
 
@@ -105,19 +105,28 @@ class GrowingFile:
             self._written = time.monotonic()
 
 
-def replace_text(path: AnyPath, text: str) -> None:
+def replace_bytes(path: AnyPath, content: bytes) -> None:
     """Writes a file so that a kill leaves the old or the new one, whole."""
     if is_remote(path):  # objects are written whole
-        write_text(path, text)
+        path.write_bytes(content)
         return
     temporary = path.with_name(path.name + ".tmp")
-    write_text(temporary, text)
+    temporary.write_bytes(content)
     temporary.replace(path)
+
+
+def replace_text(path: AnyPath, text: str) -> None:
+    """`replace_bytes` of text as `write_text` writes it."""
+    replace_bytes(path, _escaped(text))
 
 
 def write_text(path: AnyPath, text: str) -> None:
     """Half characters, which prompts, completions and errors may hold, are escaped: in JSON they mean the same."""
-    path.write_bytes(text.encode("utf-8", "backslashreplace"))
+    path.write_bytes(_escaped(text))
+
+
+def _escaped(text: str) -> bytes:
+    return text.encode("utf-8", "backslashreplace")
 
 
 def move_tree(source: AnyPath, goal: AnyPath, *, last: str = "") -> None:

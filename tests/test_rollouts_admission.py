@@ -8,8 +8,14 @@ from test_rollouts_multi_turn import Echo, make_actor, params, play
 
 from rljax.envs import EnvironmentLimits
 from rljax.rollouts import MultiTurn
-from rljax.rollouts.admission import admits, all_in_time, capacity
+from rljax.rollouts.admission import all_in_time, capacity
 from rljax.tasks import Example
+
+
+def admits(submitted, *, version, staleness, batch):
+    """The other form of the rule (AReaL, 2505.24298): whether the `submitted`-th sample may be begun while the learner
+    has `version`."""
+    return (submitted - 1) // batch <= version + staleness
 
 
 @pytest.mark.parametrize(
@@ -19,6 +25,10 @@ from rljax.tasks import Example
 def test_what_is_admitted(staleness, version, submitted, want):
     """The worked examples of AReaL's rule."""
     assert admits(submitted, version=version, staleness=staleness, batch=512) == want
+    accepted = 512 * version
+    running = submitted - 1 - accepted
+    room = capacity(version=version, staleness=staleness, batch=512, accepted=accepted, running=running, most=5000)
+    assert (room > 0) == want
 
 
 @pytest.mark.parametrize(

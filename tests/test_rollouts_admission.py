@@ -122,6 +122,26 @@ def test_a_slow_group_is_waited_for_in_its_last_step_and_not_before(steps_in_fli
     assert found["held"] == steps_in_flight
 
 
+def test_one_of_several_processes_waits_for_groups_that_its_share_of_later_steps_could_not_train():
+    """Of a batch of 4 each of two processes trains 2: four groups that are left need two steps, not one."""
+    Held.free.clear()
+    actor = make_actor(
+        Held,
+        conversations=40,
+        limits=EnvironmentLimits(turns=3),
+        workers=24,
+        groups_in_flight=12,
+        steps_in_flight=2,
+        batch=4,
+    )
+    actor.processes = 2
+    first = play(actor, [Example(name) for name in ("a", "b", "held", "held", "held", "held")], step=0, n=2)
+    assert [group.example.prompt for group in first] == ["a", "b"]
+    threading.Timer(0.05, Held.free.set).start()
+    second = play(actor, [Example("c"), Example("d")], step=1, n=2)
+    assert [group.example.prompt for group in second] == ["held", "held"]
+
+
 def test_without_a_bound_the_others_go_first():
     Held.free.clear()
     actor = make_actor(Held, conversations=40, limits=EnvironmentLimits(turns=3), groups_in_flight=1)

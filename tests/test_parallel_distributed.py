@@ -74,6 +74,12 @@ def test_host_data_crosses_processes(two_processes):
         assert result["moved"] == 0
 
 
+def test_each_process_is_handed_the_weights(two_processes):
+    """By way of the learner's devices, none of which has more of a matrix than its part along `tensor`."""
+    for result in two_processes[0]:
+        assert result["handed_over"] == {"part": 0.5, "difference": 0, "compiled": 0}
+
+
 def test_what_may_differ_is_made_once_and_what_must_not_is_compared(two_processes):
     main, other = two_processes[0]
     assert main["once"] == other["once"] == {"process": 0}

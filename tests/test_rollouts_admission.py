@@ -8,8 +8,14 @@ from test_rollouts_multi_turn import Echo, make_actor, params, play
 
 from rljax.envs import EnvironmentLimits
 from rljax.rollouts import MultiTurn
-from rljax.rollouts.admission import admits, all_in_time, capacity
+from rljax.rollouts.admission import all_in_time, capacity
 from rljax.tasks import Example
+
+
+def admits(submitted, *, version, staleness, batch):
+    """The other form of the rule (AReaL, 2505.24298): whether the `submitted`-th sample may be begun while the learner
+    has `version`."""
+    return (submitted - 1) // batch <= version + staleness
 
 
 @pytest.mark.parametrize(
@@ -19,6 +25,10 @@ from rljax.tasks import Example
 def test_what_is_admitted(staleness, version, submitted, want):
     """The worked examples of AReaL's rule."""
     assert admits(submitted, version=version, staleness=staleness, batch=512) == want
+    accepted = 512 * version
+    running = submitted - 1 - accepted
+    room = capacity(version=version, staleness=staleness, batch=512, accepted=accepted, running=running, most=5000)
+    assert (room > 0) == want
 
 
 @pytest.mark.parametrize(
@@ -110,6 +120,26 @@ def test_a_slow_group_is_waited_for_in_its_last_step_and_not_before(steps_in_fli
         found |= {group.example.prompt: step for group in groups}
         assert actor.stats["steps_in_flight"] <= steps_in_flight
     assert found["held"] == steps_in_flight
+
+
+def test_one_of_several_processes_waits_for_groups_that_its_share_of_later_steps_could_not_train():
+    """Of a batch of 4 each of two processes trains 2: four groups that are left need two steps, not one."""
+    Held.free.clear()
+    actor = make_actor(
+        Held,
+        conversations=40,
+        limits=EnvironmentLimits(turns=3),
+        workers=24,
+        groups_in_flight=12,
+        steps_in_flight=2,
+        batch=4,
+    )
+    actor.processes = 2
+    first = play(actor, [Example(name) for name in ("a", "b", "held", "held", "held", "held")], step=0, n=2)
+    assert [group.example.prompt for group in first] == ["a", "b"]
+    threading.Timer(0.05, Held.free.set).start()
+    second = play(actor, [Example("c"), Example("d")], step=1, n=2)
+    assert [group.example.prompt for group in second] == ["held", "held"]
 
 
 def test_without_a_bound_the_others_go_first():

@@ -134,6 +134,23 @@ def test_an_evaluation_is_by_the_newest_weights_alone():
         np.testing.assert_allclose(one, other, atol=3e-5)
 
 
+def test_conversations_go_on_without_what_an_evaluation_has_computed():
+    """Rollouts have not been handed its weights, where these are pushed every few steps alone."""
+    actor = make_actor(conversations=24, groups_in_flight=3, answers_after=1, at_hand_over="keep")
+    actor.set_params(weights(0), version=0)
+    play(actor, EXAMPLES[:1] * actor.missing(1), n=1)
+
+    # It begins as the groups under way do, and on their conversations.
+    actor.set_params(weights(5), version=0)
+    play(actor.for_evaluation(sampling_params()), EXAMPLES[:1] * 6, step=9)
+    actor.set_params(weights(1), version=1)
+    groups = play(actor, [], step=1, n=2)
+    found = [(group.prompt, sample) for group in groups for sample in group.samples]
+    assert any(len(set(sample.versions.tolist())) > 1 for _, sample in found)
+    for prompt, sample in found:
+        np.testing.assert_allclose(sample.logprobs, by_new_weights(prompt, sample), atol=3e-5)
+
+
 @pytest.mark.parametrize("at_hand_over", ["recompute", "keep"])
 def test_a_resumed_actor_goes_on_with_the_same_numbers(at_hand_over):
     """A checkpoint has no keys and values: where they are kept, it ends that for both."""

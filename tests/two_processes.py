@@ -11,6 +11,7 @@ from sharded_program import CONFIG, batch, difference, loss
 
 from rljax import parallel
 from rljax.models import load_model, param_shardings, save_hf
+from rljax.parallel import sharding
 from rljax.parallel.exchange import client, exchange, tell_failure
 from rljax.sampling import compile_count
 from rljax.training import Checkpointer
@@ -78,6 +79,29 @@ def saved_twice(params):
     return checkpoints, jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
 
 
+def handed_over(params):
+    """Weights for the devices of this process, of which the learner's are donated: which part of the queries a device
+    gets, how far they are from the weights, and what a second time compiles."""
+    own_part = sharding.own_part
+    parts = []
+
+    def noted(x, mesh):
+        parts.append(x.addressable_shards[0].data.nbytes / x.nbytes)
+        return own_part(x, mesh)
+
+    sharding.own_part = noted
+    target = param_shardings(CONFIG, parallel.own_mesh(mesh), parallel.DECODE_RULES)
+    want = parallel.to_host(params)
+    learners = jax.tree.map(jax.numpy.copy, params)
+    parallel.hand_over(learners, target)
+    before = compile_count()
+    found = parallel.hand_over(learners, target)
+    compiled = compile_count() - before
+    jax.tree.map(lambda x: x.delete(), learners)
+    assert jax.tree.map(lambda x: x.sharding, found) == target
+    return {"part": min(parts), "difference": difference(found, want), "compiled": compiled}
+
+
 def late():
     """Process 0 waits for one that does not come."""
     return "" if index else said_by(lambda: exchange("late", b"", timeout_s=1.0))
@@ -94,6 +118,7 @@ told = [exchange("large", large[index]) for _ in range(3)]
 result = {
     "large": [parts == large for parts in told],
     "kept": sorted({key.split("/")[2] for key, _ in client().key_value_dir_get_bytes("rljax/large/")}),
+    "handed_over": handed_over(params),
     "late": late(),
     "restored": restored(*saved_twice(params)),
     "once": parallel.on_main(lambda: {"process": index}),

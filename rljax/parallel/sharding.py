@@ -14,6 +14,8 @@ import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
+from rljax.parallel.mesh import own_mesh, spread_mesh
+
 AnyMesh = Mesh | AbstractMesh
 """An abstract mesh (sizes without devices) is enough to plan a layout."""
 
@@ -158,13 +160,27 @@ def reshard(params: Any, target: Any) -> Any:
     return jax.device_put(params, target)
 
 
+def mesh_of(tree: Any) -> Mesh:
+    """The mesh that the arrays of a tree lie on, by the first of them. TypeError where it lies on none."""
+    mesh = _sharding_of(jax.tree.leaves(tree)[0]).mesh
+    if not isinstance(mesh, Mesh):
+        raise TypeError(f"{mesh} has no devices")
+    return mesh
+
+
+def _sharding_of(x: Array) -> NamedSharding:
+    if not isinstance(x.sharding, NamedSharding):
+        raise TypeError(f"an array {x.shape} lies on no mesh: {x.sharding}")
+    return x.sharding
+
+
 def own_part(tree: Any, mesh: Mesh) -> Any:
     """What arrays hold on the devices of `mesh`, as arrays on them alone: nothing is copied. Their shardings name axes
     as `mesh` does, and split them over its devices in the same parts as over all: those of `spread_mesh` and
     `own_mesh`."""
 
     def part(x: Array) -> Array:
-        where = NamedSharding(mesh, x.sharding.spec)  # type: ignore[attr-defined]
+        where = NamedSharding(mesh, _sharding_of(x).spec)
         shards = [shard.data for shard in x.addressable_shards]
         return jax.make_array_from_single_device_arrays(x.shape, where, shards)
 
@@ -172,18 +188,25 @@ def own_part(tree: Any, mesh: Mesh) -> Any:
 
 
 def hand_over(params: Any, target: Any) -> Any:
-    """Copies of arrays under the shardings of `target`, whose devices belong to this process and hold none of the
-    arrays. They last when the arrays are donated.
+    """Copies of weights under the shardings of `target`, on devices of this process. They last when the weights are
+    donated.
 
-    Of arrays that are spread over several processes each gets the whole first, one array after another. All processes
-    must come here.
+    Weights that are spread over several processes come to the learner's devices of each first, split there along
+    `tensor` alone: one array after another, since these devices hold the training state as well. All processes must
+    come here.
     """
 
     def one(x: Array, where: NamedSharding) -> Array:
-        if not x.is_fully_addressable:
-            mesh = x.sharding.mesh  # type: ignore[attr-defined]
-            x = jax.jit(_same, out_shardings=replicated(mesh))(x).addressable_data(0)
-        return jax.device_put(x, where, may_alias=False)
+        if x.is_fully_addressable:
+            return jax.device_put(x, where, may_alias=False)
+
+        # `spread_mesh` has the axes of the learner's mesh, of which all but `tensor` leave weights whole.
+        everywhere = spread_mesh(mesh_of(x))
+        copies = jax.jit(_same, out_shardings=NamedSharding(everywhere, _sharding_of(x).spec))(x)
+        own = jax.device_put(own_part(copies, own_mesh(everywhere)), where)
+
+        # Without a wait all arrays would be on their way at once.
+        return jax.block_until_ready(own)
 
     return jax.tree.map(one, params, target)
 

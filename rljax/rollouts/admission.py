@@ -8,12 +8,6 @@ that are complete the oldest are taken, and none before what would then come too
 from collections.abc import Sequence
 
 
-def admits(submitted: int, *, version: int, staleness: int, batch: int) -> bool:
-    """Whether the `submitted`-th sample may be begun while the learner has `version`:
-    `floor((submitted - 1) / batch) <= version + staleness` (AReaL, 2505.24298). A step trains `batch` of them."""
-    return (submitted - 1) // batch <= version + staleness
-
-
 def capacity(*, version: int, staleness: int, batch: int, accepted: int, running: int, most: int) -> int:
     """How many more may be begun, at least 0:
     `min(most - running, (staleness + version + 1) * batch - (accepted + running))` (AReaL, 2505.24298).

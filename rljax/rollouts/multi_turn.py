@@ -276,6 +276,8 @@ class MultiTurnActor:
         self._num_conversations = len(self._free)
         self._length = min(decoder.spec.context_length for decoder in decoders)
         self._pick = pick or stale_turns(settings.seed, config.stale_share if len(decoders) > 1 else 0.0)
+        # Whether an evaluation has used the conversations since the weights came.
+        self._is_lent = False
 
         self._step = 0
         self._num_groups = 0
@@ -311,6 +313,7 @@ class MultiTurnActor:
             if i == 0 or self.versions[i] < 0 or is_renewal:
                 decoder.set_params(params, keep=self._conversations_to_keep())
                 self.versions[i] = version
+        self._is_lent = False
 
     @property
     def resting(self) -> Sequence[Decoder]:
@@ -328,6 +331,7 @@ class MultiTurnActor:
         # What it says is said by the newest weights alone, also where it begins as a conversation under way does.
         if self._keeps:
             self._forget()
+        self._is_lent = True
         config = replace(self.config, groups_in_flight=0, steps_in_flight=None, stale_share=0.0)
         actor = MultiTurnActor(self.decoders[:1], self.pool, self.dialogue, settings, config)
         actor.versions = self.versions[:1]
@@ -380,8 +384,11 @@ class MultiTurnActor:
         return self.config.at_hand_over == "keep"
 
     def _conversations_to_keep(self) -> set[int]:
-        """Those under way: one that begins later has nothing of older weights, although it may begin alike."""
-        return set(range(self._num_conversations)) - set(self._free) if self._keeps else set()
+        """Those under way: one that begins later has nothing of older weights, although it may begin alike. Behind an
+        evaluation none: what they hold is its own, by weights that may never be handed to the rollouts."""
+        if not self._keeps or self._is_lent:
+            return set()
+        return set(range(self._num_conversations)) - set(self._free)
 
     def _forget(self) -> None:
         for decoder in self.decoders:

@@ -54,10 +54,10 @@ def rollout_stats(
     return stats | _component_means(groups)
 
 
-def staleness_stats(trajectories: Sequence[Trajectory], step: int) -> dict[str, float]:
-    """How many steps the weights that sampled a token were behind those that are first updated by it, over the tokens
-    that may receive gradient: 0 on-policy, NaN without tokens."""
-    ages = [step - one.policy_version[one.action_mask] for one in trajectories]
+def staleness_stats(trajectories: Sequence[Trajectory], version: int) -> dict[str, float]:
+    """How many hand-overs the weights that sampled a token were behind those of `version`, which are first updated by
+    it, over the tokens that may receive gradient: 0 on-policy, NaN without tokens."""
+    ages = [version - one.policy_version[one.action_mask] for one in trajectories]
     age = np.concatenate(ages) if ages else np.empty(0)
     if not len(age):
         return {"staleness": np.nan, "staleness_max": np.nan}

@@ -11,7 +11,18 @@ from jaxtyping import Array, Float
 from rljax.models.config import DecoderConfig
 from rljax.models.decoder import unstack_layers
 from rljax.models.layout import param_shardings
-from rljax.parallel import DECODE_RULES, num_processes, own_mesh, own_part, platform, reshard, spread_mesh, use_mesh
+from rljax.parallel import (
+    DECODE_RULES,
+    hand_over,
+    mesh_of,
+    num_processes,
+    own_mesh,
+    own_part,
+    platform,
+    reshard,
+    spread_mesh,
+    use_mesh,
+)
 from rljax.types import Params
 
 
@@ -22,10 +33,11 @@ def take_weights(config: DecoderConfig, mesh: Mesh | None, params: Params) -> Pa
         return weights_program(config, mesh)(params)
 
     if is_apart(mesh, params):
+        # All in one program: its copies are what the decoder holds, in the compute dtype.
         everywhere = spread_mesh(mesh_of(params))
         with use_mesh(everywhere):
             copies = weights_program(config, everywhere)(params)
-        return on_own(mesh, copies, decode_shardings(config, mesh))
+        return reshard(own_part(copies, own_mesh(everywhere)), decode_shardings(config, mesh))
 
     if not _is_on(mesh, params):
         params = reshard(params, param_shardings(config, mesh, DECODE_RULES))
@@ -37,10 +49,7 @@ def take_params(config: DecoderConfig, mesh: Mesh | None, params: Params) -> Par
     several processes and the decoder is this one's alone, in which case all processes call this."""
     if mesh is None or not is_apart(mesh, params):
         return params
-    everywhere = spread_mesh(mesh_of(params))
-    with use_mesh(everywhere):
-        copies = copies_program(config, everywhere)(params)
-    return on_own(mesh, copies, param_shardings(config, mesh, DECODE_RULES))
+    return hand_over(params, param_shardings(config, mesh, DECODE_RULES))
 
 
 def is_apart(mesh: Mesh, params: Params) -> bool:
@@ -49,26 +58,9 @@ def is_apart(mesh: Mesh, params: Params) -> bool:
     return is_spread and num_processes(mesh) == 1
 
 
-def mesh_of(params: Params) -> Mesh:
-    """The mesh that `params` lie on."""
-    return jax.tree.leaves(params)[0].sharding.mesh
-
-
-def on_own(mesh: Mesh, copies: Any, layout: Any) -> Any:
-    """Of copies on each process this one's, laid out as `layout` on `mesh`: copied only if they lie on other devices of
-    this process."""
-    own = own_part(copies, own_mesh(mesh_of(copies)))
-    return own if _is_on(mesh, own) else reshard(own, layout)
-
-
 def _is_on(mesh: Mesh, params: Params) -> bool:
     devices = set(mesh.devices.flat)
     return all(isinstance(x, jax.Array) and x.sharding.device_set == devices for x in jax.tree.leaves(params))
-
-
-@functools.lru_cache(maxsize=4)
-def copies_program(config: DecoderConfig, mesh: Mesh):
-    return jax.jit(lambda params: params, out_shardings=param_shardings(config, mesh, DECODE_RULES))
 
 
 @functools.lru_cache(maxsize=16)

@@ -8,9 +8,12 @@ import json
 import os
 import signal
 import socket
+import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
+from urllib.parse import urlsplit
 
 import jax
 import numpy as np
@@ -24,7 +27,8 @@ from rljax.experiment.serve import ServeConfig, engine_of
 from rljax.experiment.train import train
 from rljax.models import save_hf
 from rljax.rollouts import EngineFailed, number_groups
-from rljax.rollouts.engines.client import assign
+from rljax.rollouts.engines.client import Engine, assign
+from rljax.rollouts.http_server import ApiError, HttpServer
 from rljax.testing import tiny_config
 
 # Two programs add up in other orders, so log-probs differ by float32 rounding. Of these models' log-probs, which are
@@ -60,11 +64,11 @@ def remote(config, *urls, **changes):
     return Remote(engines=urls, rewards=config.actor.rewards, longest_prompt=4, wait_s=20.0, **changes)
 
 
-def ask(service, path, body=None, method="POST"):
+def ask(service, path, body=None, method="POST", key="none"):
     """(status, JSON) of one request."""
     connection = http.client.HTTPConnection(service.url.removeprefix("http://"), timeout=30)
     with contextlib.closing(connection):
-        connection.request(method, path, None if body is None else json.dumps(body))
+        connection.request(method, path, None if body is None else json.dumps(body), {"Authorization": f"Bearer {key}"})
         answer = connection.getresponse()
         return answer.status, json.loads(answer.read())
 
@@ -234,6 +238,26 @@ def test_an_engine_that_dies_is_waited_for_given_the_weights_again_and_asked_aga
     assert len(judged) == len(wanted)
 
 
+def test_a_hand_over_that_breaks_off_before_its_end_is_made_again(model):
+    """Else the engine would bear the label, and stay paused."""
+    config, run, folder = model
+    with served(folder) as engine:
+        resume = engine._post["/resume"]
+        broken = [ApiError("try again", status=503)]
+
+        def resume_the_second_time(asked, body):
+            if broken:
+                raise broken.pop()
+            return resume(asked, body)
+
+        engine._post["/resume"] = resume_the_second_time
+        actor = build(dataclasses.replace(config, actor=remote(config, engine.url, request_s=5.0))).actor
+        with actor:
+            actor.set_params(run.initial_params(), 0)
+            assert actor.sampler.fleet.stats()["probe_gap"] < ROUNDING
+    assert not broken
+
+
 def test_an_engine_that_does_not_come_back_ends_the_run_with_the_reason(model):
     config, run, _ = model
     address = f"http://127.0.0.1:{free_port()}"
@@ -241,6 +265,100 @@ def test_an_engine_that_does_not_come_back_ends_the_run_with_the_reason(model):
     actor.sampler.fleet.config.wait_s = 0.3
     with actor, pytest.raises(EngineFailed, match=f"engine {address} was waited for 0.3 s .* start it again"):
         actor.set_params(run.initial_params(), 0)
+
+
+def fleet_of(config, command, **changes):
+    address = f"http://127.0.0.1:{free_port()}"
+    return build(dataclasses.replace(config, actor=remote(config, address, command=command, **changes))).actor
+
+
+def is_running(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+@pytest.mark.parametrize("keeps", [True, False])
+def test_a_command_that_ends_by_itself_ends_the_run_with_what_it_said_and_leaves_nothing_behind(model, tmp_path, keeps):
+    config, run, _ = model
+    said = tmp_path / "pids"
+    program = (
+        "import subprocess, sys; pid = subprocess.Popen(['sleep', '60']).pid; "
+        f"print(pid, file=open('{said}', 'a')); sys.exit('no room for weights')"
+    )
+    folder = tmp_path / "weights"
+    actor = fleet_of(config, f'{sys.executable} -c "{program}" {{weights}}', weights=str(folder) if keeps else "")
+    with actor, pytest.raises(EngineFailed, match="ended by itself 3 times") as caught:
+        actor.set_params(run.initial_params(), 0)
+
+    message = str(caught.value)
+    assert "the last time with status 1; it said last: no room for weights; " in message and "\n" not in message
+    if keeps:
+        assert message.endswith(f"is in {folder}/engine-0.log")
+        assert (folder / "engine-0.log").read_text() == 3 * "no room for weights\n"
+    else:
+        assert message.endswith("name a folder config.actor.weights to keep all of its output")
+    pids = said.read_text().split()
+    assert len(pids) == 3 and not any(map(is_running, pids))
+
+
+def test_an_engine_that_starts_while_the_run_ends_is_ended_too(model, monkeypatch):
+    actor = fleet_of(model[0], f"{sys.executable} -c 'import time; time.sleep(60)' {{weights}}")
+    fleet = actor.sampler.fleet
+    start = subprocess.Popen
+    started = []
+
+    def start_and_end(*arguments, **settings):
+        started.append(start(*arguments, **settings))
+        fleet.__exit__()
+        return started[0]
+
+    fleet.__enter__()
+    monkeypatch.setattr(subprocess, "Popen", start_and_end)
+    fleet._start_if_due(0, 0)
+    monkeypatch.undo()
+    try:
+        assert started[0].poll() == -signal.SIGTERM
+    finally:
+        started[0].kill()
+
+
+def test_requests_are_given_up_while_one_of_them_ends_by_itself():
+    class Ending:
+        """A connection that is closed between two looks at it."""
+
+        def __init__(self, *sockets):
+            self._sockets = list(sockets)
+
+        @property
+        def sock(self):
+            return self._sockets.pop(0)
+
+    engine = Engine("http://127.0.0.1:1", timeout_s=1.0)
+    with socket.socket() as open_socket:
+        engine._open.add(Ending(open_socket, None))
+        engine.abandon()
+
+
+def test_engines_are_told_a_folder_that_does_not_depend_on_where_they_were_started(
+    model, service, tmp_path, monkeypatch
+):
+    config, run, _ = model
+    monkeypatch.chdir(tmp_path)
+    actor = build(dataclasses.replace(config, actor=remote(config, service.url, weights="handed"))).actor
+    with actor:
+        actor.set_params(run.initial_params(), 0)
+        assert Path(service.weights.folder).parent == tmp_path / "handed"
+
+
+def test_an_address_of_ipv6_can_be_asked(service):
+    try:
+        server = HttpServer(("::1", 0), service)
+    except OSError:
+        pytest.skip("no IPv6 here")
+    with server:
+        assert urlsplit(server.url).hostname == "::1" and urlsplit(server.url).port == server.server_address[1]
 
 
 @pytest.mark.slow
@@ -304,6 +422,10 @@ def test_an_engine_refuses_what_it_cannot_honour(service):
         assert status == 400 and name in "{param} {message}".format(**answer["error"]), (name, answer)
     for body in ({**body_of(), "stream": True}, {**body_of(), "token_ids": []}, {"token_ids": [1]}, [1], body_of([99])):
         assert ask(service, path, body)[0] == 400
+    status, answer = ask(service, path, body_of(extra_args=["rljax"]))
+    assert status == 400 and answer["error"]["message"] == "extra_args is ['rljax']; it must be an object"
+    status, answer = ask(service, path, body_of(seed="one"))
+    assert status == 400 and answer["error"]["message"] == "seed is 'one'; it must be a whole number"
     assert ask(service, path, body_of([3] * 16))[1]["error"]["code"] == "context_length_exceeded"
     status, answer = ask(service, "/v1/load_lora_adapter", {"lora_name": "a", "lora_path": "b"})
     assert status == 501 and "adapters are not served" in answer["error"]["message"]
@@ -315,6 +437,10 @@ def test_a_key_is_asked_for(model):
     with served(model[2], key="secret") as service:
         assert ask(service, "/inference/v1/generate", body_of())[0] == 401
         assert ask(service, "/health", method="GET") == (200, {})
+        # They name the folder of the weights.
+        for path in ("/weight_info", "/v1/models", "/stats"):
+            assert ask(service, path, method="GET")[0] == 401
+        assert ask(service, "/weight_info", method="GET", key="secret") == (200, {"weight_version": "default"})
 
 
 def test_seeds_name_completions_and_manners_do_not_mix(service):
@@ -377,6 +503,7 @@ def test_a_paused_engine_takes_other_weights_and_goes_on(model, tmp_path, mode):
         ({"engines": ()}, "config.actor.engines=.* must be addresses"),
         ({"engines": ("localhost:8000",)}, "'localhost:8000', which is no address such as http://host:8000"),
         ({"engines": ("http://far:1",)}, "config.actor.weights='' is a folder of this one; name a folder that both"),
+        ({"weights": "gs://bucket/w"}, "config.actor.weights='gs://bucket/w' is no folder of a file system; mount"),
         ({"hand_over": "restart"}, "config.actor.hand_over='restart' needs config.actor.command"),
         ({"command": "serve {model}"}, r"config.actor.command='serve {model}' cannot be filled in .*{weights}"),
         ({"command": "serve it"}, "must say where the weights are"),

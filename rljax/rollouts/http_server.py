@@ -85,7 +85,8 @@ class HttpServer(ThreadingHTTPServer):
     @property
     def url(self) -> str:
         host, port = self.server_address[:2]
-        return f"http://{host if isinstance(host, str) else host.decode()}:{port}"
+        name = host if isinstance(host, str) else host.decode()
+        return f"http://[{name}]:{port}" if ":" in name else f"http://{name}:{port}"
 
     def close(self) -> None:
         self._is_closing = True

@@ -103,11 +103,14 @@ def read_request(body: Any, *, new_seed: int) -> GenerateRequest:
         elif name not in _KNOWN and name not in _WITHOUT_EFFECT:
             raise _unserved(f"sampling_params.{name}", value, ())
 
-    own = (given.get("extra_args") or {}).get(OWN)
+    extra = given.get("extra_args") or {}
+    if not isinstance(extra, dict):
+        raise ApiError(f"extra_args is {_short(extra)}; it must be an object", param="extra_args")
+    own = extra.get(OWN)
     if own is None:
         # One seed names one completion: it stands for a prompt, so that requests of many seeds go together.
         seed = given.get("seed")
-        own = {"prompt_id": new_seed if seed is None else _whole("seed", seed, least=None) % (LARGEST_ID + 1)}
+        own = {"prompt_id": new_seed if seed is None else _seed(seed) % (LARGEST_ID + 1)}
     if not isinstance(own, dict) or (unknown := sorted(set(own) - set(_OWN_FIELDS))):
         what = own if not isinstance(own, dict) else unknown
         raise ApiError(f"extra_args.{OWN} has {_short(what)}; its fields are {', '.join(_OWN_FIELDS)}", param=OWN)
@@ -235,8 +238,15 @@ def _ids(name: str, value: Any) -> list[int]:
     return value
 
 
-def _whole(name: str, value: Any, *, least: int | None = 0, most: int = LARGEST_ID) -> int:
-    if type(value) is not int or (least is not None and not least <= value <= most):
+def _seed(value: Any) -> int:
+    """Clients send whatever whole number they have, below 0 and beyond 64 bits too."""
+    if type(value) is not int:
+        raise ApiError(f"seed is {_short(value)}; it must be a whole number", param="seed")
+    return value
+
+
+def _whole(name: str, value: Any, *, least: int = 0, most: int = LARGEST_ID) -> int:
+    if type(value) is not int or not least <= value <= most:
         raise ApiError(f"{name} is {_short(value)}; it must be a whole number from {least} to {most}", param=name)
     return value
 

@@ -51,12 +51,15 @@ class Engine:
         return said
 
     def load(self, folder: str, label: str) -> None:
-        """Other weights, in place, under a label that answers repeat. What older ones have computed is forgotten."""
+        """Other weights, in place, under a label that answers repeat. What older ones have computed is forgotten.
+
+        The label comes last: an engine that has it is ready, and one that was lost on the way begins from the start.
+        """
         self.post("/pause", None, {"mode": "abort", "clear_cache": "true"})
         self.post("/collective_rpc", {"method": "reload_weights", "kwargs": {"weights_path": folder}})
         self.post("/reset_prefix_cache", None)
-        self.set_label(label)
         self.post("/resume", None)
+        self.set_label(label)
 
     def set_label(self, label: str) -> None:
         """Of the weights that it has."""
@@ -87,9 +90,11 @@ class Engine:
         with self._lock:
             connections = list(self._open)
         for connection in connections:
-            if connection.sock is not None:
+            # The thread that asks may close it meanwhile.
+            opened = connection.sock
+            if opened is not None:
                 with contextlib.suppress(OSError):
-                    connection.sock.shutdown(socket.SHUT_RDWR)
+                    opened.shutdown(socket.SHUT_RDWR)
 
     def _ask(self, method: str, target: str, body: Any, timeout_s: float) -> Any:
         url = urlsplit(self.address)

@@ -37,7 +37,7 @@ class EnginesConfig:
     key_variable: str = ""
     """Environment variable that holds the engines' API key; empty is no key."""
     connections: int = field(default=256, least=1)
-    """Requests under way at an engine at most, of one sample each."""
+    """Requests under way at an engine at most, of one sample each. `rljax serve` takes 1,024 in all."""
     request_s: float = field(default=600.0, above=0)
     """Seconds after which an engine that has not answered a request counts as dead."""
     wait_s: float = field(default=600.0, above=0)
@@ -63,6 +63,11 @@ class EnginesConfig:
                     f"config.actor.engines holds {address}, which may be another machine, and config.actor.weights='' "
                     "is a folder of this one; name a folder that both see"
                 )
+        if "://" in self.weights:
+            raise ValueError(
+                f"config.actor.weights={self.weights!r} is no folder of a file system; mount the bucket, and name the "
+                "folder where this process and all engines see it"
+            )
         if self.hand_over == "restart" and not self.command:
             raise ValueError("config.actor.hand_over='restart' needs config.actor.command, which starts an engine")
         if self.command:

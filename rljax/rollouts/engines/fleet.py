@@ -23,6 +23,7 @@ import jax
 from rljax.rollouts.engines.api import Said
 from rljax.rollouts.engines.client import Engine, EngineFailed, Unreachable
 from rljax.rollouts.engines.config import EnginesConfig
+from rljax.tasks.workers import has_ended
 from rljax.types import Params
 
 _ATTEMPTS = 10  # at one request, behind each of which the engine was found to be well
@@ -89,7 +90,8 @@ class Fleet:
         self._is_closing = False
         self._failure = None
         if self.config.weights:
-            self._folder = Path(self.config.weights).expanduser()
+            # Engines that were started in another folder are told the same place.
+            self._folder = Path(self.config.weights).expanduser().absolute()
             self._folder.mkdir(parents=True, exist_ok=True)
         else:
             self._folder = Path(self._opened.enter_context(tempfile.TemporaryDirectory(prefix="rljax-weights-")))
@@ -205,32 +207,32 @@ class Fleet:
             logging.getLogger(__name__).warning("engine %s is lost (%s); waiting for it", address, error)
             with self._count_lock:
                 self.lost += 1
-            self._give_locked(index, is_new=True, is_lost=True)
+            self._give_locked(index, is_new=True)
             logging.getLogger(__name__).warning("engine %s is back, and has its weights again", address)
 
     def _give(self, index: int, *, is_new: bool) -> None:
         with self._locks[index]:
             self._give_locked(index, is_new=is_new)
 
-    def _give_locked(self, index: int, *, is_new: bool, is_lost: bool = False) -> None:
-        """Brings an engine to where it speaks with the weights of `label`."""
+    def _give_locked(self, index: int, *, is_new: bool) -> None:
+        """Brings an engine to where it speaks with the weights of `label`, in `config.wait_s` seconds and one more try
+        at most. Raises EngineFailed.
+
+        Its lock is held while this waits for the network: whoever else asks the engine has nothing to do until then,
+        and the end of the run waits for no lock.
+        """
         engine = self._engines[index]
         deadline = time.monotonic() + self.config.wait_s
         if self.config.hand_over == "restart" and is_new:
             self._end(index)
-        starts = 0
+
         pause = _PAUSE_S
+        starts = 0
         while True:
             self._check_going()
             try:
                 starts += self._start_if_due(index, starts)
-                if not engine.is_healthy():
-                    raise Unreachable("it is not there")
-                if engine.label() != self.label:
-                    self._load(index)
-                if (label := engine.label()) != self.label:
-                    raise Unreachable(f"it says that it has the weights {label!r} instead of {self.label!r}")
-                gap = self._probe.gap(lambda body: self._ask_once(index, body))
+                gap = self._gap_with_weights(index)
                 break
             except Unreachable as error:
                 if time.monotonic() > deadline:
@@ -251,6 +253,18 @@ class Fleet:
                 "samples or computes otherwise (vLLM: --logprobs-mode=processed_logprobs, --dtype); start it anew with "
                 "each hand-over (config.actor.hand_over='restart'), or raise the bound if its dtype explains this"
             )
+
+    def _gap_with_weights(self, index: int) -> float:
+        """Gives an engine the weights of `label`, unless it has them, and probes it. Raises Unreachable and
+        EngineFailed."""
+        engine = self._engines[index]
+        if not engine.is_healthy():
+            raise Unreachable("it is not there")
+        if engine.label() != self.label:
+            self._load(index)
+        if (label := engine.label()) != self.label:
+            raise Unreachable(f"it says that it has the weights {label!r} instead of {self.label!r}")
+        return self._probe.gap(lambda body: self._ask_once(index, body))
 
     def _load(self, index: int) -> None:
         """The weights into a healthy engine that has others."""
@@ -273,16 +287,19 @@ class Fleet:
         if not self.config.command:
             return 0
         process = self._processes.get(index)
-        if process is not None and process.popen.poll() is None:
+        if process is not None and not has_ended(process.popen):
             return 0
         # One that was left behind, or that the user started, holds the port.
         if process is None and self._engines[index].is_healthy():
             return 0
+
+        # What it started may have outlived it, with the memory and the port that the next one needs.
+        self._end(index)
         if starts >= _STARTS:
             assert process is not None
             raise EngineFailed(
                 f"config.actor.command ended by itself {starts} times before engine {self.config.engines[index]} "
-                f"answered, the last time with status {process.popen.returncode}; its output is in {self._log(index)}"
+                f"answered, the last time with status {process.popen.returncode}; {self._last_said(index)}"
             )
 
         assert self._folder is not None
@@ -305,25 +322,41 @@ class Fleet:
             except OSError as error:
                 raise EngineFailed(f"config.actor.command={self.config.command!r} cannot be run: {error}") from None
         self._processes[index] = _Process(popen, self.label)
+        if self._is_closing:  # the run ended in between, and may not have seen it
+            self._end(index)
         return 1
 
     def _log(self, index: int) -> Path:
         assert self._folder is not None
         return self._folder / f"engine-{index}.log"
 
+    def _last_said(self, index: int) -> str:
+        """The last line of an engine's output, and where all of it is: a folder of our own ends with the run."""
+        lines = self._log(index).read_text(errors="replace").splitlines()
+        last = next((line.strip() for line in reversed(lines) if line.strip()), "nothing")
+        if self.config.weights:
+            return f"it said last: {last[:300]}; all of its output is in {self._log(index)}"
+        return f"it said last: {last[:300]}; name a folder config.actor.weights to keep all of its output"
+
     def _end(self, index: int) -> None:
-        """Ends the engine's process, if it is ours."""
+        """Ends the engine's process and all that it started, if it is ours."""
         process = self._processes.pop(index, None)
         if process is None:
             return
-        for kill in (signal.SIGTERM, signal.SIGKILL):
-            # The group, since a server may have workers of its own.
-            with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.killpg(process.popen.pid, kill)
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.popen.wait(_END_S)
-                return
+        popen = process.popen
+        deadline = time.monotonic() + _END_S
+        _kill_group(popen, signal.SIGTERM)
+        while not has_ended(popen) and time.monotonic() < deadline:
+            time.sleep(_PAUSE_S)
+        _kill_group(popen, signal.SIGKILL)
+        popen.wait()
 
     def _own_folders(self) -> list[Path]:
         assert self._folder is not None
         return [path for path in self._folder.glob(f"{self._run}-*") if path.is_dir()]
+
+
+def _kill_group(popen: "subprocess.Popen[bytes]", number: int) -> None:
+    """A server may have workers of its own. Until it is reaped, its id names its group and no other one."""
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(popen.pid, number)

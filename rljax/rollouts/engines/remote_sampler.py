@@ -207,11 +207,9 @@ class SamplingProbe:
         self._limit = min(MOST_PROBED, limit)
         longest = max(map(len, self.prompts)) + self._limit
         self._scorer = RowScorer(config, mesh, rows=1, length=longest)
-        self._params: Params | None = None
 
     def set_params(self, params: Params) -> None:
         """The weights that engines should speak with. Not copied."""
-        self._params = params
         self._scorer.set_params(params)
 
     def gap(self, ask: Callable[[dict[str, Any]], Said]) -> float:

@@ -4,14 +4,14 @@ import itertools
 import re
 import secrets
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from typing import Any, NamedTuple
 
 from rljax.rollouts.black_box.decoder_thread import DecoderThread, Interrupted, Manner, UnderWay
 from rljax.rollouts.engines.api import LARGEST_ID, GenerateRequest, read_request, write_choice
 from rljax.rollouts.http_server import Answer, ApiError, Asked, HttpServer, json_answer
-from rljax.sampling import Sample, SamplingParams, Stops, Turn, TurnDecoder, TurnResult, sampling_params
+from rljax.sampling import Sample, Stops, Turn, TurnDecoder, TurnResult, sampling_params
 from rljax.sampling.stopping import find_stop
 from rljax.sampling.turns import MOST_TURNS
 from rljax.text import Tokenizer
@@ -47,8 +47,8 @@ class EngineService:
     - `POST /reset_prefix_cache`, `GET /health`, `GET /version`, `GET /v1/models`; and, of our own, `GET /stats`: the
       decoder's counts since the manner changed last.
 
-    A context manager: the port and the threads are open within `with` only. OSError on entering for a port that is
-    taken.
+    With a `key`, all but `/health` want it as a bearer token. A context manager: the port and the threads are open
+    within `with` only. OSError on entering for a port that is taken.
     """
 
     def __init__(
@@ -144,14 +144,16 @@ class EngineService:
 
     def get(self, asked: Asked) -> Answer:
         """As `rljax.rollouts.http_server.Service` has it."""
+        # Whoever starts engines may look whether one stands; where weights lie is for those who have the key.
+        if asked.path != "/health":
+            self._check_key(asked)
         if asked.path not in self._get:
             raise ApiError(f"nothing is served at GET {asked.path}", status=404, code="unknown_url")
         return json_answer(self._get[asked.path]())
 
     def post(self, asked: Asked) -> Callable[[Any], Answer]:
         """Likewise."""
-        if self._key and not secrets.compare_digest(asked.key.encode(), self._key.encode()):
-            raise ApiError("the API key is another", status=401, code="invalid_api_key")
+        self._check_key(asked)
         if _LORA.fullmatch(asked.path):
             raise ApiError(
                 "adapters are not served: the decoder holds whole weights; hand over a folder with merged weights",
@@ -168,6 +170,10 @@ class EngineService:
             )
         answer = self._post[asked.path]
         return lambda body: json_answer(answer(asked, body))
+
+    def _check_key(self, asked: Asked) -> None:
+        if self._key and not secrets.compare_digest(asked.key.encode(), self._key.encode()):
+            raise ApiError("the API key is another", status=401, code="invalid_api_key")
 
     def _models(self) -> dict[str, Any]:
         card = {"id": self.weights.folder, "object": "model", "created": 0, "owned_by": "rljax"}
@@ -212,23 +218,8 @@ class EngineService:
             raise ApiError(f"called off: {error}", status=503, code="interrupted") from error
 
     def _turns(self, request: GenerateRequest) -> tuple[list[Turn], Manner]:
-        """A turn of its own for each completion, and how they are sampled."""
-        _checked_sampling(request)
-        own_stops = () if request.ignores_eos else self.tokenizer.stop_ids
-        manner = Manner(
-            temperature=request.temperature,
-            top_k=request.top_k,
-            top_p=request.top_p,
-            min_p=request.min_p,
-            seed=request.seed,
-            step=request.step,
-            stops=Stops(
-                tokens=tuple(sorted({*request.stop_tokens, *own_stops})),
-                strings=request.stop,
-                decode_text=self.tokenizer.decode,
-            ),
-        )
-
+        """A turn of its own for each completion, and how they are sampled. Raises ApiError."""
+        _check_sampling(request)
         if outside := [token for token in (*request.tokens, *request.stop_tokens) if token >= self._vocabulary]:
             raise ApiError(
                 f"token {outside[0]} is outside the vocabulary of {self._vocabulary}; check that tokenizer and model "
@@ -236,8 +227,7 @@ class EngineService:
                 param="token_ids",
             )
 
-        # The decoder counts a turn as a sample of its own: with these two numbers its random numbers are those of a
-        # sampler's sample of this id.
+        # Refused and not cut: a client could not tell a completion that its own limit ended from one that ours did.
         room = self.context_length - len(request.tokens)
         if room < 1:
             raise ApiError(
@@ -253,6 +243,22 @@ class EngineService:
                 f"{len(request.tokens)} tokens; lower it, or serve with more --max_new_tokens or --context_length",
                 param="max_tokens",
             )
+
+        manner = Manner(
+            temperature=request.temperature,
+            top_k=request.top_k,
+            top_p=request.top_p,
+            min_p=request.min_p,
+            seed=request.seed,
+            step=request.step,
+            stops=Stops(
+                tokens=tuple(sorted({*request.stop_tokens, *self._own_stops(request)})),
+                strings=request.stop,
+                decode_text=self.tokenizer.decode,
+            ),
+        )
+        # The decoder counts a turn as a sample of its own: by quotient and remainder its random numbers are those of a
+        # sampler's sample of this id.
         turns = [
             Turn(
                 conversation=0,
@@ -268,9 +274,14 @@ class EngineService:
         ]
         return turns, manner
 
+    def _own_stops(self, request: GenerateRequest) -> Sequence[int]:
+        """What ends a completion whatever the client names."""
+        return () if request.ignores_eos else self.tokenizer.stop_ids
+
     def _choice(self, index: int, result: TurnResult, version: int, request: GenerateRequest) -> dict[str, Any]:
+        # As vLLM says it: which of the client's own stops it was; None for the model's.
         reason: int | str | None = None
-        if result.end == "stop" and result.tokens[-1] not in (() if request.ignores_eos else self.tokenizer.stop_ids):
+        if result.end == "stop" and result.tokens[-1] not in self._own_stops(request):
             reason = int(result.tokens[-1])
         if result.end == "stop_string":
             begun = request.tokens[len(request.tokens) - request.begun :]
@@ -320,8 +331,8 @@ class EngineService:
         return {"status": "resumed"}
 
 
-def _checked_sampling(request: GenerateRequest) -> SamplingParams:
+def _check_sampling(request: GenerateRequest) -> None:
     try:
-        return sampling_params(request.temperature, request.top_k, request.top_p, request.min_p)
+        sampling_params(request.temperature, request.top_k, request.top_p, request.min_p)
     except ValueError as error:
         raise ApiError(str(error)) from error

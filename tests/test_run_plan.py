@@ -5,7 +5,11 @@ import json
 import pytest
 from test_parallel_mesh import run_python
 
+from rljax.experiment import UpdateConfig
+from rljax.experiment.build import build
 from rljax.experiment.dry_run import print_plan
+from rljax.experiment.report import describe_run
+from rljax.models import attention
 from rljax.parallel import topologies, topology_devices
 from rljax.testing import tiny_config
 
@@ -74,6 +78,20 @@ def test_what_devices_share_of_a_sequence_is_a_part_on_each(found):
     for pair in found["sharing"].values():
         for update in pair:
             assert 0.5 < sum(update["predicted"].values()) / update["compiled"] < 1.5
+
+
+def test_a_plan_and_a_run_say_where_updates_attend_in_kernels(monkeypatch, capsys):
+    """By the devices, the length of packed sequences, and what the config says."""
+    print_plan(tiny_config(), measure=False)
+    assert "of updates in plain operations (config.update.attention_kernel=None)" in capsys.readouterr().out
+
+    monkeypatch.setattr(attention, "platform", lambda: "gpu")
+    for length, says in ((64, "plain operations"), (1024, "kernels")):
+        sizes = dict(pack_length=length, length_buckets=(length,), microbatch_size=1)
+        config = tiny_config(update=UpdateConfig(**sizes, attention_kernel=True))
+        print_plan(config, measure=False)
+        assert f"of updates in {says} (config.update.attention_kernel=True)" in capsys.readouterr().out
+        assert ("attend in kernels, from 1024 tokens" in describe_run(build(config))) == (says == "kernels")
 
 
 @pytest.mark.parametrize(

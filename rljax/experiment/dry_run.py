@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from rljax.batching import PackConfig, layout, loss_mask
 from rljax.experiment.build import Run, build, held_out_examples, stack_rows
 from rljax.experiment.config import Config
-from rljax.experiment.memory import GIB, Compiled, Phase, compile_phases, phases
+from rljax.experiment.memory import GIB, Compiled, Phase, compile_phases, phases, runs_kernels
 from rljax.experiment.prompts import describe_prompts
 from rljax.experiment.report import aligned, describe_schedule
 from rljax.experiment.sft import check_demonstrations, demonstration, longest_demonstrations
@@ -72,6 +72,7 @@ def print_plan(config: Config, *, topology: str = "", measure: bool = True) -> d
             "scored [M, R, K]": batch.packed.score_index.shape,
             "loss tokens of rows [M, Q, C]": batch.rows.place.shape,
         },
+        "kernels": runs_kernels(run.learner, batch.packed.tokens.shape[-1]),
         "phases": phases(run, batch, plans),
         "compiled": programs,
         "limit": limit,
@@ -102,6 +103,7 @@ def describe(run: Run, result: dict[str, Any]) -> str:
     samples = config.prompts_per_step * run.algorithm.plan.group_size
     shapes = ", ".join(f"{name} = {list(shape)}" for name, shape in result["shapes"].items())
     devices = run.mesh.devices
+    attention = "kernels" if result["kernels"] else "plain operations"
     lines = [
         f"model        {result['parameters'] / 1e6:.1f}M parameters, {run.decoder.family}, {run.decoder.dtype}",
         f"data         {len(run.dataset.train)} training examples, {len(run.dataset.test)} held out",
@@ -112,6 +114,7 @@ def describe(run: Run, result: dict[str, Any]) -> str:
         f"rollouts     {describe_schedule(run)}",
         f"actor        {config.actor}",
         f"an update    at most {shapes}; {_tables(config.update)}",
+        f"attention    of updates in {attention} (config.update.attention_kernel={update.attention_kernel})",
     ]
 
     lines += ["", "memory of a device by phase, predicted (GiB)"]

@@ -10,8 +10,9 @@ import jax
 
 from rljax.evaluation.evaluate import Evaluation
 from rljax.experiment.build import Run
+from rljax.experiment.memory import runs_kernels
 from rljax.experiment.prompts import describe_prompts
-from rljax.models import abstract_params
+from rljax.models import KERNEL_LENGTH, abstract_params
 from rljax.parallel import is_main_process
 from rljax.training import RunFolder, versions
 
@@ -23,7 +24,7 @@ def say(text: str) -> None:
 
 
 def describe_run(run: Run) -> str:
-    """Model, data and how prompts become tokens, a line each."""
+    """Model, data and how prompts become tokens, a line each; and what a machine or config makes otherwise."""
     count = sum(math.prod(x.shape) for x in jax.tree.leaves(abstract_params(run.decoder)))
     describe = getattr(run.dataset, "describe", None)
     data = describe() if describe else f"{len(run.dataset.train)} training examples, {len(run.dataset.test)} held out"
@@ -34,6 +35,8 @@ def describe_run(run: Run) -> str:
     ]
     if run.beside is not None or run.config.rollout.staleness:
         lines.append(f"rollouts {describe_schedule(run)}")
+    if runs_kernels(run.learner, run.config.update.pack_length):
+        lines.append(f"updates  attend in kernels, from {KERNEL_LENGTH} tokens of a packed sequence on")
     return "\n".join(lines)
 
 

@@ -1,6 +1,6 @@
 """Decoder-only language models as pure functions over a nested dict of weights."""
 
-from rljax.models.attention import KERNEL_DEVICES, Attention, forest_attention, kernel_attention
+from rljax.models.attention import KERNEL_DEVICES, KERNEL_LENGTH, Attention, forest_attention, kernel_attention
 from rljax.models.config import DecoderConfig, RopeScaling
 from rljax.models.decoder import (
     Remat,
@@ -25,6 +25,7 @@ from rljax.models.value_head import value_config, value_params, values
 __all__ = [
     "FAMILIES",
     "KERNEL_DEVICES",
+    "KERNEL_LENGTH",
     "Attention",
     "DecoderConfig",
     "Metadata",

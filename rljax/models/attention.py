@@ -46,8 +46,8 @@ KERNEL_LENGTH = 1024
 """Packed rows from which on `kernel_attention` takes the kernels: shorter ones have few blocks to leave out."""
 
 KERNEL_DEVICES = ("TPU", "NVIDIA H100", "NVIDIA H200")
-"""How the kinds of device begin for which the kernels have been compiled (`make test-aot`), whose learners take them
-unasked. None has been timed."""
+"""How the kinds of device begin whose learners take the kernels unasked. They have been compiled for v5e, v5p, v6e and
+H100 (`make test-aot`); an H200 has the cores of an H100. None has been timed."""
 
 
 def forest_attention(

@@ -133,7 +133,10 @@ def process_logits(
 def _when(
     known: bool | None, traced: Bool[ArrayLike, ""] | np.bool_, compute: Callable[[], Array], otherwise: Array
 ) -> Array:
-    """`compute()` or `otherwise`: as `known` says, and where that is None, as `traced` says when the program runs."""
+    """`compute()` or `otherwise`: as `known` says, and where that is None, as `traced` says when the program runs.
+
+    `traced` comes of the parameters alone, which all parts of a vocabulary share: they go the same way, and
+    `compute` may exchange numbers."""
     if known is None:
         return jax.lax.cond(traced, compute, lambda: otherwise)
     return compute() if known else otherwise
@@ -145,6 +148,7 @@ def _threshold(x: Array, params: SamplingParams, axis: int, rules: Rules | None,
     Every rule keeps `x >= t` for the largest `t` at which some decreasing function of `t` (a count, a mass) reaches
     its goal. A search over the 2**32 float32 values in their order finds that `t` exactly, without a sort.
     """
+    # With the best of all parts, and sums over all of them, each part finds the same threshold.
     best = shard.max(jnp.max(x, axis=axis, keepdims=True))
     nothing = jnp.full_like(best, -jnp.inf)
 
@@ -281,7 +285,7 @@ def sample_tokens(
     else:
         index, is_here = jax.lax.cond(greedy, most_probable, invert)
 
-    # One part has the token, and the others add 0.
+    # Exactly one part has the token, and the others add 0.
     chosen = shard.sum(jnp.where(is_here, _at(tokens_apart, index, of_block), 0.0)) - best
     tokens = shard.sum(jnp.where(is_here, index + shard.number * vocab, 0))
     log_total = jnp.log(total)
@@ -320,6 +324,8 @@ def _invert(weights: Array, share: Array, axis: int, shard: Shard) -> tuple[Arra
     index = jnp.where(is_inside, found, heaviest).astype(jnp.int32)
     is_here: Array | bool = True
     if shard.axes:
+        # Exactly one part says yes: units are integers, so that where one ends the next begins, and of parts that are
+        # equally heavy the first is taken, as in a whole.
         most = _at(units, heaviest, axis)
         is_heaviest = _is_first(most == shard.max(most), shard)
         is_here = jnp.where(is_inside, (target >= 0) & (target < own_end), is_heaviest)

@@ -38,16 +38,16 @@ class UpdateConfig(PackConfig):
     vocabulary; what devices send each other stays the same."""
 
     remat: Remat = "none"
-    """What the backward pass computes again: `none`, the fastest on a TPU; `products_saved`, what lies between a
-    layer's products (less memory, and the fastest on an H100); `attention_saved`, a layer from its input but for the
-    attention itself (much less memory, for about a quarter more time); `full`, the attention as well (a little less
-    memory)."""
+    """What the backward pass computes again: `none`, by its bound the fastest on a TPU; `products_saved`, what lies
+    between a layer's products (less memory, and by its bound the fastest on an H100); `attention_saved`, a layer from
+    its input but for the attention itself (much less memory, for up to a quarter more time); `full`, the attention as
+    well (a little less memory)."""
 
     attention_kernel: bool | None = None
     """Train packed sequences of 1024 tokens and more with kernels that leave out blocks which see nothing. None does so
-    on a TPU, an H100 and an H200, for which they have been compiled at lengths up to 128k; True on other GPUs too.
-    False is for a jax without Pallas for Triton, which it is about to drop. A CPU and short sequences keep the XLA form
-    whatever it says."""
+    on a TPU, an H100 and an H200: at lengths up to 128k they have been compiled for v5e, v5p, v6e and H100, and timed
+    on none. True does so on other GPUs too. False is for a jax without Pallas for Triton, which it is about to drop,
+    and keeps the XLA form, which rounds otherwise. A CPU and short sequences have that form whatever it says."""
 
     compile_ahead: int = field(default=3, least=1)
     """Update programs of the policy, and of a critic, that are compiled, and run on nothing, before its first update:

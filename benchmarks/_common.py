@@ -108,6 +108,29 @@ def setting_of(preset: str, sizes: Mapping[str, Any]) -> tuple[Any, dict[str, An
     return size, shapes[preset], "bfloat16" if preset == "gpu" else "float32"
 
 
+def character_model(alphabet: str, size: Mapping[str, Any]) -> Any:
+    """The config of an untrained model over `alphabet` with the `layers` and the `width` of a size."""
+    from rljax.experiment import FreshModel
+
+    return FreshModel(
+        alphabet=alphabet,
+        num_layers=size["layers"],
+        embed_dim=size["width"],
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=size["width"] // 4,
+        mlp_dim=2 * size["width"],
+    )
+
+
+def short_updates(**changes: Any) -> Any:
+    """The config of updates by completions of a few dozen tokens, one bucket wherever one will do."""
+    from rljax.experiment import UpdateConfig
+
+    shapes = {"length_buckets": (128,), "score_buckets": (128,), "row_buckets": (64,), "compile_ahead": 1}
+    return UpdateConfig(pack_length=128, head_chunk=256, **shapes, **changes)
+
+
 def write_model(shape: Mapping[str, Any]) -> str:
     """A Hugging Face folder of random weights (seed 0, scale 0.02), kept under the benchmarks' home."""
     from safetensors.numpy import save_file

@@ -28,7 +28,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from _common import finish, has_gpu, machine, parse_arguments
+from _common import character_model, finish, has_gpu, machine, parse_arguments, short_updates
 from _probe import probe
 
 SIZES = {
@@ -119,41 +119,24 @@ def build_device_run(size: dict[str, Any]) -> Any:
     import jax
 
     from rljax.algorithms import DecoupledPPO
-    from rljax.experiment import FreshModel, MeshConfig, RolloutConfig, SamplingConfig, SingleTurn, UpdateConfig
+    from rljax.experiment import MeshConfig, RolloutConfig, SamplingConfig
     from rljax.experiment.build import build
     from rljax.testing import tiny_config
 
     half = jax.device_count() // 2
     config = tiny_config(
+        # The first two fill the pipeline.
         steps=size["steps"] + 2,
         prompts_per_step=size["prompts"],
-        model=FreshModel(
-            alphabet="abcdefghi=",
-            num_layers=size["layers"],
-            embed_dim=size["width"],
-            num_heads=4,
-            num_kv_heads=2,
-            head_dim=size["width"] // 4,
-            mlp_dim=2 * size["width"],
-        ),
+        model=character_model("abcdefghi=", size),
         mesh=MeshConfig(fsdp=-1),
+        actor=dataclasses.replace(tiny_config().actor, prompt_buckets=(8,)),
         algorithm=DecoupledPPO(group_size=4),
         sampling=SamplingConfig(max_new_tokens=size["tokens"], truncated_is_wrong=False),
-        update=UpdateConfig(
-            pack_length=128,
-            microbatch_size=half,
-            head_chunk=256,
-            length_buckets=(128,),
-            score_buckets=(128,),
-            row_buckets=(64,),
-            microbatch_buckets=(8,),
-            compile_ahead=1,
-        ),
+        # Rows for every device of the half that trains.
+        update=short_updates(microbatch_size=half, microbatch_buckets=(8,)),
         rollout=RolloutConfig(devices=half, staleness=STALENESS),
     )
-    config.actor = dataclasses.replace(config.actor, prompt_buckets=(8,))
-    assert isinstance(config.actor, SingleTurn)
-
     return build(config)
 
 

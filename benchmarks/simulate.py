@@ -19,7 +19,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from _common import finish, machine, parse_arguments
+from _common import character_model, finish, machine, parse_arguments, short_updates
 from _probe import probe
 
 SIZES = {
@@ -43,44 +43,23 @@ train(config_of({size!r}, {form!r}), {workdir!r})
 def config_of(size: dict[str, Any], form: str) -> Any:
     """The config of a run: `small`, `grown`, `overlapped` or `processes`."""
     from rljax.algorithms import DecoupledPPO
-    from rljax.experiment import (
-        CheckpointConfig,
-        EvaluationConfig,
-        FreshModel,
-        RolloutConfig,
-        SamplingConfig,
-        UpdateConfig,
-    )
+    from rljax.experiment import CheckpointConfig, EvaluationConfig, RolloutConfig, SamplingConfig
     from rljax.testing import tiny_config
 
-    groups = size["groups"] * (GROWN if form == "grown" else 1)
+    plain = tiny_config()
     return tiny_config(
         steps=size["steps"],
-        prompts_per_step=groups,
-        model=FreshModel(
-            alphabet=f"{LETTERS}=",
-            num_layers=size["layers"],
-            embed_dim=size["width"],
-            num_heads=4,
-            num_kv_heads=2,
-            head_dim=size["width"] // 4,
-            mlp_dim=2 * size["width"],
-        ),
+        prompts_per_step=size["groups"] * (GROWN if form == "grown" else 1),
+        model=character_model(f"{LETTERS}=", size),
         # Pairs of these letters are enough for the groups of a step.
-        data=dataclasses.replace(tiny_config().data, letters=LETTERS),
+        data=dataclasses.replace(plain.data, letters=LETTERS),
         algorithm=DecoupledPPO(group_size=4),
-        actor=dataclasses.replace(tiny_config().actor, prompt_slots=4, sample_slots=4, prompt_buckets=(8,)),
+        # As many decode rows for every number of groups.
+        actor=dataclasses.replace(plain.actor, prompt_slots=4, sample_slots=4, prompt_buckets=(8,)),
         sampling=SamplingConfig(max_new_tokens=size["tokens"], truncated_is_wrong=False),
-        update=UpdateConfig(
-            pack_length=128,
-            microbatch_size=2,
-            head_chunk=256,
-            length_buckets=(128,),
-            score_buckets=(128,),
-            row_buckets=(64,),
-            compile_ahead=1,
-        ),
+        update=short_updates(microbatch_size=2),
         rollout=RolloutConfig(devices=1, staleness=1) if form == "overlapped" else RolloutConfig(),
+        # Neither belongs to the steps that are simulated.
         evaluation=EvaluationConfig(every=0, problems=4, samples=1),
         checkpoint=CheckpointConfig(every=0),
     )

@@ -1,6 +1,6 @@
 """Draws docs/scale.png and prints the tables of docs/scale.md: two models from 8 to 4,096 devices, simulated.
 
-    python docs/scale.py                # about ten minutes on one core
+    python docs/scale.py                # about five minutes on one core
     python docs/scale.py --quick        # the ends of the curves alone, and no picture
 
 Nothing of it is measured: costs are a model's sizes at the data sheet of an H100, of which fixed shares are reached.
@@ -13,7 +13,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 
 from rljax.parallel import CHIPS
-from rljax.simulation import Machine, ModelSize, Outcome, Scenario, costs_of, roll_out, simulate
+from rljax.simulation import Machine, ModelSize, Outcome, Scenario, best_split, costs_of, roll_out, simulate
 
 H100 = Machine(
     flops=CHIPS["h100"].flops,
@@ -87,10 +87,6 @@ def outcomes_of(model: ModelSize, devices: int, groups: int) -> dict[int, list[O
     return found
 
 
-def best(outcomes: list[Outcome]) -> Outcome | None:
-    return max(outcomes, key=lambda outcome: outcome.steps_per_hour, default=None)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="8 and 4,096 devices, no picture")
@@ -104,7 +100,8 @@ def main() -> None:
             print("| devices | in turn | staleness 1 | its split | idle: rollout, training | staleness 4 | lost |")
             print("|---|---|---|---|---|---|---|")
             for devices in sizes:
-                found = {staleness: best(all_of) for staleness, all_of in outcomes_of(model, devices, groups).items()}
+                splits = outcomes_of(model, devices, groups)
+                found = {staleness: best_split(all_of) if all_of else None for staleness, all_of in splits.items()}
                 for staleness, outcome in found.items():
                     if outcome is not None:
                         curves.setdefault((name, groups, staleness), []).append((devices, outcome))

@@ -12,6 +12,7 @@ import jax
 import pytest
 import yaml
 from absl.testing import flagsaver
+from jax._src.clusters import ClusterEnv
 
 from rljax import parallel
 
@@ -22,7 +23,7 @@ NOTES = "NOTES"
 # Notes its arguments and the variables that tell a process its place, and exits as it is told.
 NOTE = f"""#!{sys.executable}
 import json, os, sys
-places = {{k: v for k, v in os.environ.items() if k.startswith(("RLJAX_", "SLURM_STEP", "SLURM_PROC", "XLA_PYTHON"))}}
+places = {{k: v for k, v in os.environ.items() if k.startswith(("RLJAX_", "SLURM_", "XLA_PYTHON"))}}
 with open(os.environ["{NOTES}"], "a") as file:
     file.write(json.dumps({{"argv": [os.path.basename(sys.argv[0]), *sys.argv[1:]], "places": places}}) + "\\n")
 sys.exit(int(os.environ.get("STATUS", 0)))
@@ -33,7 +34,8 @@ SRUN = """#!/usr/bin/env bash
 while [[ "$1" == --* ]]; do shift; done
 worst=0
 for index in 0 1; do
-  SLURM_PROCID=$index SLURM_STEP_NUM_TASKS=2 "$@" || worst=$?
+  SLURM_PROCID=$index SLURM_LOCALID=0 SLURM_NTASKS=2 SLURM_STEP_NUM_TASKS=2 SLURM_STEP_NUM_NODES=2 \
+    SLURM_STEP_NODELIST="node[1-2]" "$@" || worst=$?
 done
 exit $worst
 """
@@ -86,17 +88,25 @@ def flags_of(argv):
 
 
 def joined(monkeypatch, places):
-    """What `initialize_distributed` joins with the variables of a process."""
+    """What `initialize_distributed` joins with the variables of a process, as JAX understands it: coordinator, number
+    of processes, index. Each process has all devices of its node."""
     found = []
+
+    def initialize(coordinator=None, processes=None, index=None, *, local_device_ids=None, **_):
+        given = (coordinator, processes, index, local_device_ids)
+        found.extend(ClusterEnv.auto_detect_unset_distributed_params(*given, None, 300))
+
     monkeypatch.setattr(jax.distributed, "is_initialized", lambda: False)
-    monkeypatch.setattr(jax.distributed, "initialize", lambda *arguments, **_: found.append(arguments))
+    monkeypatch.setattr(jax.distributed, "initialize", initialize)
     for name, value in places.items():
         monkeypatch.setenv(name, value)
     parallel.initialize_distributed()
-    return found[0]
+    *place, devices = found
+    assert not devices, f"one process a node takes {devices} of its devices alone"
+    return tuple(place)
 
 
-def test_slurm_runs_a_process_a_node_and_goes_back_into_the_queue(run):
+def test_slurm_runs_a_process_a_node_and_goes_back_into_the_queue(run, monkeypatch):
     words = [str(LAUNCH / "slurm.sh"), "quickstart_tiny", "runs/a b", "--config.steps=3"]
     job = {"SLURM_JOB_ID": "17", "SLURM_SUBMIT_DIR": str(ROOT)}
     result, noted = run(*words, **job)
@@ -107,6 +117,8 @@ def test_slurm_runs_a_process_a_node_and_goes_back_into_the_queue(run):
         # JAX knows this cluster by its variables.
         assert parallel.on_cluster(note["places"])
         assert note["places"]["XLA_PYTHON_CLIENT_MEM_FRACTION"] == "0.92"
+    for index, note in enumerate(noted):
+        assert joined(monkeypatch, note["places"])[1:] == (2, index)
 
     for status in ("143", "75"):
         stopped, noted = run(*words, **job, STATUS=status)

@@ -169,6 +169,29 @@ def test_detection_that_finds_nothing_says_what_to_give(monkeypatch):
         parallel.initialize_distributed(auto=True)
 
 
+@pytest.mark.parametrize(
+    ("environment", "devices"),
+    [
+        ({}, None),
+        ({"SLURM_STEP_NUM_TASKS": "4", "SLURM_STEP_NUM_NODES": "4"}, ()),
+        ({"SLURM_STEP_NUM_TASKS": "8", "SLURM_STEP_NUM_NODES": "4"}, None),
+        ({"OMPI_COMM_WORLD_LOCAL_SIZE": "1"}, ()),
+        ({"OMPI_COMM_WORLD_LOCAL_SIZE": "2"}, None),
+        ({"SLURM_STEP_NUM_TASKS": "4", "SLURM_STEP_NUM_NODES": "4", "JAX_LOCAL_DEVICE_IDS": "0,1"}, None),
+    ],
+)
+def test_a_process_alone_on_its_machine_has_all_devices_there(environment, devices, monkeypatch):
+    """JAX takes one device a process under Slurm and Open MPI, unless it is told of no device in particular."""
+    for name in ("SLURM_STEP_NUM_TASKS", "SLURM_STEP_NUM_NODES", "OMPI_COMM_WORLD_LOCAL_SIZE", "JAX_LOCAL_DEVICE_IDS"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    found = []
+    monkeypatch.setattr(jax.distributed, "initialize", lambda *_, **given: found.append(given["local_device_ids"]))
+    parallel.initialize_distributed("host:1", 4, 0)
+    assert found == [devices]
+
+
 @pytest.mark.parametrize("name", ["RLJAX_NUM_PROCESSES", "SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE"])
 def test_what_runs_on_one_process_says_so(name, monkeypatch):
     for other in ("RLJAX_NUM_PROCESSES", "SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE"):

@@ -1,13 +1,14 @@
 """What a run folder says of the costs of its steps, and what a model's sizes say where there is none."""
 
 import dataclasses
+import importlib.util
 import json
+from pathlib import Path
 
 import pytest
 
 from rljax.simulation import (
     Machine,
-    ModelSize,
     Scenario,
     calibrated,
     costs_of,
@@ -107,18 +108,12 @@ def test_given_values_go_before_all_and_are_checked():
             with_values(Scenario(), {"devices": text}, "--assume")
 
 
-QWEN3_8B = ModelSize(layers=36, width=4096, heads=32, kv_heads=8, head_dim=128, mlp_dim=12288, vocabulary=151936)
-QWEN3_30B_A3B = ModelSize(
-    layers=48,
-    width=2048,
-    heads=32,
-    kv_heads=4,
-    head_dim=128,
-    mlp_dim=768,
-    vocabulary=151936,
-    experts=128,
-    active_experts=8,
-)
+# The sizes that docs/scale.md is simulated with.
+_SPEC = importlib.util.spec_from_file_location("scale", Path(__file__).parent.parent / "docs" / "scale.py")
+_SCALE = importlib.util.module_from_spec(_SPEC)
+_SPEC.loader.exec_module(_SCALE)
+QWEN3_8B = _SCALE.MODELS["8B"]
+QWEN3_30B_A3B = _SCALE.MODELS["30B-A3B"]
 
 
 def test_sizes_of_models_are_those_that_their_cards_say():

@@ -81,8 +81,12 @@ def test_hosts_play_their_own_groups_and_wait_for_the_longest():
         return max(free)
 
     assert found.sample_s[0] == max(serial(lengths[0::2]), serial(lengths[1::2]))
-    # Each receives the half that the other has made, 25 bytes a token.
-    assert found.after_s[0] == pytest.approx(lengths.sum() * 25 / 2 / 100)
+    # One host tells the other of all, 20 bytes a token.
+    assert found.after_s[0] == pytest.approx(lengths.sum() * 20 / 100)
+
+    # More hosts are more to tell, though each has played less.
+    more = roll_out(dataclasses.replace(scenario, devices=24, gather_bandwidth=100.0))
+    assert more.after_s[0] == pytest.approx(2 * found.after_s[0])
 
 
 def test_failures_cost_what_daly_says():

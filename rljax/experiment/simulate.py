@@ -12,7 +12,7 @@ from rljax.experiment.config import Config
 from rljax.experiment.dry_run import check_run, print_plan
 from rljax.experiment.memory import Compiled, bytes_of
 from rljax.experiment.report import aligned, say
-from rljax.parallel import Chip, chip_of, is_main_process, traffic
+from rljax.parallel import Chip, chip_of, is_main_process, num_processes, traffic
 from rljax.simulation import (
     Measured,
     Outcome,
@@ -92,7 +92,16 @@ def _values(assumed: Sequence[str]) -> dict[str, str]:
 def scenario_of(
     run: Run, programs: Sequence[Compiled], measured: Measured | None, values: Mapping[str, str]
 ) -> Sourced:
-    """The scenario of a run: what its config says, then its compiled programs, a measured run, and given values."""
+    """The scenario of a run: what its config says, then its compiled programs, a measured run, and given values.
+
+    ValueError for a run by engines in other processes, of which no program is compiled here, where nothing says what
+    their steps take.
+    """
+    if not run.actor.decoders and measured is None and "step_s" not in values:
+        raise ValueError(
+            "--simulate cannot compile engines in other processes: add --measured=runs/x (a run that was made), or "
+            f"{FLAG}=step_s=..."
+        )
     sourced = Sourced(Scenario())
     _from_config(run, sourced)
     chip = chip_of(run.mesh.devices.flat[0])
@@ -111,8 +120,9 @@ def scenario_of(
 def _from_config(run: Run, sourced: Sourced) -> None:
     """Schedule, sizes and bytes: known without a device."""
     config = run.config
-    devices = run.mesh.devices.size
-    hosts = len({device.process_index for device in run.mesh.devices.flat})
+    hosts = num_processes(run.mesh)
+    # Those of the rollouts' own are none of the mesh that trains.
+    devices = run.mesh.devices.size + hosts * config.rollout.devices
     plans = [decoder.plan() for decoder in run.actor.decoders]
     state = run.learner.abstract_state()
     saved = sum(math.prod(x.shape) * np.dtype(x.dtype).itemsize for x in jax.tree.leaves(state))
@@ -127,20 +137,24 @@ def _from_config(run: Run, sourced: Sourced) -> None:
         groups=config.prompts_per_step,
         group_size=run.algorithm.plan.group_size,
         max_tokens=config.sampling.max_new_tokens,
-        rows=max(sum(plan.rows for plan in plans) // hosts, 1),
         hand_over_bytes=sum(bytes_of(plan.weights) for plan in plans),
         checkpoint_every=config.checkpoint.every,
         checkpoint_bytes=saved,
     )
+    # Engines in other processes hold as many as they do.
+    if plans:
+        sourced.take("config", rows=max(sum(plan.rows for plan in plans) // num_processes(run.rollout_mesh), 1))
     # What the policy will say is not known before it speaks.
     sourced.take("half of config.sampling.max_new_tokens", tokens=config.sampling.max_new_tokens / 2)
     if limits is not None:
         sourced.take("config.actor.limits", turns=limits.turns)
+        sourced.take("turns are told with their texts", trajectory_bytes=40.0)
 
 
 def _from_programs(run: Run, programs: Sequence[Compiled], chip: Chip, sourced: Sourced) -> None:
     """Seconds from the rooflines of compiled programs, bytes from their collectives."""
-    devices = run.mesh.devices.size
+    training_devices = run.mesh.devices.size
+    decoding_devices = run.rollout_mesh.devices.size
     update = run.config.update
     minibatches = update.minibatches * update.epochs
     times = {"update": minibatches, "score": update.minibatches, "critic": minibatches}
@@ -148,26 +162,28 @@ def _from_programs(run: Run, programs: Sequence[Compiled], chip: Chip, sourced: 
     trained = [program for program in programs if program.phase in times]
     seconds = sum(times[one.phase] * one.bound.seconds for one in trained if one.bound)
     sent = sum(times[one.phase] * sum(traffic(one.collectives).values()) for one in trained)
-    decoding = [one.bound.seconds for one in programs if one.name.startswith("decode") and one.bound]
-    prefill = [one.bound.seconds for one in programs if one.name.startswith(("prefill", "extend")) and one.bound]
+    reached = f"compiled, at {REACHED:g} of the roofline"
+    sourced.take(reached, update_s=seconds * training_devices / REACHED)
 
     plans = [decoder.plan() for decoder in run.actor.decoders]
-    weights_s = sum(bytes_of(plan.weights) for plan in plans) / chip.bandwidth
-    rows = max(sum(plan.rows for plan in plans) / devices, 1)
-    prompts = max(plans[0].prefill[0], 1)
-    fixed = min(weights_s, sum(decoding))
+    if plans:
+        decoding = [one.bound.seconds for one in programs if one.name.startswith("decode") and one.bound]
+        prefill = [one.bound.seconds for one in programs if one.name.startswith(("prefill", "extend")) and one.bound]
+        prompts = max(plans[0].prefill[0], 1)
+        # A step takes this long however few rows it has; what it takes beyond grows with the rows of a device.
+        weights_s = sum(bytes_of(plan.weights) for plan in plans) / chip.bandwidth
+        fixed = min(weights_s, sum(decoding))
+        rows = max(sum(plan.rows for plan in plans) / decoding_devices, 1)
+        sourced.take(
+            reached,
+            step_s=fixed / REACHED,
+            step_row_s=(sum(decoding) - fixed) / rows / REACHED,
+            prefill_s=sum(prefill) * decoding_devices / prompts / REACHED,
+        )
 
-    reached = f"compiled, at {REACHED:g} of the roofline"
-    sourced.take(
-        reached,
-        update_s=seconds * devices / REACHED,
-        step_s=fixed / REACHED,
-        step_row_s=(sum(decoding) - fixed) / rows / REACHED,
-        prefill_s=sum(prefill) * devices / prompts / REACHED,
-    )
     sourced.take("compiled collectives", update_bytes=sent)
     sourced.take("data sheet", network_bandwidth=chip.links, hand_over_bandwidth=chip.links)
-    state = bytes_of(run.learner.abstract_state()) * devices
+    state = bytes_of(run.learner.abstract_state()) * training_devices
     sourced.take("state in half of the memory", least_trainers=max(math.ceil(state / (chip.memory / 2)), 1))
 
 

@@ -46,6 +46,9 @@ def initialize_distributed(
     environment and left to JAX's own detection; `auto` asks for that detection in any case (say, on Kubernetes).
     Otherwise the run has one process. Calling it again does nothing.
 
+    A process that Slurm or Open MPI has started alone on its machine has all devices there. Of several on a machine,
+    each has the one of its index; `JAX_LOCAL_DEVICE_IDS` says otherwise.
+
     A process that is silent for `heartbeat_s` seconds (its machine has died, say) ends all others. One that hangs and
     is not dead is not silent. ValueError for incomplete or impossible arguments.
     """
@@ -60,12 +63,16 @@ def initialize_distributed(
     num_processes = _env_int(PROCESSES) if num_processes is None else num_processes
     process_id = _env_int(PROCESS_ID) if process_id is None else process_id
 
+    settings: dict[str, Any] = {
+        "heartbeat_timeout_seconds": heartbeat_s,
+        "local_device_ids": _local_devices(os.environ),
+    }
     # Nothing is said: the cluster is asked, if there is one.
     if coordinator is None and num_processes is None and process_id is None:
         if not (auto or on_cluster(os.environ)):
             return False
         try:
-            jax.distributed.initialize(heartbeat_timeout_seconds=heartbeat_s)
+            jax.distributed.initialize(**settings)
         except ValueError as error:
             raise ValueError(
                 "JAX recognises no cluster in this environment; give coordinator, num_processes and process_id"
@@ -84,8 +91,18 @@ def initialize_distributed(
     # One process needs no coordinator: the same launch script serves a laptop.
     if num_processes == 1:
         return False
-    jax.distributed.initialize(coordinator, num_processes, process_id, heartbeat_timeout_seconds=heartbeat_s)
+    jax.distributed.initialize(coordinator, num_processes, process_id, **settings)
     return True
+
+
+def _local_devices(environ: Mapping[str, str]) -> tuple[()] | None:
+    """Which devices of this machine JAX is told to take: none in particular, which is all, for the only process here.
+    Under Slurm and Open MPI JAX takes one device a process by itself, which None leaves to it."""
+    if environ.get("JAX_LOCAL_DEVICE_IDS"):
+        return None
+    tasks = environ.get("SLURM_STEP_NUM_TASKS")
+    alone_by_slurm = tasks is not None and tasks == environ.get("SLURM_STEP_NUM_NODES")
+    return () if alone_by_slurm or environ.get("OMPI_COMM_WORLD_LOCAL_SIZE") == "1" else None
 
 
 def _env_int(name: str) -> int | None:

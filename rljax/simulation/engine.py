@@ -72,11 +72,11 @@ def _one_rollout(scenario: Scenario, rollout: int) -> tuple[float, float, int, f
 
     sample_s = env.now
     busy = sum(decoder.row_seconds for decoder in decoders) / sample_s if sample_s else 0.0
-    # A host judges what it has played, and takes in what the others have.
+    # A host judges what it has played. Then all trajectories leave one process, once for each of the others.
     own = math.ceil(scenario.groups / scenario.hosts) * scenario.group_size
     total = int(tokens.sum())
-    received = total * scenario.trajectory_bytes * (1 - 1 / scenario.hosts)
-    return sample_s, own * scenario.judge_s + received / scenario.gather_bandwidth, total, busy
+    sent = total * scenario.trajectory_bytes * (scenario.hosts - 1)
+    return sample_s, own * scenario.judge_s + sent / scenario.gather_bandwidth, total, busy
 
 
 class Decoder:

@@ -63,10 +63,10 @@ class Scenario:
     """Bytes that one rollout device receives when weights are handed over."""
     hand_over_bandwidth: float = field(default=10e9, above=0)
     """Bytes a second that reach one rollout device."""
-    trajectory_bytes: float = field(default=25.0, least=0)
-    """Bytes of a token that hosts send each other: id, log-prob, entropy, masks and version."""
+    trajectory_bytes: float = field(default=20.0, least=0)
+    """Bytes of a token that hosts are told of each other: 20 of one turn, 40 over turns."""
     gather_bandwidth: float = field(default=1e9, above=0)
-    """Bytes a second at which a host receives the trajectories of the others."""
+    """Bytes a second that leave process 0, which sends all trajectories to every other host."""
 
     checkpoint_every: int = field(default=0, least=0)
     """Steps between two checkpoints; 0 writes none."""

@@ -110,6 +110,64 @@ def visible_blocks(
     return may_see(first_query, last_query, shallowest_query, first_key, last_end, deepest_key, window)
 
 
+class Layout(NamedTuple):
+    """A forest padded to whole blocks, `Q` queries and `S` keys, and what sees what."""
+
+    query_depth: Int[Array, "R Q"]
+    """Position of each query on its path."""
+    depth: Int[Array, "R S"]
+    """Position of each key on its path."""
+    end: Int[Array, "R S"]
+    """End of each key's subtree. Keys that pad have 0: nobody sees them."""
+    scalars: Int[Array, "2"]
+    """The window, and the packed index of the first query."""
+    visible: Bool[Array, "R N M"]
+    """Which of `N` blocks of queries may see some of which of `M` blocks of keys."""
+    block_q: int
+    block_k: int
+    interpret: bool
+
+    @property
+    def queries(self) -> int:
+        """Queries of a row with their padding."""
+        return self.query_depth.shape[1]
+
+    @property
+    def keys(self) -> int:
+        """Keys of a row with their padding."""
+        return self.depth.shape[1]
+
+
+def layout(
+    options: Options,
+    blocks: tuple[int, int],
+    queries: int,
+    positions: Int[Array, "R n"],
+    subtree_end: Int[Array, "R n"],
+    window: Int[ArrayLike, ""],
+    start: Int[ArrayLike, ""],
+) -> Layout:
+    """The layout of `queries` from the packed index `start` on, in `blocks` of so many queries and so many keys."""
+    block_q, block_k = blocks
+    size_q = whole_blocks(queries, block_q)
+    size_k = whole_blocks(positions.shape[1], block_k)
+
+    depth = positions.astype(jnp.int32)
+    query_depth = padded(jax.lax.dynamic_slice_in_dim(depth, start, queries, axis=1), 1, size_q)
+    depth = padded(depth, 1, size_k)
+    end = padded(subtree_end.astype(jnp.int32), 1, size_k)
+    return Layout(
+        query_depth=query_depth,
+        depth=depth,
+        end=end,
+        scalars=jnp.stack([jnp.asarray(window), jnp.asarray(start)]),
+        visible=visible_blocks(query_depth, depth, end, window, start, block_q=block_q, block_k=block_k),
+        block_q=block_q,
+        block_k=block_k,
+        interpret=options.interpret is not None,
+    )
+
+
 def padded(x: Array, axis: int, size: int, fill: float = 0) -> Array:
     """`x` with `fill` behind, `size` long along `axis`."""
     return jnp.pad(x, [(0, size - n if i == axis else 0) for i, n in enumerate(x.shape)], constant_values=fill)

@@ -25,19 +25,19 @@ from jaxtyping import Array, Float, Int
 
 from rljax.models.attention_blocks import (
     MASKED,
+    Layout,
     Options,
     count_from,
     dot,
     dot_rows,
     is_visible,
+    layout,
     lists,
     padded,
     padded_normaliser,
     score_divisor,
     score_gradient,
     softmax_step,
-    visible_blocks,
-    whole_blocks,
 )
 from rljax.types import ArrayLike
 
@@ -51,44 +51,26 @@ LISTS = 256 << 10
 """Bytes of scalar memory (1 MiB on every TPU so far) that lists may take; rows go one by one where theirs take more."""
 
 
-class _Inputs(NamedTuple):
-    """Arrays padded to whole blocks, `Q` queries and `S` keys, and the lists."""
-
-    q: Float[Array, "R H Q hd"]
-    k: Float[Array, "R KV S hd"]
-    v: Float[Array, "R KV S hd"]
-    query_depth: Int[Array, "R 1 1 Q"]
-    depth: Int[Array, "R 1 1 S"]
-    end: Int[Array, "R 1 1 S"]
-    scalars: Int[Array, "2"]
-    """The window, and the packed index of the first query."""
-    visible: Array
-    """[R, blocks of queries, blocks of keys]"""
-    scale: float
-    block_q: int
-    block_k: int
-    interpret: bool
-
-
 def forward(options: Options, q, k, v, positions, subtree_end, window, start) -> tuple[Array, Array]:
     """q [R, Q, H, hd]; k, v [R, S, KV, hd] -> (out [R, Q, H, hd], log normalisers [R, H, Q]). The first query has the
     packed index `start`."""
 
     def of_rows(q, k, v, positions, subtree_end):
-        at = _inputs(options, (q, k, v, positions, subtree_end), window, start)
-        out = jax.ShapeDtypeStruct(at.q.shape, q.dtype)
-        normaliser = jax.ShapeDtypeStruct((*at.q.shape[:2], 1, at.q.shape[2]), jnp.float32)
+        at = _layout(options, q, positions, subtree_end, window, start)
+        length, head_dim = q.shape[2:]
+        q = padded(q, 2, at.queries)
+        k, v = (padded(x, 2, at.keys) for x in (k, v))
+        normaliser = jax.ShapeDtypeStruct((*q.shape[:2], 1, at.queries), jnp.float32)
         out, normaliser = _call(
             at,
-            _forward_kernel,
+            functools.partial(_forward_kernel, scale=1.0 / score_divisor(head_dim)),
             "forest_attention",
             at.visible,
-            own=(at.q, at.query_depth),
-            walked=(at.k, at.v, at.depth, at.end),
-            outputs=(out, normaliser),
-            scratch=[(at.block_q, 1)] * 3 + [(at.block_q, q.shape[-1])],
+            own=(q, _shared(at.query_depth)),
+            walked=(k, v, _shared(at.depth), _shared(at.end)),
+            outputs=(jax.ShapeDtypeStruct(q.shape, q.dtype), normaliser),
+            scratch=[(at.block_q, 1)] * 3 + [(at.block_q, head_dim)],
         )
-        length = q.shape[2]
         return out[:, :, :length], normaliser[:, :, 0, :length]
 
     out, normaliser = _few_rows(options, of_rows, *map(_turned, (q, k, v)), positions, subtree_end)
@@ -99,35 +81,37 @@ def backward(options: Options, q, k, v, positions, subtree_end, window, start, d
     """Gradients of q, k and v."""
 
     def of_rows(q, k, v, positions, subtree_end, d_out, normaliser, mean):
-        at = _inputs(options, (q, k, v, positions, subtree_end), window, start)
+        at = _layout(options, q, positions, subtree_end, window, start)
+        shapes = (q.shape, k.shape, v.shape)
         head_dim = q.shape[3]
-        size = at.q.shape[2]
-        d_out = padded(d_out, 2, size)
-        mean = padded(mean, 2, size)[:, :, None]
-        normaliser = padded_normaliser(normaliser, size)[:, :, None]
+        scale = 1.0 / score_divisor(head_dim)
+        q, d_out = (padded(x, 2, at.queries) for x in (q, d_out))
+        k, v = (padded(x, 2, at.keys) for x in (k, v))
+        mean = padded(mean, 2, at.queries)[:, :, None]
+        normaliser = padded_normaliser(normaliser, at.queries)[:, :, None]
 
         # Blocks of queries walk over the keys that they see; blocks of keys over the queries that see them.
         (d_q,) = _call(
             at,
-            _query_kernel,
+            functools.partial(_query_kernel, scale=scale),
             "forest_attention_dq",
             at.visible,
-            own=(at.q, d_out, normaliser, mean, at.query_depth),
-            walked=(at.k, at.v, at.depth, at.end),
-            outputs=(jax.ShapeDtypeStruct(at.q.shape, q.dtype),),
+            own=(q, d_out, normaliser, mean, _shared(at.query_depth)),
+            walked=(k, v, _shared(at.depth), _shared(at.end)),
+            outputs=(jax.ShapeDtypeStruct(q.shape, q.dtype),),
             scratch=[(at.block_q, 1)] * 3 + [(at.block_q, head_dim)],
         )
         d_k, d_v = _call(
             at,
-            _key_kernel,
+            functools.partial(_key_kernel, scale=scale),
             "forest_attention_dkv",
             at.visible.swapaxes(1, 2),
-            own=(at.k, at.v, at.depth, at.end),
-            walked=(at.q, d_out, normaliser, mean, at.query_depth),
-            outputs=(jax.ShapeDtypeStruct(at.k.shape, k.dtype), jax.ShapeDtypeStruct(at.v.shape, v.dtype)),
+            own=(k, v, _shared(at.depth), _shared(at.end)),
+            walked=(q, d_out, normaliser, mean, _shared(at.query_depth)),
+            outputs=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (k, v)],
             scratch=[(at.block_k, 1)] * 2 + [(at.block_k, head_dim)] * 2,
         )
-        return tuple(x[:, :, : whole.shape[2]] for x, whole in ((d_q, q), (d_k, k), (d_v, v)))
+        return tuple(x[:, :, : shape[2]] for x, shape in zip((d_q, d_k, d_v), shapes, strict=True))
 
     q, k, v, d_out = map(_turned, (q, k, v, d_out))
     found = _few_rows(options, of_rows, q, k, v, positions, subtree_end, d_out, normaliser, mean)
@@ -137,6 +121,11 @@ def backward(options: Options, q, k, v, positions, subtree_end, window, start, d
 def _turned(x: Float[Array, "R n N hd"]) -> Float[Array, "R N n hd"]:
     """Heads before tokens, or back: a tile of vector memory is one of tokens and `hd`."""
     return x.swapaxes(1, 2)
+
+
+def _shared(x: Int[Array, "R N"]) -> Int[Array, "R 1 1 N"]:
+    """Numbers of tokens that all heads share, as a row."""
+    return x[:, None, None]
 
 
 def _blocks(options: Options, queries: int, keys: int, head_dim: int) -> tuple[int, int]:
@@ -157,35 +146,15 @@ def _few_rows(options: Options, of_rows, *arrays):
     return jax.tree.map(lambda x: x[:, 0], one_by_one)
 
 
-def _inputs(options: Options, arrays: tuple[Array, ...], window: ArrayLike, start: ArrayLike) -> _Inputs:
-    q, k, v, positions, subtree_end = arrays
+def _layout(
+    options: Options, q: Array, positions: Array, subtree_end: Array, window: ArrayLike, start: ArrayLike
+) -> Layout:
     queries, head_dim = q.shape[2:]
-    keys = k.shape[2]
-    block_q, block_k = _blocks(options, queries, keys, head_dim)
-    size_q = whole_blocks(queries, block_q)
-    size_k = whole_blocks(keys, block_k)
-
-    depth = positions.astype(jnp.int32)
-    query_depth = padded(jax.lax.dynamic_slice_in_dim(depth, start, queries, axis=1), 1, size_q)
-    depth = padded(depth, 1, size_k)
-    end = padded(subtree_end.astype(jnp.int32), 1, size_k)
-    return _Inputs(
-        q=padded(q, 2, size_q),
-        k=padded(k, 2, size_k),
-        v=padded(v, 2, size_k),
-        query_depth=query_depth[:, None, None],
-        depth=depth[:, None, None],
-        end=end[:, None, None],
-        scalars=jnp.stack([window, start]),
-        visible=visible_blocks(query_depth, depth, end, window, start, block_q=block_q, block_k=block_k),
-        scale=1.0 / score_divisor(head_dim),
-        block_q=block_q,
-        block_k=block_k,
-        interpret=options.interpret is not None,
-    )
+    blocks = _blocks(options, queries, positions.shape[1], head_dim)
+    return layout(options, blocks, queries, positions, subtree_end, window, start)
 
 
-def _call(at: _Inputs, kernel, name: str, visible: Array, *, own, walked, outputs, scratch) -> Any:
+def _call(at: Layout, kernel, name: str, visible: Array, *, own, walked, outputs, scratch) -> Any:
     """Runs `kernel` for each block of `own` and each step of its list. Of an array `[R, N, ., .]` a head gets the one
     of `N` that it belongs to. Where heads of `own` are fewer than those of `walked`, the last part of the grid is
     (heads of a group, steps) and otherwise (1, steps)."""
@@ -219,7 +188,7 @@ def _call(at: _Inputs, kernel, name: str, visible: Array, *, own, walked, output
     # At least one step, since the first and the last one also begin and end a block that sees nothing.
     steps = jnp.maximum(jnp.max(count), 1)
     return pl.pallas_call(
-        functools.partial(kernel, scale=at.scale),
+        kernel,
         name=name,
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=3,

@@ -9,28 +9,28 @@ passes them by position, and a struct around them would have to be taken apart a
 
 import functools
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from rljax.models.attention_blocks import (
     MASKED,
+    Layout,
     Options,
     count_from,
     dot,
     dot_rows,
     is_visible,
+    layout,
     lists,
     padded,
     padded_normaliser,
     score_divisor,
     score_gradient,
     softmax_step,
-    visible_blocks,
-    whole_blocks,
 )
 from rljax.types import ArrayLike
 
@@ -38,52 +38,13 @@ BLOCK = 64
 """Queries and keys of a block: what registers hold of the backward pass."""
 
 
-class _Layout(NamedTuple):
-    """The forest padded to whole blocks, and what sees what."""
-
-    queries: int
-    """`Q`, queries of a row with their padding."""
-    keys: int
-    """`S`, keys of a row with their padding."""
-    query_depth: Int[Array, "R Q"]
-    depth: Int[Array, "R S"]
-    end: Int[Array, "R S"]
-    scalars: Int[Array, "1 2"]
-    """The window, and the packed index of the first query."""
-    visible: Array
-    """[R, blocks of queries, blocks of keys]"""
-    block_q: int
-    block_k: int
-    interpret: bool
-
-
 def _layout(
     options: Options, q: Array, positions: Array, subtree_end: Array, window: ArrayLike, start: ArrayLike
-) -> _Layout:
+) -> Layout:
     _, queries, _, head_dim = q.shape
-    interpret = options.interpret is not None
-    block = BLOCK if head_dim <= 128 or interpret else BLOCK // 2
-    block_q = options.block_q or block
-    block_k = options.block_k or block
-
-    size_q = whole_blocks(queries, block_q)
-    size_k = whole_blocks(positions.shape[1], block_k)
-    depth = positions.astype(jnp.int32)
-    query_depth = padded(jax.lax.dynamic_slice_in_dim(depth, start, queries, axis=1), 1, size_q)
-    depth = padded(depth, 1, size_k)
-    end = padded(subtree_end.astype(jnp.int32), 1, size_k)
-    return _Layout(
-        queries=size_q,
-        keys=size_k,
-        query_depth=query_depth,
-        depth=depth,
-        end=end,
-        scalars=jnp.stack([window, start])[None],
-        visible=visible_blocks(query_depth, depth, end, window, start, block_q=block_q, block_k=block_k),
-        block_q=block_q,
-        block_k=block_k,
-        interpret=interpret,
-    )
+    block = BLOCK if head_dim <= 128 or options.interpret is not None else BLOCK // 2
+    blocks = (options.block_q or block, options.block_k or block)
+    return layout(options, blocks, queries, positions, subtree_end, window, start)
 
 
 def _whole_blocks(x: Float[Array, "R n H hd"], size: int) -> Float[Array, "R size H width"]:
@@ -91,7 +52,7 @@ def _whole_blocks(x: Float[Array, "R n H hd"], size: int) -> Float[Array, "R siz
     return padded(padded(x, 1, size), 3, max(pl.next_power_of_2(x.shape[3]), 16))
 
 
-def _call(at: _Layout, kernel, name: str, visible: Array, *, own, walked, outputs) -> Sequence[Array]:
+def _call(at: Layout, kernel, name: str, visible: Array, *, own, walked, outputs) -> Sequence[Array]:
     """Runs `kernel` on the grid `[R, N, blocks]`, where `N` are the heads of `own[0]`. Arrays are vectors of tokens
     `[R, tokens, heads, hd]`, numbers of tokens `[R, heads, tokens]`, or numbers that all heads share `[R, tokens]`.
 
@@ -131,7 +92,7 @@ def _call(at: _Layout, kernel, name: str, visible: Array, *, own, walked, output
     steers = [
         pl.BlockSpec((None, None, 1, 1), lambda r, h, i: (r, i, 0, 0)),
         pl.BlockSpec((None, None, 1, numbers.shape[-1]), lambda r, h, i: (r, i, 0, 0)),
-        pl.BlockSpec(at.scalars.shape, lambda r, h, i: (0, 0)),
+        pl.BlockSpec((1, at.scalars.shape[0]), lambda r, h, i: (0, 0)),
     ]
     found = pl.pallas_call(
         kernel,
@@ -142,7 +103,7 @@ def _call(at: _Layout, kernel, name: str, visible: Array, *, own, walked, output
         out_shape=[x if len(x.shape) == 4 else x.update(shape=(*x.shape, 1)) for x in outputs],
         compiler_params=None if at.interpret else _compiler_params(walked[0].dtype),
         interpret=at.interpret,
-    )(count, numbers, at.scalars, *map(in_columns, own), *map(in_rows, walked))
+    )(count, numbers, at.scalars[None], *map(in_columns, own), *map(in_rows, walked))
     return [x.reshape(like.shape) for x, like in zip(found, outputs, strict=True)]
 
 

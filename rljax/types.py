@@ -196,8 +196,8 @@ class TrainBatch:
 @struct
 class TrainState:
     """Everything on the device that a step changes, and the frozen weights that it stands on. `trainable`, `opt_state`,
-    `base`, `ref_trainable` and `pushed` are pytrees of arrays; `rljax.training.policy_params` puts the model's params
-    together.
+    `base`, `ref_trainable`, `pushed` and `before` are pytrees of arrays; `rljax.training.policy_params` puts the
+    model's params together.
     """
 
     trainable: Any
@@ -208,3 +208,4 @@ class TrainState:
     ref_trainable: Any = None  # what stands for `trainable` in the reference; None without one
     critic: Any = None  # the `TrainState` of the value function, where there is one
     pushed: Any = None  # what stands for `trainable` in rollouts; None where they take every step's own
+    before: Any = None  # what rollouts had before that; None where none asks for it

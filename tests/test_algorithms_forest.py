@@ -20,7 +20,6 @@ from rljax.algorithms import (
     TreeRL,
 )
 from rljax.batching import stack
-from rljax.experiment import CheckpointConfig
 from rljax.experiment.check import check
 from rljax.experiment.train import train
 from rljax.models import DecoderConfig, init_params
@@ -47,9 +46,7 @@ def config_of(recipe, **changes):
     update = dataclasses.replace(tiny.update, row_buckets=(64,), microbatch_buckets=(8,), minibatches=2)
     sampling = dataclasses.replace(tiny.sampling, max_new_tokens=8)
     evaluation = dataclasses.replace(tiny.evaluation, problems=2)
-    # Behind a checkpoint the chains of APPO would not lag.
-    parts = {"checkpoint": CheckpointConfig(every=0)} | changes
-    return dataclasses.replace(tiny, update=update, sampling=sampling, evaluation=evaluation, **parts)
+    return dataclasses.replace(tiny, update=update, sampling=sampling, evaluation=evaluation, **changes)
 
 
 @every_recipe

@@ -105,22 +105,8 @@ def test_without_a_version_before_both_are_the_same():
         assert set(a.versions) == {0}
 
 
-def test_the_step_behind_a_checkpoint_is_as_behind_a_resume():
-    """A checkpoint holds the newest weights alone."""
-    params = make_params(CONFIG)
-    lagged = LaggedChains(make_sampler(prompt_slots=1, sample_slots=2, prompt_buckets=(4,)), NO_STOPS)
-    used = []
-    for version, is_saved in ((1, False), (2, True), (3, False), (4, False)):
-        lagged.set_params(params, version)
-        lagged.set_params(params, version)
-        used.append(lagged.version_before)
-        if is_saved:
-            lagged.forget()
-    assert used == [-1, 1, -1, 3]
-
-
 def test_there_are_two_copies_of_the_weights_at_most(monkeypatch):
-    """When new ones are taken there is one: of a new version, of the same one again, and behind a checkpoint."""
+    """When new ones are taken there is one: of a new version, and of the same one again."""
     params = make_params(CONFIG)
     lagged = LaggedChains(make_sampler(prompt_slots=1, sample_slots=2, prompt_buckets=(4,)), NO_STOPS)
     copies = []
@@ -133,11 +119,9 @@ def test_there_are_two_copies_of_the_weights_at_most(monkeypatch):
         return weights
 
     monkeypatch.setattr("rljax.sampling.sampler.take_weights", take)
-    for version, is_saved in ((1, False), (2, True), (3, False), (4, False)):
+    for version in (1, 2, 3, 4):
         lagged.set_params(params, version)
         lagged.set_params(params, version)
-        if is_saved:
-            lagged.forget()
     assert held == [0, 1, 1, 1, 1, 1, 1, 1]
 
 
@@ -162,9 +146,6 @@ def test_episodes_have_lagged_chains_too():
         by = [dense(TURNS_CONFIG, weights, group.prompt, sample.tokens) for weights in (turn_params(), new)]
         want = np.where(inherited, *by)
         np.testing.assert_allclose(sample.logprobs, np.where(sample.sampled, want, 0), atol=5e-5)
-    actor.checkpointed()
-    actor.set_params(new, version=2)
-    assert actor.versions == [2, 2]
     chain = group.samples[0]
     newest = dense(TURNS_CONFIG, new, group.prompt, chain.tokens)
     np.testing.assert_allclose(seen[0][0, : len(newest)], newest, atol=5e-5)

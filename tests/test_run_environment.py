@@ -35,7 +35,7 @@ from rljax.experiment.check import check
 from rljax.experiment.train import train
 from rljax.models import save_hf
 from rljax.tasks import Example
-from rljax.testing import run_metrics
+from rljax.testing import rollout_records, run_metrics
 
 
 def demonstrations(examples):
@@ -173,6 +173,35 @@ def test_groups_in_flight_are_not_lost_when_a_run_breaks_off(tmp_path, monkeypat
     left = {group["example_id"] for group in states[-1]["groups"]}
     assert len(trained) == 8 and under_way <= trained | left and len(left) == 3
     assert [line["play/groups_in_flight"] for line in lines(tmp_path)] == [3] * 4
+
+
+def test_a_share_of_older_weights_is_the_same_behind_a_resume(tmp_path, monkeypatch):
+    config = make_config(AgentRL(group_size=4), steps=4, checkpoint=CheckpointConfig(every=1))
+    # Weights move whatever the rewards are.
+    config.optimizer = dataclasses.replace(config.optimizer, learning_rate=0.1, weight_decay=1.0)
+    config.actor = dataclasses.replace(config.actor, stale_share=0.5, stale_every=3)
+    train(config, str(tmp_path / "straight"))
+    assert [line["rollout/staleness_max"] for line in lines(tmp_path / "straight")] == [0, 1, 2, 0]
+
+    step = rljax.experiment.train.train_step
+
+    def breaks(run, index):
+        if index == 2:
+            raise KeyboardInterrupt
+        return step(run, index)
+
+    monkeypatch.setattr(rljax.experiment.train, "train_step", breaks)
+    with pytest.raises(KeyboardInterrupt):
+        train(config, str(tmp_path / "resumed"))
+    monkeypatch.setattr(rljax.experiment.train, "train_step", step)
+    train(config, str(tmp_path / "resumed"))
+
+    # Which conversations are computed together depends on the time, and rounds the last bits.
+    straight, resumed = (rollout_records(tmp_path / name) for name in ("straight", "resumed"))
+    for number, records in straight.items():
+        for one, other in zip(records, resumed[number], strict=True):
+            assert one["tokens"] == other["tokens"]
+            np.testing.assert_allclose(one["logprobs"], other["logprobs"], atol=1e-5)
 
 
 @pytest.fixture(scope="module")

@@ -18,6 +18,7 @@ import orbax.checkpoint as ocp
 import pytest
 
 from rljax.training.checkpoint import LAYOUT, Checkpointer, fingerprint, restore_params
+from rljax.training.state import with_before
 from rljax.types import TrainState
 
 
@@ -69,6 +70,24 @@ def test_what_a_state_lacks_leaves_nothing_in_its_checkpoint(two_steps):
     written = json.loads((two_steps / "2" / "state" / "_METADATA").read_text())["tree_metadata"]
     fields = {entry["key_metadata"][0]["key"] for entry in written.values()}
     assert fields == {"trainable", "opt_state", "step", "skipped", "ref_trainable"}
+
+
+def test_older_weights_may_be_asked_for_from_a_resume_on_or_no_longer(two_steps, tmp_path):
+    """They are those of the checkpoint then, in arrays of their own: updates take the others for themselves."""
+    asked = target()
+    state, _, _ = Checkpointer(two_steps).restore(with_before(asked, asked.trainable))
+    for one, other in zip(jax.tree.leaves(state.before), jax.tree.leaves(state.trainable), strict=True):
+        assert one is not other
+        np.testing.assert_array_equal(one, other)
+
+    held = make_state(2)
+    checkpoints = Checkpointer(tmp_path)
+    checkpoints.save(2, with_before(held, make_state(1).trainable), {"position": 20})
+    checkpoints.close()
+    assert_is_step(Checkpointer(tmp_path).restore(target()), 2)
+    state, _, _ = Checkpointer(tmp_path).restore(with_before(asked, asked.trainable))
+    for one, other in zip(jax.tree.leaves(state.before), jax.tree.leaves(make_state(1).trainable), strict=True):
+        np.testing.assert_array_equal(one, other)
 
 
 def test_the_last_and_the_best_are_kept(tmp_path):

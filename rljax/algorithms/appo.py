@@ -22,11 +22,11 @@ class APPO(ForestRecipe):
     Forks take the tokens of a prompt's samples with the best branching score, Z(clip(Omega)) Z(H): where the policy
     hesitated, and since has come to like what followed. The initial samples are drawn with the weights before the last
     update (`lagged`), the branches with the newest, as in the paper, which branches before each minibatch with the
-    policy of that moment; so Omega has moved when forks are chosen. In the first step of a run, and in the step behind
-    a checkpoint, both are the same, and the score is Z(H). Without `lagged` it always is, and ratio and Omega are to
-    the policy before the rollout's first update: take `update.minibatches` above 1 then. Branches count in the
-    denominator, as in the paper's 1 / M. `released` takes the base advantage of the released code. `fork_within`, two
-    texts such as `<think>` and `</think>`, has an agent fork in its thinking alone.
+    policy of that moment; so Omega has moved when forks are chosen. In the first step of a run both are the same, and
+    the score is Z(H). Without `lagged` it always is, and ratio and Omega are to the policy before the rollout's first
+    update: take `update.minibatches` above 1 then. Branches count in the denominator, as in the paper's 1 / M.
+    `released` takes the base advantage of the released code. `fork_within`, two texts such as `<think>` and `</think>`,
+    has an agent fork in its thinking alone.
     """
 
     chains: int = 8
@@ -38,7 +38,8 @@ class APPO(ForestRecipe):
     released: bool = False
     fork_within: tuple[str, ...] = ()
     lagged: bool = True
-    """Draw initial samples with the weights before the last update. It takes a second copy of the weights."""
+    """Draw initial samples with the weights before the last update. Decoders then hold a second copy of the weights,
+    and so does the learner, for checkpoints."""
 
     def build(self) -> Algorithm:
         """Raises ValueError for hyperparameters that cannot work."""

@@ -33,7 +33,7 @@ from rljax.rollouts import Actor, ActorParts, RolloutSettings
 from rljax.settings import placed
 from rljax.tasks import Curriculum, Dataset, Example
 from rljax.text import Tokenizer, WithinText
-from rljax.training import Critic, Learner, LossNeeds, with_critic, with_pushed
+from rljax.training import Critic, Learner, LossNeeds, with_before, with_critic, with_pushed
 from rljax.types import Params, RolloutBatch, TrainState, Trajectory
 
 
@@ -91,6 +91,7 @@ class Run:
         """What a checkpoint of `state` is restored into."""
         critic = None if self.critic is None else self.critic.abstract_state()
         state = self.learner.abstract_state()
+        state = with_before(state, state.trainable if self.lags else None)
         return with_pushed(with_critic(state, critic), state.trainable if self.pushes_seldom else None)
 
     def init_state(self, params: Params) -> TrainState:
@@ -98,7 +99,9 @@ class Run:
         critic = None if self.critic is None else self.critic.init_state(critic_params(self, params))
         state = with_critic(self.learner.init_state(params), critic)
         # A push makes a copy of what is only named here.
-        return self.learner.push(with_pushed(state, state.trainable)) if self.pushes_seldom else state
+        if self.pushes_seldom:
+            state = self.learner.push(with_pushed(state, state.trainable))
+        return self.learner.remember(state) if self.lags else state
 
     def initial_params(self) -> Params:
         """The model that the config names, on the mesh."""
@@ -119,6 +122,18 @@ class Run:
         rollout = self.config.rollout
         if step % rollout.push_every == 0:
             self.state = self.learner.push(self.state, rollout.reset_moments if step else "none")
+
+    @property
+    def lags(self) -> bool:
+        """Whether rollouts also sample with older weights than the newest that they have."""
+        return self.actor.older(1) != 1
+
+    def remember(self, step: int) -> None:
+        """Before the updates of `step`: keeps the weights that rollouts have, if they are the older ones of the next
+        step."""
+        version, following = (self.config.rollout.version_of(s) for s in (step, step + 1))
+        if self.lags and self.actor.older(following) == version:
+            self.state = self.learner.remember(self.state)
 
     def policy_moves(self, step: int) -> bool:
         """Whether this step updates the policy, rather than the critic alone."""

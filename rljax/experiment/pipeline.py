@@ -115,6 +115,11 @@ class Pipeline:
         self._behind = made.behind
         return made
 
+    def remember(self, params: Params, version: int) -> None:
+        """Gives the actor weights that it is to have had before those of the first order."""
+        weights = self._handed_over(params)
+        self._do(functools.partial(self.actor.set_params, weights, version)).result()
+
     def evaluate(self, step: int, params: Params, work: Callable[[], T]) -> T:
         """What `work` gives when its turn has come and the actor has the weights `params`, which are those of `step`,
         pushed or not."""

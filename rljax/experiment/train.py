@@ -317,6 +317,9 @@ def resume(run: Run, checkpoints: Checkpointer, folder: RunFolder, journal: Jour
     run.state, host, step = restored
     run.reference_scores = host.get("reference_scores", [])
     run.empty_steps = host.get("empty_steps", 0)
+    version = run.config.rollout.version_of(step)
+    if (older := run.actor.older(version)) < version:
+        run.pipeline.remember(run.learner.params_before(run.state), older)
     go_on(run, folder, journal, step, host)
 
     unlogged = host.get("unlogged")
@@ -408,6 +411,7 @@ def train_step(run: Run, step: int) -> tuple[dict[str, float], Rollout]:
         rollout = made.rollout
         timer.add(rollout.seconds)
     if made.lacking:
+        run.remember(step)
         metrics = empty_step(run, rollout, made.lacking, timer)
         metrics |= waits(run, made)
         metrics["compile/count"] = float(compile_count_here() - compiled + made.compiled)
@@ -435,6 +439,7 @@ def train_step(run: Run, step: int) -> tuple[dict[str, float], Rollout]:
             run.state = run.learner.warm_up(run.state, minibatches[0], tell_compiled("update programs"))
 
     with timer("update"), run.pulse("update"):
+        run.remember(step)
         metrics = {}
         # The critic first: its minibatches hold the values that the advantages were made of.
         if run.critic is not None:

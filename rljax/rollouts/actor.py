@@ -154,9 +154,14 @@ class Actor(Protocol):
         """What is under way, JSON-ready. `{}` where nothing is."""
         ...
 
+    def older(self, version: int) -> int:
+        """The version of the weights that it also samples with when its newest are `version`: an older one, from 0 on,
+        or the same where it has no other. A run that is resumed gives it those first."""
+        ...
+
     def checkpointed(self) -> None:
-        """A checkpoint has been made of this moment, with `state_dict` and the newest weights. What a run that is
-        resumed from it could not know, such as older weights, is forgotten, so that both go on alike."""
+        """A checkpoint has been made of this moment, with `state_dict` and the weights. What a run that is resumed from
+        it could not know, such as keys and values of older weights, is forgotten, so that both go on alike."""
         ...
 
     def load_state_dict(self, state: Mapping[str, Any], plan: RolloutPlan, examples: Mapping[int, Example]) -> None:

@@ -46,14 +46,6 @@ class LaggedChains:
         if self.version_before < 0:
             self.chains.adopt(self.sampler)
 
-    def forget(self) -> None:
-        """The next version has none before it, as behind a resume: a checkpoint holds the newest weights alone."""
-        # The weights before are of no use any more, and leave room for the next.
-        if self.version >= 0:
-            self.chains.adopt(self.sampler)
-        self.version = -1
-        self.version_before = -1
-
     def cache_bytes(self) -> int:
         """Of the chains or the forks, whichever is more: one after the other is there."""
         return max(self.chains.cache_bytes(), self.forks.cache_bytes())

@@ -394,13 +394,15 @@ class MultiTurnActor:
         for decoder in self.decoders:
             decoder.forget()
 
+    def older(self, version: int) -> int:
+        if self.scorer is not None:
+            return max(0, version - 1)
+        return version if len(self.decoders) == 1 else version - version % self.config.stale_every
+
     def checkpointed(self) -> None:
         # A run that is resumed has the tokens, and the newest weights to compute them with.
         if self._keeps:
             self._forget()
-        # The next step has no weights of a version before, for lagged chains.
-        if self.scorer is not None:
-            self.versions = [-1] * len(self.versions)
 
     def load_state_dict(self, state: Mapping[str, Any], plan: RolloutPlan, examples: Mapping[int, Example]) -> None:
         """Needs open environments. A turn that was cut off goes on where it stood."""

@@ -77,6 +77,9 @@ class QueuedActor:
     def resting(self) -> Sequence[Decoder]:
         return ()
 
+    def older(self, version: int) -> int:
+        return version
+
     def checkpointed(self) -> None:
         pass
 

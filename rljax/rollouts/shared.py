@@ -144,6 +144,9 @@ class Shared:
             self._state = {**counts, "processes": [from_bytes(data) for data in told]}
         return self._state
 
+    def older(self, version: int) -> int:
+        return self.actor.older(version)
+
     def checkpointed(self) -> None:
         self.actor.checkpointed()
 

@@ -363,9 +363,8 @@ class SingleTurnActor(PromptActor):
         else:
             self.lagged.set_params(params, version)
 
-    def checkpointed(self) -> None:
-        if self.lagged is not None:
-            self.lagged.forget()
+    def older(self, version: int) -> int:
+        return version if self.lagged is None else max(0, version - 1)
 
     @property
     def decoders(self) -> Sequence[Decoder]:

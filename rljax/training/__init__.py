@@ -17,7 +17,15 @@ from rljax.training.optimizers import (
 )
 from rljax.training.run_folder import RunFolder, plot_learning_curve, versions
 from rljax.training.sft import sft_loss
-from rljax.training.state import abstract_state, create_state, state_shardings, with_base, with_critic, with_pushed
+from rljax.training.state import (
+    abstract_state,
+    create_state,
+    state_shardings,
+    with_base,
+    with_before,
+    with_critic,
+    with_pushed,
+)
 from rljax.training.storage import (
     AnyPath,
     local_copy,
@@ -78,6 +86,7 @@ __all__ = [
     "subtree_of",
     "versions",
     "with_base",
+    "with_before",
     "with_critic",
     "with_pushed",
 ]

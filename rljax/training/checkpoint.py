@@ -14,6 +14,7 @@ from jaxtyping import Array
 
 from rljax.parallel import barrier, gather, is_main_process, on_main
 from rljax.training.mirror import Mirror, needs_mirror
+from rljax.training.state import with_before
 from rljax.training.storage import AnyPath, as_path, move_tree, remove_tree
 from rljax.training.trainable import EVERYTHING, Subtree
 from rljax.types import TrainState
@@ -189,9 +190,18 @@ class Checkpointer:
         if not on_main(lambda: self._has_all(step, host)):
             raise Incomplete("rollouts that it goes on with are not in the journal")
 
-        saved = _together(lambda: self._read(step, "state", ocp.args.StandardRestore(_without_base(target))))
+        # A recipe may have begun to ask for older weights, or no longer ask for them.
+        holds_before = any(name.startswith("before/") for name in host["fingerprint"])
+        stored = with_before(target, target.trainable if holds_before else None)
+        saved = _together(lambda: self._read(step, "state", ocp.args.StandardRestore(_without_base(stored))))
         _check_contents(saved, host["fingerprint"])
-        return _with_base(saved, target), host["host"], int(host["step"])
+        state = _with_base(saved, target)
+        if target.before is not None and not holds_before:
+            # Updates take the arrays of `trainable` for themselves.
+            state = with_before(state, jax.tree.map(jnp.copy, state.trainable))
+        elif target.before is None:
+            state = with_before(state, None)
+        return state, host["host"], int(host["step"])
 
     def _read(self, step: int, name: str, args: Any) -> Any:
         # Without the manager, at whose barriers the others would wait for a process that fails here.
@@ -333,12 +343,12 @@ def _check_shapes(saved: Any, wanted: Any, path: AnyPath) -> None:
 
 def _without_base(state: TrainState) -> dict[str, Any]:
     """What is saved of a state: all but the base, which the model's files hold; where there are any, a critic and the
-    weights that rollouts keep."""
+    weights that rollouts keep or had before."""
     fields = {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}
     del fields["base"]
 
     # Orbax takes a field of None for a part of the tree, which a checkpoint of before that field does not have.
-    for name in ("critic", "pushed"):
+    for name in ("critic", "pushed", "before"):
         if fields[name] is None:
             del fields[name]
     if state.critic is not None:

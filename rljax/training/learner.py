@@ -322,6 +322,16 @@ class Learner:
         """The weights that rollouts have, as the model takes them."""
         return pushed_params(state, self.subtree)
 
+    def params_before(self, state: TrainState) -> Params:
+        """The weights that rollouts had before, as the model takes them."""
+        return self.subtree.merge(state.before, state.base)
+
+    def remember(self, state: TrainState) -> TrainState:
+        """The state in which the weights that rollouts have are those that they had before: a copy, where the next
+        update changes them."""
+        before = self._copy(state.trainable) if state.pushed is None else state.pushed
+        return state.replace(before=before)  # type: ignore[attr-defined]
+
     def push(self, state: TrainState, reset: ResetMoments = "none") -> TrainState:
         """The state in which rollouts have the policy's weights as they stand, with the moments of the optimizer begun
         anew as told. The moments' old arrays are donated."""

@@ -134,6 +134,11 @@ def with_pushed(state: TrainState, pushed: Any) -> TrainState:
     return _replaced(state, pushed=pushed)
 
 
+def with_before(state: TrainState, before: Any) -> TrainState:
+    """The state, arrays and `jax.ShapeDtypeStruct`s alike, with `before` for the weights that rollouts had before."""
+    return _replaced(state, before=before)
+
+
 def with_base(state: TrainState, base: Any) -> TrainState:
     """The state, arrays and `jax.ShapeDtypeStruct`s alike, over the frozen weights `base`."""
     return _replaced(state, base=base)

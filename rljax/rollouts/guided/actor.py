@@ -264,6 +264,9 @@ class GuidedActor(QueuedActor):
     def longest_row(self, prompt_length: int) -> int:
         return self.plain.longest_row(prompt_length)
 
+    def older(self, version: int) -> int:
+        return self.plain.older(version)
+
     def checkpointed(self) -> None:
         self.plain.checkpointed()
 

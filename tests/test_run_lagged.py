@@ -1,0 +1,50 @@
+"""Runs whose chains are sampled by the weights before the newest: where they end makes no difference."""
+
+import dataclasses
+
+import pytest
+
+import rljax.experiment.train
+from rljax.algorithms import APPO
+from rljax.experiment import RolloutConfig
+from rljax.experiment.train import train
+from rljax.testing import run_metrics, tiny_config
+from rljax.training import CheckpointConfig
+
+STEPS = 5
+
+
+def make_config(rollout, **changes):
+    tiny = tiny_config(algorithm=APPO(chains=3), steps=STEPS, rollout=rollout)
+    update = dataclasses.replace(tiny.update, row_buckets=(64,), microbatch_buckets=(8,))
+    sampling = dataclasses.replace(tiny.sampling, max_new_tokens=8)
+    optimizer = dataclasses.replace(tiny.optimizer, learning_rate=1e-2)
+    evaluation = dataclasses.replace(tiny.evaluation, problems=2, every=2)
+    return dataclasses.replace(
+        tiny, update=update, sampling=sampling, optimizer=optimizer, evaluation=evaluation, **changes
+    )
+
+
+@pytest.mark.parametrize("rollout", [RolloutConfig(), RolloutConfig(push_every=2, staleness=1)], ids=["each", "second"])
+def test_chains_have_the_weights_before_the_newest_behind_a_resume_too(rollout, tmp_path, monkeypatch):
+    train(make_config(rollout, checkpoint=CheckpointConfig(every=0)), str(tmp_path / "straight"))
+    want = run_metrics(tmp_path / "straight")
+
+    # Chains are of other weights than those that are trained as soon as some have been handed over.
+    first = rollout.push_every + rollout.staleness
+    assert all(line["rollout/logprob_gap_max"] > 1e-4 for line in want[first:])
+
+    step = rljax.experiment.train.train_step
+    for last in (2, 3):
+
+        def breaks(run, index, last=last):
+            if index == last:
+                raise KeyboardInterrupt
+            return step(run, index)
+
+        monkeypatch.setattr(rljax.experiment.train, "train_step", breaks)
+        with pytest.raises(KeyboardInterrupt):
+            train(make_config(rollout), str(tmp_path / "resumed"))
+    monkeypatch.setattr(rljax.experiment.train, "train_step", step)
+    train(make_config(rollout), str(tmp_path / "resumed"))
+    assert run_metrics(tmp_path / "resumed") == want

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import re
+import sys
 import typing
 
 import pytest
@@ -71,10 +72,10 @@ def with_value(config, path, name, value):
     """The config, with one field changed after it was made, as a flag does it."""
     part = dict(parts(config, "config"))[path]
     before = getattr(part, name)
-    # A flag makes a float of a whole number; in Python both compute alike, but beartype tells them apart.
+    # A flag makes a float of a whole number that has one; in Python both compute alike, but beartype tells them apart.
     hint = {field.name: field.type for field in dataclasses.fields(part)}[name]
     is_float = float in (hint, *typing.get_args(hint))
-    setattr(part, name, float(value) if is_float and type(value) is int and abs(value) < 2**63 else value)
+    setattr(part, name, float(value) if is_float and type(value) is int and abs(value) < sys.float_info.max else value)
     try:
         yield config
     finally:

@@ -78,6 +78,40 @@ class RopeScaling:
             )
 
 
+MATRICES = ("q", "k", "v", "o", "gate", "up", "down")
+"""Weights of a layer that an adapter may be added to."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Lora:
+    """Low-rank adapters (2106.09685): beside `x W` of each target stands `scale (x A) B`, with A [in, rank] and B
+    [rank, out]. Hashable, as the config that holds it."""
+
+    rank: int
+    """Width between A and B."""
+    alpha: float
+    """Numerator of `scale`."""
+    targets: tuple[str, ...] = MATRICES
+    """Weights that have an adapter: of `MATRICES`."""
+    rank_stabilized: bool = False
+    """Whether `scale` is alpha / sqrt(rank) (2312.03732) instead of alpha / rank."""
+    count: int = 0
+    """Adapters side by side in one model, of which each row of a decoder has one; 0 is a single one, without an axis
+    for them."""
+
+    def __post_init__(self):
+        _check_whole("lora's rank", self.rank, least=1)
+        _check_real("lora's alpha", self.alpha)
+        if not self.targets or (unknown := [name for name in self.targets if name not in MATRICES]):
+            wrong = unknown[0] if self.targets else ""
+            raise ValueError(f"lora's target {wrong!r} is none of {', '.join(MATRICES)}; name at least one of these")
+
+    @property
+    def scale(self) -> float:
+        """Factor of what the adapters add."""
+        return self.alpha / (self.rank**0.5 if self.rank_stabilized else self.rank)
+
+
 @dataclasses.dataclass(frozen=True)
 class DecoderConfig:
     """Shape and numerics of a decoder. Hashable, so it can be a static argument of `jax.jit`."""
@@ -128,7 +162,9 @@ class DecoderConfig:
     dtype: str = "float32"
     """Type of activations and matrix products; norms, softmax and logits are float32 always."""
     param_dtype: str = "float32"
-    """Type of stored weights."""
+    """Type of stored weights, but for adapters, which are float32."""
+    lora: Lora | None = None
+    """Adapters beside its weights; None is none."""
 
     def __post_init__(self):
         for name in _SIZES:

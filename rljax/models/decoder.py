@@ -22,7 +22,7 @@ from jaxtyping import Array, Float, Int
 
 from rljax.models.attention import Attention, forest_attention
 from rljax.models.attention_blocks import SAVED
-from rljax.models.config import DecoderConfig
+from rljax.models.config import DecoderConfig, Lora
 from rljax.models.functional import linear, rms_norm, swiglu
 from rljax.models.rope import apply_rotary, rotary_table
 from rljax.parallel import constrain, split_axes
@@ -40,7 +40,12 @@ PRODUCT = "product"
 """Name by which a remat policy keeps what a layer's weights are multiplied to."""
 
 Product = Callable[[Array, Array], Array]
-"""`product(x [..., D], weight) -> [..., E]`; `weight` is [D, E] unless the caller's params hold it otherwise."""
+"""`product(x [..., D], weight) -> [..., E]`; `weight` is [D, E] unless the caller's params hold it otherwise. Adapters
+that stand side by side (`Lora.count`) come as they are, [N, D, E]."""
+
+DOWN = "_lora_a"
+UP = "_lora_b"
+"""What follows a matrix's name in the names of its adapter: A and B of 2106.09685."""
 
 
 def _weight(shape: tuple[int, ...], axes: tuple[str | None, ...], *, dtype: str, init: str = "normal") -> nnx.Param:
@@ -83,6 +88,21 @@ class Layer(nnx.Module):
             self.gate_bias = weight((c.mlp_dim,), ("mlp",), init="zeros")
             self.up_bias = weight((c.mlp_dim,), ("mlp",), init="zeros")
             self.down_bias = weight((c.embed_dim,), (None,), init="zeros")
+        if c.lora is not None:
+            for name in c.lora.targets:
+                self._adapt(name, c.lora)
+
+    def _adapt(self, name: str, lora: Lora) -> None:
+        """Declares the adapter of the matrix `name`, in float32 whatever the matrix is kept in: it is what is
+        trained."""
+        matrix = getattr(self, name)
+        rows, columns = matrix.get_value().shape
+        of_rows, of_columns = matrix.get_metadata("axes")
+        many = (lora.count,) if lora.count else ()
+        apart = (None,) * len(many)
+        weight = functools.partial(_weight, dtype="float32")
+        setattr(self, f"{name}{DOWN}", weight((*many, rows, lora.rank), (*apart, of_rows, None), init="fan_in"))
+        setattr(self, f"{name}{UP}", weight((*many, lora.rank, columns), (*apart, None, of_columns), init="zeros"))
 
     def __call__(
         self, x: Array, rotary: tuple[Array, Array], attend: Attend, product: Product = linear
@@ -111,6 +131,10 @@ class Layer(nnx.Module):
 
     def _project(self, product: Product, x: Array, name: str) -> Array:
         out = checkpoint_name(product(x, getattr(self, name)[...]), PRODUCT)
+        lora = self.config.lora
+        if lora is not None and name in lora.targets:
+            narrow = checkpoint_name(product(x, getattr(self, f"{name}{DOWN}")[...]), PRODUCT)
+            out = out + lora.scale * product(narrow, getattr(self, f"{name}{UP}")[...])
         bias = getattr(self, f"{name}_bias", None)
         return out if bias is None else out + bias[...].astype(x.dtype)
 
@@ -167,7 +191,8 @@ def logical_axes(config: DecoderConfig) -> dict[str, Any]:
 
 
 def init_params(config: DecoderConfig, key: Array) -> dict[str, Any]:
-    """Random weights: normal with standard deviation 0.02, norms one, biases zero. `key` is consumed.
+    """Random weights: normal with standard deviation 0.02, norms one, biases zero. Of adapters, A is uniform up to one
+    over the root of its rows, and B zero, so that they add nothing yet. `key` is consumed.
 
     A weight's values depend on `key` and its own name alone, not on the order of declarations or on sharding.
     """
@@ -176,11 +201,14 @@ def init_params(config: DecoderConfig, key: Array) -> dict[str, Any]:
         value = param.get_value()
         kind = param.get_metadata("init")
         shape = ((config.num_layers,) if stacked else ()) + value.shape
-        if kind != "normal":
+        if kind in ("ones", "zeros"):
             return jnp.full(shape, 1.0 if kind == "ones" else 0.0, value.dtype)
         # Python's own hash differs from process to process.
         digest = hashlib.blake2b(name.encode(), digest_size=4).digest()
         own_key = jax.random.fold_in(key, int.from_bytes(digest, "big"))
+        if kind == "fan_in":
+            bound = value.shape[-2] ** -0.5
+            return jax.random.uniform(own_key, shape, value.dtype, -bound, bound)
         return (0.02 * jax.random.normal(own_key, shape)).astype(value.dtype)
 
     return _map_declarations(config, leaf)

@@ -173,11 +173,11 @@ def save_hf(
         weight_map |= dict.fromkeys(names, file)
         if writes:
             declared = {name: (dtype, wanted[name].shape) for name in names}
-            write_safetensors(folder / file, declared, lambda name: _to_host(params, wanted[name]))
+            write_safetensors(folder / file, declared, lambda name: to_host(params, wanted[name]))
         else:
             # The order in which process 0 asks: gathering is collective.
             for name in sorted(names):
-                _to_host(params, wanted[name])
+                to_host(params, wanted[name])
     if not writes:
         return
 
@@ -231,7 +231,7 @@ def _take_layer(stacked: jax.Array, layer: jax.Array) -> jax.Array:
     return jax.lax.dynamic_index_in_dim(stacked, layer, keepdims=False)
 
 
-def _to_host(params: Params, entry: Entry) -> np.ndarray:
+def to_host(params: Params, entry: Entry) -> np.ndarray:
     """One tensor in the file's layout; collective when its shards live in several processes."""
     value = _weight(params, entry)
     if entry.layer is not None:

@@ -80,7 +80,12 @@ def decode_weights(config: DecoderConfig, params: Params) -> dict[str, Any]:
     outer = {name: jnp.copy(cast(name, value)) for name, value in params.items() if name != "layers"}
     layers = {name: cast(name, value) for name, value in params["layers"].items()}
     apart = unstack_layers({"layers": layers})["layers"]
-    return {**outer, "layers": jax.tree.map(lambda x: x.T if x.ndim == 2 else jnp.copy(x), apart)}
+    return {**outer, "layers": jax.tree.map(_in_rows, apart)}
+
+
+def _in_rows(weight: Array) -> Array:
+    """A matrix of a layer, or each of those side by side, turned; a copy of what is none."""
+    return jnp.swapaxes(weight, -1, -2) if weight.ndim >= 2 else jnp.copy(weight)
 
 
 def decode_shardings(config: DecoderConfig, mesh: Mesh) -> dict[str, Any]:
@@ -88,7 +93,10 @@ def decode_shardings(config: DecoderConfig, mesh: Mesh) -> dict[str, Any]:
     stacked = param_shardings(config, mesh, DECODE_RULES)
 
     def one_layer(sharding):
-        return NamedSharding(mesh, PartitionSpec(*reversed(sharding.spec[1:])))
+        # As the axes of `_in_rows` are.
+        *apart, last = sharding.spec[1:]
+        spec = (*apart[:-1], last, *apart[-1:])
+        return NamedSharding(mesh, PartitionSpec(*spec))
 
     layer = {name: one_layer(sharding) for name, sharding in stacked["layers"].items()}
     return {**stacked, "layers": (layer,) * config.num_layers}

@@ -78,9 +78,10 @@ def described_lora(said: Mapping[str, Any], config: DecoderConfig, *, stored: Co
     targets = tuple(name for name in MATRICES if name in rows and has(rows[name]))
     if not targets:
         raise ValueError(f"there is no adapter of a {config.family} layer; it belongs to another model")
+    alpha = said.get("lora_alpha", _ALPHA)
     return Lora(
         rank=said.get("r", _RANK),
-        alpha=said.get("lora_alpha", _ALPHA),
+        alpha=float(alpha) if isinstance(alpha, int) else alpha,
         targets=targets,
         rank_stabilized=bool(said.get("use_rslora", False)),
     )

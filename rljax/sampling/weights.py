@@ -6,10 +6,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from rljax.models.config import DecoderConfig
-from rljax.models.decoder import unstack_layers
+from rljax.models.decoder import Product, unstack_layers
 from rljax.models.layout import param_shardings
 from rljax.parallel import (
     DECODE_RULES,
@@ -23,7 +23,7 @@ from rljax.parallel import (
     spread_mesh,
     use_mesh,
 )
-from rljax.types import Params
+from rljax.types import ArrayLike, Params
 
 
 def take_weights(config: DecoderConfig, mesh: Mesh | None, params: Params) -> Params:
@@ -117,3 +117,17 @@ def product_of_few(x: Float[Array, "*B D"], weight: Float[Array, "E D"]) -> Floa
         return product(x, weight)
     out = jax.lax.optimization_barrier(jnp.einsum("ed,md->em", weight, x.reshape(-1, x.shape[-1])))
     return out.T.reshape(*x.shape[:-1], -1)
+
+
+def chosen_adapters(product: Product, adapter: Int[ArrayLike, " N"] | None) -> Product:
+    """`product` of activations [N, G, D], in which the entries of weights side by side [M, E, D] are chosen: row `n`
+    has that of `adapter[n]`. `product` itself where that is None."""
+    if adapter is None:
+        return product
+
+    def multiply(x: Array, weight: Array) -> Array:
+        if weight.ndim == 2:
+            return product(x, weight)
+        return jnp.einsum("ngd,ned->nge", x, jnp.take(weight, jnp.asarray(adapter), axis=0))
+
+    return multiply

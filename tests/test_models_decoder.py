@@ -11,6 +11,7 @@ import pytest
 
 from rljax.models import (
     DecoderConfig,
+    Experts,
     RopeScaling,
     abstract_params,
     hidden_states,
@@ -43,6 +44,7 @@ CONFIGS = {
         rope_theta=100.0,
         rope_scaling=RopeScaling(type="yarn", factor=4.0, original_max_position=256, beta_fast=8.0),
     ),
+    "experts": dataclasses.replace(TINY, experts=Experts(count=5, per_token=2, mlp_dim=12)),
 }
 
 
@@ -137,8 +139,17 @@ def reference_logits(config, params, tokens):
                 mixed.append(sum(a * v[s][group] for a, s in zip(scores / scores.sum(), seen, strict=True)))
             x = x + linear(np.concatenate(mixed), "o")
             h = norm(x, w["mlp_norm"])
-            gate = linear(h, "gate")
-            after.append(x + linear(gate / (1 + np.exp(-gate)) * linear(h, "up"), "down"))
+            if c.experts is None:
+                gate = linear(h, "gate")
+                after.append(x + linear(gate / (1 + np.exp(-gate)) * linear(h, "up"), "down"))
+                continue
+            chances = np.exp(h @ w["router"])
+            best = np.argsort(-chances)[: c.experts.per_token]
+            for expert in best:
+                gate = h @ w["gate"][expert]
+                out = (gate / (1 + np.exp(-gate)) * (h @ w["up"][expert])) @ w["down"][expert]
+                x = x + chances[expert] / chances[best].sum() * out
+            after.append(x)
         stream = after
     head = p["embedding"] if c.tied_embeddings else p["head"]
     return np.stack([head @ norm(x, p["final_norm"]) for x in stream])

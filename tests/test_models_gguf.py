@@ -11,6 +11,7 @@ gguf = pytest.importorskip("gguf", reason="GGUF import needs the gguf package; p
 
 from rljax.models import (  # noqa: E402
     DecoderConfig,
+    Experts,
     RopeScaling,
     find_smollm2,
     init_params,
@@ -43,6 +44,10 @@ CASES = {
         ),
         {"rope.scaling.type": "yarn", "rope.scaling.factor": 4.0, "rope.scaling.original_context_length": 16},
     ),
+    "qwen3moe": (
+        dataclasses.replace(TINY, family="qwen3_moe", qk_norm=True, experts=Experts(count=4, per_token=2, mlp_dim=24)),
+        {"expert_count": 4, "expert_used_count": 2, "expert_feed_forward_length": 24},
+    ),
 }
 NAMES = {
     "attention_norm": "attn_norm.weight",
@@ -60,6 +65,7 @@ NAMES = {
     "gate": "ffn_gate.weight",
     "up": "ffn_up.weight",
     "down": "ffn_down.weight",
+    "router": "ffn_gate_inp.weight",
     "gate_bias": "ffn_gate.bias",
     "up_bias": "ffn_up.bias",
     "down_bias": "ffn_down.bias",
@@ -77,7 +83,7 @@ def permute(rows, heads):
 
 
 def write(path, config, params, metadata=None, *, arch=None, drop=(), extra=None, quantise=None):
-    arch = arch or config.family
+    arch = arch or {"qwen3_moe": "qwen3moe"}.get(config.family, config.family)
     writer = gguf.GGUFWriter(path, arch)
     keys = {
         "block_count": config.num_layers,
@@ -101,10 +107,11 @@ def write(path, config, params, metadata=None, *, arch=None, drop=(), extra=None
     for index, layer in enumerate(unstack_layers(params)["layers"]):
         for name, value in layer.items():
             value = np.asarray(value)
-            value = value.T if value.ndim == 2 else value
+            value = value.swapaxes(-1, -2) if value.ndim > 1 else value
             if arch == "llama" and name[0] in "qk":
                 value = permute(value, config.num_heads if name[0] == "q" else config.num_kv_heads)
-            tensors[f"blk.{index}.{NAMES[name]}"] = value
+            stored = NAMES[name].replace(".weight", "_exps.weight") if value.ndim == 3 else NAMES[name]
+            tensors[f"blk.{index}.{stored}"] = value
     for name, value in ({k: v for k, v in tensors.items() if k not in drop} | (extra or {})).items():
         value = np.ascontiguousarray(value)
         kind = (quantise or {}).get(name)
@@ -242,7 +249,7 @@ def test_other_files_are_refused_by_name(tmp_path):
         ({"drop": ["token_embd.weight"]}, r"lacks tensor token_embd\.weight"),
         ({"extra": {"blk.0.ffn_gate_exps.weight": np.ones((4, 4), np.float32)}}, r"holds tensor blk\.0\.ffn_gate_exps"),
         ({"extra": {"blk.0.ffn_up.weight": np.ones((4, 32), np.float32)}}, r"ffn_up\.weight is \[4, 32\], the config"),
-        ({"metadata": {"expert_count": 8}}, "8 experts; mixtures of experts are not supported"),
+        ({"metadata": {"expert_count": 8}}, "8 experts, which llama is not supported with; .* are qwen3moe"),
         ({"metadata": {"rope.dimension_count": 4}}, "rope.dimension_count=4 must equal head_dim=8"),
         ({"metadata": {"rope.scaling.type": "longrope", "rope.scaling.factor": 2.0}}, "rope scaling 'longrope' is not"),
     ]

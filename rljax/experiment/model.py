@@ -6,7 +6,16 @@ from typing import Any, Literal, Protocol, runtime_checkable
 
 import jax
 
-from rljax.models import DecoderConfig, Metadata, find_smollm2, init_params, load_config, load_model, read_metadata
+from rljax.models import (
+    DecoderConfig,
+    Experts,
+    Metadata,
+    find_smollm2,
+    init_params,
+    load_config,
+    load_model,
+    read_metadata,
+)
 from rljax.parallel import platform
 from rljax.settings import placed
 from rljax.text import CharTokenizer, Tokenizer, load_tokenizer, with_chat_settings
@@ -105,7 +114,8 @@ class PretrainedModel:
 
 @dataclasses.dataclass
 class FreshModel:
-    """A randomly initialised decoder (Llama's layers, tied embeddings) with a character tokenizer."""
+    """A randomly initialised decoder (Llama's layers, or with experts Qwen3-MoE's; tied embeddings) with a character
+    tokenizer."""
 
     alphabet: str = "abcdefghijklmnopqrstuvwxyz ="
     """Characters that the tokenizer knows."""
@@ -120,7 +130,11 @@ class FreshModel:
     head_dim: int = 32
     """Width of a head."""
     mlp_dim: int = 384
-    """Width of the MLP between its products."""
+    """Width of the MLP between its products, or of one expert."""
+    experts: int = 0
+    """Experts of a layer in place of its MLP; 0 is one MLP for all tokens."""
+    experts_per_token: int = 2
+    """Experts that compute for a token, where there are any."""
     max_position: int = 256
     """Tokens of the longest sequence."""
     dtype: ComputeDtype = "auto"
@@ -135,9 +149,13 @@ class FreshModel:
             return CharTokenizer(self.alphabet)
 
     def decoder_of(self, tokenizer: Tokenizer) -> DecoderConfig:
-        shape = {name: value for name, value in dataclasses.asdict(self).items() if name != "alphabet"}
+        other = ("alphabet", "experts", "experts_per_token")
+        shape = {name: value for name, value in dataclasses.asdict(self).items() if name not in other}
         shape["dtype"] = compute_dtype(self.dtype)
         with placed("config.model"):
+            if self.experts:
+                experts = Experts(count=self.experts, per_token=self.experts_per_token, mlp_dim=self.mlp_dim)
+                shape |= {"family": "qwen3_moe", "qk_norm": True, "experts": experts}
             return DecoderConfig(vocab_size=tokenizer.vocab_size, tied_embeddings=True, **shape)
 
     def params_of(self, decoder: DecoderConfig, shardings: Any, seed: int) -> Params:

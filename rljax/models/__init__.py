@@ -1,7 +1,7 @@
 """Decoder-only language models as pure functions over a nested dict of weights."""
 
 from rljax.models.attention import KERNEL_DEVICES, KERNEL_LENGTH, Attention, forest_attention, kernel_attention
-from rljax.models.config import DecoderConfig, RopeScaling
+from rljax.models.config import DecoderConfig, Experts, RopeScaling
 from rljax.models.decoder import (
     Remat,
     abstract_params,
@@ -28,6 +28,7 @@ __all__ = [
     "KERNEL_LENGTH",
     "Attention",
     "DecoderConfig",
+    "Experts",
     "Metadata",
     "Remat",
     "RopeScaling",

@@ -22,7 +22,8 @@ from jaxtyping import Array, Float, Int
 
 from rljax.models.attention import Attention, forest_attention
 from rljax.models.attention_blocks import SAVED
-from rljax.models.config import DecoderConfig, Lora
+from rljax.models.config import DecoderConfig, Experts, Lora
+from rljax.models.experts import EXPERT_AXES, apply_experts, route
 from rljax.models.functional import linear, rms_norm, swiglu
 from rljax.models.rope import apply_rotary, rotary_table
 from rljax.parallel import constrain, split_axes
@@ -81,6 +82,17 @@ class Layer(nnx.Module):
             self.k_norm = weight((c.head_dim,), (None,), init="ones")
 
         self.mlp_norm = weight((c.embed_dim,), (None,), init="ones")
+        if c.experts is None:
+            self._declare_mlp()
+        else:
+            self._declare_experts(c.experts)
+        if c.lora is not None:
+            for name in c.lora.targets:
+                self._adapt(name, c.lora)
+
+    def _declare_mlp(self) -> None:
+        c = self.config
+        weight = functools.partial(_weight, dtype=c.param_dtype)
         self.gate = weight((c.embed_dim, c.mlp_dim), ("embed", "mlp"))
         self.up = weight((c.embed_dim, c.mlp_dim), ("embed", "mlp"))
         self.down = weight((c.mlp_dim, c.embed_dim), ("mlp", "embed"))
@@ -88,9 +100,15 @@ class Layer(nnx.Module):
             self.gate_bias = weight((c.mlp_dim,), ("mlp",), init="zeros")
             self.up_bias = weight((c.mlp_dim,), ("mlp",), init="zeros")
             self.down_bias = weight((c.embed_dim,), (None,), init="zeros")
-        if c.lora is not None:
-            for name in c.lora.targets:
-                self._adapt(name, c.lora)
+
+    def _declare_experts(self, experts: Experts) -> None:
+        """The matrices of the MLP, one of each for every expert, and the router."""
+        width = self.config.embed_dim
+        weight = functools.partial(_weight, dtype=self.config.param_dtype)
+        self.router = weight((width, experts.count), ("embed", None))
+        self.gate = weight((experts.count, width, experts.mlp_dim), EXPERT_AXES["gate"])
+        self.up = weight((experts.count, width, experts.mlp_dim), EXPERT_AXES["up"])
+        self.down = weight((experts.count, experts.mlp_dim, width), EXPERT_AXES["down"])
 
     def _adapt(self, name: str, lora: Lora) -> None:
         """Declares the adapter of the matrix `name`, in float32 whatever the matrix is kept in: it is what is
@@ -126,8 +144,19 @@ class Layer(nnx.Module):
         x = constrain(x + project(out, "o"), _axes(x))
 
         h = rms_norm(x, self.mlp_norm[...], c.norm_eps)
-        h = swiglu(project(h, "gate"), project(h, "up"))
-        return constrain(x + project(h, "down"), _axes(x)), aux
+        h = self._mlp(project, h) if c.experts is None else self._experts(project, h, c.experts)
+        return constrain(x + h, _axes(x)), aux
+
+    def _mlp(self, project: Callable[[Array, str], Array], x: Array) -> Array:
+        return project(swiglu(project(x, "gate"), project(x, "up")), "down")
+
+    def _experts(self, project: Callable[[Array, str], Array], x: Array, experts: Experts) -> Array:
+        # In float32 whatever the rest is computed in: rounding would choose other experts.
+        with jax.default_matmul_precision("highest"):
+            scores = project(x.astype(jnp.float32), "router")
+        routing = route(experts, scores)
+        weights = {name: getattr(self, name)[...] for name in EXPERT_AXES}
+        return checkpoint_name(apply_experts(weights, x, routing), PRODUCT)
 
     def _project(self, product: Product, x: Array, name: str) -> Array:
         out = checkpoint_name(product(x, getattr(self, name)[...]), PRODUCT)

@@ -1,4 +1,4 @@
-"""Import of GGUF files of the llama, qwen2 and qwen3 architectures, dequantised by `gguf.quants`."""
+"""Import of GGUF files of the llama, qwen2, qwen3 and qwen3moe architectures, dequantised by `gguf.quants`."""
 
 import functools
 import itertools
@@ -11,13 +11,16 @@ import numpy as np
 
 from rljax.gguf_header import GGUFHeader, GGUFTensor, read_gguf_header
 from rljax.models.assemble import assemble
-from rljax.models.config import DecoderConfig, RopeScaling
+from rljax.models.config import DecoderConfig, Experts, RopeScaling
 from rljax.models.families import Entry, entries
 from rljax.models.files import shown
 from rljax.models.huggingface import check_names, check_shape, with_dtypes
 from rljax.models.rope import llama3_divisors
 
-ARCHITECTURES = ("llama", "qwen2", "qwen3")
+ARCHITECTURES = ("llama", "qwen2", "qwen3", "qwen3moe")
+
+_OF_EXPERTS = {"qwen3moe": "qwen3_moe"}
+"""Families by those architectures whose layers have experts."""
 
 _ROPE_FACTORS = "rope_freqs.weight"  # how llama.cpp stores llama3 scaling: one divisor per frequency
 
@@ -157,8 +160,11 @@ def config_from_gguf(
     if arch not in ARCHITECTURES:
         raise ValueError(f"GGUF architecture {arch!r:.80} is not supported; supported are {', '.join(ARCHITECTURES)}")
     keys = _Keys(metadata, arch)
-    if experts := keys.whole("expert_count", 0):
-        raise ValueError(f"GGUF file has {experts} experts; mixtures of experts are not supported")
+    if arch not in _OF_EXPERTS and (experts := keys.whole("expert_count", 0)):
+        raise ValueError(
+            f"GGUF file has {experts} experts, which {arch} is not supported with; supported with experts are "
+            f"{', '.join(_OF_EXPERTS)}"
+        )
     if "token_embd.weight" not in tensors:
         raise ValueError("GGUF file lacks tensor token_embd.weight")
 
@@ -182,7 +188,7 @@ def config_from_gguf(
     theta = keys.real("rope.freq_base", 10_000.0)
     config = DecoderConfig(
         # Only Mistral's models have a window in llama's architecture, and only its family can write it.
-        family="mistral" if window is not None else arch,
+        family="mistral" if window is not None and arch == "llama" else _OF_EXPERTS.get(arch, arch),
         vocab_size=tensors["token_embd.weight"].shape[0],
         num_layers=layers,
         embed_dim=embed_dim,
@@ -197,12 +203,24 @@ def config_from_gguf(
         attention_bias="blk.0.attn_q.bias" in tensors,
         output_bias="blk.0.attn_output.bias" in tensors,
         mlp_bias="blk.0.ffn_gate.bias" in tensors,
-        qk_norm=arch == "qwen3",
+        qk_norm=arch in ("qwen3", "qwen3moe"),
         sliding_window=window,
+        experts=_experts(keys),
         max_position=context,
     )
     keys.check_rest()
     return config
+
+
+def _experts(keys: _Keys) -> Experts | None:
+    """llama.cpp divides the weights of qwen3moe's experts by their sum, whatever the file says."""
+    if keys.arch not in _OF_EXPERTS:
+        return None
+    return Experts(
+        count=keys.whole("expert_count"),
+        per_token=keys.whole("expert_used_count"),
+        mlp_dim=keys.whole("expert_feed_forward_length"),
+    )
 
 
 def _window(keys: _Keys, context: int) -> int | None:

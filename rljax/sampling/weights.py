@@ -71,10 +71,11 @@ def weights_program(config: DecoderConfig, mesh: Mesh | None):
 
 def decode_weights(config: DecoderConfig, params: Params) -> dict[str, Any]:
     """A copy of stacked `params` whose layers are a tuple of dicts with matrices [E, D] instead of [D, E]: a step
-    multiplies a few vectors by each, and runs faster along rows. Norms keep their dtype, as they are float32 work."""
+    multiplies a few vectors by each, and runs faster along rows. Norms and routers keep their dtype, as they are
+    float32 work, and matrices of experts [E, D, F] their order."""
 
     def cast(name, value):
-        return value if "norm" in name else value.astype(config.dtype)
+        return value if "norm" in name or "router" in name else value.astype(config.dtype)
 
     # Copies, also where nothing is cast: the trainer donates its own weights to its next update.
     outer = {name: jnp.copy(cast(name, value)) for name, value in params.items() if name != "layers"}
@@ -88,7 +89,8 @@ def decode_shardings(config: DecoderConfig, mesh: Mesh) -> dict[str, Any]:
     stacked = param_shardings(config, mesh, DECODE_RULES)
 
     def one_layer(sharding):
-        return NamedSharding(mesh, PartitionSpec(*reversed(sharding.spec[1:])))
+        spec = sharding.spec[1:]
+        return NamedSharding(mesh, PartitionSpec(*(reversed(spec) if len(spec) == 2 else spec)))
 
     layer = {name: one_layer(sharding) for name, sharding in stacked["layers"].items()}
     return {**stacked, "layers": (layer,) * config.num_layers}

@@ -127,7 +127,7 @@ def test_an_expert_axis_for_a_model_without_experts_is_refused():
         mlp_dim=8,
         tied_embeddings=True,
     )
-    with pytest.raises(ValueError, match="expert=2 splits experts, which this model does not have; set config.mesh"):
+    with pytest.raises(ValueError, match=r"expert=2 splits experts, which this model does not have; set config.mesh"):
         param_shardings(dense, mesh)
     mixture = dataclasses.replace(dense, experts=Experts(count=3, per_token=1, mlp_dim=4))
     with pytest.raises(ValueError, match="'experts' of size 3 does not divide over expert=2"):

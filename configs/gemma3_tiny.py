@@ -26,7 +26,7 @@ from rljax.experiment import (
 def get_config() -> Config:
     return Config(
         name="gemma3-tiny",
-        steps=40,
+        steps=60,
         prompts_per_step=32,
         model=FreshModel(
             family="gemma3_text",
@@ -60,10 +60,10 @@ def get_config() -> Config:
         ),
         optimizer=OptimizerConfig(learning_rate=3e-4),
         warmup=WarmupConfig(
-            steps=200,
+            steps=120,
             batch_size=64,
             completion_column="answer",
-            optimizer=OptimizerConfig(learning_rate=2e-3, schedule="cosine", warmup_steps=20, total_steps=200),
+            optimizer=OptimizerConfig(learning_rate=2e-3, schedule="cosine", warmup_steps=20, total_steps=120),
         ),
         evaluation=EvaluationConfig(problems=128, samples=8, batch_prompts=64),
         checkpoint=CheckpointConfig(every=0),

@@ -11,6 +11,7 @@ from rljax.models import (
     Experts,
     Metadata,
     find_smollm2,
+    fresh_config,
     init_params,
     load_config,
     load_model,
@@ -114,8 +115,7 @@ class PretrainedModel:
 
 @dataclasses.dataclass
 class FreshModel:
-    """A randomly initialised decoder (Llama's layers, or with experts Qwen3-MoE's; tied embeddings) with a character
-    tokenizer."""
+    """A randomly initialised decoder (tied embeddings) with a character tokenizer."""
 
     alphabet: str = "abcdefghijklmnopqrstuvwxyz ="
     """Characters that the tokenizer knows."""
@@ -132,11 +132,16 @@ class FreshModel:
     mlp_dim: int = 384
     """Width of the MLP between its products, or of one expert."""
     experts: int = 0
-    """Experts of a layer in place of its MLP; 0 is one MLP for all tokens."""
+    """Experts of a layer in place of its MLP, in a `family` that has them; 0 is one MLP for all tokens."""
     experts_per_token: int = 2
     """Experts that compute for a token, where there are any."""
     max_position: int = 256
     """Tokens of the longest sequence."""
+    family: str = "llama"
+    """Whose layers it has, and whose files it is exported as: a name in `rljax.models.FAMILIES`."""
+    sliding_window: int | None = None
+    """Positions that sliding layers see, their own included, in a family that has such layers; None: all layers see
+    all."""
     dtype: ComputeDtype = "auto"
     """Of activations, and of weights in products: float32 or bfloat16. `auto` is bfloat16 on a GPU or TPU, float32 on
     a CPU; a run prints which. Name one where a run moves between kinds of devices."""
@@ -153,10 +158,10 @@ class FreshModel:
         shape = {name: value for name, value in dataclasses.asdict(self).items() if name not in other}
         shape["dtype"] = compute_dtype(self.dtype)
         with placed("config.model"):
+            experts = None
             if self.experts:
                 experts = Experts(count=self.experts, per_token=self.experts_per_token, mlp_dim=self.mlp_dim)
-                shape |= {"family": "qwen3_moe", "qk_norm": True, "experts": experts}
-            return DecoderConfig(vocab_size=tokenizer.vocab_size, tied_embeddings=True, **shape)
+            return fresh_config(vocab_size=tokenizer.vocab_size, tied_embeddings=True, experts=experts, **shape)
 
     def params_of(self, decoder: DecoderConfig, shardings: Any, seed: int) -> Params:
         make = jax.jit(lambda key: init_params(decoder, key), out_shardings=shardings)

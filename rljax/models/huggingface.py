@@ -177,11 +177,11 @@ def save_hf(
         weight_map |= dict.fromkeys(names, file)
         if writes:
             declared = {name: (dtype, wanted[name][0].shape) for name in names}
-            write_safetensors(folder / file, declared, lambda name: _to_host(params, wanted[name]))
+            write_safetensors(folder / file, declared, lambda name: _tensor_to_host(params, wanted[name]))
         else:
             # The order in which process 0 asks: gathering is collective.
             for name in sorted(names):
-                _to_host(params, wanted[name])
+                _tensor_to_host(params, wanted[name])
     if not writes:
         return
 
@@ -256,14 +256,14 @@ def _take(stacked: jax.Array, index: tuple[jax.Array, ...]) -> jax.Array:
     return stacked
 
 
-def _to_host(params: Params, parts: list[Entry]) -> np.ndarray:
-    """One tensor in the file's layout, of the weights that it holds; collective when its shards live in several
-    processes."""
-    weights = [_weight_to_host(params, part) for part in parts]
+def _tensor_to_host(params: Params, parts: list[Entry]) -> np.ndarray:
+    """One tensor in the file's layout, of the weights that it holds."""
+    weights = [to_host(params, part) for part in parts]
     return weights[0] if len(weights) == 1 else np.concatenate(weights)
 
 
-def _weight_to_host(params: Params, entry: Entry) -> np.ndarray:
+def to_host(params: Params, entry: Entry) -> np.ndarray:
+    """One weight in the file's layout; collective when its shards live in several processes."""
     value = _weight(params, entry)
     if entry.layer is not None:
         # On devices a traced index: one program for all layers.

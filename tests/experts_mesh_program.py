@@ -7,12 +7,14 @@ import jax
 import numpy as np
 import sharded_program
 
-from rljax.models import Experts, init_params
+from rljax.models import Experts, Lora, init_params, is_adapter
 from rljax.models.layout import param_shardings
 from rljax.parallel import make_mesh, put_batch, use_mesh
 from rljax.sampling import Request, Sampler, SamplerSpec, compile_count, sampling_params
 
 CONFIG = dataclasses.replace(sharded_program.CONFIG, experts=Experts(count=8, per_token=2, mlp_dim=24))
+# Adapters of all matrices, of the experts' too: they lie, and are sent, as these do.
+CONFIG = dataclasses.replace(CONFIG, lora=Lora(rank=2, alpha=2.0))
 
 
 def main():
@@ -20,6 +22,10 @@ def main():
     loss = jax.jit(lambda params, data: sharded_program.loss(params, data, "attention_saved"))
     step = jax.jit(jax.value_and_grad(lambda params, data: sharded_program.loss(params, data)[0]))
     params = jax.tree.map(np.asarray, init_params(CONFIG, jax.random.key(0)))
+    rng = np.random.default_rng(0)
+    for name, adapter in params["layers"].items():
+        if is_adapter(name):
+            params["layers"][name] = adapter + rng.normal(size=adapter.shape).astype(np.float32) / 20
     data = sharded_program.batch()
     want, want_gradient = step(params, data)
     want_scores = loss(params, data)[1]

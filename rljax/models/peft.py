@@ -1,6 +1,5 @@
 """Adapters from and to folders in the format of Hugging Face's PEFT: adapter_config.json and safetensors."""
 
-import collections
 import itertools
 import os
 from collections.abc import Container, Mapping
@@ -167,16 +166,9 @@ def adapter_entries(config: DecoderConfig) -> list[Entry]:
 def _targets(config: DecoderConfig) -> list[Weight]:
     """Rows of the family's table that have an adapter."""
     wanted = {f"layers/{name}" for name in _single(config).targets}
-    rows = family_of(config).weights
-    named = collections.Counter(weight.hf for weight in rows)
-    found = [weight for weight in rows if weight.path in wanted]
-    for weight in found:
-        if named[weight.hf] > 1:
-            raise ValueError(
-                f"{weight.hf.format('*')} of a {config.family} model holds several of our matrices, for which PEFT has "
-                "one adapter; write the model merged"
-            )
-    return found
+    targets = [weight for weight in family_of(config).weights if weight.path in wanted]
+    _check_apart(config, targets)
+    return targets
 
 
 def _module(weight: Weight) -> str:

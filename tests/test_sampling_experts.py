@@ -62,8 +62,8 @@ def sampled():
 
 @functools.partial(jax.jit, static_argnums=2)
 def forward(params, tokens, replays, record):
-    """(log-probs of all ids [B, T, V], experts [B, T, L, k]) of rows side by side, layer by layer. Experts are the best,
-    or with `replays` those of the record [B, T, L, k]."""
+    """(log-probs of all ids [B, T, V], experts [B, T, L, k]) of rows side by side, layer by layer. Experts are the
+    best, or with `replays` those of the record [B, T, L, k]."""
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
     ends = jnp.full_like(positions, tokens.shape[1])
     (rotary,) = rotary_tables(CONFIG, positions).values()

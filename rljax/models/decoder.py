@@ -23,7 +23,7 @@ from jaxtyping import Array, Float, Int
 from rljax.models.attention import Attention, forest_attention
 from rljax.models.attention_blocks import SAVED, score_divisor
 from rljax.models.config import DOWN, UP, DecoderConfig, Experts, Lora, Rotation
-from rljax.models.experts import EXPERT_AXES, apply_experts, route
+from rljax.models.experts import EXPERT_AXES, Choose, apply_experts, recorded_experts, route
 from rljax.models.functional import geglu, linear, rms_norm, swiglu
 from rljax.models.rope import RotaryTable, apply_rotary, rotary_tables
 from rljax.parallel import constrain, split_axes
@@ -127,7 +127,14 @@ class Layer(nnx.Module):
         setattr(self, f"{name}{DOWN}", weight((*many, rows, lora.rank), (*apart, of_rows, None), init="fan_in"))
         setattr(self, f"{name}{UP}", weight((*many, lora.rank, columns), (*apart, None, of_columns), init="zeros"))
 
-    def __call__(self, x: Array, rotary: RotaryTable, attend: Attend, product: Product = linear) -> tuple[Array, Any]:
+    def __call__(
+        self,
+        x: Array,
+        rotary: RotaryTable,
+        attend: Attend,
+        product: Product = linear,
+        choose: Choose | None = None,
+    ) -> tuple[Array, Any]:
         c = self.config
         project = functools.partial(self._project, product)
         h = self._norm(x, "attention_norm")
@@ -150,7 +157,7 @@ class Layer(nnx.Module):
         x = self._add(x, project(out, "o"), "attention_post_norm")
 
         h = self._norm(x, "mlp_norm")
-        h = self._mlp(project, h) if c.experts is None else self._experts(project, h, c.experts)
+        h = self._mlp(project, h) if c.experts is None else self._experts(project, h, c.experts, choose)
         return self._add(x, h, "mlp_post_norm"), aux
 
     def _add(self, x: Array, out: Array, norm: str) -> Array:
@@ -164,11 +171,13 @@ class Layer(nnx.Module):
     def _mlp(self, project: Callable[[Array, str], Array], x: Array) -> Array:
         return project(GATED[self.config.activation](project(x, "gate"), project(x, "up")), "down")
 
-    def _experts(self, project: Callable[[Array, str], Array], x: Array, experts: Experts) -> Array:
+    def _experts(
+        self, project: Callable[[Array, str], Array], x: Array, experts: Experts, choose: Choose | None
+    ) -> Array:
         # In float32 whatever the rest is computed in: rounding would choose other experts.
         with jax.default_matmul_precision("highest"):
             scores = project(x.astype(jnp.float32), "router")
-        routing = route(experts, scores)
+        routing = route(experts, scores, choose)
         weights = {name: getattr(self, name)[...] for name in EXPERT_AXES}
         lora = self.config.lora
         adapted = [] if lora is None else [name for name in lora.targets if name in EXPERT_AXES]
@@ -337,11 +346,13 @@ def apply_layer(
     rotary: RotaryTable,
     attend: Attend,
     product: Product = linear,
+    choose: Choose | None = None,
 ) -> tuple[Float[Array, "*B D"], Any]:
     """One layer on activations `x`; returns what it makes of them and the `aux` of `attend`. `rotary` is the table of
-    its rotation (`rljax.models.rope.rotary_tables`)."""
+    its rotation (`rljax.models.rope.rotary_tables`); `choose` says which experts compute, None the best, and is not
+    asked where there are none."""
     layer = nnx.merge(_layer_graph(config), dict(layer_params))
-    return layer(x, rotary, attend, product)
+    return layer(x, rotary, attend, product, choose)
 
 
 @functools.lru_cache(maxsize=64)
@@ -363,13 +374,15 @@ def hidden_states(
     remat: Remat = "none",
     scan: bool = True,
     attention: Attention = forest_attention,
+    experts: Int[Array, "R S L K"] | None = None,
 ) -> Float[Array, "R S D"]:
     """Final-normed hidden states of packed forests (see `rljax.types.Packed`).
 
     `scan` runs the stacked layers as one `lax.scan` (compiles once); otherwise they are unrolled. `remat` says what
     the backward pass computes again (see `Remat`). `attention` is `forest_attention` or something that computes the
-    same; it alone minds the order of the positions, which is also that of the result. ValueError for another `remat`,
-    and for several adapters side by side.
+    same; it alone minds the order of the positions, which is also that of the result. `experts` are those to compute
+    with in each layer, -1 for the best (`rljax.types.Packed`). ValueError for another `remat`, and for several adapters
+    side by side.
     """
     if remat not in get_args(Remat):
         raise ValueError(f"remat={remat!r} must be one of {', '.join(map(repr, get_args(Remat)))}")
@@ -382,14 +395,15 @@ def hidden_states(
     tables, kinds = _stack_tables(config, rotary_tables(config, positions))
 
     def body(x, layer):
-        layer_params, window, kind = layer
+        layer_params, window, kind, recorded = layer
         # A layer by itself has its own table picked out of all where layers differ.
         rotary = tables if kind is None else tuple(table[kind] for table in tables)
 
         def attend(q, k, v):
             return attention(q, k, v, positions, subtree_end, window), None
 
-        return apply_layer(config, layer_params, x, rotary, attend)
+        choose = None if recorded is None or config.experts is None else recorded_experts(config.experts, recorded)
+        return apply_layer(config, layer_params, x, rotary, attend, choose=choose)
 
     if remat != "none":
         saved = {"products_saved": (*SAVED, PRODUCT), "attention_saved": SAVED, "full": ()}[remat]
@@ -398,12 +412,14 @@ def hidden_states(
         body = jax.checkpoint(body, prevent_cse=not scan, policy=policy)
     x = embed_split(config, params, tokens)
     x = constrain(x, _axes(x))
+    by_layer = None if experts is None else jnp.moveaxis(experts, 2, 0)
     if scan:
         own = None if kinds is None else jnp.asarray(kinds)
-        x, _ = jax.lax.scan(body, x, (params["layers"], jnp.asarray(config.windows), own))
+        x, _ = jax.lax.scan(body, x, (params["layers"], jnp.asarray(config.windows), own, by_layer))
     else:
         own = kinds or (None,) * config.num_layers
-        for layer in zip(unstack_layers(params)["layers"], config.windows, own, strict=True):
+        recorded = (None,) * config.num_layers if by_layer is None else by_layer
+        for layer in zip(unstack_layers(params)["layers"], config.windows, own, recorded, strict=True):
             x, _ = body(x, layer)
     return final_norm(config, params, x)
 

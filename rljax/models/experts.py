@@ -6,7 +6,7 @@ devices along `expert`.
 """
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import jax
@@ -35,10 +35,31 @@ class Routing(NamedTuple):
     """Factors (float32) of what they compute."""
 
 
-def route(config: Experts, logits: Float[Array, "*B E"]) -> Routing:
-    """The experts of each token, of the router's `logits`."""
+Choose = Callable[[Float[Array, "*B E"]], Int[Array, "*B K"]]
+"""`choose(probabilities) -> experts`: which of all experts compute for each token."""
+
+
+def best_experts(config: Experts) -> Choose:
+    """Takes the most probable ones."""
+    return lambda probabilities: jax.lax.top_k(probabilities, config.per_token)[1].astype(jnp.int32)
+
+
+def recorded_experts(config: Experts, recorded: Int[Array, "*B K"]) -> Choose:
+    """Takes those of a record, whatever is probable now (rollout routing replay, 2510.11370), and the most probable
+    ones where it has -1. Their weights are the router's of now, and it gets their gradient."""
+
+    def choose(probabilities: Array) -> Array:
+        given = recorded.astype(jnp.int32)
+        return jnp.where(given >= 0, given, best_experts(config)(probabilities))
+
+    return choose
+
+
+def route(config: Experts, logits: Float[Array, "*B E"], choose: Choose | None = None) -> Routing:
+    """The experts of each token, of the router's `logits`. `choose` None takes the best."""
     scores = jax.nn.softmax(logits.astype(jnp.float32), axis=-1)
-    _, experts = jax.lax.top_k(jax.lax.stop_gradient(scores), config.per_token)
+    choose = best_experts(config) if choose is None else choose
+    experts = choose(jax.lax.stop_gradient(scores))
     weights = jnp.take_along_axis(scores, experts, axis=-1)
     if config.normalized:
         weights = weights / jnp.sum(weights, axis=-1, keepdims=True)

@@ -93,7 +93,7 @@ def apply_experts(
         return own(weights, x, routing)
 
     # Of weights that are split along other axes too, a device gathers the part that its experts have.
-    split = {"experts": experts or None, "mlp": inner or None}
+    split: dict[str | None, tuple[str, ...] | None] = {"experts": experts or None, "mlp": inner or None}
     of_weights = {name: PartitionSpec(*(split.get(axis) for axis in _axes_of(name))) for name in weights}
     of_tokens = PartitionSpec(rows or None, *((positions or None,) if x.ndim == 3 else ()))
     run = jax.shard_map(own, in_specs=(of_weights, of_tokens, of_tokens), out_specs=of_tokens)

@@ -77,6 +77,7 @@ class Trajectory:
     state_ids: Int[np.ndarray, " T"] | None = None  # equal ids of a group: turns from one state; -1 off actions
     columns: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # signals by name: float, or float32 [T]
     token_keys: Int[np.ndarray, " T"] | None = None  # int64: what tokens are compared by; None: their ids
+    experts: Int[np.ndarray, "T L K"] | None = None  # int16: of each layer, that computed for the token; -1: no record
 
 
 @struct
@@ -110,6 +111,7 @@ class RolloutBatch:
     state_ids: Int[ArrayLike, "B T"] | None = None  # counts the states of all groups from 0, below B * T
     columns: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # float32 [B, T] or [B]: names that all have
     token_keys: UInt32[ArrayLike, "B T 2"] | None = None  # high and low half of the trajectories' keys, if any has them
+    experts: Int[ArrayLike, "B T L K"] | None = None  # int16, -1 for none: when all trajectories have them
 
 
 @struct
@@ -119,7 +121,8 @@ class Packed:
     Key `k` is visible to query `q` iff `k <= q < subtree_end[k]`. `positions` is the depth on the path (RoPE),
     `predecessor` the packed index of the token before on that path (-1 for a root). Padding has `subtree_end` 0.
     `score_index` lists the packed indices of the tokens whose log-prob is wanted (-1 pads), so the vocabulary head
-    runs on these alone.
+    runs on these alone. `experts` are those that each token passes in each of the `L` layers of a mixture, -1 where it
+    passes the best; None where all do.
     """
 
     tokens: Int[ArrayLike, "*M R S"]
@@ -127,6 +130,7 @@ class Packed:
     predecessor: Int[ArrayLike, "*M R S"]
     subtree_end: Int[ArrayLike, "*M R S"]
     score_index: Int[ArrayLike, "*M R K"]
+    experts: Int[ArrayLike, "*M R S L E"] | None = None  # int16
 
 
 @struct

@@ -3,6 +3,7 @@
 As in `stack`, every dimension comes from a bucket table and is a function of the data alone.
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -84,12 +85,14 @@ def emptied(batch: TrainBatch, sizes: Sizes) -> TrainBatch:
         return None if like is None else filled(of_token, 0, np.float32)
 
     rows = batch.rows
+    record = batch.packed.experts
     packed = Packed(
         tokens=filled(of_sequence),
         positions=filled(of_sequence),
         predecessor=filled(of_sequence, -1),
         subtree_end=filled(of_sequence),
         score_index=filled((sizes.microbatches, sequences, sizes.scored), -1),
+        experts=None if record is None else filled((*of_sequence, *np.shape(record)[3:]), -1, np.int16),
     )
     return TrainBatch(
         packed=packed,
@@ -114,6 +117,13 @@ def emptied(batch: TrainBatch, sizes: Sizes) -> TrainBatch:
 def _taken(values: np.ndarray, index: Int[np.ndarray, "*shape"]) -> np.ndarray:
     taken = np.take(values, index, mode="clip")
     taken[index < 0] = 0
+    return taken
+
+
+def _taken_rows(values: np.ndarray, index: Int[np.ndarray, "*shape"]) -> np.ndarray:
+    """`values[index]` along the first axis, -1 where the index is."""
+    taken = np.take(values, index, axis=0, mode="clip")
+    taken[index < 0] = -1
     return taken
 
 
@@ -217,7 +227,12 @@ def layout(batch: RolloutBatch, mask: Bool[np.ndarray, "B T"], config: PackConfi
 
     identity = np.asarray(batch.tokens if batch.token_keys is None else batch.token_keys)
     chosen = choose_bins(identity[rows], lengths[rows], np.asarray(batch.group_id)[rows], config)
-    return _fill(np.asarray(batch.tokens), mask, lengths, rows, chosen, config, parts)
+    packing, places = _fill(np.asarray(batch.tokens), mask, lengths, rows, chosen, config, parts)
+    if batch.experts is None:
+        return packing
+    # A token that rows share has the record of the first of them.
+    taken = _taken_rows(np.asarray(batch.experts).reshape(-1, *np.shape(batch.experts)[2:]), places)
+    return packing._replace(packed=dataclasses.replace(packing.packed, experts=taken))
 
 
 def _fill(
@@ -228,8 +243,9 @@ def _fill(
     chosen: Bins,
     config: PackConfig,
     parts: int,
-) -> Packing:
-    """Writes the forests, and the rows of every bin, into the arrays of the layout. `chosen` counts among `rows`."""
+) -> tuple[Packing, Int[np.ndarray, "M R S"]]:
+    """Writes the forests, and the rows of every bin, into the arrays of the layout; and where each packed token stands
+    in the flattened batch, -1 in padding. `chosen` counts among `rows`."""
     width = mask.shape[1]
     per_micro = config.microbatch_size
     per_part = per_micro // parts
@@ -277,16 +293,17 @@ def _fill(
     start = first_token[token_bin].astype(np.int32)
     at = (token_bin.astype(np.int64) * chosen.length - start) + np.arange(len(token_bin))
 
-    def packed_array(values: np.ndarray, fill: int) -> np.ndarray:
-        out = np.full(shape, fill, np.int32)
+    def packed_array(values: np.ndarray, fill: int, dtype: type = np.int32) -> np.ndarray:
+        out: np.ndarray = np.full(shape, fill, dtype)
         out.reshape(-1)[at] = values
         return out
 
     scored = np.flatnonzero(is_scored)
     score_index = np.full((sizes.microbatches, per_micro, sizes.scored), -1, np.int32)
     score_index.reshape(-1)[token_bin[scored].astype(np.int64) * sizes.scored + slot[scored]] = scored - start[scored]
+    token_of = forest.token_of(order, width)
     packed = Packed(
-        tokens=packed_array(tokens.reshape(-1)[forest.token_of(order, width)], 0),
+        tokens=packed_array(tokens.reshape(-1)[token_of], 0),
         positions=packed_array(forest.positions, 0),
         predecessor=packed_array(np.maximum(forest.predecessor - start, -1), -1),
         subtree_end=packed_array(forest.subtree_end - start, 0),
@@ -308,7 +325,7 @@ def _fill(
         return out
 
     sequence = row_bin[token_row] % per_part
-    return Packing(
+    packing = Packing(
         packed=packed,
         token=entry_array(batch_token, -1, np.int64),
         place=entry_array(line[token_row] * sizes.width + batch_token % width, -1),
@@ -322,3 +339,4 @@ def _fill(
         needs=needs,
         sizes=sizes,
     )
+    return packing, packed_array(token_of, -1, np.int64)

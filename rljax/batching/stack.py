@@ -90,6 +90,7 @@ def stack(
         turn_rewards=per_token("turn_rewards", np.float32) if on_all("turn_rewards") else None,
         state_ids=_state_ids(per_token("state_ids", np.int64, -1), trajectories) if on_all("state_ids") else None,
         token_keys=_token_keys(trajectories, (rows, width)),
+        experts=_experts(trajectories, (rows, width)) if on_all("experts") else None,
         columns={name: _column(name, trajectories, (rows, width)) for name in _shared_names(trajectories)},
     )
 
@@ -114,6 +115,20 @@ def _token_keys(trajectories: Sequence[Trajectory], shape: tuple[int, int]) -> U
         keys[i, : len(of_row)] = of_row
     halves = keys.view(np.uint64)[..., None] >> np.array([32, 0], np.uint64)
     return (halves & np.uint64(0xFFFFFFFF)).astype(np.uint32)
+
+
+def _experts(trajectories: Sequence[Trajectory], shape: tuple[int, int]) -> Int[np.ndarray, "B T L K"]:
+    """The record of each token, -1 in the padding."""
+    first = trajectories[0].experts
+    assert first is not None
+    out = np.full((*shape, *first.shape[1:]), -1, np.int16)
+    for i, trajectory in enumerate(trajectories):
+        of_row = trajectory.experts
+        assert of_row is not None
+        if len(of_row) != len(trajectory.tokens):
+            raise ValueError(f"trajectory {i}: experts has {len(of_row)} entries for {len(trajectory.tokens)} tokens")
+        out[i, : len(of_row)] = of_row
+    return out
 
 
 def _column(

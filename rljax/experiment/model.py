@@ -6,7 +6,17 @@ from typing import Any, Literal, Protocol, runtime_checkable
 
 import jax
 
-from rljax.models import DecoderConfig, Metadata, find_smollm2, init_params, load_config, load_model, read_metadata
+from rljax.models import (
+    DecoderConfig,
+    Experts,
+    Metadata,
+    find_smollm2,
+    fresh_config,
+    init_params,
+    load_config,
+    load_model,
+    read_metadata,
+)
 from rljax.parallel import platform
 from rljax.settings import placed
 from rljax.text import CharTokenizer, Tokenizer, load_tokenizer, with_chat_settings
@@ -97,7 +107,7 @@ class PretrainedModel:
 
     def params_of(self, decoder: DecoderConfig, shardings: Any, seed: int) -> Params:
         path = model_path(self.path)
-        return load_model(path, dtype=decoder.dtype, param_dtype=self.param_dtype, shardings=shardings)[1]
+        return load_model(path, dtype=decoder.dtype, param_dtype=decoder.param_dtype, shardings=shardings)[1]
 
     def metadata_of(self) -> Metadata:
         return read_metadata(model_path(self.path))
@@ -105,7 +115,7 @@ class PretrainedModel:
 
 @dataclasses.dataclass
 class FreshModel:
-    """A randomly initialised decoder (Llama's layers, tied embeddings) with a character tokenizer."""
+    """A randomly initialised decoder (tied embeddings) with a character tokenizer."""
 
     alphabet: str = "abcdefghijklmnopqrstuvwxyz ="
     """Characters that the tokenizer knows."""
@@ -120,9 +130,18 @@ class FreshModel:
     head_dim: int = 32
     """Width of a head."""
     mlp_dim: int = 384
-    """Width of the MLP between its products."""
+    """Width of the MLP between its products, or of one expert."""
+    experts: int = 0
+    """Experts of a layer in place of its MLP, in a `family` that has them; 0 is one MLP for all tokens."""
+    experts_per_token: int = 2
+    """Experts that compute for a token, where there are any."""
     max_position: int = 256
     """Tokens of the longest sequence."""
+    family: str = "llama"
+    """Whose layers it has, and whose files it is exported as: a name in `rljax.models.FAMILIES`."""
+    sliding_window: int | None = None
+    """Positions that sliding layers see, their own included, in a family that has such layers; None: all layers see
+    all."""
     dtype: ComputeDtype = "auto"
     """Of activations, and of weights in products: float32 or bfloat16. `auto` is bfloat16 on a GPU or TPU, float32 on
     a CPU; a run prints which. Name one where a run moves between kinds of devices."""
@@ -135,10 +154,14 @@ class FreshModel:
             return CharTokenizer(self.alphabet)
 
     def decoder_of(self, tokenizer: Tokenizer) -> DecoderConfig:
-        shape = {name: value for name, value in dataclasses.asdict(self).items() if name != "alphabet"}
+        other = ("alphabet", "experts", "experts_per_token")
+        shape = {name: value for name, value in dataclasses.asdict(self).items() if name not in other}
         shape["dtype"] = compute_dtype(self.dtype)
         with placed("config.model"):
-            return DecoderConfig(vocab_size=tokenizer.vocab_size, tied_embeddings=True, **shape)
+            experts = None
+            if self.experts:
+                experts = Experts(count=self.experts, per_token=self.experts_per_token, mlp_dim=self.mlp_dim)
+            return fresh_config(vocab_size=tokenizer.vocab_size, tied_embeddings=True, experts=experts, **shape)
 
     def params_of(self, decoder: DecoderConfig, shardings: Any, seed: int) -> Params:
         make = jax.jit(lambda key: init_params(decoder, key), out_shardings=shardings)

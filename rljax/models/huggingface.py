@@ -14,7 +14,7 @@ from jax.experimental import multihost_utils
 
 from rljax.models.assemble import assemble
 from rljax.models.config import DecoderConfig
-from rljax.models.families import DTYPES, Entry, config_from_hf, config_to_hf, entries
+from rljax.models.families import DTYPES, Entry, config_from_hf, config_to_hf, entries, in_file
 from rljax.models.files import INDEX_FILE, SINGLE_FILE, SafetensorsFolder, shown, split_into_files, write_safetensors
 from rljax.types import Params
 
@@ -153,9 +153,13 @@ def save_hf(
     # Everything that can be wrong is found before the first file is touched.
     source = Metadata(dict(hf_config or {}), dict(generation_config or {}))
     written = written_metadata(dataclasses.replace(config, param_dtype=str(dtype)), source, tokenizer)
-    wanted = {entry.name: entry for entry in entries(config)}
-    for entry in wanted.values():
-        check_shape(entry, _stored_shape(entry, _weight(params, entry)), "params")
+    wanted: dict[str, list[Entry]] = {}
+    for entry in entries(config):
+        wanted.setdefault(entry.name, []).append(entry)
+    for parts in wanted.values():
+        shapes = [_stored_shape(part, _weight(params, part)) for part in parts]
+        rows = (sum(shape[0] for shape in shapes),) if shapes[0] else ()
+        check_shape(parts[0], (*rows, *shapes[0][1:]), "params")
 
     # Files of another split would be read along with the new ones.
     writes = jax.process_index() == 0
@@ -165,19 +169,19 @@ def save_hf(
             old.unlink(missing_ok=True)
 
     # Every process makes the same split, so that all gather the same tensors in the same order.
-    sizes = {name: int(np.prod(entry.shape, dtype=np.int64)) for name, entry in wanted.items()}
+    sizes = {name: int(np.prod(parts[0].shape, dtype=np.int64)) for name, parts in wanted.items()}
     files = split_into_files(((name, n * dtype.itemsize) for name, n in sizes.items()), max_shard_bytes)
     weight_map: dict[str, str] = {}
     for number, names in enumerate(files, start=1):
         file = SINGLE_FILE if len(files) == 1 else f"model-{number:05d}-of-{len(files):05d}.safetensors"
         weight_map |= dict.fromkeys(names, file)
         if writes:
-            declared = {name: (dtype, wanted[name].shape) for name in names}
-            write_safetensors(folder / file, declared, lambda name: _to_host(params, wanted[name]))
+            declared = {name: (dtype, wanted[name][0].shape) for name in names}
+            write_safetensors(folder / file, declared, lambda name: _tensor_to_host(params, wanted[name]))
         else:
             # The order in which process 0 asks: gathering is collective.
             for name in sorted(names):
-                _to_host(params, wanted[name])
+                _tensor_to_host(params, wanted[name])
     if not writes:
         return
 
@@ -195,17 +199,35 @@ def save_hf(
 _OWNED = frozenset(
     {
         "attention_bias",
+        "decoder_sparse_step",
+        "attention_multiplier",
         "dtype",
+        "embedding_multiplier",
+        "hidden_act",
+        "hidden_activation",
         "layer_types",
+        "logits_scaling",
         "max_window_layers",
         "mlp_bias",
+        "mlp_only_layers",
+        "moe_intermediate_size",
+        "norm_topk_prob",
+        "num_experts",
+        "num_experts_per_tok",
+        "num_local_experts",
+        "no_rope_layer_interval",
+        "no_rope_layers",
         "original_max_position_embeddings",
         "partial_rotary_factor",
         "quantization_config",
+        "query_pre_attn_scalar",
+        "residual_multiplier",
+        "rope_local_base_freq",
         "rope_parameters",
         "rope_scaling",
         "rope_theta",
         "sliding_window",
+        "sliding_window_pattern",
         "torch_dtype",
         "use_sliding_window",
     }
@@ -222,25 +244,35 @@ def _weight(params: Params, entry: Entry) -> jax.Array:
 
 
 def _stored_shape(entry: Entry, value: jax.Array) -> tuple[int, ...]:
-    shape = value.shape if entry.layer is None else value.shape[1:]
-    return shape[::-1] if entry.weight.transpose else shape
+    indices = (entry.layer is not None) + (entry.expert is not None)
+    shape = value.shape[indices:]
+    return in_file(shape) if entry.weight.transpose else shape
 
 
 @jax.jit
-def _take_layer(stacked: jax.Array, layer: jax.Array) -> jax.Array:
-    return jax.lax.dynamic_index_in_dim(stacked, layer, keepdims=False)
+def _take(stacked: jax.Array, index: tuple[jax.Array, ...]) -> jax.Array:
+    for i in index:
+        stacked = jax.lax.dynamic_index_in_dim(stacked, i, keepdims=False)
+    return stacked
 
 
-def _to_host(params: Params, entry: Entry) -> np.ndarray:
-    """One tensor in the file's layout; collective when its shards live in several processes."""
+def _tensor_to_host(params: Params, parts: list[Entry]) -> np.ndarray:
+    """One tensor in the file's layout, of the weights that it holds."""
+    weights = [to_host(params, part) for part in parts]
+    return weights[0] if len(weights) == 1 else np.concatenate(weights)
+
+
+def to_host(params: Params, entry: Entry) -> np.ndarray:
+    """One weight in the file's layout; collective when its shards live in several processes."""
     value = _weight(params, entry)
     if entry.layer is not None:
         # On devices a traced index: one program for all layers.
-        value = value[entry.layer] if isinstance(value, np.ndarray) else _take_layer(value, np.int32(entry.layer))
+        index = (entry.layer,) if entry.expert is None else (entry.layer, entry.expert)
+        value = value[index] if isinstance(value, np.ndarray) else _take(value, tuple(map(np.int32, index)))
     if isinstance(value, jax.Array) and not value.is_fully_addressable and not value.is_fully_replicated:
         value = multihost_utils.process_allgather(value, tiled=True)
     host = np.asarray(value)
-    return host.T if entry.weight.transpose else host
+    return host.swapaxes(-1, -2) if entry.weight.transpose else host
 
 
 def with_dtypes(config: DecoderConfig, dtype: str | None, param_dtype: str | None) -> DecoderConfig:

@@ -41,14 +41,14 @@ class Shares(NamedTuple):
         """Positions of a chunk."""
         return self.length // (CHUNKS * self.parts)
 
-    def in_shares(self, x: Int[Array, "R S"]) -> Int[Array, "R S"]:
+    def in_shares(self, x: Int[Array, "R S *d"]) -> Int[Array, "R S *d"]:
         """`x`, which is in packed order and whole on every device of a sequence, in the order of shares."""
-        chunks = x.reshape(x.shape[0], CHUNKS * self.parts, self.chunk)
+        chunks = x.reshape(x.shape[0], CHUNKS * self.parts, self.chunk, *x.shape[2:])
         early = chunks[:, : self.parts]
         late = chunks[:, self.parts :][:, ::-1]
         x = jnp.stack([early, late], axis=2).reshape(x.shape)
         # Left alone, the compiler would have each device send the others what they all hold.
-        return constrain(x, ("batch", None))
+        return constrain(x, ("batch", *(None,) * (x.ndim - 1)))
 
     def in_order(self, x: Shaped[Array, "R S *d"]) -> Shaped[Array, "R S *d"]:
         """The reverse of `in_shares`."""

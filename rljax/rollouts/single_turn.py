@@ -50,6 +50,10 @@ class SingleTurn:
     a multiple of the devices that split the batch. Several processes share them."""
     sample_slots: int = 0
     """Samples of a prompt that decode at once; 0 is the whole group."""
+    record_experts: bool = False
+    """Whether a mixture's experts are recorded token by token, and training computes with those of the record: so the
+    ratio is about probabilities alone, also after several updates and in bfloat16. Two bytes a token, layer and expert
+    that computes for it."""
 
     @property
     def off_policy(self) -> str:
@@ -61,6 +65,11 @@ class SingleTurn:
             raise ValueError(
                 f"config.actor.prompt_buckets={buckets} must be increasing positive lengths, e.g. (64, 128)"
             )
+        if self.record_experts and plan.forks is not None and plan.forks.lagged_chains:
+            raise ValueError(
+                "config.actor.record_experts=True does not go with forks of chains of older weights; set it to False, "
+                "or the algorithm's lagged to False"
+            )
         for name in ("prompt_slots", "sample_slots"):
             if getattr(self, name) < 0:
                 raise ValueError(
@@ -69,6 +78,11 @@ class SingleTurn:
 
     def build(self, parts: ActorParts) -> Actor:
         plan = parts.plan
+        if self.record_experts and parts.decoder.experts is None:
+            raise ValueError(
+                "config.actor.record_experts=True needs a model with experts, and this one has an MLP in every layer; "
+                "set it to False"
+            )
         rewards = make_rewards(self.rewards, parts)
         if rewards is None:
             raise ValueError(
@@ -85,6 +99,7 @@ class SingleTurn:
             path_slots=plan.forks.parents if plan.forks else 0,
             max_injected=plan.forks.max_injected if plan.forks else 0,
             suppressed=plan.forks.suppressed if plan.forks else (),
+            record_experts=self.record_experts,
         )
         stops = stops_of(parts)
         judge = OnMain(rewards) if num_processes(parts.mesh) > 1 else rewards

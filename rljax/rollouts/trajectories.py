@@ -7,6 +7,7 @@ import numpy as np
 
 from rljax.plans import Column, RolloutPlan
 from rljax.rollouts.actor import ScoredGroup
+from rljax.sampling import Sample
 from rljax.types import NO_PARENT, Trajectory
 
 _NO_STATE = -1
@@ -67,12 +68,21 @@ def trajectory_of(
         fork_index=prompt_length + sample.fork_index if is_child else 0,
         fork_score=float(sample.fork_score),
         intervention=sample.intervention,
+        experts=_experts(sample, total),
         columns={column.name: _value(column, group, index, on_completion) for column in columns},
         **{
             name: on_completion(values, values.dtype, _NO_STATE if name == "state_ids" else 0)
             for name, values in turn_fields.items()
         },
     )
+
+
+def _experts(sample: Sample, total: int) -> np.ndarray | None:
+    """The record of a sample for all tokens of its row, of which the last was never fed: -1 there."""
+    if sample.experts is None:
+        return None
+    missing = np.full((total - len(sample.experts), *sample.experts.shape[1:]), -1, np.int16)
+    return np.concatenate([sample.experts, missing])
 
 
 def columns_of(plan: RolloutPlan, groups: Sequence[ScoredGroup]) -> list[Column]:

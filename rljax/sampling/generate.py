@@ -24,12 +24,13 @@ from rljax.models.cache import (
 )
 from rljax.models.config import DecoderConfig
 from rljax.models.decoder import apply_layer, embed, final_norm
+from rljax.models.experts import Choose, best_experts
 from rljax.models.head import logits
-from rljax.models.rope import rotary_table
+from rljax.models.rope import rotary_tables
 from rljax.parallel import constrain, on_shards, platform
 from rljax.sampling.logits import Rules, SamplingParams, process_logits, sample_tokens
-from rljax.sampling.weights import product, product_of_few
-from rljax.types import ArrayLike, Params, struct
+from rljax.sampling.weights import chosen_adapters, product, product_of_few
+from rljax.types import ArrayLike, Params, Width, struct
 
 
 @struct
@@ -64,6 +65,10 @@ class DecodeRows:
     """Place in the completion at which none of `suppressed` may be sampled; -1 for nowhere."""
     drawn: Int[ArrayLike, "P G"] | None = None
     """Random numbers of a row's ids that were used up before those of `steps`; None for none anywhere."""
+    adapter: Int[ArrayLike, " P"] | None = None
+    """Which of the adapters side by side each prompt's rows have; None where there is a single one, or none."""
+    recorded: Width = Width(0)
+    """Experts of a token and layer that are recorded: all that compute for it, or 0."""
 
 
 @struct
@@ -97,6 +102,8 @@ class Emitted:
     """Nats, of the distribution sampled from; 0 for a given token and one drawn while others were suppressed."""
     entropies: Float[Array, "K P G"]
     """Nats, likewise."""
+    experts: Int[Array, "K P G L k"] | None = None
+    """int16: those that each layer chose for the token that was fed, which is the one before; None without a record."""
 
 
 @struct
@@ -117,8 +124,11 @@ def prefill(
     cache: KVCache,
     tokens: Int[ArrayLike, "N S"],
     slots: Int[ArrayLike, " N"],
-) -> KVCache:
-    """Writes the keys and values of `N` prompts (right-padded; the padding is never read) into prompt slots.
+    adapter: Int[ArrayLike, " N"] | None = None,
+    recorded: int = 0,
+) -> tuple[KVCache, Int[Array, "N S L k"] | None]:
+    """Writes the keys and values of `N` prompts (right-padded; the padding is never read) into prompt slots. `adapter`
+    says which of several each prompt has. Returns the experts of each token too, where `recorded` asks for them.
 
     On a mesh prompts and slots are split alike: each device computes the prompts of its own slots, and slot -1 is of a
     prompt that counts for nothing. `params` are those of `decode_weights`.
@@ -129,22 +139,51 @@ def prefill(
     positions = jnp.broadcast_to(jnp.arange(length), tokens.shape)
     # Each prompt is a tree of one branch: a token sees all before it, and padding, which comes last, is seen by none.
     end = jnp.full(tokens.shape, length)
-    rotary = rotary_table(config, positions)
+    tables = rotary_tables(config, positions)
 
+    multiply = chosen_adapters(product, adapter)
+    record = _Record(config, recorded)
     x = constrain(embed(config, params, tokens), ("batch", None, None))
     prefix_k = []
     prefix_v = []
-    for index, (layer_params, window) in enumerate(zip(params["layers"], config.windows, strict=True)):
+    layers = zip(params["layers"], config.windows, config.rotations, strict=True)
+    for index, (layer_params, window, rotation) in enumerate(layers):
 
         def attend(q, k, v, window=window):
             return forest_attention(q, k, v, positions, end, window), (k, v)
 
-        x, (k, v) = apply_layer(config, layer_params, x, rotary, attend, product)
+        x, (k, v) = apply_layer(config, layer_params, x, tables[rotation], attend, multiply, record.choose)
         prefix_k.append(_store(cache.prefix_k[index], k, slots))
         prefix_v.append(_store(cache.prefix_v[index], v, slots))
 
     # The prompt's last token is fed by the decoder, so no logits are needed here.
-    return constrain_cache(dataclasses.replace(cache, prefix_k=tuple(prefix_k), prefix_v=tuple(prefix_v)))
+    cache = dataclasses.replace(cache, prefix_k=tuple(prefix_k), prefix_v=tuple(prefix_v))
+    experts = record.stacked()
+    # The host of every process reads these whole.
+    experts = None if experts is None else constrain(experts, (None,) * experts.ndim)
+    return constrain_cache(cache), experts
+
+
+class _Record:
+    """The experts that the layers of one pass choose, kept as they are asked, layer by layer."""
+
+    def __init__(self, config: DecoderConfig, recorded: int):
+        self._chosen: list[Array] = []
+        self._best = best_experts(config.experts) if config.experts is not None and recorded else None
+
+    @property
+    def choose(self) -> Choose | None:
+        """For `apply_layer`: None where nothing is recorded."""
+        return None if self._best is None else self._choose
+
+    def _choose(self, probabilities: Array) -> Array:
+        assert self._best is not None
+        self._chosen.append(self._best(probabilities))
+        return self._chosen[-1]
+
+    def stacked(self) -> Int[Array, "*B L k"] | None:
+        """Those of all layers; None where nothing is recorded."""
+        return jnp.stack(self._chosen, axis=-2).astype(jnp.int16) if self._chosen else None
 
 
 def _store(prefix: Array, new: Array, slots: Array) -> Array:
@@ -237,7 +276,7 @@ def decode(
         now = (run.column + loop.step) % ring
         # Without paths a row that ended may be written on, since nobody reads its columns again; with them it may not.
         writes = loop.active if loop.cache.path_k else None
-        hidden, cache = _forward(config, params, loop.cache, loop.token, rows.prefix_length, loop.steps, now, writes)
+        hidden, cache, experts = _forward(config, params, loop.cache, rows, loop.token, loop.steps, now, writes)
 
         raw = logits(config, params, hidden, vocab_first=axis == 0)
         raw = _suppress(rows, loop.steps, raw, axis)
@@ -258,6 +297,7 @@ def decode(
             tokens=loop.emitted.tokens.at[loop.step].set(token),
             logprobs=loop.emitted.logprobs.at[loop.step].set(logprob),
             entropies=loop.emitted.entropies.at[loop.step].set(entropy),
+            experts=None if experts is None else loop.emitted.experts.at[loop.step].set(experts),
         )
         return _Loop(
             step=loop.step + 1,
@@ -269,13 +309,15 @@ def decode(
         )
 
     empty = jnp.zeros((buffer_length, *shape))
+    of_layers = (buffer_length, *shape, config.num_layers, rows.recorded)
+    no_experts = jnp.zeros(of_layers, jnp.int16) if rows.recorded else None
     start = _Loop(
         step=jnp.int32(0),
         cache=cache,
         token=jnp.asarray(rows.token),
         steps=jnp.asarray(rows.steps),
         active=jnp.asarray(rows.active),
-        emitted=Emitted(tokens=empty.astype(jnp.int32), logprobs=empty, entropies=empty),
+        emitted=Emitted(tokens=empty.astype(jnp.int32), logprobs=empty, entropies=empty, experts=no_experts),
     )
     end = jax.lax.while_loop(keeps_going, body, start)
 
@@ -340,27 +382,33 @@ def _force(rows: DecodeRows, steps: Array, token: Array, logprob: Array, entropy
     return jnp.where(where, given, token), jnp.where(where, 0, logprob), jnp.where(where, 0, entropy)
 
 
-def _forward(config, params, cache: KVCache, token, prefix_length, steps, column, writes) -> tuple[Array, KVCache]:
-    """Final-normed hidden states [P, G, D] of one new token a row, and the cache with the keys and values of the rows
-    that `writes` marks, or of all."""
+def _forward(
+    config, params, cache: KVCache, rows: DecodeRows, token, steps, column, writes
+) -> tuple[Array, KVCache, Array | None]:
+    """Final-normed hidden states [P, G, D] of one new token a row, the cache with the keys and values of the rows that
+    `writes` marks, or of all, and the token's experts where `rows` asks for a record."""
     ring = ring_size(cache)
     # How many steps ago each column of the ring was written; the column of this step is 0 steps old.
     age = (column - jnp.arange(ring)) % ring
-    rotary = rotary_table(config, prefix_length[:, None] + steps)
+    prefix_length = jnp.asarray(rows.prefix_length)
+    tables = rotary_tables(config, prefix_length[:, None] + steps)
+    multiply = chosen_adapters(product_of_few, rows.adapter)
+    record = _Record(config, rows.recorded)
 
     x = constrain(embed(config, params, token), ("batch", None, None))
     suffix_k = []
     suffix_v = []
-    for index, (layer_params, window) in enumerate(zip(params["layers"], config.windows, strict=True)):
+    layers = zip(params["layers"], config.windows, config.rotations, strict=True)
+    for index, (layer_params, window, rotation) in enumerate(layers):
 
         def attend(q, k, v, index=index, window=window):
             # Written before it is read: a token sees itself.
             layer = write_column(layer_cache(cache, index), k, v, column, writes)
             return cached_attention(q, layer, prefix_length, age, steps, window), layer
 
-        x, layer = apply_layer(config, layer_params, x, rotary, attend, product_of_few)
+        x, layer = apply_layer(config, layer_params, x, tables[rotation], attend, multiply, record.choose)
         suffix_k.append(layer.suffix_k)
         suffix_v.append(layer.suffix_v)
 
     cache = dataclasses.replace(cache, suffix_k=tuple(suffix_k), suffix_v=tuple(suffix_v))
-    return final_norm(config, params, x), cache
+    return final_norm(config, params, x), cache, record.stacked()

@@ -49,7 +49,7 @@ _init_cache = jax.jit(init_cache, static_argnums=(0, 1, 2, 3, 4, 5, 6))
 _resize_ring = jax.jit(resize_ring, static_argnums=0)
 _keep_paths = jax.jit(keep_paths, donate_argnums=0)
 _lay_paths = jax.jit(lay_paths, donate_argnums=0)
-_prefill = jax.jit(prefill, static_argnums=0, donate_argnums=2)
+_prefill = jax.jit(prefill, static_argnums=(0, 6), donate_argnums=2)
 _copy_prompt = jax.jit(copy_prompt, donate_argnums=0)
 _decode = jax.jit(decode, static_argnums=(0, 1, 2, 7), donate_argnums=4)
 
@@ -63,6 +63,8 @@ class Sampler:
     Requests with `rounds` fork: later samples start from any token of the first `spec.path_slots` samples of their
     request, whose keys and values are kept, and nothing is computed again. A fork may begin with up to
     `spec.max_injected` given tokens.
+
+    Where the model has several adapters side by side, each request names its own.
 
     Rows are split over the `data` and `fsdp` axes of `mesh`, key-value heads over `tensor`.
 
@@ -82,6 +84,10 @@ class Sampler:
         self.mesh = mesh
         self._parts = 1 if mesh is None else batch_parts(mesh)
         self.spec = spec.resolved(self._parts)
+        self._num_adapters = 0 if config.lora is None else config.lora.count
+        if spec.record_experts and config.experts is None:
+            raise ValueError("record_experts=True needs a model with experts; this one has an MLP in every layer")
+        self._recorded = config.experts.per_token if config.experts is not None and spec.record_experts else 0
         self.last_stats: dict[str, float] = {}
         self._stop_tokens = tuple(sorted(set(stops.tokens)))
         self._stop_strings = StopStrings(stops)
@@ -120,7 +126,7 @@ class Sampler:
                     for length in (b for b in spec.prompt_buckets if b <= bucket):
                         for count in self._prefill_counts(length):
                             tokens = np.zeros((self._parts * count, length), np.int32)
-                            cache = self._prefill(self._weights(), cache, tokens, tokens[:, 0])
+                            cache, _ = self._prefill(self._weights(), cache, tokens, tokens[:, 0], tokens[:, 0])
                     cache = self._copy_prompt(cache, 0, 0)
 
                     # The ring grows and shrinks from one of its sizes to the next.
@@ -258,9 +264,13 @@ class Sampler:
     # Programs are compiled for what they see of the cache: what prompts need goes without the ring, whose sizes are
     # many, and what paths need without the prompts.
 
-    def _prefill(self, params: Params, cache: KVCache, tokens: np.ndarray, slots: np.ndarray) -> KVCache:
-        prompts = _prefill(self.config, params, _prompts(cache), tokens, slots)
-        return dataclasses.replace(cache, prefix_k=prompts.prefix_k, prefix_v=prompts.prefix_v)
+    def _prefill(
+        self, params: Params, cache: KVCache, tokens: np.ndarray, slots: np.ndarray, adapters: np.ndarray
+    ) -> tuple[KVCache, jax.Array | None]:
+        """The cache with these prompts, and the experts of their tokens [N, S, L, k] where they are recorded."""
+        chosen = adapters if self._num_adapters else None
+        prompts, experts = _prefill(self.config, params, _prompts(cache), tokens, slots, chosen, self._recorded)
+        return dataclasses.replace(cache, prefix_k=prompts.prefix_k, prefix_v=prompts.prefix_v), experts
 
     def _copy_prompt(self, cache: KVCache, source: int, target: int) -> KVCache:
         prompts = _copy_prompt(_prompts(cache), np.int32(source), np.int32(target))
@@ -275,7 +285,8 @@ class Sampler:
         return dataclasses.replace(moved, prefix_k=cache.prefix_k, prefix_v=cache.prefix_v)
 
     def _slots(self, requests: Sequence[Request]) -> Slots:
-        return Slots(requests, self.spec, self._parts)
+        has_several = self._num_adapters > 0
+        return Slots(requests, self.spec, self._parts, chooses_adapter=has_several, recorded=self._recorded)
 
     def _moves(self, cache: KVCache, paths: Sequence[Path], ends: Sequence[int]) -> PathMoves:
         """What the device needs to move these paths; `ends` are the ring columns after the last of each."""
@@ -292,7 +303,8 @@ class Sampler:
         for row, owner in slots.owners():
             new = (slice(grown[row]), *row)
             tokens = emitted.tokens[new]
-            slots.advance(row, tokens, emitted.logprobs[new], emitted.entropies[new])
+            recorded = () if emitted.experts is None else (emitted.experts[new],)
+            slots.advance(row, tokens, emitted.logprobs[new], emitted.entropies[new], *recorded)
             # A stop string is found at a token of this run at the earliest: the text before was searched after the
             # run before.
             length = self._stop_strings.end(
@@ -327,18 +339,29 @@ class Sampler:
             for batch in by_part(group, places, self._parts, self._prefill_counts(bucket)):
                 tokens = np.zeros((len(batch), bucket), np.int32)
                 where = np.full(len(batch), -1, np.int32)
+                adapters = np.zeros(len(batch), np.int32)
                 for i, entry in enumerate(batch):
                     if entry is not None:
                         prefix = slots.requests[entry.request].prompt[:-1]
                         tokens[i, : len(prefix)] = prefix
                         where[i] = entry.slot
-                cache = self._prefill(params, cache, tokens, where)
+                        adapters[i] = slots.requests[entry.request].adapter
+                cache, experts = self._prefill(params, cache, tokens, where, adapters)
+                if experts is not None:
+                    self._record(slots, batch, jax.device_get(experts))
 
         # Copies come last: their source may have been prefilled just now.
         for load in loads:
             if load.source is not None:
                 cache = self._copy_prompt(cache, load.source, load.slot)
         return cache
+
+    def _record(self, slots: Slots, batch: Sequence[Load | None], experts: np.ndarray) -> None:
+        """Hands over the experts of the prompts of one prefill."""
+        for entry, of_prompt in zip(batch, experts, strict=True):
+            if entry is not None:
+                fed = len(slots.requests[entry.request].prompt) - 1
+                slots.record_prompt(entry.request, of_prompt[:fed])
 
     def _bucket(self, length: int) -> int:
         return self.spec.prompt_buckets[bisect.bisect_left(self.spec.prompt_buckets, length)]
@@ -372,9 +395,11 @@ class Sampler:
         idle = self._slots([])
         with self._on_mesh():
             zeros = np.zeros((count, length), np.int32)
+            first = zeros[:, 0]
+            chosen = first if self._num_adapters else None
             return {
                 "weights": lower_weights(self.config, self.mesh),
-                "prefill": _prefill.lower(self.config, plan.weights, plan.cache, zeros, np.zeros(count, np.int32)),
+                "prefill": _prefill.lower(self.config, plan.weights, plan.cache, zeros, first, chosen, self._recorded),
                 "decode": _decode.lower(
                     self.config,
                     self._stop_tokens,
@@ -422,6 +447,10 @@ class Sampler:
                 "check that tokenizer and model belong together"
             )
 
+        if not 0 <= request.adapter < max(self._num_adapters, 1):
+            raise ValueError(
+                f"{where}: adapter={request.adapter} is none of the model's {self._num_adapters}, which count from 0"
+            )
         if not 0 <= request.begun <= len(prompt):
             raise ValueError(f"{where}: begun={request.begun} must lie between 0 and the prompt's {len(prompt)} tokens")
 

@@ -104,10 +104,13 @@ def _hidden_states(
 ) -> Array:
     """Of all positions in order; in the order of shares, where devices share packed sequences."""
     tokens, positions, subtree_end = (jnp.asarray(x) for x in (packed.tokens, packed.positions, packed.subtree_end))
+    # A critic has experts of its own: the record is of the policy's.
+    experts = None if packed.experts is None or config.value_head else jnp.asarray(packed.experts)
     if shares is not None:
         attention = shares.attention(attention, positions, subtree_end)
         tokens, positions, subtree_end = (shares.in_shares(x) for x in (tokens, positions, subtree_end))
-    return hidden_states(config, params, tokens, positions, subtree_end, attention=attention, **how)
+        experts = None if experts is None else shares.in_shares(experts)
+    return hidden_states(config, params, tokens, positions, subtree_end, attention=attention, experts=experts, **how)
 
 
 def _places(packed: Packed) -> tuple[Array, Array, Array]:

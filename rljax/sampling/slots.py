@@ -5,11 +5,12 @@ from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple
 
 import numpy as np
+from jaxtyping import Int
 
 from rljax.sampling.generate import DecodeRows
 from rljax.sampling.spec import SamplerSpec
 from rljax.sampling.stopping import last_of
-from rljax.types import INTERVENTION_NONE, INTERVENTION_SUPPRESS, NO_PARENT
+from rljax.types import INTERVENTION_NONE, INTERVENTION_SUPPRESS, NO_PARENT, Width
 
 FinishReason = Literal["stop", "length", "stop_string"]
 _FREE = -1
@@ -43,6 +44,9 @@ class Sample(NamedTuple):
     """int32 [T], of a conversation: numbers its turns, each with the observation behind it."""
     versions: np.ndarray | None = None
     """int32 [T]: the version of the policy, where it changed on the way."""
+    experts: np.ndarray | None = None
+    """int16 [N + T - 1, L, k]: those that computed in each layer for the `N` tokens of the prompt and for those of the
+    completion but its last, which was never fed; None without a record."""
 
     @property
     def sampled(self) -> np.ndarray:
@@ -89,6 +93,8 @@ class Request(NamedTuple):
     """Which forks follow; None is no forks."""
     begun: int = 0
     """The last `begun` tokens of the prompt belong to the text of the completion: a stop string may begin in them."""
+    adapter: int = 0
+    """Which of the model's adapters samples it, where several stand side by side (`rljax.models.Lora.count`)."""
 
 
 class Load(NamedTuple):
@@ -120,14 +126,24 @@ class Slots:
 
     A finished row takes the next waiting sample of its prompt; a slot whose rows are all idle and whose prompt has
     none takes the next prompt, or else waiting samples of another slot's prompt. A request with `rounds` stays in its
-    slot, where the paths of its first `path_slots` samples are kept.
+    slot, where the paths of its first `path_slots` samples are kept. `chooses_adapter` says whether requests name one
+    of several adapters, `recorded` how many experts of a token are recorded in each layer.
 
     Of the slots each of `parts` of the devices has a stretch; work goes to them in turn, so that prompts that are fewer
     than slots keep all of them busy.
     """
 
-    def __init__(self, requests: Sequence[Request], spec: SamplerSpec, parts: int = 1):
+    def __init__(
+        self,
+        requests: Sequence[Request],
+        spec: SamplerSpec,
+        parts: int = 1,
+        *,
+        chooses_adapter: bool = False,
+        recorded: int = 0,
+    ):
         self.requests = requests
+        self._chooses_adapter = chooses_adapter
         self.max_new_tokens = spec.max_new_tokens
         self.path_slots = spec.path_slots
         self.max_injected = spec.max_injected
@@ -140,13 +156,17 @@ class Slots:
         self._unfinished = [len(work) for work in self._work]
         self._unloaded = deque(i for i, request in enumerate(requests) if len(request.sample_ids))
         # (request, sample) -> what its row has emitted
-        self.parts: dict[tuple[int, int], list[tuple[np.ndarray, np.ndarray, np.ndarray]]] = {}
+        self.parts: dict[tuple[int, int], list[tuple[np.ndarray, ...]]] = {}
+        # Of the experts of all tokens of a request's prompt but the last, and how many each layer has for a token.
+        self._recorded = Width(recorded)
+        self._prompt_experts: dict[int, np.ndarray] = {}
 
         # Per prompt slot.
         self._order = np.arange(spec.prompt_slots).reshape(parts, -1).T.ravel().tolist()
         self._request = np.full(spec.prompt_slots, _FREE)
         self._prompt_id = np.zeros(spec.prompt_slots, np.int32)
         self._prefix_length = np.zeros(spec.prompt_slots, np.int32)
+        self._adapter = np.zeros(spec.prompt_slots, np.int32)
 
         # Per row.
         shape = (spec.prompt_slots, spec.sample_slots)
@@ -192,6 +212,8 @@ class Slots:
             forced_length=self._forced_length,
             suppressed=self._suppressed if len(self._suppressed) else None,
             suppress_at=self._suppress_at if len(self._suppressed) else None,
+            adapter=self._adapter if self._chooses_adapter else None,
+            recorded=self._recorded,
         )
 
     def oldest(self) -> int:
@@ -216,10 +238,14 @@ class Slots:
             ((p, g), (int(self._request[p]), int(self._sample[p, g]))) for p, g in np.argwhere(self.active).tolist()
         ]
 
-    def advance(self, row: tuple[int, int], tokens: np.ndarray, logprobs: np.ndarray, entropies: np.ndarray) -> None:
-        """Adds what a row emitted."""
+    def record_prompt(self, request: int, experts: Int[np.ndarray, "N L k"]) -> None:
+        """Keeps the experts of all tokens of a prompt but the last, which is fed with the completion."""
+        self._prompt_experts[request] = experts
+
+    def advance(self, row: tuple[int, int], tokens: np.ndarray, *of_tokens: np.ndarray) -> None:
+        """Adds what a row emitted: tokens, their log-probs and entropies, and the experts of those fed, if recorded."""
         owner = (int(self._request[row[0]]), int(self._sample[row]))
-        self.parts.setdefault(owner, []).append((tokens, logprobs, entropies))
+        self.parts.setdefault(owner, []).append((tokens, *of_tokens))
         self.steps[row] += len(tokens)
         if len(tokens):
             self._token[row] = tokens[-1]
@@ -239,7 +265,7 @@ class Slots:
         request = int(self._request[row[0]])
         sample = int(self._sample[row])
         parts = self.parts.pop((request, sample))
-        tokens, logprobs, entropies = (np.concatenate(arrays)[:length] for arrays in zip(*parts, strict=True))
+        tokens, logprobs, entropies, *experts = (np.concatenate(x)[:length] for x in zip(*parts, strict=True))
 
         work = self._work[request][sample]
         forced: tuple[tuple[int, int], ...] = ()
@@ -258,6 +284,7 @@ class Slots:
             fork_score=work.score,
             forced=forced,
             intervention=work.intervention,
+            experts=np.concatenate([self._prompt_experts[request], *experts]) if experts else None,
         )
         self._sample[row] = _FREE
         self._unfinished[request] -= 1
@@ -323,6 +350,7 @@ class Slots:
         self._request[slot] = load.request
         self._prompt_id[slot] = request.prompt_id
         self._prefix_length[slot] = len(request.prompt) - 1
+        self._adapter[slot] = request.adapter
         return load
 
     def _lenders(self) -> list[int]:
@@ -357,7 +385,11 @@ class Slots:
             if work.fork_index:
                 parent = self._result(index, work.parent)
                 end = work.fork_index
-                self.parts[index, sample] = [(parent.tokens[:end], parent.logprobs[:end], parent.entropies[:end])]
+                inherited = [parent.tokens[:end], parent.logprobs[:end], parent.entropies[:end]]
+                if parent.experts is not None:
+                    fed = len(request.prompt) - 1
+                    inherited.append(parent.experts[fed : fed + end])
+                self.parts[index, sample] = [tuple(inherited)]
                 self._token[row] = parent.tokens[end - 1]
                 paths.append(Path(*row, work.parent, end))
         return paths

@@ -53,6 +53,8 @@ class SamplerSpec:
     """Most given tokens that a fork may begin with."""
     suppressed: Sequence[int] = ()
     """Tokens that a fork of intervention SUPPRESS cannot begin with."""
+    record_experts: bool = False
+    """Whether samples tell which experts computed for each token (`Sample.experts`)."""
 
     def check(self) -> None:
         """ValueError for a size that cannot be."""

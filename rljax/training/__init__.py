@@ -5,6 +5,7 @@ from rljax.training.config import CheckpointConfig, CriticConfig, LogConfig, Upd
 from rljax.training.critic import Critic, explained_variance
 from rljax.training.learner import Learner
 from rljax.training.lightsam import scale_by_lightsam_adagrad, scale_by_lightsam_adam, scale_by_lightsam_norm
+from rljax.training.lora import LoraConfig, trained_of
 from rljax.training.metrics import MetricsWriter, PhaseTimer, read_json, read_jsonl
 from rljax.training.objective import LossNeeds, Objective
 from rljax.training.optimizers import (
@@ -20,6 +21,7 @@ from rljax.training.sft import sft_loss
 from rljax.training.state import (
     abstract_state,
     create_state,
+    frozen_base,
     state_shardings,
     with_base,
     with_before,
@@ -48,6 +50,7 @@ __all__ = [
     "Learner",
     "LightSAMConfig",
     "LogConfig",
+    "LoraConfig",
     "LossNeeds",
     "MetricsWriter",
     "MuonConfig",
@@ -63,6 +66,7 @@ __all__ = [
     "create_state",
     "explained_variance",
     "fingerprint",
+    "frozen_base",
     "has_first_moment",
     "local_copy",
     "local_folder",
@@ -84,6 +88,7 @@ __all__ = [
     "sft_loss",
     "state_shardings",
     "subtree_of",
+    "trained_of",
     "versions",
     "with_base",
     "with_before",

@@ -198,7 +198,10 @@ class Learner:
                 old = self._score_minibatch(self.policy_params(state), minibatch)
                 minibatch = with_rows(minibatch, old_logprobs=old)
             if scores_reference:
-                reference = self._score_minibatch(self.reference_params(state), minibatch)
+                # A record says what the policy computed with; the reference chooses its own experts.
+                unrecorded = dataclasses.replace(minibatch.packed, experts=None)
+                own = dataclasses.replace(minibatch, packed=unrecorded)
+                reference = self._score_minibatch(self.reference_params(state), own)
                 minibatch = with_rows(minibatch, ref_logprobs=reference)
             minibatches.append(minibatch)
             packings.append(packing)
@@ -235,14 +238,15 @@ class Learner:
     def score_rows(
         self, params: Params, batch: RolloutBatch, mask: Bool[ArrayLike, "B T"] | None = None
     ) -> Float[np.ndarray, "B T"]:
-        """Log-probs under `params` of the tokens in `mask` (default: the action mask of valid rows), 0 elsewhere.
+        """Log-probs under `params` of the tokens in `mask` (default: the action mask of valid rows), 0 elsewhere. The
+        experts of a mixture are those that these weights choose, whatever the batch has recorded.
 
         A rollout is scored in as many parts as it has minibatches, so that both fit the same buckets.
         """
         mask = loss_mask(batch) if mask is None else np.asarray(mask, bool)
         out = np.zeros(np.shape(batch.tokens), np.float32)
         for rows in self._split(batch):
-            part = take_rows(batch, rows)
+            part = dataclasses.replace(take_rows(batch, rows), experts=None)
             packing: Packing = layout(part, mask[rows], self.update_config, parts=self._parts)
             packed, ragged = self._put((packing.packed, packing.rows_to_score()))
             with self._on_mesh():

@@ -78,6 +78,10 @@ class Guided:
                 "set it to 0"
             )
 
+        # Guided rows are trained without the guidance, and a record says how they were computed with it.
+        if isinstance(self.actor, SingleTurn) and self.actor.record_experts:
+            raise ValueError("config.actor.actor.record_experts=True and guidance exclude each other; set it to False")
+
         self.actor.check(plan, sampling, pack_length)
 
     def build(self, parts: ActorParts) -> "GuidedActor":

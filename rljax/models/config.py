@@ -94,6 +94,10 @@ class RopeScaling:
 MATRICES = ("q", "k", "v", "o", "gate", "up", "down")
 """Weights of a layer that an adapter may be added to."""
 
+DOWN = "_lora_a"
+UP = "_lora_b"
+"""What follows a matrix's name in the names of its adapter: A and B of 2106.09685."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Lora:
@@ -243,10 +247,10 @@ class DecoderConfig:
                 f"tokenizer_size={self.tokenizer_size} must lie between 1 and vocab_size={self.vocab_size}; "
                 "take the tokenizer that belongs to the model"
             )
-        if self.experts and self.lora and (of_experts := [name for name in self.lora.targets if name not in "qkvo"]):
+        if self.experts and self.lora and self.lora.count and (own := {"gate", "up", "down"} & {*self.lora.targets}):
             raise ValueError(
-                f"lora's targets {', '.join(of_experts)} are matrices of experts, which have no adapters; take q, k, v "
-                "or o"
+                f"adapters side by side are of matrices that all tokens share, and lora's targets "
+                f"{', '.join(sorted(own))} are of one expert each; take q, k, v or o"
             )
         if self.head_dim % 2:
             raise ValueError(f"head_dim={self.head_dim} must be even: rotary embeddings rotate pairs")

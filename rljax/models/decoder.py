@@ -22,7 +22,7 @@ from jaxtyping import Array, Float, Int
 
 from rljax.models.attention import Attention, forest_attention
 from rljax.models.attention_blocks import SAVED, score_divisor
-from rljax.models.config import DecoderConfig, Experts, Lora, Rotation
+from rljax.models.config import DOWN, UP, DecoderConfig, Experts, Lora, Rotation
 from rljax.models.experts import EXPERT_AXES, Choose, apply_experts, recorded_experts, route
 from rljax.models.functional import geglu, linear, rms_norm, swiglu
 from rljax.models.rope import RotaryTable, apply_rotary, rotary_tables
@@ -43,10 +43,6 @@ PRODUCT = "product"
 Product = Callable[[Array, Array], Array]
 """`product(x [..., D], weight) -> [..., E]`; `weight` is [D, E] unless the caller's params hold it otherwise. Adapters
 that stand side by side (`Lora.count`) come as they are, [N, D, E]."""
-
-DOWN = "_lora_a"
-UP = "_lora_b"
-"""What follows a matrix's name in the names of its adapter: A and B of 2106.09685."""
 
 
 def _weight(shape: tuple[int, ...], axes: tuple[str | None, ...], *, dtype: str, init: str = "normal") -> nnx.Param:
@@ -123,10 +119,10 @@ class Layer(nnx.Module):
         """Declares the adapter of the matrix `name`, in float32 whatever the matrix is kept in: it is what is
         trained."""
         matrix = getattr(self, name)
-        rows, columns = matrix.get_value().shape
-        of_rows, of_columns = matrix.get_metadata("axes")
-        many = (lora.count,) if lora.count else ()
-        apart = (None,) * len(many)
+        *lead, rows, columns = matrix.get_value().shape
+        *of_lead, of_rows, of_columns = matrix.get_metadata("axes")
+        many = (lora.count,) if lora.count else (*lead,)
+        apart = (None,) if lora.count else (*of_lead,)
         weight = functools.partial(_weight, dtype="float32")
         setattr(self, f"{name}{DOWN}", weight((*many, rows, lora.rank), (*apart, of_rows, None), init="fan_in"))
         setattr(self, f"{name}{UP}", weight((*many, lora.rank, columns), (*apart, None, of_columns), init="zeros"))
@@ -183,7 +179,11 @@ class Layer(nnx.Module):
             scores = project(x.astype(jnp.float32), "router")
         routing = route(experts, scores, choose)
         weights = {name: getattr(self, name)[...] for name in EXPERT_AXES}
-        return checkpoint_name(apply_experts(weights, x, routing), PRODUCT)
+        lora = self.config.lora
+        adapted = [] if lora is None else [name for name in lora.targets if name in EXPERT_AXES]
+        adapters = {f"{name}{end}": getattr(self, f"{name}{end}")[...] for name in adapted for end in (DOWN, UP)}
+        scale = 1.0 if lora is None else lora.scale
+        return checkpoint_name(apply_experts(weights | adapters, x, routing, scale=scale), PRODUCT)
 
     def _norm(self, x: Array, name: str) -> Array:
         """`x` normed by the weight `name`, or as it is where the family declares no such norm."""

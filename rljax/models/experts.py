@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from rljax.models.config import Experts
+from rljax.models.config import DOWN, UP, Experts
 from rljax.models.functional import swiglu
 from rljax.parallel import split_axes
 
@@ -66,21 +66,35 @@ def route(config: Experts, logits: Float[Array, "*B E"], choose: Choose | None =
     return Routing(experts, weights)
 
 
-def apply_experts(weights: Mapping[str, Array], x: Float[Array, "*B D"], routing: Routing) -> Float[Array, "*B D"]:
+def _axes_of(name: str) -> tuple[str | None, ...]:
+    """Logical axes of a matrix, or of a part of its adapter."""
+    if name.endswith(DOWN):
+        experts, rows, _ = EXPERT_AXES[name.removesuffix(DOWN)]
+        return experts, rows, None
+    if name.endswith(UP):
+        experts, _, columns = EXPERT_AXES[name.removesuffix(UP)]
+        return experts, None, columns
+    return EXPERT_AXES[name]
+
+
+def apply_experts(
+    weights: Mapping[str, Array], x: Float[Array, "*B D"], routing: Routing, *, scale: float = 1.0
+) -> Float[Array, "*B D"]:
     """What the experts of each token add up to, weighted. `weights` are those of `EXPERT_AXES` (gate and up [E, D, F],
-    down [E, F, D]), in any dtype."""
+    down [E, F, D]), in any dtype, and of adapters beside them (`gate_lora_a` [E, D, r], `gate_lora_b` [E, r, F]), of
+    which `scale` is the factor."""
     count = weights["down"].shape[0]
     rows = split_axes("batch", x.shape[0])
     positions = split_axes("positions", x.shape[1]) if x.ndim == 3 else ()
     experts = split_axes("experts", count)
     inner = split_axes("mlp", weights["down"].shape[1])
-    own = functools.partial(_own_experts, rows=rows, experts=experts, inner=inner)
+    own = functools.partial(_own_experts, rows=rows, experts=experts, inner=inner, scale=scale)
     if not (rows or positions or experts or inner):
         return own(weights, x, routing)
 
     # Of weights that are split along other axes too, a device gathers the part that its experts have.
-    split = {"experts": experts or None, "mlp": inner or None, "expert_embed": None}
-    of_weights = {name: PartitionSpec(*(split[axis] for axis in EXPERT_AXES[name])) for name in weights}
+    split = {"experts": experts or None, "mlp": inner or None}
+    of_weights = {name: PartitionSpec(*(split.get(axis) for axis in _axes_of(name))) for name in weights}
     of_tokens = PartitionSpec(rows or None, *((positions or None,) if x.ndim == 3 else ()))
     run = jax.shard_map(own, in_specs=(of_weights, of_tokens, of_tokens), out_specs=of_tokens)
     return run(dict(weights), x, routing)
@@ -94,6 +108,7 @@ def _own_experts(
     rows: tuple[str, ...],
     experts: tuple[str, ...],
     inner: tuple[str, ...],
+    scale: float,
 ) -> Array:
     """A device's part: its tokens, or those of all devices along `experts`, through its own experts."""
     shape = x.shape
@@ -109,7 +124,7 @@ def _own_experts(
         chosen = chosen - jax.lax.axis_index(experts) * count
         chosen = jnp.where((chosen >= 0) & (chosen < count), chosen, count)
 
-    out = _grouped(weights, x, chosen, factors, is_part=bool(experts))
+    out = _grouped(weights, x, chosen, factors, is_part=bool(experts), scale=scale)
     if inner:
         out = jax.lax.psum(out, inner)
     if shares_tokens:
@@ -120,7 +135,13 @@ def _own_experts(
 
 
 def _grouped(
-    weights: Mapping[str, Array], x: Float[Array, "N D"], chosen: Int[Array, "N K"], factors: Array, *, is_part: bool
+    weights: Mapping[str, Array],
+    x: Float[Array, "N D"],
+    chosen: Int[Array, "N K"],
+    factors: Array,
+    *,
+    is_part: bool,
+    scale: float,
 ) -> Float[Array, "N D"]:
     """`is_part`: some of `chosen` are the number of experts, whose tokens get nothing here."""
     count = weights["down"].shape[0]
@@ -129,15 +150,22 @@ def _grouped(
     order = jnp.argsort(flat, stable=True)
     back = jnp.argsort(order)
     sizes = jnp.bincount(flat, length=count + 1)[:count].astype(jnp.int32)
-    grouped = functools.partial(jax.lax.ragged_dot, group_sizes=sizes)
+
+    def grouped(x: Array, name: str) -> Array:
+        def product(x: Array, name: str) -> Array:
+            return jax.lax.ragged_dot(x, weights[name].astype(x.dtype), group_sizes=sizes)
+
+        out = product(x, name)
+        if f"{name}{DOWN}" not in weights:
+            return out
+        return out + scale * product(product(x, f"{name}{DOWN}"), f"{name}{UP}")
 
     h = _permute(jnp.repeat(x, per_token, axis=0), order, back)
     if is_part:
         # Whatever a grouped product leaves in rows of no group, neither it nor its gradient goes anywhere.
         is_own = (flat < count)[order][:, None]
         h = jnp.where(is_own, h, 0)
-    gate, up = (grouped(h, weights[name].astype(x.dtype)) for name in ("gate", "up"))
-    out = grouped(swiglu(gate, up), weights["down"].astype(x.dtype))
+    out = grouped(swiglu(grouped(h, "gate"), grouped(h, "up")), "down")
     if is_part:
         out = jnp.where(is_own, out, 0)
     out = _permute(out, back, order).reshape(*chosen.shape, -1)

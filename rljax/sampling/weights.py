@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from rljax.models.config import DecoderConfig
+from rljax.models.config import DOWN, UP, DecoderConfig
 from rljax.models.decoder import Product, unstack_layers
 from rljax.models.experts import EXPERT_AXES
 from rljax.models.layout import param_shardings
@@ -90,7 +90,8 @@ def decode_weights(config: DecoderConfig, params: Params) -> dict[str, Any]:
 
 def _turns(config: DecoderConfig, name: str) -> bool:
     """Whether a weight of a layer is turned: not the matrices of experts, of which each meets its own tokens."""
-    return config.experts is None or name not in EXPERT_AXES
+    matrix = name.removesuffix(DOWN).removesuffix(UP)
+    return config.experts is None or matrix not in EXPERT_AXES
 
 
 def _in_rows(weight: Array) -> Array:

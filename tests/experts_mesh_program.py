@@ -2,17 +2,20 @@
 
 import dataclasses
 import json
+import tempfile
 
 import jax
 import numpy as np
 import sharded_program
 
-from rljax.models import Experts, Lora, init_params, is_adapter
+from rljax.models import Experts, Lora, base_config, base_params, init_params, is_adapter, load_hf, save_hf
 from rljax.models.layout import param_shardings
-from rljax.parallel import make_mesh, put_batch, use_mesh
+from rljax.parallel import make_mesh, mesh_beside, put_batch, spread_mesh, use_mesh
 from rljax.sampling import Request, Sampler, SamplerSpec, compile_count, sampling_params
 
-CONFIG = dataclasses.replace(sharded_program.CONFIG, experts=Experts(count=8, per_token=2, mlp_dim=24))
+CONFIG = dataclasses.replace(
+    sharded_program.CONFIG, family="qwen3_moe", qk_norm=True, experts=Experts(count=8, per_token=2, mlp_dim=24)
+)
 # Adapters of all matrices, of the experts' too: they lie, and are sent, as these do.
 CONFIG = dataclasses.replace(CONFIG, lora=Lora(rank=2, alpha=2.0))
 
@@ -37,6 +40,10 @@ def main():
         one = jax.tree.map(lambda x: x[:1], data)
         one_row = loss(sharded, one)[1]
     decoded, decoder_gate, compiles = sample(sharded, mesh)
+    with tempfile.TemporaryDirectory() as folder:
+        plain = base_config(CONFIG)
+        save_hf(folder, plain, base_params(sharded))
+        _, loaded = load_hf(folder, shardings=param_shardings(plain, mesh))
     return {
         "loss": abs(float(value - want)),
         "gradient": sharded_program.difference(gradient, want_gradient),
@@ -45,6 +52,10 @@ def main():
         "gate_shape": sharded["layers"]["gate"].addressable_shards[0].data.shape,
         "decoder_gate_shape": decoder_gate,
         "compiles": compiles,
+        "loaded": sharded_program.difference(loaded, base_params(params)),
+        "loaded_gate_shape": loaded["layers"]["gate"].addressable_shards[0].data.shape,
+        "beside": dict(mesh_beside(mesh, jax.devices()[:4]).shape),
+        "spread": dict(spread_mesh(mesh).shape),
     }
 
 

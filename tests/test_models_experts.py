@@ -113,6 +113,16 @@ def test_decoding_with_experts_compiles_nothing_after_its_warm_up(sharded):
 def test_a_device_holds_its_own_experts_alone(sharded):
     assert sharded["gate_shape"] == [2, 4, 16, 12]
     assert sharded["decoder_gate_shape"] == [4, 32, 12]
+    assert sharded["loaded_gate_shape"] == [2, 4, 16, 12]
+
+
+def test_shards_of_experts_are_written_and_read_as_one_model(sharded):
+    assert sharded["loaded"] == 0
+
+
+def test_meshes_of_decoders_split_experts_as_the_learner_does(sharded):
+    assert sharded["beside"] == {"data": 1, "fsdp": 1, "sequence": 1, "expert": 2, "tensor": 2}
+    assert sharded["spread"] == {"data": 2, "fsdp": 1, "sequence": 1, "expert": 2, "tensor": 2}
 
 
 def test_an_expert_axis_for_a_model_without_experts_is_refused():

@@ -51,7 +51,28 @@ def rollout_stats(
             "unused_forks": float(len(groups) * plan.group_size - len(samples)),
             **_fork_stats(groups),
         }
-    return stats | _component_means(groups)
+    return stats | expert_stats(samples) | _component_means(groups)
+
+
+def expert_stats(samples: Sequence[Sample]) -> dict[str, float]:
+    """How the sampled tokens spread over the experts of a layer, as means over layers: the exponential of the entropy
+    of their shares, which is the number of experts where all take as many; and the share of tokens that pass the
+    busiest one. Nothing without a record of all samples."""
+    recorded = [
+        sample.experts[len(sample.experts) - len(sample.tokens) :][_fresh(sample)]
+        for sample in samples
+        if sample.experts is not None
+    ]
+    if len(recorded) < len(samples) or not sum(map(len, recorded)):
+        return {}
+
+    tokens = np.concatenate(recorded)
+    counts = [np.bincount(layer.reshape(-1)) for layer in tokens.swapaxes(0, 1)]
+    shares = [count[count > 0] / count.sum() for count in counts]
+    return {
+        "experts_in_use": float(np.mean([np.exp(-np.sum(share * np.log(share))) for share in shares])),
+        "busiest_expert": float(np.mean([count.max() / len(tokens) for count in counts])),
+    }
 
 
 def staleness_stats(trajectories: Sequence[Trajectory], version: int) -> dict[str, float]:

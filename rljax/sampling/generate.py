@@ -297,7 +297,7 @@ def decode(
             tokens=loop.emitted.tokens.at[loop.step].set(token),
             logprobs=loop.emitted.logprobs.at[loop.step].set(logprob),
             entropies=loop.emitted.entropies.at[loop.step].set(entropy),
-            experts=None if experts is None else loop.emitted.experts.at[loop.step].set(experts),
+            experts=None if loop.emitted.experts is None else loop.emitted.experts.at[loop.step].set(experts),
         )
         return _Loop(
             step=loop.step + 1,

@@ -4,6 +4,8 @@ rljax convert --source=model.gguf --target=folder
 rljax convert --source=smollm2 --target=folder --dtype=bfloat16
 rljax convert --source=runs/x --target=folder             # the newest checkpoint of a run
 rljax convert --source=runs/x --target=folder --step=20
+rljax convert --source=runs/x --target=folder --adapter   # what config.lora has trained, for PEFT or vLLM
+rljax convert --source=adapter --target=folder            # a PEFT folder, merged into its model
 
 It runs on one process.
 """
@@ -17,6 +19,8 @@ _TARGET = flags.DEFINE_string("target", None, "Folder to write.")
 _STEP = flags.DEFINE_integer("step", None, "Step of a run folder's checkpoint; none: the newest.")
 _DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Type of the written weights.")
 
+_ADAPTER = flags.DEFINE_bool("adapter", False, "Write the adapters alone, in PEFT's format.")
+
 
 def main() -> None:
     from rljax.experiment.convert import convert
@@ -25,7 +29,7 @@ def main() -> None:
     require_one_process("rljax convert")
     if _SOURCE.value is None or _TARGET.value is None:
         raise ValueError("name both --source (what to convert) and --target (the folder to write)")
-    convert(_SOURCE.value, _TARGET.value, step=_STEP.value, dtype=_DTYPE.value)
+    convert(_SOURCE.value, _TARGET.value, step=_STEP.value, dtype=_DTYPE.value, adapter=_ADAPTER.value)
 
 
 def command() -> None:

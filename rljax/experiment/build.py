@@ -1,6 +1,7 @@
 """From a config to everything a run holds. What can be wrong is refused before weights load, and nothing is opened."""
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 
 import jax
@@ -16,7 +17,18 @@ from rljax.experiment.pipeline import Beside, Pipeline
 from rljax.experiment.prompts import check_chat_settings
 from rljax.experiment.pulse import Pulse
 from rljax.experiment.stops import Stops
-from rljax.models import DecoderConfig, load_config, load_model, param_shardings
+from rljax.models import (
+    DecoderConfig,
+    adapters_of,
+    base_config,
+    init_adapters,
+    load_config,
+    load_model,
+    load_peft,
+    merged_params,
+    param_shardings,
+    with_adapters,
+)
 from rljax.parallel import (
     DECODE_RULES,
     decoding_mesh,
@@ -33,8 +45,11 @@ from rljax.rollouts import Actor, ActorParts, RolloutSettings
 from rljax.settings import placed
 from rljax.tasks import Curriculum, Dataset, Example
 from rljax.text import Tokenizer, WithinText
-from rljax.training import Critic, Learner, LossNeeds, with_critic, with_pushed
+from rljax.training import Critic, Learner, LossNeeds, trained_of, with_base, with_critic, with_pushed
 from rljax.types import Params, RolloutBatch, TrainState, Trajectory
+
+MASTER_DTYPE = "float32"
+"""What trained weights are kept in."""
 
 
 @dataclasses.dataclass
@@ -100,9 +115,25 @@ class Run:
         # A push makes a copy of what is only named here.
         return self.learner.push(with_pushed(state, state.trainable)) if self.pushes_seldom else state
 
+    def target_state(self) -> TrainState:
+        """`abstract_state` over the frozen weights, which are loaded for it where there are any."""
+        state = self.abstract_state()
+        if self.decoder.lora is None:
+            return state
+        params = self.initial_params()
+        if self.critic is not None and self.config.critic.adapters:
+            of_critic = self.critic.base_of(critic_params(self, params))
+            state = with_critic(state, with_base(state.critic, of_critic))
+        return with_base(state, self.learner.base_of(params))
+
     def initial_params(self) -> Params:
-        """The model that the config names, on the mesh."""
-        return self.config.model.params_of(self.decoder, param_shardings(self.decoder, self.mesh), self.config.seed)
+        """The model that the config names, with adapters where it asks for them, on the mesh."""
+        base = base_config(self.decoder)
+        params = self.config.model.params_of(base, param_shardings(base, self.mesh), self.config.seed)
+        if not self.config.lora.path:
+            return fresh_adapters(self.decoder, params, self.mesh, self.config.seed)
+        adapters = load_peft(self.config.lora.path, self.decoder, shardings=param_shardings(self.decoder, self.mesh))
+        return with_adapters(params, adapters)
 
     def policy(self) -> Params:
         """The weights of the policy as it stands: what is sampled with, evaluated and exported."""
@@ -152,7 +183,7 @@ def build(config: Config, devices: Sequence[jax.Device] | None = None) -> Run:
     mesh = make_mesh(**dataclasses.asdict(config.mesh), devices=None if is_every else training)
     # On the mesh, since the dtype that is chosen by itself depends on what its devices are.
     with use_mesh(mesh):
-        decoder = config.model.decoder_of(tokenizer)
+        decoder = config.lora.decoder_of(config.model.decoder_of(tokenizer))
     beside = None
     if config.rollout.devices:
         own = mesh_beside(mesh, rolling)
@@ -249,6 +280,7 @@ def make_learner(config: Config, decoder: DecoderConfig, algorithm: Algorithm, m
         needs=needs,
         mesh=mesh,
         seed=config.seed,
+        subtree=trained_of(decoder),
     )
 
 
@@ -259,6 +291,9 @@ def make_critic(config: Config, decoder: DecoderConfig, algorithm: Algorithm, me
         return None
 
     critic = config.critic
+    if decoder.lora is not None and not critic.adapters:
+        # All of its weights are trained, so they are loaded as those of a policy without adapters are.
+        decoder = dataclasses.replace(base_config(decoder), param_dtype=MASTER_DTYPE)
     if critic.model:
         own = load_config(model_path(critic.model), dtype=decoder.dtype, param_dtype=decoder.param_dtype)
         if own.vocab_size < decoder.vocab_size:
@@ -266,21 +301,40 @@ def make_critic(config: Config, decoder: DecoderConfig, algorithm: Algorithm, me
                 f"config.critic.model={critic.model!r} has embeddings for {own.vocab_size} tokens, but the policy "
                 f"samples {decoder.vocab_size}; take a model with its vocabulary, or none to start from the policy"
             )
-        decoder = own
+        decoder = dataclasses.replace(own, lora=decoder.lora)
     update = dataclasses.replace(config.update, epochs=critic.epochs)
     returns_fn = jax.jit(spec.returns_fn)
-    return Critic(decoder, spec.loss, critic.optimizer, returns_fn, update, mesh=mesh, seed=config.seed)
+    # The head is the critic's alone, so what is trained is asked of its own config.
+    subtree = trained_of(decoder)
+    return Critic(
+        decoder, spec.loss, critic.optimizer, returns_fn, update, mesh=mesh, seed=config.seed, subtree=subtree
+    )
 
 
 def critic_params(run: Run, params: Params) -> Params:
     """The language model that the critic starts from: `params`, or `config.critic.model`."""
     config = run.config
     critic = run.critic
-    if critic is None or not config.critic.model:
+    if critic is None:
         return params
-    decoder = dataclasses.replace(critic.config, value_head=False)
+    if not config.critic.model:
+        if run.decoder.lora is None or config.critic.adapters:
+            return params
+        wide = jax.tree.map(lambda x: x.astype(MASTER_DTYPE), params)
+        return merged_params(run.decoder, wide)
+
+    decoder = base_config(dataclasses.replace(critic.config, value_head=False))
     dtypes = {"dtype": decoder.dtype, "param_dtype": decoder.param_dtype}
-    return load_model(model_path(config.critic.model), shardings=param_shardings(decoder, run.mesh), **dtypes)[1]
+    loaded = load_model(model_path(config.critic.model), shardings=param_shardings(decoder, run.mesh), **dtypes)[1]
+    return fresh_adapters(dataclasses.replace(decoder, lora=critic.config.lora), loaded, run.mesh, config.seed)
+
+
+def fresh_adapters(decoder: DecoderConfig, params: Params, mesh: Mesh, seed: int) -> Params:
+    """`params` with adapters as `decoder` has them, which add nothing yet; `params` themselves where it has none."""
+    if decoder.lora is None:
+        return params
+    make = jax.jit(functools.partial(init_adapters, decoder), out_shardings=adapters_of(param_shardings(decoder, mesh)))
+    return with_adapters(params, make(jax.random.key(seed)))
 
 
 def stack_rows(config: Config, trajectories: Sequence[Trajectory], rows: int | None = None) -> RolloutBatch:

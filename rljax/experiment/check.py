@@ -65,6 +65,7 @@ def check(config: Config, device_count: int | None = None) -> Algorithm:
     check_off_policy(config, algorithm)
     check_entropies(config, algorithm)
     check_groups(config, plan)
+    check_adapters(config)
     check_pushes(config)
     if config.sampling.temperature <= 0 and plan.group_size > 1:
         raise ValueError(
@@ -169,6 +170,15 @@ def reads_entropies(algorithm: Algorithm) -> bool:
     unknown = dataclasses.replace(batch, entropies=np.full(shape, np.nan, np.float32))
     known = np.asarray(algorithm.advantage_fn(batch))
     return not np.array_equal(known, np.asarray(algorithm.advantage_fn(unknown)))
+
+
+def check_adapters(config: Config) -> None:
+    """Refuses a critic's adapters where nothing says what they are."""
+    if config.critic.adapters and not config.lora:
+        raise ValueError(
+            "config.critic.adapters=True trains adapters as config.lora has them, and config.lora.rank=0 has none; set "
+            "config.lora.rank above 0, or leave the critic's adapters out"
+        )
 
 
 def check_pushes(config: Config) -> None:

@@ -19,6 +19,7 @@ from rljax.training import (
     CheckpointConfig,
     CriticConfig,
     LogConfig,
+    LoraConfig,
     OptimizerConfig,
     UpdateConfig,
     WarmupConfig,
@@ -64,6 +65,8 @@ class Config:
     """How a rollout becomes updates."""
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
     """The policy's optimizer: `OptimizerConfig` (AdamW), `MuonConfig`, `LightSAMConfig`."""
+    lora: LoraConfig = dataclasses.field(default_factory=LoraConfig)
+    """Adapters that are trained in place of the model's weights."""
     critic: CriticConfig = dataclasses.field(default_factory=CriticConfig)
     """The value function of an algorithm that has one; others leave it alone."""
     warmup: WarmupConfig = dataclasses.field(default_factory=WarmupConfig)

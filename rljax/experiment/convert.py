@@ -3,6 +3,7 @@
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,16 +11,50 @@ import numpy as np
 
 from rljax.experiment.evaluate import run_checkpoints
 from rljax.experiment.model import model_path
-from rljax.models import abstract_params, config_from_hf, load_model, read_metadata, save_hf
-from rljax.text import load_tokenizer
-from rljax.training import local_copy, reachable, restore_params
+from rljax.models import (
+    ADAPTER_FILE,
+    DecoderConfig,
+    Metadata,
+    abstract_params,
+    adapters_of,
+    base_config,
+    config_from_hf,
+    described_lora,
+    is_peft,
+    load_model,
+    load_peft,
+    merged_params,
+    read_lora,
+    read_metadata,
+    save_hf,
+    save_peft,
+    with_adapters,
+)
+from rljax.text import Tokenizer, load_tokenizer
+from rljax.training import AnyPath, frozen_base, local_copy, reachable, restore_params, trained_of
+from rljax.types import Params
 
 
-def convert(source: str, target: str, *, step: int | None = None, dtype: str = "float32") -> Path:
-    """Writes weights, tokenizer and metadata (what ends a text, settings of sampling) as a Hugging Face folder.
+class _Model(NamedTuple):
+    """What is converted."""
 
-    `source` is a Hugging Face folder, a GGUF file, `smollm2`, or a run folder, whose `step` picks a checkpoint; it may
-    lie at an address. ValueError for anything else, and for a target that is not empty.
+    decoder: DecoderConfig
+    params: Params
+    tokenizer: Tokenizer
+    said: Metadata
+    base: str = ""
+    """Where the weights lie that its adapters stand beside."""
+
+
+def convert(
+    source: str, target: str, *, step: int | None = None, dtype: str = "float32", adapter: bool = False
+) -> Path:
+    """Writes weights, tokenizer and metadata (what ends a text, settings of sampling) as a Hugging Face folder; those
+    of a model with adapters with these merged into them, or, with `adapter`, the adapters alone in PEFT's format.
+
+    `source` is a Hugging Face folder, a GGUF file, `smollm2`, a folder in PEFT's format over one of these, or a run
+    folder, whose `step` picks a checkpoint; it may lie at an address. ValueError for anything else, for a target that
+    is not empty, and for adapters asked of a model that has none.
     """
     goal = Path(target)
     if goal.exists() and any(goal.iterdir()):
@@ -28,21 +63,72 @@ def convert(source: str, target: str, *, step: int | None = None, dtype: str = "
     # A run folder says in `model/` what its checkpoints are of.
     description = reachable(source) / "model"
     if (description / "config.json").exists():
-        with local_copy(description) as model:
-            decoder = config_from_hf(json.loads((model / "config.json").read_text()))
-            tokenizer = load_tokenizer(model)
-            said = read_metadata(model)
-        # In float32 as they were trained; the target's dtype comes last, so that weights are rounded once.
-        trained = abstract_params(dataclasses.replace(decoder, param_dtype="float32"))
-        params, _ = restore_params(run_checkpoints(source), trained, step)
+        with local_copy(description) as folder:
+            found = _of_run(source, folder, step)
+    elif is_peft(source):
+        found = _of_peft(Path(source))
     else:
         path = model_path(source)
-        decoder, params = load_model(path)
-        tokenizer = load_tokenizer(path)
-        said = read_metadata(path)
+        found = _Model(*load_model(path), load_tokenizer(path), read_metadata(path))
 
-    params = jax.tree.map(lambda x: jnp.asarray(x, dtype), params)
-    save_hf(goal, decoder, params, tokenizer=tokenizer, hf_config=said.config, generation_config=said.generation)
-    count = sum(int(np.prod(x.shape)) for x in jax.tree.leaves(params))
+    if adapter:
+        if found.decoder.lora is None:
+            raise ValueError(f"--adapter: {source} has no adapters; leave it out to write all weights")
+        written = _cast(found.params, dtype)
+        save_peft(goal, found.decoder, written, base=found.base)
+        written = adapters_of(written)
+    else:
+        # In float32, and rounded once: what adapters add may be less than what a narrower weight can show.
+        merged = merged_params(found.decoder, _cast(found.params, "float32"))
+        written = _cast(merged, dtype)
+        said = found.said
+        save_hf(
+            goal,
+            base_config(found.decoder),
+            written,
+            tokenizer=found.tokenizer,
+            hf_config=said.config,
+            generation_config=said.generation,
+        )
+    count = sum(int(np.prod(x.shape)) for x in jax.tree.leaves(written))
     print(f"{count / 1e6:.1f}M parameters as {dtype} in {goal}")
     return goal
+
+
+def _cast(params: Params, dtype: str) -> Any:
+    return jax.tree.map(lambda x: jnp.asarray(x, dtype), params)
+
+
+def _of_peft(folder: Path) -> _Model:
+    base = json.loads((folder / ADAPTER_FILE).read_text()).get("base_model_name_or_path") or ""
+    path = model_path(base)
+    decoder, params = load_model(path)
+    decoder = dataclasses.replace(decoder, lora=read_lora(folder, decoder))
+    params = with_adapters(params, load_peft(folder, decoder))
+    return _Model(decoder, params, load_tokenizer(path), read_metadata(path), base)
+
+
+def _of_run(source: str, folder: AnyPath, step: int | None) -> _Model:
+    """A checkpoint of the run `source`, whose description lies in `folder`."""
+    decoder = config_from_hf(json.loads((folder / "config.json").read_text()))
+    base = ""
+    frozen = None
+    if (folder / ADAPTER_FILE).exists():
+        adapter = json.loads((folder / ADAPTER_FILE).read_text())
+        base = adapter["base_model_name_or_path"] or ""
+        if not base:
+            raise ValueError(
+                f"{source} has adapters beside the frozen weights of a fresh model, which are in no file; train such a "
+                "model as a whole, or adapters of one that has files"
+            )
+        # As the run held them: a checkpoint is known to belong to these.
+        dtype = adapter["base_dtype"]
+        _, weights = load_model(model_path(base), param_dtype=dtype)
+        decoder = dataclasses.replace(decoder, param_dtype=dtype, lora=described_lora(adapter, decoder))
+        target = abstract_params(decoder)
+        frozen = frozen_base(with_adapters(weights, adapters_of(target)), trained_of(decoder))
+    else:
+        # In float32 as they were trained; the target's dtype comes last, so that weights are rounded once.
+        target = abstract_params(dataclasses.replace(decoder, param_dtype="float32"))
+    params, _ = restore_params(run_checkpoints(source), target, step, subtree=trained_of(decoder), base=frozen)
+    return _Model(decoder, params, load_tokenizer(folder), read_metadata(folder), base)

@@ -55,13 +55,16 @@ def _evaluate_model(config: Config, checkpoint: str | None, step: int | None, js
 def checkpoint_params(run: Run, folder: str, step: int | None = None) -> tuple[Params, int]:
     """(weights on the mesh of `run`, their step) of a checkpoint of the run folder `folder`; `step` None is the newest.
     ValueError when there is none."""
-    # Trained weights are float32 whatever the model's own were loaded as.
+    # Trained weights are float32 whatever the model's own were loaded as; frozen ones stay as they are.
+    is_frozen = run.decoder.lora is not None
     target = jax.tree.map(
-        lambda x, where: jax.ShapeDtypeStruct(x.shape, np.float32, sharding=where),
+        lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype if is_frozen else np.float32, sharding=where),
         abstract_params(run.decoder),
         param_shardings(run.decoder, run.mesh),
     )
-    return restore_params(run_checkpoints(folder), target, step)
+    learner = run.learner
+    base = learner.base_of(run.initial_params()) if is_frozen else None
+    return restore_params(run_checkpoints(folder), target, step, subtree=learner.subtree, base=base)
 
 
 def run_checkpoints(folder: str) -> AnyPath:

@@ -139,7 +139,9 @@ def held_state(run: Run) -> dict[str, int]:
         parts["pushed"] = bytes_of(state.trainable)
     if run.critic is not None:
         own = run.critic.abstract_state()
-        parts["critic"] = bytes_of(own.trainable) + bytes_of(own.base) + bytes_of(own.opt_state)
+        # Frozen weights are the policy's own, unless it starts from another model.
+        frozen = bytes_of(own.base) if run.config.critic.model else 0
+        parts["critic"] = bytes_of(own.trainable) + frozen + bytes_of(own.opt_state)
     return parts
 
 

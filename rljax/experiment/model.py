@@ -106,7 +106,7 @@ class PretrainedModel:
 
     def params_of(self, decoder: DecoderConfig, shardings: Any, seed: int) -> Params:
         path = model_path(self.path)
-        return load_model(path, dtype=decoder.dtype, param_dtype=self.param_dtype, shardings=shardings)[1]
+        return load_model(path, dtype=decoder.dtype, param_dtype=decoder.param_dtype, shardings=shardings)[1]
 
     def metadata_of(self) -> Metadata:
         return read_metadata(model_path(self.path))

@@ -11,7 +11,7 @@ from rljax.experiment.build import Run, stack_rows
 from rljax.experiment.stops import Stopped
 from rljax.tasks import Example, UniformCurriculum
 from rljax.text import Dialogue, Message, encode_text
-from rljax.training import Checkpointer, Learner, PhaseTimer, RunFolder, add_metrics, sft_loss
+from rljax.training import Checkpointer, Learner, PhaseTimer, RunFolder, add_metrics, sft_loss, trained_of, with_base
 from rljax.types import Params, TrainState, Trajectory
 
 
@@ -53,7 +53,9 @@ def train_supervised(
     steps = run.config.warmup.steps
     every = run.config.checkpoint.every
 
-    restored = None if checkpoints is None else checkpoints.restore(learner.abstract_state())
+    restored = None
+    if checkpoints is not None and checkpoints.steps:
+        restored = checkpoints.restore(target_state(run, learner))
     first = 0 if restored is None else restored[2]
     run.stops.check()
     begin(first)
@@ -89,8 +91,16 @@ def supervised(run: Run) -> tuple[Learner, UniformCurriculum]:
 
     # Demonstrations are one update a step, whatever rollouts are split into, and no sampler has log-probs of them.
     update = dataclasses.replace(run.config.update, minibatches=1, epochs=1, use_sampler_logprobs=False)
-    learner = Learner(run.decoder, sft_loss(), run.config.warmup.optimizer, update, mesh=run.mesh)
+    learner = Learner(
+        run.decoder, sft_loss(), run.config.warmup.optimizer, update, mesh=run.mesh, subtree=trained_of(run.decoder)
+    )
     return learner, UniformCurriculum(examples, seed=run.config.seed)
+
+
+def target_state(run: Run, learner: Learner) -> TrainState:
+    """What a checkpoint of the warm-up is restored into, over the frozen weights where there are any."""
+    state = learner.abstract_state()
+    return state if run.decoder.lora is None else with_base(state, learner.base_of(run.initial_params()))
 
 
 def demonstrations(run: Run) -> list[Example]:

@@ -23,7 +23,7 @@ from rljax.experiment.report import describe_run, finish, say
 from rljax.experiment.sft import warm_up
 from rljax.experiment.stops import Stopped, Stops
 from rljax.experiment.watchdog import Watchdog
-from rljax.models import written_metadata
+from rljax.models import ADAPTER_FILE, base_config, described_adapter, written_metadata
 from rljax.parallel import check_equal, end_together, is_main_process, on_main, use_mesh
 from rljax.rollouts import Rollout, RolloutConfig
 from rljax.rollouts.shared import check_processes
@@ -297,7 +297,7 @@ def resume(run: Run, checkpoints: Checkpointer, folder: RunFolder, journal: Jour
                 "or start in a new folder (or with --fresh)"
             )
         review_changes(folder.previous_config, folder.config, done, "config.steps", is_evaluated=is_evaluated)
-    restored = checkpoints.restore(run.abstract_state())
+    restored = checkpoints.restore(run.target_state()) if checkpoints.steps else None
     if restored is None and checkpoints.steps:
         # Before the first one is complete all rollouts are there, and the run begins again with them.
         if not on_main(lambda: journal.holds(0, 1)):
@@ -379,7 +379,10 @@ def save_description(run: Run, folder: RunFolder) -> None:
         remove_tree(new)
         with local_folder(new) as path:
             run.tokenizer.save(path)
-        metadata = written_metadata(run.decoder, run.config.model.metadata_of(), run.tokenizer)
+        metadata = written_metadata(base_config(run.decoder), run.config.model.metadata_of(), run.tokenizer)
+        if run.decoder.lora is not None:
+            adapter = described_adapter(run.decoder, getattr(run.config.model, "path", ""))
+            folder.write_json(new / ADAPTER_FILE, adapter | {"base_dtype": run.decoder.param_dtype})
         folder.write_json(new / "generation_config.json", metadata.generation)
         folder.write_json(new / "config.json", metadata.config)
         move_tree(new, folder.path / "model", last="config.json")

@@ -339,10 +339,15 @@ def hidden_states(
 
     `scan` runs the stacked layers as one `lax.scan` (compiles once); otherwise they are unrolled. `remat` says what
     the backward pass computes again (see `Remat`). `attention` is `forest_attention` or something that computes the
-    same; it alone minds the order of the positions, which is also that of the result. ValueError for another `remat`.
+    same; it alone minds the order of the positions, which is also that of the result. ValueError for another `remat`, and for
+    several adapters side by side.
     """
     if remat not in get_args(Remat):
         raise ValueError(f"remat={remat!r} must be one of {', '.join(map(repr, get_args(Remat)))}")
+    if config.lora is not None and config.lora.count:
+        raise ValueError(
+            f"packed sequences have one adapter, and this model has {config.lora.count} side by side; take one of them"
+        )
 
     # Made once for all layers: within a scan a table is a constant.
     tables, kinds = _stack_tables(config, rotary_tables(config, positions))

@@ -37,19 +37,19 @@ class TensorInfo(NamedTuple):
 
 
 class SafetensorsFolder:
-    """The tensors of a folder with `model.safetensors`, or with shards and their index."""
+    """The tensors of a folder with one file, `single`, or with shards and their index."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, *, single: str = SINGLE_FILE):
         index = folder / INDEX_FILE
         weight_map = _read_index(index) if index.exists() else None
-        if weight_map is None and not (folder / SINGLE_FILE).exists():
+        if weight_map is None and not (folder / single).exists():
             raise ValueError(
-                f"{folder} has neither {SINGLE_FILE} nor {INDEX_FILE}; save the model as safetensors "
+                f"{folder} has neither {single} nor {INDEX_FILE}; save the model as safetensors "
                 "(transformers: save_pretrained)"
             )
 
         self.tensors: dict[str, TensorInfo] = {}
-        for name in [SINGLE_FILE] if weight_map is None else sorted(set(weight_map.values())):
+        for name in [single] if weight_map is None else sorted(set(weight_map.values())):
             for tensor, info in _read_header(folder / name).items():
                 if tensor in self.tensors:
                     other = self.tensors[tensor].file.name

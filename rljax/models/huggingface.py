@@ -181,7 +181,7 @@ def save_hf(
         else:
             # The order in which process 0 asks: gathering is collective.
             for name in sorted(names):
-                _to_host(params, wanted[name])
+                to_host(params, wanted[name])
     if not writes:
         return
 
@@ -247,13 +247,13 @@ def _take_layer(stacked: jax.Array, layer: jax.Array) -> jax.Array:
 
 
 def _to_host(params: Params, parts: list[Entry]) -> np.ndarray:
-    """One tensor in the file's layout, of the weights that it holds; collective when its shards live in several
-    processes."""
-    weights = [_weight_to_host(params, part) for part in parts]
+    """One tensor in the file's layout, of the weights that it holds; collective as `to_host` is."""
+    weights = [to_host(params, part) for part in parts]
     return weights[0] if len(weights) == 1 else np.concatenate(weights)
 
 
-def _weight_to_host(params: Params, entry: Entry) -> np.ndarray:
+def to_host(params: Params, entry: Entry) -> np.ndarray:
+    """One weight in the file's layout; collective when its shards live in several processes."""
     value = _weight(params, entry)
     if entry.layer is not None:
         # On devices a traced index: one program for all layers.

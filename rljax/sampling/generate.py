@@ -28,7 +28,7 @@ from rljax.models.head import logits
 from rljax.models.rope import rotary_tables
 from rljax.parallel import constrain, on_shards, platform
 from rljax.sampling.logits import Rules, SamplingParams, process_logits, sample_tokens
-from rljax.sampling.weights import product, product_of_few
+from rljax.sampling.weights import chosen_adapters, product, product_of_few
 from rljax.types import ArrayLike, Params, struct
 
 
@@ -64,6 +64,8 @@ class DecodeRows:
     """Place in the completion at which none of `suppressed` may be sampled; -1 for nowhere."""
     drawn: Int[ArrayLike, "P G"] | None = None
     """Random numbers of a row's ids that were used up before those of `steps`; None for none anywhere."""
+    adapter: Int[ArrayLike, " P"] | None = None
+    """Which of the adapters side by side each prompt's rows have; None where there is a single one, or none."""
 
 
 @struct
@@ -117,8 +119,10 @@ def prefill(
     cache: KVCache,
     tokens: Int[ArrayLike, "N S"],
     slots: Int[ArrayLike, " N"],
+    adapter: Int[ArrayLike, " N"] | None = None,
 ) -> KVCache:
-    """Writes the keys and values of `N` prompts (right-padded; the padding is never read) into prompt slots.
+    """Writes the keys and values of `N` prompts (right-padded; the padding is never read) into prompt slots. `adapter`
+    says which of several each prompt has.
 
     On a mesh prompts and slots are split alike: each device computes the prompts of its own slots, and slot -1 is of a
     prompt that counts for nothing. `params` are those of `decode_weights`.
@@ -131,6 +135,7 @@ def prefill(
     end = jnp.full(tokens.shape, length)
     tables = rotary_tables(config, positions)
 
+    multiply = chosen_adapters(product, adapter)
     x = constrain(embed(config, params, tokens), ("batch", None, None))
     prefix_k = []
     prefix_v = []
@@ -140,7 +145,7 @@ def prefill(
         def attend(q, k, v, window=window):
             return forest_attention(q, k, v, positions, end, window), (k, v)
 
-        x, (k, v) = apply_layer(config, layer_params, x, tables[rotation], attend, product)
+        x, (k, v) = apply_layer(config, layer_params, x, tables[rotation], attend, multiply)
         prefix_k.append(_store(cache.prefix_k[index], k, slots))
         prefix_v.append(_store(cache.prefix_v[index], v, slots))
 
@@ -238,7 +243,7 @@ def decode(
         now = (run.column + loop.step) % ring
         # Without paths a row that ended may be written on, since nobody reads its columns again; with them it may not.
         writes = loop.active if loop.cache.path_k else None
-        hidden, cache = _forward(config, params, loop.cache, loop.token, rows.prefix_length, loop.steps, now, writes)
+        hidden, cache = _forward(config, params, loop.cache, rows, loop.token, loop.steps, now, writes)
 
         raw = logits(config, params, hidden, vocab_first=axis == 0)
         raw = _suppress(rows, loop.steps, raw, axis)
@@ -341,13 +346,15 @@ def _force(rows: DecodeRows, steps: Array, token: Array, logprob: Array, entropy
     return jnp.where(where, given, token), jnp.where(where, 0, logprob), jnp.where(where, 0, entropy)
 
 
-def _forward(config, params, cache: KVCache, token, prefix_length, steps, column, writes) -> tuple[Array, KVCache]:
+def _forward(config, params, cache: KVCache, rows: DecodeRows, token, steps, column, writes) -> tuple[Array, KVCache]:
     """Final-normed hidden states [P, G, D] of one new token a row, and the cache with the keys and values of the rows
     that `writes` marks, or of all."""
     ring = ring_size(cache)
     # How many steps ago each column of the ring was written; the column of this step is 0 steps old.
     age = (column - jnp.arange(ring)) % ring
+    prefix_length = jnp.asarray(rows.prefix_length)
     tables = rotary_tables(config, prefix_length[:, None] + steps)
+    multiply = chosen_adapters(product_of_few, rows.adapter)
 
     x = constrain(embed(config, params, token), ("batch", None, None))
     suffix_k = []
@@ -360,7 +367,7 @@ def _forward(config, params, cache: KVCache, token, prefix_length, steps, column
             layer = write_column(layer_cache(cache, index), k, v, column, writes)
             return cached_attention(q, layer, prefix_length, age, steps, window), layer
 
-        x, layer = apply_layer(config, layer_params, x, tables[rotation], attend, product_of_few)
+        x, layer = apply_layer(config, layer_params, x, tables[rotation], attend, multiply)
         suffix_k.append(layer.suffix_k)
         suffix_v.append(layer.suffix_v)
 

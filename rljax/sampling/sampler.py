@@ -64,6 +64,8 @@ class Sampler:
     request, whose keys and values are kept, and nothing is computed again. A fork may begin with up to
     `spec.max_injected` given tokens.
 
+    Where the model has several adapters side by side, each request names its own.
+
     Rows are split over the `data` and `fsdp` axes of `mesh`, key-value heads over `tensor`.
 
     Raises ValueError for impossible settings.
@@ -82,6 +84,7 @@ class Sampler:
         self.mesh = mesh
         self._parts = 1 if mesh is None else batch_parts(mesh)
         self.spec = spec.resolved(self._parts)
+        self._num_adapters = 0 if config.lora is None else config.lora.count
         self.last_stats: dict[str, float] = {}
         self._stop_tokens = tuple(sorted(set(stops.tokens)))
         self._stop_strings = StopStrings(stops)
@@ -120,7 +123,7 @@ class Sampler:
                     for length in (b for b in spec.prompt_buckets if b <= bucket):
                         for count in self._prefill_counts(length):
                             tokens = np.zeros((self._parts * count, length), np.int32)
-                            cache = self._prefill(self._weights(), cache, tokens, tokens[:, 0])
+                            cache = self._prefill(self._weights(), cache, tokens, tokens[:, 0], tokens[:, 0])
                     cache = self._copy_prompt(cache, 0, 0)
 
                     # The ring grows and shrinks from one of its sizes to the next.
@@ -258,8 +261,11 @@ class Sampler:
     # Programs are compiled for what they see of the cache: what prompts need goes without the ring, whose sizes are
     # many, and what paths need without the prompts.
 
-    def _prefill(self, params: Params, cache: KVCache, tokens: np.ndarray, slots: np.ndarray) -> KVCache:
-        prompts = _prefill(self.config, params, _prompts(cache), tokens, slots)
+    def _prefill(
+        self, params: Params, cache: KVCache, tokens: np.ndarray, slots: np.ndarray, adapters: np.ndarray
+    ) -> KVCache:
+        chosen = adapters if self._num_adapters else None
+        prompts = _prefill(self.config, params, _prompts(cache), tokens, slots, chosen)
         return dataclasses.replace(cache, prefix_k=prompts.prefix_k, prefix_v=prompts.prefix_v)
 
     def _copy_prompt(self, cache: KVCache, source: int, target: int) -> KVCache:
@@ -275,7 +281,7 @@ class Sampler:
         return dataclasses.replace(moved, prefix_k=cache.prefix_k, prefix_v=cache.prefix_v)
 
     def _slots(self, requests: Sequence[Request]) -> Slots:
-        return Slots(requests, self.spec, self._parts)
+        return Slots(requests, self.spec, self._parts, chooses_adapter=self._num_adapters > 0)
 
     def _moves(self, cache: KVCache, paths: Sequence[Path], ends: Sequence[int]) -> PathMoves:
         """What the device needs to move these paths; `ends` are the ring columns after the last of each."""
@@ -327,12 +333,14 @@ class Sampler:
             for batch in by_part(group, places, self._parts, self._prefill_counts(bucket)):
                 tokens = np.zeros((len(batch), bucket), np.int32)
                 where = np.full(len(batch), -1, np.int32)
+                adapters = np.zeros(len(batch), np.int32)
                 for i, entry in enumerate(batch):
                     if entry is not None:
                         prefix = slots.requests[entry.request].prompt[:-1]
                         tokens[i, : len(prefix)] = prefix
                         where[i] = entry.slot
-                cache = self._prefill(params, cache, tokens, where)
+                        adapters[i] = slots.requests[entry.request].adapter
+                cache = self._prefill(params, cache, tokens, where, adapters)
 
         # Copies come last: their source may have been prefilled just now.
         for load in loads:
@@ -372,9 +380,11 @@ class Sampler:
         idle = self._slots([])
         with self._on_mesh():
             zeros = np.zeros((count, length), np.int32)
+            first = zeros[:, 0]
+            chosen = first if self._num_adapters else None
             return {
                 "weights": lower_weights(self.config, self.mesh),
-                "prefill": _prefill.lower(self.config, plan.weights, plan.cache, zeros, np.zeros(count, np.int32)),
+                "prefill": _prefill.lower(self.config, plan.weights, plan.cache, zeros, first, chosen),
                 "decode": _decode.lower(
                     self.config,
                     self._stop_tokens,
@@ -422,6 +432,10 @@ class Sampler:
                 "check that tokenizer and model belong together"
             )
 
+        if not 0 <= request.adapter < max(self._num_adapters, 1):
+            raise ValueError(
+                f"{where}: adapter={request.adapter} is none of the model's {self._num_adapters}, which count from 0"
+            )
         if not 0 <= request.begun <= len(prompt):
             raise ValueError(f"{where}: begun={request.begun} must lie between 0 and the prompt's {len(prompt)} tokens")
 

@@ -89,6 +89,8 @@ class Request(NamedTuple):
     """Which forks follow; None is no forks."""
     begun: int = 0
     """The last `begun` tokens of the prompt belong to the text of the completion: a stop string may begin in them."""
+    adapter: int = 0
+    """Which of the model's adapters samples it, where several stand side by side (`rljax.models.Lora.count`)."""
 
 
 class Load(NamedTuple):
@@ -120,14 +122,18 @@ class Slots:
 
     A finished row takes the next waiting sample of its prompt; a slot whose rows are all idle and whose prompt has
     none takes the next prompt, or else waiting samples of another slot's prompt. A request with `rounds` stays in its
-    slot, where the paths of its first `path_slots` samples are kept.
+    slot, where the paths of its first `path_slots` samples are kept. `chooses_adapter` says whether requests name one
+    of several adapters.
 
     Of the slots each of `parts` of the devices has a stretch; work goes to them in turn, so that prompts that are fewer
     than slots keep all of them busy.
     """
 
-    def __init__(self, requests: Sequence[Request], spec: SamplerSpec, parts: int = 1):
+    def __init__(
+        self, requests: Sequence[Request], spec: SamplerSpec, parts: int = 1, *, chooses_adapter: bool = False
+    ):
         self.requests = requests
+        self._chooses_adapter = chooses_adapter
         self.max_new_tokens = spec.max_new_tokens
         self.path_slots = spec.path_slots
         self.max_injected = spec.max_injected
@@ -147,6 +153,7 @@ class Slots:
         self._request = np.full(spec.prompt_slots, _FREE)
         self._prompt_id = np.zeros(spec.prompt_slots, np.int32)
         self._prefix_length = np.zeros(spec.prompt_slots, np.int32)
+        self._adapter = np.zeros(spec.prompt_slots, np.int32)
 
         # Per row.
         shape = (spec.prompt_slots, spec.sample_slots)
@@ -192,6 +199,7 @@ class Slots:
             forced_length=self._forced_length,
             suppressed=self._suppressed if len(self._suppressed) else None,
             suppress_at=self._suppress_at if len(self._suppressed) else None,
+            adapter=self._adapter if self._chooses_adapter else None,
         )
 
     def oldest(self) -> int:
@@ -323,6 +331,7 @@ class Slots:
         self._request[slot] = load.request
         self._prompt_id[slot] = request.prompt_id
         self._prefix_length[slot] = len(request.prompt) - 1
+        self._adapter[slot] = request.adapter
         return load
 
     def _lenders(self) -> list[int]:

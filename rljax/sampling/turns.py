@@ -125,6 +125,11 @@ class TurnDecoder:
     ):
         spec.check(config)
         stops.check(config)
+        if config.lora is not None and config.lora.count:
+            raise ValueError(
+                f"conversations have one adapter, and this model has {config.lora.count} side by side; give it one of "
+                "them, or take a Sampler"
+            )
         # Devices that split the batch keep as many conversations each, and decode these on rows of their own.
         self.parts = 1 if mesh is None else batch_parts(mesh)
         spec = spec.resolved(self.parts)

@@ -6,10 +6,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from rljax.models.config import DecoderConfig
-from rljax.models.decoder import unstack_layers
+from rljax.models.decoder import Product, unstack_layers
 from rljax.models.layout import param_shardings
 from rljax.parallel import (
     DECODE_RULES,
@@ -23,7 +23,7 @@ from rljax.parallel import (
     spread_mesh,
     use_mesh,
 )
-from rljax.types import Params
+from rljax.types import ArrayLike, Params
 
 
 def take_weights(config: DecoderConfig, mesh: Mesh | None, params: Params) -> Params:
@@ -80,7 +80,12 @@ def decode_weights(config: DecoderConfig, params: Params) -> dict[str, Any]:
     outer = {name: jnp.copy(cast(name, value)) for name, value in params.items() if name != "layers"}
     layers = {name: cast(name, value) for name, value in params["layers"].items()}
     apart = unstack_layers({"layers": layers})["layers"]
-    return {**outer, "layers": jax.tree.map(lambda x: x.T if x.ndim == 2 else jnp.copy(x), apart)}
+    return {**outer, "layers": jax.tree.map(_in_rows, apart)}
+
+
+def _in_rows(weight: Array) -> Array:
+    """A matrix of a layer, or each of those side by side, turned; a copy of what is none."""
+    return jnp.swapaxes(weight, -1, -2) if weight.ndim >= 2 else jnp.copy(weight)
 
 
 def decode_shardings(config: DecoderConfig, mesh: Mesh) -> dict[str, Any]:
@@ -88,7 +93,10 @@ def decode_shardings(config: DecoderConfig, mesh: Mesh) -> dict[str, Any]:
     stacked = param_shardings(config, mesh, DECODE_RULES)
 
     def one_layer(sharding):
-        return NamedSharding(mesh, PartitionSpec(*reversed(sharding.spec[1:])))
+        # As the axes of `_in_rows` are.
+        *apart, last = sharding.spec[1:]
+        spec = (*apart[:-1], last, *apart[-1:])
+        return NamedSharding(mesh, PartitionSpec(*spec))
 
     layer = {name: one_layer(sharding) for name, sharding in stacked["layers"].items()}
     return {**stacked, "layers": (layer,) * config.num_layers}
@@ -109,3 +117,17 @@ def product_of_few(x: Float[Array, "*B D"], weight: Float[Array, "E D"]) -> Floa
         return product(x, weight)
     out = jax.lax.optimization_barrier(jnp.einsum("ed,md->em", weight, x.reshape(-1, x.shape[-1])))
     return out.T.reshape(*x.shape[:-1], -1)
+
+
+def chosen_adapters(product: Product, adapter: Int[ArrayLike, " N"] | None) -> Product:
+    """`product` of activations [N, G, D], in which the entries of weights side by side [M, E, D] are chosen: row `n`
+    has that of `adapter[n]`. `product` itself where that is None."""
+    if adapter is None:
+        return product
+
+    def multiply(x: Array, weight: Array) -> Array:
+        if weight.ndim == 2:
+            return product(x, weight)
+        return jnp.einsum("ngd,ned->nge", x, jnp.take(weight, jnp.asarray(adapter), axis=0))
+
+    return multiply

@@ -5,6 +5,7 @@ from rljax.training.config import CheckpointConfig, CriticConfig, LogConfig, Upd
 from rljax.training.critic import Critic, explained_variance
 from rljax.training.learner import Learner
 from rljax.training.lightsam import scale_by_lightsam_adagrad, scale_by_lightsam_adam, scale_by_lightsam_norm
+from rljax.training.lora import LoraConfig, trained_of
 from rljax.training.metrics import MetricsWriter, PhaseTimer, read_json, read_jsonl
 from rljax.training.objective import LossNeeds, Objective
 from rljax.training.optimizers import (
@@ -17,7 +18,15 @@ from rljax.training.optimizers import (
 )
 from rljax.training.run_folder import RunFolder, plot_learning_curve, versions
 from rljax.training.sft import sft_loss
-from rljax.training.state import abstract_state, create_state, state_shardings, with_base, with_critic, with_pushed
+from rljax.training.state import (
+    abstract_state,
+    create_state,
+    frozen_base,
+    state_shardings,
+    with_base,
+    with_critic,
+    with_pushed,
+)
 from rljax.training.storage import (
     AnyPath,
     local_copy,
@@ -40,6 +49,7 @@ __all__ = [
     "Learner",
     "LightSAMConfig",
     "LogConfig",
+    "LoraConfig",
     "LossNeeds",
     "MetricsWriter",
     "MuonConfig",
@@ -55,6 +65,7 @@ __all__ = [
     "create_state",
     "explained_variance",
     "fingerprint",
+    "frozen_base",
     "has_first_moment",
     "local_copy",
     "local_folder",
@@ -76,6 +87,7 @@ __all__ = [
     "sft_loss",
     "state_shardings",
     "subtree_of",
+    "trained_of",
     "versions",
     "with_base",
     "with_critic",

@@ -77,6 +77,10 @@ class CriticConfig:
     warmup_steps: int = field(default=0, least=0)
     """First steps of the run in which the policy stands still and the critic learns its values."""
 
+    adapters: bool = False
+    """Train adapters as `config.lora` has them, and the head, in place of all its weights. The frozen ones are the
+    policy's own, unless `model` names others."""
+
     optimizer: OptimizerConfig = dataclasses.field(default_factory=lambda: OptimizerConfig(learning_rate=5e-5))
     """Its own optimizer. A critic bears a larger learning rate than the policy."""
 

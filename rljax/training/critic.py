@@ -1,7 +1,6 @@
 """The critic: a learner of values."""
 
 import dataclasses
-import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -12,7 +11,7 @@ from jax.sharding import Mesh
 from jaxtyping import Bool, Float
 
 from rljax.batching import loss_mask
-from rljax.models import DecoderConfig, value_config, value_params
+from rljax.models import DecoderConfig, abstract_params, value_config, value_params
 from rljax.sampling.score import score_values
 from rljax.training.config import UpdateConfig
 from rljax.training.learner import Learner
@@ -62,10 +61,23 @@ class Critic:
         )
 
     def init_state(self, params: Params) -> TrainState:
-        """A state at step 0 whose trunk is a copy of a language model's `params`, and whose values are 0."""
-        # Under jit, so that what comes out is a copy: the policy keeps its own arrays.
-        copy = jax.jit(functools.partial(value_params, self.config), out_shardings=self.learner.param_shardings())
-        return self.learner.init_state(copy(params))
+        """A state at step 0 whose trunk is that of a language model's `params`, of which it copies what is trained, and
+        whose values are 0."""
+        subtree = self.learner.subtree
+        layout = self.learner.param_shardings()
+
+        def trained(params: Params) -> Any:
+            return subtree.split(value_params(self.config, params))[0]
+
+        # Under jit, so that what comes out is a copy: the policy keeps its own arrays, of which frozen ones are shared.
+        copy = jax.jit(trained, out_shardings=None if layout is None else subtree.split(layout)[0])
+        return self.learner.init_state(subtree.merge(copy(params), self.base_of(params)))
+
+    def base_of(self, params: Params) -> Any:
+        """The frozen part of its trunk, the arrays of a language model's `params` where they have their dtype and place
+        already; None where all is trained."""
+        heads = abstract_params(self.config)
+        return self.learner.base_of({name: params.get(name, heads[name]) for name in heads})
 
     def abstract_state(self) -> TrainState:
         """What a checkpoint of the state is restored into."""

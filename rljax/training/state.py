@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 
 from rljax.models import DecoderConfig, abstract_params, param_shardings
 from rljax.parallel import RULES, Rules, replicated
-from rljax.training.trainable import EVERYTHING, Subtree, policy_params
+from rljax.training.trainable import EVERYTHING, Subtree
 from rljax.types import Params, TrainState
 
 
@@ -23,7 +23,7 @@ def create_state(
     subtree: Subtree = EVERYTHING,
 ) -> TrainState:
     """A state at step 0. `params` become part of it (what is trained is donated by the first update); the reference is
-    a copy of what is trained.
+    a copy of what is trained. What is frozen is not copied where it has its dtype and place already.
 
     What is trained is float32 whatever the dtype of `params`, and so are the moments made of it: in bfloat16 a step of
     less than 1/256 of a weight is lost, and a decay of 0.999 is 1.
@@ -31,24 +31,25 @@ def create_state(
     `shardings` is a `TrainState` of shardings, as `state_shardings` makes it; None leaves everything where it is.
     """
 
-    def build(params):
-        trainable, _ = subtree.split(params)
+    def build(trainable):
         trainable = jax.tree.map(_as_master, trainable)
         return TrainState(
             trainable=trainable,
             opt_state=optimizer.init(trainable),
             step=jnp.int32(0),
             skipped=jnp.int32(0),
-            base=frozen_base(params, subtree),
             ref_trainable=jax.tree.map(jnp.copy, trainable) if reference else None,
         )
 
+    trainable, _ = subtree.split(params)
     if shardings is None:
-        return build(params)
-    placed = jax.device_put(params, policy_params(shardings, subtree))
+        return with_base(build(trainable), frozen_base(params, subtree))
+    base = frozen_base(params, subtree, shardings=shardings.base)
+    placed = jax.device_put(trainable, shardings.trainable)
     # A buffer can only be handed on to one of its own dtype.
     is_master = all(x.dtype == jnp.promote_types(x.dtype, jnp.float32) for x in jax.tree.leaves(placed))
-    return jax.jit(build, out_shardings=shardings, donate_argnums=(0,) if is_master else ())(placed)
+    made = jax.jit(build, out_shardings=with_base(shardings, None), donate_argnums=(0,) if is_master else ())(placed)
+    return with_base(made, base)
 
 
 def frozen_base(params: Params, subtree: Subtree, *, shardings: Any = None) -> Any:

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from rljax.models import DecoderConfig, save_hf
+from rljax.models import DecoderConfig, base_config, merged_params, save_hf
 from rljax.parallel import require_one_process
 from rljax.plans import RolloutPlan
 from rljax.rollouts.actor import Decoder, ScoredGroup
@@ -138,10 +138,13 @@ class RemoteActor(PromptActor):
 
 
 def exporter(decoder: DecoderConfig, tokenizer: Tokenizer, dtype: str) -> Export:
-    """Writes weights in `dtype`, with the tokenizer."""
+    """Writes weights in `dtype`, adapters merged into them, with the tokenizer."""
 
     def export(folder: Path, params: Params) -> None:
+        # In float32, and rounded once: what adapters add may be less than what a narrower weight can show.
+        if decoder.lora is not None:
+            params = merged_params(decoder, jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), params))
         cast = jax.tree.map(lambda x: x if x.dtype == dtype else jnp.asarray(x, dtype), params)
-        save_hf(folder, decoder, cast, tokenizer=tokenizer)
+        save_hf(folder, base_config(decoder), cast, tokenizer=tokenizer)
 
     return export

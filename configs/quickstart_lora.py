@@ -1,0 +1,53 @@
+"""The task of `quickstart`, with low-rank adapters in place of all weights: GRPO on SmolLM2-135M-Instruct.
+
+rljax train --config=quickstart_lora --workdir=runs/quickstart_lora
+"""
+
+from rljax.algorithms import GRPO
+from rljax.experiment import (
+    CheckpointConfig,
+    Config,
+    EvaluationConfig,
+    LoraConfig,
+    OptimizerConfig,
+    PretrainedModel,
+    ReasoningGymData,
+    SamplingConfig,
+    SingleTurn,
+    UpdateConfig,
+)
+from rljax.tasks import final_number
+
+
+def get_config() -> Config:
+    return Config(
+        name="quickstart_lora",
+        steps=20,
+        prompts_per_step=8,
+        model=PretrainedModel(path="smollm2"),
+        data=ReasoningGymData(
+            task="chain_sum",
+            args={"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1},
+            size=2000,
+            test_size=56,
+            extract=final_number,
+        ),
+        algorithm=GRPO(group_size=8, kl_coef=0.0),
+        actor=SingleTurn(prompt_buckets=(64,)),
+        sampling=SamplingConfig(max_new_tokens=14),
+        update=UpdateConfig(
+            minibatches=2,
+            use_sampler_logprobs=True,
+            pack_length=576,
+            length_buckets=(256, 576),
+            score_buckets=(448,),
+            row_buckets=(32,),
+            microbatch_buckets=(1,),
+            head_chunk=128,
+        ),
+        lora=LoraConfig(rank=16),
+        # Adapters bear ten times the rate of all weights, and more.
+        optimizer=OptimizerConfig(learning_rate=2e-4, weight_decay=0.0),
+        evaluation=EvaluationConfig(every=0, problems=56, samples=8),
+        checkpoint=CheckpointConfig(every=0),
+    )

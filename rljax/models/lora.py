@@ -1,0 +1,106 @@
+"""Adapters beside a model's weights: added, taken out, merged, and several of them side by side.
+
+They are weights like any other, declared by `rljax.models.decoder` where `DecoderConfig.lora` says so, and named after
+their matrix: `layers/q_lora_a [L, in, rank]` and `layers/q_lora_b [L, rank, out]`.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from rljax.models.config import DecoderConfig, Lora
+from rljax.models.decoder import DOWN, UP, init_params
+from rljax.types import Params
+
+
+def is_adapter(path: str) -> bool:
+    """Whether a weight's path, such as `layers/q_lora_a`, is an adapter's."""
+    return path.endswith((DOWN, UP))
+
+
+def adapters_of(params: Params) -> dict[str, Any]:
+    """The adapters among `params` alone, as a tree of the same shape; nothing is copied."""
+    return {"layers": {name: x for name, x in params["layers"].items() if is_adapter(name)}}
+
+
+def base_params(params: Params) -> dict[str, Any]:
+    """`params` without adapters: the model as it is with all of them switched off. Nothing is copied."""
+    return {**params, "layers": {name: x for name, x in params["layers"].items() if not is_adapter(name)}}
+
+
+def base_config(config: DecoderConfig) -> DecoderConfig:
+    """The config of `base_params`."""
+    return dataclasses.replace(config, lora=None)
+
+
+def with_adapters(params: Params, adapters: Params) -> dict[str, Any]:
+    """`params` with the adapters of another tree, in the place of any of its own. Nothing is copied."""
+    return {**params, "layers": {**base_params(params)["layers"], **adapters["layers"]}}
+
+
+def init_adapters(config: DecoderConfig, key: Array) -> dict[str, Any]:
+    """Fresh adapters, which add nothing yet: those of `init_params`. `key` is consumed."""
+    return adapters_of(init_params(config, key))
+
+
+def merged_params(config: DecoderConfig, params: Params) -> dict[str, Any]:
+    """`base_params` with what the adapters add taken into each matrix, `W + scale A B`.
+
+    The sum is taken in float32 and rounded to the dtype of the matrix: in bfloat16 a change of less than 1/256 of a
+    weight is lost, so merge into float32 where that matters. ValueError for adapters side by side.
+    """
+    lora = config.lora
+    if lora is None:
+        return dict(params)
+    if lora.count:
+        raise ValueError(f"{lora.count} adapters side by side cannot be merged into one model; take one of them out")
+
+    layers = dict(base_params(params)["layers"])
+    for name in lora.targets:
+        down, up = (params["layers"][f"{name}{end}"].astype(jnp.float32) for end in (DOWN, UP))
+        layers[name] = _merged(layers[name], down, up, lora.scale)
+    return {**params, "layers": layers}
+
+
+@functools.partial(jax.jit, static_argnums=3)
+def _merged(matrix: Array, down: Array, up: Array, scale: float) -> Array:
+    added = jnp.einsum("lir,lro->lio", down, up, precision="highest")
+    return (matrix.astype(jnp.float32) + scale * added).astype(matrix.dtype)
+
+
+def side_by_side(adapters: Sequence[tuple[Lora, Params]]) -> tuple[Lora, dict[str, Any]]:
+    """Several adapters as one tree of which each row of a decoder has one: entry `i` of the axis behind the layers is
+    the i-th of them.
+
+    They may differ in everything: narrower ones are filled up with zeros, a target that one lacks is zero in it, and
+    each keeps its own scale. ValueError for none, and for what is side by side already.
+    """
+    if not adapters or any(lora.count for lora, _ in adapters):
+        raise ValueError("give at least one adapter, each of them a single one (count=0)")
+
+    rank = max(lora.rank for lora, _ in adapters)
+    targets = tuple(dict.fromkeys(name for lora, _ in adapters for name in lora.targets))
+    # With alpha = rank the common scale is 1; each adapter's own goes into its B.
+    whole = Lora(rank=rank, alpha=float(rank), targets=targets, count=len(adapters))
+
+    layers: dict[str, Any] = {}
+    for name in targets:
+        downs = []
+        ups = []
+        like = next(params["layers"] for lora, params in adapters if name in lora.targets)
+        for lora, params in adapters:
+            has = name in lora.targets
+            down, up = (params["layers"][f"{name}{end}"] if has else None for end in (DOWN, UP))
+            down = jnp.zeros_like(like[f"{name}{DOWN}"]) if down is None else down
+            up = jnp.zeros_like(like[f"{name}{UP}"]) if up is None else lora.scale * up
+            missing = rank - down.shape[-1]
+            downs.append(jnp.pad(down, ((0, 0), (0, 0), (0, missing))))
+            ups.append(jnp.pad(up, ((0, 0), (0, missing), (0, 0))))
+        layers[f"{name}{DOWN}"] = jnp.stack(downs, axis=1)
+        layers[f"{name}{UP}"] = jnp.stack(ups, axis=1)
+    return whole, {"layers": layers}

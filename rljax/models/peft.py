@@ -1,0 +1,182 @@
+"""Adapters from and to folders in the format of Hugging Face's PEFT: adapter_config.json and safetensors."""
+
+import os
+from collections.abc import Container, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from rljax.models.assemble import assemble
+from rljax.models.config import MATRICES, DecoderConfig, Lora
+from rljax.models.decoder import DOWN, UP, abstract_params
+from rljax.models.families import Entry, Weight, family_of
+from rljax.models.files import SafetensorsFolder, write_safetensors
+from rljax.models.huggingface import check_names, check_shape, read_json, to_host, write_json
+from rljax.types import Params
+
+ADAPTER_FILE = "adapter_config.json"
+WEIGHTS_FILE = "adapter_model.safetensors"
+
+_PREFIX = "base_model.model."
+_ENDS = {DOWN: "lora_A.weight", UP: "lora_B.weight"}
+
+_RANK = 8
+_ALPHA = 8
+"""What PEFT takes where a file is silent."""
+
+_NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "bias": ("none",),
+    "fan_in_fan_out": (False,),
+    "use_dora": (False,),
+    "lora_bias": (False,),
+    "rank_pattern": ({}, None),
+    "alpha_pattern": ({}, None),
+    "modules_to_save": (None, []),
+    "layers_to_transform": (None, []),
+    "layer_replication": (None, []),
+    "target_parameters": (None, []),
+    "trainable_token_indices": (None, [], {}),
+}
+"""Keys of adapter_config.json that change what a model computes, and the values with which they do not."""
+
+
+def is_peft(folder: str | os.PathLike) -> bool:
+    """Whether this is a folder with an adapter."""
+    return (Path(folder) / ADAPTER_FILE).is_file()
+
+
+def read_lora(folder: str | os.PathLike, config: DecoderConfig) -> Lora:
+    """The adapter that a folder holds for the decoder `config`, without its weights. ValueError where it is none, or
+    one of another kind than is supported."""
+    file = Path(folder) / ADAPTER_FILE
+    if not file.is_file():
+        raise ValueError(f"{folder} has no {ADAPTER_FILE}; give a folder that PEFT or rljax convert has made")
+    stored = set(SafetensorsFolder(Path(folder), single=WEIGHTS_FILE).tensors)
+    try:
+        return described_lora(read_json(file), config, stored=stored)
+    except ValueError as error:
+        raise ValueError(f"{folder}: {error}") from None
+
+
+def described_lora(said: Mapping[str, Any], config: DecoderConfig, *, stored: Container[str] | None = None) -> Lora:
+    """The adapter that an adapter_config.json describes for the decoder `config`. `stored` are the tensors that lie
+    beside it: they tell what is adapted where `target_modules` is a pattern. ValueError as in `read_lora`."""
+    if said.get("peft_type") != "LORA":
+        raise ValueError(f"peft_type {said.get('peft_type')!r:.80} is not supported; supported is LORA")
+    for name, neutral in _NEUTRAL.items():
+        if name in said and said[name] not in neutral:
+            raise ValueError(f"{name}={said[name]!r:.80} is not supported; supported is {neutral[0]!r}")
+
+    def has(weight: Weight) -> bool:
+        if stored is not None:
+            return _file_name(weight, DOWN).format(0) in stored
+        return _module(weight) in said["target_modules"]
+
+    rows = {weight.path.removeprefix("layers/"): weight for weight in family_of(config).weights}
+    targets = tuple(name for name in MATRICES if name in rows and has(rows[name]))
+    if not targets:
+        raise ValueError(f"there is no adapter of a {config.family} layer; it belongs to another model")
+    alpha = said.get("lora_alpha", _ALPHA)
+    return Lora(
+        rank=said.get("r", _RANK),
+        alpha=float(alpha) if isinstance(alpha, int) else alpha,
+        targets=targets,
+        rank_stabilized=bool(said.get("use_rslora", False)),
+    )
+
+
+def load_peft(folder: str | os.PathLike, config: DecoderConfig, *, shardings: Any = None) -> dict[str, Any]:
+    """The adapters of a folder in float32, for the decoder `config`, whose `lora` is `read_lora` of it. `shardings` is
+    a tree like the params; None puts everything on the default device.
+
+    Raises ValueError naming the tensor when one is missing, left over or of another shape.
+    """
+    folder = Path(folder)
+    stored = SafetensorsFolder(folder, single=WEIGHTS_FILE)
+    wanted = adapter_entries(config)
+    check_names({entry.name for entry in wanted}, set(stored.tensors), set(), str(folder))
+    for entry in wanted:
+        check_shape(entry, stored.tensors[entry.name].shape, str(folder))
+    return assemble(config, wanted, lambda entry: stored.open(entry.name), shardings)
+
+
+def save_peft(folder: str | os.PathLike, config: DecoderConfig, params: Params, *, base: str = "") -> None:
+    """Writes the adapters among `params` as a folder that PEFT loads over the model `base`, its name or path.
+
+    In a multi-process run every process must call it; process 0 writes. ValueError for a model without adapters, or
+    with several side by side.
+    """
+    folder = Path(folder)
+    wanted = {entry.name: entry for entry in adapter_entries(config)}
+    dtypes = {str(params["layers"][entry.weight.path.removeprefix("layers/")].dtype) for entry in wanted.values()}
+    if len(dtypes) > 1:
+        raise ValueError(f"adapters have dtypes {sorted(dtypes)}; cast them all to one")
+    dtype = np.dtype(dtypes.pop())
+
+    if jax.process_index() == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        declared = {name: (dtype, entry.shape) for name, entry in wanted.items()}
+        write_safetensors(folder / WEIGHTS_FILE, declared, lambda name: to_host(params, wanted[name]))
+        write_json(folder / ADAPTER_FILE, described_adapter(config, base))
+        return
+    # The order in which process 0 asks: gathering is collective.
+    for name in sorted(wanted):
+        to_host(params, wanted[name])
+
+
+def described_adapter(config: DecoderConfig, base: str = "") -> dict[str, Any]:
+    """What adapter_config.json says of a decoder's adapters, JSON-ready. ValueError as in `save_peft`."""
+    lora = _single(config)
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base or None,
+        "r": lora.rank,
+        "lora_alpha": lora.alpha,
+        "lora_dropout": 0.0,
+        "target_modules": [_module(weight) for weight in _targets(config)],
+        "use_rslora": lora.rank_stabilized,
+        "use_dora": False,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+    }
+
+
+def adapter_entries(config: DecoderConfig) -> list[Entry]:
+    """The tensors of an adapter's file, layer by layer. ValueError as in `save_peft`."""
+    _single(config)
+    shapes = abstract_params(config)["layers"]
+
+    def entry(weight: Weight, end: str, layer: int) -> Entry:
+        own = Weight(f"{weight.path}{end}", _file_name(weight, end), "", transpose=True)
+        shape = shapes[own.path.removeprefix("layers/")].shape[1:]
+        return Entry(own.hf.format(layer), own, layer, shape[::-1])
+
+    targets = _targets(config)
+    return [entry(weight, end, layer) for layer in range(config.num_layers) for weight in targets for end in _ENDS]
+
+
+def _targets(config: DecoderConfig) -> list[Weight]:
+    """Rows of the family's table that have an adapter."""
+    wanted = {f"layers/{name}" for name in _single(config).targets}
+    return [weight for weight in family_of(config).weights if weight.path in wanted]
+
+
+def _module(weight: Weight) -> str:
+    """What PEFT calls a matrix in every layer."""
+    return weight.hf.removesuffix(".weight").rsplit(".", 1)[-1]
+
+
+def _file_name(weight: Weight, end: str) -> str:
+    return f"{_PREFIX}{weight.hf.removesuffix('weight')}{_ENDS[end]}"
+
+
+def _single(config: DecoderConfig) -> Lora:
+    if config.lora is None:
+        raise ValueError("the model has no adapters; set config.lora.rank above 0 when it is trained")
+    if config.lora.count:
+        raise ValueError(f"{config.lora.count} adapters side by side are not one folder; save each of them by itself")
+    return config.lora

@@ -1,0 +1,75 @@
+"""Training adapters in place of the weights that they stand beside."""
+
+import dataclasses
+from pathlib import Path
+from typing import Literal
+
+from rljax.models import MATRICES, DecoderConfig, Lora, is_adapter, read_lora
+from rljax.settings import field
+from rljax.training.trainable import EVERYTHING, Subtree, subtree_of
+
+_OF_FRESH = ("rank", "alpha", "targets", "rank_stabilized")
+
+
+@dataclasses.dataclass
+class LoraConfig:
+    """Low-rank adapters (LoRA, 2106.09685): they are trained, and the model's own weights are frozen, shared with the
+    reference, and in no checkpoint."""
+
+    rank: int = field(default=0, least=0)
+    """Width of an adapter; 0 trains all weights. RL needs little: 8 to 32."""
+
+    alpha: float = field(default=32.0, above=0)
+    """What the adapters add is multiplied by alpha / rank."""
+
+    targets: tuple[str, ...] = MATRICES
+    """Matrices of a layer that have an adapter. Take all of them unless memory is short."""
+
+    rank_stabilized: bool = False
+    """Multiply by alpha / sqrt(rank) instead (rsLoRA, 2312.03732), for high ranks."""
+
+    base_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """What the frozen weights are kept in; `auto` is what they are multiplied in, `config.model.dtype`."""
+
+    path: str = ""
+    """Folder in PEFT's format with adapters to go on from, which says rank, alpha and targets by itself; empty begins
+    with fresh ones, which add nothing."""
+
+    def __bool__(self) -> bool:
+        return self.rank > 0 or bool(self.path)
+
+    def decoder_of(self, decoder: DecoderConfig) -> DecoderConfig:
+        """The decoder with these adapters; itself without any. ValueError for a folder without adapters of its
+        family."""
+        if not self:
+            return decoder
+        dtype = decoder.dtype if self.base_dtype == "auto" else self.base_dtype
+        return dataclasses.replace(decoder, lora=self._lora(decoder), param_dtype=dtype)
+
+    def _lora(self, decoder: DecoderConfig) -> Lora:
+        if self.path:
+            return read_lora(Path(self.path).expanduser(), decoder)
+        return Lora(rank=self.rank, alpha=self.alpha, targets=self.targets, rank_stabilized=self.rank_stabilized)
+
+    def check(self) -> None:
+        """ValueError for targets that do not exist, and for what has no effect."""
+        unknown = [name for name in self.targets if name not in MATRICES]
+        if unknown or not self.targets or len(set(self.targets)) < len(self.targets):
+            raise ValueError(f"targets={self.targets} must name some of {', '.join(MATRICES)}, each once")
+        if self.path:
+            self._refuse_idle(_OF_FRESH, f"path={self.path!r}, whose folder says it")
+        elif not self.rank:
+            self._refuse_idle((*_OF_FRESH[1:], "base_dtype"), "rank=0")
+
+    def _refuse_idle(self, names: tuple[str, ...], why: str) -> None:
+        for name in names:
+            value = getattr(self, name)
+            if value != getattr(LoraConfig(), name):
+                raise ValueError(f"{name}={value!r} has no effect with {why}; leave one of them out")
+
+
+def trained_of(decoder: DecoderConfig) -> Subtree:
+    """What of a decoder's weights is trained: its adapters and the head of a critic, or everything without adapters."""
+    if decoder.lora is None:
+        return EVERYTHING
+    return subtree_of(lambda path: is_adapter(path) or path in ("value_head", "value_bias"))

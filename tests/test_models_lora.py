@@ -1,0 +1,231 @@
+"""Adapters: what they add, their gradient, their files, and several of them in one model."""
+
+import dataclasses
+import functools
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from objectives import float64
+
+from rljax.models import (
+    MATRICES,
+    DecoderConfig,
+    Lora,
+    base_params,
+    hidden_states,
+    init_adapters,
+    init_params,
+    load_peft,
+    logits,
+    merged_params,
+    read_lora,
+    save_hf,
+    save_peft,
+    side_by_side,
+    with_adapters,
+)
+from rljax.sampling import Request, Sampler, SamplerSpec, TurnDecoder, TurnDecoderSpec, sampling_params
+
+CONFIG = DecoderConfig(
+    vocab_size=24, num_layers=2, embed_dim=16, num_heads=4, num_kv_heads=2, head_dim=4, mlp_dim=24, max_position=64
+)
+LORA = Lora(rank=3, alpha=6.0)
+IDS = np.arange(14).reshape(2, 7) % CONFIG.vocab_size
+
+
+def adapted(lora, config=CONFIG):
+    return dataclasses.replace(config, lora=lora)
+
+
+def trained(lora, seed=1, size=0.3):
+    """Adapters that have moved away from where they begin."""
+    fresh = init_adapters(adapted(lora), jax.random.key(seed))
+    noise = jax.random.split(jax.random.key(seed + 100), len(fresh["layers"]))
+    layers = {n: x + size * jax.random.normal(k, x.shape) for (n, x), k in zip(fresh["layers"].items(), noise)}
+    return {"layers": layers}
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def outputs(config, params):
+    positions = jnp.broadcast_to(jnp.arange(IDS.shape[1]), IDS.shape)
+    hidden = hidden_states(config, params, jnp.asarray(IDS), positions, jnp.full(IDS.shape, IDS.shape[1]))
+    return logits(config, params, hidden)
+
+
+BASE = init_params(CONFIG, jax.random.key(0))
+
+
+def test_fresh_adapters_add_exactly_nothing_and_leave_other_weights_as_they_are():
+    config = adapted(LORA)
+    params = init_params(config, jax.random.key(0))
+    jax.tree.map(np.testing.assert_array_equal, base_params(params), BASE)
+    np.testing.assert_array_equal(outputs(config, params), outputs(CONFIG, BASE))
+    for name in MATRICES:
+        rows = BASE["layers"][name].shape[1]
+        down = np.abs(params["layers"][f"{name}_lora_a"])
+        assert 0.8 < down.max() * rows**0.5 <= 1 and not np.any(params["layers"][f"{name}_lora_b"])
+
+
+@pytest.mark.parametrize("rank_stabilized", [False, True])
+def test_adapters_add_scaled_products_to_each_matrix(rank_stabilized):
+    """By NumPy's products of the matrices, in both directions of the scale."""
+    lora = dataclasses.replace(LORA, rank_stabilized=rank_stabilized, targets=("q", "o", "down"))
+    adapters = trained(lora)
+    by_hand = dict(BASE["layers"])
+    for name in lora.targets:
+        down, up = (np.asarray(adapters["layers"][f"{name}_lora_{end}"], np.float64) for end in "ab")
+        scale = 6 / 3**0.5 if rank_stabilized else 6 / 3
+        by_hand[name] = np.asarray(by_hand[name] + scale * (down @ up), np.float32)
+    want = outputs(CONFIG, {**BASE, "layers": by_hand})
+    params = with_adapters(BASE, adapters)
+    np.testing.assert_allclose(outputs(adapted(lora), params), want, atol=2e-6)
+    np.testing.assert_allclose(outputs(CONFIG, merged_params(adapted(lora), params)), want, atol=2e-6)
+    assert np.abs(want - outputs(CONFIG, BASE)).max() > 0.1
+
+
+def test_the_gradient_is_the_full_one_projected():
+    """With G the gradient of the merged matrix: that of A is scale G B^T, that of B scale A^T G."""
+    with float64():
+        wide = dataclasses.replace(CONFIG, dtype="float64", param_dtype="float64")
+        config = adapted(LORA, wide)
+        params = jax.tree.map(lambda x: jnp.asarray(x, jnp.float64), with_adapters(BASE, trained(LORA)))
+        cotangent = np.random.default_rng(0).normal(size=(*IDS.shape, CONFIG.vocab_size))
+
+        def gradient(config, params):
+            return jax.grad(lambda p: jnp.sum(outputs(config, p) * cotangent))(params)["layers"]
+
+        layers = {}
+        for name in MATRICES:
+            down, up = (params["layers"][f"{name}_lora_{end}"] for end in "ab")
+            layers[name] = params["layers"][name] + LORA.scale * down @ up
+        whole = gradient(wide, {**BASE, "layers": {**base_params(params)["layers"], **layers}})
+        got = gradient(config, params)
+        for name in MATRICES:
+            down, up = (np.asarray(params["layers"][f"{name}_lora_{end}"]) for end in "ab")
+            of_matrix = np.asarray(whole[name])
+            want = {"a": of_matrix @ up.swapaxes(1, 2), "b": down.swapaxes(1, 2) @ of_matrix}
+            for end, projected in want.items():
+                scale = np.abs(projected).max()
+                np.testing.assert_allclose(got[f"{name}_lora_{end}"], LORA.scale * projected, atol=1e-6 * scale)
+
+
+def test_folders_of_peft_go_both_ways(tmp_path):
+    """The names and keys are those that PEFT 0.21 writes for a Llama and reads back."""
+    lora = dataclasses.replace(LORA, targets=("q", "down"), rank_stabilized=True)
+    params = with_adapters(BASE, trained(lora))
+    save_peft(tmp_path / "one", adapted(lora), params, base="somewhere")
+    said = json.loads((tmp_path / "one" / "adapter_config.json").read_text())
+    assert said["base_model_name_or_path"] == "somewhere" and said["use_rslora"] and said["lora_alpha"] == 6
+    assert said["target_modules"] == ["q_proj", "down_proj"]
+    safetensors = pytest.importorskip("safetensors.numpy")
+    tensors = safetensors.load_file(tmp_path / "one" / "adapter_model.safetensors")
+    prefix = "base_model.model.model.layers.1.mlp.down_proj"
+    np.testing.assert_array_equal(tensors[f"{prefix}.lora_A.weight"], params["layers"]["down_lora_a"][1].T)
+    np.testing.assert_array_equal(tensors[f"{prefix}.lora_B.weight"], params["layers"]["down_lora_b"][1].T)
+    assert len(tensors) == 2 * 2 * CONFIG.num_layers
+
+    found = read_lora(tmp_path / "one", CONFIG)
+    assert found == lora
+    back = load_peft(tmp_path / "one", adapted(found))
+    assert jax.tree.structure(back) == jax.tree.structure(trained(lora))
+    jax.tree.map(np.testing.assert_array_equal, back, trained(lora))
+    save_peft(tmp_path / "two", adapted(found), with_adapters(BASE, back), base="somewhere")
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
+
+
+CHANGED = {
+    "peft_type": ("LOHA", "peft_type 'LOHA' is not supported; supported is LORA"),
+    "use_dora": (True, "use_dora=True is not supported; supported is False"),
+    "rank_pattern": ({"q_proj": 8}, "rank_pattern=.* is not supported"),
+    "modules_to_save": (["lm_head"], "modules_to_save=.* is not supported"),
+    "r": (5, "lora_A.weight is .*, the config implies"),
+    "lora_alpha": (0, "lora's alpha=0.0 must be a finite number above 0"),
+}
+
+
+@pytest.mark.parametrize("name", CHANGED)
+def test_what_an_adapter_of_another_kind_would_change_is_refused(name, tmp_path):
+    save_peft(tmp_path, adapted(LORA), with_adapters(BASE, trained(LORA)))
+    file = tmp_path / "adapter_config.json"
+    value, message = CHANGED[name]
+    file.write_text(json.dumps(json.loads(file.read_text()) | {name: value}))
+    with pytest.raises(ValueError, match=message):
+        load_peft(tmp_path, adapted(read_lora(tmp_path, CONFIG)))
+
+
+def test_adapters_that_do_not_fit_are_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"has no adapter_config.json; give a folder that PEFT or rljax"):
+        read_lora(tmp_path, CONFIG)
+    save_peft(tmp_path, adapted(LORA), with_adapters(BASE, trained(LORA)))
+    deep = dataclasses.replace(CONFIG, num_layers=3, lora=LORA)
+    with pytest.raises(ValueError, match=r"lacks tensor base_model.*layers\.2"):
+        load_peft(tmp_path, deep)
+    with pytest.raises(ValueError, match=r"a llama config.json cannot express lora="):
+        save_hf(tmp_path / "whole", adapted(LORA), with_adapters(BASE, trained(LORA)))
+    for targets in ((), ("q", "head")):
+        with pytest.raises(ValueError, match=r"lora's target '(|head)' is none of q, k"):
+            Lora(rank=2, alpha=1.0, targets=targets)
+
+
+def test_adapters_side_by_side_are_each_what_it_was():
+    """Of different ranks, targets and scales."""
+    kinds = [LORA, Lora(rank=2, alpha=1.0, targets=("v", "up"))]
+    adapters = [trained(kinds[0], 1), trained(kinds[1], 2)]
+    whole, stacked = side_by_side(list(zip(kinds, adapters, strict=True)))
+    assert (whole.count, whole.rank, whole.targets) == (2, 3, MATRICES)
+    for index, (lora, own) in enumerate(zip(kinds, adapters, strict=True)):
+        for name in MATRICES:
+            down, up = (np.asarray(stacked["layers"][f"{name}_lora_{end}"])[:, index] for end in "ab")
+            added = whole.scale * down @ up
+            want = 0 * added
+            if name in lora.targets:
+                want = lora.scale * own["layers"][f"{name}_lora_a"] @ own["layers"][f"{name}_lora_b"]
+            np.testing.assert_allclose(added, want, atol=1e-6)
+
+
+def test_rows_of_several_adapters_are_those_of_each_alone():
+    """Interleaved in one batch; prompts that differ in their adapter alone are answered otherwise."""
+    lora = dataclasses.replace(LORA, targets=("q", "down"))
+    adapters = [trained(lora, 1), trained(lora, 2)]
+    spec = SamplerSpec(prompt_slots=3, sample_slots=2, prompt_buckets=(4,), max_new_tokens=5)
+    prompts = [[1, 2], [1, 2], [3], [4, 5, 6]]
+    requests = [Request(prompt, 0, range(3), adapter=i % 2) for i, prompt in enumerate(prompts)]
+
+    def samples(config, params, requests):
+        sampler = Sampler(config, spec)
+        sampler.set_params(params)
+        return sampler.generate(requests, sampling_params(), seed=0, step=0)
+
+    whole, stacked = side_by_side([(lora, own) for own in adapters])
+    mixed = samples(adapted(whole), with_adapters(BASE, stacked), requests)
+    for index, own in enumerate(adapters):
+        alone = [request._replace(adapter=0) for request in requests[index::2]]
+        want = samples(adapted(lora), with_adapters(BASE, own), alone)
+        for a, b in zip(sum(mixed[index::2], []), sum(want, []), strict=True):
+            np.testing.assert_array_equal(a.tokens, b.tokens)
+            np.testing.assert_allclose(a.logprobs, b.logprobs, atol=1e-5)
+    assert all(abs(a.logprobs[0] - b.logprobs[0]) > 1e-3 for a, b in zip(mixed[0], mixed[1], strict=True))
+
+
+def test_several_adapters_are_refused_where_there_is_one():
+    whole, stacked = side_by_side([(LORA, trained(LORA)), (LORA, trained(LORA, 2))])
+    config = adapted(whole)
+    params = with_adapters(BASE, stacked)
+    with pytest.raises(ValueError, match=r"packed sequences have one adapter, and this model has 2"):
+        outputs(config, params)
+    with pytest.raises(ValueError, match=r"2 adapters side by side cannot be merged"):
+        merged_params(config, params)
+    with pytest.raises(ValueError, match=r"2 adapters side by side are not one folder"):
+        save_peft("nowhere", config, params)
+    with pytest.raises(ValueError, match=r"conversations have one adapter, and this model has 2"):
+        TurnDecoder(config, TurnDecoderSpec(conversations=2, rows=2, context_length=16, max_new_tokens=4))
+    with pytest.raises(ValueError, match=r"give at least one adapter"):
+        side_by_side([(whole, stacked)])
+    sampler = Sampler(config, SamplerSpec(prompt_slots=1, sample_slots=1, prompt_buckets=(4,), max_new_tokens=2))
+    sampler.set_params(params)
+    with pytest.raises(ValueError, match=r"adapter=2 is none of the model's 2, which count from 0"):
+        sampler.generate([Request([1], 0, [0], adapter=2)], sampling_params(), seed=0, step=0)

@@ -11,6 +11,7 @@ import pytest
 
 from rljax.models import (
     DecoderConfig,
+    Experts,
     RopeScaling,
     abstract_params,
     hidden_states,
@@ -66,6 +67,7 @@ CONFIGS = {
         rotary_dim=4,
         rotated_layers=(True, False, True),
     ),
+    "experts": dataclasses.replace(TINY, experts=Experts(count=5, per_token=2, mlp_dim=12)),
 }
 
 
@@ -175,8 +177,17 @@ def reference_logits(config, params, tokens):
                 mixed.append(sum(a * v[s][group] for a, s in zip(scores / scores.sum(), seen, strict=True)))
             x = x + c.residual_scale * norm_if(linear(np.concatenate(mixed), "o"), w, "attention_post_norm")
             h = norm_if(x, w, "mlp_norm")
-            out = linear(activated(linear(h, "gate")) * linear(h, "up"), "down")
-            after.append(x + c.residual_scale * norm_if(out, w, "mlp_post_norm"))
+            if c.experts is None:
+                out = linear(activated(linear(h, "gate")) * linear(h, "up"), "down")
+                after.append(x + c.residual_scale * norm_if(out, w, "mlp_post_norm"))
+                continue
+            chances = np.exp(h @ w["router"])
+            best = np.argsort(-chances)[: c.experts.per_token]
+            for expert in best:
+                gate = h @ w["gate"][expert]
+                out = (gate / (1 + np.exp(-gate)) * (h @ w["up"][expert])) @ w["down"][expert]
+                x = x + chances[expert] / chances[best].sum() * out
+            after.append(x)
         stream = after
     head = p["embedding"] if c.tied_embeddings else p["head"]
     return np.stack([head @ norm(x, p["final_norm"]) for x in stream]) / c.logits_divisor

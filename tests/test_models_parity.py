@@ -128,6 +128,16 @@ CASES = {
         },
     ),
     "gemma3_plain": ("gemma3_text", {"head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": 6}),
+    "qwen3_moe": (
+        "qwen3_moe",
+        {"head_dim": 16, "num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 20}
+        | {"norm_topk_prob": True},
+    ),
+    "qwen3_moe_weights_as_they_are": (
+        "qwen3_moe",
+        {"head_dim": 8, "num_experts": 4, "num_experts_per_tok": 3, "moe_intermediate_size": 20, "sliding_window": 6}
+        | {"use_sliding_window": True},
+    ),
 }
 CLASSES = {
     "llama": (transformers.LlamaConfig, transformers.LlamaForCausalLM),
@@ -140,6 +150,7 @@ CLASSES = {
     "olmo2": (transformers.Olmo2Config, transformers.Olmo2ForCausalLM),
     "olmo3": (transformers.Olmo3Config, transformers.Olmo3ForCausalLM),
     "gemma3_text": (transformers.Gemma3TextConfig, transformers.Gemma3ForCausalLM),
+    "qwen3_moe": (transformers.Qwen3MoeConfig, transformers.Qwen3MoeForCausalLM),
 }
 
 
@@ -200,8 +211,11 @@ def test_exported_weights_give_our_logits_in_transformers(case, tied, tmp_path):
     assert np.abs(their_logits(model, tokens()) - ours).max() < TOLERANCE
 
 
-@pytest.mark.parametrize("case", ["llama", "qwen2", "qwen3_biases"])
-@pytest.mark.parametrize("max_shard", [10**9, 10_000], ids=["one_file", "shards"])
+# transformers never parts the experts of a layer, whatever size it is told: files that it did not write do so.
+SHARDS = [(case, size) for case in ("llama", "qwen2", "qwen3_biases") for size in (10**9, 10_000)]
+
+
+@pytest.mark.parametrize(("case", "max_shard"), [*SHARDS, ("qwen3_moe", 10**9)])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_folder_of_transformers_comes_back_byte_for_byte(case, max_shard, dtype, tmp_path):
     model = random_model(case).to(getattr(torch, dtype))

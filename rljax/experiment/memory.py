@@ -265,7 +265,9 @@ def _decoding(run: Run, plans: Sequence[DecoderPlan]) -> dict[str, int]:
     logits = max(4 * own(plan.rows) * config.vocab_size * 4 // tensor for plan in plans)
 
     heads = (2 * config.num_heads + 2 * config.num_kv_heads) * config.head_dim
-    per_token = (2 * config.embed_dim + (heads + 2 * config.mlp_dim) // tensor) * np.dtype(config.dtype).itemsize
+    experts = config.experts
+    inner = config.mlp_dim if experts is None else experts.mlp_dim * experts.per_token
+    per_token = (2 * config.embed_dim + (heads + 2 * inner) // tensor) * np.dtype(config.dtype).itemsize
     layer = max(own(plan.prefill[0]) * plan.prefill[1] * per_token for plan in plans)
     return {"logits": logits} if logits > layer else {"prefill": layer}
 
@@ -326,6 +328,9 @@ def _layers(learner: Learner, batch: TrainBatch, *, backward: bool = True) -> di
         num_kv_heads=config.num_kv_heads // tensor,
         mlp_dim=config.mlp_dim // tensor,
     )
+    if config.experts is not None:
+        inner = config.experts.mlp_dim // tensor
+        own = dataclasses.replace(own, experts=dataclasses.replace(config.experts, mlp_dim=inner))
     options = learner.program.score_options
 
     # The part of the mesh whose devices share a sequence.

@@ -22,7 +22,8 @@ from jaxtyping import Array, Float, Int
 
 from rljax.models.attention import Attention, forest_attention
 from rljax.models.attention_blocks import SAVED, score_divisor
-from rljax.models.config import DecoderConfig, Lora, Rotation
+from rljax.models.config import DecoderConfig, Experts, Lora, Rotation
+from rljax.models.experts import EXPERT_AXES, apply_experts, route
 from rljax.models.functional import geglu, linear, rms_norm, swiglu
 from rljax.models.rope import RotaryTable, apply_rotary, rotary_tables
 from rljax.parallel import constrain, split_axes
@@ -90,6 +91,17 @@ class Layer(nnx.Module):
             self.q_norm = norm(q_dim, "heads") if c.qk_norm_whole else norm(c.head_dim)
             self.k_norm = norm(kv_dim, "kv_heads") if c.qk_norm_whole else norm(c.head_dim)
 
+        if c.experts is None:
+            self._declare_mlp()
+        else:
+            self._declare_experts(c.experts)
+        if c.lora is not None:
+            for name in c.lora.targets:
+                self._adapt(name, c.lora)
+
+    def _declare_mlp(self) -> None:
+        c = self.config
+        weight = functools.partial(_weight, dtype=c.param_dtype)
         self.gate = weight((c.embed_dim, c.mlp_dim), ("embed", "mlp"))
         self.up = weight((c.embed_dim, c.mlp_dim), ("embed", "mlp"))
         self.down = weight((c.mlp_dim, c.embed_dim), ("mlp", "embed"))
@@ -97,9 +109,15 @@ class Layer(nnx.Module):
             self.gate_bias = weight((c.mlp_dim,), ("mlp",), init="zeros")
             self.up_bias = weight((c.mlp_dim,), ("mlp",), init="zeros")
             self.down_bias = weight((c.embed_dim,), (None,), init="zeros")
-        if c.lora is not None:
-            for name in c.lora.targets:
-                self._adapt(name, c.lora)
+
+    def _declare_experts(self, experts: Experts) -> None:
+        """The matrices of the MLP, one of each for every expert, and the router."""
+        width = self.config.embed_dim
+        weight = functools.partial(_weight, dtype=self.config.param_dtype)
+        self.router = weight((width, experts.count), ("embed", None))
+        self.gate = weight((experts.count, width, experts.mlp_dim), EXPERT_AXES["gate"])
+        self.up = weight((experts.count, width, experts.mlp_dim), EXPERT_AXES["up"])
+        self.down = weight((experts.count, experts.mlp_dim, width), EXPERT_AXES["down"])
 
     def _adapt(self, name: str, lora: Lora) -> None:
         """Declares the adapter of the matrix `name`, in float32 whatever the matrix is kept in: it is what is
@@ -136,8 +154,8 @@ class Layer(nnx.Module):
         x = self._add(x, project(out, "o"), "attention_post_norm")
 
         h = self._norm(x, "mlp_norm")
-        h = GATED[c.activation](project(h, "gate"), project(h, "up"))
-        return self._add(x, project(h, "down"), "mlp_post_norm"), aux
+        h = self._mlp(project, h) if c.experts is None else self._experts(project, h, c.experts)
+        return self._add(x, h, "mlp_post_norm"), aux
 
     def _add(self, x: Array, out: Array, norm: str) -> Array:
         """The residual stream with what attention or MLP adds."""
@@ -151,6 +169,17 @@ class Layer(nnx.Module):
         """`x` normed by the weight `name`, or as it is where the family declares no such norm."""
         weight = getattr(self, name, None)
         return x if weight is None else _normed(self.config, x, weight[...])
+
+    def _mlp(self, project: Callable[[Array, str], Array], x: Array) -> Array:
+        return project(GATED[self.config.activation](project(x, "gate"), project(x, "up")), "down")
+
+    def _experts(self, project: Callable[[Array, str], Array], x: Array, experts: Experts) -> Array:
+        # In float32 whatever the rest is computed in: rounding would choose other experts.
+        with jax.default_matmul_precision("highest"):
+            scores = project(x.astype(jnp.float32), "router")
+        routing = route(experts, scores)
+        weights = {name: getattr(self, name)[...] for name in EXPERT_AXES}
+        return checkpoint_name(apply_experts(weights, x, routing), PRODUCT)
 
     def _project(self, product: Product, x: Array, name: str) -> Array:
         out = checkpoint_name(product(x, getattr(self, name)[...]), PRODUCT)
@@ -339,8 +368,8 @@ def hidden_states(
 
     `scan` runs the stacked layers as one `lax.scan` (compiles once); otherwise they are unrolled. `remat` says what
     the backward pass computes again (see `Remat`). `attention` is `forest_attention` or something that computes the
-    same; it alone minds the order of the positions, which is also that of the result. ValueError for another `remat`, and for
-    several adapters side by side.
+    same; it alone minds the order of the positions, which is also that of the result. ValueError for another `remat`,
+    and for several adapters side by side.
     """
     if remat not in get_args(Remat):
         raise ValueError(f"remat={remat!r} must be one of {', '.join(map(repr, get_args(Remat)))}")

@@ -14,7 +14,7 @@ from jax.experimental import multihost_utils
 
 from rljax.models.assemble import assemble
 from rljax.models.config import DecoderConfig
-from rljax.models.families import DTYPES, Entry, config_from_hf, config_to_hf, entries
+from rljax.models.families import DTYPES, Entry, config_from_hf, config_to_hf, entries, in_file
 from rljax.models.files import INDEX_FILE, SINGLE_FILE, SafetensorsFolder, shown, split_into_files, write_safetensors
 from rljax.types import Params
 
@@ -200,6 +200,7 @@ _OWNED = frozenset(
     {
         "attention_bias",
         "attention_multiplier",
+        "decoder_sparse_step",
         "dtype",
         "embedding_multiplier",
         "hidden_act",
@@ -208,8 +209,14 @@ _OWNED = frozenset(
         "logits_scaling",
         "max_window_layers",
         "mlp_bias",
+        "mlp_only_layers",
+        "moe_intermediate_size",
         "no_rope_layer_interval",
         "no_rope_layers",
+        "norm_topk_prob",
+        "num_experts",
+        "num_experts_per_tok",
+        "num_local_experts",
         "original_max_position_embeddings",
         "partial_rotary_factor",
         "quantization_config",
@@ -237,13 +244,16 @@ def _weight(params: Params, entry: Entry) -> jax.Array:
 
 
 def _stored_shape(entry: Entry, value: jax.Array) -> tuple[int, ...]:
-    shape = value.shape if entry.layer is None else value.shape[1:]
-    return shape[::-1] if entry.weight.transpose else shape
+    indices = (entry.layer is not None) + (entry.expert is not None)
+    shape = value.shape[indices:]
+    return in_file(shape) if entry.weight.transpose else shape
 
 
 @jax.jit
-def _take_layer(stacked: jax.Array, layer: jax.Array) -> jax.Array:
-    return jax.lax.dynamic_index_in_dim(stacked, layer, keepdims=False)
+def _take(stacked: jax.Array, index: tuple[jax.Array, ...]) -> jax.Array:
+    for i in index:
+        stacked = jax.lax.dynamic_index_in_dim(stacked, i, keepdims=False)
+    return stacked
 
 
 def _to_host(params: Params, parts: list[Entry]) -> np.ndarray:
@@ -257,11 +267,12 @@ def to_host(params: Params, entry: Entry) -> np.ndarray:
     value = _weight(params, entry)
     if entry.layer is not None:
         # On devices a traced index: one program for all layers.
-        value = value[entry.layer] if isinstance(value, np.ndarray) else _take_layer(value, np.int32(entry.layer))
+        index = (entry.layer,) if entry.expert is None else (entry.layer, entry.expert)
+        value = value[index] if isinstance(value, np.ndarray) else _take(value, tuple(map(np.int32, index)))
     if isinstance(value, jax.Array) and not value.is_fully_addressable and not value.is_fully_replicated:
         value = multihost_utils.process_allgather(value, tiled=True)
     host = np.asarray(value)
-    return host.T if entry.weight.transpose else host
+    return host.swapaxes(-1, -2) if entry.weight.transpose else host
 
 
 def with_dtypes(config: DecoderConfig, dtype: str | None, param_dtype: str | None) -> DecoderConfig:

@@ -9,7 +9,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from rljax.models.config import DecoderConfig
-from rljax.models.decoder import Product, unstack_layers
+from rljax.models.decoder import DOWN, UP, Product, unstack_layers
 from rljax.models.layout import param_shardings
 from rljax.parallel import (
     DECODE_RULES,
@@ -71,34 +71,41 @@ def weights_program(config: DecoderConfig, mesh: Mesh | None):
 
 def decode_weights(config: DecoderConfig, params: Params) -> dict[str, Any]:
     """A copy of stacked `params` whose layers are a tuple of dicts with matrices [E, D] instead of [D, E]: a step
-    multiplies a few vectors by each, and runs faster along rows. Norms keep their dtype, as they are float32 work."""
+    multiplies a few vectors by each, and runs faster along rows. Norms and routers keep their dtype, as they are
+    float32 work, and matrices of experts [E, D, F] their order."""
 
     def cast(name, value):
-        return value if "norm" in name else value.astype(config.dtype)
+        return value if "norm" in name or "router" in name else value.astype(config.dtype)
 
     # Copies, also where nothing is cast: the trainer donates its own weights to its next update.
     outer = {name: jnp.copy(cast(name, value)) for name, value in params.items() if name != "layers"}
     layers = {name: cast(name, value) for name, value in params["layers"].items()}
     apart = unstack_layers({"layers": layers})["layers"]
-    return {**outer, "layers": jax.tree.map(_in_rows, apart)}
+    turned = tuple({name: _in_rows(name, weight) for name, weight in layer.items()} for layer in apart)
+    return {**outer, "layers": turned}
 
 
-def _in_rows(weight: Array) -> Array:
-    """A matrix of a layer, or each of those side by side, turned; a copy of what is none."""
-    return jnp.swapaxes(weight, -1, -2) if weight.ndim >= 2 else jnp.copy(weight)
+def _in_rows(name: str, weight: Array) -> Array:
+    """A weight of a layer as the products of this module take it."""
+    return jnp.swapaxes(weight, -1, -2) if _is_turned(name, weight.ndim) else jnp.copy(weight)
+
+
+def _is_turned(name: str, ndim: int) -> bool:
+    """Matrices are, and adapters side by side; experts are multiplied as they are."""
+    return ndim == 2 or (ndim == 3 and name.endswith((DOWN, UP)))
 
 
 def decode_shardings(config: DecoderConfig, mesh: Mesh) -> dict[str, Any]:
     """Shardings of `decode_weights` on `mesh`."""
     stacked = param_shardings(config, mesh, DECODE_RULES)
 
-    def one_layer(sharding):
-        # As the axes of `_in_rows` are.
-        *apart, last = sharding.spec[1:]
-        spec = (*apart[:-1], last, *apart[-1:])
+    def one_layer(name, sharding):
+        spec = sharding.spec[1:]
+        if _is_turned(name, len(spec)):
+            spec = (*spec[:-2], spec[-1], spec[-2])
         return NamedSharding(mesh, PartitionSpec(*spec))
 
-    layer = {name: one_layer(sharding) for name, sharding in stacked["layers"].items()}
+    layer = {name: one_layer(name, sharding) for name, sharding in stacked["layers"].items()}
     return {**stacked, "layers": (layer,) * config.num_layers}
 
 

@@ -57,33 +57,34 @@ def measure(name: str) -> tuple[float, float, bool, int, float]:
     wanted = parity.their_logits(model, ids)
     got = parity.our_logits(config, params, ids)
     exported = parity.their_logits(again, ids)
+    sampler = _sampler(config, params)
     return (
         float(np.abs(got - wanted).max()),
         float(np.abs(got - exported).max()),
         same,
-        _greedy(model, config, params),
-        _forks(config, params),
+        _greedy(model, sampler),
+        _forks(config, params, sampler),
     )
 
 
-def _sampler(config, params, **sizes) -> Sampler:
-    spec = {"prompt_buckets": (PROMPT,), "max_new_tokens": NEW, "prompt_slots": 1, "sample_slots": 4} | sizes
-    sampler = Sampler(config, SamplerSpec(**spec))
+def _sampler(config, params) -> Sampler:
+    sizes = {"prompt_buckets": (PROMPT,), "max_new_tokens": NEW, "prompt_slots": 1, "sample_slots": 4}
+    sampler = Sampler(config, SamplerSpec(**sizes, path_slots=5, max_injected=2))
     sampler.set_params(params)
     return sampler
 
 
-def _greedy(model, config, params) -> int:
+def _greedy(model, sampler) -> int:
     """Tokens, from the first on, that the cached decoder and `generate` take alike."""
     prompt = parity.tokens()[0, :PROMPT]
     request = Request(prompt=prompt.tolist(), prompt_id=0, sample_ids=(0,))
-    [[sample]] = _sampler(config, params).generate([request], sampling_params(temperature=0.0), seed=0, step=0)
+    [[sample]] = sampler.generate([request], sampling_params(temperature=0.0), seed=0, step=0)
     options = {"max_new_tokens": NEW, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
     reference = model.generate(torch.tensor(prompt[None]), **options)[0, PROMPT:].numpy()
     return int(np.cumprod(sample.tokens == reference).sum())
 
 
-def _forks(config, params) -> float:
+def _forks(config, params, sampler) -> float:
     """Two samples, forks from the middle of both with a given token, and log-probs of all that was sampled."""
     prompt = parity.tokens()[1, :PROMPT].tolist()
     forks = [Fork(0, 5, 10, [3], score=0.0), Fork(1, 9, 11, [], score=0.0), Fork(0, 0, 12, [1, 2], score=0.0)]
@@ -91,17 +92,19 @@ def _forks(config, params) -> float:
     def rounds(samples):
         return forks if len(samples) == 2 else []
 
-    request = Request(prompt, 0, (0, 1), rounds=rounds)
-    sampler = _sampler(config, params, path_slots=5, max_injected=2)
-    [samples] = sampler.generate([request], sampling_params(), seed=1, step=0)
-    assert len(samples) == 5
+    [samples] = sampler.generate([Request(prompt, 0, (0, 1), rounds=rounds)], sampling_params(), seed=1, step=0)
+    assert len(samples) == 2 + len(forks)
+
+    # Behind a path stands padding, which it does not see.
+    paths = np.zeros((len(samples), PROMPT + NEW), np.int64)
+    for path, sample in zip(paths, samples, strict=True):
+        path[: PROMPT + len(sample.tokens)] = [*prompt, *sample.tokens]
+    table = np.asarray(jax.nn.log_softmax(jnp.asarray(parity.our_logits(config, params, paths))))
 
     gaps = []
-    for sample in samples:
-        path = np.array([[*prompt, *sample.tokens]])
-        table = np.asarray(jax.nn.log_softmax(jnp.asarray(parity.our_logits(config, params, path))[0]))
-        alone = table[np.arange(PROMPT - 1, path.shape[1] - 1), sample.tokens]
-        gaps.append(np.abs(alone - sample.logprobs)[sample.sampled].max())
+    for logprobs, sample in zip(table, samples, strict=True):
+        places = np.arange(PROMPT - 1, PROMPT - 1 + len(sample.tokens))
+        gaps.append(np.abs(logprobs[places, sample.tokens] - sample.logprobs)[sample.sampled].max())
     return float(max(gaps))
 
 

@@ -158,12 +158,10 @@ class FreshModel:
         shape = {name: value for name, value in dataclasses.asdict(self).items() if name not in other}
         shape["dtype"] = compute_dtype(self.dtype)
         with placed("config.model"):
-            family = self.family
             if self.experts:
-                if family != "llama":
-                    raise ValueError(f"experts={self.experts} makes layers of qwen3_moe; leave family={family!r} out")
-                experts = Experts(count=self.experts, per_token=self.experts_per_token, mlp_dim=self.mlp_dim)
-                shape |= {"family": "qwen3_moe", "experts": experts}
+                shape["experts"] = Experts(count=self.experts, per_token=self.experts_per_token, mlp_dim=self.mlp_dim)
+                # Of experts alone the family follows.
+                shape["family"] = "qwen3_moe" if self.family == "llama" else self.family
             return fresh_config(vocab_size=tokenizer.vocab_size, tied_embeddings=True, **shape)
 
     def params_of(self, decoder: DecoderConfig, shardings: Any, seed: int) -> Params:

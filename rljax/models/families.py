@@ -166,9 +166,11 @@ class Family(NamedTuple):
     MLP."""
 
 
-def pattern(full_every: int, count: int) -> tuple[bool, ...]:
-    """Which of `count` layers slide where every `full_every`-th sees all."""
-    return tuple((layer + 1) % full_every != 0 for layer in range(count))
+def pattern(every: int, count: int) -> tuple[bool, ...] | None:
+    """All of `count` layers but every `every`-th, as the config has what differs by layer: None where all are alike,
+    so that equal models have equal configs."""
+    chosen = tuple((layer + 1) % every != 0 for layer in range(count))
+    return None if all(chosen) else chosen
 
 
 _OF_SCALE = Number("score_scale", "attention_multiplier")
@@ -390,8 +392,13 @@ def entries(config: DecoderConfig, kind: str = "hf") -> list[Entry]:
 def fresh_config(family: str, *, sliding_window: int | None = None, **sizes: Any) -> DecoderConfig:
     """The config of a new model: what all models of the family have alike, the `sizes` given (fields of
     `DecoderConfig`), and the window of those layers that slide where no file says which. ValueError for an unknown
-    family, and for a window in a family without any."""
+    family, for a window in a family without any, and for experts that the family has not, or that it lacks."""
     known = _known(family)
+    if (known.experts is None) != (sizes.get("experts") is None):
+        what = (
+            "is of layers with experts; say how many" if known.experts else "has no layers with experts; leave them out"
+        )
+        raise ValueError(f"family={family!r} {what}")
     fields: dict[str, Any] = dict(known.fixed)
     if known.root_embedding:
         fields["embed_scale"] = sizes["embed_dim"] ** 0.5
@@ -585,7 +592,8 @@ def _sliding_from_hf(family: Family, get: Callable[..., Any]) -> tuple[int | Non
 
     if types is None and family.sliding == "typed":
         every = _whole(get, "sliding_window_pattern", family.full_every)
-        types = ["sliding_attention" if slides else "full_attention" for slides in pattern(every, count)]
+        slides = pattern(every, count) or (True,) * count
+        types = ["sliding_attention" if own else "full_attention" for own in slides]
 
     # Older files name the first layer that slides, newer ones the type of each.
     if types is None:
@@ -607,15 +615,14 @@ def _rotated_from_hf(family: Family, get: Callable[..., Any]) -> tuple[bool, ...
     count = _whole(get, "num_hidden_layers", most=_MOST_LAYERS)
     given = get("no_rope_layers")
     if given is None:
-        rotated = pattern(_whole(get, "no_rope_layer_interval"), count)
-    elif isinstance(given, list) and len(given) == count and all(value in (0, 1) for value in given):
+        return pattern(_whole(get, "no_rope_layer_interval"), count)
+    if isinstance(given, list) and len(given) == count and all(value in (0, 1) for value in given):
         # Whatever the key is called, 1 stands for a layer that rotates.
         rotated = tuple(bool(value) for value in given)
-    else:
-        raise ValueError(
-            f"config.json: no_rope_layers={given!r:.80} must be a list of 0 and 1 for the num_hidden_layers={count}"
-        )
-    return None if all(rotated) else rotated
+        return None if all(rotated) else rotated
+    raise ValueError(
+        f"config.json: no_rope_layers={given!r:.80} must be a list of 0 and 1 for the num_hidden_layers={count}"
+    )
 
 
 def _rotary_dim(family: Family, rope: Mapping[str, Any], hf: Mapping[str, Any], head_dim: int) -> int | None:

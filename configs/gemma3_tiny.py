@@ -3,7 +3,9 @@
     rljax train --config=gemma3_tiny --workdir=runs/gemma3
 
 Of six layers five see the last 8 tokens alone and rotate by a base of their own, and the last sees all, as in the
-released models. `transformers` loads the export as a Gemma3ForCausalLM.
+released models. `transformers` loads what `rljax convert` makes of the run as a Gemma3ForCausalLM.
+
+Expected: reward from 0.36 to 0.8 at step 60. Unseen words: greedy 0.81 -> 0.95, avg@8 0.33 -> 0.83.
 """
 
 import string
@@ -17,6 +19,7 @@ def get_config() -> Config:
     config = quickstart_tiny.get_config()
     config.name = "gemma3-tiny"
     config.steps = 90
+    config.checkpoint.every = 90
     config.data.args = {"min_word_len": 3, "max_word_len": 5}
     config.model = FreshModel(
         family="gemma3_text",

@@ -171,6 +171,15 @@ def test_adapters_that_do_not_fit_are_refused(tmp_path):
             Lora(rank=2, alpha=1.0, targets=targets)
 
 
+def test_an_adapter_of_rows_of_a_tensor_is_no_folder_of_peft(tmp_path):
+    config = dataclasses.replace(CONFIG, family="phi3", lora=Lora(rank=2, alpha=4.0, targets=("o", "up")))
+    with pytest.raises(ValueError, match="phi3 keeps up with others in gate_up_proj, which PEFT adapts as one"):
+        save_peft(tmp_path, config, init_params(config, jax.random.key(0)))
+    own = dataclasses.replace(config, lora=Lora(rank=2, alpha=4.0, targets=("o", "down")))
+    save_peft(tmp_path, own, init_params(own, jax.random.key(0)))
+    assert read_lora(tmp_path, own) == own.lora
+
+
 def test_adapters_side_by_side_are_each_what_it_was():
     """Of different ranks, targets and scales."""
     kinds = [LORA, Lora(rank=2, alpha=1.0, targets=("v", "up"))]

@@ -78,6 +78,7 @@ def described_lora(said: Mapping[str, Any], config: DecoderConfig, *, stored: Co
     targets = tuple(name for name in MATRICES if name in rows and has(rows[name]))
     if not targets:
         raise ValueError(f"there is no adapter of a {config.family} layer; it belongs to another model")
+    _check_apart(config, [rows[name] for name in targets])
     alpha = said.get("lora_alpha", _ALPHA)
     return Lora(
         rank=said.get("r", _RANK),
@@ -162,7 +163,20 @@ def adapter_entries(config: DecoderConfig) -> list[Entry]:
 def _targets(config: DecoderConfig) -> list[Weight]:
     """Rows of the family's table that have an adapter."""
     wanted = {f"layers/{name}" for name in _single(config).targets}
-    return [weight for weight in family_of(config).weights if weight.path in wanted]
+    targets = [weight for weight in family_of(config).weights if weight.path in wanted]
+    _check_apart(config, targets)
+    return targets
+
+
+def _check_apart(config: DecoderConfig, targets: list[Weight]) -> None:
+    """ValueError where a target's matrix lies in one tensor with others, which PEFT adapts as one."""
+    rows = family_of(config).weights
+    for weight in targets:
+        if sum(other.hf == weight.hf for other in rows) > 1:
+            raise ValueError(
+                f"{config.family} keeps {weight.path.removeprefix('layers/')} with others in {_module(weight)}, which "
+                "PEFT adapts as one; write the merged model (rljax convert without --adapter)"
+            )
 
 
 def _module(weight: Weight) -> str:

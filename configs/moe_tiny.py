@@ -44,6 +44,7 @@ def get_config() -> Config:
         steps=180,
         prompts_per_step=64,
         model=FreshModel(
+            family="qwen3_moe",
             alphabet=string.ascii_letters + " =",
             num_layers=4,
             embed_dim=128,

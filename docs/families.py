@@ -34,13 +34,13 @@ def row(family: str) -> str:
     found = [measure(name) for name in names]
     imported, exported, same, greedy, forks = zip(*found, strict=True)
     files = "equal" if all(same) else "differ"
-    figures = (
-        f"{max(imported):.0e} | {max(exported):.0e} | {files} | {sum(greedy)}/{NEW * len(names)} | {max(forks):.0e}"
-    )
-    return f"| {family} | {FAMILIES[family].architecture} | {figures} |"
+    logits = f"{max(imported):.0e} | {max(exported):.0e}"
+    agreed, total = (sum(x) for x in zip(*greedy, strict=True))
+    decoded = f"{agreed}/{total} | {max(forks):.0e}"
+    return f"| {family} | {FAMILIES[family].architecture} | {logits} | {files} | {decoded} |"
 
 
-def measure(name: str) -> tuple[float, float, bool, int, float]:
+def measure(name: str) -> tuple[float, float, bool, tuple[int, int], float]:
     """Of one case: differences of logits both ways, whether files come back byte for byte, greedy tokens that agree,
     and the difference of log-probs of forks from one pass over their whole path."""
     model = parity.random_model(name)
@@ -68,26 +68,27 @@ def measure(name: str) -> tuple[float, float, bool, int, float]:
 
 
 def _sampler(config, params) -> Sampler:
-    sizes = {"prompt_buckets": (PROMPT,), "max_new_tokens": NEW, "prompt_slots": 1, "sample_slots": 4}
+    new = min(NEW, config.longest_sequence - PROMPT)
+    sizes = {"prompt_buckets": (PROMPT,), "max_new_tokens": new, "prompt_slots": 1, "sample_slots": 4}
     sampler = Sampler(config, SamplerSpec(**sizes, path_slots=5, max_injected=2))
     sampler.set_params(params)
     return sampler
 
 
-def _greedy(model, sampler) -> int:
-    """Tokens, from the first on, that the cached decoder and `generate` take alike."""
+def _greedy(model, sampler) -> tuple[int, int]:
+    """How many tokens, from the first on, the cached decoder and `generate` take alike, and of how many."""
     prompt = parity.tokens()[0, :PROMPT]
     request = Request(prompt=prompt.tolist(), prompt_id=0, sample_ids=(0,))
     [[sample]] = sampler.generate([request], sampling_params(temperature=0.0), seed=0, step=0)
-    options = {"max_new_tokens": NEW, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    options = {"max_new_tokens": len(sample.tokens), "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
     reference = model.generate(torch.tensor(prompt[None]), **options)[0, PROMPT:].numpy()
-    return int(np.cumprod(sample.tokens == reference).sum())
+    return int(np.cumprod(sample.tokens == reference).sum()), len(reference)
 
 
 def _forks(config, params, sampler) -> float:
     """Two samples, forks from the middle of both with a given token, and log-probs of all that was sampled."""
     prompt = parity.tokens()[1, :PROMPT].tolist()
-    forks = [Fork(0, 5, 10, [3], score=0.0), Fork(1, 9, 11, [], score=0.0), Fork(0, 0, 12, [1, 2], score=0.0)]
+    forks = [Fork(0, 2, 10, [3], score=0.0), Fork(1, 3, 11, [], score=0.0), Fork(0, 0, 12, [1, 2], score=0.0)]
 
     def rounds(samples):
         return forks if len(samples) == 2 else []

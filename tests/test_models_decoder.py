@@ -44,6 +44,7 @@ CONFIGS = {
         rope_theta=100.0,
         rope_scaling=RopeScaling(type="yarn", factor=4.0, original_max_position=256, beta_fast=8.0),
     ),
+    "experts": dataclasses.replace(TINY, experts=Experts(count=5, per_token=2, mlp_dim=12)),
     "four_norms_two_bases": dataclasses.replace(
         TINY,
         qk_norm=True,
@@ -67,7 +68,6 @@ CONFIGS = {
         rotary_dim=4,
         rotated_layers=(True, False, True),
     ),
-    "experts": dataclasses.replace(TINY, experts=Experts(count=5, per_token=2, mlp_dim=12)),
 }
 
 
@@ -179,15 +179,12 @@ def reference_logits(config, params, tokens):
             h = norm_if(x, w, "mlp_norm")
             if c.experts is None:
                 out = linear(activated(linear(h, "gate")) * linear(h, "up"), "down")
-                after.append(x + c.residual_scale * norm_if(out, w, "mlp_post_norm"))
-                continue
-            chances = np.exp(h @ w["router"])
-            best = np.argsort(-chances)[: c.experts.per_token]
-            for expert in best:
-                gate = h @ w["gate"][expert]
-                out = (gate / (1 + np.exp(-gate)) * (h @ w["up"][expert])) @ w["down"][expert]
-                x = x + chances[expert] / chances[best].sum() * out
-            after.append(x)
+            else:
+                chances = np.exp(h @ w["router"])
+                best = np.argsort(-chances)[: c.experts.per_token]
+                computed = [(activated(h @ w["gate"][i]) * (h @ w["up"][i])) @ w["down"][i] for i in best]
+                out = chances[best] / chances[best].sum() @ np.stack(computed)
+            after.append(x + c.residual_scale * norm_if(out, w, "mlp_post_norm"))
         stream = after
     head = p["embedding"] if c.tied_embeddings else p["head"]
     return np.stack([head @ norm(x, p["final_norm"]) for x in stream]) / c.logits_divisor

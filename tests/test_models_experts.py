@@ -10,7 +10,7 @@ import pytest
 from jax.sharding import AbstractMesh
 from test_parallel_mesh import run_python
 
-from rljax.models import DecoderConfig, Experts, param_shardings
+from rljax.models import DecoderConfig, Experts, Lora, param_shardings
 from rljax.models.experts import apply_experts, route
 from rljax.parallel import MESH_AXES
 
@@ -92,6 +92,15 @@ def test_impossible_numbers_of_experts_are_refused():
         Experts(count=4, per_token=5, mlp_dim=6)
     with pytest.raises(ValueError, match="count=0 must be a whole number of at least 1"):
         Experts(count=0, per_token=1, mlp_dim=6)
+
+
+def test_adapters_of_experts_are_refused():
+    sizes = dict(vocab_size=8, num_layers=1, embed_dim=8, num_heads=2, num_kv_heads=1, head_dim=4, mlp_dim=8)
+    with pytest.raises(
+        ValueError, match="targets gate, up, down are matrices of experts, which have no adapters; take q"
+    ):
+        DecoderConfig(**sizes, experts=CONFIG, lora=Lora(rank=2, alpha=2.0))
+    DecoderConfig(**sizes, experts=CONFIG, lora=Lora(rank=2, alpha=2.0, targets=("q", "o")))
 
 
 @pytest.fixture(scope="module")

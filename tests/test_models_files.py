@@ -361,8 +361,12 @@ def test_a_new_model_of_every_family_can_be_written(family):
     [
         ("gpt", {}, "family='gpt' is not supported; choose one of llama"),
         ("llama", {"sliding_window": 4}, "sliding_window=4 needs a family whose layers slide; llama has none"),
-        ("qwen3_moe", {}, "family='qwen3_moe' is of layers with experts"),
-        ("llama", {"experts": Experts(count=4, per_token=2, mlp_dim=12)}, "family='llama' has no layers with experts"),
+        ("qwen3_moe", {}, "family='qwen3_moe' needs experts"),
+        (
+            "llama",
+            {"experts": Experts(count=4, per_token=2, mlp_dim=12)},
+            "family='llama' has no experts; of 4 take a family of qwen3_moe",
+        ),
     ],
 )
 def test_a_new_model_that_no_family_has_is_refused(family, more, message):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 import json
 
 import jax
@@ -214,7 +215,8 @@ def test_rows_of_several_adapters_are_those_of_each_alone():
     for index, own in enumerate(adapters):
         alone = [request._replace(adapter=0) for request in requests[index::2]]
         want = samples(adapted(lora), with_adapters(BASE, own), alone)
-        for a, b in zip(sum(mixed[index::2], []), sum(want, []), strict=True):
+        flat = zip(itertools.chain(*mixed[index::2]), itertools.chain(*want), strict=True)
+        for a, b in flat:
             np.testing.assert_array_equal(a.tokens, b.tokens)
             np.testing.assert_allclose(a.logprobs, b.logprobs, atol=1e-5)
     assert all(abs(a.logprobs[0] - b.logprobs[0]) > 1e-3 for a, b in zip(mixed[0], mixed[1], strict=True))

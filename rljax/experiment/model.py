@@ -132,7 +132,7 @@ class FreshModel:
     mlp_dim: int = 384
     """Width of the MLP between its products, or of one expert."""
     experts: int = 0
-    """Experts of a layer in place of its MLP; 0 is one MLP for all tokens."""
+    """Experts of a layer in place of its MLP, in a `family` that has them; 0 is one MLP for all tokens."""
     experts_per_token: int = 2
     """Experts that compute for a token, where there are any."""
     max_position: int = 256
@@ -158,11 +158,10 @@ class FreshModel:
         shape = {name: value for name, value in dataclasses.asdict(self).items() if name not in other}
         shape["dtype"] = compute_dtype(self.dtype)
         with placed("config.model"):
+            experts = None
             if self.experts:
-                shape["experts"] = Experts(count=self.experts, per_token=self.experts_per_token, mlp_dim=self.mlp_dim)
-                # Of experts alone the family follows.
-                shape["family"] = "qwen3_moe" if self.family == "llama" else self.family
-            return fresh_config(vocab_size=tokenizer.vocab_size, tied_embeddings=True, **shape)
+                experts = Experts(count=self.experts, per_token=self.experts_per_token, mlp_dim=self.mlp_dim)
+            return fresh_config(vocab_size=tokenizer.vocab_size, tied_embeddings=True, experts=experts, **shape)
 
     def params_of(self, decoder: DecoderConfig, shardings: Any, seed: int) -> Params:
         make = jax.jit(lambda key: init_params(decoder, key), out_shardings=shardings)

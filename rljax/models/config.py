@@ -243,6 +243,11 @@ class DecoderConfig:
                 f"tokenizer_size={self.tokenizer_size} must lie between 1 and vocab_size={self.vocab_size}; "
                 "take the tokenizer that belongs to the model"
             )
+        if self.experts and self.lora and (of_experts := [name for name in self.lora.targets if name not in "qkvo"]):
+            raise ValueError(
+                f"lora's targets {', '.join(of_experts)} are matrices of experts, which have no adapters; take q, k, v "
+                "or o"
+            )
         if self.head_dim % 2:
             raise ValueError(f"head_dim={self.head_dim} must be even: rotary embeddings rotate pairs")
         if self.rotary_dim is not None and (self.rotary_dim % 2 or not 0 < self.rotary_dim <= self.head_dim):

@@ -165,11 +165,6 @@ class Layer(nnx.Module):
         # Without it the compiler may split the residual otherwise from one layer to the next.
         return constrain(x + out, _axes(x))
 
-    def _norm(self, x: Array, name: str) -> Array:
-        """`x` normed by the weight `name`, or as it is where the family declares no such norm."""
-        weight = getattr(self, name, None)
-        return x if weight is None else _normed(self.config, x, weight[...])
-
     def _mlp(self, project: Callable[[Array, str], Array], x: Array) -> Array:
         return project(GATED[self.config.activation](project(x, "gate"), project(x, "up")), "down")
 
@@ -180,6 +175,11 @@ class Layer(nnx.Module):
         routing = route(experts, scores)
         weights = {name: getattr(self, name)[...] for name in EXPERT_AXES}
         return checkpoint_name(apply_experts(weights, x, routing), PRODUCT)
+
+    def _norm(self, x: Array, name: str) -> Array:
+        """`x` normed by the weight `name`, or as it is where the family declares no such norm."""
+        weight = getattr(self, name, None)
+        return x if weight is None else _normed(self.config, x, weight[...])
 
     def _project(self, product: Product, x: Array, name: str) -> Array:
         out = checkpoint_name(product(x, getattr(self, name)[...]), PRODUCT)

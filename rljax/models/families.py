@@ -108,6 +108,7 @@ _JOINED = (
 
 LLAMA_WEIGHTS = (*_EMBEDDING, *_ATTENTION, *_MLP, *_NORMS, *_HEAD)
 QWEN3_WEIGHTS = (*_EMBEDDING, *_ATTENTION, *_QK_NORM, *_MLP, *_NORMS, *_HEAD)
+QWEN3_MOE_WEIGHTS = (*_EMBEDDING, *_ATTENTION, *_QK_NORM, *_EXPERTS, *_NORMS, *_HEAD)
 GEMMA3_WEIGHTS = (*_EMBEDDING, *_ATTENTION, *_QK_NORM, *_MLP, *_FOUR_NORMS, *_HEAD)
 OLMO_WEIGHTS = (*_EMBEDDING, *_ATTENTION, *_QK_NORM, *_MLP, *_POST_NORMS, *_HEAD)
 PHI3_WEIGHTS = (*_EMBEDDING, *_JOINED, *_NORMS, *_HEAD)
@@ -124,9 +125,6 @@ class Number(NamedTuple):
     """The field's value, of the key's."""
     write: Callable[[float], float] = float
     """The key's value, of the field's."""
-
-
-QWEN3_MOE_WEIGHTS = (*_EMBEDDING, *_ATTENTION, *_QK_NORM, *_EXPERTS, *_NORMS, *_HEAD)
 
 
 class Family(NamedTuple):
@@ -337,10 +335,10 @@ class Entry(NamedTuple):
     """The layer of it; None for what is not a layer."""
     shape: tuple[int, ...]
     """In the file: [.., out, in] for matrices."""
-    expert: int | None = None
-    """The expert of it; None for what is of none, or holds all experts of the layer."""
     rows: slice | None = None
     """Which rows of a tensor that holds several weights are this one's; None is all of a tensor of its own."""
+    expert: int | None = None
+    """The expert of it; None for what is of none, or holds all experts of the layer."""
 
 
 def entries(config: DecoderConfig, kind: str = "hf") -> list[Entry]:
@@ -365,12 +363,12 @@ def entries(config: DecoderConfig, kind: str = "hf") -> list[Entry]:
         shape = declared[weight.path] if expert is None else declared[weight.path][1:]
         shape = in_file(shape) if weight.transpose else shape
         if len(together) == 1:
-            return Entry(name, weight, layer, shape, expert)
+            return Entry(name, weight, layer, shape, expert=expert)
 
         # Ours are [in, out], so what are rows to the file are our last dimension.
         sizes = [declared[other.path][-1] for other in together]
         start = sum(sizes[: together.index(weight)])
-        return Entry(name, weight, layer, (sum(sizes), *shape[1:]), rows=slice(start, start + shape[0]))
+        return Entry(name, weight, layer, (sum(sizes), *shape[1:]), slice(start, start + shape[0]))
 
     # A state dict goes layer by layer, with what is not a layer before and behind.
     stacked = [weight for weight in rows if weight.path.startswith("layers/")]
@@ -389,17 +387,23 @@ def entries(config: DecoderConfig, kind: str = "hf") -> list[Entry]:
     return [entry(weight, None) for weight in first] + middle + [entry(weight, None) for weight in last]
 
 
-def fresh_config(family: str, *, sliding_window: int | None = None, **sizes: Any) -> DecoderConfig:
+def in_file(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape of a matrix, or of several, with its last two dimensions exchanged."""
+    return (*shape[:-2], shape[-1], shape[-2])
+
+
+def fresh_config(
+    family: str, *, sliding_window: int | None = None, experts: Experts | None = None, **sizes: Any
+) -> DecoderConfig:
     """The config of a new model: what all models of the family have alike, the `sizes` given (fields of
     `DecoderConfig`), and the window of those layers that slide where no file says which. ValueError for an unknown
-    family, for a window in a family without any, and for experts that the family has not, or that it lacks."""
+    family, for a window in a family without any, and for experts where the family has an MLP or the reverse."""
     known = _known(family)
-    if (known.experts is None) != (sizes.get("experts") is None):
-        what = (
-            "is of layers with experts; say how many" if known.experts else "has no layers with experts; leave them out"
-        )
-        raise ValueError(f"family={family!r} {what}")
-    fields: dict[str, Any] = dict(known.fixed)
+    if (experts is None) != (known.experts is None):
+        having = ", ".join(name for name, one in FAMILIES.items() if one.experts is not None)
+        said = "needs experts" if experts is None else f"has no experts; of {experts.count} take a family of {having}"
+        raise ValueError(f"family={family!r} {said}")
+    fields: dict[str, Any] = {**known.fixed, "experts": experts}
     if known.root_embedding:
         fields["embed_scale"] = sizes["embed_dim"] ** 0.5
     if known.unrotated:
@@ -415,11 +419,6 @@ def fresh_config(family: str, *, sliding_window: int | None = None, **sizes: Any
         fields["sliding_layers"] = pattern(known.full_every, sizes["num_layers"])
         fields["local_rope_theta"] = known.defaults.get("rope_local_base_freq", known.defaults["rope_theta"])
     return DecoderConfig(family=family, **fields, **sizes)
-
-
-def in_file(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """The shape of a matrix, or of several, with its last two dimensions exchanged."""
-    return (*shape[:-2], shape[-1], shape[-2])
 
 
 def family_of(config: DecoderConfig) -> Family:
@@ -506,11 +505,11 @@ def config_from_hf(hf: Mapping[str, Any]) -> DecoderConfig:
         mlp_bias="mlp_bias" in family.bias_keys and bool(get("mlp_bias")),
         sliding_window=window,
         sliding_layers=sliding,
+        experts=_experts_from_hf(family, get),
         # A window that no layer has leaves nothing for the other base to rotate.
         local_rope_theta=local_theta if window is not None else None,
         rotary_dim=_rotary_dim(family, rope, hf, head_dim),
         rotated_layers=_rotated_from_hf(family, get),
-        experts=_experts_from_hf(family, get),
         max_position=max_position,
         dtype=dtype,
         param_dtype=dtype,
@@ -541,13 +540,6 @@ def _real(key: str, value: Any) -> float:
     return float(value)
 
 
-def _reals(key: str, values: Any) -> tuple[float, ...]:
-    """A list of finite numbers above 0."""
-    if not isinstance(values, list | tuple):
-        raise ValueError(f"config.json: {key}={values!r:.80} must be a list of numbers")
-    return tuple(_real(key, value) for value in values)
-
-
 def _experts_from_hf(family: Family, get: Callable[..., Any]) -> Experts | None:
     if family.experts is None:
         return None
@@ -563,6 +555,13 @@ def _experts_from_hf(family: Family, get: Callable[..., Any]) -> Experts | None:
         theirs = next((name for name in names if get(name) is not None), names[0])
         fields[ours] = bool(get(theirs)) if ours in flags else _whole(get, theirs)
     return Experts(**fields)
+
+
+def _reals(key: str, values: Any) -> tuple[float, ...]:
+    """A list of finite numbers above 0."""
+    if not isinstance(values, list | tuple):
+        raise ValueError(f"config.json: {key}={values!r:.80} must be a list of numbers")
+    return tuple(_real(key, value) for value in values)
 
 
 def _sliding_from_hf(family: Family, get: Callable[..., Any]) -> tuple[int | None, tuple[bool, ...] | None]:
@@ -585,7 +584,7 @@ def _sliding_from_hf(family: Family, get: Callable[..., Any]) -> tuple[int | Non
         if types is not None and "full_attention" in types:
             raise ValueError("config.json: layer_types mixes full_attention into a family whose layers all slide")
         return window, None
-    if family.sliding in ("chosen", "switched") and not get("use_sliding_window"):
+    if family.sliding == "chosen" and not get("use_sliding_window"):
         return None, None
     if family.sliding == "switched":
         return window, None

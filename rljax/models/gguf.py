@@ -173,11 +173,10 @@ def config_from_gguf(
     if arch not in ARCHITECTURES:
         raise ValueError(f"GGUF architecture {arch!r:.80} is not supported; supported are {', '.join(ARCHITECTURES)}")
     keys = _Keys(metadata, arch)
-    with_experts = [name for name, family in ARCHITECTURES.items() if FAMILIES[family].experts is not None]
-    if arch not in with_experts and (experts := keys.whole("expert_count", 0)):
+    if FAMILIES[ARCHITECTURES[arch]].experts is None and (experts := keys.whole("expert_count", 0)):
+        having = ", ".join(name for name, family in ARCHITECTURES.items() if FAMILIES[family].experts is not None)
         raise ValueError(
-            f"GGUF file has {experts} experts, which {arch} is not supported with; supported with experts are "
-            f"{', '.join(with_experts)}"
+            f"GGUF file has {experts} experts, which {arch} is not supported with; supported with experts are {having}"
         )
     if "token_embd.weight" not in tensors:
         raise ValueError("GGUF file lacks tensor token_embd.weight")
@@ -221,7 +220,7 @@ def config_from_gguf(
         output_bias="blk.0.attn_output.bias" in tensors,
         mlp_bias="blk.0.ffn_gate.bias" in tensors,
         sliding_window=window,
-        experts=_experts(keys),
+        experts=_experts(keys, FAMILIES[name]),
         max_position=context,
         rotary_dim=None if rotated == head_dim else rotated,
         **{key: value for key, value in FAMILIES[name].fixed.items() if key != "attention_bias"},
@@ -230,6 +229,17 @@ def config_from_gguf(
     )
     keys.check_rest()
     return config
+
+
+def _experts(keys: _Keys, family: Family) -> Experts | None:
+    """llama.cpp divides the weights of a token's experts by their sum, whatever the file says."""
+    if family.experts is None:
+        return None
+    return Experts(
+        count=keys.whole("expert_count"),
+        per_token=keys.whole("expert_used_count"),
+        mlp_dim=keys.whole("expert_feed_forward_length"),
+    )
 
 
 def _factors(keys: _Keys, embed_dim: int, head_dim: int, heads: int, layers: int) -> dict[str, Any]:
@@ -267,17 +277,6 @@ def _by_layer(keys: _Keys, family: Family, layers: int, theta: float, window: in
     every = keys.whole("attention.sliding_window_pattern", family.full_every)
     base = keys.real("rope.freq_base_swa", family.defaults.get("rope_local_base_freq", theta))
     return {"sliding_layers": pattern(every, layers), "local_rope_theta": base}
-
-
-def _experts(keys: _Keys) -> Experts | None:
-    """llama.cpp divides the weights of qwen3moe's experts by their sum, whatever the file says."""
-    if FAMILIES[ARCHITECTURES[keys.arch]].experts is None:
-        return None
-    return Experts(
-        count=keys.whole("expert_count"),
-        per_token=keys.whole("expert_used_count"),
-        mlp_dim=keys.whole("expert_feed_forward_length"),
-    )
 
 
 def _window(keys: _Keys, context: int) -> int | None:

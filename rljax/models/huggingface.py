@@ -177,11 +177,11 @@ def save_hf(
         weight_map |= dict.fromkeys(names, file)
         if writes:
             declared = {name: (dtype, wanted[name][0].shape) for name in names}
-            write_safetensors(folder / file, declared, lambda name: _to_host(params, wanted[name]))
+            write_safetensors(folder / file, declared, lambda name: _tensor_to_host(params, wanted[name]))
         else:
             # The order in which process 0 asks: gathering is collective.
             for name in sorted(names):
-                to_host(params, wanted[name])
+                _tensor_to_host(params, wanted[name])
     if not writes:
         return
 
@@ -199,8 +199,8 @@ def save_hf(
 _OWNED = frozenset(
     {
         "attention_bias",
-        "attention_multiplier",
         "decoder_sparse_step",
+        "attention_multiplier",
         "dtype",
         "embedding_multiplier",
         "hidden_act",
@@ -211,12 +211,12 @@ _OWNED = frozenset(
         "mlp_bias",
         "mlp_only_layers",
         "moe_intermediate_size",
-        "no_rope_layer_interval",
-        "no_rope_layers",
         "norm_topk_prob",
         "num_experts",
         "num_experts_per_tok",
         "num_local_experts",
+        "no_rope_layer_interval",
+        "no_rope_layers",
         "original_max_position_embeddings",
         "partial_rotary_factor",
         "quantization_config",
@@ -256,8 +256,8 @@ def _take(stacked: jax.Array, index: tuple[jax.Array, ...]) -> jax.Array:
     return stacked
 
 
-def _to_host(params: Params, parts: list[Entry]) -> np.ndarray:
-    """One tensor in the file's layout, of the weights that it holds; collective as `to_host` is."""
+def _tensor_to_host(params: Params, parts: list[Entry]) -> np.ndarray:
+    """One tensor in the file's layout, of the weights that it holds."""
     weights = [to_host(params, part) for part in parts]
     return weights[0] if len(weights) == 1 else np.concatenate(weights)
 

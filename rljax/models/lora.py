@@ -40,7 +40,7 @@ def base_config(config: DecoderConfig) -> DecoderConfig:
 
 def with_adapters(params: Params, adapters: Params) -> dict[str, Any]:
     """`params` with the adapters of another tree, in the place of any of its own. Nothing is copied."""
-    return {**params, "layers": {**base_params(params)["layers"], **adapters["layers"]}}
+    return {**params, "layers": base_params(params)["layers"] | adapters_of(adapters)["layers"]}
 
 
 def init_adapters(config: DecoderConfig, key: Array) -> dict[str, Any]:

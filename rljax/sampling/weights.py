@@ -9,7 +9,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from rljax.models.config import DecoderConfig
-from rljax.models.decoder import DOWN, UP, Product, unstack_layers
+from rljax.models.decoder import Product, unstack_layers
+from rljax.models.experts import EXPERT_AXES
 from rljax.models.layout import param_shardings
 from rljax.parallel import (
     DECODE_RULES,
@@ -81,18 +82,20 @@ def decode_weights(config: DecoderConfig, params: Params) -> dict[str, Any]:
     outer = {name: jnp.copy(cast(name, value)) for name, value in params.items() if name != "layers"}
     layers = {name: cast(name, value) for name, value in params["layers"].items()}
     apart = unstack_layers({"layers": layers})["layers"]
-    turned = tuple({name: _in_rows(name, weight) for name, weight in layer.items()} for layer in apart)
-    return {**outer, "layers": turned}
+    turned = (
+        {name: _in_rows(x) if _turns(config, name) else jnp.copy(x) for name, x in layer.items()} for layer in apart
+    )
+    return {**outer, "layers": tuple(turned)}
 
 
-def _in_rows(name: str, weight: Array) -> Array:
-    """A weight of a layer as the products of this module take it."""
-    return jnp.swapaxes(weight, -1, -2) if _is_turned(name, weight.ndim) else jnp.copy(weight)
+def _turns(config: DecoderConfig, name: str) -> bool:
+    """Whether a weight of a layer is turned: not the matrices of experts, of which each meets its own tokens."""
+    return config.experts is None or name not in EXPERT_AXES
 
 
-def _is_turned(name: str, ndim: int) -> bool:
-    """Matrices are, and adapters side by side; experts are multiplied as they are."""
-    return ndim == 2 or (ndim == 3 and name.endswith((DOWN, UP)))
+def _in_rows(weight: Array) -> Array:
+    """A matrix of a layer, or each of those side by side, turned; a copy of what is none."""
+    return jnp.swapaxes(weight, -1, -2) if weight.ndim >= 2 else jnp.copy(weight)
 
 
 def decode_shardings(config: DecoderConfig, mesh: Mesh) -> dict[str, Any]:
@@ -100,9 +103,11 @@ def decode_shardings(config: DecoderConfig, mesh: Mesh) -> dict[str, Any]:
     stacked = param_shardings(config, mesh, DECODE_RULES)
 
     def one_layer(name, sharding):
-        spec = sharding.spec[1:]
-        if _is_turned(name, len(spec)):
-            spec = (*spec[:-2], spec[-1], spec[-2])
+        if not _turns(config, name):
+            return NamedSharding(mesh, PartitionSpec(*sharding.spec[1:]))
+        # As the axes of `_in_rows` are.
+        *apart, last = sharding.spec[1:]
+        spec = (*apart[:-1], last, *apart[-1:])
         return NamedSharding(mesh, PartitionSpec(*spec))
 
     layer = {name: one_layer(name, sharding) for name, sharding in stacked["layers"].items()}

@@ -96,8 +96,9 @@ def _forks(config, params, sampler) -> float:
     [samples] = sampler.generate([Request(prompt, 0, (0, 1), rounds=rounds)], sampling_params(), seed=1, step=0)
     assert len(samples) == 2 + len(forks)
 
-    # Behind a path stands padding, which it does not see.
-    paths = np.zeros((len(samples), PROMPT + NEW), np.int64)
+    # Behind a path stands padding, which it does not see. Rows stay within what the model knows: dynamic scaling would
+    # rotate longer ones otherwise.
+    paths = np.zeros((len(samples), PROMPT + sampler.spec.max_new_tokens), np.int64)
     for path, sample in zip(paths, samples, strict=True):
         path[: PROMPT + len(sample.tokens)] = [*prompt, *sample.tokens]
     table = np.asarray(jax.nn.log_softmax(jnp.asarray(parity.our_logits(config, params, paths))))

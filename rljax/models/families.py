@@ -472,7 +472,9 @@ def config_from_hf(hf: Mapping[str, Any]) -> DecoderConfig:
     theta, scaling = _rope_from_hf(rope, max_position, family.defaults.get("rope_theta", 10_000.0))
     window, sliding = _sliding_from_hf(family, get)
     head_dim = _whole(get, "head_dim", hidden // heads)
-    numbers = {number.field: number.read(_real(number.key, get(number.key))) for number in family.numbers}
+    numbers: dict[str, Any] = {
+        number.field: number.read(_real(number.key, get(number.key))) for number in family.numbers
+    }
     # What attention has anyway is not said: equal models have equal configs.
     if math.isclose(numbers.get("score_scale", 0.0), head_dim**-0.5, rel_tol=1e-6):
         numbers["score_scale"] = None
@@ -799,7 +801,7 @@ def config_to_hf(config: DecoderConfig) -> dict[str, Any]:
     if family.unrotated:
         hf["no_rope_layers"] = [int(rotation != "none") for rotation in config.rotations]
     if family.sliding == "typed":
-        sliding = config.sliding_layers or (config.sliding_window is not None,) * config.num_layers
+        sliding = list(config.sliding_layers or (config.sliding_window is not None,) * config.num_layers)
         hf["sliding_window"] = config.sliding_window
         hf["layer_types"] = ["sliding_attention" if s else "full_attention" for s in sliding]
     if "rope_local_base_freq" in family.defaults:

@@ -14,11 +14,16 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from rljax.models import (
+    FAMILIES as KNOWN,
+)
+from rljax.models import (
     DecoderConfig,
+    Experts,
     RopeScaling,
     abstract_params,
     config_from_hf,
     config_to_hf,
+    fresh_config,
     init_params,
     load_config,
     load_hf,
@@ -333,6 +338,40 @@ SMOLLM3 = {"model_type": "smollm3", "architectures": None}
 def test_unsupported_configs_are_refused_by_name(change, message):
     with pytest.raises(ValueError, match=message):
         config_from_hf({**HF, **change})
+
+
+SIZES = {"vocab_size": 62, "num_layers": 4, "embed_dim": 32, "num_heads": 4, "num_kv_heads": 2, "head_dim": 8}
+SIZES |= {"mlp_dim": 48}
+
+
+@pytest.mark.parametrize("family", KNOWN)
+def test_a_new_model_of_every_family_can_be_written(family):
+    """`config_to_hf` refuses what its family cannot say. Of four layers of Gemma 3 all slide."""
+    known = KNOWN[family]
+    sizes = SIZES | ({"experts": Experts(count=4, per_token=2, mlp_dim=12)} if known.experts else {})
+    if known.sliding != "none":
+        sizes["sliding_window"] = 5
+    config = fresh_config(family, **sizes)
+    assert config_from_hf(config_to_hf(config)) == config
+    assert config.family == family and {5 in config.windows} == {known.sliding != "none"}
+
+
+@pytest.mark.parametrize(
+    ("family", "more", "message"),
+    [
+        ("gpt", {}, "family='gpt' is not supported; choose one of llama"),
+        ("llama", {"sliding_window": 4}, "sliding_window=4 needs a family whose layers slide; llama has none"),
+        ("qwen3_moe", {}, "family='qwen3_moe' needs experts"),
+        (
+            "llama",
+            {"experts": Experts(count=4, per_token=2, mlp_dim=12)},
+            "family='llama' has no experts; of 4 take a family of qwen3_moe",
+        ),
+    ],
+)
+def test_a_new_model_that_no_family_has_is_refused(family, more, message):
+    with pytest.raises(ValueError, match=message):
+        fresh_config(family, **SIZES, **more)
 
 
 def test_a_bad_value_in_config_json_names_the_folder(folder):

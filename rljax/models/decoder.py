@@ -397,7 +397,7 @@ def hidden_states(
     def body(x, layer):
         layer_params, window, kind, recorded = layer
         # A layer by itself has its own table picked out of all where layers differ.
-        rotary = tables if kind is None else tuple(table[kind] for table in tables)
+        rotary = tables if kind is None else (tables[0][kind], tables[1][kind])
 
         def attend(q, k, v):
             return attention(q, k, v, positions, subtree_end, window), None
@@ -417,9 +417,9 @@ def hidden_states(
         own = None if kinds is None else jnp.asarray(kinds)
         x, _ = jax.lax.scan(body, x, (params["layers"], jnp.asarray(config.windows), own, by_layer))
     else:
-        own = kinds or (None,) * config.num_layers
+        which = kinds or (None,) * config.num_layers
         recorded = (None,) * config.num_layers if by_layer is None else by_layer
-        for layer in zip(unstack_layers(params)["layers"], config.windows, own, recorded, strict=True):
+        for layer in zip(unstack_layers(params)["layers"], config.windows, which, recorded, strict=True):
             x, _ = body(x, layer)
     return final_norm(config, params, x)
 

@@ -164,9 +164,11 @@ class Family(NamedTuple):
     MLP."""
 
 
-def pattern(full_every: int, count: int) -> tuple[bool, ...]:
-    """Which of `count` layers slide where every `full_every`-th sees all."""
-    return tuple((layer + 1) % full_every != 0 for layer in range(count))
+def pattern(every: int, count: int) -> tuple[bool, ...] | None:
+    """All of `count` layers but every `every`-th, as the config has what differs by layer: None where all are alike,
+    so that equal models have equal configs."""
+    chosen = tuple((layer + 1) % every != 0 for layer in range(count))
+    return None if all(chosen) else chosen
 
 
 _OF_SCALE = Number("score_scale", "attention_multiplier")
@@ -470,7 +472,9 @@ def config_from_hf(hf: Mapping[str, Any]) -> DecoderConfig:
     theta, scaling = _rope_from_hf(rope, max_position, family.defaults.get("rope_theta", 10_000.0))
     window, sliding = _sliding_from_hf(family, get)
     head_dim = _whole(get, "head_dim", hidden // heads)
-    numbers = {number.field: number.read(_real(number.key, get(number.key))) for number in family.numbers}
+    numbers: dict[str, Any] = {
+        number.field: number.read(_real(number.key, get(number.key))) for number in family.numbers
+    }
     # What attention has anyway is not said: equal models have equal configs.
     if math.isclose(numbers.get("score_scale", 0.0), head_dim**-0.5, rel_tol=1e-6):
         numbers["score_scale"] = None
@@ -589,7 +593,8 @@ def _sliding_from_hf(family: Family, get: Callable[..., Any]) -> tuple[int | Non
 
     if types is None and family.sliding == "typed":
         every = _whole(get, "sliding_window_pattern", family.full_every)
-        types = ["sliding_attention" if slides else "full_attention" for slides in pattern(every, count)]
+        slides = pattern(every, count) or (True,) * count
+        types = ["sliding_attention" if own else "full_attention" for own in slides]
 
     # Older files name the first layer that slides, newer ones the type of each.
     if types is None:
@@ -611,15 +616,14 @@ def _rotated_from_hf(family: Family, get: Callable[..., Any]) -> tuple[bool, ...
     count = _whole(get, "num_hidden_layers", most=_MOST_LAYERS)
     given = get("no_rope_layers")
     if given is None:
-        rotated = pattern(_whole(get, "no_rope_layer_interval"), count)
-    elif isinstance(given, list) and len(given) == count and all(value in (0, 1) for value in given):
+        return pattern(_whole(get, "no_rope_layer_interval"), count)
+    if isinstance(given, list) and len(given) == count and all(value in (0, 1) for value in given):
         # Whatever the key is called, 1 stands for a layer that rotates.
         rotated = tuple(bool(value) for value in given)
-    else:
-        raise ValueError(
-            f"config.json: no_rope_layers={given!r:.80} must be a list of 0 and 1 for the num_hidden_layers={count}"
-        )
-    return None if all(rotated) else rotated
+        return None if all(rotated) else rotated
+    raise ValueError(
+        f"config.json: no_rope_layers={given!r:.80} must be a list of 0 and 1 for the num_hidden_layers={count}"
+    )
 
 
 def _rotary_dim(family: Family, rope: Mapping[str, Any], hf: Mapping[str, Any], head_dim: int) -> int | None:
@@ -797,7 +801,7 @@ def config_to_hf(config: DecoderConfig) -> dict[str, Any]:
     if family.unrotated:
         hf["no_rope_layers"] = [int(rotation != "none") for rotation in config.rotations]
     if family.sliding == "typed":
-        sliding = config.sliding_layers or (config.sliding_window is not None,) * config.num_layers
+        sliding = list(config.sliding_layers or (config.sliding_window is not None,) * config.num_layers)
         hf["sliding_window"] = config.sliding_window
         hf["layer_types"] = ["sliding_attention" if s else "full_attention" for s in sliding]
     if "rope_local_base_freq" in family.defaults:

@@ -31,7 +31,9 @@ ROOT = Path(__file__).parent.parent
 CONFIGS = ROOT / "configs" / "papers"
 SHARED = {"spelling", "turns"}
 """What configs of the folder import."""
-NAMES = sorted(path.stem for path in CONFIGS.glob("*.py") if path.stem not in SHARED)
+PREFERENCES = {"dpo"}
+"""Configs of `rljax prefer`; tests/test_run_preferences.py has theirs."""
+NAMES = sorted(path.stem for path in CONFIGS.glob("*.py") if path.stem not in SHARED | PREFERENCES)
 PAGE = (ROOT / "docs" / "papers.md").read_text()
 ENTRIES = dict(re.findall(r"^### (\w+)\n(.*?)(?=^##|\Z)", PAGE, flags=re.MULTILINE | re.DOTALL))
 NO_PAPER = {"Reinforce", "RandomForks"}

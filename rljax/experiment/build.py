@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 from jax.sharding import Mesh
@@ -59,7 +59,7 @@ class Run:
     Attributes:
         mesh: what trains.
         rollout_mesh: what samples: on several processes the devices of this one, unless all decode in step.
-        actor: plays the policy; a context manager.
+        actor: plays the policy; a context manager. None where nothing is sampled.
         beside: devices that it has of its own; None where it takes turns with the learner.
         pipeline: gives it its work, in order; a context manager.
         evaluation: the last one.
@@ -162,9 +162,14 @@ class Run:
                 learner.check()
 
 
-def build(config: Config, devices: Sequence[jax.Device] | None = None) -> Run:
-    """The run without weights, on `devices` (all of them when None). ValueError for what can be wrong in the config or
-    the data."""
+def build(
+    config: Config,
+    devices: Sequence[jax.Device] | None = None,
+    *,
+    plays: Callable[[Dataset], bool] = lambda dataset: True,
+) -> Run:
+    """The run without weights, on `devices` (all of them when None). Where `plays` does not hold of the data, nothing
+    is sampled, and the run has no actor. ValueError for what can be wrong in the config or the data."""
     algorithm = check(config)
     with placed("config.rollout"):
         training, rolling = split_devices(jax.devices() if devices is None else devices, config.rollout.devices)
@@ -190,7 +195,9 @@ def build(config: Config, devices: Sequence[jax.Device] | None = None) -> Run:
         beside = Beside(own, param_shardings(decoder, own, DECODE_RULES))
     rollout_mesh = rollout_mesh_of(config, mesh, beside)
     processes = num_processes(mesh) // num_processes(rollout_mesh)
-    actor, dataset = build_actor(config, algorithm.plan, dataset, tokenizer, decoder, rollout_mesh, processes)
+    actor: Actor = None  # type: ignore[assignment]
+    if plays(dataset):
+        actor, dataset = build_actor(config, algorithm.plan, dataset, tokenizer, decoder, rollout_mesh, processes)
 
     return Run(
         config=config,

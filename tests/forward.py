@@ -8,7 +8,7 @@ import numpy as np
 
 from rljax.models import hidden_states, logits
 from rljax.models.decoder import apply_layer, embed, final_norm, unstack_layers
-from rljax.models.rope import rotary_table
+from rljax.models.rope import rotary_tables
 
 LENGTH = 192
 """Tokens of the longest row."""
@@ -54,8 +54,10 @@ def mixed_logprobs(config, weights, ids):
 def _read_token(config, params, kept, token, t):
     """Log-probs [V] behind a token, and keys and values [layers, LENGTH, KV, hd] with its own."""
     x = embed(config, params, token[None])
-    rotary = rotary_table(config, t[None])
-    for layer, layer_params in enumerate(unstack_layers(params)["layers"]):
+    tables = rotary_tables(config, t[None])
+    for layer, (layer_params, rotation) in enumerate(
+        zip(unstack_layers(params)["layers"], config.rotations, strict=True)
+    ):
 
         def attend(q, k, v, layer=layer):
             nonlocal kept
@@ -66,5 +68,5 @@ def _read_token(config, params, kept, token, t):
             scores = jnp.where(jnp.arange(LENGTH) <= t, scores, -jnp.inf)
             return jnp.einsum("ht,thd->hd", jax.nn.softmax(scores, axis=1), values)[None], None
 
-        x, _ = apply_layer(config, layer_params, x, rotary, attend)
+        x, _ = apply_layer(config, layer_params, x, tables[rotation], attend)
     return jax.nn.log_softmax(logits(config, params, final_norm(config, params, x))[0]), kept

@@ -1,5 +1,6 @@
 """Run by test_models_sequence_mesh.py on 8 virtual devices: prints JSON of what shared sequences compute and send."""
 
+import dataclasses
 import functools
 import json
 import math
@@ -12,11 +13,28 @@ from test_training_critic import VALUED, weights
 from test_training_learner import CONFIG, params, rollout
 
 from rljax.batching import PackConfig, layout, loss_mask
-from rljax.models import param_shardings
+from rljax.models import init_params, param_shardings
 from rljax.parallel import batch_sharding, collectives, decoding_mesh, make_mesh, replicated, use_mesh
 from rljax.parallel.hlo import dimensions
 from rljax.sampling.score import score_tokens, score_values
 
+# Every layer has a rotation of its own, and norms go over what `tensor` splits.
+OTHERWISE = dataclasses.replace(
+    CONFIG,
+    num_layers=3,
+    sliding_window=5,
+    sliding_layers=(True, False, False),
+    local_rope_theta=100.0,
+    rotated_layers=(True, True, False),
+    qk_norm=True,
+    qk_norm_whole=True,
+    post_norms=True,
+    norm_offset=True,
+    activation="gelu_tanh",
+    embed_scale=4.0,
+    score_scale=0.7,
+    logits_divisor=0.5,
+)
 PACKINGS = {
     "forest": PackConfig(pack_length=64, microbatch_size=4, length_buckets=(64,)),
     "flat": PackConfig(pack_length=64, microbatch_size=4, length_buckets=(64,), share_prefixes=False),
@@ -33,7 +51,11 @@ def compiled(mesh, packing, what, remat):
     batch, _ = rollout()
     packed = jax.tree.map(lambda x: x[0], layout(batch, loss_mask(batch), PACKINGS[packing]).packed)
     by = np.random.default_rng(1).normal(size=(2, *packed.score_index.shape)).astype(np.float32)
-    models = {"tokens": (score_tokens, CONFIG, params()), "values": (score_values, VALUED, weights())}
+    models = {
+        "tokens": (score_tokens, CONFIG, params()),
+        "values": (score_values, VALUED, weights()),
+        "otherwise": (score_tokens, OTHERWISE, init_params(OTHERWISE, jax.random.key(0))),
+    }
     score, config, tree = models[what]
 
     fn = jax.value_and_grad(functools.partial(objective, score, config, remat), has_aux=True)

@@ -43,6 +43,29 @@ CONFIGS = {
         rope_theta=100.0,
         rope_scaling=RopeScaling(type="yarn", factor=4.0, original_max_position=256, beta_fast=8.0),
     ),
+    "four_norms_two_bases": dataclasses.replace(
+        TINY,
+        qk_norm=True,
+        post_norms=True,
+        norm_offset=True,
+        activation="gelu_tanh",
+        embed_scale=24**0.5,
+        score_scale=0.2,
+        sliding_window=4,
+        sliding_layers=(True, False, True),
+        local_rope_theta=50.0,
+    ),
+    "norms_behind_partly_rotated": dataclasses.replace(
+        TINY,
+        qk_norm=True,
+        qk_norm_whole=True,
+        pre_norms=False,
+        post_norms=True,
+        residual_scale=0.6,
+        logits_divisor=0.5,
+        rotary_dim=4,
+        rotated_layers=(True, False, True),
+    ),
 }
 
 
@@ -70,12 +93,12 @@ def _forward(config, params, tokens, positions, subtree_end, **options):
     return logits(config, params, hidden_states(config, params, tokens, positions, subtree_end, **options))
 
 
-def reference_frequencies(config):
+def reference_frequencies(config, theta):
     """Inverse wavelengths and attention factor, one pair of dimensions at a time, from the papers' formulas."""
     scaling, found = config.rope_scaling, []
-    dim, original = config.head_dim, config.rope_scaling.original_max_position
+    dim, original = config.rotary_dim or config.head_dim, config.rope_scaling.original_max_position
     for pair in range(dim // 2):
-        frequency = config.rope_theta ** (-2 * pair / dim)
+        frequency = theta ** (-2 * pair / dim)
         if scaling.type == "llama3":
             turns = original * frequency / (2 * math.pi)
             blend = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
@@ -96,33 +119,48 @@ def reference_frequencies(config):
 def reference_logits(config, params, tokens):
     """One row in float64, position by position and head by head."""
     c, p = config, jax.tree.map(lambda x: np.asarray(x, np.float64), params)
-    frequencies, factor = reference_frequencies(c)
 
     def norm(x, scale):
-        return x / math.sqrt((x * x).mean() + c.norm_eps) * scale
+        return x / math.sqrt((x * x).mean() + c.norm_eps) * (scale + 1 if c.norm_offset else scale)
 
-    def rotate(x, position):
+    def norm_if(x, w, name):
+        return norm(x, w[name]) if name in w else x
+
+    def rotate(x, position, index):
         out = x.copy()
+        if c.rotated_layers and not c.rotated_layers[index]:
+            return out
+        is_local = c.local_rope_theta and c.sliding_layers[index]
+        frequencies, factor = reference_frequencies(c, c.local_rope_theta if is_local else c.rope_theta)
         for i, frequency in enumerate(frequencies):
-            j = i + c.head_dim // 2
+            j = i + len(frequencies)
             cos, sin = math.cos(position * frequency) * factor, math.sin(position * frequency) * factor
             out[i], out[j] = x[i] * cos - x[j] * sin, x[j] * cos + x[i] * sin
         return out
 
-    stream = [p["embedding"][token] for token in tokens]
+    def activated(x):
+        if c.activation == "silu":
+            return x / (1 + np.exp(-x))
+        return x / 2 * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+
+    score_scale = c.score_scale or 1 / math.sqrt(c.head_dim)
+    stream = [c.embed_scale * p["embedding"][token] for token in tokens]
     for index in range(c.num_layers):
         w = {name: value[index] for name, value in p["layers"].items()}
 
         def linear(x, name, w=w):
             return x @ w[name] + w.get(f"{name}_bias", 0.0)
 
-        def heads(x, name, count, position, turn=True, w=w, linear=linear):
-            parts = np.split(linear(x, name), count)
-            if c.qk_norm and turn:
+        def heads(x, name, count, position, turn=True, w=w, linear=linear, index=index):
+            whole = linear(x, name)
+            if c.qk_norm_whole and turn:
+                whole = norm(whole, w[f"{name}_norm"])
+            parts = np.split(whole, count)
+            if c.qk_norm and not c.qk_norm_whole and turn:
                 parts = [norm(part, w[f"{name}_norm"]) for part in parts]
-            return [rotate(part, position) if turn else part for part in parts]
+            return [rotate(part, position, index) if turn else part for part in parts]
 
-        normed = [norm(x, w["attention_norm"]) for x in stream]
+        normed = [norm_if(x, w, "attention_norm") for x in stream]
         q = [heads(x, "q", c.num_heads, t) for t, x in enumerate(normed)]
         k = [heads(x, "k", c.num_kv_heads, t) for t, x in enumerate(normed)]
         v = [heads(x, "v", c.num_kv_heads, t, turn=False) for t, x in enumerate(normed)]
@@ -132,16 +170,16 @@ def reference_logits(config, params, tokens):
             mixed = []
             for head in range(c.num_heads):
                 group = head * c.num_kv_heads // c.num_heads
-                scores = np.array([q[t][head] @ k[s][group] / math.sqrt(c.head_dim) for s in seen])
+                scores = np.array([q[t][head] @ k[s][group] * score_scale for s in seen])
                 scores = np.exp(scores - scores.max())
                 mixed.append(sum(a * v[s][group] for a, s in zip(scores / scores.sum(), seen, strict=True)))
-            x = x + linear(np.concatenate(mixed), "o")
-            h = norm(x, w["mlp_norm"])
-            gate = linear(h, "gate")
-            after.append(x + linear(gate / (1 + np.exp(-gate)) * linear(h, "up"), "down"))
+            x = x + c.residual_scale * norm_if(linear(np.concatenate(mixed), "o"), w, "attention_post_norm")
+            h = norm_if(x, w, "mlp_norm")
+            out = linear(activated(linear(h, "gate")) * linear(h, "up"), "down")
+            after.append(x + c.residual_scale * norm_if(out, w, "mlp_post_norm"))
         stream = after
     head = p["embedding"] if c.tied_embeddings else p["head"]
-    return np.stack([head @ norm(x, p["final_norm"]) for x in stream])
+    return np.stack([head @ norm(x, p["final_norm"]) for x in stream]) / c.logits_divisor
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -217,7 +255,7 @@ def test_a_token_depends_on_its_path_alone():
         assert touched.tolist() == path.tolist()
 
 
-@pytest.mark.parametrize("name", ["tied_llama3", "biases_window"])
+@pytest.mark.parametrize("name", ["tied_llama3", "biases_window", "four_norms_two_bases"])
 def test_scanned_unrolled_and_rematerialised_layers_agree(name):
     config = CONFIGS[name]
     params = weights(config, scale=0.1)  # rounding of the inputs alone moves the gradient of larger ones by 1e-5

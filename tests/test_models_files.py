@@ -264,6 +264,8 @@ def test_an_index_that_lies_is_named(index, message, tmp_path):
 
 
 HF = config_to_hf(TINY)
+GEMMA = {"model_type": "gemma3_text", "architectures": None}
+SMOLLM3 = {"model_type": "smollm3", "architectures": None}
 
 
 @pytest.mark.parametrize(
@@ -271,13 +273,13 @@ HF = config_to_hf(TINY)
     [
         (
             {"model_type": "gpt2"},
-            r"model_type='gpt2' is not supported; supported are llama \(LlamaForCausalLM\), mistral",
+            r"model_type='gpt2' is not supported; supported are llama \(LlamaForCausalLM\), smollm3",
         ),
         ({"architectures": ["LlamaModel"]}, r"architecture 'LlamaModel' is not supported; supported are llama"),
         ({"hidden_act": "gelu"}, "hidden_act='gelu' is not supported"),
         (
-            {"rope_parameters": {"rope_type": "longrope"}},
-            "rope type 'longrope' is not supported; supported are default",
+            {"rope_parameters": {"rope_type": "proportional"}},
+            "rope type 'proportional' is not supported; supported are default",
         ),
         ({"rope_scaling": {"type": "linear"}}, "rope type linear needs a factor"),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "llama3 needs low_freq_factor, high_freq_factor"),
@@ -310,6 +312,22 @@ HF = config_to_hf(TINY)
             {"model_type": "qwen3", "architectures": None, "layer_types": ["full_attention"]},
             "has 1 entries for num_hidd",
         ),
+        ({"rope_scaling": {"type": "longrope", "short_factor": 2.0}}, "short_factor=2.0 must be a list of numbers"),
+        (
+            {"rope_scaling": {"type": "longrope", "short_factor": [1.0], "long_factor": [1.0]}},
+            "short_factor has 1 entries for 4 frequencies",
+        ),
+        (GEMMA | {"final_logit_softcapping": 30.0}, "final_logit_softcapping=30.0 is not supported; it must be None"),
+        (GEMMA | {"use_bidirectional_attention": True}, "use_bidirectional_attention=True is not supported"),
+        (GEMMA | {"hidden_activation": "silu"}, "gemma3_text has gelu_pytorch_tanh alone"),
+        (GEMMA | {"query_pre_attn_scalar": 0}, "query_pre_attn_scalar=0 must be a finite number above 0"),
+        (
+            GEMMA | {"rope_parameters": {"sliding_attention": {"rope_type": "linear", "factor": 2.0}}},
+            "rope type 'linear' of sliding layers is not supported",
+        ),
+        (GEMMA | {"rope_parameters": {"chunked_attention": {}}}, "'chunked_attention', which is no supported layer"),
+        (SMOLLM3 | {"no_rope_layers": [1, 2]}, r"no_rope_layers=\[1, 2\] must be a list of 0 and 1"),
+        (SMOLLM3 | {"use_sliding_window": True}, "use_sliding_window=True is not supported; it must be None"),
     ],
 )
 def test_unsupported_configs_are_refused_by_name(change, message):

@@ -41,6 +41,7 @@ SHAPE = {
     "num_key_value_heads": 2,
     "max_position_embeddings": 64,
     "initializer_range": 0.3,  # so that attention is far from uniform, and a wrong angle or mask shows
+    "pad_token_id": None,  # some families' default is an id behind this vocabulary
 }
 LLAMA3 = {
     "rope_type": "llama3",
@@ -49,6 +50,14 @@ LLAMA3 = {
     "low_freq_factor": 1.0,
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 32,
+}
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 100.0,
+    "partial_rotary_factor": 0.5,
+    "original_max_position_embeddings": 48,
+    "short_factor": [1.0, 1.1, 1.3, 2.0],
+    "long_factor": [1.0, 2.0, 4.0, 8.0],
 }
 YARN = {"rope_type": "yarn", "rope_theta": 100.0, "factor": 4.0, "original_max_position_embeddings": 16}
 
@@ -82,12 +91,55 @@ CASES = {
             "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
         },
     ),
+    "smollm3": ("smollm3", {"no_rope_layer_interval": 2}),
+    "smollm3_chosen": ("smollm3", {"no_rope_layers": [0, 1, 1], "attention_bias": True, "mlp_bias": True}),
+    "granite": (
+        "granite",
+        {
+            "embedding_multiplier": 3.0,
+            "residual_multiplier": 0.22,
+            "attention_multiplier": 0.2,
+            "logits_scaling": 0.7,
+        },
+    ),
+    "phi3": ("phi3", {"sliding_window": 7}),
+    "phi3_longrope": (
+        "phi3",
+        {
+            "rope_parameters": LONGROPE,
+            "max_position_embeddings": 64,
+            "original_max_position_embeddings": 48,
+            "hidden_size": 64,
+        },
+    ),
+    "olmo2": ("olmo2", {}),
+    "olmo3": ("olmo3", {"sliding_window": 6, "num_hidden_layers": 4, "rope_parameters": {"full_attention": YARN}}),
+    "gemma3": (
+        "gemma3_text",
+        {
+            "head_dim": 16,
+            "sliding_window": 6,
+            "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+            "query_pre_attn_scalar": 24,
+            "rope_parameters": {
+                "full_attention": {"rope_type": "linear", "factor": 2.0, "rope_theta": 500.0},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+            },
+        },
+    ),
+    "gemma3_plain": ("gemma3_text", {"head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": 6}),
 }
 CLASSES = {
     "llama": (transformers.LlamaConfig, transformers.LlamaForCausalLM),
     "mistral": (transformers.MistralConfig, transformers.MistralForCausalLM),
     "qwen2": (transformers.Qwen2Config, transformers.Qwen2ForCausalLM),
     "qwen3": (transformers.Qwen3Config, transformers.Qwen3ForCausalLM),
+    "smollm3": (transformers.SmolLM3Config, transformers.SmolLM3ForCausalLM),
+    "granite": (transformers.GraniteConfig, transformers.GraniteForCausalLM),
+    "phi3": (transformers.Phi3Config, transformers.Phi3ForCausalLM),
+    "olmo2": (transformers.Olmo2Config, transformers.Olmo2ForCausalLM),
+    "olmo3": (transformers.Olmo3Config, transformers.Olmo3ForCausalLM),
+    "gemma3_text": (transformers.Gemma3TextConfig, transformers.Gemma3ForCausalLM),
 }
 
 
@@ -140,7 +192,7 @@ def test_exported_weights_give_our_logits_in_transformers(case, tied, tmp_path):
     params = jax.tree.map(
         lambda x: 10 * x if x.ndim > 2 else x + 0.1 * jnp.arange(x.size).reshape(x.shape) % 0.7, params
     )
-    save_hf(tmp_path, config, params, max_shard_bytes=30_000)
+    save_hf(tmp_path, config, params, max_shard_bytes=30_000, hf_config={"pad_token_id": None})
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
     assert type(model) is CLASSES[CASES[case][0]][1]
     ours = our_logits(config, params, tokens())
@@ -167,7 +219,7 @@ def test_a_folder_of_transformers_comes_back_byte_for_byte(case, max_shard, dtyp
 @pytest.mark.parametrize("case", CASES)
 def test_config_survives_transformers(case, tmp_path):
     config = config_from_hf(random_model(case).config.to_dict())
-    (tmp_path / "config.json").write_text(json.dumps(config_to_hf(config)))
+    (tmp_path / "config.json").write_text(json.dumps(config_to_hf(config) | {"pad_token_id": None}))
     theirs = transformers.AutoConfig.from_pretrained(tmp_path)
     theirs.save_pretrained(tmp_path / "again")
     assert config_from_hf(json.loads((tmp_path / "again" / "config.json").read_text())) == config

@@ -9,6 +9,7 @@ import pytest
 from test_sampling_generate import (
     CONFIG,
     NEW,
+    OTHERWISE,
     PROMPTS,
     VOCAB,
     assert_matches_forward,
@@ -145,6 +146,7 @@ def test_a_fork_cannot_begin_with_what_is_suppressed_and_its_first_token_is_not_
 VARIANTS = {
     "sliding window of 5 in one layer": {"sliding_window": 5, "sliding_layers": (True, False)},
     "one key head, biases, qk-norm": {"num_kv_heads": 1, "attention_bias": True, "qk_norm": True},
+    "layers that rotate otherwise": OTHERWISE,
 }
 
 

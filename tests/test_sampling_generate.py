@@ -115,11 +115,30 @@ def test_truncated_logprobs_equal_those_of_a_full_forward_pass(sampler, values):
     assert_matches_forward(CONFIG, requests, groups, params)
 
 
+# Each layer has a window and a rotation of its own, and what families add besides.
+OTHERWISE = {
+    "num_layers": 3,
+    "sliding_window": 5,
+    "sliding_layers": (True, False, False),
+    "local_rope_theta": 100.0,
+    "rotated_layers": (True, True, False),
+    "rotary_dim": 6,
+    "qk_norm": True,
+    "qk_norm_whole": True,
+    "post_norms": True,
+    "norm_offset": True,
+    "activation": "gelu_tanh",
+    "embed_scale": 4.0,
+    "residual_scale": 0.7,
+    "score_scale": 0.5,
+    "logits_divisor": 2.0,
+}
 VARIANTS = {
     "tied, biases, qk-norm": {"tied_embeddings": True, "attention_bias": True, "qk_norm": True},
     "sliding window of 5 in one layer": {"sliding_window": 5, "sliding_layers": (True, False)},
     "one key head": {"num_kv_heads": 1},
     "as many key heads as heads": {"num_kv_heads": 4},
+    "layers that rotate otherwise": OTHERWISE,
 }
 
 

@@ -86,9 +86,13 @@ def play(decoder, turns=4, conversations=6, seed=0):
     return log
 
 
-@pytest.mark.parametrize("window", [0, 5])
-def test_a_turn_is_what_the_sampler_says_behind_the_whole_context(window):
-    config = dataclasses.replace(CONFIG, sliding_window=window or None) if window else CONFIG
+# The second layer has no window, and neither rotates as the other.
+OTHERWISE = {"sliding_window": 5, "sliding_layers": (True, False), "local_rope_theta": 100.0, "post_norms": True}
+
+
+@pytest.mark.parametrize("changes", [{}, {"sliding_window": 5}, OTHERWISE], ids=["plain", "window", "otherwise"])
+def test_a_turn_is_what_the_sampler_says_behind_the_whole_context(changes):
+    config = dataclasses.replace(CONFIG, **changes)
     log = play(make_decoder(config))
     for i, turn, tokens, said in log:
         want = sampled_alone(tokens, 50 + i, i, turn, config)

@@ -6,7 +6,16 @@ from typing import Any, Literal, Protocol, runtime_checkable
 
 import jax
 
-from rljax.models import DecoderConfig, Metadata, find_smollm2, init_params, load_config, load_model, read_metadata
+from rljax.models import (
+    DecoderConfig,
+    Metadata,
+    find_smollm2,
+    fresh_config,
+    init_params,
+    load_config,
+    load_model,
+    read_metadata,
+)
 from rljax.parallel import platform
 from rljax.settings import placed
 from rljax.text import CharTokenizer, Tokenizer, load_tokenizer, with_chat_settings
@@ -105,7 +114,7 @@ class PretrainedModel:
 
 @dataclasses.dataclass
 class FreshModel:
-    """A randomly initialised decoder (Llama's layers, tied embeddings) with a character tokenizer."""
+    """A randomly initialised decoder (tied embeddings) with a character tokenizer."""
 
     alphabet: str = "abcdefghijklmnopqrstuvwxyz ="
     """Characters that the tokenizer knows."""
@@ -123,6 +132,11 @@ class FreshModel:
     """Width of the MLP between its products."""
     max_position: int = 256
     """Tokens of the longest sequence."""
+    family: str = "llama"
+    """Whose layers it has, and whose files it is exported as: a name in `rljax.models.FAMILIES`."""
+    sliding_window: int | None = None
+    """Positions that sliding layers see, their own included, in a family that has such layers; None: all layers see
+    all."""
     dtype: ComputeDtype = "auto"
     """Of activations, and of weights in products: float32 or bfloat16. `auto` is bfloat16 on a GPU or TPU, float32 on
     a CPU; a run prints which. Name one where a run moves between kinds of devices."""
@@ -138,7 +152,7 @@ class FreshModel:
         shape = {name: value for name, value in dataclasses.asdict(self).items() if name != "alphabet"}
         shape["dtype"] = compute_dtype(self.dtype)
         with placed("config.model"):
-            return DecoderConfig(vocab_size=tokenizer.vocab_size, tied_embeddings=True, **shape)
+            return fresh_config(vocab_size=tokenizer.vocab_size, tied_embeddings=True, **shape)
 
     def params_of(self, decoder: DecoderConfig, shardings: Any, seed: int) -> Params:
         make = jax.jit(lambda key: init_params(decoder, key), out_shardings=shardings)

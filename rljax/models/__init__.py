@@ -13,7 +13,7 @@ from rljax.models.decoder import (
     logical_axes,
     unstack_layers,
 )
-from rljax.models.families import FAMILIES, config_from_hf, config_to_hf
+from rljax.models.families import FAMILIES, config_from_hf, config_to_hf, fresh_config
 from rljax.models.gguf import load_gguf
 from rljax.models.head import head_params, logits, logits_gradient, output_projection
 from rljax.models.huggingface import Metadata, load_hf, read_metadata, save_hf, written_metadata
@@ -59,6 +59,7 @@ __all__ = [
     "final_norm",
     "find_smollm2",
     "forest_attention",
+    "fresh_config",
     "head_params",
     "hidden_states",
     "init_adapters",

@@ -59,16 +59,21 @@ def _leaf(group: list[Entry], leaf: jax.ShapeDtypeStruct, fetch: Fetch, sharding
 def _read_block(group, leaf, bounds, fetch: Fetch, pool) -> np.ndarray:
     out = _aligned_empty(tuple(stop - start for start, stop in bounds), np.dtype(leaf.dtype))
     if group[0].layer is None:
-        _copy(out, fetch(group[0]), bounds, group[0].weight.transpose)
+        _copy(out, _own_rows(fetch, group[0]), bounds, group[0].weight.transpose)
         return out
     start, stop = bounds[0]
     copies = [
-        pool.submit(lambda i, e: _copy(out[i], fetch(e), bounds[1:], e.weight.transpose), i, entry)
+        pool.submit(lambda i, e: _copy(out[i], _own_rows(fetch, e), bounds[1:], e.weight.transpose), i, entry)
         for i, entry in enumerate(group[start:stop])
     ]
     for copy in copies:
         copy.result()
     return out
+
+
+def _own_rows(fetch: Fetch, entry: Entry) -> np.ndarray:
+    tensor = fetch(entry)
+    return tensor if entry.rows is None else tensor[entry.rows]
 
 
 def _copy(out: np.ndarray, source: np.ndarray, bounds: tuple[tuple[int, int], ...], transpose: bool) -> None:

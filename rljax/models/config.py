@@ -6,7 +6,13 @@ import sys
 import typing
 from typing import Any, Literal
 
-RopeType = Literal["default", "linear", "dynamic", "llama3", "yarn"]
+RopeType = Literal["default", "linear", "dynamic", "llama3", "yarn", "longrope"]
+
+Activation = Literal["silu", "gelu_tanh"]
+"""What the MLP's gate goes through: `x sigmoid(x)`, or x times the normal distribution, approximated by tanh."""
+
+Rotation = Literal["global", "local", "none"]
+"""How a layer rotates queries and keys: by `rope_theta` and `rope_scaling`, by `local_rope_theta`, or not at all."""
 
 _ROPE_TYPES = ", ".join(typing.get_args(RopeType))
 _SIZES = (
@@ -61,6 +67,10 @@ class RopeScaling:
     """yarn: weight in its denominator."""
     truncate: bool = True
     """yarn: whether the bounds between the dimensions are whole numbers."""
+    short_factor: tuple[float, ...] = ()
+    """longrope: what each frequency is divided by, up to the original context."""
+    long_factor: tuple[float, ...] = ()
+    """longrope: what it is divided by beyond; kept for exports, since longer sequences are refused."""
 
     def __post_init__(self):
         if self.type not in typing.get_args(RopeType):
@@ -76,6 +86,9 @@ class RopeScaling:
                 f"rope scaling's low_freq_factor={self.low_freq_factor} must be below "
                 f"high_freq_factor={self.high_freq_factor}"
             )
+        for name in ("short_factor", "long_factor"):
+            for value in getattr(self, name):
+                _check_real(f"rope scaling's {name}", value)
 
 
 MATRICES = ("q", "k", "v", "o", "gate", "up", "down")
@@ -150,7 +163,32 @@ class DecoderConfig:
     mlp_bias: bool = False
     """Biases in the MLP."""
     qk_norm: bool = False
-    """Norms on the heads of queries and keys."""
+    """Norms on queries and keys, before they are rotated."""
+    qk_norm_whole: bool = False
+    """Whether these go over all heads together instead of each head by itself."""
+    pre_norms: bool = True
+    """Norms on what attention and MLP read."""
+    post_norms: bool = False
+    """Norms on what attention and MLP add to the residual stream."""
+    norm_offset: bool = False
+    """Whether norms are stored less one: `x / rms(x) * (1 + weight)`."""
+    activation: Activation = "silu"
+    """Of the MLP's gate."""
+    embed_scale: float = 1.0
+    """Factor on embeddings, in the compute dtype."""
+    residual_scale: float = 1.0
+    """Factor on what attention and MLP add to the residual stream."""
+    score_scale: float | None = None
+    """Factor on products of queries and keys; None is `1 / sqrt(head_dim)`."""
+    logits_divisor: float = 1.0
+    """What logits are divided by."""
+    rotary_dim: int | None = None
+    """Width of a head that is rotated, from its first dimension on; even. None is all of it."""
+    rotated_layers: tuple[bool, ...] | None = None
+    """Which layers rotate queries and keys; None means all do."""
+    local_rope_theta: float | None = None
+    """Base of the rotary frequencies of sliding layers, which `rope_scaling` leaves alone then; None is `rope_theta`,
+    scaled."""
     value_head: bool = False
     """A scalar in place of the vocabulary's logits: a critic."""
     sliding_window: int | None = None
@@ -184,11 +222,28 @@ class DecoderConfig:
             )
         if self.head_dim % 2:
             raise ValueError(f"head_dim={self.head_dim} must be even: rotary embeddings rotate pairs")
+        if self.rotary_dim is not None and (self.rotary_dim % 2 or not 0 < self.rotary_dim <= self.head_dim):
+            raise ValueError(f"rotary_dim={self.rotary_dim} must be even, and from 2 to head_dim={self.head_dim}")
+        if self.activation not in typing.get_args(Activation):
+            known = ", ".join(typing.get_args(Activation))
+            raise ValueError(f"activation={self.activation!r:.80} is not supported; choose one of {known}")
+        if not (self.pre_norms or self.post_norms):
+            raise ValueError("pre_norms=False needs post_norms=True: a layer without norms is none of any family")
+        for name in ("embed_scale", "residual_scale", "logits_divisor", "score_scale", "local_rope_theta"):
+            if getattr(self, name) is not None:
+                _check_real(name, getattr(self, name))
+        if self.rope_scaling.type == "longrope":
+            wanted = self.rotary_width // 2
+            for name in ("short_factor", "long_factor"):
+                if (count := len(getattr(self.rope_scaling, name))) != wanted:
+                    raise ValueError(f"rope scaling's {name} has {count} entries for {wanted} frequencies")
         # yarn counts rotations by the logarithm of the base.
         if self.rope_scaling.type == "yarn" and self.rope_theta <= 1:
             raise ValueError(f"rope_theta={self.rope_theta} must be above 1 for yarn")
-        if self.sliding_layers is not None and len(self.sliding_layers) != self.num_layers:
-            raise ValueError(f"sliding_layers has {len(self.sliding_layers)} entries for num_layers={self.num_layers}")
+        for name in ("sliding_layers", "rotated_layers"):
+            chosen = getattr(self, name)
+            if chosen is not None and len(chosen) != self.num_layers:
+                raise ValueError(f"{name} has {len(chosen)} entries for num_layers={self.num_layers}")
 
     @property
     def longest_sequence(self) -> int:
@@ -196,10 +251,13 @@ class DecoderConfig:
 
         yarn covers `factor` times the original context (2309.00071), linear scaling `factor` times `max_position`
         (2306.15595). llama3 states the stretched length as `max_position`, and dynamic scaling rotates anew for every
-        length beyond the original context.
+        length beyond the original context. longrope rotates a whole sequence otherwise once it is longer than the
+        original context, so that a token would depend on those behind it: it ends there.
         """
         scaling = self.rope_scaling
         match scaling.type:
+            case "longrope":
+                return min(self.max_position, scaling.original_max_position or self.max_position)
             case "yarn":
                 covered = scaling.factor * (scaling.original_max_position or self.max_position)
             case "linear":
@@ -213,6 +271,21 @@ class DecoderConfig:
     def num_ids(self) -> int:
         """Ids that exist: from 0 up to here."""
         return self.vocab_size if self.tokenizer_size is None else self.tokenizer_size
+
+    @property
+    def rotary_width(self) -> int:
+        """Width of a head that is rotated."""
+        return self.rotary_dim or self.head_dim
+
+    @property
+    def rotations(self) -> tuple[Rotation, ...]:
+        """How each layer rotates queries and keys."""
+        rotated = self.rotated_layers or (True,) * self.num_layers
+        local = self.local_rope_theta is not None
+        return tuple(
+            "none" if not turns else "local" if local and window != NO_WINDOW else "global"
+            for turns, window in zip(rotated, self.windows, strict=True)
+        )
 
     @property
     def windows(self) -> tuple[int, ...]:

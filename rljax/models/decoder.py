@@ -1,4 +1,4 @@
-"""One decoder for Llama 3, SmolLM2, Mistral, Qwen2 / 2.5 and Qwen3.
+"""One decoder for all families of `rljax.models.families`.
 
 Each weight is declared once, in a Flax NNX module, with shape, logical axes and initialiser; initialisation, sharding
 and the import and export tables derive from that. The modules hold no arrays: `params` is a nested dict, the layers
@@ -21,10 +21,10 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from rljax.models.attention import Attention, forest_attention
-from rljax.models.attention_blocks import SAVED
-from rljax.models.config import DecoderConfig, Lora
-from rljax.models.functional import linear, rms_norm, swiglu
-from rljax.models.rope import apply_rotary, rotary_table
+from rljax.models.attention_blocks import SAVED, score_divisor
+from rljax.models.config import DecoderConfig, Lora, Rotation
+from rljax.models.functional import geglu, linear, rms_norm, swiglu
+from rljax.models.rope import RotaryTable, apply_rotary, rotary_tables
 from rljax.parallel import constrain, split_axes
 from rljax.types import Params
 
@@ -52,18 +52,28 @@ def _weight(shape: tuple[int, ...], axes: tuple[str | None, ...], *, dtype: str,
     return nnx.Param(jax.ShapeDtypeStruct(shape, jnp.dtype(dtype)), axes=axes, init=init)
 
 
+GATED = {"silu": swiglu, "gelu_tanh": geglu}
+"""What the MLP makes of its gate and what that gates, by `DecoderConfig.activation`."""
+
+
 class Layer(nnx.Module):
-    """A pre-norm transformer layer: grouped-query attention, then SwiGLU."""
+    """A transformer layer: grouped-query attention, then a gated MLP."""
 
     def __init__(self, config: DecoderConfig):
         c = config
         weight = functools.partial(_weight, dtype=c.param_dtype)
         q_dim = c.num_heads * c.head_dim
         kv_dim = c.num_kv_heads * c.head_dim
+        norm = functools.partial(_norm_weight, c)
         self.config = c
 
         # Matrices are [in, out]. The names of the axes say how a mesh splits them; what has None is whole everywhere.
-        self.attention_norm = weight((c.embed_dim,), (None,), init="ones")
+        if c.pre_norms:
+            self.attention_norm = norm(c.embed_dim)
+            self.mlp_norm = norm(c.embed_dim)
+        if c.post_norms:
+            self.attention_post_norm = norm(c.embed_dim)
+            self.mlp_post_norm = norm(c.embed_dim)
         self.q = weight((c.embed_dim, q_dim), ("embed", "heads"))
         self.k = weight((c.embed_dim, kv_dim), ("embed", "kv_heads"))
         self.v = weight((c.embed_dim, kv_dim), ("embed", "kv_heads"))
@@ -77,10 +87,9 @@ class Layer(nnx.Module):
         if c.output_bias:
             self.o_bias = weight((c.embed_dim,), (None,), init="zeros")
         if c.qk_norm:
-            self.q_norm = weight((c.head_dim,), (None,), init="ones")
-            self.k_norm = weight((c.head_dim,), (None,), init="ones")
+            self.q_norm = norm(q_dim, "heads") if c.qk_norm_whole else norm(c.head_dim)
+            self.k_norm = norm(kv_dim, "kv_heads") if c.qk_norm_whole else norm(c.head_dim)
 
-        self.mlp_norm = weight((c.embed_dim,), (None,), init="ones")
         self.gate = weight((c.embed_dim, c.mlp_dim), ("embed", "mlp"))
         self.up = weight((c.embed_dim, c.mlp_dim), ("embed", "mlp"))
         self.down = weight((c.mlp_dim, c.embed_dim), ("mlp", "embed"))
@@ -104,30 +113,44 @@ class Layer(nnx.Module):
         setattr(self, f"{name}{DOWN}", weight((*many, rows, lora.rank), (*apart, of_rows, None), init="fan_in"))
         setattr(self, f"{name}{UP}", weight((*many, lora.rank, columns), (*apart, None, of_columns), init="zeros"))
 
-    def __call__(
-        self, x: Array, rotary: tuple[Array, Array], attend: Attend, product: Product = linear
-    ) -> tuple[Array, Any]:
+    def __call__(self, x: Array, rotary: RotaryTable, attend: Attend, product: Product = linear) -> tuple[Array, Any]:
         c = self.config
         project = functools.partial(self._project, product)
-        h = rms_norm(x, self.attention_norm[...], c.norm_eps)
+        h = self._norm(x, "attention_norm")
         q, k, v = (project(h, name) for name in ("q", "k", "v"))
+        if c.qk_norm_whole:
+            q = self._norm(q, "q_norm")
+            k = self._norm(k, "k_norm")
         q = q.reshape(*q.shape[:-1], c.num_heads, c.head_dim)
         k = k.reshape(*k.shape[:-1], c.num_kv_heads, c.head_dim)
         v = v.reshape(*v.shape[:-1], c.num_kv_heads, c.head_dim)
-        if c.qk_norm:
-            q = rms_norm(q, self.q_norm[...], c.norm_eps)
-            k = rms_norm(k, self.k_norm[...], c.norm_eps)
+        if not c.qk_norm_whole:
+            q = self._norm(q, "q_norm")
+            k = self._norm(k, "k_norm")
 
-        # Keys are rotated before they are kept: a cache never rotates again.
-        out, aux = attend(apply_rotary(q, *rotary), apply_rotary(k, *rotary), v)
+        # Keys are rotated before they are kept: a cache never rotates again. Attention divides by the root of the
+        # width whatever the family; what it wants instead is multiplied in where queries are wide.
+        scale = 1.0 if c.score_scale is None else c.score_scale * score_divisor(c.head_dim)
+        out, aux = attend(apply_rotary(q, *rotary, scale), apply_rotary(k, *rotary), v)
         out = out.reshape(*x.shape[:-1], c.num_heads * c.head_dim)
+        x = self._add(x, project(out, "o"), "attention_post_norm")
 
+        h = self._norm(x, "mlp_norm")
+        h = GATED[c.activation](project(h, "gate"), project(h, "up"))
+        return self._add(x, project(h, "down"), "mlp_post_norm"), aux
+
+    def _add(self, x: Array, out: Array, norm: str) -> Array:
+        """The residual stream with what attention or MLP adds."""
+        out = self._norm(out, norm)
+        if self.config.residual_scale != 1.0:
+            out = (out.astype(jnp.float32) * self.config.residual_scale).astype(x.dtype)
         # Without it the compiler may split the residual otherwise from one layer to the next.
-        x = constrain(x + project(out, "o"), _axes(x))
+        return constrain(x + out, _axes(x))
 
-        h = rms_norm(x, self.mlp_norm[...], c.norm_eps)
-        h = swiglu(project(h, "gate"), project(h, "up"))
-        return constrain(x + project(h, "down"), _axes(x)), aux
+    def _norm(self, x: Array, name: str) -> Array:
+        """`x` normed by the weight `name`, or as it is where the family declares no such norm."""
+        weight = getattr(self, name, None)
+        return x if weight is None else _normed(self.config, x, weight[...])
 
     def _project(self, product: Product, x: Array, name: str) -> Array:
         out = checkpoint_name(product(x, getattr(self, name)[...]), PRODUCT)
@@ -137,6 +160,17 @@ class Layer(nnx.Module):
             out = out + lora.scale * product(narrow, getattr(self, f"{name}{UP}")[...])
         bias = getattr(self, f"{name}_bias", None)
         return out if bias is None else out + bias[...].astype(x.dtype)
+
+
+def _norm_weight(config: DecoderConfig, width: int, axis: str | None = None) -> nnx.Param:
+    init = "zeros" if config.norm_offset else "ones"
+    return _weight((width,), (axis,), dtype=config.param_dtype, init=init)
+
+
+def _normed(config: DecoderConfig, x: Array, weight: Array) -> Array:
+    # In float32, where one more than a small weight is not rounded to one.
+    scale = weight.astype(jnp.float32) + 1.0 if config.norm_offset else weight
+    return rms_norm(x, scale, config.norm_eps)
 
 
 def _axes(x: Array) -> tuple[str | None, ...]:
@@ -150,7 +184,7 @@ class Decoder(nnx.Module):
     def __init__(self, config: DecoderConfig):
         weight = functools.partial(_weight, dtype=config.param_dtype)
         self.embedding = weight((config.vocab_size, config.embed_dim), ("vocab", "embed"))
-        self.final_norm = weight((config.embed_dim,), (None,), init="ones")
+        self.final_norm = _norm_weight(config, config.embed_dim)
         if config.value_head:
             self.value_head = weight((config.embed_dim,), (None,), init="zeros")
             self.value_bias = weight((), (), init="zeros")
@@ -224,7 +258,12 @@ def unstack_layers(params: Params) -> dict[str, Any]:
 def embed(config: DecoderConfig, params: Params, tokens: Int[Array, "*B"]) -> Float[Array, "*B D"]:
     """Token embeddings in the compute dtype, of weights whose rows are whole (`DECODE_RULES`)."""
     table = constrain(params["embedding"], ("vocab", None))
-    return jnp.take(table, tokens, axis=0).astype(config.dtype)
+    return _scaled(config, jnp.take(table, tokens, axis=0).astype(config.dtype))
+
+
+def _scaled(config: DecoderConfig, x: Array) -> Array:
+    # The factor is rounded to the dtype of the embeddings, as it is where these models are trained.
+    return x if config.embed_scale == 1.0 else x * jnp.asarray(config.embed_scale, x.dtype)
 
 
 def embed_split(config: DecoderConfig, params: Params, tokens: Int[Array, "R S"]) -> Float[Array, "R S D"]:
@@ -252,7 +291,7 @@ def embed_split(config: DecoderConfig, params: Params, tokens: Int[Array, "R S"]
         else:
             x = jnp.take(table, tokens, axis=0)
 
-        x = x.astype(config.dtype)
+        x = _scaled(config, x.astype(config.dtype))
         if width:
             x = jax.lax.all_to_all(x, width, split_axis=0, concat_axis=2, tiled=True)
         return jax.lax.psum(x, vocab)
@@ -266,11 +305,12 @@ def apply_layer(
     config: DecoderConfig,
     layer_params: Params,
     x: Float[Array, "*B D"],
-    rotary: tuple[Array, Array],
+    rotary: RotaryTable,
     attend: Attend,
     product: Product = linear,
 ) -> tuple[Float[Array, "*B D"], Any]:
-    """One layer on activations `x`; returns what it makes of them and the `aux` of `attend`."""
+    """One layer on activations `x`; returns what it makes of them and the `aux` of `attend`. `rotary` is the table of
+    its rotation (`rljax.models.rope.rotary_tables`)."""
     layer = nnx.merge(_layer_graph(config), dict(layer_params))
     return layer(x, rotary, attend, product)
 
@@ -281,7 +321,7 @@ def _layer_graph(config: DecoderConfig):
 
 
 def final_norm(config: DecoderConfig, params: Params, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
-    return rms_norm(x, params["final_norm"], config.norm_eps)
+    return _normed(config, x, params["final_norm"])
 
 
 def hidden_states(
@@ -309,11 +349,13 @@ def hidden_states(
             f"packed sequences have one adapter, and this model has {config.lora.count} side by side; take one of them"
         )
 
-    # One table for all layers: within a scan it is a constant, not made again.
-    rotary = rotary_table(config, positions)
+    # Made once for all layers: within a scan a table is a constant.
+    tables, kinds = _stack_tables(config, rotary_tables(config, positions))
 
     def body(x, layer):
-        layer_params, window = layer
+        layer_params, window, kind = layer
+        # A layer by itself has its own table picked out of all where layers differ.
+        rotary = tables if kind is None else tuple(table[kind] for table in tables)
 
         def attend(q, k, v):
             return attention(q, k, v, positions, subtree_end, window), None
@@ -328,8 +370,19 @@ def hidden_states(
     x = embed_split(config, params, tokens)
     x = constrain(x, _axes(x))
     if scan:
-        x, _ = jax.lax.scan(body, x, (params["layers"], jnp.asarray(config.windows)))
+        own = None if kinds is None else jnp.asarray(kinds)
+        x, _ = jax.lax.scan(body, x, (params["layers"], jnp.asarray(config.windows), own))
     else:
-        for layer_params, window in zip(unstack_layers(params)["layers"], config.windows, strict=True):
-            x, _ = body(x, (layer_params, window))
+        own = kinds or (None,) * config.num_layers
+        for layer in zip(unstack_layers(params)["layers"], config.windows, own, strict=True):
+            x, _ = body(x, layer)
     return final_norm(config, params, x)
+
+
+def _stack_tables(config: DecoderConfig, tables: dict[Rotation, RotaryTable]) -> tuple[RotaryTable, tuple | None]:
+    """All tables in one, and the number of each layer's; where all layers rotate alike their table, and None."""
+    if len(tables) == 1:
+        return next(iter(tables.values())), None
+    cos, sin = (jnp.stack(x) for x in zip(*tables.values(), strict=True))
+    names = list(tables)
+    return (cos, sin), tuple(names.index(rotation) for rotation in config.rotations)

@@ -6,8 +6,10 @@ PyTorch state dict, which decides how an export is split into files.
 """
 
 import dataclasses
+import math
 import sys
 from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from rljax.models.config import DecoderConfig, RopeScaling
@@ -27,6 +29,9 @@ class Weight(NamedTuple):
     """Theirs is [out, in], ours [in, out]."""
     heads: str | None = None
     """The config's count of heads that shapes its rows, which are rotated, and interleaved in GGUF's llama layout."""
+    is_norm: bool = False
+    """Whether it is the weight of a norm: GGUF files hold it whole where `DecoderConfig.norm_offset` stores it less
+    one."""
 
 
 def _linear(path: str, hf: str, gguf: str, heads: str | None = None) -> tuple[Weight, ...]:
@@ -39,7 +44,7 @@ def _linear(path: str, hf: str, gguf: str, heads: str | None = None) -> tuple[We
 
 
 def _norm(path: str, hf: str, gguf: str) -> tuple[Weight, ...]:
-    return (Weight(f"layers/{path}", f"model.layers.{{}}.{hf}.weight", f"blk.{{}}.{gguf}.weight"),)
+    return (Weight(f"layers/{path}", f"model.layers.{{}}.{hf}.weight", f"blk.{{}}.{gguf}.weight", is_norm=True),)
 
 
 _EMBEDDING = (Weight("embedding", "model.embed_tokens.weight", "token_embd.weight"),)
@@ -62,13 +67,50 @@ _NORMS = (
     *_norm("attention_norm", "input_layernorm", "attn_norm"),
     *_norm("mlp_norm", "post_attention_layernorm", "ffn_norm"),
 )
+_POST_NORMS = (
+    *_norm("attention_post_norm", "post_attention_layernorm", "post_attention_norm"),
+    *_norm("mlp_post_norm", "post_feedforward_layernorm", "post_ffw_norm"),
+)
+_FOUR_NORMS = (
+    *_norm("attention_norm", "input_layernorm", "attn_norm"),
+    *_norm("attention_post_norm", "post_attention_layernorm", "post_attention_norm"),
+    *_norm("mlp_norm", "pre_feedforward_layernorm", "ffn_norm"),
+    *_norm("mlp_post_norm", "post_feedforward_layernorm", "post_ffw_norm"),
+)
 _HEAD = (
-    Weight("final_norm", "model.norm.weight", "output_norm.weight"),
+    Weight("final_norm", "model.norm.weight", "output_norm.weight", is_norm=True),
     Weight("head", "lm_head.weight", "output.weight"),
+)
+
+# Rows of one tensor lie in it one behind the other, in this order.
+_JOINED = (
+    *_linear("o", "self_attn.o_proj", "attn_output"),
+    *_linear("q", "self_attn.qkv_proj", "attn_qkv"),
+    *_linear("k", "self_attn.qkv_proj", "attn_qkv"),
+    *_linear("v", "self_attn.qkv_proj", "attn_qkv"),
+    *_linear("gate", "mlp.gate_up_proj", "ffn_up"),
+    *_linear("up", "mlp.gate_up_proj", "ffn_up"),
+    *_linear("down", "mlp.down_proj", "ffn_down"),
 )
 
 LLAMA_WEIGHTS = (*_EMBEDDING, *_ATTENTION, *_MLP, *_NORMS, *_HEAD)
 QWEN3_WEIGHTS = (*_EMBEDDING, *_ATTENTION, *_QK_NORM, *_MLP, *_NORMS, *_HEAD)
+GEMMA3_WEIGHTS = (*_EMBEDDING, *_ATTENTION, *_QK_NORM, *_MLP, *_FOUR_NORMS, *_HEAD)
+OLMO_WEIGHTS = (*_EMBEDDING, *_ATTENTION, *_QK_NORM, *_MLP, *_POST_NORMS, *_HEAD)
+PHI3_WEIGHTS = (*_EMBEDDING, *_JOINED, *_NORMS, *_HEAD)
+
+
+class Number(NamedTuple):
+    """A factor that config.json states."""
+
+    field: str
+    """Of `DecoderConfig`."""
+    key: str
+    """Of config.json."""
+    read: Callable[[float], float] = float
+    """The field's value, of the key's."""
+    write: Callable[[float], float] = float
+    """The key's value, of the field's."""
 
 
 class Family(NamedTuple):
@@ -80,14 +122,38 @@ class Family(NamedTuple):
     """Rows in the order of its state dict."""
     defaults: Mapping[str, Any]
     """Keys that a config.json may leave out."""
-    biases: tuple[str, ...] = ()
-    """`DecoderConfig`'s bias fields that are always set."""
+    fixed: Mapping[str, Any] = MappingProxyType({})
+    """Fields of `DecoderConfig` that all its models have alike."""
     bias_keys: tuple[str, ...] = ()
     """config.json's switches of biases that it knows."""
-    qk_norm: bool = False
-    """Whether queries and keys are normed."""
+    numbers: tuple[Number, ...] = ()
+    """config.json's factors that it knows."""
+    neutral: Mapping[str, tuple[Any, ...]] = MappingProxyType({})
+    """Keys of config.json that are supported at these values alone."""
+    activation_key: str = "hidden_act"
+    """config.json's name of the activation."""
     sliding: str = "none"
-    """Which layers slide: "none", "all", or "chosen" by `use_sliding_window` and `layer_types`."""
+    """Which layers slide: "none", "all", "chosen" by `use_sliding_window` and `layer_types`, or "typed" by these
+    types alone."""
+    full_every: int = 0
+    """typed: without `layer_types`, every such layer sees all."""
+    local_rope: bool = False
+    """Whether sliding layers have rotary settings of their own."""
+    unrotated: bool = False
+    """Whether config.json's `no_rope_layers` leaves layers unrotated."""
+    partial_rotary: bool = False
+    """Whether config.json's `partial_rotary_factor` may leave part of a head unrotated."""
+    root_embedding: bool = False
+    """Whether embeddings are multiplied by the root of their width."""
+
+
+def pattern(full_every: int, count: int) -> tuple[bool, ...]:
+    """Which of `count` layers slide where every `full_every`-th sees all."""
+    return tuple((layer + 1) % full_every != 0 for layer in range(count))
+
+
+_OF_SCALE = Number("score_scale", "attention_multiplier")
+_OF_SCALAR = Number("score_scale", "query_pre_attn_scalar", lambda x: x**-0.5, lambda x: round(x**-2))
 
 
 FAMILIES: dict[str, Family] = {
@@ -96,6 +162,92 @@ FAMILIES: dict[str, Family] = {
         LLAMA_WEIGHTS,
         {"max_position_embeddings": 2048},
         bias_keys=("attention_bias", "mlp_bias"),
+    ),
+    "smollm3": Family(
+        "SmolLM3ForCausalLM",
+        LLAMA_WEIGHTS,
+        {
+            "max_position_embeddings": 32768,
+            "num_key_value_heads": 4,
+            "no_rope_layer_interval": 4,
+            "rope_theta": 2_000_000.0,
+            "tie_word_embeddings": True,
+        },
+        bias_keys=("attention_bias", "mlp_bias"),
+        neutral={"use_sliding_window": (None, False)},
+        unrotated=True,
+    ),
+    "granite": Family(
+        "GraniteForCausalLM",
+        LLAMA_WEIGHTS,
+        {
+            "max_position_embeddings": 2048,
+            "embedding_multiplier": 1.0,
+            "residual_multiplier": 1.0,
+            "attention_multiplier": 1.0,
+            "logits_scaling": 1.0,
+        },
+        bias_keys=("attention_bias", "mlp_bias"),
+        numbers=(
+            Number("embed_scale", "embedding_multiplier"),
+            Number("residual_scale", "residual_multiplier"),
+            Number("logits_divisor", "logits_scaling"),
+            _OF_SCALE,
+        ),
+    ),
+    "phi3": Family(
+        "Phi3ForCausalLM",
+        PHI3_WEIGHTS,
+        {"max_position_embeddings": 4096, "rms_norm_eps": 1e-5},
+        sliding="all",
+        partial_rotary=True,
+    ),
+    "olmo2": Family(
+        "Olmo2ForCausalLM",
+        OLMO_WEIGHTS,
+        {"max_position_embeddings": 2048, "rms_norm_eps": 1e-5},
+        fixed={"qk_norm": True, "qk_norm_whole": True, "pre_norms": False, "post_norms": True},
+        bias_keys=("attention_bias",),
+        neutral={"clip_qkv": (None,)},
+    ),
+    "olmo3": Family(
+        "Olmo3ForCausalLM",
+        OLMO_WEIGHTS,
+        {"max_position_embeddings": 2048, "rms_norm_eps": 1e-5, "sliding_window": 4096, "rope_theta": 500_000.0},
+        fixed={"qk_norm": True, "qk_norm_whole": True, "pre_norms": False, "post_norms": True},
+        bias_keys=("attention_bias",),
+        neutral={"clip_qkv": (None,)},
+        sliding="typed",
+        full_every=4,
+        local_rope=True,
+    ),
+    "gemma3_text": Family(
+        "Gemma3ForCausalLM",
+        GEMMA3_WEIGHTS,
+        {
+            "max_position_embeddings": 131072,
+            "num_key_value_heads": 4,
+            "head_dim": 256,
+            "query_pre_attn_scalar": 256,
+            "sliding_window": 4096,
+            "sliding_window_pattern": 6,
+            "rope_theta": 1_000_000.0,
+            "rope_local_base_freq": 10_000.0,
+            "tie_word_embeddings": True,
+        },
+        fixed={"qk_norm": True, "post_norms": True, "norm_offset": True, "activation": "gelu_tanh"},
+        bias_keys=("attention_bias",),
+        numbers=(_OF_SCALAR,),
+        neutral={
+            "attn_logit_softcapping": (None,),
+            "final_logit_softcapping": (None,),
+            "use_bidirectional_attention": (None, False),
+        },
+        activation_key="hidden_activation",
+        sliding="typed",
+        full_every=6,
+        local_rope=True,
+        root_embedding=True,
     ),
     "mistral": Family(
         "MistralForCausalLM",
@@ -107,7 +259,7 @@ FAMILIES: dict[str, Family] = {
         "Qwen2ForCausalLM",
         LLAMA_WEIGHTS,
         {"max_position_embeddings": 32768, "num_key_value_heads": 32, "sliding_window": 4096, "max_window_layers": 28},
-        biases=("attention_bias",),
+        fixed={"attention_bias": True},
         sliding="chosen",
     ),
     "qwen3": Family(
@@ -121,7 +273,7 @@ FAMILIES: dict[str, Family] = {
             "max_window_layers": 28,
         },
         bias_keys=("attention_bias",),
-        qk_norm=True,
+        fixed={"qk_norm": True},
         sliding="chosen",
     ),
 }
@@ -140,10 +292,13 @@ class Entry(NamedTuple):
     """The layer of it; None for what is not a layer."""
     shape: tuple[int, ...]
     """In the file: [out, in] for matrices."""
+    rows: slice | None = None
+    """Which rows of a tensor that holds several weights are this one's; None is all of a tensor of its own."""
 
 
 def entries(config: DecoderConfig, kind: str = "hf") -> list[Entry]:
-    """The tensors that a file of this model holds, in state dict order. `kind` is "hf" or "gguf"."""
+    """The tensors that a file of this model holds, in state dict order. `kind` is "hf" or "gguf". A tensor that holds
+    several weights has an entry for each of them."""
     tree = abstract_params(config)
     declared = {f"layers/{name}": leaf.shape[1:] for name, leaf in tree["layers"].items()}
     declared |= {name: leaf.shape for name, leaf in tree.items() if name != "layers"}
@@ -151,12 +306,24 @@ def entries(config: DecoderConfig, kind: str = "hf") -> list[Entry]:
     # A family lists what its models may have; the config decides which of it this one has.
     rows = [weight for weight in family_of(config).weights if weight.path in declared]
 
+    joined: dict[str, list[Weight]] = {}
+    for weight in rows:
+        joined.setdefault(getattr(weight, kind), []).append(weight)
+
     def entry(weight: Weight, layer: int | None) -> Entry:
         name = getattr(weight, kind)
+        together = joined[name]
         if layer is not None:
             name = name.format(layer)
         shape = declared[weight.path]
-        return Entry(name, weight, layer, shape[::-1] if weight.transpose else shape)
+        shape = shape[::-1] if weight.transpose else shape
+        if len(together) == 1:
+            return Entry(name, weight, layer, shape)
+
+        # Ours are [in, out], so what are rows to the file are our last dimension.
+        sizes = [declared[other.path][-1] for other in together]
+        start = sum(sizes[: together.index(weight)])
+        return Entry(name, weight, layer, (sum(sizes), *shape[1:]), slice(start, start + shape[0]))
 
     # A state dict goes layer by layer, with what is not a layer before and behind.
     stacked = [weight for weight in rows if weight.path.startswith("layers/")]
@@ -166,11 +333,38 @@ def entries(config: DecoderConfig, kind: str = "hf") -> list[Entry]:
     return [entry(weight, None) for weight in first] + middle + [entry(weight, None) for weight in last]
 
 
+def fresh_config(family: str, *, sliding_window: int | None = None, **sizes: Any) -> DecoderConfig:
+    """The config of a new model: what all models of the family have alike, the `sizes` given (fields of
+    `DecoderConfig`), and the window of those layers that slide where no file says which. ValueError for an unknown
+    family, and for a window in a family without any."""
+    known = _known(family)
+    fields: dict[str, Any] = dict(known.fixed)
+    if known.root_embedding:
+        fields["embed_scale"] = sizes["embed_dim"] ** 0.5
+    if known.unrotated:
+        fields["rotated_layers"] = pattern(known.defaults["no_rope_layer_interval"], sizes["num_layers"])
+    if known.local_rope:
+        fields["rope_theta"] = known.defaults["rope_theta"]
+
+    if sliding_window is not None:
+        if known.sliding == "none":
+            raise ValueError(f"sliding_window={sliding_window} needs a family whose layers slide; {family} has none")
+        fields["sliding_window"] = sliding_window
+    if sliding_window is not None and known.local_rope:
+        fields["sliding_layers"] = pattern(known.full_every, sizes["num_layers"])
+        fields["local_rope_theta"] = known.defaults.get("rope_local_base_freq", known.defaults["rope_theta"])
+    return DecoderConfig(family=family, **fields, **sizes)
+
+
 def family_of(config: DecoderConfig) -> Family:
     """The family of a config; ValueError when it is unknown."""
-    if config.family not in FAMILIES:
-        raise ValueError(f"family={config.family!r} is not supported; choose one of {', '.join(FAMILIES)}")
-    return FAMILIES[config.family]
+    return _known(config.family)
+
+
+def _known(name: str) -> Family:
+    if name not in FAMILIES:
+        raise ValueError(f"family={name!r:.80} is not supported; choose one of {', '.join(FAMILIES)}")
+    return FAMILIES[name]
 
 
 def config_from_hf(hf: Mapping[str, Any]) -> DecoderConfig:
@@ -191,8 +385,14 @@ def config_from_hf(hf: Mapping[str, Any]) -> DecoderConfig:
     architecture = architectures[0] if isinstance(architectures, list) else architectures
     if architecture != family.architecture:
         raise ValueError(f"config.json: architecture {architecture!r:.80} is not supported; supported are {supported}")
-    if (activation := hf.get("hidden_act", "silu")) not in ("silu", "swish"):
-        raise ValueError(f"config.json: hidden_act={activation!r:.80} is not supported; the decoder has silu alone")
+    names = _ACTIVATIONS[family.fixed.get("activation", "silu")]
+    if (activation := hf.get(family.activation_key, names[0])) not in names:
+        raise ValueError(
+            f"config.json: {family.activation_key}={activation!r:.80} is not supported; {name} has {names[0]} alone"
+        )
+    for key, values in family.neutral.items():
+        if (value := hf.get(key)) not in values:
+            raise ValueError(f"config.json: {key}={value!r:.80} is not supported; it must be {values[0]!r}")
 
     # A file may leave out what is its family's default.
     get: Callable[..., Any] = {**family.defaults, **hf}.get
@@ -203,8 +403,16 @@ def config_from_hf(hf: Mapping[str, Any]) -> DecoderConfig:
     heads = _whole(get, "num_attention_heads")
     hidden = _whole(get, "hidden_size")
     max_position = _whole(get, "max_position_embeddings")
-    theta, scaling = _rope_from_hf(hf, max_position)
+    rope, local_theta = _rope_by_layer(family, hf)
+    theta, scaling = _rope_from_hf(rope, max_position, family.defaults.get("rope_theta", 10_000.0))
     window, sliding = _sliding_from_hf(family, get)
+    head_dim = _whole(get, "head_dim", hidden // heads)
+    numbers = {number.field: number.read(_real(number.key, get(number.key))) for number in family.numbers}
+    # What attention has anyway is not said: equal models have equal configs.
+    if math.isclose(numbers.get("score_scale", 0.0), head_dim**-0.5, rel_tol=1e-6):
+        numbers["score_scale"] = None
+    if family.root_embedding:
+        numbers["embed_scale"] = hidden**0.5
 
     # transformers 5 writes `dtype`, older releases `torch_dtype`.
     dtype = str(get("dtype") or get("torch_dtype") or "float32").removeprefix("torch.")
@@ -213,6 +421,8 @@ def config_from_hf(hf: Mapping[str, Any]) -> DecoderConfig:
 
     # The switch sets all four biases of attention; a family without it may still have those of q, k and v.
     attention_bias = "attention_bias" in family.bias_keys and bool(get("attention_bias"))
+    fields = dict(family.fixed) | numbers
+    fields["attention_bias"] = attention_bias or fields.get("attention_bias", False)
     return DecoderConfig(
         family=name,
         vocab_size=_whole(get, "vocab_size"),
@@ -220,23 +430,29 @@ def config_from_hf(hf: Mapping[str, Any]) -> DecoderConfig:
         embed_dim=hidden,
         num_heads=heads,
         num_kv_heads=_whole(get, "num_key_value_heads", heads),
-        head_dim=_whole(get, "head_dim", hidden // heads),
+        head_dim=head_dim,
         mlp_dim=_whole(get, "intermediate_size"),
         rope_theta=theta,
         rope_scaling=scaling,
         norm_eps=_real("rms_norm_eps", get("rms_norm_eps", 1e-6)),
         tied_embeddings=bool(get("tie_word_embeddings", False)),
-        attention_bias=attention_bias or "attention_bias" in family.biases,
         output_bias=attention_bias,
         mlp_bias="mlp_bias" in family.bias_keys and bool(get("mlp_bias")),
-        qk_norm=family.qk_norm,
         sliding_window=window,
         sliding_layers=sliding,
+        # A window that no layer has leaves nothing for the other base to rotate.
+        local_rope_theta=local_theta if window is not None else None,
+        rotary_dim=_rotary_dim(family, rope, hf, head_dim),
+        rotated_layers=_rotated_from_hf(family, get),
         max_position=max_position,
         dtype=dtype,
         param_dtype=dtype,
+        **fields,
     )
 
+
+_ACTIVATIONS = {"silu": ("silu", "swish"), "gelu_tanh": ("gelu_pytorch_tanh",)}
+"""config.json's names of `DecoderConfig.activation`."""
 
 _MOST_LAYERS = 10_000  # lists of all layers are made of the number before any tensor is looked at
 
@@ -256,6 +472,13 @@ def _real(key: str, value: Any) -> float:
     if type(value) not in (int, float) or not 0 < value <= sys.float_info.max:
         raise ValueError(f"config.json: {key}={value!r:.80} must be a finite number above 0")
     return float(value)
+
+
+def _reals(key: str, values: Any) -> tuple[float, ...]:
+    """A list of finite numbers above 0."""
+    if not isinstance(values, list | tuple):
+        raise ValueError(f"config.json: {key}={values!r:.80} must be a list of numbers")
+    return tuple(_real(key, value) for value in values)
 
 
 def _sliding_from_hf(family: Family, get: Callable[..., Any]) -> tuple[int | None, tuple[bool, ...] | None]:
@@ -278,8 +501,12 @@ def _sliding_from_hf(family: Family, get: Callable[..., Any]) -> tuple[int | Non
         if types is not None and "full_attention" in types:
             raise ValueError("config.json: layer_types mixes full_attention into a family whose layers all slide")
         return window, None
-    if not get("use_sliding_window"):
+    if family.sliding == "chosen" and not get("use_sliding_window"):
         return None, None
+
+    if types is None and family.sliding == "typed":
+        every = _whole(get, "sliding_window_pattern", family.full_every)
+        types = ["sliding_attention" if slides else "full_attention" for slides in pattern(every, count)]
 
     # Older files name the first layer that slides, newer ones the type of each.
     if types is None:
@@ -292,6 +519,65 @@ def _sliding_from_hf(family: Family, get: Callable[..., Any]) -> tuple[int | Non
         return None, None
     # All layers are None, never a tuple of True: equal models have equal configs.
     return window, None if all(sliding) else sliding
+
+
+def _rotated_from_hf(family: Family, get: Callable[..., Any]) -> tuple[bool, ...] | None:
+    """Which layers rotate queries and keys; None where all do."""
+    if not family.unrotated:
+        return None
+    count = _whole(get, "num_hidden_layers", most=_MOST_LAYERS)
+    given = get("no_rope_layers")
+    if given is None:
+        rotated = pattern(_whole(get, "no_rope_layer_interval"), count)
+    elif isinstance(given, list) and len(given) == count and all(value in (0, 1) for value in given):
+        # Whatever the key is called, 1 stands for a layer that rotates.
+        rotated = tuple(bool(value) for value in given)
+    else:
+        raise ValueError(
+            f"config.json: no_rope_layers={given!r:.80} must be a list of 0 and 1 for the num_hidden_layers={count}"
+        )
+    return None if all(rotated) else rotated
+
+
+def _rotary_dim(family: Family, rope: Mapping[str, Any], hf: Mapping[str, Any], head_dim: int) -> int | None:
+    """Width of a head that is rotated; None is all of it."""
+    settings = dict(rope.get("rope_scaling") or rope.get("rope_parameters") or {})
+    partial = settings.get("partial_rotary_factor", hf.get("partial_rotary_factor"))
+    if partial in (None, 1, 1.0):
+        return None
+    if not family.partial_rotary:
+        raise ValueError(
+            f"config.json: partial_rotary_factor={partial!r:.80} is not supported; every head rotates whole"
+        )
+    if (width := int(head_dim * _real("partial_rotary_factor", partial))) > head_dim:
+        raise ValueError(f"config.json: partial_rotary_factor={partial!r:.80} must be at most 1")
+    return width
+
+
+def _rope_by_layer(family: Family, hf: Mapping[str, Any]) -> tuple[Mapping[str, Any], float | None]:
+    """config.json with the rotary settings of layers that see all, and the base of those that slide; None where it is
+    the same. ValueError where sliding layers have more than a base of their own."""
+    newer = hf.get("rope_parameters")
+    if not family.local_rope:
+        return hf, None
+    default = family.defaults.get("rope_local_base_freq")
+    base = hf.get("rope_local_base_freq", default)
+    if isinstance(newer, Mapping) and any(isinstance(value, Mapping) for value in newer.values()):
+        if unknown := sorted(set(newer) - {"full_attention", "sliding_attention"}):
+            raise ValueError(f"config.json: rope_parameters has {unknown[0]!r:.80}, which is no supported layer type")
+        local = newer.get("sliding_attention") or {}
+        full = newer.get("full_attention") or {}
+        if not isinstance(local, Mapping) or not isinstance(full, Mapping):
+            raise ValueError("config.json: rope_parameters must hold an object for each layer type")
+        if (kind := local.get("rope_type", "default")) != "default":
+            raise ValueError(f"config.json: rope type {kind!r:.80} of sliding layers is not supported; give default")
+        hf = {**hf, "rope_parameters": full, "rope_scaling": None}
+        base = local.get("rope_theta", base)
+        if base is None:
+            base = full.get("rope_theta", hf.get("rope_theta"))
+    if base is None:
+        base = hf.get("rope_theta", family.defaults.get("rope_theta"))
+    return hf, _real("rope_theta of sliding layers", base)
 
 
 _ROPE_KEYS: dict[str, dict[str, str]] = {  # ours -> config.json's, per type
@@ -314,10 +600,17 @@ _ROPE_KEYS: dict[str, dict[str, str]] = {  # ours -> config.json's, per type
         "mscale_all_dim": "mscale_all_dim",
         "truncate": "truncate",
     },
+    "longrope": {
+        "factor": "factor",
+        "original_max_position": "original_max_position_embeddings",
+        "attention_factor": "attention_factor",
+        "short_factor": "short_factor",
+        "long_factor": "long_factor",
+    },
 }
 
 
-def _rope_from_hf(hf: Mapping[str, Any], max_position: int) -> tuple[float, RopeScaling]:
+def _rope_from_hf(hf: Mapping[str, Any], max_position: int, default_theta: float) -> tuple[float, RopeScaling]:
     for key in ("rope_scaling", "rope_parameters"):
         if not isinstance(hf.get(key) or {}, Mapping):
             raise ValueError(f"config.json: {key}={hf[key]!r:.80} must be an object")
@@ -326,24 +619,21 @@ def _rope_from_hf(hf: Mapping[str, Any], max_position: int) -> tuple[float, Rope
     if any(isinstance(value, Mapping) for value in rope.values()):
         raise ValueError("config.json: rope_parameters differ by layer type, which no supported family has")
     kind: Any = rope.get("rope_type", rope.get("type", "default"))
+    # Names that early files of Phi-3 give to it.
+    if kind == "su" or (kind == "yarn" and hf.get("model_type") == "phi3"):
+        kind = "longrope"
     if not isinstance(kind, str) or kind not in _ROPE_KEYS:
         raise ValueError(f"config.json: rope type {kind!r:.80} is not supported; supported are {', '.join(_ROPE_KEYS)}")
 
-    partial = rope.get("partial_rotary_factor", hf.get("partial_rotary_factor"))
-    if partial not in (None, 1, 1.0):
-        raise ValueError(
-            f"config.json: partial_rotary_factor={partial!r:.80} is not supported; every head rotates whole"
-        )
-
     # What the file leaves to be derived. A base that is null is refused: a guess would be another model.
     places = (rope, newer, hf)
-    theta = _real("rope_theta", next((place["rope_theta"] for place in places if "rope_theta" in place), 10_000.0))
+    theta = _real("rope_theta", next((place["rope_theta"] for place in places if "rope_theta" in place), default_theta))
     keys = _ROPE_KEYS[kind]
     if "original_max_position" in keys:
         top_level = hf.get("original_max_position_embeddings")
         original = top_level or rope.get("original_max_position_embeddings") or max_position
         rope["original_max_position_embeddings"] = _real("original_max_position_embeddings", original)
-    if kind == "yarn" and rope.get("factor") is None:
+    if kind in ("yarn", "longrope") and rope.get("factor") is None:
         rope["factor"] = max_position / rope["original_max_position_embeddings"]
     if kind == "llama3" and (
         missing := [k for k in ("factor", "low_freq_factor", "high_freq_factor") if rope.get(k) is None]
@@ -359,10 +649,24 @@ def _rope_from_hf(hf: Mapping[str, Any], max_position: int) -> tuple[float, Rope
         # 0 stands for no weight, as it does in transformers.
         if value is None or (value == 0 and theirs in ("mscale", "mscale_all_dim")):
             continue
-        values[ours] = bool(value) if ours == "truncate" else _real(theirs, value)
+        if theirs in ("short_factor", "long_factor"):
+            values[ours] = _reals(theirs, value)
+        else:
+            values[ours] = bool(value) if ours == "truncate" else _real(theirs, value)
     if "original_max_position" in values:
         values["original_max_position"] = int(values["original_max_position"])
     return theta, RopeScaling(**{"type": kind, **values})
+
+
+def _rope_parameters(config: DecoderConfig, family: Family, scaling: Mapping[str, Any]) -> dict[str, Any]:
+    """The newer spelling of rotary settings."""
+    full = {**scaling, "rope_theta": config.rope_theta}
+    if family.partial_rotary:
+        full["partial_rotary_factor"] = config.rotary_width / config.head_dim
+    if not family.local_rope:
+        return full
+    local = {"rope_type": "default", "rope_theta": config.local_rope_theta or config.rope_theta}
+    return {"full_attention": full, "sliding_attention": local}
 
 
 def config_to_hf(config: DecoderConfig) -> dict[str, Any]:
@@ -385,11 +689,11 @@ def config_to_hf(config: DecoderConfig) -> dict[str, Any]:
         "num_attention_heads": config.num_heads,
         "num_key_value_heads": config.num_kv_heads,
         "head_dim": config.head_dim,
-        "hidden_act": "silu",
+        family.activation_key: _ACTIVATIONS[config.activation][0],
         "max_position_embeddings": config.max_position,
         "rms_norm_eps": config.norm_eps,
         "rope_theta": config.rope_theta,
-        "rope_parameters": scaling | {"rope_theta": config.rope_theta},
+        "rope_parameters": _rope_parameters(config, family, scaling),
         "tie_word_embeddings": config.tied_embeddings,
         "dtype": config.param_dtype,
         "use_cache": True,
@@ -397,9 +701,24 @@ def config_to_hf(config: DecoderConfig) -> dict[str, Any]:
 
     if keys:
         hf["rope_scaling"] = scaling
+    if config.rope_scaling.type == "longrope":
+        hf["original_max_position_embeddings"] = config.rope_scaling.original_max_position
+    if family.partial_rotary:
+        hf["partial_rotary_factor"] = config.rotary_width / config.head_dim
 
     # What a family has no key for is left out; the check at the end finds what that loses.
     hf |= {key: getattr(config, key) for key in family.bias_keys}
+    for number in family.numbers:
+        value = getattr(config, number.field)
+        hf[number.key] = number.write(config.head_dim**-0.5 if value is None else value)
+    if family.unrotated:
+        hf["no_rope_layers"] = [int(rotation != "none") for rotation in config.rotations]
+    if family.sliding == "typed":
+        sliding = config.sliding_layers or (config.sliding_window is not None,) * config.num_layers
+        hf["sliding_window"] = config.sliding_window
+        hf["layer_types"] = ["sliding_attention" if s else "full_attention" for s in sliding]
+    if "rope_local_base_freq" in family.defaults:
+        hf["rope_local_base_freq"] = config.local_rope_theta or config.rope_theta
     if family.sliding == "all":
         hf["sliding_window"] = config.sliding_window
     if family.sliding == "chosen":

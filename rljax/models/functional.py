@@ -60,6 +60,23 @@ def _swiglu_backward(residuals, g):
 swiglu.defvjp(_swiglu_forward, _swiglu_backward)
 
 
+@jax.custom_vjp
+def geglu(gate: Float[Array, "*B"], up: Float[Array, "*B"]) -> Float[Array, "*B"]:
+    """`gelu(gate) * up` (2002.05202), gelu approximated by tanh. The backward pass keeps the two inputs alone."""
+    return _geglu(gate, up)
+
+
+def _geglu(gate, up):
+    return jax.nn.gelu(gate, approximate=True) * up
+
+
+def _geglu_backward(residuals, g):
+    return jax.vjp(_geglu, *residuals)[1](g)
+
+
+geglu.defvjp(lambda gate, up: (_geglu(gate, up), (gate, up)), _geglu_backward)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def rms_norm(x: Float[Array, "*B D"], scale: Float[Array, " D"], eps: float) -> Float[Array, "*B D"]:
     """Root-mean-square norm (1910.07467), computed in float32; the dtype of `x` is kept."""

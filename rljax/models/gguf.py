@@ -1,4 +1,4 @@
-"""Import of GGUF files of the llama, qwen2 and qwen3 architectures, dequantised by `gguf.quants`."""
+"""Import of GGUF files of the architectures in `ARCHITECTURES`, dequantised by `gguf.quants`."""
 
 import functools
 import itertools
@@ -12,12 +12,25 @@ import numpy as np
 from rljax.gguf_header import GGUFHeader, GGUFTensor, read_gguf_header
 from rljax.models.assemble import assemble
 from rljax.models.config import DecoderConfig, RopeScaling
-from rljax.models.families import Entry, entries
+from rljax.models.families import FAMILIES, Entry, Family, entries, pattern
 from rljax.models.files import shown
 from rljax.models.huggingface import check_names, check_shape, with_dtypes
 from rljax.models.rope import llama3_divisors
 
-ARCHITECTURES = ("llama", "qwen2", "qwen3")
+ARCHITECTURES = {
+    "llama": "llama",
+    "qwen2": "qwen2",
+    "qwen3": "qwen3",
+    "gemma3": "gemma3_text",
+    "olmo2": "olmo2",
+    "phi3": "phi3",
+    "smollm3": "smollm3",
+    "granite": "granite",
+}
+"""The family of each architecture that can be read."""
+
+INTERLEAVED = ("llama", "smollm3", "granite")
+"""Architectures of which llama.cpp rotates neighbours in queries and keys; its converter reorders rows for it."""
 
 _ROPE_FACTORS = "rope_freqs.weight"  # how llama.cpp stores llama3 scaling: one divisor per frequency
 
@@ -67,11 +80,13 @@ def load_gguf(
     for entry in wanted:
         check_shape(entry, tensors[entry.name].shape, str(path))
 
-    # llama.cpp reorders the rows of queries and keys in this architecture alone.
-    interleaved = metadata["general.architecture"] == "llama"
+    interleaved = metadata["general.architecture"] in INTERLEAVED
 
     def fetch(entry: Entry) -> np.ndarray:
         value = _dequantise(quants, data, tensors[entry.name])
+        if config.norm_offset and entry.weight.is_norm:
+            # The converter adds the one that the decoder adds.
+            return value - np.float32(1.0)
         if interleaved and entry.weight.heads is not None:
             return _undo_interleaving(value, getattr(config, entry.weight.heads))
         return value
@@ -168,21 +183,24 @@ def config_from_gguf(
     heads = keys.whole("attention.head_count")
     embed_dim = keys.whole("embedding_length")
     head_dim = keys.whole("attention.key_length", embed_dim // max(heads, 1))
-    for key in ("rope.dimension_count", "attention.value_length"):
-        if (given := keys.whole(key, head_dim)) != head_dim:
+    rotated = keys.whole("rope.dimension_count", head_dim)
+    family = FAMILIES[ARCHITECTURES[arch]]
+    for key, given in (
+        ("rope.dimension_count", head_dim if family.partial_rotary else rotated),
+        ("attention.value_length", keys.whole("attention.value_length", head_dim)),
+    ):
+        if given != head_dim:
             raise ValueError(f"GGUF {arch}.{key}={given} must equal {head_dim=}")
-    # llama.cpp takes 0 for a scale that is not given.
-    scale = keys.real("attention.scale", 0.0)
-    if scale and not math.isclose(scale * math.sqrt(max(head_dim, 1)), 1.0, rel_tol=1e-5):
-        raise ValueError(f"GGUF {arch}.attention.scale={scale} is not supported; it must be 1 / sqrt({head_dim=})")
 
     # What no key says, the tensors that are there do.
     context = keys.whole("context_length")
     window = _window(keys, context)
+    # Only Mistral's models have a window in llama's architecture, and only Olmo 3's in Olmo 2's.
+    name = {"llama": "mistral", "olmo2": "olmo3"}.get(arch) if window is not None else None
+    name = name or ARCHITECTURES[arch]
     theta = keys.real("rope.freq_base", 10_000.0)
     config = DecoderConfig(
-        # Only Mistral's models have a window in llama's architecture, and only its family can write it.
-        family="mistral" if window is not None else arch,
+        family=name,
         vocab_size=tensors["token_embd.weight"].shape[0],
         num_layers=layers,
         embed_dim=embed_dim,
@@ -197,20 +215,60 @@ def config_from_gguf(
         attention_bias="blk.0.attn_q.bias" in tensors,
         output_bias="blk.0.attn_output.bias" in tensors,
         mlp_bias="blk.0.ffn_gate.bias" in tensors,
-        qk_norm=arch == "qwen3",
         sliding_window=window,
         max_position=context,
+        rotary_dim=None if rotated == head_dim else rotated,
+        **{key: value for key, value in FAMILIES[name].fixed.items() if key != "attention_bias"},
+        **_factors(keys, embed_dim, head_dim, heads, layers),
+        **_by_layer(keys, FAMILIES[name], layers, theta, window),
     )
     keys.check_rest()
     return config
 
 
+def _factors(keys: _Keys, embed_dim: int, head_dim: int, heads: int, layers: int) -> dict[str, Any]:
+    """The factors that an architecture has, by the fields of `DecoderConfig`."""
+    # llama.cpp takes 0 for a scale that is not given.
+    scale = _shortest(keys.real("attention.scale", 0.0))
+    is_plain = not scale or math.isclose(scale * math.sqrt(max(head_dim, 1)), 1.0, rel_tol=1e-5)
+    if keys.arch == "granite":
+        found = {
+            "embed_scale": _shortest(keys.real("embedding_scale", 1.0)),
+            "residual_scale": _shortest(keys.real("residual_scale", 1.0)),
+            "logits_divisor": _shortest(keys.real("logit_scale", 1.0)),
+        }
+        return found | {"score_scale": None if is_plain else scale}
+    if not is_plain:
+        raise ValueError(f"GGUF {keys.arch}.attention.scale={scale} is not supported; it must be 1 / sqrt({head_dim=})")
+    if keys.arch != "gemma3":
+        return {}
+
+    # No key says it: llama.cpp knows Gemma 3 27B by its count of layers.
+    per_head = embed_dim // max(heads, 1)
+    has_own = layers == _LAYERS_27B and per_head != head_dim
+    return {"embed_scale": embed_dim**0.5, "score_scale": per_head**-0.5 if has_own else None}
+
+
+_LAYERS_27B = 62
+
+
+def _by_layer(keys: _Keys, family: Family, layers: int, theta: float, window: int | None) -> dict[str, Any]:
+    """What differs by layer, as far as the architecture says it and not the file."""
+    if family.unrotated:
+        return {"rotated_layers": pattern(family.defaults["no_rope_layer_interval"], layers)}
+    if not family.local_rope or window is None:
+        return {}
+    every = keys.whole("attention.sliding_window_pattern", family.full_every)
+    base = keys.real("rope.freq_base_swa", family.defaults.get("rope_local_base_freq", theta))
+    return {"sliding_layers": pattern(every, layers), "local_rope_theta": base}
+
+
 def _window(keys: _Keys, context: int) -> int | None:
-    """The window of all layers; None where they see everything."""
+    """The window of the layers that slide; None where all see everything."""
     window = keys.whole("attention.sliding_window", 0)
-    if window == 0 or window >= context:
+    if window == 0 or (window >= context and keys.arch == "llama"):
         return None
-    if keys.arch != "llama":
+    if keys.arch not in ("llama", "gemma3", "olmo2", "phi3"):
         raise ValueError(
             f"GGUF {keys.arch}.attention.sliding_window={window} does not say which layers slide; take the model's "
             "Hugging Face folder"

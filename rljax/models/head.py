@@ -38,11 +38,11 @@ def logits(
     """
     head = output_projection(config, params).astype(hidden.dtype)
     if not vocab_first:
-        out = jnp.einsum("...d,vd->...v", hidden, head, preferred_element_type=jnp.float32)
+        out = _divided(config, jnp.einsum("...d,vd->...v", hidden, head, preferred_element_type=jnp.float32))
         return _where_ids(config, out, MASKED, axis=-1)
 
     few = hidden.reshape(-1, hidden.shape[-1])
-    out = jnp.einsum("vd,md->vm", head, few, preferred_element_type=jnp.float32)
+    out = _divided(config, jnp.einsum("vd,md->vm", head, few, preferred_element_type=jnp.float32))
     out = _where_ids(config, out, MASKED, axis=0)
     return out.reshape(-1, *hidden.shape[:-1])
 
@@ -55,10 +55,14 @@ def logits_gradient(
     Products are taken in the dtype of `hidden` and summed in float32, as the forward product is.
     """
     head = output_projection(config, params).astype(hidden.dtype)
-    d_logits = _where_ids(config, d_logits.astype(hidden.dtype), 0.0, axis=-1)
+    d_logits = _where_ids(config, _divided(config, d_logits).astype(hidden.dtype), 0.0, axis=-1)
     d_hidden = jnp.einsum("rcv,vd->rcd", d_logits, head, preferred_element_type=jnp.float32)
     d_head = jnp.einsum("rcv,rcd->vd", d_logits, hidden, preferred_element_type=jnp.float32)
     return d_hidden, dict.fromkeys(head_params(config, params), d_head)
+
+
+def _divided(config: DecoderConfig, x: Array) -> Array:
+    return x if config.logits_divisor == 1.0 else x / config.logits_divisor
 
 
 def _where_ids(config: DecoderConfig, x: Array, other: float, *, axis: int) -> Array:

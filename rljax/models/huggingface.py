@@ -153,9 +153,13 @@ def save_hf(
     # Everything that can be wrong is found before the first file is touched.
     source = Metadata(dict(hf_config or {}), dict(generation_config or {}))
     written = written_metadata(dataclasses.replace(config, param_dtype=str(dtype)), source, tokenizer)
-    wanted = {entry.name: entry for entry in entries(config)}
-    for entry in wanted.values():
-        check_shape(entry, _stored_shape(entry, _weight(params, entry)), "params")
+    wanted: dict[str, list[Entry]] = {}
+    for entry in entries(config):
+        wanted.setdefault(entry.name, []).append(entry)
+    for parts in wanted.values():
+        shapes = [_stored_shape(part, _weight(params, part)) for part in parts]
+        rows = (sum(shape[0] for shape in shapes),) if shapes[0] else ()
+        check_shape(parts[0], (*rows, *shapes[0][1:]), "params")
 
     # Files of another split would be read along with the new ones.
     writes = jax.process_index() == 0
@@ -165,15 +169,15 @@ def save_hf(
             old.unlink(missing_ok=True)
 
     # Every process makes the same split, so that all gather the same tensors in the same order.
-    sizes = {name: int(np.prod(entry.shape, dtype=np.int64)) for name, entry in wanted.items()}
+    sizes = {name: int(np.prod(parts[0].shape, dtype=np.int64)) for name, parts in wanted.items()}
     files = split_into_files(((name, n * dtype.itemsize) for name, n in sizes.items()), max_shard_bytes)
     weight_map: dict[str, str] = {}
     for number, names in enumerate(files, start=1):
         file = SINGLE_FILE if len(files) == 1 else f"model-{number:05d}-of-{len(files):05d}.safetensors"
         weight_map |= dict.fromkeys(names, file)
         if writes:
-            declared = {name: (dtype, wanted[name].shape) for name in names}
-            write_safetensors(folder / file, declared, lambda name: to_host(params, wanted[name]))
+            declared = {name: (dtype, wanted[name][0].shape) for name in names}
+            write_safetensors(folder / file, declared, lambda name: _to_host(params, wanted[name]))
         else:
             # The order in which process 0 asks: gathering is collective.
             for name in sorted(names):
@@ -195,17 +199,28 @@ def save_hf(
 _OWNED = frozenset(
     {
         "attention_bias",
+        "attention_multiplier",
         "dtype",
+        "embedding_multiplier",
+        "hidden_act",
+        "hidden_activation",
         "layer_types",
+        "logits_scaling",
         "max_window_layers",
         "mlp_bias",
+        "no_rope_layer_interval",
+        "no_rope_layers",
         "original_max_position_embeddings",
         "partial_rotary_factor",
         "quantization_config",
+        "query_pre_attn_scalar",
+        "residual_multiplier",
+        "rope_local_base_freq",
         "rope_parameters",
         "rope_scaling",
         "rope_theta",
         "sliding_window",
+        "sliding_window_pattern",
         "torch_dtype",
         "use_sliding_window",
     }
@@ -231,8 +246,14 @@ def _take_layer(stacked: jax.Array, layer: jax.Array) -> jax.Array:
     return jax.lax.dynamic_index_in_dim(stacked, layer, keepdims=False)
 
 
+def _to_host(params: Params, parts: list[Entry]) -> np.ndarray:
+    """One tensor in the file's layout, of the weights that it holds; collective as `to_host` is."""
+    weights = [to_host(params, part) for part in parts]
+    return weights[0] if len(weights) == 1 else np.concatenate(weights)
+
+
 def to_host(params: Params, entry: Entry) -> np.ndarray:
-    """One tensor in the file's layout; collective when its shards live in several processes."""
+    """One weight in the file's layout; collective when its shards live in several processes."""
     value = _weight(params, entry)
     if entry.layer is not None:
         # On devices a traced index: one program for all layers.

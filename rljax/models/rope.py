@@ -1,7 +1,7 @@
 """Rotary position embeddings with the context-extension scalings of the supported families.
 
 RoPE: 2104.09864. linear: position interpolation, 2306.15595. dynamic: NTK-aware, base grows with the length.
-yarn: 2309.00071. llama3: wavelength bands, 2407.21783.
+yarn: 2309.00071. llama3: wavelength bands, 2407.21783. longrope: a divisor for each frequency, 2402.13753.
 """
 
 import math
@@ -10,39 +10,61 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from rljax.models.config import DecoderConfig, RopeScaling
+from rljax.models.config import DecoderConfig, RopeScaling, Rotation
+
+RotaryTable = tuple[Array, Array]
+"""Cosines and sines, float32 `[..., rotary_width / 2]` each, of some positions."""
 
 
-def rotary_table(
-    config: DecoderConfig, positions: Int[Array, "*B"]
-) -> tuple[Float[Array, "*B half"], Float[Array, "*B half"]]:
-    """Cosines and sines (float32, `half` = head_dim / 2) for integer `positions`.
+def rotary_tables(config: DecoderConfig, positions: Int[Array, "*B"]) -> dict[Rotation, RotaryTable]:
+    """The table for integer `positions` of every rotation that some layer has (`config.rotations`).
 
     With dynamic scaling the base depends on the largest position of the call, so tokens beyond the pretrained context
     depend on how long the sequence is; `rljax.sampling` refuses such lengths.
     """
-    frequencies, scale = _frequencies(config, positions)
-    angles = positions[..., None].astype(jnp.float32) * frequencies
-    return jnp.cos(angles) * scale, jnp.sin(angles) * scale
+
+    def table(rotation: Rotation) -> RotaryTable:
+        frequencies, scale = _frequencies(config, rotation, positions)
+        angles = positions[..., None].astype(jnp.float32) * frequencies
+        return jnp.cos(angles) * scale, jnp.sin(angles) * scale
+
+    return {rotation: table(rotation) for rotation in sorted(set(config.rotations))}
 
 
 def apply_rotary(
-    x: Float[Array, "*B heads head_dim"], cos: Float[Array, "*B half"], sin: Float[Array, "*B half"]
+    x: Float[Array, "*B heads head_dim"],
+    cos: Float[Array, "*B half"],
+    sin: Float[Array, "*B half"],
+    scale: float = 1.0,
 ) -> Float[Array, "*B heads head_dim"]:
-    """Rotates the two halves of the last axis against each other, in float32; the dtype of `x` is kept."""
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    """Rotates the two halves of the first `2 half` dimensions against each other and multiplies all by `scale`, in
+    float32; the dtype of `x` is kept, and what lies behind is not rotated."""
+    wide = x.astype(jnp.float32)
+    if scale != 1.0:
+        wide = wide * scale
+    width = 2 * cos.shape[-1]
+    rest = wide[..., width:]
+    first, second = jnp.split(wide[..., :width] if width < x.shape[-1] else wide, 2, axis=-1)
     cos = cos[..., None, :]
     sin = sin[..., None, :]
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+    parts = [first * cos - second * sin, second * cos + first * sin]
+    if width < x.shape[-1]:
+        parts.append(rest)
+    return jnp.concatenate(parts, axis=-1).astype(x.dtype)
 
 
-def _frequencies(config: DecoderConfig, positions) -> tuple[Array | np.ndarray, float]:
+def _frequencies(config: DecoderConfig, rotation: Rotation, positions) -> tuple[Array | np.ndarray, float]:
     """Inverse wavelengths [half] and the factor on cos and sin."""
     scaling = config.rope_scaling
-    dim = config.head_dim
+    dim = config.rotary_width
     exponents = np.arange(0, dim, 2, dtype=np.float32) / dim
+    if rotation == "none":
+        # An angle of 0 leaves every number as it is.
+        return np.zeros_like(exponents), 1.0
 
     # On the host wherever positions do not enter: the same bits on every device, and a constant of the program.
+    if rotation == "local":
+        return np.float32(1.0) / np.float32(config.local_rope_theta) ** exponents, 1.0
     base = np.float32(1.0) / np.float32(config.rope_theta) ** exponents
     match scaling.type:
         case "default":
@@ -60,6 +82,8 @@ def _frequencies(config: DecoderConfig, positions) -> tuple[Array | np.ndarray, 
             return _llama3(base, scaling), 1.0
         case "yarn":
             return _yarn(config, base, scaling)
+        case "longrope":
+            return _longrope(config, base, scaling)
 
 
 def llama3_divisors(scaling: RopeScaling, theta: float, head_dim: int) -> np.ndarray:
@@ -81,7 +105,7 @@ def _llama3(base: np.ndarray, scaling: RopeScaling) -> np.ndarray:
 
 
 def _yarn(config: DecoderConfig, base: np.ndarray, scaling: RopeScaling) -> tuple[np.ndarray, float]:
-    dim = config.head_dim
+    dim = config.rotary_width
     original = scaling.original_max_position or config.max_position
 
     def dim_of(rotations: float) -> float:
@@ -100,6 +124,17 @@ def _yarn(config: DecoderConfig, base: np.ndarray, scaling: RopeScaling) -> tupl
     keep = 1 - ramp
     frequencies = (base / scaling.factor) * (1 - keep) + base * keep
     return frequencies.astype(np.float32), _yarn_attention_factor(scaling)
+
+
+def _longrope(config: DecoderConfig, base: np.ndarray, scaling: RopeScaling) -> tuple[np.ndarray, float]:
+    """Of the original context: `DecoderConfig.longest_sequence` ends with it."""
+    frequencies = base / np.asarray(scaling.short_factor, np.float32)
+    if scaling.attention_factor is not None:
+        return frequencies, scaling.attention_factor
+    if scaling.factor <= 1:
+        return frequencies, 1.0
+    original = scaling.original_max_position or config.max_position
+    return frequencies, math.sqrt(1 + math.log(scaling.factor) / math.log(original))
 
 
 def _yarn_attention_factor(scaling: RopeScaling) -> float:

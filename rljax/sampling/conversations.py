@@ -25,7 +25,7 @@ from rljax.models.cache import (
 )
 from rljax.models.config import DecoderConfig
 from rljax.models.decoder import apply_layer, embed
-from rljax.models.rope import rotary_table
+from rljax.models.rope import rotary_tables
 from rljax.parallel import constrain, on_shards
 from rljax.sampling.weights import product
 from rljax.types import ArrayLike, Params, struct
@@ -94,12 +94,13 @@ def extend(
     start = jnp.asarray(start)
     length = tokens.shape[1]
     positions = start[:, None] + jnp.arange(length)
-    rotary = rotary_table(config, positions)
+    tables = rotary_tables(config, positions)
 
     x = constrain(embed(config, params, tokens), ("batch", None, None))
     keys = []
     values = []
-    for layer, (layer_params, window) in enumerate(zip(params["layers"], config.windows, strict=True)):
+    layers = zip(params["layers"], config.windows, config.rotations, strict=True)
+    for layer, (layer_params, window, rotation) in enumerate(layers):
         kept_k = conversations.k[layer]
         kept_v = conversations.v[layer]
 
@@ -113,7 +114,7 @@ def extend(
                 out = _attend(q, _read(new_k, index), _read(new_v, index), start, window)
             return out, (new_k, new_v)
 
-        x, (new_k, new_v) = apply_layer(config, layer_params, x, rotary, attend, product)
+        x, (new_k, new_v) = apply_layer(config, layer_params, x, tables[rotation], attend, product)
         keys.append(constrain(new_k, PREFIX_AXES))
         values.append(constrain(new_v, PREFIX_AXES))
     return Conversations(k=tuple(keys), v=tuple(values))

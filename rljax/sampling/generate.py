@@ -25,7 +25,7 @@ from rljax.models.cache import (
 from rljax.models.config import DecoderConfig
 from rljax.models.decoder import apply_layer, embed, final_norm
 from rljax.models.head import logits
-from rljax.models.rope import rotary_table
+from rljax.models.rope import rotary_tables
 from rljax.parallel import constrain, on_shards, platform
 from rljax.sampling.logits import Rules, SamplingParams, process_logits, sample_tokens
 from rljax.sampling.weights import chosen_adapters, product, product_of_few
@@ -133,18 +133,19 @@ def prefill(
     positions = jnp.broadcast_to(jnp.arange(length), tokens.shape)
     # Each prompt is a tree of one branch: a token sees all before it, and padding, which comes last, is seen by none.
     end = jnp.full(tokens.shape, length)
-    rotary = rotary_table(config, positions)
+    tables = rotary_tables(config, positions)
 
     multiply = chosen_adapters(product, adapter)
     x = constrain(embed(config, params, tokens), ("batch", None, None))
     prefix_k = []
     prefix_v = []
-    for index, (layer_params, window) in enumerate(zip(params["layers"], config.windows, strict=True)):
+    layers = zip(params["layers"], config.windows, config.rotations, strict=True)
+    for index, (layer_params, window, rotation) in enumerate(layers):
 
         def attend(q, k, v, window=window):
             return forest_attention(q, k, v, positions, end, window), (k, v)
 
-        x, (k, v) = apply_layer(config, layer_params, x, rotary, attend, multiply)
+        x, (k, v) = apply_layer(config, layer_params, x, tables[rotation], attend, multiply)
         prefix_k.append(_store(cache.prefix_k[index], k, slots))
         prefix_v.append(_store(cache.prefix_v[index], v, slots))
 
@@ -352,20 +353,21 @@ def _forward(config, params, cache: KVCache, rows: DecodeRows, token, steps, col
     # How many steps ago each column of the ring was written; the column of this step is 0 steps old.
     age = (column - jnp.arange(ring)) % ring
     prefix_length = jnp.asarray(rows.prefix_length)
-    rotary = rotary_table(config, prefix_length[:, None] + steps)
+    tables = rotary_tables(config, prefix_length[:, None] + steps)
     multiply = chosen_adapters(product_of_few, rows.adapter)
 
     x = constrain(embed(config, params, token), ("batch", None, None))
     suffix_k = []
     suffix_v = []
-    for index, (layer_params, window) in enumerate(zip(params["layers"], config.windows, strict=True)):
+    layers = zip(params["layers"], config.windows, config.rotations, strict=True)
+    for index, (layer_params, window, rotation) in enumerate(layers):
 
         def attend(q, k, v, index=index, window=window):
             # Written before it is read: a token sees itself.
             layer = write_column(layer_cache(cache, index), k, v, column, writes)
             return cached_attention(q, layer, prefix_length, age, steps, window), layer
 
-        x, layer = apply_layer(config, layer_params, x, rotary, attend, multiply)
+        x, layer = apply_layer(config, layer_params, x, tables[rotation], attend, multiply)
         suffix_k.append(layer.suffix_k)
         suffix_v.append(layer.suffix_v)
 

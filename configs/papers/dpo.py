@@ -6,26 +6,38 @@ Look at preference/accuracy and held-out avg@8, which is higher than that of the
 """
 
 import dataclasses
+import random
 
 from spelling import spelling_config
 
 from rljax.algorithms import DPO, GRPO
-from rljax.experiment import Config, OptimizerConfig, PreferenceConfig
+from rljax.experiment import CheckpointConfig, Config, OptimizerConfig, PreferenceConfig
 from rljax.tasks import Example
 
 
 def spelled_pairs(examples: list[Example]) -> list[Example]:
-    """The right answer beside one with two neighbouring letters exchanged."""
-    return [dataclasses.replace(example, columns={**example.columns, **_pair(example)}) for example in examples]
+    """The right answer beside a wrong one: its letters shuffled, or two neighbours exchanged."""
+    return [
+        dataclasses.replace(
+            example,
+            columns={**example.columns, "chosen": example.columns["answer"], "rejected": _wrong(example)},
+        )
+        for example in examples
+    ]
 
 
-def _pair(example: Example) -> dict[str, str]:
+def _wrong(example: Example) -> str:
     right = example.columns["answer"]
-    # Letters that differ, and a place that depends on the example alone.
-    places = [i for i in range(len(right) - 1) if right[i] != right[i + 1]] or [0]
-    at = places[example.id % len(places)]
-    wrong = right[:at] + right[at + 1] + right[at] + right[at + 2 :]
-    return {"chosen": right, "rejected": wrong if wrong != right else right + right[-1]}
+    # Of the example alone, so that every step draws the same.
+    rng = random.Random(example.id)
+    letters = list(right)
+    if rng.random() < 0.5:
+        rng.shuffle(letters)
+    else:
+        at = rng.randrange(len(letters) - 1)
+        letters[at : at + 2] = reversed(letters[at : at + 2])
+    wrong = "".join(letters)
+    return wrong if wrong != right else right + right[-1]
 
 
 def get_config(size: str = "full") -> Config:
@@ -34,6 +46,7 @@ def get_config(size: str = "full") -> Config:
     return dataclasses.replace(
         config,
         name="dpo",
+        checkpoint=CheckpointConfig(every=100),
         preferences=PreferenceConfig(
             method=DPO(beta=0.1),
             pairs=spelled_pairs,

@@ -61,7 +61,7 @@ class Run:
         rollout_mesh: what samples: on several processes the devices of this one, unless all decode in step.
         actor: plays the policy; a context manager. None where nothing is sampled.
         beside: devices that it has of its own; None where it takes turns with the learner.
-        pipeline: gives it its work, in order; a context manager.
+        pipeline: gives it its work, in order; a context manager. There is none without an actor.
         evaluation: the last one.
         reference_scores: held-out avg@k per problem when the reference was last refreshed.
         state: replaced at every update; None until weights are loaded or restored.
@@ -79,8 +79,8 @@ class Run:
     mesh: Mesh
     rollout_mesh: Mesh
     decoder: DecoderConfig
-    actor: Actor
     learner: Learner
+    actor: Actor = None  # type: ignore[assignment]
     critic: Critic | None = None
     evaluation: Evaluation | None = None
     reference_scores: list[float] = dataclasses.field(default_factory=list)
@@ -93,6 +93,8 @@ class Run:
     pipeline: Pipeline = dataclasses.field(init=False)
 
     def __post_init__(self) -> None:
+        if self.actor is None:
+            return
         self.pipeline = Pipeline(
             self.actor,
             self.algorithm.plan,
@@ -195,9 +197,10 @@ def build(
         beside = Beside(own, param_shardings(decoder, own, DECODE_RULES))
     rollout_mesh = rollout_mesh_of(config, mesh, beside)
     processes = num_processes(mesh) // num_processes(rollout_mesh)
-    actor: Actor = None  # type: ignore[assignment]
+    playing: dict[str, Actor] = {}
     if plays(dataset):
         actor, dataset = build_actor(config, algorithm.plan, dataset, tokenizer, decoder, rollout_mesh, processes)
+        playing["actor"] = actor
 
     return Run(
         config=config,
@@ -208,8 +211,8 @@ def build(
         mesh=mesh,
         rollout_mesh=rollout_mesh,
         decoder=decoder,
-        actor=actor,
         learner=make_learner(config, decoder, algorithm, mesh),
+        **playing,
         critic=make_critic(config, decoder, algorithm, mesh),
         beside=beside,
     )

@@ -6,7 +6,6 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float
 
 from rljax.algorithms import PreferenceMethod
 from rljax.batching import layout, loss_mask, sort_rows
@@ -48,7 +47,7 @@ def preferring(run: Run, first_params: Callable[[RunFolder], Params]) -> Stage:
     curriculum = UniformCurriculum(examples_of(run, run.dataset.train), seed=run.config.seed)
 
     if method.scores_values:
-        critic = Critic(run.decoder, method.loss, own.optimizer, _no_returns, update, **shared)
+        critic = Critic(run.decoder, method.loss, own.optimizer, _no_returns, update, bias=False, **shared)
         learner = critic.learner
         start = critic.init_state
         base_of = critic.base_of
@@ -275,7 +274,7 @@ def _margins(run: Run, learner: Learner, state: TrainState, examples: Sequence[E
     return [float(totals[i] - totals[i + 1]) for i in range(0, len(rows), 2)]
 
 
-def _row_scores(scores: np.ndarray, mask: np.ndarray, *, per_token: bool) -> Float[np.ndarray, " B"]:
+def _row_scores(scores: np.ndarray, mask: np.ndarray, *, per_token: bool) -> np.ndarray:
     totals = np.sum(scores, axis=1, dtype=np.float64)
     return totals / np.maximum(mask.sum(axis=1), 1) if per_token else totals
 

@@ -97,7 +97,12 @@ def load_hf(
     check_names({entry.name for entry in wanted}, set(stored.tensors), _tolerated(config, stored), str(folder))
     for entry in wanted:
         check_shape(entry, stored.tensors[entry.name].shape, str(folder))
-    return config, assemble(config, wanted, lambda entry: stored.open(entry.name), shardings)
+    return config, assemble(config, wanted, lambda entry: _fetched(stored, entry), shardings)
+
+
+def _fetched(stored: SafetensorsFolder, entry: Entry) -> np.ndarray:
+    tensor = stored.open(entry.name)
+    return tensor[0] if entry.weight.is_row else tensor
 
 
 def read_config(folder: Path) -> DecoderConfig:
@@ -181,7 +186,7 @@ def save_hf(
         else:
             # The order in which process 0 asks: gathering is collective.
             for name in sorted(names):
-                to_host(params, wanted[name])
+                _to_host(params, wanted[name])
     if not writes:
         return
 
@@ -238,6 +243,8 @@ def _weight(params: Params, entry: Entry) -> jax.Array:
 
 def _stored_shape(entry: Entry, value: jax.Array) -> tuple[int, ...]:
     shape = value.shape if entry.layer is None else value.shape[1:]
+    if entry.weight.is_row:
+        return (1, *shape)
     return shape[::-1] if entry.weight.transpose else shape
 
 
@@ -261,6 +268,8 @@ def to_host(params: Params, entry: Entry) -> np.ndarray:
     if isinstance(value, jax.Array) and not value.is_fully_addressable and not value.is_fully_replicated:
         value = multihost_utils.process_allgather(value, tiled=True)
     host = np.asarray(value)
+    if entry.weight.is_row:
+        return host[None]
     return host.T if entry.weight.transpose else host
 
 

@@ -1,6 +1,9 @@
 """The task of `quickstart`, with low-rank adapters in place of all weights: GRPO on SmolLM2-135M-Instruct.
 
-rljax train --config=quickstart_lora --workdir=runs/quickstart_lora
+    rljax train --config=quickstart_lora --workdir=runs/quickstart_lora
+
+Expected, seed 0: reward above 0.9 at step 18; held-out problems greedy 0.46 -> 0.79, avg@8 0.08 -> 0.74. 2.9 GiB
+resident, half of what training all weights takes.
 """
 
 from rljax.algorithms import GRPO

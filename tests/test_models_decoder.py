@@ -11,6 +11,7 @@ import pytest
 
 from rljax.models import (
     DecoderConfig,
+    Experts,
     RopeScaling,
     abstract_params,
     hidden_states,
@@ -43,6 +44,7 @@ CONFIGS = {
         rope_theta=100.0,
         rope_scaling=RopeScaling(type="yarn", factor=4.0, original_max_position=256, beta_fast=8.0),
     ),
+    "experts": dataclasses.replace(TINY, experts=Experts(count=5, per_token=2, mlp_dim=12)),
     "four_norms_two_bases": dataclasses.replace(
         TINY,
         qk_norm=True,
@@ -175,7 +177,13 @@ def reference_logits(config, params, tokens):
                 mixed.append(sum(a * v[s][group] for a, s in zip(scores / scores.sum(), seen, strict=True)))
             x = x + c.residual_scale * norm_if(linear(np.concatenate(mixed), "o"), w, "attention_post_norm")
             h = norm_if(x, w, "mlp_norm")
-            out = linear(activated(linear(h, "gate")) * linear(h, "up"), "down")
+            if c.experts is None:
+                out = linear(activated(linear(h, "gate")) * linear(h, "up"), "down")
+            else:
+                chances = np.exp(h @ w["router"])
+                best = np.argsort(-chances)[: c.experts.per_token]
+                computed = [(activated(h @ w["gate"][i]) * (h @ w["up"][i])) @ w["down"][i] for i in best]
+                out = chances[best] / chances[best].sum() @ np.stack(computed)
             after.append(x + c.residual_scale * norm_if(out, w, "mlp_post_norm"))
         stream = after
     head = p["embedding"] if c.tied_embeddings else p["head"]

@@ -12,6 +12,7 @@ gguf = pytest.importorskip("gguf", reason="GGUF import needs the gguf package; p
 
 from rljax.models import (  # noqa: E402
     DecoderConfig,
+    Experts,
     RopeScaling,
     find_smollm2,
     fresh_config,
@@ -47,6 +48,10 @@ CASES = {
         ),
         {"rope.scaling.type": "yarn", "rope.scaling.factor": 4.0, "rope.scaling.original_context_length": 16},
     ),
+    "qwen3moe": (
+        dataclasses.replace(TINY, family="qwen3_moe", qk_norm=True, experts=Experts(count=4, per_token=2, mlp_dim=24)),
+        {"expert_count": 4, "expert_used_count": 2, "expert_feed_forward_length": 24},
+    ),
     "gemma3": (
         fresh_config("gemma3_text", sliding_window=8, **SIZES),
         {"attention.sliding_window": 8},
@@ -65,7 +70,7 @@ CASES = {
         {"embedding_scale": 12.0, "residual_scale": 0.22, "logit_scale": 8.0, "attention.scale": 0.0625},
     ),
 }
-ARCHS = {"gemma3_text": "gemma3", "olmo3": "olmo2"}
+ARCHS = {"gemma3_text": "gemma3", "olmo3": "olmo2", "qwen3_moe": "qwen3moe"}
 NAMES = {
     "attention_norm": "attn_norm.weight",
     "q": "attn_q.weight",
@@ -82,6 +87,7 @@ NAMES = {
     "gate": "ffn_gate.weight",
     "up": "ffn_up.weight",
     "down": "ffn_down.weight",
+    "router": "ffn_gate_inp.weight",
     "gate_bias": "ffn_gate.bias",
     "up_bias": "ffn_up.bias",
     "down_bias": "ffn_down.bias",
@@ -128,12 +134,13 @@ def write(path, config, params, metadata=None, *, arch=None, drop=(), extra=None
     for index, layer in enumerate(unstack_layers(params)["layers"]):
         for name, value in layer.items():
             value = np.asarray(value)
-            value = value.T if value.ndim == 2 else value
+            value = value.swapaxes(-1, -2) if value.ndim > 1 else value
             if "norm" in name:
                 value = value + config.norm_offset
             if arch in ("llama", "smollm3", "granite") and name[0] in "qk":
                 value = permute(value, config.num_heads if name[0] == "q" else config.num_kv_heads)
-            tensors[f"blk.{index}.{NAMES[name]}"] = value
+            stored = NAMES[name].replace(".weight", "_exps.weight") if value.ndim == 3 else NAMES[name]
+            tensors[f"blk.{index}.{stored}"] = value
         if arch == "phi3":
             own = [tensors.pop(f"blk.{index}.attn_{name}.weight") for name in "qkv"]
             tensors[f"blk.{index}.attn_qkv.weight"] = np.concatenate(own)
@@ -278,7 +285,7 @@ def test_other_files_are_refused_by_name(tmp_path):
         ({"drop": ["token_embd.weight"]}, r"lacks tensor token_embd\.weight"),
         ({"extra": {"blk.0.ffn_gate_exps.weight": np.ones((4, 4), np.float32)}}, r"holds tensor blk\.0\.ffn_gate_exps"),
         ({"extra": {"blk.0.ffn_up.weight": np.ones((4, 32), np.float32)}}, r"ffn_up\.weight is \[4, 32\], the config"),
-        ({"metadata": {"expert_count": 8}}, "8 experts; mixtures of experts are not supported"),
+        ({"metadata": {"expert_count": 8}}, "8 experts, which llama is not supported with; .* are qwen3moe"),
         ({"metadata": {"rope.dimension_count": 4}}, "rope.dimension_count=4 must equal head_dim=8"),
         ({"metadata": {"rope.scaling.type": "longrope", "rope.scaling.factor": 2.0}}, "rope scaling 'longrope' is not"),
     ]

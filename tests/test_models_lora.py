@@ -2,17 +2,20 @@
 
 import dataclasses
 import functools
+import itertools
 import json
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import safetensors.numpy as safetensors
 from objectives import float64
 
 from rljax.models import (
     MATRICES,
     DecoderConfig,
+    Experts,
     Lora,
     base_params,
     hidden_states,
@@ -120,7 +123,6 @@ def test_folders_of_peft_go_both_ways(tmp_path):
     said = json.loads((tmp_path / "one" / "adapter_config.json").read_text())
     assert said["base_model_name_or_path"] == "somewhere" and said["use_rslora"] and said["lora_alpha"] == 6
     assert said["target_modules"] == ["q_proj", "down_proj"]
-    safetensors = pytest.importorskip("safetensors.numpy")
     tensors = safetensors.load_file(tmp_path / "one" / "adapter_model.safetensors")
     prefix = "base_model.model.model.layers.1.mlp.down_proj"
     np.testing.assert_array_equal(tensors[f"{prefix}.lora_A.weight"], params["layers"]["down_lora_a"][1].T)
@@ -135,6 +137,42 @@ def test_folders_of_peft_go_both_ways(tmp_path):
     save_peft(tmp_path / "two", adapted(found), with_adapters(BASE, back), base="somewhere")
     for name in ("adapter_model.safetensors", "adapter_config.json"):
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
+
+
+def test_each_expert_has_an_adapter_of_its_own(tmp_path):
+    """It adds what the merged matrices of the experts say, by NumPy; a folder of PEFT has one module for each."""
+    experts = Experts(count=4, per_token=2, mlp_dim=12)
+    plain = dataclasses.replace(CONFIG, family="qwen3_moe", qk_norm=True, experts=experts)
+    lora = dataclasses.replace(LORA, targets=("k", "gate", "down"))
+    config = dataclasses.replace(plain, lora=lora)
+    base = init_params(plain, jax.random.key(0))
+    fresh = init_params(config, jax.random.key(0))
+    assert fresh["layers"]["gate_lora_a"].shape == (2, 4, 16, 3)
+    np.testing.assert_array_equal(outputs(config, fresh), outputs(plain, base))
+
+    adapters = {"layers": {}}
+    merged = dict(base["layers"])
+    rng = np.random.default_rng(0)
+    for name in lora.targets:
+        down, up = (rng.normal(size=fresh["layers"][f"{name}_lora_{end}"].shape) / 2 for end in "ab")
+        merged[name] = np.asarray(merged[name] + lora.scale * (down @ up), np.float32)
+        adapters["layers"] |= {f"{name}_lora_a": jnp.float32(down), f"{name}_lora_b": jnp.float32(up)}
+    params = with_adapters(base, adapters)
+    want = outputs(plain, {**base, "layers": merged})
+    np.testing.assert_allclose(outputs(config, params), want, atol=2e-6)
+    assert np.abs(want - outputs(plain, base)).max() > 1e-2
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), merged_params(config, params)["layers"], merged
+    )
+
+    save_peft(tmp_path, config, params)
+    assert read_lora(tmp_path, plain) == lora
+    jax.tree.map(np.testing.assert_array_equal, load_peft(tmp_path, config), adapters)
+    tensors = safetensors.load_file(tmp_path / "adapter_model.safetensors")
+    name = "base_model.model.model.layers.1.mlp.experts.2.down_proj.lora_A.weight"
+    np.testing.assert_array_equal(tensors[name], adapters["layers"]["down_lora_a"][1, 2].T)
+    with pytest.raises(ValueError, match="adapters side by side are of matrices that all tokens share, and lora's"):
+        dataclasses.replace(config, lora=dataclasses.replace(lora, count=2))
 
 
 CHANGED = {
@@ -205,7 +243,8 @@ def test_rows_of_several_adapters_are_those_of_each_alone():
     for index, own in enumerate(adapters):
         alone = [request._replace(adapter=0) for request in requests[index::2]]
         want = samples(adapted(lora), with_adapters(BASE, own), alone)
-        for a, b in zip(sum(mixed[index::2], []), sum(want, []), strict=True):
+        flat = zip(itertools.chain(*mixed[index::2]), itertools.chain(*want), strict=True)
+        for a, b in flat:
             np.testing.assert_array_equal(a.tokens, b.tokens)
             np.testing.assert_allclose(a.logprobs, b.logprobs, atol=1e-5)
     assert all(abs(a.logprobs[0] - b.logprobs[0]) > 1e-3 for a, b in zip(mixed[0], mixed[1], strict=True))

@@ -95,6 +95,16 @@ CASES = {
             "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
         },
     ),
+    "qwen3_moe": (
+        "qwen3_moe",
+        {"head_dim": 16, "num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 20}
+        | {"norm_topk_prob": True},
+    ),
+    "qwen3_moe_weights_as_they_are": (
+        "qwen3_moe",
+        {"head_dim": 8, "num_experts": 4, "num_experts_per_tok": 3, "moe_intermediate_size": 20, "sliding_window": 6}
+        | {"use_sliding_window": True},
+    ),
     "smollm3": ("smollm3", {"no_rope_layer_interval": 2}),
     "smollm3_chosen": ("smollm3", {"no_rope_layers": [0, 1, 1], "attention_bias": True, "mlp_bias": True}),
     "granite": (
@@ -138,6 +148,7 @@ CLASSES = {
     "mistral": (transformers.MistralConfig, transformers.MistralForCausalLM),
     "qwen2": (transformers.Qwen2Config, transformers.Qwen2ForCausalLM),
     "qwen3": (transformers.Qwen3Config, transformers.Qwen3ForCausalLM),
+    "qwen3_moe": (transformers.Qwen3MoeConfig, transformers.Qwen3MoeForCausalLM),
     "smollm3": (transformers.SmolLM3Config, transformers.SmolLM3ForCausalLM),
     "granite": (transformers.GraniteConfig, transformers.GraniteForCausalLM),
     "phi3": (transformers.Phi3Config, transformers.Phi3ForCausalLM),
@@ -260,8 +271,11 @@ def test_a_classifier_is_no_reward_model(change, says):
         config_to_hf(dataclasses.replace(config, value_bias=True))
 
 
-@pytest.mark.parametrize("case", ["llama", "qwen2", "qwen3_biases"])
-@pytest.mark.parametrize("max_shard", [10**9, 10_000], ids=["one_file", "shards"])
+# transformers never parts the experts of a layer, whatever size it is told: files that it did not write do so.
+SHARDS = [(case, size) for case in ("llama", "qwen2", "qwen3_biases") for size in (10**9, 10_000)]
+
+
+@pytest.mark.parametrize(("case", "max_shard"), [*SHARDS, ("qwen3_moe", 10**9)])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_folder_of_transformers_comes_back_byte_for_byte(case, max_shard, dtype, tmp_path):
     model = random_model(case).to(getattr(torch, dtype))

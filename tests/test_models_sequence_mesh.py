@@ -165,12 +165,12 @@ def test_shares_hold_every_position_once():
     ids=str,
 )
 def test_lengths_that_devices_cannot_share_are_refused(changes, said):
-    mesh = Mesh(np.full((1, 1, 4, 1), jax.devices()[0]), MESH_AXES)  # of which nothing but the sizes is read
+    mesh = Mesh(np.full((1, 1, 4, 1, 1), jax.devices()[0]), MESH_AXES)  # of which nothing but the sizes is read
     with pytest.raises(ValueError, match=said):
         Learner(CONFIG, grpo(), OptimizerConfig(), update_config(FLAT, **changes), mesh=mesh)
 
 
 def test_decoding_takes_the_devices_of_a_sequence_for_more_prompts(few):
     shape, keeps_order = few["decoding"]
-    assert shape == {"data": 1, "fsdp": 4, "sequence": 1, "tensor": 2}
+    assert shape == {"data": 1, "fsdp": 4, "sequence": 1, "expert": 1, "tensor": 2}
     assert keeps_order

@@ -81,7 +81,7 @@ def test_mesh_sizes_that_do_not_multiply_to_the_devices_are_refused():
         parallel.make_mesh(data=7)
 
 
-MESH = AbstractMesh((1, 4, 1, 3), parallel.MESH_AXES)
+MESH = AbstractMesh((1, 4, 1, 1, 3), parallel.MESH_AXES)
 
 
 def test_two_axes_on_one_mesh_axis_are_refused():
@@ -91,10 +91,10 @@ def test_two_axes_on_one_mesh_axis_are_refused():
 
 
 def test_unknown_axes_are_refused():
-    with pytest.raises(ValueError, match="logical axis 'experts' has no rule"):
-        parallel.partition_spec(("experts",))
-    with pytest.raises(ValueError, match="mesh axis 'expert'; the mesh has"):
-        parallel.named_sharding(MESH, ("mlp",), (8,), {"mlp": "expert"})
+    with pytest.raises(ValueError, match="logical axis 'channels' has no rule"):
+        parallel.partition_spec(("channels",))
+    with pytest.raises(ValueError, match="mesh axis 'pipeline'; the mesh has"):
+        parallel.named_sharding(MESH, ("mlp",), (8,), {"mlp": "pipeline"})
 
 
 def test_dimensions_that_do_not_divide_are_refused_by_name():
@@ -116,7 +116,7 @@ def test_layouts_of_unstacked_layers_follow_the_same_table():
     tree = {"layers": ({"q": jnp.zeros((4, 4))}, {"q": jnp.zeros((4, 4))})}
     axes = {"layers": ({"q": ("embed", "heads")}, {"q": ("embed", "heads")})}
     found = parallel.shardings(mesh, axes, tree)
-    assert found["layers"][1]["q"].spec == PartitionSpec(("fsdp", "sequence"), "tensor")
+    assert found["layers"][1]["q"].spec == PartitionSpec(("fsdp", "sequence", "expert"), "tensor")
 
 
 def test_constrain_without_a_mesh_changes_nothing():
@@ -126,7 +126,7 @@ def test_constrain_without_a_mesh_changes_nothing():
 
 def test_microbatches_keep_their_leading_axis_whole():
     mesh = parallel.make_mesh()
-    assert parallel.batch_sharding(mesh, axis=1).spec == PartitionSpec(None, ("data", "fsdp"))
+    assert parallel.batch_sharding(mesh, axis=1).spec == PartitionSpec(None, ("data", "fsdp", "expert"))
     placed = parallel.put_batch(mesh, {"x": jnp.arange(6).reshape(2, 3), "count": jnp.ones(2)}, axis=1)
     assert placed["x"].tolist() == [[0, 1, 2], [3, 4, 5]]
     assert placed["count"].sharding.is_fully_replicated

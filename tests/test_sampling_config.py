@@ -33,10 +33,10 @@ def test_impossible_sampling_is_refused(settings, message):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"data": -1}, r"^config.mesh data=-1 x fsdp=-1 x tensor=1 x sequence=1: .*at most one may be -1"),
+        ({"data": -1}, r"^config.mesh data=-1 x fsdp=-1 x tensor=1 x sequence=1 x expert=1: .*at most one may be -1"),
         ({"tensor": 0}, r"sizes must be positive"),
-        ({"data": 3}, r"data=3 x fsdp=-1 x tensor=1 x sequence=1 does not multiply to the 8 devices here"),
-        ({"fsdp": 4}, r"fsdp=4 x tensor=1 x sequence=1 does not multiply to the 8 devices here"),
+        ({"data": 3}, r"data=3 x fsdp=-1 x tensor=1 x sequence=1 x expert=1 does not multiply to the 8 devices here"),
+        ({"fsdp": 4}, r"fsdp=4 x tensor=1 x sequence=1 x expert=1 does not multiply to the 8 devices here"),
     ],
 )
 def test_impossible_meshes_are_refused(settings, message):

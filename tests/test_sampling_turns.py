@@ -287,7 +287,7 @@ def test_a_turn_that_was_cut_off_goes_on_with_the_numbers_that_are_its_own():
         decoder.submit(Turn(0, context, 50, 0, begun=1, drawn=2))
 
 
-FOUR_PARTS = Mesh(np.array(jax.devices()[:1] * 4).reshape(2, 2, 1, 1), MESH_AXES)
+FOUR_PARTS = Mesh(np.array(jax.devices()[:1] * 4).reshape(2, 2, 1, 1, 1), MESH_AXES)
 """For what the host decides: nothing is computed on it."""
 
 

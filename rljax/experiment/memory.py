@@ -227,7 +227,7 @@ def predict_update(learner: Learner, batch: TrainBatch) -> dict[str, int]:
     layers = _layers(learner, batch)
     head = _head(learner, batch)
     # Gradients of the table are added up whole on each device, and then shared out; of a tied one, two wait for that.
-    table = config.vocab_size * config.embed_dim * 4 // _tensor(learner)
+    table = config.vocab_size * config.embed_dim * 4 // _tensor(learner) if "embedding" in trainable else 0
     is_split = batch_parts(_mesh(learner)) * _sharing(learner) > 1
     embedding = (2 if config.tied_embeddings else 1) * table if is_split else table
 
@@ -265,7 +265,9 @@ def _decoding(run: Run, plans: Sequence[DecoderPlan]) -> dict[str, int]:
     logits = max(4 * own(plan.rows) * config.vocab_size * 4 // tensor for plan in plans)
 
     heads = (2 * config.num_heads + 2 * config.num_kv_heads) * config.head_dim
-    per_token = (2 * config.embed_dim + (heads + 2 * config.mlp_dim) // tensor) * np.dtype(config.dtype).itemsize
+    experts = config.experts
+    inner = config.mlp_dim if experts is None else experts.mlp_dim * experts.per_token
+    per_token = (2 * config.embed_dim + (heads + 2 * inner) // tensor) * np.dtype(config.dtype).itemsize
     layer = max(own(plan.prefill[0]) * plan.prefill[1] * per_token for plan in plans)
     return {"logits": logits} if logits > layer else {"prefill": layer}
 
@@ -306,7 +308,9 @@ def _head(learner: Learner, batch: TrainBatch, *, backward: bool = True) -> dict
     # The sum so far, and beside it what the newest chunk adds; a gradient of logits is of the compute dtype.
     gradient = size * 4 * (2 if chunk < tokens else 1)
     in_logits = logits * (width if chunk < tokens else 8)
-    return {"vocabulary head": size * width, "its gradient": gradient, "logits": in_logits}
+    is_trained = ("embedding" if config.tied_embeddings else "head") in learner.abstract_state().trainable
+    of_gradient = {"its gradient": gradient} if is_trained else {}
+    return {"vocabulary head": size * width, **of_gradient, "logits": in_logits}
 
 
 def _layers(learner: Learner, batch: TrainBatch, *, backward: bool = True) -> dict[str, int]:
@@ -326,6 +330,9 @@ def _layers(learner: Learner, batch: TrainBatch, *, backward: bool = True) -> di
         num_kv_heads=config.num_kv_heads // tensor,
         mlp_dim=config.mlp_dim // tensor,
     )
+    if config.experts is not None:
+        inner = config.experts.mlp_dim // tensor
+        own = dataclasses.replace(own, experts=dataclasses.replace(config.experts, mlp_dim=inner))
     options = learner.program.score_options
 
     # The part of the mesh whose devices share a sequence.
@@ -353,9 +360,15 @@ def _layers(learner: Learner, batch: TrainBatch, *, backward: bool = True) -> di
     kept = forward(options["remat"])
     whole = kept if options["remat"] == "none" else forward("none")
 
-    weights = sum(math.prod(x.shape[1:]) for x in jax.tree.leaves(abstract_params(own)["layers"]))
+    def per_layer(layers: Any) -> int:
+        return sum(math.prod(x.shape[1:]) for x in jax.tree.leaves(layers))
+
+    params = abstract_params(own)
     copies = np.dtype(config.dtype).itemsize + (4 if backward else 0)
-    layer = weights * copies
+    layer = per_layer(params["layers"]) * np.dtype(config.dtype).itemsize
+    if backward:
+        # Only what is trained has a gradient.
+        layer += 4 * per_layer(learner.subtree.split(params)[0].get("layers", {}))
     if sharing > 1:
         # Of the keys and values of a whole sequence: they are gathered.
         layer += 2 * own_rows * length * own.num_kv_heads * own.head_dim * copies

@@ -8,6 +8,7 @@ import jax
 
 from rljax.models import (
     DecoderConfig,
+    Experts,
     Metadata,
     find_smollm2,
     fresh_config,
@@ -133,7 +134,11 @@ class FreshModel:
     head_dim: int = 32
     """Width of a head."""
     mlp_dim: int = 384
-    """Width of the MLP between its products."""
+    """Width of the MLP between its products, or of one expert."""
+    experts: int = 0
+    """Experts of a layer in place of its MLP, in a `family` that has them; 0 is one MLP for all tokens."""
+    experts_per_token: int = 2
+    """Experts that compute for a token, where there are any."""
     max_position: int = 256
     """Tokens of the longest sequence."""
     family: str = "llama"
@@ -153,10 +158,14 @@ class FreshModel:
             return CharTokenizer(self.alphabet)
 
     def decoder_of(self, tokenizer: Tokenizer) -> DecoderConfig:
-        shape = {name: value for name, value in dataclasses.asdict(self).items() if name != "alphabet"}
+        other = ("alphabet", "experts", "experts_per_token")
+        shape = {name: value for name, value in dataclasses.asdict(self).items() if name not in other}
         shape["dtype"] = compute_dtype(self.dtype)
         with placed("config.model"):
-            return fresh_config(vocab_size=tokenizer.vocab_size, tied_embeddings=True, **shape)
+            experts = None
+            if self.experts:
+                experts = Experts(count=self.experts, per_token=self.experts_per_token, mlp_dim=self.mlp_dim)
+            return fresh_config(vocab_size=tokenizer.vocab_size, tied_embeddings=True, experts=experts, **shape)
 
     def params_of(self, decoder: DecoderConfig, shardings: Any, seed: int) -> Params:
         make = jax.jit(lambda key: init_params(decoder, key), out_shardings=shardings)

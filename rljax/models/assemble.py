@@ -62,9 +62,15 @@ def _read_block(group, leaf, bounds, fetch: Fetch, pool) -> np.ndarray:
         _copy(out, _own_rows(fetch, group[0]), bounds, group[0].weight.transpose)
         return out
     start, stop = bounds[0]
+    if group[0].expert is None:
+        targets = [(out[entry.layer - start], bounds[1:], entry) for entry in group[start:stop]]
+    else:
+        first, last = bounds[1]
+        wanted = [e for e in group if start <= e.layer < stop and first <= e.expert < last]
+        targets = [(out[entry.layer - start, entry.expert - first], bounds[2:], entry) for entry in wanted]
     copies = [
-        pool.submit(lambda i, e: _copy(out[i], _own_rows(fetch, e), bounds[1:], e.weight.transpose), i, entry)
-        for i, entry in enumerate(group[start:stop])
+        pool.submit(lambda to, where, e: _copy(to, _own_rows(fetch, e), where, e.weight.transpose), *target)
+        for target in targets
     ]
     for copy in copies:
         copy.result()
@@ -78,7 +84,15 @@ def _own_rows(fetch: Fetch, entry: Entry) -> np.ndarray:
 
 def _copy(out: np.ndarray, source: np.ndarray, bounds: tuple[tuple[int, int], ...], transpose: bool) -> None:
     window = tuple(slice(start, stop) for start, stop in bounds)
-    source = (source.T if transpose else source)[window]
+    source = (source.swapaxes(-1, -2) if transpose else source)[window]
+    if source.ndim == 3:
+        for matrix, own in zip(source, out, strict=True):
+            _copy_matrix(own, matrix, transpose)
+        return
+    _copy_matrix(out, source, transpose)
+
+
+def _copy_matrix(out: np.ndarray, source: np.ndarray, transpose: bool) -> None:
     if not transpose:
         np.copyto(out, source, casting="same_kind" if source.dtype.itemsize >= out.dtype.itemsize else "unsafe")
         return

@@ -94,6 +94,10 @@ class RopeScaling:
 MATRICES = ("q", "k", "v", "o", "gate", "up", "down")
 """Weights of a layer that an adapter may be added to."""
 
+DOWN = "_lora_a"
+UP = "_lora_b"
+"""What follows a matrix's name in the names of its adapter: A and B of 2106.09685."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Lora:
@@ -126,6 +130,27 @@ class Lora:
 
 
 @dataclasses.dataclass(frozen=True)
+class Experts:
+    """A mixture of experts in place of the MLP: a router gives all of them a probability (a softmax) for each token,
+    and the best few compute. Hashable, as the config that holds it."""
+
+    count: int
+    """Experts of a layer."""
+    per_token: int
+    """Experts that compute for a token."""
+    mlp_dim: int
+    """Width inside an expert."""
+    normalized: bool = True
+    """Whether the weights of a token's experts are divided by their sum."""
+
+    def __post_init__(self):
+        for name in ("count", "per_token", "mlp_dim"):
+            _check_whole(f"experts' {name}", getattr(self, name), least=1)
+        if self.per_token > self.count:
+            raise ValueError(f"experts' per_token={self.per_token} must be at most their count={self.count}")
+
+
+@dataclasses.dataclass(frozen=True)
 class DecoderConfig:
     """Shape and numerics of a decoder. Hashable, so it can be a static argument of `jax.jit`."""
 
@@ -142,7 +167,7 @@ class DecoderConfig:
     head_dim: int
     """Width of a head; even."""
     mlp_dim: int
-    """Width inside the MLP."""
+    """Width inside the MLP; without meaning where `experts` stand in its place."""
     family: str = "llama"
     """Whose files the weights are written as: a name in `rljax.models.FAMILIES`."""
     rope_theta: float = 10_000.0
@@ -205,6 +230,8 @@ class DecoderConfig:
     """Type of stored weights, but for adapters, which are float32."""
     lora: Lora | None = None
     """Adapters beside its weights; None is none."""
+    experts: Experts | None = None
+    """Experts in place of the MLP of every layer; None is one MLP for all tokens."""
 
     def __post_init__(self):
         for name in _SIZES:
@@ -221,6 +248,11 @@ class DecoderConfig:
             raise ValueError(
                 f"tokenizer_size={self.tokenizer_size} must lie between 1 and vocab_size={self.vocab_size}; "
                 "take the tokenizer that belongs to the model"
+            )
+        if self.experts and self.lora and self.lora.count and (own := {"gate", "up", "down"} & {*self.lora.targets}):
+            raise ValueError(
+                f"adapters side by side are of matrices that all tokens share, and lora's targets "
+                f"{', '.join(sorted(own))} are of one expert each; take q, k, v or o"
             )
         if self.head_dim % 2:
             raise ValueError(f"head_dim={self.head_dim} must be even: rotary embeddings rotate pairs")

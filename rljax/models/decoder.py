@@ -22,7 +22,8 @@ from jaxtyping import Array, Float, Int
 
 from rljax.models.attention import Attention, forest_attention
 from rljax.models.attention_blocks import SAVED, score_divisor
-from rljax.models.config import DecoderConfig, Lora, Rotation
+from rljax.models.config import DOWN, UP, DecoderConfig, Experts, Lora, Rotation
+from rljax.models.experts import EXPERT_AXES, apply_experts, route
 from rljax.models.functional import geglu, linear, rms_norm, swiglu
 from rljax.models.rope import RotaryTable, apply_rotary, rotary_tables
 from rljax.parallel import constrain, split_axes
@@ -42,10 +43,6 @@ PRODUCT = "product"
 Product = Callable[[Array, Array], Array]
 """`product(x [..., D], weight) -> [..., E]`; `weight` is [D, E] unless the caller's params hold it otherwise. Adapters
 that stand side by side (`Lora.count`) come as they are, [N, D, E]."""
-
-DOWN = "_lora_a"
-UP = "_lora_b"
-"""What follows a matrix's name in the names of its adapter: A and B of 2106.09685."""
 
 
 def _weight(shape: tuple[int, ...], axes: tuple[str | None, ...], *, dtype: str, init: str = "normal") -> nnx.Param:
@@ -90,6 +87,17 @@ class Layer(nnx.Module):
             self.q_norm = norm(q_dim, "heads") if c.qk_norm_whole else norm(c.head_dim)
             self.k_norm = norm(kv_dim, "kv_heads") if c.qk_norm_whole else norm(c.head_dim)
 
+        if c.experts is None:
+            self._declare_mlp()
+        else:
+            self._declare_experts(c.experts)
+        if c.lora is not None:
+            for name in c.lora.targets:
+                self._adapt(name, c.lora)
+
+    def _declare_mlp(self) -> None:
+        c = self.config
+        weight = functools.partial(_weight, dtype=c.param_dtype)
         self.gate = weight((c.embed_dim, c.mlp_dim), ("embed", "mlp"))
         self.up = weight((c.embed_dim, c.mlp_dim), ("embed", "mlp"))
         self.down = weight((c.mlp_dim, c.embed_dim), ("mlp", "embed"))
@@ -97,18 +105,24 @@ class Layer(nnx.Module):
             self.gate_bias = weight((c.mlp_dim,), ("mlp",), init="zeros")
             self.up_bias = weight((c.mlp_dim,), ("mlp",), init="zeros")
             self.down_bias = weight((c.embed_dim,), (None,), init="zeros")
-        if c.lora is not None:
-            for name in c.lora.targets:
-                self._adapt(name, c.lora)
+
+    def _declare_experts(self, experts: Experts) -> None:
+        """The matrices of the MLP, one of each for every expert, and the router."""
+        width = self.config.embed_dim
+        weight = functools.partial(_weight, dtype=self.config.param_dtype)
+        self.router = weight((width, experts.count), ("embed", None))
+        self.gate = weight((experts.count, width, experts.mlp_dim), EXPERT_AXES["gate"])
+        self.up = weight((experts.count, width, experts.mlp_dim), EXPERT_AXES["up"])
+        self.down = weight((experts.count, experts.mlp_dim, width), EXPERT_AXES["down"])
 
     def _adapt(self, name: str, lora: Lora) -> None:
         """Declares the adapter of the matrix `name`, in float32 whatever the matrix is kept in: it is what is
         trained."""
         matrix = getattr(self, name)
-        rows, columns = matrix.get_value().shape
-        of_rows, of_columns = matrix.get_metadata("axes")
-        many = (lora.count,) if lora.count else ()
-        apart = (None,) * len(many)
+        *lead, rows, columns = matrix.get_value().shape
+        *of_lead, of_rows, of_columns = matrix.get_metadata("axes")
+        many = (lora.count,) if lora.count else (*lead,)
+        apart = (None,) if lora.count else (*of_lead,)
         weight = functools.partial(_weight, dtype="float32")
         setattr(self, f"{name}{DOWN}", weight((*many, rows, lora.rank), (*apart, of_rows, None), init="fan_in"))
         setattr(self, f"{name}{UP}", weight((*many, lora.rank, columns), (*apart, None, of_columns), init="zeros"))
@@ -136,8 +150,8 @@ class Layer(nnx.Module):
         x = self._add(x, project(out, "o"), "attention_post_norm")
 
         h = self._norm(x, "mlp_norm")
-        h = GATED[c.activation](project(h, "gate"), project(h, "up"))
-        return self._add(x, project(h, "down"), "mlp_post_norm"), aux
+        h = self._mlp(project, h) if c.experts is None else self._experts(project, h, c.experts)
+        return self._add(x, h, "mlp_post_norm"), aux
 
     def _add(self, x: Array, out: Array, norm: str) -> Array:
         """The residual stream with what attention or MLP adds."""
@@ -146,6 +160,21 @@ class Layer(nnx.Module):
             out = (out.astype(jnp.float32) * self.config.residual_scale).astype(x.dtype)
         # Without it the compiler may split the residual otherwise from one layer to the next.
         return constrain(x + out, _axes(x))
+
+    def _mlp(self, project: Callable[[Array, str], Array], x: Array) -> Array:
+        return project(GATED[self.config.activation](project(x, "gate"), project(x, "up")), "down")
+
+    def _experts(self, project: Callable[[Array, str], Array], x: Array, experts: Experts) -> Array:
+        # In float32 whatever the rest is computed in: rounding would choose other experts.
+        with jax.default_matmul_precision("highest"):
+            scores = project(x.astype(jnp.float32), "router")
+        routing = route(experts, scores)
+        weights = {name: getattr(self, name)[...] for name in EXPERT_AXES}
+        lora = self.config.lora
+        adapted = [] if lora is None else [name for name in lora.targets if name in EXPERT_AXES]
+        adapters = {f"{name}{end}": getattr(self, f"{name}{end}")[...] for name in adapted for end in (DOWN, UP)}
+        scale = 1.0 if lora is None else lora.scale
+        return checkpoint_name(apply_experts(weights | adapters, x, routing, scale=scale), PRODUCT)
 
     def _norm(self, x: Array, name: str) -> Array:
         """`x` normed by the weight `name`, or as it is where the family declares no such norm."""
@@ -340,8 +369,8 @@ def hidden_states(
 
     `scan` runs the stacked layers as one `lax.scan` (compiles once); otherwise they are unrolled. `remat` says what
     the backward pass computes again (see `Remat`). `attention` is `forest_attention` or something that computes the
-    same; it alone minds the order of the positions, which is also that of the result. ValueError for another `remat`, and for
-    several adapters side by side.
+    same; it alone minds the order of the positions, which is also that of the result. ValueError for another `remat`,
+    and for several adapters side by side.
     """
     if remat not in get_args(Remat):
         raise ValueError(f"remat={remat!r} must be one of {', '.join(map(repr, get_args(Remat)))}")

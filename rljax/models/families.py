@@ -12,12 +12,13 @@ from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-from rljax.models.config import DecoderConfig, RopeScaling
+from rljax.models.config import DecoderConfig, Experts, RopeScaling
 from rljax.models.decoder import abstract_params
 
 
 class Weight(NamedTuple):
-    """One weight. `{}` in a name stands for the layer."""
+    """One weight. `{}` in a name stands for the layer, and a second one for the expert: without it one tensor holds the
+    matrices of all experts."""
 
     path: str
     """Its path in `params`."""
@@ -26,7 +27,7 @@ class Weight(NamedTuple):
     gguf: str
     """Its name in a GGUF file."""
     transpose: bool = False
-    """Theirs is [out, in], ours [in, out]."""
+    """Theirs is [.., out, in], ours [.., in, out]."""
     heads: str | None = None
     """The config's count of heads that shapes its rows, which are rotated, and interleaved in GGUF's llama layout."""
     is_row: bool = False
@@ -65,6 +66,18 @@ _MLP = (
     *_linear("up", "mlp.up_proj", "ffn_up"),
     *_linear("down", "mlp.down_proj", "ffn_down"),
 )
+_EXPERTS = (
+    Weight("layers/router", "model.layers.{}.mlp.gate.weight", "blk.{}.ffn_gate_inp.weight", transpose=True),
+    *(
+        Weight(
+            f"layers/{path}",
+            f"model.layers.{{}}.mlp.experts.{{}}.{path}_proj.weight",
+            f"blk.{{}}.ffn_{path}_exps.weight",
+            transpose=True,
+        )
+        for path in ("gate", "up", "down")
+    ),
+)
 _NORMS = (
     *_norm("attention_norm", "input_layernorm", "attn_norm"),
     *_norm("mlp_norm", "post_attention_layernorm", "ffn_norm"),
@@ -98,6 +111,7 @@ _JOINED = (
 
 LLAMA_WEIGHTS = (*_EMBEDDING, *_ATTENTION, *_MLP, *_NORMS, *_HEAD)
 QWEN3_WEIGHTS = (*_EMBEDDING, *_ATTENTION, *_QK_NORM, *_MLP, *_NORMS, *_HEAD)
+QWEN3_MOE_WEIGHTS = (*_EMBEDDING, *_ATTENTION, *_QK_NORM, *_EXPERTS, *_NORMS, *_HEAD)
 GEMMA3_WEIGHTS = (*_EMBEDDING, *_ATTENTION, *_QK_NORM, *_MLP, *_FOUR_NORMS, *_HEAD)
 OLMO_WEIGHTS = (*_EMBEDDING, *_ATTENTION, *_QK_NORM, *_MLP, *_POST_NORMS, *_HEAD)
 PHI3_WEIGHTS = (*_EMBEDDING, *_JOINED, *_NORMS, *_HEAD)
@@ -136,8 +150,8 @@ class Family(NamedTuple):
     activation_key: str = "hidden_act"
     """config.json's name of the activation."""
     sliding: str = "none"
-    """Which layers slide: "none", "all", "chosen" by `use_sliding_window` and `layer_types`, or "typed" by these
-    types alone."""
+    """Which layers slide: "none", "all", "switched" (all of them, by `use_sliding_window`), "chosen" by it and
+    `layer_types`, or "typed" by these types alone."""
     full_every: int = 0
     """typed: without `layer_types`, every such layer sees all."""
     local_rope: bool = False
@@ -148,6 +162,9 @@ class Family(NamedTuple):
     """Whether config.json's `partial_rotary_factor` may leave part of a head unrotated."""
     root_embedding: bool = False
     """Whether embeddings are multiplied by the root of their width."""
+    experts: Mapping[str, tuple[str, ...]] | None = None
+    """config.json's keys of the fields of `Experts` that it knows, each under all its names; None where layers have an
+    MLP."""
 
     @property
     def scorer(self) -> str:
@@ -289,6 +306,30 @@ FAMILIES: dict[str, Family] = {
         fixed={"qk_norm": True},
         sliding="chosen",
     ),
+    "qwen3_moe": Family(
+        "Qwen3MoeForCausalLM",
+        QWEN3_MOE_WEIGHTS,
+        {
+            "max_position_embeddings": 32768,
+            "num_key_value_heads": 4,
+            "num_local_experts": 128,
+            "num_experts_per_tok": 8,
+            "moe_intermediate_size": 768,
+            "norm_topk_prob": False,
+            "decoder_sparse_step": 1,
+            "sliding_window": 4096,
+        },
+        bias_keys=("attention_bias",),
+        fixed={"qk_norm": True},
+        sliding="switched",
+        experts={
+            # transformers 5 writes the second name alone, and other readers know the first alone.
+            "count": ("num_experts", "num_local_experts"),
+            "per_token": ("num_experts_per_tok",),
+            "mlp_dim": ("moe_intermediate_size",),
+            "normalized": ("norm_topk_prob",),
+        },
+    ),
 }
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -304,9 +345,11 @@ class Entry(NamedTuple):
     layer: int | None
     """The layer of it; None for what is not a layer."""
     shape: tuple[int, ...]
-    """In the file: [out, in] for matrices."""
+    """In the file: [.., out, in] for matrices."""
     rows: slice | None = None
     """Which rows of a tensor that holds several weights are this one's; None is all of a tensor of its own."""
+    expert: int | None = None
+    """The expert of it; None for what is of none, or holds all experts of the layer."""
 
 
 def entries(config: DecoderConfig, kind: str = "hf") -> list[Entry]:
@@ -323,15 +366,15 @@ def entries(config: DecoderConfig, kind: str = "hf") -> list[Entry]:
     for weight in rows:
         joined.setdefault(getattr(weight, kind), []).append(weight)
 
-    def entry(weight: Weight, layer: int | None) -> Entry:
+    def entry(weight: Weight, layer: int | None, expert: int | None = None) -> Entry:
         name = getattr(weight, kind)
         together = joined[name]
         if layer is not None:
-            name = name.format(layer)
-        shape = declared[weight.path]
-        shape = (1, *shape) if weight.is_row else shape[::-1] if weight.transpose else shape
+            name = name.format(layer, expert)
+        shape = declared[weight.path] if expert is None else declared[weight.path][1:]
+        shape = (1, *shape) if weight.is_row else in_file(shape) if weight.transpose else shape
         if len(together) == 1:
-            return Entry(name, weight, layer, shape)
+            return Entry(name, weight, layer, shape, expert=expert)
 
         # Ours are [in, out], so what are rows to the file are our last dimension.
         sizes = [declared[other.path][-1] for other in together]
@@ -342,16 +385,36 @@ def entries(config: DecoderConfig, kind: str = "hf") -> list[Entry]:
     stacked = [weight for weight in rows if weight.path.startswith("layers/")]
     first = rows[: rows.index(stacked[0])]
     last = rows[rows.index(stacked[-1]) + 1 :]
-    middle = [entry(weight, layer) for layer in range(config.num_layers) for weight in stacked]
+    middle: list[Entry] = []
+    for layer in range(config.num_layers):
+        of_experts = [weight for weight in stacked if getattr(weight, kind).count("{}") == 2]
+        for weight in stacked:
+            if weight not in of_experts:
+                middle.append(entry(weight, layer))
+            elif weight is of_experts[0]:
+                # Expert by expert, each with all its matrices.
+                count = config.experts.count if config.experts else 0
+                middle += [entry(each, layer, expert) for expert in range(count) for each in of_experts]
     return [entry(weight, None) for weight in first] + middle + [entry(weight, None) for weight in last]
 
 
-def fresh_config(family: str, *, sliding_window: int | None = None, **sizes: Any) -> DecoderConfig:
+def in_file(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape of a matrix, or of several, with its last two dimensions exchanged."""
+    return (*shape[:-2], shape[-1], shape[-2])
+
+
+def fresh_config(
+    family: str, *, sliding_window: int | None = None, experts: Experts | None = None, **sizes: Any
+) -> DecoderConfig:
     """The config of a new model: what all models of the family have alike, the `sizes` given (fields of
     `DecoderConfig`), and the window of those layers that slide where no file says which. ValueError for an unknown
-    family, and for a window in a family without any."""
+    family, for a window in a family without any, and for experts where the family has an MLP or the reverse."""
     known = _known(family)
-    fields: dict[str, Any] = dict(known.fixed)
+    if (experts is None) != (known.experts is None):
+        having = ", ".join(name for name, one in FAMILIES.items() if one.experts is not None)
+        said = "needs experts" if experts is None else f"has no experts; of {experts.count} take a family of {having}"
+        raise ValueError(f"family={family!r} {said}")
+    fields: dict[str, Any] = {**known.fixed, "experts": experts}
     if known.root_embedding:
         fields["embed_scale"] = sizes["embed_dim"] ** 0.5
     if known.unrotated:
@@ -458,6 +521,7 @@ def config_from_hf(hf: Mapping[str, Any]) -> DecoderConfig:
         mlp_bias="mlp_bias" in family.bias_keys and bool(get("mlp_bias")),
         sliding_window=window,
         sliding_layers=sliding,
+        experts=_experts_from_hf(family, get),
         # A window that no layer has leaves nothing for the other base to rotate.
         local_rope_theta=local_theta if window is not None else None,
         rotary_dim=_rotary_dim(family, rope, hf, head_dim),
@@ -501,6 +565,23 @@ def _real(key: str, value: Any) -> float:
     return float(value)
 
 
+def _experts_from_hf(family: Family, get: Callable[..., Any]) -> Experts | None:
+    if family.experts is None:
+        return None
+    # The layers are stacked, so all have the same weights.
+    if get("decoder_sparse_step", 1) != 1 or get("mlp_only_layers"):
+        raise ValueError(
+            f"config.json: decoder_sparse_step={get('decoder_sparse_step')!r:.80} with "
+            f"mlp_only_layers={get('mlp_only_layers')!r:.80} is not supported; every layer must have experts"
+        )
+    flags = {field.name for field in dataclasses.fields(Experts) if field.type in (bool, "bool")}
+    fields: dict[str, Any] = {}
+    for ours, names in family.experts.items():
+        theirs = next((name for name in names if get(name) is not None), names[0])
+        fields[ours] = bool(get(theirs)) if ours in flags else _whole(get, theirs)
+    return Experts(**fields)
+
+
 def _reals(key: str, values: Any) -> tuple[float, ...]:
     """A list of finite numbers above 0."""
     if not isinstance(values, list | tuple):
@@ -530,6 +611,8 @@ def _sliding_from_hf(family: Family, get: Callable[..., Any]) -> tuple[int | Non
         return window, None
     if family.sliding == "chosen" and not get("use_sliding_window"):
         return None, None
+    if family.sliding == "switched":
+        return window, None
 
     if types is None and family.sliding == "typed":
         every = _whole(get, "sliding_window_pattern", family.full_every)
@@ -750,6 +833,11 @@ def config_to_hf(config: DecoderConfig) -> dict[str, Any]:
         hf["rope_local_base_freq"] = config.local_rope_theta or config.rope_theta
     if family.sliding == "all":
         hf["sliding_window"] = config.sliding_window
+    if family.experts is not None and config.experts is not None:
+        hf |= {name: getattr(config.experts, ours) for ours, names in family.experts.items() for name in names}
+        hf |= {"decoder_sparse_step": 1, "mlp_only_layers": []}
+    if family.sliding == "switched":
+        hf |= {"use_sliding_window": config.sliding_window is not None, "sliding_window": config.sliding_window}
     if family.sliding == "chosen":
         sliding = [window == config.sliding_window for window in config.windows]
         hf |= {

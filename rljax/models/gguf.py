@@ -11,7 +11,7 @@ import numpy as np
 
 from rljax.gguf_header import GGUFHeader, GGUFTensor, read_gguf_header
 from rljax.models.assemble import assemble
-from rljax.models.config import DecoderConfig, RopeScaling
+from rljax.models.config import DecoderConfig, Experts, RopeScaling
 from rljax.models.families import FAMILIES, Entry, Family, entries, pattern
 from rljax.models.files import shown
 from rljax.models.huggingface import check_names, check_shape, with_dtypes
@@ -21,6 +21,7 @@ ARCHITECTURES = {
     "llama": "llama",
     "qwen2": "qwen2",
     "qwen3": "qwen3",
+    "qwen3moe": "qwen3_moe",
     "gemma3": "gemma3_text",
     "olmo2": "olmo2",
     "phi3": "phi3",
@@ -172,8 +173,11 @@ def config_from_gguf(
     if arch not in ARCHITECTURES:
         raise ValueError(f"GGUF architecture {arch!r:.80} is not supported; supported are {', '.join(ARCHITECTURES)}")
     keys = _Keys(metadata, arch)
-    if experts := keys.whole("expert_count", 0):
-        raise ValueError(f"GGUF file has {experts} experts; mixtures of experts are not supported")
+    if FAMILIES[ARCHITECTURES[arch]].experts is None and (experts := keys.whole("expert_count", 0)):
+        having = ", ".join(name for name, family in ARCHITECTURES.items() if FAMILIES[family].experts is not None)
+        raise ValueError(
+            f"GGUF file has {experts} experts, which {arch} is not supported with; supported with experts are {having}"
+        )
     if "token_embd.weight" not in tensors:
         raise ValueError("GGUF file lacks tensor token_embd.weight")
 
@@ -216,6 +220,7 @@ def config_from_gguf(
         output_bias="blk.0.attn_output.bias" in tensors,
         mlp_bias="blk.0.ffn_gate.bias" in tensors,
         sliding_window=window,
+        experts=_experts(keys, FAMILIES[name]),
         max_position=context,
         rotary_dim=None if rotated == head_dim else rotated,
         **{key: value for key, value in FAMILIES[name].fixed.items() if key != "attention_bias"},
@@ -224,6 +229,17 @@ def config_from_gguf(
     )
     keys.check_rest()
     return config
+
+
+def _experts(keys: _Keys, family: Family) -> Experts | None:
+    """llama.cpp divides the weights of a token's experts by their sum, whatever the file says."""
+    if family.experts is None:
+        return None
+    return Experts(
+        count=keys.whole("expert_count"),
+        per_token=keys.whole("expert_used_count"),
+        mlp_dim=keys.whole("expert_feed_forward_length"),
+    )
 
 
 def _factors(keys: _Keys, embed_dim: int, head_dim: int, heads: int, layers: int) -> dict[str, Any]:

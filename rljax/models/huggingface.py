@@ -14,7 +14,7 @@ from jax.experimental import multihost_utils
 
 from rljax.models.assemble import assemble
 from rljax.models.config import DecoderConfig
-from rljax.models.families import DTYPES, Entry, config_from_hf, config_to_hf, entries
+from rljax.models.families import DTYPES, Entry, config_from_hf, config_to_hf, entries, in_file
 from rljax.models.files import INDEX_FILE, SINGLE_FILE, SafetensorsFolder, shown, split_into_files, write_safetensors
 from rljax.types import Params
 
@@ -182,11 +182,11 @@ def save_hf(
         weight_map |= dict.fromkeys(names, file)
         if writes:
             declared = {name: (dtype, wanted[name][0].shape) for name in names}
-            write_safetensors(folder / file, declared, lambda name: _to_host(params, wanted[name]))
+            write_safetensors(folder / file, declared, lambda name: _tensor_to_host(params, wanted[name]))
         else:
             # The order in which process 0 asks: gathering is collective.
             for name in sorted(names):
-                _to_host(params, wanted[name])
+                _tensor_to_host(params, wanted[name])
     if not writes:
         return
 
@@ -204,6 +204,7 @@ def save_hf(
 _OWNED = frozenset(
     {
         "attention_bias",
+        "decoder_sparse_step",
         "attention_multiplier",
         "dtype",
         "embedding_multiplier",
@@ -213,6 +214,12 @@ _OWNED = frozenset(
         "logits_scaling",
         "max_window_layers",
         "mlp_bias",
+        "mlp_only_layers",
+        "moe_intermediate_size",
+        "norm_topk_prob",
+        "num_experts",
+        "num_experts_per_tok",
+        "num_local_experts",
         "no_rope_layer_interval",
         "no_rope_layers",
         "original_max_position_embeddings",
@@ -242,19 +249,22 @@ def _weight(params: Params, entry: Entry) -> jax.Array:
 
 
 def _stored_shape(entry: Entry, value: jax.Array) -> tuple[int, ...]:
-    shape = value.shape if entry.layer is None else value.shape[1:]
+    indices = (entry.layer is not None) + (entry.expert is not None)
+    shape = value.shape[indices:]
     if entry.weight.is_row:
         return (1, *shape)
-    return shape[::-1] if entry.weight.transpose else shape
+    return in_file(shape) if entry.weight.transpose else shape
 
 
 @jax.jit
-def _take_layer(stacked: jax.Array, layer: jax.Array) -> jax.Array:
-    return jax.lax.dynamic_index_in_dim(stacked, layer, keepdims=False)
+def _take(stacked: jax.Array, index: tuple[jax.Array, ...]) -> jax.Array:
+    for i in index:
+        stacked = jax.lax.dynamic_index_in_dim(stacked, i, keepdims=False)
+    return stacked
 
 
-def _to_host(params: Params, parts: list[Entry]) -> np.ndarray:
-    """One tensor in the file's layout, of the weights that it holds; collective as `to_host` is."""
+def _tensor_to_host(params: Params, parts: list[Entry]) -> np.ndarray:
+    """One tensor in the file's layout, of the weights that it holds."""
     weights = [to_host(params, part) for part in parts]
     return weights[0] if len(weights) == 1 else np.concatenate(weights)
 
@@ -264,13 +274,14 @@ def to_host(params: Params, entry: Entry) -> np.ndarray:
     value = _weight(params, entry)
     if entry.layer is not None:
         # On devices a traced index: one program for all layers.
-        value = value[entry.layer] if isinstance(value, np.ndarray) else _take_layer(value, np.int32(entry.layer))
+        index = (entry.layer,) if entry.expert is None else (entry.layer, entry.expert)
+        value = value[index] if isinstance(value, np.ndarray) else _take(value, tuple(map(np.int32, index)))
     if isinstance(value, jax.Array) and not value.is_fully_addressable and not value.is_fully_replicated:
         value = multihost_utils.process_allgather(value, tiled=True)
     host = np.asarray(value)
     if entry.weight.is_row:
         return host[None]
-    return host.T if entry.weight.transpose else host
+    return host.swapaxes(-1, -2) if entry.weight.transpose else host
 
 
 def with_dtypes(config: DecoderConfig, dtype: str | None, param_dtype: str | None) -> DecoderConfig:

@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from rljax.models.config import DecoderConfig, Lora
-from rljax.models.decoder import DOWN, UP, init_params
+from rljax.models.config import DOWN, UP, DecoderConfig, Lora
+from rljax.models.decoder import init_params
 from rljax.types import Params
 
 
@@ -40,7 +40,7 @@ def base_config(config: DecoderConfig) -> DecoderConfig:
 
 def with_adapters(params: Params, adapters: Params) -> dict[str, Any]:
     """`params` with the adapters of another tree, in the place of any of its own. Nothing is copied."""
-    return {**params, "layers": {**base_params(params)["layers"], **adapters["layers"]}}
+    return {**params, "layers": base_params(params)["layers"] | adapters_of(adapters)["layers"]}
 
 
 def init_adapters(config: DecoderConfig, key: Array) -> dict[str, Any]:
@@ -69,7 +69,7 @@ def merged_params(config: DecoderConfig, params: Params) -> dict[str, Any]:
 
 @functools.partial(jax.jit, static_argnums=3)
 def _merged(matrix: Array, down: Array, up: Array, scale: float) -> Array:
-    added = jnp.einsum("lir,lro->lio", down, up, precision="highest")
+    added = jnp.einsum("...ir,...ro->...io", down, up, precision="highest")
     return (matrix.astype(jnp.float32) + scale * added).astype(matrix.dtype)
 
 

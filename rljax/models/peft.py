@@ -1,5 +1,7 @@
 """Adapters from and to folders in the format of Hugging Face's PEFT: adapter_config.json and safetensors."""
 
+import collections
+import itertools
 import os
 from collections.abc import Container, Mapping
 from pathlib import Path
@@ -9,8 +11,8 @@ import jax
 import numpy as np
 
 from rljax.models.assemble import assemble
-from rljax.models.config import MATRICES, DecoderConfig, Lora
-from rljax.models.decoder import DOWN, UP, abstract_params
+from rljax.models.config import DOWN, MATRICES, UP, DecoderConfig, Lora
+from rljax.models.decoder import abstract_params
 from rljax.models.families import Entry, Weight, family_of
 from rljax.models.files import SafetensorsFolder, write_safetensors
 from rljax.models.huggingface import check_names, check_shape, read_json, to_host, write_json
@@ -71,7 +73,7 @@ def described_lora(said: Mapping[str, Any], config: DecoderConfig, *, stored: Co
 
     def has(weight: Weight) -> bool:
         if stored is not None:
-            return _file_name(weight, DOWN).format(0) in stored
+            return _file_name(weight, DOWN).format(0, 0) in stored
         return _module(weight) in said["target_modules"]
 
     rows = {weight.path.removeprefix("layers/"): weight for weight in family_of(config).weights}
@@ -150,19 +152,31 @@ def adapter_entries(config: DecoderConfig) -> list[Entry]:
     _single(config)
     shapes = abstract_params(config)["layers"]
 
-    def entry(weight: Weight, end: str, layer: int) -> Entry:
+    def of_matrix(weight: Weight, end: str, layer: int) -> list[Entry]:
         own = Weight(f"{weight.path}{end}", _file_name(weight, end), "", transpose=True)
-        shape = shapes[own.path.removeprefix("layers/")].shape[1:]
-        return Entry(own.hf.format(layer), own, layer, shape[::-1])
+        shape = shapes[own.path.removeprefix("layers/")].shape[-2:]
+        # An expert's matrix is a module of its own.
+        experts = range(config.experts.count) if config.experts and own.hf.count("{}") == 2 else (None,)
+        return [Entry(own.hf.format(layer, i), own, layer, shape[::-1], expert=i) for i in experts]
 
     targets = _targets(config)
-    return [entry(weight, end, layer) for layer in range(config.num_layers) for weight in targets for end in _ENDS]
+    found = (of_matrix(weight, end, layer) for layer in range(config.num_layers) for weight in targets for end in _ENDS)
+    return list(itertools.chain(*found))
 
 
 def _targets(config: DecoderConfig) -> list[Weight]:
     """Rows of the family's table that have an adapter."""
     wanted = {f"layers/{name}" for name in _single(config).targets}
-    return [weight for weight in family_of(config).weights if weight.path in wanted]
+    rows = family_of(config).weights
+    named = collections.Counter(weight.hf for weight in rows)
+    found = [weight for weight in rows if weight.path in wanted]
+    for weight in found:
+        if named[weight.hf] > 1:
+            raise ValueError(
+                f"{weight.hf.format('*')} of a {config.family} model holds several of our matrices, for which PEFT has "
+                "one adapter; write the model merged"
+            )
+    return found
 
 
 def _module(weight: Weight) -> str:

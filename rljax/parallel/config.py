@@ -19,6 +19,9 @@ class MeshConfig:
     sequence: int = 1
     """Devices that share each packed sequence in training, and the weights too; rollouts give them prompts of their own
     instead. Raise it when one sequence (`config.update.pack_length` tokens) does not fit a device."""
+    expert: int = 1
+    """Devices over which the experts of a mixture are split, and the batch too; it divides their number. Raise it where
+    a layer's experts do not fit a device, or where gathering them takes longer than sending tokens to them."""
 
     def check(self, device_count: int | None = None) -> None:
         """Raises a ValueError of one line for sizes that cannot be, or do not multiply to `device_count`."""

@@ -1,4 +1,4 @@
-"""The device mesh: `data` x `fsdp` x `sequence` x `tensor`."""
+"""The device mesh: `data` x `fsdp` x `sequence` x `expert` x `tensor`."""
 
 import math
 from collections.abc import Sequence
@@ -7,7 +7,7 @@ import jax
 import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh
 
-MESH_AXES = ("data", "fsdp", "sequence", "tensor")
+MESH_AXES = ("data", "fsdp", "sequence", "expert", "tensor")
 """From the axis whose devices speak least to each other to the one whose devices speak most."""
 
 
@@ -16,17 +16,19 @@ def make_mesh(
     fsdp: int = -1,
     tensor: int = 1,
     sequence: int = 1,
+    expert: int = 1,
     *,
     devices: Sequence[jax.Device] | None = None,
 ) -> Mesh:
     """A mesh over `devices` (all of them when None), with the axes of `MESH_AXES`.
 
     `data` replicates weights and splits the batch, `fsdp` splits both, `sequence` splits weights and the positions of
-    packed sequences, `tensor` splits heads, the MLP and the vocabulary. One size may be -1: what is left. Axis types
-    are Auto: shardings are hints to the compiler, and code need not name them. Raises ValueError when the sizes do not
+    packed sequences, `expert` splits experts, other weights and the batch, `tensor` splits heads, the MLP and the
+    vocabulary. One size may be -1: what is left. Axis types are Auto: shardings are hints to the compiler, and code
+    need not name them. Raises ValueError when the sizes do not
     multiply to the number of devices.
     """
-    sizes = {"data": data, "fsdp": fsdp, "sequence": sequence, "tensor": tensor}
+    sizes = {"data": data, "fsdp": fsdp, "sequence": sequence, "expert": expert, "tensor": tensor}
     count = jax.device_count() if devices is None else len(devices)
     described = ", ".join(f"{name}={size}" for name, size in sizes.items())
     if wrong := [name for name, size in sizes.items() if size != -1 and size < 1]:
@@ -85,7 +87,8 @@ def mesh_beside(mesh: Mesh, devices: Sequence[jax.Device]) -> Mesh:
     """A mesh for decoding on other devices than those of `mesh`: weights split as there, as far as their number allows,
     and the batch over the rest."""
     tensor = math.gcd(len(devices), mesh.shape["tensor"])
-    return make_mesh(data=1, fsdp=-1, tensor=tensor, devices=devices)
+    expert = math.gcd(len(devices) // tensor, mesh.shape["expert"])
+    return make_mesh(data=1, fsdp=-1, tensor=tensor, expert=expert, devices=devices)
 
 
 def num_processes(mesh: Mesh) -> int:
@@ -95,17 +98,24 @@ def num_processes(mesh: Mesh) -> int:
 
 def spread_mesh(mesh: Mesh) -> Mesh:
     """The devices of `mesh` in their order, as whole copies of a model along `data`, none of which lies in two
-    processes: `tensor` is the largest divisor of that of `mesh` for which this is so."""
+    processes: `tensor` is the largest divisor of that of `mesh` for which this is so, and `expert` likewise beside
+    it."""
     devices = mesh.devices.reshape(-1)
     owners = np.array([device.process_index for device in devices])
 
-    def is_within_processes(tensor: int) -> bool:
-        by_copy = owners.reshape(-1, tensor)
+    def is_within_processes(size: int) -> bool:
+        by_copy = owners.reshape(-1, size)
         return bool((by_copy == by_copy[:, :1]).all())
 
-    whole = mesh.shape["tensor"]
-    tensor = max(size for size in range(1, whole + 1) if whole % size == 0 and is_within_processes(size))
-    return Mesh(devices.reshape(-1, 1, 1, tensor), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+    def most(axis: str, beside: int) -> int:
+        whole = mesh.shape[axis]
+        return max(n for n in range(1, whole + 1) if whole % n == 0 and is_within_processes(n * beside))
+
+    tensor = most("tensor", 1)
+    # Devices of a copy are neighbours: experts can lie on several only where `tensor` is whole.
+    expert = most("expert", tensor) if tensor == mesh.shape["tensor"] else 1
+    copies = devices.reshape(-1, 1, 1, expert, tensor)
+    return Mesh(copies, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
 
 
 def own_mesh(mesh: Mesh, process: int | None = None) -> Mesh:
@@ -113,7 +123,7 @@ def own_mesh(mesh: Mesh, process: int | None = None) -> Mesh:
     ValueError where it has none."""
     process = jax.process_index() if process is None else process
     copies = spread_mesh(mesh).devices
-    own = copies[[row[0, 0, 0].process_index == process for row in copies]]
+    own = copies[[row.flat[0].process_index == process for row in copies]]
     if not own.size:
         raise ValueError(f"process {process} has no device of the mesh {dict(mesh.shape)}")
     return Mesh(own, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))

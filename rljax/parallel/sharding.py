@@ -23,20 +23,23 @@ Rules = Mapping[str, str | tuple[str, ...] | None]
 """Logical axis -> the mesh axis or axes that split it, or None."""
 
 RULES: Rules = {
-    "batch": ("data", "fsdp"),
+    "batch": ("data", "fsdp", "expert"),
     "positions": "sequence",
-    "shares": ("data", "fsdp", "sequence"),
+    "shares": ("data", "fsdp", "expert", "sequence"),
     "layers": None,
-    "embed": ("fsdp", "sequence"),
+    "embed": ("fsdp", "sequence", "expert"),
+    "experts": "expert",
+    "expert_embed": ("fsdp", "sequence"),
     "heads": "tensor",
     "kv_heads": "tensor",
     "mlp": "tensor",
     "vocab": "tensor",
 }
 """For training: weights and optimizer state are split over every device but the `data` replicas. `positions` are those
-of packed sequences, `shares` the parts of them that devices have."""
+of packed sequences, `shares` the parts of them that devices have, `expert_embed` the width of the residual stream in
+weights of experts, which `experts` splits already."""
 
-DECODE_RULES: Rules = {**RULES, "embed": None}
+DECODE_RULES: Rules = {**RULES, "embed": None, "expert_embed": None}
 """For decoding: weights whole along `fsdp`, since a step of one token is too short to gather them in."""
 
 

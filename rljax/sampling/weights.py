@@ -8,8 +8,9 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from rljax.models.config import DecoderConfig
+from rljax.models.config import DOWN, UP, DecoderConfig
 from rljax.models.decoder import Product, unstack_layers
+from rljax.models.experts import EXPERT_AXES
 from rljax.models.layout import param_shardings
 from rljax.parallel import (
     DECODE_RULES,
@@ -71,16 +72,26 @@ def weights_program(config: DecoderConfig, mesh: Mesh | None):
 
 def decode_weights(config: DecoderConfig, params: Params) -> dict[str, Any]:
     """A copy of stacked `params` whose layers are a tuple of dicts with matrices [E, D] instead of [D, E]: a step
-    multiplies a few vectors by each, and runs faster along rows. Norms keep their dtype, as they are float32 work."""
+    multiplies a few vectors by each, and runs faster along rows. Norms and routers keep their dtype, as they are
+    float32 work, and matrices of experts [E, D, F] their order."""
 
     def cast(name, value):
-        return value if "norm" in name else value.astype(config.dtype)
+        return value if "norm" in name or "router" in name else value.astype(config.dtype)
 
     # Copies, also where nothing is cast: the trainer donates its own weights to its next update.
     outer = {name: jnp.copy(cast(name, value)) for name, value in params.items() if name != "layers"}
     layers = {name: cast(name, value) for name, value in params["layers"].items()}
     apart = unstack_layers({"layers": layers})["layers"]
-    return {**outer, "layers": jax.tree.map(_in_rows, apart)}
+    turned = (
+        {name: _in_rows(x) if _turns(config, name) else jnp.copy(x) for name, x in layer.items()} for layer in apart
+    )
+    return {**outer, "layers": tuple(turned)}
+
+
+def _turns(config: DecoderConfig, name: str) -> bool:
+    """Whether a weight of a layer is turned: not the matrices of experts, of which each meets its own tokens."""
+    matrix = name.removesuffix(DOWN).removesuffix(UP)
+    return config.experts is None or matrix not in EXPERT_AXES
 
 
 def _in_rows(weight: Array) -> Array:
@@ -92,13 +103,15 @@ def decode_shardings(config: DecoderConfig, mesh: Mesh) -> dict[str, Any]:
     """Shardings of `decode_weights` on `mesh`."""
     stacked = param_shardings(config, mesh, DECODE_RULES)
 
-    def one_layer(sharding):
+    def one_layer(name, sharding):
+        if not _turns(config, name):
+            return NamedSharding(mesh, PartitionSpec(*sharding.spec[1:]))
         # As the axes of `_in_rows` are.
         *apart, last = sharding.spec[1:]
         spec = (*apart[:-1], last, *apart[-1:])
         return NamedSharding(mesh, PartitionSpec(*spec))
 
-    layer = {name: one_layer(sharding) for name, sharding in stacked["layers"].items()}
+    layer = {name: one_layer(name, sharding) for name, sharding in stacked["layers"].items()}
     return {**stacked, "layers": (layer,) * config.num_layers}
 
 

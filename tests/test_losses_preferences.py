@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import runpy
 from pathlib import Path
 
 import jax
@@ -173,6 +174,15 @@ TRL = {
     "BradleyTerry": BradleyTerry(),
     "BradleyTerry centered": BradleyTerry(center=0.01),
 }
+
+
+def test_the_numbers_of_trl_are_of_the_script_that_makes_them():
+    script = Path(__file__).parent.parent / "benchmarks" / "parity" / "preferences.py"
+    made = runpy.run_path(str(script))
+    for name, values in made["make_data"]().items():
+        np.testing.assert_array_equal(values, GOLDEN["data"][name], err_msg=name)
+    assert made["DPO"] | made["SIMPO"] | made["KTO"] | made["REWARD"] == GOLDEN["settings"]
+    assert set(GOLDEN["settings"]) == set(TRL) == set(GOLDEN["found"])
 
 
 @pytest.mark.parametrize("name", TRL)

@@ -20,14 +20,13 @@ from rljax.testing import run_metrics, tiny_config
 from rljax.training import OptimizerConfig, read_jsonl
 
 
-def pairs(count=24):
-    """The letter of a prompt is preferred to another one; prompts repeat, and one begins another."""
-    letters = "abcdefgh"
+def pairs(count):
+    """Letters up to `d` are preferred to the others; prompts repeat, and one begins another."""
     rows = []
     for i in range(count):
-        letter = letters[i % 6]
-        prompt = f"{letter}=" if i % 3 else f"{letter}=={letters[i % 5]}"
-        rows.append({"prompt": prompt, "chosen": letter * (1 + i % 3), "rejected": letters[(i + 1) % 8] * (1 + i % 2)})
+        letter = "abcd"[i % 4]
+        prompt = f"{letter}=" if i % 3 else f"{letter}=={'efgh'[i % 5 % 4]}"
+        rows.append({"prompt": prompt, "chosen": letter * (1 + i % 3), "rejected": "efgh"[i // 3 % 4] * (1 + i % 2)})
     return rows
 
 

@@ -35,7 +35,7 @@ def get_config(size: str = "full") -> Config:
             pairs=spelled_pairs,
             steps=2 if smoke else 400,
             batch_size=8 if smoke else 64,
-            optimizer=OptimizerConfig(learning_rate=1e-3),
+            optimizer=OptimizerConfig(learning_rate=1e-3, schedule="cosine", total_steps=400),
         ),
     )
 

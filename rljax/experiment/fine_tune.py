@@ -90,6 +90,9 @@ def run_in_folder(
                 review_changes(folder.previous_config, folder.config, checkpoints.steps[-1], stage.steps_field)
             state = run_stage(run, stage, folder, checkpoints, report=report, begin=begin)
             checkpoints.wait()
+            if checkpoints.steps:
+                # What came first has no use beside a whole checkpoint.
+                folder.drop_warmup()
             finish(run, stage, state)
         say(f"run folder      {folder.path}")
         return {name: value for name, value in last.items() if not name.startswith("time/")}

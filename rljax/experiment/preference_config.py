@@ -50,4 +50,4 @@ class PreferenceConfig:
     """Updates between two measures of accuracy on held-out pairs; 0 is at the end only."""
 
     optimizer: OptimizerConfig = dataclasses.field(default_factory=lambda: OptimizerConfig(learning_rate=1e-6))
-    """Its optimizer."""
+    """Its optimizer. The default rate is for a policy of billions of weights; a reward model bears a larger one."""

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 from jax.sharding import Mesh
@@ -197,7 +198,7 @@ def build(
         beside = Beside(own, param_shardings(decoder, own, DECODE_RULES))
     rollout_mesh = rollout_mesh_of(config, mesh, beside)
     processes = num_processes(mesh) // num_processes(rollout_mesh)
-    playing: dict[str, Actor] = {}
+    playing: dict[str, Any] = {}
     if plays(dataset):
         actor, dataset = build_actor(config, algorithm.plan, dataset, tokenizer, decoder, rollout_mesh, processes)
         playing["actor"] = actor

@@ -27,7 +27,7 @@ PAIR = "preference_pair"
 RowScoreFn = Callable[[Array, Rows], Array]
 """(logprobs [B, T], rows) -> scores [B]; 0 for a row without loss tokens."""
 
-PairLossFn = Callable[[Array, Array], Array]
+PairLossFn = Callable[[ArrayLike, ArrayLike], Array]
 """(scores of the preferred, scores of the others), of one shape -> losses of that shape."""
 
 
@@ -198,5 +198,7 @@ def _row_weights(rows: Rows) -> Float[Array, " B"]:
 def _differences(logprobs: ArrayLike, rows: Rows) -> Array:
     """Policy against reference, per token; 0 off the loss mask."""
     mask = rows.loss_mask
+    if rows.ref_logprobs is None:
+        raise ValueError("the rows have no log-probs of a reference; build the learner with LossNeeds(reference=True)")
     reference = jax.lax.stop_gradient(jnp.where(mask, as_float(rows.ref_logprobs), 0))
     return jnp.where(mask, as_float(logprobs), 0) - reference

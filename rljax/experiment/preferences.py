@@ -275,8 +275,9 @@ def _margins(run: Run, learner: Learner, state: TrainState, examples: Sequence[E
 
 
 def _row_scores(scores: np.ndarray, mask: np.ndarray, *, per_token: bool) -> np.ndarray:
-    totals: np.ndarray = np.sum(scores, axis=1, dtype=np.float64)
-    return totals / np.maximum(mask.sum(axis=1), 1) if per_token else totals
+    totals = np.asarray(scores, np.float64).sum(axis=1)
+    counts = np.maximum(mask.sum(axis=1), 1) if per_token else 1
+    return np.asarray(totals / counts)
 
 
 def _no_returns(batch: RolloutBatch) -> Any:

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 PAGE = (Path(__file__).parent.parent / "docs" / "not-learning.md").read_text()
-EXPLAINED = set(re.findall(r"`((?:rollout|loss|pack|critic|play|time|compile|eval)/[\w/@]+)`", PAGE))
+EXPLAINED = set(re.findall(r"`((?:rollout|loss|pack|critic|preference|play|time|compile|eval)/[\w/@]+)`", PAGE))
 
 
 def unexplained(logged: Iterable[str]) -> set[str]:

@@ -34,12 +34,17 @@ SMALLEST = {
     "overlap.py": ("--preset=smoke",),
     "papers.py": ("--size=smoke", "--configs=grpo"),
     "parity/losses.py": (),
+    "parity/preferences.py": (),
     "rollout.py": ("--preset=smoke",),
     "simulate.py": ("--preset=smoke",),
     "train_step.py": ("--preset=smoke",),
 }
-ELSEWHERE = {"compare_runs.py": "test_benchmarks_compare_runs", "parity/losses.py": "test_benchmarks_parity"}
-"""Scripts that run in a test file of their own: the second is nothing without its peers' environments."""
+ELSEWHERE = {
+    "compare_runs.py": "test_benchmarks_compare_runs",
+    "parity/losses.py": "test_benchmarks_parity",
+    "parity/preferences.py": "test_losses_preferences",
+}
+"""Scripts that run in a test file of their own; those of parity are nothing without their peers' environments."""
 
 
 @functools.cache

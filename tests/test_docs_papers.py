@@ -19,7 +19,7 @@ import rljax.advantages
 import rljax.algorithms
 import rljax.losses
 import rljax.trees.forks
-from rljax.algorithms import FOREST_RECIPES, RECIPES
+from rljax.algorithms import FOREST_RECIPES, PREFERENCE_RECIPES, RECIPES
 from rljax.experiment.check import check
 from rljax.experiment.config import to_dict
 from rljax.experiment.train import train
@@ -31,7 +31,9 @@ ROOT = Path(__file__).parent.parent
 CONFIGS = ROOT / "configs" / "papers"
 SHARED = {"spelling", "turns"}
 """What configs of the folder import."""
-NAMES = sorted(path.stem for path in CONFIGS.glob("*.py") if path.stem not in SHARED)
+PREFERENCES = {"dpo", "reward_model"}
+"""Configs of `rljax prefer`."""
+NAMES = sorted(path.stem for path in CONFIGS.glob("*.py") if path.stem not in SHARED | PREFERENCES)
 PAGE = (ROOT / "docs" / "papers.md").read_text()
 ENTRIES = dict(re.findall(r"^### (\w+)\n(.*?)(?=^##|\Z)", PAGE, flags=re.MULTILINE | re.DOTALL))
 NO_PAPER = {"Reinforce", "RandomForks"}
@@ -122,6 +124,48 @@ def test_every_config_makes_two_steps_and_reports_what_it_says_to_look_at(name, 
         assert np.isfinite(list(line.values())).all()
         assert not unexplained(line)
     assert set(METRIC.findall(module.__doc__)) <= set(lines[-1])
+
+
+@pytest.mark.parametrize("recipe", PREFERENCE_RECIPES, ids=lambda recipe: recipe.__name__)
+def test_the_block_of_a_preference_entry_is_the_recipe(recipe, page):
+    entry = ENTRIES[recipe.__name__]
+    assert re.findall(r"\b\d{4}\.\d{5}\b", recipe.__doc__)[0] in entry and "\nDiffers: " in entry
+    method = recipe().build()
+    (block,) = blocks(entry)
+    assert len(block.splitlines()) <= 12
+    (name,) = re.findall(r"^(\w+) = ", block, flags=re.MULTILINE)
+
+    rng = np.random.default_rng(0)
+    mask = np.arange(5) < rng.integers(1, 6, 6)[:, None]
+    old = -rng.exponential(size=mask.shape)
+    rows = make_rows(
+        mask, aggregate=method.loss.token_weights, old=old, advantages=0 * old, ref=old + rng.normal(size=mask.shape)
+    )
+    columns = {
+        rljax.losses.SIDE: jnp.tile(jnp.array([1.0, -1.0]), 3),
+        rljax.losses.PAIR: jnp.repeat(jnp.arange(3.0), 2),
+    }
+    rows = dataclasses.replace(rows, columns=columns)
+    found, want = (
+        jax.value_and_grad(loss.loss, has_aux=True)(jnp.asarray(old), jnp.zeros(mask.shape), rows)
+        for loss in (page[name], method.loss)
+    )
+    assert jax.tree.structure(found) == jax.tree.structure(want)
+    jax.tree.map(np.testing.assert_array_equal, found, want)
+    assert (page[name].correct_fn is None) == (method.loss.correct_fn is None)
+
+
+@pytest.mark.parametrize("name", sorted(PREFERENCES))
+def test_every_config_of_preferences_says_how_to_run_it_and_is_valid_in_both_sizes(name):
+    module = load(CONFIGS / f"{name}.py")
+    assert f"    rljax prefer --config=papers/{name} --workdir=runs/{name}\n" in module.__doc__
+    full, smoke = module.get_config(), module.get_config("smoke")
+    for config in (full, smoke):
+        check(config)
+    assert f"(../configs/papers/{name}.py)" in ENTRIES[type(full.preferences.method).__name__]
+    assert to_dict(full.preferences.method) == to_dict(smoke.preferences.method)
+    with pytest.raises(ValueError, match="big: the size must be one of full, smoke"):
+        module.get_config("big")
 
 
 UNBOUND = {"resum": (PhraseFinder(SUMMARY_PHRASES), [[0]], ()), "arpo": (2,), "aepo": (2,)}

@@ -4,6 +4,8 @@ Needs torch, which the ordinary test environment leaves out:
     pip install torch==2.13.0 transformers==5.23.0
 """
 
+import dataclasses
+import filecmp
 import json
 
 import jax
@@ -26,6 +28,8 @@ from rljax.models import (  # noqa: E402
     load_model,
     logits,
     save_hf,
+    value_config,
+    values,
 )
 from rljax.sampling import Request, Sampler, SamplerSpec, sampling_params  # noqa: E402
 
@@ -209,6 +213,62 @@ def test_exported_weights_give_our_logits_in_transformers(case, tied, tmp_path):
     ours = our_logits(config, params, tokens())
     assert np.abs(ours).max() > 1
     assert np.abs(their_logits(model, tokens()) - ours).max() < TOLERANCE
+
+
+@pytest.mark.parametrize("case", ["llama", "qwen3", "gemma3"])
+def test_a_reward_model_gives_the_scores_of_transformers_both_ways(case, tmp_path):
+    """The number behind the last token of rows of unequal length."""
+    make_config, make_model = CLASSES[CASES[case][0]]
+    name = (
+        "Gemma3TextForSequenceClassification"
+        if case == "gemma3"
+        else f"{make_model.__name__[:-11]}ForSequenceClassification"
+    )
+    torch.manual_seed(0)
+    settings = make_config(**(SHAPE | CASES[case][1] | {"num_labels": 1, "pad_token_id": 0}))
+    model = getattr(transformers, name)(settings).eval()
+    with torch.no_grad():
+        model.score.weight.mul_(10)
+    model.save_pretrained(tmp_path / "theirs")
+
+    config, params = load_hf(tmp_path / "theirs")
+    assert config.value_head and not config.value_bias and "head" not in params
+    ids = 1 + tokens() % (SHAPE["vocab_size"] - 1)
+    ids[1, 30:] = 0
+    theirs = their_logits(model, ids)[:, 0]
+    np.testing.assert_allclose(our_scores(config, params, ids, [40, 30]), theirs, rtol=0, atol=TOLERANCE)
+    assert np.abs(theirs).max() > 0.1
+
+    save_hf(tmp_path / "ours", config, params)
+    assert filecmp.cmp(
+        tmp_path / "theirs" / "model.safetensors", tmp_path / "ours" / "model.safetensors", shallow=False
+    )
+    again = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "ours", pad_token_id=0).eval()
+    np.testing.assert_array_equal(their_logits(again, ids)[:, 0], theirs)
+
+
+def our_scores(config, params, ids: np.ndarray, ends: list[int]) -> np.ndarray:
+    positions = jnp.broadcast_to(jnp.arange(ids.shape[1]), ids.shape)
+    stop = jnp.where(positions < jnp.array(ends)[:, None], jnp.array(ends)[:, None], 0)
+    found = values(config, params, hidden_states(config, params, jnp.asarray(ids), positions, stop))
+    return np.asarray(found)[np.arange(len(ends)), np.array(ends) - 1]
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"id2label": {"0": "no", "1": "yes"}}, "LlamaForSequenceClassification with 2 labels is a classifier"),
+        ({"id2label": None}, "LlamaForSequenceClassification with 2 labels is a classifier"),
+        ({"architectures": ["LlamaForTokenClassification"]}, "'LlamaForTokenClassification' is not supported"),
+    ],
+)
+def test_a_classifier_is_no_reward_model(change, says):
+    config = value_config(config_from_hf(random_model("llama").config.to_dict()), bias=False)
+    assert config_from_hf(config_to_hf(config)) == config
+    with pytest.raises(ValueError, match=says):
+        config_from_hf(config_to_hf(config) | change)
+    with pytest.raises(ValueError, match="cannot express value_bias=True"):
+        config_to_hf(dataclasses.replace(config, value_bias=True))
 
 
 # transformers never parts the experts of a layer, whatever size it is told: files that it did not write do so.

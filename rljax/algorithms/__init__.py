@@ -24,6 +24,7 @@ from rljax.algorithms.near_boundary_rescue import NearBoundaryRescue, NearBounda
 from rljax.algorithms.owpo import OWPO
 from rljax.algorithms.pass_at_k import PKPO, PassAtK
 from rljax.algorithms.ppo import PPO
+from rljax.algorithms.preferences import DPO, IPO, KTO, BradleyTerry, PreferenceMethod, SimPO
 from rljax.algorithms.reinforce import Reinforce
 from rljax.algorithms.reinforce_pp import ReinforcePlusPlus, ReinforcePlusPlusBaseline
 from rljax.algorithms.resum import ReSum
@@ -73,6 +74,9 @@ RECIPES = (
 FOREST_RECIPES = (AEPO, APPO, ARPO, RandomForks, ReSum, TreeGRPO, TreeRL)
 """Recipes whose samples branch."""
 
+PREFERENCE_RECIPES = (DPO, IPO, SimPO, KTO, BradleyTerry)
+"""Those that learn from preferences, without sampling: `config.preferences.method`."""
+
 __all__ = [
     "AEPO",
     "APPO",
@@ -80,15 +84,19 @@ __all__ = [
     "CISPO",
     "DAPO",
     "DIS",
+    "DPO",
     "FIPO",
     "FOREST_RECIPES",
     "GMPO",
     "GRPO",
     "GSPO",
+    "IPO",
+    "KTO",
     "M2PO",
     "OWPO",
     "PKPO",
     "PPO",
+    "PREFERENCE_RECIPES",
     "RECIPES",
     "RLOO",
     "SAPO",
@@ -96,6 +104,7 @@ __all__ = [
     "ActGuideRL",
     "AgentRL",
     "Algorithm",
+    "BradleyTerry",
     "DecoupledPPO",
     "DeepDive",
     "DirectionReweighting",
@@ -109,6 +118,7 @@ __all__ = [
     "NearBoundaryRescue",
     "NearBoundaryRescueGSPO",
     "PassAtK",
+    "PreferenceMethod",
     "RandomForks",
     "ReSum",
     "Recipe",
@@ -116,6 +126,7 @@ __all__ = [
     "ReinforcePlusPlus",
     "ReinforcePlusPlusBaseline",
     "RoleAgent",
+    "SimPO",
     "TreeGRPO",
     "TreeRL",
 ]

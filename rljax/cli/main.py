@@ -21,6 +21,7 @@ COMMANDS = {
     "plan": Command("train", "print what a run would take: shapes, mesh, memory by part", ("--dry_run",)),
     "eval": Command("eval", "evaluate a model or a checkpoint on held-out problems"),
     "sft": Command("sft", "fine-tune on completions"),
+    "prefer": Command("prefer", "learn from preferences: DPO and its kin, or a reward model"),
     "convert": Command("convert", "write weights and tokenizer as a Hugging Face folder"),
     "serve": Command("serve", "serve a model to runs elsewhere, token ids in and out, in vLLM's protocol"),
     "study": Command("study", "compare a trained policy with its base, token by token"),

@@ -7,6 +7,7 @@ from rljax.envs import EnvironmentLimits, RayConfig
 from rljax.evaluation import EvaluationConfig
 from rljax.experiment.config import Config, Recipe
 from rljax.experiment.model import FreshModel, ModelSource, PretrainedModel
+from rljax.experiment.preference_config import PreferenceConfig
 from rljax.parallel import MeshConfig
 from rljax.rollouts import (
     ActorConfig,
@@ -70,6 +71,7 @@ __all__ = [
     "MultiTurn",
     "MuonConfig",
     "OptimizerConfig",
+    "PreferenceConfig",
     "PretrainedModel",
     "RayConfig",
     "ReasoningGymData",

@@ -2,7 +2,8 @@
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 from jax.sharding import Mesh
@@ -59,9 +60,9 @@ class Run:
     Attributes:
         mesh: what trains.
         rollout_mesh: what samples: on several processes the devices of this one, unless all decode in step.
-        actor: plays the policy; a context manager.
+        actor: plays the policy; a context manager. None where nothing is sampled.
         beside: devices that it has of its own; None where it takes turns with the learner.
-        pipeline: gives it its work, in order; a context manager.
+        pipeline: gives it its work, in order; a context manager. There is none without an actor.
         evaluation: the last one.
         reference_scores: held-out avg@k per problem when the reference was last refreshed.
         state: replaced at every update; None until weights are loaded or restored.
@@ -79,8 +80,8 @@ class Run:
     mesh: Mesh
     rollout_mesh: Mesh
     decoder: DecoderConfig
-    actor: Actor
     learner: Learner
+    actor: Actor = None  # type: ignore[assignment]
     critic: Critic | None = None
     evaluation: Evaluation | None = None
     reference_scores: list[float] = dataclasses.field(default_factory=list)
@@ -93,6 +94,8 @@ class Run:
     pipeline: Pipeline = dataclasses.field(init=False)
 
     def __post_init__(self) -> None:
+        if self.actor is None:
+            return
         self.pipeline = Pipeline(
             self.actor,
             self.algorithm.plan,
@@ -177,9 +180,14 @@ class Run:
                 learner.check()
 
 
-def build(config: Config, devices: Sequence[jax.Device] | None = None) -> Run:
-    """The run without weights, on `devices` (all of them when None). ValueError for what can be wrong in the config or
-    the data."""
+def build(
+    config: Config,
+    devices: Sequence[jax.Device] | None = None,
+    *,
+    plays: Callable[[Dataset], bool] = lambda dataset: True,
+) -> Run:
+    """The run without weights, on `devices` (all of them when None). Where `plays` does not hold of the data, nothing
+    is sampled, and the run has no actor. ValueError for what can be wrong in the config or the data."""
     algorithm = check(config)
     with placed("config.rollout"):
         training, rolling = split_devices(jax.devices() if devices is None else devices, config.rollout.devices)
@@ -205,7 +213,10 @@ def build(config: Config, devices: Sequence[jax.Device] | None = None) -> Run:
         beside = Beside(own, param_shardings(decoder, own, DECODE_RULES))
     rollout_mesh = rollout_mesh_of(config, mesh, beside)
     processes = num_processes(mesh) // num_processes(rollout_mesh)
-    actor, dataset = build_actor(config, algorithm.plan, dataset, tokenizer, decoder, rollout_mesh, processes)
+    playing: dict[str, Any] = {}
+    if plays(dataset):
+        actor, dataset = build_actor(config, algorithm.plan, dataset, tokenizer, decoder, rollout_mesh, processes)
+        playing["actor"] = actor
 
     return Run(
         config=config,
@@ -216,8 +227,8 @@ def build(config: Config, devices: Sequence[jax.Device] | None = None) -> Run:
         mesh=mesh,
         rollout_mesh=rollout_mesh,
         decoder=decoder,
-        actor=actor,
         learner=make_learner(config, decoder, algorithm, mesh),
+        **playing,
         critic=make_critic(config, decoder, algorithm, mesh),
         beside=beside,
     )

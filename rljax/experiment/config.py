@@ -10,6 +10,7 @@ from typing import Any, Protocol, runtime_checkable
 from rljax.algorithms import GRPO, Algorithm
 from rljax.evaluation import EvaluationConfig
 from rljax.experiment.model import ModelSource, PretrainedModel
+from rljax.experiment.preference_config import PreferenceConfig
 from rljax.parallel import MeshConfig
 from rljax.rollouts import ActorConfig, RolloutConfig, SingleTurn
 from rljax.sampling import SamplingConfig
@@ -71,6 +72,8 @@ class Config:
     """The value function of an algorithm that has one; others leave it alone."""
     warmup: WarmupConfig = dataclasses.field(default_factory=WarmupConfig)
     """Supervised steps before the first rollout."""
+    preferences: PreferenceConfig = dataclasses.field(default_factory=PreferenceConfig)
+    """What `rljax prefer` learns from pairs of completions; other commands leave it alone."""
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
     """Devices by mesh axis."""
     evaluation: EvaluationConfig = dataclasses.field(default_factory=EvaluationConfig)

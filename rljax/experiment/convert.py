@@ -126,6 +126,8 @@ def _of_run(source: str, folder: AnyPath, step: int | None) -> _Model:
         _, weights = load_model(model_path(base), param_dtype=dtype)
         decoder = dataclasses.replace(decoder, param_dtype=dtype, lora=described_lora(adapter, decoder))
         target = abstract_params(decoder)
+        # A reward model has no head over the vocabulary.
+        weights = {name: weights[name] for name in target if name in weights}
         frozen = frozen_base(with_adapters(weights, adapters_of(target)), trained_of(decoder))
     else:
         # In float32 as they were trained; the target's dtype comes last, so that weights are rounded once.

@@ -1,18 +1,21 @@
-"""What `rljax sft` does."""
+"""What `rljax sft` does, and what all stages without rollouts do in a run folder."""
 
 import contextlib
+from collections.abc import Callable
 
-from rljax.experiment.build import build, held_out_examples
+from rljax.experiment.build import Run, build, held_out_examples
 from rljax.experiment.changes import review_changes
 from rljax.experiment.config import Config, to_dict
 from rljax.experiment.pulse import Pulse
 from rljax.experiment.report import describe_run, evaluation_table, say
-from rljax.experiment.sft import check_demonstrations, supervised, train_supervised
+from rljax.experiment.sft import check_demonstrations, supervised
+from rljax.experiment.stage import Stage, run_stage
 from rljax.experiment.stops import Stops
 from rljax.experiment.train import evaluate_run, open_checkpoints, save_description
 from rljax.experiment.watchdog import Watchdog
 from rljax.parallel import check_equal, end_together, use_mesh
 from rljax.training import RunFolder, reachable
+from rljax.types import TrainState
 
 
 def fine_tune(config: Config, workdir: str, *, fresh: bool = False) -> dict[str, float]:
@@ -27,18 +30,44 @@ def fine_tune(config: Config, workdir: str, *, fresh: bool = False) -> dict[str,
             "steps have losses alone and the highest is no best; set it to 0, config.checkpoint.keep_last keeps more"
         )
 
-    with end_together(), Stops() as stops:
-        with stops.abandonable():
-            path = reachable(workdir)
-            run = build(config)
-            learner, curriculum = supervised(run)
-        run.stops = stops
+    def check(run: Run) -> None:
         check_demonstrations(run)
         if config.evaluation.problems >= 0:
             held_out_examples(run)
+
+    def finish(run: Run, stage: Stage, state: TrainState) -> None:
+        if config.evaluation.problems >= 0:
+            evaluation = evaluate_run(run, stage.learner.policy_params(state), config.warmup.steps)
+            say(evaluation_table(evaluation))
+
+    return run_in_folder(config, workdir, lambda: build(config), supervised, check=check, finish=finish, fresh=fresh)
+
+
+def run_in_folder(
+    config: Config,
+    workdir: str,
+    build_run: Callable[[], Run],
+    stage_of: Callable[[Run], Stage],
+    *,
+    check: Callable[[Run], None],
+    finish: Callable[[Run, Stage, TrainState], None],
+    fresh: bool = False,
+) -> dict[str, float]:
+    """A stage in a run folder, going on from its newest checkpoint; returns the metrics of the last update.
+
+    `check(run)` refuses data that cannot be learned from before the folder is touched; `finish(run, stage, state)` is
+    what comes behind the last update. On SIGTERM, SIGUSR1 or Ctrl-C it saves and raises `Stopped`.
+    """
+    with end_together(), Stops() as stops:
+        with stops.abandonable():
+            path = reachable(workdir)
+            run = build_run()
+            stage = stage_of(run)
+        run.stops = stops
+        check(run)
         say(describe_run(run))
         check_equal(config=to_dict(config), data=[example.id for example in run.dataset.train])
-        folder = RunFolder(path, config=to_dict(config), fresh=fresh, total_steps=config.warmup.steps)
+        folder = RunFolder(path, config=to_dict(config), fresh=fresh, total_steps=stage.steps)
         checkpoints = open_checkpoints(config, folder)
         run.pulse = Pulse(folder.status, config.log.pulse_s)
         watchdog = Watchdog(run.pulse, folder.stacks, config.log.stall_s)
@@ -46,7 +75,7 @@ def fine_tune(config: Config, workdir: str, *, fresh: bool = False) -> dict[str,
 
         def begin(first: int) -> None:
             folder.start(first)
-            save_description(run, folder)
+            save_description(run, folder, stage.learner.config)
 
         def report(done: int, metrics: dict[str, float]) -> None:
             folder.log_step(done, metrics)
@@ -54,14 +83,16 @@ def fine_tune(config: Config, workdir: str, *, fresh: bool = False) -> dict[str,
             folder.flush()
             last.update(metrics)
 
+        actor = contextlib.nullcontext() if run.actor is None else run.actor
         opened = contextlib.closing(checkpoints)
-        with watchdog, run.actor, folder, opened, use_mesh(run.mesh), run.pulse, end_together():
+        with watchdog, actor, folder, opened, use_mesh(run.mesh), run.pulse, end_together():
             if checkpoints.steps:
-                review_changes(folder.previous_config, folder.config, checkpoints.steps[-1], "config.warmup.steps")
-            state = train_supervised(run, learner, curriculum, checkpoints, report=report, begin=begin)
+                review_changes(folder.previous_config, folder.config, checkpoints.steps[-1], stage.steps_field)
+            state = run_stage(run, stage, folder, checkpoints, report=report, begin=begin)
             checkpoints.wait()
-            if config.evaluation.problems >= 0:
-                evaluation = evaluate_run(run, learner.policy_params(state), config.warmup.steps)
-                say(evaluation_table(evaluation))
+            if checkpoints.steps:
+                # What came first has no use beside a whole checkpoint.
+                folder.drop_warmup()
+            finish(run, stage, state)
         say(f"run folder      {folder.path}")
         return {name: value for name, value in last.items() if not name.startswith("time/")}

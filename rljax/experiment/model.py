@@ -96,6 +96,10 @@ class PretrainedModel:
 
     def decoder_of(self, tokenizer: Tokenizer) -> DecoderConfig:
         decoder = load_config(model_path(self.path), dtype=compute_dtype(self.dtype), param_dtype=self.param_dtype)
+        if decoder.value_head:
+            raise ValueError(
+                f"config.model.path={self.path!r} is a reward model, which says nothing; name a language model"
+            )
         if tokenizer.vocab_size > decoder.vocab_size:
             raise ValueError(
                 f"the tokenizer has ids up to {tokenizer.vocab_size - 1}, but {self.path} has embeddings for "

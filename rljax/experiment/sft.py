@@ -1,17 +1,17 @@
 """Supervised training on given completions: the warm-up before a run, and `rljax sft`."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from rljax.envs import get_format
 from rljax.experiment.build import Run, stack_rows
-from rljax.experiment.stops import Stopped
+from rljax.experiment.stage import Stage, run_stage
 from rljax.tasks import Example, UniformCurriculum
 from rljax.text import Dialogue, Message, encode_text
-from rljax.training import Checkpointer, Learner, PhaseTimer, RunFolder, add_metrics, sft_loss, trained_of, with_base
+from rljax.training import Checkpointer, Learner, RunFolder, sft_loss, trained_of
 from rljax.types import Params, TrainState, Trajectory
 
 
@@ -25,68 +25,19 @@ def warm_up(run: Run, folder: RunFolder, checkpoints: Checkpointer | None = None
     if not steps:
         return run.initial_params()
 
-    learner, curriculum = supervised(run)
-    state = train_supervised(
+    stage = supervised(run)
+    state = run_stage(
         run,
-        learner,
-        curriculum,
+        stage,
+        folder,
         checkpoints,
         report=lambda done, metrics: folder.progress("warm-up", done, steps, metrics),
     )
-    return learner.policy_params(state)
+    return stage.learner.policy_params(state)
 
 
-def train_supervised(
-    run: Run,
-    learner: Learner,
-    curriculum: UniformCurriculum,
-    checkpoints: Checkpointer | None,
-    *,
-    report: Callable[[int, dict[str, float]], None],
-    begin: Callable[[int], None] = lambda first: None,
-) -> TrainState:
-    """The state after all steps of `config.warmup`, going on from the newest of `checkpoints`.
-
-    `begin(step)` is told where it goes on, `report(done, metrics)` every step. It saves every
-    `config.checkpoint.every` steps and at the last, and before it raises `Stopped` when the run is asked to end.
-    """
-    steps = run.config.warmup.steps
-    every = run.config.checkpoint.every
-
-    restored = None
-    if checkpoints is not None and checkpoints.steps:
-        restored = checkpoints.restore(target_state(run, learner))
-    first = 0 if restored is None else restored[2]
-    run.stops.check()
-    begin(first)
-    if restored is None:
-        state = learner.init_state(run.initial_params())
-    else:
-        state = restored[0]
-        curriculum.load_state_dict(restored[1]["curriculum"])
-
-    for done in range(first + 1, steps + 1):
-        timer = PhaseTimer()
-        with timer("update"), run.pulse("supervised update"):
-            state, stats = supervised_step(run, learner, curriculum, state, done - 1)
-            metrics = add_metrics([stats])
-
-        # As in training, the log comes before the checkpoint that it is resumed from.
-        report(done, metrics | timer.metrics())
-        is_due = every > 0 and (done % every == 0 or done == steps)
-        try:
-            run.stops.check()
-        except Stopped:
-            is_due = True
-            raise
-        finally:
-            if is_due and checkpoints is not None:
-                checkpoints.save(done, state, {"curriculum": curriculum.state_dict()}, metrics)
-    return state
-
-
-def supervised(run: Run) -> tuple[Learner, UniformCurriculum]:
-    """The learner and the demonstrations of `config.warmup`."""
+def supervised(run: Run) -> Stage:
+    """The updates of `config.warmup` on its demonstrations."""
     examples = demonstrations(run)
 
     # Demonstrations are one update a step, whatever rollouts are split into, and no sampler has log-probs of them.
@@ -94,13 +45,17 @@ def supervised(run: Run) -> tuple[Learner, UniformCurriculum]:
     learner = Learner(
         run.decoder, sft_loss(), run.config.warmup.optimizer, update, mesh=run.mesh, subtree=trained_of(run.decoder)
     )
-    return learner, UniformCurriculum(examples, seed=run.config.seed)
-
-
-def target_state(run: Run, learner: Learner) -> TrainState:
-    """What a checkpoint of the warm-up is restored into, over the frozen weights where there are any."""
-    state = learner.abstract_state()
-    return state if run.decoder.lora is None else with_base(state, learner.base_of(run.initial_params()))
+    curriculum = UniformCurriculum(examples, seed=run.config.seed)
+    return Stage(
+        name="supervised update",
+        learner=learner,
+        curriculum=curriculum,
+        steps=run.config.warmup.steps,
+        steps_field="config.warmup.steps",
+        initial=lambda folder: learner.init_state(run.initial_params()),
+        base=lambda: learner.base_of(run.initial_params()),
+        update=lambda state, step: supervised_step(run, learner, curriculum, state, step),
+    )
 
 
 def demonstrations(run: Run) -> list[Example]:

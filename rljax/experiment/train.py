@@ -23,7 +23,7 @@ from rljax.experiment.report import describe_run, finish, say
 from rljax.experiment.sft import warm_up
 from rljax.experiment.stops import Stopped, Stops
 from rljax.experiment.watchdog import Watchdog
-from rljax.models import ADAPTER_FILE, base_config, described_adapter, written_metadata
+from rljax.models import ADAPTER_FILE, DecoderConfig, base_config, described_adapter, written_metadata
 from rljax.parallel import check_equal, end_together, is_main_process, on_main, use_mesh
 from rljax.rollouts import Rollout, RolloutConfig
 from rljax.rollouts.shared import check_processes
@@ -373,8 +373,10 @@ def sampled_otherwise(old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
     return any(not name.startswith(of_no_matter) for name in changed_fields(old, new))
 
 
-def save_description(run: Run, folder: RunFolder) -> None:
-    """Writes `model/`: metadata and tokenizer, what `rljax convert` needs beside a checkpoint."""
+def save_description(run: Run, folder: RunFolder, decoder: DecoderConfig | None = None) -> None:
+    """Writes `model/`: metadata and tokenizer, what `rljax convert` needs beside a checkpoint. `decoder` is what the
+    checkpoints are of; None is the policy's."""
+    decoder = decoder or run.decoder
     if is_main_process():
         # The files of another tokenizer, of a run that was here before, would be read along with the new ones. So they
         # are made beside the old ones, and whoever looks for `model/config.json` finds a whole folder or none.
@@ -382,10 +384,10 @@ def save_description(run: Run, folder: RunFolder) -> None:
         remove_tree(new)
         with local_folder(new) as path:
             run.tokenizer.save(path)
-        metadata = written_metadata(base_config(run.decoder), run.config.model.metadata_of(), run.tokenizer)
-        if run.decoder.lora is not None:
-            adapter = described_adapter(run.decoder, getattr(run.config.model, "path", ""))
-            folder.write_json(new / ADAPTER_FILE, adapter | {"base_dtype": run.decoder.param_dtype})
+        metadata = written_metadata(base_config(decoder), run.config.model.metadata_of(), run.tokenizer)
+        if decoder.lora is not None:
+            adapter = described_adapter(decoder, getattr(run.config.model, "path", ""))
+            folder.write_json(new / ADAPTER_FILE, adapter | {"base_dtype": decoder.param_dtype})
         folder.write_json(new / "generation_config.json", metadata.generation)
         folder.write_json(new / "config.json", metadata.config)
         move_tree(new, folder.path / "model", last="config.json")

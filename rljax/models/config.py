@@ -215,7 +215,9 @@ class DecoderConfig:
     """Base of the rotary frequencies of sliding layers, which `rope_scaling` leaves alone then; None is `rope_theta`,
     scaled."""
     value_head: bool = False
-    """A scalar in place of the vocabulary's logits: a critic."""
+    """A scalar in place of the vocabulary's logits: a critic, or a reward model."""
+    value_bias: bool = True
+    """Whether a value head adds a bias; a reward model's does not, whose level its pairs leave open."""
     sliding_window: int | None = None
     """How many positions back a sliding layer sees, its own included; None is all."""
     sliding_layers: tuple[bool, ...] | None = None

@@ -225,7 +225,8 @@ class Decoder(nnx.Module):
         self.final_norm = _norm_weight(config, config.embed_dim)
         if config.value_head:
             self.value_head = weight((config.embed_dim,), (None,), init="zeros")
-            self.value_bias = weight((), (), init="zeros")
+            if config.value_bias:
+                self.value_bias = weight((), (), init="zeros")
         elif not config.tied_embeddings:
             self.head = weight((config.vocab_size, config.embed_dim), ("vocab", "embed"))
 

@@ -30,6 +30,8 @@ class Weight(NamedTuple):
     """Theirs is [.., out, in], ours [.., in, out]."""
     heads: str | None = None
     """The config's count of heads that shapes its rows, which are rotated, and interleaved in GGUF's llama layout."""
+    is_row: bool = False
+    """Theirs is [1, n], ours [n]."""
     is_norm: bool = False
     """Whether it is the weight of a norm: GGUF files hold it whole where `DecoderConfig.norm_offset` stores it less
     one."""
@@ -93,6 +95,7 @@ _FOUR_NORMS = (
 _HEAD = (
     Weight("final_norm", "model.norm.weight", "output_norm.weight", is_norm=True),
     Weight("head", "lm_head.weight", "output.weight"),
+    Weight("value_head", "score.weight", "cls.output.weight", is_row=True),
 )
 
 # Rows of one tensor lie in it one behind the other, in this order.
@@ -162,6 +165,16 @@ class Family(NamedTuple):
     experts: Mapping[str, tuple[str, ...]] | None = None
     """config.json's keys of the fields of `Experts` that it knows, each under all its names; None where layers have an
     MLP."""
+
+    @property
+    def scorer(self) -> str:
+        """The class of a reward model: the same layers with one number, `score`, in place of the vocabulary's head."""
+        stem = self.architecture.removesuffix("ForCausalLM")
+        return f"{_SCORERS.get(stem, stem)}ForSequenceClassification"
+
+
+_SCORERS = {"Gemma3": "Gemma3Text"}
+"""Where the class is not named after that of the language model."""
 
 
 def pattern(every: int, count: int) -> tuple[bool, ...] | None:
@@ -361,7 +374,7 @@ def entries(config: DecoderConfig, kind: str = "hf") -> list[Entry]:
         if layer is not None:
             name = name.format(layer, expert)
         shape = declared[weight.path] if expert is None else declared[weight.path][1:]
-        shape = in_file(shape) if weight.transpose else shape
+        shape = (1, *shape) if weight.is_row else in_file(shape) if weight.transpose else shape
         if len(together) == 1:
             return Entry(name, weight, layer, shape, expert=expert)
 
@@ -444,12 +457,17 @@ def config_from_hf(hf: Mapping[str, Any]) -> DecoderConfig:
     if not isinstance(name, str) or name not in FAMILIES:
         raise ValueError(f"config.json: model_type={name!r:.80} is not supported; supported are {supported}")
 
-    # The architecture too: a reward model or a classifier has the same model_type, and no head over the vocabulary.
+    # The architecture too: a classifier has the same model_type, and no head over the vocabulary.
     family = FAMILIES[name]
     architectures = hf.get("architectures") or [family.architecture]
     architecture = architectures[0] if isinstance(architectures, list) else architectures
-    if architecture != family.architecture:
+    if architecture not in (family.architecture, family.scorer):
         raise ValueError(f"config.json: architecture {architecture!r:.80} is not supported; supported are {supported}")
+    is_scorer = architecture == family.scorer
+    if is_scorer and (count := _labels(hf)) != 1:
+        raise ValueError(
+            f"config.json: {family.scorer} with {count} labels is a classifier; a reward model has one (id2label)"
+        )
     names = _ACTIVATIONS[family.fixed.get("activation", "silu")]
     if (activation := hf.get(family.activation_key, names[0])) not in names:
         raise ValueError(
@@ -515,8 +533,17 @@ def config_from_hf(hf: Mapping[str, Any]) -> DecoderConfig:
         max_position=max_position,
         dtype=dtype,
         param_dtype=dtype,
+        value_head=is_scorer,
+        value_bias=not is_scorer,
         **fields,
     )
+
+
+def _labels(hf: Mapping[str, Any]) -> int:
+    """How many numbers a sequence classifier gives."""
+    labels = hf.get("id2label")
+    # transformers takes two where nothing is said.
+    return len(labels) if isinstance(labels, Mapping) else 2
 
 
 _ACTIVATIONS = {"silu": ("silu", "swish"), "gelu_tanh": ("gelu_pytorch_tanh",)}
@@ -767,7 +794,7 @@ def config_to_hf(config: DecoderConfig) -> dict[str, Any]:
     scaling = {key: value for key, value in scaling.items() if value is not None}
     scaling |= {"rope_type": config.rope_scaling.type}
     hf: dict[str, Any] = {
-        "architectures": [family.architecture],
+        "architectures": [family.scorer if config.value_head else family.architecture],
         "model_type": config.family,
         "vocab_size": config.vocab_size,
         "hidden_size": config.embed_dim,
@@ -786,6 +813,8 @@ def config_to_hf(config: DecoderConfig) -> dict[str, Any]:
         "use_cache": True,
     }
 
+    if config.value_head:
+        hf |= {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
     if keys:
         hf["rope_scaling"] = scaling
     if config.rope_scaling.type == "longrope":

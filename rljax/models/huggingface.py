@@ -97,7 +97,12 @@ def load_hf(
     check_names({entry.name for entry in wanted}, set(stored.tensors), _tolerated(config, stored), str(folder))
     for entry in wanted:
         check_shape(entry, stored.tensors[entry.name].shape, str(folder))
-    return config, assemble(config, wanted, lambda entry: stored.open(entry.name), shardings)
+    return config, assemble(config, wanted, lambda entry: _fetched(stored, entry), shardings)
+
+
+def _fetched(stored: SafetensorsFolder, entry: Entry) -> np.ndarray:
+    tensor = stored.open(entry.name)
+    return tensor[0] if entry.weight.is_row else tensor
 
 
 def read_config(folder: Path) -> DecoderConfig:
@@ -246,6 +251,8 @@ def _weight(params: Params, entry: Entry) -> jax.Array:
 def _stored_shape(entry: Entry, value: jax.Array) -> tuple[int, ...]:
     indices = (entry.layer is not None) + (entry.expert is not None)
     shape = value.shape[indices:]
+    if entry.weight.is_row:
+        return (1, *shape)
     return in_file(shape) if entry.weight.transpose else shape
 
 
@@ -272,6 +279,8 @@ def to_host(params: Params, entry: Entry) -> np.ndarray:
     if isinstance(value, jax.Array) and not value.is_fully_addressable and not value.is_fully_replicated:
         value = multihost_utils.process_allgather(value, tiled=True)
     host = np.asarray(value)
+    if entry.weight.is_row:
+        return host[None]
     return host.swapaxes(-1, -2) if entry.weight.transpose else host
 
 

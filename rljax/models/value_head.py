@@ -1,4 +1,4 @@
-"""The decoder as a value function: its own trunk, and a scalar head where the vocabulary's was."""
+"""The decoder as a value function or a reward model: its own trunk, and a scalar head where the vocabulary's was."""
 
 import dataclasses
 from typing import Any
@@ -12,9 +12,9 @@ from rljax.models.decoder import abstract_params
 from rljax.types import Params
 
 
-def value_config(config: DecoderConfig) -> DecoderConfig:
+def value_config(config: DecoderConfig, *, bias: bool = True) -> DecoderConfig:
     """The same decoder with a value head. `init_params`, `param_shardings` and the rest take it as they take any."""
-    return dataclasses.replace(config, value_head=True)
+    return dataclasses.replace(config, value_head=True, value_bias=bias)
 
 
 def value_params(config: DecoderConfig, params: Params) -> dict[str, Any]:
@@ -31,8 +31,9 @@ def value_params(config: DecoderConfig, params: Params) -> dict[str, Any]:
 
 
 def values(config: DecoderConfig, params: Params, hidden: Float[Array, "*B D"]) -> Float[Array, "*B"]:
-    """`hidden . w + b` in float32, of final-normed `hidden`. ValueError when `config` has no value head."""
+    """`hidden . w + b` in float32, of final-normed `hidden`; without b where `config.value_bias` is False. ValueError
+    when `config` has no value head."""
     if not config.value_head:
         raise ValueError("this model has a vocabulary head, not a value head; take value_config and value_params")
-    head, bias = (params[name].astype(jnp.float32) for name in ("value_head", "value_bias"))
-    return jnp.sum(hidden.astype(jnp.float32) * head, axis=-1) + bias
+    found = jnp.sum(hidden.astype(jnp.float32) * params["value_head"].astype(jnp.float32), axis=-1)
+    return found + params["value_bias"].astype(jnp.float32) if config.value_bias else found

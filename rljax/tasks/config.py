@@ -8,7 +8,7 @@ from typing import Any, Protocol, runtime_checkable
 from rljax.tasks.answers import Extractor, whole_completion
 from rljax.tasks.callables import load_callable
 from rljax.tasks.curriculum import Curriculum, UniformCurriculum
-from rljax.tasks.examples import Example, decontaminate, split_answer, split_by_hash
+from rljax.tasks.examples import Example, decontaminate, prompt_digest, split_answer, split_by_hash
 from rljax.tasks.failures import FailedTasks
 from rljax.tasks.files import load_jsonl, load_parquet
 from rljax.tasks.mixture import balanced
@@ -174,6 +174,9 @@ class FileData:
     `completion`."""
     chat: bool | None = None
     """Whether text becomes a user message of the chat template; None leaves text as it is."""
+    repeated_prompts: bool = False
+    """Keep all rows of a prompt, which stay on one side of the split: data of demonstrations and preferences has
+    several. Else the first row of a prompt is taken."""
 
     def check(self) -> None:
         """Raises ValueError for a file of no known kind, or a fraction out of range."""
@@ -188,10 +191,10 @@ class FileData:
         """Reads the files. Raises ValueError for what cannot be read."""
         self.check()
         train = self._read(self.train)
-        if self.test:
-            split = decontaminate(train, self._read(self.test))
-        else:
-            split = split_by_hash(train, test_fraction=self.test_fraction)
+        test = self._read(self.test) if self.test else []
+        split = decontaminate(train, test) if self.test else split_by_hash(train, test_fraction=self.test_fraction)
+        if self.repeated_prompts:
+            return FileRows(all_rows(split.train, train), all_rows(split.test, test or train))
         return FileRows(split.train, split.test)
 
     def _read(self, path: str) -> list[Example]:
@@ -256,6 +259,12 @@ class RowsData:
         except (AttributeError, TypeError):
             raise ValueError(f"{place}: the prompt {row['prompt']!r:.80} is neither text nor chat messages") from None
         return Example(prompt, columns, place=place)
+
+
+def all_rows(chosen: Sequence[Example], rows: Sequence[Example]) -> list[Example]:
+    """Of `rows`, in their order, all whose prompt is one of the `chosen` examples'; equal rows stand once."""
+    prompts = {prompt_digest(example) for example in chosen}
+    return list({example.id: example for example in rows if prompt_digest(example) in prompts}.values())
 
 
 def _check_fraction(value: float) -> None:

@@ -1,6 +1,7 @@
 """From a config to everything a run holds. What can be wrong is refused before weights load, and nothing is opened."""
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 
 import jax
@@ -30,9 +31,11 @@ from rljax.parallel import (
 )
 from rljax.plans import RolloutPlan
 from rljax.rollouts import Actor, ActorParts, RolloutSettings
+from rljax.sampling import SamplingParams
+from rljax.sampling.logits import logit_biases
 from rljax.settings import placed
 from rljax.tasks import Curriculum, Dataset, Example
-from rljax.text import Tokenizer, WithinText
+from rljax.text import Tokenizer, WithinText, token_of
 from rljax.training import Critic, Learner, LossNeeds, with_critic, with_pushed
 from rljax.types import Params, RolloutBatch, TrainState, Trajectory
 
@@ -171,7 +174,7 @@ def build(config: Config, devices: Sequence[jax.Device] | None = None) -> Run:
         rollout_mesh=rollout_mesh,
         decoder=decoder,
         actor=actor,
-        learner=make_learner(config, decoder, algorithm, mesh),
+        learner=make_learner(config, decoder, algorithm, mesh, sampled_by(config, tokenizer, decoder)),
         critic=make_critic(config, decoder, algorithm, mesh),
         beside=beside,
     )
@@ -216,7 +219,7 @@ def build_actor(
     sampling = config.sampling
     settings = RolloutSettings(
         seed=config.seed,
-        sampling=sampling.params(),
+        sampling=sampled_by(config, tokenizer, decoder),
         chat=config.data.chat,
         stop_strings=sampling.stop_strings,
         truncated_is_wrong=sampling.truncated_is_wrong,
@@ -237,10 +240,24 @@ def build_actor(
     return actor, config.actor.check_prompts(parts, config.update.pack_length)
 
 
-def make_learner(config: Config, decoder: DecoderConfig, algorithm: Algorithm, mesh: Mesh) -> Learner:
-    """The policy's learner."""
+def sampled_by(config: Config, tokenizer: Tokenizer, decoder: DecoderConfig) -> SamplingParams:
+    """The distribution that training samples from, and trains. ValueError for tokens that there are none of."""
+    with placed("config.sampling"):
+        params = config.sampling.params(functools.partial(token_of, tokenizer))
+    if (largest := max(logit_biases(params), default=0)) >= decoder.num_ids:
+        raise ValueError(
+            f"config.sampling.logit_bias and config.sampling.banned name the token {largest}, outside the vocabulary "
+            f"of {decoder.num_ids}; leave it out"
+        )
+    return params
+
+
+def make_learner(
+    config: Config, decoder: DecoderConfig, algorithm: Algorithm, mesh: Mesh, sampling: SamplingParams
+) -> Learner:
+    """The policy's learner; `sampling` is the distribution that its log-probs are of."""
     plan = algorithm.plan
-    needs = LossNeeds(reference=plan.needs_ref, uniforms=plan.needs_uniforms, sampling=config.sampling.params())
+    needs = LossNeeds(reference=plan.needs_ref, uniforms=plan.needs_uniforms, sampling=sampling)
     return Learner(
         decoder,
         algorithm.loss,

@@ -6,7 +6,7 @@ agent that cannot be changed is its own business.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -76,6 +76,10 @@ class RolloutSettings:
     stop_strings: Sequence[str] = ()
     truncated_is_wrong: bool = False
     solved_by: str = ""
+
+    def sampled_by(self, sampling: SamplingParams) -> "RolloutSettings":
+        """The same with another temperature and truncation: what is banned or biased stays so."""
+        return replace(self, sampling=sampling.adjusted_as(self.sampling))
 
 
 @runtime_checkable

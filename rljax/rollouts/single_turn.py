@@ -229,7 +229,7 @@ class PromptActor(QueuedActor, abc.ABC):
         self.rewards.__exit__(*error)
 
     def for_evaluation(self: OwnActor, sampling: SamplingParams) -> OwnActor:
-        settings = replace(self.settings, sampling=sampling)
+        settings = self.settings.sampled_by(sampling)
         return type(self)(self.sampler, self.tokenizer, self.rewards, settings)
 
     @abc.abstractmethod

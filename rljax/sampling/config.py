@@ -1,6 +1,7 @@
 """The settings of a run's sampling."""
 
 import dataclasses
+from collections.abc import Callable, Sequence
 
 from rljax.sampling.logits import SamplingParams, sampling_params
 from rljax.settings import check_fields, field
@@ -24,10 +25,36 @@ class SamplingConfig:
     """A completion that runs into `max_new_tokens` earns no reward, in training and evaluation."""
     stop_strings: tuple[str, ...] = ()
     """Texts that end a completion, beside the tokenizer's own stop tokens; a control token such as `<|eot_id|>` too."""
+    logit_bias: tuple[tuple[int | str, float], ...] = ()
+    """Tokens and what is added to their logits before these are divided by the temperature, such as `(("wait", 2.0),)`:
+    ids, or texts of one token. In evaluation too."""
+    banned: tuple[int | str, ...] = ()
+    """Tokens that are never sampled: ids, or texts of one token, control tokens too. In evaluation too."""
 
-    def params(self) -> SamplingParams:
-        """The distribution that is sampled from. ValueError for a value out of range."""
-        return sampling_params(temperature=self.temperature, top_k=self.top_k, top_p=self.top_p, min_p=self.min_p)
+    def params(self, token_id: Callable[[str], int] | None = None) -> SamplingParams:
+        """The distribution that is sampled from. `token_id` gives the token of a text; without it those that are named
+        by texts are left out. ValueError for a value out of range, and what `token_id` raises."""
+
+        def ids(name: str, tokens: Sequence[int | str]) -> list[int]:
+            known = [token for token in tokens if token_id is not None or not isinstance(token, str)]
+            try:
+                found = [token_id(token) if isinstance(token, str) and token_id else int(token) for token in known]
+            except ValueError as error:
+                raise ValueError(f"{name}: {error}") from None
+            if repeated := [token for token in found if found.count(token) > 1]:
+                raise ValueError(f"{name} names the token {repeated[0]} twice; name it once")
+            return found
+
+        biased = [(token, value) for token, value in self.logit_bias if token_id or not isinstance(token, str)]
+        values = [value for _, value in biased]
+        return sampling_params(
+            temperature=self.temperature,
+            top_k=self.top_k,
+            top_p=self.top_p,
+            min_p=self.min_p,
+            logit_bias=dict(zip(ids("logit_bias", [token for token, _ in biased]), values, strict=True)),
+            banned=ids("banned", self.banned),
+        )
 
     def check(self) -> None:
         """Raises a ValueError of one line for a value that cannot be."""

@@ -27,7 +27,7 @@ from rljax.models.decoder import apply_layer, embed, final_norm
 from rljax.models.head import logits
 from rljax.models.rope import rotary_table
 from rljax.parallel import constrain, on_shards, platform
-from rljax.sampling.logits import Rules, SamplingParams, process_logits, sample_tokens
+from rljax.sampling.logits import Rules, SamplingParams, adjust_logits, process_logits, sample_tokens
 from rljax.sampling.weights import product, product_of_few
 from rljax.types import ArrayLike, Params, struct
 
@@ -240,6 +240,8 @@ def decode(
         hidden, cache = _forward(config, params, loop.cache, loop.token, rows.prefix_length, loop.steps, now, writes)
 
         raw = logits(config, params, hidden, vocab_first=axis == 0)
+        if run.sampling.adjusts:
+            raw = adjust_logits(raw, run.sampling, axis=axis)
         raw = _suppress(rows, loop.steps, raw, axis)
         token, logprob, entropy = draw(raw, uniforms[loop.step], run.sampling, rules, axis)
         if rows.forced.shape[-1]:

@@ -1,11 +1,12 @@
 """From logits to the distribution that is sampled from, and from one uniform number to a token of it.
 
-Decoder and trainer both call `process_logits`, so the log-prob of a sampled token is that of the distribution really
-used, on either side. Temperature and truncation are traced values: changing them compiles nothing. A program may be
-told beforehand which of them are on (`Rules`), and then holds no work for the others.
+Decoder and trainer both call `adjust_logits` and `process_logits`, so the log-prob of a sampled token is that of the
+distribution really used, on either side. Temperature and truncation are traced values: changing them compiles nothing.
+A program may be told beforehand which of them are on (`Rules`), and then holds no work for the others.
 """
 
-from collections.abc import Callable
+import dataclasses
+from collections.abc import Callable, Collection, Mapping
 from typing import NamedTuple
 
 import jax
@@ -21,6 +22,12 @@ MASKED = -1e30
 
 SMALLEST_TEMPERATURE = 1e-6
 """Above 0: `MASKED` and the logits of any model stay finite when they are divided by it."""
+
+MOST_BIAS = 1e6
+"""Largest bias of a logit: beyond any that a model gives, and far from `MASKED`."""
+
+NO_TOKEN = 2**31 - 1
+"""Fills up `SamplingParams.bias_tokens`: beyond any vocabulary."""
 
 _UNITS = 2.0**30
 _HALF_CELL = 2.0**-24  # uniform numbers are multiples of 2**-23
@@ -38,6 +45,19 @@ class SamplingParams:
     """Share of probability that is kept; 1 is off."""
     min_p: Float[ArrayLike, ""]
     """Least probability, relative to the best token's; 0 is off."""
+    bias_tokens: Int[ArrayLike, " N"] | None = None
+    """Tokens whose logits are changed, each once, and `NO_TOKEN`; None is none."""
+    bias: Float[ArrayLike, " N"] | None = None
+    """What is added to their logits before these are divided; `MASKED` bans a token."""
+
+    @property
+    def adjusts(self) -> bool:
+        """Whether logits are changed before they are divided. Static: parts that are off are None."""
+        return self.bias is not None
+
+    def adjusted_as(self, other: "SamplingParams") -> "SamplingParams":
+        """The same temperature and truncation, of logits that are changed as those of `other`."""
+        return dataclasses.replace(self, bias_tokens=other.bias_tokens, bias=other.bias)
 
 
 class Rules(NamedTuple):
@@ -64,8 +84,19 @@ def rules_of(params: SamplingParams) -> Rules:
     )
 
 
-def sampling_params(temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0) -> SamplingParams:
-    """Checked `SamplingParams`. Temperature 0 is greedy and ignores the rest.
+def sampling_params(
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+    *,
+    logit_bias: Mapping[int, float] | None = None,
+    banned: Collection[int] = (),
+) -> SamplingParams:
+    """Checked `SamplingParams`. Temperature 0 is greedy and ignores `top_k`, `top_p` and `min_p`.
+
+    `logit_bias` is added to the logits of these tokens, and those of `banned` are never sampled; both hold for greedy
+    too. Their number, rounded up to a power of two, is a part of a program's shape; their values are not.
 
     Otherwise the logits are divided by the temperature and truncated: `top_k` keeps the k most probable tokens
     (0 = all), `top_p` the fewest most probable ones whose share of what top-k left reaches p (1 = all; 1904.09751),
@@ -85,12 +116,63 @@ def sampling_params(temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0
         raise ValueError(f"top_p={top_p} must be above 0 and at most 1; 1 switches it off")
     if not 0.0 <= min_p <= 1.0:
         raise ValueError(f"min_p={min_p} must be between 0 and 1; 0 switches it off")
+    bias_tokens, bias = _checked_bias(logit_bias or {}, banned)
     return SamplingParams(
         temperature=np.asarray(temperature, np.float32),
         top_k=np.asarray(top_k, np.int32),
         top_p=np.asarray(top_p, np.float32),
         min_p=np.asarray(min_p, np.float32),
+        bias_tokens=bias_tokens,
+        bias=bias,
     )
+
+
+def _checked_bias(
+    logit_bias: Mapping[int, float], banned: Collection[int]
+) -> tuple[np.ndarray | None, np.ndarray | None]:
+    """Both as ids and what is added to their logits; None for nothing."""
+    for name, tokens in (("logit_bias", logit_bias), ("banned", banned)):
+        if wrong := [token for token in tokens if int(token) != token or not 0 <= token < NO_TOKEN]:
+            raise ValueError(f"{name}={wrong[0]} is no token id; give whole numbers from 0")
+    beyond = [value for value in logit_bias.values() if not abs(value) <= MOST_BIAS and value != MASKED]
+    if beyond:
+        raise ValueError(
+            f"logit_bias={beyond[0]} must lie between {-MOST_BIAS:g} and {MOST_BIAS:g}; banned keeps a token out"
+        )
+
+    added = {int(token): float(value) for token, value in logit_bias.items()} | dict.fromkeys(map(int, banned), MASKED)
+    if not added:
+        return None, None
+    # Of few sizes, so that few programs serve requests that name any number; the rest is no token.
+    size = max(4, 1 << (len(added) - 1).bit_length())
+    tokens = np.full(size, NO_TOKEN, np.int32)
+    bias = np.zeros(size, np.float32)
+    tokens[: len(added)] = list(added)
+    bias[: len(added)] = list(added.values())
+    return tokens, bias
+
+
+def logit_biases(params: SamplingParams) -> dict[int, float]:
+    """What is added to the logits of tokens, `MASKED` for those that are banned. `params` must not be traced."""
+    if params.bias is None:
+        return {}
+    pairs = zip(np.asarray(params.bias_tokens).tolist(), np.asarray(params.bias, np.float32), strict=True)
+    # Shortest decimals of float32, so that who reads them gets the very value.
+    return {token: float(str(value)) for token, value in pairs if token != NO_TOKEN}
+
+
+def adjust_logits(logits: Float[Array, "..."], params: SamplingParams, *, axis: int = -1) -> Float[Array, "..."]:
+    """Float32 logits with what `params` adds to them, before they are divided and truncated: the first step, and the
+    same for sampler and trainer. What is banned gets `MASKED`. `axis`, 0 or -1, is the whole vocabulary."""
+    wide = logits.astype(jnp.float32)
+    if params.bias is None:
+        return wide
+    vocab = logits.shape[axis]
+    # Added, not set: an id beyond the vocabulary would otherwise be the last one.
+    added = jnp.zeros(vocab, jnp.float32).at[jnp.asarray(params.bias_tokens)].add(jnp.asarray(params.bias), mode="drop")
+    added = added.reshape(-1, *(1,) * (logits.ndim - 1)) if axis == 0 else added
+    # A sum with `MASKED` is what a head has masked, or is banned, and nothing in between.
+    return jnp.where(added > MASKED / 2, wide + added, MASKED)
 
 
 def process_logits(

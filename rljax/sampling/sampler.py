@@ -109,6 +109,8 @@ class Sampler:
         same parts on, then has a faster program of its own; all others share one."""
         spec = self.spec
         self._rules = {rules_of(sampling) for sampling in samplings}
+        # Programs are compiled for what is adjusted, whatever the values.
+        like = samplings[0] if samplings else sampling_params()
         idle = self._slots([])
 
         # A cache belongs to a bucket, and prompts of all smaller buckets are prefilled into it too.
@@ -127,7 +129,7 @@ class Sampler:
                     for size in (*spec.ring_sizes, *reversed(spec.ring_sizes[:-1])):
                         cache, _ = self._resize_once(cache, 0, size)
                         for rules in (None, *self._rules):
-                            run = self._run(cache, 0, idle, sampling_params(), 0, 0)
+                            run = self._run(cache, 0, idle, like, 0, 0)
                             cache, *_ = self._decode(cache, idle, run, rules)
                         if spec.path_slots:
                             none = self._moves(cache, [], [])

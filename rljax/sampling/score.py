@@ -31,7 +31,7 @@ from rljax.models import (
     values,
 )
 from rljax.parallel import split_axes
-from rljax.sampling.logits import SamplingParams, process_logits
+from rljax.sampling.logits import MASKED, SamplingParams, adjust_logits, process_logits
 from rljax.types import ArrayLike, Packed, Params
 
 
@@ -169,9 +169,12 @@ def _processed(config: DecoderConfig, head: Params, hidden: Array, targets: Arra
     own = logits(config, head, hidden)
     if sampling is None:
         return own
-    # A token that truncation would remove now was sampled when it would not have: it keeps its logit.
+    adjusted = adjust_logits(own, sampling) if sampling.adjusts else own
+    # A token that truncation would remove now was sampled when it would not have, and one that is banned was given:
+    # it keeps its logit.
     kept = _is_target(targets, own.shape[-1])
-    return jnp.where(kept, own / _temperature(sampling), process_logits(own, sampling))
+    possible = jnp.where(adjusted > MASKED / 2, adjusted, own) if sampling.adjusts else own
+    return jnp.where(kept, possible / _temperature(sampling), process_logits(adjusted, sampling))
 
 
 def _temperature(sampling: SamplingParams | None) -> Array:

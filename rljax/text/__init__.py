@@ -5,7 +5,7 @@ with; `CharTokenizer` and `ByteTokenizer` serve small models trained from nothin
 """
 
 from rljax.gguf_header import read_gguf_metadata
-from rljax.text.base import Message, Tokenizer, WithinText, control_tokens_of, decode_behind, encode_text
+from rljax.text.base import Message, Tokenizer, WithinText, control_tokens_of, decode_behind, encode_text, token_of
 from rljax.text.char import ByteTokenizer, CharTokenizer
 from rljax.text.chat import with_chat_settings
 from rljax.text.dialogue import Dialogue
@@ -35,5 +35,6 @@ __all__ = [
     "load_tokenizer",
     "read_gguf_metadata",
     "render_prompt",
+    "token_of",
     "with_chat_settings",
 ]

@@ -83,6 +83,17 @@ def encode_text(
     return own(text, wrap=wrap, continues=continues)
 
 
+def token_of(tokenizer: Tokenizer, text: str) -> int:
+    """The id of a text of one token, or of a control token by its name. ValueError for a text of none or several."""
+    special: Mapping[str, int] = getattr(tokenizer, "special_tokens", {})
+    if text in special:
+        return special[text]
+    ids = encode_text(tokenizer, text, continues=True)
+    if len(ids) != 1:
+        raise ValueError(f"{text!r} is {len(ids)} tokens of this tokenizer ({ids}); give ids, or a text of one token")
+    return ids[0]
+
+
 def decode_behind(tokenizer: Tokenizer, ids: Sequence[int], before: Sequence[int]) -> str:
     """Text of `ids`, special tokens left out, as it stands behind the tokens `before`, of which the last one suffices:
     a space that begins it stays, which a tokenizer takes away at the beginning of a text."""

@@ -427,6 +427,8 @@ def _takes_kernels(update: UpdateConfig, mesh: Mesh | None) -> bool:
 
 def _is_plain(sampling: SamplingParams) -> bool:
     """Whether these parameters leave the model's distribution as it is; greedy scores under it too."""
+    if sampling.adjusts:
+        return False
     temperature = float(sampling.temperature)
     untruncated = float(sampling.top_k) == 0 and float(sampling.top_p) == 1 and float(sampling.min_p) == 0
     return temperature == 0 or (temperature == 1 and untruncated)

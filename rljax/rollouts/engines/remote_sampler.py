@@ -13,6 +13,7 @@ from rljax.rollouts.engines.api import Said, write_request
 from rljax.rollouts.engines.client import EngineFailed, assign
 from rljax.rollouts.engines.fleet import Fleet
 from rljax.sampling import Fork, Request, RowScorer, Sample, SamplingParams, Stops
+from rljax.sampling.logits import logit_biases
 from rljax.sampling.slots import FinishReason, spans_before
 from rljax.sampling.stopping import StopStrings, last_of
 from rljax.types import NO_PARENT, Params
@@ -235,7 +236,8 @@ def written_sampling(sampling: SamplingParams) -> dict[str, Any]:
     """As engines are told."""
     # Shortest decimals of float32, so that the engine reads the very value.
     floats = {name: float(str(np.float32(getattr(sampling, name)))) for name in ("temperature", "top_p", "min_p")}
-    return floats | {"top_k": int(sampling.top_k)}
+    biases = {str(token): value for token, value in logit_biases(sampling).items()}
+    return floats | {"top_k": int(sampling.top_k)} | ({"logit_bias": biases} if biases else {})
 
 
 def seed_of(own: dict[str, int]) -> int:

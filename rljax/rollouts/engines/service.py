@@ -220,7 +220,8 @@ class EngineService:
     def _turns(self, request: GenerateRequest) -> tuple[list[Turn], Manner]:
         """A turn of its own for each completion, and how they are sampled. Raises ApiError."""
         _check_sampling(request)
-        if outside := [token for token in (*request.tokens, *request.stop_tokens) if token >= self._vocabulary]:
+        named = (*request.tokens, *request.stop_tokens, *(token for token, _ in request.logit_bias))
+        if outside := [token for token in named if token >= self._vocabulary]:
             raise ApiError(
                 f"token {outside[0]} is outside the vocabulary of {self._vocabulary}; check that tokenizer and model "
                 "belong together",
@@ -249,6 +250,7 @@ class EngineService:
             top_k=request.top_k,
             top_p=request.top_p,
             min_p=request.min_p,
+            logit_bias=request.logit_bias,
             seed=request.seed,
             step=request.step,
             stops=Stops(
@@ -333,6 +335,8 @@ class EngineService:
 
 def _check_sampling(request: GenerateRequest) -> None:
     try:
-        sampling_params(request.temperature, request.top_k, request.top_p, request.min_p)
+        sampling_params(
+            request.temperature, request.top_k, request.top_p, request.min_p, logit_bias=dict(request.logit_bias)
+        )
     except ValueError as error:
         raise ApiError(str(error)) from error

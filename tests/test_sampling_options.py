@@ -1,0 +1,101 @@
+"""What changes logits before they are drawn from changes them alike where they are scored."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rljax.models import DecoderConfig, hidden_states, init_params, logits
+from rljax.sampling import Request, Sampler, SamplerSpec, compile_count, sampling_params
+from rljax.sampling.row_scorer import RowScorer
+
+VOCAB = 40
+LENGTH = 24
+CONFIG = DecoderConfig(
+    vocab_size=VOCAB, num_layers=1, embed_dim=16, num_heads=2, num_kv_heads=1, head_dim=8, mlp_dim=24
+)
+PROMPTS = ([3, 4, 5, 4], [7, 3])
+
+
+@pytest.fixture(scope="module")
+def params():
+    return jax.tree.map(lambda x: 4 * x, init_params(CONFIG, jax.random.key(0)))
+
+
+@pytest.fixture(scope="module")
+def sampler(params):
+    sampler = Sampler(CONFIG, SamplerSpec(prompt_buckets=(8,), max_new_tokens=12, prompt_slots=2, sample_slots=2))
+    sampler.set_params(params)
+    return sampler
+
+
+@pytest.fixture(scope="module")
+def scorer(params):
+    scorer = RowScorer(CONFIG, None, rows=4, length=LENGTH)
+    scorer.set_params(params)
+    return scorer
+
+
+@functools.partial(jax.jit)
+def _forward(params, row):
+    ends = jnp.full(row.shape, row.shape[1])
+    hidden = hidden_states(CONFIG, params, row, jnp.arange(row.shape[1])[None], ends)
+    return logits(CONFIG, params, hidden)
+
+
+def model_logits(params, prompt, completion):
+    """float64 [T, V] of the completion's tokens, as the model has them."""
+    row = np.zeros((1, LENGTH), np.int32)
+    row[0, : len(prompt) + len(completion)] = [*prompt, *completion]
+    found = np.asarray(_forward(params, row), np.float64)[0]
+    return found[len(prompt) - 1 : len(prompt) - 1 + len(completion)]
+
+
+def log_softmax(z):
+    shifted = z - z.max(axis=-1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
+
+
+def generate(sampler, sampling):
+    requests = [Request(prompt, i, range(4)) for i, prompt in enumerate(PROMPTS)]
+    return sampler.generate(requests, sampling, seed=1, step=0)
+
+
+def check_scored_alike(sampler, scorer, params, sampling, change, temperature):
+    """Log-probs of the sampler and of the trainer are those of the model's logits, changed by `change(z, before)`."""
+    for prompt, group in zip(PROMPTS, generate(sampler, sampling), strict=True):
+        for sample, scored in zip(group, scorer(prompt, [s.tokens for s in group], sampling), strict=True):
+            z = model_logits(params, prompt, sample.tokens.tolist())
+            changed = [change(row, sample.tokens[:t].tolist(), prompt) / temperature for t, row in enumerate(z)]
+            want = log_softmax(np.array(changed))[np.arange(len(z)), sample.tokens]
+            np.testing.assert_allclose(sample.logprobs, want, atol=2e-5)
+            np.testing.assert_allclose(scored, want, atol=2e-5)
+
+
+def test_a_bias_and_a_ban_are_in_the_logprobs_of_sampler_and_trainer(sampler, scorer, params):
+    plain = np.concatenate([s.tokens for group in generate(sampler, sampling_params(0.7)) for s in group])
+    banned = np.bincount(plain).argsort()[-2:].tolist()
+    sampling = sampling_params(0.7, logit_bias={11: 3.0, 12: -2.0}, banned=banned)
+
+    def change(z, said, prompt):
+        z = z.copy()
+        z[11] += 3.0
+        z[12] -= 2.0
+        z[banned] = -1e30
+        return z
+
+    check_scored_alike(sampler, scorer, params, sampling, change, 0.7)
+    tokens = np.concatenate([s.tokens for group in generate(sampler, sampling) for s in group])
+    assert not np.isin(tokens, banned).any()
+    assert (tokens == 11).sum() > (plain == 11).sum()
+
+    # Greedy too; and other values, of no larger number, compile nothing.
+    before = compile_count()
+    generate(sampler, sampling_params(0.7, logit_bias={1: 0.5}, banned=[2]))
+    assert compile_count() == before
+    (best,) = {int(s.tokens[0]) for s in generate(sampler, sampling_params(0.0))[0]}
+    (second,) = {int(s.tokens[0]) for s in generate(sampler, sampling_params(0.0, banned=[best]))[0]}
+    first = model_logits(params, PROMPTS[0], [best])[0]
+    assert [best, second] == first.argsort()[:-3:-1].tolist()

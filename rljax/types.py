@@ -7,7 +7,7 @@ field describes token `t` itself; the one function that shifts by one is `rljax.
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, TypeVar, dataclass_transform
+from typing import Any, NamedTuple, TypeVar, dataclass_transform
 
 import chex
 import jax
@@ -77,6 +77,8 @@ class Trajectory:
     state_ids: Int[np.ndarray, " T"] | None = None  # equal ids of a group: turns from one state; -1 off actions
     columns: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # signals by name: float, or float32 [T]
     token_keys: Int[np.ndarray, " T"] | None = None  # int64: what tokens are compared by; None: their ids
+    grammar: str = ""  # that its completion follows (`rljax.text.Grammars`); empty for none
+    grammar_start: int = 0  # where that begins
 
 
 @struct
@@ -112,6 +114,15 @@ class RolloutBatch:
     token_keys: UInt32[ArrayLike, "B T 2"] | None = None  # high and low half of the trajectories' keys, if any has them
 
 
+class Allowed(NamedTuple):
+    """Which tokens could be drawn where, in the rows of a batch. Host, numpy."""
+
+    masks: UInt32[np.ndarray, "U W"]
+    """A bit a token of the vocabulary, the first the lowest."""
+    which: Int[np.ndarray, "B T"]
+    """The mask that a token was drawn under; -1 where all could be."""
+
+
 @struct
 class Packed:
     """What the model sees: forests in depth-first order, any number of trees to a packed row.
@@ -119,7 +130,7 @@ class Packed:
     Key `k` is visible to query `q` iff `k <= q < subtree_end[k]`. `positions` is the depth on the path (RoPE),
     `predecessor` the packed index of the token before on that path (-1 for a root). Padding has `subtree_end` 0.
     `score_index` lists the packed indices of the tokens whose log-prob is wanted (-1 pads), so the vocabulary head
-    runs on these alone.
+    runs on these alone. Where tokens were drawn under masks, these come with them: no other tokens count.
     """
 
     tokens: Int[ArrayLike, "*M R S"]
@@ -127,6 +138,8 @@ class Packed:
     predecessor: Int[ArrayLike, "*M R S"]
     subtree_end: Int[ArrayLike, "*M R S"]
     score_index: Int[ArrayLike, "*M R K"]
+    allowed: UInt32[ArrayLike, "*M R U W"] | None = None  # masks: a bit a token of the vocabulary, lowest first
+    allowed_index: Int[ArrayLike, "*M R K"] | None = None  # the mask that a scored token was drawn under; -1 for none
 
 
 @struct

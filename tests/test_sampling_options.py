@@ -1,6 +1,7 @@
 """What changes logits before they are drawn from changes them alike where they are scored."""
 
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 
 from rljax.models import DecoderConfig, hidden_states, init_params, logits
-from rljax.sampling import Request, Sampler, SamplerSpec, compile_count, sampling_params
+from rljax.sampling import Fork, Request, Sampler, SamplerSpec, Stops, compile_count, sampling_params
 from rljax.sampling.row_scorer import RowScorer
 
 VOCAB = 40
@@ -99,3 +100,62 @@ def test_a_bias_and_a_ban_are_in_the_logprobs_of_sampler_and_trainer(sampler, sc
     (second,) = {int(s.tokens[0]) for s in generate(sampler, sampling_params(0.0, banned=[best]))[0]}
     first = model_logits(params, PROMPTS[0], [best])[0]
     assert [best, second] == first.argsort()[:-3:-1].tolist()
+
+
+class Following(NamedTuple):
+    """A grammar over characters by Python's `re`: what may follow is what some completion that is known begins with."""
+
+    name: str
+    width: int
+    known: tuple[tuple[int, ...], ...]
+
+    def begin(self):
+        return _Begun(self, [])
+
+
+class _Begun(NamedTuple):
+    grammar: Following
+    said: list
+
+    def allowed(self):
+        bits = np.zeros((self.grammar.width, 32), bool)
+        for tokens in self.grammar.known:
+            if len(tokens) > len(self.said) and list(tokens[: len(self.said)]) == self.said:
+                bits.reshape(-1)[tokens[len(self.said)]] = True
+        return np.packbits(bits, axis=1, bitorder="little").view(np.uint32)[:, 0]
+
+    def advance(self, tokens):
+        self.said.extend(tokens)
+
+
+def test_nothing_is_sampled_that_leads_out_of_a_grammar_and_forks_go_on_in_it(params):
+    """Against sampling from the set of all that may be said, by enumeration."""
+    known = ((5, 6, 1), (5, 7, 8, 1), (9, 35, 1))
+    grammar = Following("known", 2, known)
+    stops = Stops(tokens=(1,))
+    spec = SamplerSpec(prompt_buckets=(8,), max_new_tokens=6, prompt_slots=2, sample_slots=2, path_slots=3)
+    sampler = Sampler(CONFIG, spec, stops)
+    sampler.set_params(params)
+
+    def forks(samples):
+        return [Fork(0, 1, 50), Fork(1, 0, 51)] if len(samples) == 3 else []
+
+    requests = [
+        Request(PROMPTS[0], 0, range(3), grammar=grammar, rounds=forks),
+        Request(PROMPTS[1], 1, range(3)),
+    ]
+    bound, free = sampler.generate(requests, sampling_params(3.0), seed=0, step=0)
+    assert len(bound) == 5 and all(tuple(s.tokens.tolist()) in known for s in bound)
+    assert {s.grammar for s in bound} == {"known"} and {s.grammar for s in free} == {""}
+
+    # The other request samples what it does alone.
+    (alone,) = sampler.generate(requests[1:], sampling_params(3.0), seed=0, step=0)
+    assert [s.tokens.tolist() for s in alone] == [s.tokens.tolist() for s in free]
+
+    for sample in bound:
+        said = sample.tokens.tolist()
+        z = model_logits(params, PROMPTS[0], said) / 3.0
+        for t, row in enumerate(z):
+            may = sorted({k[t] for k in known if len(k) > t and list(k[:t]) == said[:t]})
+            want = log_softmax(row[may])[may.index(said[t])]
+            np.testing.assert_allclose(sample.logprobs[t], want, atol=2e-5)

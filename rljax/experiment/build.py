@@ -2,7 +2,8 @@
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+import json
+from collections.abc import Callable, Sequence
 
 import jax
 from jax.sharding import Mesh
@@ -30,12 +31,13 @@ from rljax.parallel import (
     use_mesh,
 )
 from rljax.plans import RolloutPlan
-from rljax.rollouts import Actor, ActorParts, RolloutSettings
+from rljax.rollouts import Actor, ActorParts, RolloutSettings, SingleTurn
 from rljax.sampling import SamplingParams
 from rljax.sampling.logits import logit_biases
+from rljax.sampling.slots import Grammar
 from rljax.settings import placed
 from rljax.tasks import Curriculum, Dataset, Example
-from rljax.text import Tokenizer, WithinText, token_of
+from rljax.text import Grammars, Tokenizer, WithinText, token_of
 from rljax.training import Critic, Learner, LossNeeds, with_critic, with_pushed
 from rljax.types import Params, RolloutBatch, TrainState, Trajectory
 
@@ -49,6 +51,7 @@ class Run:
         rollout_mesh: what samples: on several processes the devices of this one, unless all decode in step.
         actor: plays the policy; a context manager.
         beside: devices that it has of its own; None where it takes turns with the learner.
+        grammars: those that completions follow, by name.
         pipeline: gives it its work, in order; a context manager.
         evaluation: the last one.
         reference_scores: held-out avg@k per problem when the reference was last refreshed.
@@ -79,8 +82,10 @@ class Run:
     lacking: str = ""
     beside: Beside | None = None
     pipeline: Pipeline = dataclasses.field(init=False)
+    grammars: Grammars = dataclasses.field(init=False)
 
     def __post_init__(self) -> None:
+        self.grammars = Grammars(self.tokenizer, self.decoder.num_ids)
         self.pipeline = Pipeline(
             self.actor,
             self.algorithm.plan,
@@ -224,6 +229,7 @@ def build_actor(
         stop_strings=sampling.stop_strings,
         truncated_is_wrong=sampling.truncated_is_wrong,
         solved_by=config.evaluation.solved_by,
+        grammar_of=grammars_of(config, Grammars(tokenizer, decoder.num_ids), dataset, plan),
     )
     parts = ActorParts(
         decoder=decoder,
@@ -250,6 +256,48 @@ def sampled_by(config: Config, tokenizer: Tokenizer, decoder: DecoderConfig) -> 
             f"of {decoder.num_ids}; leave it out"
         )
     return params
+
+
+def grammars_of(
+    config: Config, grammars: Grammars, dataset: Dataset, plan: RolloutPlan
+) -> Callable[[Example], Grammar | None]:
+    """What completions of a row follow. ValueError for a grammar that cannot be read, of the config or of any row."""
+    sampling = config.sampling
+    if not sampling.follows_grammar:
+        return lambda example: None
+    if not isinstance(config.actor, SingleTurn):
+        name = next(name for name in ("json_schema", "regex", "lark", "schema_column") if getattr(sampling, name))
+        raise ValueError(
+            f"config.sampling.{name} has no effect with config.actor={type(config.actor).__name__}(...), whose turns "
+            "follow no grammar; use config.actor=SingleTurn(...), or leave it out"
+        )
+    if plan.forks is not None and (plan.forks.max_injected or plan.forks.lagged_chains):
+        what = "are given tokens of their own" if plan.forks.max_injected else "come from older weights"
+        raise ValueError(f"forks that {what} follow no grammar; leave it out, or choose another algorithm")
+    if config.mesh.sequence > 1:
+        raise ValueError(
+            f"config.mesh.sequence={config.mesh.sequence}: devices that share sequences do not score what follows a "
+            "grammar; set it to 1, or leave the grammar out"
+        )
+
+    def name_of(example: Example) -> str:
+        if not sampling.schema_column:
+            return sampling.grammar
+        schema = example.columns.get(sampling.schema_column)
+        text = schema if isinstance(schema, str) else json.dumps(schema)
+        return "" if schema in (None, "") else f"json_schema {text}"
+
+    for example in (*dataset.train, *dataset.test):
+        try:
+            name = name_of(example)
+            if name:
+                grammars(name)
+        except (ValueError, TypeError) as error:
+            where = f"{example.name}, column {sampling.schema_column}" if sampling.schema_column else "config.sampling"
+            raise ValueError(f"{where}: {error}") from None
+        if not sampling.schema_column:
+            break
+    return lambda example: grammars(name) if (name := name_of(example)) else None
 
 
 def make_learner(

@@ -5,7 +5,7 @@ back scored groups; whether a group is one turn, an episode over turns, a guided
 agent that cannot be changed is its own business.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Any, NamedTuple, Protocol, runtime_checkable
@@ -15,6 +15,7 @@ import numpy as np
 
 from rljax.plans import RolloutPlan
 from rljax.sampling import DecoderPlan, Sample, SamplingParams
+from rljax.sampling.slots import Grammar
 from rljax.tasks import Example, RewardResult
 from rljax.types import SOURCE_POLICY, Params
 
@@ -56,6 +57,10 @@ class ScoredGroup(NamedTuple):
     answers: Sequence[str | None] = ()
 
 
+def _no_grammar(example: Example) -> Grammar | None:
+    return None
+
+
 @dataclass(frozen=True)
 class RolloutSettings:
     """How an actor samples and reads what was sampled.
@@ -68,6 +73,7 @@ class RolloutSettings:
         truncated_is_wrong: a completion cut off by a length limit earns 0 at most.
         solved_by: the reward, or count of an environment, by which a sample counts as solved; empty is the first
             reward, or what an episode is worth.
+        grammar_of: what completions of a row must follow; None for nothing.
     """
 
     seed: int
@@ -76,6 +82,7 @@ class RolloutSettings:
     stop_strings: Sequence[str] = ()
     truncated_is_wrong: bool = False
     solved_by: str = ""
+    grammar_of: Callable[[Example], Grammar | None] = _no_grammar
 
     def sampled_by(self, sampling: SamplingParams) -> "RolloutSettings":
         """The same with another temperature and truncation: what is banned or biased stays so."""

@@ -304,7 +304,12 @@ class PromptActor(QueuedActor, abc.ABC):
         count = forks.chains if forks else plan.group_size
 
         # Sample ids name the random numbers. A prompt drawn again in one step goes on counting from `first_sample`.
-        request = Request(prompt, group.example.id, tuple(range(first, first + count)))
+        request = Request(
+            prompt,
+            group.example.id,
+            tuple(range(first, first + count)),
+            grammar=self.settings.grammar_of(group.example),
+        )
         if forks is None:
             return request
 

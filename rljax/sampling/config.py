@@ -31,6 +31,28 @@ class SamplingConfig:
     banned: tuple[int | str, ...] = ()
     """Tokens that are never sampled: ids, or texts of one token, control tokens too. In evaluation too."""
 
+    json_schema: str = ""
+    """A JSON schema, as JSON text, that completions follow: of tokens that lead out of it none is sampled, and the
+    log-probs are of those that are left. Decoding waits for the host at every token. Needs the extra `grammar`."""
+    regex: str = ""
+    """A regular expression that whole completions match, likewise."""
+    lark: str = ""
+    """A grammar in llguidance's dialect of Lark that completions follow, likewise."""
+    schema_column: str = ""
+    """Column of the data that holds a JSON schema of each row's own, as text or as an object; a row without one is not
+    bound."""
+
+    @property
+    def grammar(self) -> str:
+        """Name of the grammar (`rljax.text.Grammars`) of all rows; empty for none."""
+        named = [f"{kind} {text}" for kind in ("json_schema", "regex", "lark") if (text := getattr(self, kind))]
+        return named[0] if named else ""
+
+    @property
+    def follows_grammar(self) -> bool:
+        """Whether completions are bound at all."""
+        return bool(self.grammar or self.schema_column)
+
     def params(self, token_id: Callable[[str], int] | None = None) -> SamplingParams:
         """The distribution that is sampled from. `token_id` gives the token of a text; without it those that are named
         by texts are left out. ValueError for a value out of range, and what `token_id` raises."""
@@ -59,6 +81,9 @@ class SamplingConfig:
     def check(self) -> None:
         """Raises a ValueError of one line for a value that cannot be."""
         check_fields(self, "config.sampling")
+        given = [name for name in ("json_schema", "regex", "lark", "schema_column") if getattr(self, name)]
+        if len(given) > 1:
+            raise ValueError(f"config.sampling.{given[0]} and config.sampling.{given[1]}: set one of them")
         try:
             self.params()
         except ValueError as error:

@@ -8,7 +8,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from rljax.models.attention import forest_attention
 from rljax.models.cache import (
@@ -62,6 +62,9 @@ class DecodeRows:
     """Tokens that may not be sampled at `suppress_at`; None where nothing is ever suppressed."""
     suppress_at: Int[ArrayLike, "P G"] | None = None
     """Place in the completion at which none of `suppressed` may be sampled; -1 for nowhere."""
+    allowed: UInt32[ArrayLike, "P G W"] | None = None
+    """A bit a token of the vocabulary, the first the lowest: whether it may be sampled in the first step; None where
+    all may. A run that has it is of one step."""
     drawn: Int[ArrayLike, "P G"] | None = None
     """Random numbers of a row's ids that were used up before those of `steps`; None for none anywhere."""
 
@@ -240,8 +243,8 @@ def decode(
         hidden, cache = _forward(config, params, loop.cache, loop.token, rows.prefix_length, loop.steps, now, writes)
 
         raw = logits(config, params, hidden, vocab_first=axis == 0)
-        if run.sampling.adjusts:
-            raw = adjust_logits(raw, run.sampling, axis=axis)
+        if run.sampling.adjusts or rows.allowed is not None:
+            raw = adjust_logits(raw, run.sampling, axis=axis, allowed=rows.allowed)
         raw = _suppress(rows, loop.steps, raw, axis)
         token, logprob, entropy = draw(raw, uniforms[loop.step], run.sampling, rules, axis)
         if rows.forced.shape[-1]:

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from rljax.parallel import WHOLE, Shard, platform
 from rljax.types import ArrayLike, struct
@@ -161,13 +161,25 @@ def logit_biases(params: SamplingParams) -> dict[int, float]:
     return {token: float(str(value)) for token, value in pairs if token != NO_TOKEN}
 
 
-def adjust_logits(logits: Float[Array, "..."], params: SamplingParams, *, axis: int = -1) -> Float[Array, "..."]:
+def adjust_logits(
+    logits: Float[Array, "..."],
+    params: SamplingParams | None,
+    *,
+    axis: int = -1,
+    allowed: UInt32[ArrayLike, "..."] | None = None,
+) -> Float[Array, "..."]:
     """Float32 logits with what `params` adds to them, before they are divided and truncated: the first step, and the
-    same for sampler and trainer. What is banned gets `MASKED`. `axis`, 0 or -1, is the whole vocabulary."""
+    same for sampler and trainer. What is banned gets `MASKED`, and so does what is not `allowed [*B, W]`: of those of
+    the vocabulary, token `v` is bit `v % 32` of word `v // 32`. `axis`, 0 or -1, is the whole vocabulary."""
     wide = logits.astype(jnp.float32)
-    if params.bias is None:
-        return wide
     vocab = logits.shape[axis]
+    if allowed is not None:
+        words = jnp.asarray(allowed)
+        bits = (words[..., None] >> jnp.arange(32, dtype=jnp.uint32)) & 1
+        bits = bits.reshape(*words.shape[:-1], -1)[..., :vocab] == 1
+        wide = jnp.where(jnp.moveaxis(bits, -1, 0) if axis == 0 else bits, wide, MASKED)
+    if params is None or params.bias is None:
+        return wide
     # Added, not set: an id beyond the vocabulary would otherwise be the last one.
     added = jnp.zeros(vocab, jnp.float32).at[jnp.asarray(params.bias_tokens)].add(jnp.asarray(params.bias), mode="drop")
     added = added.reshape(-1, *(1,) * (logits.ndim - 1)) if axis == 0 else added

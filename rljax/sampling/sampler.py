@@ -203,11 +203,14 @@ class Sampler:
 
     def _decode(self, cache: KVCache, slots: Slots, run: DecodeRun, rules: Rules | None):
         """One call of `decode` for the rows as they stand."""
-        most = self._most_steps(cache)
+        most = self._most_steps(cache, slots)
         return _decode(self.config, self._stop_tokens, most, self._weights(), cache, slots.rows(), run, rules)
 
-    def _most_steps(self, cache: KVCache) -> int:
+    def _most_steps(self, cache: KVCache, slots: Slots) -> int:
         """Steps of a run at most."""
+        # What may come next in a grammar is known when a token is.
+        if slots.is_guided:
+            return 1
         most = self.spec.check_every if self._stop_strings.strings else _MOST_STEPS
         return min(most, ring_size(cache))
 
@@ -215,7 +218,7 @@ class Sampler:
         self, cache: KVCache, column: int, slots: Slots, sampling: SamplingParams, seed: int, step: int
     ) -> DecodeRun:
         # No row may become older than the ring is long.
-        most = min(self._most_steps(cache), slots.steps_within(ring_size(cache)))
+        most = min(self._most_steps(cache, slots), slots.steps_within(ring_size(cache)))
         return DecodeRun(
             column=np.array(column, np.int32),
             sampling=sampling,
@@ -380,7 +383,7 @@ class Sampler:
                 "decode": _decode.lower(
                     self.config,
                     self._stop_tokens,
-                    self._most_steps(plan.cache),
+                    self._most_steps(plan.cache, idle),
                     plan.weights,
                     plan.cache,
                     idle.rows(),

@@ -59,9 +59,12 @@ def score_tokens(
     shares = sequence_shares(*packed.tokens.shape)
     hidden = _hidden_states(config, params, packed, shares, remat=remat, scan=scan, attention=attention)
     wanted, targets, before = _places(packed)
+    masks = _masks(packed)
     if shares is None:
         hidden = jnp.take_along_axis(hidden, before[..., None], axis=1)
-        return score_hidden(config, params, hidden, targets, wanted, sampling_params, chunk=chunk)
+        return score_hidden(config, params, hidden, targets, wanted, sampling_params, chunk=chunk, masks=masks)
+    if masks is not None:
+        raise ValueError("tokens that follow a grammar are not scored where devices share sequences")
 
     # Scored tokens may lie all in one part of a sequence, so its devices take equal numbers of them.
     hidden = shares.states_at(hidden, shares.split(shares.place(before)))
@@ -119,6 +122,30 @@ def _places(packed: Packed) -> tuple[Array, Array, Array]:
     return wanted, targets, jnp.maximum(before, 0)
 
 
+class Masks(NamedTuple):
+    """Which tokens count where they are scored."""
+
+    allowed: Array
+    """uint32 [R, U, W]: masks of each packed row, a bit a token of the vocabulary."""
+    which: Array
+    """int32 [R, K]: that of each scored token; -1 where all count."""
+
+    def words(self) -> Array:
+        """uint32 [R, K, W]."""
+        words = jnp.take_along_axis(self.allowed, jnp.maximum(self.which, 0)[..., None], axis=1)
+        return jnp.where(self.which[..., None] >= 0, words, jnp.uint32(0xFFFFFFFF))
+
+    def part(self, i: Array, step: int) -> "Masks":
+        """Those of a chunk of scored tokens."""
+        return self._replace(which=_slice(self.which, i, step))
+
+
+def _masks(packed: Packed) -> Masks | None:
+    if packed.allowed is None:
+        return None
+    return Masks(jnp.asarray(packed.allowed), jnp.asarray(packed.allowed_index))
+
+
 def score_hidden(
     config: DecoderConfig,
     params: Params,
@@ -128,9 +155,10 @@ def score_hidden(
     sampling_params: SamplingParams | None = None,
     *,
     chunk: int,
+    masks: Masks | None = None,
 ) -> tuple[Float[Array, "R K"], Float[Array, "R K"]]:
     """Log-probs of `targets` and entropies under the softmax of `models.logits` of `hidden`; 0 where `wanted [R, K]` is
-    False. Of `params` it reads `models.head_params`.
+    False. Of `params` it reads `models.head_params`. With `masks` the softmax is over the tokens that count.
 
     `chunk` counts the tokens of one device. Rows that do not divide over the batch axes of the mesh in use are chunked
     as those of one device. Chunks that hold no wanted token are skipped. Differentiable in `params` and `hidden`.
@@ -154,9 +182,11 @@ def score_hidden(
     if padding:
         hidden = jnp.pad(hidden, ((0, 0), (0, padding), (0, 0)))
         targets, wanted = (jnp.pad(x, ((0, 0), (0, padding))) for x in (targets, wanted))
+        if masks is not None:
+            masks = masks._replace(which=jnp.pad(masks.which, ((0, 0), (0, padding)), constant_values=-1))
 
     head = head_params(config, params)
-    logprobs, entropies = _head(config, step, layout, head, hidden, targets, wanted, sampling_params)
+    logprobs, entropies = _head(config, step, layout, head, hidden, targets, wanted, sampling_params, masks)
     return logprobs[:, :length], entropies[:, :length]
 
 
@@ -164,17 +194,23 @@ def _is_target(targets: Array, vocab: int) -> Array:
     return targets[..., None] == jnp.arange(vocab, dtype=targets.dtype)
 
 
-def _processed(config: DecoderConfig, head: Params, hidden: Array, targets: Array, sampling) -> Array:
+def _processed(
+    config: DecoderConfig, head: Params, hidden: Array, targets: Array, sampling, masks: Masks | None
+) -> Array:
     """Logits of the distribution that is scored, float32 [R, C, V]."""
     own = logits(config, head, hidden)
-    if sampling is None:
+    if sampling is None and masks is None:
         return own
-    adjusted = adjust_logits(own, sampling) if sampling.adjusts else own
+    adjusts = masks is not None or sampling.adjusts
+    adjusted = own
+    if adjusts:
+        adjusted = adjust_logits(own, sampling, allowed=None if masks is None else masks.words())
     # A token that truncation would remove now was sampled when it would not have, and one that is banned was given:
     # it keeps its logit.
     kept = _is_target(targets, own.shape[-1])
-    possible = jnp.where(adjusted > MASKED / 2, adjusted, own) if sampling.adjusts else own
-    return jnp.where(kept, possible / _temperature(sampling), process_logits(adjusted, sampling))
+    possible = jnp.where(adjusted > MASKED / 2, adjusted, own) if adjusts else own
+    processed = adjusted if sampling is None else process_logits(adjusted, sampling)
+    return jnp.where(kept, possible / _temperature(sampling), processed)
 
 
 def _temperature(sampling: SamplingParams | None) -> Array:
@@ -249,10 +285,10 @@ class _Layout(NamedTuple):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
 def _head(
-    config: DecoderConfig, step: int, layout: _Layout, head, hidden, targets, wanted, sampling
+    config: DecoderConfig, step: int, layout: _Layout, head, hidden, targets, wanted, sampling, masks
 ) -> tuple[Array, Array]:
     """`score_hidden` of chunks of `step` tokens of each row; `head` are the `head_params`."""
-    (logprobs, entropies), _ = _head_forward(config, step, layout, head, hidden, targets, wanted, sampling)
+    (logprobs, entropies), _ = _head_forward(config, step, layout, head, hidden, targets, wanted, sampling, masks)
     return logprobs, entropies
 
 
@@ -271,17 +307,18 @@ def _write(x: Array, part: Array, i: Array, step: int) -> Array:
     return jax.lax.dynamic_update_slice_in_dim(x, part.astype(x.dtype), i * step, axis=1)
 
 
-def _head_forward(config, step: int, layout: _Layout, head, hidden, targets, wanted, sampling):
-    def measure(whole, hidden, targets, sampling, live):
+def _head_forward(config, step: int, layout: _Layout, head, hidden, targets, wanted, sampling, masks):
+    def measure(whole, hidden, targets, masks, sampling, live):
         if step == hidden.shape[1]:
             # One chunk: its logits are few enough to be kept for the backward pass.
-            kept = _processed(config, whole, hidden, targets, sampling)
+            kept = _processed(config, whole, hidden, targets, sampling, masks)
             return kept, _measure(kept, targets)
 
         def chunk(i, carry):
             h = _slice(hidden, i, step)
             y = _slice(targets, i, step)
-            parts = _measure(_processed(config, whole, h, y, sampling), y)
+            part_of = None if masks is None else masks.part(i, step)
+            parts = _measure(_processed(config, whole, h, y, sampling, part_of), y)
             return tuple(_write(x, part, i, step) for x, part in zip(carry, parts, strict=True))
 
         empty = jnp.zeros(targets.shape, jnp.float32)
@@ -291,21 +328,22 @@ def _head_forward(config, step: int, layout: _Layout, head, hidden, targets, wan
     whole = jax.tree.map(lambda x: layout.gather(x, hidden.dtype), head)
     every = PartitionSpec()
     own = PartitionSpec(layout.rows)
-    run = layout.on_rows(measure, (every, own, own, every, every), own)
-    kept, (logprobs, entropies, normalisers) = run(whole, hidden, targets, sampling, _live_chunks(step, wanted))
+    run = layout.on_rows(measure, (every, own, own, own, every, every), own)
+    live = _live_chunks(step, wanted)
+    kept, (logprobs, entropies, normalisers) = run(whole, hidden, targets, masks, sampling, live)
 
     out = jnp.where(wanted, logprobs, 0.0), jnp.where(wanted, entropies, 0.0)
-    return out, (head, whole, hidden, targets, wanted, sampling, normalisers, entropies, kept)
+    return out, (head, whole, hidden, targets, wanted, masks, sampling, normalisers, entropies, kept)
 
 
 def _head_backward(config, step: int, layout: _Layout, residuals, cotangents):
-    head, whole, hidden, targets, wanted, sampling, normalisers, entropies, kept = residuals
+    head, whole, hidden, targets, wanted, masks, sampling, normalisers, entropies, kept = residuals
     d_logprobs, d_entropies = (jnp.where(wanted, d, 0.0) for d in cotangents)
     # Of a logit that truncation removed the probability is 0, so that the division by the temperature is all that
     # lies between a logit and its processed one.
     scale = 1.0 / _temperature(sampling)
 
-    def gradients(whole, kept, hidden, targets, at, sampling, scale, live):
+    def gradients(whole, kept, hidden, targets, masks, at, sampling, scale, live):
         if kept is not None:
             d_logits = _processed_gradient(kept, targets, *at) * scale
             d_hidden, d_head = logits_gradient(config, whole, hidden, d_logits)
@@ -314,7 +352,8 @@ def _head_backward(config, step: int, layout: _Layout, residuals, cotangents):
             def chunk(i, carry):
                 d_hidden, d_head = carry
                 h, y, *there = (_slice(x, i, step) for x in (hidden, targets, *at))
-                d_logits = _processed_gradient(_processed(config, whole, h, y, sampling), y, *there) * scale
+                part_of = None if masks is None else masks.part(i, step)
+                d_logits = _processed_gradient(_processed(config, whole, h, y, sampling, part_of), y, *there) * scale
                 d_h, d_part = logits_gradient(config, whole, h, d_logits)
                 return _write(d_hidden, d_h, i, step), jax.tree.map(jnp.add, d_head, d_part)
 
@@ -324,12 +363,12 @@ def _head_backward(config, step: int, layout: _Layout, residuals, cotangents):
 
     every = PartitionSpec()
     own = PartitionSpec(layout.rows)
-    run = layout.on_rows(gradients, (every, own, own, own, own, every, every, every), own)
+    run = layout.on_rows(gradients, (every, own, own, own, own, own, every, every, every), own)
     at = (normalisers, entropies, d_logprobs, d_entropies)
-    d_hidden, d_head = run(whole, kept, hidden, targets, at, sampling, scale, _live_chunks(step, wanted))
+    d_hidden, d_head = run(whole, kept, hidden, targets, masks, at, sampling, scale, _live_chunks(step, wanted))
 
     d_head = jax.tree.map(lambda d, x: layout.reduce(d).astype(x.dtype), d_head, head)
-    return d_head, d_hidden, None, None, None
+    return d_head, d_hidden, None, None, None, None
 
 
 _head.defvjp(_head_forward, _head_backward)

@@ -2,7 +2,7 @@
 
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -14,6 +14,7 @@ from rljax.types import INTERVENTION_NONE, INTERVENTION_SUPPRESS, NO_PARENT
 FinishReason = Literal["stop", "length", "stop_string"]
 _FREE = -1
 _NOWHERE = -1
+_ALL = 0xFFFFFFFF
 
 
 class Sample(NamedTuple):
@@ -43,6 +44,8 @@ class Sample(NamedTuple):
     """int32 [T], of a conversation: numbers its turns, each with the observation behind it."""
     versions: np.ndarray | None = None
     """int32 [T]: the version of the policy, where it changed on the way."""
+    grammar: str = ""
+    """Name of the grammar that it follows; empty for none."""
 
     @property
     def sampled(self) -> np.ndarray:
@@ -51,6 +54,33 @@ class Sample(NamedTuple):
         for start, stop in self.forced:
             mask[start:stop] = False
         return mask
+
+
+@runtime_checkable
+class Followed(Protocol):
+    """Where a completion stands in its grammar, as `rljax.text` has it."""
+
+    def allowed(self) -> np.ndarray:
+        """uint32 [W]: a bit a token of the vocabulary, the first the lowest, whether it may come next."""
+        ...
+
+    def advance(self, tokens: Sequence[int]) -> None:
+        """Goes on by these tokens."""
+        ...
+
+
+@runtime_checkable
+class Grammar(Protocol):
+    """What completions must follow."""
+
+    name: str
+    """What it is, in one text."""
+    width: int
+    """Words of a mask."""
+
+    def begin(self) -> Followed:
+        """The beginning of a completion."""
+        ...
 
 
 class Fork(NamedTuple):
@@ -89,6 +119,8 @@ class Request(NamedTuple):
     """Which forks follow; None is no forks."""
     begun: int = 0
     """The last `begun` tokens of the prompt belong to the text of the completion: a stop string may begin in them."""
+    grammar: Grammar | None = None
+    """What the completion must follow: of tokens that lead out of it none is sampled."""
 
 
 class Load(NamedTuple):
@@ -160,6 +192,11 @@ class Slots:
         self._forced_start = np.zeros(shape, np.int32)
         self._forced_length = np.zeros(shape, np.int32)
         self._suppress_at = np.full(shape, _NOWHERE)
+        # Where rows stand in their grammars, and what may come next in them; None where no request has one.
+        widths = {request.grammar.width for request in requests if request.grammar is not None}
+        self.is_guided = bool(widths)
+        self._followed: dict[tuple[int, int], Followed] = {}
+        self._allowed = np.full((*shape, max(widths)), _ALL, np.uint32) if widths else None
 
     @property
     def active(self) -> np.ndarray:
@@ -192,6 +229,7 @@ class Slots:
             forced_length=self._forced_length,
             suppressed=self._suppressed if len(self._suppressed) else None,
             suppress_at=self._suppress_at if len(self._suppressed) else None,
+            allowed=self._allowed,
         )
 
     def oldest(self) -> int:
@@ -223,6 +261,7 @@ class Slots:
         self.steps[row] += len(tokens)
         if len(tokens):
             self._token[row] = tokens[-1]
+        self._follow(row, tokens)
 
     def last_tokens(self, owner: tuple[int, int], count: int) -> list[int]:
         """The last `count` tokens of an unfinished sample and the prompt before it, or all there are."""
@@ -258,8 +297,10 @@ class Slots:
             fork_score=work.score,
             forced=forced,
             intervention=work.intervention,
+            grammar=grammar.name if (grammar := self.requests[request].grammar) else "",
         )
         self._sample[row] = _FREE
+        self._followed.pop(row, None)
         self._unfinished[request] -= 1
 
         rounds = self.requests[request].rounds
@@ -360,7 +401,20 @@ class Slots:
                 self.parts[index, sample] = [(parent.tokens[:end], parent.logprobs[:end], parent.entropies[:end])]
                 self._token[row] = parent.tokens[end - 1]
                 paths.append(Path(*row, work.parent, end))
+
+            if request.grammar is not None:
+                self._followed[row] = request.grammar.begin()
+            self._follow(row, self.parts[index, sample][0][0] if work.fork_index else ())
         return paths
+
+    def _follow(self, row: tuple[int, int], tokens: Sequence[int] | np.ndarray) -> None:
+        """Takes the row's grammar on by these tokens, and notes what may come behind them."""
+        if self._allowed is None:
+            return
+        followed = self._followed.get(row)
+        if followed is not None:
+            followed.advance(np.asarray(tokens).tolist())
+        self._allowed[row] = _ALL if followed is None else followed.allowed()
 
 
 def spans_before(spans: Sequence[tuple[int, int]], end: int) -> tuple[tuple[int, int], ...]:

@@ -10,6 +10,7 @@ from rljax.text.char import ByteTokenizer, CharTokenizer
 from rljax.text.chat import with_chat_settings
 from rljax.text.dialogue import Dialogue
 from rljax.text.gguf import load_gguf_tokenizer
+from rljax.text.grammar import Grammars
 from rljax.text.huggingface import HuggingFaceTokenizer, load_huggingface_tokenizer
 from rljax.text.load import load_tokenizer
 from rljax.text.prompts import check_messages, render_prompt
@@ -20,6 +21,7 @@ __all__ = [
     "ByteTokenizer",
     "CharTokenizer",
     "Dialogue",
+    "Grammars",
     "HuggingFaceTokenizer",
     "Message",
     "SentencePieceTokenizer",

@@ -8,8 +8,8 @@ import pytest
 
 from rljax.algorithms import GRPO
 from rljax.batching import PackConfig, layout, loss_mask, stack
-from rljax.experiment import RewardConfig, SamplingConfig
-from rljax.experiment.build import build, stack_rows
+from rljax.experiment import MultiTurn, RewardConfig, SamplingConfig
+from rljax.experiment.build import build, check_single_turns, stack_rows
 from rljax.plans import RolloutPlan
 from rljax.rollouts import ScoredGroup, collect
 from rljax.rollouts.trajectories import allowed_in, trajectory_of
@@ -89,6 +89,33 @@ def test_rows_share_no_token_that_was_drawn_under_another_mask(grammar, unique):
         ({"schema_column": "answer"}, r"column answer: json_schema '\w' is no JSON"),
     ],
 )
-def test_a_grammar_that_cannot_be_followed_is_refused(changes, message):
+def test_a_grammar_that_cannot_be_read_is_refused(changes, message):
     with pytest.raises(ValueError, match=message):
         build(tiny_config(sampling=SamplingConfig(max_new_tokens=4, **changes)))
+
+
+@pytest.mark.parametrize("changes", [{"regex": "a+"}, {"stop_column": "answer"}, {"top_logprobs": 2}])
+def test_what_an_actor_does_not_do_is_refused(changes):
+    ((name, value),) = changes.items()
+    message = f"config.sampling.{name}={value!r} has no effect with config.actor=MultiTurn(...); use"
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
+        check_single_turns(
+            tiny_config(actor=MultiTurn(make="m:f"), sampling=SamplingConfig(max_new_tokens=4, **changes))
+        )
+
+
+def test_rows_have_stops_of_their_own():
+    """Every row of the toy task ends at its answer, which its reward is not shown."""
+    config = tiny_config(sampling=SamplingConfig(max_new_tokens=8, truncated_is_wrong=False, stop_column="answer"))
+    run = build(config)
+    with run.actor:
+        run.actor.set_params(run.initial_params(), 0)
+        rollout = collect(run.actor, run.algorithm.plan, lambda n: run.curriculum.sample(0, n), 4, 0)
+    ended = [record for record in rollout.records if record["finish_reason"] == "stop_string"]
+    assert len(ended) >= 4
+    for record in ended:
+        answer = record["columns"]["answer"]
+        assert (
+            run.tokenizer.decode(record["tokens"]) == record["completion"] + answer
+            and answer not in record["completion"]
+        )

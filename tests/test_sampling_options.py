@@ -1,5 +1,6 @@
 """What changes logits before they are drawn from changes them alike where they are scored."""
 
+import dataclasses
 import functools
 from typing import NamedTuple
 
@@ -159,3 +160,47 @@ def test_nothing_is_sampled_that_leads_out_of_a_grammar_and_forks_go_on_in_it(pa
             may = sorted({k[t] for k in known if len(k) > t and list(k[:t]) == said[:t]})
             want = log_softmax(row[may])[may.index(said[t])]
             np.testing.assert_allclose(sample.logprobs[t], want, atol=2e-5)
+
+
+def decode_letters(ids):
+    return "".join(chr(0x100 + i) for i in ids)
+
+
+def test_each_request_ends_at_stops_of_its_own(sampler, params):
+    """Against cutting what is sampled without any; requests beside it go on."""
+    stops = Stops(decode_text=decode_letters)
+    own = Sampler(CONFIG, dataclasses.replace(sampler.spec, check_every=3), stops)
+    own.set_params(params)
+    plain = generate(sampler, sampling_params())
+    strings = (decode_letters(plain[0][0].tokens[4:6].tolist()), decode_letters(plain[0][1].tokens[2:3].tolist()))
+    requests = [Request(prompt, i, range(4)) for i, prompt in enumerate(PROMPTS)]
+    bound, free = own.generate([requests[0]._replace(stop=strings), requests[1]], sampling_params(), seed=1, step=0)
+    assert [s.tokens.tolist() for s in free] == [s.tokens.tolist() for s in plain[1]]
+
+    ends = []
+    for sample, whole in zip(bound, plain[0], strict=True):
+        texts = [decode_letters(whole.tokens[:n].tolist()) for n in range(len(whole.tokens) + 1)]
+        end = next((n for n, text in enumerate(texts) if any(s in text for s in strings)), None)
+        assert len(sample.tokens) == (len(whole.tokens) if end is None else end)
+        assert (sample.finish_reason == "stop_string") == (end is not None)
+        ends.append(end)
+    assert ends[0] is not None and ends[1] is not None
+    with pytest.raises(ValueError, match=r"^request 0 .*hold an empty text"):
+        own.generate([requests[0]._replace(stop=("",))], sampling_params(), seed=1, step=0)
+
+
+def test_the_most_probable_tokens_are_told_beside_what_was_sampled(sampler, params):
+    telling = Sampler(CONFIG, dataclasses.replace(sampler.spec, top_logprobs=3, path_slots=1), Stops())
+    telling.set_params(params)
+    forks = [Fork(0, 2, 9)]
+    request = Request(PROMPTS[0], 0, range(2), rounds=lambda samples: forks if len(samples) == 2 else [])
+    sampling = sampling_params(0.8, top_k=2, logit_bias={3: 2.0})
+    (group,) = telling.generate([request], sampling, seed=1, step=0)
+    for sample in group:
+        z = model_logits(params, PROMPTS[0], sample.tokens.tolist())
+        z[:, 3] += 2.0
+        best = np.argsort(-z, axis=1)[:, :2]
+        np.testing.assert_array_equal(sample.top_tokens[:, :2], best)
+        kept = np.take_along_axis(z, best, axis=1) / 0.8
+        np.testing.assert_allclose(sample.top_logprobs[:, :2], log_softmax(kept), atol=2e-5)
+        assert (sample.top_logprobs[:, 2] < -1e29).all()  # truncated: it could not have been sampled

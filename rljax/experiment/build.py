@@ -31,13 +31,14 @@ from rljax.parallel import (
     use_mesh,
 )
 from rljax.plans import RolloutPlan
-from rljax.rollouts import Actor, ActorParts, RolloutSettings, SingleTurn
+from rljax.rollouts import Actor, ActorParts, Guided, Remote, RolloutSettings, SingleTurn
 from rljax.sampling import SamplingParams
+from rljax.sampling.config import GRAMMARS
 from rljax.sampling.logits import logit_biases
 from rljax.sampling.slots import Grammar
-from rljax.settings import placed
+from rljax.settings import placed, shown
 from rljax.tasks import Curriculum, Dataset, Example
-from rljax.text import Grammars, Tokenizer, WithinText, token_of
+from rljax.text import Grammars, Tokenizer, WithinText, control_tokens_of, token_of
 from rljax.training import Critic, Learner, LossNeeds, with_critic, with_pushed
 from rljax.types import Params, RolloutBatch, TrainState, Trajectory
 
@@ -229,8 +230,11 @@ def build_actor(
         stop_strings=sampling.stop_strings,
         truncated_is_wrong=sampling.truncated_is_wrong,
         solved_by=config.evaluation.solved_by,
+        stop_column=sampling.stop_column,
         grammar_of=grammars_of(config, Grammars(tokenizer, decoder.num_ids), dataset, plan),
     )
+    check_single_turns(config)
+    check_stops(config, settings, dataset, tokenizer)
     parts = ActorParts(
         decoder=decoder,
         tokenizer=tokenizer,
@@ -258,6 +262,38 @@ def sampled_by(config: Config, tokenizer: Tokenizer, decoder: DecoderConfig) -> 
     return params
 
 
+def check_single_turns(config: Config) -> None:
+    """ValueError for what is set of sampling and that the actor does not do."""
+    sampling = config.sampling
+    actor = config.actor.actor if isinstance(config.actor, Guided) else config.actor
+    named = [*GRAMMARS, "stop_column", "top_logprobs"]
+    for name in named:
+        value = getattr(sampling, name)
+        if not value or isinstance(actor, SingleTurn) or (name == "stop_column" and isinstance(actor, Remote)):
+            continue
+        raise ValueError(
+            f"config.sampling.{name}={shown(value)} has no effect with config.actor={type(config.actor).__name__}(...);"
+            " use config.actor=SingleTurn(...), or leave it out"
+        )
+
+
+def check_stops(config: Config, settings: RolloutSettings, dataset: Dataset, tokenizer: Tokenizer) -> None:
+    """ValueError for stop texts of rows that no completion can hold."""
+    column = config.sampling.stop_column
+    if not column:
+        return
+    for example in (*dataset.train, *dataset.test):
+        stops = settings.stops_of(example)
+        # Ids that end completions are those of the run, and the text of a completion does not show them.
+        problem = f"{example.name}, column {column}: {{}} never ends a completion"
+        controls = control_tokens_of(tokenizer, stops, problem)
+        if unknown := set(controls) - set(tokenizer.stop_ids):
+            raise ValueError(
+                f"{example.name}, column {column}: the control token {min(unknown)} ends completions of all rows or of "
+                "none; name it in config.sampling.stop_strings"
+            )
+
+
 def grammars_of(
     config: Config, grammars: Grammars, dataset: Dataset, plan: RolloutPlan
 ) -> Callable[[Example], Grammar | None]:
@@ -265,12 +301,6 @@ def grammars_of(
     sampling = config.sampling
     if not sampling.follows_grammar:
         return lambda example: None
-    if not isinstance(config.actor, SingleTurn):
-        name = next(name for name in ("json_schema", "regex", "lark", "schema_column") if getattr(sampling, name))
-        raise ValueError(
-            f"config.sampling.{name} has no effect with config.actor={type(config.actor).__name__}(...), whose turns "
-            "follow no grammar; use config.actor=SingleTurn(...), or leave it out"
-        )
     if plan.forks is not None and (plan.forks.max_injected or plan.forks.lagged_chains):
         what = "are given tokens of their own" if plan.forks.max_injected else "come from older weights"
         raise ValueError(f"forks that {what} follow no grammar; leave it out, or choose another algorithm")

@@ -74,6 +74,7 @@ class RolloutSettings:
         solved_by: the reward, or count of an environment, by which a sample counts as solved; empty is the first
             reward, or what an episode is worth.
         grammar_of: what completions of a row must follow; None for nothing.
+        stop_column: column of the data with texts that end completions of a row, beside `stop_strings`.
     """
 
     seed: int
@@ -83,6 +84,19 @@ class RolloutSettings:
     truncated_is_wrong: bool = False
     solved_by: str = ""
     grammar_of: Callable[[Example], Grammar | None] = _no_grammar
+    stop_column: str = ""
+
+    def stops_of(self, example: Example) -> tuple[str, ...]:
+        """Texts that end completions of this row alone. ValueError for what is neither a text nor a list of texts."""
+        if not self.stop_column:
+            return ()
+        value = example.columns.get(self.stop_column) or ()
+        texts = (value,) if isinstance(value, str) else value
+        if not isinstance(texts, (list, tuple)) or not all(isinstance(text, str) and text for text in texts):
+            raise ValueError(
+                f"{example.name}, column {self.stop_column}: {value!r:.80} must be a text or a list of texts"
+            )
+        return tuple(texts)
 
     def sampled_by(self, sampling: SamplingParams) -> "RolloutSettings":
         """The same with another temperature and truncation: what is banned or biased stays so."""

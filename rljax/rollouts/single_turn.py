@@ -85,6 +85,7 @@ class SingleTurn:
             path_slots=plan.forks.parents if plan.forks else 0,
             max_injected=plan.forks.max_injected if plan.forks else 0,
             suppressed=plan.forks.suppressed if plan.forks else (),
+            top_logprobs=parts.sampling.top_logprobs,
         )
         stops = stops_of(parts)
         judge = OnMain(rewards) if num_processes(parts.mesh) > 1 else rewards
@@ -266,8 +267,11 @@ class PromptActor(QueuedActor, abc.ABC):
         sampler = self.lagged if self.lagged is not None and plan.forks else self.sampler
         sampled = sampler.generate(requests, self.settings.sampling, seed=self.settings.seed, step=step)
         texts = [
-            [completion_text(self.tokenizer, sample, self.settings.stop_strings, prompt) for sample in samples]
-            for samples, prompt in zip(sampled, prompts, strict=True)
+            [
+                completion_text(self.tokenizer, sample, (*self.settings.stop_strings, *request.stop), prompt)
+                for sample in samples
+            ]
+            for samples, prompt, request in zip(sampled, prompts, requests, strict=True)
         ]
         self.seconds["sample"] += time.perf_counter() - begin
 
@@ -309,6 +313,7 @@ class PromptActor(QueuedActor, abc.ABC):
             group.example.id,
             tuple(range(first, first + count)),
             grammar=self.settings.grammar_of(group.example),
+            stop=self.settings.stops_of(group.example),
         )
         if forks is None:
             return request

@@ -9,6 +9,7 @@ import numpy as np
 from rljax.plans import Column, RolloutPlan
 from rljax.rollouts.actor import ScoredGroup
 from rljax.sampling import Sample
+from rljax.sampling.logits import MASKED
 from rljax.sampling.slots import Grammar
 from rljax.types import NO_PARENT, Allowed, Trajectory
 
@@ -172,6 +173,12 @@ def record_of(group: ScoredGroup, index: int, trajectory: Trajectory, step: int)
     }
     if sample.parent != NO_PARENT:
         record |= {"parent": sample.parent, "fork_index": sample.fork_index, "fork_score": float(sample.fork_score)}
+    if sample.top_tokens is not None and sample.top_logprobs is not None:
+        pairs = zip(sample.top_tokens.tolist(), sample.top_logprobs.tolist(), strict=True)
+        # Of each token (id, log-prob), the best first, without those that could not be sampled.
+        record["top_logprobs"] = [
+            [[token, round(value, 5)] for token, value in zip(*one, strict=True) if value > MASKED / 2] for one in pairs
+        ]
     if sample.forced:
         record["forced"] = [list(span) for span in sample.forced]
     return record

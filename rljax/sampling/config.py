@@ -6,6 +6,9 @@ from collections.abc import Callable, Sequence
 from rljax.sampling.logits import SamplingParams, sampling_params
 from rljax.settings import check_fields, field
 
+GRAMMARS = ("json_schema", "regex", "lark", "schema_column")
+"""Fields of which one may bind completions to a grammar."""
+
 
 @dataclasses.dataclass
 class SamplingConfig:
@@ -25,12 +28,16 @@ class SamplingConfig:
     """A completion that runs into `max_new_tokens` earns no reward, in training and evaluation."""
     stop_strings: tuple[str, ...] = ()
     """Texts that end a completion, beside the tokenizer's own stop tokens; a control token such as `<|eot_id|>` too."""
+    stop_column: str = ""
+    """Column of the data with such texts of each row's own, one or a list; a row without any has none."""
     logit_bias: tuple[tuple[int | str, float], ...] = ()
     """Tokens and what is added to their logits before these are divided by the temperature, such as `(("wait", 2.0),)`:
     ids, or texts of one token. In evaluation too."""
     banned: tuple[int | str, ...] = ()
     """Tokens that are never sampled: ids, or texts of one token, control tokens too. In evaluation too."""
 
+    top_logprobs: int = field(default=0, least=0, most=100)
+    """Most probable tokens that the records of rollouts tell beside each token, with their log-probs."""
     json_schema: str = ""
     """A JSON schema, as JSON text, that completions follow: of tokens that lead out of it none is sampled, and the
     log-probs are of those that are left. Decoding waits for the host at every token. Needs the extra `grammar`."""
@@ -81,7 +88,7 @@ class SamplingConfig:
     def check(self) -> None:
         """Raises a ValueError of one line for a value that cannot be."""
         check_fields(self, "config.sampling")
-        given = [name for name in ("json_schema", "regex", "lark", "schema_column") if getattr(self, name)]
+        given = [name for name in GRAMMARS if getattr(self, name)]
         if len(given) > 1:
             raise ValueError(f"config.sampling.{given[0]} and config.sampling.{given[1]}: set one of them")
         try:

@@ -5,9 +5,11 @@ host side, which fills the slots, is `rljax.sampling.sampler`.
 """
 
 import dataclasses
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from rljax.models.attention import forest_attention
@@ -27,7 +29,7 @@ from rljax.models.decoder import apply_layer, embed, final_norm
 from rljax.models.head import logits
 from rljax.models.rope import rotary_table
 from rljax.parallel import constrain, on_shards, platform
-from rljax.sampling.logits import Rules, SamplingParams, adjust_logits, process_logits, sample_tokens
+from rljax.sampling.logits import Rules, SamplingParams, adjust_logits, best_tokens, process_logits, sample_tokens
 from rljax.sampling.weights import product, product_of_few
 from rljax.types import ArrayLike, Params, struct
 
@@ -100,6 +102,25 @@ class Emitted:
     """Nats, of the distribution sampled from; 0 for a given token and one drawn while others were suppressed."""
     entropies: Float[Array, "K P G"]
     """Nats, likewise."""
+    top_tokens: Int[Array, "K P G N"] | None = None
+    """The most probable tokens of the distribution sampled from, the best first; None where nobody asks."""
+    top_logprobs: Float[Array, "K P G N"] | None = None
+    """Their log-probs, nats; below `MASKED / 2` for one that truncation removed."""
+
+    def of_row(self, row: tuple[int, int], count: int) -> tuple[np.ndarray, ...]:
+        """What a row emitted in its first `count` steps: tokens, log-probs and entropies, and the most probable tokens
+        and their log-probs where they are there. On the host."""
+        arrays = (self.tokens, self.logprobs, self.entropies, self.top_tokens, self.top_logprobs)
+        return tuple(np.asarray(x)[(slice(count), *row)] for x in arrays if x is not None)
+
+
+class Buffer(NamedTuple):
+    """What a run of steps has room for. Static."""
+
+    steps: int
+    """Most steps."""
+    top: int = 0
+    """Most probable tokens that are told beside each."""
 
 
 @struct
@@ -200,14 +221,14 @@ def token_uniforms(
 def decode(
     config: DecoderConfig,
     stop_tokens: tuple[int, ...],
-    buffer_length: int,
+    buffer: Buffer,
     params: Params,
     cache: KVCache,
     rows: DecodeRows,
     run: DecodeRun,
     rules: Rules | None = None,
 ) -> tuple[KVCache, Int[Array, ""], Int[Array, "P G"], Bool[Array, "P G"], Emitted]:
-    """Samples up to `run.max_steps <= buffer_length` tokens for every active row.
+    """Samples up to `run.max_steps <= buffer.steps` tokens for every active row.
 
     Stops early when no row is active, or when `run.refill_rows` rows could be given new work: idle rows with samples of
     their own prompt waiting, and rows of wholly idle slots that would find other work. Where the cache has room for
@@ -219,7 +240,7 @@ def decode(
     shape = rows.token.shape
     # Numbers of all steps at once: one draw of many is faster than many of one. A row at step t of the run uses
     # uniforms[t], which belong to the t-th token from its own `steps` on.
-    position = jnp.arange(buffer_length)[:, None, None] + rows.steps
+    position = jnp.arange(buffer.steps)[:, None, None] + rows.steps
     if rows.drawn is not None:
         position += rows.drawn
     uniforms = token_uniforms(run.seed, run.step, rows.prompt_id[:, None], rows.sample_id, position)
@@ -246,6 +267,8 @@ def decode(
         if run.sampling.adjusts or rows.allowed is not None:
             raw = adjust_logits(raw, run.sampling, axis=axis, allowed=rows.allowed)
         raw = _suppress(rows, loop.steps, raw, axis)
+        if buffer.top:
+            top = best_tokens(raw, run.sampling, buffer.top, axis=axis, rules=rules)
         token, logprob, entropy = draw(raw, uniforms[loop.step], run.sampling, rules, axis)
         if rows.forced.shape[-1]:
             token, logprob, entropy = _force(rows, loop.steps, token, logprob, entropy)
@@ -259,11 +282,10 @@ def decode(
         stopped = (stopped & ~_is_forced(rows, loop.steps)) | (steps >= rows.max_new_tokens)
 
         # Rows that are not active write here too; the host reads as many entries of a row as its `steps` grew.
-        emitted = Emitted(
-            tokens=loop.emitted.tokens.at[loop.step].set(token),
-            logprobs=loop.emitted.logprobs.at[loop.step].set(logprob),
-            entropies=loop.emitted.entropies.at[loop.step].set(entropy),
-        )
+        told = {"tokens": token, "logprobs": logprob, "entropies": entropy}
+        if buffer.top:
+            told["top_tokens"], told["top_logprobs"] = top
+        emitted = Emitted(**{name: getattr(loop.emitted, name).at[loop.step].set(x) for name, x in told.items()})
         return _Loop(
             step=loop.step + 1,
             cache=cache,
@@ -273,14 +295,21 @@ def decode(
             emitted=emitted,
         )
 
-    empty = jnp.zeros((buffer_length, *shape))
+    empty = jnp.zeros((buffer.steps, *shape))
+    no_top = jnp.zeros((buffer.steps, *shape, buffer.top)) if buffer.top else None
     start = _Loop(
         step=jnp.int32(0),
         cache=cache,
         token=jnp.asarray(rows.token),
         steps=jnp.asarray(rows.steps),
         active=jnp.asarray(rows.active),
-        emitted=Emitted(tokens=empty.astype(jnp.int32), logprobs=empty, entropies=empty),
+        emitted=Emitted(
+            tokens=empty.astype(jnp.int32),
+            logprobs=empty,
+            entropies=empty,
+            top_tokens=None if no_top is None else no_top.astype(jnp.int32),
+            top_logprobs=no_top,
+        ),
     )
     end = jax.lax.while_loop(keeps_going, body, start)
 

@@ -317,6 +317,21 @@ def _sums(arrays: list[Array], axis: int) -> Array:
     return jnp.expand_dims(jnp.stack(totals), axis if axis < 0 else axis + 1)
 
 
+def best_tokens(
+    logits: Float[Array, "..."],
+    params: SamplingParams,
+    count: int,
+    *,
+    axis: int = -1,
+    rules: Rules | None = None,
+) -> tuple[Int[Array, "*B N"], Float[Array, "*B N"]]:
+    """The `count` most probable tokens of the distribution that is sampled from, the best first, and their log-probs
+    (nats); below `MASKED / 2` for those that are not sampled at all. Arguments as in `process_logits`."""
+    processed = process_logits(logits, params, axis=axis, rules=rules)
+    logprobs, tokens = jax.lax.top_k(jnp.moveaxis(jax.nn.log_softmax(processed, axis=axis), axis, -1), count)
+    return tokens, logprobs
+
+
 def sample_tokens(
     processed: Float[Array, "..."],
     uniform: Float[Array, "*B"],

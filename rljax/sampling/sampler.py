@@ -24,7 +24,7 @@ from rljax.models.cache import (
 )
 from rljax.models.config import DecoderConfig
 from rljax.parallel import batch_parts, platform, use_mesh
-from rljax.sampling.generate import DecodeRows, DecodeRun, copy_prompt, decode, prefill
+from rljax.sampling.generate import Buffer, DecodeRows, DecodeRun, copy_prompt, decode, prefill
 from rljax.sampling.logits import Rules, SamplingParams, rules_of, sampling_params
 from rljax.sampling.plan import DecoderPlan, abstract_result, abstract_weights, lower_weights
 from rljax.sampling.slots import FinishReason, Load, Path, Request, Sample, Slots
@@ -203,8 +203,8 @@ class Sampler:
 
     def _decode(self, cache: KVCache, slots: Slots, run: DecodeRun, rules: Rules | None):
         """One call of `decode` for the rows as they stand."""
-        most = self._most_steps(cache, slots)
-        return _decode(self.config, self._stop_tokens, most, self._weights(), cache, slots.rows(), run, rules)
+        buffer = Buffer(self._most_steps(cache, slots), self.spec.top_logprobs)
+        return _decode(self.config, self._stop_tokens, buffer, self._weights(), cache, slots.rows(), run, rules)
 
     def _most_steps(self, cache: KVCache, slots: Slots) -> int:
         """Steps of a run at most."""
@@ -219,6 +219,9 @@ class Sampler:
     ) -> DecodeRun:
         # No row may become older than the ring is long.
         most = min(self._most_steps(cache, slots), slots.steps_within(ring_size(cache)))
+        # Of the same program, whatever requests bring.
+        if slots.has_stops:
+            most = min(most, self.spec.check_every)
         return DecodeRun(
             column=np.array(column, np.int32),
             sampling=sampling,
@@ -295,12 +298,12 @@ class Sampler:
         """Takes over what the rows emitted, and frees those that are done; returns the paths to keep."""
         ended = []
         for row, owner in slots.owners():
-            new = (slice(grown[row]), *row)
-            tokens = emitted.tokens[new]
-            slots.advance(row, tokens, emitted.logprobs[new], emitted.entropies[new])
+            new = emitted.of_row(row, int(grown[row]))
+            tokens = new[0]
+            slots.advance(row, *new)
             # A stop string is found at a token of this run at the earliest: the text before was searched after the
             # run before.
-            length = self._stop_strings.end(
+            length = self._stop_strings.beside(slots.requests[owner[0]].stop).end(
                 functools.partial(slots.last_tokens, owner),
                 int(slots.steps[row]),
                 len(tokens),
@@ -383,7 +386,7 @@ class Sampler:
                 "decode": _decode.lower(
                     self.config,
                     self._stop_tokens,
-                    self._most_steps(plan.cache, idle),
+                    Buffer(self._most_steps(plan.cache, idle), self.spec.top_logprobs),
                     plan.weights,
                     plan.cache,
                     idle.rows(),
@@ -445,6 +448,11 @@ class Sampler:
                 f"{where}: {len(prompt)} prompt + {limit} new tokens exceed {longest}, beyond which {reason}; "
                 "shorten the prompt or lower max_new_tokens"
             )
+
+        try:
+            self._stop_strings.beside(request.stop)
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from None
 
         ids = [request.prompt_id, *request.sample_ids]
         if wrong := [value for value in ids if not 0 <= value <= _LARGEST_ID]:

@@ -46,6 +46,10 @@ class Sample(NamedTuple):
     """int32 [T]: the version of the policy, where it changed on the way."""
     grammar: str = ""
     """Name of the grammar that it follows; empty for none."""
+    top_tokens: np.ndarray | None = None
+    """int32 [T, N]: the most probable tokens of the distribution sampled from, the best first; None if not asked."""
+    top_logprobs: np.ndarray | None = None
+    """float32 [T, N], nats: their log-probs; below -1e29 for one that truncation removed."""
 
     @property
     def sampled(self) -> np.ndarray:
@@ -121,6 +125,8 @@ class Request(NamedTuple):
     """The last `begun` tokens of the prompt belong to the text of the completion: a stop string may begin in them."""
     grammar: Grammar | None = None
     """What the completion must follow: of tokens that lead out of it none is sampled."""
+    stop: tuple[str, ...] = ()
+    """Texts that end it, beside those of the sampler."""
 
 
 class Load(NamedTuple):
@@ -172,7 +178,7 @@ class Slots:
         self._unfinished = [len(work) for work in self._work]
         self._unloaded = deque(i for i, request in enumerate(requests) if len(request.sample_ids))
         # (request, sample) -> what its row has emitted
-        self.parts: dict[tuple[int, int], list[tuple[np.ndarray, np.ndarray, np.ndarray]]] = {}
+        self.parts: dict[tuple[int, int], list[tuple[np.ndarray, ...]]] = {}
 
         # Per prompt slot.
         self._order = np.arange(spec.prompt_slots).reshape(parts, -1).T.ravel().tolist()
@@ -195,6 +201,7 @@ class Slots:
         # Where rows stand in their grammars, and what may come next in them; None where no request has one.
         widths = {request.grammar.width for request in requests if request.grammar is not None}
         self.is_guided = bool(widths)
+        self.has_stops = any(request.stop for request in requests)
         self._followed: dict[tuple[int, int], Followed] = {}
         self._allowed = np.full((*shape, max(widths)), _ALL, np.uint32) if widths else None
 
@@ -254,10 +261,10 @@ class Slots:
             ((p, g), (int(self._request[p]), int(self._sample[p, g]))) for p, g in np.argwhere(self.active).tolist()
         ]
 
-    def advance(self, row: tuple[int, int], tokens: np.ndarray, logprobs: np.ndarray, entropies: np.ndarray) -> None:
-        """Adds what a row emitted."""
+    def advance(self, row: tuple[int, int], tokens: np.ndarray, *told: np.ndarray) -> None:
+        """Adds the tokens that a row emitted and what is told of them, as `Emitted.of_row` has it."""
         owner = (int(self._request[row[0]]), int(self._sample[row]))
-        self.parts.setdefault(owner, []).append((tokens, logprobs, entropies))
+        self.parts.setdefault(owner, []).append((tokens, *told))
         self.steps[row] += len(tokens)
         if len(tokens):
             self._token[row] = tokens[-1]
@@ -278,7 +285,7 @@ class Slots:
         request = int(self._request[row[0]])
         sample = int(self._sample[row])
         parts = self.parts.pop((request, sample))
-        tokens, logprobs, entropies = (np.concatenate(arrays)[:length] for arrays in zip(*parts, strict=True))
+        tokens, logprobs, entropies, *top = (np.concatenate(arrays)[:length] for arrays in zip(*parts, strict=True))
 
         work = self._work[request][sample]
         forced: tuple[tuple[int, int], ...] = ()
@@ -297,6 +304,8 @@ class Slots:
             fork_score=work.score,
             forced=forced,
             intervention=work.intervention,
+            top_tokens=top[0] if top else None,
+            top_logprobs=top[1] if top else None,
             grammar=grammar.name if (grammar := self.requests[request].grammar) else "",
         )
         self._sample[row] = _FREE
@@ -398,7 +407,8 @@ class Slots:
             if work.fork_index:
                 parent = self._result(index, work.parent)
                 end = work.fork_index
-                self.parts[index, sample] = [(parent.tokens[:end], parent.logprobs[:end], parent.entropies[:end])]
+                told = (parent.tokens, parent.logprobs, parent.entropies, parent.top_tokens, parent.top_logprobs)
+                self.parts[index, sample] = [tuple(x[:end] for x in told if x is not None)]
                 self._token[row] = parent.tokens[end - 1]
                 paths.append(Path(*row, work.parent, end))
 

@@ -105,7 +105,7 @@ class RemoteSampler:
         return write_request(
             [*request.prompt, *begun],
             limit=self._limit(request) - len(begun),
-            sampling=written_sampling(sampling) | ({"stop": list(self._stops.strings)} if strings else {}),
+            sampling=written_sampling(sampling) | ({"stop": [*self._stops.strings, *request.stop]} if strings else {}),
             stop_tokens=self._stops.tokens,
             own=own,
             seed=seed_of(own),
@@ -168,7 +168,7 @@ class RemoteSampler:
         stops = set(self._stops.tokens)
         stop = next((i + 1 for i, token in enumerate(tokens) if token in stops), None)
         end = min(stop or len(tokens), limit)
-        length = self._strings.end(
+        length = self._strings.beside(request.stop).end(
             lambda count: last_of(request.prompt, [np.array([*begun, *tokens[:end]], np.int32)], count),
             len(begun) + end,
             end,

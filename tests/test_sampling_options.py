@@ -9,9 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from rljax.batching import build_forest, pad_rows
 from rljax.models import DecoderConfig, hidden_states, init_params, logits
 from rljax.sampling import Fork, Request, Sampler, SamplerSpec, Stops, compile_count, sampling_params
+from rljax.sampling.logits import Penalties
 from rljax.sampling.row_scorer import RowScorer
+from rljax.sampling.score import score_tokens
+from rljax.types import Packed
 
 VOCAB = 40
 LENGTH = 24
@@ -127,6 +131,67 @@ class _Begun(NamedTuple):
 
     def advance(self, tokens):
         self.said.extend(tokens)
+
+
+def test_penalties_are_those_of_the_tokens_before_on_either_side(sampler, scorer, params):
+    """Against counting in NumPy; presence and frequency are of the completion alone, as vLLM has them."""
+    own = sampling_params(0.8, logit_bias={4: 1.0}, penalties=Penalties(1.7, 0.6, 0.9))
+
+    def change(z, said, prompt):
+        z = z.copy()
+        z[4] += 1.0
+        for token in {*prompt, *said}:
+            z[token] = z[token] / 1.7 if z[token] > 0 else z[token] * 1.7
+        for token in set(said):
+            z[token] -= 0.6 + 0.9 * said.count(token)
+        return z
+
+    check_scored_alike(sampler, scorer, params, own, change, 0.8)
+    plain = [s.tokens.tolist() for group in generate(sampler, sampling_params(0.8)) for s in group]
+    penalised = [s.tokens.tolist() for group in generate(sampler, own) for s in group]
+    assert sum(len(set(tokens)) for tokens in penalised) > sum(len(set(tokens)) for tokens in plain)
+
+
+def test_penalties_on_a_forest_are_those_of_its_rows_and_so_are_gradients(params):
+    """A prompt, two completions with a common beginning, and one chunk or several; gradients by differences."""
+    rows = [[3, 4, 3, 5, 5, 6], [3, 4, 3, 5, 7, 5, 8], [9, 4, 4, 4]]
+    first = [2, 2, 1]
+    forest = build_forest(*pad_rows(rows))
+    own = sampling_params(0.8, penalties=Penalties(1.7, 0.6, 0.9))
+    sampled = np.zeros(len(forest.tokens), bool)
+    for row, start, tokens in zip(forest.row_index, first, rows, strict=True):
+        sampled[row[start : len(tokens)]] = True
+    packed = Packed(
+        tokens=forest.tokens[None],
+        positions=forest.positions[None],
+        predecessor=forest.predecessor[None],
+        subtree_end=forest.subtree_end[None],
+        score_index=np.where(sampled, np.arange(len(sampled)), -1)[None].astype(np.int32),
+    )
+
+    def want(params):
+        found = np.zeros(len(sampled))
+        for row, start, tokens in zip(forest.row_index, first, rows, strict=True):
+            z = model_logits(params, tokens[:start], tokens[start:])
+            for t, token in enumerate(tokens[start:]):
+                said = tokens[start : start + t]
+                for before in {*tokens[:start], *said}:
+                    z[t, before] *= 1 / 1.7 if z[t, before] > 0 else 1.7
+                for before in set(said):
+                    z[t, before] -= 0.6 + 0.9 * said.count(before)
+                found[row[start + t]] = log_softmax(z[t] / 0.8)[token]
+        return found
+
+    for chunk in (4, 64):
+        score = jax.jit(lambda p, chunk=chunk: score_tokens(CONFIG, p, packed, own, chunk=chunk)[0])
+        np.testing.assert_allclose(score(params)[0], want(params), atol=2e-5)
+        gradient = jax.grad(lambda p, score=score: score(p).sum())(params)
+        # Along one direction of the embeddings, which are the head too.
+        direction = jax.tree.map(jnp.zeros_like, params)
+        direction["embedding"] = jax.random.normal(jax.random.key(1), params["embedding"].shape)
+        moved = [jax.tree.map(lambda p, d, e=e: p + e * d, params, direction) for e in (3e-4, -3e-4)]
+        slope = (want(moved[0]).sum() - want(moved[1]).sum()) / 6e-4
+        np.testing.assert_allclose(jnp.vdot(gradient["embedding"], direction["embedding"]), slope, rtol=2e-3)
 
 
 def test_nothing_is_sampled_that_leads_out_of_a_grammar_and_forks_go_on_in_it(params):

@@ -32,8 +32,8 @@ from rljax.parallel import (
 )
 from rljax.plans import RolloutPlan
 from rljax.rollouts import Actor, ActorParts, Guided, Remote, RolloutSettings, SingleTurn
-from rljax.sampling import SamplingParams
-from rljax.sampling.config import GRAMMARS
+from rljax.sampling import SamplingConfig, SamplingParams
+from rljax.sampling.config import GRAMMARS, PENALTIES
 from rljax.sampling.logits import logit_biases
 from rljax.sampling.slots import Grammar
 from rljax.settings import placed, shown
@@ -231,9 +231,10 @@ def build_actor(
         truncated_is_wrong=sampling.truncated_is_wrong,
         solved_by=config.evaluation.solved_by,
         stop_column=sampling.stop_column,
-        grammar_of=grammars_of(config, Grammars(tokenizer, decoder.num_ids), dataset, plan),
+        grammar_of=grammars_of(config, Grammars(tokenizer, decoder.num_ids), dataset),
     )
     check_single_turns(config)
+    check_scored(config, plan)
     check_stops(config, settings, dataset, tokenizer)
     parts = ActorParts(
         decoder=decoder,
@@ -266,15 +267,36 @@ def check_single_turns(config: Config) -> None:
     """ValueError for what is set of sampling and that the actor does not do."""
     sampling = config.sampling
     actor = config.actor.actor if isinstance(config.actor, Guided) else config.actor
-    named = [*GRAMMARS, "stop_column", "top_logprobs"]
-    for name in named:
+    defaults = SamplingConfig()
+    for name in (*GRAMMARS, *PENALTIES, "stop_column", "top_logprobs"):
         value = getattr(sampling, name)
-        if not value or isinstance(actor, SingleTurn) or (name == "stop_column" and isinstance(actor, Remote)):
+        is_done = isinstance(actor, SingleTurn) or (name == "stop_column" and isinstance(actor, Remote))
+        if is_done or value == getattr(defaults, name):
             continue
         raise ValueError(
             f"config.sampling.{name}={shown(value)} has no effect with config.actor={type(config.actor).__name__}(...);"
             " use config.actor=SingleTurn(...), or leave it out"
         )
+
+
+def check_scored(config: Config, plan: RolloutPlan) -> None:
+    """ValueError for distributions that depend on more than the hidden state, where they are not scored so."""
+    sampling = config.sampling
+    if sampling.follows_grammar:
+        what = "completions that follow a grammar"
+    elif sampling.params().penalises:
+        what = "penalties of tokens before"
+    else:
+        return
+    if config.mesh.sequence > 1:
+        raise ValueError(
+            f"config.mesh.sequence={config.mesh.sequence}: devices that share sequences do not score {what}; set it to "
+            "1, or leave them out"
+        )
+    if plan.forks is not None and plan.forks.lagged_chains:
+        raise ValueError(f"forks from older weights do not go with {what}; choose another algorithm, or leave them out")
+    if plan.forks is not None and plan.forks.max_injected and sampling.follows_grammar:
+        raise ValueError(f"forks that are given tokens do not go with {what}; choose another algorithm")
 
 
 def check_stops(config: Config, settings: RolloutSettings, dataset: Dataset, tokenizer: Tokenizer) -> None:
@@ -294,21 +316,11 @@ def check_stops(config: Config, settings: RolloutSettings, dataset: Dataset, tok
             )
 
 
-def grammars_of(
-    config: Config, grammars: Grammars, dataset: Dataset, plan: RolloutPlan
-) -> Callable[[Example], Grammar | None]:
+def grammars_of(config: Config, grammars: Grammars, dataset: Dataset) -> Callable[[Example], Grammar | None]:
     """What completions of a row follow. ValueError for a grammar that cannot be read, of the config or of any row."""
     sampling = config.sampling
     if not sampling.follows_grammar:
         return lambda example: None
-    if plan.forks is not None and (plan.forks.max_injected or plan.forks.lagged_chains):
-        what = "are given tokens of their own" if plan.forks.max_injected else "come from older weights"
-        raise ValueError(f"forks that {what} follow no grammar; leave it out, or choose another algorithm")
-    if config.mesh.sequence > 1:
-        raise ValueError(
-            f"config.mesh.sequence={config.mesh.sequence}: devices that share sequences do not score what follows a "
-            "grammar; set it to 1, or leave the grammar out"
-        )
 
     def name_of(example: Example) -> str:
         if not sampling.schema_column:

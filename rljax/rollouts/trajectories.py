@@ -49,7 +49,7 @@ def trajectory_of(
     if sample.versions is not None:
         versions = on_completion(sample.versions, np.int32)
     is_child = sample.parent != NO_PARENT
-    keys = _keys_of(group.prompt, sample) if sample.grammar else None
+    keys = _keys_of(group.prompt, sample) if sample.grammar or sample.is_penalised else None
     turn_fields = group.turn_fields[index] if group.turn_fields else {}
 
     return Trajectory(
@@ -85,7 +85,7 @@ def trajectory_of(
 
 def _keys_of(prompt: Sequence[int], sample: Sample) -> np.ndarray:
     """What tokens are compared by, int64 [T]: behind one prefix the distribution is another one in another grammar, and
-    where that begins elsewhere."""
+    where the completion begins elsewhere."""
     salt = f"{len(prompt)} {sample.grammar}".encode()
     own = int.from_bytes(hashlib.sha256(salt).digest()[:4], "big") >> 1
     ids = np.concatenate([np.asarray(prompt, np.int64), np.asarray(sample.tokens, np.int64)])

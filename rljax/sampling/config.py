@@ -3,11 +3,13 @@
 import dataclasses
 from collections.abc import Callable, Sequence
 
-from rljax.sampling.logits import SamplingParams, sampling_params
+from rljax.sampling.logits import Penalties, SamplingParams, sampling_params
 from rljax.settings import check_fields, field
 
 GRAMMARS = ("json_schema", "regex", "lark", "schema_column")
 """Fields of which one may bind completions to a grammar."""
+
+PENALTIES = ("repetition_penalty", "presence_penalty", "frequency_penalty")
 
 
 @dataclasses.dataclass
@@ -36,6 +38,13 @@ class SamplingConfig:
     banned: tuple[int | str, ...] = ()
     """Tokens that are never sampled: ids, or texts of one token, control tokens too. In evaluation too."""
 
+    repetition_penalty: float = field(default=1.0, least=0.01, most=100)
+    """Divides the positive logits of tokens that stand in prompt or completion, and multiplies the others; 1 is off.
+    The trainer's log-probs are of the same. Costs an array of the vocabulary's size for each decode row."""
+    presence_penalty: float = field(default=0.0, least=-100, most=100)
+    """Is taken from the logits of tokens that the completion has sampled; 0 is off."""
+    frequency_penalty: float = field(default=0.0, least=-100, most=100)
+    """Is taken from the logit of a token each time that the completion has sampled it; 0 is off."""
     top_logprobs: int = field(default=0, least=0, most=100)
     """Most probable tokens that the records of rollouts tell beside each token, with their log-probs."""
     json_schema: str = ""
@@ -83,6 +92,7 @@ class SamplingConfig:
             min_p=self.min_p,
             logit_bias=dict(zip(ids("logit_bias", [token for token, _ in biased]), values, strict=True)),
             banned=ids("banned", self.banned),
+            penalties=Penalties(self.repetition_penalty, self.presence_penalty, self.frequency_penalty),
         )
 
     def check(self) -> None:

@@ -29,7 +29,15 @@ from rljax.models.decoder import apply_layer, embed, final_norm
 from rljax.models.head import logits
 from rljax.models.rope import rotary_table
 from rljax.parallel import constrain, on_shards, platform
-from rljax.sampling.logits import Rules, SamplingParams, adjust_logits, best_tokens, process_logits, sample_tokens
+from rljax.sampling.logits import (
+    Before,
+    Rules,
+    SamplingParams,
+    adjust_logits,
+    best_tokens,
+    process_logits,
+    sample_tokens,
+)
 from rljax.sampling.weights import product, product_of_few
 from rljax.types import ArrayLike, Params, struct
 
@@ -67,6 +75,12 @@ class DecodeRows:
     allowed: UInt32[ArrayLike, "P G W"] | None = None
     """A bit a token of the vocabulary, the first the lowest: whether it may be sampled in the first step; None where
     all may. A run that has it is of one step."""
+    prompt: Int[ArrayLike, "P S"] | None = None
+    """Tokens of the prompts, then `NO_TOKEN`; needed with penalties, as the next two."""
+    said: Int[ArrayLike, "P G T"] | None = None
+    """Tokens of the completions so far, then `NO_TOKEN`."""
+    said_sampled: Bool[ArrayLike, "P G T"] | None = None
+    """Which of these the policy has sampled."""
     drawn: Int[ArrayLike, "P G"] | None = None
     """Random numbers of a row's ids that were used up before those of `steps`; None for none anywhere."""
 
@@ -133,6 +147,7 @@ class _Loop:
     steps: Array
     active: Array
     emitted: Emitted
+    before: Before | None = None
 
 
 def prefill(
@@ -265,7 +280,7 @@ def decode(
 
         raw = logits(config, params, hidden, vocab_first=axis == 0)
         if run.sampling.adjusts or rows.allowed is not None:
-            raw = adjust_logits(raw, run.sampling, axis=axis, allowed=rows.allowed)
+            raw = adjust_logits(raw, run.sampling, axis=axis, allowed=rows.allowed, before=loop.before)
         raw = _suppress(rows, loop.steps, raw, axis)
         if buffer.top:
             top = best_tokens(raw, run.sampling, buffer.top, axis=axis, rules=rules)
@@ -275,6 +290,13 @@ def decode(
         if rows.suppressed is not None:
             # Not drawn as the policy would: nothing is known of it that could be trained on.
             logprob, entropy = (jnp.where(_is_suppressing(rows, loop.steps), 0, x) for x in (logprob, entropy))
+
+        before = loop.before
+        if before is not None:
+            is_own = loop.active & ~_is_forced(rows, loop.steps)
+            if rows.suppressed is not None:
+                is_own &= ~_is_suppressing(rows, loop.steps)
+            before = _with_tokens(before, token[..., None], loop.active[..., None], is_own[..., None], axis)
 
         steps = loop.steps + loop.active
         stopped = jnp.any(token[..., None] == jnp.asarray(stop_tokens, jnp.int32), axis=-1)
@@ -293,6 +315,7 @@ def decode(
             steps=steps,
             active=loop.active & ~stopped,
             emitted=emitted,
+            before=before,
         )
 
     empty = jnp.zeros((buffer.steps, *shape))
@@ -310,6 +333,7 @@ def decode(
             top_tokens=None if no_top is None else no_top.astype(jnp.int32),
             top_logprobs=no_top,
         ),
+        before=_before(config, rows, axis) if run.sampling.penalises else None,
     )
     end = jax.lax.while_loop(keeps_going, body, start)
 
@@ -319,6 +343,30 @@ def decode(
     )
     next_column = (jnp.asarray(run.column) + end.step) % ring
     return end.cache, next_column, steps, active, emitted
+
+
+def _before(config: DecoderConfig, rows: DecodeRows, axis: int) -> Before:
+    """Which tokens stand before the first step, in the layout of its logits."""
+    assert rows.prompt is not None and rows.said is not None, "penalties need the tokens of prompts and completions"
+    said = jnp.asarray(rows.said)
+    shape = (*said.shape[:2], config.vocab_size)
+    shape = (shape[2], *shape[:2]) if axis == 0 else shape
+    nothing = Before(seen=jnp.zeros(shape, bool), sampled=jnp.zeros(shape, jnp.int32))
+    prompts = jnp.broadcast_to(jnp.asarray(rows.prompt)[:, None], (*said.shape[:2], rows.prompt.shape[1]))
+    given = _with_tokens(nothing, prompts, jnp.ones_like(prompts, bool), jnp.zeros_like(prompts, bool), axis)
+    return _with_tokens(given, said, jnp.ones_like(said, bool), jnp.asarray(rows.said_sampled), axis)
+
+
+def _with_tokens(before: Before, tokens: Array, counts: Array, is_own: Array, axis: int) -> Before:
+    """With the tokens [P, G, T] that `counts` marks, of which those of `is_own` were sampled; `NO_TOKEN` is none."""
+    slots, samples, _ = tokens.shape
+    row = jnp.arange(slots)[:, None, None]
+    column = jnp.arange(samples)[None, :, None]
+    at = (tokens, row, column) if axis == 0 else (row, column, tokens)
+    return Before(
+        seen=before.seen.at[at].max(counts, mode="drop"),
+        sampled=before.sampled.at[at].add(is_own.astype(jnp.int32), mode="drop"),
+    )
 
 
 def draw(

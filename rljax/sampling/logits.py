@@ -50,14 +50,64 @@ class SamplingParams:
     bias: Float[ArrayLike, " N"] | None = None
     """What is added to their logits before these are divided; `MASKED` bans a token."""
 
+    repetition: Float[ArrayLike, ""] | None = None
+    """Divisor of the positive logits, and factor of the others, of tokens that stand before (1909.05858, section 4.1);
+    None, as the next two, where none of the three is on."""
+    presence: Float[ArrayLike, ""] | None = None
+    """What is taken from the logits of tokens that the completion has sampled."""
+    frequency: Float[ArrayLike, ""] | None = None
+    """What is taken from the logit of a token each time that the completion has sampled it."""
+
+    @property
+    def penalises(self) -> bool:
+        """Whether logits depend on the tokens before. Static."""
+        return self.repetition is not None
+
     @property
     def adjusts(self) -> bool:
         """Whether logits are changed before they are divided. Static: parts that are off are None."""
-        return self.bias is not None
+        return self.bias is not None or self.penalises
 
     def adjusted_as(self, other: "SamplingParams") -> "SamplingParams":
         """The same temperature and truncation, of logits that are changed as those of `other`."""
-        return dataclasses.replace(self, bias_tokens=other.bias_tokens, bias=other.bias)
+        names = ("bias_tokens", "bias", "repetition", "presence", "frequency")
+        return dataclasses.replace(self, **{name: getattr(other, name) for name in names})
+
+
+class Penalties(NamedTuple):
+    """What is said of tokens that stand before, as in vLLM."""
+
+    repetition: float = 1.0
+    """Of tokens of prompt and completion; 1 is off, and more makes them less likely."""
+    presence: float = 0.0
+    """Of tokens that the completion has sampled; 0 is off."""
+    frequency: float = 0.0
+    """Likewise, for each time; 0 is off."""
+
+    def checked(self) -> dict[str, np.ndarray]:
+        """Fields of `SamplingParams`; none where all are off. ValueError for a value out of range."""
+        if not 0.01 <= self.repetition <= 100:
+            raise ValueError(f"repetition_penalty={self.repetition} must lie between 0.01 and 100; 1 switches it off")
+        for name in ("presence", "frequency"):
+            value = getattr(self, name)
+            if not abs(value) <= 100:
+                raise ValueError(f"{name}_penalty={value} must lie between -100 and 100; 0 switches it off")
+        if self == NO_PENALTIES:
+            return {}
+        return {name: np.asarray(value, np.float32) for name, value in self._asdict().items()}
+
+
+NO_PENALTIES = Penalties()
+
+
+@struct
+class Before:
+    """Of each distribution, which tokens stand before it."""
+
+    seen: Bool[Array, "..."]
+    """In the layout of the logits: whether a token stands in prompt or completion."""
+    sampled: Int[Array, "..."]
+    """How often the completion has sampled it."""
 
 
 class Rules(NamedTuple):
@@ -92,11 +142,13 @@ def sampling_params(
     *,
     logit_bias: Mapping[int, float] | None = None,
     banned: Collection[int] = (),
+    penalties: Penalties = NO_PENALTIES,
 ) -> SamplingParams:
     """Checked `SamplingParams`. Temperature 0 is greedy and ignores `top_k`, `top_p` and `min_p`.
 
     `logit_bias` is added to the logits of these tokens, and those of `banned` are never sampled; both hold for greedy
-    too. Their number, rounded up to a power of two, is a part of a program's shape; their values are not.
+    too, and so do `penalties`. The number of tokens that are named, rounded up to a power of two, is a part of a
+    program's shape; values are not.
 
     Otherwise the logits are divided by the temperature and truncated: `top_k` keeps the k most probable tokens
     (0 = all), `top_p` the fewest most probable ones whose share of what top-k left reaches p (1 = all; 1904.09751),
@@ -124,6 +176,7 @@ def sampling_params(
         min_p=np.asarray(min_p, np.float32),
         bias_tokens=bias_tokens,
         bias=bias,
+        **penalties.checked(),
     )
 
 
@@ -167,10 +220,12 @@ def adjust_logits(
     *,
     axis: int = -1,
     allowed: UInt32[ArrayLike, "..."] | None = None,
+    before: Before | None = None,
 ) -> Float[Array, "..."]:
     """Float32 logits with what `params` adds to them, before they are divided and truncated: the first step, and the
     same for sampler and trainer. What is banned gets `MASKED`, and so does what is not `allowed [*B, W]`: of those of
-    the vocabulary, token `v` is bit `v % 32` of word `v // 32`. `axis`, 0 or -1, is the whole vocabulary."""
+    the vocabulary, token `v` is bit `v % 32` of word `v // 32`. `before` is needed with penalties. `axis`, 0 or -1, is
+    the whole vocabulary."""
     wide = logits.astype(jnp.float32)
     vocab = logits.shape[axis]
     if allowed is not None:
@@ -178,11 +233,33 @@ def adjust_logits(
         bits = (words[..., None] >> jnp.arange(32, dtype=jnp.uint32)) & 1
         bits = bits.reshape(*words.shape[:-1], -1)[..., :vocab] == 1
         wide = jnp.where(jnp.moveaxis(bits, -1, 0) if axis == 0 else bits, wide, MASKED)
-    if params is None or params.bias is None:
+    if params is None:
         return wide
+    biased = bias_logits(wide, params, axis=axis)
+    if before is None:
+        assert not params.penalises, "penalties need the tokens before"
+        return biased
+    scaled = biased * penalty_slope(biased, params, before)
+    taken = jnp.asarray(params.frequency) * before.sampled + jnp.asarray(params.presence) * (before.sampled > 0)
+    # What does not count stays so, whatever it is multiplied with.
+    return jnp.where(biased > MASKED / 2, scaled - taken, MASKED)
+
+
+def penalty_slope(biased: Float[Array, "..."], params: SamplingParams, before: Before) -> Float[Array, "..."]:
+    """What the repetition penalty multiplies logits with, which is the derivative of `adjust_logits` by them too."""
+    rate = jnp.asarray(params.repetition)
+    return jnp.where(before.seen, jnp.where(biased > 0, 1 / rate, rate), 1.0)
+
+
+def bias_logits(logits: Float[Array, "..."], params: SamplingParams, *, axis: int = -1) -> Float[Array, "..."]:
+    """Float32 logits with the bias of `params` alone; `MASKED` for banned tokens."""
+    wide = logits.astype(jnp.float32)
+    if params.bias is None:
+        return wide
+    vocab = logits.shape[axis]
     # Added, not set: an id beyond the vocabulary would otherwise be the last one.
     added = jnp.zeros(vocab, jnp.float32).at[jnp.asarray(params.bias_tokens)].add(jnp.asarray(params.bias), mode="drop")
-    added = added.reshape(-1, *(1,) * (logits.ndim - 1)) if axis == 0 else added
+    added = added.reshape(-1, *(1,) * (wide.ndim - 1)) if axis == 0 else added
     # A sum with `MASKED` is what a head has masked, or is banned, and nothing in between.
     return jnp.where(added > MASKED / 2, wide + added, MASKED)
 

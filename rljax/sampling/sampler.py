@@ -199,12 +199,21 @@ class Sampler:
 
         busy = stats["new_tokens"] + stats["forced_tokens"]
         self.last_stats = {**stats, **seconds, "slot_occupancy": busy / max(stats.pop("row_steps"), 1)}
-        return [[sample for sample in group if sample is not None] for group in slots.results]
+        groups = [[sample for sample in group if sample is not None] for group in slots.results]
+        if sampling.penalises:
+            groups = [[sample._replace(is_penalised=True) for sample in group] for group in groups]
+        return groups
 
     def _decode(self, cache: KVCache, slots: Slots, run: DecodeRun, rules: Rules | None):
         """One call of `decode` for the rows as they stand."""
         buffer = Buffer(self._most_steps(cache, slots), self.spec.top_logprobs)
-        return _decode(self.config, self._stop_tokens, buffer, self._weights(), cache, slots.rows(), run, rules)
+        rows = self._rows(slots, run.sampling)
+        return _decode(self.config, self._stop_tokens, buffer, self._weights(), cache, rows, run, rules)
+
+    def _rows(self, slots: Slots, sampling: SamplingParams) -> DecodeRows:
+        """The grid as the device wants it for this sampling."""
+        rows = slots.rows()
+        return slots.with_history(rows, self.spec.prompt_buckets[-1]) if sampling.penalises else rows
 
     def _most_steps(self, cache: KVCache, slots: Slots) -> int:
         """Steps of a run at most."""
@@ -389,7 +398,7 @@ class Sampler:
                     Buffer(self._most_steps(plan.cache, idle), self.spec.top_logprobs),
                     plan.weights,
                     plan.cache,
-                    idle.rows(),
+                    self._rows(idle, sampling),
                     self._run(plan.cache, 0, idle, sampling, 0, 0),
                     rules_of(sampling),
                 ),

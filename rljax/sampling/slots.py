@@ -1,5 +1,6 @@
 """Which sample runs in which row: the host's bookkeeping of the decoder's grid. No device work."""
 
+import dataclasses
 from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple, Protocol, runtime_checkable
@@ -7,6 +8,7 @@ from typing import Literal, NamedTuple, Protocol, runtime_checkable
 import numpy as np
 
 from rljax.sampling.generate import DecodeRows
+from rljax.sampling.logits import NO_TOKEN
 from rljax.sampling.spec import SamplerSpec
 from rljax.sampling.stopping import last_of
 from rljax.types import INTERVENTION_NONE, INTERVENTION_SUPPRESS, NO_PARENT
@@ -46,6 +48,8 @@ class Sample(NamedTuple):
     """int32 [T]: the version of the policy, where it changed on the way."""
     grammar: str = ""
     """Name of the grammar that it follows; empty for none."""
+    is_penalised: bool = False
+    """Whether its distributions depend on which of the tokens before are its own."""
     top_tokens: np.ndarray | None = None
     """int32 [T, N]: the most probable tokens of the distribution sampled from, the best first; None if not asked."""
     top_logprobs: np.ndarray | None = None
@@ -239,6 +243,22 @@ class Slots:
             allowed=self._allowed,
         )
 
+    def with_history(self, rows: DecodeRows, longest_prompt: int) -> DecodeRows:
+        """The grid with the tokens of its prompts and completions, for penalties."""
+        shape = (*self.active.shape, self.max_new_tokens)
+        prompt = np.full((shape[0], longest_prompt), NO_TOKEN, np.int32)
+        said = np.full(shape, NO_TOKEN, np.int32)
+        sampled = np.zeros(shape, bool)
+        for row, owner in self.owners():
+            request, sample = owner
+            prompt[row[0], : len(self.requests[request].prompt)] = self.requests[request].prompt
+            tokens = [token for part in self.parts.get(owner, ()) for token in part[0].tolist()]
+            said[row][: len(tokens)] = tokens
+            sampled[row][: len(tokens)] = True
+            for start, stop in self._forced_spans(request, self._work[request][sample]):
+                sampled[row][start:stop] = False
+        return dataclasses.replace(rows, prompt=prompt, said=said, said_sampled=sampled)
+
     def oldest(self) -> int:
         """Columns of the ring that the oldest active row has."""
         return int(self.steps[self.active].max(initial=0))
@@ -288,12 +308,7 @@ class Slots:
         tokens, logprobs, entropies, *top = (np.concatenate(arrays)[:length] for arrays in zip(*parts, strict=True))
 
         work = self._work[request][sample]
-        forced: tuple[tuple[int, int], ...] = ()
-        if work.parent != NO_PARENT:
-            forced = spans_before(self._result(request, work.parent).forced, work.fork_index)
-        given = len(work.inject) + self._is_suppressed(work)
-        if given:
-            forced += ((work.fork_index, work.fork_index + given),)
+        forced = self._forced_spans(request, work)
         self.results[request][sample] = Sample(
             tokens=tokens,
             logprobs=logprobs,
@@ -350,6 +365,14 @@ class Slots:
     def _is_suppressed(self, work: Fork) -> bool:
         """Whether its first own token is drawn while others are suppressed."""
         return work.intervention == INTERVENTION_SUPPRESS and len(self._suppressed) > 0
+
+    def _forced_spans(self, request: int, work: Fork) -> tuple[tuple[int, int], ...]:
+        """Spans of a sample that the policy did not sample as it would."""
+        forced: tuple[tuple[int, int], ...] = ()
+        if work.parent != NO_PARENT:
+            forced = spans_before(self._result(request, work.parent).forced, work.fork_index)
+        given = len(work.inject) + self._is_suppressed(work)
+        return (*forced, (work.fork_index, work.fork_index + given)) if given else forced
 
     def _result(self, request: int, sample: int) -> Sample:
         result = self.results[request][sample]

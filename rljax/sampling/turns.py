@@ -207,7 +207,10 @@ class TurnDecoder:
         self._column = 0
 
     def begin(self, sampling: SamplingParams, *, seed: int, step: int) -> None:
-        """How turns are sampled from now on; clears `stats`. (seed, step) enter the random numbers."""
+        """How turns are sampled from now on; clears `stats`. (seed, step) enter the random numbers. ValueError for
+        penalties."""
+        if sampling.penalises:
+            raise ValueError("turns are sampled without penalties: leave repetition, presence and frequency out")
         self._sampling = sampling
         self._seed = seed
         self._step = step

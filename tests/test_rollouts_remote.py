@@ -60,7 +60,7 @@ def served(folder, **changes):
 
 @pytest.fixture(scope="module")
 def service(model):
-    with served(model[2]) as service:
+    with served(model[2], top_logprobs=2) as service:
         yield service
 
 
@@ -451,6 +451,18 @@ def test_an_engine_biases_logits_and_bans_tokens_as_it_is_told(service):
     np.testing.assert_allclose([x["logprob"] for x in always["logprobs"]["content"]], 0, atol=1e-6)
     (first,) = said(temperature=0.0, max_tokens=1)["token_ids"]
     assert said(temperature=0.0, max_tokens=1, logit_bias={str(first): -1e30})["token_ids"] != [first]
+
+
+def test_an_engine_tells_the_most_probable_tokens(service):
+    """The best of greedy decoding is what it says, and there are as many as are asked for."""
+    for count in (0, 1, 2):
+        (choice,) = ask(service, "/inference/v1/generate", body_of(temperature=0.0, logprobs=count))[1]["choices"]
+        content = choice["logprobs"]["content"]
+        assert [len(entry["top_logprobs"]) for entry in content] == [count] * len(content)
+        for entry in content[: len(content) * bool(count)]:
+            best = entry["top_logprobs"][0]
+            assert (best["token_id"], best["rank"]) == (entry["token_id"], 1)
+            assert abs(best["logprob"] - entry["logprob"]) < ROUNDING
 
 
 def test_a_key_is_asked_for(model):

@@ -31,7 +31,7 @@ from rljax.parallel import (
     use_mesh,
 )
 from rljax.plans import RolloutPlan
-from rljax.rollouts import Actor, ActorParts, Guided, Remote, RolloutSettings, SingleTurn
+from rljax.rollouts import Actor, ActorParts, BlackBox, Guided, Remote, RolloutSettings, SingleTurn
 from rljax.sampling import SamplingConfig, SamplingParams
 from rljax.sampling.config import GRAMMARS, PENALTIES
 from rljax.sampling.logits import logit_biases
@@ -270,7 +270,8 @@ def check_single_turns(config: Config) -> None:
     defaults = SamplingConfig()
     for name in (*GRAMMARS, *PENALTIES, "stop_column", "top_logprobs"):
         value = getattr(sampling, name)
-        is_done = isinstance(actor, SingleTurn) or (name == "stop_column" and isinstance(actor, Remote))
+        others: dict[str, type] = {"stop_column": Remote, "top_logprobs": BlackBox}
+        is_done = isinstance(actor, (SingleTurn, others.get(name, SingleTurn)))
         if is_done or value == getattr(defaults, name):
             continue
         raise ValueError(

@@ -67,6 +67,11 @@ class StopStrings:
         text = self._decode(ids)
         return any(string in text for string in self.strings)
 
+    @property
+    def reads_text(self) -> bool:
+        """Whether it could find others."""
+        return self._decode is not None
+
     def beside(self, strings: Sequence[str]) -> "StopStrings":
         """Finds `strings` too, as those of one request. Raises ValueError as when it is made."""
         more = tuple(string for string in strings if string not in self.strings)

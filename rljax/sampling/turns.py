@@ -280,6 +280,11 @@ class TurnDecoder:
         return self.config, self.spec.rows, 1, self._size, self._ring
 
     @property
+    def finds_strings(self) -> bool:
+        """Whether turns may have stop strings of their own."""
+        return self._stop_strings.reads_text
+
+    @property
     def num_open(self) -> int:
         """Turns that wait or run."""
         return len(self._waiting) + self.num_running

@@ -24,7 +24,6 @@ _NEUTRAL: Mapping[str, tuple[Any, ...]] = {  # what would change what is sampled
     "frequency_penalty": (0,),
     "repetition_penalty": (1,),
     "min_tokens": (0,),
-    "logprobs": (0,),
     "prompt_logprobs": (),
     "allowed_token_ids": ([],),
     "bad_words": ([],),
@@ -46,6 +45,7 @@ _KNOWN = {
     "stop_token_ids",
     "ignore_eos",
     "max_tokens",
+    "logprobs",
 }
 # Of the text and of streams, of which there are none here.
 _WITHOUT_EFFECT = {
@@ -81,6 +81,8 @@ class GenerateRequest(NamedTuple):
     """Whether the model's own do not."""
     limit: int | None
     """Most new tokens; None is as many as there is room for."""
+    top: int
+    """Most probable tokens that are told beside each."""
     seed: int
     """Enters the random numbers, as do the next three."""
     step: int
@@ -151,6 +153,7 @@ def read_request(body: Any, *, new_seed: int) -> GenerateRequest:
         stop_tokens=tuple(_ids("stop_token_ids", given.get("stop_token_ids") or [])),
         ignores_eos=bool(given.get("ignore_eos")),
         limit=None if limit is None else _whole("max_tokens", limit, least=1),
+        top=_whole("logprobs", given.get("logprobs") or 0, most=100),
         **own,
     )
 
@@ -182,11 +185,24 @@ def write_request(
     }
 
 
-def write_choice(index: int, sample: Sample, *, stop_reason: int | str | None, version: str) -> dict[str, Any]:
-    """A completion as vLLM has it, and what it does not say."""
+def write_choice(
+    index: int, sample: Sample, *, stop_reason: int | str | None, version: str, top: int = 0
+) -> dict[str, Any]:
+    """A completion as vLLM has it, with the `top` most probable tokens beside each, and what it does not say."""
+    best: list[list[dict[str, Any]]] = [[] for _ in sample.tokens]
+    if top and sample.top_tokens is not None and sample.top_logprobs is not None:
+        pairs = zip(sample.top_tokens[:, :top].tolist(), sample.top_logprobs[:, :top].tolist(), strict=True)
+        best = [
+            [
+                {"token_id": token, "logprob": logprob, "rank": rank}
+                for rank, (token, logprob) in enumerate(zip(*one, strict=True), 1)
+                if logprob > MASKED / 2
+            ]
+            for one in pairs
+        ]
     content = [
-        {"token_id": token, "logprob": logprob, "rank": None, "top_logprobs": []}
-        for token, logprob in zip(sample.tokens.tolist(), map(float, sample.logprobs), strict=True)
+        {"token_id": token, "logprob": logprob, "rank": None, "top_logprobs": tops}
+        for token, logprob, tops in zip(sample.tokens.tolist(), map(float, sample.logprobs), best, strict=True)
     ]
     return {
         "index": index,

@@ -245,6 +245,14 @@ class EngineService:
                 param="max_tokens",
             )
 
+        most_top = self._turn_decoder.spec.top_logprobs
+        if request.top > most_top:
+            raise ApiError(
+                f"logprobs={request.top} is more than the {most_top} most probable tokens that are told; lower it, or "
+                "serve with more --top_logprobs",
+                param="logprobs",
+            )
+
         manner = Manner(
             temperature=request.temperature,
             top_k=request.top_k,
@@ -290,9 +298,14 @@ class EngineService:
             text = self.tokenizer.decode([*begun, *result.tokens.tolist()])
             reason = next((string for string in request.stop if find_stop(text, (string,)) is not None), None)
         sample = Sample(
-            result.tokens, result.logprobs, result.entropies, "length" if result.end == "length" else "stop"
+            result.tokens,
+            result.logprobs,
+            result.entropies,
+            "length" if result.end == "length" else "stop",
+            top_tokens=result.top_tokens,
+            top_logprobs=result.top_logprobs,
         )
-        return write_choice(index, sample, stop_reason=reason, version=self._weights[version].label)
+        return write_choice(index, sample, stop_reason=reason, version=self._weights[version].label, top=request.top)
 
     def _collective_rpc(self, body: Any) -> dict[str, Any]:
         method = body.get("method") if isinstance(body, dict) else None

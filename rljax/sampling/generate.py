@@ -34,6 +34,7 @@ from rljax.sampling.logits import (
     Rules,
     SamplingParams,
     adjust_logits,
+    ban_logits,
     best_tokens,
     process_logits,
     sample_tokens,
@@ -394,14 +395,10 @@ def draw(
 
 
 def _suppress(rows: DecodeRows, steps: Array, logits: Array, axis: int) -> Array:
-    """Logits, -inf for what may not be sampled now; the vocabulary is `axis`, 0 or -1."""
+    """Logits without what may not be sampled now; the vocabulary is `axis`, 0 or -1."""
     if rows.suppressed is None:
         return logits
-    ids = jnp.arange(logits.shape[axis])
-    named = jnp.any(ids[:, None] == jnp.asarray(rows.suppressed), axis=1)
-    named = named[:, None, None] if axis == 0 else named
-    now = _is_suppressing(rows, steps)
-    return jnp.where(named & (now if axis == 0 else now[..., None]), -jnp.inf, logits)
+    return ban_logits(logits, rows.suppressed, _is_suppressing(rows, steps), axis=axis)
 
 
 def _is_suppressing(rows: DecodeRows, steps: Array) -> Array:

@@ -245,6 +245,15 @@ def adjust_logits(
     return jnp.where(biased > MASKED / 2, scaled - taken, MASKED)
 
 
+def ban_logits(
+    logits: Float[Array, "..."], tokens: Int[ArrayLike, " N"], where: Bool[Array, "*B"], *, axis: int = -1
+) -> Float[Array, "..."]:
+    """Logits, `MASKED` for `tokens` in the distributions `where`. `axis`, 0 or -1, is the whole vocabulary."""
+    named = jnp.any(jnp.arange(logits.shape[axis])[:, None] == jnp.asarray(tokens), axis=1)
+    named = named.reshape(-1, *(1,) * where.ndim) if axis == 0 else named
+    return jnp.where(named & jnp.expand_dims(where, axis), MASKED, logits)
+
+
 def penalty_slope(biased: Float[Array, "..."], params: SamplingParams, before: Before) -> Float[Array, "..."]:
     """What the repetition penalty multiplies logits with, which is the derivative of `adjust_logits` by them too."""
     rate = jnp.asarray(params.repetition)

@@ -57,8 +57,9 @@ _decode = jax.jit(decode, static_argnums=(0, 1, 2, 7), donate_argnums=4)
 class Sampler:
     """Samples completions with a grid of `spec.prompt_slots` prompts x `spec.sample_slots` samples of each.
 
-    After `warmup` no call compiles. A token of `stops.tokens` ends a sample, and so does text containing one of
-    `stops.strings`.
+    After `warmup` no call compiles, but for the first with a request that follows a grammar: its rows go on one step at
+    a time, since the host says what may come next. A token of `stops.tokens` ends a sample, and so does text containing
+    one of `stops.strings`.
 
     Requests with `rounds` fork: later samples start from any token of the first `spec.path_slots` samples of their
     request, whose keys and values are kept, and nothing is computed again. A fork may begin with up to

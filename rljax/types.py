@@ -7,7 +7,7 @@ field describes token `t` itself; the one function that shifts by one is `rljax.
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, TypeVar, dataclass_transform
+from typing import Any, NamedTuple, TypeVar, dataclass_transform
 
 import chex
 import jax
@@ -78,6 +78,8 @@ class Trajectory:
     columns: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # signals by name: float, or float32 [T]
     token_keys: Int[np.ndarray, " T"] | None = None  # int64: what tokens are compared by; None: their ids
     experts: Int[np.ndarray, "T L K"] | None = None  # int16: of each layer, that computed for the token; -1: no record
+    grammar: str = ""  # that its completion follows (`rljax.text.Grammars`); empty for none
+    grammar_start: int = 0  # where that begins
 
 
 @struct
@@ -114,6 +116,15 @@ class RolloutBatch:
     experts: Int[ArrayLike, "B T L K"] | None = None  # int16, -1 for none: when all trajectories have them
 
 
+class Allowed(NamedTuple):
+    """Which tokens could be drawn where, in the rows of a batch. Host, numpy."""
+
+    masks: UInt32[np.ndarray, "U W"]
+    """A bit a token of the vocabulary, the first the lowest."""
+    which: Int[np.ndarray, "B T"]
+    """The mask that a token was drawn under; -1 where all could be."""
+
+
 @struct
 class Packed:
     """What the model sees: forests in depth-first order, any number of trees to a packed row.
@@ -122,7 +133,8 @@ class Packed:
     `predecessor` the packed index of the token before on that path (-1 for a root). Padding has `subtree_end` 0.
     `score_index` lists the packed indices of the tokens whose log-prob is wanted (-1 pads), so the vocabulary head
     runs on these alone. `experts` are those that each token passes in each of the `L` layers of a mixture, -1 where it
-    passes the best; None where all do.
+    passes the best; None where all do. Where tokens were drawn under masks, these come with them: no other tokens
+    count.
     """
 
     tokens: Int[ArrayLike, "*M R S"]
@@ -131,6 +143,8 @@ class Packed:
     subtree_end: Int[ArrayLike, "*M R S"]
     score_index: Int[ArrayLike, "*M R K"]
     experts: Int[ArrayLike, "*M R S L E"] | None = None  # int16
+    allowed: UInt32[ArrayLike, "*M R U W"] | None = None  # masks: a bit a token of the vocabulary, lowest first
+    allowed_index: Int[ArrayLike, "*M R K"] | None = None  # the mask that a scored token was drawn under; -1 for none
 
 
 @struct

@@ -110,6 +110,8 @@ class Canned(ChatEndpoint):
         self.most_bytes = 2**20
         self._format = get_format("hermes")
         self._stop_strings = ("\n\n",)
+        self._finds_strings = True
+        self._most_top = 0
         self._max_new_tokens = 8
         self._sampling = {"temperature": 1.0, "top_p": 1.0, "top_k": 0.0, "min_p": 0.0}
         self._sessions = {}
@@ -143,7 +145,16 @@ def post(server, body, session, headers=None):
 
 
 NAMES = ("temperature", "top_p", "top_k", "min_p", "n", "stop", "max_tokens", "tools", "tool_choice", "response_format")
-NAMES += ("logit_bias", "logprobs", "stream_options", "model", "functions", "max_completion_tokens", "modalities")
+NAMES += (
+    "logit_bias",
+    "logprobs",
+    "stream_options",
+    "model",
+    "functions",
+    "max_completion_tokens",
+    "modalities",
+    "top_logprobs",
+)
 REQUESTS = st.one_of(
     VALUES,
     st.fixed_dictionaries({"messages": MESSAGES | VALUES}, optional={name: VALUES | st.just([ECHO]) for name in NAMES}),

@@ -36,7 +36,7 @@ from rljax.rollouts import (
     number_groups,
 )
 from rljax.rollouts.black_box.address import TOKEN
-from rljax.rollouts.black_box.recording import Renderer, Reply
+from rljax.rollouts.black_box.recording import Renderer, Reply, sample_of
 from rljax.sampling import Stops, TurnDecoder, TurnDecoderSpec, sampling_params
 from rljax.tasks import Example, RewardRunner, RewardSpec
 from rljax.text import CharTokenizer, Dialogue
@@ -96,9 +96,10 @@ def make_decoder(*, rows=4, conversations=8, length=LENGTH):
         max_new_tokens=NEW,
         prefill_chunks=(16, 64),
         check_every=3,
+        top_logprobs=2,
     )
     # a fifth of the bytes end a turn, so that some end by themselves
-    return TurnDecoder(CONFIG, spec, Stops(tokens=[END, *range(0, 256, 5)]))
+    return TurnDecoder(CONFIG, spec, Stops(tokens=[END, *range(0, 256, 5)], decode_text=make_tokenizer().decode))
 
 
 def open_endpoint(template=TEMPLATE, tool_format="hermes", **sizes):
@@ -401,7 +402,10 @@ def test_malformed_requests_get_a_clear_answer(endpoint):
         ({"messages": fine, "temperature": float("nan")}, "this run samples with temperature=1"),
         ({"messages": fine, "top_p": "high"}, "top_p=1"),
         ({"messages": fine, "n": 2}, "n=2 is not served"),
-        ({"messages": fine, "stop": ["\n"]}, "does not stop at"),
+        ({"messages": fine, "stop": ["<|im_start|>"]}, "its control token ends answers of all requests or of none"),
+        ({"messages": fine, "stop": ["a<|im_end|>"]}, "never ends an answer"),
+        ({"messages": fine, "stop": [""]}, "stop is ['']"),
+        ({"messages": fine, "top_logprobs": 3}, "top_logprobs=3 is not served"),
         ({"messages": fine, "max_tokens": 0}, "at least 1"),
         ({"messages": fine, "tools": [{"name": "echo"}]}, "tools must be"),
         ({"messages": fine, "tools": [ECHO], "tool_choice": "required"}, "tool_choice='required'"),
@@ -436,6 +440,25 @@ def test_malformed_requests_get_a_clear_answer(endpoint):
         assert json.loads(answer.read()) == {"status": "ok", "version": 7}
     endpoint.close_session(session)
     assert refused(url, {"messages": fine})[0] == 404
+
+
+def test_a_request_has_stops_of_its_own_and_is_told_the_most_probable_tokens(endpoint):
+    session = endpoint.open_session(prompt_id=3, sample_id=1)
+    url = endpoint.url(session)
+    # The same messages again would have other random numbers, so the session is another one of the same name.
+    whole = ask(url, [user("x")])["choices"][0]["message"]["content"]
+    again = endpoint.open_session(prompt_id=3, sample_id=1)
+    stop = whole[1:3]
+    (choice,) = ask(endpoint.url(again), [user("x")], stop=[stop, "never"], logprobs=True, top_logprobs=2)["choices"]
+    assert (choice["message"]["content"], choice["finish_reason"]) == (whole[: whole.index(stop)], "stop")
+
+    (reply,) = again.replies
+    sample = sample_of([reply], len(reply.given), set())
+    for t, entry in enumerate(choice["logprobs"]["content"]):
+        best = [x["logprob"] for x in entry["top_logprobs"]]
+        assert best == sorted(best, reverse=True) and len(best) == 2 and entry["logprob"] <= best[0] + 1e-5
+        want = row_logprobs(CONFIG, params(), [*reply.given, *reply.tokens[:t].tolist(), int(sample.top_tokens[t, 0])])
+        np.testing.assert_allclose([best[0], sample.top_logprobs[t, 0]], want[-1], atol=5e-5)
 
 
 def test_what_a_template_refuses_is_an_error_and_what_it_rewrites_begins_anew():

@@ -27,8 +27,12 @@ from rljax.experiment.serve import ServeConfig, engine_of
 from rljax.experiment.train import train
 from rljax.models import save_hf
 from rljax.rollouts import EngineFailed, number_groups
+from rljax.rollouts.engines.api import read_request
 from rljax.rollouts.engines.client import Engine, assign
+from rljax.rollouts.engines.remote_sampler import written_sampling
 from rljax.rollouts.http_server import ApiError, HttpServer
+from rljax.sampling import sampling_params
+from rljax.sampling.logits import logit_biases
 from rljax.testing import tiny_config
 
 # Two programs add up in other orders, so log-probs differ by float32 rounding. Of these models' log-probs, which are
@@ -56,7 +60,7 @@ def served(folder, **changes):
 
 @pytest.fixture(scope="module")
 def service(model):
-    with served(model[2]) as service:
+    with served(model[2], top_logprobs=2) as service:
         yield service
 
 
@@ -406,7 +410,7 @@ def test_an_engine_refuses_what_it_cannot_honour(service):
     refused = {
         "presence_penalty": 0.5,
         "min_tokens": 2,
-        "logit_bias": {"3": 1.0},
+        "logit_bias": {"three": 1.0},
         "logprobs": 5,
         "prompt_logprobs": 1,
         "beam_width": 2,
@@ -431,6 +435,34 @@ def test_an_engine_refuses_what_it_cannot_honour(service):
     assert status == 501 and "adapters are not served" in answer["error"]["message"]
     status, answer = ask(service, "/collective_rpc", {"method": "reload_weights", "kwargs": {"weights_path": "/no"}})
     assert status == 400 and "no model at '/no'" in answer["error"]["message"]
+
+
+def test_an_engine_biases_logits_and_bans_tokens_as_it_is_told(service):
+    """What a trainer's distribution becomes on the wire is what the engine reads; 100 is as good as always."""
+    sampling = sampling_params(0.5, logit_bias={5: 2.5}, banned=[6])
+    written = json.loads(json.dumps(written_sampling(sampling)))
+    assert dict(read_request(body_of(**written), new_seed=0).logit_bias) == logit_biases(sampling)
+
+    def said(**own):
+        return ask(service, "/inference/v1/generate", body_of(**own))[1]["choices"][0]
+
+    always = said(logit_bias={"5": 100})
+    assert always["token_ids"] == [5] * 4
+    np.testing.assert_allclose([x["logprob"] for x in always["logprobs"]["content"]], 0, atol=1e-6)
+    (first,) = said(temperature=0.0, max_tokens=1)["token_ids"]
+    assert said(temperature=0.0, max_tokens=1, logit_bias={str(first): -1e30})["token_ids"] != [first]
+
+
+def test_an_engine_tells_the_most_probable_tokens(service):
+    """The best of greedy decoding is what it says, and there are as many as are asked for."""
+    for count in (0, 1, 2):
+        (choice,) = ask(service, "/inference/v1/generate", body_of(temperature=0.0, logprobs=count))[1]["choices"]
+        content = choice["logprobs"]["content"]
+        assert [len(entry["top_logprobs"]) for entry in content] == [count] * len(content)
+        for entry in content[: len(content) * bool(count)]:
+            best = entry["top_logprobs"][0]
+            assert (best["token_id"], best["rank"]) == (entry["token_id"], 1)
+            assert abs(best["logprob"] - entry["logprob"]) < ROUNDING
 
 
 def test_a_key_is_asked_for(model):

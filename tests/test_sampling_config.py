@@ -1,6 +1,7 @@
 """The settings of sampling and of the mesh refuse what cannot work, naming the setting."""
 
 import dataclasses
+import functools
 
 import numpy as np
 import pytest
@@ -8,6 +9,8 @@ import pytest
 from rljax.models import DecoderConfig, RopeScaling
 from rljax.parallel import MeshConfig
 from rljax.sampling import Request, Sampler, SamplerSpec, SamplingConfig, TurnDecoderSpec, sampling_params
+from rljax.sampling.logits import MASKED, logit_biases
+from rljax.text import CharTokenizer, token_of
 
 
 def test_the_config_gives_the_distribution_that_it_names():
@@ -23,11 +26,24 @@ def test_the_config_gives_the_distribution_that_it_names():
         ({"max_new_tokens": 0}, r"^config.sampling.max_new_tokens=0 must be at least 1"),
         ({"top_p": 0.0}, r"^config.sampling.top_p=0.0 must be above 0"),
         ({"temperature": -1.0}, r"^config.sampling.temperature=-1.0 must be at least 0"),
+        ({"logit_bias": ((3, 1e9),)}, r"^config.sampling.logit_bias=1000000000.0 must lie between -1e\+06 and 1e\+06"),
+        ({"banned": (3, -1)}, r"^config.sampling.banned=-1 is no token id"),
+        ({"banned": (3, 4, 3)}, r"^config.sampling.banned names the token 3 twice"),
     ],
 )
 def test_impossible_sampling_is_refused(settings, message):
     with pytest.raises(ValueError, match=message):
         SamplingConfig(**settings).check()
+
+
+def test_tokens_are_named_by_their_id_or_by_their_text():
+    tokenizer = CharTokenizer("abc")
+    config = SamplingConfig(logit_bias=(("a", 2.0), (1, -3.0)), banned=("c",))
+    config.check()
+    params = config.params(functools.partial(token_of, tokenizer))
+    assert logit_biases(params) == {2: 2.0, 1: -3.0, 4: MASKED}
+    with pytest.raises(ValueError, match=r"^banned: 'ab' is 2 tokens of this tokenizer \(\[2, 3\]\)"):
+        SamplingConfig(banned=("ab",)).params(functools.partial(token_of, tokenizer))
 
 
 @pytest.mark.parametrize(

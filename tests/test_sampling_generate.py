@@ -44,6 +44,12 @@ def make_sampler(config=CONFIG, *, stops=NO_STOPS, **sizes):
     return sampler
 
 
+def emitted(count):
+    """What a row has emitted in so many steps."""
+    types = {"tokens": np.int32, "logprobs": np.float32, "entropies": np.float32}
+    return {name: np.ones(count, dtype) for name, dtype in types.items()}
+
+
 def make_requests(samples=5):
     rng = np.random.default_rng(0)
     return [Request(rng.integers(0, VOCAB, n).tolist(), 100 + i, range(samples)) for i, n in enumerate(PROMPTS)]
@@ -280,7 +286,7 @@ def test_the_search_for_stop_strings_reads_a_tail_alone():
     slots.assign()
     finder = StopStrings(Stops(strings=("a stop string",), decode_text=decode))
     for _ in range(50):
-        slots.advance((0, 0), *(np.ones(16, t) for t in (np.int32, np.float32, np.float32)))
+        slots.advance((0, 0), emitted(16))
         assert finder.end(lambda n: slots.last_tokens((0, 0), n), int(slots.steps[0, 0]), 16) is None
     assert max(lengths) <= 16 + 32 and slots.last_tokens((0, 0), 900)[:3] == list(make_requests()[0].prompt)
 
@@ -378,7 +384,7 @@ def test_the_bookkeeping_serves_every_sample_once():
             for row, (request, _) in slots.owners():
                 assert loaded[row[0]] == request == slots.rows().prompt_id[row[0]]
                 if rng.random() < 0.4:
-                    slots.advance(row, *(np.ones(1, t) for t in (np.int32, np.float32, np.float32)))
+                    slots.advance(row, emitted(1))
                     done.append(slots.owners()[[r for r, _ in slots.owners()].index(row)][1])
                     slots.finish(row, "stop")
         want = [(i, j) for i, request in enumerate(requests) for j in range(len(request.sample_ids))]

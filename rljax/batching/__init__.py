@@ -5,7 +5,7 @@
 
 from rljax.batching.config import PackConfig
 from rljax.batching.forest import Forest, SortedRows, build_forest, pad_rows, sort_rows, unique_tokens
-from rljax.batching.pack import Packing, emptied, layout, loss_mask, pack
+from rljax.batching.pack import Packing, emptied, layout, loss_mask, masked, pack
 from rljax.batching.rows import bare_rows, dense_rows, gather, ragged_rows, spread
 from rljax.batching.sizes import Sizes, likely_sizes
 from rljax.batching.stack import LENGTH_BUCKETS, ROW_BUCKETS, bucket, stack, take_rows
@@ -27,6 +27,7 @@ __all__ = [
     "layout",
     "likely_sizes",
     "loss_mask",
+    "masked",
     "pack",
     "pad_rows",
     "ragged_rows",

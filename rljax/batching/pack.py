@@ -14,7 +14,9 @@ from rljax.batching.bins import Bins, choose_bins
 from rljax.batching.config import PackConfig
 from rljax.batching.forest import lay_out_forest
 from rljax.batching.sizes import Needs, Sizes, choose_sizes
-from rljax.types import ROW_WEIGHT, ArrayLike, Packed, RaggedRows, RolloutBatch, TrainBatch, Width
+from rljax.types import ROW_WEIGHT, Allowed, ArrayLike, Packed, RaggedRows, RolloutBatch, TrainBatch, Width
+
+_LEAST_MASKS = 8  # that a packed sequence has room for
 
 
 class Packing(NamedTuple):
@@ -55,6 +57,15 @@ class Packing(NamedTuple):
         out.reshape(-1)[self.token[real]] = np.asarray(values)[real]
         return out
 
+    def of_scored(self, values: ArrayLike, fill: int) -> Int[np.ndarray, "M R K"]:
+        """`values [batch rows, T]` of the scored tokens, int32, `fill` where nothing is scored."""
+        out = np.full(self.packed.score_index.shape, fill, np.int32)
+        real = self.token >= 0
+        microbatch, part, _ = np.nonzero(real)
+        by_part = out.reshape(*self.token.shape[:2], -1)
+        by_part[microbatch, part, self.row_index[real]] = np.asarray(values).reshape(-1)[self.token[real]]
+        return out
+
     def rows_to_score(self) -> RaggedRows:
         """The rows with nothing to learn yet, to score them."""
         zero = np.zeros(self.place.shape, np.float32)
@@ -68,6 +79,25 @@ class Packing(NamedTuple):
             source=np.zeros(self.source_row.shape, np.int32),
             width=self.width,
         )
+
+
+def masked(packing: Packing, allowed: Allowed | None) -> Packed:
+    """The packed sequences of `packing`, each with the masks that its scored tokens were drawn under. The room for
+    masks is a power of two, so that few programs serve all."""
+    if allowed is None:
+        return packing.packed
+    index = packing.of_scored(allowed.which, -1)
+    used = [np.unique(row[row >= 0]) for row in index.reshape(-1, index.shape[-1])]
+    room = max(_LEAST_MASKS, 1 << (max(map(len, used)) - 1).bit_length())
+
+    masks = np.zeros((len(used), room, allowed.masks.shape[1]), np.uint32)
+    own = np.full(index.shape, -1, np.int32)
+    for target, numbers, of_row, row in zip(masks, used, own.reshape(len(used), -1), index.reshape(len(used), -1)):
+        target[: len(numbers)] = allowed.masks[numbers]
+        of_row[:] = np.where(row >= 0, np.searchsorted(numbers, row), -1)
+    return packing.packed.replace(  # type: ignore[attr-defined]
+        allowed=masks.reshape(*index.shape[:2], room, -1), allowed_index=own
+    )
 
 
 def emptied(batch: TrainBatch, sizes: Sizes) -> TrainBatch:
@@ -94,6 +124,11 @@ def emptied(batch: TrainBatch, sizes: Sizes) -> TrainBatch:
         score_index=filled((sizes.microbatches, sequences, sizes.scored), -1),
         experts=None if record is None else filled((*of_sequence, *np.shape(record)[3:]), -1, np.int16),
     )
+    if batch.packed.allowed is not None:
+        packed = packed.replace(  # type: ignore[attr-defined]
+            allowed=filled((sizes.microbatches, *batch.packed.allowed.shape[1:]), 0, np.uint32),
+            allowed_index=packed.score_index,
+        )
     return TrainBatch(
         packed=packed,
         rows=RaggedRows(
@@ -151,13 +186,15 @@ def pack(
     extra_mask: Bool[ArrayLike, "B T"] | None = None,
     packing: Packing | None = None,
     parts: int = 1,
+    allowed: Allowed | None = None,
 ) -> TrainBatch:
     """One minibatch: the rows of `batch` that have loss tokens, packed, with everything that losses see.
 
     `token_weights` gives the aggregation's weights from the loss mask of the whole minibatch; None is the token mean.
     Where the batch has the column `ROW_WEIGHT`, rows count in its proportions.
     Old log-probs are the behavior's until the learner sets them. `packing` is `layout` of the same loss mask, if
-    it was made before; else one of `parts` is made. ValueError as in `layout`.
+    it was made before; else one of `parts` is made. `allowed` are the masks that tokens of `batch` were drawn under.
+    ValueError as in `layout`.
     """
     mask = loss_mask(batch, extra_mask)
     if packing is None:
@@ -188,7 +225,7 @@ def pack(
         columns={name: packing.of_tokens(value) for name, value in columns.items() if value.ndim == 2},
         row_columns={name: packing.of_rows(value) for name, value in columns.items() if value.ndim == 1},
     )
-    return TrainBatch(packed=packing.packed, rows=rows)
+    return TrainBatch(packed=masked(packing, allowed), rows=rows)
 
 
 def layout(batch: RolloutBatch, mask: Bool[np.ndarray, "B T"], config: PackConfig, *, parts: int = 1) -> Packing:

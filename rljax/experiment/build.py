@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import json
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -42,10 +43,14 @@ from rljax.parallel import (
     use_mesh,
 )
 from rljax.plans import RolloutPlan
-from rljax.rollouts import Actor, ActorParts, RolloutSettings
-from rljax.settings import placed
+from rljax.rollouts import Actor, ActorParts, BlackBox, Guided, Remote, RolloutSettings, SingleTurn
+from rljax.sampling import SamplingConfig, SamplingParams
+from rljax.sampling.config import GRAMMARS, PENALTIES
+from rljax.sampling.logits import logit_biases
+from rljax.sampling.slots import Grammar
+from rljax.settings import placed, shown
 from rljax.tasks import Curriculum, Dataset, Example
-from rljax.text import Tokenizer, WithinText
+from rljax.text import Grammars, Tokenizer, WithinText, control_tokens_of, token_of
 from rljax.training import Critic, Learner, LossNeeds, trained_of, with_base, with_before, with_critic, with_pushed
 from rljax.types import Params, RolloutBatch, TrainState, Trajectory
 
@@ -62,6 +67,7 @@ class Run:
         rollout_mesh: what samples: on several processes the devices of this one, unless all decode in step.
         actor: plays the policy; a context manager. None where nothing is sampled.
         beside: devices that it has of its own; None where it takes turns with the learner.
+        grammars: those that completions follow, by name.
         pipeline: gives it its work, in order; a context manager. There is none without an actor.
         evaluation: the last one.
         reference_scores: held-out avg@k per problem when the reference was last refreshed.
@@ -92,8 +98,10 @@ class Run:
     lacking: str = ""
     beside: Beside | None = None
     pipeline: Pipeline = dataclasses.field(init=False)
+    grammars: Grammars = dataclasses.field(init=False)
 
     def __post_init__(self) -> None:
+        self.grammars = Grammars(self.tokenizer, self.decoder.num_ids)
         if self.actor is None:
             return
         self.pipeline = Pipeline(
@@ -160,7 +168,7 @@ class Run:
     @property
     def lags(self) -> bool:
         """Whether rollouts also sample with older weights than the newest that they have."""
-        return self.actor.older(1) != 1
+        return self.actor is not None and self.actor.older(1) != 1
 
     def remember(self, step: int) -> None:
         """Before the updates of `step`: keeps the weights that rollouts have, if they are the older ones of the next
@@ -227,7 +235,7 @@ def build(
         mesh=mesh,
         rollout_mesh=rollout_mesh,
         decoder=decoder,
-        learner=make_learner(config, decoder, algorithm, mesh),
+        learner=make_learner(config, decoder, algorithm, mesh, sampled_by(config, tokenizer, decoder)),
         **playing,
         critic=make_critic(config, decoder, algorithm, mesh),
         beside=beside,
@@ -273,12 +281,17 @@ def build_actor(
     sampling = config.sampling
     settings = RolloutSettings(
         seed=config.seed,
-        sampling=sampling.params(),
+        sampling=sampled_by(config, tokenizer, decoder),
         chat=config.data.chat,
         stop_strings=sampling.stop_strings,
         truncated_is_wrong=sampling.truncated_is_wrong,
         solved_by=config.evaluation.solved_by,
+        stop_column=sampling.stop_column,
+        grammar_of=grammars_of(config, Grammars(tokenizer, decoder.num_ids), dataset),
     )
+    check_single_turns(config)
+    check_scored(config, plan)
+    check_stops(config, settings, dataset, tokenizer)
     parts = ActorParts(
         decoder=decoder,
         tokenizer=tokenizer,
@@ -294,10 +307,104 @@ def build_actor(
     return actor, config.actor.check_prompts(parts, config.update.pack_length)
 
 
-def make_learner(config: Config, decoder: DecoderConfig, algorithm: Algorithm, mesh: Mesh) -> Learner:
-    """The policy's learner."""
+def sampled_by(config: Config, tokenizer: Tokenizer, decoder: DecoderConfig) -> SamplingParams:
+    """The distribution that training samples from, and trains. ValueError for tokens that there are none of."""
+    with placed("config.sampling"):
+        params = config.sampling.params(functools.partial(token_of, tokenizer))
+    if (largest := max(logit_biases(params), default=0)) >= decoder.num_ids:
+        raise ValueError(
+            f"config.sampling.logit_bias and config.sampling.banned name the token {largest}, outside the vocabulary "
+            f"of {decoder.num_ids}; leave it out"
+        )
+    return params
+
+
+def check_single_turns(config: Config) -> None:
+    """ValueError for what is set of sampling and that the actor does not do."""
+    sampling = config.sampling
+    actor = config.actor.actor if isinstance(config.actor, Guided) else config.actor
+    defaults = SamplingConfig()
+    for name in (*GRAMMARS, *PENALTIES, "stop_column", "top_logprobs"):
+        value = getattr(sampling, name)
+        others: dict[str, type] = {"stop_column": Remote, "top_logprobs": BlackBox}
+        is_done = isinstance(actor, (SingleTurn, others.get(name, SingleTurn)))
+        if is_done or value == getattr(defaults, name):
+            continue
+        raise ValueError(
+            f"config.sampling.{name}={shown(value)} has no effect with config.actor={type(config.actor).__name__}(...);"
+            " use config.actor=SingleTurn(...), or leave it out"
+        )
+
+
+def check_scored(config: Config, plan: RolloutPlan) -> None:
+    """ValueError for distributions that depend on more than the hidden state, where they are not scored so."""
+    sampling = config.sampling
+    if sampling.follows_grammar:
+        what = "completions that follow a grammar"
+    elif sampling.params().penalises:
+        what = "penalties of tokens before"
+    else:
+        return
+    if config.mesh.sequence > 1:
+        raise ValueError(
+            f"config.mesh.sequence={config.mesh.sequence}: devices that share sequences do not score {what}; set it to "
+            "1, or leave them out"
+        )
+    if plan.forks is not None and plan.forks.lagged_chains:
+        raise ValueError(f"forks from older weights do not go with {what}; choose another algorithm, or leave them out")
+    if plan.forks is not None and plan.forks.max_injected and sampling.follows_grammar:
+        raise ValueError(f"forks that are given tokens do not go with {what}; choose another algorithm")
+
+
+def check_stops(config: Config, settings: RolloutSettings, dataset: Dataset, tokenizer: Tokenizer) -> None:
+    """ValueError for stop texts of rows that no completion can hold."""
+    column = config.sampling.stop_column
+    if not column:
+        return
+    for example in (*dataset.train, *dataset.test):
+        stops = settings.stops_of(example)
+        # Ids that end completions are those of the run, and the text of a completion does not show them.
+        problem = f"{example.name}, column {column}: {{}} never ends a completion"
+        controls = control_tokens_of(tokenizer, stops, problem)
+        if unknown := set(controls) - set(tokenizer.stop_ids):
+            raise ValueError(
+                f"{example.name}, column {column}: the control token {min(unknown)} ends completions of all rows or of "
+                "none; name it in config.sampling.stop_strings"
+            )
+
+
+def grammars_of(config: Config, grammars: Grammars, dataset: Dataset) -> Callable[[Example], Grammar | None]:
+    """What completions of a row follow. ValueError for a grammar that cannot be read, of the config or of any row."""
+    sampling = config.sampling
+    if not sampling.follows_grammar:
+        return lambda example: None
+
+    def name_of(example: Example) -> str:
+        if not sampling.schema_column:
+            return sampling.grammar
+        schema = example.columns.get(sampling.schema_column)
+        text = schema if isinstance(schema, str) else json.dumps(schema)
+        return "" if schema in (None, "") else f"json_schema {text}"
+
+    for example in (*dataset.train, *dataset.test):
+        try:
+            name = name_of(example)
+            if name:
+                grammars(name)
+        except (ValueError, TypeError) as error:
+            where = f"{example.name}, column {sampling.schema_column}" if sampling.schema_column else "config.sampling"
+            raise ValueError(f"{where}: {error}") from None
+        if not sampling.schema_column:
+            break
+    return lambda example: grammars(name) if (name := name_of(example)) else None
+
+
+def make_learner(
+    config: Config, decoder: DecoderConfig, algorithm: Algorithm, mesh: Mesh, sampling: SamplingParams
+) -> Learner:
+    """The policy's learner; `sampling` is the distribution that its log-probs are of."""
     plan = algorithm.plan
-    needs = LossNeeds(reference=plan.needs_ref, uniforms=plan.needs_uniforms, sampling=config.sampling.params())
+    needs = LossNeeds(reference=plan.needs_ref, uniforms=plan.needs_uniforms, sampling=sampling)
     return Learner(
         decoder,
         algorithm.loss,

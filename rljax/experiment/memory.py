@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from jax.sharding import AbstractMesh, Mesh
 
-from rljax.experiment.build import Run
+from rljax.experiment.build import Run, sampled_by
 from rljax.models import DecoderConfig, abstract_params, hidden_states, sequence_shares
 from rljax.models.attention import MAX_BLOCKS, MIN_BLOCK, has_kernels, kernel_attention
 from rljax.models.attention_stream import BLOCK
@@ -159,7 +159,7 @@ def bytes_of(tree: Any) -> int:
 
 def compile_phases(run: Run, batch: TrainBatch, plans: Sequence[DecoderPlan]) -> Iterator[Compiled]:
     """The programs of a step at their largest shapes, compiled one by one for the run's devices. Nothing runs."""
-    sampling = run.config.sampling.params()
+    sampling = sampled_by(run.config, run.tokenizer, run.decoder)
     chip = chip_of(run.mesh.devices.flat[0])
     for index, (decoder, plan) in enumerate(zip(run.actor.decoders, plans, strict=True)):
         behind = f" {index}" if index else ""

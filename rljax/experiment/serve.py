@@ -34,6 +34,8 @@ class ServeConfig:
     """Tokens of a prompt and its completion."""
     max_new_tokens: int = field(default=512, least=1)
     """Tokens of a completion."""
+    top_logprobs: int = field(default=0, least=0, most=100)
+    """Most probable tokens that requests may ask for beside each token."""
     tensor: int = field(default=1, least=1)
     """Devices that share each layer; the others split the rows."""
     dtype: ComputeDtype = "auto"
@@ -67,6 +69,7 @@ def engine_of(config: ServeConfig) -> EngineService:
         rows=config.rows,
         context_length=config.context_length,
         max_new_tokens=config.max_new_tokens,
+        top_logprobs=config.top_logprobs,
     )
     turns = TurnDecoder(decoder, spec, mesh=mesh)
     load = loader(decoder, mesh, tokenizer.vocab_size)

@@ -27,6 +27,7 @@ from rljax.models import ADAPTER_FILE, DecoderConfig, base_config, described_ada
 from rljax.parallel import check_equal, end_together, is_main_process, on_main, use_mesh
 from rljax.rollouts import Rollout, RolloutConfig
 from rljax.rollouts.shared import check_processes
+from rljax.rollouts.trajectories import allowed_in
 from rljax.sampling import compile_count_here
 from rljax.training import (
     AnyPath,
@@ -426,13 +427,19 @@ def train_step(run: Run, step: int) -> tuple[dict[str, float], Rollout]:
         batch = stack_rows(config, rollout.trajectories, rollout.rewards.size)
         # Before anything is computed of it, in which processes with other shapes would wait for each other.
         check_equal(rollout=(batch.tokens, batch.action_mask, batch.is_valid, batch.reward))
+        allowed = None
+        if config.sampling.follows_grammar:
+            allowed = allowed_in(rollout.trajectories, run.grammars, np.asarray(batch.tokens))
         if run.algorithm.plan.needs_ref:
             reference = run.learner.reference_params(run.state)
-            batch = dataclasses.replace(batch, ref_logprobs=run.learner.score_rows(reference, batch))
+            scored = run.learner.score_rows(reference, batch, allowed=allowed)
+            batch = dataclasses.replace(batch, ref_logprobs=scored)
         if run.critic is not None:
             batch = run.critic.with_values(run.state.critic, batch)
         advantages = np.asarray(run.algorithm.advantage_fn(batch))
-        minibatches = run.learner.prepare(run.state, batch, advantages) if run.policy_moves(step) else []
+        minibatches = []
+        if run.policy_moves(step):
+            minibatches = run.learner.prepare(run.state, batch, advantages, allowed=allowed)
         check_equal(shapes=[[np.shape(x) for x in jax.tree.leaves(minibatch)] for minibatch in minibatches])
 
     if run.critic is not None and not run.critic.learner.is_warm:

@@ -5,8 +5,8 @@ back scored groups; whether a group is one turn, an episode over turns, a guided
 agent that cannot be changed is its own business.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -15,6 +15,7 @@ import numpy as np
 
 from rljax.plans import RolloutPlan
 from rljax.sampling import DecoderPlan, Sample, SamplingParams
+from rljax.sampling.slots import Grammar
 from rljax.tasks import Example, RewardResult
 from rljax.types import SOURCE_POLICY, Params
 
@@ -56,6 +57,10 @@ class ScoredGroup(NamedTuple):
     answers: Sequence[str | None] = ()
 
 
+def _no_grammar(example: Example) -> Grammar | None:
+    return None
+
+
 @dataclass(frozen=True)
 class RolloutSettings:
     """How an actor samples and reads what was sampled.
@@ -68,6 +73,8 @@ class RolloutSettings:
         truncated_is_wrong: a completion cut off by a length limit earns 0 at most.
         solved_by: the reward, or count of an environment, by which a sample counts as solved; empty is the first
             reward, or what an episode is worth.
+        grammar_of: what completions of a row must follow; None for nothing.
+        stop_column: column of the data with texts that end completions of a row, beside `stop_strings`.
     """
 
     seed: int
@@ -76,6 +83,24 @@ class RolloutSettings:
     stop_strings: Sequence[str] = ()
     truncated_is_wrong: bool = False
     solved_by: str = ""
+    grammar_of: Callable[[Example], Grammar | None] = _no_grammar
+    stop_column: str = ""
+
+    def stops_of(self, example: Example) -> tuple[str, ...]:
+        """Texts that end completions of this row alone. ValueError for what is neither a text nor a list of texts."""
+        if not self.stop_column:
+            return ()
+        value = example.columns.get(self.stop_column) or ()
+        texts = (value,) if isinstance(value, str) else value
+        if not isinstance(texts, (list, tuple)) or not all(isinstance(text, str) and text for text in texts):
+            raise ValueError(
+                f"{example.name}, column {self.stop_column}: {value!r:.80} must be a text or a list of texts"
+            )
+        return tuple(texts)
+
+    def sampled_by(self, sampling: SamplingParams) -> "RolloutSettings":
+        """The same with another temperature and truncation: what is banned or biased stays so."""
+        return replace(self, sampling=sampling.adjusted_as(self.sampling))
 
 
 @runtime_checkable

@@ -150,6 +150,7 @@ class TurnsConfig:
             prefill_chunks=self.prefill_chunks,
             check_every=self.check_every,
             suppressed=parts.plan.forks.suppressed if parts.plan.forks else (),
+            top_logprobs=parts.sampling.top_logprobs,
         )
         return TurnDecoder(parts.decoder, spec, stops_of(parts, stop_strings), mesh=parts.mesh)
 

@@ -327,7 +327,7 @@ class MultiTurnActor:
         return self._length
 
     def for_evaluation(self, sampling: SamplingParams) -> "MultiTurnActor":
-        settings = replace(self.settings, sampling=sampling)
+        settings = self.settings.sampled_by(sampling)
         # What it says is said by the newest weights alone, also where it begins as a conversation under way does.
         if self._keeps:
             self._forget()

@@ -100,6 +100,7 @@ class SingleTurn:
             max_injected=plan.forks.max_injected if plan.forks else 0,
             suppressed=plan.forks.suppressed if plan.forks else (),
             record_experts=self.record_experts,
+            top_logprobs=parts.sampling.top_logprobs,
         )
         stops = stops_of(parts)
         judge = OnMain(rewards) if num_processes(parts.mesh) > 1 else rewards
@@ -244,7 +245,7 @@ class PromptActor(QueuedActor, abc.ABC):
         self.rewards.__exit__(*error)
 
     def for_evaluation(self: OwnActor, sampling: SamplingParams) -> OwnActor:
-        settings = replace(self.settings, sampling=sampling)
+        settings = self.settings.sampled_by(sampling)
         return type(self)(self.sampler, self.tokenizer, self.rewards, settings)
 
     @abc.abstractmethod
@@ -281,8 +282,11 @@ class PromptActor(QueuedActor, abc.ABC):
         sampler = self.lagged if self.lagged is not None and plan.forks else self.sampler
         sampled = sampler.generate(requests, self.settings.sampling, seed=self.settings.seed, step=step)
         texts = [
-            [completion_text(self.tokenizer, sample, self.settings.stop_strings, prompt) for sample in samples]
-            for samples, prompt in zip(sampled, prompts, strict=True)
+            [
+                completion_text(self.tokenizer, sample, (*self.settings.stop_strings, *request.stop), prompt)
+                for sample in samples
+            ]
+            for samples, prompt, request in zip(sampled, prompts, requests, strict=True)
         ]
         self.seconds["sample"] += time.perf_counter() - begin
 
@@ -319,7 +323,13 @@ class PromptActor(QueuedActor, abc.ABC):
         count = forks.chains if forks else plan.group_size
 
         # Sample ids name the random numbers. A prompt drawn again in one step goes on counting from `first_sample`.
-        request = Request(prompt, group.example.id, tuple(range(first, first + count)))
+        request = Request(
+            prompt,
+            group.example.id,
+            tuple(range(first, first + count)),
+            grammar=self.settings.grammar_of(group.example),
+            stop=self.settings.stops_of(group.example),
+        )
         if forks is None:
             return request
 

@@ -1,6 +1,7 @@
 """A sample of a scored group as a trajectory, and as a line of the rollout log."""
 
-from collections.abc import Mapping, Sequence
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -8,7 +9,9 @@ import numpy as np
 from rljax.plans import Column, RolloutPlan
 from rljax.rollouts.actor import ScoredGroup
 from rljax.sampling import Sample
-from rljax.types import NO_PARENT, Trajectory
+from rljax.sampling.logits import MASKED
+from rljax.sampling.slots import Grammar
+from rljax.types import NO_PARENT, Allowed, Trajectory
 
 _NO_STATE = -1
 
@@ -46,6 +49,7 @@ def trajectory_of(
     if sample.versions is not None:
         versions = on_completion(sample.versions, np.int32)
     is_child = sample.parent != NO_PARENT
+    keys = _keys_of(group.prompt, sample) if sample.grammar or sample.is_penalised else None
     turn_fields = group.turn_fields[index] if group.turn_fields else {}
 
     return Trajectory(
@@ -70,6 +74,9 @@ def trajectory_of(
         intervention=sample.intervention,
         experts=_experts(sample, total),
         columns={column.name: _value(column, group, index, on_completion) for column in columns},
+        token_keys=keys,
+        grammar=sample.grammar,
+        grammar_start=prompt_length if sample.grammar else 0,
         **{
             name: on_completion(values, values.dtype, _NO_STATE if name == "state_ids" else 0)
             for name, values in turn_fields.items()
@@ -83,6 +90,36 @@ def _experts(sample: Sample, total: int) -> np.ndarray | None:
         return None
     missing = np.full((total - len(sample.experts), *sample.experts.shape[1:]), -1, np.int16)
     return np.concatenate([sample.experts, missing])
+
+
+def _keys_of(prompt: Sequence[int], sample: Sample) -> np.ndarray:
+    """What tokens are compared by, int64 [T]: behind one prefix the distribution is another one in another grammar, and
+    where the completion begins elsewhere."""
+    salt = f"{len(prompt)} {sample.grammar}".encode()
+    own = int.from_bytes(hashlib.sha256(salt).digest()[:4], "big") >> 1
+    ids = np.concatenate([np.asarray(prompt, np.int64), np.asarray(sample.tokens, np.int64)])
+    ids[len(prompt) :] += (own + 1) << 31
+    return ids
+
+
+def allowed_in(
+    trajectories: Sequence[Trajectory], grammars: Callable[[str], Grammar], tokens: np.ndarray
+) -> Allowed | None:
+    """The masks that the tokens [B, T] of a batch were drawn under, found anew by following the grammar of each row, of
+    which `trajectories` are the first."""
+    which = np.full(np.shape(tokens), -1, np.int32)
+    masks: dict[bytes, int] = {}
+    for row, trajectory in enumerate(trajectories):
+        if not trajectory.grammar:
+            continue
+        followed = grammars(trajectory.grammar).begin()
+        for place in range(trajectory.grammar_start, len(trajectory.tokens)):
+            mask = followed.allowed().tobytes()
+            which[row, place] = masks.setdefault(mask, len(masks))
+            followed.advance(trajectory.tokens[place : place + 1].tolist())
+    if not masks:
+        return None
+    return Allowed(np.stack([np.frombuffer(mask, np.uint32) for mask in masks]), which)
 
 
 def columns_of(plan: RolloutPlan, groups: Sequence[ScoredGroup]) -> list[Column]:
@@ -145,6 +182,12 @@ def record_of(group: ScoredGroup, index: int, trajectory: Trajectory, step: int)
     }
     if sample.parent != NO_PARENT:
         record |= {"parent": sample.parent, "fork_index": sample.fork_index, "fork_score": float(sample.fork_score)}
+    if sample.top_tokens is not None and sample.top_logprobs is not None:
+        pairs = zip(sample.top_tokens.tolist(), sample.top_logprobs.tolist(), strict=True)
+        # Of each token (id, log-prob), the best first, without those that could not be sampled.
+        record["top_logprobs"] = [
+            [[token, round(value, 5)] for token, value in zip(*one, strict=True) if value > MASKED / 2] for one in pairs
+        ]
     if sample.forced:
         record["forced"] = [list(span) for span in sample.forced]
     return record

@@ -5,10 +5,12 @@ host side, which fills the slots, is `rljax.sampling.sampler`.
 """
 
 import dataclasses
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from rljax.models.attention import forest_attention
 from rljax.models.cache import (
@@ -28,7 +30,16 @@ from rljax.models.experts import Choose, best_experts
 from rljax.models.head import logits
 from rljax.models.rope import rotary_tables
 from rljax.parallel import constrain, on_shards, platform
-from rljax.sampling.logits import Rules, SamplingParams, process_logits, sample_tokens
+from rljax.sampling.logits import (
+    Before,
+    Rules,
+    SamplingParams,
+    adjust_logits,
+    ban_logits,
+    best_tokens,
+    process_logits,
+    sample_tokens,
+)
 from rljax.sampling.weights import chosen_adapters, product, product_of_few
 from rljax.types import ArrayLike, Params, Width, struct
 
@@ -63,6 +74,15 @@ class DecodeRows:
     """Tokens that may not be sampled at `suppress_at`; None where nothing is ever suppressed."""
     suppress_at: Int[ArrayLike, "P G"] | None = None
     """Place in the completion at which none of `suppressed` may be sampled; -1 for nowhere."""
+    allowed: UInt32[ArrayLike, "P G W"] | None = None
+    """A bit a token of the vocabulary, the first the lowest: whether it may be sampled in the first step; None where
+    all may. A run that has it is of one step."""
+    prompt: Int[ArrayLike, "P S"] | None = None
+    """Tokens of the prompts, then `NO_TOKEN`; needed with penalties, as the next two."""
+    said: Int[ArrayLike, "P G T"] | None = None
+    """Tokens of the completions so far, then `NO_TOKEN`."""
+    said_sampled: Bool[ArrayLike, "P G T"] | None = None
+    """Which of these the policy has sampled."""
     drawn: Int[ArrayLike, "P G"] | None = None
     """Random numbers of a row's ids that were used up before those of `steps`; None for none anywhere."""
     adapter: Int[ArrayLike, " P"] | None = None
@@ -102,8 +122,30 @@ class Emitted:
     """Nats, of the distribution sampled from; 0 for a given token and one drawn while others were suppressed."""
     entropies: Float[Array, "K P G"]
     """Nats, likewise."""
+    top_tokens: Int[Array, "K P G N"] | None = None
+    """The most probable tokens of the distribution sampled from, the best first; None where nobody asks."""
+    top_logprobs: Float[Array, "K P G N"] | None = None
+    """Their log-probs, nats; below `MASKED / 2` for one that truncation removed."""
     experts: Int[Array, "K P G L k"] | None = None
     """int16: those that each layer chose for the token that was fed, which is the one before; None without a record."""
+
+    def of_row(self, row: tuple[int, int], count: int) -> dict[str, np.ndarray]:
+        """What a row emitted in its first `count` steps, by the names in `TOLD` that are there. On the host."""
+        arrays = {name: getattr(self, name) for name in TOLD}
+        return {name: np.asarray(x)[(slice(count), *row)] for name, x in arrays.items() if x is not None}
+
+
+TOLD = ("tokens", "logprobs", "entropies", "top_tokens", "top_logprobs", "experts")
+"""What a row emits, and a sample has, a token each."""
+
+
+class Buffer(NamedTuple):
+    """What a run of steps has room for. Static."""
+
+    steps: int
+    """Most steps."""
+    top: int = 0
+    """Most probable tokens that are told beside each."""
 
 
 @struct
@@ -116,6 +158,7 @@ class _Loop:
     steps: Array
     active: Array
     emitted: Emitted
+    before: Before | None = None
 
 
 def prefill(
@@ -236,14 +279,14 @@ def token_uniforms(
 def decode(
     config: DecoderConfig,
     stop_tokens: tuple[int, ...],
-    buffer_length: int,
+    buffer: Buffer,
     params: Params,
     cache: KVCache,
     rows: DecodeRows,
     run: DecodeRun,
     rules: Rules | None = None,
 ) -> tuple[KVCache, Int[Array, ""], Int[Array, "P G"], Bool[Array, "P G"], Emitted]:
-    """Samples up to `run.max_steps <= buffer_length` tokens for every active row.
+    """Samples up to `run.max_steps <= buffer.steps` tokens for every active row.
 
     Stops early when no row is active, or when `run.refill_rows` rows could be given new work: idle rows with samples of
     their own prompt waiting, and rows of wholly idle slots that would find other work. Where the cache has room for
@@ -255,7 +298,7 @@ def decode(
     shape = rows.token.shape
     # Numbers of all steps at once: one draw of many is faster than many of one. A row at step t of the run uses
     # uniforms[t], which belong to the t-th token from its own `steps` on.
-    position = jnp.arange(buffer_length)[:, None, None] + rows.steps
+    position = jnp.arange(buffer.steps)[:, None, None] + rows.steps
     if rows.drawn is not None:
         position += rows.drawn
     uniforms = token_uniforms(run.seed, run.step, rows.prompt_id[:, None], rows.sample_id, position)
@@ -279,7 +322,11 @@ def decode(
         hidden, cache, experts = _forward(config, params, loop.cache, rows, loop.token, loop.steps, now, writes)
 
         raw = logits(config, params, hidden, vocab_first=axis == 0)
+        if run.sampling.adjusts or rows.allowed is not None:
+            raw = adjust_logits(raw, run.sampling, axis=axis, allowed=rows.allowed, before=loop.before)
         raw = _suppress(rows, loop.steps, raw, axis)
+        if buffer.top:
+            top = best_tokens(raw, run.sampling, buffer.top, axis=axis, rules=rules)
         token, logprob, entropy = draw(raw, uniforms[loop.step], run.sampling, rules, axis)
         if rows.forced.shape[-1]:
             token, logprob, entropy = _force(rows, loop.steps, token, logprob, entropy)
@@ -287,18 +334,25 @@ def decode(
             # Not drawn as the policy would: nothing is known of it that could be trained on.
             logprob, entropy = (jnp.where(_is_suppressing(rows, loop.steps), 0, x) for x in (logprob, entropy))
 
+        before = loop.before
+        if before is not None:
+            is_own = loop.active & ~_is_forced(rows, loop.steps)
+            if rows.suppressed is not None:
+                is_own &= ~_is_suppressing(rows, loop.steps)
+            before = _with_tokens(before, token[..., None], loop.active[..., None], is_own[..., None], axis)
+
         steps = loop.steps + loop.active
         stopped = jnp.any(token[..., None] == jnp.asarray(stop_tokens, jnp.int32), axis=-1)
         # A given token never stops a row: what follows it is the sample's own.
         stopped = (stopped & ~_is_forced(rows, loop.steps)) | (steps >= rows.max_new_tokens)
 
         # Rows that are not active write here too; the host reads as many entries of a row as its `steps` grew.
-        emitted = Emitted(
-            tokens=loop.emitted.tokens.at[loop.step].set(token),
-            logprobs=loop.emitted.logprobs.at[loop.step].set(logprob),
-            entropies=loop.emitted.entropies.at[loop.step].set(entropy),
-            experts=None if loop.emitted.experts is None else loop.emitted.experts.at[loop.step].set(experts),
-        )
+        told = {"tokens": token, "logprobs": logprob, "entropies": entropy}
+        if buffer.top:
+            told["top_tokens"], told["top_logprobs"] = top
+        if loop.emitted.experts is not None:
+            told["experts"] = experts
+        emitted = Emitted(**{name: getattr(loop.emitted, name).at[loop.step].set(x) for name, x in told.items()})
         return _Loop(
             step=loop.step + 1,
             cache=cache,
@@ -306,10 +360,12 @@ def decode(
             steps=steps,
             active=loop.active & ~stopped,
             emitted=emitted,
+            before=before,
         )
 
-    empty = jnp.zeros((buffer_length, *shape))
-    of_layers = (buffer_length, *shape, config.num_layers, rows.recorded)
+    empty = jnp.zeros((buffer.steps, *shape))
+    no_top = jnp.zeros((buffer.steps, *shape, buffer.top)) if buffer.top else None
+    of_layers = (buffer.steps, *shape, config.num_layers, rows.recorded)
     no_experts = jnp.zeros(of_layers, jnp.int16) if rows.recorded else None
     start = _Loop(
         step=jnp.int32(0),
@@ -317,7 +373,15 @@ def decode(
         token=jnp.asarray(rows.token),
         steps=jnp.asarray(rows.steps),
         active=jnp.asarray(rows.active),
-        emitted=Emitted(tokens=empty.astype(jnp.int32), logprobs=empty, entropies=empty, experts=no_experts),
+        emitted=Emitted(
+            tokens=empty.astype(jnp.int32),
+            logprobs=empty,
+            entropies=empty,
+            top_tokens=None if no_top is None else no_top.astype(jnp.int32),
+            top_logprobs=no_top,
+            experts=no_experts,
+        ),
+        before=_before(config, rows, axis) if run.sampling.penalises else None,
     )
     end = jax.lax.while_loop(keeps_going, body, start)
 
@@ -327,6 +391,30 @@ def decode(
     )
     next_column = (jnp.asarray(run.column) + end.step) % ring
     return end.cache, next_column, steps, active, emitted
+
+
+def _before(config: DecoderConfig, rows: DecodeRows, axis: int) -> Before:
+    """Which tokens stand before the first step, in the layout of its logits."""
+    assert rows.prompt is not None and rows.said is not None, "penalties need the tokens of prompts and completions"
+    said = jnp.asarray(rows.said)
+    shape = (*said.shape[:2], config.vocab_size)
+    shape = (shape[2], *shape[:2]) if axis == 0 else shape
+    nothing = Before(seen=jnp.zeros(shape, bool), sampled=jnp.zeros(shape, jnp.int32))
+    prompts = jnp.broadcast_to(jnp.asarray(rows.prompt)[:, None], (*said.shape[:2], rows.prompt.shape[1]))
+    given = _with_tokens(nothing, prompts, jnp.ones_like(prompts, bool), jnp.zeros_like(prompts, bool), axis)
+    return _with_tokens(given, said, jnp.ones_like(said, bool), jnp.asarray(rows.said_sampled), axis)
+
+
+def _with_tokens(before: Before, tokens: Array, counts: Array, is_own: Array, axis: int) -> Before:
+    """With the tokens [P, G, T] that `counts` marks, of which those of `is_own` were sampled; `NO_TOKEN` is none."""
+    slots, samples, _ = tokens.shape
+    row = jnp.arange(slots)[:, None, None]
+    column = jnp.arange(samples)[None, :, None]
+    at = (tokens, row, column) if axis == 0 else (row, column, tokens)
+    return Before(
+        seen=before.seen.at[at].max(counts, mode="drop"),
+        sampled=before.sampled.at[at].add(is_own.astype(jnp.int32), mode="drop"),
+    )
 
 
 def draw(
@@ -354,14 +442,10 @@ def draw(
 
 
 def _suppress(rows: DecodeRows, steps: Array, logits: Array, axis: int) -> Array:
-    """Logits, -inf for what may not be sampled now; the vocabulary is `axis`, 0 or -1."""
+    """Logits without what may not be sampled now; the vocabulary is `axis`, 0 or -1."""
     if rows.suppressed is None:
         return logits
-    ids = jnp.arange(logits.shape[axis])
-    named = jnp.any(ids[:, None] == jnp.asarray(rows.suppressed), axis=1)
-    named = named[:, None, None] if axis == 0 else named
-    now = _is_suppressing(rows, steps)
-    return jnp.where(named & (now if axis == 0 else now[..., None]), -jnp.inf, logits)
+    return ban_logits(logits, rows.suppressed, _is_suppressing(rows, steps), axis=axis)
 
 
 def _is_suppressing(rows: DecodeRows, steps: Array) -> Array:

@@ -1,17 +1,18 @@
 """From logits to the distribution that is sampled from, and from one uniform number to a token of it.
 
-Decoder and trainer both call `process_logits`, so the log-prob of a sampled token is that of the distribution really
-used, on either side. Temperature and truncation are traced values: changing them compiles nothing. A program may be
-told beforehand which of them are on (`Rules`), and then holds no work for the others.
+Decoder and trainer both call `adjust_logits` and `process_logits`, so the log-prob of a sampled token is that of the
+distribution really used, on either side. Temperature and truncation are traced values: changing them compiles nothing.
+A program may be told beforehand which of them are on (`Rules`), and then holds no work for the others.
 """
 
-from collections.abc import Callable
+import dataclasses
+from collections.abc import Callable, Collection, Mapping
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from rljax.parallel import WHOLE, Shard, platform
 from rljax.types import ArrayLike, struct
@@ -21,6 +22,12 @@ MASKED = -1e30
 
 SMALLEST_TEMPERATURE = 1e-6
 """Above 0: `MASKED` and the logits of any model stay finite when they are divided by it."""
+
+MOST_BIAS = 1e6
+"""Largest bias of a logit: beyond any that a model gives, and far from `MASKED`."""
+
+NO_TOKEN = 2**31 - 1
+"""Fills up `SamplingParams.bias_tokens`: beyond any vocabulary."""
 
 _UNITS = 2.0**30
 _HALF_CELL = 2.0**-24  # uniform numbers are multiples of 2**-23
@@ -38,6 +45,69 @@ class SamplingParams:
     """Share of probability that is kept; 1 is off."""
     min_p: Float[ArrayLike, ""]
     """Least probability, relative to the best token's; 0 is off."""
+    bias_tokens: Int[ArrayLike, " N"] | None = None
+    """Tokens whose logits are changed, each once, and `NO_TOKEN`; None is none."""
+    bias: Float[ArrayLike, " N"] | None = None
+    """What is added to their logits before these are divided; `MASKED` bans a token."""
+
+    repetition: Float[ArrayLike, ""] | None = None
+    """Divisor of the positive logits, and factor of the others, of tokens that stand before (1909.05858, section 4.1);
+    None, as the next two, where none of the three is on."""
+    presence: Float[ArrayLike, ""] | None = None
+    """What is taken from the logits of tokens that the completion has sampled."""
+    frequency: Float[ArrayLike, ""] | None = None
+    """What is taken from the logit of a token each time that the completion has sampled it."""
+
+    @property
+    def penalises(self) -> bool:
+        """Whether logits depend on the tokens before. Static."""
+        return self.repetition is not None
+
+    @property
+    def adjusts(self) -> bool:
+        """Whether logits are changed before they are divided. Static: parts that are off are None."""
+        return self.bias is not None or self.penalises
+
+    def adjusted_as(self, other: "SamplingParams") -> "SamplingParams":
+        """The same temperature and truncation, of logits that are changed as those of `other`."""
+        names = ("bias_tokens", "bias", "repetition", "presence", "frequency")
+        return dataclasses.replace(self, **{name: getattr(other, name) for name in names})
+
+
+class Penalties(NamedTuple):
+    """What is said of tokens that stand before, as in vLLM."""
+
+    repetition: float = 1.0
+    """Of tokens of prompt and completion; 1 is off, and more makes them less likely."""
+    presence: float = 0.0
+    """Of tokens that the completion has sampled; 0 is off."""
+    frequency: float = 0.0
+    """Likewise, for each time; 0 is off."""
+
+    def checked(self) -> dict[str, np.ndarray]:
+        """Fields of `SamplingParams`; none where all are off. ValueError for a value out of range."""
+        if not 0.01 <= self.repetition <= 100:
+            raise ValueError(f"repetition_penalty={self.repetition} must lie between 0.01 and 100; 1 switches it off")
+        for name in ("presence", "frequency"):
+            value = getattr(self, name)
+            if not abs(value) <= 100:
+                raise ValueError(f"{name}_penalty={value} must lie between -100 and 100; 0 switches it off")
+        if self == NO_PENALTIES:
+            return {}
+        return {name: np.asarray(value, np.float32) for name, value in self._asdict().items()}
+
+
+NO_PENALTIES = Penalties()
+
+
+@struct
+class Before:
+    """Of each distribution, which tokens stand before it."""
+
+    seen: Bool[Array, "..."]
+    """In the layout of the logits: whether a token stands in prompt or completion."""
+    sampled: Int[Array, "..."]
+    """How often the completion has sampled it."""
 
 
 class Rules(NamedTuple):
@@ -64,8 +134,21 @@ def rules_of(params: SamplingParams) -> Rules:
     )
 
 
-def sampling_params(temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0) -> SamplingParams:
-    """Checked `SamplingParams`. Temperature 0 is greedy and ignores the rest.
+def sampling_params(
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+    *,
+    logit_bias: Mapping[int, float] | None = None,
+    banned: Collection[int] = (),
+    penalties: Penalties = NO_PENALTIES,
+) -> SamplingParams:
+    """Checked `SamplingParams`. Temperature 0 is greedy and ignores `top_k`, `top_p` and `min_p`.
+
+    `logit_bias` is added to the logits of these tokens, and those of `banned` are never sampled; both hold for greedy
+    too, and so do `penalties`. The number of tokens that are named, rounded up to a power of two, is a part of a
+    program's shape; values are not.
 
     Otherwise the logits are divided by the temperature and truncated: `top_k` keeps the k most probable tokens
     (0 = all), `top_p` the fewest most probable ones whose share of what top-k left reaches p (1 = all; 1904.09751),
@@ -85,12 +168,109 @@ def sampling_params(temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0
         raise ValueError(f"top_p={top_p} must be above 0 and at most 1; 1 switches it off")
     if not 0.0 <= min_p <= 1.0:
         raise ValueError(f"min_p={min_p} must be between 0 and 1; 0 switches it off")
+    bias_tokens, bias = _checked_bias(logit_bias or {}, banned)
     return SamplingParams(
         temperature=np.asarray(temperature, np.float32),
         top_k=np.asarray(top_k, np.int32),
         top_p=np.asarray(top_p, np.float32),
         min_p=np.asarray(min_p, np.float32),
+        bias_tokens=bias_tokens,
+        bias=bias,
+        **penalties.checked(),
     )
+
+
+def _checked_bias(
+    logit_bias: Mapping[int, float], banned: Collection[int]
+) -> tuple[np.ndarray | None, np.ndarray | None]:
+    """Both as ids and what is added to their logits; None for nothing."""
+    for name, tokens in (("logit_bias", logit_bias), ("banned", banned)):
+        if wrong := [token for token in tokens if int(token) != token or not 0 <= token < NO_TOKEN]:
+            raise ValueError(f"{name}={wrong[0]} is no token id; give whole numbers from 0")
+    beyond = [value for value in logit_bias.values() if not abs(value) <= MOST_BIAS and value != MASKED]
+    if beyond:
+        raise ValueError(
+            f"logit_bias={beyond[0]} must lie between {-MOST_BIAS:g} and {MOST_BIAS:g}; banned keeps a token out"
+        )
+
+    added = {int(token): float(value) for token, value in logit_bias.items()} | dict.fromkeys(map(int, banned), MASKED)
+    if not added:
+        return None, None
+    # Of few sizes, so that few programs serve requests that name any number; the rest is no token.
+    size = max(4, 1 << (len(added) - 1).bit_length())
+    tokens = np.full(size, NO_TOKEN, np.int32)
+    bias = np.zeros(size, np.float32)
+    tokens[: len(added)] = list(added)
+    bias[: len(added)] = list(added.values())
+    return tokens, bias
+
+
+def logit_biases(params: SamplingParams) -> dict[int, float]:
+    """What is added to the logits of tokens, `MASKED` for those that are banned. `params` must not be traced."""
+    if params.bias is None:
+        return {}
+    pairs = zip(np.asarray(params.bias_tokens).tolist(), np.asarray(params.bias, np.float32), strict=True)
+    # Shortest decimals of float32, so that who reads them gets the very value.
+    return {token: float(str(value)) for token, value in pairs if token != NO_TOKEN}
+
+
+def adjust_logits(
+    logits: Float[Array, "..."],
+    params: SamplingParams | None,
+    *,
+    axis: int = -1,
+    allowed: UInt32[ArrayLike, "..."] | None = None,
+    before: Before | None = None,
+) -> Float[Array, "..."]:
+    """Float32 logits with what `params` adds to them, before they are divided and truncated: the first step, and the
+    same for sampler and trainer. What is banned gets `MASKED`, and so does what is not `allowed [*B, W]`: of those of
+    the vocabulary, token `v` is bit `v % 32` of word `v // 32`. `before` is needed with penalties. `axis`, 0 or -1, is
+    the whole vocabulary."""
+    wide = logits.astype(jnp.float32)
+    vocab = logits.shape[axis]
+    if allowed is not None:
+        words = jnp.asarray(allowed)
+        bits = (words[..., None] >> jnp.arange(32, dtype=jnp.uint32)) & 1
+        bits = bits.reshape(*words.shape[:-1], -1)[..., :vocab] == 1
+        wide = jnp.where(jnp.moveaxis(bits, -1, 0) if axis == 0 else bits, wide, MASKED)
+    if params is None:
+        return wide
+    biased = bias_logits(wide, params, axis=axis)
+    if before is None:
+        assert not params.penalises, "penalties need the tokens before"
+        return biased
+    scaled = biased * penalty_slope(biased, params, before)
+    taken = jnp.asarray(params.frequency) * before.sampled + jnp.asarray(params.presence) * (before.sampled > 0)
+    # What does not count stays so, whatever it is multiplied with.
+    return jnp.where(biased > MASKED / 2, scaled - taken, MASKED)
+
+
+def ban_logits(
+    logits: Float[Array, "..."], tokens: Int[ArrayLike, " N"], where: Bool[Array, "*B"], *, axis: int = -1
+) -> Float[Array, "..."]:
+    """Logits, `MASKED` for `tokens` in the distributions `where`. `axis`, 0 or -1, is the whole vocabulary."""
+    named = jnp.any(jnp.arange(logits.shape[axis])[:, None] == jnp.asarray(tokens), axis=1)
+    named = named.reshape(-1, *(1,) * where.ndim) if axis == 0 else named
+    return jnp.where(named & jnp.expand_dims(where, axis), MASKED, logits)
+
+
+def penalty_slope(biased: Float[Array, "..."], params: SamplingParams, before: Before) -> Float[Array, "..."]:
+    """What the repetition penalty multiplies logits with, which is the derivative of `adjust_logits` by them too."""
+    rate = jnp.asarray(params.repetition)
+    return jnp.where(before.seen, jnp.where(biased > 0, 1 / rate, rate), 1.0)
+
+
+def bias_logits(logits: Float[Array, "..."], params: SamplingParams, *, axis: int = -1) -> Float[Array, "..."]:
+    """Float32 logits with the bias of `params` alone; `MASKED` for banned tokens."""
+    wide = logits.astype(jnp.float32)
+    if params.bias is None:
+        return wide
+    vocab = logits.shape[axis]
+    # Added, not set: an id beyond the vocabulary would otherwise be the last one.
+    added = jnp.zeros(vocab, jnp.float32).at[jnp.asarray(params.bias_tokens)].add(jnp.asarray(params.bias), mode="drop")
+    added = added.reshape(-1, *(1,) * (wide.ndim - 1)) if axis == 0 else added
+    # A sum with `MASKED` is what a head has masked, or is banned, and nothing in between.
+    return jnp.where(added > MASKED / 2, wide + added, MASKED)
 
 
 def process_logits(
@@ -221,6 +401,21 @@ def _sums(arrays: list[Array], axis: int) -> Array:
     zeros = (jnp.float32(0),) * len(arrays)
     totals = jax.lax.reduce(tuple(arrays), zeros, lambda a, b: tuple(map(jnp.add, a, b)), (axis % arrays[0].ndim,))
     return jnp.expand_dims(jnp.stack(totals), axis if axis < 0 else axis + 1)
+
+
+def best_tokens(
+    logits: Float[Array, "..."],
+    params: SamplingParams,
+    count: int,
+    *,
+    axis: int = -1,
+    rules: Rules | None = None,
+) -> tuple[Int[Array, "*B N"], Float[Array, "*B N"]]:
+    """The `count` most probable tokens of the distribution that is sampled from, the best first, and their log-probs
+    (nats); below `MASKED / 2` for those that are not sampled at all. Arguments as in `process_logits`."""
+    processed = process_logits(logits, params, axis=axis, rules=rules)
+    logprobs, tokens = jax.lax.top_k(jnp.moveaxis(jax.nn.log_softmax(processed, axis=axis), axis, -1), count)
+    return tokens, logprobs
 
 
 def sample_tokens(

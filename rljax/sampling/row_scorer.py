@@ -22,9 +22,11 @@ def score_rows(
     tokens: Int[ArrayLike, "B S"],
     lengths: Int[ArrayLike, " B"],
     sampling: SamplingParams,
+    first: Int[ArrayLike, ""] | int = 1,
 ) -> Float[Array, "B S"]:
     """Log-probs (nats) of the tokens of rows that share nothing, each under the distribution that is sampled from after
-    the tokens before it; 0 for the first token of a row and behind its length."""
+    the tokens before it; 0 for the first token of a row and behind its length. Those before place `first` are given,
+    and have 0 too."""
     place = jnp.broadcast_to(jnp.arange(jnp.shape(tokens)[1]), jnp.shape(tokens))
     is_inside = place < jnp.asarray(lengths)[:, None]
     packed = Packed(
@@ -32,7 +34,7 @@ def score_rows(
         positions=place,
         predecessor=place - 1,
         subtree_end=jnp.where(is_inside, jnp.asarray(lengths)[:, None], 0),
-        score_index=jnp.where(is_inside & (place > 0), place, -1),
+        score_index=jnp.where(is_inside & (place >= first), place, -1),
     )
     return score_tokens(config, params, packed, sampling)[0]
 
@@ -63,8 +65,8 @@ class RowScorer:
         whole = [np.concatenate([prompt, completion]).astype(np.int32) for completion in completions]
 
         scored: list[np.ndarray] = []
-        for first in range(0, len(whole), self._shape[0]):
-            part = whole[first : first + self._shape[0]]
+        for start in range(0, len(whole), self._shape[0]):
+            part = whole[start : start + self._shape[0]]
             tokens = np.zeros(self._shape, np.int32)
             lengths = np.zeros(self._shape[0], np.int32)
             for row, ids in enumerate(part):
@@ -72,6 +74,8 @@ class RowScorer:
                 lengths[row] = len(ids)
 
             with contextlib.nullcontext() if self.mesh is None else use_mesh(self.mesh):
-                values = to_host(_score_rows(self.config, self._params, tokens, lengths, sampling))
+                # What is penalised depends on which tokens were sampled.
+                first = (np.int32(len(prompt)),) if sampling.penalises else ()
+                values = to_host(_score_rows(self.config, self._params, tokens, lengths, sampling, *first))
             scored += [row[len(prompt) : len(ids)] for row, ids in zip(values, part, strict=False)]
         return scored

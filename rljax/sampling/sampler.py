@@ -24,7 +24,7 @@ from rljax.models.cache import (
 )
 from rljax.models.config import DecoderConfig
 from rljax.parallel import batch_parts, platform, use_mesh
-from rljax.sampling.generate import DecodeRows, DecodeRun, copy_prompt, decode, prefill
+from rljax.sampling.generate import Buffer, DecodeRows, DecodeRun, copy_prompt, decode, prefill
 from rljax.sampling.logits import Rules, SamplingParams, rules_of, sampling_params
 from rljax.sampling.plan import DecoderPlan, abstract_result, abstract_weights, lower_weights
 from rljax.sampling.slots import FinishReason, Load, Path, Request, Sample, Slots
@@ -57,8 +57,9 @@ _decode = jax.jit(decode, static_argnums=(0, 1, 2, 7), donate_argnums=4)
 class Sampler:
     """Samples completions with a grid of `spec.prompt_slots` prompts x `spec.sample_slots` samples of each.
 
-    After `warmup` no call compiles. A token of `stops.tokens` ends a sample, and so does text containing one of
-    `stops.strings`.
+    After `warmup` no call compiles, but for the first with a request that follows a grammar: its rows go on one step at
+    a time, since the host says what may come next. A token of `stops.tokens` ends a sample, and so does text containing
+    one of `stops.strings`.
 
     Requests with `rounds` fork: later samples start from any token of the first `spec.path_slots` samples of their
     request, whose keys and values are kept, and nothing is computed again. A fork may begin with up to
@@ -115,6 +116,8 @@ class Sampler:
         same parts on, then has a faster program of its own; all others share one."""
         spec = self.spec
         self._rules = {rules_of(sampling) for sampling in samplings}
+        # Programs are compiled for what is adjusted, whatever the values.
+        like = samplings[0] if samplings else sampling_params()
         idle = self._slots([])
 
         # A cache belongs to a bucket, and prompts of all smaller buckets are prefilled into it too.
@@ -133,7 +136,7 @@ class Sampler:
                     for size in (*spec.ring_sizes, *reversed(spec.ring_sizes[:-1])):
                         cache, _ = self._resize_once(cache, 0, size)
                         for rules in (None, *self._rules):
-                            run = self._run(cache, 0, idle, sampling_params(), 0, 0)
+                            run = self._run(cache, 0, idle, like, 0, 0)
                             cache, *_ = self._decode(cache, idle, run, rules)
                         if spec.path_slots:
                             none = self._moves(cache, [], [])
@@ -203,15 +206,27 @@ class Sampler:
 
         busy = stats["new_tokens"] + stats["forced_tokens"]
         self.last_stats = {**stats, **seconds, "slot_occupancy": busy / max(stats.pop("row_steps"), 1)}
-        return [[sample for sample in group if sample is not None] for group in slots.results]
+        groups = [[sample for sample in group if sample is not None] for group in slots.results]
+        if sampling.penalises:
+            groups = [[sample._replace(is_penalised=True) for sample in group] for group in groups]
+        return groups
 
     def _decode(self, cache: KVCache, slots: Slots, run: DecodeRun, rules: Rules | None):
         """One call of `decode` for the rows as they stand."""
-        most = self._most_steps(cache)
-        return _decode(self.config, self._stop_tokens, most, self._weights(), cache, slots.rows(), run, rules)
+        buffer = Buffer(self._most_steps(cache, slots), self.spec.top_logprobs)
+        rows = self._rows(slots, run.sampling)
+        return _decode(self.config, self._stop_tokens, buffer, self._weights(), cache, rows, run, rules)
 
-    def _most_steps(self, cache: KVCache) -> int:
+    def _rows(self, slots: Slots, sampling: SamplingParams) -> DecodeRows:
+        """The grid as the device wants it for this sampling."""
+        rows = slots.rows()
+        return slots.with_history(rows, self.spec.prompt_buckets[-1]) if sampling.penalises else rows
+
+    def _most_steps(self, cache: KVCache, slots: Slots) -> int:
         """Steps of a run at most."""
+        # What may come next in a grammar is known when a token is.
+        if slots.is_guided:
+            return 1
         most = self.spec.check_every if self._stop_strings.strings else _MOST_STEPS
         return min(most, ring_size(cache))
 
@@ -219,7 +234,10 @@ class Sampler:
         self, cache: KVCache, column: int, slots: Slots, sampling: SamplingParams, seed: int, step: int
     ) -> DecodeRun:
         # No row may become older than the ring is long.
-        most = min(self._most_steps(cache), slots.steps_within(ring_size(cache)))
+        most = min(self._most_steps(cache, slots), slots.steps_within(ring_size(cache)))
+        # Of the same program, whatever requests bring.
+        if slots.has_stops:
+            most = min(most, self.spec.check_every)
         return DecodeRun(
             column=np.array(column, np.int32),
             sampling=sampling,
@@ -301,13 +319,12 @@ class Sampler:
         """Takes over what the rows emitted, and frees those that are done; returns the paths to keep."""
         ended = []
         for row, owner in slots.owners():
-            new = (slice(grown[row]), *row)
-            tokens = emitted.tokens[new]
-            recorded = () if emitted.experts is None else (emitted.experts[new],)
-            slots.advance(row, tokens, emitted.logprobs[new], emitted.entropies[new], *recorded)
+            new = emitted.of_row(row, int(grown[row]))
+            tokens = new["tokens"]
+            slots.advance(row, new)
             # A stop string is found at a token of this run at the earliest: the text before was searched after the
             # run before.
-            length = self._stop_strings.end(
+            length = self._stop_strings.beside(slots.requests[owner[0]].stop).end(
                 functools.partial(slots.last_tokens, owner),
                 int(slots.steps[row]),
                 len(tokens),
@@ -403,10 +420,10 @@ class Sampler:
                 "decode": _decode.lower(
                     self.config,
                     self._stop_tokens,
-                    self._most_steps(plan.cache),
+                    Buffer(self._most_steps(plan.cache, idle), self.spec.top_logprobs),
                     plan.weights,
                     plan.cache,
-                    idle.rows(),
+                    self._rows(idle, sampling),
                     self._run(plan.cache, 0, idle, sampling, 0, 0),
                     rules_of(sampling),
                 ),
@@ -469,6 +486,11 @@ class Sampler:
                 f"{where}: {len(prompt)} prompt + {limit} new tokens exceed {longest}, beyond which {reason}; "
                 "shorten the prompt or lower max_new_tokens"
             )
+
+        try:
+            self._stop_strings.beside(request.stop)
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from None
 
         ids = [request.prompt_id, *request.sample_ids]
         if wrong := [value for value in ids if not 0 <= value <= _LARGEST_ID]:

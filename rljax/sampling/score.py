@@ -31,7 +31,15 @@ from rljax.models import (
     values,
 )
 from rljax.parallel import split_axes
-from rljax.sampling.logits import SamplingParams, process_logits
+from rljax.sampling.logits import (
+    MASKED,
+    Before,
+    SamplingParams,
+    adjust_logits,
+    bias_logits,
+    penalty_slope,
+    process_logits,
+)
 from rljax.types import ArrayLike, Packed, Params
 
 
@@ -59,9 +67,12 @@ def score_tokens(
     shares = sequence_shares(*packed.tokens.shape)
     hidden = _hidden_states(config, params, packed, shares, remat=remat, scan=scan, attention=attention)
     wanted, targets, before = _places(packed)
+    context = _context(packed, before, sampling_params)
     if shares is None:
         hidden = jnp.take_along_axis(hidden, before[..., None], axis=1)
-        return score_hidden(config, params, hidden, targets, wanted, sampling_params, chunk=chunk)
+        return score_hidden(config, params, hidden, targets, wanted, sampling_params, chunk=chunk, context=context)
+    if context is not None:
+        raise ValueError("grammars and penalties are not scored where devices share sequences")
 
     # Scored tokens may lie all in one part of a sequence, so its devices take equal numbers of them.
     hidden = shares.states_at(hidden, shares.split(shares.place(before)))
@@ -122,6 +133,95 @@ def _places(packed: Packed) -> tuple[Array, Array, Array]:
     return wanted, targets, jnp.maximum(before, 0)
 
 
+class Masks(NamedTuple):
+    """Which tokens count where they are scored."""
+
+    allowed: Array
+    """uint32 [R, U, W]: masks of each packed row, a bit a token of the vocabulary."""
+    which: Array
+    """int32 [R, K]: that of each scored token; -1 where all count."""
+
+    def words(self) -> Array:
+        """uint32 [R, K, W]."""
+        words = jnp.take_along_axis(self.allowed, jnp.maximum(self.which, 0)[..., None], axis=1)
+        return jnp.where(self.which[..., None] >= 0, words, jnp.uint32(0xFFFFFFFF))
+
+    def part(self, i: Array, step: int) -> "Masks":
+        """Those of a chunk of scored tokens."""
+        return self._replace(which=_slice(self.which, i, step))
+
+
+class History(NamedTuple):
+    """Which tokens stand before those that are scored: of each packed row its tokens."""
+
+    tokens: Array
+    """int32 [R, S]."""
+    subtree_end: Array
+    """int32 [R, S]."""
+    is_sampled: Array
+    """bool [R, S]: those of the policy."""
+    before: Array
+    """int32 [R, K]: where the token before a scored one lies; -1 for none."""
+
+    def counts(self, vocab: int) -> Before:
+        """Of each scored token, [R, K, V]: what stands on its path."""
+        rows, length = self.tokens.shape
+        last = self.before[..., None]
+        on_path = (jnp.arange(length) <= last) & (last < self.subtree_end[:, None])
+        row = jnp.arange(rows)[:, None, None]
+        place = jnp.arange(self.before.shape[1])[None, :, None]
+        at = (row, place, self.tokens[:, None])
+        shape = (*self.before.shape, vocab)
+        own = (on_path & self.is_sampled[:, None]).astype(jnp.int32)
+        return Before(
+            seen=jnp.zeros(shape, bool).at[at].max(on_path), sampled=jnp.zeros(shape, jnp.int32).at[at].add(own)
+        )
+
+    def part(self, i: Array, step: int) -> "History":
+        """That of a chunk of scored tokens."""
+        return self._replace(before=_slice(self.before, i, step))
+
+
+class Context(NamedTuple):
+    """What beside the hidden state says which tokens could be sampled, and how likely."""
+
+    masks: Masks | None
+    history: History | None
+
+    def part(self, i: Array, step: int) -> "Context":
+        """Those of a chunk of scored tokens."""
+        masks = None if self.masks is None else self.masks.part(i, step)
+        return Context(masks, None if self.history is None else self.history.part(i, step))
+
+    def padded(self, padding: int) -> "Context":
+        """With so many scored tokens more, of which nothing is said."""
+
+        def pad(x: Array) -> Array:
+            return jnp.pad(x, ((0, 0), (0, padding)), constant_values=-1)
+
+        masks = self.masks
+        history = self.history
+        return Context(
+            None if masks is None else masks._replace(which=pad(masks.which)),
+            None if history is None else history._replace(before=pad(history.before)),
+        )
+
+
+def _context(packed: Packed, before: Array, sampling: SamplingParams | None) -> Context | None:
+    """None where there is nothing to be said."""
+    masks = None
+    history = None
+    if packed.allowed is not None:
+        masks = Masks(jnp.asarray(packed.allowed), jnp.asarray(packed.allowed_index))
+    if sampling is not None and sampling.penalises:
+        # Of a rollout exactly those tokens are scored that the policy has sampled.
+        length = packed.tokens.shape[1]
+        scored = jnp.where(jnp.asarray(packed.score_index) >= 0, packed.score_index, length)
+        is_sampled = jax.vmap(lambda at: jnp.zeros(length, bool).at[at].set(True, mode="drop"))(scored)
+        history = History(jnp.asarray(packed.tokens), jnp.asarray(packed.subtree_end), is_sampled, before)
+    return None if masks is None and history is None else Context(masks, history)
+
+
 def score_hidden(
     config: DecoderConfig,
     params: Params,
@@ -131,9 +231,10 @@ def score_hidden(
     sampling_params: SamplingParams | None = None,
     *,
     chunk: int,
+    context: Context | None = None,
 ) -> tuple[Float[Array, "R K"], Float[Array, "R K"]]:
     """Log-probs of `targets` and entropies under the softmax of `models.logits` of `hidden`; 0 where `wanted [R, K]` is
-    False. Of `params` it reads `models.head_params`.
+    False. Of `params` it reads `models.head_params`. `context` is what else the distribution depends on.
 
     `chunk` counts the tokens of one device. Rows that do not divide over the batch axes of the mesh in use are chunked
     as those of one device. Chunks that hold no wanted token are skipped. Differentiable in `params` and `hidden`.
@@ -157,9 +258,10 @@ def score_hidden(
     if padding:
         hidden = jnp.pad(hidden, ((0, 0), (0, padding), (0, 0)))
         targets, wanted = (jnp.pad(x, ((0, 0), (0, padding))) for x in (targets, wanted))
+        context = None if context is None else context.padded(padding)
 
     head = head_params(config, params)
-    logprobs, entropies = _head(config, step, layout, head, hidden, targets, wanted, sampling_params)
+    logprobs, entropies = _head(config, step, layout, head, hidden, targets, wanted, sampling_params, context)
     return logprobs[:, :length], entropies[:, :length]
 
 
@@ -167,14 +269,30 @@ def _is_target(targets: Array, vocab: int) -> Array:
     return targets[..., None] == jnp.arange(vocab, dtype=targets.dtype)
 
 
-def _processed(config: DecoderConfig, head: Params, hidden: Array, targets: Array, sampling) -> Array:
-    """Logits of the distribution that is scored, float32 [R, C, V]."""
+def _processed(
+    config: DecoderConfig, head: Params, hidden: Array, targets: Array, sampling, context: Context | None
+) -> tuple[Array, Array | None]:
+    """Logits of the distribution that is scored, float32 [R, C, V], and their derivative by those of the model, before
+    they are divided; None where it is 1."""
     own = logits(config, head, hidden)
-    if sampling is None:
-        return own
-    # A token that truncation would remove now was sampled when it would not have: it keeps its logit.
+    if sampling is None and context is None:
+        return own, None
+    adjusts = context is not None or sampling.adjusts
+    adjusted = own
+    slope = None
+    if adjusts:
+        masks, history = (None, None) if context is None else context
+        words = None if masks is None else masks.words()
+        before = None if history is None else history.counts(own.shape[-1])
+        adjusted = adjust_logits(own, sampling, allowed=words, before=before)
+        if before is not None:
+            slope = penalty_slope(bias_logits(own, sampling), sampling, before)
+    # A token that truncation would remove now was sampled when it would not have, and one that is banned was given:
+    # it keeps its logit.
     kept = _is_target(targets, own.shape[-1])
-    return jnp.where(kept, own / _temperature(sampling), process_logits(own, sampling))
+    possible = jnp.where(adjusted > MASKED / 2, adjusted, own) if adjusts else own
+    processed = adjusted if sampling is None else process_logits(adjusted, sampling)
+    return jnp.where(kept, possible / _temperature(sampling), processed), slope
 
 
 def _temperature(sampling: SamplingParams | None) -> Array:
@@ -203,6 +321,13 @@ def _processed_gradient(processed, targets, normaliser, entropy, d_logprob, d_en
     p = jnp.exp(log_p)
     own = jnp.where(_is_target(targets, processed.shape[-1]), d_logprob[..., None], 0.0)
     return own - p * (d_logprob[..., None] + d_entropy[..., None] * (log_p + entropy[..., None]))
+
+
+def _own_gradient(made: tuple[Array, Array | None], targets: Array, at) -> Array:
+    """Per logit of the model, but for the division by the temperature."""
+    processed, slope = made
+    gradient = _processed_gradient(processed, targets, *at)
+    return gradient if slope is None else gradient * slope
 
 
 class _Layout(NamedTuple):
@@ -249,10 +374,10 @@ class _Layout(NamedTuple):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
 def _head(
-    config: DecoderConfig, step: int, layout: _Layout, head, hidden, targets, wanted, sampling
+    config: DecoderConfig, step: int, layout: _Layout, head, hidden, targets, wanted, sampling, context
 ) -> tuple[Array, Array]:
     """`score_hidden` of chunks of `step` tokens of each row; `head` are the `head_params`."""
-    (logprobs, entropies), _ = _head_forward(config, step, layout, head, hidden, targets, wanted, sampling)
+    (logprobs, entropies), _ = _head_forward(config, step, layout, head, hidden, targets, wanted, sampling, context)
     return logprobs, entropies
 
 
@@ -271,17 +396,18 @@ def _write(x: Array, part: Array, i: Array, step: int) -> Array:
     return jax.lax.dynamic_update_slice_in_dim(x, part.astype(x.dtype), i * step, axis=1)
 
 
-def _head_forward(config, step: int, layout: _Layout, head, hidden, targets, wanted, sampling):
-    def measure(whole, hidden, targets, sampling, live):
+def _head_forward(config, step: int, layout: _Layout, head, hidden, targets, wanted, sampling, context):
+    def measure(whole, hidden, targets, context, sampling, live):
         if step == hidden.shape[1]:
             # One chunk: its logits are few enough to be kept for the backward pass.
-            kept = _processed(config, whole, hidden, targets, sampling)
-            return kept, _measure(kept, targets)
+            kept = _processed(config, whole, hidden, targets, sampling, context)
+            return kept, _measure(kept[0], targets)
 
         def chunk(i, carry):
             h = _slice(hidden, i, step)
             y = _slice(targets, i, step)
-            parts = _measure(_processed(config, whole, h, y, sampling), y)
+            part_of = None if context is None else context.part(i, step)
+            parts = _measure(_processed(config, whole, h, y, sampling, part_of)[0], y)
             return tuple(_write(x, part, i, step) for x, part in zip(carry, parts, strict=True))
 
         empty = jnp.zeros(targets.shape, jnp.float32)
@@ -291,30 +417,32 @@ def _head_forward(config, step: int, layout: _Layout, head, hidden, targets, wan
     whole = jax.tree.map(lambda x: layout.gather(x, hidden.dtype), head)
     every = PartitionSpec()
     own = PartitionSpec(layout.rows)
-    run = layout.on_rows(measure, (every, own, own, every, every), own)
-    kept, (logprobs, entropies, normalisers) = run(whole, hidden, targets, sampling, _live_chunks(step, wanted))
+    run = layout.on_rows(measure, (every, own, own, own, every, every), own)
+    live = _live_chunks(step, wanted)
+    kept, (logprobs, entropies, normalisers) = run(whole, hidden, targets, context, sampling, live)
 
     out = jnp.where(wanted, logprobs, 0.0), jnp.where(wanted, entropies, 0.0)
-    return out, (head, whole, hidden, targets, wanted, sampling, normalisers, entropies, kept)
+    return out, (head, whole, hidden, targets, wanted, context, sampling, normalisers, entropies, kept)
 
 
 def _head_backward(config, step: int, layout: _Layout, residuals, cotangents):
-    head, whole, hidden, targets, wanted, sampling, normalisers, entropies, kept = residuals
+    head, whole, hidden, targets, wanted, context, sampling, normalisers, entropies, kept = residuals
     d_logprobs, d_entropies = (jnp.where(wanted, d, 0.0) for d in cotangents)
     # Of a logit that truncation removed the probability is 0, so that the division by the temperature is all that
     # lies between a logit and its processed one.
     scale = 1.0 / _temperature(sampling)
 
-    def gradients(whole, kept, hidden, targets, at, sampling, scale, live):
+    def gradients(whole, kept, hidden, targets, context, at, sampling, scale, live):
         if kept is not None:
-            d_logits = _processed_gradient(kept, targets, *at) * scale
+            d_logits = _own_gradient(kept, targets, at) * scale
             d_hidden, d_head = logits_gradient(config, whole, hidden, d_logits)
         else:
 
             def chunk(i, carry):
                 d_hidden, d_head = carry
                 h, y, *there = (_slice(x, i, step) for x in (hidden, targets, *at))
-                d_logits = _processed_gradient(_processed(config, whole, h, y, sampling), y, *there) * scale
+                part_of = None if context is None else context.part(i, step)
+                d_logits = _own_gradient(_processed(config, whole, h, y, sampling, part_of), y, there) * scale
                 d_h, d_part = logits_gradient(config, whole, h, d_logits)
                 return _write(d_hidden, d_h, i, step), jax.tree.map(jnp.add, d_head, d_part)
 
@@ -324,12 +452,12 @@ def _head_backward(config, step: int, layout: _Layout, residuals, cotangents):
 
     every = PartitionSpec()
     own = PartitionSpec(layout.rows)
-    run = layout.on_rows(gradients, (every, own, own, own, own, every, every, every), own)
+    run = layout.on_rows(gradients, (every, own, own, own, own, own, every, every, every), own)
     at = (normalisers, entropies, d_logprobs, d_entropies)
-    d_hidden, d_head = run(whole, kept, hidden, targets, at, sampling, scale, _live_chunks(step, wanted))
+    d_hidden, d_head = run(whole, kept, hidden, targets, context, at, sampling, scale, _live_chunks(step, wanted))
 
     d_head = jax.tree.map(lambda d, x: layout.reduce(d).astype(x.dtype), d_head, head)
-    return d_head, d_hidden, None, None, None
+    return d_head, d_hidden, None, None, None, None
 
 
 _head.defvjp(_head_forward, _head_backward)

@@ -1,13 +1,15 @@
 """Which sample runs in which row: the host's bookkeeping of the decoder's grid. No device work."""
 
+import dataclasses
 from collections import deque
-from collections.abc import Callable, Sequence
-from typing import Literal, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Int
 
-from rljax.sampling.generate import DecodeRows
+from rljax.sampling.generate import TOLD, DecodeRows
+from rljax.sampling.logits import NO_TOKEN
 from rljax.sampling.spec import SamplerSpec
 from rljax.sampling.stopping import last_of
 from rljax.types import INTERVENTION_NONE, INTERVENTION_SUPPRESS, NO_PARENT, Width
@@ -15,6 +17,7 @@ from rljax.types import INTERVENTION_NONE, INTERVENTION_SUPPRESS, NO_PARENT, Wid
 FinishReason = Literal["stop", "length", "stop_string"]
 _FREE = -1
 _NOWHERE = -1
+_ALL = 0xFFFFFFFF
 
 
 class Sample(NamedTuple):
@@ -47,6 +50,14 @@ class Sample(NamedTuple):
     experts: np.ndarray | None = None
     """int16 [N + T - 1, L, k]: those that computed in each layer for the `N` tokens of the prompt and for those of the
     completion but its last, which was never fed; None without a record."""
+    grammar: str = ""
+    """Name of the grammar that it follows; empty for none."""
+    is_penalised: bool = False
+    """Whether its distributions depend on which of the tokens before are its own."""
+    top_tokens: np.ndarray | None = None
+    """int32 [T, N]: the most probable tokens of the distribution sampled from, the best first; None if not asked."""
+    top_logprobs: np.ndarray | None = None
+    """float32 [T, N], nats: their log-probs; below -1e29 for one that truncation removed."""
 
     @property
     def sampled(self) -> np.ndarray:
@@ -55,6 +66,33 @@ class Sample(NamedTuple):
         for start, stop in self.forced:
             mask[start:stop] = False
         return mask
+
+
+@runtime_checkable
+class Followed(Protocol):
+    """Where a completion stands in its grammar, as `rljax.text` has it."""
+
+    def allowed(self) -> np.ndarray:
+        """uint32 [W]: a bit a token of the vocabulary, the first the lowest, whether it may come next."""
+        ...
+
+    def advance(self, tokens: Sequence[int]) -> None:
+        """Goes on by these tokens."""
+        ...
+
+
+@runtime_checkable
+class Grammar(Protocol):
+    """What completions must follow."""
+
+    name: str
+    """What it is, in one text."""
+    width: int
+    """Words of a mask."""
+
+    def begin(self) -> Followed:
+        """The beginning of a completion."""
+        ...
 
 
 class Fork(NamedTuple):
@@ -95,6 +133,10 @@ class Request(NamedTuple):
     """The last `begun` tokens of the prompt belong to the text of the completion: a stop string may begin in them."""
     adapter: int = 0
     """Which of the model's adapters samples it, where several stand side by side (`rljax.models.Lora.count`)."""
+    grammar: Grammar | None = None
+    """What the completion must follow: of tokens that lead out of it none is sampled."""
+    stop: tuple[str, ...] = ()
+    """Texts that end it, beside those of the sampler."""
 
 
 class Load(NamedTuple):
@@ -156,7 +198,7 @@ class Slots:
         self._unfinished = [len(work) for work in self._work]
         self._unloaded = deque(i for i, request in enumerate(requests) if len(request.sample_ids))
         # (request, sample) -> what its row has emitted
-        self.parts: dict[tuple[int, int], list[tuple[np.ndarray, ...]]] = {}
+        self.parts: dict[tuple[int, int], list[Mapping[str, np.ndarray]]] = {}
         # Of the experts of all tokens of a request's prompt but the last, and how many each layer has for a token.
         self._recorded = Width(recorded)
         self._prompt_experts: dict[int, np.ndarray] = {}
@@ -180,6 +222,12 @@ class Slots:
         self._forced_start = np.zeros(shape, np.int32)
         self._forced_length = np.zeros(shape, np.int32)
         self._suppress_at = np.full(shape, _NOWHERE)
+        # Where rows stand in their grammars, and what may come next in them; None where no request has one.
+        widths = {request.grammar.width for request in requests if request.grammar is not None}
+        self.is_guided = bool(widths)
+        self.has_stops = any(request.stop for request in requests)
+        self._followed: dict[tuple[int, int], Followed] = {}
+        self._allowed = np.full((*shape, max(widths)), _ALL, np.uint32) if widths else None
 
     @property
     def active(self) -> np.ndarray:
@@ -212,9 +260,26 @@ class Slots:
             forced_length=self._forced_length,
             suppressed=self._suppressed if len(self._suppressed) else None,
             suppress_at=self._suppress_at if len(self._suppressed) else None,
+            allowed=self._allowed,
             adapter=self._adapter if self._chooses_adapter else None,
             recorded=self._recorded,
         )
+
+    def with_history(self, rows: DecodeRows, longest_prompt: int) -> DecodeRows:
+        """The grid with the tokens of its prompts and completions, for penalties."""
+        shape = (*self.active.shape, self.max_new_tokens)
+        prompt = np.full((shape[0], longest_prompt), NO_TOKEN, np.int32)
+        said = np.full(shape, NO_TOKEN, np.int32)
+        sampled = np.zeros(shape, bool)
+        for row, owner in self.owners():
+            request, sample = owner
+            prompt[row[0], : len(self.requests[request].prompt)] = self.requests[request].prompt
+            tokens = [token for part in self.parts.get(owner, ()) for token in part["tokens"].tolist()]
+            said[row][: len(tokens)] = tokens
+            sampled[row][: len(tokens)] = True
+            for start, stop in self._forced_spans(request, self._work[request][sample]):
+                sampled[row][start:stop] = False
+        return dataclasses.replace(rows, prompt=prompt, said=said, said_sampled=sampled)
 
     def oldest(self) -> int:
         """Columns of the ring that the oldest active row has."""
@@ -242,17 +307,19 @@ class Slots:
         """Keeps the experts of all tokens of a prompt but the last, which is fed with the completion."""
         self._prompt_experts[request] = experts
 
-    def advance(self, row: tuple[int, int], tokens: np.ndarray, *of_tokens: np.ndarray) -> None:
-        """Adds what a row emitted: tokens, their log-probs and entropies, and the experts of those fed, if recorded."""
+    def advance(self, row: tuple[int, int], told: Mapping[str, np.ndarray]) -> None:
+        """Adds what a row emitted, as `Emitted.of_row` has it."""
         owner = (int(self._request[row[0]]), int(self._sample[row]))
-        self.parts.setdefault(owner, []).append((tokens, *of_tokens))
+        self.parts.setdefault(owner, []).append(told)
+        tokens = told["tokens"]
         self.steps[row] += len(tokens)
         if len(tokens):
             self._token[row] = tokens[-1]
+        self._follow(row, tokens)
 
     def last_tokens(self, owner: tuple[int, int], count: int) -> list[int]:
         """The last `count` tokens of an unfinished sample and the prompt before it, or all there are."""
-        return last_of(self.requests[owner[0]].prompt, (part[0] for part in reversed(self.parts[owner])), count)
+        return last_of(self.requests[owner[0]].prompt, (part["tokens"] for part in reversed(self.parts[owner])), count)
 
     def first_sampled(self, owner: tuple[int, int]) -> int:
         """How many tokens of a sample were there before it: inherited or given."""
@@ -265,28 +332,25 @@ class Slots:
         request = int(self._request[row[0]])
         sample = int(self._sample[row])
         parts = self.parts.pop((request, sample))
-        tokens, logprobs, entropies, *experts = (np.concatenate(x)[:length] for x in zip(*parts, strict=True))
+        told: dict[str, Any] = {name: np.concatenate([part[name] for part in parts])[:length] for name in parts[0]}
+        # A record begins with the prompt's.
+        if "experts" in told:
+            told["experts"] = np.concatenate([self._prompt_experts[request], told["experts"]])
 
         work = self._work[request][sample]
-        forced: tuple[tuple[int, int], ...] = ()
-        if work.parent != NO_PARENT:
-            forced = spans_before(self._result(request, work.parent).forced, work.fork_index)
-        given = len(work.inject) + self._is_suppressed(work)
-        if given:
-            forced += ((work.fork_index, work.fork_index + given),)
+        forced = self._forced_spans(request, work)
         self.results[request][sample] = Sample(
-            tokens=tokens,
-            logprobs=logprobs,
-            entropies=entropies,
             finish_reason=reason,
             parent=work.parent,
             fork_index=work.fork_index,
             fork_score=work.score,
             forced=forced,
             intervention=work.intervention,
-            experts=np.concatenate([self._prompt_experts[request], *experts]) if experts else None,
+            grammar=grammar.name if (grammar := self.requests[request].grammar) else "",
+            **told,
         )
         self._sample[row] = _FREE
+        self._followed.pop(row, None)
         self._unfinished[request] -= 1
 
         rounds = self.requests[request].rounds
@@ -327,6 +391,14 @@ class Slots:
     def _is_suppressed(self, work: Fork) -> bool:
         """Whether its first own token is drawn while others are suppressed."""
         return work.intervention == INTERVENTION_SUPPRESS and len(self._suppressed) > 0
+
+    def _forced_spans(self, request: int, work: Fork) -> tuple[tuple[int, int], ...]:
+        """Spans of a sample that the policy did not sample as it would."""
+        forced: tuple[tuple[int, int], ...] = ()
+        if work.parent != NO_PARENT:
+            forced = spans_before(self._result(request, work.parent).forced, work.fork_index)
+        given = len(work.inject) + self._is_suppressed(work)
+        return (*forced, (work.fork_index, work.fork_index + given)) if given else forced
 
     def _result(self, request: int, sample: int) -> Sample:
         result = self.results[request][sample]
@@ -385,14 +457,26 @@ class Slots:
             if work.fork_index:
                 parent = self._result(index, work.parent)
                 end = work.fork_index
-                inherited = [parent.tokens[:end], parent.logprobs[:end], parent.entropies[:end]]
-                if parent.experts is not None:
-                    fed = len(request.prompt) - 1
-                    inherited.append(parent.experts[fed : fed + end])
-                self.parts[index, sample] = [tuple(inherited)]
+                told = {name: value for name in TOLD if (value := getattr(parent, name)) is not None}
+                if "experts" in told:
+                    told["experts"] = told["experts"][len(request.prompt) - 1 :]
+                self.parts[index, sample] = [{name: value[:end] for name, value in told.items()}]
                 self._token[row] = parent.tokens[end - 1]
                 paths.append(Path(*row, work.parent, end))
+
+            if request.grammar is not None:
+                self._followed[row] = request.grammar.begin()
+            self._follow(row, self.parts[index, sample][0]["tokens"] if work.fork_index else ())
         return paths
+
+    def _follow(self, row: tuple[int, int], tokens: Sequence[int] | np.ndarray) -> None:
+        """Takes the row's grammar on by these tokens, and notes what may come behind them."""
+        if self._allowed is None:
+            return
+        followed = self._followed.get(row)
+        if followed is not None:
+            followed.advance(np.asarray(tokens).tolist())
+        self._allowed[row] = _ALL if followed is None else followed.allowed()
 
 
 def spans_before(spans: Sequence[tuple[int, int]], end: int) -> tuple[tuple[int, int], ...]:

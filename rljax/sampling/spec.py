@@ -51,6 +51,8 @@ class SamplerSpec:
     """Samples of a request, the first ones, that forks may start from: memory for as many completions a prompt slot."""
     max_injected: int = 0
     """Most given tokens that a fork may begin with."""
+    top_logprobs: int = 0
+    """Most probable tokens that are told beside each sampled one."""
     suppressed: Sequence[int] = ()
     """Tokens that a fork of intervention SUPPRESS cannot begin with."""
     record_experts: bool = False
@@ -107,6 +109,8 @@ class TurnDecoderSpec:
     """Lengths (tokens) of the chunks in which what is new before a turn is computed: an observation up to a prompt."""
     check_every: int = 8
     """Steps after which finished rows are handed over and waiting turns take them; raise it where turns are long."""
+    top_logprobs: int = 0
+    """Most probable tokens that are told beside each sampled one."""
     suppressed: Sequence[int] = ()
     """Tokens that a turn with `suppress` cannot begin with."""
 

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable, Sequence
 import numpy as np
 
 from rljax.sampling.spec import Stops
+from rljax.text.base import shared_length, text_behind
 
 # Tokens, and then characters, by which a tail reaches further back than its longest stop string: its first token may be
 # a piece of a character, or be written otherwise than within a text.
@@ -20,10 +21,12 @@ class StopStrings:
             raise ValueError("stop_strings need decode_text, a function from token ids to text; pass tokenizer.decode")
         if "" in stops.strings:
             raise ValueError(
-                "config.sampling.stop_strings holds an empty text, which would end any sample at once; leave it out"
+                "config.sampling.stop_strings, or the stops of a request, hold an empty text, which would end any "
+                "sample at once; leave it out"
             )
         self.strings = tuple(stops.strings)
         self._decode = stops.decode_text
+        self._beside: dict[tuple[str, ...], StopStrings] = {}
         self._reach = max(map(len, self.strings), default=0) + _MARGIN
 
     def end(
@@ -64,13 +67,26 @@ class StopStrings:
         text = self._decode(ids)
         return any(string in text for string in self.strings)
 
+    @property
+    def reads_text(self) -> bool:
+        """Whether it could find others."""
+        return self._decode is not None
+
+    def beside(self, strings: Sequence[str]) -> "StopStrings":
+        """Finds `strings` too, as those of one request. Raises ValueError as when it is made."""
+        more = tuple(string for string in strings if string not in self.strings)
+        if not more:
+            return self
+        if more not in self._beside:
+            self._beside[more] = StopStrings(Stops(strings=(*self.strings, *more), decode_text=self._decode))
+        return self._beside[more]
+
     def _is_in(self, ids: list[int], before: list[int], known: str) -> bool:
         return find_stop(self._text(ids, before), self.strings, known) is not None
 
     def _text(self, ids: list[int], before: list[int]) -> str:
         assert self._decode is not None
-        text = self._decode([*before, *ids])
-        return text[_shared(text, self._decode(before)) :] if before else text
+        return text_behind(self._decode, ids, before)
 
 
 def last_of(prompt: Sequence[int], parts: Iterable[np.ndarray], count: int) -> list[int]:
@@ -87,14 +103,6 @@ def last_of(prompt: Sequence[int], parts: Iterable[np.ndarray], count: int) -> l
 def find_stop(text: str, strings: Sequence[str], known: str = "") -> int | None:
     """Where the first of `strings` in `text` begins, of those that end behind the text `known`, with which `text`
     begins; None for none."""
-    # A character whose last bytes came later is another one in `known`: it was not there yet.
-    length = _shared(text, known)
+    length = shared_length(text, known)
     starts = [text.find(string, max(0, length - len(string) + 1)) for string in strings]
     return min((start for start in starts if start >= 0), default=None)
-
-
-def _shared(text: str, head: str) -> int:
-    """How many characters of `head`, all but the last few, `text` begins with."""
-    while not text.startswith(head):
-        head = head[:-1]
-    return len(head)

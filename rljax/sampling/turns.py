@@ -8,7 +8,7 @@ import bisect
 import contextlib
 import time
 from collections import Counter, deque
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Literal, NamedTuple
 
 import jax
@@ -26,7 +26,7 @@ from rljax.sampling.conversations import (
     keep_turns,
     lay_conversations,
 )
-from rljax.sampling.generate import DecodeRows, DecodeRun, decode
+from rljax.sampling.generate import Buffer, DecodeRows, DecodeRun, decode
 from rljax.sampling.logits import Rules, SamplingParams, rules_of
 from rljax.sampling.plan import DecoderPlan, abstract_result, abstract_weights, lower_weights
 from rljax.sampling.sampler import by_part, known_rules, prefill_counts
@@ -62,8 +62,7 @@ _lay_conversations = jax.jit(lay_conversations, donate_argnums=0)
 _keep_turns = jax.jit(keep_turns, donate_argnums=0)
 _decode = jax.jit(decode, static_argnums=(0, 1, 2, 7), donate_argnums=4)
 
-_Emitted = tuple[np.ndarray, np.ndarray, np.ndarray]
-_NOTHING: _Emitted = (np.zeros(0, np.int32), np.zeros(0, np.float32), np.zeros(0, np.float32))
+_Emitted = Mapping[str, np.ndarray]
 
 
 class Turn(NamedTuple):
@@ -88,6 +87,8 @@ class Turn(NamedTuple):
     drawn: int = 0
     """The last `drawn` of those were drawn by this turn's own random numbers, which go on behind them: fewer than
     `begun` where a fork has the others from its parent, or was given them."""
+    stop: tuple[str, ...] = ()
+    """Texts that end it, beside those of the decoder."""
     suppress: bool = False
     """Whether its first token is none of those that the decoder was told to suppress."""
 
@@ -105,6 +106,10 @@ class TurnResult(NamedTuple):
     """float32 [T], nats, of the distribution sampled from."""
     end: TurnEnd
     """Why it ended."""
+    top_tokens: np.ndarray | None = None
+    """int32 [T, N]: as in `Sample`; None if the decoder was not made to tell them."""
+    top_logprobs: np.ndarray | None = None
+    """float32 [T, N]."""
 
 
 class TurnDecoder:
@@ -207,7 +212,10 @@ class TurnDecoder:
         self._column = 0
 
     def begin(self, sampling: SamplingParams, *, seed: int, step: int) -> None:
-        """How turns are sampled from now on; clears `stats`. (seed, step) enter the random numbers."""
+        """How turns are sampled from now on; clears `stats`. (seed, step) enter the random numbers. ValueError for
+        penalties."""
+        if sampling.penalises:
+            raise ValueError("turns are sampled without penalties: leave repetition, presence and frequency out")
         self._sampling = sampling
         self._seed = seed
         self._step = step
@@ -259,7 +267,7 @@ class TurnDecoder:
                 "decode": _decode.lower(
                     self.config,
                     self._stop_tokens,
-                    self.spec.check_every,
+                    Buffer(self.spec.check_every, self.spec.top_logprobs),
                     plan.weights,
                     cache,
                     self._grid.rows(),
@@ -275,6 +283,11 @@ class TurnDecoder:
     def _cache_sizes(self) -> tuple[DecoderConfig, int, int, int, int]:
         """The arguments of `init_cache`."""
         return self.config, self.spec.rows, 1, self._size, self._ring
+
+    @property
+    def finds_strings(self) -> bool:
+        """Whether turns may have stop strings of their own."""
+        return self._stop_strings.reads_text
 
     @property
     def num_open(self) -> int:
@@ -305,6 +318,11 @@ class TurnDecoder:
         limit = spec.max_new_tokens if turn.max_new_tokens is None else turn.max_new_tokens
         if not 1 <= limit <= spec.max_new_tokens:
             raise ValueError(f"{where}: max_new_tokens={limit} must lie between 1 and {spec.max_new_tokens}")
+
+        try:
+            self._stop_strings.beside(turn.stop)
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from None
 
         # Beyond these two turns of different samples would share random numbers.
         if not 0 <= turn.sample_id <= LARGEST_SAMPLE_ID or not 0 <= turn.turn < MOST_TURNS:
@@ -341,7 +359,7 @@ class TurnDecoder:
             with self._on_mesh():
                 self._kept = _keep_turns(self._kept, self._cache, self._moves(moves))
 
-        results += [TurnResult(turn, *_NOTHING, "interrupted") for turn in self._waiting]
+        results += [_result_of(turn, (), "interrupted", None, self.spec.top_logprobs) for turn in self._waiting]
         self._waiting.clear()
         return results
 
@@ -513,9 +531,9 @@ class TurnDecoder:
             if turn is None:
                 continue
             count = int(grown[row])
-            new = (slice(count), row, 0)
-            self._emitted[row].append((emitted.tokens[new], emitted.logprobs[new], emitted.entropies[new]))
-            self._grid.advance(row, emitted.tokens[new])
+            new = emitted.of_row((row, 0), count)
+            self._emitted[row].append(new)
+            self._grid.advance(row, new["tokens"])
             end = self._end(row, count, bool(active[row]))
             if end is None:
                 continue
@@ -536,9 +554,9 @@ class TurnDecoder:
 
     def _call_decode(self, params: Params, sampling: SamplingParams, rules: Rules | None):
         """(steps [E], active [E], emitted) of the rows after up to `check_every` steps."""
-        length = self.spec.check_every
+        buffer = Buffer(self.spec.check_every, self.spec.top_logprobs)
         self._cache, _, *out = _decode(
-            self.config, self._stop_tokens, length, params, self._cache, self._grid.rows(), self._run(sampling), rules
+            self.config, self._stop_tokens, buffer, params, self._cache, self._grid.rows(), self._run(sampling), rules
         )
         steps, active, emitted = jax.device_get(out)
         return steps[:, 0], active[:, 0], emitted
@@ -564,22 +582,20 @@ class TurnDecoder:
         parts = self._emitted[row]
 
         def last(count: int) -> list[int]:
-            return last_of(turn.tokens, (part[0] for part in reversed(parts)), count)
+            return last_of(turn.tokens, (part["tokens"] for part in reversed(parts)), count)
 
         # The text of a turn that goes on begins with what was said of it before.
-        length = self._stop_strings.end(last, int(self._grid.steps[row]), grown, begun=turn.begun)
+        length = self._stop_strings.beside(turn.stop).end(last, int(self._grid.steps[row]), grown, begun=turn.begun)
         if length is not None:
             return "stop_string", length
         if is_active:
             return None
-        return ("stop" if parts[-1][0][-1] in self._stop_tokens else "length"), None
+        return ("stop" if parts[-1]["tokens"][-1] in self._stop_tokens else "length"), None
 
     def _result(self, row: int, end: TurnEnd, length: int | None = None) -> TurnResult:
         turn = self._turns[row]
         assert turn is not None
-        parts = self._emitted[row] or [_NOTHING]
-        tokens, logprobs, entropies = (np.concatenate(arrays)[:length] for arrays in zip(*parts, strict=True))
-        return TurnResult(turn, tokens, logprobs, entropies, end)
+        return _result_of(turn, self._emitted[row], end, length, self.spec.top_logprobs)
 
     def _hand_over(self, row: int, result: TurnResult, column: int) -> tuple[int, int, int, int]:
         """What a row has computed goes to its conversation, whose next turn comes behind it: the move that brings it
@@ -658,6 +674,16 @@ class _Grid:
             suppressed=self._suppressed if len(self._suppressed) else None,
             suppress_at=self._suppress_at[:, None] if len(self._suppressed) else None,
         )
+
+
+def _result_of(turn: Turn, parts: Sequence[_Emitted], end: TurnEnd, length: int | None, top: int) -> TurnResult:
+    """What a row emitted, cut to `length` tokens, with as many most probable ones as are told."""
+    nothing: dict[str, np.ndarray] = dict.fromkeys(("logprobs", "entropies"), np.zeros(0, np.float32))
+    nothing |= {"tokens": np.zeros(0, np.int32)}
+    if top:
+        nothing |= {"top_tokens": np.zeros((0, top), np.int32), "top_logprobs": np.zeros((0, top), np.float32)}
+    told = {name: np.concatenate([part[name] for part in (nothing, *parts)])[:length] for name in nothing}
+    return TurnResult(turn, end=end, **told)
 
 
 def _common(a: np.ndarray, b: np.ndarray) -> int:

@@ -5,11 +5,12 @@ with; `CharTokenizer` and `ByteTokenizer` serve small models trained from nothin
 """
 
 from rljax.gguf_header import read_gguf_metadata
-from rljax.text.base import Message, Tokenizer, WithinText, control_tokens_of, decode_behind, encode_text
+from rljax.text.base import Message, Tokenizer, WithinText, control_tokens_of, decode_behind, encode_text, token_of
 from rljax.text.char import ByteTokenizer, CharTokenizer
 from rljax.text.chat import with_chat_settings
 from rljax.text.dialogue import Dialogue
 from rljax.text.gguf import load_gguf_tokenizer
+from rljax.text.grammar import Grammars
 from rljax.text.huggingface import HuggingFaceTokenizer, load_huggingface_tokenizer
 from rljax.text.load import load_tokenizer
 from rljax.text.prompts import check_messages, render_prompt
@@ -20,6 +21,7 @@ __all__ = [
     "ByteTokenizer",
     "CharTokenizer",
     "Dialogue",
+    "Grammars",
     "HuggingFaceTokenizer",
     "Message",
     "SentencePieceTokenizer",
@@ -35,5 +37,6 @@ __all__ = [
     "load_tokenizer",
     "read_gguf_metadata",
     "render_prompt",
+    "token_of",
     "with_chat_settings",
 ]

@@ -1,7 +1,7 @@
 """What every tokenizer offers the rest of the package."""
 
 import dataclasses
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from os import PathLike
 from typing import Any, Protocol, runtime_checkable
 
@@ -83,19 +83,38 @@ def encode_text(
     return own(text, wrap=wrap, continues=continues)
 
 
+def token_of(tokenizer: Tokenizer, text: str) -> int:
+    """The id of a text of one token, or of a control token by its name. ValueError for a text of none or several."""
+    special: Mapping[str, int] = getattr(tokenizer, "special_tokens", {})
+    if text in special:
+        return special[text]
+    ids = encode_text(tokenizer, text, continues=True)
+    if len(ids) != 1:
+        raise ValueError(f"{text!r} is {len(ids)} tokens of this tokenizer ({ids}); give ids, or a text of one token")
+    return ids[0]
+
+
 def decode_behind(tokenizer: Tokenizer, ids: Sequence[int], before: Sequence[int]) -> str:
     """Text of `ids`, special tokens left out, as it stands behind the tokens `before`, of which the last one suffices:
     a space that begins it stays, which a tokenizer takes away at the beginning of a text."""
+    return text_behind(tokenizer.decode, ids, before)
+
+
+def text_behind(decode: Callable[[list[int]], str], ids: Sequence[int], before: Sequence[int]) -> str:
+    """The same by a tokenizer's `decode` alone."""
     last = list(before[-1:])
     if not last:
-        return tokenizer.decode(ids)
-    text = tokenizer.decode([*last, *ids])
-    head = tokenizer.decode(last)
+        return decode(list(ids))
+    text = decode([*last, *ids])
+    return text[shared_length(text, decode(last)) :]
 
-    # A character whose last bytes come with `ids` is theirs.
+
+def shared_length(text: str, head: str) -> int:
+    """How many characters of `head` the longer `text` begins with: all but a last one whose last bytes came later, and
+    which is another one in `text`."""
     while not text.startswith(head):
         head = head[:-1]
-    return text[len(head) :]
+    return len(head)
 
 
 def control_tokens_of(tokenizer: Tokenizer, texts: Sequence[str], problem: str) -> list[int]:

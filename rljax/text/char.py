@@ -80,6 +80,10 @@ class ByteTokenizer(_Plain):
         """Bytes that are not UTF-8 become U+FFFD."""
         return bytes(i - _FIRST for i in ids if _FIRST <= i < self.vocab_size).decode("utf-8", errors="replace")
 
+    def token_bytes(self, token: int) -> bytes:
+        """What a token stands for, which alone need not be a character."""
+        return bytes(i - _FIRST for i in (token,) if _FIRST <= i < self.vocab_size)
+
     def save(self, folder: str | os.PathLike) -> None:
         _write(folder, None)
 

@@ -73,6 +73,13 @@ class SentencePieceTokenizer:
         p = self._processor
         return p.DecodeIds([int(i) for i in ids if 0 <= i < self.vocab_size and not p.IsControl(int(i))])
 
+    def token_bytes(self, token: int) -> bytes:
+        """What a token stands for within a text: one of a single byte need not be a character."""
+        piece: str = self._processor.IdToPiece(token)
+        if self._processor.IsByte(token):
+            return bytes([int(piece[1:-1], 16)])
+        return piece.replace("\u2581", " ").encode()
+
     def apply_chat_template(self, messages: Sequence[Message], add_generation_prompt: bool = True) -> list[int]:
         """Raises ValueError: a SentencePiece file has no chat template."""
         raise ValueError(

@@ -14,7 +14,7 @@ from absl import logging
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float
 
-from rljax.batching import Packing, bare_rows, emptied, layout, likely_sizes, loss_mask, pack, take_rows
+from rljax.batching import Packing, bare_rows, emptied, layout, likely_sizes, loss_mask, masked, pack, take_rows
 from rljax.models import KERNEL_DEVICES, DecoderConfig, forest_attention, kernel_attention
 from rljax.models.sequence import CHUNKS
 from rljax.ops import row_uniforms
@@ -27,7 +27,7 @@ from rljax.training.optimizers import OptimizerConfig, ResetMoments, make_optimi
 from rljax.training.state import abstract_state, create_state, frozen_base, state_shardings
 from rljax.training.trainable import EVERYTHING, Subtree, policy_params, pushed_params, reference_params
 from rljax.training.update import UpdateProgram, with_rows
-from rljax.types import ArrayLike, Params, RolloutBatch, TrainBatch, TrainState
+from rljax.types import Allowed, ArrayLike, Params, RolloutBatch, TrainBatch, TrainState
 
 UNIFORMS = 0x756E69
 """Folded into the run's key for the losses' random numbers, to keep them apart from the sampler's."""
@@ -164,13 +164,14 @@ class Learner:
         batch: RolloutBatch,
         advantages: Float[ArrayLike, "B T"],
         extra_mask: Bool[ArrayLike, "B T"] | None = None,
+        allowed: Allowed | None = None,
     ) -> list[TrainBatch]:
         """The minibatches of one rollout, in order: each is one `update`, and they are on the device already.
 
         With one update per rollout, `old_logprobs` are the update's own log-probs as constants, which costs nothing;
         with several, the policy before the first is scored here. With `use_sampler_logprobs` they are those that were
         recorded when the tokens were sampled, whatever the number of updates. Reference log-probs are taken from the
-        batch, or scored if the learner needs them.
+        batch, or scored if the learner needs them. `allowed` are the masks that tokens were drawn under.
         """
         update = self.update_config
         advantages = np.asarray(advantages, np.float32)
@@ -191,6 +192,7 @@ class Learner:
                 token_weights=self.loss.token_weights,
                 extra_mask=mask[rows],
                 packing=packing,
+                allowed=of_rows(allowed, rows),
             )
             minibatch = self._put(minibatch)
 
@@ -236,19 +238,24 @@ class Learner:
         )
 
     def score_rows(
-        self, params: Params, batch: RolloutBatch, mask: Bool[ArrayLike, "B T"] | None = None
+        self,
+        params: Params,
+        batch: RolloutBatch,
+        mask: Bool[ArrayLike, "B T"] | None = None,
+        allowed: Allowed | None = None,
     ) -> Float[np.ndarray, "B T"]:
         """Log-probs under `params` of the tokens in `mask` (default: the action mask of valid rows), 0 elsewhere. The
         experts of a mixture are those that these weights choose, whatever the batch has recorded.
 
-        A rollout is scored in as many parts as it has minibatches, so that both fit the same buckets.
+        `allowed` are the masks that they were drawn under. A rollout is scored in as many parts as it has minibatches,
+        so that both fit the same buckets.
         """
         mask = loss_mask(batch) if mask is None else np.asarray(mask, bool)
         out = np.zeros(np.shape(batch.tokens), np.float32)
         for rows in self._split(batch):
             part = dataclasses.replace(take_rows(batch, rows), experts=None)
             packing: Packing = layout(part, mask[rows], self.update_config, parts=self._parts)
-            packed, ragged = self._put((packing.packed, packing.rows_to_score()))
+            packed, ragged = self._put((masked(packing, of_rows(allowed, rows)), packing.rows_to_score()))
             with self._on_mesh():
                 values = self._score(params, packed, bare_rows(ragged), self._sampling)
             out[rows] = packing.batch_of(to_host(values), part.tokens)
@@ -419,6 +426,11 @@ def _check_shared(update: UpdateConfig, mesh: Mesh) -> None:
         )
 
 
+def of_rows(allowed: Allowed | None, rows: np.ndarray) -> Allowed | None:
+    """The masks of these rows of a batch."""
+    return None if allowed is None else allowed._replace(which=allowed.which[rows])
+
+
 @functools.partial(jax.jit, static_argnames="width")
 def _draw(key, row_id, *, width: int) -> Array:
     return row_uniforms(key, row_id, width=width)
@@ -441,6 +453,8 @@ def _takes_kernels(update: UpdateConfig, mesh: Mesh | None) -> bool:
 
 def _is_plain(sampling: SamplingParams) -> bool:
     """Whether these parameters leave the model's distribution as it is; greedy scores under it too."""
+    if sampling.adjusts:
+        return False
     temperature = float(sampling.temperature)
     untruncated = float(sampling.top_k) == 0 and float(sampling.top_p) == 1 and float(sampling.min_p) == 0
     return temperature == 0 or (temperature == 1 and untruncated)

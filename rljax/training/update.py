@@ -224,7 +224,8 @@ class UpdateProgram:
         if self.loss.select_fn is not None:
             ragged = batch.rows
             # `sampling` None: the entropies are of the full softmax, whatever was sampled from.
-            entropies = self.score_microbatches(params, batch.packed, ragged, None, ENTROPIES)
+            unmasked = batch.packed.replace(allowed=None, allowed_index=None)  # type: ignore[attr-defined]
+            entropies = self.score_microbatches(params, unmasked, ragged, None, ENTROPIES)
             mask = spread(ragged, ragged.loss_mask)
             selected = self.loss.select_fn(spread(ragged, entropies), mask)
             batch = with_rows(batch, advantages=jnp.where(gather(ragged, selected), ragged.advantages, 0))

@@ -149,7 +149,7 @@ class BlackBoxActor(QueuedActor):
 
     def for_evaluation(self, sampling: SamplingParams) -> "BlackBoxActor":
         """Each sample of an evaluation is a run of the agent."""
-        settings = replace(self.settings, sampling=sampling)
+        settings = self.settings.sampled_by(sampling)
         config = replace(self.config, trained_conversations=1)
         return BlackBoxActor(self.endpoint, self.agent, self.rewards, settings, config)
 

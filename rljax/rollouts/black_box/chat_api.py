@@ -17,7 +17,6 @@ _NEUTRAL: Mapping[str, tuple[Any, ...]] = {  # settings that change what is samp
     "frequency_penalty": (0,),
     "repetition_penalty": (1,),
     "logit_bias": ({},),
-    "top_logprobs": (0,),
     "functions": ([],),
     "modalities": (["text"],),
     "response_format": ({"type": "text"},),
@@ -40,11 +39,15 @@ class ChatRequest(NamedTuple):
     stream: bool
     include_usage: bool
     logprobs: bool
+    top_logprobs: int
 
 
-def read_request(body: Any, *, sampling: Mapping[str, float], stop_strings: Sequence[str]) -> ChatRequest:
+def read_request(
+    body: Any, *, sampling: Mapping[str, float], stop_strings: Sequence[str] | None, most_top: int = 0
+) -> ChatRequest:
     """Checks a request's JSON value. `sampling` is how the run samples, under OpenAI's names; a request may repeat it,
-    or leave it out. Raises ApiError for anything that is malformed, or that would be sampled in another way."""
+    or leave it out. `stop_strings` are all that may end an answer; None is any. `most_top` is how many most probable
+    tokens can be told. Raises ApiError for anything that is malformed, or that would be sampled in another way."""
     if not isinstance(body, dict):
         raise ApiError(f"the body is {_short(body)}; it must be a JSON object with the list 'messages'")
 
@@ -85,6 +88,7 @@ def read_request(body: Any, *, sampling: Mapping[str, float], stop_strings: Sequ
         stream=bool(body.get("stream")),
         include_usage=isinstance(options, dict) and bool(options.get("include_usage")),
         logprobs=bool(body.get("logprobs")),
+        top_logprobs=_top(body.get("top_logprobs"), most_top),
     )
 
 
@@ -174,10 +178,24 @@ def _limit(body: Mapping[str, Any]) -> int | None:
     return min(limits, default=None)
 
 
-def _stop(raw: Any, served: Sequence[str]) -> tuple[str, ...]:
+def _top(raw: Any, most: int) -> int:
+    count = 0 if raw is None else raw
+    if type(count) is not int or not 0 <= count <= most:
+        raise ApiError(
+            f"top_logprobs={_short(raw)} is not served: it must be a whole number from 0 to {most}, which is the run's "
+            "config.sampling.top_logprobs",
+            code="unsupported_value",
+            param="top_logprobs",
+        )
+    return count
+
+
+def _stop(raw: Any, served: Sequence[str] | None) -> tuple[str, ...]:
     strings = [raw] if isinstance(raw, str) else raw or []
-    if not isinstance(strings, list) or not all(isinstance(s, str) for s in strings):
+    if not isinstance(strings, list) or not all(isinstance(s, str) and s for s in strings):
         raise ApiError(f"stop is {_short(raw)}; it must be text or a list of texts", param="stop")
+    if served is None:
+        return tuple(strings)
     if unknown := [s for s in strings if s not in served]:
         raise ApiError(
             f"the decoder does not stop at {unknown}, only at {list(served)} and at the model's own end of turn; leave "

@@ -33,12 +33,15 @@ class Manner(NamedTuple):
     top_k: int = 0
     top_p: float = 1.0
     min_p: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
     seed: int = 0
     step: int = 0
     stops: Stops = NO_STOPS
 
     def begin(self, decoder: TurnDecoder) -> None:
-        sampling = sampling_params(self.temperature, self.top_k, self.top_p, self.min_p)
+        sampling = sampling_params(
+            self.temperature, self.top_k, self.top_p, self.min_p, logit_bias=dict(self.logit_bias)
+        )
         decoder.set_stops(self.stops)
         decoder.begin(sampling, seed=self.seed, step=self.step)
 

@@ -26,7 +26,8 @@ from rljax.rollouts.black_box.decoder_thread import DecoderThread, Interrupted
 from rljax.rollouts.black_box.recording import Renderer, Reply, Session
 from rljax.rollouts.http_server import Answer, ApiError, Asked, HttpServer, json_answer
 from rljax.sampling import SamplingParams, Turn, TurnDecoder, TurnResult
-from rljax.text import Tokenizer
+from rljax.sampling.logits import MASKED
+from rljax.text import Tokenizer, control_tokens_of
 from rljax.types import Params
 
 _LEAST_BYTES = 2**20  # a body may have so many whatever the context
@@ -47,6 +48,8 @@ class _Place(NamedTuple):
     """All ids of the conversation, `given` at the end."""
     turn: int
     """What names the random numbers of its answer."""
+    stop: tuple[str, ...] = ()
+    """Texts that end its answer."""
 
 
 class _Opened(NamedTuple):
@@ -69,7 +72,8 @@ class ChatEndpoint:
     TOKEN.SESSION where the key names the session. Requests of any number
     of agents are decoded together, under the sampling of `begin`. Those that go on from what was answered before get
     the recorded ids and what the chat template puts behind them; others begin a conversation of their own. With `tools`
-    in a request, calls are read by `tool_format` (see `rljax.envs.formats`). `stop_strings` are those of the decoder.
+    in a request, calls are read by `tool_format` (see `rljax.envs.formats`). `stop_strings` are those of the decoder; a
+    request may name others where the decoder finds them.
 
     A context manager: the port and the threads are open within `with` only, and there it owns the decoder, so give
     weights through `set_params`. Raises ValueError for a tokenizer without a chat template or an unknown format, and
@@ -97,6 +101,8 @@ class ChatEndpoint:
         self._turn_decoder = decoder
         self._format = get_format(tool_format)
         self._stop_strings = tuple(stop_strings)
+        self._finds_strings = decoder.finds_strings
+        self._most_top = decoder.spec.top_logprobs
         self._max_new_tokens = decoder.spec.max_new_tokens
         self._sampling: dict[str, float] | None = None
         self._sessions: dict[str, Session] = {}
@@ -246,7 +252,13 @@ class ChatEndpoint:
         if self._sampling is None:
             raise ApiError("the endpoint was not told how to sample; call begin first", status=503, code="not_ready")
         try:
-            request = read_request(body, sampling=self._sampling, stop_strings=self._stop_strings)
+            request = read_request(
+                body,
+                sampling=self._sampling,
+                stop_strings=None if self._finds_strings else self._stop_strings,
+                most_top=self._most_top,
+            )
+            self._check_stops(request.stop)
         except RecursionError as error:
             raise ApiError("the body is nested too deeply") from error
         place = self._find_place(session, request)
@@ -266,6 +278,8 @@ class ChatEndpoint:
             entropies=result.entropies,
             version=version,
             is_cut=result.end == "length",
+            top_tokens=result.top_tokens,
+            top_logprobs=result.top_logprobs,
         )
 
         # Under the lock nothing is recorded after `close_session`, when the run's conversations are already read.
@@ -277,7 +291,7 @@ class ChatEndpoint:
             session.counts["malformed_calls"] += is_malformed
 
         counts = (len(place.ids), len(result.tokens))
-        logprobs = self._shown_logprobs(result) if request.logprobs else ()
+        logprobs = self._shown_logprobs(result, request.top_logprobs) if request.logprobs else ()
         request = request._replace(model=request.model or self.model)
         return request, write_answer(request, sent, finish_reason, counts=counts, logprobs=logprobs)
 
@@ -313,7 +327,20 @@ class ChatEndpoint:
 
         with session.lock:
             turn = session.assign_turn(ids, len(parent.path) if parent else 0)
-        return _Place(parent, request.keys[start:], given, ids, turn)
+        return _Place(parent, request.keys[start:], given, ids, turn, request.stop)
+
+    def _check_stops(self, stops: Sequence[str]) -> None:
+        """Raises ApiError for a control token that does not end turns: the text of an answer leaves it out."""
+        try:
+            controls = control_tokens_of(self.tokenizer, stops, "stop: {} never ends an answer")
+        except ValueError as error:
+            raise ApiError(str(error), param="stop") from error
+        if set(controls) - set(self.tokenizer.stop_ids):
+            raise ApiError(
+                f"stop is {list(stops)}: its control token ends answers of all requests or of none; set it for the run",
+                code="unsupported_value",
+                param="stop",
+            )
 
     def _sample(self, session: Session, place: _Place, limit: int) -> tuple[TurnResult, int]:
         """The policy's turn, and the version of the weights that sampled it."""
@@ -325,6 +352,7 @@ class ChatEndpoint:
                 sample_id=session.sample_id,
                 turn=place.turn,
                 max_new_tokens=limit,
+                stop=place.stop,
             )
             return self._decoder.ask(turn).result()
         except Interrupted as error:
@@ -359,9 +387,14 @@ class ChatEndpoint:
             message["content"] = text[: min(starts)]
         return message, "length" if result.end == "length" else "stop", bool(parsed and parsed.problem)
 
-    def _shown_logprobs(self, result: TurnResult) -> list[dict[str, Any]]:
-        texts = [self.renderer.decode([token]) for token in result.tokens.tolist()]
-        return [
-            {"token": text, "logprob": float(logprob), "bytes": list(text.encode()), "top_logprobs": []}
-            for text, logprob in zip(texts, result.logprobs, strict=True)
-        ]
+    def _shown_logprobs(self, result: TurnResult, top: int) -> list[dict[str, Any]]:
+        def shown(token: int, logprob: float) -> dict[str, Any]:
+            text = self.renderer.decode([token])
+            return {"token": text, "logprob": float(logprob), "bytes": list(text.encode())}
+
+        best: list[list[dict[str, Any]]] = [[] for _ in result.tokens]
+        if top and result.top_tokens is not None and result.top_logprobs is not None:
+            pairs = zip(result.top_tokens[:, :top].tolist(), result.top_logprobs[:, :top].tolist(), strict=True)
+            best = [[shown(*pair) for pair in zip(*one, strict=True) if pair[1] > MASKED / 2] for one in pairs]
+        said = zip(result.tokens.tolist(), result.logprobs.tolist(), best, strict=True)
+        return [{**shown(token, logprob), "top_logprobs": tops} for token, logprob, tops in said]

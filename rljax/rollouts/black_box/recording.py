@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from rljax.sampling import Sample
+from rljax.sampling.logits import MASKED
 from rljax.sampling.turns import MOST_TURNS
 from rljax.text import Tokenizer, check_messages, decode_behind
 
@@ -37,6 +38,8 @@ class Reply:
     entropies: np.ndarray  # float32 [T]
     version: int
     is_cut: bool = False  # by a limit, or what came back had no room behind it
+    top_tokens: np.ndarray | None = None  # int32 [T, N], as in `rljax.sampling.Sample`
+    top_logprobs: np.ndarray | None = None  # float32 [T, N]
 
     @property
     def path(self) -> list["Reply"]:
@@ -198,6 +201,8 @@ def sample_of(path: Sequence[Reply], prompt_length: int, taken: set[int]) -> Sam
     forced: list[tuple[int, int]] = []
     turns: list[int] = []
     versions: list[int] = []
+    top_tokens: list[np.ndarray] = []
+    top_logprobs: list[np.ndarray] = []
 
     for turn, reply in enumerate(path):
         given = reply.given if turn else reply.given[prompt_length:]
@@ -217,6 +222,12 @@ def sample_of(path: Sequence[Reply], prompt_length: int, taken: set[int]) -> Sam
         logprobs += [given_zeros, reply_zeros if is_taken else reply.logprobs]
         entropies += [given_zeros, reply_zeros if is_taken else reply.entropies]
 
+        # Of what was given nothing could be sampled.
+        if reply.top_tokens is not None and reply.top_logprobs is not None:
+            room = (len(given), reply.top_tokens.shape[1])
+            top_tokens += [np.zeros(room, np.int32), reply.top_tokens]
+            top_logprobs += [np.full(room, MASKED, np.float32), reply.top_logprobs]
+
         # An observation belongs to the turn before it, as in an episode of an environment.
         turns += [max(turn - 1, 0)] * len(given) + [turn] * length
         versions += [reply.version] * (len(given) + length)
@@ -231,4 +242,6 @@ def sample_of(path: Sequence[Reply], prompt_length: int, taken: set[int]) -> Sam
         forced=tuple(forced),
         turns=np.array(turns, np.int32),
         versions=np.array(versions, np.int32),
+        top_tokens=np.concatenate(top_tokens) if top_tokens else None,
+        top_logprobs=np.concatenate(top_logprobs) if top_logprobs else None,
     )

@@ -5,6 +5,7 @@ random numbers, and where a fork begins. An answer says entropies, and why a tur
 """
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -12,6 +13,7 @@ import numpy as np
 
 from rljax.rollouts.http_server import ApiError
 from rljax.sampling import Sample
+from rljax.sampling.logits import MASKED
 
 OWN = "rljax"
 """The key of what vLLM does not know."""
@@ -22,9 +24,7 @@ _NEUTRAL: Mapping[str, tuple[Any, ...]] = {  # what would change what is sampled
     "frequency_penalty": (0,),
     "repetition_penalty": (1,),
     "min_tokens": (0,),
-    "logprobs": (0,),
     "prompt_logprobs": (),
-    "logit_bias": ({},),
     "allowed_token_ids": ([],),
     "bad_words": ([],),
     "structured_outputs": (),
@@ -33,7 +33,20 @@ _NEUTRAL: Mapping[str, tuple[Any, ...]] = {  # what would change what is sampled
     "repetition_detection": (),
     "watermarking": (False,),
 }
-_KNOWN = {"n", "temperature", "top_p", "top_k", "min_p", "seed", "stop", "stop_token_ids", "ignore_eos", "max_tokens"}
+_KNOWN = {
+    "n",
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "logit_bias",
+    "seed",
+    "stop",
+    "stop_token_ids",
+    "ignore_eos",
+    "max_tokens",
+    "logprobs",
+}
 # Of the text and of streams, of which there are none here.
 _WITHOUT_EFFECT = {
     "detokenize",
@@ -59,6 +72,8 @@ class GenerateRequest(NamedTuple):
     top_k: int
     top_p: float
     min_p: float
+    logit_bias: tuple[tuple[int, float], ...]
+    """Ids and what is added to their logits."""
     stop: tuple[str, ...]
     stop_tokens: tuple[int, ...]
     """Ids that end a completion, beside the model's own."""
@@ -66,6 +81,8 @@ class GenerateRequest(NamedTuple):
     """Whether the model's own do not."""
     limit: int | None
     """Most new tokens; None is as many as there is room for."""
+    top: int
+    """Most probable tokens that are told beside each."""
     seed: int
     """Enters the random numbers, as do the next three."""
     step: int
@@ -131,10 +148,12 @@ def read_request(body: Any, *, new_seed: int) -> GenerateRequest:
         top_k=max(0, top_k),
         top_p=_number("top_p", given, 1.0),
         min_p=_number("min_p", given, 0.0),
+        logit_bias=_biases(given.get("logit_bias") or {}),
         stop=tuple(stop),
         stop_tokens=tuple(_ids("stop_token_ids", given.get("stop_token_ids") or [])),
         ignores_eos=bool(given.get("ignore_eos")),
         limit=None if limit is None else _whole("max_tokens", limit, least=1),
+        top=_whole("logprobs", given.get("logprobs") or 0, most=100),
         **own,
     )
 
@@ -166,11 +185,24 @@ def write_request(
     }
 
 
-def write_choice(index: int, sample: Sample, *, stop_reason: int | str | None, version: str) -> dict[str, Any]:
-    """A completion as vLLM has it, and what it does not say."""
+def write_choice(
+    index: int, sample: Sample, *, stop_reason: int | str | None, version: str, top: int = 0
+) -> dict[str, Any]:
+    """A completion as vLLM has it, with the `top` most probable tokens beside each, and what it does not say."""
+    best: list[list[dict[str, Any]]] = [[] for _ in sample.tokens]
+    if top and sample.top_tokens is not None and sample.top_logprobs is not None:
+        pairs = zip(sample.top_tokens[:, :top].tolist(), sample.top_logprobs[:, :top].tolist(), strict=True)
+        best = [
+            [
+                {"token_id": token, "logprob": logprob, "rank": rank}
+                for rank, (token, logprob) in enumerate(zip(*one, strict=True), 1)
+                if logprob > MASKED / 2
+            ]
+            for one in pairs
+        ]
     content = [
-        {"token_id": token, "logprob": logprob, "rank": None, "top_logprobs": []}
-        for token, logprob in zip(sample.tokens.tolist(), map(float, sample.logprobs), strict=True)
+        {"token_id": token, "logprob": logprob, "rank": None, "top_logprobs": tops}
+        for token, logprob, tops in zip(sample.tokens.tolist(), map(float, sample.logprobs), best, strict=True)
     ]
     return {
         "index": index,
@@ -236,6 +268,20 @@ def _ids(name: str, value: Any) -> list[int]:
     if not isinstance(value, list) or not all(type(x) is int and 0 <= x <= LARGEST_ID for x in value):
         raise ApiError(f"{name} is {_short(value)}; it must be a list of token ids", param=name)
     return value
+
+
+def _biases(value: Any) -> tuple[tuple[int, float], ...]:
+    """By id. JSON has texts for keys."""
+    if not isinstance(value, dict) or not all(re.fullmatch("[0-9]{1,10}", str(name)) for name in value):
+        what = f"logit_bias is {_short(value)}; it must be an object of numbers by token id"
+        raise ApiError(what, param="logit_bias")
+    return tuple((int(name), _bias(f"logit_bias[{name}]", number)) for name, number in sorted(value.items()))
+
+
+def _bias(name: str, value: Any) -> float:
+    # Ours bans so; what vLLM makes of it, -100, is no ban to the last bit.
+    is_ban = type(value) in (int, float) and value == MASKED
+    return MASKED if is_ban else _number(name, {name: value}, 0.0)
 
 
 def _seed(value: Any) -> int:

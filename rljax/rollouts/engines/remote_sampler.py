@@ -13,6 +13,7 @@ from rljax.rollouts.engines.api import Said, write_request
 from rljax.rollouts.engines.client import EngineFailed, assign
 from rljax.rollouts.engines.fleet import Fleet
 from rljax.sampling import Fork, Request, RowScorer, Sample, SamplingParams, Stops
+from rljax.sampling.logits import logit_biases
 from rljax.sampling.slots import FinishReason, spans_before
 from rljax.sampling.stopping import StopStrings, last_of
 from rljax.types import NO_PARENT, Params
@@ -104,7 +105,7 @@ class RemoteSampler:
         return write_request(
             [*request.prompt, *begun],
             limit=self._limit(request) - len(begun),
-            sampling=written_sampling(sampling) | ({"stop": list(self._stops.strings)} if strings else {}),
+            sampling=written_sampling(sampling) | ({"stop": [*self._stops.strings, *request.stop]} if strings else {}),
             stop_tokens=self._stops.tokens,
             own=own,
             seed=seed_of(own),
@@ -167,7 +168,7 @@ class RemoteSampler:
         stops = set(self._stops.tokens)
         stop = next((i + 1 for i, token in enumerate(tokens) if token in stops), None)
         end = min(stop or len(tokens), limit)
-        length = self._strings.end(
+        length = self._strings.beside(request.stop).end(
             lambda count: last_of(request.prompt, [np.array([*begun, *tokens[:end]], np.int32)], count),
             len(begun) + end,
             end,
@@ -235,7 +236,8 @@ def written_sampling(sampling: SamplingParams) -> dict[str, Any]:
     """As engines are told."""
     # Shortest decimals of float32, so that the engine reads the very value.
     floats = {name: float(str(np.float32(getattr(sampling, name)))) for name in ("temperature", "top_p", "min_p")}
-    return floats | {"top_k": int(sampling.top_k)}
+    biases = {str(token): value for token, value in logit_biases(sampling).items()}
+    return floats | {"top_k": int(sampling.top_k)} | ({"logit_bias": biases} if biases else {})
 
 
 def seed_of(own: dict[str, int]) -> int:

@@ -220,7 +220,8 @@ class EngineService:
     def _turns(self, request: GenerateRequest) -> tuple[list[Turn], Manner]:
         """A turn of its own for each completion, and how they are sampled. Raises ApiError."""
         _check_sampling(request)
-        if outside := [token for token in (*request.tokens, *request.stop_tokens) if token >= self._vocabulary]:
+        named = (*request.tokens, *request.stop_tokens, *(token for token, _ in request.logit_bias))
+        if outside := [token for token in named if token >= self._vocabulary]:
             raise ApiError(
                 f"token {outside[0]} is outside the vocabulary of {self._vocabulary}; check that tokenizer and model "
                 "belong together",
@@ -244,11 +245,20 @@ class EngineService:
                 param="max_tokens",
             )
 
+        most_top = self._turn_decoder.spec.top_logprobs
+        if request.top > most_top:
+            raise ApiError(
+                f"logprobs={request.top} is more than the {most_top} most probable tokens that are told; lower it, or "
+                "serve with more --top_logprobs",
+                param="logprobs",
+            )
+
         manner = Manner(
             temperature=request.temperature,
             top_k=request.top_k,
             top_p=request.top_p,
             min_p=request.min_p,
+            logit_bias=request.logit_bias,
             seed=request.seed,
             step=request.step,
             stops=Stops(
@@ -288,9 +298,14 @@ class EngineService:
             text = self.tokenizer.decode([*begun, *result.tokens.tolist()])
             reason = next((string for string in request.stop if find_stop(text, (string,)) is not None), None)
         sample = Sample(
-            result.tokens, result.logprobs, result.entropies, "length" if result.end == "length" else "stop"
+            result.tokens,
+            result.logprobs,
+            result.entropies,
+            "length" if result.end == "length" else "stop",
+            top_tokens=result.top_tokens,
+            top_logprobs=result.top_logprobs,
         )
-        return write_choice(index, sample, stop_reason=reason, version=self._weights[version].label)
+        return write_choice(index, sample, stop_reason=reason, version=self._weights[version].label, top=request.top)
 
     def _collective_rpc(self, body: Any) -> dict[str, Any]:
         method = body.get("method") if isinstance(body, dict) else None
@@ -333,6 +348,8 @@ class EngineService:
 
 def _check_sampling(request: GenerateRequest) -> None:
     try:
-        sampling_params(request.temperature, request.top_k, request.top_p, request.min_p)
+        sampling_params(
+            request.temperature, request.top_k, request.top_p, request.min_p, logit_bias=dict(request.logit_bias)
+        )
     except ValueError as error:
         raise ApiError(str(error)) from error

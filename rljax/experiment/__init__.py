@@ -6,7 +6,8 @@ The loop itself is `rljax.experiment.train.train`.
 from rljax.envs import EnvironmentLimits, RayConfig
 from rljax.evaluation import EvaluationConfig
 from rljax.experiment.config import Config, Recipe
-from rljax.experiment.model import FreshModel, ModelSource, PretrainedModel
+from rljax.experiment.model import FreshModel, ModelSource, PretrainedModel, RunModel
+from rljax.experiment.teachers import ModelTeacher, TeacherSource
 from rljax.parallel import MeshConfig
 from rljax.rollouts import (
     ActorConfig,
@@ -65,6 +66,7 @@ __all__ = [
     "LogConfig",
     "MeshConfig",
     "ModelSource",
+    "ModelTeacher",
     "MultiTurn",
     "MuonConfig",
     "OptimizerConfig",
@@ -76,8 +78,10 @@ __all__ = [
     "RewardConfig",
     "RolloutConfig",
     "RowsData",
+    "RunModel",
     "SamplingConfig",
     "SingleTurn",
+    "TeacherSource",
     "UniformTasks",
     "UpdateConfig",
     "WarmupConfig",

@@ -16,6 +16,7 @@ from rljax.experiment.pipeline import Beside, Pipeline
 from rljax.experiment.prompts import check_chat_settings
 from rljax.experiment.pulse import Pulse
 from rljax.experiment.stops import Stops
+from rljax.experiment.teachers import StudentWeights, TeacherParts, Teachers
 from rljax.models import DecoderConfig, load_config, load_model, param_shardings
 from rljax.parallel import (
     DECODE_RULES,
@@ -30,6 +31,7 @@ from rljax.parallel import (
 )
 from rljax.plans import RolloutPlan
 from rljax.rollouts import Actor, ActorParts, RolloutSettings
+from rljax.sampling.divergence import DivergenceHead
 from rljax.settings import placed
 from rljax.tasks import Curriculum, Dataset, Example
 from rljax.text import Tokenizer, WithinText
@@ -47,6 +49,7 @@ class Run:
         actor: plays the policy; a context manager.
         beside: devices that it has of its own; None where it takes turns with the learner.
         pipeline: gives it its work, in order; a context manager.
+        teachers: score rollouts, where the algorithm distils.
         evaluation: the last one.
         reference_scores: held-out avg@k per problem when the reference was last refreshed.
         state: replaced at every update; None until weights are loaded or restored.
@@ -67,6 +70,7 @@ class Run:
     actor: Actor
     learner: Learner
     critic: Critic | None = None
+    teachers: Teachers | None = None
     evaluation: Evaluation | None = None
     reference_scores: list[float] = dataclasses.field(default_factory=list)
     state: TrainState = None  # type: ignore[assignment]
@@ -107,6 +111,10 @@ class Run:
     def policy(self) -> Params:
         """The weights of the policy as it stands: what is sampled with, evaluated and exported."""
         return self.learner.policy_params(self.state)
+
+    def student(self) -> StudentWeights:
+        """What a teacher may ask of the policy's own weights."""
+        return StudentWeights(self.policy, lambda: self.learner.reference_params(self.state))
 
     @property
     def pushes_seldom(self) -> bool:
@@ -160,6 +168,7 @@ def build(config: Config, devices: Sequence[jax.Device] | None = None) -> Run:
     rollout_mesh = rollout_mesh_of(config, mesh, beside)
     processes = num_processes(mesh) // num_processes(rollout_mesh)
     actor, dataset = build_actor(config, algorithm.plan, dataset, tokenizer, decoder, rollout_mesh, processes)
+    teachers = make_teachers(config, algorithm.plan, dataset, tokenizer, decoder, mesh)
 
     return Run(
         config=config,
@@ -171,8 +180,9 @@ def build(config: Config, devices: Sequence[jax.Device] | None = None) -> Run:
         rollout_mesh=rollout_mesh,
         decoder=decoder,
         actor=actor,
-        learner=make_learner(config, decoder, algorithm, mesh),
+        learner=make_learner(config, decoder, algorithm, mesh, teachers),
         critic=make_critic(config, decoder, algorithm, mesh),
+        teachers=teachers,
         beside=beside,
     )
 
@@ -237,10 +247,21 @@ def build_actor(
     return actor, config.actor.check_prompts(parts, config.update.pack_length)
 
 
-def make_learner(config: Config, decoder: DecoderConfig, algorithm: Algorithm, mesh: Mesh) -> Learner:
+def make_learner(
+    config: Config, decoder: DecoderConfig, algorithm: Algorithm, mesh: Mesh, teachers: Teachers | None = None
+) -> Learner:
     """The policy's learner."""
     plan = algorithm.plan
-    needs = LossNeeds(reference=plan.needs_ref, uniforms=plan.needs_uniforms, sampling=config.sampling.params())
+    divergence = None
+    if plan.teacher is not None and plan.teacher.divergence is not None:
+        assert teachers is not None, "a divergence is from a teacher"
+        divergence = DivergenceHead(plan.teacher.divergence, teachers.head_config, config.update.head_chunk)
+    needs = LossNeeds(
+        reference=plan.needs_ref or any(teacher.needs_reference for teacher in config.teachers),
+        uniforms=plan.needs_uniforms,
+        divergence=divergence,
+        sampling=config.sampling.params(),
+    )
     return Learner(
         decoder,
         algorithm.loss,
@@ -270,6 +291,24 @@ def make_critic(config: Config, decoder: DecoderConfig, algorithm: Algorithm, me
     update = dataclasses.replace(config.update, epochs=critic.epochs)
     returns_fn = jax.jit(spec.returns_fn)
     return Critic(decoder, spec.loss, critic.optimizer, returns_fn, update, mesh=mesh, seed=config.seed)
+
+
+def make_teachers(
+    config: Config, plan: RolloutPlan, dataset: Dataset, tokenizer: Tokenizer, decoder: DecoderConfig, mesh: Mesh
+) -> Teachers | None:
+    """The teachers that the config names. ValueError for those that cannot teach this run's policy."""
+    if plan.teacher is None:
+        return None
+    parts = TeacherParts(
+        tokenizer=tokenizer,
+        decoder=decoder,
+        update=config.update,
+        mesh=mesh,
+        sampling=config.sampling.params(),
+        spec=plan.teacher,
+    )
+    with use_mesh(mesh):
+        return Teachers(config.teachers, parts, dataset.train)
 
 
 def critic_params(run: Run, params: Params) -> Params:

@@ -65,6 +65,7 @@ def check(config: Config, device_count: int | None = None) -> Algorithm:
     check_off_policy(config, algorithm)
     check_entropies(config, algorithm)
     check_groups(config, plan)
+    check_teachers(config, plan)
     check_pushes(config)
     if config.sampling.temperature <= 0 and plan.group_size > 1:
         raise ValueError(
@@ -164,11 +165,34 @@ def reads_entropies(algorithm: Algorithm) -> bool:
         columns={
             column.name: np.zeros(rows if column.per == "row" else shape, np.float32)
             for column in algorithm.plan.columns
-        },
+        }
+        | {name: np.zeros(shape, np.float32) for name in algorithm.plan.teacher_columns},
     )
     unknown = dataclasses.replace(batch, entropies=np.full(shape, np.nan, np.float32))
     known = np.asarray(algorithm.advantage_fn(batch))
     return not np.array_equal(known, np.asarray(algorithm.advantage_fn(unknown)))
+
+
+def check_teachers(config: Config, plan: RolloutPlan) -> None:
+    """Refuses a method that distils without teachers, teachers without one, and distributions that are cut off."""
+    name = type(config.algorithm).__name__
+    if plan.teacher is None:
+        if config.teachers:
+            raise ValueError(
+                f"config.teachers has no effect: {name} asks no teacher; leave it empty, or choose a method that "
+                "distils, e.g. OnPolicyDistillation or MOPD"
+            )
+        return
+    if not config.teachers:
+        raise ValueError(f"config.teachers=() but {name} needs one at least; give config.teachers=(ModelTeacher(...),)")
+    own = config.sampling
+    for field in ("top_k", "top_p", "min_p"):
+        value = getattr(own, field)
+        if value != getattr(SamplingConfig(), field):
+            raise ValueError(
+                f"config.sampling.{field}={value} cuts tokens off that a teacher gives a probability, and {name} "
+                "compares whole distributions; leave it out"
+            )
 
 
 def check_pushes(config: Config) -> None:

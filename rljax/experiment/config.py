@@ -10,6 +10,7 @@ from typing import Any, Protocol, runtime_checkable
 from rljax.algorithms import GRPO, Algorithm
 from rljax.evaluation import EvaluationConfig
 from rljax.experiment.model import ModelSource, PretrainedModel
+from rljax.experiment.teachers import TeacherSource
 from rljax.parallel import MeshConfig
 from rljax.rollouts import ActorConfig, RolloutConfig, SingleTurn
 from rljax.sampling import SamplingConfig
@@ -66,6 +67,9 @@ class Config:
     """The policy's optimizer: `OptimizerConfig` (AdamW), `MuonConfig`, `LightSAMConfig`."""
     critic: CriticConfig = dataclasses.field(default_factory=CriticConfig)
     """The value function of an algorithm that has one; others leave it alone."""
+    teachers: tuple[TeacherSource, ...] = ()
+    """Who scores the samples of a method that distils, such as `OnPolicyDistillation`: `ModelTeacher`. With several,
+    each names by `tasks` whose rows it teaches. Others have none."""
     warmup: WarmupConfig = dataclasses.field(default_factory=WarmupConfig)
     """Supervised steps before the first rollout."""
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)

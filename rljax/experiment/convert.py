@@ -8,8 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rljax.experiment.evaluate import run_checkpoints
-from rljax.experiment.model import model_path
+from rljax.experiment.model import model_path, run_checkpoints
 from rljax.models import abstract_params, config_from_hf, load_model, read_metadata, save_hf
 from rljax.text import load_tokenizer
 from rljax.training import local_copy, reachable, restore_params

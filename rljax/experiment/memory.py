@@ -137,6 +137,8 @@ def held_state(run: Run) -> dict[str, int]:
         parts["reference"] = bytes_of(state.ref_trainable)
     if run.pushes_seldom:
         parts["pushed"] = bytes_of(state.trainable)
+    if run.teachers is not None:
+        parts["teachers"] = sum(bytes_of(shapes) for shapes in run.teachers.abstract_params())
     if run.critic is not None:
         own = run.critic.abstract_state()
         parts["critic"] = bytes_of(own.trainable) + bytes_of(own.base) + bytes_of(own.opt_state)

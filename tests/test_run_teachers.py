@@ -3,18 +3,20 @@
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rljax.algorithms import MOPD, OnPolicyDistillation
+from rljax.algorithms import GKD, MOPD, OnPolicyDistillation
 from rljax.batching import loss_mask
-from rljax.experiment import ModelTeacher, RunModel, SamplingConfig
+from rljax.experiment import ModelTeacher, OwnTeacher, RunModel, SamplingConfig
 from rljax.experiment.build import build, stack_rows
 from rljax.experiment.memory import held_state
 from rljax.experiment.model import run_checkpoints
 from rljax.experiment.train import train
-from rljax.models import abstract_params
+from rljax.models import abstract_params, hidden_states, logits
 from rljax.rollouts.collect import collect
+from rljax.tasks.echo import EchoData
 from rljax.testing import run_metrics, tiny_config
 from rljax.training import restore_params
 from rljax.types import TEACHER_LOGPROBS
@@ -75,6 +77,45 @@ def test_a_run_teaches_the_next_by_its_checkpoint(tmp_path):
     jax.tree.map(np.testing.assert_array_equal, loaded.params, trained)
 
 
+def test_a_teacher_that_knows_more_scores_the_same_completions_behind_another_prompt():
+    """The student itself, which is told the answer; against rows that are written out with that prompt."""
+    teacher = OwnTeacher("policy", context_column="answer", context_format="{text}=")
+    changes = {"algorithm": GKD(group_size=4, support=3), "data": EchoData()}
+    base = tiny_config()
+    model = dataclasses.replace(base.model, alphabet="abcdefgh=\n")
+    run = build(config(teacher, model=model, update=dataclasses.replace(base.update, pack_length=64), **changes))
+    run.state = run.init_state(run.initial_params())
+    with run.actor:
+        run.actor.set_params(run.policy(), 0)
+        rollout = collect(run.actor, run.algorithm.plan, lambda n: run.dataset.train[:n], 4, 0)
+    batch = stack_rows(run.config, rollout.trajectories, 16)
+    examples = [rollout.examples[t.group_id] for t in rollout.trajectories]
+    taught, _ = run.teachers.taught(batch, examples, run.student())
+
+    for row in (0, 5, 15):
+        example = examples[row]
+        prompt = run.tokenizer.encode(f"{example.prompt}\n\n{example.columns['answer']}=")
+        completion = batch.tokens[row][len(run.tokenizer.encode(example.prompt)) : batch.lengths[row]]
+        tokens = np.array([[*prompt, *completion]], np.int32)
+        whole = jax.nn.log_softmax(logits_of(run, tokens))[0, len(prompt) - 1 : -1]
+        place = np.flatnonzero(batch.action_mask[row])
+        got = taught.columns[TEACHER_LOGPROBS][row, place]
+        np.testing.assert_allclose(got, whole[np.arange(len(completion)), completion], atol=1e-5)
+        best, ids = jax.lax.top_k(whole, 3)
+        np.testing.assert_array_equal(taught.teacher["ids"][row, place], ids)
+        np.testing.assert_allclose(taught.teacher["logprobs"][row, place], best, atol=1e-5)
+        rest = np.log1p(-np.exp(best).sum(-1))
+        np.testing.assert_allclose(taught.teacher["tail"][row, place, 0], rest, atol=1e-5)
+
+
+def logits_of(run, tokens):
+    positions = np.arange(tokens.shape[1])[None]
+    ends = np.full(tokens.shape, tokens.shape[1])
+    params = run.policy()
+    hidden = hidden_states(run.decoder, params, *map(jnp.asarray, (tokens, positions, ends)))
+    return logits(run.decoder, params, hidden)
+
+
 def test_weights_of_teachers_are_in_the_plan_of_memory():
     run = build(config(ModelTeacher(dataclasses.replace(OTHER, param_dtype="bfloat16"))))
     (shapes,) = run.teachers.abstract_params()
@@ -86,6 +127,19 @@ def test_weights_of_teachers_are_in_the_plan_of_memory():
     ("changes", "message"),
     [
         ({"algorithm": MOPD(), "teachers": ()}, r"config.teachers=\(\) but MOPD needs one"),
+        (
+            {"teachers": (OwnTeacher("policy"),)},
+            r"config.teachers\[0\].context_column='' with weights='policy'",
+        ),
+        (
+            {"teachers": (OwnTeacher(context_column="hint"),)},
+            r"config.teachers\[0\].context_column='hint': .* has no such column, only answer",
+        ),
+        (
+            {"teachers": (OwnTeacher(context_column="answer", context_format="x"),)},
+            r"config.teachers\[0\].context_format='x' must hold",
+        ),
+        ({"algorithm": GKD(support=64)}, "config.algorithm.support=64 must be below the"),
         ({"algorithm": tiny_config().algorithm}, "config.teachers has no effect: GRPO asks no teacher"),
         ({"sampling": SamplingConfig(max_new_tokens=4, top_p=0.9)}, "config.sampling.top_p=0.9 cuts tokens off"),
         (

@@ -7,7 +7,7 @@ from rljax.envs import EnvironmentLimits, RayConfig
 from rljax.evaluation import EvaluationConfig
 from rljax.experiment.config import Config, Recipe
 from rljax.experiment.model import FreshModel, ModelSource, PretrainedModel, RunModel
-from rljax.experiment.teachers import ModelTeacher, TeacherSource
+from rljax.experiment.teachers import ModelTeacher, OwnTeacher, TeacherSource
 from rljax.parallel import MeshConfig
 from rljax.rollouts import (
     ActorConfig,
@@ -70,6 +70,7 @@ __all__ = [
     "MultiTurn",
     "MuonConfig",
     "OptimizerConfig",
+    "OwnTeacher",
     "PretrainedModel",
     "RayConfig",
     "ReasoningGymData",

@@ -306,9 +306,12 @@ def make_teachers(
         mesh=mesh,
         sampling=config.sampling.params(),
         spec=plan.teacher,
+        chat=config.data.chat,
+        examples=dataset.train,
+        room=config.sampling.max_new_tokens,
     )
     with use_mesh(mesh):
-        return Teachers(config.teachers, parts, dataset.train)
+        return Teachers(config.teachers, parts)
 
 
 def critic_params(run: Run, params: Params) -> Params:

@@ -10,7 +10,7 @@ from rljax.algorithms import Algorithm
 from rljax.evaluation import EvaluationConfig
 from rljax.experiment.config import Config
 from rljax.plans import RolloutPlan
-from rljax.rollouts import BlackBox, Guided, MultiTurn, Remote
+from rljax.rollouts import BlackBox, Guided, MultiTurn, Remote, SingleTurn
 from rljax.sampling import SamplingConfig
 from rljax.settings import Switch, check_config, check_effect, placed, shown
 from rljax.tasks import FileData, ReasoningGymData, RowsData
@@ -56,7 +56,8 @@ def check(config: Config, device_count: int | None = None) -> Algorithm:
     check_forks(config, plan)
     check_best(config)
     check_verifier(config)
-    if config.reference_refresh and not plan.needs_ref:
+    needs_ref = plan.needs_ref or any(teacher.needs_reference for teacher in config.teachers)
+    if config.reference_refresh and not needs_ref:
         raise ValueError(
             f"config.reference_refresh={config.reference_refresh} has no effect: {type(config.algorithm).__name__} has "
             "no reference model; set config.algorithm.kl_coef above 0, or leave it out"
@@ -185,6 +186,13 @@ def check_teachers(config: Config, plan: RolloutPlan) -> None:
         return
     if not config.teachers:
         raise ValueError(f"config.teachers=() but {name} needs one at least; give config.teachers=(ModelTeacher(...),)")
+    told = [i for i, teacher in enumerate(config.teachers) if getattr(teacher, "context_column", "")]
+    if told and not isinstance(config.actor, (SingleTurn, Remote)):
+        actor = type(config.actor).__name__
+        raise ValueError(
+            f"config.teachers[{told[0]}].context_column adds to a prompt of the data, and {actor} opens by itself; leave "
+            "it empty, or take SingleTurn"
+        )
     own = config.sampling
     for field in ("top_k", "top_p", "min_p"):
         value = getattr(own, field)

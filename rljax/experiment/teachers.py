@@ -3,21 +3,25 @@
 import collections
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from rljax.batching import loss_mask
+from rljax.batching import loss_mask, stack
 from rljax.experiment.model import ModelSource, PretrainedModel
 from rljax.models import DecoderConfig, abstract_params, head_params
 from rljax.plans import TeacherSpec
 from rljax.sampling import SamplingParams
 from rljax.tasks import Example
-from rljax.text import Tokenizer
+from rljax.tasks.examples import with_paragraph
+from rljax.text import Tokenizer, render_prompt
 from rljax.training import TeacherModel, UpdateConfig
-from rljax.types import TEACHER_LOGPROBS, Params, RolloutBatch
+from rljax.types import TEACHER_LOGPROBS, Params, RolloutBatch, Trajectory
+
+CONTEXT = "A right answer, for reference:\n{text}"
 
 Scored = tuple[np.ndarray, dict[str, np.ndarray]]
 """Log-probs [B, T] of the tokens that were asked for, 0 elsewhere; and `RolloutBatch.teacher` likewise."""
@@ -35,6 +39,12 @@ class TeacherParts:
     mesh: Mesh
     sampling: SamplingParams
     spec: TeacherSpec
+    chat: bool | None
+    """That of `rljax.text.render_prompt`."""
+    examples: Sequence[Example]
+    """Whose rows it may be asked about."""
+    room: int
+    """Most tokens of a completion."""
 
     @property
     def support(self) -> int | None:
@@ -66,8 +76,10 @@ class Teacher(Protocol):
         """Loads what it scores with."""
         ...
 
-    def score(self, batch: RolloutBatch, mask: np.ndarray, student: StudentWeights) -> Scored:
-        """What it says of the tokens in `mask`, bool [B, T]."""
+    def score(
+        self, batch: RolloutBatch, mask: np.ndarray, examples: Sequence[Example], student: StudentWeights
+    ) -> Scored:
+        """What it says of the tokens in `mask`, bool [B, T]; `examples` are those of the rows."""
         ...
 
     @property
@@ -105,13 +117,75 @@ class ModelTeacher:
     family, with the student's tokenizer."""
     tasks: tuple[str, ...] = ()
     """Values of the data's column `task` whose rows it teaches. Empty is all that no other teacher names."""
+    context_column: str = ""
+    """Column of the data with what the teacher knows beside the prompt, such as a right answer; empty is nothing."""
+    context_format: str = CONTEXT
+    """How that is put: a last paragraph of the prompt, with `{text}` for the column's."""
 
     @property
     def needs_reference(self) -> bool:
         return False
 
     def build(self, parts: TeacherParts, where: str) -> Teacher:
-        return _Beside(self.model, parts, f"{where}.model")
+        teacher = _Beside(self.model, parts, f"{where}.model")
+        return _with_context(teacher, self, parts, where)
+
+
+@dataclasses.dataclass
+class OwnTeacher:
+    """The student's own network: its reference, or itself as it stands, which knows more (self-distillation)."""
+
+    weights: Literal["reference", "policy"] = "reference"
+    """`reference` is what the run began with, unless `config.reference_refresh` copies the policy into it; `policy` is
+    the student as it stands."""
+    tasks: tuple[str, ...] = ()
+    """Values of the data's column `task` whose rows it teaches. Empty is all that no other teacher names."""
+    context_column: str = ""
+    """Column of the data with what the teacher knows beside the prompt, such as a right answer. The policy teaches
+    itself nothing without one."""
+    context_format: str = CONTEXT
+    """How that is put: a last paragraph of the prompt, with `{text}` for the column's."""
+
+    @property
+    def needs_reference(self) -> bool:
+        return self.weights == "reference"
+
+    def build(self, parts: TeacherParts, where: str) -> Teacher:
+        if self.weights == "policy" and not self.context_column:
+            raise ValueError(
+                f"{where}.context_column='' with weights='policy' is a teacher that says what the student says; name "
+                "the column that it knows more by, or take weights='reference'"
+            )
+        return _with_context(_Own(self.weights, parts), self, parts, where)
+
+
+class _Own:
+    """A teacher with the student's weights."""
+
+    def __init__(self, weights: str, parts: TeacherParts):
+        self.decoder = parts.decoder
+        self._weights = weights
+        self._model = parts.model(parts.decoder)
+
+    def abstract_params(self) -> Any:
+        # The reference is a part of the student's state.
+        return None
+
+    def open(self) -> None:
+        """Nothing of its own."""
+
+    def score(
+        self, batch: RolloutBatch, mask: np.ndarray, examples: Sequence[Example], student: StudentWeights
+    ) -> Scored:
+        return self._model.score(self._params(student), batch, mask)
+
+    def head(self, student: StudentWeights) -> Params:
+        head = head_params(self.decoder, self._params(student))
+        # The first update of a rollout donates the policy's own, which the next ones still compare with.
+        return head if self._weights == "reference" else jax.tree.map(jnp.copy, head)
+
+    def _params(self, student: StudentWeights) -> Params:
+        return student.reference() if self._weights == "reference" else student.policy()
 
 
 class _Beside:
@@ -138,7 +212,9 @@ class _Beside:
         if self.params is None:
             self.params = self._source.params_of(self.decoder, self._model.param_shardings(), seed=0)
 
-    def score(self, batch: RolloutBatch, mask: np.ndarray, student: StudentWeights) -> Scored:
+    def score(
+        self, batch: RolloutBatch, mask: np.ndarray, examples: Sequence[Example], student: StudentWeights
+    ) -> Scored:
         assert self.params is not None, "open comes before score"
         return self._model.score(self.params, batch, mask)
 
@@ -147,13 +223,114 @@ class _Beside:
         return head_params(self.decoder, self.params)
 
 
+def _with_context(teacher: Teacher, source: ModelTeacher | OwnTeacher, parts: TeacherParts, where: str) -> Teacher:
+    if not source.context_column:
+        return teacher
+    if "{text}" not in source.context_format:
+        raise ValueError(f"{where}.context_format={source.context_format!r} must hold {{text}}, where the column goes")
+    told = _Told(teacher, source, parts)
+    for example in parts.examples:
+        if source.tasks and example.columns.get("task") not in source.tasks:
+            continue
+        if source.context_column not in example.columns:
+            raise ValueError(
+                f"{where}.context_column={source.context_column!r}: {example.name} has no such column, only "
+                f"{', '.join(sorted(example.columns)) or 'none'}"
+            )
+        length = len(told.prompts(example)[1]) + parts.room
+        if length > parts.update.pack_length:
+            raise ValueError(
+                f"config.update.pack_length={parts.update.pack_length} does not hold what {where} reads of "
+                f"{example.name}, with the completion up to {length} tokens; raise it to at least {length}"
+            )
+    return told
+
+
+class _Told:
+    """A teacher that reads another prompt than the student did, which tells it more."""
+
+    def __init__(self, teacher: Teacher, source: ModelTeacher | OwnTeacher, parts: TeacherParts):
+        self._teacher = teacher
+        self._source = source
+        self._parts = parts
+
+    @property
+    def decoder(self) -> DecoderConfig:
+        return self._teacher.decoder
+
+    def abstract_params(self) -> Any:
+        return self._teacher.abstract_params()
+
+    def open(self) -> None:
+        self._teacher.open()
+
+    def head(self, student: StudentWeights) -> Params:
+        return self._teacher.head(student)
+
+    def prompts(self, example: Example) -> tuple[list[int], list[int]]:
+        """Token ids of what the student reads, and of what the teacher does."""
+        text = self._source.context_format.replace("{text}", str(example.columns[self._source.context_column]))
+        both = (example.prompt, with_paragraph(example.prompt, text))
+        own, told = (render_prompt(self._parts.tokenizer, prompt, self._parts.chat) for prompt in both)
+        return own, told
+
+    def score(
+        self, batch: RolloutBatch, mask: np.ndarray, examples: Sequence[Example], student: StudentWeights
+    ) -> Scored:
+        rows, starts = self._rows(batch, mask, examples)
+        tables = {"length_buckets": self._parts.update.trajectory_buckets}
+        told = stack(rows, row_buckets=(len(mask),), **{name: table for name, table in tables.items() if table})
+        scored = self._teacher.score(told, loss_mask(told), examples, student)
+
+        def moved(values: np.ndarray) -> np.ndarray:
+            """From the places of the teacher's rows to those of the student's."""
+            out = np.zeros((*mask.shape, *values.shape[2:]), values.dtype)
+            for row, (own, other) in enumerate(starts):
+                count = len(rows[row].tokens) - other
+                out[row, own : own + count] = values[row, other : other + count]
+            return out
+
+        return jax.tree.map(moved, scored)
+
+    def _rows(
+        self, batch: RolloutBatch, mask: np.ndarray, examples: Sequence[Example]
+    ) -> tuple[list[Trajectory], list[tuple[int, int]]]:
+        """The rows that the teacher reads, and where completions begin: in the student's, and in these."""
+        rows = []
+        starts = []
+        for row, example in enumerate(examples):
+            is_asked = bool(mask[row].any())
+            # A row of another teacher is as short as can be, and nothing of it is scored.
+            own, told = self.prompts(example) if is_asked else ([0], [0])
+            length = int(batch.lengths[row]) if is_asked else 1
+            completion = np.asarray(batch.tokens[row])[len(own) : length]
+            tokens = np.concatenate([np.asarray(told, np.int32), completion]).astype(np.int32)
+            asked = np.concatenate([np.zeros(len(told), bool), mask[row, len(own) : length]])
+            nothing = np.zeros(len(tokens), np.float32)
+            rows.append(
+                Trajectory(
+                    tokens=tokens,
+                    action_mask=asked,
+                    behavior_logprobs=nothing,
+                    entropies=nothing,
+                    turn_ids=np.zeros(len(tokens), np.int32),
+                    policy_version=np.zeros(len(tokens), np.int32),
+                    prompt_id=example.id,
+                    group_id=int(batch.group_id[row]),
+                    episode_id=row,
+                )
+            )
+            starts.append((len(own), len(told)))
+        return rows, starts
+
+
 class Teachers:
     """All teachers of a run, each with the rows that are its own. ValueError for a tokenizer that is not the student's,
-    and for a row of `examples` that no teacher, or more than one, would score."""
+    and for a row of the data that no teacher, or more than one, would score."""
 
-    def __init__(self, sources: Sequence[TeacherSource], parts: TeacherParts, examples: Sequence[Example]):
+    def __init__(self, sources: Sequence[TeacherSource], parts: TeacherParts):
         self._by_task = _by_task(sources)
-        for example in examples:
+        for example in parts.examples:
             self.of(example)
         self.keeps_states = parts.support == 0
         if self.keeps_states and len(sources) > 1:
@@ -219,7 +396,7 @@ class Teachers:
             own = mask & (chosen == index)[:, None]
             # A teacher without rows in this step still tells the shapes of what it would say.
             if own.any() or not said:
-                scored, of_own = teacher.score(batch, own, student)
+                scored, of_own = teacher.score(batch, own, examples, student)
                 logprobs[own] = scored[own]
                 for name, values in of_own.items():
                     said.setdefault(name, np.zeros_like(values))[own] = values[own]

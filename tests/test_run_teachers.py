@@ -1,20 +1,26 @@
 """Runs that distil: whose rows a teacher scores, what it is refused for, and that a stage teaches the next."""
 
 import dataclasses
+import itertools
+import json
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from objectives import make_batch
 
 from rljax.algorithms import GKD, MOPD, OnPolicyDistillation
 from rljax.batching import loss_mask
-from rljax.experiment import ModelTeacher, OwnTeacher, RunModel, SamplingConfig
+from rljax.experiment import EngineTeacher, ModelTeacher, OwnTeacher, RunModel, SamplingConfig
 from rljax.experiment.build import build, stack_rows
 from rljax.experiment.memory import held_state
 from rljax.experiment.model import run_checkpoints
 from rljax.experiment.train import train
 from rljax.models import abstract_params, hidden_states, logits
+from rljax.rollouts import EngineFailed, ScoringEngines
 from rljax.rollouts.collect import collect
 from rljax.tasks.echo import EchoData
 from rljax.testing import run_metrics, tiny_config
@@ -116,6 +122,75 @@ def logits_of(run, tokens):
     return logits(run.decoder, params, hidden)
 
 
+class FakeEngine(BaseHTTPRequestHandler):
+    """Scores prompts as vLLM has them on the wire, by a table of log-probs [token before, token]; busy at first."""
+
+    table = np.log(np.random.default_rng(0).dirichlet(np.ones(12), 12))
+    times_busy = 1
+
+    def do_POST(self):
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        if FakeEngine.times_busy:
+            FakeEngine.times_busy -= 1
+            return self._send(503, {})
+        tokens, top = body["token_ids"], body["sampling_params"]["prompt_logprobs"]
+        said = [None]
+        for before, token in itertools.pairwise(tokens):
+            order = np.argsort(-self.table[before])
+            ranks = {int(t): i + 1 for i, t in enumerate(order)}
+            listed = {int(t) for t in order[:top]} | {token}
+            said.append({str(t): {"logprob": self.table[before, t], "rank": ranks[t]} for t in listed})
+        if body["token_ids"][0] == 11:
+            said = said[1:]
+        self._send(200, {"request_id": "x", "choices": [], "prompt_logprobs": said})
+
+    def _send(self, status, value):
+        content = json.dumps(value).encode()
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture
+def engine():
+    server = ThreadingHTTPServer(("127.0.0.1", 0), FakeEngine)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def test_an_engine_that_is_busy_at_first_scores_every_sampled_token_and_names_its_most_likely_ones(engine):
+    teacher = EngineTeacher((engine,))
+    run = build(config(teacher, algorithm=GKD(group_size=4, support=3)))
+    (own,) = run.teachers.teachers
+    batch = make_batch(group_id=[0, 0, 0, 0], rewards=[0] * 4, lengths=[3, 5, 1, 4], width=8)
+    mask = np.array(batch.action_mask)
+    mask[2] = False
+    logprobs, said = own.score(batch, mask, [], run.student())
+
+    before, token = batch.tokens[:, :-1], batch.tokens[:, 1:]
+    want = np.pad(FakeEngine.table[before, token], ((0, 0), (1, 0)))
+    np.testing.assert_allclose(logprobs, np.where(mask, want, 0), atol=1e-6)
+    best = -np.sort(-FakeEngine.table, axis=-1)[:, :3]
+    at = np.argwhere(mask)
+    for row, place in at:
+        np.testing.assert_allclose(said["logprobs"][row, place], best[batch.tokens[row, place - 1]], atol=1e-6)
+        named = FakeEngine.table[batch.tokens[row, place - 1], said["ids"][row, place]]
+        np.testing.assert_allclose(named, said["logprobs"][row, place], atol=1e-6)
+        rest = 1 - np.exp(best[batch.tokens[row, place - 1]]).sum()
+        assert np.exp(said["tail"][row, place, 0]) == pytest.approx(rest, abs=1e-6)
+
+    with pytest.raises(EngineFailed, match=f"{engine} gives no prompt_logprobs of 3 tokens"):
+        ScoringEngines((engine,), top=0, connections=1, timeout_s=5.0, wait_s=1.0).score([[11, 0, 1]])
+
+
 def test_weights_of_teachers_are_in_the_plan_of_memory():
     run = build(config(ModelTeacher(dataclasses.replace(OTHER, param_dtype="bfloat16"))))
     (shapes,) = run.teachers.abstract_params()
@@ -139,6 +214,15 @@ def test_weights_of_teachers_are_in_the_plan_of_memory():
             {"teachers": (OwnTeacher(context_column="answer", context_format="x"),)},
             r"config.teachers\[0\].context_format='x' must hold",
         ),
+        (
+            {"teachers": (EngineTeacher(),), "algorithm": GKD()},
+            r"config.teachers\[0\] is served elsewhere .* with config.algorithm.support=0",
+        ),
+        (
+            {"teachers": (EngineTeacher(),), "sampling": SamplingConfig(max_new_tokens=4, temperature=0.7)},
+            r"config.sampling.temperature=0.7: config.teachers\[0\] is served elsewhere",
+        ),
+        ({"teachers": (EngineTeacher(("host",)),)}, r"config.teachers\[0\].engines=\('host',\) must be addresses"),
         ({"algorithm": GKD(support=64)}, "config.algorithm.support=64 must be below the"),
         ({"algorithm": tiny_config().algorithm}, "config.teachers has no effect: GRPO asks no teacher"),
         ({"sampling": SamplingConfig(max_new_tokens=4, top_p=0.9)}, "config.sampling.top_p=0.9 cuts tokens off"),

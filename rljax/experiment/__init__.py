@@ -7,7 +7,7 @@ from rljax.envs import EnvironmentLimits, RayConfig
 from rljax.evaluation import EvaluationConfig
 from rljax.experiment.config import Config, Recipe
 from rljax.experiment.model import FreshModel, ModelSource, PretrainedModel, RunModel
-from rljax.experiment.teachers import ModelTeacher, OwnTeacher, TeacherSource
+from rljax.experiment.teachers import EngineTeacher, ModelTeacher, OwnTeacher, TeacherSource
 from rljax.parallel import MeshConfig
 from rljax.rollouts import (
     ActorConfig,
@@ -55,6 +55,7 @@ __all__ = [
     "Dataset",
     "EndpointConfig",
     "EngineFailed",
+    "EngineTeacher",
     "EnvironmentLimits",
     "EvaluationConfig",
     "FailedTasks",

@@ -190,8 +190,8 @@ def check_teachers(config: Config, plan: RolloutPlan) -> None:
     if told and not isinstance(config.actor, (SingleTurn, Remote)):
         actor = type(config.actor).__name__
         raise ValueError(
-            f"config.teachers[{told[0]}].context_column adds to a prompt of the data, and {actor} opens by itself; leave "
-            "it empty, or take SingleTurn"
+            f"config.teachers[{told[0]}].context_column adds to a prompt of the data, and {actor} opens by itself; "
+            "leave it empty, or take SingleTurn"
         )
     own = config.sampling
     for field in ("top_k", "top_p", "min_p"):

@@ -68,8 +68,8 @@ class Config:
     critic: CriticConfig = dataclasses.field(default_factory=CriticConfig)
     """The value function of an algorithm that has one; others leave it alone."""
     teachers: tuple[TeacherSource, ...] = ()
-    """Who scores the samples of a method that distils, such as `OnPolicyDistillation`: `ModelTeacher`, or
-    `OwnTeacher`. With several, each names by `tasks` whose rows it teaches. Other methods have none."""
+    """Who scores the samples of a method that distils, such as `OnPolicyDistillation`: `ModelTeacher`, `OwnTeacher`,
+    `EngineTeacher`. With several, each names by `tasks` whose rows it teaches. Other methods have none."""
     warmup: WarmupConfig = dataclasses.field(default_factory=WarmupConfig)
     """Supervised steps before the first rollout."""
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)

@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import os
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, Protocol, runtime_checkable
 
@@ -13,8 +14,11 @@ from jax.sharding import Mesh
 from rljax.batching import loss_mask, stack
 from rljax.experiment.model import ModelSource, PretrainedModel
 from rljax.models import DecoderConfig, abstract_params, head_params
+from rljax.parallel import on_main
 from rljax.plans import TeacherSpec
+from rljax.rollouts import ScoringEngines
 from rljax.sampling import SamplingParams
+from rljax.settings import field
 from rljax.tasks import Example
 from rljax.tasks.examples import with_paragraph
 from rljax.text import Tokenizer, render_prompt
@@ -83,8 +87,8 @@ class Teacher(Protocol):
         ...
 
     @property
-    def decoder(self) -> DecoderConfig:
-        """Of the head that its hidden states go through."""
+    def decoder(self) -> DecoderConfig | None:
+        """Of the head that its hidden states go through; None of a teacher that has them elsewhere."""
         ...
 
     def head(self, student: StudentWeights) -> Params:
@@ -159,6 +163,105 @@ class OwnTeacher:
         return _with_context(_Own(self.weights, parts), self, parts, where)
 
 
+@dataclasses.dataclass
+class EngineTeacher:
+    """A model that is served elsewhere, by vLLM (`vllm serve MODEL --enable-scale-out`), with the student's tokenizer.
+
+    It costs no memory here, and a prompt's tokens on the wire for each sample.
+    """
+
+    engines: tuple[str, ...] = ("http://127.0.0.1:8000",)
+    """Addresses of engines with one model. Rows go to them in turn."""
+    tasks: tuple[str, ...] = ()
+    """Values of the data's column `task` whose rows it teaches. Empty is all that no other teacher names."""
+    context_column: str = ""
+    """Column of the data with what the teacher knows beside the prompt, such as a right answer; empty is nothing."""
+    context_format: str = CONTEXT
+    """How that is put: a last paragraph of the prompt, with `{text}` for the column's."""
+    key_variable: str = ""
+    """Environment variable that holds the engines' API key; empty is no key."""
+    connections: int = field(default=64, least=1)
+    """Rows that are asked about at a time."""
+    request_s: float = field(default=600.0, above=0)
+    """Seconds after which an engine that has not answered a request is asked again."""
+    wait_s: float = field(default=600.0, above=0)
+    """Seconds for which an engine may stay away before the run ends."""
+
+    @property
+    def needs_reference(self) -> bool:
+        return False
+
+    def check(self) -> None:
+        """Raises a ValueError of one line for what can never work."""
+        if not self.engines or not all(address.startswith(("http://", "https://")) for address in self.engines):
+            raise ValueError(f"engines={self.engines} must be addresses such as http://host:8000")
+        if self.key_variable and not os.environ.get(self.key_variable):
+            raise ValueError(f"key_variable={self.key_variable!r} is not in the environment; set it, or leave it out")
+
+    def build(self, parts: TeacherParts, where: str) -> Teacher:
+        if parts.support == 0:
+            raise ValueError(
+                f"{where} is served elsewhere and tells its most likely tokens alone, with config.algorithm.support=0; "
+                "set that to a number that the engine allows (--max-logprobs, 20 by default)"
+            )
+        if float(parts.sampling.temperature) != 1:
+            raise ValueError(
+                f"config.sampling.temperature={float(parts.sampling.temperature):g}: {where} is served elsewhere and "
+                "scores at temperature 1; set it to 1, or take a teacher on this mesh (ModelTeacher)"
+            )
+        return _with_context(_Elsewhere(self, parts), self, parts, where)
+
+
+class _Elsewhere:
+    """A teacher behind HTTP."""
+
+    def __init__(self, source: EngineTeacher, parts: TeacherParts):
+        self.decoder = None
+        self._support = parts.support or 0
+        self._engines = ScoringEngines(
+            source.engines,
+            top=self._support,
+            connections=source.connections,
+            timeout_s=source.request_s,
+            wait_s=source.wait_s,
+            key=os.environ.get(source.key_variable, ""),
+        )
+
+    def abstract_params(self) -> Any:
+        return None
+
+    def open(self) -> None:
+        """Nothing of its own."""
+
+    def head(self, student: StudentWeights) -> Params:
+        raise AssertionError("its head is elsewhere")
+
+    def score(
+        self, batch: RolloutBatch, mask: np.ndarray, examples: Sequence[Example], student: StudentWeights
+    ) -> Scored:
+        # Up to the last token that is asked for; process 0 asks for all, so that all go on with the same numbers.
+        asked = np.flatnonzero(mask.any(axis=1))
+        lengths = mask.shape[1] - mask[:, ::-1].argmax(axis=1)
+        rows = [np.asarray(batch.tokens[row])[: lengths[row]].tolist() for row in asked]
+        logprobs = np.zeros(mask.shape, np.float32)
+        said: dict[str, np.ndarray] = {}
+        if self._support:
+            of_tokens = (*mask.shape, self._support)
+            said = {"ids": np.zeros(of_tokens, np.int32), "logprobs": np.zeros(of_tokens, np.float32)}
+
+        for row, scores in zip(asked, on_main(lambda: self._engines.score(rows)), strict=True):
+            inside = slice(1, lengths[row])
+            logprobs[row, inside] = scores.logprobs
+            if said:
+                said["ids"][row, inside] = scores.ids
+                said["logprobs"][row, inside] = scores.top
+        if said:
+            # What is left of a probability that is nearly 1 is lost in rounding; it is never less than nothing.
+            covered = np.minimum(np.exp(said["logprobs"].astype(np.float64)).sum(axis=-1, keepdims=True), 1 - 1e-12)
+            said["tail"] = np.log1p(-covered).astype(np.float32)
+        return np.where(mask, logprobs, 0), said
+
+
 class _Own:
     """A teacher with the student's weights."""
 
@@ -223,7 +326,9 @@ class _Beside:
         return head_params(self.decoder, self.params)
 
 
-def _with_context(teacher: Teacher, source: ModelTeacher | OwnTeacher, parts: TeacherParts, where: str) -> Teacher:
+def _with_context(
+    teacher: Teacher, source: ModelTeacher | OwnTeacher | EngineTeacher, parts: TeacherParts, where: str
+) -> Teacher:
     if not source.context_column:
         return teacher
     if "{text}" not in source.context_format:
@@ -249,13 +354,13 @@ def _with_context(teacher: Teacher, source: ModelTeacher | OwnTeacher, parts: Te
 class _Told:
     """A teacher that reads another prompt than the student did, which tells it more."""
 
-    def __init__(self, teacher: Teacher, source: ModelTeacher | OwnTeacher, parts: TeacherParts):
+    def __init__(self, teacher: Teacher, source: ModelTeacher | OwnTeacher | EngineTeacher, parts: TeacherParts):
         self._teacher = teacher
         self._source = source
         self._parts = parts
 
     @property
-    def decoder(self) -> DecoderConfig:
+    def decoder(self) -> DecoderConfig | None:
         return self._teacher.decoder
 
     def abstract_params(self) -> Any:

@@ -9,6 +9,9 @@ from rljax.advantages import beside_teacher, from_teacher, group_normalized, tea
 from rljax.algorithms import MOPD, CrossStageDistillation, OnPolicyDistillation
 from rljax.losses import (
     behavior_ratio,
+    by_row,
+    column_weights,
+    cross_entropy,
     double_sided,
     k2,
     k3,
@@ -165,3 +168,30 @@ def test_what_no_teacher_has_scored_is_refused():
     rows = make_rows(ALL, aggregate=token_mean, old=MU, advantages=np.zeros((1, 5)))
     with pytest.raises(ValueError, match=r"teacher_logprobs.*config.teachers"):
         value_and_grad(OnPolicyDistillation().build().loss, rows, MU)
+
+
+def test_rows_mix_named_losses_by_their_columns():
+    """The first row is supervised, the second is taught and rewarded by half."""
+    rl, ce, kl = np.array([0.0, 0.5]), np.array([1.0, 0.0]), np.array([0.0, 2.0])
+    mask = np.array([[1, 1, 0], [1, 1, 1]], bool)
+    with float64():
+        logprobs, teacher = -np.arange(1.0, 7).reshape(2, 3), -np.arange(2.0, 8).reshape(2, 3)
+        advantages = np.full((2, 3), 3.0)
+        rows = make_rows(mask, aggregate=token_mean, old=logprobs, advantages=advantages)
+        columns = {"rl": rl, "ce": ce, "kl": kl, TEACHER_LOGPROBS: teacher}
+        rows = rows.replace(columns={name: jnp.asarray(x) for name, x in columns.items()})
+        loss = policy_loss(
+            token_ratio,
+            unclipped(),
+            token_mean,
+            weight_fns=[column_weights("rl")],
+            penalties=[by_row(cross_entropy(), "ce"), by_row(teacher_penalty(1.0, k2), "kl")],
+        )
+        value, metrics, slope = value_and_grad(loss, rows, logprobs)
+        terms = -3.0 * rl[:, None] - logprobs * ce[:, None] + kl[:, None] * (logprobs - teacher) ** 2 / 2
+        slopes = -3.0 * rl[:, None] - ce[:, None] + kl[:, None] * (logprobs - teacher)
+    assert value == pytest.approx((terms * mask).sum() / 5, abs=1e-12)
+    np.testing.assert_allclose(slope, slopes * mask / 5, atol=1e-12)
+    assert metrics["loss/cross_entropy"] == pytest.approx(-(logprobs * mask).sum() / 5)
+    with pytest.raises(ValueError, match=r"needs the column 'kl'.*per='row'"):
+        value_and_grad(loss, rows.replace(columns={n: x for n, x in rows.columns.items() if n != "kl"}), logprobs)

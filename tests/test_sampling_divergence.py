@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from objectives import float64
 
+from rljax.algorithms import GKD
 from rljax.losses import forward_kl, jensen_shannon, reverse_kl
 from rljax.models import DecoderConfig, head_params, init_params
 from rljax.sampling import sampling_params
@@ -18,7 +19,7 @@ EACH = {"forward": forward_kl(), "reverse": reverse_kl(), "jsd": jensen_shannon(
 
 def slopes_of(found, q):
     """By a student's logits."""
-    return np.asarray(q * (found.slopes - found.mean_slope[..., None]))
+    return np.asarray(np.asarray(q) * (found.slopes - found.mean_slope[..., None]))
 
 
 @pytest.mark.parametrize(
@@ -54,6 +55,25 @@ def test_jensen_shannon_tends_to_either_kl():
         assert float(jensen_shannon(1 - 1e-7)(p, q).value) / 1e-7 == pytest.approx(0.3530274424, abs=1e-6)
     with pytest.raises(ValueError, match=r"beta=1.0 must be between 0 and 1"):
         jensen_shannon(1.0)
+
+
+@pytest.mark.parametrize(
+    ("beta", "loss", "slopes"),
+    [
+        (0.0, 1.591904201195755, [0.0263753323, 0.0887798233, 0.4533148299, -0.0891943116, -0.4792756739]),
+        (0.3, 0.28076881759510725, [0.0029411070, 0.0107370306, 0.0539692337, -0.0285203459, -0.0391270255]),
+        (1.0, 1.9979459365646939, [0.0004701460, 0.1014966134, 0.3620338086, -0.3105711067, -0.1534294613]),
+    ],
+)
+def test_gkd_has_the_divergence_of_trl(beta, loss, slopes):
+    """TRL 1.16's `generalized_jsd_loss` at temperature 0.7, the second of three tokens left out, as
+    benchmarks/parity/peer_trl.py calls it."""
+    x = np.arange(15).reshape(3, 5)
+    with float64():
+        log_p, log_q = (jax.nn.log_softmax(jnp.asarray(z) / 0.7) for z in (2 * np.cos(0.9 * x), np.sin(1.7 * x)))
+        found = GKD(beta=beta).divergence()(log_p, log_q)
+        assert float(found.value[0] + found.value[2]) / 2 == pytest.approx(loss, abs=1e-12)
+        np.testing.assert_allclose(slopes_of(found, np.exp(log_q))[2] / 0.7 / 2, slopes, atol=1e-9)
 
 
 ROWS, LENGTH, VOCAB = 2, 11, 13

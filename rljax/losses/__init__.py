@@ -26,6 +26,7 @@ from rljax.losses.filters import (
     probability_band,
     veto,
 )
+from rljax.losses.mixing import by_row, column_weights, cross_entropy
 from rljax.losses.penalties import (
     KlEstimator,
     Penalty,
@@ -117,11 +118,14 @@ __all__ = [
     "behavior_ratio",
     "behavior_sequence_ratio",
     "behavior_weights",
+    "by_row",
     "cispo",
     "clip_balanced",
     "clipped",
     "clipped_value_loss",
+    "column_weights",
     "compared_with",
+    "cross_entropy",
     "current_deviation",
     "divergence_penalty",
     "divergence_weights",

@@ -27,6 +27,14 @@ ROW_WEIGHT = "row_weight"
 """Column of a batch, float32 [B]: how much a row counts in the loss beside the other rows of its minibatch. Without it
 all count alike."""
 
+TEACHER_LOGPROBS = "teacher_logprobs"
+"""Column of a batch, float32 [B, T]: log-probs (nats) of the sampled tokens under the row's teacher, tempered as the
+policy was that sampled. 0 off the loss mask."""
+
+TEACHER_DIVERGENCE = "teacher_divergence"
+"""Column of `Rows`, float32 [B, T]: a divergence (nats) between the distributions of teacher and policy that each token
+was sampled from. The one column that a loss differentiates, in the policy's weights."""
+
 T = TypeVar("T")
 
 
@@ -112,6 +120,7 @@ class RolloutBatch:
     turn_rewards: Float[ArrayLike, "B T"] | None = None  # these two: when all trajectories have them
     state_ids: Int[ArrayLike, "B T"] | None = None  # counts the states of all groups from 0, below B * T
     columns: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # float32 [B, T] or [B]: names that all have
+    teacher: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # [B, T, W]: of whole distributions, by name
     token_keys: UInt32[ArrayLike, "B T 2"] | None = None  # high and low half of the trajectories' keys, if any has them
     experts: Int[ArrayLike, "B T L K"] | None = None  # int16, -1 for none: when all trajectories have them
 
@@ -195,6 +204,7 @@ class RaggedRows:
     uniforms: Float[ArrayLike, "*M Q C"] | None = None
     columns: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # float32 [*M, Q, C]: those of tokens
     row_columns: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # float32 [*M, Q, L]: those of rows
+    teacher: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # [*M, Q, C, W]: of whole distributions
 
     @property
     def loss_mask(self) -> Bool[ArrayLike, "*M Q C"]:
@@ -204,11 +214,12 @@ class RaggedRows:
 
 @struct
 class TrainBatch:
-    """One minibatch, a leading axis `M` of microbatches on every field. A microbatch holds whole packed rows, and
-    all rows that they carry."""
+    """One minibatch, a leading axis `M` of microbatches on every field but the last. A microbatch holds whole packed
+    rows, and all rows that they carry."""
 
     packed: Packed
     rows: RaggedRows
+    teacher_head: Any = None  # the teacher's `head_params`, where `rows.teacher` holds its hidden states
 
 
 @struct

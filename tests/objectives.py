@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rljax.types import RolloutBatch, Rows
+from rljax.types import TEACHER_LOGPROBS, RolloutBatch, Rows
 
 NAN = float("nan")
 
@@ -76,6 +76,7 @@ def make_batch(*, group_id, rewards, lengths, prompt=2, width=None, is_valid=Non
     logprobs = -rng.exponential(size=(rows, width)).astype(dtype)
     ref = (logprobs + 0.3 * rng.normal(size=logprobs.shape)).astype(dtype)
     tokens, values = rng.integers(0, 7, (rows, width)).astype(np.int32), rng.normal(size=(rows, width)).astype(dtype)
+    teacher = logprobs + 0.3 * rng.normal(size=logprobs.shape)
     integers = np.zeros(rows, np.int32)
     return RolloutBatch(
         tokens=tokens,
@@ -97,6 +98,7 @@ def make_batch(*, group_id, rewards, lengths, prompt=2, width=None, is_valid=Non
         intervention=integers,
         ref_logprobs=np.where(action_mask, ref, np.nan).astype(dtype),
         values=np.where(action_mask, values, np.nan).astype(dtype),
+        columns={TEACHER_LOGPROBS: np.where(action_mask, teacher, np.nan).astype(dtype)},
     )
 
 

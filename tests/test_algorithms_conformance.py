@@ -17,6 +17,7 @@ from rljax.algorithms import (
     FIPO,
     GRPO,
     GSPO,
+    MOPD,
     OWPO,
     PKPO,
     PPO,
@@ -25,6 +26,7 @@ from rljax.algorithms import (
     VCPO,
     ActGuideRL,
     AgentRL,
+    CrossStageDistillation,
     DecoupledPPO,
     DeepDive,
     DirectionReweighting,
@@ -35,16 +37,20 @@ from rljax.algorithms import (
     IcePop,
     NearBoundaryRescue,
     NearBoundaryRescueGSPO,
+    OnPolicyDistillation,
     PassAtK,
     Reinforce,
     ReinforcePlusPlus,
     ReinforcePlusPlusBaseline,
     RoleAgent,
 )
-from rljax.types import RolloutBatch, Rows
+from rljax.types import TEACHER_LOGPROBS, RolloutBatch, Rows
 
-BATCH_STATISTICS = {PPO, AgentRL, Reinforce, ReinforcePlusPlus, ReinforcePlusPlusBaseline}
-"""Their baseline spans groups, so two batches apart differ from the two together."""
+BATCH_STATISTICS = {PPO, AgentRL, Reinforce, ReinforcePlusPlus, ReinforcePlusPlusBaseline, MOPD}
+"""Their baseline spans groups, or a scale does, so two batches apart differ from the two together."""
+
+TAUGHT = (OnPolicyDistillation, CrossStageDistillation, MOPD)
+"""They have credit from a teacher, which does without groups but where the verifier counts as well."""
 
 ALWAYS_NEED_REF = {OWPO}
 """They compare the policy with a reference in more than a KL penalty."""
@@ -57,6 +63,7 @@ OWN_METRICS = {
     OWPO: ("inferior", "superior", "force_reversal"),
     NearBoundaryRescue: ("clip_active", "rescued"),
     NearBoundaryRescueGSPO: ("clip_active", "rescued"),
+    **dict.fromkeys(TAUGHT, ("teacher_kl", "teacher_clipped", "teacher_reversal")),
 }
 
 GROUP = 4
@@ -95,6 +102,7 @@ class Run:
             source=batch.source,
             ref_logprobs=batch.ref_logprobs,
             uniforms=np.abs(batch.behavior_logprobs) * 997 % 1,  # as the tokens' own: padding and order do not matter
+            columns=batch.columns,
         )
         correct = self.algorithm.loss.correct_fn
         return rows if correct is None else jax.tree.map(np.asarray, correct(rows).rows)
@@ -277,6 +285,8 @@ def test_equal_rewards_without_kl_give_gradient_0(recipe):
     batch = example(rewards=[0.1] * 8)
     if run.algorithm.plan.critic:  # that knows
         batch = dataclasses.replace(batch, values=np.full_like(batch.values, 0.1))
+    if run.algorithm.plan.teacher:  # that has nothing to teach
+        batch = dataclasses.replace(batch, columns={TEACHER_LOGPROBS: batch.behavior_logprobs})
     rows = run.rows(batch)
     np.testing.assert_array_equal(rows.advantages, 0)
     (value, _), (slope, _) = run.gradients(rows, *map(jnp.asarray, current(rows)))
@@ -351,6 +361,9 @@ def test_reward_rises_on_a_table_of_logits(recipe):
     blank = framed(make_batch(group_id=PROMPT_OF, rewards=np.zeros(count), lengths=[LENGTH] * count, prompt=0))
     blank = dataclasses.replace(blank, values=np.zeros_like(blank.values))  # a critic that knows nothing
 
+    # Of a method that is taught, the teacher says what is right nine times out of ten.
+    teacher = jnp.asarray(4 * np.eye(VOCAB)[targets], jnp.float32)
+
     table, history = jnp.zeros((PROMPTS, LENGTH, VOCAB)), []
     state = OPTIMIZER.init(table)
     for _ in range(60):
@@ -361,7 +374,8 @@ def test_reward_rises_on_a_table_of_logits(recipe):
         history.append(rewards.mean())
 
         old = np.asarray(spoken(table, tokens)[0])
-        batch = dataclasses.replace(blank, reward=rewards, behavior_logprobs=old, ref_logprobs=old)
+        columns = {TEACHER_LOGPROBS: np.asarray(spoken(teacher, tokens)[0])}
+        batch = dataclasses.replace(blank, reward=rewards, behavior_logprobs=old, ref_logprobs=old, columns=columns)
         rows = Rows(
             loss_mask=blank.action_mask,
             loss_weights=np.asarray(run.token_weights(blank.action_mask)),
@@ -372,6 +386,7 @@ def test_reward_rises_on_a_table_of_logits(recipe):
             source=np.zeros(count, np.int32),
             ref_logprobs=old,
             uniforms=noise.random(FRAME).astype(np.float32),
+            columns=columns,
         )
         for _ in range(2):
             _, slopes = run.gradients(rows, *map(np.asarray, spoken(table, tokens)))
@@ -398,7 +413,7 @@ def test_needs_ref_exactly_when_a_kl_coefficient_is_on(recipe):
 
 @every_recipe
 def test_a_group_of_one_is_refused_where_the_group_is_the_baseline(recipe):
-    if recipe in {PPO, Reinforce, ReinforcePlusPlus}:
+    if recipe in {PPO, Reinforce, ReinforcePlusPlus, OnPolicyDistillation, CrossStageDistillation}:
         assert recipe(group_size=1).build().plan.group_size == 1
     else:
         with pytest.raises(ValueError, match=rf"^{recipe.__name__} .*group_size=1 must be at least 2.*Reinforce"):

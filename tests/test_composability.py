@@ -21,11 +21,12 @@ from rljax import losses as ls
 from rljax.algorithms import Algorithm, ReSum
 from rljax.batching import dense_rows, spread, stack
 from rljax.experiment.build import build as build_run
-from rljax.plans import ForkPlan, RolloutPlan
+from rljax.plans import ForkPlan, RolloutPlan, TeacherSpec
 from rljax.plans import fork_rules as rules
 from rljax.rollouts.collect import collect
 from rljax.testing import tiny_config
 from rljax.training import Learner, LossNeeds, UpdateConfig
+from rljax.types import TEACHER_LOGPROBS
 
 GROUP, GROUPS = 6, 4
 STEPS = ("a", "b", "c")
@@ -72,6 +73,7 @@ ADVANTAGES = {
     "dual_group": adv.dual_group(),
     "entropy_scaled": adv.entropy_scaled(adv.group_normalized()),
     "summary_contrast": adv.summary_contrast(),
+    "beside_teacher": adv.beside_teacher(adv.group_centered(), match_scale=True, discount=0.5),
 }
 RATIOS = {
     "token": ls.token_ratio,
@@ -117,6 +119,7 @@ AGGREGATIONS = {
 PENALTIES = {
     "none": (),
     "kl and entropy": (ls.kl_penalty(0.05), ls.entropy_bonus(0.01)),
+    "teacher": (ls.teacher_penalty(0.05),),
     "corrected kl": (ls.importance_corrected_kl(0.05),),
     "squared_log_ratio": (ls.squared_log_ratio(0.05),),
 }
@@ -194,7 +197,8 @@ def build(line: tuple[str, ...]) -> Algorithm:
         names[name] for names, name in zip(KINDS, line, strict=True)
     )
     loss = ls.policy_loss(ratio, surrogate, aggregate, weights, filters, penalties, **whole)
-    return Algorithm(RolloutPlan(GROUP, forks=fork, needs_ref=True, needs_uniforms=True), credit, loss)
+    plan = RolloutPlan(GROUP, forks=fork, needs_ref=True, needs_uniforms=True, teacher=TeacherSpec())
+    return Algorithm(plan, credit, loss)
 
 
 @functools.cache
@@ -232,7 +236,8 @@ def rollout(name: str):
     batch = stack(rollout.trajectories, row_buckets=(GROUP * GROUPS,), length_buckets=(16,))
     assert np.any(np.asarray(batch.parent_row)[np.asarray(batch.is_valid)] >= 0) == (name != "independent")
     reference = learner(True).score_rows(near(2), batch)
-    return dataclasses.replace(batch, ref_logprobs=reference, values=0.1 * reference)
+    columns = {**batch.columns, TEACHER_LOGPROBS: learner(True).score_rows(near(3), batch)}
+    return dataclasses.replace(batch, ref_logprobs=reference, values=0.1 * reference, columns=columns)
 
 
 @functools.cache

@@ -19,13 +19,14 @@ import rljax.advantages
 import rljax.algorithms
 import rljax.losses
 import rljax.trees.forks
-from rljax.algorithms import FOREST_RECIPES, PREFERENCE_RECIPES, RECIPES
+from rljax.algorithms import DISTRIBUTION_RECIPES, FOREST_RECIPES, PREFERENCE_RECIPES, RECIPES
 from rljax.experiment.check import check
 from rljax.experiment.config import to_dict
 from rljax.experiment.train import train
 from rljax.plans.fork_rules import PartialGroup
 from rljax.plans.phrases import SUMMARY_PHRASES, PhraseFinder
 from rljax.testing import run_metrics
+from rljax.types import TEACHER_DIVERGENCE
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = ROOT / "configs" / "papers"
@@ -33,12 +34,13 @@ SHARED = {"spelling", "turns"}
 """What configs of the folder import."""
 PREFERENCES = {"dpo", "reward_model"}
 """Configs of `rljax prefer`."""
+ALL = (*RECIPES, *FOREST_RECIPES, *DISTRIBUTION_RECIPES)
 NAMES = sorted(path.stem for path in CONFIGS.glob("*.py") if path.stem not in SHARED | PREFERENCES)
 PAGE = (ROOT / "docs" / "papers.md").read_text()
 ENTRIES = dict(re.findall(r"^### (\w+)\n(.*?)(?=^##|\Z)", PAGE, flags=re.MULTILINE | re.DOTALL))
 NO_PAPER = {"Reinforce", "RandomForks"}
-METRIC = re.compile(r"\b(?:rollout|loss|critic|pack)/\w+(?:/\w+)*")
-ALWAYS_RUN = {"near_boundary_rescue", "tree_grpo", "ppo"}
+METRIC = re.compile(r"\b(?:rollout|loss|critic|pack|teacher)/\w+(?:/\w+)*")
+ALWAYS_RUN = {"near_boundary_rescue", "tree_grpo", "ppo", "gkd"}
 """The other configs make their two steps in the slow suite."""
 
 every_config = pytest.mark.parametrize("name", NAMES)
@@ -76,12 +78,12 @@ def page():
 
 def test_every_recipe_has_one_config_and_every_config_is_listed(neighbours):
     recipes = [type(load(CONFIGS / f"{name}.py").get_config().algorithm) for name in NAMES]
-    assert sorted(r.__name__ for r in recipes) == sorted(r.__name__ for r in (*RECIPES, *FOREST_RECIPES))
+    assert sorted(r.__name__ for r in recipes) == sorted(r.__name__ for r in ALL)
     for name, recipe in zip(NAMES, recipes, strict=True):
         assert f"(../configs/papers/{name}.py)" in ENTRIES[recipe.__name__], name
 
 
-@pytest.mark.parametrize("recipe", (*RECIPES, *FOREST_RECIPES), ids=lambda recipe: recipe.__name__)
+@pytest.mark.parametrize("recipe", ALL, ids=lambda recipe: recipe.__name__)
 def test_every_entry_says_what_it_is_how_it_differs_and_shows_a_dozen_lines_at_most(recipe):
     entry = ENTRIES[recipe.__name__]
     papers = re.findall(r"\b2\d{3}\.\d{5}\b|\b1\d{3}\.\d{5}\b", recipe.__doc__)
@@ -205,7 +207,8 @@ def gradients(algorithm, batch):
         behavior=batch.behavior_logprobs,
         ref=batch.ref_logprobs,
     )
-    rows = dataclasses.replace(rows, uniforms=jnp.asarray(rng.random(mask.shape), jnp.float32))
+    columns = {**batch.columns, TEACHER_DIVERGENCE: np.square(noise[0])}
+    rows = dataclasses.replace(rows, uniforms=jnp.asarray(rng.random(mask.shape), jnp.float32), columns=columns)
     chosen = None if algorithm.loss.select_fn is None else algorithm.loss.select_fn(jnp.asarray(noise[2]), mask)
     scale = None
     if algorithm.loss.correct_fn is not None:

@@ -10,24 +10,28 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from rljax.algorithms import FOREST_RECIPES, RECIPES, DecoupledPPO
+from rljax.algorithms import DISTRIBUTION_RECIPES, FOREST_RECIPES, GKD, RECIPES, DecoupledPPO
 from rljax.experiment import (
     BlackBox,
     FailedTasks,
     FileData,
     Guided,
     LightSAMConfig,
+    ModelTeacher,
     MultiTurn,
     MuonConfig,
     PretrainedModel,
     ReasoningGymData,
     RewardConfig,
     RowsData,
+    RunModel,
     SingleTurn,
 )
 from rljax.experiment.check import check
 from rljax.settings import parts
 from rljax.testing import tiny_config
+
+ALL = (*RECIPES, *FOREST_RECIPES, *DISTRIBUTION_RECIPES)
 
 ROOTS = {
     "tiny": {},
@@ -40,6 +44,7 @@ ROOTS = {
     },
     "pretrained": {"model": PretrainedModel(), "data": ReasoningGymData("chain_sum"), "optimizer": MuonConfig()},
     "lightsam": {"optimizer": LightSAMConfig()},
+    "taught": {"algorithm": GKD(), "teachers": (ModelTeacher(RunModel("runs/x")),)},
 }
 """Configs in which every kind of part stands at least once."""
 
@@ -114,9 +119,11 @@ def test_any_value_of_any_field_is_taken_or_named(field, value):
 
 
 @every_third_or_all
-@pytest.mark.parametrize("recipe", [*RECIPES, *FOREST_RECIPES], ids=lambda recipe: recipe.__name__)
+@pytest.mark.parametrize("recipe", ALL, ids=lambda recipe: recipe.__name__)
 def test_any_hyperparameter_of_any_recipe_is_taken_or_named(recipe, every):
     base = tiny_config(algorithm=recipe())
+    if recipe().build().plan.teacher:
+        base.teachers = (ModelTeacher(base.model),)
     # What a recipe inherits is tried with the first one.
     own = [f.name for f in dataclasses.fields(recipe) if recipe is RECIPES[0] or f.name in recipe.__annotations__]
     for place, name in enumerate(own):

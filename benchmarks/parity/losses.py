@@ -30,10 +30,12 @@ from _exchange import read_answer, write_data  # noqa: E402
 
 from rljax import advantages as adv  # noqa: E402
 from rljax import losses as ls  # noqa: E402
+from rljax.algorithms import GKD  # noqa: E402
 from rljax.types import RolloutBatch, Rows  # noqa: E402
 
 WANTED = 1e-5
 ROWS, GROUP, LENGTH, PROMPT = 16, 4, 24, 3
+VOCABULARY = 7
 Data = Mapping[str, np.ndarray]
 
 
@@ -66,6 +68,8 @@ def make_data(seed: int) -> dict[str, np.ndarray]:
         "values": values,
         "predicted": values + rng.normal(size=shape) * 0.4,
         "returns": rng.normal(size=shape),
+        "student_logits": 2 * rng.normal(size=(*shape, VOCABULARY)),
+        "teacher_logits": 2 * rng.normal(size=(*shape, VOCABULARY)),
     }
 
 
@@ -125,6 +129,20 @@ def our_loss(*parts: Any, **more: Any) -> Callable[[Data], dict[str, np.ndarray]
         entropies = jnp.zeros(d["old"].shape)
         value, slope = jax.value_and_grad(lambda x: loss.loss(x, entropies, rows)[0])(jnp.asarray(d["logprobs"]))
         return {"loss": np.asarray(value), "gradient": np.asarray(slope)}
+
+    return call
+
+
+def our_divergence(beta: float, temperature: float) -> Callable[[Data], dict[str, np.ndarray]]:
+    """GKD's divergence as a mean over tokens, and its gradient by the student's logits, which its slopes give."""
+    divergence = GKD(beta=beta).divergence()
+
+    def call(d: Data) -> dict[str, np.ndarray]:
+        log_p, log_q = (jax.nn.log_softmax(d[f"{who}_logits"] / temperature) for who in ("teacher", "student"))
+        found = divergence(log_p, log_q)
+        weights = d["mask"] / d["mask"].sum()
+        slope = jnp.exp(log_q) * (found.slopes - found.mean_slope[..., None]) / temperature
+        return {"loss": np.asarray((weights * found.value).sum()), "gradient": np.asarray(weights[..., None] * slope)}
 
     return call
 
@@ -250,6 +268,16 @@ CALLS = (
         "geo_mean",
         clip_ratio_low=0.4,
         clip_ratio_high=0.4,
+    ),
+    *(
+        Call(
+            "trl",
+            f"GKD's divergence, beta {beta}",
+            "gkd",
+            {"beta": beta, "temperature": 0.7},
+            our_divergence(beta, 0.7),
+        )
+        for beta in (0.0, 0.3, 1.0)
     ),
     Call("verl", "a critic's loss", "value_loss", {"clip": 0.2}, our_value_loss(0.2)),
     verl_advantage("GRPO's advantage", our_advantage(adv.group_normalized(epsilon=1e-6)), "grpo"),

@@ -11,6 +11,7 @@ import torch
 from _exchange import answer
 from accelerate import Accelerator
 from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
+from trl.experimental.gkd import GKDTrainer
 from trl.experimental.gmpo import GMPOConfig, GMPOTrainer
 
 torch.set_default_dtype(torch.float64)
@@ -124,5 +125,14 @@ def advantage(d, settings):
     return {"advantage": (found[:, None] * torch.tensor(d["mask"])).numpy()}
 
 
+def gkd(d, settings):
+    student = torch.tensor(d["student_logits"], requires_grad=True)
+    labels = torch.where(torch.tensor(d["mask"]), 1, -100)
+    options = {"beta": settings["beta"], "temperature": settings["temperature"]}
+    value = GKDTrainer.generalized_jsd_loss(student, torch.tensor(d["teacher_logits"]), labels, **options)
+    value.backward()
+    return {"loss": value.detach().numpy(), "gradient": student.grad.numpy()}
+
+
 if __name__ == "__main__":
-    answer("trl", ("trl", "transformers", "torch"), {"loss": loss, "advantage": advantage})
+    answer("trl", ("trl", "transformers", "torch"), {"loss": loss, "advantage": advantage, "gkd": gkd})

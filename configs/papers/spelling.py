@@ -7,9 +7,10 @@ have demonstrations with it (`with_restarts`).
 Every config takes a size: `--config=papers/fipo:smoke` is two steps of a far smaller model, to see it run.
 """
 
+import dataclasses
 import random
 import string
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from rljax.experiment import (
     CheckpointConfig,
@@ -17,15 +18,19 @@ from rljax.experiment import (
     CriticConfig,
     EvaluationConfig,
     FreshModel,
+    ModelTeacher,
     OptimizerConfig,
     ReasoningGymData,
     Recipe,
+    RewardConfig,
+    RowsData,
+    RunModel,
     SamplingConfig,
     SingleTurn,
     UpdateConfig,
     WarmupConfig,
 )
-from rljax.tasks import Example, Extractor, whole_completion
+from rljax.tasks import Example, Extractor, reasoning_gym_task, whole_completion
 
 LETTERS = tuple(string.ascii_letters)
 """As `step_delimiters`: every letter ends a step."""
@@ -84,7 +89,8 @@ def spelling_config(
 
     # Of one length and one count of rows, so that the update compiles once.
     length = 128 if smoke else 256
-    rows = prompts * algorithm.build().plan.group_size // minibatches
+    demonstrated = 16 if smoke else 128
+    rows = max(prompts * algorithm.build().plan.group_size // minibatches, demonstrated)
 
     tiny = {"num_layers": 1, "embed_dim": 32, "num_heads": 2, "num_kv_heads": 2, "head_dim": 16, "mlp_dim": 64}
     return Config(
@@ -123,7 +129,7 @@ def spelling_config(
         ),
         warmup=WarmupConfig(
             steps=2 if smoke else 300,
-            batch_size=16 if smoke else 128,
+            batch_size=demonstrated,
             demonstrations=demonstrations,
             optimizer=OptimizerConfig(learning_rate=2e-3, schedule="cosine", warmup_steps=20, total_steps=300),
         ),
@@ -133,3 +139,42 @@ def spelling_config(
         # A run of about a minute needs none on the way.
         checkpoint=CheckpointConfig(every=0),
     )
+
+
+def teacher(config: Config, size: str, path: str, tasks: tuple[str, ...] = ()) -> ModelTeacher:
+    """The newest checkpoint of the run at `path`; in the smoke size, where there is none, fresh weights."""
+    if size == "smoke":
+        return ModelTeacher(dataclasses.replace(config.model, num_layers=2), tasks=tasks)
+    return ModelTeacher(RunModel(path), tasks=tasks)
+
+
+TASKS = {"backward": ("{word} =", lambda word: word[::-1]), "sorted": ("={word} =", lambda word: "".join(sorted(word)))}
+"""By task: how it is asked, and what is right."""
+
+
+def task_rows(tasks: Sequence[str], size: int) -> list[dict[str, str]]:
+    """`size` words in every task, each with its column `task` and the `answer`."""
+    args = {"min_word_len": 3, "max_word_len": 6}
+    items = reasoning_gym_task("spell_backward", size=size, config=args).train
+    words = [item.columns["metadata"]["word"] for item in items]
+    made = []
+    for word in words:
+        for task in tasks:
+            prompt, solve = TASKS[task]
+            made.append({"prompt": prompt.format(word=word), "answer": solve(word), "task": task})
+    return made
+
+
+def two_tasks_config(algorithm: Recipe, size: str = "full", tasks: Sequence[str] = tuple(TASKS)) -> Config:
+    """`algorithm` on words that are to be spelled backwards, and on words whose letters are to be sorted, or on one of
+    both tasks."""
+    config = spelling_config(algorithm, size)
+    smoke = size == "smoke"
+    config.data = RowsData(
+        "spelling:task_rows",
+        args={"tasks": list(tasks), "size": 200 if smoke else 8000},
+        test_fraction=0.1,
+        chat=False,
+    )
+    config.actor = SingleTurn(rewards=(RewardConfig("rljax.tasks.verifiers:ExactMatch"),), prompt_buckets=(16,))
+    return config

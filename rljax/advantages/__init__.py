@@ -9,6 +9,7 @@ from rljax.advantages.contrastive import (
     summary_own_group,
     summary_reward,
 )
+from rljax.advantages.distillation import beside_teacher, from_teacher, teacher_credit
 from rljax.advantages.gae import (
     LambdaFn,
     gae_advantages,
@@ -24,6 +25,7 @@ from rljax.advantages.group import (
     group_normalized,
     kl_in_reward,
     leave_one_out,
+    scaled,
     token_rewards,
     whitened_returns,
 )
@@ -68,9 +70,11 @@ __all__ = [
     "ancestor_centered",
     "batch_centered",
     "below_probability",
+    "beside_teacher",
     "depth_normalized",
     "dual_group",
     "entropy_scaled",
+    "from_teacher",
     "gae_advantages",
     "gae_returns",
     "generalized_advantage_estimation",
@@ -93,6 +97,7 @@ __all__ = [
     "prefix_baseline",
     "prefix_weighted",
     "root_tokens",
+    "scaled",
     "shared_branch_credit",
     "shared_mean",
     "sibling_normalized",
@@ -105,6 +110,7 @@ __all__ = [
     "summary_reward",
     "surprisal_weighted",
     "task_normalized",
+    "teacher_credit",
     "token_rewards",
     "trie_difference",
     "turn_starts",

@@ -108,6 +108,15 @@ def kl_in_reward(advantage_fn: AdvantageFn, *, kl_coef: float) -> AdvantageFn:
     return advantages
 
 
+def scaled(advantage_fn: AdvantageFn, factor: float) -> AdvantageFn:
+    """`factor * advantage_fn`: one of several signals. 0 is no credit at all, whatever the rewards are."""
+
+    def advantages(batch: RolloutBatch) -> Float[Array, "B T"]:
+        return factor * advantage_fn(batch)
+
+    return advantages
+
+
 def token_rewards(batch: RolloutBatch, *, kl_coef: float = 0.0) -> Float[Array, "B T"]:
     """The reward of a row on its last action token, minus `kl_coef * (lp_behavior - lp_ref)` on each action token.
 

@@ -6,6 +6,7 @@ from rljax.algorithms.appo import APPO
 from rljax.algorithms.arpo import AEPO, ARPO
 from rljax.algorithms.base import Algorithm, GroupRecipe, Recipe
 from rljax.algorithms.cispo import CISPO
+from rljax.algorithms.cross_stage_distillation import CrossStageDistillation
 from rljax.algorithms.dapo import DAPO
 from rljax.algorithms.decoupled_ppo import DecoupledPPO
 from rljax.algorithms.deepdive import DeepDive
@@ -14,13 +15,16 @@ from rljax.algorithms.dr_grpo import DrGRPO
 from rljax.algorithms.dynamic_sampling import DynamicSampling
 from rljax.algorithms.fipo import FIPO
 from rljax.algorithms.forest import ForestRecipe, RandomForks
+from rljax.algorithms.gkd import GKD
 from rljax.algorithms.gmpo import GMPO
 from rljax.algorithms.grpo import GRPO
 from rljax.algorithms.gspo import GSPO
 from rljax.algorithms.high_entropy import HighEntropy
 from rljax.algorithms.icepop import IcePop
 from rljax.algorithms.m2po import M2PO
+from rljax.algorithms.mopd import MOPD
 from rljax.algorithms.near_boundary_rescue import NearBoundaryRescue, NearBoundaryRescueGSPO
+from rljax.algorithms.on_policy_distillation import OnPolicyDistillation
 from rljax.algorithms.owpo import OWPO
 from rljax.algorithms.pass_at_k import PKPO, PassAtK
 from rljax.algorithms.ppo import PPO
@@ -41,6 +45,7 @@ RECIPES = (
     ActGuideRL,
     AgentRL,
     CISPO,
+    CrossStageDistillation,
     DAPO,
     DecoupledPPO,
     DeepDive,
@@ -55,9 +60,11 @@ RECIPES = (
     HighEntropy,
     IcePop,
     M2PO,
+    MOPD,
     NearBoundaryRescue,
     NearBoundaryRescueGSPO,
     OWPO,
+    OnPolicyDistillation,
     PassAtK,
     PKPO,
     PPO,
@@ -76,6 +83,8 @@ FOREST_RECIPES = (AEPO, APPO, ARPO, RandomForks, ReSum, TreeGRPO, TreeRL)
 
 PREFERENCE_RECIPES = (DPO, IPO, SimPO, KTO, BradleyTerry)
 """Those that learn from preferences, without sampling: `config.preferences.method`."""
+DISTRIBUTION_RECIPES = (GKD,)
+"""Recipes whose loss compares whole distributions, which log-probs of sampled tokens do not tell."""
 
 __all__ = [
     "AEPO",
@@ -84,15 +93,18 @@ __all__ = [
     "CISPO",
     "DAPO",
     "DIS",
+    "DISTRIBUTION_RECIPES",
     "DPO",
     "FIPO",
     "FOREST_RECIPES",
+    "GKD",
     "GMPO",
     "GRPO",
     "GSPO",
     "IPO",
     "KTO",
     "M2PO",
+    "MOPD",
     "OWPO",
     "PKPO",
     "PPO",
@@ -105,6 +117,7 @@ __all__ = [
     "AgentRL",
     "Algorithm",
     "BradleyTerry",
+    "CrossStageDistillation",
     "DecoupledPPO",
     "DeepDive",
     "DirectionReweighting",
@@ -117,6 +130,7 @@ __all__ = [
     "IcePop",
     "NearBoundaryRescue",
     "NearBoundaryRescueGSPO",
+    "OnPolicyDistillation",
     "PassAtK",
     "PreferenceMethod",
     "RandomForks",

@@ -48,6 +48,7 @@ class Algorithm(NamedTuple):
     def compared_with(self) -> ComparedWith:
         """Which policies the loss compares the current one with (`rljax.losses.compared_with`)."""
         columns = {column.name: column.per != "row" for column in self.plan.columns}
+        columns |= dict.fromkeys(self.plan.teacher_columns, True)
         return compared_with(self.loss, columns)
 
 

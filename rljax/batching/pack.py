@@ -43,18 +43,22 @@ class Packing(NamedTuple):
     sizes: Sizes
 
     def of_tokens(self, values: ArrayLike) -> np.ndarray:
-        """`values [batch rows, T]` of the loss tokens, `[M, Q, C]`, 0 in padding."""
-        return _taken(np.asarray(values).reshape(-1), self.token)
+        """`values [batch rows, T, ...]` of the loss tokens, `[M, Q, C, ...]`, 0 in padding."""
+        values = np.asarray(values)
+        return _taken(values.reshape(-1, *values.shape[2:]), self.token)
 
     def of_rows(self, values: ArrayLike) -> np.ndarray:
         """`values [batch rows]` of the lines, `[M, Q, L]`, 0 in padding."""
         return _taken(np.asarray(values), self.source_row)
 
     def batch_of(self, values: ArrayLike, like: ArrayLike) -> np.ndarray:
-        """The inverse of `of_tokens`: `values [M, Q, C]` in the shape of `like [batch rows, T]`, 0 off the mask."""
-        out = np.zeros(np.shape(like), np.asarray(values).dtype)
+        """The inverse of `of_tokens`: `values [M, Q, C, ...]` as `[batch rows, T, ...]`, of which `like` has the first
+        two sizes; 0 off the mask."""
+        values = np.asarray(values)
+        rest = values.shape[3:]
+        out = np.zeros((*np.shape(like), *rest), values.dtype)
         real = self.token >= 0
-        out.reshape(-1)[self.token[real]] = np.asarray(values)[real]
+        out.reshape(-1, *rest)[self.token[real]] = values[real]
         return out
 
     def of_scored(self, values: ArrayLike, fill: int) -> Int[np.ndarray, "M R K"]:
@@ -114,6 +118,9 @@ def emptied(batch: TrainBatch, sizes: Sizes) -> TrainBatch:
     def tokens(like: ArrayLike | None) -> np.ndarray | None:
         return None if like is None else filled(of_token, 0, np.float32)
 
+    def wide(like: ArrayLike) -> np.ndarray:
+        return filled((*of_token, *np.shape(like)[3:]), 0, like.dtype)
+
     rows = batch.rows
     record = batch.packed.experts
     packed = Packed(
@@ -145,12 +152,14 @@ def emptied(batch: TrainBatch, sizes: Sizes) -> TrainBatch:
             uniforms=tokens(rows.uniforms),
             columns={name: tokens(value) for name, value in rows.columns.items()},
             row_columns={name: filled(of_row, 0, np.float32) for name in rows.row_columns},
+            teacher={name: wide(value) for name, value in rows.teacher.items()},
         ),
+        teacher_head=batch.teacher_head,
     )
 
 
 def _taken(values: np.ndarray, index: Int[np.ndarray, "*shape"]) -> np.ndarray:
-    taken = np.take(values, index, mode="clip")
+    taken = np.take(values, index, axis=0, mode="clip")
     taken[index < 0] = 0
     return taken
 
@@ -224,6 +233,7 @@ def pack(
         ref_logprobs=reference,
         columns={name: packing.of_tokens(value) for name, value in columns.items() if value.ndim == 2},
         row_columns={name: packing.of_rows(value) for name, value in columns.items() if value.ndim == 1},
+        teacher={name: packing.of_tokens(value) for name, value in batch.teacher.items()},
     )
     return TrainBatch(packed=masked(packing, allowed), rows=rows)
 

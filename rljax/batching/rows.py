@@ -89,7 +89,9 @@ def ragged_rows(rows: Rows, like: RaggedRows) -> RaggedRows:
 
 def bare_rows(rows: RaggedRows) -> RaggedRows:
     """Without what not every minibatch has: what scoring takes, so that all are scored by one program."""
-    return dataclasses.replace(rows, old_logprobs=None, ref_logprobs=None, uniforms=None, columns={}, row_columns={})
+    return dataclasses.replace(
+        rows, old_logprobs=None, ref_logprobs=None, uniforms=None, columns={}, row_columns={}, teacher={}
+    )
 
 
 def _maybe(of: Callable[[ArrayLike], Array], values: ArrayLike | None) -> Array | None:

@@ -6,8 +6,9 @@ The loop itself is `rljax.experiment.train.train`.
 from rljax.envs import EnvironmentLimits, RayConfig
 from rljax.evaluation import EvaluationConfig
 from rljax.experiment.config import Config, Recipe
-from rljax.experiment.model import FreshModel, ModelSource, PretrainedModel
+from rljax.experiment.model import FreshModel, ModelSource, PretrainedModel, RunModel
 from rljax.experiment.preference_config import PreferenceConfig
+from rljax.experiment.teachers import EngineTeacher, ModelTeacher, OwnTeacher, TeacherSource
 from rljax.parallel import MeshConfig
 from rljax.rollouts import (
     ActorConfig,
@@ -56,6 +57,7 @@ __all__ = [
     "Dataset",
     "EndpointConfig",
     "EngineFailed",
+    "EngineTeacher",
     "EnvironmentLimits",
     "EvaluationConfig",
     "FailedTasks",
@@ -68,9 +70,11 @@ __all__ = [
     "LoraConfig",
     "MeshConfig",
     "ModelSource",
+    "ModelTeacher",
     "MultiTurn",
     "MuonConfig",
     "OptimizerConfig",
+    "OwnTeacher",
     "PreferenceConfig",
     "PretrainedModel",
     "RayConfig",
@@ -80,8 +84,10 @@ __all__ = [
     "RewardConfig",
     "RolloutConfig",
     "RowsData",
+    "RunModel",
     "SamplingConfig",
     "SingleTurn",
+    "TeacherSource",
     "UniformTasks",
     "UpdateConfig",
     "WarmupConfig",

@@ -19,6 +19,7 @@ from rljax.experiment.pipeline import Beside, Pipeline
 from rljax.experiment.prompts import check_chat_settings
 from rljax.experiment.pulse import Pulse
 from rljax.experiment.stops import Stops
+from rljax.experiment.teachers import StudentWeights, TeacherParts, Teachers
 from rljax.models import (
     DecoderConfig,
     adapters_of,
@@ -46,6 +47,7 @@ from rljax.plans import RolloutPlan
 from rljax.rollouts import Actor, ActorParts, BlackBox, Guided, Remote, RolloutSettings, SingleTurn
 from rljax.sampling import SamplingConfig, SamplingParams
 from rljax.sampling.config import GRAMMARS, PENALTIES
+from rljax.sampling.divergence import DivergenceHead
 from rljax.sampling.logits import logit_biases
 from rljax.sampling.slots import Grammar
 from rljax.settings import placed, shown
@@ -69,6 +71,7 @@ class Run:
         beside: devices that it has of its own; None where it takes turns with the learner.
         grammars: those that completions follow, by name.
         pipeline: gives it its work, in order; a context manager. There is none without an actor.
+        teachers: score rollouts, where the algorithm distils.
         evaluation: the last one.
         reference_scores: held-out avg@k per problem when the reference was last refreshed.
         state: replaced at every update; None until weights are loaded or restored.
@@ -89,6 +92,7 @@ class Run:
     learner: Learner
     actor: Actor = None  # type: ignore[assignment]
     critic: Critic | None = None
+    teachers: Teachers | None = None
     evaluation: Evaluation | None = None
     reference_scores: list[float] = dataclasses.field(default_factory=list)
     state: TrainState = None  # type: ignore[assignment]
@@ -152,6 +156,10 @@ class Run:
     def policy(self) -> Params:
         """The weights of the policy as it stands: what is sampled with, evaluated and exported."""
         return self.learner.policy_params(self.state)
+
+    def student(self) -> StudentWeights:
+        """What a teacher may ask of the policy's own weights."""
+        return StudentWeights(self.policy, lambda: self.learner.reference_params(self.state))
 
     @property
     def pushes_seldom(self) -> bool:
@@ -225,6 +233,7 @@ def build(
     if plays(dataset):
         actor, dataset = build_actor(config, algorithm.plan, dataset, tokenizer, decoder, rollout_mesh, processes)
         playing["actor"] = actor
+        playing["teachers"] = make_teachers(config, algorithm.plan, dataset, tokenizer, decoder, mesh)
 
     return Run(
         config=config,
@@ -235,7 +244,9 @@ def build(
         mesh=mesh,
         rollout_mesh=rollout_mesh,
         decoder=decoder,
-        learner=make_learner(config, decoder, algorithm, mesh, sampled_by(config, tokenizer, decoder)),
+        learner=make_learner(
+            config, decoder, algorithm, mesh, sampled_by(config, tokenizer, decoder), playing.get("teachers")
+        ),
         **playing,
         critic=make_critic(config, decoder, algorithm, mesh),
         beside=beside,
@@ -350,6 +361,8 @@ def check_scored(config: Config, plan: RolloutPlan) -> None:
             f"config.mesh.sequence={config.mesh.sequence}: devices that share sequences do not score {what}; set it to "
             "1, or leave them out"
         )
+    if plan.teacher is not None:
+        raise ValueError(f"teachers do not score {what}; leave them out, or choose an algorithm without teachers")
     if plan.forks is not None and plan.forks.lagged_chains:
         raise ValueError(f"forks from older weights do not go with {what}; choose another algorithm, or leave them out")
     if plan.forks is not None and plan.forks.max_injected and sampling.follows_grammar:
@@ -400,11 +413,25 @@ def grammars_of(config: Config, grammars: Grammars, dataset: Dataset) -> Callabl
 
 
 def make_learner(
-    config: Config, decoder: DecoderConfig, algorithm: Algorithm, mesh: Mesh, sampling: SamplingParams
+    config: Config,
+    decoder: DecoderConfig,
+    algorithm: Algorithm,
+    mesh: Mesh,
+    sampling: SamplingParams,
+    teachers: Teachers | None = None,
 ) -> Learner:
     """The policy's learner; `sampling` is the distribution that its log-probs are of."""
     plan = algorithm.plan
-    needs = LossNeeds(reference=plan.needs_ref, uniforms=plan.needs_uniforms, sampling=sampling)
+    divergence = None
+    # Where nothing is sampled there are no teachers, and nothing is distilled.
+    if plan.teacher is not None and plan.teacher.divergence is not None and teachers is not None:
+        divergence = DivergenceHead(plan.teacher.divergence, teachers.head_config, config.update.head_chunk)
+    needs = LossNeeds(
+        reference=plan.needs_ref or any(teacher.needs_reference for teacher in config.teachers),
+        uniforms=plan.needs_uniforms,
+        divergence=divergence,
+        sampling=sampling,
+    )
     return Learner(
         decoder,
         algorithm.loss,
@@ -442,6 +469,27 @@ def make_critic(config: Config, decoder: DecoderConfig, algorithm: Algorithm, me
     return Critic(
         decoder, spec.loss, critic.optimizer, returns_fn, update, mesh=mesh, seed=config.seed, subtree=subtree
     )
+
+
+def make_teachers(
+    config: Config, plan: RolloutPlan, dataset: Dataset, tokenizer: Tokenizer, decoder: DecoderConfig, mesh: Mesh
+) -> Teachers | None:
+    """The teachers that the config names. ValueError for those that cannot teach this run's policy."""
+    if plan.teacher is None:
+        return None
+    parts = TeacherParts(
+        tokenizer=tokenizer,
+        decoder=decoder,
+        update=config.update,
+        mesh=mesh,
+        sampling=sampled_by(config, tokenizer, decoder),
+        spec=plan.teacher,
+        chat=config.data.chat,
+        examples=dataset.train,
+        room=config.sampling.max_new_tokens,
+    )
+    with use_mesh(mesh):
+        return Teachers(config.teachers, parts)
 
 
 def critic_params(run: Run, params: Params) -> Params:

@@ -10,7 +10,7 @@ from rljax.algorithms import Algorithm
 from rljax.evaluation import EvaluationConfig
 from rljax.experiment.config import Config
 from rljax.plans import RolloutPlan
-from rljax.rollouts import BlackBox, Guided, MultiTurn, Remote
+from rljax.rollouts import BlackBox, Guided, MultiTurn, Remote, SingleTurn
 from rljax.sampling import SamplingConfig
 from rljax.settings import Switch, check_config, check_effect, placed, shown
 from rljax.tasks import FileData, ReasoningGymData, RowsData
@@ -56,7 +56,8 @@ def check(config: Config, device_count: int | None = None) -> Algorithm:
     check_forks(config, plan)
     check_best(config)
     check_verifier(config)
-    if config.reference_refresh and not plan.needs_ref:
+    needs_ref = plan.needs_ref or any(teacher.needs_reference for teacher in config.teachers)
+    if config.reference_refresh and not needs_ref:
         raise ValueError(
             f"config.reference_refresh={config.reference_refresh} has no effect: {type(config.algorithm).__name__} has "
             "no reference model; set config.algorithm.kl_coef above 0, or leave it out"
@@ -66,6 +67,7 @@ def check(config: Config, device_count: int | None = None) -> Algorithm:
     check_entropies(config, algorithm)
     check_groups(config, plan)
     check_adapters(config)
+    check_teachers(config, plan)
     check_pushes(config)
     if config.sampling.temperature <= 0 and plan.group_size > 1:
         raise ValueError(
@@ -165,7 +167,8 @@ def reads_entropies(algorithm: Algorithm) -> bool:
         columns={
             column.name: np.zeros(rows if column.per == "row" else shape, np.float32)
             for column in algorithm.plan.columns
-        },
+        }
+        | {name: np.zeros(shape, np.float32) for name in algorithm.plan.teacher_columns},
     )
     unknown = dataclasses.replace(batch, entropies=np.full(shape, np.nan, np.float32))
     known = np.asarray(algorithm.advantage_fn(batch))
@@ -179,6 +182,35 @@ def check_adapters(config: Config) -> None:
             "config.critic.adapters=True trains adapters as config.lora has them, and config.lora.rank=0 has none; set "
             "config.lora.rank above 0, or leave the critic's adapters out"
         )
+
+
+def check_teachers(config: Config, plan: RolloutPlan) -> None:
+    """Refuses a method that distils without teachers, teachers without one, and distributions that are cut off."""
+    name = type(config.algorithm).__name__
+    if plan.teacher is None:
+        if config.teachers:
+            raise ValueError(
+                f"config.teachers has no effect: {name} asks no teacher; leave it empty, or choose a method that "
+                "distils, e.g. OnPolicyDistillation or MOPD"
+            )
+        return
+    if not config.teachers:
+        raise ValueError(f"config.teachers=() but {name} needs one at least; give config.teachers=(ModelTeacher(...),)")
+    told = [i for i, teacher in enumerate(config.teachers) if getattr(teacher, "context_column", "")]
+    if told and not isinstance(config.actor, (SingleTurn, Remote)):
+        actor = type(config.actor).__name__
+        raise ValueError(
+            f"config.teachers[{told[0]}].context_column adds to a prompt of the data, and {actor} opens by itself; "
+            "leave it empty, or take SingleTurn"
+        )
+    own = config.sampling
+    for field in ("top_k", "top_p", "min_p"):
+        value = getattr(own, field)
+        if value != getattr(SamplingConfig(), field):
+            raise ValueError(
+                f"config.sampling.{field}={value} cuts tokens off that a teacher gives a probability, and {name} "
+                "compares whole distributions; leave it out"
+            )
 
 
 def check_pushes(config: Config) -> None:

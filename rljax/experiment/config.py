@@ -11,6 +11,7 @@ from rljax.algorithms import GRPO, Algorithm
 from rljax.evaluation import EvaluationConfig
 from rljax.experiment.model import ModelSource, PretrainedModel
 from rljax.experiment.preference_config import PreferenceConfig
+from rljax.experiment.teachers import TeacherSource
 from rljax.parallel import MeshConfig
 from rljax.rollouts import ActorConfig, RolloutConfig, SingleTurn
 from rljax.sampling import SamplingConfig
@@ -70,6 +71,9 @@ class Config:
     """Adapters that are trained in place of the model's weights."""
     critic: CriticConfig = dataclasses.field(default_factory=CriticConfig)
     """The value function of an algorithm that has one; others leave it alone."""
+    teachers: tuple[TeacherSource, ...] = ()
+    """Who scores the samples of a method that distils, such as `OnPolicyDistillation`: `ModelTeacher`, `OwnTeacher`,
+    `EngineTeacher`. With several, each names by `tasks` whose rows it teaches. Other methods have none."""
     warmup: WarmupConfig = dataclasses.field(default_factory=WarmupConfig)
     """Supervised steps before the first rollout."""
     preferences: PreferenceConfig = dataclasses.field(default_factory=PreferenceConfig)

@@ -9,8 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rljax.experiment.evaluate import run_checkpoints
-from rljax.experiment.model import model_path
+from rljax.experiment.model import model_path, run_checkpoints
 from rljax.models import (
     ADAPTER_FILE,
     DecoderConfig,

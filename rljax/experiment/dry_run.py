@@ -27,6 +27,7 @@ _ADVICE = {
     "gradients": "a larger config.mesh.fsdp",
     "sum of gradients": "a larger config.mesh.fsdp, or one microbatch",
     "reference": "an algorithm with kl_coef=0, which needs no reference model",
+    "teachers": "a larger config.mesh.fsdp, or config.teachers with param_dtype=bfloat16",
     "critic": "a larger config.mesh.fsdp, or an algorithm without a critic",
     "decoder weights": "a larger config.mesh.tensor, or config.model.dtype=bfloat16",
     "weights in waiting": "a smaller config.rollout.staleness, or more config.rollout.devices",

@@ -9,11 +9,12 @@ import numpy as np
 from rljax.evaluation import Evaluation
 from rljax.experiment.build import Run, build, held_out_examples
 from rljax.experiment.config import Config, to_dict
+from rljax.experiment.model import run_checkpoints
 from rljax.experiment.report import evaluation_table
 from rljax.experiment.train import evaluate_run
 from rljax.models import abstract_params, param_shardings
 from rljax.parallel import check_equal, end_together, is_main_process, on_main, use_mesh
-from rljax.training import AnyPath, reachable, restore_params
+from rljax.training import restore_params
 from rljax.types import Params
 
 
@@ -65,13 +66,3 @@ def checkpoint_params(run: Run, folder: str, step: int | None = None) -> tuple[P
     learner = run.learner
     base = learner.base_of(run.initial_params()) if is_frozen else None
     return restore_params(run_checkpoints(folder), target, step, subtree=learner.subtree, base=base)
-
-
-def run_checkpoints(folder: str) -> AnyPath:
-    """The checkpoints of a run folder. ValueError when there are none."""
-    path = reachable(folder) / "checkpoints"
-    if not path.is_dir() or not any(child.name.isdigit() for child in path.iterdir()):
-        raise ValueError(
-            f"{folder} holds no checkpoint; give the --workdir of a run with config.checkpoint.every above 0"
-        )
-    return path

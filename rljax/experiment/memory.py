@@ -139,6 +139,8 @@ def held_state(run: Run) -> dict[str, int]:
         parts["pushed"] = bytes_of(state.trainable)
     if run.lags:
         parts["before"] = bytes_of(state.trainable)
+    if run.teachers is not None:
+        parts["teachers"] = sum(bytes_of(shapes) for shapes in run.teachers.abstract_params())
     if run.critic is not None:
         own = run.critic.abstract_state()
         # Frozen weights are the policy's own, unless it starts from another model.

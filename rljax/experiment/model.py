@@ -10,6 +10,7 @@ from rljax.models import (
     DecoderConfig,
     Experts,
     Metadata,
+    abstract_params,
     find_smollm2,
     fresh_config,
     init_params,
@@ -18,8 +19,9 @@ from rljax.models import (
     read_metadata,
 )
 from rljax.parallel import platform
-from rljax.settings import placed
+from rljax.settings import field, placed
 from rljax.text import CharTokenizer, Tokenizer, load_tokenizer, with_chat_settings
+from rljax.training import AnyPath, local_copy, reachable, restore_params
 from rljax.types import Params
 
 Dtype = Literal["float32", "bfloat16"]
@@ -173,6 +175,64 @@ class FreshModel:
 
     def metadata_of(self) -> Metadata:
         return Metadata({}, {})
+
+
+@dataclasses.dataclass
+class RunModel:
+    """What another run has trained: a checkpoint in its folder, with its tokenizer."""
+
+    path: str = ""
+    """Its `--workdir`, of a run with `config.checkpoint.every` above 0."""
+    step: int = field(default=0, least=0)
+    """Step of the checkpoint; 0 is the newest."""
+    dtype: ComputeDtype = "auto"
+    """Of activations, and of weights in products: float32 or bfloat16. `auto` is bfloat16 on a GPU or TPU, float32 on
+    a CPU; a run prints which. Name one where a run moves between kinds of devices."""
+    param_dtype: Dtype = "float32"
+    """Of the weights as they are loaded: float32 or bfloat16, which halves what a model takes that is only read."""
+
+    def tokenizer_of(self) -> Tokenizer:
+        with local_copy(self._description()) as folder:
+            return load_tokenizer(folder)
+
+    def decoder_of(self, tokenizer: Tokenizer) -> DecoderConfig:
+        with local_copy(self._description()) as folder:
+            decoder = load_config(folder, dtype=compute_dtype(self.dtype), param_dtype=self.param_dtype)
+        if tokenizer.vocab_size < decoder.vocab_size:
+            decoder = dataclasses.replace(decoder, tokenizer_size=tokenizer.vocab_size)
+        return decoder
+
+    def params_of(self, decoder: DecoderConfig, shardings: Any, seed: int) -> Params:
+        # In float32 as they were trained, so that they are rounded once.
+        shapes = abstract_params(dataclasses.replace(decoder, param_dtype="float32"))
+        if shardings is not None:
+            shapes = jax.tree.map(lambda x, where: x.update(sharding=where), shapes, shardings)
+        params, _ = restore_params(run_checkpoints(self.path), shapes, self.step or None)
+        return jax.tree.map(lambda x: x.astype(self.param_dtype), params)
+
+    def metadata_of(self) -> Metadata:
+        with local_copy(self._description()) as folder:
+            return read_metadata(folder)
+
+    def _description(self) -> AnyPath:
+        """The folder of the run that says what its checkpoints are of. ValueError where there is none."""
+        folder = reachable(self.path) / "model"
+        if not self.path or not (folder / "config.json").exists():
+            raise ValueError(
+                f"config.model.path={self.path!r} is no folder of a run: {folder / 'config.json'} is missing; give the "
+                "--workdir of one with config.checkpoint.every above 0"
+            )
+        return folder
+
+
+def run_checkpoints(folder: str) -> AnyPath:
+    """The checkpoints of a run folder. ValueError when there are none."""
+    path = reachable(folder) / "checkpoints"
+    if not path.is_dir() or not any(child.name.isdigit() for child in path.iterdir()):
+        raise ValueError(
+            f"{folder} holds no checkpoint; give the --workdir of a run with config.checkpoint.every above 0"
+        )
+    return path
 
 
 def compute_dtype(dtype: ComputeDtype) -> Dtype:

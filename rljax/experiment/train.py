@@ -136,6 +136,8 @@ class Loop:
             run.state = run.init_state(self.warmed_up())
             self.place = place_of(run, 0)
         save_description(run, self.folder)
+        if run.teachers is not None:
+            run.teachers.open()
         before = held_out(run, self.folder, 0)
         run.reference_scores = run.reference_scores or before.solved_shares()
         check_best_metric(config, [f"eval/{name}" for name in before.metrics])
@@ -423,6 +425,8 @@ def train_step(run: Run, step: int) -> tuple[dict[str, float], Rollout]:
         metrics["compile/count"] = float(compile_count_here() - compiled + made.compiled)
         return metrics, rollout
 
+    taught: dict[str, float] = {}
+    head = None
     with run.stops.abandonable(), timer("score"), run.pulse("scoring"):
         batch = stack_rows(config, rollout.trajectories, rollout.rewards.size)
         # Before anything is computed of it, in which processes with other shapes would wait for each other.
@@ -436,10 +440,14 @@ def train_step(run: Run, step: int) -> tuple[dict[str, float], Rollout]:
             batch = dataclasses.replace(batch, ref_logprobs=scored)
         if run.critic is not None:
             batch = run.critic.with_values(run.state.critic, batch)
+        if run.teachers is not None:
+            examples = [rollout.examples[trajectory.group_id] for trajectory in rollout.trajectories]
+            batch, taught = run.teachers.taught(batch, examples, run.student())
+            head = run.teachers.head(run.student())
         advantages = np.asarray(run.algorithm.advantage_fn(batch))
         minibatches = []
         if run.policy_moves(step):
-            minibatches = run.learner.prepare(run.state, batch, advantages, allowed=allowed)
+            minibatches = run.learner.prepare(run.state, batch, advantages, allowed=allowed, teacher_head=head)
         check_equal(shapes=[[np.shape(x) for x in jax.tree.leaves(minibatch)] for minibatch in minibatches])
 
     if run.critic is not None and not run.critic.learner.is_warm:
@@ -470,6 +478,7 @@ def train_step(run: Run, step: int) -> tuple[dict[str, float], Rollout]:
         record["advantage"] = float(row[np.abs(row).argmax()])
 
     run.empty_steps = 0
+    metrics |= taught
     metrics |= rollout_metrics(run, rollout, timer)
     metrics |= waits(run, made)
     metrics["compile/count"] = float(compile_count_here() - compiled + made.compiled)

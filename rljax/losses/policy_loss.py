@@ -16,7 +16,7 @@ from rljax.losses.selection import SelectFn
 from rljax.losses.signatures import FilterFn, ReportFn, WeightFn
 from rljax.losses.surrogates import SurrogateFn
 from rljax.ops import as_float, masked_max, masked_sum
-from rljax.types import ArrayLike, Rows
+from rljax.types import TEACHER_DIVERGENCE, ArrayLike, Rows
 
 LossFn = Callable[[Array, Array, Rows], tuple[Array, dict[str, Array]]]
 """(logprobs [B, T], entropies [B, T], rows) -> (loss, metrics), scalars."""
@@ -119,7 +119,7 @@ def _masked(x: ArrayLike, mask: Array) -> Array:
 
 
 def _without_garbage(rows: Rows) -> Rows:
-    """`rows` as constants, with 0 off the loss mask."""
+    """`rows` as constants but for what is live in the policy's weights, with 0 off the loss mask."""
 
     mask = jnp.asarray(rows.loss_mask)
 
@@ -127,6 +127,10 @@ def _without_garbage(rows: Rows) -> Rows:
         # A column of one number per row counts where the row has a loss token.
         kept = mask if jnp.ndim(x) == mask.ndim else jnp.any(mask, axis=-1)
         return jax.lax.stop_gradient(_masked(x, kept))
+
+    columns = {name: clean(value) for name, value in rows.columns.items()}
+    if TEACHER_DIVERGENCE in rows.columns:
+        columns[TEACHER_DIVERGENCE] = _masked(rows.columns[TEACHER_DIVERGENCE], mask)
 
     return dataclasses.replace(
         rows,
@@ -136,5 +140,5 @@ def _without_garbage(rows: Rows) -> Rows:
         old_logprobs=clean(rows.old_logprobs),
         ref_logprobs=None if rows.ref_logprobs is None else clean(rows.ref_logprobs),
         uniforms=None if rows.uniforms is None else clean(rows.uniforms),
-        columns={name: clean(value) for name, value in rows.columns.items()},
+        columns=columns,
     )

@@ -5,6 +5,8 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
+from rljax.types import TEACHER_DIVERGENCE, TEACHER_LOGPROBS
+
 NEWEST_LOGPROBS = "newest_logprobs"
 """Column of a `PartialGroup`'s batch, float32 [B, T]: log-probs of its samples under the weights that forks are sampled
 with, where those are not the ones that the samples are of."""
@@ -106,6 +108,21 @@ class Column(NamedTuple):
     mark: Callable[[np.ndarray, np.ndarray], Sequence[int]] | None = None
 
 
+class TeacherSpec(NamedTuple):
+    """What teachers are asked of the distribution that each sampled token comes from. The log-prob of the token itself
+    is always asked for (the column `rljax.types.TEACHER_LOGPROBS`).
+
+    Attributes:
+        divergence: one of `rljax.losses`, between the whole distributions of teacher and student, live in the student;
+            the loss finds it in the column `rljax.types.TEACHER_DIVERGENCE`. None compares the sampled tokens alone.
+        support: how many tokens of the teacher's distribution, its most likely ones, are told apart; all others count
+            as one. 0 is the whole vocabulary, for which one teacher's last hidden states and head are kept.
+    """
+
+    divergence: Callable[..., Any] | None = None
+    support: int = 0
+
+
 class RolloutPlan(NamedTuple):
     """How the rollout of an algorithm is collected.
 
@@ -127,6 +144,7 @@ class RolloutPlan(NamedTuple):
             whether a refresh that is due takes place; None always lets it.
         critic: advantages need the values of a critic (`RolloutBatch.values`), which is trained as this says.
         columns: signals of the rollout that the advantages or the loss read.
+        teacher: teachers score what was sampled, as this says, before the advantages; None has none.
     """
 
     group_size: int
@@ -142,6 +160,14 @@ class RolloutPlan(NamedTuple):
     critic: CriticSpec | None = None
     columns: tuple[Column, ...] = ()
     signal_reward: str = ""
+    teacher: TeacherSpec | None = None
+
+    @property
+    def teacher_columns(self) -> tuple[str, ...]:
+        """Names of the columns per token that the teachers fill."""
+        if self.teacher is None:
+            return ()
+        return (TEACHER_LOGPROBS,) if self.teacher.divergence is None else (TEACHER_LOGPROBS, TEACHER_DIVERGENCE)
 
 
 def has_signal(rewards: np.ndarray) -> bool:

@@ -5,7 +5,7 @@ host side, which fills the slots, is `rljax.sampling.sampler`.
 """
 
 import dataclasses
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -347,7 +347,7 @@ def decode(
         stopped = (stopped & ~_is_forced(rows, loop.steps)) | (steps >= rows.max_new_tokens)
 
         # Rows that are not active write here too; the host reads as many entries of a row as its `steps` grew.
-        told = {"tokens": token, "logprobs": logprob, "entropies": entropy}
+        told: dict[str, Any] = {"tokens": token, "logprobs": logprob, "entropies": entropy}
         if buffer.top:
             told["top_tokens"], told["top_logprobs"] = top
         if loop.emitted.experts is not None:

@@ -65,15 +65,15 @@ def score_tokens(
     if chunk < 1:
         raise ValueError(f"chunk={chunk} must be at least 1 token; 512 suits most machines")
     shares = sequence_shares(*packed.tokens.shape)
-    hidden = _hidden_states(config, params, packed, shares, remat=remat, scan=scan, attention=attention)
     wanted, targets, before = _places(packed)
     context = _context(packed, before, sampling_params)
     if shares is None:
-        hidden = jnp.take_along_axis(hidden, before[..., None], axis=1)
-        return score_hidden(config, params, hidden, targets, wanted, sampling_params, chunk=chunk, context=context)
+        states = scored_states(config, params, packed, remat=remat, scan=scan, attention=attention)
+        return score_hidden(config, params, *states, sampling_params, chunk=chunk, context=context)
     if context is not None:
         raise ValueError("grammars and penalties are not scored where devices share sequences")
 
+    hidden = _hidden_states(config, params, packed, shares, remat=remat, scan=scan, attention=attention)
     # Scored tokens may lie all in one part of a sequence, so its devices take equal numbers of them.
     hidden = shares.states_at(hidden, shares.split(shares.place(before)))
     targets = shares.split(targets)
@@ -81,6 +81,22 @@ def score_tokens(
     logprobs, entropies = score_hidden(config, params, hidden, targets, wanted, sampling_params, chunk=chunk)
     count = before.shape[1]
     return shares.join(logprobs, count), shares.join(entropies, count)
+
+
+def scored_states(
+    config: DecoderConfig,
+    params: Params,
+    packed: Packed,
+    *,
+    remat: Remat = "none",
+    scan: bool = True,
+    attention: Attention = forest_attention,
+) -> tuple[Float[Array, "R K D"], Int[Array, "R K"], Bool[Array, "R K"]]:
+    """The final-normed hidden states that give the distributions of the tokens of `packed.score_index`, these tokens,
+    and whether they are wanted: what `score_hidden` takes. Of packed sequences that no devices share."""
+    hidden = _hidden_states(config, params, packed, None, remat=remat, scan=scan, attention=attention)
+    wanted, targets, before = _places(packed)
+    return jnp.take_along_axis(hidden, before[..., None], axis=1), targets, wanted
 
 
 def score_values(
@@ -242,19 +258,8 @@ def score_hidden(
     rows, length, width = hidden.shape
     targets = jnp.asarray(targets)
     wanted = jnp.asarray(wanted)
-    layout = _Layout(
-        rows=split_axes("shares", rows) or split_axes("batch", rows),
-        vocab=split_axes("vocab", config.vocab_size),
-        width=split_axes("embed", width),
-    )
-    sizes = jax.sharding.get_abstract_mesh().shape
-    own_rows = rows // math.prod(sizes[name] for name in layout.rows)
-
-    # Chunks of one size, a multiple of 8, so that little of the last is padding.
-    most = min(max(chunk // own_rows, 1), length)
-    chunks = -(-length // most)
-    step = min(8 * -(-length // (8 * chunks)), most)
-    padding = -length % step
+    layout = _Layout.of(config, rows, width)
+    step, padding = _chunked(length, max(chunk // layout.own_rows(rows), 1))
     if padding:
         hidden = jnp.pad(hidden, ((0, 0), (0, padding), (0, 0)))
         targets, wanted = (jnp.pad(x, ((0, 0), (0, padding))) for x in (targets, wanted))
@@ -263,6 +268,15 @@ def score_hidden(
     head = head_params(config, params)
     logprobs, entropies = _head(config, step, layout, head, hidden, targets, wanted, sampling_params, context)
     return logprobs[:, :length], entropies[:, :length]
+
+
+def _chunked(length: int, most: int) -> tuple[int, int]:
+    """(size of a chunk, padding) of `length` positions in chunks of one size, `most` at most; a multiple of 8 where
+    there is room, so that little of the last is padding."""
+    most = min(most, length)
+    chunks = -(-length // most)
+    step = min(8 * -(-length // (8 * chunks)), most)
+    return step, -length % step
 
 
 def _is_target(targets: Array, vocab: int) -> Array:
@@ -336,6 +350,20 @@ class _Layout(NamedTuple):
     rows: tuple[str, ...]
     vocab: tuple[str, ...]
     width: tuple[str, ...]
+
+    @classmethod
+    def of(cls, config: DecoderConfig, rows: int, width: int) -> "_Layout":
+        """Of `rows` rows of states of `width`, on the mesh in use."""
+        return cls(
+            rows=split_axes("shares", rows) or split_axes("batch", rows),
+            vocab=split_axes("vocab", config.vocab_size),
+            width=split_axes("embed", width),
+        )
+
+    def own_rows(self, rows: int) -> int:
+        """How many of `rows` one device has."""
+        sizes = jax.sharding.get_abstract_mesh().shape
+        return rows // math.prod(sizes[name] for name in self.rows)
 
     def on_rows(self, part: Callable[..., Any], in_specs: Any, out_specs: Any) -> Callable[..., Any]:
         """`part` of each device's own rows. The vocabulary is left to the compiler, which reduces over its devices what

@@ -37,6 +37,7 @@ from rljax.training.storage import (
     remove_tree,
     replace_bytes,
 )
+from rljax.training.teacher import TeacherModel
 from rljax.training.trainable import EVERYTHING, Subtree, policy_params, reference_params, subtree_of
 from rljax.training.update import add_metrics
 
@@ -59,6 +60,7 @@ __all__ = [
     "PhaseTimer",
     "RunFolder",
     "Subtree",
+    "TeacherModel",
     "UpdateConfig",
     "WarmupConfig",
     "abstract_state",

@@ -86,6 +86,15 @@ class Learner:
         self.mesh = mesh
         self.seed = seed
         self.subtree = subtree
+        divergence = needs.divergence
+        if divergence is not None:
+            divergence = divergence._replace(chunk=update.head_chunk)
+            if mesh is not None and mesh.shape["sequence"] > 1:
+                raise ValueError(
+                    f"config.mesh.sequence={mesh.shape['sequence']} has devices share packed sequences, which a "
+                    "divergence from a teacher's distributions cannot; set it to 1, or choose a method that compares "
+                    "sampled tokens, e.g. OnPolicyDistillation"
+                )
         self._parts = 1 if mesh is None else batch_parts(mesh)
         self._sampling = None if needs.sampling is None or _is_plain(needs.sampling) else needs.sampling
         self._packing: Packing | None = None
@@ -106,6 +115,7 @@ class Learner:
             },
             updates_once=update.minibatches * update.epochs == 1,
             use_sampler_logprobs=update.use_sampler_logprobs,
+            divergence=divergence,
             subtree=subtree,
             schedule=schedule,
         )
@@ -164,14 +174,17 @@ class Learner:
         batch: RolloutBatch,
         advantages: Float[ArrayLike, "B T"],
         extra_mask: Bool[ArrayLike, "B T"] | None = None,
+        *,
         allowed: Allowed | None = None,
+        teacher_head: Params | None = None,
     ) -> list[TrainBatch]:
         """The minibatches of one rollout, in order: each is one `update`, and they are on the device already.
 
         With one update per rollout, `old_logprobs` are the update's own log-probs as constants, which costs nothing;
         with several, the policy before the first is scored here. With `use_sampler_logprobs` they are those that were
         recorded when the tokens were sampled, whatever the number of updates. Reference log-probs are taken from the
-        batch, or scored if the learner needs them. `allowed` are the masks that tokens were drawn under.
+        batch, or scored if the learner needs them. `allowed` are the masks that tokens were drawn under. `teacher_head`
+        is that of the batch's `teacher`, if it has hidden states; it lies where it is to be used.
         """
         update = self.update_config
         advantages = np.asarray(advantages, np.float32)
@@ -194,7 +207,7 @@ class Learner:
                 packing=packing,
                 allowed=of_rows(allowed, rows),
             )
-            minibatch = self._put(minibatch)
+            minibatch = dataclasses.replace(self._put(minibatch), teacher_head=teacher_head)
 
             if scores_old:
                 old = self._score_minibatch(self.policy_params(state), minibatch)
@@ -250,16 +263,32 @@ class Learner:
         `allowed` are the masks that they were drawn under. A rollout is scored in as many parts as it has minibatches,
         so that both fit the same buckets.
         """
+        return self.score_with(self._score, params, batch, mask, allowed)
+
+    def score_with(
+        self,
+        program: Callable[..., Any],
+        params: Params,
+        batch: RolloutBatch,
+        mask: Bool[ArrayLike, "B T"] | None = None,
+        allowed: Allowed | None = None,
+    ) -> Any:
+        """`score_rows` by another jitted program of `(params, packed, rows, sampling)`, whose arrays `[M, Q, C, ...]`
+        come back as `[B, T, ...]`."""
         mask = loss_mask(batch) if mask is None else np.asarray(mask, bool)
-        out = np.zeros(np.shape(batch.tokens), np.float32)
+        whole: list[np.ndarray] = []
         for rows in self._split(batch):
             part = dataclasses.replace(take_rows(batch, rows), experts=None)
             packing: Packing = layout(part, mask[rows], self.update_config, parts=self._parts)
             packed, ragged = self._put((masked(packing, of_rows(allowed, rows)), packing.rows_to_score()))
             with self._on_mesh():
-                values = self._score(params, packed, bare_rows(ragged), self._sampling)
-            out[rows] = packing.batch_of(to_host(values), part.tokens)
-        return out
+                values = program(params, packed, bare_rows(ragged), self._sampling)
+
+            of_part = [packing.batch_of(to_host(x), part.tokens) for x in jax.tree.leaves(values)]
+            whole = whole or [np.zeros((len(mask), *x.shape[1:]), x.dtype) for x in of_part]
+            for out, x in zip(whole, of_part, strict=True):
+                out[rows] = x
+        return jax.tree.unflatten(jax.tree.structure(values), whole)
 
     def warm_up(
         self, state: TrainState, train_batch: TrainBatch, say: Callable[[int, int], None] = lambda done, total: None

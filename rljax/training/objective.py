@@ -8,6 +8,7 @@ import numpy as np
 from jaxtyping import Array, Bool
 
 from rljax.sampling import SamplingParams
+from rljax.sampling.divergence import DivergenceHead
 from rljax.sampling.score import score_tokens
 from rljax.types import ArrayLike, Rows
 
@@ -61,6 +62,10 @@ class LossNeeds:
 
     sampling: SamplingParams | None = None
     """The distribution that log-probs are of, the one that was sampled from; None is the model's own."""
+
+    divergence: DivergenceHead | None = None
+    """Of a teacher's distributions (`RolloutBatch.teacher`) from the policy's: the column `TEACHER_DIVERGENCE` of the
+    rows that a loss sees. Its `chunk` is that of the updates. None is for a loss without one."""
 
     score_fn: ScoreFn = score_tokens
     """What is trained: `score_tokens`, or `score_values`, with which all that is said of log-probs holds for values."""

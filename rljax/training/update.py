@@ -14,9 +14,11 @@ from jaxtyping import Array
 from rljax.batching import dense_rows, gather, ragged_rows, spread
 from rljax.models import DecoderConfig
 from rljax.sampling import SamplingParams
+from rljax.sampling.divergence import DivergenceHead, divergence_hidden, what_was_said
+from rljax.sampling.score import score_hidden, scored_states
 from rljax.training.objective import Metrics, Objective, ScoreFn
 from rljax.training.trainable import EVERYTHING, Subtree
-from rljax.types import ArrayLike, Packed, Params, RaggedRows, TrainBatch
+from rljax.types import TEACHER_DIVERGENCE, ArrayLike, Packed, Params, RaggedRows, TrainBatch
 
 LOGPROBS = 0
 ENTROPIES = 1
@@ -52,6 +54,9 @@ class UpdateProgram:
 
     use_sampler_logprobs: bool
     """Whether the sampler's log-probs, with which a batch comes, are the old ones."""
+
+    divergence: DivergenceHead | None = None
+    """Of the policy from a teacher, for a loss that reads it."""
 
     subtree: Subtree = EVERYTHING
     schedule: optax.Schedule | None = None
@@ -130,7 +135,7 @@ class UpdateProgram:
 
         def of(m: Any) -> Scored:
             packed, rows = jax.tree.map(lambda x: x[m], (batch.packed, batch.rows))
-            (loss, metrics), grads = value_and_grad(trainable, base, packed, rows, sampling)
+            (loss, metrics), grads = value_and_grad(trainable, base, packed, rows, sampling, batch.teacher_head)
             return Scored(loss, metrics, grads)
 
         # A single microbatch needs no accumulators beside its gradients.
@@ -184,13 +189,50 @@ class UpdateProgram:
 
         return jax.lax.fori_loop(0, _live_microbatches(rows.loss_mask), score, jnp.zeros(rows.place.shape, jnp.float32))
 
+    def token_divergences(
+        self, params: Params, packed: Packed, rows: RaggedRows, sampling: SamplingParams | None, teacher_head: Any
+    ) -> tuple[Array, Array, Array]:
+        """`token_logprobs`, and the divergence `[Q, C]` from the teacher, of one forward pass."""
+        assert self.divergence is not None
+        chunk = self.score_options["chunk"]
+        trunk = {name: value for name, value in self.score_options.items() if name != "chunk"}
+        hidden, targets, wanted = scored_states(self.config, params, packed, **trunk)
+        scored = score_hidden(self.config, params, hidden, targets, wanted, sampling, chunk=chunk)
+        index = jnp.asarray(rows.row_index)
+
+        def of_tokens(values: Array) -> Array:
+            of_parts = values.reshape(index.shape[0], -1)
+            return jnp.where(rows.loss_mask, jnp.take_along_axis(of_parts, index, axis=1), 0.0)
+
+        # A state for each loss token and not each scored one: rows that share tokens may have teachers that were told
+        # different things.
+        states = hidden.reshape(index.shape[0], -1, hidden.shape[-1])
+        states = jnp.take_along_axis(states, index[..., None], axis=1)
+        said = what_was_said(rows.teacher, teacher_head)
+        values = divergence_hidden(self.config, params, states, said, rows.loss_mask, sampling, how=self.divergence)
+        return of_tokens(scored[LOGPROBS]), of_tokens(scored[ENTROPIES]), values
+
     def _microbatch_loss(
-        self, trainable: Any, base: Any, packed: Packed, ragged: RaggedRows, sampling: Any, *, anchored: bool
+        self,
+        trainable: Any,
+        base: Any,
+        packed: Packed,
+        ragged: RaggedRows,
+        sampling: Any,
+        teacher_head: Any,
+        *,
+        anchored: bool,
     ) -> tuple[Array, Metrics]:
         params = self.subtree.merge(trainable, base)
-        of_tokens = self.token_logprobs(params, packed, ragged, sampling)
-        logprobs, entropies = (spread(ragged, x) for x in of_tokens)
         rows = dense_rows(ragged)
+        if self.divergence is None:
+            of_tokens = self.token_logprobs(params, packed, ragged, sampling)
+        else:
+            scored = self.token_divergences(params, packed, ragged, sampling, teacher_head)
+            of_tokens, divergences = scored[:2], scored[2]
+            columns = {**rows.columns, TEACHER_DIVERGENCE: spread(ragged, divergences)}
+            rows = rows.replace(columns=columns)  # type: ignore[attr-defined]
+        logprobs, entropies = (spread(ragged, x) for x in of_tokens)
 
         # The only update of a rollout starts from the old policy: the ratio is 1, and only its gradient counts.
         if self._old_is_current and not anchored:
@@ -219,7 +261,7 @@ class UpdateProgram:
         if self.loss.correct_fn is not None:
             anchored = self._anchored(params, batch, sampling)
             corrected, metrics, scale = self.loss.correct_fn(dense_rows(anchored.rows))
-            batch = TrainBatch(packed=batch.packed, rows=ragged_rows(corrected, anchored.rows))
+            batch = dataclasses.replace(batch, rows=ragged_rows(corrected, anchored.rows))
 
         if self.loss.select_fn is not None:
             ragged = batch.rows
@@ -254,7 +296,7 @@ def add_metrics(parts: Sequence[Mapping[str, Any]]) -> dict[str, float]:
 
 def with_rows(batch: TrainBatch, **fields: Any) -> TrainBatch:
     """The minibatch with other fields of its rows."""
-    return TrainBatch(packed=batch.packed, rows=batch.rows.replace(**fields))  # type: ignore[attr-defined]
+    return dataclasses.replace(batch, rows=batch.rows.replace(**fields))  # type: ignore[attr-defined]
 
 
 def _is_maximum(name: str) -> bool:

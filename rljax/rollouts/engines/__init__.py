@@ -2,6 +2,7 @@
 
 from rljax.rollouts.engines.actor import Remote, RemoteActor
 from rljax.rollouts.engines.client import EngineFailed
+from rljax.rollouts.engines.scoring import ScoringEngines, TokenScores
 from rljax.rollouts.engines.service import EngineService
 
-__all__ = ["EngineFailed", "EngineService", "Remote", "RemoteActor"]
+__all__ = ["EngineFailed", "EngineService", "Remote", "RemoteActor", "ScoringEngines", "TokenScores"]

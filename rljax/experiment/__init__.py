@@ -17,6 +17,8 @@ from rljax.rollouts import (
     Guided,
     MultiTurn,
     Remote,
+    RemoteBlackBox,
+    RemoteMultiTurn,
     RolloutConfig,
     SingleTurn,
 )
@@ -73,6 +75,8 @@ __all__ = [
     "ReasoningGymData",
     "Recipe",
     "Remote",
+    "RemoteBlackBox",
+    "RemoteMultiTurn",
     "RewardConfig",
     "RolloutConfig",
     "RowsData",

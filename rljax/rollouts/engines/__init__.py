@@ -3,5 +3,6 @@
 from rljax.rollouts.engines.actor import Remote, RemoteActor
 from rljax.rollouts.engines.client import EngineFailed
 from rljax.rollouts.engines.service import EngineService
+from rljax.rollouts.engines.turns import RemoteBlackBox, RemoteMultiTurn
 
-__all__ = ["EngineFailed", "EngineService", "Remote", "RemoteActor"]
+__all__ = ["EngineFailed", "EngineService", "Remote", "RemoteActor", "RemoteBlackBox", "RemoteMultiTurn"]

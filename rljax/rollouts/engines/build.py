@@ -1,7 +1,6 @@
 """What every actor over engines is built from: its own fleet, the probe of that, and how weights are written."""
 
 import contextlib
-import dataclasses
 from pathlib import Path
 
 import jax
@@ -22,18 +21,9 @@ from rljax.types import Params
 
 
 def fleet_of(config: EnginesConfig, parts: ActorParts, stops: Stops, *, longest: int) -> Fleet:
-    """The engines of this process, closed: of P processes that share a run's engines each has every P-th, hands its own
-    copy of the weights to these, and asks no other. Probed are prompts of at most `longest` tokens. ValueError for
-    fewer engines than processes."""
-    if len(config.engines) < parts.processes:
-        raise ValueError(
-            f"config.actor.engines={config.engines} are fewer than the {parts.processes} processes of the run, each of "
-            "which asks engines of its own; name one for each at least"
-        )
+    """The engines of `config`, closed. Probed are prompts of at most `longest` tokens. ValueError on several processes,
+    which would give one engine the weights of several."""
     require_one_process("a run whose policy is engines")
-    numbers = range(jax.process_index(), len(config.engines), parts.processes)
-    own = dataclasses.replace(config, engines=tuple(config.engines[i] for i in numbers))
-
     probe = SamplingProbe(
         parts.decoder,
         probed_prompts(parts, config.probes, longest),
@@ -43,7 +33,7 @@ def fleet_of(config: EnginesConfig, parts: ActorParts, stops: Stops, *, longest:
         mesh=parts.mesh,
     )
     export = exporter(parts.decoder, parts.tokenizer, config.weights_dtype, parts.mesh)
-    return Fleet(own, export, probe, bound=config.bound(parts.decoder.dtype), numbers=numbers)
+    return Fleet(config, export, probe, bound=config.bound(parts.decoder.dtype))
 
 
 def probed_prompts(parts: ActorParts, count: int, longest: int) -> list[list[int]]:

@@ -12,7 +12,7 @@ import tempfile
 import threading
 import time
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, runtime_checkable
@@ -61,15 +61,11 @@ class Fleet:
     """`config.engines`, each given the weights of `hand_over`, which `export` writes and `probe` looks for.
 
     A context manager: processes of `config.command` and the folder of weights are there within `with` only. All of it
-    may be called from any thread, but `hand_over` while nothing is under way. `numbers` are those of the engines among
-    all of a run, of which other processes may have the others.
+    may be called from any thread, but `hand_over` while nothing is under way.
     """
 
-    def __init__(
-        self, config: EnginesConfig, export: Export, probe: Probe, *, bound: float, numbers: Sequence[int] | None = None
-    ):
+    def __init__(self, config: EnginesConfig, export: Export, probe: Probe, *, bound: float):
         self.config = config
-        self._engine_numbers = range(len(config.engines)) if numbers is None else numbers
         self.bound = bound
         self.label = ""
         self.lost = 0
@@ -332,7 +328,7 @@ class Fleet:
 
     def _log(self, index: int) -> Path:
         assert self._folder is not None
-        return self._folder / f"engine-{self._engine_numbers[index]}.log"
+        return self._folder / f"engine-{index}.log"
 
     def _last_said(self, index: int) -> str:
         """The last line of an engine's output, and where all of it is: a folder of our own ends with the run."""

@@ -19,14 +19,14 @@ import jax
 import numpy as np
 import pytest
 
-from rljax.algorithms import GRPO, TreeRL
-from rljax.experiment import Remote, SamplingConfig
+from rljax.algorithms import GRPO, DecoupledPPO, TreeRL
+from rljax.experiment import Remote, RolloutConfig, SamplingConfig
 from rljax.experiment.build import build
 from rljax.experiment.check import check
 from rljax.experiment.serve import ServeConfig, engine_of
 from rljax.experiment.train import train
 from rljax.models import save_hf
-from rljax.rollouts import EngineFailed, number_groups
+from rljax.rollouts import EngineFailed, RemoteActor, number_groups
 from rljax.rollouts.engines.api import read_request
 from rljax.rollouts.engines.client import Engine, assign
 from rljax.rollouts.engines.remote_sampler import written_sampling
@@ -85,7 +85,7 @@ def samples_of(actor, run, params, version=0, step=0):
     return [sample for group in actor.ready(4) for sample in group.samples]
 
 
-def assert_same_samples(found, wanted):
+def assert_same_samples(found, wanted, rounding=ROUNDING):
     assert len(found) == len(wanted)
     for one, other in zip(found, wanted, strict=True):
         np.testing.assert_array_equal(one.tokens, other.tokens)
@@ -95,8 +95,8 @@ def assert_same_samples(found, wanted):
             other.fork_index,
             other.forced,
         )
-        np.testing.assert_allclose(one.logprobs, other.logprobs, atol=ROUNDING, rtol=0)
-        np.testing.assert_allclose(one.entropies, other.entropies, atol=ROUNDING, rtol=0)
+        np.testing.assert_allclose(one.logprobs, other.logprobs, atol=rounding, rtol=0)
+        np.testing.assert_allclose(one.entropies, other.entropies, atol=rounding, rtol=0)
 
 
 def test_a_run_over_engines_trains_on_the_tokens_of_one_that_samples_itself(model, service, tmp_path):
@@ -558,3 +558,22 @@ def test_forks_that_engines_cannot_make_are_refused(model):
         with pytest.raises(ValueError, match="engine='vllm' says no entropies and knows nothing of forks"):
             check(dataclasses.replace(config, actor=actor, algorithm=algorithm))
     assert check(dataclasses.replace(config, actor=actor, algorithm=GRPO(group_size=4)))
+
+
+def test_engines_sample_beside_updates_what_the_same_schedule_samples_in_turn(model, service, tmp_path, monkeypatch):
+    config = dataclasses.replace(
+        model[0], steps=3, algorithm=DecoupledPPO(group_size=4), rollout=RolloutConfig(staleness=1)
+    )
+    threads = []
+    ready = RemoteActor.ready
+    monkeypatch.setattr(
+        RemoteActor, "ready", lambda self, n: threads.append(threading.current_thread().name) or ready(self, n)
+    )
+
+    def records(actor, name):
+        train(dataclasses.replace(config, actor=actor), str(tmp_path / name))
+        files = sorted((tmp_path / name / "rollouts").glob("*.jsonl"))
+        return [{**json.loads(line), "logprobs": 0} for file in files for line in file.read_text().splitlines()]
+
+    assert records(remote(config, service.url), "engines") == records(config.actor, "own")
+    assert set(threads) == {"rollouts"}

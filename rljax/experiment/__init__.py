@@ -19,6 +19,8 @@ from rljax.rollouts import (
     Guided,
     MultiTurn,
     Remote,
+    RemoteBlackBox,
+    RemoteMultiTurn,
     RolloutConfig,
     SingleTurn,
 )
@@ -81,6 +83,8 @@ __all__ = [
     "ReasoningGymData",
     "Recipe",
     "Remote",
+    "RemoteBlackBox",
+    "RemoteMultiTurn",
     "RewardConfig",
     "RolloutConfig",
     "RowsData",

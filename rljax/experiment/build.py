@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from rljax.algorithms import Algorithm
 from rljax.batching import stack
 from rljax.evaluation import Evaluation
-from rljax.experiment.check import check, check_forks
+from rljax.experiment.check import check, check_forks, is_over_engines
 from rljax.experiment.config import Config
 from rljax.experiment.model import model_path
 from rljax.experiment.pipeline import Beside, Pipeline
@@ -227,6 +227,11 @@ def build(
     if config.rollout.devices:
         own = mesh_beside(mesh, rolling)
         beside = Beside(own, param_shardings(decoder, own, DECODE_RULES))
+    elif config.rollout.staleness and is_over_engines(config):
+        # Engines need no device of this process, and what is done for them here (weights are written, probes scored)
+        # must not wait for the learner's programs.
+        own = mesh_beside(mesh, [host_device()])
+        beside = Beside(own, param_shardings(decoder, own, DECODE_RULES))
     rollout_mesh = rollout_mesh_of(config, mesh, beside)
     processes = num_processes(mesh) // num_processes(rollout_mesh)
     playing: dict[str, Any] = {}
@@ -251,6 +256,17 @@ def build(
         critic=make_critic(config, decoder, algorithm, mesh),
         beside=beside,
     )
+
+
+def host_device() -> jax.Device:
+    """The CPU of this process. ValueError where JAX was told to leave it out."""
+    try:
+        return jax.local_devices(backend="cpu")[0]
+    except RuntimeError as error:
+        raise ValueError(
+            "config.rollout.staleness over engines scores their probes on the CPU, which JAX_PLATFORMS leaves out "
+            f"({error}); add cpu to it, or give rollouts a device (config.rollout.devices=1)"
+        ) from None
 
 
 def rollout_mesh_of(config: Config, mesh: Mesh, beside: Beside | None) -> Mesh:

@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.util
 import math
+from typing import Any
 
 import numpy as np
 
@@ -10,7 +11,7 @@ from rljax.algorithms import Algorithm
 from rljax.evaluation import EvaluationConfig
 from rljax.experiment.config import Config
 from rljax.plans import RolloutPlan
-from rljax.rollouts import BlackBox, Guided, MultiTurn, Remote, SingleTurn
+from rljax.rollouts import BlackBox, Guided, MultiTurn, Remote, RemoteBlackBox, RemoteMultiTurn, SingleTurn
 from rljax.sampling import SamplingConfig
 from rljax.settings import Switch, check_config, check_effect, placed, shown
 from rljax.tasks import FileData, ReasoningGymData, RowsData
@@ -26,6 +27,20 @@ SWITCHES = (
     Switch(MultiTurn, "hosts", lambda hosts: hosts != "ray", ("ray",), "set that to ray"),
     Switch(MultiTurn, "stale_share", lambda p: not p, ("stale_every",), "set that above 0"),
     Switch(MultiTurn, "groups_in_flight", lambda n: not n, ("steps_in_flight", "at_hand_over"), "set that above 0"),
+    Switch(
+        RemoteMultiTurn,
+        "engines",
+        bool,
+        ("decode_rows", "prefill_chunks", "check_every", "at_hand_over", "answers_after", "stale_share"),
+        "take MultiTurn, which decodes in this process",
+    ),
+    Switch(
+        RemoteBlackBox,
+        "engines",
+        bool,
+        ("decode_rows", "prefill_chunks", "check_every"),
+        "take BlackBox, which decodes in this process",
+    ),
     Switch(FileData, "test", bool, ("test_fraction",), "leave that out"),
     Switch(RowsData, "test_args", bool, ("test_fraction",), "leave that out"),
 )
@@ -128,8 +143,8 @@ def check_groups(config: Config, plan: RolloutPlan) -> None:
 
 def check_entropies(config: Config, algorithm: Algorithm) -> None:
     """Refuses an engine that says no entropies for a method whose advantages are made of them."""
-    actor = config.actor
-    if isinstance(actor, Remote) and not actor.says_entropies and reads_entropies(algorithm):
+    actor = _inner(config)
+    if is_over_engines(config) and not actor.says_entropies and reads_entropies(algorithm):
         raise ValueError(
             f"config.actor.engine={actor.engine!r} says no entropies, of which {type(config.algorithm).__name__} makes "
             "advantages; serve with engine='rljax', or choose another method"
@@ -250,7 +265,7 @@ def check_best(config: Config) -> None:
 def check_verifier(config: Config) -> None:
     """Refuses settings of the data's own verifier where something else rewards."""
     data = config.data
-    actor = config.actor.actor if isinstance(config.actor, Guided) else config.actor
+    actor = _inner(config)
     is_judged = bool(getattr(actor, "rewards", ()))
     if not isinstance(data, ReasoningGymData) or not (is_judged or isinstance(actor, MultiTurn)):
         return
@@ -262,6 +277,16 @@ def check_verifier(config: Config) -> None:
                 f"config.data.{name}={shown(value)} has no effect: {by} and not the data's verifier say what a sample "
                 "is worth; leave one of them out"
             )
+
+
+def is_over_engines(config: Config) -> bool:
+    """Whether engines in other processes sample."""
+    return isinstance(_inner(config), (Remote, RemoteMultiTurn, RemoteBlackBox))
+
+
+def _inner(config: Config) -> Any:
+    """What plays, whether or not guidance is around it."""
+    return config.actor.actor if isinstance(config.actor, Guided) else config.actor
 
 
 def check_forks(config: Config, plan: RolloutPlan) -> None:

@@ -52,7 +52,8 @@ class Config:
     data: DataSource = dataclasses.field(default_factory=ReasoningGymData)
     """Examples: `ReasoningGymData`, `FileData`, `RowsData`."""
     actor: ActorConfig = dataclasses.field(default_factory=SingleTurn)
-    """How the policy is played and judged: `SingleTurn`, `MultiTurn`, `BlackBox`, `Remote`, or `Guided` around one."""
+    """How the policy is played and judged: `SingleTurn`, `MultiTurn` or `BlackBox`; over engines `Remote`,
+    `RemoteMultiTurn` or `RemoteBlackBox`; or `Guided` around one."""
     rollout: RolloutConfig = dataclasses.field(default_factory=RolloutConfig)
     """Which weights sample a rollout, and on which devices."""
     curriculum: CurriculumSource = dataclasses.field(default_factory=UniformTasks)

@@ -47,6 +47,8 @@ def describe_schedule(run: Run) -> str:
     if run.beside is None:
         return f"{weights}, in turn with updates"
     own = run.rollout_mesh
+    if not run.config.rollout.devices:
+        return f"{weights}, by engines in other processes, beside updates"
     where = f"on {own.devices.size} devices of each process, {dict(own.shape)}"
     return f"{weights}, {where}, {'beside updates' if staleness else 'in turn with updates: nothing overlaps'}"
 

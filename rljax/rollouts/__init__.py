@@ -4,7 +4,15 @@ from rljax.rollouts.actor import Actor, GroupRequest, RolloutSettings, ScoredGro
 from rljax.rollouts.black_box import BlackBox, BlackBoxActor, ChatEndpoint, EndpointConfig
 from rljax.rollouts.collect import NoSignal, Rollout, collect
 from rljax.rollouts.config import ActorConfig, ActorParts
-from rljax.rollouts.engines import EngineFailed, EngineService, Remote, RemoteActor, ScoringEngines
+from rljax.rollouts.engines import (
+    EngineFailed,
+    EngineService,
+    Remote,
+    RemoteActor,
+    RemoteBlackBox,
+    RemoteMultiTurn,
+    ScoringEngines,
+)
 from rljax.rollouts.groups import GroupRules, GroupsConfig
 from rljax.rollouts.guided import Guided, GuidedActor
 from rljax.rollouts.multi_turn import MultiTurn, MultiTurnActor
@@ -32,6 +40,8 @@ __all__ = [
     "NoSignal",
     "Remote",
     "RemoteActor",
+    "RemoteBlackBox",
+    "RemoteMultiTurn",
     "Rollout",
     "RolloutConfig",
     "RolloutSettings",

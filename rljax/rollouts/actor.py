@@ -5,7 +5,7 @@ back scored groups; whether a group is one turn, an episode over turns, a guided
 agent that cannot be changed is its own business.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Any, NamedTuple, Protocol, runtime_checkable
@@ -14,7 +14,7 @@ import jax
 import numpy as np
 
 from rljax.plans import RolloutPlan
-from rljax.sampling import DecoderPlan, Sample, SamplingParams
+from rljax.sampling import DecoderPlan, Sample, SamplingParams, Stops, Turn, TurnDecoderSpec, TurnResult
 from rljax.sampling.slots import Grammar
 from rljax.tasks import Example, RewardResult
 from rljax.types import SOURCE_POLICY, Params
@@ -117,6 +117,71 @@ class Decoder(Protocol):
 
     def drop_params(self) -> None:
         """Frees its copy of the weights; it needs new ones before it decodes again."""
+        ...
+
+
+@runtime_checkable
+class TurnSource(Protocol):
+    """What says turns: a `TurnDecoder`, or engines in other processes that take its place. Not safe for several
+    threads.
+
+    Attributes:
+        spec: its sizes.
+        stats: counts since `begin`.
+    """
+
+    spec: TurnDecoderSpec
+    stats: dict[str, float]
+
+    @property
+    def finds_strings(self) -> bool:
+        """Whether turns may have stop strings of their own."""
+        ...
+
+    @property
+    def num_open(self) -> int:
+        """Turns that wait or run."""
+        ...
+
+    def set_params(self, params: Params, *, keep: Collection[int] = ()) -> None:
+        """The weights to speak with from now on; what was computed with others is forgotten, but for the conversations
+        `keep`. Raises RuntimeError while turns are under way."""
+        ...
+
+    def begin(self, sampling: SamplingParams, *, seed: int, step: int) -> None:
+        """How turns are sampled from now on; clears `stats`. (seed, step) enter the random numbers."""
+        ...
+
+    def set_stops(self, stops: Stops) -> None:
+        """What ends turns from now on. Raises RuntimeError while turns are under way."""
+        ...
+
+    def submit(self, turn: Turn) -> None:
+        """Asks for a turn. Raises ValueError for one that cannot be served."""
+        ...
+
+    def run(self) -> list[TurnResult]:
+        """Goes on for a while, and gives the turns that have ended."""
+        ...
+
+    def interrupt(self, *, keep: bool = False) -> list[TurnResult]:
+        """No turn is under way any more: what there is of each."""
+        ...
+
+    def forget(self, *, keep: Collection[int] = ()) -> None:
+        """Conversations but those of `keep` are computed anew when they are next used."""
+        ...
+
+    def pick(self, free: Sequence[int], near: int | None = None) -> int:
+        """Which of the conversations `free` a new one takes; beside `near` where it shares that one's beginning."""
+        ...
+
+    def part_of(self, conversation: int) -> int:
+        """Which part of the devices keeps a conversation."""
+        ...
+
+    def cache_bytes(self) -> int:
+        """Bytes of keys and values in this process."""
         ...
 
 

@@ -14,7 +14,7 @@ from rljax.envs import get_format
 from rljax.models import DecoderConfig
 from rljax.parallel import num_processes
 from rljax.plans import RolloutPlan
-from rljax.rollouts.actor import Actor, RolloutSettings
+from rljax.rollouts.actor import Actor, RolloutSettings, TurnSource
 from rljax.rollouts.shared import Shared
 from rljax.sampling import SamplingConfig, Stops, TurnDecoder, TurnDecoderSpec
 from rljax.tasks import Dataset, RewardConfig, RewardRunner, RewardSpec
@@ -137,12 +137,16 @@ class TurnsConfig:
         """All of it: what opens an episode is known when it does; one that is too long fails alone."""
         return parts.dataset
 
-    def turn_decoder(self, parts: ActorParts, *, groups_in_flight: int, stop_strings: tuple[str, ...]) -> TurnDecoder:
+    def turn_decoder(self, parts: ActorParts, *, groups_in_flight: int, stop_strings: tuple[str, ...]) -> TurnSource:
+        spec = self.turn_spec(parts, groups_in_flight)
+        return TurnDecoder(parts.decoder, spec, stops_of(parts, stop_strings), mesh=parts.mesh)
+
+    def turn_spec(self, parts: ActorParts, groups_in_flight: int) -> TurnDecoderSpec:
         group = parts.plan.forks.leaves if parts.plan.forks else parts.plan.group_size
         own_groups = parts.share(parts.groups) + parts.share(groups_in_flight)
         conversations = parts.share(self.conversations) or own_groups * group
         rows = parts.share(self.decode_rows) or parts.share(parts.groups) * chains_of(parts.plan)
-        spec = TurnDecoderSpec(
+        return TurnDecoderSpec(
             conversations=conversations,
             rows=min(rows, conversations),
             context_length=self.context_length,
@@ -152,7 +156,6 @@ class TurnsConfig:
             suppressed=parts.plan.forks.suppressed if parts.plan.forks else (),
             top_logprobs=parts.sampling.top_logprobs,
         )
-        return TurnDecoder(parts.decoder, spec, stops_of(parts, stop_strings), mesh=parts.mesh)
 
 
 def make_rewards(configs: tuple[RewardConfig, ...], parts: ActorParts) -> RewardRunner | None:

@@ -29,7 +29,15 @@ from rljax.envs import (
     require_ray,
 )
 from rljax.plans import RolloutPlan
-from rljax.rollouts.actor import Actor, Decoder, GroupRequest, RolloutSettings, ScoredGroup, known_example
+from rljax.rollouts.actor import (
+    Actor,
+    Decoder,
+    GroupRequest,
+    RolloutSettings,
+    ScoredGroup,
+    TurnSource,
+    known_example,
+)
 from rljax.rollouts.admission import all_in_time, capacity
 from rljax.rollouts.config import ActorParts, TurnsConfig
 from rljax.rollouts.cross_policy import stale_turns
@@ -164,9 +172,20 @@ class MultiTurn(TurnsConfig):
         if forks:
             scorer = RowScorer(parts.decoder, parts.mesh, rows=forks.parents, length=self.context_length)
         pool = self._pool(parts.tokenizer)
-        actor = MultiTurnActor(decoders, pool, dialogue, parts.settings, self, scorer=scorer, batch=parts.groups)
+        actor = self.actor_of(decoders, pool, dialogue, parts, scorer)
         actor.processes = parts.processes
         return parts.shared(actor)
+
+    def actor_of(
+        self,
+        decoders: Sequence[TurnSource],
+        pool: EnvironmentPool,
+        dialogue: Dialogue,
+        parts: ActorParts,
+        scorer: RowScorer | None,
+    ) -> "MultiTurnActor":
+        """The actor of this process."""
+        return MultiTurnActor(decoders, pool, dialogue, parts.settings, self, scorer=scorer, batch=parts.groups)
 
     def most_in_flight(self, batch: int) -> int:
         """Groups that may be under way beyond the `batch` that a step needs."""
@@ -246,7 +265,7 @@ class MultiTurnActor:
 
     def __init__(
         self,
-        decoders: Sequence[TurnDecoder],
+        decoders: Sequence[TurnSource],
         pool: EnvironmentPool,
         dialogue: Dialogue,
         settings: RolloutSettings,
@@ -260,7 +279,7 @@ class MultiTurnActor:
             raise ValueError(f"steps_in_flight={config.steps_in_flight} needs batch, the groups that a step trains")
         self.scorer = scorer
         # The first decoder has the current weights; a second one, older ones.
-        self.decoders = list(decoders)
+        self._sources = list(decoders)
         self.pool = pool
         self.dialogue = dialogue
         self.settings = settings
@@ -305,15 +324,21 @@ class MultiTurnActor:
         if self.scorer is not None:
             self.scorer.set_params(params)
             if 0 <= self.versions[0] != version:
-                self.decoders[1].adopt(self.decoders[0])
+                older, newest = self._sources[1], self._sources[0]
+                assert isinstance(older, TurnDecoder) and isinstance(newest, TurnDecoder), "engines hold one version"
+                older.adopt(newest)
                 self.versions[1] = self.versions[0]
 
         is_renewal = self.scorer is None and version % self.config.stale_every == 0
-        for i, decoder in enumerate(self.decoders):
+        for i, decoder in enumerate(self._sources):
             if i == 0 or self.versions[i] < 0 or is_renewal:
                 decoder.set_params(params, keep=self._conversations_to_keep())
                 self.versions[i] = version
         self._is_lent = False
+
+    @property
+    def decoders(self) -> Sequence[Decoder]:
+        return [source for source in self._sources if isinstance(source, Decoder)]
 
     @property
     def resting(self) -> Sequence[Decoder]:
@@ -321,7 +346,7 @@ class MultiTurnActor:
         return self.decoders[:1] if self.scorer is None else ()
 
     def cache_bytes(self) -> int:
-        return sum(decoder.cache_bytes() for decoder in self.decoders)
+        return sum(decoder.cache_bytes() for decoder in self._sources)
 
     def longest_row(self, prompt_length: int) -> int:
         return self._length
@@ -333,7 +358,7 @@ class MultiTurnActor:
             self._forget()
         self._is_lent = True
         config = replace(self.config, groups_in_flight=0, steps_in_flight=None, stale_share=0.0)
-        actor = MultiTurnActor(self.decoders[:1], self.pool, self.dialogue, settings, config)
+        actor = MultiTurnActor(self._sources[:1], self.pool, self.dialogue, settings, config)
         actor.versions = self.versions[:1]
         return actor
 
@@ -365,7 +390,7 @@ class MultiTurnActor:
 
     def ready(self, n: int) -> list[ScoredGroup]:
         begin = time.perf_counter()
-        for decoder in self.decoders:
+        for decoder in self._sources:
             decoder.begin(self.settings.sampling, seed=self.settings.seed, step=self._step)
         groups = self._play(n)
         self.seconds = {"sample": time.perf_counter() - begin}
@@ -391,13 +416,13 @@ class MultiTurnActor:
         return set(range(self._num_conversations)) - set(self._free)
 
     def _forget(self) -> None:
-        for decoder in self.decoders:
+        for decoder in self._sources:
             decoder.forget()
 
     def older(self, version: int) -> int:
         if self.scorer is not None:
             return max(0, version - 1)
-        return version if len(self.decoders) == 1 else version - version % self.config.stale_every
+        return version if len(self._sources) == 1 else version - version % self.config.stale_every
 
     def checkpointed(self) -> None:
         # A run that is resumed has the tokens, and the newest weights to compute them with.
@@ -453,13 +478,13 @@ class MultiTurnActor:
 
         while (taken := self._taken(wanted)) is None:
             self._open_groups()
-            for decoder in self.decoders:
+            for decoder in self._sources:
                 if decoder.num_open:
                     for result in decoder.run():
                         self._heard(self._speaking.pop(result.turn.conversation), result)
 
             self._runs += 1
-            is_idle = not any(decoder.num_open for decoder in self.decoders)
+            is_idle = not any(decoder.num_open for decoder in self._sources)
             if is_idle and not self._acting and not self._queue and self._taken(wanted) is None:
                 raise RuntimeError(f"{wanted} groups were asked for, but only {len(self._done)} are under way")
 
@@ -468,7 +493,7 @@ class MultiTurnActor:
 
         # The weights may change before the next call, so no turn stays in a decoder.
         self._take_all_asked()
-        for decoder in self.decoders:
+        for decoder in self._sources:
             for result in decoder.interrupt(keep=self._keeps):
                 self._heard(self._speaking.pop(result.turn.conversation), result)
 
@@ -524,7 +549,7 @@ class MultiTurnActor:
         elif speaks:
             # Plays of a group share its prompt.
             near = next((x.conversation for x in group.plays if x.conversation != NO_CONVERSATION), None)
-            conversation = self.decoders[0].pick(self._free, near)
+            conversation = self._sources[0].pick(self._free, near)
             self._free.remove(conversation)
         play = Play(group, len(group.plays), fork, conversation)
         group.plays.append(play)
@@ -635,7 +660,7 @@ class MultiTurnActor:
         tokens = play.prompt + play.tokens
         spoken = len(play.tokens) - play.turn_start
         drawn = len(play.tokens) - max(play.turn_start, play.first_own)
-        decoder = self.decoders[self._decoder_of(play)]
+        decoder = self._sources[self._decoder_of(play)]
 
         # The limit is of a turn as a whole, also where it was cut off and goes on.
         room = min(decoder.spec.max_new_tokens - spoken, self._length - len(tokens))
@@ -840,10 +865,22 @@ class MultiTurnActor:
             "episode": None if episode is None else episode_state(episode, None if is_over else play.turn),
         }
 
+    def _decoder_stats(self, total: Mapping[str, float], seconds: float) -> dict[str, float]:
+        """What decoders that live here did: `busy_share` is the share of a call's time in which one worked,
+        `reused_share` that of the context tokens of all turns that did not have to be computed."""
+        if not self.decoders:
+            return {}
+        row_steps = total["decode_steps"] * self._sources[0].spec.rows
+        return {
+            "busy_share": total["seconds"] / max(seconds, 1e-9),
+            "row_occupancy": total["busy_rows"] / max(row_steps, 1),
+            "reused_share": 1 - total["prefill_tokens"] / max(total["conversation_tokens"], 1),
+            "prefill_tokens": total["prefill_tokens"],
+        }
+
     def _stats(self, groups: Sequence[Group], seconds: float) -> dict[str, float]:
-        """What a call cost: `busy_share` is the share of its time in which a decoder worked, `reused_share` that of the
-        context tokens of all turns that did not have to be computed."""
-        total = {name: sum(d.stats[name] for d in self.decoders) for name in self.decoders[0].stats}
+        """What a call cost, and what came of its groups."""
+        total = {name: float(sum(d.stats[name] for d in self._sources)) for name in self._sources[0].stats}
         results = [r for group in groups for r in group.results if r is not None]
         episodes = [play.episode for group in groups for play in group.plays if play.episode is not None]
 
@@ -854,13 +891,8 @@ class MultiTurnActor:
             if play.episode is not None and not play.problem
         ]
 
-        row_steps = total["decode_steps"] * self.decoders[0].spec.rows
-        return {
-            "busy_share": total["seconds"] / max(seconds, 1e-9),
-            "row_occupancy": total["busy_rows"] / max(row_steps, 1),
-            "reused_share": 1 - total["prefill_tokens"] / max(total["conversation_tokens"], 1),
-            "prefill_tokens": float(total["prefill_tokens"]),
-            "turns": float(total["turns"]),
+        return self._decoder_stats(total, seconds) | {
+            "turns": total["turns"],
             "finished_share": float(np.mean([episode.end == DONE for episode in episodes])) if episodes else 0.0,
             "failed": float(sum(not result.is_valid for result in results)),
             "policy_aborts": float(sum(end == "policy" for end in ends)),

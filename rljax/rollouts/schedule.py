@@ -17,7 +17,8 @@ class RolloutConfig:
 
     devices: int = field(default=0, least=0)
     """How many devices of each process, the last of its local ones, roll out while the others train. 0 lets all of them
-    do both in turn. Choose it so that a rollout takes about as long as the updates of a step."""
+    do both in turn. Choose it so that a rollout takes about as long as the updates of a step. Over engines in other
+    processes rollouts need none."""
     staleness: int = field(default=0, least=0)
     """Steps of training between the weights that sample a rollout and those that are first updated by it. 0 is
     on-policy. Rollouts overlap with updates from 1 on; more evens out rollouts of unequal length, costs a copy of the

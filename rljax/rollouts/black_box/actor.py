@@ -90,7 +90,13 @@ class BlackBox(TurnsConfig):
             address=self.endpoint,
         )
         rewards = make_rewards(self.rewards, parts)
-        return parts.shared(BlackBoxActor(endpoint, load_callable(self.agent), rewards, parts.settings, self))
+        return parts.shared(self.actor_of(endpoint, load_callable(self.agent), rewards, parts.settings))
+
+    def actor_of(
+        self, endpoint: ChatEndpoint, agent: Agent, rewards: RewardRunner | None, settings: RolloutSettings
+    ) -> "BlackBoxActor":
+        """The actor of this process."""
+        return BlackBoxActor(endpoint, agent, rewards, settings, self)
 
 
 class BlackBoxActor(QueuedActor):
@@ -155,7 +161,8 @@ class BlackBoxActor(QueuedActor):
 
     @property
     def decoders(self) -> Sequence[Decoder]:
-        return (self.endpoint.decoder,)
+        decoder = self.endpoint.decoder
+        return (decoder,) if isinstance(decoder, Decoder) else ()
 
     def cache_bytes(self) -> int:
         return self.endpoint.cache_bytes()
@@ -333,11 +340,15 @@ class BlackBoxActor(QueuedActor):
         decoder = self.endpoint.stats()
         paths = sum(len(run.paths) for run in runs)
         unused = sum(max(len(run.paths) - self.config.trained_conversations, 0) for run in runs)
-        return {
-            "busy_share": decoder["seconds"] / max(seconds, 1e-9),
-            "row_occupancy": decoder["busy_rows"] / max(decoder["decode_steps"] * decoder["rows"], 1),
-            "reused_share": 1 - decoder["prefill_tokens"] / max(decoder["conversation_tokens"], 1),
-            "prefill_tokens": float(decoder["prefill_tokens"]),
+        here: dict[str, float] = {}
+        if self.decoders:
+            here = {
+                "busy_share": decoder["seconds"] / max(seconds, 1e-9),
+                "row_occupancy": decoder["busy_rows"] / max(decoder["decode_steps"] * decoder["rows"], 1),
+                "reused_share": 1 - decoder["prefill_tokens"] / max(decoder["conversation_tokens"], 1),
+                "prefill_tokens": float(decoder["prefill_tokens"]),
+            }
+        return here | {
             "turns": float(decoder["turns"]),
             "finished_share": sum(not run.error for run in runs) / max(len(runs), 1),
             "failed": float(sum(not result.is_valid for result in results)),

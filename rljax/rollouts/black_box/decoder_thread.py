@@ -1,4 +1,4 @@
-"""One thread that owns a `TurnDecoder`, so that any number of threads may ask it for turns. Host."""
+"""One thread that owns what says turns, so that any number of threads may ask it for turns. Host."""
 
 import contextlib
 import queue
@@ -11,7 +11,8 @@ from typing import Any, Literal, NamedTuple, TypeVar
 
 import numpy as np
 
-from rljax.sampling import NO_STOPS, Stops, Turn, TurnDecoder, TurnResult, sampling_params
+from rljax.rollouts.actor import TurnSource
+from rljax.sampling import NO_STOPS, Stops, Turn, TurnResult, sampling_params
 from rljax.types import Params
 
 T = TypeVar("T")
@@ -38,7 +39,7 @@ class Manner(NamedTuple):
     step: int = 0
     stops: Stops = NO_STOPS
 
-    def begin(self, decoder: TurnDecoder) -> None:
+    def begin(self, decoder: TurnSource) -> None:
         sampling = sampling_params(
             self.temperature, self.top_k, self.top_p, self.min_p, logit_bias=dict(self.logit_bias)
         )
@@ -59,7 +60,7 @@ class _TurnRequest:
 
 @dataclass(eq=False)
 class _Call:
-    function: Callable[[TurnDecoder], Any]
+    function: Callable[[TurnSource], Any]
     under_way: UnderWay
     future: "Future[Any]" = field(default_factory=Future)
 
@@ -71,7 +72,7 @@ class DecoderThread:
     with a copy of what another one has computed.
     """
 
-    def __init__(self, decoder: TurnDecoder):
+    def __init__(self, decoder: TurnSource):
         self._decoder = decoder
         self.version = -1
         self._manner: Manner | None = None
@@ -98,7 +99,7 @@ class DecoderThread:
         self._put(request)
         return request.future
 
-    def call(self, function: Callable[[TurnDecoder], T], under_way: UnderWay = "call off") -> T:
+    def call(self, function: Callable[[TurnSource], T], under_way: UnderWay = "call off") -> T:
         """Runs `function(decoder)` between turns."""
         call = _Call(function, under_way)
         self._put(call)
@@ -107,7 +108,7 @@ class DecoderThread:
     def set_params(self, params: Params, version: int, under_way: UnderWay = "call off") -> None:
         """The weights to speak with from now on."""
 
-        def change(decoder: TurnDecoder) -> None:
+        def change(decoder: TurnSource) -> None:
             decoder.set_params(params)
             self.version = version
 

@@ -13,6 +13,7 @@ from urllib.parse import unquote
 
 from rljax.envs import get_format
 from rljax.envs.formats import Parser, ToolFormat
+from rljax.rollouts.actor import TurnSource
 from rljax.rollouts.black_box.address import EndpointConfig, open_token, session_of
 from rljax.rollouts.black_box.chat_api import (
     ChatRequest,
@@ -25,7 +26,7 @@ from rljax.rollouts.black_box.chat_api import (
 from rljax.rollouts.black_box.decoder_thread import DecoderThread, Interrupted
 from rljax.rollouts.black_box.recording import Renderer, Reply, Session
 from rljax.rollouts.http_server import Answer, ApiError, Asked, HttpServer, json_answer
-from rljax.sampling import SamplingParams, Turn, TurnDecoder, TurnResult
+from rljax.sampling import SamplingParams, Turn, TurnResult
 from rljax.sampling.logits import MASKED
 from rljax.text import Tokenizer, control_tokens_of
 from rljax.types import Params
@@ -82,7 +83,7 @@ class ChatEndpoint:
 
     def __init__(
         self,
-        decoder: TurnDecoder,
+        decoder: TurnSource,
         tokenizer: Tokenizer,
         *,
         tool_format: str | Parser | ToolFormat = "hermes",
@@ -169,7 +170,7 @@ class ChatEndpoint:
         return {name: float(value) for name, value in stats.items()}
 
     @property
-    def decoder(self) -> TurnDecoder:
+    def decoder(self) -> TurnSource:
         """What it speaks with; while the endpoint is open another thread uses it."""
         return self._turn_decoder
 

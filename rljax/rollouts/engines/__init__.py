@@ -4,5 +4,15 @@ from rljax.rollouts.engines.actor import Remote, RemoteActor
 from rljax.rollouts.engines.client import EngineFailed
 from rljax.rollouts.engines.scoring import ScoringEngines, TokenScores
 from rljax.rollouts.engines.service import EngineService
+from rljax.rollouts.engines.turns import RemoteBlackBox, RemoteMultiTurn
 
-__all__ = ["EngineFailed", "EngineService", "Remote", "RemoteActor", "ScoringEngines", "TokenScores"]
+__all__ = [
+    "EngineFailed",
+    "EngineService",
+    "Remote",
+    "RemoteActor",
+    "RemoteBlackBox",
+    "RemoteMultiTurn",
+    "ScoringEngines",
+    "TokenScores",
+]

@@ -160,11 +160,15 @@ def assign(names: Sequence[int], engines: Sequence[str]) -> list[int]:
     loads = [0] * len(engines)
     chosen = []
     for name in names:
-        order = sorted(range(len(engines)), key=lambda i: _weight(name, engines[i]), reverse=True)
-        best = next(i for i in order if loads[i] < most)
+        best = next(i for i in prefer(name, engines) if loads[i] < most)
         loads[best] += 1
         chosen.append(best)
     return chosen
+
+
+def prefer(name: int, engines: Sequence[str]) -> list[int]:
+    """Indices of `engines` in the order in which rendezvous hashing has `name` prefer them."""
+    return sorted(range(len(engines)), key=lambda i: _weight(name, engines[i]), reverse=True)
 
 
 def _weight(name: int, engine: str) -> bytes:

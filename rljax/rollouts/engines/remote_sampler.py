@@ -10,12 +10,13 @@ from jax.sharding import Mesh
 
 from rljax.models import DecoderConfig
 from rljax.rollouts.engines.api import Said, write_request
-from rljax.rollouts.engines.client import EngineFailed, assign
+from rljax.rollouts.engines.client import assign
+from rljax.rollouts.engines.config import EnginesConfig
+from rljax.rollouts.engines.endings import Endings
 from rljax.rollouts.engines.fleet import Fleet
 from rljax.sampling import Fork, Request, RowScorer, Sample, SamplingParams, Stops
 from rljax.sampling.logits import logit_biases
-from rljax.sampling.slots import FinishReason, spans_before
-from rljax.sampling.stopping import StopStrings, last_of
+from rljax.sampling.slots import spans_before
 from rljax.types import NO_PARENT, Params
 
 MOST_PROBED = 16
@@ -35,7 +36,7 @@ class RemoteSampler:
         self.config = config
         self.max_new_tokens = max_new_tokens
         self._stops = stops
-        self._strings = StopStrings(stops)
+        self._endings = Endings(stops, config.num_ids)
 
     def generate(
         self, requests: Sequence[Request], sampling: SamplingParams, *, seed: int, step: int
@@ -101,11 +102,11 @@ class RemoteSampler:
             "begun": len(begun) + request.begun,
             "drawn": len(begun),
         }
-        strings = self.fleet.config.engine == "rljax"
+        told = written_sampling(sampling) | told_strings(self.fleet.config, self._stops, request.stop)
         return write_request(
             [*request.prompt, *begun],
             limit=self._limit(request) - len(begun),
-            sampling=written_sampling(sampling) | ({"stop": [*self._stops.strings, *request.stop]} if strings else {}),
+            sampling=told,
             stop_tokens=self._stops.tokens,
             own=own,
             seed=seed_of(own),
@@ -126,7 +127,10 @@ class RemoteSampler:
     def _sample(self, request: Request, group: Sequence[Sample | None], fork: Fork, said: Said) -> Sample:
         """The whole completion, with the tokens that it inherits."""
         begun = self._begun(group, fork)
-        said, reason = self._ended(request, begun, said)
+        limit = self._limit(request) - len(begun)
+        said, reason = self._endings.cut(
+            request.prompt, begun, said, begun=request.begun, limit=limit, stop=request.stop
+        )
         tokens = said.tokens
         logprobs = said.logprobs
         entropies = said.entropies
@@ -152,39 +156,6 @@ class RemoteSampler:
             fork_score=fork.score,
             forced=forced,
             intervention=fork.intervention,
-        )
-
-    def _ended(self, request: Request, begun: list[int], said: Said) -> tuple[Said, FinishReason]:
-        """What was said up to its end, and why that is one: by the run's own rules, whatever an engine calls it. Raises
-        EngineFailed for what does not end by them."""
-        tokens = said.tokens.tolist()
-        limit = self._limit(request) - len(begun)
-        if outside := [token for token in tokens if not 0 <= token < self.config.num_ids]:
-            raise EngineFailed(
-                f"an engine said the token {outside[0]}, and the model knows {self.config.num_ids}; it serves another"
-            )
-
-        # As a decoder would have stopped, so that no token behind the end is trained on.
-        stops = set(self._stops.tokens)
-        stop = next((i + 1 for i, token in enumerate(tokens) if token in stops), None)
-        end = min(stop or len(tokens), limit)
-        length = self._strings.beside(request.stop).end(
-            lambda count: last_of(request.prompt, [np.array([*begun, *tokens[:end]], np.int32)], count),
-            len(begun) + end,
-            end,
-            begun=request.begun,
-            given=len(begun),
-        )
-        if length is not None:
-            return said.until(length - len(begun)), "stop_string"
-        if stop is not None and stop <= limit:
-            return said.until(stop), "stop"
-        if len(tokens) >= limit:
-            return said.until(limit), "length"
-        raise EngineFailed(
-            f"an engine ended a completion ({said.finish_reason}) after {len(tokens)} of {limit} tokens, and neither "
-            "a stop token nor a stop string ends it; start it with room for prompt and completion, and no defaults of "
-            "its own (vLLM: --max-model-len, --generation-config=vllm)"
         )
 
 
@@ -238,6 +209,12 @@ def written_sampling(sampling: SamplingParams) -> dict[str, Any]:
     floats = {name: float(str(np.float32(getattr(sampling, name)))) for name in ("temperature", "top_p", "min_p")}
     biases = {str(token): value for token, value in logit_biases(sampling).items()}
     return floats | {"top_k": int(sampling.top_k)} | ({"logit_bias": biases} if biases else {})
+
+
+def told_strings(config: EnginesConfig, stops: Stops, own: Sequence[str]) -> dict[str, Any]:
+    """Stop strings, with a request's own, for engines that find them where a decoder would; of others' text the run
+    cuts what is behind."""
+    return {"stop": [*stops.strings, *own]} if config.engine == "rljax" else {}
 
 
 def seed_of(own: dict[str, int]) -> int:

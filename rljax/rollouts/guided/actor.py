@@ -17,6 +17,7 @@ from jaxtyping import Bool, Int
 from rljax.plans import RolloutPlan
 from rljax.rollouts.actor import Actor, Decoder, ScoredGroup, number_groups
 from rljax.rollouts.config import ActorParts
+from rljax.rollouts.engines import Remote
 from rljax.rollouts.guided.guidance import (
     FINAL_ACTIONS,
     MINIMAL_SEARCH,
@@ -42,7 +43,7 @@ QUOTES_PLAN = re.compile(r"\b(?:reference plan|the plan|(?:step|item) \d+ of the
 class Guided:
     """Guided rollouts where plain ones all fail (ActGuide-RL, 2605.12004; `rljax.rollouts.guided`)."""
 
-    actor: SingleTurn | MultiTurn = dataclasses.field(default_factory=SingleTurn)
+    actor: SingleTurn | MultiTurn | Remote = dataclasses.field(default_factory=SingleTurn)
     """How plain and guided rollouts are made."""
     column: str = "actions"
     """Column of the data that holds reference actions."""

@@ -44,7 +44,7 @@ from rljax.parallel import (
     use_mesh,
 )
 from rljax.plans import RolloutPlan
-from rljax.rollouts import Actor, ActorParts, BlackBox, Guided, Remote, RolloutSettings, SingleTurn
+from rljax.rollouts import Actor, ActorParts, BlackBox, Guided, Remote, RemoteBlackBox, RolloutSettings, SingleTurn
 from rljax.sampling import SamplingConfig, SamplingParams
 from rljax.sampling.config import GRAMMARS, PENALTIES
 from rljax.sampling.divergence import DivergenceHead
@@ -355,6 +355,8 @@ def check_single_turns(config: Config) -> None:
         value = getattr(sampling, name)
         others: dict[str, type] = {"stop_column": Remote, "top_logprobs": BlackBox}
         is_done = isinstance(actor, (SingleTurn, others.get(name, SingleTurn)))
+        # Engines say no more of a turn than its tokens and their log-probs.
+        is_done = is_done and not isinstance(actor, RemoteBlackBox)
         if is_done or value == getattr(defaults, name):
             continue
         raise ValueError(

@@ -69,8 +69,8 @@ def check_forks_served(config: EnginesConfig, plan: RolloutPlan) -> None:
 
 def exporter(decoder: DecoderConfig, tokenizer: Tokenizer, dtype: str, mesh: Mesh) -> Export:
     """Writes weights in `dtype`, adapters merged into them, with the tokenizer. Weights that are spread over several
-    processes are gathered on `mesh`, which is this process's own: all of them write at the same moment, each for its own
-    engines."""
+    processes are gathered on `mesh`, which is this process's own: all of them write at the same moment, each for its
+    own engines."""
 
     def export(folder: Path, params: Params) -> None:
         own = take_params(decoder, mesh, params)

@@ -139,7 +139,7 @@ MISTAKES = {
     "an alphabet that repeats": (["--config.model.alphabet=aab"], r"config\.model\.alphabet='aab' must hold each"),
     "an empty stop string": (
         ["--config.sampling.stop_strings=('',)"],
-        r"stop_strings holds an empty text",
+        r"stop_strings, or the stops of a request, hold an empty text",
     ),
     "a part that has moved": (
         ["--config.environment.make=x:y"],

@@ -217,11 +217,14 @@ def main() -> None:
     arguments = parse_arguments(__doc__.splitlines()[0], rivals=(), presets=tuple(SIZES))
     size = SIZES[arguments.preset]
     quick = arguments.preset == "smoke"
-    probes = [probe("float32", quick)]
+
+    # Virtual devices are made when jax starts, so the runs have a process of their own.
     environment = dict(os.environ)
     if not has_gpu():
         flags = environment.get("XLA_FLAGS", "")
         environment["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count={2 if quick else 8}"
+
+    probes = [probe("float32", quick)]
     command = [sys.executable, __file__, "--child", arguments.preset, str(arguments.repeats)]
     done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
     rounds = json.loads(done.stdout.splitlines()[-1])
@@ -237,6 +240,7 @@ def main() -> None:
         for form in ("sleep", "device")
         for name in ("in turn", "overlapped")
     ]
+
     digests = [one["device"][name]["digest"] for one in rounds for name in ("in turn", "overlapped")]
     sleep, device = ratios_of("sleep", rounds), ratios_of("device", rounds)
     ratios = {

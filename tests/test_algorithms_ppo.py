@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from breaking import break_off
 from objectives import MASK, NAN, float64, make_batch
 
 import rljax.experiment.train
@@ -168,16 +169,8 @@ def whole_state(folder):
 
 
 def test_a_run_that_breaks_off_and_goes_on_equals_one_that_does_not(straight, tmp_path, monkeypatch):
+    break_off(config(), tmp_path, before=3)
     step = rljax.experiment.train.train_step
-
-    def breaks(run, index):
-        if index == 3:
-            raise KeyboardInterrupt
-        return step(run, index)
-
-    monkeypatch.setattr(rljax.experiment.train, "train_step", breaks)
-    with pytest.raises(KeyboardInterrupt):
-        train(config(), str(tmp_path))
     steps_run = []
     monkeypatch.setattr(
         rljax.experiment.train, "train_step", lambda run, index: (steps_run.append(index), step(run, index))[1]

@@ -7,6 +7,7 @@ import threading
 import jax
 import numpy as np
 import pytest
+from breaking import break_off
 from docs_metrics import unexplained
 from test_rollouts_endpoint import CONFIG as MODEL
 from test_rollouts_endpoint import make_tokenizer, params
@@ -144,23 +145,14 @@ def test_groups_in_flight_are_not_lost_when_a_run_breaks_off(tmp_path, monkeypat
     """What a checkpoint holds of groups under way is trained on after the resume, or still under way at the end."""
     config = make_config(DecoupledPPO(group_size=4), steps=4, checkpoint=CheckpointConfig(every=1))
     config.actor = dataclasses.replace(config.actor, groups_in_flight=3)
-    step = rljax.experiment.train.train_step
     states = []
-
-    def breaks(run, index):
-        if index == 2:
-            raise KeyboardInterrupt
-        return step(run, index)
 
     def saved(run, step, state=rljax.experiment.train.host_state):
         states.append(state(run, step)["actor"])
         return state(run, step)
 
-    monkeypatch.setattr(rljax.experiment.train, "train_step", breaks)
     monkeypatch.setattr(rljax.experiment.train, "host_state", saved)
-    with pytest.raises(KeyboardInterrupt):
-        train(config, str(tmp_path))
-    monkeypatch.setattr(rljax.experiment.train, "train_step", step)
+    break_off(config, tmp_path, before=2)
     under_way = {group["example_id"] for group in states[-1]["groups"]}
     assert len(under_way) == 3
 
@@ -175,7 +167,7 @@ def test_groups_in_flight_are_not_lost_when_a_run_breaks_off(tmp_path, monkeypat
     assert [line["play/groups_in_flight"] for line in lines(tmp_path)] == [3] * 4
 
 
-def test_a_share_of_older_weights_is_the_same_behind_a_resume(tmp_path, monkeypatch):
+def test_a_share_of_older_weights_is_the_same_behind_a_resume(tmp_path):
     config = make_config(AgentRL(group_size=4), steps=4, checkpoint=CheckpointConfig(every=1))
     # Weights move whatever the rewards are.
     config.optimizer = dataclasses.replace(config.optimizer, learning_rate=0.1, weight_decay=1.0)
@@ -183,17 +175,7 @@ def test_a_share_of_older_weights_is_the_same_behind_a_resume(tmp_path, monkeypa
     train(config, str(tmp_path / "straight"))
     assert [line["rollout/staleness_max"] for line in lines(tmp_path / "straight")] == [0, 1, 2, 0]
 
-    step = rljax.experiment.train.train_step
-
-    def breaks(run, index):
-        if index == 2:
-            raise KeyboardInterrupt
-        return step(run, index)
-
-    monkeypatch.setattr(rljax.experiment.train, "train_step", breaks)
-    with pytest.raises(KeyboardInterrupt):
-        train(config, str(tmp_path / "resumed"))
-    monkeypatch.setattr(rljax.experiment.train, "train_step", step)
+    break_off(config, tmp_path / "resumed", before=2)
     train(config, str(tmp_path / "resumed"))
 
     # Which conversations are computed together depends on the time, and rounds the last bits.
@@ -235,20 +217,10 @@ def test_incomplete_groups_are_weighed_or_drawn_again_in_a_run(with_rules):
         assert all("the tool is gone" in r["error"] for g in groups for r in g if r["reward"] is None)
 
 
-def test_a_run_that_keeps_keys_and_values_goes_on_with_the_same_numbers(with_rules, tmp_path, monkeypatch):
+def test_a_run_that_keeps_keys_and_values_goes_on_with_the_same_numbers(with_rules, tmp_path):
     """It breaks off behind a rollout that is no longer in its checkpoint, and would lack what that had computed."""
     config, folder = with_rules
-    step = rljax.experiment.train.train_step
-
-    def breaks(run, index):
-        if index == 3:
-            raise KeyboardInterrupt
-        return step(run, index)
-
-    monkeypatch.setattr(rljax.experiment.train, "train_step", breaks)
-    with pytest.raises(KeyboardInterrupt):
-        train(config, str(tmp_path))
-    monkeypatch.setattr(rljax.experiment.train, "train_step", step)
+    break_off(config, tmp_path, before=3)
     train(config, str(tmp_path))
     assert run_metrics(tmp_path) == run_metrics(folder)
 

@@ -3,8 +3,8 @@
 import dataclasses
 
 import pytest
+from breaking import break_off
 
-import rljax.experiment.train
 from rljax.algorithms import APPO
 from rljax.experiment import RolloutConfig
 from rljax.experiment.train import train
@@ -26,7 +26,7 @@ def make_config(rollout, **changes):
 
 
 @pytest.mark.parametrize("rollout", [RolloutConfig(), RolloutConfig(push_every=2, staleness=1)], ids=["each", "second"])
-def test_chains_have_the_weights_before_the_newest_behind_a_resume_too(rollout, tmp_path, monkeypatch):
+def test_chains_have_the_weights_before_the_newest_behind_a_resume_too(rollout, tmp_path):
     train(make_config(rollout, checkpoint=CheckpointConfig(every=0)), str(tmp_path / "straight"))
     want = run_metrics(tmp_path / "straight")
 
@@ -34,17 +34,7 @@ def test_chains_have_the_weights_before_the_newest_behind_a_resume_too(rollout, 
     first = rollout.push_every + rollout.staleness
     assert all(line["rollout/logprob_gap_max"] > 1e-4 for line in want[first:])
 
-    step = rljax.experiment.train.train_step
     for last in (2, 3):
-
-        def breaks(run, index, last=last):
-            if index == last:
-                raise KeyboardInterrupt
-            return step(run, index)
-
-        monkeypatch.setattr(rljax.experiment.train, "train_step", breaks)
-        with pytest.raises(KeyboardInterrupt):
-            train(make_config(rollout), str(tmp_path / "resumed"))
-    monkeypatch.setattr(rljax.experiment.train, "train_step", step)
+        break_off(make_config(rollout), tmp_path / "resumed", before=last)
     train(make_config(rollout), str(tmp_path / "resumed"))
     assert run_metrics(tmp_path / "resumed") == want

@@ -7,6 +7,7 @@ import jax
 import numpy as np
 import optax
 import pytest
+from breaking import break_off
 
 import rljax.experiment.train
 from rljax.algorithms import DecoupledPPO
@@ -94,19 +95,9 @@ def test_rollouts_have_the_weights_that_were_pushed_last(straight):
     assert rates[0] < rates[1] < rates[2] and rates[2] > rates[3] > rates[6]
 
 
-def test_a_run_that_ends_between_two_pushes_goes_on_with_the_same_numbers(straight, tmp_path, monkeypatch):
-    step = rljax.experiment.train.train_step
+def test_a_run_that_ends_between_two_pushes_goes_on_with_the_same_numbers(straight, tmp_path):
     for last in (4, 6):
-
-        def breaks(run, index, last=last):
-            if index == last:
-                raise KeyboardInterrupt
-            return step(run, index)
-
-        monkeypatch.setattr(rljax.experiment.train, "train_step", breaks)
-        with pytest.raises(KeyboardInterrupt):
-            train(make_config(), str(tmp_path))
-    monkeypatch.setattr(rljax.experiment.train, "train_step", step)
+        break_off(make_config(), tmp_path, before=last)
     train(make_config(), str(tmp_path))
     assert run_metrics(tmp_path) == run_metrics(straight[0])
 

@@ -5,9 +5,9 @@ import json
 
 import numpy as np
 import pytest
+from breaking import break_off
 
 import rljax.algorithms.owpo as owpo
-import rljax.experiment.train
 from rljax.algorithms import OWPO
 from rljax.experiment import CheckpointConfig, EvaluationConfig
 from rljax.experiment.train import train
@@ -43,7 +43,7 @@ def config(**changes):
 
 def test_the_gate_sees_scores_now_and_at_the_last_refresh_and_a_run_resumes_with_both(tmp_path, monkeypatch):
     """The gate says no after the second step, so the third is compared with the first; broken off in between."""
-    seen, copies, step = [], [], rljax.experiment.train.train_step
+    seen, copies = [], []
 
     def gate(now, before):
         seen.append((now.tolist(), before.tolist()))
@@ -53,17 +53,9 @@ def test_the_gate_sees_scores_now_and_at_the_last_refresh_and_a_run_resumes_with
         copies.append(int(state.step))
         return refresh(self, state, weight)
 
-    def breaks(run, index):
-        if index == 2:
-            raise KeyboardInterrupt
-        return step(run, index)
-
     monkeypatch.setattr(owpo, "not_worse", gate)
     monkeypatch.setattr(Learner, "refresh_reference", copy)
-    monkeypatch.setattr(rljax.experiment.train, "train_step", breaks)
-    with pytest.raises(KeyboardInterrupt):
-        train(config(), str(tmp_path))
-    monkeypatch.setattr(rljax.experiment.train, "train_step", step)
+    break_off(config(), tmp_path, before=2)
     assert len(seen) == 2
     train(config(), str(tmp_path))
     scores = {}
@@ -90,19 +82,9 @@ def test_the_interval_is_the_run_s_before_the_plan_s(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_ratchet_that_is_broken_off_equals_one_that_is_not(tmp_path, monkeypatch):
+def test_a_ratchet_that_is_broken_off_equals_one_that_is_not(tmp_path):
     train(config(), str(tmp_path / "whole"))
-    step = rljax.experiment.train.train_step
-
-    def breaks(run, index):
-        if index == 3:
-            raise KeyboardInterrupt
-        return step(run, index)
-
-    monkeypatch.setattr(rljax.experiment.train, "train_step", breaks)
-    with pytest.raises(KeyboardInterrupt):
-        train(config(), str(tmp_path / "parts"))
-    monkeypatch.undo()
+    break_off(config(), tmp_path / "parts", before=3)
     train(config(), str(tmp_path / "parts"))
     assert run_metrics(tmp_path / "parts") == run_metrics(tmp_path / "whole")
     assert params_fingerprint(tmp_path / "parts") == params_fingerprint(tmp_path / "whole")

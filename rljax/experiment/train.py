@@ -84,8 +84,11 @@ def train(config: Config, workdir: str, *, fresh: bool = False) -> dict[str, Any
             run = build(config)
         run.stops = stops
         check_run(run)
+
+        # Processes that were started with other configs or data would train apart, or wait for each other.
         check_equal(config=to_dict(config), data=[example.id for example in [*run.dataset.train, *run.dataset.test]])
         say(describe_run(run))
+
         folder = RunFolder(path, config=to_dict(config), fresh=fresh)
         journal = Journal(folder.journal, folder.check_lease)
         checkpoints = open_checkpoints(config, folder, journal)
@@ -285,6 +288,17 @@ def review_warmup(folder: RunFolder) -> None:
         review_changes(folder.previous_config, folder.config, steps[-1], "config.warmup.steps")
 
 
+def review_run(folder: RunFolder, done: int) -> None:
+    """`review_changes` of a run that has done `done` steps. ValueError too where its first evaluation is missing."""
+    is_evaluated = on_main(folder.evaluation_file(0).exists)
+    if done and not is_evaluated:
+        raise ValueError(
+            f"{folder.evaluation_file(0)} is missing, and the weights that it was made with are gone; put it back, "
+            "or start in a new folder (or with --fresh)"
+        )
+    review_changes(folder.previous_config, folder.config, done, "config.steps", is_evaluated=is_evaluated)
+
+
 def resume(run: Run, checkpoints: Checkpointer, folder: RunFolder, journal: Journal) -> Place | None:
     """Restores the newest good checkpoint into `run`, and says where it stands; None for a new run. ValueError for a
     config that the run cannot go on with.
@@ -292,14 +306,8 @@ def resume(run: Run, checkpoints: Checkpointer, folder: RunFolder, journal: Jour
     Rollouts that an earlier start has made of the same config are taken from the journal, behind the checkpoint too.
     """
     if checkpoints.steps:
-        done = checkpoints.steps[-1]
-        is_evaluated = on_main(folder.evaluation_file(0).exists)
-        if done and not is_evaluated:
-            raise ValueError(
-                f"{folder.evaluation_file(0)} is missing, and the weights that it was made with are gone; put it back, "
-                "or start in a new folder (or with --fresh)"
-            )
-        review_changes(folder.previous_config, folder.config, done, "config.steps", is_evaluated=is_evaluated)
+        review_run(folder, checkpoints.steps[-1])
+
     restored = checkpoints.restore(run.target_state()) if checkpoints.steps else None
     if restored is None and checkpoints.steps:
         # Before the first one is complete all rollouts are there, and the run begins again with them.
@@ -309,6 +317,7 @@ def resume(run: Run, checkpoints: Checkpointer, folder: RunFolder, journal: Jour
                 f"{journal.folder}; put them back, or start anew with --fresh"
             )
         checkpoints.drop(checkpoints.steps)
+
     if restored is None:
         review_warmup(folder)
         if is_main_process():
@@ -320,6 +329,8 @@ def resume(run: Run, checkpoints: Checkpointer, folder: RunFolder, journal: Jour
     run.state, host, step = restored
     run.reference_scores = host.get("reference_scores", [])
     run.empty_steps = host.get("empty_steps", 0)
+
+    # The next rollout is sampled by the weights restored, and may ask for older ones too.
     version = run.config.rollout.version_of(step)
     if (older := run.actor.older(version)) < version:
         run.pipeline.remember(run.learner.params_before(run.state), older)

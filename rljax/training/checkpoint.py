@@ -142,9 +142,10 @@ class Checkpointer:
 
         `target` is a `TrainState` of `jax.ShapeDtypeStruct`s with the shardings to restore onto; they need not be those
         of the save. Its `base`, if it has one, is the loaded weights themselves (`with_base`), and part of what is
-        returned. A checkpoint that cannot be read, or whose arrays are not bit for bit what was saved, is logged, set
-        aside in `<folder>_unreadable/`, and the one before it used. Raises ValueError when there are checkpoints but
-        none fits: then nothing is set aside, since the reason may be a changed model or optimizer.
+        returned. Older weights (`before`) that it asks for and a checkpoint lacks are the policy's. A checkpoint that
+        cannot be read, or whose arrays are not bit for bit what was saved, is logged, set aside in
+        `<folder>_unreadable/`, and the one before it used. Raises ValueError when there are checkpoints but none fits:
+        then nothing is set aside, since the reason may be a changed model or optimizer.
         """
         if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(_bases(target))):
             raise ValueError("the target's base has shapes alone; load it: with_base(target, learner.base_of(params))")
@@ -196,11 +197,9 @@ class Checkpointer:
         saved = _together(lambda: self._read(step, "state", ocp.args.StandardRestore(_without_base(stored))))
         _check_contents(saved, host["fingerprint"])
         state = _with_base(saved, target)
-        if target.before is not None and not holds_before:
+        if holds_before != (target.before is not None):
             # Updates take the arrays of `trainable` for themselves.
-            state = with_before(state, jax.tree.map(jnp.copy, state.trainable))
-        elif target.before is None:
-            state = with_before(state, None)
+            state = with_before(state, None if holds_before else jax.tree.map(jnp.copy, state.trainable))
         return state, host["host"], int(host["step"])
 
     def _read(self, step: int, name: str, args: Any) -> Any:

@@ -367,7 +367,7 @@ class Learner:
         return self.subtree.merge(state.before, state.base)
 
     def remember(self, state: TrainState) -> TrainState:
-        """The state in which the weights that rollouts have are those that they had before: a copy, where the next
+        """The state that keeps the weights which rollouts have as those that they had `before`: a copy, where the next
         update changes them."""
         before = self._copy(state.trainable) if state.pushed is None else state.pushed
         return state.replace(before=before)  # type: ignore[attr-defined]

@@ -53,6 +53,7 @@ class EnginesConfig:
         """Raises a ValueError of one line for what can never work."""
         if not self.engines or len(set(self.engines)) < len(self.engines):
             raise ValueError(f"config.actor.engines={self.engines} must be addresses, each of them once")
+
         for address in self.engines:
             if not _ADDRESS.fullmatch(address):
                 raise ValueError(
@@ -63,6 +64,8 @@ class EnginesConfig:
                     f"config.actor.engines holds {address}, which may be another machine, and config.actor.weights='' "
                     "is a folder of this one; name a folder that both see"
                 )
+
+        # Engines read the folder as a path.
         if "://" in self.weights:
             raise ValueError(
                 f"config.actor.weights={self.weights!r} is no folder of a file system; mount the bucket, and name the "
@@ -71,20 +74,24 @@ class EnginesConfig:
         if self.hand_over == "restart" and not self.command:
             raise ValueError("config.actor.hand_over='restart' needs config.actor.command, which starts an engine")
         if self.command:
-            try:
-                written = self.command.format(**dict.fromkeys(_PLACES, ""))
-            except (KeyError, IndexError, ValueError) as error:
-                raise ValueError(
-                    f"config.actor.command={self.command!r} cannot be filled in ({error!r}); it may hold "
-                    f"{', '.join(f'{{{name}}}' for name in _PLACES)}"
-                ) from None
-            if not written.strip() or "{weights}" not in self.command:
-                raise ValueError(
-                    f"config.actor.command={self.command!r} must say where the weights are: write {{weights}} in it"
-                )
+            self._check_command()
+
         if self.key_variable and not os.environ.get(self.key_variable):
             raise ValueError(
                 f"config.actor.key_variable={self.key_variable!r} is not in the environment; set it, or leave it out"
+            )
+
+    def _check_command(self) -> None:
+        try:
+            written = self.command.format(**dict.fromkeys(_PLACES, ""))
+        except (KeyError, IndexError, ValueError) as error:
+            raise ValueError(
+                f"config.actor.command={self.command!r} cannot be filled in ({error!r}); it may hold "
+                f"{', '.join(f'{{{name}}}' for name in _PLACES)}"
+            ) from None
+        if not written.strip() or "{weights}" not in self.command:
+            raise ValueError(
+                f"config.actor.command={self.command!r} must say where the weights are: write {{weights}} in it"
             )
 
     @property

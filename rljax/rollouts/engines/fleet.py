@@ -242,6 +242,7 @@ class Fleet:
                     ) from None
             except EngineFailed as error:
                 raise self._failed(str(error)) from None
+
             time.sleep(pause)
             pause = min(2 * pause, _LONGEST_PAUSE_S)
 

@@ -306,6 +306,24 @@ def test_a_group_that_does_not_fit_is_refused():
         play(make_actor(conversations=4), samples=5)
 
 
+def test_a_group_whose_first_episode_is_over_goes_on_behind_a_restart():
+    """That episode has no conversation there, whose beginning the others could share."""
+    plan = RolloutPlan(group_size=4)
+    examples = [Example(f"task {i}") for i in range(6)]
+    actor = make_actor(groups_in_flight=5, answers_after=1)
+    actor.submit(number_groups(examples, plan.group_size), plan, 0)
+    actor.ready(2)
+    state = json.loads(json.dumps(actor.state_dict()))
+    ends = [[play["then"] for play in group["plays"]] for group in state["groups"]]
+    assert any(then[:2] == ["finish", "speak"] for then in ends)
+
+    resumed = make_actor(groups_in_flight=5, answers_after=1)
+    resumed.load_state_dict(state, plan, {example.id: example for example in examples})
+    for group in resumed.ready(4):
+        for sample in group.samples:
+            check_sample(group, sample)
+
+
 @pytest.mark.parametrize("forks", [None, ForkPlan(chains=2, points=1, rule=random_step(1, 2), rounds=2)])
 def test_what_is_under_way_survives_a_checkpoint(forks):
     """Groups cut off in mid-turn, at their environments, waiting and complete: all go on as they would have."""

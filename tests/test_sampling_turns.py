@@ -214,6 +214,8 @@ def test_nothing_compiles_after_warmup():
         ({"conversation": 6}, "conversation 6 must lie between 0 and 5"),
         ({"tokens": []}, "0 tokens leave no room"),
         ({"tokens": [1] * LENGTH}, "96 tokens leave no room for a new one within context_length=96"),
+        ({"prefix_of": -1}, "conversation 0: prefix_of=-1 must lie between 0 and 5"),
+        ({"prefix_of": 6}, "conversation 0: prefix_of=6 must lie between 0 and 5"),
         ({"max_new_tokens": 11}, "max_new_tokens=11 must lie between 1 and 10"),
         ({"turn": 2048}, "turn 2048"),
     ],

@@ -678,14 +678,21 @@ class MultiTurnActor:
                 prompt_id=group.example.id,
                 sample_id=play.fork.sample_id,
                 turn=play.turn,
-                # A fork shares its parent's tokens; any other play shares the prompt with the first of its group.
-                prefix_of=group.plays[max(play.fork.parent, 0)].conversation,
+                prefix_of=self._prefix_of(play),
                 max_new_tokens=room,
                 suppress=is_suppressed and len(play.tokens) == play.first_own,
                 begun=spoken,
                 drawn=drawn,
             )
         )
+
+    def _prefix_of(self, play: Play) -> int | None:
+        """The conversation whose beginning a play shares: its parent's if it is a fork, else that of the first play of
+        the group. None where that play is over and its conversation another's, as it is behind a restart too."""
+        group = play.group
+        first = group.plays[max(play.fork.parent, 0)]
+        is_over = group.rounds is None and group.samples[first.index] is not None
+        return None if is_over or first.conversation == NO_CONVERSATION else first.conversation
 
     def _decoder_of(self, play: Play) -> int:
         """Which decoder speaks the current turn: the same each time it is asked, so that a turn goes on where it

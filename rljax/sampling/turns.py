@@ -306,6 +306,9 @@ class TurnDecoder:
         length = len(turn.tokens)
         if not 0 <= turn.conversation < spec.conversations:
             raise ValueError(f"{where} must lie between 0 and {spec.conversations - 1}")
+        # Python would take a negative number for one counted from the end, and the device for another one still.
+        if turn.prefix_of is not None and not 0 <= turn.prefix_of < spec.conversations:
+            raise ValueError(f"{where}: prefix_of={turn.prefix_of} must lie between 0 and {spec.conversations - 1}")
         if not 0 <= turn.begun <= length:
             raise ValueError(f"{where}: begun={turn.begun} must lie between 0 and its {length} tokens")
         if not 0 <= turn.drawn <= turn.begun:

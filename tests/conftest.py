@@ -1,7 +1,9 @@
 """Tests run on the CPU, offline, and share compiled programs through the persistent cache."""
 
+import ctypes
 import gc
 import os
+import pathlib
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -12,6 +14,7 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 # numbers. `make test-slow` compiles as in production.
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false")
 
+import jax
 import pytest
 
 COSTLY = (
@@ -59,3 +62,22 @@ def pytest_collection_finish() -> None:
     gc.freeze()
     gc.set_threshold(100_000, 20, 100)
     gc.enable()
+
+
+MOST_BYTES = 2 * 2**30
+"""Memory of a process from which on the programs of files that are done are dropped."""
+
+
+@pytest.fixture(autouse=True, scope="module")
+def few_programs():
+    """Files hardly share programs, and all of them together take several gigabytes per process."""
+    yield
+    pages = pathlib.Path("/proc/self/statm")
+    if not pages.exists() or int(pages.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") < MOST_BYTES:
+        return
+    jax.clear_caches()
+    gc.collect()
+    # The allocator keeps what is freed, unless told otherwise.
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)

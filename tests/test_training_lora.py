@@ -29,7 +29,7 @@ from rljax.models import (
     save_hf,
     with_adapters,
 )
-from rljax.rollouts.engines.actor import exporter
+from rljax.rollouts.engines.build import exporter
 from rljax.testing import tiny_config
 from rljax.testing.results import run_metrics
 from rljax.text import CharTokenizer
@@ -183,7 +183,7 @@ def test_a_run_goes_on_bit_for_bit_and_its_adapters_go_everywhere(source, tmp_pa
     assert fingerprint(found) == fingerprint(exact)
 
     # What engines get is the same model.
-    exporter(run.decoder, run.tokenizer, "float32")(tmp_path / "engine", trained)
+    exporter(run.decoder, run.tokenizer, "float32", run.mesh)(tmp_path / "engine", trained)
     assert fingerprint(load_model(tmp_path / "engine")[1]) == fingerprint(merged)
 
 

@@ -1,0 +1,307 @@
+"""The arena's tasks, each with predictions that were written before its runs.
+
+Where a prediction is a factor, it is of `rljax.analysis.snr`: the squared signal to noise of the policy gradient for
+each sampled token. At equal tokens a larger one should learn faster; by how much the simulation does not say.
+"""
+
+from collections.abc import Callable, Sequence
+
+from rljax.advantages import global_and_local, intra_and_inter_tree
+from rljax.algorithms import GRPO, RandomForks, TreeGRPO
+from rljax.analysis.arena import SEQUENCE_ROWS, Method, Size, Task
+from rljax.analysis.arena_parts import (
+    CERTAIN,
+    LATE_ALPHABET,
+    RELAY_ALPHABET,
+    TURNS,
+    EntropyMask,
+    RandomForksWith,
+    SurprisalForks,
+    late_demonstrations,
+    miscounted,
+    relay_demonstrations,
+)
+from rljax.experiment import (
+    CheckpointConfig,
+    Config,
+    EnvironmentLimits,
+    EvaluationConfig,
+    FreshModel,
+    MultiTurn,
+    OptimizerConfig,
+    ReasoningGymData,
+    RewardConfig,
+    RowsData,
+    SamplingConfig,
+    SingleTurn,
+    UpdateConfig,
+    WarmupConfig,
+)
+from rljax.tasks import DataSource, Example, final_number
+
+ROWS = 8000
+"""Training rows of a task."""
+
+
+def character_config(
+    size: Size,
+    alphabet: str,
+    data: DataSource,
+    actor: SingleTurn | MultiTurn,
+    demonstrations: Callable[[Sequence[Example]], list[Example]],
+    *,
+    length: int,
+    new_tokens: int,
+    warmup: int,
+    learning_rate: float,
+) -> Config:
+    """A run of a character model of 0.35M parameters on sequences of at most `length` tokens, of which a completion, or
+    a turn, has at most `new_tokens`. `warmup` are supervised steps at full size."""
+    steps = max(1, round(warmup * size.warmup))
+
+    packed = SEQUENCE_ROWS * length
+    return Config(
+        name="arena",
+        steps=size.updates,
+        prompts_per_step=size.prompts,
+        model=FreshModel(
+            alphabet=alphabet,
+            num_layers=size.layers,
+            embed_dim=96,
+            num_heads=3,
+            num_kv_heads=3,
+            mlp_dim=288,
+        ),
+        data=data,
+        actor=actor,
+        algorithm=GRPO(group_size=8, kl_coef=0.0),
+        sampling=SamplingConfig(max_new_tokens=new_tokens),
+        update=UpdateConfig(
+            pack_length=packed,
+            microbatch_size=4,
+            length_buckets=(packed,),
+            score_buckets=(packed,),
+            head_chunk=2048,
+            # Early in training whole steps may have no signal, and they belong to the curve.
+            max_empty=size.updates + 1,
+        ),
+        optimizer=OptimizerConfig(learning_rate=learning_rate),
+        warmup=WarmupConfig(
+            steps=steps,
+            batch_size=128,
+            demonstrations=demonstrations,
+            optimizer=OptimizerConfig(
+                learning_rate=2e-3, schedule="cosine", warmup_steps=min(20, steps - 1), total_steps=steps
+            ),
+        ),
+        evaluation=EvaluationConfig(problems=size.problems, samples=4, batch_prompts=min(32, size.problems)),
+        checkpoint=CheckpointConfig(every=0),
+    )
+
+
+def late_config(size: Size) -> Config:
+    """`word=`, then certain text and six digits."""
+    return character_config(
+        size,
+        LATE_ALPHABET,
+        RowsData(
+            rows="rljax.analysis.arena_parts:late_rows",
+            args={"size": ROWS, "seed": 0},
+            test_args={"size": size.problems, "seed": 1},
+        ),
+        SingleTurn(rewards=(RewardConfig("rljax.tasks.verifiers:ExactMatch"),), prompt_buckets=(7,)),
+        late_demonstrations,
+        length=7 + len(CERTAIN) + 6 + 1,
+        new_tokens=len(CERTAIN) + 6 + 1,
+        warmup=200,
+        learning_rate=1e-4,
+    )
+
+
+def relay_config(size: Size) -> Config:
+    """Eight turns of a letter."""
+    return character_config(
+        size,
+        RELAY_ALPHABET,
+        RowsData(
+            rows="rljax.analysis.arena_parts:relay_rows",
+            args={"size": ROWS, "seed": 0},
+            test_args={"size": size.problems, "seed": 1},
+        ),
+        MultiTurn(
+            make="rljax.analysis.arena_parts:Relay",
+            tool_format="rljax.analysis.arena_parts:RELAY_FORMAT",
+            context_length=5 * TURNS,
+            prefill_chunks=(8,),
+            check_every=2,
+            workers=4,
+            limits=EnvironmentLimits(turns=TURNS),
+        ),
+        relay_demonstrations,
+        length=5 * TURNS,
+        new_tokens=2,
+        warmup=200,
+        learning_rate=1e-4,
+    )
+
+
+def sums_config(size: Size) -> Config:
+    """Four one-digit terms, `7 - 2 + 4 - 1 =` to `5;9;8`."""
+    return character_config(
+        size,
+        "0123456789+-=; ",
+        ReasoningGymData(
+            task="chain_sum",
+            args={"min_terms": 4, "max_terms": 4, "min_digits": 1, "max_digits": 1},
+            size=ROWS,
+            test_size=size.problems,
+            prompt="{expression} =",
+            chat=False,
+            extract=final_number,
+        ),
+        SingleTurn(prompt_buckets=(20,)),
+        miscounted,
+        length=34,
+        new_tokens=14,
+        warmup=300,
+        learning_rate=1e-4,
+    )
+
+
+def grpo(samples: int) -> GRPO:
+    """GRPO without a reference model."""
+    return GRPO(group_size=samples, kl_coef=0.0)
+
+
+LATE = Task(
+    name="late",
+    about="Six letters are asked; an answer is 17 certain characters and then a digit for each letter, by a hidden "
+    "table. It is worth 1 if all digits are right. At every second place the warm start prefers a wrong digit.",
+    prediction="Forks where the policy is uncertain beat forks anywhere, which beat none: all that is to be learned "
+    "lies in six of 24 tokens, at the end, and a fork in front of them costs few tokens.",
+    config=late_config,
+    methods=(
+        Method("GRPO 8", grpo(8)),
+        Method(
+            "random forks 4x2",
+            RandomForks(4, 2),
+            against="GRPO 8",
+            claim="1.6 times GRPO's signal to noise for each token",
+        ),
+        Method(
+            "surprisal forks 4x2",
+            SurprisalForks(4, 2),
+            against="GRPO 8",
+            claim="2.3 times (EPTree's forks, 2506.11902, with GRPO's credit)",
+            share=1.45,
+        ),
+        Method(
+            "surprisal forks 4x2, TreeRL's credit",
+            SurprisalForks(4, 2, credit=global_and_local),
+            against="GRPO 8",
+            claim="1.7 times; less than GRPO's credit on the same forks",
+            share=1.45,
+        ),
+        Method(
+            "surprisal forks 4x2x2",
+            SurprisalForks(4, 2, rounds=2),
+            against="GRPO 8",
+            claim="2.2 times",
+            share=1.14,
+        ),
+        Method(
+            "surprisal forks 4x2, Tree-GRPO's credit",
+            SurprisalForks(4, 2, credit=intra_and_inter_tree),
+            against="GRPO 8",
+            claim="2.1 times",
+            share=1.45,
+        ),
+    ),
+)
+
+
+def tree_grpo(chains: int) -> TreeGRPO:
+    """Tree-GRPO with two forks a chain, at the beginning of turns but the first: as many tokens as 2 `chains`."""
+    return TreeGRPO(chains, 2, kl_coef=0.0, dual_clip=None, expand_from_root=False)
+
+
+RELAY = Task(
+    name="relay",
+    about="Eight turns; each shows a letter and wants the digit that it means, by a hidden table. One outcome at the "
+    "end: 1 if all eight are right.",
+    prediction="Tree-GRPO (2509.21240) helps where chains are few, and its gain falls with their number: +55% signal "
+    "to noise for each token at 2 chains' cost, 0 at 4, -12% at 8.",
+    config=relay_config,
+    methods=(
+        Method("GRPO 2", grpo(2), share=4.0),
+        Method("Tree-GRPO 1x2", tree_grpo(1), against="GRPO 2", claim="+55% at the tokens of 2 chains", share=4.0),
+        Method("GRPO 4", grpo(4), share=2.0),
+        Method(
+            "Tree-GRPO 2x2",
+            tree_grpo(2),
+            against="GRPO 4",
+            expected="level",
+            claim="0 at the tokens of 4 chains",
+            share=2.0,
+        ),
+        Method("GRPO 8", grpo(8)),
+        Method(
+            "Tree-GRPO 4x2", tree_grpo(4), against="GRPO 8", expected="below", claim="-12% at the tokens of 8 chains"
+        ),
+    ),
+)
+
+SUMS = Task(
+    name="chain_sum",
+    about="Running totals of four one-digit terms, as in reasoning-gym's chain_sum; half of the demonstrations slip at "
+    "some step.",
+    prediction="The negative control: completions of 5 to 10 tokens, all of them uncertain, leave nothing for forks or "
+    "for credit within a completion to tell apart.",
+    config=sums_config,
+    methods=(
+        Method("GRPO 8", grpo(8)),
+        Method("random forks 4x2", RandomForks(4, 2), against="GRPO 8", expected="level", claim="level"),
+        Method(
+            "random forks 4x2, Tree-GRPO's credit",
+            RandomForksWith(4, 2, credit=intra_and_inter_tree),
+            against="GRPO 8",
+            expected="level",
+            claim="level",
+        ),
+        Method(
+            "random forks 4x2, TreeRL's credit",
+            RandomForksWith(4, 2, credit=global_and_local),
+            against="GRPO 8",
+            expected="level",
+            claim="level",
+        ),
+    ),
+)
+
+
+def mask(fraction: float) -> EntropyMask:
+    """The high-entropy mask; 1 masks nothing."""
+    return EntropyMask(group_size=8, fraction=fraction, overlong_buffer=0)
+
+
+CERTAIN_TASK = Task(
+    name="certain",
+    about="The task `late`, where 6 of 24 tokens are uncertain: what does training on these alone lose?",
+    prediction="Nothing at a quarter of the tokens, which holds all uncertain ones; the rest has next to no gradient. "
+    "A mask of one token a row leaves out five of six decisions and loses.",
+    config=late_config,
+    methods=(
+        Method("all tokens", mask(1.0)),
+        Method(
+            "highest quarter of entropy",
+            mask(0.25),
+            against="all tokens",
+            expected="level",
+            claim="parity (2506.01939)",
+        ),
+        Method("one token in 24", mask(1 / 24), against="all tokens", expected="below", claim="loss"),
+    ),
+)
+
+TASKS = {task.name: task for task in (LATE, RELAY, SUMS, CERTAIN_TASK)}
+"""All tasks, by name."""

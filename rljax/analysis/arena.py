@@ -28,6 +28,7 @@ import numpy as np
 
 from rljax.analysis.arena_statistics import Compared, Expected, compare_paired
 from rljax.analysis.compare import with_seed
+from rljax.evaluation.evaluate import EVALUATION_STEP
 from rljax.experiment.build import Run, build
 from rljax.experiment.config import Config, Recipe, to_dict
 from rljax.experiment.report import say
@@ -35,9 +36,9 @@ from rljax.experiment.sft import warm_up
 from rljax.experiment.train import evaluate_run, train_step
 from rljax.models import load_model, param_shardings, save_hf
 from rljax.parallel import use_mesh
-from rljax.rollouts import Rollout
+from rljax.rollouts import Rollout, collect
 from rljax.training import RunFolder
-from rljax.types import Params
+from rljax.types import NO_PARENT, Params, Trajectory
 
 CODE_THAT_MATTERS = (
     "ops",
@@ -81,7 +82,7 @@ class Size:
 
 SIZES = {
     "smoke": Size(updates=2, prompts=4, seeds=1, looks=1, problems=4, warmup=0.03, layers=1),
-    "small": Size(updates=16, prompts=16, seeds=2, looks=4, problems=64),
+    "small": Size(updates=12, prompts=24, seeds=2, looks=3, problems=64),
     "full": Size(updates=40, prompts=32, seeds=8, looks=8, problems=128),
 }
 
@@ -316,6 +317,48 @@ def learning_curve(run: Run, start: Params, size: Size) -> Outcome:
     return Outcome(curve, figures)
 
 
+def pass_rate(run: Run, start: Params, size: Size) -> Outcome:
+    """Without training: the share of held-out problems with a right leaf, over the tokens sampled for a problem.
+
+    The curve has a point for the first chain of a problem with all that was forked from it, one for the first two, and
+    so on. Only whole steps of problems are asked.
+    """
+    prompts = run.config.prompts_per_step
+    asked = run.dataset.test[: size.problems // prompts * prompts]
+    if not asked:
+        raise ValueError(f"{size.problems} held-out problems are fewer than the {prompts} of a step; take more")
+    run.actor.set_params(start, 0)
+    tokens: list[np.ndarray] = []
+    solved: list[np.ndarray] = []
+    for first in range(0, len(asked), prompts):
+        batch = asked[first : first + prompts]
+        rollout = collect(run.actor, run.algorithm.plan, lambda n, batch=batch: batch[:n], prompts, EVALUATION_STEP)
+        for part, values in zip(leaves_of_chains(rollout.trajectories), (tokens, solved), strict=True):
+            values.append(part)
+
+    cost = np.concatenate(tokens).cumsum(axis=1).mean(axis=0)
+    share = np.maximum.accumulate(np.concatenate(solved), axis=1).mean(axis=0)
+    curve = [Look(float(x), float(y)) for x, y in zip(cost, share, strict=True)]
+    return Outcome(curve, {"problems": len(asked), "sampled": float(cost[-1] * len(asked))})
+
+
+def leaves_of_chains(trajectories: Sequence[Trajectory]) -> tuple[np.ndarray, np.ndarray]:
+    """What each chain of each group came to with all that was forked from it, both [groups, chains]: the tokens that
+    were sampled, and whether a leaf is right. Every group has as many chains."""
+    found: dict[int, dict[int, list[float]]] = {}
+    roots: list[int] = []
+    for row, trajectory in enumerate(trajectories):
+        parent = trajectory.parent_row
+        root = row if parent == NO_PARENT else roots[parent]
+        roots.append(root)
+        chain = found.setdefault(trajectory.group_id, {}).setdefault(root, [0.0, 0.0])
+        # A fork's first tokens are its parent's; what was given to it was not sampled.
+        chain[0] += float(trajectory.action_mask[trajectory.fork_index :].sum())
+        chain[1] = max(chain[1], float(trajectory.is_valid and trajectory.reward >= 1))
+    table = np.array([list(chains.values()) for chains in found.values()])
+    return table[..., 0], table[..., 1]
+
+
 def tokens_of(rollout: Rollout) -> float:
     """Tokens that a rollout has cost."""
     beside = sum(rollout.actor_stats.get(name, 0.0) for name in ("probe_tokens", "replaced_tokens"))
@@ -328,7 +371,7 @@ def warm_start(task: Task, size: Size, run: Run, folder: Path) -> Params:
     target = folder / digest_of(config)
     if not (target / "config.json").exists():
         first = build(config)
-        with first.actor, RunFolder(folder / "log", fresh=True) as log, use_mesh(first.mesh):
+        with first.actor, RunFolder(target.with_suffix(".log"), fresh=True) as log, use_mesh(first.mesh):
             params = warm_up(first, log)
             # In one move: what was broken off is made again.
             part = target.with_suffix(".part")
@@ -394,19 +437,28 @@ def write_record(folder: Path, record: Record) -> Path:
 
 
 def digest_of(config: Config) -> str:
-    """Names a config by its content."""
-    return hashlib.sha256(json.dumps(to_dict(config), sort_keys=True, default=str).encode()).hexdigest()
+    """Names a config by its content. ValueError for a function in it that has no name of its own."""
+    return hashlib.sha256(_text_of(config).encode()).hexdigest()
 
 
 def code_digest(config: Config) -> str:
     """Names the code that decides what a run of `config` gives: `CODE_THAT_MATTERS` and the modules that it names."""
-    named = re.findall(r'"([\w.]+):\w[\w.]*"', json.dumps(to_dict(config)))
+    named = re.findall(r'"([\w.]+):\w[\w.]*"', _text_of(config))
     modules = sorted({*named, type(config.algorithm).__module__})
     files = [*_files_of_rooms(), *filter(None, (_file_of(module) for module in modules))]
     digest = hashlib.sha256()
     for file in files:
         digest.update(_code_of(file).encode())
     return digest.hexdigest()[:16]
+
+
+def _text_of(config: Config) -> str:
+    """A config as JSON, functions by their names."""
+    text = json.dumps(to_dict(config), sort_keys=True, default=to_dict)
+    # Two functions without a name of their own would pass for one, and so would their records.
+    if found := re.search(r'"[^"]*<(?:lambda|locals)>[^"]*"', text):
+        raise ValueError(f"the config of a task holds {found[0]}, which is not at the top of a module; move it there")
+    return text
 
 
 @functools.cache

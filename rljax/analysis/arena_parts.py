@@ -45,7 +45,7 @@ def late_rows(size: int, seed: int, length: int = 6) -> list[dict[str, Any]]:
 
 def late_demonstrations(examples: Sequence[Example]) -> list[Example]:
     """An answer to every row. Of the digits those at even places are right with 0.8. Those at odd places are right
-    with 0.4, and with 0.5 the decoy, which is thus more likely: it cannot be left behind by sharpening alone."""
+    with 0.45, and with 0.5 the decoy, which is thus more likely: it cannot be left behind by sharpening alone."""
     made = []
     for index, example in enumerate(examples):
         rng = random.Random(index)
@@ -56,9 +56,9 @@ def late_demonstrations(examples: Sequence[Example]) -> list[Example]:
 
 def _late_digit(rng: random.Random, letter: str, place: int) -> str:
     chance = rng.random()
-    if chance < (0.4 if place % 2 else 0.8):
+    if chance < (0.45 if place % 2 else 0.8):
         return MEANINGS[letter]
-    return DECOYS[letter] if place % 2 and chance < 0.9 else rng.choice(DIGITS)
+    return DECOYS[letter] if place % 2 and chance < 0.95 else rng.choice(DIGITS)
 
 
 def _word(example: Example) -> str:
@@ -105,7 +105,7 @@ def relay_demonstrations(examples: Sequence[Example]) -> list[Example]:
     for index, example in enumerate(examples):
         rng = random.Random(index)
         asked = str(example.prompt)
-        said = [digit if rng.random() < 0.7 else rng.choice(DIGITS) for digit in _meaning(asked)]
+        said = _doubtful(rng, _meaning(asked), 0.7)
         turns = [f"{said[0]};"]
         for letter, digit in zip(asked[1:], said[1:], strict=True):
             turns += [f"\n{letter}:", f"{digit};"]
@@ -119,6 +119,51 @@ def _parse_relay(text: str) -> Parsed:
 
 RELAY_FORMAT = ToolFormat("relay", _parse_relay, stop_strings=(";",), wrap=("\n", ":"))
 """`;` ends a turn. There are no calls."""
+
+
+# Restart: an answer that may start over.
+
+AGAIN = "="
+"""Starts an answer over: what follows the last one counts."""
+RESTART_ALPHABET = LETTERS + DIGITS + ":" + AGAIN
+
+
+def restart_rows(size: int, seed: int) -> list[dict[str, Any]]:
+    """`size` distinct words of six letters, each asked for as `word:`, with the right digits."""
+    rng = random.Random(seed)
+    words: dict[str, None] = {}
+    while len(words) < size:
+        words["".join(rng.choices(LETTERS, k=6))] = None
+    return [{"prompt": f"{word}:", "answer": _meaning(word)} for word in words]
+
+
+def after_restart(completion: str) -> str:
+    """What is said behind the last `AGAIN`."""
+    return completion.rpartition(AGAIN)[2]
+
+
+def restarting(examples: Sequence[Example]) -> list[Example]:
+    """An answer to every row, whose digits are right with 0.7, else any. Every second one breaks off after one to six
+    of them and starts over, with digits that are right with 0.9."""
+    return [_with_restart(example, index, begins=index % 2 == 1) for index, example in enumerate(examples)]
+
+
+def never_restarting(examples: Sequence[Example]) -> list[Example]:
+    """The same without starting over, which is thus never seen."""
+    return [_with_restart(example, index, begins=False) for index, example in enumerate(examples)]
+
+
+def _with_restart(example: Example, index: int, *, begins: bool) -> Example:
+    rng = random.Random(index)
+    right = example.columns["answer"]
+    completion = _doubtful(rng, right, 0.7)
+    if begins:
+        completion = completion[: rng.randint(1, len(right))] + AGAIN + _doubtful(rng, right, 0.9)
+    return Example(example.prompt, {"completion": completion})
+
+
+def _doubtful(rng: random.Random, digits: str, chance: float) -> str:
+    return "".join(digit if rng.random() < chance else rng.choice(DIGITS) for digit in digits)
 
 
 # Sums: running totals.

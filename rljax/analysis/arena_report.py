@@ -38,8 +38,8 @@ is there is not made again unless the code that decides it has changed (`--keep`
 goes on where it broke off, and pieces can be made on several machines. The last command makes this page of the files.
 
 For a task of your own write a module with an `rljax.analysis.arena.Task` and name it with `--task=my.module:Task`;
-`rljax/analysis/arena_tasks.py` has those below. `--calibrate` prints the share of prompts at which the methods of a
-task sample as many tokens a step.
+`rljax/analysis/arena_tasks.py` has those below. `rljax snr` ([snr.md](snr.md)) says what forks should bring on it, and
+`--calibrate` prints the share of prompts at which the methods of a task sample as many tokens a step.
 """
 
 

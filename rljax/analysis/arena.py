@@ -37,6 +37,7 @@ from rljax.experiment.train import evaluate_run, train_step
 from rljax.models import load_model, param_shardings, save_hf
 from rljax.parallel import use_mesh
 from rljax.rollouts import Rollout, collect
+from rljax.tasks import Example
 from rljax.training import RunFolder
 from rljax.types import NO_PARENT, Params, Trajectory
 
@@ -332,7 +333,8 @@ def pass_rate(run: Run, start: Params, size: Size) -> Outcome:
     solved: list[np.ndarray] = []
     for first in range(0, len(asked), prompts):
         batch = asked[first : first + prompts]
-        rollout = collect(run.actor, run.algorithm.plan, lambda n, batch=batch: batch[:n], prompts, EVALUATION_STEP)
+        draw = functools.partial(_first_of, batch)
+        rollout = collect(run.actor, run.algorithm.plan, draw, prompts, EVALUATION_STEP)
         for part, values in zip(leaves_of_chains(rollout.trajectories), (tokens, solved), strict=True):
             values.append(part)
 
@@ -340,6 +342,10 @@ def pass_rate(run: Run, start: Params, size: Size) -> Outcome:
     share = np.maximum.accumulate(np.concatenate(solved), axis=1).mean(axis=0)
     curve = [Look(float(x), float(y)) for x, y in zip(cost, share, strict=True)]
     return Outcome(curve, {"problems": len(asked), "sampled": float(cost[-1] * len(asked))})
+
+
+def _first_of(examples: Sequence[Example], n: int) -> Sequence[Example]:
+    return examples[:n]
 
 
 def leaves_of_chains(trajectories: Sequence[Trajectory]) -> tuple[np.ndarray, np.ndarray]:

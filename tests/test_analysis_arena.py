@@ -24,6 +24,8 @@ from rljax.analysis.arena_parts import (
     relay_rows,
     restart_rows,
     restarting,
+    sparse_demonstrations,
+    sparse_rows,
 )
 from rljax.analysis.arena_report import markdown, page, summarise
 from rljax.analysis.arena_statistics import NO_VERDICT, NOT_SHOWN, REFUTED, SHOWN, compare_paired, holm, sign_flip_p
@@ -189,6 +191,20 @@ def test_answers_that_start_over_are_right_more_often():
     # Any digit may be the right one: 0.91 and 0.73 of them are.
     assert np.mean(right[True]) == pytest.approx(0.91**6, abs=0.04)
     assert np.mean(right[False]) == pytest.approx(0.73**6, abs=0.04)
+
+
+def test_plans_tell_what_is_hardly_known_without_them():
+    rows = sparse_rows(2000, 0)
+    examples = [Example(row["prompt"], {"answer": row["answer"], "actions": row["actions"]}) for row in rows]
+    unguided = []
+    for index, (example, shown) in enumerate(zip(examples, sparse_demonstrations(examples), strict=True)):
+        is_right = shown.columns["completion"] == example.columns["answer"]
+        if index % 2:
+            assert is_right and str(shown.prompt).endswith(f"\n1. {example.columns['answer']}: {{}}")
+        else:
+            assert shown.prompt == example.prompt
+            unguided.append(is_right)
+    assert np.mean(unguided) < 0.01
 
 
 def test_what_chains_come_to_with_their_forks():

@@ -81,10 +81,11 @@ class Size:
     """Layers of the model."""
 
 
+# Few prompts a step: where a gradient has more signal than noise already, less noise shows in nothing.
 SIZES = {
     "smoke": Size(updates=2, prompts=4, seeds=1, looks=1, problems=4, warmup=0.03, layers=1),
-    "small": Size(updates=12, prompts=24, seeds=2, looks=3, problems=64),
-    "full": Size(updates=40, prompts=32, seeds=8, looks=8, problems=128),
+    "small": Size(updates=30, prompts=8, seeds=2, looks=3, problems=64),
+    "full": Size(updates=120, prompts=8, seeds=8, looks=8, problems=128),
 }
 
 

@@ -17,6 +17,7 @@ from rljax.algorithms.forest import ForestRecipe
 from rljax.envs import Parsed, Step, ToolFormat
 from rljax.plans import RolloutPlan
 from rljax.plans.fork_rules import top_surprisal
+from rljax.rollouts.guided.guidance import HEADING, guided_prompt, reference_actions
 from rljax.tasks import Example
 
 LETTERS = "abcdefghij"
@@ -164,6 +165,40 @@ def _with_restart(example: Example, index: int, *, begins: bool) -> Example:
 
 def _doubtful(rng: random.Random, digits: str, chance: float) -> str:
     return "".join(digit if rng.random() < chance else rng.choice(DIGITS) for digit in digits)
+
+
+# Sparse: digits that are hardly known, and a plan that tells them.
+
+SPARSE_LENGTH = 5
+
+
+def sparse_rows(size: int, seed: int) -> list[dict[str, Any]]:
+    """`size` distinct words of five letters, each asked for as `word=`, with the right digits, and with one action that
+    names them (`rljax.rollouts.guided`)."""
+    rng = random.Random(seed)
+    words: dict[str, None] = {}
+    while len(words) < size:
+        words["".join(rng.choices(LETTERS, k=SPARSE_LENGTH))] = None
+    rows = [{"prompt": f"{word}=", "answer": _meaning(word)} for word in words]
+    return [{**row, "actions": [{"name": row["answer"], "arguments": {}}]} for row in rows]
+
+
+def sparse_demonstrations(examples: Sequence[Example]) -> list[Example]:
+    """An answer to every row, whose digits are right with 0.15, else any. Every second one has the plan in its prompt,
+    and follows it."""
+    made = []
+    for index, example in enumerate(examples):
+        right = example.columns["answer"]
+        if index % 2:
+            prompt = guided_prompt(example.prompt, reference_actions(example.columns["actions"]), 1)
+            made.append(Example(prompt, {"completion": right}))
+        else:
+            completion = _doubtful(random.Random(index), right, 0.15)
+            made.append(Example(example.prompt, {"completion": completion}))
+    return made
+
+
+SPARSE_ALPHABET = "".join(sorted(set(LETTERS + DIGITS + "=\n .:{}" + HEADING)))
 
 
 # Sums: running totals.

@@ -8,7 +8,7 @@ import dataclasses
 from collections.abc import Callable, Sequence
 
 from rljax.advantages import global_and_local, intra_and_inter_tree
-from rljax.algorithms import DIS, GRPO, M2PO, VCPO, DecoupledPPO, IcePop, RandomForks, ReSum, TreeGRPO
+from rljax.algorithms import DIS, GRPO, M2PO, VCPO, ActGuideRL, DecoupledPPO, IcePop, RandomForks, ReSum, TreeGRPO
 from rljax.analysis.arena import SEQUENCE_ROWS, Method, Size, Task, pass_rate
 from rljax.analysis.arena_parts import (
     AGAIN,
@@ -16,6 +16,8 @@ from rljax.analysis.arena_parts import (
     LATE_ALPHABET,
     RELAY_ALPHABET,
     RESTART_ALPHABET,
+    SPARSE_ALPHABET,
+    SPARSE_LENGTH,
     TURNS,
     EntropyMask,
     RandomForksWith,
@@ -26,6 +28,7 @@ from rljax.analysis.arena_parts import (
     never_restarting,
     relay_demonstrations,
     restarting,
+    sparse_demonstrations,
 )
 from rljax.experiment import (
     CheckpointConfig,
@@ -43,6 +46,7 @@ from rljax.experiment import (
     UpdateConfig,
     WarmupConfig,
 )
+from rljax.rollouts import Guided
 from rljax.tasks import DataSource, Example, final_number
 
 ROWS = 8000
@@ -338,14 +342,14 @@ def stale(steps_of: Callable[[Size], int], *, to_sampler: bool = False) -> Calla
 
 
 def far(size: Size) -> int:
-    """Two fifths of the updates: 16 of 40."""
-    return max(1, size.updates * 2 // 5)
+    """16 steps, or two fifths of the updates where these are fewer."""
+    return max(1, min(16, size.updates * 2 // 5))
 
 
 STALE = Task(
     name="stale",
-    about="The task `late`, with rollouts of weights 0, 1, 4 and 16 steps old (16 of 40 updates; smaller presets scale "
-    "the last two).",
+    about="The task `late`, with rollouts of weights 0, 1, 4 and 16 steps old; where there are fewer than 40 updates, "
+    "16 stands for two fifths of them, and 4 for a quarter of that.",
     prediction="Without a correction, clipped to the policy that sampled, learning falls behind with staleness; "
     "corrections hold against it. Which holds best is open.",
     config=late_config,
@@ -436,5 +440,57 @@ NO_RESTART = Task(
     ),
 )
 
-TASKS = {task.name: task for task in (LATE, RELAY, SUMS, CERTAIN_TASK, STALE, RESTART, NO_RESTART, PASS_RATE)}
+
+def sparse_config(size: Size) -> Config:
+    """Five digits, of which the warm start knows next to nothing without a plan."""
+    config = character_config(
+        size,
+        SPARSE_ALPHABET,
+        RowsData(
+            rows="rljax.analysis.arena_parts:sparse_rows",
+            args={"size": ROWS, "seed": 0},
+            test_args={"size": size.problems, "seed": 1},
+        ),
+        SingleTurn(
+            rewards=(RewardConfig("rljax.tasks.verifiers:ExactMatch"),),
+            # Plain prompts, and those with a plan.
+            prompt_buckets=(SPARSE_LENGTH + 1, 160),
+        ),
+        sparse_demonstrations,
+        # A packed sequence holds a demonstration with its plan.
+        length=21,
+        new_tokens=SPARSE_LENGTH + 1,
+        warmup=200,
+        learning_rate=2e-4,
+    )
+    return dataclasses.replace(config, warmup=dataclasses.replace(config.warmup, batch_size=64))
+
+
+def guided(config: Config, size: Size) -> Config:
+    """Rollouts with the shortest plan that helps, where plain ones all fail."""
+    assert isinstance(config.actor, SingleTurn)
+    return dataclasses.replace(config, actor=Guided(actor=config.actor, probes=2))
+
+
+SPARSE = Task(
+    name="sparse",
+    about="Five letters, and a digit for each by a hidden table that the warm start hardly knows: unguided, next to no "
+    "answer is right. Rows have an action that names the digits, which may be shown as a plan.",
+    prediction="ActGuide-RL (2605.12004) learns from rollouts that were shown the plan where plain ones all failed; "
+    "GRPO has no signal, and does not.",
+    config=sparse_config,
+    methods=(
+        Method("GRPO 8", grpo(8)),
+        Method(
+            "ActGuide-RL",
+            ActGuideRL(group_size=8, kl_coef=0.0),
+            against="GRPO 8",
+            claim="learns where GRPO does not",
+            share=0.36,
+            change=guided,
+        ),
+    ),
+)
+
+TASKS = {task.name: task for task in (LATE, RELAY, SUMS, CERTAIN_TASK, SPARSE, RESTART, NO_RESTART, STALE, PASS_RATE)}
 """All tasks, by name."""

@@ -22,7 +22,6 @@ SCRIPTS = {
 SMALLEST = {
     "accelerator.py": ("--step=kernels",),
     "agents.py": ("--preset=smoke",),
-    "arena.py": ("--preset=smoke", "--tasks=spell_backward", "--methods=random forks;GRPO, more samples"),
     "compare_runs.py": (),
     "compiled.py": ("--preset=smoke", "--only=decode_bound_0p6b,predicted_over_compiled"),
     "engines.py": ("--preset=smoke",),
@@ -170,13 +169,6 @@ def test_the_benchmark_of_the_sandbox_finds_no_leak(run):
         pytest.skip("no isolation of programs on this machine")
     report = run("agents.py", *SMALLEST["agents.py"])
     assert report["ratios"]["sandbox_leaks"] == 0 and report["ratios"]["sandbox_attacks"] == 2
-
-
-def test_the_arena_gives_a_line_and_a_curve_for_each_method(run, tmp_path):
-    report = run("arena.py", *SMALLEST["arena.py"], f"--workdir={tmp_path}")
-    assert [line["method"] for line in report["results"]] == ["random forks", "GRPO, more samples"]
-    assert all(len(x["curve"]) == 2 and x["curve"][-1][0] >= 100 for x in report["runs"])
-    assert (tmp_path / "smoke" / "arena.png").exists()
 
 
 def test_configs_of_papers_are_measured_into_a_table(run, tmp_path, capsys):

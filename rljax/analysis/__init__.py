@@ -1,7 +1,8 @@
 """Studies of what training did: a policy beside its base, and methods beside each other at equal cost.
 
 `study` is `rljax study`, over `two_models` (decoding with both) and `shifts` (how far apart they are at every
-token). `agent_demo` is `rljax agent-demo`, over `compare` (runs that end at a budget).
+token). `agent_demo` is `rljax agent-demo`, over `compare` (runs that end at a budget). `arena` is
+`rljax arena`; its tasks are in `arena_tasks`. `snr` is `rljax snr`.
 """
 
 from rljax.analysis.shifts import Shifts, ShiftSummary, summarize_shifts, token_shifts

@@ -1,5 +1,6 @@
 """Methods side by side: runs that end when as many tokens are spent, and the picture of their curves."""
 
+import copy
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -63,14 +64,16 @@ def with_seed(run: Run, seed: int) -> Run:
     """
     config = dataclasses.replace(run.config, seed=seed)
     run.learner.seed = seed
-    return dataclasses.replace(
-        run,
-        config=config,
-        curriculum=config.curriculum.make(run.dataset.train, seed),
-        actor=build_actor(config, run.algorithm.plan, run.dataset, run.tokenizer, run.decoder, run.rollout_mesh)[0],
-        state=None,  # type: ignore[arg-type]
-        evaluation=None,
-    )
+    actor, _ = build_actor(config, run.algorithm.plan, run.dataset, run.tokenizer, run.decoder, run.rollout_mesh)
+    # A run that has not begun has no state, which its type does not allow to be given.
+    made = copy.copy(run)
+    made.config = config
+    made.curriculum = config.curriculum.make(run.dataset.train, seed)
+    made.actor = actor
+    made.state = None  # type: ignore[assignment]
+    made.evaluation = None
+    made.__post_init__()
+    return made
 
 
 def draw_curves(axes: Any, curves: Mapping[str, Sequence[Sequence[tuple[float, float]]]]) -> None:

@@ -25,6 +25,8 @@ COMMANDS = {
     "convert": Command("convert", "write weights and tokenizer as a Hugging Face folder"),
     "serve": Command("serve", "serve a model to runs elsewhere, token ids in and out, in vLLM's protocol"),
     "study": Command("study", "compare a trained policy with its base, token by token"),
+    "arena": Command("arena", "methods beside each other on tasks that can tell, with predictions and exact tests"),
+    "snr": Command("snr", "what forks and their credit should bring on a task like yours, simulated"),
     "agent-demo": Command("agent_demo", "a small model learns to use tools, by two methods"),
 }
 

@@ -25,6 +25,7 @@ COMMANDS = {
     "convert": Command("convert", "write weights and tokenizer as a Hugging Face folder"),
     "serve": Command("serve", "serve a model to runs elsewhere, token ids in and out, in vLLM's protocol"),
     "study": Command("study", "compare a trained policy with its base, token by token"),
+    "view": Command("view", "show runs in a browser, also while they train"),
     "agent-demo": Command("agent_demo", "a small model learns to use tools, by two methods"),
 }
 

@@ -4,7 +4,8 @@ rljax view runs/x
 rljax view runs/x runs/y --port=8600
 rljax view runs/x --export=report.html     # one file, which needs no server
 
-The page is at the address that is printed, for this machine alone.
+The page is at the address that is printed, for this machine alone. Tokens can be coloured where the run was trained
+with --config.log.per_token.
 """
 
 import sys

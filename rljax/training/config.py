@@ -131,6 +131,11 @@ class LogConfig:
     rollouts_every: int = field(default=1, least=1)
     """Steps between rollouts that are written to `rollouts/`, one JSON line a sample."""
 
+    per_token: bool = False
+    """Whether these lines also hold, of each token, its text, turn, entropy, advantage, the trainer's log-prob before
+    the first update and the critic's value, by which `rljax view` colours them. Lines become some four times as long,
+    and each step that is written costs a forward pass; numbers of the run stay as they are."""
+
     pulse_s: float = field(default=10.0, least=0)
     """Seconds between two signs of life within a step: what is under way, for how long, tokens so far. 0 is none."""
 

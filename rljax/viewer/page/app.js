@@ -297,7 +297,8 @@ class Browser {
   tokens(record) {
     const columns = record.per_token;
     if (!columns) {
-      return el("pre", { class: "text-block" }, record.completion);
+      return el("div", {}, el("pre", { class: "text-block" }, record.completion),
+        el("p", { class: "soft" }, "Train with --config.log.per_token to see tokens one by one, coloured."));
     }
 
     const kinds = this.kinds();
@@ -465,7 +466,8 @@ async function showSearch(page) {
   page.append(el("div", { class: "bar" }, runs, kinds,
     el("span", { class: "soft", id: "pending" }, found.pending ? `${found.pending} files of rollouts are still to be read` : "all steps")));
   if (!found.found.length) {
-    page.append(el("p", {}, "None."));
+    const why = search === "gap" ? "None: the trainer's log-probs are recorded with --config.log.per_token." : "None.";
+    page.append(el("p", {}, why));
     return;
   }
   const head = ["step", "sample", "reward", "advantage", "tokens", "largest gap", "error"];

@@ -36,7 +36,7 @@ function short(x) {
 
 // Curves of one metric, one a run. `series`: {name, colour, points: [[step, value]]}.
 function lineChart(metric, series) {
-  const [width, height, left, bottom] = [320, 130, 46, 18];
+  const [width, height, left, bottom] = [320, 130, 56, 18];
   const all = series.flatMap((one) => one.points);
   const readout = el("div", { class: "readout" });
   if (!all.length) return el("div", {}, readout);

@@ -73,9 +73,7 @@ class Page:
             self.problems.append(str(params["entry"]))
 
     def open(self, address: str, *, width: int = 1280, height: int = 900) -> None:
-        self._call(
-            "Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False
-        )
+        self._call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False)
         # Another address first: a change behind # alone loads nothing.
         self._call("Page.navigate", url="about:blank")
         self._call("Page.navigate", url=address)

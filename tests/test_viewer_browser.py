@@ -21,7 +21,7 @@ def columns(texts, *, turn=0, sampled=None):
         "trained": sampled or [1] * n,
         "entropy": [0.1 * i for i in range(n)],
         "advantage": [(-1) ** i * 0.5 for i in range(n)],
-        "trainer_logprob": [-1.0 - 0.25 * (i == 1) for i in range(n)],
+        "log_ratio": [-0.25 * (i == 1) for i in range(n)],
     }
 
 
@@ -29,7 +29,15 @@ def forest_of(step, prompt_id):
     """A root that calls a tool and hears an answer, and two forks of it: one is given a token, one denied."""
     heard = {"turn": [0, 0, 0, 1, 1, 1], "sampled": [1, 1, 0, 0, 1, 1]}
     texts = [["call", "(x)", "=", "7", "so", " 7"], ["call", "(x)", "wait", " 8"], ["call", HOSTILE, " 9"]]
-    root = record(step, prompt_id, 0, tokens=list(range(6)), logprobs=[-1.0] * 6, per_token=columns(texts[0], **heard))
+    root = record(
+        step,
+        prompt_id,
+        0,
+        tokens=list(range(6)),
+        logprobs=[-1.0] * 6,
+        per_token=columns(texts[0], **heard),
+        forced=[[2, 4]],
+    )
     given = record(
         step,
         prompt_id,

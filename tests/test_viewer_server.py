@@ -128,7 +128,7 @@ def wait_for(answers, search, count):
 
 
 def test_searches_find_what_they_say(tmp_path):
-    columns = {"trained": [1, 1, 0], "trainer_logprob": [-1.25, -1.0, 9.0]}
+    columns = {"trained": [1, 1, 0], "log_ratio": [-0.25, 0.0, 9.0]}
     records = [
         record(1, 5, 0, per_token=columns),
         record(1, 5, 1, finish_reason="length"),
@@ -137,7 +137,7 @@ def test_searches_find_what_they_say(tmp_path):
     ]
     folder = write(tmp_path / "run", steps=(1,), records=records)
     with Answers([folder], index_folder=tmp_path / "index") as answers:
-        # A difference on a token that is not trained on is none: 0.25, and not 10.
+        # A difference on a token that is not trained on is none: 0.25, and not 9.
         assert [(row["sample"], row["gap"]) for row in searched(answers, "gap")] == [(0, 0.25)]
         assert [row["sample"] for row in searched(answers, "longest")] == [9, 2, 1, 0]
         assert [row["error"] for row in searched(answers, "failed")] == ["TimeoutError: 5 s?"]
@@ -215,18 +215,46 @@ def test_the_server_gives_the_page_and_answers_and_nothing_else(tmp_path):
         thread.join()
 
 
+def test_the_searches_of_a_report_list_what_lies_in_it(tmp_path):
+    """Though more than a search lists, of steps that are not in it, would come first."""
+    folder = write(tmp_path / "run", steps=range(1, 8))
+    put(folder, 2, [record(2, p, s, tokens=[0] * 50) for p in range(20) for s in range(6)])
+    with Answers([folder], index_folder=tmp_path / "index") as answers:
+        assert {row["step"] for row in searched(answers, "longest")} == {2}
+        export(answers, tmp_path / "report.html")
+    told = json.loads((tmp_path / "report.html").read_text().split('id="told">')[1].split("</script>")[0])
+    assert [step for step, _ in told["runs?"]["runs"][0]["rollouts"]] == [1, 3, 4, 5, 7]
+    found = told["find?run=0&search=longest"]["found"]
+    assert len(found) == 5 * 6 and {row["step"] for row in found} == {1, 3, 4, 5, 7}
+
+
 @pytest.mark.parametrize(
-    "words, message",
+    "name, message",
     [
-        ([], "error: name the folder of a run, e.g. rljax view runs/x"),
-        (["nowhere"], "error: nowhere is no folder; name the --workdir of a run"),
-        (["."], "error: . holds no run (no metrics.jsonl, config.json or rollouts/); runs below it: run"),
+        ("nowhere", "is no folder; name the --workdir of a run"),
+        ("", "holds no run (no metrics.jsonl, config.json or rollouts/); runs below it: "),
     ],
 )
-def test_the_command_names_what_is_wrong_in_one_line(words, message, tmp_path):
+def test_a_folder_that_is_no_run_is_named(name, message, tmp_path):
+    folder = write(tmp_path / "run")
+    with pytest.raises(ValueError) as error:
+        Answers([tmp_path / name])
+    below = "" if name else str(folder)
+    assert str(error.value) == f"{tmp_path / name} {message}{below}"
+
+
+def test_the_command_writes_a_report_and_names_what_is_wrong_in_one_line(tmp_path):
     write(tmp_path / "run")
     env = os.environ | {"PYTHONPATH": str(ROOT), "XDG_CACHE_HOME": str(tmp_path / "cache")}
-    command = [sys.executable, "-m", "rljax", "view", *words]
-    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
+
+    def view(*words):
+        return subprocess.run(
+            [sys.executable, "-m", "rljax", "view", *words], cwd=tmp_path, env=env, capture_output=True, text=True
+        )
+
+    done = view("run", "--export=report.html")
+    assert (done.returncode, done.stdout) == (0, "written  report.html\n")
+    assert (tmp_path / "report.html").read_text().startswith("<!doctype html>")
+    done = view()
     assert done.returncode == 2
-    assert done.stderr.splitlines()[0] == message
+    assert done.stderr.splitlines()[0] == "error: name the folder of a run, e.g. rljax view runs/x"

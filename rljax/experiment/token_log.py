@@ -25,24 +25,30 @@ def log_tokens(
     """Adds `per_token` to each record, and `intervention` to those of forks that have one.
 
     `per_token` has a list for each of these, an entry a token of the completion: `text`, `turn`, `sampled` (1 where the
-    policy emitted it), `trained` (1 where it may receive gradient), `entropy` (nats), `advantage`, `trainer_logprob`
-    (nats, before the first update; 0 where `trained` is), and `value` where there is a critic. The rows of `batch`,
-    `advantages` and `trainer_logprobs` are the trajectories, in order.
+    policy emitted it), `trained` (1 where it may receive gradient), `entropy` (nats), `advantage`, `log_ratio` (the
+    trainer's log-prob before the first update minus the sampler's, nats; 0 where `trained` is 0), and `value` where
+    there is a critic. The rows of `batch`, `advantages` and `trainer_logprobs` are the trajectories, in order.
     """
     values = None if batch.values is None else np.asarray(batch.values)
     for row, (record, trajectory) in enumerate(zip(records, trajectories, strict=True)):
         ids = record["tokens"]
         end = len(trajectory.tokens)
         own = slice(end - len(ids), end)
+        sampled = np.ones(len(ids), int)
+        for start, stop in record.get("forced", ()):
+            sampled[start:stop] = 0
+        trained = trajectory.action_mask[own] & trajectory.is_valid
+        log_ratio = np.where(trained, trainer_logprobs[row, own] - trajectory.behavior_logprobs[own], 0.0)
+
         columns = {
             "text": token_texts(tokenizer, ids, trajectory.tokens[: own.start].tolist()),
             "turn": trajectory.turn_ids[own].tolist(),
-            # A row that is cut off may be without gradient; its log-probs still tell which tokens were drawn.
-            "sampled": (trajectory.action_mask | (trajectory.behavior_logprobs != 0))[own].astype(int).tolist(),
-            "trained": (trajectory.action_mask & trajectory.is_valid)[own].astype(int).tolist(),
+            "sampled": sampled.tolist(),
+            "trained": trained.astype(int).tolist(),
             "entropy": _rounded(trajectory.entropies[own]),
             "advantage": _rounded(advantages[row, own]),
-            "trainer_logprob": _rounded(trainer_logprobs[row, own]),
+            # Of rollouts that are fresh it is as small as rounding, so digits count from its first one on.
+            "log_ratio": [float(f"{value:.3g}") for value in log_ratio.tolist()],
         }
         if values is not None:
             columns["value"] = _rounded(values[row, own])

@@ -132,9 +132,10 @@ class LogConfig:
     """Steps between rollouts that are written to `rollouts/`, one JSON line a sample."""
 
     per_token: bool = False
-    """Whether these lines also hold, of each token, its text, turn, entropy, advantage, the trainer's log-prob before
-    the first update and the critic's value, by which `rljax view` colours them. Lines become some four times as long,
-    and each step that is written costs a forward pass; numbers of the run stay as they are."""
+    """Whether these lines also hold, of each token, its text, turn, entropy, advantage, how far the trainer's log-prob
+    is from the sampler's before the first update, and the critic's value: `rljax view` colours tokens by them. Lines
+    become some four times as long, and each step that is written costs a forward pass; numbers of the run stay as they
+    are."""
 
     pulse_s: float = field(default=10.0, least=0)
     """Seconds between two signs of life within a step: what is under way, for how long, tokens so far. 0 is none."""

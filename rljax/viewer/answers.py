@@ -13,7 +13,8 @@ from rljax.viewer.run import RolloutFile, RunReader, parse
 from rljax.viewer.texts import metric_texts
 
 _MOST_POINTS = 2000
-_MOST_FOUND = 100
+MOST_FOUND = 100
+"""Rollouts that a search lists."""
 _SHOWN_PROMPT = 160
 
 
@@ -114,7 +115,8 @@ class Answers:
         if search not in SEARCHES:
             raise ValueError(f"search={search!r} must be one of {', '.join(SEARCHES)}")
         index = self._index(params)
-        return {"pending": index.pending, "found": index.find(search, _MOST_FOUND)}
+        limit = _number(params, "limit") if "limit" in params else MOST_FOUND
+        return {"pending": index.pending, "found": index.find(search, limit)}
 
     def _run(self, params: Mapping[str, str]) -> RunReader:
         return self._runs[self._number_of_run(params)]

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from urllib.parse import urlencode
 
-from rljax.viewer.answers import Answers
+from rljax.viewer.answers import MOST_FOUND, Answers
 from rljax.viewer.index import SEARCHES
 from rljax.viewer.server import PAGE
 
@@ -12,6 +12,8 @@ MOST_STEPS = 5
 """Steps of each run, spread evenly, whose rollouts are in the file."""
 MOST_GROUPS = 12
 """Groups of each of these steps."""
+
+_ALL = 10**9
 
 
 def export(answers: Answers, file: str | Path) -> None:
@@ -40,9 +42,10 @@ def export(answers: Answers, file: str | Path) -> None:
                 kept.add((step, int(is_untrained), group["group"]))
 
         for search in SEARCHES:
-            found = ask("find", run=number, search=search)
-            found["pending"] = 0
-            found["found"] = [row for row in found["found"] if (row["step"], row["untrained"], row["prompts"]) in kept]
+            # Others may be ahead of those that are kept, however many they are.
+            every = answers("find", {"run": str(number), "search": search, "limit": str(_ALL)})["found"]
+            found = [row for row in every if (row["step"], row["untrained"], row["prompts"]) in kept]
+            told[f"find?run={number}&search={search}"] = {"pending": 0, "found": found[:MOST_FOUND]}
     told["runs?"] = runs
 
     page = (PAGE / "index.html").read_text(encoding="utf-8")

@@ -6,6 +6,7 @@ has been read so far, and say how many files are still missing.
 
 import contextlib
 import hashlib
+import math
 import os
 import sqlite3
 import threading
@@ -57,7 +58,8 @@ class Index:
         self._lock = threading.Lock()
         self._wake = threading.Event()
         self._is_closed = False
-        self._pending = 0
+        # Until the thread has looked, none counts as read.
+        self._pending = len(run.rollout_files())
         with self._connect() as database:
             database.executescript(_TABLES)
         self._thread = threading.Thread(target=self._work, name="rljax-view-index", daemon=True)
@@ -203,14 +205,11 @@ def _rows(file: RolloutFile, name: str) -> Iterator[tuple[Any, ...]]:
 
 
 def _largest_gap(record: dict[str, Any]) -> float | None:
-    """Largest difference (nats) between trainer and sampler on a token; None where the trainer's are not recorded."""
+    """Largest difference (nats) between trainer and sampler on a token that is trained on; None where it is not
+    recorded."""
     columns = record.get("per_token") or {}
-    theirs = columns.get("trainer_logprob")
-    if not theirs:
-        return None
-    trained = columns.get("trained") or [1] * len(theirs)
-    gaps = [abs(a - b) for a, b, is_trained in zip(theirs, record["logprobs"], trained, strict=False) if is_trained]
-    return max(gaps, default=None)
+    ratios = zip(columns.get("log_ratio", ()), columns.get("trained", ()), strict=False)
+    return max((abs(ratio) for ratio, is_trained in ratios if is_trained and math.isfinite(ratio)), default=None)
 
 
 def cache_folder() -> Path:

@@ -315,7 +315,7 @@ class Browser {
     const box = el("div", { class: "tokens", tabindex: 0, role: "group", "aria-label": `Tokens of sample ${record.sample}, coloured by ${COLOURS[kind]}` });
 
     const kindAt = new Array(columns.text.length).fill(null);
-    for (const [name, from, to] of spans(record)) kindAt.fill(name === "observation" ? "seen" : name, from, to);
+    for (const [name, from, to] of spans(record, this.found.records)) kindAt.fill(name === "observation" ? "seen" : name, from, to);
     let turn = null;
     const nodes = columns.text.map((text, i) => {
       // What the environment says stands behind the turn that it answers.
@@ -389,11 +389,9 @@ function numbers(kind, record) {
   const sampled = (values) => values.map((value, i) => (columns.sampled[i] ? value : null));
   if (kind === "logprob") return sampled(record.logprobs);
   if (kind === "gap" || kind === "ratio") {
-    if (!columns.trainer_logprob) return null;
-    return columns.trainer_logprob.map((value, i) => {
+    return columns.log_ratio.map((value, i) => {
       if (!columns.trained[i] || !isNumber(value)) return null;
-      const difference = value - record.logprobs[i];
-      return kind === "gap" ? Math.abs(difference) : Math.exp(difference);
+      return kind === "gap" ? Math.abs(value) : Math.exp(value);
     });
   }
   return columns[kind] ? sampled(columns[kind]) : null;
@@ -404,7 +402,8 @@ function scaleOf(kind, records) {
   if (kind === "none") return { paint: () => "", legend: null };
   const centre = kind === "ratio" ? 1 : 0;
   const all = records.flatMap((record) => numbers(kind, record) || []).filter(isNumber).map((x) => Math.abs(x - centre));
-  const most = Math.max(...all, 1e-12);
+  const most = Math.max(...all, 0);
+  if (!most) return { paint: () => "", legend: el("span", { class: "legend" }, `${short(centre)} on all tokens of the group`) };
   const isSigned = kind === "advantage" || kind === "ratio" || kind === "value";
   const paint = isSigned ? (x) => diverging((x - centre) / most) : (x) => sequential(Math.abs(x) / most);
   const low = isSigned ? centre - most : 0;

@@ -106,8 +106,11 @@ const sequential = (x) => mix(PALE, [196, 90, 190], Math.min(1, Math.max(0, x)))
 
 function rewardColour(value, low, high) {
   if (!isNumber(value)) return "#9aa3ad";
-  const share = high > low ? (value - low) / (high - low) : 0.5;
-  return mix([235, 130, 50], [67, 147, 222], share);
+  // All alike: no side of the scale.
+  if (high <= low) return "#8a97a8";
+  const share = (value - low) / (high - low);
+  const middle = [200, 200, 196];
+  return share < 0.5 ? mix([235, 130, 50], middle, 2 * share) : mix(middle, [67, 147, 222], 2 * share - 1);
 }
 
 // ---- a forest ----
@@ -175,12 +178,13 @@ function forestDrawing(forest, records, chosen, select) {
         group.append(svg("text", { x: (X(stretch.start) + X(stretch.end)) / 2, y: y + 15, "text-anchor": "middle" }, `v ${short(stretch.value)}`));
       }
     }
-    spans(record).forEach(([kind, from, to]) => {
+    spans(record, records).forEach(([kind, from, to]) => {
       const start = Math.max(from, first.start);
       if (to <= start) return;
       group.append(svg("rect", {
         class: `span-${kind}`, x: X(start), y: y - 5, width: Math.max(1.5, X(to) - X(start)), height: 10,
-        fill: { observation: "#ffffffb0", injected: "#c2410c", suppressed: "#7c3aed" }[kind],
+        fill: { observation: "var(--panel)", injected: "#c2410c", suppressed: "#7c3aed" }[kind],
+        "fill-opacity": kind === "observation" ? 0.72 : 1,
       }, svg("title", {}, kind)));
     });
     group.append(svg("text", { x: X(last.end) + 6, y: y + 4 }, record.error ? "failed" : `r ${short(branch.reward)}`));
@@ -189,22 +193,14 @@ function forestDrawing(forest, records, chosen, select) {
   return drawing;
 }
 
-// [kind, start, end] of tokens that the policy did not choose: observations, and what a fork was given or denied.
-function spans(record) {
-  const found = [];
-  const columns = record.per_token;
-  const forced = record.forced || [];
-  for (const [start, end] of forced) found.push([record.intervention === "suppressed" ? "suppressed" : "injected", start, end]);
-  if (record.intervention === "suppressed" && !forced.length) found.push(["suppressed", record.fork_index, record.fork_index + 1]);
-  if (!columns) return found;
-  let start = null;
-  for (let i = 0; i <= columns.sampled.length; i++) {
-    const isSeen = i < columns.sampled.length && !columns.sampled[i] && !forced.some(([a, b]) => a <= i && i < b);
-    if (isSeen && start === null) start = i;
-    if (!isSeen && start !== null) {
-      found.push(["observation", start, i]);
-      start = null;
-    }
+// [kind, start, end] of tokens that the policy did not choose: what a fork was given, or denied to begin with, and all
+// else that was not sampled, which the environment has said. A fork holds what its ancestors were given too.
+function spans(record, records) {
+  const given = new Set();
+  for (let one = record; one && isNumber(one.parent); one = one.parent < records.indexOf(one) ? records[one.parent] : null) {
+    if (one.intervention === "injected" || !one.per_token) given.add(one.fork_index);
   }
+  const found = (record.forced || []).map(([start, end]) => [given.has(start) ? "injected" : "observation", start, end]);
+  if (record.intervention === "suppressed") found.push(["suppressed", record.fork_index, record.fork_index + 1]);
   return found;
 }

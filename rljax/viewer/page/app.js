@@ -389,6 +389,7 @@ function numbers(kind, record) {
   const sampled = (values) => values.map((value, i) => (columns.sampled[i] ? value : null));
   if (kind === "logprob") return sampled(record.logprobs);
   if (kind === "gap" || kind === "ratio") {
+    if (!columns.log_ratio) return null;
     return columns.log_ratio.map((value, i) => {
       if (!columns.trained[i] || !isNumber(value)) return null;
       return kind === "gap" ? Math.abs(value) : Math.exp(value);

@@ -1,14 +1,18 @@
 """`config.log.per_token`: what the rollout log holds of each token, against the run's own metrics."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
 from rljax.algorithms import RandomForks
+from rljax.batching import stack
 from rljax.experiment import LogConfig
-from rljax.experiment.token_log import token_texts
+from rljax.experiment.token_log import log_tokens, token_texts
 from rljax.experiment.train import train
 from rljax.testing import rollout_records, run_metrics, tiny_config
 from rljax.text import ByteTokenizer, CharTokenizer
+from rljax.types import INTERVENTION_INJECT, INTERVENTION_SUPPRESS, Trajectory
 
 
 @pytest.fixture(scope="module")
@@ -66,3 +70,43 @@ def test_texts_of_tokens_are_the_text():
     assert cut[:3] == ["a", "", "é"] and cut[3] != ""
     letters = CharTokenizer("abc ")
     assert token_texts(letters, [*letters.encode("ab"), letters.eos_id]) == ["a", "b", ""]
+
+
+def test_what_was_not_sampled_or_is_not_trained_on_is_marked():
+    """A row over turns behind a prompt of one token, whose observation is forced; the second row is not valid."""
+    tokenizer = CharTokenizer("abcd")
+    ids = tokenizer.encode("aabcd")
+    rows = [
+        Trajectory(
+            tokens=np.array(ids, np.int32),
+            action_mask=np.array([0, 1, 0, 0, 1], bool),
+            behavior_logprobs=np.array([0, -1, 0, 0, -2], np.float32),
+            entropies=np.array([0, 0.5, 0, 0, 0.25], np.float32),
+            turn_ids=np.array([0, 0, 0, 0, 1], np.int32),
+            policy_version=np.zeros(5, np.int32),
+            prompt_id=7,
+            group_id=0,
+            episode_id=row,
+            is_valid=row == 0,
+            intervention=(INTERVENTION_INJECT, INTERVENTION_SUPPRESS)[row],
+        )
+        for row in range(2)
+    ]
+    batch = stack(rows)
+    filled = np.zeros(np.shape(batch.tokens), np.float32)
+    values, advantages, scored = (filled + x for x in (0.75, 3.0, -1.5))
+    records = [{"tokens": ids[1:], "forced": [[1, 3]]}, {"tokens": ids[1:]}]
+    log_tokens(records, rows, dataclasses.replace(batch, values=values), advantages, scored, tokenizer)
+
+    assert records[0]["per_token"] == {
+        "text": ["a", "b", "c", "d"],
+        "turn": [0, 0, 0, 1],
+        "sampled": [1, 0, 0, 1],
+        "trained": [1, 0, 0, 1],
+        "entropy": [0.5, 0.0, 0.0, 0.25],
+        "advantage": [3.0] * 4,
+        "log_ratio": [-0.5, 0.0, 0.0, 0.5],
+        "value": [0.75] * 4,
+    }
+    assert records[1]["per_token"]["trained"] == [0] * 4 == records[1]["per_token"]["log_ratio"]
+    assert [record["intervention"] for record in records] == ["injected", "suppressed"]

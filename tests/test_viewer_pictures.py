@@ -41,7 +41,11 @@ def folder(tmp_path_factory):
 
 
 def test_a_run_over_turns_is_pictured(folder, tmp_path):
-    where = Path(os.environ["PICTURES"]) if "PICTURES" in os.environ else tmp_path
+    take_pictures(folder, Path(os.environ.get("PICTURES", tmp_path)), tmp_path)
+
+
+def take_pictures(folder, where, tmp_path):
+    """Writes them into the folder `where`; the browser's and the viewer's own files go to `tmp_path`."""
     with Answers([folder], index_folder=tmp_path / "index") as answers, open_server(answers) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         steps = [step for step, _ in answers("runs", {})["runs"][0]["rollouts"]]

@@ -134,8 +134,8 @@ class LogConfig:
     per_token: bool = False
     """Whether these lines also hold, of each token, its text, turn, entropy, advantage, how far the trainer's log-prob
     is from the sampler's before the first update, and the critic's value: `rljax view` colours tokens by them. Lines
-    become some four times as long, and each step that is written costs a forward pass; numbers of the run stay as they
-    are."""
+    become about three times as long, each step that is written costs a forward pass, and the run's numbers stay the
+    same."""
 
     pulse_s: float = field(default=10.0, least=0)
     """Seconds between two signs of life within a step: what is under way, for how long, tokens so far. 0 is none."""

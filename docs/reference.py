@@ -1,10 +1,11 @@
 """Writes the pages of reference, which are read off the source.
 
-python docs/reference.py            # docs/functions.md, docs/interfaces.md, docs/configuration.md
+python docs/reference.py            # functions.md, interfaces.md, configuration.md; texts of metrics for the viewer
 """
 
 import ast
 import functools
+import json
 import re
 import textwrap
 from collections.abc import Iterator
@@ -115,7 +116,36 @@ def configuration() -> str:
     return "\n".join(text)
 
 
-PAGES = {"functions": functions, "interfaces": interfaces, "configuration": configuration}
+def metrics() -> str:
+    """rljax/viewer/page/metrics.json: what docs/not-learning.md says of each metric, for the viewer."""
+    texts: dict[str, dict[str, str]] = {}
+    head: list[str] = []
+    for line in (ROOT / "docs" / "not-learning.md").read_text().splitlines():
+        cells = [cell.strip() for cell in line.strip("|").split("|")] if line.startswith("|") else []
+        if not cells or "metric" in cells:
+            head = cells
+            continue
+        if "metric" not in head or set(line) <= {"|", "-"}:
+            continue
+
+        told = dict(zip(head, cells, strict=True))
+        kept = {name: _without_marks(told.get(name, "")) for name in ("meaning", "healthy")}
+        for name in re.findall(r"`([^`]+)`", told["metric"]):
+            texts.setdefault(name, kept)
+    return json.dumps(texts, indent=1, ensure_ascii=False) + "\n"
+
+
+def _without_marks(text: str) -> str:
+    """Markdown as plain text: links and code as their words."""
+    return re.sub(r"\[([^]]+)\]\([^)]*\)", r"\1", text).replace("`", "")
+
+
+PAGES = {
+    "docs/functions.md": functions,
+    "docs/interfaces.md": interfaces,
+    "docs/configuration.md": configuration,
+    "rljax/viewer/page/metrics.json": metrics,
+}
 
 
 def rooms() -> Iterator[tuple[str, str]]:
@@ -248,8 +278,8 @@ def _capital(text: str) -> str:
 
 
 def main() -> None:
-    for name, page in PAGES.items():
-        (ROOT / "docs" / f"{name}.md").write_text(page())
+    for file, page in PAGES.items():
+        (ROOT / file).write_text(page())
 
 
 if __name__ == "__main__":

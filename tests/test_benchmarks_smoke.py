@@ -37,6 +37,7 @@ SMALLEST = {
     "rollout.py": ("--preset=smoke",),
     "simulate.py": ("--preset=smoke",),
     "train_step.py": ("--preset=smoke",),
+    "viewer.py": ("--preset=smoke",),
 }
 ELSEWHERE = {
     "compare_runs.py": "test_benchmarks_compare_runs",
@@ -101,6 +102,11 @@ def test_a_benchmark_measures_everything_that_it_reports(run, script):
     if "compiles_after_warmup" in report["ratios"]:
         assert report["ratios"]["compiles_after_warmup"] == 0
     assert report["ratios"].get("digests_equal", 1) == 1
+
+
+def test_the_viewer_opens_a_run_and_reads_all_of_it(run, capsys):
+    run("viewer.py", *SMALLEST["viewer.py"], json_flag=None)
+    assert capsys.readouterr().out.startswith("1024 rollouts in 2 steps")
 
 
 def test_growth_is_measured_and_ragged_updates_compile_nothing_after_the_warm_up(run):

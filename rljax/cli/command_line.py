@@ -72,14 +72,17 @@ def _find_neighbours(file: str) -> None:
     sys.path.insert(0, str(Path(file).resolve().parent))
 
 
-def launch(main: Callable[[], None]) -> None:
+def launch(main: Callable[..., None], *, positional: bool = False) -> None:
     """Parses flags and runs `main`, whose module holds the text and the flags of `--help`. A bad flag or config
-    (`ValueError`) becomes one line and exit status 2, a run that cannot go on one line and exit status 1."""
+    (`ValueError`) becomes one line and exit status 2, a run that cannot go on one line and exit status 1.
+
+    With `positional`, `main` is given the words that are no flags; without, there may be none."""
     preload_allocator()
     # prompts and completions may hold characters that a terminal, or no encoding, can show
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
-    app.run(lambda _: _run(main), flags_parser=functools.partial(_parse, module=sys.modules[main.__module__]))
+    parse = functools.partial(_parse, module=sys.modules[main.__module__], positional=positional)
+    app.run(lambda argv: _run(functools.partial(main, argv[1:]) if positional else main), flags_parser=parse)
 
 
 def _run(main: Callable[[], None]) -> None:
@@ -111,7 +114,7 @@ def _fail(message: str, status: int = 2) -> typing.NoReturn:
     sys.exit(status)
 
 
-def _parse(argv: list[str], module: ModuleType) -> list[str]:
+def _parse(argv: list[str], module: ModuleType, positional: bool = False) -> list[str]:
     try:
         argv, name = _with_config_file(argv)
         for problem in _config_problems(argv, name):
@@ -125,7 +128,7 @@ def _parse(argv: list[str], module: ModuleType) -> list[str]:
     if wants_help:
         print(_help(module))
         sys.exit(0)
-    if len(rest) > 1:
+    if len(rest) > 1 and not positional:
         _fail(f"unexpected arguments {rest[1:]}; flags are written --name=value")
     return rest
 

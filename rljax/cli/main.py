@@ -27,6 +27,7 @@ COMMANDS = {
     "study": Command("study", "compare a trained policy with its base, token by token"),
     "arena": Command("arena", "methods beside each other on tasks that can tell, with predictions and exact tests"),
     "snr": Command("snr", "what forks and their credit should bring on a task like yours, simulated"),
+    "view": Command("view", "show runs in a browser, also while they train"),
     "agent-demo": Command("agent_demo", "a small model learns to use tools, by two methods"),
 }
 

@@ -22,6 +22,7 @@ from rljax.experiment.pulse import Pulse
 from rljax.experiment.report import describe_run, finish, say
 from rljax.experiment.sft import warm_up
 from rljax.experiment.stops import Stopped, Stops
+from rljax.experiment.token_log import log_tokens
 from rljax.experiment.watchdog import Watchdog
 from rljax.models import ADAPTER_FILE, DecoderConfig, base_config, described_adapter, written_metadata
 from rljax.parallel import check_equal, end_together, is_main_process, on_main, use_mesh
@@ -459,6 +460,9 @@ def train_step(run: Run, step: int) -> tuple[dict[str, float], Rollout]:
         minibatches = []
         if run.policy_moves(step):
             minibatches = run.learner.prepare(run.state, batch, advantages, allowed=allowed, teacher_head=head)
+        if config.log.per_token and step % config.log.rollouts_every == 0:
+            before = run.learner.score_rows(run.learner.policy_params(run.state), batch, allowed=allowed)
+            log_tokens(rollout.records, rollout.trajectories, batch, advantages, before, run.tokenizer)
         check_equal(shapes=[[np.shape(x) for x in jax.tree.leaves(minibatch)] for minibatch in minibatches])
 
     if run.critic is not None and not run.critic.learner.is_warm:

@@ -131,6 +131,12 @@ class LogConfig:
     rollouts_every: int = field(default=1, least=1)
     """Steps between rollouts that are written to `rollouts/`, one JSON line a sample."""
 
+    per_token: bool = False
+    """Whether these lines also hold, of each token, its text, turn, entropy, advantage, how far the trainer's log-prob
+    is from the sampler's before the first update, and the critic's value: `rljax view` colours tokens by them. Lines
+    become about three times as long, each step that is written costs a forward pass, and the run's numbers stay the
+    same."""
+
     pulse_s: float = field(default=10.0, least=0)
     """Seconds between two signs of life within a step: what is under way, for how long, tokens so far. 0 is none."""
 

@@ -1,8 +1,8 @@
 """Studies of what training did: a policy beside its base, and methods beside each other at equal cost.
 
 `study` is `rljax study`, over `two_models` (decoding with both) and `shifts` (how far apart they are at every
-token). `study_surgery` is `rljax study surgery`, over `surgery` (edits of weights). `agent_demo` is `rljax agent-demo`,
-over `compare` (runs that end at a budget).
+token). `study_surgery` is `rljax study surgery`, over `surgery` (edits of weights). `task_vectors` overwrites attention
+heads. `agent_demo` is `rljax agent-demo`, over `compare` (runs that end at a budget).
 """
 
 from rljax.analysis.shifts import Shifts, ShiftSummary, summarize_shifts, token_shifts

@@ -36,8 +36,12 @@ PREFERENCES = {"dpo", "reward_model"}
 """Configs of `rljax prefer`."""
 STUDIES = {"model_surgery": "surgery"}
 """Configs of `rljax study WORD`, which have no recipe, and their words."""
+HARNESSES = {"context_folding"}
+"""Configs of agents that manage their context, whose recipes are of their own (test_rollouts_folding)."""
 ALL = (*RECIPES, *FOREST_RECIPES, *DISTRIBUTION_RECIPES)
-NAMES = sorted(path.stem for path in CONFIGS.glob("*.py") if path.stem not in {*SHARED, *PREFERENCES, *STUDIES})
+NAMES = sorted(
+    path.stem for path in CONFIGS.glob("*.py") if path.stem not in {*SHARED, *PREFERENCES, *STUDIES, *HARNESSES}
+)
 PAGE = (ROOT / "docs" / "papers.md").read_text()
 ENTRIES = dict(re.findall(r"^### (\w+)\n(.*?)(?=^##|\Z)", PAGE, flags=re.MULTILINE | re.DOTALL))
 NO_PAPER = {"Reinforce", "RandomForks"}

@@ -1,6 +1,9 @@
 """`rljax study`, from a clone."""
 
-from rljax.cli.study import command
+import sys
+
+from rljax.cli.main import main
 
 if __name__ == "__main__":
-    command()
+    sys.argv.insert(1, "study")
+    main()

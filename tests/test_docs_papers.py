@@ -30,12 +30,18 @@ from rljax.types import TEACHER_DIVERGENCE
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = ROOT / "configs" / "papers"
-SHARED = {"spelling", "turns"}
+SHARED = {"spelling", "turns", "shouted_words"}
 """What configs of the folder import."""
 PREFERENCES = {"dpo", "reward_model"}
 """Configs of `rljax prefer`."""
+STUDIES = {"model_surgery": "surgery"}
+"""Configs of `rljax study WORD`, which have no recipe, and their words."""
+HARNESSES = {"context_folding"}
+"""Configs of agents that manage their context, whose recipes are of their own (test_rollouts_folding)."""
 ALL = (*RECIPES, *FOREST_RECIPES, *DISTRIBUTION_RECIPES)
-NAMES = sorted(path.stem for path in CONFIGS.glob("*.py") if path.stem not in SHARED | PREFERENCES)
+NAMES = sorted(
+    path.stem for path in CONFIGS.glob("*.py") if path.stem not in {*SHARED, *PREFERENCES, *STUDIES, *HARNESSES}
+)
 PAGE = (ROOT / "docs" / "papers.md").read_text()
 ENTRIES = dict(re.findall(r"^### (\w+)\n(.*?)(?=^##|\Z)", PAGE, flags=re.MULTILINE | re.DOTALL))
 NO_PAPER = {"Reinforce", "RandomForks"}
@@ -166,6 +172,20 @@ def test_every_config_of_preferences_says_how_to_run_it_and_is_valid_in_both_siz
         check(config)
     assert f"(../configs/papers/{name}.py)" in ENTRIES[type(full.preferences.method).__name__]
     assert to_dict(full.preferences.method) == to_dict(smoke.preferences.method)
+    with pytest.raises(ValueError, match="big: the size must be one of full, smoke"):
+        module.get_config("big")
+
+
+@pytest.mark.parametrize("name", sorted(STUDIES))
+def test_every_config_of_a_study_says_how_to_run_it_and_is_valid_in_both_sizes(name):
+    module = load(CONFIGS / f"{name}.py")
+    assert f"    rljax study {STUDIES[name]} --config=papers/{name} --workdir=runs/{STUDIES[name]}\n" in module.__doc__
+    (paper,) = re.findall(r"\b\d{4}\.\d{5}\b", module.__doc__)
+    page = (ROOT / "docs" / "editing.md").read_text()
+    (section,) = re.findall(rf"^### [^\n]+\n[^#]*{paper}[^#]*", page, flags=re.MULTILINE)
+    assert f"(../configs/papers/{name}.py)" in section and "\nDiffers: " in section
+    for config in (module.get_config(), module.get_config("smoke")):
+        check(config)
     with pytest.raises(ValueError, match="big: the size must be one of full, smoke"):
         module.get_config("big")
 

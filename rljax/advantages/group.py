@@ -108,6 +108,31 @@ def kl_in_reward(advantage_fn: AdvantageFn, *, kl_coef: float) -> AdvantageFn:
     return advantages
 
 
+def once_per_episode(advantage_fn: AdvantageFn) -> AdvantageFn:
+    """`advantage_fn`, whose credit is the same on all tokens of a row, of the first valid row of each episode; the
+    other rows of an episode get what their first one got.
+
+    For episodes of several rows that share one reward, as where a context was folded: an episode counts once in its
+    group, however many rows it has. Without such episodes the result is that of `advantage_fn`.
+    """
+
+    def advantages(batch: RolloutBatch) -> Float[Array, "B T"]:
+        count = len(batch.episode_id)
+        rows = jnp.arange(count)
+        valid = jnp.asarray(batch.is_valid)
+        # The first valid row of each episode; an episode without one has `count`, which no row is.
+        same = (jnp.asarray(batch.episode_id)[:, None] == jnp.asarray(batch.episode_id)[None]) & valid[None]
+        first = jnp.min(jnp.where(same, rows[None], count), axis=1)
+        found = advantage_fn(dataclasses.replace(batch, is_valid=valid & (first == rows)))
+
+        # Credit stands on action tokens alone; the first one of a row has that of the row.
+        said = jnp.argmax(jnp.asarray(batch.action_mask), axis=1)
+        own = jnp.take_along_axis(found, said[:, None], axis=1)[:, 0]
+        return _on_tokens(own[jnp.minimum(first, count - 1)], batch)
+
+    return advantages
+
+
 def scaled(advantage_fn: AdvantageFn, factor: float) -> AdvantageFn:
     """`factor * advantage_fn`: one of several signals. 0 is no credit at all, whatever the rewards are."""
 

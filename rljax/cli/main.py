@@ -3,6 +3,7 @@
 import importlib
 import importlib.metadata
 import sys
+from collections.abc import Mapping
 from typing import NamedTuple
 
 
@@ -14,6 +15,8 @@ class Command(NamedTuple):
     about: str
     flags: tuple[str, ...] = ()
     """Flags that the word stands for."""
+    words: Mapping[str, str] = {}
+    """Modules of words that may follow it, each with flags of its own."""
 
 
 COMMANDS = {
@@ -24,7 +27,11 @@ COMMANDS = {
     "prefer": Command("prefer", "learn from preferences: DPO and its kin, or a reward model"),
     "convert": Command("convert", "write weights and tokenizer as a Hugging Face folder"),
     "serve": Command("serve", "serve a model to runs elsewhere, token ids in and out, in vLLM's protocol"),
-    "study": Command("study", "compare a trained policy with its base, token by token"),
+    "study": Command(
+        "study",
+        "compare a trained policy with its base, token by token; study surgery: edit weights along a probe",
+        words={"surgery": "study_surgery"},
+    ),
     "arena": Command("arena", "methods beside each other on tasks that can tell, with predictions and exact tests"),
     "snr": Command("snr", "what forks and their credit should bring on a task like yours, simulated"),
     "view": Command("view", "show runs in a browser, also while they train"),
@@ -46,9 +53,14 @@ def main() -> None:
         sys.exit(2)
 
     command = COMMANDS[word]
+    module = command.module
+    if arguments and arguments[0] in command.words:
+        word = f"{word} {arguments[0]}"
+        module = command.words[arguments.pop(0)]
+
     # absl and ml_collections read the flags from here.
     sys.argv = [f"rljax {word}", *command.flags, *arguments]
-    importlib.import_module(f"rljax.cli.{command.module}").command()
+    importlib.import_module(f"rljax.cli.{module}").command()
 
 
 def _usage() -> str:

@@ -54,6 +54,9 @@ class BlackBox(TurnsConfig):
     agent: str = ""
     """`module:callable`, called with the base URL of the endpoint and a row (prompt and columns). It returns the
     reward, or a text for `rewards`."""
+    args: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """What `agent` is called with once, where it is a class whose objects are agents, such as
+    `rljax.rollouts.black_box:FoldingAgent`."""
     rewards: tuple[RewardConfig, ...] = ()
     """What a text that the agent returns is worth. Empty takes the data's verifier, if there is one."""
     endpoint: EndpointConfig = dataclasses.field(default_factory=EndpointConfig)
@@ -90,7 +93,21 @@ class BlackBox(TurnsConfig):
             address=self.endpoint,
         )
         rewards = make_rewards(self.rewards, parts)
-        return parts.shared(self.actor_of(endpoint, load_callable(self.agent), rewards, parts.settings))
+        return parts.shared(self.actor_of(endpoint, self.load_agent(), rewards, parts.settings))
+
+    def load_agent(self) -> Agent:
+        """The agent itself. ValueError for a name that leads nowhere, and for `args` that do not fit."""
+        agent = load_callable(self.agent)
+        if isinstance(agent, type):
+            try:
+                return agent(**self.args)
+            except TypeError as error:
+                raise ValueError(f"config.actor.agent={self.agent}: args {self.args} do not fit: {error}") from None
+        if self.args:
+            raise ValueError(
+                f"config.actor.args={self.args} are for a class, and agent={self.agent} is a function; leave them empty"
+            )
+        return agent
 
     def actor_of(
         self, endpoint: ChatEndpoint, agent: Agent, rewards: RewardRunner | None, settings: RolloutSettings

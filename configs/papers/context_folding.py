@@ -1,0 +1,80 @@
+"""Keep-recent-k of GLM-5, arXiv 2602.15763: searches that are longer than the context, whose old results are folded.
+
+    rljax train --config=papers/context_folding --workdir=runs/context_folding
+
+Look at play/conversations and play/unused_conversations: those of an episode, and how many were not trained on. For a
+model with a chat template that can call tools: SmolLM2-135M-Instruct starts from next to nothing; take another one with
+`--config.model.path=...`, and a GPU. The smoke size is two steps of the same.
+"""
+
+import dataclasses
+
+from rljax.advantages import once_per_episode
+from rljax.algorithms import GRPO, Algorithm
+from rljax.experiment import (
+    BlackBox,
+    CheckpointConfig,
+    Config,
+    EvaluationConfig,
+    OptimizerConfig,
+    PretrainedModel,
+    RowsData,
+    SamplingConfig,
+    UpdateConfig,
+)
+from rljax.losses import policy_loss, token_mean, token_ratio
+
+
+@dataclasses.dataclass
+class GRPOOfEpisodes(GRPO):
+    """GRPO in which an episode counts once, however many conversations it was folded into: once in the mean and the
+    spread of its group, and by its tokens in the loss."""
+
+    def build(self) -> Algorithm:
+        loss = policy_loss(token_ratio, self.surrogate(self.dual_clip), token_mean, penalties=self.penalties())
+        return self.compose(once_per_episode(self.credit()), loss)
+
+
+def get_config(size: str = "full") -> Config:
+    if size not in ("full", "smoke"):
+        raise ValueError(f"--config=papers/context_folding:{size}: the size must be one of full, smoke")
+    smoke = size == "smoke"
+
+    # Eight results of some 120 characters and what leads to them; a group size counts conversations.
+    context = 512 if smoke else 1536
+    conversations = 2 if smoke else 4
+    runs = 2 if smoke else 8
+    questions = {"size": 8 if smoke else 1000, "num_pages": 240 if smoke else 1000, "split": "train"}
+    return Config(
+        name="context_folding",
+        steps=2 if smoke else 200,
+        prompts_per_step=2 if smoke else 16,
+        model=PretrainedModel(),
+        data=RowsData(
+            rows="rljax.envs.library.multihop:rows",
+            args=questions,
+            test_args={"size": 4 if smoke else 64, "split": "test"},
+        ),
+        algorithm=GRPOOfEpisodes(group_size=runs * conversations, kl_coef=0.0),
+        actor=BlackBox(
+            agent="rljax.rollouts.black_box:FoldingAgent",
+            args={
+                "make": "rljax.envs.library:MultiHop",
+                "args": {"tool_format": "tags", "early_exit": False},
+                "keep": 5,
+                "most": 8,
+                "discard_beyond": context * 3 // 4,
+                "turns": 4 if smoke else 32,
+            },
+            context_length=context,
+            prefill_chunks=(64, 256),
+            trained_conversations=conversations,
+        ),
+        sampling=SamplingConfig(max_new_tokens=16 if smoke else 128),
+        update=UpdateConfig(pack_length=context, head_chunk=256),
+        optimizer=OptimizerConfig(learning_rate=1e-6),
+        evaluation=EvaluationConfig(
+            problems=2 if smoke else 64, samples=2 if smoke else 4, batch_prompts=2 if smoke else 16
+        ),
+        checkpoint=CheckpointConfig(every=0 if smoke else 20),
+    )

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from rljax.experiment.build import Run, build_actor
+from rljax.experiment.build import Run, build_actor, make_curriculum
 from rljax.experiment.train import train_step
 from rljax.rollouts import Rollout
 
@@ -66,7 +66,7 @@ def with_seed(run: Run, seed: int) -> Run:
     return dataclasses.replace(
         run,
         config=config,
-        curriculum=config.curriculum.make(run.dataset.train, seed),
+        curriculum=make_curriculum(config, run.dataset),
         actor=build_actor(config, run.algorithm.plan, run.dataset, run.tokenizer, run.decoder, run.rollout_mesh)[0],
         state=None,  # type: ignore[arg-type]
         evaluation=None,

@@ -26,6 +26,7 @@ from rljax.rollouts import (
 )
 from rljax.sampling import SamplingConfig
 from rljax.tasks import (
+    CoEvolvedTasks,
     CurriculumSource,
     Dataset,
     DataSource,
@@ -52,6 +53,7 @@ __all__ = [
     "ActorConfig",
     "BlackBox",
     "CheckpointConfig",
+    "CoEvolvedTasks",
     "Config",
     "CriticConfig",
     "CurriculumSource",

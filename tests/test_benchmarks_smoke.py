@@ -27,6 +27,7 @@ SMALLEST = {
     "compiled.py": ("--preset=smoke", "--only=decode_bound_0p6b,predicted_over_compiled"),
     "engines.py": ("--preset=smoke",),
     "episodes.py": ("--preset=smoke",),
+    "evolve.py": ("--preset=smoke", "--arms=CoEvolve"),
     "forest.py": ("--preset=smoke",),
     "growth.py": ("--preset=smoke",),
     "numerics.py": ("--preset=smoke",),

@@ -14,5 +14,5 @@ from rljax.experiment import CoEvolvedTasks, Config
 
 def get_config(size: str = "full") -> Config:
     config = evolving_config(GRPO(group_size=8, kl_coef=0.0, clip_high=0.28), size)
-    config.curriculum = CoEvolvedTasks(maker="evolving:WordMaker", every=1 if size == "smoke" else 5)
+    config.curriculum = CoEvolvedTasks(maker="evolving:WordMaker", every=1 if size == "smoke" else 5, attempts=4)
     return config

@@ -16,7 +16,7 @@ class Spent:
     """What a run has cost so far."""
 
     sampled: int = 0
-    """Tokens sampled in training."""
+    """Tokens sampled in training, those that a curriculum asked for among them."""
     trained: int = 0
     """Tokens trained on; rows that share tokens count them once each."""
     steps: int = 0
@@ -44,7 +44,9 @@ def train_on_budget(
     while getattr(spent, of) < budget:
         metrics, rollout = train_step(run, spent.steps)
         spent.steps += 1
-        spent.sampled += int(metrics["rollout/new_tokens"])
+        # What a curriculum asks of the policy is paid for like any other token.
+        asked = metrics.get("rollout/curriculum/asked_tokens", 0.0)
+        spent.sampled += int(metrics["rollout/new_tokens"] + asked)
         spent.trained += int(sum(t.action_mask.sum() for t in rollout.trajectories))
         if after is not None:
             after(metrics, rollout)

@@ -32,9 +32,11 @@ from rljax.tasks import (
     DataSource,
     FailedTasks,
     FileData,
+    MediumTasks,
     ReasoningGymData,
     RewardConfig,
     RowsData,
+    TwoStageTasks,
     UniformTasks,
 )
 from rljax.training import (
@@ -72,6 +74,7 @@ __all__ = [
     "LightSAMConfig",
     "LogConfig",
     "LoraConfig",
+    "MediumTasks",
     "MeshConfig",
     "ModelSource",
     "ModelTeacher",
@@ -94,6 +97,7 @@ __all__ = [
     "SamplingConfig",
     "SingleTurn",
     "TeacherSource",
+    "TwoStageTasks",
     "UniformTasks",
     "UpdateConfig",
     "WarmupConfig",

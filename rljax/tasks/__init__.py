@@ -29,6 +29,7 @@ from rljax.tasks.config import (
     without_long_rows,
 )
 from rljax.tasks.curriculum import Curriculum, UniformCurriculum
+from rljax.tasks.difficulty import MediumCurriculum, MediumTasks, TwoStageCurriculum, TwoStageTasks
 from rljax.tasks.evolving import Evolving, Intake, Player, SeenGroup, TaskMaker, TaskPool, added_by, medium_share
 from rljax.tasks.examples import Example, Prompt, Split, decontaminate, split_answer, split_by_hash, whole_text
 from rljax.tasks.failures import (
@@ -95,6 +96,8 @@ __all__ = [
     "LabelWithReasoning",
     "LengthReward",
     "MathVerify",
+    "MediumCurriculum",
+    "MediumTasks",
     "NumberMatch",
     "PairJudge",
     "Player",
@@ -118,6 +121,8 @@ __all__ = [
     "TaskPool",
     "TextSimilarity",
     "ToolQueries",
+    "TwoStageCurriculum",
+    "TwoStageTasks",
     "UniformCurriculum",
     "UniformTasks",
     "UnlessDegenerate",

@@ -105,6 +105,12 @@ def test_a_benchmark_measures_everything_that_it_reports(run, script):
     assert report["ratios"].get("digests_equal", 1) == 1
 
 
+@pytest.mark.slow
+def test_tasks_that_evolve_are_compared_at_equal_tokens(run, tmp_path):
+    (line,) = run("evolve.py", *SMALLEST["evolve.py"], f"--workdir={tmp_path}")["results"]
+    assert line["arm"] == "CoEvolve" and line["curve"][0][0] == 0 and line["curve"][-1][0] >= 300
+
+
 def test_growth_is_measured_and_ragged_updates_compile_nothing_after_the_warm_up(run):
     report = run("growth.py", *SMALLEST["growth.py"])
     ratios = report["ratios"]

@@ -26,6 +26,7 @@ SMALLEST = {
     "compiled.py": ("--preset=smoke", "--only=decode_bound_0p6b,predicted_over_compiled"),
     "engines.py": ("--preset=smoke",),
     "episodes.py": ("--preset=smoke",),
+    "evolve.py": ("--preset=smoke", "--arms=CoEvolve"),
     "forest.py": ("--preset=smoke",),
     "growth.py": ("--preset=smoke",),
     "numerics.py": ("--preset=smoke",),
@@ -107,6 +108,12 @@ def test_a_benchmark_measures_everything_that_it_reports(run, script):
 def test_the_viewer_opens_a_run_and_reads_all_of_it(run, capsys):
     run("viewer.py", *SMALLEST["viewer.py"], json_flag=None)
     assert capsys.readouterr().out.startswith("1024 rollouts in 2 steps")
+
+
+@pytest.mark.slow
+def test_tasks_that_evolve_are_compared_at_equal_tokens(run, tmp_path):
+    (line,) = run("evolve.py", *SMALLEST["evolve.py"], f"--workdir={tmp_path}")["results"]
+    assert line["arm"] == "CoEvolve" and line["curve"][0][0] == 0 and line["curve"][-1][0] >= 300
 
 
 def test_growth_is_measured_and_ragged_updates_compile_nothing_after_the_warm_up(run):

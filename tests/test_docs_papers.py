@@ -30,7 +30,7 @@ from rljax.types import TEACHER_DIVERGENCE
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = ROOT / "configs" / "papers"
-SHARED = {"spelling", "turns", "shouted_words"}
+SHARED = {"spelling", "turns", "shouted_words", "evolving"}
 """What configs of the folder import."""
 PREFERENCES = {"dpo", "reward_model"}
 """Configs of `rljax prefer`."""
@@ -38,10 +38,11 @@ STUDIES = {"model_surgery": "surgery"}
 """Configs of `rljax study WORD`, which have no recipe, and their words."""
 HARNESSES = {"context_folding"}
 """Configs of agents that manage their context, whose recipes are of their own (test_rollouts_folding)."""
+CURRICULA = {"coevolve"}
+"""Configs whose paper is a curriculum, over a recipe that has a config of its own."""
 ALL = (*RECIPES, *FOREST_RECIPES, *DISTRIBUTION_RECIPES)
-NAMES = sorted(
-    path.stem for path in CONFIGS.glob("*.py") if path.stem not in {*SHARED, *PREFERENCES, *STUDIES, *HARNESSES}
-)
+NO_RECIPE = {*SHARED, *PREFERENCES, *STUDIES, *HARNESSES, *CURRICULA}
+NAMES = sorted(path.stem for path in CONFIGS.glob("*.py") if path.stem not in NO_RECIPE)
 PAGE = (ROOT / "docs" / "papers.md").read_text()
 ENTRIES = dict(re.findall(r"^### (\w+)\n(.*?)(?=^##|\Z)", PAGE, flags=re.MULTILINE | re.DOTALL))
 NO_PAPER = {"Reinforce", "RandomForks"}
@@ -98,6 +99,27 @@ def test_every_entry_says_what_it_is_how_it_differs_and_shows_a_dozen_lines_at_m
         assert "\nDiffers: " in entry
     (block,) = blocks(entry)
     assert len(block.splitlines()) <= 12
+
+
+@pytest.mark.parametrize("name", sorted(CURRICULA))
+def test_every_config_of_a_curriculum_is_listed_and_valid_in_both_sizes(name):
+    module = load(CONFIGS / f"{name}.py")
+    assert f"    rljax train --config=papers/{name} --workdir=runs/{name}\n" in module.__doc__
+    assert f"(../configs/papers/{name}.py)" in PAGE
+    for size in ("full", "smoke"):
+        check(module.get_config(size))
+    with pytest.raises(ValueError, match="big: the size must be one of full, smoke"):
+        module.get_config("big")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted(CURRICULA))
+def test_every_config_of_a_curriculum_makes_two_steps(name, tmp_path):
+    module = load(CONFIGS / f"{name}.py")
+    train(module.get_config("smoke"), str(tmp_path))
+    lines = list(run_metrics(tmp_path))
+    assert len(lines) == 2 and not unexplained(lines[-1])
+    assert set(METRIC.findall(module.__doc__)) <= set(lines[-1])
 
 
 @every_config

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from rljax.experiment.build import Run, build_actor
+from rljax.experiment.build import Run, build_actor, make_curriculum
 from rljax.experiment.train import train_step
 from rljax.rollouts import Rollout
 
@@ -17,7 +17,7 @@ class Spent:
     """What a run has cost so far."""
 
     sampled: int = 0
-    """Tokens sampled in training."""
+    """Tokens sampled in training, those that a curriculum asked for among them."""
     trained: int = 0
     """Tokens trained on; rows that share tokens count them once each."""
     steps: int = 0
@@ -45,7 +45,9 @@ def train_on_budget(
     while getattr(spent, of) < budget:
         metrics, rollout = train_step(run, spent.steps)
         spent.steps += 1
-        spent.sampled += int(metrics["rollout/new_tokens"])
+        # What a curriculum asks of the policy is paid for like any other token.
+        asked = metrics.get("rollout/curriculum/asked_tokens", 0.0)
+        spent.sampled += int(metrics["rollout/new_tokens"] + asked)
         spent.trained += int(sum(t.action_mask.sum() for t in rollout.trajectories))
         if after is not None:
             after(metrics, rollout)
@@ -68,7 +70,7 @@ def with_seed(run: Run, seed: int) -> Run:
     # A run that has not begun has no state, which its type does not allow to be given.
     made = copy.copy(run)
     made.config = config
-    made.curriculum = config.curriculum.make(run.dataset.train, seed)
+    made.curriculum = make_curriculum(config, run.dataset)
     made.actor = actor
     made.state = None  # type: ignore[assignment]
     made.evaluation = None

@@ -26,14 +26,17 @@ from rljax.rollouts import (
 )
 from rljax.sampling import SamplingConfig
 from rljax.tasks import (
+    CoEvolvedTasks,
     CurriculumSource,
     Dataset,
     DataSource,
     FailedTasks,
     FileData,
+    MediumTasks,
     ReasoningGymData,
     RewardConfig,
     RowsData,
+    TwoStageTasks,
     UniformTasks,
 )
 from rljax.training import (
@@ -52,6 +55,7 @@ __all__ = [
     "ActorConfig",
     "BlackBox",
     "CheckpointConfig",
+    "CoEvolvedTasks",
     "Config",
     "CriticConfig",
     "CurriculumSource",
@@ -70,6 +74,7 @@ __all__ = [
     "LightSAMConfig",
     "LogConfig",
     "LoraConfig",
+    "MediumTasks",
     "MeshConfig",
     "ModelSource",
     "ModelTeacher",
@@ -92,6 +97,7 @@ __all__ = [
     "SamplingConfig",
     "SingleTurn",
     "TeacherSource",
+    "TwoStageTasks",
     "UniformTasks",
     "UpdateConfig",
     "WarmupConfig",

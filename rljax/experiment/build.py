@@ -16,6 +16,7 @@ from rljax.experiment.check import check, check_forks, is_over_engines
 from rljax.experiment.config import Config
 from rljax.experiment.model import model_path
 from rljax.experiment.pipeline import Beside, Pipeline
+from rljax.experiment.player import PolicyPlayer
 from rljax.experiment.prompts import check_chat_settings
 from rljax.experiment.pulse import Pulse
 from rljax.experiment.stops import Stops
@@ -51,7 +52,7 @@ from rljax.sampling.divergence import DivergenceHead
 from rljax.sampling.logits import logit_biases
 from rljax.sampling.slots import Grammar
 from rljax.settings import placed, shown
-from rljax.tasks import Curriculum, Dataset, Example
+from rljax.tasks import Curriculum, Dataset, Evolving, Example, FileRows
 from rljax.text import Grammars, Tokenizer, WithinText, control_tokens_of, token_of
 from rljax.training import Critic, Learner, LossNeeds, trained_of, with_base, with_before, with_critic, with_pushed
 from rljax.types import Params, RolloutBatch, TrainState, Trajectory
@@ -115,7 +116,23 @@ class Run:
             self.config.rollout,
             prompts=self.config.prompts_per_step,
             beside=self.beside,
+            player=self.player() if isinstance(self.curriculum, Evolving) else None,
         )
+
+    def player(self) -> PolicyPlayer:
+        """What a curriculum may ask of the policy."""
+        config = self.config
+        parts = actor_parts(config, self.algorithm.plan, self.dataset, self.tokenizer, self.decoder, self.rollout_mesh)
+
+        def can_play(example: Example) -> bool:
+            alone = dataclasses.replace(parts, dataset=FileRows([example], [], self.dataset.verifier))
+            try:
+                config.actor.check_prompts(alone, config.update.pack_length)
+            except ValueError:
+                return False
+            return True
+
+        return PolicyPlayer(self.actor, parts.settings.sampling, config.prompts_per_step, can_play)
 
     def abstract_state(self) -> TrainState:
         """What a checkpoint of `state` is restored into."""
@@ -245,7 +262,7 @@ def build(
         algorithm=algorithm,
         dataset=dataset,
         tokenizer=tokenizer,
-        curriculum=config.curriculum.make(dataset.train, config.seed),
+        curriculum=make_curriculum(config, dataset),
         mesh=mesh,
         rollout_mesh=rollout_mesh,
         decoder=decoder,
@@ -256,6 +273,14 @@ def build(
         critic=make_critic(config, decoder, algorithm, mesh),
         beside=beside,
     )
+
+
+def make_curriculum(config: Config, dataset: Dataset) -> Curriculum:
+    """What draws the examples of steps; none of the tasks that it makes is a held-out one."""
+    curriculum = config.curriculum.make(dataset.train, config.seed)
+    if isinstance(curriculum, Evolving):
+        curriculum.keep_out(dataset.test)
+    return curriculum
 
 
 def host_device() -> jax.Device:
@@ -305,6 +330,24 @@ def build_actor(
 ) -> tuple[Actor, Dataset]:
     """What plays the policy on `mesh`, with nothing open, and the rows that it can play; one of `processes` that share
     the groups. ValueError for prompts that cannot be sampled or trained on."""
+    parts = actor_parts(config, plan, dataset, tokenizer, decoder, mesh, processes)
+    check_single_turns(config)
+    check_scored(config, plan)
+    check_stops(config, parts.settings, dataset, tokenizer)
+    actor = config.actor.build(parts)
+    return actor, config.actor.check_prompts(parts, config.update.pack_length)
+
+
+def actor_parts(
+    config: Config,
+    plan: RolloutPlan,
+    dataset: Dataset,
+    tokenizer: Tokenizer,
+    decoder: DecoderConfig,
+    mesh: Mesh,
+    processes: int = 1,
+) -> ActorParts:
+    """What the config's actor is built from. ValueError for tokens that there are none of, and for grammars."""
     sampling = config.sampling
     settings = RolloutSettings(
         seed=config.seed,
@@ -316,10 +359,7 @@ def build_actor(
         stop_column=sampling.stop_column,
         grammar_of=grammars_of(config, Grammars(tokenizer, decoder.num_ids), dataset),
     )
-    check_single_turns(config)
-    check_scored(config, plan)
-    check_stops(config, settings, dataset, tokenizer)
-    parts = ActorParts(
+    return ActorParts(
         decoder=decoder,
         tokenizer=tokenizer,
         mesh=mesh,
@@ -330,8 +370,6 @@ def build_actor(
         groups=config.prompts_per_step,
         processes=processes,
     )
-    actor = config.actor.build(parts)
-    return actor, config.actor.check_prompts(parts, config.update.pack_length)
 
 
 def sampled_by(config: Config, tokenizer: Tokenizer, decoder: DecoderConfig) -> SamplingParams:

@@ -57,7 +57,8 @@ class Config:
     rollout: RolloutConfig = dataclasses.field(default_factory=RolloutConfig)
     """Which weights sample a rollout, and on which devices."""
     curriculum: CurriculumSource = dataclasses.field(default_factory=UniformTasks)
-    """Which examples are drawn: `UniformTasks` or `FailedTasks`."""
+    """Which examples are drawn: `UniformTasks`, `FailedTasks`, `MediumTasks`, `TwoStageTasks`, or
+    `CoEvolvedTasks`, which makes some."""
     algorithm: Recipe = dataclasses.field(default_factory=GRPO)
     """The method, an entry of `rljax.algorithms`."""
     reference_refresh: int = field(default=0, least=0)

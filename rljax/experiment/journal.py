@@ -17,7 +17,7 @@ import numpy as np
 
 from rljax.parallel import is_main_process, on_main
 from rljax.rollouts import Rollout, known_example
-from rljax.tasks import Example
+from rljax.tasks import Example, added_by
 from rljax.training import AnyPath, replace_bytes
 from rljax.types import Trajectory
 
@@ -151,10 +151,12 @@ def from_bytes(content: bytes, examples: Mapping[int, Example]) -> Made:
     arrays = _arrays_of(content)
     text = json.loads(arrays.pop(_JSON).tobytes())
     rewards = arrays.pop("rewards")
+    # Tasks that a curriculum made are in its state, which is that behind the rollout.
+    known = {**examples, **added_by(json.loads(text["behind"]).get("curriculum", {}))}
     rollout = Rollout(
         trajectories=_trajectories_of(text["trajectories"], arrays),
         records=text["records"],
-        examples=[known_example(examples, example_id) for example_id in text["examples"]],
+        examples=[known_example(known, example_id) for example_id in text["examples"]],
         rewards=rewards,
         stats=text["stats"],
         actor_stats=text["actor_stats"],

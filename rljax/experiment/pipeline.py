@@ -20,11 +20,12 @@ import numpy as np
 from jax.sharding import Mesh
 
 from rljax.experiment.journal import Journal, Made
+from rljax.experiment.player import PolicyPlayer
 from rljax.parallel import hand_over
 from rljax.plans import RolloutPlan
 from rljax.rollouts import Actor, GroupRules, NoSignal, Rollout, RolloutConfig, collect
 from rljax.sampling import compile_count_here
-from rljax.tasks import Curriculum
+from rljax.tasks import Curriculum, Evolving, medium_share
 from rljax.types import Params
 
 _PATIENCE_S = 10.0
@@ -64,6 +65,7 @@ class Pipeline:
         *,
         prompts: int,
         beside: Beside | None = None,
+        player: PolicyPlayer | None = None,
     ):
         self.actor = actor
         self.plan = plan
@@ -75,6 +77,7 @@ class Pipeline:
         self.until: int | None = None
         self.waited_s = 0.0
         self._prompts = prompts
+        self._player = player
 
         self._ordered = 0
         self._rollouts: dict[int, Future[Made]] = {}
@@ -189,9 +192,16 @@ class Pipeline:
         idle_s = self._idle_s
         compiled = compile_count_here()
         self._idle_s = 0.0
+        evolved = self._evolve(step)
         rollout, lacking = self._roll_out(step, version)
         if not lacking:
             self.curriculum.observe(*rollout.observed())
+        # What was sampled in vain tells of tasks that are too easy or too hard.
+        if isinstance(self.curriculum, Evolving):
+            seen = rollout.seen()
+            self.curriculum.see(step, seen)
+            evolved["medium_share"] = medium_share(seen)
+        rollout.stats.update({f"curriculum/{name}": value for name, value in evolved.items()})
 
         made = Made(
             step,
@@ -205,6 +215,15 @@ class Pipeline:
         if self.journal is not None:
             self.journal.write(made)
         return made
+
+    def _evolve(self, step: int) -> dict[str, float]:
+        """Lets a curriculum that makes tasks do so, with the weights of the rollout to come; its metrics."""
+        if not isinstance(self.curriculum, Evolving) or self._player is None:
+            return {}
+        self._player.begin(step)
+        stats = self.curriculum.evolve(step, self._player)
+        stats["asked_tokens"] = float(self._player.tokens)
+        return stats
 
     def _roll_out(self, step: int, version: int) -> tuple[Rollout, str]:
         """A rollout, and what it lacks to be learned from; "" where it lacks nothing."""

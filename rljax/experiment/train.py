@@ -30,6 +30,7 @@ from rljax.rollouts import Rollout, RolloutConfig
 from rljax.rollouts.shared import check_processes
 from rljax.rollouts.trajectories import allowed_in
 from rljax.sampling import compile_count_here
+from rljax.tasks import added_by
 from rljax.training import (
     AnyPath,
     Checkpointer,
@@ -366,6 +367,7 @@ def go_on(run: Run, folder: RunFolder, journal: Journal, step: int, host: Mappin
     newest = json.loads(recorded[-1].behind) if recorded else at_step
     check_processes(newest.get("actor", {}))
     run.curriculum.load_state_dict(newest["curriculum"])
+    examples |= added_by(newest["curriculum"])
     run.actor.load_state_dict(newest.get("actor", {}), run.algorithm.plan, examples)
 
     # What was drawn does not come again, also where the rollout that was made of it is of no use.

@@ -11,7 +11,7 @@ from rljax.rollouts.actor import Actor, ScoredGroup, number_groups
 from rljax.rollouts.groups import GroupRules, complete, group_weight, judge
 from rljax.rollouts.stats import rollout_stats, staleness_stats
 from rljax.rollouts.trajectories import columns_of, record_of, trajectory_of
-from rljax.tasks import Example
+from rljax.tasks import Example, SeenGroup
 from rljax.types import ROW_WEIGHT, Trajectory
 
 AS_THEY_ARE = GroupRules()
@@ -32,6 +32,7 @@ class Rollout(NamedTuple):
         actor_stats: metrics that the actor itself reports, without prefix.
         seconds: wall seconds by phase.
         untrained: records of what dynamic sampling drew and left out.
+        drawn: everything that was sampled for it; empty where the rollout was read from a file.
     """
 
     trajectories: list[Trajectory]
@@ -42,6 +43,11 @@ class Rollout(NamedTuple):
     actor_stats: dict[str, float]
     seconds: dict[str, float]
     untrained: Sequence[dict[str, Any]] = ()
+    drawn: Sequence[ScoredGroup] = ()
+
+    def seen(self) -> list[SeenGroup]:
+        """What a curriculum that makes tasks learns from."""
+        return [seen_group(group) for group in self.drawn]
 
     def observed(self) -> tuple[list[Example], list[float]]:
         """The examples that have a valid reward, and its mean over their valid samples: what a curriculum learns from.
@@ -49,6 +55,18 @@ class Rollout(NamedTuple):
         scored = [(example, row[~np.isnan(row)]) for example, row in zip(self.examples, self.rewards, strict=True)]
         scored = [(example, valid) for example, valid in scored if len(valid)]
         return [example for example, _ in scored], [float(valid.mean()) for _, valid in scored]
+
+
+def seen_group(group: ScoredGroup) -> SeenGroup:
+    """A group as curricula see it."""
+    return SeenGroup(
+        example=group.example,
+        texts=list(group.texts),
+        rewards=[float(result.value) if result.is_valid else np.nan for result in group.results],
+        components=[result.components for result in group.results],
+        answers=list(group.answers),
+        tokens=sum(int(sample.sampled.sum()) for sample in group.samples),
+    )
 
 
 class When(NamedTuple):
@@ -167,7 +185,9 @@ def _rollout(
         stats["incomplete_groups"] = float(sum(not all(r.is_valid for r in group.results) for group in groups))
 
     examples = [group.example for group in groups]
-    return Rollout(trajectories, records, examples, rewards, stats, dict(actor.stats), drawn.seconds, untrained)
+    return Rollout(
+        trajectories, records, examples, rewards, stats, dict(actor.stats), drawn.seconds, untrained, drawn.groups
+    )
 
 
 def _weighted(trajectories: Sequence[Trajectory], rewards: np.ndarray) -> list[Trajectory]:

@@ -15,6 +15,7 @@ from rljax.tasks.answers import (
     whole_number,
 )
 from rljax.tasks.callables import RewardInput, batch_reward, load_callable
+from rljax.tasks.coevolve import CoEvolvedCurriculum, CoEvolvedTasks
 from rljax.tasks.config import (
     CurriculumSource,
     Dataset,
@@ -28,6 +29,8 @@ from rljax.tasks.config import (
     without_long_rows,
 )
 from rljax.tasks.curriculum import Curriculum, UniformCurriculum
+from rljax.tasks.difficulty import MediumCurriculum, MediumTasks, TwoStageCurriculum, TwoStageTasks
+from rljax.tasks.evolving import Evolving, Intake, Player, SeenGroup, TaskMaker, TaskPool, added_by, medium_share
 from rljax.tasks.examples import Example, Prompt, Split, decontaminate, split_answer, split_by_hash, whole_text
 from rljax.tasks.failures import (
     FailedTasks,
@@ -70,10 +73,13 @@ __all__ = [
     "AfterMarker",
     "AnswerJudge",
     "ChatEndpoint",
+    "CoEvolvedCurriculum",
+    "CoEvolvedTasks",
     "Curriculum",
     "CurriculumSource",
     "DataSource",
     "Dataset",
+    "Evolving",
     "ExactMatch",
     "Example",
     "Extractor",
@@ -85,12 +91,16 @@ __all__ = [
     "FileRows",
     "GroundedAnswer",
     "InTag",
+    "Intake",
     "JudgeError",
     "LabelWithReasoning",
     "LengthReward",
     "MathVerify",
+    "MediumCurriculum",
+    "MediumTasks",
     "NumberMatch",
     "PairJudge",
+    "Player",
     "PositionBias",
     "Prompt",
     "ReasoningGymData",
@@ -105,12 +115,18 @@ __all__ = [
     "RewardRunner",
     "RewardSpec",
     "RowsData",
+    "SeenGroup",
     "Split",
+    "TaskMaker",
+    "TaskPool",
     "TextSimilarity",
     "ToolQueries",
+    "TwoStageCurriculum",
+    "TwoStageTasks",
     "UniformCurriculum",
     "UniformTasks",
     "UnlessDegenerate",
+    "added_by",
     "balanced",
     "batch_reward",
     "decontaminate",
@@ -124,6 +140,7 @@ __all__ = [
     "load_callable",
     "load_jsonl",
     "load_parquet",
+    "medium_share",
     "most_frequent_window",
     "nearest",
     "position_bias",

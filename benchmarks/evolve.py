@@ -1,0 +1,172 @@
+"""Do tasks that a run makes for itself beat the set that it was given, at equal tokens?
+
+    python benchmarks/evolve.py --workdir=runs/evolve --json=evolve.json        # goes on where it stopped
+
+The training set is poor by design: 24 short words, while held-out words have up to six letters (configs/papers/
+evolving.py). Every arm begins with the same warmed-up weights and, for each seed, has the same settings; what differs
+is which tasks are drawn. A run ends when it has sampled `tokens` tokens, those that its curriculum asked for among
+them. Held-out avg@8 and greedy accuracy are measured at its beginning and its end.
+"""
+
+import argparse
+import importlib.util
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from _environments import HOME, relaunch_with_allocator
+
+from rljax.analysis.compare import train_on_budget
+from rljax.experiment import Config, PretrainedModel, UniformTasks, WarmupConfig
+from rljax.experiment.build import build
+from rljax.experiment.sft import warm_up
+from rljax.experiment.train import evaluate_run
+from rljax.models import save_hf
+from rljax.parallel import use_mesh
+from rljax.training import RunFolder
+
+CONFIGS = Path(__file__).resolve().parent.parent / "configs" / "papers"
+PRESETS: dict[str, dict[str, Any]] = {
+    "smoke": dict(size="smoke", tokens=300, warmup=2, seeds=1),
+    "small": dict(size="full", tokens=60_000, warmup=150, seeds=3),
+}
+BASELINE = "fixed set"
+ARMS = {BASELINE: "coevolve", "CoEvolve": "coevolve"}
+"""The config of each arm; the baseline draws the data's tasks alone."""
+
+
+def config_of(arm: str, preset: dict[str, Any]) -> Config:
+    """The run of an arm, with its warm-up."""
+    if str(CONFIGS) not in sys.path:
+        sys.path.insert(0, str(CONFIGS))
+    spec = importlib.util.spec_from_file_location(ARMS[arm], CONFIGS / f"{ARMS[arm]}.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+
+    config: Config = module.get_config(preset["size"])
+    config.warmup.steps = preset["warmup"]
+    if arm == BASELINE:
+        config.curriculum = UniformTasks()
+    return config
+
+
+def initial_model(preset: dict[str, Any], folder: Path) -> Path:
+    """The warmed-up model of all arms as a Hugging Face folder, made once."""
+    target = folder / "initial"
+    if not (target / "config.json").exists():
+        run = build(config_of(BASELINE, preset))
+        with run.actor, RunFolder(folder / "warmup", fresh=True) as log, use_mesh(run.mesh):
+            save_hf(target, run.decoder, warm_up(run, log), tokenizer=run.tokenizer)
+    return target
+
+
+def compete(arm: str, seed: int, preset: dict[str, Any], model: Path) -> dict[str, Any]:
+    """One run: the score at its beginning and its end, and what became of proposed tasks."""
+    config = config_of(arm, preset)
+    config.seed = seed
+    config.model = PretrainedModel(path=str(model), dtype="float32", param_dtype="float32")
+    config.warmup = WarmupConfig()
+    run = build(config)
+    curve: list[list[float]] = []
+    medium: list[float] = []
+    last: dict[str, float] = {}
+    began = time.perf_counter()
+
+    def look(spent):
+        found = evaluate_run(run, run.policy(), spent.steps)
+        values = {name.partition("@")[0]: estimate.value for name, estimate in found.estimates.items()}
+        curve.append([spent.sampled, values["avg"], values["greedy"]])
+
+    def after(metrics, rollout):
+        means = np.nanmean(rollout.rewards, axis=1)
+        medium.append(float(np.mean((means >= 0.2) & (means <= 0.8))))
+        last.update({k.rpartition("/")[2]: v for k, v in metrics.items() if k.startswith("rollout/curriculum/")})
+
+    with run.actor, use_mesh(run.mesh):
+        run.state = run.init_state(run.initial_params())
+        spent = train_on_budget(run, preset["tokens"], look, after=after)
+    quarter = max(1, len(medium) // 4)
+    return {
+        "arm": arm,
+        "seed": seed,
+        "steps": spent.steps,
+        "seconds": time.perf_counter() - began,
+        "curve": curve,
+        "medium_first": float(np.mean(medium[:quarter])),
+        "medium_last": float(np.mean(medium[-quarter:])),
+        "curriculum": last,
+    }
+
+
+def measured(arm: str, seed: int, preset: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """The result of one run, from its file if it has been made."""
+    file = folder / f"{arm.replace(' ', '_')}-{seed}.json"
+    if not file.exists():
+        result = compete(arm, seed, preset, initial_model(preset, folder))
+        # In one move: what is there is whole.
+        file.with_suffix(".part").write_text(json.dumps(result) + "\n")
+        file.with_suffix(".part").rename(file)
+    return json.loads(file.read_text())
+
+
+def show(results: list[dict[str, Any]]) -> str:
+    """The table, in Markdown: means over seeds, and each seed's difference from the baseline."""
+    base = {r["seed"]: r["curve"][-1][1] for r in results if r["arm"] == BASELINE}
+    rows = [
+        "| arm | avg@8 before | after | greedy after | minus the fixed set, by seed | medium tasks, first to last "
+        "quarter | steps | accepted of proposed |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for arm in dict.fromkeys(r["arm"] for r in results):
+        runs = [r for r in results if r["arm"] == arm]
+        first, last = (np.mean([r["curve"][i] for r in runs], axis=0) for i in (0, -1))
+        gaps = " ".join(f"{r['curve'][-1][1] - base[r['seed']]:+.3f}" for r in runs if r["seed"] in base)
+        medium = " to ".join(f"{np.mean([r[k] for r in runs]):.2f}" for k in ("medium_first", "medium_last"))
+        accepted, proposed = (sum(r["curriculum"].get(k, 0) for r in runs) for k in ("accepted", "proposed"))
+        steps = np.mean([r["steps"] for r in runs])
+        gained = "" if arm == BASELINE else gaps
+        rows.append(
+            f"| {arm} | {first[1]:.3f} | {last[1]:.3f} | {last[2]:.3f} | {gained} | {medium} | {steps:.0f} | "
+            f"{accepted:.0f} of {proposed:.0f} |"
+        )
+    return "\n".join(rows)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--preset", choices=PRESETS, default="small")
+    parser.add_argument("--workdir", default="runs/evolve")
+    parser.add_argument("--json", metavar="FILE", help="write the result there")
+    parser.add_argument("--arms", default=",".join(ARMS), help="comma-separated, of " + ", ".join(ARMS))
+    arguments = parser.parse_args()
+    arms = arguments.arms.split(",")
+    if unknown := sorted(set(arms) - set(ARMS)):
+        parser.error(f"--arms: {unknown[0]!r} is not one of {', '.join(ARMS)}")
+
+    relaunch_with_allocator()
+    jax.config.update("jax_compilation_cache_dir", str(HOME / "jax"))
+    preset = PRESETS[arguments.preset]
+    folder = Path(arguments.workdir) / arguments.preset
+    folder.mkdir(parents=True, exist_ok=True)
+
+    results = []
+    for seed in range(preset["seeds"]):
+        for arm in arms:
+            results.append(measured(arm, seed, preset, folder))
+            last = results[-1]
+            scores = f"avg@8 {last['curve'][0][1]:.3f} -> {last['curve'][-1][1]:.3f}"
+            print(f"{arm}, seed {seed}: {scores} in {last['seconds']:.0f} s", file=sys.stderr, flush=True)
+
+    print(show(results))
+    if arguments.json:
+        report = {"benchmark": "evolve", "setting": {"preset": arguments.preset, **preset}, "results": results}
+        Path(arguments.json).write_text(json.dumps(report, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -4,7 +4,7 @@ import dataclasses
 
 import numpy as np
 from hypothesis import strategies as st
-from objectives import make_batch
+from objectives import make_batch, map_fields
 
 WIDTH = 12
 
@@ -109,21 +109,13 @@ def random_forests(draw, *, max_rows=9, invalid=True):
     )
 
 
-def arrays_of(batch):
-    """The fields that are arrays, by name; there are no columns."""
-    assert not batch.columns
-    fields = {f.name: getattr(batch, f.name) for f in dataclasses.fields(batch)}
-    return {name: x for name, x in fields.items() if np.ndim(x)}
-
-
 def permute(batch, order):
     """The batch with row `i` at place `order[i]`."""
     order = np.asarray(order)
     place = np.argsort(order)
-    moved = {name: np.asarray(x)[place] for name, x in arrays_of(batch).items()}
-    parent = moved["parent_row"]
-    moved["parent_row"] = np.where(parent >= 0, order[np.maximum(parent, 0)], -1).astype(np.int32)
-    return dataclasses.replace(batch, **moved)
+    moved = map_fields(batch, lambda x: np.asarray(x)[place])
+    parent = np.where(moved.parent_row >= 0, order[np.maximum(moved.parent_row, 0)], -1)
+    return dataclasses.replace(moved, parent_row=parent.astype(np.int32))
 
 
 def pad(batch, rows=2, columns=3):
@@ -134,8 +126,8 @@ def pad(batch, rows=2, columns=3):
         fill = np.nan if x.dtype.kind == "f" else 0
         return np.pad(x, [(0, rows), (0, columns)][: x.ndim], constant_values=fill)
 
-    fields = {name: bigger(x) for name, x in arrays_of(batch).items()}
+    padded = map_fields(batch, bigger)
     count = len(batch.group_id)
-    fields["parent_row"][count:] = -1
-    fields["group_id"][count:] = batch.group_id.max() + 1
-    return dataclasses.replace(batch, **fields)
+    padded.parent_row[count:] = -1
+    padded.group_id[count:] = batch.group_id.max() + 1
+    return padded

@@ -16,7 +16,19 @@ from rljax.advantages import (
     pass_at_k_unbiased,
     task_normalized,
 )
-from rljax.algorithms import DIS, M2PO, RECIPES, VCPO, ActGuideRL, AgentRL, DecoupledPPO, IcePop
+from rljax.algorithms import (
+    DIS,
+    M2PO,
+    MOPD,
+    RECIPES,
+    VCPO,
+    ActGuideRL,
+    AgentRL,
+    CrossStageDistillation,
+    DecoupledPPO,
+    IcePop,
+    OnPolicyDistillation,
+)
 from rljax.losses import (
     behavior_ratio,
     behavior_sequence_ratio,
@@ -54,8 +66,8 @@ def one_row(new, behavior, advantages, *, old=None, mask=None, aggregate=token_m
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.__name__)
 def test_what_a_recipe_compares_the_policy_with_is_read_off_its_gradient(recipe):
     """Only these know who sampled a token; those with both would lose their correction if both were one."""
-    sampler_alone = {ActGuideRL, AgentRL, DIS}
-    both = {DecoupledPPO, IcePop, M2PO, VCPO}
+    sampler_alone = {ActGuideRL, AgentRL, DIS, MOPD, OnPolicyDistillation}
+    both = {CrossStageDistillation, DecoupledPPO, IcePop, M2PO, VCPO}
     got = recipe().build().compared_with()
     assert got == (recipe in sampler_alone | both, recipe not in sampler_alone)
 

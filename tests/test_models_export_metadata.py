@@ -119,7 +119,7 @@ def test_a_run_folder_and_its_export_say_what_the_source_says(source, tmp_path, 
 
     decoder, params = load_model(source)
     monkeypatch.setattr(convert, "run_checkpoints", lambda folder: folder)
-    monkeypatch.setattr(convert, "restore_params", lambda folder, like, step: (params, 1))
+    monkeypatch.setattr(convert, "restore_params", lambda folder, like, step, **how: (params, 1))
     exported = convert.convert(str(run), str(tmp_path / "hf"))
     check(exported)
     assert load_model(exported)[0] == decoder

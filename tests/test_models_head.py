@@ -28,7 +28,7 @@ from rljax.models import (
 from rljax.models.cache import init_cache
 from rljax.models.families import config_to_hf
 from rljax.sampling import Request, Sampler, SamplerSpec, Stops, process_logits, sampling_params
-from rljax.sampling.generate import DecodeRows, DecodeRun, decode
+from rljax.sampling.generate import Buffer, DecodeRows, DecodeRun, decode
 from rljax.sampling.logits import MASKED, sample_tokens
 from rljax.sampling.score import score_tokens
 from rljax.sampling.weights import decode_weights
@@ -93,7 +93,7 @@ def decoding(config):
         refill_rows=four,
     )
     cache = init_cache(config, 2, 3, 8, 4)
-    return jax.make_jaxpr(lambda w, c, r, u: decode(config, (), 4, w, c, r, u))(weights, cache, rows, run)
+    return jax.make_jaxpr(lambda w, c, r, u: decode(config, (), Buffer(4), w, c, r, u))(weights, cache, rows, run)
 
 
 def two_models(config):

@@ -8,6 +8,8 @@ prompt, a completion and the column `unwanted` (0 or 1); a reward of that name m
 config.evaluation says how held-out prompts are answered. It runs on one process.
 """
 
+from typing import cast
+
 from absl import flags
 
 from rljax.cli.command_line import define_config, launch
@@ -24,7 +26,7 @@ _TEXTS = flags.DEFINE_integer("texts", 1000, "Training texts that the probe is f
 
 
 def main() -> None:
-    from rljax.analysis.study_surgery import SurgeryOptions, study_surgery
+    from rljax.analysis.study_surgery import ProbedAt, SurgeryOptions, study_surgery
     from rljax.parallel import require_one_process
 
     require_one_process("rljax study surgery")
@@ -33,7 +35,11 @@ def main() -> None:
     except ValueError:
         raise ValueError(f"--alphas={','.join(_ALPHAS.value)} must be numbers with commas between, e.g. -1,1") from None
     options = SurgeryOptions(
-        alphas=alphas, share=_SHARE.value, texts=_TEXTS.value, probe=_PROBE.value, seeds=_SEEDS.value
+        alphas=alphas,
+        share=_SHARE.value,
+        texts=_TEXTS.value,
+        probe=cast(ProbedAt, _PROBE.value),
+        seeds=_SEEDS.value,
     )
     study_surgery(_CONFIG.value, _WORKDIR.value, options)
 

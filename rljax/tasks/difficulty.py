@@ -33,7 +33,7 @@ def second_stage(solved: np.ndarray, *, few: int) -> np.ndarray:
     """Which tasks are hard and not hopeless, bool [n], by `solved` bool [n, many]: none of the first `few` attempts
     solved it, and some attempt did. pass@few = 0 and pass@many > 0 (2508.06471; there 8 and 512). The few are a fixed
     part of the many, and never chosen."""
-    return ~solved[:, :few].any(axis=1) & solved.any(axis=1)
+    return np.asarray(~solved[:, :few].any(axis=1) & solved.any(axis=1))
 
 
 def chance_of_second_stage(pass_rate: np.ndarray, *, few: int, many: int) -> np.ndarray:

@@ -196,6 +196,8 @@ def test_a_run_trains_on_folded_episodes(context_folding, tmp_path):
     config = context_folding.get_config("smoke")
     config.model = PretrainedModel(path=str(tmp_path / "model"))
     config.actor.args = {"make": "test_rollouts_folding:Long", "keep": 1, "most": 2, "discard_beyond": 200, "turns": 6}
+    # Of 16 random bytes one is a character of this kind, so that turns end and the environment answers.
+    config.sampling.stop_strings = tuple(map(chr, range(32, 127)))
     train(config, str(tmp_path / "run"))
     first = next(iter(run_metrics(tmp_path / "run")))
     assert first["play/failed"] == 0 and first["rollout/logprob_gap_max"] < 2e-5

@@ -46,7 +46,7 @@ function lineChart(metric, series) {
   let [x0, x1] = [Math.min(...xs), Math.max(...xs)];
   let [y0, y1] = [Math.min(...ys), Math.max(...ys)];
   if (x0 === x1) x1 = x0 + 1;
-  if (y0 === y1) [y0, y1] = [y0 - Math.max(Math.abs(y0) * 0.1, 1e-9), y1 + Math.max(Math.abs(y1) * 0.1, 1e-9)];
+  if (y0 === y1) [y0, y1] = [y0 - (Math.abs(y0) * 0.1 || 1), y1 + (Math.abs(y1) * 0.1 || 1)];
   const X = (x) => left + ((x - x0) / (x1 - x0)) * (width - left - 8);
   const Y = (y) => 6 + (1 - (y - y0) / (y1 - y0)) * (height - bottom - 10);
 

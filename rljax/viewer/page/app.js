@@ -517,13 +517,12 @@ async function refresh() {
   showRuns();
 }
 
-async function follow() {
-  let last = null;
+async function follow(last) {
   let isLost = false;
   for (;;) {
     try {
       const now = JSON.stringify(await ask("stamp", {}));
-      if (last !== null && now !== last) {
+      if (now !== last) {
         await refresh();
         // Rollouts stay as they are while they are read; the list of steps grows.
         if (main.dataset.shown === "overview") await keepingPlace(() => show("overview"));
@@ -550,9 +549,11 @@ async function keepingPlace(draw) {
 }
 
 async function start() {
+  // Asked for first: what comes while the page is drawn is new to it.
+  const stamp = told ? null : JSON.stringify(await ask("stamp", {}));
   await refresh();
   await show(VIEWS.includes(place().view) ? place().view : "overview");
-  if (!told) follow();
+  if (!told) follow(stamp);
   else tell("A report: curves are whole, rollouts are those of some steps.");
 }
 

@@ -26,7 +26,7 @@ from rljax.models import DecoderConfig, init_params
 from rljax.testing import rollout_records, run_metrics, tiny_config
 from rljax.text import CharTokenizer
 from rljax.training import Learner, LossNeeds, OptimizerConfig, UpdateConfig
-from rljax.types import INTERVENTION_INJECT, Trajectory
+from rljax.types import INTERVENTION_INJECT, TEACHER_LOGPROBS, Trajectory
 
 TOKENIZER = CharTokenizer("abcdefgh=")
 TINY = {
@@ -150,6 +150,8 @@ def update_of(algorithm, batch, *, share):
     state = learner.init_state(init_params(CONFIG, jax.random.key(1)))
     behavior, ref = (learner.score_rows(init_params(CONFIG, jax.random.key(seed)), batch) for seed in (2, 3))
     batch = dataclasses.replace(batch, behavior_logprobs=behavior, ref_logprobs=ref, values=ref)  # any numbers serve
+    if algorithm.plan.teacher:
+        batch = dataclasses.replace(batch, columns={TEACHER_LOGPROBS: ref})
     advantages = np.asarray(algorithm.advantage_fn(batch))
     train_batch = learner.prepare(state, batch, advantages)[0]
     moved = jax.tree.map(lambda x: x + 0.01 * jax.random.normal(jax.random.key(x.size), x.shape), state.trainable)

@@ -14,7 +14,7 @@ from docs_metrics import unexplained
 import rljax.experiment.pipeline
 import rljax.experiment.train
 from rljax.algorithms import DAPO, GRPO, RECIPES, RLOO
-from rljax.experiment import CheckpointConfig, EvaluationConfig, RewardConfig, SingleTurn
+from rljax.experiment import CheckpointConfig, EvaluationConfig, ModelTeacher, RewardConfig, SingleTurn
 from rljax.experiment.train import RunFailed, train
 from rljax.testing import params_fingerprint, rollout_records, run_metrics, tiny_config
 from rljax.training import Checkpointer, Learner, OptimizerConfig, read_jsonl
@@ -295,7 +295,11 @@ def recipe_of(cls):
 @pytest.mark.parametrize("recipe", RECIPE_RUNS)
 def test_every_recipe_runs_with_several_minibatches_epochs_and_a_moving_reference(recipe, tmp_path):
     update = dataclasses.replace(tiny_config().update, minibatches=2, epochs=2)
-    train(short(steps=3, algorithm=recipe_of(recipe), update=update, reference_refresh=1), str(tmp_path))
+    algorithm = recipe_of(recipe)
+    # A teacher of another depth, so that it has something to teach.
+    shallow = dataclasses.replace(tiny_config().model, num_layers=1)
+    teachers = (ModelTeacher(shallow),) if algorithm.build().plan.teacher else ()
+    train(short(steps=3, algorithm=algorithm, update=update, reference_refresh=1, teachers=teachers), str(tmp_path))
     lines = run_metrics(tmp_path)
     assert len(lines) == 3 and all(map(finite, lines))
     for line in lines:

@@ -5,6 +5,8 @@ import random
 from collections.abc import Sequence
 from typing import Any, Protocol, runtime_checkable
 
+import numpy as np
+
 from rljax.tasks.examples import Example, digest
 
 
@@ -31,6 +33,32 @@ class Curriculum(Protocol):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a `state_dict`. Raises ValueError if it belongs to other data or another seed."""
         ...
+
+
+def check_draw(n: int, examples: int) -> None:
+    """ValueError unless 1 <= n <= `examples`."""
+    if not 1 <= n <= examples:
+        raise ValueError(
+            f"cannot draw {n} distinct examples from {examples}; "
+            "lower the number of prompts of a step, or give more data"
+        )
+
+
+def draw_by(distribution: np.ndarray, n: int, *, seed: int, draw: int) -> list[int]:
+    """Numbers of `n` distinct examples, of which each step of the draw takes one in proportion to `distribution`
+    (float64 [N], above 0) among those that are left.
+
+    Depends on the arguments alone; `draw` counts what was drawn with the same seed before. Raises ValueError unless
+    1 <= n <= N.
+    """
+    check_draw(n, len(distribution))
+    key = hashlib.blake2b(f"{seed}/{draw}".encode(), digest_size=16).digest()
+    generator = np.random.Generator(np.random.PCG64(int.from_bytes(key, "big")))
+
+    # The n first to arrive, when each arrives at a rate of its probability: draws without replacement.
+    arrivals = generator.exponential(size=len(distribution))
+    order = np.argsort(arrivals / distribution, kind="stable")
+    return [int(i) for i in order[:n]]
 
 
 class UniformCurriculum:
@@ -64,11 +92,7 @@ class UniformCurriculum:
 
     def sample(self, step: int, n: int) -> list[Example]:
         """The next `n` examples; `step` does not enter. Raises ValueError unless 1 <= n <= number of examples."""
-        if not 1 <= n <= len(self._examples):
-            raise ValueError(
-                f"cannot draw {n} distinct examples from {len(self._examples)}; "
-                "lower the number of prompts of a step, or give more data"
-            )
+        check_draw(n, len(self._examples))
         batch: list[int] = []
         while len(batch) < n:
             batch.append(self._next(set(batch)))

@@ -4,14 +4,13 @@ First the mathematics as functions of arrays, then the settings and the curricul
 corrected for in the loss.
 """
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from rljax.tasks.curriculum import fingerprint, refuse_other_state
+from rljax.tasks.curriculum import draw_by, fingerprint, refuse_other_state
 from rljax.tasks.examples import Example
 from rljax.tasks.similarity import TextSimilarity, dice
 
@@ -120,19 +119,9 @@ class FailureCurriculum:
 
     def sample(self, step: int, n: int) -> list[Example]:
         """`n` examples; `step` does not enter. Raises ValueError unless 1 <= n <= number of examples."""
-        if not 1 <= n <= len(self._examples):
-            raise ValueError(
-                f"cannot draw {n} distinct examples from {len(self._examples)}; "
-                "lower the number of prompts of a step, or give more data"
-            )
-        key = hashlib.blake2b(f"{self._seed}/{self._draws}".encode(), digest_size=16).digest()
-        generator = np.random.Generator(np.random.PCG64(int.from_bytes(key, "big")))
+        drawn = draw_by(self.distribution, n, seed=self._seed, draw=self._draws)
         self._draws += 1
-
-        # The n first to arrive, when each arrives at a rate of its probability: draws without replacement.
-        arrivals = generator.exponential(size=len(self._mass))
-        order = np.argsort(arrivals / self.distribution, kind="stable")
-        return [self._examples[i] for i in order[:n]]
+        return [self._examples[i] for i in drawn]
 
     def observe(self, examples: Sequence[Example], rewards: Sequence[float]) -> None:
         """Learn which examples of a step failed; those of other data sets are passed over. A step of which nothing is

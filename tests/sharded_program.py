@@ -81,17 +81,15 @@ def on_meshes(shapes):
             )
             remat_value, remat_grad = remat(sharded, put_batch(mesh, data))
             decode = reshard(sharded, param_shardings(CONFIG, mesh, DECODE_RULES))
-            unrolled = jax.jit(
-                lambda p, d: logits(
-                    CONFIG, p, hidden_states(CONFIG, p, d["tokens"], d["positions"], d["end"], scan=False)
-                )
+            in_decode_layout = jax.jit(
+                lambda p, d: logits(CONFIG, p, hidden_states(CONFIG, p, d["tokens"], d["positions"], d["end"]))
             )(decode, put_batch(mesh, data))
         found["x".join(map(str, shape))] = {
             "loss": abs(float(value - want)),
             "scores": difference(scores, want_scores),
             "grad": difference(grad, want_grad),
             "remat": max(abs(float(remat_value - want)), difference(remat_grad, want_grad)),
-            "decode_layout": difference(unrolled, want_scores),
+            "decode_layout": difference(in_decode_layout, want_scores),
             "reshard": difference(decode, params),
             "batch_split": len({str(s.index[0]) for s in scores.addressable_shards}),
             "q_bytes_share": sharded["layers"]["q"].addressable_shards[0].data.nbytes / params["layers"]["q"].nbytes,

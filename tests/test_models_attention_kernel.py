@@ -236,9 +236,7 @@ MODEL = DecoderConfig(
 )
 
 
-@pytest.mark.parametrize(
-    ("device", "options"), [("gpu", {}), ("tpu", {"scan": False}), ("tpu", {"remat": "attention_saved"})]
-)
+@pytest.mark.parametrize(("device", "options"), [("gpu", {}), ("tpu", {}), ("tpu", {"remat": "attention_saved"})])
 def test_a_model_has_the_same_gradient_with_the_kernels(device, options):
     positions, ends = (jnp.asarray(x) for x in forests(70, seed=2))
     tokens = jax.random.randint(jax.random.key(0), positions.shape, 0, MODEL.vocab_size)

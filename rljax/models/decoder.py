@@ -373,17 +373,15 @@ def hidden_states(
     subtree_end: Int[Array, "R S"],
     *,
     remat: Remat = "none",
-    scan: bool = True,
     attention: Attention = forest_attention,
     experts: Int[Array, "R S L K"] | None = None,
 ) -> Float[Array, "R S D"]:
     """Final-normed hidden states of packed forests (see `rljax.types.Packed`).
 
-    `scan` runs the stacked layers as one `lax.scan` (compiles once); otherwise they are unrolled. `remat` says what
-    the backward pass computes again (see `Remat`). `attention` is `forest_attention` or something that computes the
-    same; it alone minds the order of the positions, which is also that of the result. `experts` are those to compute
-    with in each layer, -1 for the best (`rljax.types.Packed`). ValueError for another `remat`, and for several adapters
-    side by side.
+    The stacked layers are one `lax.scan`, whose body compiles once. `remat` says what the backward pass computes again
+    (see `Remat`). `attention` is `forest_attention` or something that computes the same; it alone minds the order of
+    the positions, which is also that of the result. `experts` are those to compute with in each layer, -1 for the best
+    (`rljax.types.Packed`). ValueError for another `remat`, and for several adapters side by side.
     """
     if remat not in get_args(Remat):
         raise ValueError(f"remat={remat!r} must be one of {', '.join(map(repr, get_args(Remat)))}")
@@ -410,18 +408,14 @@ def hidden_states(
         saved = {"products_saved": (*SAVED, PRODUCT), "attention_saved": SAVED, "full": ()}[remat]
         policy = jax.checkpoint_policies.save_only_these_names(*saved)
         # A scan keeps its body apart by itself; barriers against common subexpressions would only cost there.
-        body = jax.checkpoint(body, prevent_cse=not scan, policy=policy)
+        body = jax.checkpoint(body, prevent_cse=False, policy=policy)
+
     x = embed_split(config, params, tokens)
     x = constrain(x, _axes(x))
+
+    own = None if kinds is None else jnp.asarray(kinds)
     by_layer = None if experts is None else jnp.moveaxis(experts, 2, 0)
-    if scan:
-        own = None if kinds is None else jnp.asarray(kinds)
-        x, _ = jax.lax.scan(body, x, (params["layers"], jnp.asarray(config.windows), own, by_layer))
-    else:
-        which = kinds or (None,) * config.num_layers
-        recorded = (None,) * config.num_layers if by_layer is None else by_layer
-        for layer in zip(unstack_layers(params)["layers"], config.windows, which, recorded, strict=True):
-            x, _ = body(x, layer)
+    x, _ = jax.lax.scan(body, x, (params["layers"], jnp.asarray(config.windows), own, by_layer))
     return final_norm(config, params, x)
 
 

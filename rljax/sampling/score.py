@@ -51,7 +51,6 @@ def score_tokens(
     *,
     chunk: int = 512,
     remat: Remat = "none",
-    scan: bool = True,
     attention: Attention = forest_attention,
 ) -> tuple[Float[Array, "R K"], Float[Array, "R K"]]:
     """Log-probs and entropies (float32, nats) of the tokens that `packed.score_index` lists, each under the
@@ -59,8 +58,8 @@ def score_tokens(
 
     Both are differentiable in `params`. With `sampling_params` the distribution is the tempered and truncated one that
     is sampled from (a scored token that truncation would remove is kept); None is the model's own. On each device
-    logits exist for `chunk` tokens at a time (at least one of each of its packed rows). `remat`, `scan` and `attention`
-    are those of `hidden_states`.
+    logits exist for `chunk` tokens at a time (at least one of each of its packed rows). `remat` and `attention` are
+    those of `hidden_states`.
     """
     if chunk < 1:
         raise ValueError(f"chunk={chunk} must be at least 1 token; 512 suits most machines")
@@ -68,12 +67,12 @@ def score_tokens(
     wanted, targets, before = _places(packed)
     context = _context(packed, before, sampling_params)
     if shares is None:
-        states = scored_states(config, params, packed, remat=remat, scan=scan, attention=attention)
+        states = scored_states(config, params, packed, remat=remat, attention=attention)
         return score_hidden(config, params, *states, sampling_params, chunk=chunk, context=context)
     if context is not None:
         raise ValueError("grammars and penalties are not scored where devices share sequences")
 
-    hidden = _hidden_states(config, params, packed, shares, remat=remat, scan=scan, attention=attention)
+    hidden = _hidden_states(config, params, packed, shares, remat=remat, attention=attention)
     # Scored tokens may lie all in one part of a sequence, so its devices take equal numbers of them.
     hidden = shares.states_at(hidden, shares.split(shares.place(before)))
     targets = shares.split(targets)
@@ -89,12 +88,11 @@ def scored_states(
     packed: Packed,
     *,
     remat: Remat = "none",
-    scan: bool = True,
     attention: Attention = forest_attention,
 ) -> tuple[Float[Array, "R K D"], Int[Array, "R K"], Bool[Array, "R K"]]:
     """The final-normed hidden states that give the distributions of the tokens of `packed.score_index`, these tokens,
     and whether they are wanted: what `score_hidden` takes. Of packed sequences that no devices share."""
-    hidden = _hidden_states(config, params, packed, None, remat=remat, scan=scan, attention=attention)
+    hidden = _hidden_states(config, params, packed, None, remat=remat, attention=attention)
     wanted, targets, before = _places(packed)
     return jnp.take_along_axis(hidden, before[..., None], axis=1), targets, wanted
 
@@ -107,7 +105,6 @@ def score_values(
     *,
     chunk: int = 512,
     remat: Remat = "none",
-    scan: bool = True,
     attention: Attention = forest_attention,
 ) -> tuple[Float[Array, "R K"], Float[Array, "R K"]]:
     """`score_tokens` of a critic: the value (float32) of the state in which each token of `packed.score_index` was
@@ -117,7 +114,7 @@ def score_values(
     change nothing. ValueError when the model has no value head.
     """
     shares = sequence_shares(*packed.tokens.shape)
-    hidden = _hidden_states(config, params, packed, shares, remat=remat, scan=scan, attention=attention)
+    hidden = _hidden_states(config, params, packed, shares, remat=remat, attention=attention)
     found = values(config, params, hidden)
     wanted, _, before = _places(packed)
     if shares is not None:
@@ -266,7 +263,8 @@ def score_hidden(
         context = None if context is None else context.padded(padding)
 
     head = head_params(config, params)
-    logprobs, entropies = _head(config, step, layout, head, hidden, targets, wanted, sampling_params, context)
+    asked = _Asked(targets, wanted, sampling_params, context)
+    logprobs, entropies = _head(config, step, layout, head, hidden, asked)
     return logprobs[:, :length], entropies[:, :length]
 
 
@@ -400,12 +398,23 @@ class _Layout(NamedTuple):
         return jax.shard_map(part, in_specs=split, out_specs=whole, check_vma=False)(gradient)
 
 
+class _Asked(NamedTuple):
+    """Which tokens are scored, and what their distributions depend on beside the hidden states."""
+
+    targets: Array
+    """int32 [R, K]."""
+    wanted: Array
+    """bool [R, K]."""
+    sampling: SamplingParams | None
+    context: Context | None
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
 def _head(
-    config: DecoderConfig, step: int, layout: _Layout, head, hidden, targets, wanted, sampling, context
+    config: DecoderConfig, step: int, layout: _Layout, head: Params, hidden: Array, asked: _Asked
 ) -> tuple[Array, Array]:
     """`score_hidden` of chunks of `step` tokens of each row; `head` are the `head_params`."""
-    (logprobs, entropies), _ = _head_forward(config, step, layout, head, hidden, targets, wanted, sampling, context)
+    (logprobs, entropies), _ = _head_forward(config, step, layout, head, hidden, asked)
     return logprobs, entropies
 
 
@@ -424,7 +433,7 @@ def _write(x: Array, part: Array, i: Array, step: int) -> Array:
     return jax.lax.dynamic_update_slice_in_dim(x, part.astype(x.dtype), i * step, axis=1)
 
 
-def _head_forward(config, step: int, layout: _Layout, head, hidden, targets, wanted, sampling, context):
+def _head_forward(config, step: int, layout: _Layout, head, hidden, asked: _Asked):
     def measure(whole, hidden, targets, context, sampling, live):
         if step == hidden.shape[1]:
             # One chunk: its logits are few enough to be kept for the backward pass.
@@ -446,21 +455,22 @@ def _head_forward(config, step: int, layout: _Layout, head, hidden, targets, wan
     every = PartitionSpec()
     own = PartitionSpec(layout.rows)
     run = layout.on_rows(measure, (every, own, own, own, every, every), own)
-    live = _live_chunks(step, wanted)
-    kept, (logprobs, entropies, normalisers) = run(whole, hidden, targets, context, sampling, live)
+    live = _live_chunks(step, asked.wanted)
+    kept, measured = run(whole, hidden, asked.targets, asked.context, asked.sampling, live)
 
-    out = jnp.where(wanted, logprobs, 0.0), jnp.where(wanted, entropies, 0.0)
-    return out, (head, whole, hidden, targets, wanted, context, sampling, normalisers, entropies, kept)
+    logprobs, entropies, normalisers = measured
+    out = jnp.where(asked.wanted, logprobs, 0.0), jnp.where(asked.wanted, entropies, 0.0)
+    return out, (head, whole, hidden, asked, normalisers, entropies, kept)
 
 
 def _head_backward(config, step: int, layout: _Layout, residuals, cotangents):
-    head, whole, hidden, targets, wanted, context, sampling, normalisers, entropies, kept = residuals
-    d_logprobs, d_entropies = (jnp.where(wanted, d, 0.0) for d in cotangents)
-    # Of a logit that truncation removed the probability is 0, so that the division by the temperature is all that
-    # lies between a logit and its processed one.
-    scale = 1.0 / _temperature(sampling)
+    head, whole, hidden, asked, normalisers, entropies, kept = residuals
+    d_logprobs, d_entropies = (jnp.where(asked.wanted, d, 0.0) for d in cotangents)
 
-    def gradients(whole, kept, hidden, targets, context, at, sampling, scale, live):
+    def gradients(whole, kept, hidden, targets, context, at, sampling, live):
+        # Of a logit that truncation removed the probability is 0, so that the division by the temperature is all that
+        # lies between a logit and its processed one.
+        scale = 1.0 / _temperature(sampling)
         if kept is not None:
             d_logits = _own_gradient(kept, targets, at) * scale
             d_hidden, d_head = logits_gradient(config, whole, hidden, d_logits)
@@ -480,12 +490,13 @@ def _head_backward(config, step: int, layout: _Layout, residuals, cotangents):
 
     every = PartitionSpec()
     own = PartitionSpec(layout.rows)
-    run = layout.on_rows(gradients, (every, own, own, own, own, own, every, every, every), own)
+    run = layout.on_rows(gradients, (every, own, own, own, own, own, every, every), own)
     at = (normalisers, entropies, d_logprobs, d_entropies)
-    d_hidden, d_head = run(whole, kept, hidden, targets, context, at, sampling, scale, _live_chunks(step, wanted))
+    live = _live_chunks(step, asked.wanted)
+    d_hidden, d_head = run(whole, kept, hidden, asked.targets, asked.context, at, asked.sampling, live)
 
     d_head = jax.tree.map(lambda d, x: layout.reduce(d).astype(x.dtype), d_head, head)
-    return d_head, d_hidden, None, None, None, None
+    return d_head, d_hidden, None
 
 
 _head.defvjp(_head_forward, _head_backward)

@@ -14,6 +14,7 @@ from rljax.experiment.build import Run, stack_rows
 from rljax.experiment.sft import demonstration_row
 from rljax.experiment.stage import Stage
 from rljax.losses import PAIR, SIDE
+from rljax.models import value_config
 from rljax.parallel import batch_parts
 from rljax.settings import placed
 from rljax.tasks import Example, UniformCurriculum
@@ -47,7 +48,9 @@ def preferring(run: Run, first_params: Callable[[RunFolder], Params]) -> Stage:
     curriculum = UniformCurriculum(examples_of(run, run.dataset.train), seed=run.config.seed)
 
     if method.scores_values:
-        critic = Critic(run.decoder, method.loss, own.optimizer, _no_returns, update, bias=False, **shared)
+        # The scores of two completions are compared, so a bias of the head would cancel.
+        scorer = value_config(run.decoder, bias=False)
+        critic = Critic(scorer, method.loss, own.optimizer, _no_returns, update, **shared)
         learner = critic.learner
         start = critic.init_state
         base_of = critic.base_of

@@ -31,7 +31,7 @@ class Critic:
     rows that share a prefix share its values. Packing, accumulation, meshes and the guard against non-finite updates
     are a `Learner`'s, set by the same arguments. `loss` sees values where a policy's sees log-probs,
     and what `returns_fn` makes of the batch and its values where that sees advantages. `config` is that of a language
-    model; `bias` says whether the head has one.
+    model, or a `value_config` of one, which says whether the head has a bias.
     """
 
     def __init__(
@@ -45,9 +45,8 @@ class Critic:
         mesh: Mesh | None = None,
         seed: int = 0,
         subtree: Subtree = EVERYTHING,
-        bias: bool = True,
     ):
-        self.config = value_config(config, bias=bias)
+        self.config = config if config.value_head else value_config(config)
         self.returns_fn = returns_fn
         self.learner = Learner(
             self.config,

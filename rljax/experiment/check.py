@@ -52,8 +52,7 @@ def check(config: Config, device_count: int | None = None) -> Algorithm:
     """Builds the algorithm and refuses impossible combinations with a `ValueError` of one line.
 
     Types and ranges are those of the fields (`rljax.settings`), and what a part can see by itself it checks itself;
-    here is what takes two. `device_count` is checked against the mesh
-    when given.
+    here is what takes two. `device_count` is checked against the mesh when given.
     """
     check_config(config)
     check_effect(config, SWITCHES)
@@ -71,12 +70,15 @@ def check(config: Config, device_count: int | None = None) -> Algorithm:
     check_forks(config, plan)
     check_best(config)
     check_verifier(config)
+
+    # A teacher may be the reference, so a method without a KL penalty can have one all the same.
     needs_ref = plan.needs_ref or any(teacher.needs_reference for teacher in config.teachers)
     if config.reference_refresh and not needs_ref:
         raise ValueError(
             f"config.reference_refresh={config.reference_refresh} has no effect: {type(config.algorithm).__name__} has "
             "no reference model; set config.algorithm.kl_coef above 0, or leave it out"
         )
+
     config.actor.check(plan, config.sampling, config.update.pack_length)
     check_off_policy(config, algorithm)
     check_entropies(config, algorithm)
@@ -84,6 +86,7 @@ def check(config: Config, device_count: int | None = None) -> Algorithm:
     check_adapters(config)
     check_teachers(config, plan)
     check_pushes(config)
+
     if config.sampling.temperature <= 0 and plan.group_size > 1:
         raise ValueError(
             f"config.sampling.temperature={config.sampling.temperature} makes all {plan.group_size} samples of a group "
@@ -94,6 +97,7 @@ def check(config: Config, device_count: int | None = None) -> Algorithm:
             f"config.log.wandb_project={config.log.wandb_project!r} needs wandb, which is not installed; "
             "pip install wandb, or leave it empty"
         )
+
     if device_count is not None:
         config.mesh.check(device_count)
     return algorithm
@@ -157,6 +161,8 @@ def reads_entropies(algorithm: Algorithm) -> bool:
     rows = algorithm.plan.group_size
     shape = (rows, 4)
     zeros = np.zeros(rows, np.int32)
+
+    # Rewards and entropies differ between tokens, so that what depends on them shows.
     batch = RolloutBatch(
         tokens=np.arange(math.prod(shape), dtype=np.int32).reshape(shape),
         action_mask=np.ones(shape, bool),
@@ -185,6 +191,7 @@ def reads_entropies(algorithm: Algorithm) -> bool:
         }
         | {name: np.zeros(shape, np.float32) for name in algorithm.plan.teacher_columns},
     )
+
     unknown = dataclasses.replace(batch, entropies=np.full(shape, np.nan, np.float32))
     known = np.asarray(algorithm.advantage_fn(batch))
     return not np.array_equal(known, np.asarray(algorithm.advantage_fn(unknown)))
@@ -211,6 +218,7 @@ def check_teachers(config: Config, plan: RolloutPlan) -> None:
         return
     if not config.teachers:
         raise ValueError(f"config.teachers=() but {name} needs one at least; give config.teachers=(ModelTeacher(...),)")
+
     told = [i for i, teacher in enumerate(config.teachers) if getattr(teacher, "context_column", "")]
     if told and not isinstance(config.actor, (SingleTurn, Remote)):
         actor = type(config.actor).__name__
@@ -218,6 +226,7 @@ def check_teachers(config: Config, plan: RolloutPlan) -> None:
             f"config.teachers[{told[0]}].context_column adds to a prompt of the data, and {actor} opens by itself; "
             "leave it empty, or take SingleTurn"
         )
+
     own = config.sampling
     for field in ("top_k", "top_p", "min_p"):
         value = getattr(own, field)

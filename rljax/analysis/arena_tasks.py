@@ -6,6 +6,7 @@ each sampled token. At equal tokens a larger one should learn faster; by how muc
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 from rljax.advantages import global_and_local, intra_and_inter_tree
 from rljax.algorithms import DIS, GRPO, M2PO, VCPO, ActGuideRL, DecoupledPPO, IcePop, RandomForks, ReSum, TreeGRPO
@@ -53,23 +54,30 @@ ROWS = 8000
 """Training rows of a task."""
 
 
+class Shape(NamedTuple):
+    """What a task's texts and training are like."""
+
+    length: int
+    """Most tokens of a prompt and its completion, or of an episode."""
+    new_tokens: int
+    """Most tokens of a completion, or of a turn."""
+    warmup: int
+    """Supervised steps at full size."""
+    learning_rate: float
+
+
 def character_config(
     size: Size,
     alphabet: str,
     data: DataSource,
     actor: SingleTurn | MultiTurn,
     demonstrations: Callable[[Sequence[Example]], list[Example]],
-    *,
-    length: int,
-    new_tokens: int,
-    warmup: int,
-    learning_rate: float,
+    shape: Shape,
 ) -> Config:
-    """A run of a character model of 0.35M parameters on sequences of at most `length` tokens, of which a completion, or
-    a turn, has at most `new_tokens`. `warmup` are supervised steps at full size."""
-    steps = max(1, round(warmup * size.warmup))
+    """A run of a character model of 0.35M parameters."""
+    steps = max(1, round(shape.warmup * size.warmup))
 
-    packed = SEQUENCE_ROWS * length
+    packed = SEQUENCE_ROWS * shape.length
     return Config(
         name="arena",
         steps=size.updates,
@@ -85,7 +93,7 @@ def character_config(
         data=data,
         actor=actor,
         algorithm=GRPO(group_size=8, kl_coef=0.0),
-        sampling=SamplingConfig(max_new_tokens=new_tokens),
+        sampling=SamplingConfig(max_new_tokens=shape.new_tokens),
         update=UpdateConfig(
             pack_length=packed,
             microbatch_size=4,
@@ -95,7 +103,7 @@ def character_config(
             # Early in training whole steps may have no signal, and they belong to the curve.
             max_empty=size.updates + 1,
         ),
-        optimizer=OptimizerConfig(learning_rate=learning_rate),
+        optimizer=OptimizerConfig(learning_rate=shape.learning_rate),
         warmup=WarmupConfig(
             steps=steps,
             batch_size=128,
@@ -121,10 +129,7 @@ def late_config(size: Size) -> Config:
         ),
         SingleTurn(rewards=(RewardConfig("rljax.tasks.verifiers:ExactMatch"),), prompt_buckets=(7,)),
         late_demonstrations,
-        length=7 + len(CERTAIN) + 6 + 1,
-        new_tokens=len(CERTAIN) + 6 + 1,
-        warmup=300,
-        learning_rate=2e-4,
+        Shape(length=7 + len(CERTAIN) + 6 + 1, new_tokens=len(CERTAIN) + 6 + 1, warmup=300, learning_rate=2e-4),
     )
 
 
@@ -148,10 +153,7 @@ def relay_config(size: Size) -> Config:
             limits=EnvironmentLimits(turns=TURNS),
         ),
         relay_demonstrations,
-        length=5 * TURNS,
-        new_tokens=2,
-        warmup=200,
-        learning_rate=1e-4,
+        Shape(length=5 * TURNS, new_tokens=2, warmup=200, learning_rate=1e-4),
     )
 
 
@@ -171,10 +173,7 @@ def sums_config(size: Size) -> Config:
         ),
         SingleTurn(prompt_buckets=(20,)),
         miscounted,
-        length=34,
-        new_tokens=14,
-        warmup=300,
-        learning_rate=1e-4,
+        Shape(length=34, new_tokens=14, warmup=300, learning_rate=1e-4),
     )
 
 
@@ -403,10 +402,7 @@ def _restart_config(size: Size, demonstrations: Callable[[Sequence[Example]], li
             prompt_buckets=(7,),
         ),
         demonstrations,
-        length=7 + 16,
-        new_tokens=16,
-        warmup=200,
-        learning_rate=2e-4,
+        Shape(length=7 + 16, new_tokens=16, warmup=200, learning_rate=2e-4),
     )
     return dataclasses.replace(config, sampling=dataclasses.replace(config.sampling, truncated_is_wrong=True))
 
@@ -458,10 +454,7 @@ def sparse_config(size: Size) -> Config:
         ),
         sparse_demonstrations,
         # A packed sequence holds a demonstration with its plan.
-        length=21,
-        new_tokens=SPARSE_LENGTH + 1,
-        warmup=200,
-        learning_rate=2e-4,
+        Shape(length=21, new_tokens=SPARSE_LENGTH + 1, warmup=200, learning_rate=2e-4),
     )
     return dataclasses.replace(config, warmup=dataclasses.replace(config.warmup, batch_size=64))
 

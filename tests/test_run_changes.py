@@ -7,8 +7,8 @@ import pytest
 
 from rljax.experiment import EvaluationConfig, WarmupConfig
 from rljax.experiment.build import Run, build
-from rljax.experiment.changes import changed_fields, review_changes
-from rljax.experiment.config import to_dict
+from rljax.experiment.changes import review_changes
+from rljax.experiment.config import changed_fields, to_dict
 from rljax.experiment.dry_run import check_tables, print_plan
 from rljax.experiment.evaluate import evaluate_model
 from rljax.experiment.journal import Journal

@@ -17,6 +17,7 @@ import jax
 import numpy as np
 import pytest
 from devices import xla_flags
+from made import EXAMPLES, assert_same_rollout, made
 
 import rljax.experiment.pipeline
 from rljax.algorithms import GRPO, DecoupledPPO
@@ -24,17 +25,16 @@ from rljax.experiment import RolloutConfig
 from rljax.experiment.build import Run, build
 from rljax.experiment.check import check
 from rljax.experiment.config import to_dict
-from rljax.experiment.journal import Journal, Made, from_bytes, to_bytes
+from rljax.experiment.journal import Journal, from_bytes, to_bytes
 from rljax.experiment.pipeline import Beside, Pipeline
 from rljax.experiment.train import fitting, resume, sampled_otherwise
 from rljax.parallel import make_mesh, replicated, split_devices
 from rljax.plans import RolloutPlan
-from rljax.rollouts import Rollout
 from rljax.rollouts.orders import QueuedActor
-from rljax.tasks import Example, UniformCurriculum
+from rljax.tasks import UniformCurriculum
 from rljax.testing import params_fingerprint, rollout_records, run_metrics, tiny_config
 from rljax.training import Checkpointer, RunFolder
-from rljax.types import TrainState, Trajectory
+from rljax.types import TrainState
 
 TESTS = Path(__file__).parent
 STEPS = 6
@@ -83,52 +83,6 @@ def test_rollouts_that_no_checkpoint_goes_on_with_are_removed(computed):
     assert computed["journal"] == ["rollout_000004.npz", "rollout_000005.npz"]
 
 
-def trajectory(length, **fields):
-    """With numbers that no other row has."""
-    rng = np.random.default_rng(length)
-    values = {
-        "tokens": rng.integers(0, 9, length).astype(np.int32),
-        "action_mask": rng.random(length) < 0.5,
-        "behavior_logprobs": rng.random(length).astype(np.float32),
-        "entropies": rng.random(length).astype(np.float32),
-        "turn_ids": np.zeros(length, np.int32),
-        "policy_version": np.full(length, 3, np.int32),
-    }
-    return Trajectory(**values | fields, prompt_id=length, group_id=1, episode_id=2, reward=1 / 3)
-
-
-EXAMPLES = {i: Example(f"{i}", {"answer": i}, id=i) for i in range(3)}
-
-
-def made(step=5, version=4):
-    columns = {"per_row": 0.1, "per_token": np.linspace(0, 1, 4).astype(np.float32)}
-    rows = [
-        trajectory(4, columns=columns, token_keys=np.array([1, 2**40, 3, 4]), is_valid=False),
-        trajectory(2, turn_rewards=np.array([0.5, np.nan], np.float32), state_ids=np.array([-1, 7], np.int32)),
-        trajectory(7, parent_row=1, fork_index=2, is_truncated=True),
-    ]
-    rollout = Rollout(
-        trajectories=rows,
-        records=[{"prompt": "\ud800 é", "reward": None, "components": {"x": np.float64(0.1)}}],
-        examples=[EXAMPLES[2], EXAMPLES[0]],
-        rewards=np.array([[0.1, np.nan], [1 / 3, 2.0]]),
-        stats={"reward_mean": float("nan"), "staleness": 1.0},
-        actor_stats={"turns": 3.0},
-        seconds={"sample": 0.1},
-        untrained=[{"prompt": "left out"}],
-    )
-    return Made(step, version, rollout, "no signal", json.dumps({"curriculum": {"cursor": 3}, "actor": {}}))
-
-
-def assert_same_arrays(got, want):
-    assert (got is None) == (want is None)
-    if isinstance(want, np.ndarray):
-        assert got.dtype == want.dtype
-        np.testing.assert_array_equal(got, want)
-    else:
-        assert got == want
-
-
 def test_a_journal_gives_back_every_bit_of_a_rollout(tmp_path):
     journal = Journal(tmp_path / "journal")
     want = made()
@@ -137,17 +91,7 @@ def test_a_journal_gives_back_every_bit_of_a_rollout(tmp_path):
 
     assert got.is_recorded and not want.is_recorded
     assert (got.step, got.version, got.lacking, got.behind) == (5, 4, "no signal", want.behind)
-    for mine, theirs in zip(got.rollout.trajectories, want.rollout.trajectories, strict=True):
-        for field in dataclasses.fields(theirs):
-            if field.name != "columns":
-                assert_same_arrays(getattr(mine, field.name), getattr(theirs, field.name))
-        assert mine.columns.keys() == theirs.columns.keys()
-        for name, value in theirs.columns.items():
-            assert_same_arrays(mine.columns[name], value)
-    assert_same_arrays(got.rollout.rewards, want.rollout.rewards)
-    assert got.rollout.examples == want.rollout.examples and got.rollout.untrained == want.rollout.untrained
-    assert got.rollout.records == [{"prompt": "\ud800 é", "reward": None, "components": {"x": 0.1}}]
-    assert np.isnan(got.rollout.stats.pop("reward_mean")) and got.rollout.stats == {"staleness": 1.0}
+    assert_same_rollout(got.rollout, want.rollout)
 
 
 def test_a_damaged_or_missing_rollout_ends_what_a_journal_gives(tmp_path):

@@ -3,6 +3,7 @@
     rljax train --config=quickstart --workdir=runs/x
     rljax train --config=quickstart --workdir=runs/x --config.optimizer.learning_rate=1e-5
     rljax train --config=quickstart --workdir=runs/x --dry_run
+    rljax train --config=quickstart --workdir=runs/y --replay=runs/x
     rljax train --config=quickstart --dry_run --topology=v5e:4x4
     rljax plan --config=quickstart --simulate --measured=runs/x --assume=devices=64
 
@@ -32,6 +33,9 @@ _ASSUME = flags.DEFINE_multi_string(
     "assume", [], "With --simulate: field=value of `rljax.simulation.Scenario`, such as devices=512; repeat the flag."
 )
 _FRESH = flags.DEFINE_bool("fresh", False, "Empty the run folder first instead of resuming from it.")
+_REPLAY = flags.DEFINE_string(
+    "replay", "", "A run folder whose recorded rollouts (config.log.recordings) are trained on; nothing is sampled."
+)
 _JOIN = define_processes()
 
 
@@ -46,6 +50,8 @@ def main() -> None:
         raise ValueError("--simulate belongs to a plan: rljax plan --simulate, or add --dry_run")
     if (_MEASURED.value or _ASSUME.value) and not _SIMULATE.value:
         raise ValueError("--measured and --assume say what is simulated; add --simulate")
+    if _REPLAY.value and _DRY_RUN.value:
+        raise ValueError(f"--replay={_REPLAY.value} trains; leave out --dry_run")
     if _WORKDIR.value is None and not _DRY_RUN.value:
         raise ValueError("--workdir is missing; name a folder for the run, e.g. --workdir=runs/first")
     _JOIN()
@@ -54,7 +60,7 @@ def main() -> None:
     elif _DRY_RUN.value or _WORKDIR.value is None:
         print_plan(_CONFIG.value, topology=_TOPOLOGY.value)
     else:
-        train(_CONFIG.value, _WORKDIR.value, fresh=_FRESH.value)
+        train(_CONFIG.value, _WORKDIR.value, fresh=_FRESH.value, replay=_REPLAY.value)
 
 
 def more_help() -> str:

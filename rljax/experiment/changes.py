@@ -3,23 +3,13 @@
 from collections.abc import Mapping
 from typing import Any
 
+from rljax.experiment.config import changed_fields
 from rljax.experiment.report import say
 
 _OF_THE_FIRST_EVALUATION = tuple(
     f"config.evaluation.{name}" for name in ("problems", "samples", "temperature", "top_p", "solved_by")
 )
 """Settings that the evaluation before training was made with; its weights are gone."""
-
-
-def changed_fields(old: Any, new: Any, path: str = "config") -> dict[str, tuple[Any, Any]]:
-    """(old, new) of every field that differs in two configs as JSON holds them, by `config.part.field`. None stands for
-    a field that one of them lacks."""
-    if not (isinstance(old, Mapping) and isinstance(new, Mapping)):
-        return {} if old == new else {path: (old, new)}
-    found: dict[str, tuple[Any, Any]] = {}
-    for name in dict.fromkeys([*old, *new]):
-        found |= changed_fields(old.get(name), new.get(name), f"{path}.{name}")
-    return found
 
 
 def review_changes(

@@ -92,15 +92,32 @@ def check(config: Config, device_count: int | None = None) -> Algorithm:
             f"config.sampling.temperature={config.sampling.temperature} makes all {plan.group_size} samples of a group "
             "equal; training needs a temperature above 0 (evaluation is greedy on its own)"
         )
-    if config.log.wandb_project and importlib.util.find_spec("wandb") is None:
+    for field, package in _TRACKERS.items():
+        name = getattr(config.log, field)
+        if name and importlib.util.find_spec(package) is None:
+            raise ValueError(
+                f"config.log.{field}={name!r} needs {package}, which is not installed; "
+                f"pip install 'rljax-lm[{package}]', or leave it empty"
+            )
+    traced = config.log.profile_steps
+    if traced and (len(traced) != 2 or not 1 <= traced[0] <= traced[1] <= config.steps):
         raise ValueError(
-            f"config.log.wandb_project={config.log.wandb_project!r} needs wandb, which is not installed; "
-            "pip install wandb, or leave it empty"
+            f"config.log.profile_steps={traced} must be the first and the last step to trace, between 1 and "
+            f"config.steps={config.steps}, such as (2, 3); leave it empty to trace none"
+        )
+    if config.log.recordings and importlib.util.find_spec("pyarrow") is None:
+        raise ValueError(
+            "config.log.recordings=True needs pyarrow, which is not installed; pip install 'rljax-lm[parquet]', or "
+            "leave it out"
         )
 
     if device_count is not None:
         config.mesh.check(device_count)
     return algorithm
+
+
+_TRACKERS = {"wandb_project": "wandb", "trackio_project": "trackio", "mlflow_experiment": "mlflow"}
+"""The package, which is also the name of the extra, that a field of `config.log` needs."""
 
 
 def check_off_policy(config: Config, algorithm: Algorithm) -> None:

@@ -5,6 +5,7 @@ actor, curriculum, algorithm) is an object that builds itself; there is no regis
 """
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any, Protocol, runtime_checkable
 
 from rljax.algorithms import GRPO, Algorithm
@@ -100,3 +101,14 @@ def to_dict(config: Any) -> Any:
     if isinstance(config, (list, tuple)):
         return [to_dict(item) for item in config]
     return config
+
+
+def changed_fields(old: Any, new: Any, path: str = "config") -> dict[str, tuple[Any, Any]]:
+    """(old, new) of every field that differs in two configs as JSON holds them, by `config.part.field`. None stands for
+    a field that one of them lacks."""
+    if not (isinstance(old, Mapping) and isinstance(new, Mapping)):
+        return {} if old == new else {path: (old, new)}
+    found: dict[str, tuple[Any, Any]] = {}
+    for name in dict.fromkeys([*old, *new]):
+        found |= changed_fields(old.get(name), new.get(name), f"{path}.{name}")
+    return found

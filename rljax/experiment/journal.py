@@ -181,7 +181,7 @@ def _columns_of(trajectories: Sequence[Trajectory]) -> tuple[list[dict[str, Any]
     found: dict[str, list[tuple[int, np.ndarray]]] = {}
     for index, trajectory in enumerate(trajectories):
         scalars.append({})
-        for name, value in _named(trajectory).items():
+        for name, value in fields_of(trajectory).items():
             if isinstance(value, np.ndarray) and value.ndim:
                 found.setdefault(name, []).append((index, value))
             elif value is not None:
@@ -204,22 +204,25 @@ def _trajectories_of(scalars: Sequence[Mapping[str, Any]], arrays: Mapping[str, 
         for index, part in zip(arrays[f"{name}:rows"], np.split(values, ends), strict=True):
             fields[index][name] = part
 
-    trajectories = []
-    for one in fields:
-        columns = {name.removeprefix(_COLUMN): one.pop(name) for name in list(one) if name.startswith(_COLUMN)}
-        trajectories.append(Trajectory(**one, columns=columns))
-    return trajectories
+    return [trajectory_of_fields(one) for one in fields]
 
 
 _COLUMN = "column/"
 """Before the names of columns, which are the algorithm's, to keep them apart from those of fields."""
 
 
-def _named(trajectory: Trajectory) -> dict[str, Any]:
-    """The fields of a trajectory and its columns."""
+def fields_of(trajectory: Trajectory) -> dict[str, Any]:
+    """The fields of a trajectory by name, and its columns as `column/NAME`."""
     fields = {field.name: getattr(trajectory, field.name) for field in dataclasses.fields(trajectory)}
     columns = fields.pop("columns")
     return fields | {f"{_COLUMN}{name}": value for name, value in columns.items()}
+
+
+def trajectory_of_fields(fields: Mapping[str, Any]) -> Trajectory:
+    """The inverse."""
+    columns = {name.removeprefix(_COLUMN): value for name, value in fields.items() if name.startswith(_COLUMN)}
+    own = {name: value for name, value in fields.items() if not name.startswith(_COLUMN)}
+    return Trajectory(**own, columns=columns)
 
 
 def _plain(value: Any) -> Any:

@@ -21,6 +21,7 @@ from jax.sharding import Mesh
 
 from rljax.experiment.journal import Journal, Made
 from rljax.experiment.player import PolicyPlayer
+from rljax.experiment.recording import Recorder, Recording
 from rljax.parallel import hand_over
 from rljax.plans import RolloutPlan
 from rljax.rollouts import Actor, GroupRules, NoSignal, Rollout, RolloutConfig, collect
@@ -53,6 +54,8 @@ class Pipeline:
     the actor's own (`beside`) a thread works on the orders while this is open, as a context manager; else each order is
     carried out when it is given.
 
+    With a `recording` rollouts are read from there instead of made. `recorder` keeps those that are made.
+
     What an order raises is raised when its result is asked for, and no later order is begun.
     """
 
@@ -74,6 +77,8 @@ class Pipeline:
         self.staleness = config.staleness
         self.beside = beside
         self.journal: Journal | None = None
+        self.recorder: Recorder | None = None
+        self.recording: Recording | None = None
         self.until: int | None = None
         self.waited_s = 0.0
         self._prompts = prompts
@@ -182,6 +187,8 @@ class Pipeline:
     # The work.
 
     def _make(self, step: int, version: int, weights: list[Params]) -> Made:
+        if self.recording is not None:
+            return self._replayed(step)
         # Taken out of the order, so that what was handed over is freed once the actor has its own copy.
         self.actor.set_params(weights.pop(), version)
         # An actor may remember older weights, so it gets these for a rollout that was made before, too.
@@ -193,7 +200,9 @@ class Pipeline:
         compiled = compile_count_here()
         self._idle_s = 0.0
         evolved = self._evolve(step)
-        rollout, lacking = self._roll_out(step, version)
+        # By its own name, since a thread of its own may make it while the learner is in another phase.
+        with jax.profiler.TraceAnnotation("sample and judge"):
+            rollout, lacking = self._roll_out(step, version)
         if not lacking:
             self.curriculum.observe(*rollout.observed())
         # What was sampled in vain tells of tasks that are too easy or too hard.
@@ -212,6 +221,18 @@ class Pipeline:
             compiled=compile_count_here() - compiled if self._thread else 0,
             idle_s=idle_s,
         )
+        # The order is important: what is in the journal is not made again, so it must be recorded.
+        if self.recorder is not None:
+            self.recorder.write(made)
+        if self.journal is not None:
+            self.journal.write(made)
+        return made
+
+    def _replayed(self, step: int) -> Made:
+        """The rollout of a step as it was recorded. Curriculum and actor are said to stand where they stood then."""
+        assert self.recording is not None
+        made = self._recorded.pop(step, None) or self.recording.read(step)
+        self.curriculum.load_state_dict(json.loads(made.behind)["curriculum"])
         if self.journal is not None:
             self.journal.write(made)
         return made

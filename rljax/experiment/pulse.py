@@ -6,6 +6,8 @@ import time
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
+import jax
+
 from rljax.sampling import compile_count, token_count
 
 
@@ -34,12 +36,14 @@ class Pulse:
 
     @contextlib.contextmanager
     def __call__(self, name: str) -> Iterator[None]:
-        """Names what is under way inside."""
+        """Names what is under way inside, here and in a trace."""
         before = self._phase
         self._phase = Phase(name, time.perf_counter(), token_count(), compile_count())
         self._changes += 1
         try:
-            yield
+            # For `config.log.profile_steps`; it costs nothing where nothing is traced.
+            with jax.profiler.TraceAnnotation(name):
+                yield
         finally:
             self._phase = before
             self._changes += 1

@@ -14,11 +14,13 @@ from absl import logging
 
 from rljax.evaluation import Evaluation, evaluate
 from rljax.experiment.build import Run, build, held_out_examples, stack_rows
-from rljax.experiment.changes import changed_fields, review_changes
-from rljax.experiment.config import Config, to_dict
+from rljax.experiment.changes import review_changes
+from rljax.experiment.config import Config, changed_fields, to_dict
 from rljax.experiment.dry_run import check_run
 from rljax.experiment.journal import Journal, Made
+from rljax.experiment.profile import Profile
 from rljax.experiment.pulse import Pulse
+from rljax.experiment.recording import Recorder, Recording, config_as_json
 from rljax.experiment.report import describe_run, finish, say
 from rljax.experiment.sft import warm_up
 from rljax.experiment.stops import Stopped, Stops
@@ -37,6 +39,7 @@ from rljax.training import (
     PhaseTimer,
     RunFolder,
     add_metrics,
+    as_path,
     local_folder,
     move_tree,
     reachable,
@@ -71,10 +74,11 @@ class Place:
     """Whether these metrics are in the log. Between a step and its line lies an evaluation, which may take long."""
 
 
-def train(config: Config, workdir: str, *, fresh: bool = False) -> dict[str, Any]:
+def train(config: Config, workdir: str, *, fresh: bool = False, replay: str = "") -> dict[str, Any]:
     """Runs `config` in the folder `workdir`, going on from its newest checkpoint if there is one; returns the summary.
 
-    `fresh` empties the folder first. Raises ValueError, before any device work, for a config or data that cannot work.
+    `fresh` empties the folder first. `replay` is the folder of a run whose recorded rollouts are trained on; nothing is
+    sampled but for evaluations. Raises ValueError, before any device work, for a config or data that cannot work.
     On SIGTERM, SIGUSR1 or Ctrl-C it gives up the rollout or evaluation under way, saves, and raises `Stopped`, which
     ends the process with status 143. Steps without a valid reward, or without the groups that dynamic sampling needs,
     update nothing and are counted; `RunFailed` after `config.update.max_empty` of them in a row.
@@ -86,6 +90,7 @@ def train(config: Config, workdir: str, *, fresh: bool = False) -> dict[str, Any
             run = build(config)
         run.stops = stops
         check_run(run)
+        recording = open_recording(run, path, replay) if replay else None
 
         # Processes that were started with other configs or data would train apart, or wait for each other.
         check_equal(config=to_dict(config), data=[example.id for example in [*run.dataset.train, *run.dataset.test]])
@@ -99,6 +104,9 @@ def train(config: Config, workdir: str, *, fresh: bool = False) -> dict[str, Any
         run.pulse = Pulse(folder.status, config.log.pulse_s)
         run.pipeline.journal = journal
         run.pipeline.until = config.steps
+        run.pipeline.recording = recording
+        if config.log.recordings:
+            run.pipeline.recorder = Recorder(folder.recorded, folder.config, run.tokenizer, folder.check_lease)
         watchdog = Watchdog(run.pulse, folder.stacks, config.log.stall_s)
         with (
             watchdog,
@@ -112,13 +120,38 @@ def train(config: Config, workdir: str, *, fresh: bool = False) -> dict[str, Any
         ):
             loop = Loop(run, folder, checkpoints, journal)
             try:
-                before, after = loop.run_to_the_end()
+                with loop.profile:
+                    before, after = loop.run_to_the_end()
             except Stopped:
                 loop.save_place()
                 loop.settle()
                 raise
             seconds = time.perf_counter() - started
             return on_main(lambda: finish(folder, before, after, wall_seconds=seconds))
+
+
+def open_recording(run: Run, workdir: AnyPath, replay: str) -> Recording:
+    """The rollouts that the run in `replay` recorded, for `run`; says with which settings its numbers will be others.
+    ValueError for those that it cannot train on."""
+    config = run.config
+    if as_path(replay) == workdir:
+        raise ValueError(f"--replay={replay} is the folder of this run; name another one with --workdir")
+    if config.log.recordings:
+        raise ValueError(
+            "config.log.recordings=True has no effect with --replay: its rollouts are recorded; leave it out"
+        )
+    recording = Recording(
+        replay,
+        steps=config.steps,
+        config=config_as_json(to_dict(config)),
+        tokenizer=run.tokenizer,
+        examples={example.id: example for example in run.dataset.train},
+    )
+    say(f"training on the rollouts in {recording.folder}")
+    if recording.others:
+        lines = [f"  {name}: {was!r} -> {value!r}" for name, (was, value) in recording.others.items()]
+        say("\n".join(["other numbers than those of the run that made them, since the learner differs:", *lines]))
+    return recording
 
 
 class Loop:
@@ -130,6 +163,7 @@ class Loop:
         self.checkpoints = checkpoints
         self.journal = journal
         self.place: Place | None = None
+        self.profile = Profile(folder.path / "profile", run.config.log.profile_steps)
 
     def run_to_the_end(self) -> tuple[Evaluation, Evaluation]:
         """The evaluations before and after training."""
@@ -152,7 +186,8 @@ class Loop:
         for step in range(self.place.step, config.steps):
             # What a step draws and asks for changes the host's state, so it is taken down before.
             self.place = place_of(run, step, self.place.metrics)
-            metrics, rollout = train_step(run, step)
+            with self.profile(step + 1):
+                metrics, rollout = train_step(run, step)
             # What nothing could be learned from is what a user has to look at.
             if step % config.log.rollouts_every == 0 or run.empty_steps:
                 self.folder.log_rollouts(step + 1, rollout.records, rollout.untrained)
@@ -368,7 +403,9 @@ def go_on(run: Run, folder: RunFolder, journal: Journal, step: int, host: Mappin
     check_processes(newest.get("actor", {}))
     run.curriculum.load_state_dict(newest["curriculum"])
     examples |= added_by(newest["curriculum"])
-    run.actor.load_state_dict(newest.get("actor", {}), run.algorithm.plan, examples)
+    # A replay plays nothing, so nothing is under way.
+    if run.pipeline.recording is None:
+        run.actor.load_state_dict(newest.get("actor", {}), run.algorithm.plan, examples)
 
     # What was drawn does not come again, also where the rollout that was made of it is of no use.
     recorded = fitting(recorded, run.config.rollout)

@@ -18,6 +18,7 @@ from rljax.training.optimizers import (
 )
 from rljax.training.run_folder import RunFolder, plot_learning_curve, versions
 from rljax.training.sft import sft_loss
+from rljax.training.sinks import Sink, Trackers
 from rljax.training.state import (
     abstract_state,
     create_state,
@@ -30,6 +31,7 @@ from rljax.training.state import (
 )
 from rljax.training.storage import (
     AnyPath,
+    as_path,
     local_copy,
     local_folder,
     move_tree,
@@ -59,12 +61,15 @@ __all__ = [
     "OptimizerConfig",
     "PhaseTimer",
     "RunFolder",
+    "Sink",
     "Subtree",
     "TeacherModel",
+    "Trackers",
     "UpdateConfig",
     "WarmupConfig",
     "abstract_state",
     "add_metrics",
+    "as_path",
     "create_state",
     "explained_variance",
     "fingerprint",

@@ -137,6 +137,15 @@ class LogConfig:
     become about three times as long, each step that is written costs a forward pass, and the run's numbers stay the
     same."""
 
+    recordings: bool = False
+    """Whether each rollout is kept in `recorded/` as a Parquet file (the extra `parquet`): tokens and what the sampler
+    said of them, in full precision. `rljax train --replay=FOLDER` trains from them, and `pandas.read_parquet` opens
+    them. Some 10 bytes a token."""
+
+    profile_steps: tuple[int, ...] = ()
+    """The first and the last step of `rljax train`, counted from 1, that are traced for xprof in `profile/`, with the
+    phases by name: (5, 6). Empty is none. A traced step is slower, and its numbers are the same."""
+
     pulse_s: float = field(default=10.0, least=0)
     """Seconds between two signs of life within a step: what is under way, for how long, tokens so far. 0 is none."""
 
@@ -147,3 +156,10 @@ class LogConfig:
 
     wandb_project: str = ""
     """Weights & Biases project to log to (the extra `wandb`); empty is none."""
+
+    trackio_project: str = ""
+    """trackio project to log to (the extra `trackio`): on this machine, or where trackio's own variables say; empty is
+    none."""
+
+    mlflow_experiment: str = ""
+    """MLflow experiment to log to (the extra `mlflow`), where `MLFLOW_TRACKING_URI` says; empty is none."""

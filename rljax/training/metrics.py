@@ -1,33 +1,28 @@
-"""Metrics to files: JSONL and TensorBoard always, Weights & Biases if asked; and the time of each phase."""
+"""Metrics to files and trackers; and the time of each phase."""
 
 import contextlib
 import json
 import math
-import tempfile
 import time
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
-from rljax.training.storage import (
-    AnyPath,
-    GrowingFile,
-    as_path,
-    copy_files,
-    is_remote,
-    remove_tree,
-    replace_text,
-)
+from absl import logging
+
+from rljax.training.sinks import ID_FILES, TensorBoardSink, Trackers, drop_local_place, local_place
+from rljax.training.storage import AnyPath, GrowingFile, as_path, remove_tree, replace_text
+
+NO_TRACKERS = Trackers()
 
 
 class MetricsWriter:
-    """Appends one line a step to `folder/metrics.jsonl`, the same to TensorBoard in `folder/tensorboard`, and to W&B
-    when `wandb_project` is named (the extra `wandb`).
+    """Appends one line a step to `folder/metrics.jsonl`, and gives the same to TensorBoard in `folder/tensorboard` and
+    to `trackers`.
 
     Lines are flushed at once; in a remote folder some seconds later, and by `flush`. Lines of steps after
     `resume_after` are dropped (0: all of them), so that a resumed run's file goes on where its checkpoint was;
-    TensorBoard is told to forget them too, and with 0 its files and the id of the W&B run go. Values that are not
-    finite are written as strings.
+    TensorBoard is told to forget them too, and with 0 its files and the ids of trackers go. Values that are not
+    finite are written as strings. A tracker that fails gets nothing more, and the run goes on.
     """
 
     def __init__(
@@ -35,13 +30,10 @@ class MetricsWriter:
         folder: str | AnyPath,
         *,
         resume_after: int = 0,
-        wandb_project: str = "",
+        trackers: Trackers = NO_TRACKERS,
         run_name: str = "",
         config: Mapping[str, Any] | None = None,
     ):
-        from tensorboard.compat.proto.event_pb2 import Event, SessionLog
-        from tensorboard.summary.writer.event_file_writer import EventFileWriter
-
         folder = as_path(folder)
         folder.mkdir(parents=True, exist_ok=True)
 
@@ -51,77 +43,50 @@ class MetricsWriter:
         self._lines = GrowingFile(self.path)
         if not resume_after:
             remove_tree(folder / "tensorboard")
-            (folder / "wandb_id").unlink(missing_ok=True)
+            for name in ID_FILES:
+                (folder / name).unlink(missing_ok=True)
 
-        # TensorBoard and W&B write local files; where the folder is remote, those of the first are copied there.
-        self._copy_to = folder / "tensorboard" if is_remote(folder) else None
-        self._copied = time.monotonic()
-        self._local = Path(tempfile.mkdtemp()) if is_remote(folder) else Path(str(folder))
-        self._events = EventFileWriter(str(self._local / "tensorboard"))
-        if resume_after:
-            # A START event makes TensorBoard drop what an earlier process wrote from this step on.
-            start = SessionLog(status=SessionLog.START)
-            self._events.add_event(Event(wall_time=time.time(), step=resume_after + 1, session_log=start))
-
-        self._wandb = None
-        if wandb_project:
-            import wandb
-
-            # One id for the folder, so that a resumed run goes on in the same W&B run.
-            self._wandb = wandb.init(
-                project=wandb_project,
-                name=run_name or None,
-                id=_run_id(folder),
-                resume="allow",
-                dir=str(self._local),
-                config=dict(config or {}),
-            )
+        self._folder = folder
+        self._local = local_place(folder)
+        self._tensorboard = TensorBoardSink(folder, self._local, resume_after)
+        self._trackers = trackers.open(folder, self._local, run_name, config or {})
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         """One line for `step`, keys sorted."""
-        from tensorboard.compat.proto.event_pb2 import Event
-        from tensorboard.compat.proto.summary_pb2 import Summary
-
         values = {name: float(value) for name, value in sorted(metrics.items())}
         line = {"step": step} | {name: _json_number(value) for name, value in values.items()}
         self._lines.append(json.dumps(line) + "\n")
+        self._tensorboard.write(step, values)
 
-        summary = Summary(value=[Summary.Value(tag=name, simple_value=value) for name, value in values.items()])
-        self._events.add_event(Event(wall_time=time.time(), step=step, summary=summary))
-        self._events.flush()
-        if time.monotonic() - self._copied >= GrowingFile.UPLOAD_S:
-            self._copy_events()
-
-        if self._wandb is not None:
-            self._wandb.log(values, step=step)
+        for name, sink in list(self._trackers.items()):
+            try:
+                sink.write(step, values)
+            except Exception as error:
+                # A service that is away must not end a run, whose metrics are all in its folder.
+                del self._trackers[name]
+                logging.warning(
+                    "%s failed at step %d and gets no more metrics of this start (%s: %s); all are in %s",
+                    *(name, step, type(error).__name__, error, self.path),
+                )
 
     def flush(self) -> None:
         """Everything that was written is in the folder afterwards."""
         self._lines.flush()
-        self._copy_events()
-
-    def _copy_events(self) -> None:
-        if self._copy_to is not None:
-            copy_files(self._local / "tensorboard", self._copy_to)
-            self._copied = time.monotonic()
+        self._tensorboard.flush()
+        for sink in self._trackers.values():
+            sink.flush()
 
     def close(self, *, uploads: bool = True) -> None:
         """Ends all logs. Without `uploads` nothing more is written to a remote folder."""
-        self._events.close()
         if uploads:
-            self.flush()
-        if self._copy_to is not None:
-            remove_tree(self._local)
-        if self._wandb is not None:
-            self._wandb.finish()
-
-
-def _run_id(folder: AnyPath) -> str:
-    """A W&B id that a resumed run finds again."""
-    file = folder / "wandb_id"
-    if not file.exists():
-        file.write_text(f"{time.time_ns():x}")
-    return file.read_text().strip()
+            self._lines.flush()
+        self._tensorboard.close(uploads=uploads)
+        drop_local_place(self._folder, self._local)
+        for name, sink in self._trackers.items():
+            try:
+                sink.close(uploads=uploads)
+            except Exception as error:
+                logging.warning("%s could not end its log (%s: %s)", name, type(error).__name__, error)
 
 
 def _json_number(value: float) -> float | str:

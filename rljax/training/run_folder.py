@@ -19,6 +19,7 @@ from rljax.training.background import Background
 from rljax.training.lease import Lease, release_lease, take_lease
 from rljax.training.lock import lock, unlock
 from rljax.training.metrics import MetricsWriter, read_json, read_jsonl
+from rljax.training.sinks import ID_FILES, Trackers
 from rljax.training.storage import AnyPath, GrowingFile, as_path, is_remote, remove_tree, replace_text, write_text
 
 PACKAGES = ("rljax-lm", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "transformers", "reasoning-gym")
@@ -26,6 +27,8 @@ PACKAGES = ("rljax-lm", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "n
 _FOLDERS = (
     "rollouts",
     "journal",
+    "recorded",
+    "profile",
     "evaluations",
     "checkpoints",
     "checkpoints_unreadable",
@@ -44,15 +47,15 @@ _FILES = (
     "metrics.jsonl",
     "summary.json",
     "learning_curve.png",
-    "wandb_id",
+    *ID_FILES,
 )
 """Files that a run writes beside its lock."""
 
 
 class RunFolder:
     """Everything that a run writes, under one path: `config.json`, `versions.json` and `starts.jsonl` (both, of every
-    start), `metrics.jsonl`, `tensorboard/`, `rollouts/`, `journal/`, `evaluations/`, `checkpoints/` and
-    `learning_curve.png`.
+    start), `metrics.jsonl`, `tensorboard/`, `rollouts/`, `recorded/`, `profile/`, `journal/`,
+    `evaluations/`, `checkpoints/` and `learning_curve.png`.
 
     A context manager. Logs are written by a thread, in the order given; all of them are there after `flush`, `metrics`
     and the end of the context. Only the main process writes, and no second run may: ValueError for a folder in use by
@@ -68,13 +71,11 @@ class RunFolder:
         config: Mapping[str, Any] | None = None,
         fresh: bool = False,
         total_steps: int | None = None,
-        wandb_project: str = "",
     ):
         self.path = as_path(path)
         # As JSON holds it, so that it can be compared with what an earlier start has written.
         self.config: dict[str, Any] = json.loads(json.dumps(config or {}, default=_plain))
         self.total_steps = total_steps or self.config.get("steps")
-        self._wandb = wandb_project or (self.config.get("log") or {}).get("wandb_project", "")
         self._writer: MetricsWriter | None = None
         self._background = Background()
         self._bar: tqdm | None = None
@@ -123,6 +124,11 @@ class RunFolder:
         return self.path / "journal"
 
     @property
+    def recorded(self) -> AnyPath:
+        """Rollouts that are kept for good (`config.log.recordings`)."""
+        return self.path / "recorded"
+
+    @property
     def warmup_checkpoints(self) -> AnyPath:
         """Those of a supervised warm-up, until `drop_warmup`."""
         return self.path / "warmup_checkpoints"
@@ -159,7 +165,7 @@ class RunFolder:
         self._writer = MetricsWriter(
             self.path,
             resume_after=step if is_logged else step - 1,
-            wandb_project=self._wandb,
+            trackers=Trackers.of(self.config.get("log") or {}),
             run_name=str(self.config.get("name", "")),
             config=self.config,
         )

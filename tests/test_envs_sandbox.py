@@ -120,6 +120,24 @@ def test_too_many_processes_are_ended_where_the_kernel_does_not_count_them(outsi
         assert outside.left_behind(sandbox) == []
 
 
+MAPPINGS = """
+import ctypes, os, time
+os.fork()
+libc = ctypes.CDLL(None)
+libc.mmap.restype = ctypes.c_void_p
+libc.mmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long)
+libc.mprotect.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+start = libc.mmap(None, 40 << 20, 1, 0x22, -1, 0)
+for page in range(0, 10_000, 2): libc.mprotect(start + 4096 * page, 4096, 0)
+time.sleep(9)
+"""
+
+
+def test_what_the_kernel_notes_of_mappings_counts_as_memory():
+    with start("namespaces", workers=1) as sandbox:
+        assert sandbox.run(MAPPINGS, timeout_s=9.0).outcome == "memory"  # 40 MB of room, none of which is written to
+
+
 def test_cpu_time_is_limited(box):
     result = box.run("while True: pass", timeout_s=20.0)
     assert result.outcome == "cpu"

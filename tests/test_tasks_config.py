@@ -1,5 +1,6 @@
 """Settings of data, rewards and curricula: what is wrong by itself is refused in one line that names the field."""
 
+import dataclasses
 import json
 
 import pytest
@@ -16,6 +17,7 @@ from rljax.tasks import (
     RewardConfig,
     RowsData,
     UniformTasks,
+    without_long_rows,
 )
 
 
@@ -56,6 +58,30 @@ def test_curricula_are_made_of_their_settings(source):
     curriculum = source.make([Example(f"p{i}") for i in range(4)], 7)
     assert isinstance(source, CurriculumSource) and isinstance(curriculum, Curriculum)
     assert curriculum.state_dict()["seed"] == 7
+
+
+def pairs(first):
+    return [{"prompt": f"p{i}", "chosen": c} for i, c in ((first, "a"), (first, "b"), (first, "a"), (first + 1, "c"))]
+
+
+def test_other_rows_of_a_prompt_are_counted_or_kept(tmp_path):
+    """For rows of a function as for files; equal rows stand once."""
+    for name, first in (("train", 0), ("test", 5)):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in pairs(first)))
+    files = FileData(train=str(tmp_path / "train.jsonl"), test=str(tmp_path / "test.jsonl"))
+    rows = RowsData(rows=f"{__name__}:pairs", args={"first": 0}, test_args={"first": 5})
+
+    for data in (files, rows):
+        one = data.load()
+        every = dataclasses.replace(data, repeated_prompts=True).load()
+        assert [[e.columns["chosen"] for e in side] for side in (one.train, one.test)] == [["a", "c"]] * 2
+        assert [[e.columns["chosen"] for e in side] for side in (every.train, every.test)] == [["a", "b", "c"]] * 2
+        assert "2 training examples, 2 held out; dropped: 2 rows that differ from the first" in one.describe()
+        assert every.describe() == "3 training examples, 3 held out"
+
+        # what is then too long is told beside it
+        shorter = without_long_rows(one, lambda e: int(e.prompt == "p1"), 0, drop=True, remedy=str)
+        assert len(shorter.dropped) == 2 and shorter.describe().startswith("1 training examples, 2 held out; dropped: 2")
 
 
 def some_rows(last):

@@ -8,7 +8,7 @@ from typing import Any, Protocol, runtime_checkable
 from rljax.tasks.answers import Extractor, whole_completion
 from rljax.tasks.callables import load_callable
 from rljax.tasks.curriculum import Curriculum, UniformCurriculum
-from rljax.tasks.examples import Example, decontaminate, prompt_digest, split_answer, split_by_hash
+from rljax.tasks.examples import Example, Split, decontaminate, prompt_digest, split_answer, split_by_hash
 from rljax.tasks.failures import FailedTasks
 from rljax.tasks.files import load_jsonl, load_parquet
 from rljax.tasks.mixture import balanced
@@ -119,6 +119,13 @@ class FileRows:
     train: list[Example]
     test: list[Example]
     verifier: Callable[..., Any] | None = None
+    dropped: tuple[str, ...] = ()
+    """What was left out and how many, for a person."""
+
+    def describe(self) -> str:
+        """For a person."""
+        dropped = f"; dropped: {'; '.join(self.dropped)}" if self.dropped else ""
+        return f"{len(self.train)} training examples, {len(self.test)} held out{dropped}"
 
 
 def without_long_rows(
@@ -147,16 +154,9 @@ def without_long_rows(
     if not drop or not train:
         none_left = "; none would be left to train on" if drop else ""
         raise ValueError(f"{says}{none_left}; {remedy(longest)}")
-    return _Shorter(train, [e for e in dataset.test if id(e) not in long], dataset.verifier, says)
-
-
-@dataclasses.dataclass
-class _Shorter(FileRows):
-    dropped: str = ""
-
-    def describe(self) -> str:
-        """For a person."""
-        return f"{len(self.train)} training examples, {len(self.test)} held out; dropped: {self.dropped}"
+    test = [example for example in dataset.test if id(example) not in long]
+    before = dataset.dropped if isinstance(dataset, FileRows) else ()
+    return FileRows(train, test, dataset.verifier, (*before, says))
 
 
 @dataclasses.dataclass
@@ -176,7 +176,7 @@ class FileData:
     """Whether text becomes a user message of the chat template; None leaves text as it is."""
     repeated_prompts: bool = False
     """Keep all rows of a prompt, which stay on one side of the split: data of demonstrations and preferences has
-    several. Else the first row of a prompt is taken."""
+    several. Else the first row of a prompt is taken, and the run says how many others there are."""
 
     def check(self) -> None:
         """Raises ValueError for a file of no known kind, or a fraction out of range."""
@@ -193,9 +193,7 @@ class FileData:
         train = self._read(self.train)
         test = self._read(self.test) if self.test else []
         split = decontaminate(train, test) if self.test else split_by_hash(train, test_fraction=self.test_fraction)
-        if self.repeated_prompts:
-            return FileRows(all_rows(split.train, train), all_rows(split.test, test or train))
-        return FileRows(split.train, split.test)
+        return _rows_of_prompts(split, train, test or train, every=self.repeated_prompts)
 
     def _read(self, path: str) -> list[Example]:
         return _LOADERS[Path(path).suffix](path, prompt_column=self.prompt_column)
@@ -220,6 +218,9 @@ class RowsData:
     """Whether the rows of small tasks (column `task`) are repeated until all tasks have about as many."""
     chat: bool | None = None
     """Whether text becomes a user message of the chat template; None leaves text as it is."""
+    repeated_prompts: bool = False
+    """Keep all rows of a prompt, which stay on one side of the split: data of demonstrations and preferences has
+    several. Else the first row of a prompt is taken, and the run says how many others there are."""
 
     def check(self) -> None:
         """Raises ValueError for a name of no function's form, or a fraction out of range."""
@@ -232,10 +233,13 @@ class RowsData:
         self.check()
         train = self._examples(self.args)
         if self.test_args:
-            split = decontaminate(train, self._examples({**self.args, **self.test_args}))
+            test = self._examples({**self.args, **self.test_args})
+            split = decontaminate(train, test)
         else:
+            test = train
             split = split_by_hash(train, test_fraction=self.test_fraction)
-        return FileRows(balanced(split.train) if self.balance else split.train, split.test)
+        rows = _rows_of_prompts(split, train, test, every=self.repeated_prompts)
+        return dataclasses.replace(rows, train=balanced(rows.train)) if self.balance else rows
 
     def _examples(self, args: Mapping[str, Any]) -> list[Example]:
         make = load_callable(self.rows)
@@ -265,6 +269,18 @@ def all_rows(chosen: Sequence[Example], rows: Sequence[Example]) -> list[Example
     """Of `rows`, in their order, all whose prompt is one of the `chosen` examples'; equal rows stand once."""
     prompts = {prompt_digest(example) for example in chosen}
     return list({example.id: example for example in rows if prompt_digest(example) in prompts}.values())
+
+
+def _rows_of_prompts(split: Split, train: Sequence[Example], test: Sequence[Example], *, every: bool) -> FileRows:
+    """Of the prompts of both sides, the first row of each, or `every` row; `train` and `test` are all there are."""
+    whole = FileRows(all_rows(split.train, train), all_rows(split.test, test))
+    if every:
+        return whole
+
+    # rows that say the same of a prompt lose nothing
+    others = len(whole.train) + len(whole.test) - len(split.train) - len(split.test)
+    says = f"{others} rows that differ from the first of their prompt (config.data.repeated_prompts=True keeps them)"
+    return FileRows(split.train, split.test, dropped=(says,) if others else ())
 
 
 def _check_fraction(value: float) -> None:

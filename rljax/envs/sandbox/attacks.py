@@ -226,6 +226,15 @@ try:
 except OSError: pass
 if held > 4_000_000: escaped(held, 'bytes')
 """,
+    "memory in timers and signals": """
+libc = ctypes.CDLL(None, use_errno=True)
+signal.pthread_sigmask(signal.SIG_BLOCK, (40,))
+timer, made = ctypes.c_void_p(), 0
+while made < 2000 and libc.timer_create(1, None, ctypes.byref(timer)) == 0: made += 1
+queued = 0
+while queued < 2000 and libc.sigqueue(os.getpid(), 40, ctypes.c_void_p(1)) == 0: queued += 1
+if made + queued > 400: escaped(made, 'timers', queued, 'signals')
+""",
     "watch what others open": """
 libc = ctypes.CDLL(None, use_errno=True)
 for make in (lambda: libc.inotify_init(), lambda: libc.inotify_init1(0), lambda: libc.fanotify_init(0, 0)):

@@ -48,7 +48,7 @@ _LETS = {
     "namespaces": (
         "does not stop: a fault of the kernel itself; reading what the interpreter's own folder or /usr hold; timing "
         "side channels; slowing other work within its CPU and memory limits, beside which there are the scratch "
-        "folder, 64 KB for each pipe and the kernel's notes on processes, mappings and descriptors"
+        "folder, 64 KB for each pipe and the kernel's notes on processes, descriptors and locks of files"
     ),
     "landlock": (
         "does not stop: a fault of the kernel itself; asking whether a file exists, its size and dates; filling the "

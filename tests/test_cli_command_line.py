@@ -154,6 +154,9 @@ MISTAKES = {
         r"config\.sampling\.prompt_buckets is config\.actor\.prompt_buckets now",
     ),
     "an unknown config file": (["--config=nothing"], r"=nothing is neither a file nor a config .*: .*quickstart"),
+    "no name of a config": (["--config="], r"--config= is neither a file nor a config"),
+    "a folder as config": (["--config=."], r"--config=\. is neither a file nor a config"),
+    "a config that is no Python": (["--config=README.md"], r"--config=README\.md is no Python file; .*\.py"),
     "a stray argument": (["stray"], r"unexpected arguments \['stray'\].*--name=value"),
     "an unknown flag": (["--work_dir=x"], r"work_dir"),
 }

@@ -81,7 +81,9 @@ def test_other_rows_of_a_prompt_are_counted_or_kept(tmp_path):
 
         # what is then too long is told beside it
         shorter = without_long_rows(one, lambda e: int(e.prompt == "p1"), 0, drop=True, remedy=str)
-        assert len(shorter.dropped) == 2 and shorter.describe().startswith("1 training examples, 2 held out; dropped: 2")
+        assert len(shorter.dropped) == 2 and shorter.describe().startswith(
+            "1 training examples, 2 held out; dropped: 2"
+        )
 
 
 def some_rows(last):

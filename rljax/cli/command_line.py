@@ -61,7 +61,7 @@ def find_config(name: str) -> Path:
     A file on disk goes first. The result may not exist.
     """
     file = Path(name)
-    if file.is_file():
+    if file.is_file() or not file.name:  # such as "" and "."
         return file
     packaged = packaged_configs() / file.with_suffix(".py")
     return packaged if packaged.is_file() else file
@@ -96,6 +96,11 @@ def _run(main: Callable[[], None]) -> None:
         if os.environ.get("RLJAX_TRACEBACK"):
             raise
         _fail(f"{error}\n{_MORE}")
+    except (NotADirectoryError, IsADirectoryError, FileExistsError, PermissionError) as error:
+        # A path that somebody gave; without a name it is a fault of ours.
+        if os.environ.get("RLJAX_TRACEBACK") or error.filename is None:
+            raise
+        _fail(f"{error.filename} cannot be used: {error.strerror}; name another path\n{_MORE}")
     except (RuntimeError, FloatingPointError) as error:
         from rljax.experiment import EngineFailed
         from rljax.experiment.train import RunFailed
@@ -197,6 +202,8 @@ def _load_config(file: str, arguments: list[str]):
     """(what get_config returns, ""), or (None, what is wrong)."""
     from rljax.moved import keyword_hint
 
+    if not file.endswith(".py"):
+        return None, f"--config={file} is no Python file; its name must end in .py, and it must define get_config()"
     spec = importlib.util.spec_from_file_location("_checked_config", file)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)

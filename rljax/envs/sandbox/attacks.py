@@ -373,7 +373,7 @@ class Outside:
         self.secret = self.folder / "secret.txt"
         self.secret.write_text(self.word)
         os.environ["RLJAX_ATTACK_WORD"] = self.word
-        self.victim = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], start_new_session=True)
+        self.victim = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(86400)"], start_new_session=True)
         self.listener = socket.create_server(("127.0.0.1", 0))
         self.post = tempfile.TemporaryDirectory(prefix="rljax-post-")
         self.mailbox = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)

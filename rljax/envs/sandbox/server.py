@@ -34,8 +34,8 @@ KILL = b"k"
 SCRATCH = "/scratch"
 PROGRAM = "<program>"
 _WATCH_MS = 50
-# The kernel notes some 214 bytes for each mapping (seen on 64-bit Linux 6.18), which no limit counts. Programs have some
-# hundreds: arrays of their own that the C library maps one by one are 4096 at most in 512 MB.
+# The kernel notes some 214 bytes for each mapping (seen on 64-bit Linux 6.18), which no limit counts. Programs have
+# some hundreds: arrays of their own that the C library maps one by one are 4096 at most in 512 MB.
 _MOST_MAPPINGS = 8192
 _MAPPING_BYTES = 256
 _MOST_QUEUED = 256  # signals and timers of the program's user

@@ -55,3 +55,40 @@ def test_a_product_that_computes_for_longer_than_it_reads_takes_that_long():
     slow = Chip(flops=1e3, bandwidth=1e6, memory=2**30, links=1e6, kinds=("a chip",))
     text = PROGRAM.replace("TRIPS", "")
     assert bound(text, slow, (0,)).seconds == pytest.approx(2 * 8 * 16 * 4 / 1e3 + 32 / 1e6 + 2 * LAUNCH)
+
+
+# Of a sum of two [8, 60] the columns from 10 to 20 alone, squared and written over [8, 10] of an array.
+SLICED = """HloModule jit_g, is_scheduled=true
+
+%add (a.1: f32[], a.2: f32[]) -> f32[] {
+  %a.1 = f32[] parameter(0)
+  %a.2 = f32[] parameter(1)
+  ROOT %a.3 = f32[] add(%a.1, %a.2)
+}
+
+%sliced (s.1: f32[2,8,60], s.2: f32[8,100]) -> f32[8,100] {
+  %s.1 = f32[2,8,60]{2,1,0} parameter(0)
+  %s.2 = f32[8,100]{1,0} parameter(1)
+  %s.3 = f32[] constant(0)
+  %s.4 = f32[8,60]{1,0} reduce(%s.1, %s.3), dimensions={0}, to_apply=%add
+  %s.5 = f32[8,60]{1,0} sqrt(%s.4)
+  %s.6 = f32[8,10]{1,0} slice(%s.5), slice={[0:8], [10:20]}
+  %s.7 = f32[8,10]{1,0} multiply(%s.6, %s.6)
+  %s.8 = s32[] constant(0)
+  ROOT %s.9 = f32[8,100]{1,0} dynamic-update-slice(%s.2, %s.7, %s.8, %s.8)
+}
+
+ENTRY %main (p.1: f32[2,8,60], p.2: f32[8,100]) -> f32[8,100] {
+  %p.1 = f32[2,8,60]{2,1,0} parameter(0)
+  %p.2 = f32[8,100]{1,0} parameter(1)
+  ROOT %fusion.1 = f32[8,100]{1,0} fusion(%p.1, %p.2), kind=kLoop, calls=%sliced
+}
+"""
+
+
+def test_a_kernel_reads_what_its_results_are_computed_from():
+    """Which is two of each element that it writes."""
+    assert bound(SLICED, CHIP).bytes == 4 * (2 * 8 * 10 + 8 * 10)
+    # What is not known to go element by element needs all of its operand.
+    whole = SLICED.replace("sqrt(%s.4)", "cholesky(%s.4)")
+    assert bound(whole, CHIP).bytes == 4 * (2 * 8 * 60 + 8 * 10)

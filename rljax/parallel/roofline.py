@@ -8,7 +8,7 @@ import dataclasses
 import functools
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from rljax.parallel.hlo import Instruction, Program, dimensions, parse, shape_bytes
 from rljax.parallel.topologies import Chip
@@ -28,8 +28,34 @@ _FREE = {
     "replica-id",
     "tuple",
 }
-_VIEWS = ("bitcast", "reshape")
+_VIEWS = ("bitcast", "reshape", "transpose")
 _SLICES = ("dynamic-slice", "slice", "gather")
+# Each element of the result needs the one element of each operand that lies at the same place.
+_ELEMENTWISE = {
+    "abs",
+    "add",
+    "and",
+    "compare",
+    "convert",
+    "cosine",
+    "divide",
+    "exponential",
+    "log",
+    "logistic",
+    "maximum",
+    "minimum",
+    "multiply",
+    "negate",
+    "not",
+    "or",
+    "power",
+    "rsqrt",
+    "select",
+    "sine",
+    "sqrt",
+    "subtract",
+    "tanh",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,25 +149,7 @@ def _product(program: Program, where: str, one: Instruction) -> int:
 def _fusion(program: Program, name: str) -> tuple[int, int, int]:
     """(bytes read, bytes written, FLOPs): what passes between its instructions stays on the chip."""
     computation = program.computations[name]
-    users: dict[str, list[Instruction]] = {}
-    for one in computation.values():
-        for operand in one.operands:
-            users.setdefault(operand, []).append(one)
-
-    def needed(value: str) -> int | None:
-        """Bytes read of a value of which only slices are used; None for all of it."""
-        total = 0
-        for user in users.get(value, []):
-            if user.operands[0] == value and user.opcode in _SLICES:
-                total += sum(map(shape_bytes, user.shapes))
-            elif user.opcode in _VIEWS:
-                part = needed(user.name)
-                if part is None:
-                    return None
-                total += part
-            elif user.opcode != "dynamic-update-slice" or user.operands[0] != value:
-                return None
-        return total
+    needed = _needed(computation)
 
     read = written = flops = 0
     for one in computation.values():
@@ -150,12 +158,46 @@ def _fusion(program: Program, name: str) -> tuple[int, int, int]:
             flops += _fusion(program, one.called[0])[2]
         if one.opcode == "parameter":
             whole = sum(map(shape_bytes, one.shapes))
-            part = needed(one.name)
-            read += whole if part is None else min(part, whole)
+            read += round(whole * needed[one.name] / max(_elements(one), 1))
         if one.is_root:
             roots = [computation[operand] for operand in one.operands] if one.opcode == "tuple" else [one]
             written += sum(_written(computation, root) for root in roots)
     return read, written, flops
+
+
+def _needed(computation: Mapping[str, Instruction]) -> dict[str, float]:
+    """Of each value of a fusion, how many of its elements are computed, or read: those that its results need, since
+    an element of a result is computed from what it depends on alone."""
+    needed = dict.fromkeys(computation, 0.0)
+
+    # Users come behind what they use. They may need the same elements, so that the sum is the most it can be.
+    for user in reversed(computation.values()):
+        size = float(_elements(user))
+        needed[user.name] = size if user.is_root else min(needed[user.name], size)
+        for name in dict.fromkeys(user.operands):
+            if name in computation:
+                needed[name] += _taken(user, needed[user.name], name, float(_elements(computation[name])))
+    return needed
+
+
+def _taken(user: Instruction, needed: float, name: str, size: float) -> float:
+    """Elements of the operand `name`, which has `size`, that `needed` elements of the result of `user` depend on."""
+    is_first = user.operands[0] == name
+    if user.opcode == "dynamic-update-slice" and is_first:
+        # What lies there already, and stays.
+        return 0.0
+    if user.opcode in _SLICES:
+        return needed if is_first else size
+    if user.opcode == "reduce" and len(user.shapes) == 1 and is_first:
+        return needed * size / max(_elements(user), 1)
+    if user.opcode in _VIEWS or (user.opcode in _ELEMENTWISE and _elements(user) == size):
+        return needed
+    return size
+
+
+def _elements(one: Instruction) -> int:
+    """Of an array; of a tuple, of all of its arrays."""
+    return sum(math.prod(dimensions(shape)) for shape in one.shapes)
 
 
 def _written(computation, root: Instruction) -> int:

@@ -120,21 +120,35 @@ def chunks(tokens: int, head_chunk: int = UpdateConfig().head_chunk) -> int:
 
 def decode_bound(preset: Preset, shape, prompts: int, samples: int) -> float:
     config = model(shape, preset)
+    chip = chip_named(preset.one)
     spec = SamplerSpec(
         prompt_buckets=(preset.tokens,),
         max_new_tokens=preset.tokens,
         prompt_slots=max(prompts // preset.scale, 1),
         sample_slots=samples,
     )
-    sampler = Sampler(config, spec, mesh=mesh_of(preset.one))
-    plan = sampler.plan()
-    lowered = sampler.lower(plan, sampling_params(temperature=1.0, top_p=0.95))["decode"]
-    chip = chip_named(preset.one)
+
+    def sampler_of(layers: int) -> Sampler:
+        return Sampler(dataclasses.replace(config, num_layers=layers), spec, mesh=mesh_of(preset.one))
+
+    def seconds(layers: int) -> float:
+        sampler = sampler_of(layers)
+        lowered = sampler.lower(sampler.plan(), sampling_params(temperature=1.0, top_p=0.95))["decode"]
+        return bound(lowered.compile().as_text(), chip).seconds
+
+    # A step has its layers one after the other, each of the same kernels: of many layers those behind the fourth take
+    # as long as the fourth, and need not be compiled.
+    few = min(config.num_layers, 4)
+    least = seconds(few)
+    if config.num_layers > few:
+        least += (config.num_layers - few) * (least - seconds(few - 1))
+
     # What is looked up of the embeddings of an untied model is a few rows.
+    plan = sampler_of(config.num_layers).plan()
     read = bytes_of(plan.weights) + bytes_of(plan.cache)
     if not config.tied_embeddings:
         read -= bytes_of(plan.weights["embedding"])
-    return read / chip.bandwidth / bound(lowered.compile().as_text(), chip).seconds
+    return read / chip.bandwidth / least
 
 
 def mfu_bound(preset: Preset, shape, topology: str, *, rows: int, remat: Remat, head_chunk: int) -> float:

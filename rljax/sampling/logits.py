@@ -345,8 +345,17 @@ def _threshold(x: Array, params: SamplingParams, axis: int, rules: Rules | None,
 
     def share():
         # top-p is a share of the mass that top-k left.
-        left = shard.sum(jnp.sum(jnp.where(x >= by_count, mass(x), 0.0), axis=axis, keepdims=True))
-        return _largest(x, mass, jnp.asarray(params.top_p) * left, best, axis, shard)
+        stores = platform() == "gpu"
+        masses = jax.lax.optimization_barrier(mass(x)) if stores else mass(x)
+        left = shard.sum(jnp.sum(jnp.where(x >= by_count, masses, 0.0), axis=axis, keepdims=True))
+        goal = jnp.asarray(params.top_p) * left
+        if not stores:
+            return _largest(x, mass, goal, best, axis, shard)
+
+        # XLA for GPUs may store masses in every pass of a search among logits, so they are stored once and searched
+        # themselves. They have the order of the logits; logits whose masses round to the same are tied.
+        least = _largest(masses, lambda x: x, goal, jnp.ones_like(best), axis, shard)
+        return -shard.max(jnp.max(jnp.where(masses >= least, -x, -jnp.inf), axis=axis, keepdims=True))
 
     by_mass = _when(None if rules is None else rules.top_p, params.top_p < 1, share, nothing)
     by_ratio = jnp.where(params.min_p > 0, best + jnp.log(params.min_p), -jnp.inf)

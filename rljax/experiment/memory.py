@@ -30,6 +30,7 @@ from rljax.parallel import (
     collectives,
     compiled_memory,
     num_processes,
+    platform,
 )
 from rljax.sampling import DecoderPlan, lower_copies
 from rljax.training import Learner
@@ -225,8 +226,8 @@ def predict_update(learner: Learner, batch: TrainBatch) -> dict[str, int]:
     """What an update of a learner on a mesh adds, by part: the most of three places in its passes."""
     config = learner.config
     microbatches = batch.packed.tokens.shape[0]
-    trainable = learner.abstract_state().trainable
-    gradients = bytes_of(jax.tree.map(lambda x: x.update(dtype=np.float32), trainable))
+    trainable = jax.tree.map(lambda x: x.update(dtype=np.float32), learner.abstract_state().trainable)
+    gradients = bytes_of(trainable)
 
     layers = _layers(learner, batch)
     head = _head(learner, batch)
@@ -240,6 +241,10 @@ def predict_update(learner: Learner, batch: TrainBatch) -> dict[str, int]:
         # The sum of earlier microbatches is kept beside the newest.
         held["sum of gradients"] = gradients
     at_head = held | head
+    if is_split and platform(_mesh(learner)) == "gpu":
+        # While it waits for the head, which is gathered, XLA for GPUs lays out the zeros that become the gradients of
+        # the layers: so it is of 8B on 8 H100s. Where nothing is sent they come after the head.
+        at_head["gradients"] = bytes_of(trainable.get("layers", {}))
     in_layers = held | {"gradients": gradients, "a layer": layers["a layer"]}
     at_embedding = held | {"gradients": gradients, "embedding gradient": embedding}
     at_embedding["activations"] = 0

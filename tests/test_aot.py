@@ -83,6 +83,20 @@ def test_a_prediction_knows_that_kernels_keep_no_scores():
     assert 0.9 < sum(predict_update(learner, batch).values()) / temporaries < 1.1
 
 
+def test_a_prediction_for_several_gpus_counts_the_gradients_that_lie_there_while_the_head_is_gathered():
+    """Of many layers these are a fifth of what an update adds."""
+    mesh = make_mesh(1, 8, 1, devices=machine("h100:8"))
+    update = UpdateConfig(pack_length=1024, microbatch_size=8, head_chunk=256, remat="full")
+    config = dataclasses.replace(MODEL, num_layers=32)
+    learner = Learner(config, GRPO(kl_coef=0.0).build().loss, OptimizerConfig(), update, mesh=mesh)
+    batch = full_minibatch(mesh, microbatches=2, rows=8, length=1024)
+    temporaries = compiled_memory(learner.lower_update(batch).compile()).temporaries
+
+    predicted = predict_update(learner, batch)
+    assert {"vocabulary head", "gradients"} <= predicted.keys()
+    assert 0.9 < sum(predicted.values()) / temporaries < 1.1
+
+
 @pytest.mark.parametrize("name", ["v5e:2x4", "h100:8"])
 def test_a_run_is_planned_for_a_machine(name):
     machine(name)

@@ -171,7 +171,7 @@ def _needed(computation: Mapping[str, Instruction]) -> dict[str, float]:
     needed = dict.fromkeys(computation, 0.0)
 
     # Users come behind what they use. They may need the same elements, so that the sum is the most it can be.
-    for user in reversed(computation.values()):
+    for user in reversed(list(computation.values())):
         size = float(_elements(user))
         needed[user.name] = size if user.is_root else min(needed[user.name], size)
         for name in dict.fromkeys(user.operands):

@@ -1,6 +1,6 @@
 """Rollouts of every kind of actor, on one process or as one of several; for test_run_shared.py.
 
-shared_program.py FOLDER [INDEX ADDRESS]
+shared_program.py FOLDER ENGINE [INDEX ADDRESS]
 """
 
 import dataclasses
@@ -26,6 +26,8 @@ from rljax.experiment import (
     MeshConfig,
     MultiTurn,
     PretrainedModel,
+    Remote,
+    RemoteMultiTurn,
     RewardConfig,
     RolloutConfig,
     RowsData,
@@ -68,7 +70,7 @@ def questions(size: int, first: int = 0) -> list[dict]:
     return [{"prompt": f"n{i}", "answer": str(i % 10)} for i in range(first, first + size)]
 
 
-def cases(folder: Path) -> dict[str, Config]:
+def cases(folder: Path, engine: str) -> dict[str, Config]:
     turns = MultiTurn(
         make="shared_program:Noted",
         tool_format="shared_program:FORMAT",
@@ -92,6 +94,8 @@ def cases(folder: Path) -> dict[str, Config]:
         checkpoint=CheckpointConfig(every=0),
         mesh=MeshConfig(fsdp=-1),
     )
+    model = PretrainedModel(path=str(folder / "model"))
+    over_engines = {"engines": (engine,), "probes": 1, "wait_s": 60.0}
     guided = Guided(turns, column="actions", probes=1)
     return {
         "forks": dataclasses.replace(base, algorithm=TreeGRPO(chains=2, points=1, rounds=1)),
@@ -103,7 +107,24 @@ def cases(folder: Path) -> dict[str, Config]:
             data=RowsData(rows="shared_program:questions", args={"size": 12}, test_args={"size": 2, "first": 100}),
             rollout=RolloutConfig(in_step=jax.process_count() > 1),
         ),
-        "agents": dataclasses.replace(base, actor=agent, model=PretrainedModel(path=str(folder / "model"))),
+        "agents": dataclasses.replace(base, actor=agent, model=model),
+        "engines": dataclasses.replace(
+            base,
+            actor=Remote(rewards=(RewardConfig("flaky_rewards:noted"),), longest_prompt=8, **over_engines),
+            data=RowsData(rows="shared_program:questions", args={"size": 12}, test_args={"size": 2, "first": 100}),
+            model=model,
+        ),
+        "turns_of_engines": dataclasses.replace(
+            base,
+            actor=RemoteMultiTurn(
+                make="shared_program:Noted",
+                tool_format="shared_program:FORMAT",
+                context_length=128,
+                workers=4,
+                **over_engines,
+            ),
+            model=model,
+        ),
     }
 
 
@@ -151,9 +172,9 @@ def gone_on_with(config: Config) -> dict:
     return {"ids": ids, "drawn": run.curriculum.state_dict(), "state": state}
 
 
-def main(folder: Path) -> dict:
+def main(folder: Path, engine: str) -> dict:
     logging.set_verbosity(logging.ERROR)
-    given = cases(folder)
+    given = cases(folder, engine)
     found = {name: rolled_out(config) for name, config in given.items()}
 
     config = dataclasses.replace(given["forks"], algorithm=DecoupledPPO(group_size=2))
@@ -162,9 +183,9 @@ def main(folder: Path) -> dict:
 
 
 if __name__ == "__main__":
-    os.environ |= {"RLJAX_NUM_PROCESSES": "2", "RLJAX_PROCESS_ID": sys.argv[2]}
-    assert initialize_distributed(coordinator=sys.argv[3])
+    os.environ |= {"RLJAX_NUM_PROCESSES": "2", "RLJAX_PROCESS_ID": sys.argv[3]}
+    assert initialize_distributed(coordinator=sys.argv[4])
     # The classes that configs name are those of the module, not of the program.
     import shared_program
 
-    print(json.dumps(shared_program.main(Path(sys.argv[1]))))
+    print(json.dumps(shared_program.main(Path(sys.argv[1]), sys.argv[2])))

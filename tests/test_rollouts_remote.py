@@ -30,6 +30,7 @@ from rljax.rollouts import EngineFailed, RemoteActor, number_groups
 from rljax.rollouts.engines.api import read_request
 from rljax.rollouts.engines.client import Engine, assign
 from rljax.rollouts.engines.remote_sampler import written_sampling
+from rljax.rollouts.engines.sharing import Share, own_share, share_of
 from rljax.rollouts.http_server import ApiError, HttpServer
 from rljax.sampling import sampling_params
 from rljax.sampling.logits import logit_biases
@@ -195,6 +196,33 @@ def test_other_weights_under_the_same_version_are_handed_over_and_the_same_ones_
             labels.append(service.weights.label)
         assert actor.sampler.fleet.stats()["probe_gap"] < ROUNDING
     assert labels[1] == labels[2] and len(set(labels)) == 3
+
+
+def shares(engines, hosts):
+    return [share_of([f"http://{name}" for name in engines], hosts, process) for process in range(len(hosts))]
+
+
+def test_engines_are_divided_among_processes_and_shared_where_they_are_fewer():
+    far = ["a:1", "b:1", "c:1"]
+    assert shares(far, ["x"]) == [Share((0, 1, 2), True)]
+    assert shares(far, ["x", "x"]) == [Share((0, 2), True), Share((1,), True)]
+    assert shares(far[:1], ["x", "y"]) == [Share((0,), False)] * 2
+    assert shares(far[:2], ["x", "y", "y"]) == [Share((0,), False), Share((1,), True), Share((0,), False)]
+
+
+def test_addresses_of_the_machine_itself_are_engines_of_each_machine():
+    near = ["127.0.0.1:1", "localhost:2"]
+    assert shares(near, ["x", "y"]) == [Share((0, 1), True)] * 2
+    assert shares(near, ["x", "x", "y"]) == [Share((0,), True), Share((1,), True), Share((0, 1), True)]
+    assert shares(near[:1], ["x", "x", "y"]) == [Share((0,), False), Share((0,), False), Share((0,), True)]
+    # One that all see is one for all, and so those beside it are divided among all.
+    assert shares(["a:1", "localhost:2"], ["x", "y"]) == [Share((0,), True), Share((1,), True)]
+
+
+def test_engines_that_a_run_starts_are_not_shared(monkeypatch):
+    monkeypatch.setattr("rljax.rollouts.engines.sharing.gather", lambda value: [value, value])
+    with pytest.raises(ValueError, match="are fewer than the processes that share them; name as many engines"):
+        own_share(Remote(engines=("http://127.0.0.1:1",), command="rljax serve --model={weights}"))
 
 
 def free_port():

@@ -14,6 +14,7 @@ from devices import xla_flags
 from overlap_program import computed
 from test_rollouts_endpoint import CONFIG, make_tokenizer, params
 
+from rljax.experiment.serve import ServeConfig, engine_of
 from rljax.models import save_hf
 
 TESTS = Path(__file__).parent
@@ -29,29 +30,32 @@ def played(tmp_path_factory):
         address = f"127.0.0.1:{free.getsockname()[1]}"
     os.environ["NOTES"] = str(folder)
     environment = {**os.environ, "XLA_FLAGS": xla_flags(1), "PYTHONPATH": f"{TESTS.parent}{os.pathsep}{TESTS}"}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, str(TESTS / "shared_program.py"), str(folder), str(index), address],
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for index in range(2)
-    ]
-    try:
-        alone = shared_program.main(folder)
-        outputs = [process.communicate(timeout=400) for process in processes]
-    finally:
-        del os.environ["NOTES"]
-        for process in processes:
-            process.kill()
+    serve = ServeConfig(model=str(folder / "model"), port=0, rows=8, context_length=128, max_new_tokens=6)
+    # One engine for the run that is alone, and one that both processes ask.
+    with engine_of(serve) as of_one, engine_of(serve) as of_both:
+        processes = [
+            subprocess.Popen(
+                [sys.executable, str(TESTS / "shared_program.py"), str(folder), of_both.url, str(index), address],
+                env=environment,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            for index in range(2)
+        ]
+        try:
+            alone = shared_program.main(folder, of_one.url)
+            outputs = [process.communicate(timeout=400) for process in processes]
+        finally:
+            del os.environ["NOTES"]
+            for process in processes:
+                process.kill()
     for process, (_, errors) in zip(processes, outputs, strict=True):
         assert process.returncode == 0, errors[-3000:]
     return alone, [json.loads(output.splitlines()[-1]) for output, _ in outputs]
 
 
-@pytest.mark.parametrize("name", ["forks", "guided", "agents", "in_step"])
+@pytest.mark.parametrize("name", ["forks", "guided", "agents", "in_step", "engines", "turns_of_engines"])
 def test_two_processes_play_what_one_plays(played, name):
     alone, both = played
     want = json.loads(json.dumps(alone[name]))
@@ -60,7 +64,7 @@ def test_two_processes_play_what_one_plays(played, name):
             assert found[name][part] == want[part], part
 
 
-@pytest.mark.parametrize("name", ["forks", "guided", "agents"])
+@pytest.mark.parametrize("name", ["forks", "guided", "agents", "engines", "turns_of_engines"])
 def test_what_hosts_do_is_done_once_and_shared_out(played, name):
     alone, both = played
     first, second = (found[name] for found in both)

@@ -141,13 +141,15 @@ def save_hf(
     max_shard_bytes: int = 5 * 10**9,
     hf_config: Mapping[str, Any] | None = None,
     generation_config: Mapping[str, Any] | None = None,
+    on_every_process: bool = False,
 ) -> None:
     """Writes config.json, safetensors (with an index when there are several files) and the tokenizer's files.
 
     `hf_config` and `generation_config` hold further keys of config.json and generation_config.json: what
     `read_metadata` gives for the folder that the weights came from; `written_metadata` says what becomes of them.
     Weights are written in the dtype of `params`, gathered one tensor at a time; equal weights give equal bytes. In a
-    multi-process run every process must call it; process 0 writes.
+    multi-process run every process must call it; process 0 writes. With `on_every_process` each that calls it writes
+    a folder of its own, of weights that are on its own devices.
     """
     folder = Path(folder)
     found = {str(leaf.dtype) for leaf in jax.tree.leaves(params)}
@@ -167,7 +169,7 @@ def save_hf(
         check_shape(parts[0], (*rows, *shapes[0][1:]), "params")
 
     # Files of another split would be read along with the new ones.
-    writes = jax.process_index() == 0
+    writes = on_every_process or jax.process_index() == 0
     if writes:
         folder.mkdir(parents=True, exist_ok=True)
         for old in [*folder.glob("model*.safetensors"), folder / INDEX_FILE, folder / _GENERATION_FILE]:

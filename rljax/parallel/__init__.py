@@ -15,7 +15,7 @@ from rljax.parallel.distributed import (
     require_one_process,
     to_host,
 )
-from rljax.parallel.exchange import exchange, heard, is_waiting, say_to_all
+from rljax.parallel.exchange import exchange, heard, is_waiting, one_at_a_time, say_to_all
 from rljax.parallel.mesh import (
     MESH_AXES,
     decoding_mesh,
@@ -99,6 +99,7 @@ __all__ = [
     "on_main",
     "on_one_host",
     "on_shards",
+    "one_at_a_time",
     "own_mesh",
     "own_part",
     "partition_spec",

@@ -26,6 +26,9 @@ CHUNK = 2**20
 SLICE_S = 2.0
 """Seconds of one wait, between which is looked whether another process has failed, and signals are heard."""
 
+_PAUSE_S = 0.05
+"""Between two tries to be let in."""
+
 TIMEOUT_S = 24 * 3600.0
 """Seconds that processes wait for each other at most, where no watchdog ends them before."""
 
@@ -111,6 +114,36 @@ def heard(topic: str) -> dict[int, str]:
         return {}
     said = client().key_value_dir_get(f"{ROOT}/{topic}/")
     return {int(key.rsplit("/", 1)[1]): text for key, text in said}
+
+
+@contextlib.contextmanager
+def one_at_a_time(name: str) -> Iterator[None]:
+    """Waits until no other process is within a block of this name, and keeps others out of it. Nothing in a single
+    process. RuntimeError when another process has failed, whose block is never left."""
+    if jax.process_count() == 1:
+        yield
+        return
+
+    key = f"{ROOT}/one at a time/{name}"
+    with _is_waiting():
+        while not _is_first(key):
+            check_others()
+            time.sleep(_PAUSE_S)
+    try:
+        yield
+    finally:
+        client().key_value_delete(key)
+
+
+def _is_first(key: str) -> bool:
+    """Whether this process has set the key: of those that try, one does."""
+    try:
+        client().key_value_set(key, str(jax.process_index()))
+    except jax.errors.JaxRuntimeError as error:
+        if "ALREADY_EXISTS" not in str(error):
+            raise RuntimeError(f"process 0, through which the others speak, does not answer: {error}") from None
+        return False
+    return True
 
 
 def is_waiting() -> bool:

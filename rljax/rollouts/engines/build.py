@@ -8,12 +8,13 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from rljax.models import DecoderConfig, base_config, merged_params, save_hf
-from rljax.parallel import require_one_process, use_mesh
+from rljax.parallel import use_mesh
 from rljax.plans import RolloutPlan
 from rljax.rollouts.config import ActorParts
 from rljax.rollouts.engines.config import EnginesConfig
 from rljax.rollouts.engines.fleet import Export, Fleet
 from rljax.rollouts.engines.remote_sampler import SamplingProbe
+from rljax.rollouts.engines.sharing import own_share
 from rljax.sampling import Stops
 from rljax.sampling.weights import take_params
 from rljax.text import Tokenizer, render_prompt
@@ -21,9 +22,9 @@ from rljax.types import Params
 
 
 def fleet_of(config: EnginesConfig, parts: ActorParts, stops: Stops, *, longest: int) -> Fleet:
-    """The engines of `config`, closed. Probed are prompts of at most `longest` tokens. ValueError on several processes,
-    which would give one engine the weights of several."""
-    require_one_process("a run whose policy is engines")
+    """Those engines of `config` that this process asks, closed. Probed are prompts of at most `longest` tokens. All
+    processes come here. ValueError for engines that cannot be shared as the config says."""
+    share = own_share(config)
     probe = SamplingProbe(
         parts.decoder,
         probed_prompts(parts, config.probes, longest),
@@ -33,7 +34,7 @@ def fleet_of(config: EnginesConfig, parts: ActorParts, stops: Stops, *, longest:
         mesh=parts.mesh,
     )
     export = exporter(parts.decoder, parts.tokenizer, config.weights_dtype, parts.mesh)
-    return Fleet(config, export, probe, bound=config.bound(parts.decoder.dtype))
+    return Fleet(config, export, probe, bound=config.bound(parts.decoder.dtype), share=share)
 
 
 def probed_prompts(parts: ActorParts, count: int, longest: int) -> list[list[int]]:
@@ -69,17 +70,19 @@ def check_forks_served(config: EnginesConfig, plan: RolloutPlan) -> None:
 
 def exporter(decoder: DecoderConfig, tokenizer: Tokenizer, dtype: str, mesh: Mesh) -> Export:
     """Writes weights in `dtype`, adapters merged into them, with the tokenizer. Weights that are spread over several
-    processes are gathered on `mesh`, which is this process's own: all of them write at the same moment, each for its
-    own engines."""
+    processes are gathered on `mesh`, which is this process's own: all come here at the same moment, also those that
+    write nothing."""
 
-    def export(folder: Path, params: Params) -> None:
+    def export(folder: Path | None, params: Params) -> None:
         own = take_params(decoder, mesh, params)
+        if folder is None:
+            return
         # A copy lies on this process's devices alone, whatever mesh the run is on.
         with contextlib.nullcontext() if own is params else use_mesh(mesh):
             # In float32, and rounded once: what adapters add may be less than what a narrower weight can show.
             if decoder.lora is not None:
                 own = merged_params(decoder, jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), own))
             cast = jax.tree.map(lambda x: x if x.dtype == dtype else jnp.asarray(x, dtype), own)
-            save_hf(folder, base_config(decoder), cast, tokenizer=tokenizer)
+            save_hf(folder, base_config(decoder), cast, tokenizer=tokenizer, on_every_process=True)
 
     return export

@@ -12,18 +12,25 @@ _ADDRESS = re.compile(r"https?://[^\s/]+(/[^\s]*)?")
 _PLACES = ("address", "host", "port", "weights")
 
 
+def is_local(address: str) -> bool:
+    """Whether an address is of the machine that asks it, whichever that is."""
+    return _LOCAL.fullmatch(address) is not None
+
+
 @dataclasses.dataclass
 class EnginesConfig:
     """Engines that speak vLLM's protocol of token ids."""
 
     engines: tuple[str, ...] = ("http://127.0.0.1:8000",)
-    """Addresses. The prompts of a step are spread over them in equal numbers, the same to the same one each time."""
+    """Addresses. The prompts of a step are spread over them in equal numbers, the same to the same one each time. Of P
+    processes each asks every P-th, and with fewer engines several ask one; name as many to each. Addresses of the
+    machine itself (localhost) are engines of every machine, which its processes share."""
     engine: Literal["rljax", "vllm"] = "rljax"
     """What runs there. `rljax` (`rljax serve`) gives the tokens that this process would have sampled, forks too. `vllm`
     draws other random numbers, says no entropies and knows nothing of forks."""
     weights: str = ""
     """Folder that the weights of each hand-over are exported to, which this process and all engines see under this
-    path. Empty is a folder of this machine's own, for engines on it."""
+    path; process 0 writes it. Empty is a folder of each process's own, for engines on its machine."""
     weights_dtype: Literal["float32", "bfloat16"] = "float32"
     """Of the exported weights. bfloat16 halves what a hand-over writes and reads, and rounds once more than the trainer
     where `model.dtype` is float32."""
@@ -59,7 +66,7 @@ class EnginesConfig:
                 raise ValueError(
                     f"config.actor.engines holds {address!r}, which is no address such as http://host:8000"
                 )
-            if not self.weights and not _LOCAL.fullmatch(address):
+            if not self.weights and not is_local(address):
                 raise ValueError(
                     f"config.actor.engines holds {address}, which may be another machine, and config.actor.weights='' "
                     "is a folder of this one; name a folder that both see"

@@ -1,6 +1,7 @@
 """The engines of a run: who gives them weights, sees that they speak with these, and waits for those that die."""
 
 import contextlib
+import dataclasses
 import itertools
 import logging
 import os
@@ -14,15 +15,18 @@ import time
 import uuid
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 from urllib.parse import urlsplit
 
 import jax
 
+from rljax.parallel import exchange, is_main_process, one_at_a_time
 from rljax.rollouts.engines.api import Said
 from rljax.rollouts.engines.client import Engine, EngineFailed, Unreachable
 from rljax.rollouts.engines.config import EnginesConfig
+from rljax.rollouts.engines.sharing import Share, at
 from rljax.tasks.workers import has_ended
 from rljax.types import Params
 
@@ -32,8 +36,11 @@ _PAUSE_S = 0.1  # between two looks at an engine; each pause is longer, up to
 _LONGEST_PAUSE_S = 2.0
 _END_S = 20.0  # for an engine to end by itself
 
-Export = Callable[[Path, Params], None]
-"""Writes weights as a Hugging Face folder."""
+Export = Callable[[Path | None, Params], None]
+"""Writes weights as a Hugging Face folder; of several processes all call it, and None is for those that write none."""
+
+NAME = "engines"
+"""Of the exchanges of fleets: one thread has them all."""
 
 
 @runtime_checkable
@@ -58,14 +65,16 @@ class _Process(NamedTuple):
 
 
 class Fleet:
-    """`config.engines`, each given the weights of `hand_over`, which `export` writes and `probe` looks for.
+    """The engines of `config` that are this process's `share`, each given the weights of `hand_over`, which `export`
+    writes and `probe` looks for. None has no other process. `config` of a fleet names those engines alone.
 
     A context manager: processes of `config.command` and the folder of weights are there within `with` only. All of it
     may be called from any thread, but `hand_over` while nothing is under way.
     """
 
-    def __init__(self, config: EnginesConfig, export: Export, probe: Probe, *, bound: float):
-        self.config = config
+    def __init__(self, config: EnginesConfig, export: Export, probe: Probe, *, bound: float, share: Share):
+        self.config = dataclasses.replace(config, engines=tuple(config.engines[place] for place in share.engines))
+        self.share = share
         self.bound = bound
         self.label = ""
         self.lost = 0
@@ -74,7 +83,7 @@ class Fleet:
         self.hand_over_s = 0.0
         self._export = export
         self._probe = probe
-        self._engines = [Engine(address, timeout_s=config.request_s, key=config.key) for address in config.engines]
+        self._engines = [Engine(address, timeout_s=config.request_s, key=config.key) for address in self.config.engines]
         self._locks = [threading.Lock() for _ in self._engines]
         self._count_lock = threading.Lock()
         self._processes: dict[int, _Process] = {}
@@ -82,7 +91,10 @@ class Fleet:
         self._is_closing = False
         self._given: list[Any] = []
         self._numbers = itertools.count()
-        self._run = uuid.uuid4().hex[:8]  # so that no engine takes the weights of an earlier run for this one's
+        # So that no engine takes the weights of an earlier run for this one's.
+        self._run = uuid.uuid4().hex[:8]
+        # What all see, one writes.
+        self._writes = is_main_process() or not config.weights
         self._folder: Path | None = None
         self._opened = contextlib.ExitStack()
 
@@ -103,8 +115,7 @@ class Fleet:
         for index in list(self._processes):
             self._end(index)
         if self._folder is not None:
-            for old in self._own_folders():
-                shutil.rmtree(old, ignore_errors=True)
+            self._remove_folders()
         self._opened.close()
         self._folder = None
         self._given = []
@@ -126,19 +137,23 @@ class Fleet:
     def hand_over(self, params: Params, version: int) -> None:
         """Gives all engines the weights of `version`, and returns when each says that it has them and speaks with them.
         The very arrays that were handed over last are only looked for: an evaluation has other ones under the number of
-        a push. Raises EngineFailed."""
+        a push. All processes come here together. Raises EngineFailed."""
         if self._folder is None:
             raise RuntimeError("the engines are closed; use them within `with actor:`")
         begin = time.perf_counter()
+        # One label for all, as several may ask one engine; and none of them asks for older weights any more.
+        self._run = exchange(NAME, self._run.encode())[0].decode()
         self._probe.set_params(params)
         given = jax.tree.leaves(params)
         is_new = len(given) != len(self._given) or any(a is not b for a, b in zip(given, self._given, strict=True))
         if is_new:
             self.label = f"{self._run}-{version}-{next(self._numbers)}"
             partial = self._folder / f"{self.label}.partial"
-            self._export(partial, params)
-            partial.rename(self._folder / self.label)
+            self._export(partial if self._writes else None, params)
+            if self._writes:
+                partial.rename(self._folder / self.label)
             self._given = given
+            exchange(NAME, b"written")
 
         with ThreadPoolExecutor(len(self._engines), thread_name_prefix="hand-over") as pool:
             try:
@@ -149,9 +164,7 @@ class Fleet:
                 self.abandon()
                 raise
         # An engine that is started again reads the newest alone.
-        for old in self._own_folders():
-            if old.name != self.label:
-                shutil.rmtree(old, ignore_errors=True)
+        self._remove_folders(but=self.label)
         self.hand_over_s += time.perf_counter() - begin
 
     def ask(self, index: int, body: Mapping[str, Any]) -> Said:
@@ -198,9 +211,9 @@ class Fleet:
 
     def _revive(self, index: int, error: Unreachable) -> None:
         """Waits for an engine that did not answer, and gives it the weights again if it has lost them."""
-        with self._locks[index]:
+        with self._locks[index], self._alone_at(index):
             self._check_going()
-            # Another thread may have waited for it meanwhile, or it was only busy.
+            # Another thread, or process, may have waited for it meanwhile, or it was only busy.
             if self._engines[index].label() == self.label:
                 return
             address = self.config.engines[index]
@@ -211,8 +224,13 @@ class Fleet:
             logging.getLogger(__name__).warning("engine %s is back, and has its weights again", address)
 
     def _give(self, index: int, *, is_new: bool) -> None:
-        with self._locks[index]:
+        with self._locks[index], self._alone_at(index):
             self._give_locked(index, is_new=is_new)
+
+    def _alone_at(self, index: int) -> AbstractContextManager[None]:
+        """Keeps other processes from giving the engine weights meanwhile: what one has brought to that, the next only
+        looks at."""
+        return contextlib.nullcontext() if self.share.is_alone else one_at_a_time(at(self.config.engines[index]))
 
     def _give_locked(self, index: int, *, is_new: bool) -> None:
         """Brings an engine to where it speaks with the weights of `label`, in `config.wait_s` seconds and one more try
@@ -329,7 +347,7 @@ class Fleet:
 
     def _log(self, index: int) -> Path:
         assert self._folder is not None
-        return self._folder / f"engine-{index}.log"
+        return self._folder / f"engine-{self.share.engines[index]}.log"
 
     def _last_said(self, index: int) -> str:
         """The last line of an engine's output, and where all of it is: a folder of our own ends with the run."""
@@ -352,9 +370,14 @@ class Fleet:
         _kill_group(popen, signal.SIGKILL)
         popen.wait()
 
-    def _own_folders(self) -> list[Path]:
+    def _remove_folders(self, but: str = "") -> None:
+        """Removes the weights that this process has written; those of the label `but` stay."""
         assert self._folder is not None
-        return [path for path in self._folder.glob(f"{self._run}-*") if path.is_dir()]
+        if not self._writes:
+            return
+        for path in self._folder.glob(f"{self._run}-*"):
+            if path.is_dir() and path.name != but:
+                shutil.rmtree(path, ignore_errors=True)
 
 
 def _kill_group(popen: "subprocess.Popen[bytes]", number: int) -> None:

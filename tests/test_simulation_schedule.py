@@ -4,7 +4,6 @@ import builtins
 import dataclasses
 import math
 
-import numpy as np
 import pytest
 
 from rljax.simulation import Scenario, best_split, draw_tokens, roll_out, simulate, simulate_splits
@@ -47,17 +46,51 @@ def test_a_rollout_waits_for_the_weights_it_is_to_be_sampled_by():
     assert simulate(dataclasses.replace(scenario, staleness=1, update_s=16.0)).step_s == pytest.approx(4 + 3, rel=0.01)
 
 
-def test_rows_and_episodes_obey_littles_law():
-    """Busy rows = episodes a second x seconds of an episode, for a queue longer than the rows."""
+def test_rows_and_turns_obey_littles_law():
+    """Busy rows = episodes a second x seconds that an episode decodes, whatever waits; a tool holds no row."""
     scenario = Scenario(groups=40, group_size=8, rows=24, tokens=60.0, tokens_cv=1.0, step_s=0.1, turns=3, tool_s=4.0)
     found = roll_out(dataclasses.replace(scenario, drawn=1))
-    rng = np.random.default_rng([0, 2, 0])
-    spread = math.log1p(1.0)
-    tools = rng.lognormal(math.log(4.0) - spread / 2, math.sqrt(spread), (320, 2))
-    episode = draw_tokens(scenario, 0).sum(axis=1) * 0.1 + tools.sum(axis=1)
-    assert found.busy_rows[0] == pytest.approx(320 / found.sample_s[0] * episode.mean(), rel=1e-9)
-    assert 12 < found.busy_rows[0] < 24
+    decoding = draw_tokens(scenario, 0).sum(axis=1) * 0.1
+    assert found.busy_rows[0] == pytest.approx(320 / found.sample_s[0] * decoding.mean(), rel=1e-9)
+    assert 20 < found.busy_rows[0] < 24
     assert found.tokens[0] == draw_tokens(scenario, 0).sum()
+
+
+def test_a_tool_holds_an_episode_up_and_no_row():
+    """One row, two episodes of two turns: 10 s each turn, 15 s a tool: the row is free from 20 to 25 alone."""
+    scenario = Scenario(groups=2, group_size=1, rows=1, tokens=10.0, step_s=1.0, turns=2, tool_s=15.0, tool_cv=0.0)
+    found = roll_out(dataclasses.replace(scenario, drawn=1))
+    assert found.sample_s[0] == pytest.approx(10 + 15 + 10 + 10)
+    assert found.busy_rows[0] == pytest.approx(40 / 45)
+
+
+def test_groups_in_flight_go_on_with_the_next_rollout():
+    """Four groups of one sample decode 10 s side by side, of which a rollout takes two, and the next the others."""
+    scenario = Scenario(groups=2, group_size=1, groups_in_flight=2, rows=4, tokens=10.0, step_s=1.0, drawn=4)
+    found = roll_out(scenario)
+    assert sorted(found.sample_s) == pytest.approx([0, 0, 10, 10])
+    assert found.tokens.tolist() == [20] * 4
+    assert [dict(spans) for spans in found.spans] == [{1: 2}] * 4
+    # Its first tokens are of the weights of the rollout before.
+    assert simulate(dataclasses.replace(scenario, steps=10)).staleness == {0: 0.1, 1: 0.9}
+
+
+def test_groups_in_flight_leave_no_row_without_a_turn():
+    scenario = Scenario(groups=16, group_size=1, rows=16, tokens=100.0, tokens_cv=1.0, step_s=1.0, drawn=200)
+    alone = roll_out(scenario)
+    beside = roll_out(dataclasses.replace(scenario, groups_in_flight=16))
+    assert alone.busy_rows.mean() < 8
+    busy = (beside.busy_rows * beside.sample_s).sum() / beside.sample_s.sum()
+    assert busy == pytest.approx(16, rel=0.02)
+    assert beside.sample_s.mean() == pytest.approx(100, rel=0.05)
+
+
+@pytest.mark.parametrize(("staleness", "seconds"), [(0, 5 + 1), (1, 5)])
+def test_engines_take_no_device_from_training(staleness, seconds):
+    outcome = simulate(dataclasses.replace(EVEN, engines=8, staleness=staleness))
+    assert outcome.step_s == pytest.approx(seconds, rel=0.01)
+    (only,) = simulate_splits(dataclasses.replace(EVEN, engines=8, staleness=staleness))
+    assert only == outcome
 
 
 def test_lengths_have_the_mean_and_spread_that_were_asked_for():

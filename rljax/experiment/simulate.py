@@ -13,6 +13,7 @@ from rljax.experiment.dry_run import check_run, print_plan
 from rljax.experiment.memory import Compiled, bytes_of
 from rljax.experiment.report import aligned, say
 from rljax.parallel import Chip, chip_of, is_main_process, num_processes, traffic
+from rljax.rollouts import Guided
 from rljax.simulation import (
     Measured,
     Outcome,
@@ -126,7 +127,8 @@ def _from_config(run: Run, sourced: Sourced) -> None:
     plans = [decoder.plan() for decoder in run.actor.decoders]
     state = run.learner.abstract_state()
     saved = sum(math.prod(x.shape) * np.dtype(x.dtype).itemsize for x in jax.tree.leaves(state))
-    limits = getattr(config.actor, "limits", None)
+    actor = config.actor.actor if isinstance(config.actor, Guided) else config.actor
+    limits = getattr(actor, "limits", None)
 
     sourced.take(
         "config",
@@ -136,6 +138,8 @@ def _from_config(run: Run, sourced: Sourced) -> None:
         staleness=config.rollout.staleness,
         groups=config.prompts_per_step,
         group_size=run.algorithm.plan.group_size,
+        groups_in_flight=getattr(actor, "groups_in_flight", 0),
+        engines=len(getattr(actor, "engines", ())),
         max_tokens=config.sampling.max_new_tokens,
         hand_over_bytes=sum(bytes_of(plan.weights) for plan in plans),
         checkpoint_every=config.checkpoint.every,
@@ -214,6 +218,7 @@ def _from_measured(run: Run, measured: Measured, sourced: Sourced) -> None:
         devices=own,
         devices_per_host=max(own // measured.processes, 1),
         rollout_devices=measured.rollout_devices,
+        engines=measured.engines,
         groups=max(measured.samples // sourced.scenario.group_size, 1),
     )
     sourced.take(source, step_s=calibrated(there, measured.sample_s).step_s)
@@ -229,6 +234,13 @@ def describe_scenario(sourced: Sourced) -> str:
     return aligned(rows)
 
 
+def _without_split(scenario: Scenario) -> str:
+    """Where rollouts are made that have no devices of their own."""
+    if scenario.engines:
+        return f"engines, {'beside' if scenario.is_beside else 'in turn'}"
+    return "all, in turn"
+
+
 def describe_outcomes(outcomes: Sequence[Outcome]) -> str:
     """A line for each split, and which of them is best."""
     head = ("rollout devices", "steps/hour", "tokens/s", "step s", "rollout s", "update s", "idle: rollout", "training")
@@ -237,7 +249,7 @@ def describe_outcomes(outcomes: Sequence[Outcome]) -> str:
         count = one.scenario.rollout_devices
         rows.append(
             (
-                f"{count} of {one.scenario.local_devices}" if count else "all, in turn",
+                f"{count} of {one.scenario.local_devices}" if count else _without_split(one.scenario),
                 f"{one.steps_per_hour:.4g}",
                 f"{one.tokens_per_s:.4g}",
                 f"{one.step_s:.4g}",

@@ -4,7 +4,8 @@ import dataclasses
 import heapq
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections import Counter, deque
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -22,7 +23,9 @@ class RolloutTimes:
     tokens: np.ndarray
     """New tokens of all hosts, int64 `[N]`."""
     busy_rows: np.ndarray
-    """Mean rows that hold an episode over `sample_s`, all hosts together, float64 `[N]`."""
+    """Mean rows that decode over `sample_s`, all hosts together, float64 `[N]`."""
+    spans: tuple[Counter[int], ...]
+    """Of each rollout its groups, by the rollouts that have begun since they began."""
 
     @property
     def seconds(self) -> np.ndarray:
@@ -54,65 +57,137 @@ def lognormal(rng: np.random.Generator, mean: float, cv: float, size: tuple[int,
 
 
 def roll_out(scenario: Scenario) -> RolloutTimes:
-    """Simulates the rollouts of a scenario. Deterministic for its seed. ValueError where simpy is not installed."""
-    found = [_one_rollout(scenario, index) for index in range(scenario.drawn)]
-    columns = zip(*found, strict=True)
-    return RolloutTimes(*(np.asarray(column) for column in columns))
+    """Simulates the rollouts of a scenario. Deterministic for its seed.
+
+    Each takes the groups that are complete first and leaves `groups_in_flight` under way, which the next goes on with.
+    """
+    hosts = [_Host(scenario, host) for host in range(scenario.hosts)]
+    # What is under way at first has only begun; after some rollouts it is as it stays.
+    settling = 0
+    if scenario.groups_in_flight:
+        settling = 2 * math.ceil(scenario.groups_in_flight / scenario.groups)
+    found = [_one_rollout(scenario, hosts, index) for index in range(settling + scenario.drawn)][settling:]
+
+    sample_s, after_s, tokens, busy, spans = zip(*found, strict=True)
+    return RolloutTimes(
+        np.asarray(sample_s), np.asarray(after_s), np.asarray(tokens), np.asarray(busy), spans=tuple(spans)
+    )
 
 
-def _one_rollout(scenario: Scenario, rollout: int) -> tuple[float, float, int, float]:
-    """(seconds of sampling, seconds behind it, new tokens, mean busy rows)."""
-    tokens = draw_tokens(scenario, rollout)
-    episodes = tokens.sum(axis=1) * scenario.token_s + draw_tools(scenario, rollout).sum(axis=1)
-    host_of = np.arange(len(episodes)) // scenario.group_size % scenario.hosts
+def _one_rollout(
+    scenario: Scenario, hosts: Sequence["_Host"], rollout: int
+) -> tuple[float, float, int, float, Counter[int]]:
+    """(seconds of sampling, seconds behind it, new tokens, mean busy rows, groups by the rollouts that they span)."""
+    drawn = _groups_of(scenario, rollout)
+    for host in hosts:
+        host.submit(drawn[host.number :: scenario.hosts], rollout)
+    own = [len(range(host.number, scenario.groups, scenario.hosts)) for host in hosts]
+    taken = [host.play(count) for host, count in zip(hosts, own, strict=True)]
 
-    env = environment()
-    decoders = [Decoder(env, scenario, episodes[host_of == host]) for host in range(scenario.hosts)]
-    env.run()
-
-    sample_s = env.now
-    busy = sum(decoder.row_seconds for decoder in decoders) / sample_s if sample_s else 0.0
+    sample_s = max(seconds for seconds, _, _ in taken)
+    busy = sum(row_seconds for _, row_seconds, _ in taken) / sample_s if sample_s else 0.0
+    groups = [group for _, _, found in taken for group in found]
     # A host judges what it has played. Then all trajectories leave one process, once for each of the others.
-    own = math.ceil(scenario.groups / scenario.hosts) * scenario.group_size
-    total = int(tokens.sum())
+    judged = max(own) * scenario.group_size
+    total = sum(group.tokens for group in groups)
     sent = total * scenario.trajectory_bytes * (scenario.hosts - 1)
-    return sample_s, own * scenario.judge_s + sent / scenario.gather_bandwidth, total, busy
+    after_s = judged * scenario.judge_s + sent / scenario.gather_bandwidth
+    return sample_s, after_s, total, busy, Counter(rollout - group.begun for group in groups)
 
 
-class Decoder:
-    """The rows of one host, which take the host's episodes in their order. `row_seconds` adds up rows over time."""
+def _groups_of(scenario: Scenario, rollout: int) -> list[tuple[np.ndarray, int]]:
+    """Seconds of the episodes of the groups that a rollout begins, float64 `[size, 2 turns - 1]` each: a completion, a
+    tool, a completion and so on; the first rollout begins those that stay in flight as well. Then their tokens."""
+    steps = [rollout]
+    # Numbers of their own: no later rollout is drawn by them.
+    if rollout == 0:
+        steps += range(-1, -1 - math.ceil(scenario.groups_in_flight / scenario.groups), -1)
+    tokens = np.concatenate([draw_tokens(scenario, step % 2**31) for step in steps])
+    tools = np.concatenate([draw_tools(scenario, step % 2**31) for step in steps])
 
-    def __init__(self, env, scenario: Scenario, episodes: np.ndarray):
-        self.env = env
-        self.row_seconds = 0.0
-        self._active = 0
-        self._since = 0.0
-        groups = len(episodes) / scenario.group_size
-        prefill = groups * scenario.prefill_s / scenario.decoding_devices
-        env.process(self._play(episodes.tolist(), scenario.rows, prefill))
+    seconds = np.empty((len(tokens), 2 * scenario.turns - 1))
+    seconds[:, 0::2] = tokens * scenario.token_s
+    seconds[:, 1::2] = tools
+    count = scenario.groups + (scenario.groups_in_flight if rollout == 0 else 0)
+    parts = [slice(group * scenario.group_size, (group + 1) * scenario.group_size) for group in range(count)]
+    return [(seconds[part], int(tokens[part].sum())) for part in parts]
 
-    def _play(self, episodes: Sequence[float], rows: int, prefill: float) -> Iterator:
-        """Whichever row is free first takes the next episode. Prompts are computed before all."""
-        yield self.env.timeout(prefill)
-        waiting = iter(episodes)
-        ends = [self.env.now + seconds for seconds in itertools.islice(waiting, rows)]
-        heapq.heapify(ends)
-        self._count(len(ends))
 
-        while ends:
-            # The clock may be a rounding ahead of an end.
-            yield self.env.timeout(max(heapq.heappop(ends) - self.env.now, 0.0))
-            following = next(waiting, None)
-            if following is None:
-                self._count(-1)
-            else:
-                heapq.heappush(ends, self.env.now + following)
+@dataclasses.dataclass
+class _Group:
+    """Episodes that are complete together."""
 
-    def _count(self, change: int) -> None:
-        now = self.env.now
-        self.row_seconds += self._active * (now - self._since)
-        self._since = now
-        self._active += change
+    begun: int
+    """The rollout that began it."""
+    tokens: int
+    """New tokens of all of it."""
+    missing: int
+    """Episodes that are under way."""
+
+
+class _Host:
+    """The decoder of a host: whichever row is free first takes the turn that has waited longest. Between two rollouts
+    its clock stands still, for tools too."""
+
+    def __init__(self, scenario: Scenario, number: int):
+        self.number = number
+        self._scenario = scenario
+        self._now = 0.0
+        self._free = scenario.rows
+        self._waiting: deque[tuple[_Group, np.ndarray, int]] = deque()
+        self._order = itertools.count()
+        # By when they end, and then in their order: what an episode of a group is at.
+        self._ends: list[tuple[float, int, _Group, np.ndarray, int]] = []
+        self._complete: deque[_Group] = deque()
+
+    def submit(self, groups: Sequence[tuple[np.ndarray, int]], rollout: int) -> None:
+        """Begins groups: their prompts are computed before all."""
+        scenario = self._scenario
+        prefill = len(groups) * scenario.prefill_s / scenario.decoding_devices
+        self._now += prefill
+        # All shift alike, so that the heap stays one.
+        self._ends = [(end + prefill, n, group, row, part) for end, n, group, row, part in self._ends]
+        self._prefill_s = prefill
+        for episodes, tokens in groups:
+            group = _Group(rollout, tokens, len(episodes))
+            self._waiting += ((group, episode, 0) for episode in episodes)
+
+    def play(self, count: int) -> tuple[float, float, list[_Group]]:
+        """(seconds, row-seconds, groups) until `count` groups are complete, the first of them."""
+        begin = self._now
+        row_s = 0.0
+        self._fill()
+        while len(self._complete) < count:
+            busy = self._scenario.rows - self._free
+            end, _, group, episode, part = heapq.heappop(self._ends)
+            row_s += busy * (end - self._now)
+            self._now = end
+            self._go_on(group, episode, part)
+            self._fill()
+        seconds = self._now - begin + self._prefill_s
+        return seconds, row_s, [self._complete.popleft() for _ in range(count)]
+
+    def _go_on(self, group: _Group, episode: np.ndarray, part: int) -> None:
+        """An episode is through with a part: a completion, which leaves its row, or a tool."""
+        is_completion = part % 2 == 0
+        self._free += is_completion
+        following = part + 1
+        if following == len(episode):
+            group.missing -= 1
+            if not group.missing:
+                self._complete.append(group)
+        elif is_completion:
+            self._begin(group, episode, following)
+        else:
+            self._waiting.append((group, episode, following))
+
+    def _fill(self) -> None:
+        while self._free and self._waiting:
+            self._free -= 1
+            self._begin(*self._waiting.popleft())
+
+    def _begin(self, group: _Group, episode: np.ndarray, part: int) -> None:
+        heapq.heappush(self._ends, (self._now + float(episode[part]), next(self._order), group, episode, part))
 
 
 def environment(now: float = 0.0):

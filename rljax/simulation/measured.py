@@ -23,8 +23,10 @@ class Measured:
     """Processes of the run."""
     rollout_devices: int
     """Devices of each process that rolled out while others trained; 0 where all did both."""
+    engines: int
+    """Engines in other processes that sampled; 0 where the run did."""
     sample_s: float
-    """Of sampling, environments included."""
+    """Of sampling, environments included, and of handing weights over to engines beside updates."""
     reward_s: float
     """Of judging, where that is not a part of sampling."""
     update_s: float
@@ -65,18 +67,23 @@ def read_run(folder: str | Path) -> Measured:
     turns = max(middle("play/turns") / samples, 1.0)
     devices, processes = _machine(path)
     config = json.loads((path / "config.json").read_text()) if (path / "config.json").is_file() else {}
-    rollout_devices = int(config.get("rollout", {}).get("devices", 0))
+    actor = config.get("actor", {})
+    actor = actor.get("actor", actor)
 
     # A learner beside its actor waits for what is left of a rollout, not for the whole.
-    rollout = ("learner_wait",) if rollout_devices else ("sample", "reward")
+    is_beside = all("time/learner_wait_s" in line for line in steps)
+    rollout = ("learner_wait",) if is_beside else ("sample", "reward")
+    # In turn engines get their weights within the rest of a step.
+    handed_s = middle("play/hand_over_s") if is_beside else 0.0
     phases = (*rollout, "score", "update")
     other = [line["time/total_s"] - sum(line.get(f"time/{phase}_s", 0.0) for phase in phases) for line in steps]
     return Measured(
         steps=len(steps),
         devices=devices,
         processes=processes,
-        rollout_devices=rollout_devices,
-        sample_s=middle("time/sample_s"),
+        rollout_devices=int(config.get("rollout", {}).get("devices", 0)),
+        engines=len(actor.get("engines", ())),
+        sample_s=middle("time/sample_s") + handed_s,
         reward_s=middle("time/reward_s"),
         update_s=middle("time/score_s") + middle("time/update_s"),
         other_s=max(statistics.median(other), 0.0),
@@ -106,7 +113,8 @@ def _spread(path: Path) -> float:
 
 
 def calibrated(scenario: Scenario, sample_s: float) -> Scenario:
-    """The scenario with the `step_s` by which its rollouts take `sample_s` seconds on average, without judging.
+    """The scenario with the `step_s` by which its rollouts take `sample_s` seconds on average, without judging: the
+    nearest that is found, as turns that overtake each other in a queue let the seconds jump.
 
     ValueError where tools alone take longer than that.
     """
@@ -121,8 +129,13 @@ def calibrated(scenario: Scenario, sample_s: float) -> Scenario:
             f"tools and prompts alone take {least:.3g} s of a rollout, and {sample_s:.3g} s were measured; give a "
             "smaller tool_s"
         )
-    # Without tools the seconds grow in proportion, so that the first guess is right and stays.
+    # Without tools the seconds grow in proportion, so that the first guess is right.
     step_s = sample_s / taken(1.0)
+    tried: list[tuple[float, float]] = []
     for _ in range(20):
-        step_s *= (sample_s - least) / max(taken(step_s) - least, 1e-12)
-    return dataclasses.replace(scenario, step_s=step_s)
+        seconds = taken(step_s)
+        tried.append((abs(seconds - sample_s), step_s))
+        if tried[-1][0] <= 1e-9 * sample_s:
+            break
+        step_s *= (sample_s - least) / max(seconds - least, 1e-12)
+    return dataclasses.replace(scenario, step_s=min(tried)[1])

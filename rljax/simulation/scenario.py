@@ -21,10 +21,17 @@ class Scenario:
     staleness: int = field(default=0, least=0)
     """Updates between the weights that sample a rollout and those that learn from it, as `config.rollout.staleness`."""
 
+    engines: int = field(default=0, least=0)
+    """Engines in other processes, of one device each and none of `devices`, that sample in place of the run's devices;
+    hosts share them equally. With `staleness` above 0 they do so beside updates."""
+
     groups: int = field(default=64, least=1)
     """Groups of a step. Host `h` plays groups `h`, `h + hosts`, and so on."""
     group_size: int = field(default=8, least=1)
     """Samples of a group."""
+    groups_in_flight: int = field(default=0, least=0)
+    """Groups that stay under way when a rollout is whole, as `config.actor.groups_in_flight`; a rollout takes the first
+    that are complete. Hosts share them."""
     turns: int = field(default=1, least=1)
     """Turns of an episode, each a completion; between two of them a tool works."""
     tokens: float = field(default=256.0, above=0)
@@ -39,7 +46,7 @@ class Scenario:
     """Standard deviation of the seconds of a tool over their mean."""
 
     rows: int = field(default=64, least=1)
-    """Episodes that a host's decoder holds at once; more of them wait."""
+    """Turns that a host decodes at once, or its engines do; more of them wait. A tool holds no row."""
     step_s: float = field(default=0.01, least=0)
     """Seconds of a decoding step, one token for every row, without what `step_row_s` adds: the weights are read."""
     step_row_s: float = field(default=0.0, least=0)
@@ -106,8 +113,15 @@ class Scenario:
 
     @property
     def decoding_devices(self) -> int:
-        """Devices of one host that decode."""
+        """Devices of one host, or of its engines, that decode."""
+        if self.engines:
+            return max(self.engines // self.hosts, 1)
         return self.rollout_devices or self.local_devices
+
+    @property
+    def is_beside(self) -> bool:
+        """Whether rollouts are made while the run trains."""
+        return self.rollout_devices > 0 or (self.engines > 0 and self.staleness > 0)
 
     @property
     def training_devices(self) -> int:
@@ -125,6 +139,11 @@ class Scenario:
         if self.devices > self.devices_per_host and self.devices % self.devices_per_host:
             raise ValueError(
                 f"devices={self.devices} must be a multiple of devices_per_host={self.devices_per_host}, or fewer"
+            )
+        if self.engines and self.rollout_devices:
+            raise ValueError(
+                f"rollout_devices={self.rollout_devices} has no effect with engines={self.engines}, which sample; set "
+                "one of them to 0"
             )
         if self.rollout_devices >= self.local_devices:
             raise ValueError(

@@ -27,13 +27,13 @@ class Outcome:
     tokens_per_s: float
     """New tokens that were trained on, a second of the run."""
     staleness: dict[int, float]
-    """Share of the updates by the updates that lie between their rollout's weights and theirs."""
+    """Share of the groups by the updates between the weights that sampled their first tokens and those they train."""
     rollout_idle: float
     """Share of the run in which devices that roll out had nothing to do, restarts not counted; 0 where all do both."""
     trainer_idle: float
     """The same of devices that train."""
     empty_rows: float
-    """Share of the decoders' rows without an episode, while they roll out."""
+    """Share of the decoders' rows without a turn, while they roll out."""
     failures: int
     """Failures that were met."""
     lost: float
@@ -128,7 +128,8 @@ class _History:
             self.written.pop()
         back = self.written[-1]
 
-        own = scenario.hosts * scenario.rollout_devices or scenario.devices
+        # Engines are none of the run's devices.
+        own = scenario.hosts * scenario.rollout_devices if scenario.is_beside else scenario.devices
         updates = (self.done - back) * (self.update_s + self.hand_over_s) + attempt.spent("trainer")
         self.redone_device_s += updates * scenario.training_devices + attempt.spent("rollout") * own
         self.done = back
@@ -143,7 +144,11 @@ class _History:
         scenario = self.scenario
         rollouts = self.rollouts
         tokens = sum(int(rollouts.tokens[step % len(rollouts.tokens)]) for step in range(scenario.steps))
-        ages = Counter(step - self.journal[step] for step in range(scenario.steps))
+        # By its first tokens, which are older where a group spans rollouts.
+        ages: Counter[int] = Counter()
+        for step in range(scenario.steps):
+            for span, groups in rollouts.spans[step % len(rollouts.spans)].items():
+                ages[step - self.version_of(max(0, step - span))] += groups
         sampling = float(rollouts.sample_s.sum())
         held = float((rollouts.busy_rows * rollouts.sample_s).sum())
         lost = self.down_s * scenario.devices + self.redone_device_s
@@ -153,7 +158,7 @@ class _History:
             rollout_s=float(rollouts.seconds.mean()),
             update_s=self.update_s + self.hand_over_s,
             tokens_per_s=tokens / seconds,
-            staleness={age: count / scenario.steps for age, count in sorted(ages.items())},
+            staleness={age: count / scenario.steps / scenario.groups for age, count in sorted(ages.items())},
             rollout_idle=self.waited["rollout"] / seconds,
             trainer_idle=self.waited["trainer"] / seconds,
             empty_rows=1 - held / (sampling * scenario.rows * scenario.hosts) if sampling else 0.0,
@@ -176,8 +181,8 @@ class _Attempt:
 
     def run(self, until: float | None) -> float:
         """Runs to the end of the run or to `until`; returns the time."""
-        alone = self.history.scenario.rollout_devices == 0
-        sides = [self._alternate()] if alone else [self._roll_out(), self._train()]
+        is_beside = self.history.scenario.is_beside
+        sides = [self._roll_out(), self._train()] if is_beside else [self._alternate()]
         through = self.env.all_of([self.env.process(side) for side in sides])
         if until is not None:
             through = self.env.any_of([through, self.env.timeout(until - self.env.now)])

@@ -8,13 +8,14 @@ from rljax.simulation.schedule import Outcome, simulate
 
 
 def simulate_splits(scenario: Scenario) -> list[Outcome]:
-    """The outcome of every split that the devices and their memory allow, from 0 (all do both in turn) on.
+    """The outcome of every split that the devices and their memory allow, from 0 (all do both in turn) on; of that one
+    alone where engines sample.
 
     ValueError of one line where there is none.
     """
     found = []
     refused = ""
-    for count in range(scenario.local_devices):
+    for count in range(1 if scenario.engines else scenario.local_devices):
         split = dataclasses.replace(scenario, rollout_devices=count)
         try:
             split.check()

@@ -18,6 +18,7 @@ from urllib.parse import urlsplit
 import jax
 import numpy as np
 import pytest
+from test_models_export_metadata import tokenizer_of_own
 
 from rljax.algorithms import GRPO, DecoupledPPO, TreeRL
 from rljax.experiment import Remote, RolloutConfig, SamplingConfig
@@ -25,8 +26,8 @@ from rljax.experiment.build import build
 from rljax.experiment.check import check
 from rljax.experiment.serve import ServeConfig, engine_of
 from rljax.experiment.train import train
-from rljax.models import save_hf
-from rljax.rollouts import EngineFailed, RemoteActor, number_groups
+from rljax.models import DecoderConfig, init_params, save_hf
+from rljax.rollouts import EngineFailed, RemoteActor, ScoringEngines, number_groups
 from rljax.rollouts.engines.api import read_request
 from rljax.rollouts.engines.client import Engine, assign
 from rljax.rollouts.engines.remote_sampler import written_sampling
@@ -34,6 +35,7 @@ from rljax.rollouts.engines.sharing import Share, own_share, share_of
 from rljax.rollouts.http_server import ApiError, HttpServer
 from rljax.sampling import sampling_params
 from rljax.sampling.logits import logit_biases
+from rljax.sampling.row_scorer import score_rows
 from rljax.testing import tiny_config
 
 # Two programs add up in other orders, so log-probs differ by float32 rounding. Of these models' log-probs, which are
@@ -71,7 +73,7 @@ def remote(config, *urls, **changes):
 
 def ask(service, path, body=None, method="POST", key="none"):
     """(status, JSON) of one request."""
-    connection = http.client.HTTPConnection(service.url.removeprefix("http://"), timeout=30)
+    connection = http.client.HTTPConnection(service.url.removeprefix("http://"), timeout=120)
     with contextlib.closing(connection):
         connection.request(method, path, None if body is None else json.dumps(body), {"Authorization": f"Bearer {key}"})
         answer = connection.getresponse()
@@ -440,7 +442,7 @@ def test_an_engine_refuses_what_it_cannot_honour(service):
         "min_tokens": 2,
         "logit_bias": {"three": 1.0},
         "logprobs": 5,
-        "prompt_logprobs": 1,
+        "prompt_logprobs": 3,
         "beam_width": 2,
         "top_p": 0.0,
         "temperature": -1,
@@ -491,6 +493,151 @@ def test_an_engine_tells_the_most_probable_tokens(service):
             best = entry["top_logprobs"][0]
             assert (best["token_id"], best["rank"]) == (entry["token_id"], 1)
             assert abs(best["logprob"] - entry["logprob"]) < ROUNDING
+
+
+def scored(run, tokens):
+    """Log-probs [T - 1] of the scorer that trains, and all of each place [T - 1, V]."""
+    tokens = np.array([tokens], np.int32)
+    lengths = np.array([tokens.shape[1]])
+    params = run.initial_params()
+    score = jax.jit(score_rows, static_argnums=0)
+    own = score(run.decoder, params, tokens, lengths, sampling_params())[0, 1:]
+    whole = [
+        score(run.decoder, params, changed(tokens, place, token), lengths, sampling_params())[0, place]
+        for place in range(1, tokens.shape[1])
+        for token in range(run.decoder.num_ids)
+    ]
+    return np.asarray(own), np.reshape(np.array(whole), (tokens.shape[1] - 1, -1))
+
+
+def changed(tokens, place, token):
+    other = tokens.copy()
+    other[0, place] = token
+    return other
+
+
+def test_an_engine_scores_prompts_as_the_trainer_does(model, service):
+    """The log-prob and the rank of each token and the best ones of its place, in vLLM's words; and what a teacher reads
+    of them, for rows of several lengths at once."""
+    _, run, _ = model
+    prompt = [3, 7, 4, 4, 1, 6]
+    own, whole = scored(run, prompt)
+    body = body_of(prompt, prompt_logprobs=2, temperature=0.3)
+    answer = ask(service, "/inference/v1/generate", body)[1]
+    first, *said = answer["prompt_logprobs"]
+    assert first is None and len(said) == len(prompt) - 1
+    for place, (entry, token) in enumerate(zip(said, prompt[1:], strict=True)):
+        order = np.argsort(-whole[place])
+        assert {int(name) for name in entry} == {*order[:2], token}
+        for name, value in entry.items():
+            assert abs(value["logprob"] - whole[place, int(name)]) < ROUNDING
+            assert value["rank"] == 1 + np.sum(whole[place] > whole[place, int(name)])
+        assert abs(entry[str(token)]["logprob"] - own[place]) < ROUNDING
+    assert ask(service, "/inference/v1/generate", body_of(prompt))[1].keys() == {"request_id", "choices", "usage"}
+
+    engines = ScoringEngines((service.url,), top=2, connections=2, timeout_s=120.0, wait_s=1.0)
+    for row, scores in zip((prompt, [5, 2]), engines.score([prompt, [5, 2]]), strict=True):
+        own, whole = scored(run, row)
+        np.testing.assert_allclose(scores.logprobs, own, atol=ROUNDING, rtol=0)
+        np.testing.assert_allclose(scores.top, -np.sort(-whole)[:, :2], atol=ROUNDING, rtol=0)
+
+
+def test_text_is_completed_and_echoed_with_the_log_probs_of_all_its_tokens(model, service):
+    _, run, _ = model
+    prompts = ["abca", "hg"]
+    settings = {"max_tokens": 2, "temperature": 0.0, "logprobs": 1}
+    answer = ask(service, "/v1/completions", {"prompt": prompts, "echo": True, **settings})[1]
+    assert [choice["index"] for choice in answer["choices"]] == [0, 1]
+    for prompt, choice in zip(prompts, answer["choices"], strict=True):
+        ids = run.tokenizer.encode(prompt)
+        assert choice["text"].startswith(prompt)
+        told = choice["logprobs"]
+        assert told["token_logprobs"][0] is None and told["top_logprobs"][0] is None
+        own, whole = scored(run, ids)
+        np.testing.assert_allclose(told["token_logprobs"][1 : len(ids)], own, atol=ROUNDING, rtol=0)
+        # A harness asks whether the text is what greedy decoding says, by equal numbers.
+        best = [max(top.values()) for top in told["top_logprobs"][1:]]
+        greedy = [a == b for a, b in zip(told["token_logprobs"][1:], best, strict=True)]
+        assert greedy[: len(ids) - 1] == (whole.argmax(axis=-1) == ids[1:]).tolist()
+        assert all(greedy[len(ids) - 1 :])
+
+        # The same tokens without an echo, by ids.
+        alone = ask(service, "/v1/completions", {"prompt": ids, **settings})[1]["choices"][0]
+        assert prompt + alone["text"] == choice["text"]
+        assert alone["logprobs"]["token_logprobs"] == told["token_logprobs"][len(ids) :]
+
+    silent = ask(service, "/v1/completions", {"prompt": "abca", "max_tokens": 0, "echo": True, "logprobs": 0})[1]
+    (choice,) = silent["choices"]
+    assert choice["text"] == "abca" and silent["usage"]["completion_tokens"] == 0
+    np.testing.assert_allclose(
+        choice["logprobs"]["token_logprobs"][1:],
+        answer["choices"][0]["logprobs"]["token_logprobs"][1:4],
+        atol=ROUNDING,
+        rtol=0,
+    )
+    for wrong in (
+        {"prompt": "xyz"},
+        {"prompt": []},
+        {"stream": True},
+        {"max_tokens": 0},
+        {"logprobs": 3, "echo": True},
+    ):
+        assert ask(service, "/v1/completions", {"prompt": "ab", **wrong})[0] == 400, wrong
+
+
+HARNESS_TASK = """
+task: letters
+dataset_path: json
+dataset_kwargs:
+  data_files:
+    test: {data}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{{{question}}}}"
+doc_to_choice: "{{{{choices}}}}"
+doc_to_target: 0
+target_delimiter: ""
+metric_list:
+  - metric: acc
+"""
+
+
+@pytest.mark.slow
+def test_a_harness_reads_the_trainers_log_probs(tmp_path):
+    """lm-eval runs a task of its own over an engine; the likelihood of each of its choices is the scorer's."""
+    python = os.environ.get("RLJAX_LM_EVAL")
+    if not python:
+        pytest.skip("RLJAX_LM_EVAL names no Python that has lm-eval; pip install 'lm-eval[api]' into a venv of its own")
+    config = DecoderConfig(
+        vocab_size=62, num_layers=2, embed_dim=32, num_heads=4, num_kv_heads=2, head_dim=8, mlp_dim=64, max_position=64
+    )
+    params = init_params(config, jax.random.key(3))
+    folder = tmp_path / "model"
+    save_hf(folder, config, params)
+    tokenizer_of_own().save_pretrained(folder)
+    docs = [{"question": "ab@c", "choices": ["dcba", "a", "@@"]}, {"question": "X", "choices": ["YZ", "Y"]}]
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(doc) + "\n" for doc in docs))
+    (tmp_path / "letters.yaml").write_text(HARNESS_TASK.format(data=tmp_path / "data.jsonl"))
+
+    with served(folder, context_length=32, top_logprobs=1) as service:
+        options = f"base_url={service.url}/v1/completions,model={folder},tokenizer={folder},max_length=31"
+        asked = [f"--model_args={options}"]
+        places = [f"--include_path={tmp_path}", f"--output_path={tmp_path / 'out'}", "--log_samples"]
+        subprocess.run(
+            [python, "-m", "lm_eval", "run", "--model=local-completions", "--tasks=letters", *places, *asked],
+            check=True,
+            env={**os.environ, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"},
+        )
+
+    (file,) = (tmp_path / "out").rglob("samples_letters_*.jsonl")
+    samples = sorted(map(json.loads, file.read_text().splitlines()), key=lambda sample: sample["doc_id"])
+    tokenizer = tokenizer_of_own()
+    for sample, doc in zip(samples, docs, strict=True):
+        asked = tokenizer(doc["question"], add_special_tokens=False).input_ids
+        for choice, ((likelihood, _),) in zip(doc["choices"], sample["resps"], strict=True):
+            ids = [*asked, *tokenizer(choice, add_special_tokens=False).input_ids]
+            own = score_rows(config, params, np.array([ids]), np.array([len(ids)]), sampling_params())[0]
+            assert abs(float(likelihood) - float(own[len(asked) :].sum())) < 1e-4
 
 
 def test_a_key_is_asked_for(model):

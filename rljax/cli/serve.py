@@ -20,6 +20,7 @@ _PORT = flags.DEFINE_integer("port", 8000, "Port to listen at; 0 takes a free on
 _ROWS = flags.DEFINE_integer("rows", 64, "Completions that decode at once.")
 _CONTEXT = flags.DEFINE_integer("context_length", 1024, "Tokens of a prompt and its completion.")
 _NEW = flags.DEFINE_integer("max_new_tokens", 512, "Tokens of a completion.")
+_TOP = flags.DEFINE_integer("top_logprobs", 0, "Most probable tokens that requests may ask for beside each token.")
 _TENSOR = flags.DEFINE_integer("tensor", 1, "Devices that share each layer; the others split the rows.")
 _DTYPE = flags.DEFINE_enum(
     "dtype", "auto", ["auto", "float32", "bfloat16"], "Of activations; config.model.dtype of the run."
@@ -37,6 +38,7 @@ def main() -> None:
         rows=_ROWS.value,
         context_length=_CONTEXT.value,
         max_new_tokens=_NEW.value,
+        top_logprobs=_TOP.value,
         tensor=_TENSOR.value,
         dtype=cast(ComputeDtype, _DTYPE.value),
         key=os.environ.get("RLJAX_SERVE_KEY", ""),

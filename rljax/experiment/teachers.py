@@ -165,7 +165,8 @@ class OwnTeacher:
 
 @dataclasses.dataclass
 class EngineTeacher:
-    """A model that is served elsewhere, by vLLM (`vllm serve MODEL --enable-scale-out`), with the student's tokenizer.
+    """A model that is served elsewhere, with the student's tokenizer: by `rljax serve`, or by vLLM (`vllm serve MODEL
+    --enable-scale-out`).
 
     It costs no memory here, and a prompt's tokens on the wire for each sample.
     """
@@ -202,7 +203,7 @@ class EngineTeacher:
         if parts.support == 0:
             raise ValueError(
                 f"{where} is served elsewhere and tells its most likely tokens alone, with config.algorithm.support=0; "
-                "set that to a number that the engine allows (--max-logprobs, 20 by default)"
+                "set that to a number that the engine allows (--top_logprobs of rljax serve, --max-logprobs of vLLM)"
             )
         if float(parts.sampling.temperature) != 1:
             raise ValueError(

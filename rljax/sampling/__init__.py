@@ -4,6 +4,7 @@ from rljax.sampling.compile_counter import compile_count, compile_count_here
 from rljax.sampling.config import SamplingConfig
 from rljax.sampling.logits import SamplingParams, process_logits, sampling_params
 from rljax.sampling.plan import DecoderPlan, lower_copies
+from rljax.sampling.prompt_scores import PromptScores
 from rljax.sampling.row_scorer import RowScorer
 from rljax.sampling.sampler import Sampler
 from rljax.sampling.slots import Fork, Request, Rounds, Sample
@@ -15,6 +16,7 @@ __all__ = [
     "NO_STOPS",
     "DecoderPlan",
     "Fork",
+    "PromptScores",
     "Request",
     "Rounds",
     "RowScorer",

@@ -16,7 +16,7 @@ import numpy as np
 
 from rljax.models.cache import cache_bytes, init_cache
 from rljax.models.config import DecoderConfig
-from rljax.parallel import batch_parts, platform, use_mesh
+from rljax.parallel import batch_parts, platform, to_host, use_mesh
 from rljax.sampling.conversations import (
     Moves,
     conversations_bytes,
@@ -29,6 +29,7 @@ from rljax.sampling.conversations import (
 from rljax.sampling.generate import Buffer, DecodeRows, DecodeRun, decode
 from rljax.sampling.logits import Rules, SamplingParams, rules_of
 from rljax.sampling.plan import DecoderPlan, abstract_result, abstract_weights, lower_weights
+from rljax.sampling.prompt_scores import PromptScores, score_prompts
 from rljax.sampling.sampler import by_part, known_rules, prefill_counts
 from rljax.sampling.spec import NO_STOPS, Stops, TurnDecoderSpec
 from rljax.sampling.stopping import StopStrings, last_of
@@ -52,6 +53,8 @@ _COUNTED = (
     "decode_steps",
     "busy_rows",
 )
+_ROWS_SCORED = 8  # of several prompts, at once
+_SHORTEST_SCORED = 16  # tokens that a prompt is padded to, or the next doubling of it
 _MOST_EXTENDED = 16  # conversations extended at once: each is gathered, and scored over its whole length
 
 _init_conversations = jax.jit(init_conversations, static_argnums=(0, 1, 2))
@@ -185,6 +188,33 @@ class TurnDecoder:
         with self._on_mesh():
             self._params = take_weights(self.config, self.mesh, params)
         self.forget(keep=keep)
+
+    def score_prompts(self, prompts: Sequence[Sequence[int]]) -> list[PromptScores]:
+        """What the weights say of given tokens, with `spec.top_logprobs` most probable ones beside each; turns under
+        way mind nothing of it. ValueError for a prompt longer than `spec.context_length`, and before weights are set.
+        """
+        if self._params is None:
+            raise ValueError("the decoder has no weights; call set_params(params) first")
+        if too_long := [len(prompt) for prompt in prompts if len(prompt) > self.spec.context_length]:
+            raise ValueError(f"a prompt of {too_long[0]} tokens is above context_length={self.spec.context_length}")
+
+        scored: list[PromptScores] = []
+        at_once = _ROWS_SCORED if len(prompts) > 1 else 1
+        rows = -(-at_once // self.parts) * self.parts
+        for start in range(0, len(prompts), rows):
+            part = prompts[start : start + rows]
+            length = _SHORTEST_SCORED
+            while length < max(map(len, part)):
+                length *= 2
+            tokens = np.zeros((rows, min(length, max(2, self.spec.context_length))), np.int32)
+            for row, prompt in enumerate(part):
+                tokens[row, : len(prompt)] = prompt
+            with self._on_mesh():
+                found = score_prompts(self.config, self.spec.top_logprobs, self._params, tokens)
+                found = jax.tree.map(to_host, found)
+            for row, prompt in enumerate(part):
+                scored.append(PromptScores(*(values[row, : len(prompt) - 1] for values in found)))
+        return scored
 
     def drop_params(self) -> None:
         """Frees the copy of the weights, unless another decoder has adopted it. What conversations hold stays. Raises

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from rljax.rollouts.http_server import ApiError
-from rljax.sampling import Sample
+from rljax.sampling import PromptScores, Sample
 from rljax.sampling.logits import MASKED
 
 OWN = "rljax"
@@ -24,7 +24,6 @@ _NEUTRAL: Mapping[str, tuple[Any, ...]] = {  # what would change what is sampled
     "frequency_penalty": (0,),
     "repetition_penalty": (1,),
     "min_tokens": (0,),
-    "prompt_logprobs": (),
     "allowed_token_ids": ([],),
     "bad_words": ([],),
     "structured_outputs": (),
@@ -46,6 +45,7 @@ _KNOWN = {
     "ignore_eos",
     "max_tokens",
     "logprobs",
+    "prompt_logprobs",
 }
 # Of the text and of streams, of which there are none here.
 _WITHOUT_EFFECT = {
@@ -83,6 +83,8 @@ class GenerateRequest(NamedTuple):
     """Most new tokens; None is as many as there is room for."""
     top: int
     """Most probable tokens that are told beside each."""
+    prompt_top: int | None
+    """The same of the prompt's tokens, which are scored; None scores none."""
     seed: int
     """Enters the random numbers, as do the next three."""
     step: int
@@ -139,6 +141,7 @@ def read_request(body: Any, *, new_seed: int) -> GenerateRequest:
         raise ApiError(f"stop is {_short(stop)}; it must be a text or a list of texts", param="stop")
 
     limit = given.get("max_tokens")
+    scored = given.get("prompt_logprobs")
     top_k = _whole("top_k", given.get("top_k") or 0, least=-1)
     return GenerateRequest(
         request_id=str(body.get("request_id") or f"{new_seed:08x}"),
@@ -154,6 +157,7 @@ def read_request(body: Any, *, new_seed: int) -> GenerateRequest:
         ignores_eos=bool(given.get("ignore_eos")),
         limit=None if limit is None else _whole("max_tokens", limit, least=1),
         top=_whole("logprobs", given.get("logprobs") or 0, most=100),
+        prompt_top=None if scored is None else _whole("prompt_logprobs", scored, most=100),
         **own,
     )
 
@@ -213,6 +217,23 @@ def write_choice(
         "weight_versions": [{"version": version, "start": 0, "end": len(content)}],
         OWN: {"entropies": list(map(float, sample.entropies))},
     }
+
+
+def write_scores(tokens: Sequence[int], scores: PromptScores, top: int) -> list[dict[str, Any] | None]:
+    """`prompt_logprobs` as vLLM has them: for each token of a prompt its log-prob and rank, and those of the `top` most
+    probable ones of its place, by id. Nothing precedes the first, which has None."""
+    said: list[dict[str, Any] | None] = [None]
+    of_tokens = zip(tokens[1:], *(np.asarray(x).tolist() for x in scores), strict=True)
+    for token, logprob, rank, ids, best in of_tokens:
+        entry = {
+            str(other): {"logprob": value, "rank": place, "decoded_token": None}
+            for place, (other, value) in enumerate(zip(ids[:top], best[:top], strict=True), 1)
+            if value > MASKED / 2
+        }
+        # The token itself, also among the best: of equal ones it keeps its own rank.
+        entry.setdefault(str(int(token)), {"logprob": logprob, "rank": rank, "decoded_token": None})
+        said.append(entry)
+    return said
 
 
 class Said(NamedTuple):

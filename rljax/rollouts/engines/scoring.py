@@ -66,7 +66,7 @@ class ScoringEngines:
         except (TypeError, KeyError, ValueError, AttributeError) as error:
             raise EngineFailed(
                 f"engine {engine.address} gives no prompt_logprobs of {len(tokens)} tokens ({error!r}); a teacher is "
-                "served by vLLM with --enable-scale-out, which scores prompts"
+                "served by `rljax serve`, or by vLLM with --enable-scale-out, which score prompts"
             ) from error
 
 

@@ -4,18 +4,27 @@ import itertools
 import re
 import secrets
 import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
+from rljax.rollouts.actor import TurnSource
 from rljax.rollouts.black_box.decoder_thread import DecoderThread, Interrupted, Manner, UnderWay
-from rljax.rollouts.engines.api import LARGEST_ID, GenerateRequest, read_request, write_choice
+from rljax.rollouts.engines.api import LARGEST_ID, GenerateRequest, read_request, write_choice, write_scores
+from rljax.rollouts.engines.completions import (
+    read_completion_request,
+    told_of_prompt,
+    write_text_choice,
+)
 from rljax.rollouts.http_server import Answer, ApiError, Asked, HttpServer, json_answer
-from rljax.sampling import Sample, Stops, Turn, TurnDecoder, TurnResult, sampling_params
+from rljax.sampling import PromptScores, Sample, Stops, Turn, TurnDecoder, TurnResult, sampling_params
 from rljax.sampling.stopping import find_stop
 from rljax.sampling.turns import MOST_TURNS
 from rljax.text import Tokenizer
 from rljax.types import Params
+
+T = TypeVar("T")
 
 _LEAST_BYTES = 2**20  # a body may have so many whatever the context
 _BYTES_A_TOKEN = 16  # of a list of ids
@@ -33,12 +42,20 @@ class _Weights(NamedTuple):
     label: str
 
 
+class _PromptScores(NamedTuple):
+    """What was said of a prompt, and the number of the weights that said it."""
+
+    entries: list[dict[str, Any] | None]
+    version: int
+
+
 class EngineService:
     """Serves `decoder` at `host` (`port` 0 takes a free one) as vLLM serves token ids.
 
     - `POST /inference/v1/generate`: ids in, ids and log-probs out (`rljax.rollouts.engines.api`). Requests join those
       under way as rows become free. Turns of one manner (temperature and truncation, seed, step, what ends them) are
       decoded together; others wait for their end, in the order of arrival.
+    - `POST /v1/completions`: texts or ids in, text out, as OpenAI has it (`rljax.rollouts.engines.completions`).
     - `POST /collective_rpc` with the method `reload_weights` and `kwargs.weights_path`: other weights, from a folder.
       What is under way begins anew.
     - `POST /pause?mode=abort|wait|keep`, `POST /resume`, `GET /is_paused`. With `keep`, what is under way begins anew
@@ -85,6 +102,7 @@ class EngineService:
         }
         self._post: dict[str, Callable[[Asked, Any], Any]] = {
             "/inference/v1/generate": lambda _, body: self.generate(body),
+            "/v1/completions": lambda _, body: self.complete(body),
             "/collective_rpc": lambda _, body: self._collective_rpc(body),
             "/update_weight_version": lambda _, body: self._update_weight_version(body),
             "/pause": lambda asked, _: self._pause(asked.query.get("mode", "abort")),
@@ -181,13 +199,11 @@ class EngineService:
 
     def generate(self, body: Any) -> dict[str, Any]:
         """Answers a request for completions, from any thread. Raises ApiError."""
-        try:
-            request = read_request(body, new_seed=secrets.randbelow(LARGEST_ID))
-        except RecursionError as error:
-            raise ApiError("the body is nested too deeply") from error
+        request = _read(lambda: read_request(body, new_seed=secrets.randbelow(LARGEST_ID)))
         turns, manner = self._turns(request)
 
         futures = [self._ask(turn, manner) for turn in turns]
+        (scores,) = self._prompt_logprobs([request])
         try:
             results = [future.result() for future in futures]
         except Interrupted:
@@ -206,10 +222,83 @@ class EngineService:
             raise ApiError(str(error)) from error
 
         said = sum(len(result.tokens) for result, _ in results)
-        usage = {"prompt_tokens": len(request.tokens), "completion_tokens": said}
-        usage["total_tokens"] = sum(usage.values())
+        usage = _usage(len(request.tokens), said)
         choices = [self._choice(i, result, version, request) for i, (result, version) in enumerate(results)]
-        return {"request_id": request.request_id, "choices": choices, "usage": usage}
+        answer: dict[str, Any] = {"request_id": request.request_id, "choices": choices, "usage": usage}
+        if scores is not None:
+            _check_same_weights(scores, results)
+            answer["prompt_logprobs"] = scores.entries
+        return answer
+
+    def complete(self, body: Any) -> dict[str, Any]:
+        """Answers a request for text, from any thread. Raises ApiError."""
+        request = _read(
+            lambda: read_completion_request(body, self.tokenizer, new_seed=secrets.randbelow(LARGEST_ID - 2**20))
+        )
+        asked = [self._turns(prompt) for prompt in request.prompts]
+        futures = [[self._ask(turn, manner) for turn in turns] for turns, manner in asked if not request.is_silent]
+        scored = self._prompt_logprobs(request.prompts)
+
+        choices: list[dict[str, Any]] = []
+        said = 0
+        for number, (prompt, scores) in enumerate(zip(request.prompts, scored, strict=True)):
+            try:
+                results = [future.result() for future in futures[number]] if futures else []
+            except Interrupted as error:
+                raise ApiError(f"called off: {error}", status=503, code="interrupted") from error
+            except ValueError as error:
+                raise ApiError(str(error)) from error
+
+            before = None
+            if scores is not None:
+                _check_same_weights(scores, results)
+            if request.echoes:
+                # Without log-probs none are read.
+                entries = scores.entries if scores is not None else [None] * len(prompt.tokens)
+                before = told_of_prompt(entries, prompt.tokens)
+
+            made = [self._choice(0, result, version, prompt) for result, version in results]
+            said += sum(len(choice["token_ids"]) for choice in made)
+            silence: list[dict[str, Any] | None] = [None] * prompt.completions
+            for choice in made or silence:
+                tells = request.tells_logprobs
+                written = write_text_choice(self.tokenizer, len(choices), prompt.tokens, before, choice, tells=tells)
+                if scores is not None:
+                    written["prompt_logprobs"] = scores.entries
+                choices.append(written)
+
+        usage = _usage(sum(len(prompt.tokens) for prompt in request.prompts), said)
+        name = request.prompts[0].request_id
+        return {
+            "id": f"cmpl-{name}",
+            "object": "text_completion",
+            "created": int(time.time()),
+            "model": self.weights.folder,
+            "choices": choices,
+            "usage": usage,
+        }
+
+    def _prompt_logprobs(self, requests: Sequence[GenerateRequest]) -> "list[_PromptScores | None]":
+        """What the model says of the prompts of those that ask for it, between two looks at the turns under way."""
+        asking = [request for request in requests if request.prompt_top is not None]
+        if not asking:
+            return [None] * len(requests)
+
+        def score(decoder: TurnSource) -> tuple[list[PromptScores], int]:
+            # The thread's decoder is the one that the engine was built with.
+            return self._turn_decoder.score_prompts([request.tokens for request in asking]), self._thread.version
+
+        try:
+            found, version = self._thread.call(score, "leave")
+        except Interrupted as error:
+            raise ApiError(f"called off: {error}", status=503, code="interrupted") from error
+        left = iter(found)
+        return [
+            None
+            if request.prompt_top is None
+            else _PromptScores(write_scores(request.tokens, next(left), request.prompt_top), version)
+            for request in requests
+        ]
 
     def _ask(self, turn: Turn, manner: Manner) -> "Future[tuple[TurnResult, int]]":
         try:
@@ -246,12 +335,13 @@ class EngineService:
             )
 
         most_top = self._turn_decoder.spec.top_logprobs
-        if request.top > most_top:
-            raise ApiError(
-                f"logprobs={request.top} is more than the {most_top} most probable tokens that are told; lower it, or "
-                "serve with more --top_logprobs",
-                param="logprobs",
-            )
+        for name, top in (("logprobs", request.top), ("prompt_logprobs", request.prompt_top or 0)):
+            if top > most_top:
+                raise ApiError(
+                    f"{name}={top} is more than the {most_top} most probable tokens that are told; lower it, or serve "
+                    "with more --top_logprobs",
+                    param=name,
+                )
 
         manner = Manner(
             temperature=request.temperature,
@@ -344,6 +434,22 @@ class EngineService:
     def _resume(self) -> dict[str, Any]:
         self._thread.resume()
         return {"status": "resumed"}
+
+
+def _read(reading: Callable[[], T]) -> T:
+    try:
+        return reading()
+    except RecursionError as error:
+        raise ApiError("the body is nested too deeply") from error
+
+
+def _usage(prompt: int, said: int) -> dict[str, int]:
+    return {"prompt_tokens": prompt, "completion_tokens": said, "total_tokens": prompt + said}
+
+
+def _check_same_weights(scores: _PromptScores, results: Sequence[tuple[TurnResult, int]]) -> None:
+    if any(version != scores.version for _, version in results):
+        raise ApiError("the weights changed meanwhile; ask again", status=503, code="interrupted")
 
 
 def _check_sampling(request: GenerateRequest) -> None:

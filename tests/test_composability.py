@@ -4,6 +4,9 @@ The table below holds every pair of choices of different kinds at least once (a 
 Each line is an `Algorithm` that makes two updates of a tiny decoder, on a rollout grown by its fork plan, packed as a
 forest and as flat rows: finite, not zero, and the same either way. The first lines, until each choice has had a turn,
 run by default; the others are slow.
+
+A second table does the same for what a run is made of: what of the model is trained, how rows are packed, when rollouts
+are made, and where credit comes from. Each line is a run of two steps, and slow.
 """
 
 import dataclasses
@@ -18,13 +21,15 @@ import pytest
 
 from rljax import advantages as adv
 from rljax import losses as ls
-from rljax.algorithms import Algorithm, ReSum
+from rljax.algorithms import GKD, GRPO, Algorithm, OnPolicyDistillation, ReSum
 from rljax.batching import dense_rows, spread, stack
+from rljax.experiment import LoraConfig, ModelTeacher, RolloutConfig
 from rljax.experiment.build import build as build_run
+from rljax.experiment.train import train
 from rljax.plans import ForkPlan, RolloutPlan, TeacherSpec
 from rljax.plans import fork_rules as rules
 from rljax.rollouts.collect import collect
-from rljax.testing import tiny_config
+from rljax.testing import run_metrics, tiny_config
 from rljax.training import Learner, LossNeeds, UpdateConfig
 from rljax.types import TEACHER_LOGPROBS
 
@@ -150,24 +155,24 @@ Choice = tuple[int, str]
 """(kind, name)."""
 
 
-def covering_array(seed: int = 0) -> list[tuple[str, ...]]:
+def covering_array(kinds, seed: int = 0) -> list[tuple[str, ...]]:
     """Lines of one name per kind, such that each pair of names of two kinds is in one of them; greedy."""
     rng = random.Random(seed)
-    open_pairs = set(all_pairs())
+    open_pairs = set(all_pairs(kinds))
     lines = []
     while open_pairs:
         line: dict[int, str] = dict(rng.choice(sorted(open_pairs)))
-        for kind in rng.sample([k for k in range(len(KINDS)) if k not in line], len(KINDS) - 2):
-            names = rng.sample(list(KINDS[kind]), len(KINDS[kind]))
+        for kind in rng.sample([k for k in range(len(kinds)) if k not in line], len(kinds) - 2):
+            names = rng.sample(list(kinds[kind]), len(kinds[kind]))
             line[kind] = max(names, key=lambda n: len(open_pairs & set(pairs_with((kind, n), line))))
-        lines.append(tuple(line[kind] for kind in range(len(KINDS))))
+        lines.append(tuple(line[kind] for kind in range(len(kinds))))
         open_pairs -= set(pairs_of(lines[-1]))
     return lines
 
 
-def all_pairs() -> list[tuple[Choice, Choice]]:
-    kinds = range(len(KINDS))
-    return [((i, a), (j, b)) for i, j in itertools.combinations(kinds, 2) for a in KINDS[i] for b in KINDS[j]]
+def all_pairs(kinds) -> list[tuple[Choice, Choice]]:
+    two = itertools.combinations(range(len(kinds)), 2)
+    return [((i, a), (j, b)) for i, j in two for a in kinds[i] for b in kinds[j]]
 
 
 def pairs_of(line: tuple[str, ...]) -> list[tuple[Choice, Choice]]:
@@ -188,7 +193,7 @@ def fast_part(lines: list[tuple[str, ...]]) -> int:
     raise AssertionError(missing)
 
 
-LINES = covering_array()
+LINES = covering_array(KINDS)
 FAST = fast_part(LINES)
 
 
@@ -319,7 +324,59 @@ def test_two_updates_are_finite_and_the_same_on_a_forest_and_on_its_rows(line):
 
 
 def test_every_pair_of_choices_is_in_the_table():
-    assert set(all_pairs()) == {pair for line in LINES for pair in pairs_of(line)}
+    assert set(all_pairs(KINDS)) == {pair for line in LINES for pair in pairs_of(line)}
     assert len(LINES) < 1.6 * len(ADVANTAGES) * len(WEIGHTS)  # the least there can be is the product of the largest
     for kind, names in enumerate(KINDS):
         assert {line[kind] for line in LINES[:FAST]} == set(names)
+
+
+MODEL = dataclasses.replace(tiny_config().model, num_layers=1, embed_dim=16)
+TEACHERS = (ModelTeacher(dataclasses.replace(MODEL, num_layers=2)),)
+RUN_KINDS = (
+    {
+        "whole": {"model": MODEL},
+        "adapters": {"model": MODEL, "lora": LoraConfig(rank=2)},
+        "experts": {"model": dataclasses.replace(MODEL, family="qwen3_moe", experts=4, experts_per_token=2)},
+    },
+    {"forest": {"share_prefixes": True}, "rows": {"share_prefixes": False}},
+    {"in turn": {}, "stale": {"rollout": RolloutConfig(staleness=1)}},
+    {
+        "rewards": {"algorithm": GRPO(group_size=4, kl_coef=0.1)},
+        "teacher": {"algorithm": OnPolicyDistillation(group_size=4), "teachers": TEACHERS},
+        "distributions": {"algorithm": GKD(group_size=4, support=3), "teachers": TEACHERS},
+    },
+)
+"""What is trained, how rows are packed, when rollouts are made, where credit comes from: changes of a config."""
+RUNS = covering_array(RUN_KINDS)
+
+
+def run_config(line: tuple[str, ...]):
+    trained, layout, schedule, credit = (kind[name] for kind, name in zip(RUN_KINDS, line, strict=True))
+    config = tiny_config(steps=2, **trained, **schedule, **credit)
+    # What older weights sampled has its ratio to these, whatever the method takes for granted.
+    corrects = schedule == RUN_KINDS[2]["stale"]
+    update = dataclasses.replace(config.update, use_sampler_logprobs=corrects, **layout)
+    evaluation = dataclasses.replace(config.evaluation, problems=4, samples=1)
+    return dataclasses.replace(config, update=update, evaluation=evaluation)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("line", RUNS, ids=lambda line: "-".join(line).replace(" ", "_"))
+def test_a_run_trains_whatever_it_is_made_of(line, tmp_path):
+    _, _, schedule, credit = line
+    train(run_config(line), str(tmp_path))
+    lines = run_metrics(tmp_path)
+    assert len(lines) == 2
+    for metrics in lines:
+        assert all(np.isfinite(value) for value in metrics.values()), metrics
+        assert metrics["loss/grad_norm"] > 0
+        assert ("teacher/kl" in metrics) == (credit != "rewards")
+    # The first weights are all that there are for the rollout of the first step, and of the second where it is stale.
+    assert lines[0]["rollout/logprob_gap_max"] < 1e-5
+    assert lines[1]["rollout/staleness"] == (schedule == "stale")
+    assert (lines[1]["rollout/logprob_gap_max"] < 1e-5) == (schedule != "stale")
+
+
+def test_every_pair_of_what_runs_are_made_of_is_in_the_table():
+    assert set(all_pairs(RUN_KINDS)) == {pair for line in RUNS for pair in pairs_of(line)}
+    assert len(RUNS) <= 12

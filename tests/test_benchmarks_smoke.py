@@ -24,6 +24,7 @@ SMALLEST = {
     "agents.py": ("--preset=smoke",),
     "compare_runs.py": (),
     "compiled.py": ("--preset=smoke", "--only=decode_bound_0p6b,predicted_over_compiled"),
+    "distill.py": ("--preset=smoke", "--arms=both teachers"),
     "engines.py": ("--preset=smoke",),
     "episodes.py": ("--preset=smoke",),
     "evolve.py": ("--preset=smoke", "--arms=CoEvolve"),
@@ -108,6 +109,16 @@ def test_a_benchmark_measures_everything_that_it_reports(run, script):
 def test_the_viewer_opens_a_run_and_reads_all_of_it(run, capsys):
     run("viewer.py", *SMALLEST["viewer.py"], json_flag=None)
     assert capsys.readouterr().out.startswith("1024 rollouts in 2 steps")
+
+
+@pytest.mark.slow
+def test_a_student_is_taught_by_two_teachers_in_their_tasks(run, tmp_path):
+    (line,) = run("distill.py", *SMALLEST["distill.py"], f"--workdir={tmp_path}")["results"]
+    (first, *_, last) = line["curve"]
+    assert first[0] == 0 and last[0] >= 12
+    assert line["reached"] is None
+    for task in ("backward", "sorted"):
+        assert (tmp_path / "smoke" / f"teacher_{task}" / "config.json").exists()
 
 
 @pytest.mark.slow

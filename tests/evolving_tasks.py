@@ -8,6 +8,16 @@ def has_answer(completion, answer):
     return float(answer in completion)
 
 
+class HasAnswer:
+    """The same; its first letter is what it takes for the answer."""
+
+    def __call__(self, completion, answer):
+        return has_answer(completion, answer)
+
+    def answer_in(self, completion):
+        return completion[:1]
+
+
 class EchoMaker:
     """Tasks of `rljax.tasks.echo`: the first two letters of a text are a task's."""
 
@@ -22,6 +32,16 @@ class EchoMaker:
         if len(pair) < 2 or set(pair) - set(self.letters):
             return None
         return Example(f"{pair}=", {"answer": pair[0]})
+
+    def labelled(self, task, label):
+        return Example(task.prompt, {"answer": label})
+
+
+class OnlyTasks:
+    """A maker of tasks that cannot give a question its answer."""
+
+    prompt_of = EchoMaker.prompt_of
+    task_of = EchoMaker.task_of
 
 
 class Script:

@@ -38,7 +38,7 @@ STUDIES = {"model_surgery": "surgery"}
 """Configs of `rljax study WORD`, which have no recipe, and their words."""
 HARNESSES = {"context_folding"}
 """Configs of agents that manage their context, whose recipes are of their own (test_rollouts_folding)."""
-CURRICULA = {"coevolve"}
+CURRICULA = {"coevolve", "d2evo"}
 """Configs whose paper is a curriculum, over a recipe that has a config of its own."""
 ALL = (*RECIPES, *FOREST_RECIPES, *DISTRIBUTION_RECIPES)
 NO_RECIPE = {*SHARED, *PREFERENCES, *STUDIES, *HARNESSES, *CURRICULA}

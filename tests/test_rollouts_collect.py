@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from rljax.plans import RolloutPlan, has_signal
-from rljax.rollouts import Actor, NoSignal, ScoredGroup, collect
+from rljax.rollouts import Actor, NoSignal, ScoredGroup, collect, rejudged
 from rljax.sampling import Sample
-from rljax.tasks import Example, RewardInput, RewardResult, RewardRunner, RewardSpec
+from rljax.tasks import JUDGED, Example, RewardInput, RewardResult, RewardRunner, RewardSpec
 
 
 def scored(request):
@@ -60,6 +60,22 @@ def test_where_the_signal_does_not_apply_a_group_is_judged_by_the_sum():
     draws = iter([[ALL_WRONG, MIXED], [other, other]])
     found = collect(actor, plan, lambda n: next(draws), 2, 0)
     assert [example.id for example in found.examples] == [MIXED.id, other.id]
+
+
+def test_what_a_curriculum_judged_is_kept_and_trained_by_its_rewards_alone():
+    draws = iter([[ALL_WRONG], [MIXED]])
+    plan = RolloutPlan(2, keep_group=has_signal, max_sampling_rounds=2, signal_reward="right")
+    own = {ALL_WRONG.id: [0.5, 0.5], MIXED.id: [0.25, 1.0]}
+
+    def rejudge(groups):
+        return [rejudged(group, own[group.example.id]) for group in groups]
+
+    found = collect(judged(), plan, lambda n: next(draws), 1, 0, rejudge=rejudge)
+    assert [example.id for example in found.examples] == [MIXED.id] and found.rewards.tolist() == [[0.25, 1.0]]
+    assert [trajectory.reward for trajectory in found.trajectories] == [0.25, 1.0]
+    parts = {group.example.id: [part[JUDGED] for part in group.components] for group in found.seen()}
+    assert parts == own
+    assert rejudged(found.drawn[0], None) is found.drawn[0]
 
 
 def of_result(change):

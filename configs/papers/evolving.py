@@ -73,6 +73,11 @@ class WordMaker:
             return None
         return Example(f"{word} =", {"answer": word[::-1]})
 
+    def labelled(self, task: Example, label: str) -> Example | None:
+        # In place of a stronger model: of a word the right answer is known.
+        word = str(task.prompt).removesuffix(" =")
+        return Example(task.prompt, {"answer": label}) if label == word[::-1] else None
+
 
 def evolving_config(algorithm: Recipe, size: str = "full") -> Config:
     """`algorithm` on words that are few and short. ValueError for an unknown `size`."""

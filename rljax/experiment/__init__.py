@@ -28,6 +28,7 @@ from rljax.sampling import SamplingConfig
 from rljax.tasks import (
     CoEvolvedTasks,
     CurriculumSource,
+    D2EvoTasks,
     Dataset,
     DataSource,
     FailedTasks,
@@ -59,6 +60,7 @@ __all__ = [
     "Config",
     "CriticConfig",
     "CurriculumSource",
+    "D2EvoTasks",
     "DataSource",
     "Dataset",
     "EndpointConfig",

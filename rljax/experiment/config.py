@@ -59,7 +59,7 @@ class Config:
     """Which weights sample a rollout, and on which devices."""
     curriculum: CurriculumSource = dataclasses.field(default_factory=UniformTasks)
     """Which examples are drawn: `UniformTasks`, `FailedTasks`, `MediumTasks`, `TwoStageTasks`, or
-    `CoEvolvedTasks`, which makes some."""
+    `CoEvolvedTasks` and `D2EvoTasks`, which make some."""
     algorithm: Recipe = dataclasses.field(default_factory=GRPO)
     """The method, an entry of `rljax.algorithms`."""
     reference_refresh: int = field(default=0, least=0)

@@ -24,9 +24,19 @@ from rljax.experiment.player import PolicyPlayer
 from rljax.experiment.recording import Recorder, Recording
 from rljax.parallel import hand_over
 from rljax.plans import RolloutPlan
-from rljax.rollouts import Actor, GroupRules, NoSignal, Rollout, RolloutConfig, collect
+from rljax.rollouts import (
+    Actor,
+    GroupRules,
+    NoSignal,
+    Rollout,
+    RolloutConfig,
+    ScoredGroup,
+    collect,
+    rejudged,
+    seen_group,
+)
 from rljax.sampling import compile_count_here
-from rljax.tasks import Curriculum, Evolving, medium_share
+from rljax.tasks import Curriculum, Evolving, Judging, medium_share
 from rljax.types import Params
 
 _PATIENCE_S = 10.0
@@ -210,6 +220,8 @@ class Pipeline:
             seen = rollout.seen()
             self.curriculum.see(step, seen)
             evolved["medium_share"] = medium_share(seen)
+        if evolved and self._player is not None:
+            evolved["asked_tokens"] = float(self._player.tokens)
         rollout.stats.update({f"curriculum/{name}": value for name, value in evolved.items()})
 
         made = Made(
@@ -242,9 +254,14 @@ class Pipeline:
         if not isinstance(self.curriculum, Evolving) or self._player is None:
             return {}
         self._player.begin(step)
-        stats = self.curriculum.evolve(step, self._player)
-        stats["asked_tokens"] = float(self._player.tokens)
-        return stats
+        return self.curriculum.evolve(step, self._player)
+
+    def _rejudge(self, step: int, groups: Sequence[ScoredGroup]) -> Sequence[ScoredGroup]:
+        """The groups with the rewards that the curriculum itself gives, where it does."""
+        if not isinstance(self.curriculum, Judging) or self._player is None:
+            return groups
+        rewards = self.curriculum.judge(step, [seen_group(group) for group in groups], self._player)
+        return [rejudged(group, own) for group, own in zip(groups, rewards, strict=True)]
 
     def _roll_out(self, step: int, version: int) -> tuple[Rollout, str]:
         """A rollout, and what it lacks to be learned from; "" where it lacks nothing."""
@@ -258,6 +275,7 @@ class Pipeline:
                 step,
                 version,
                 rules=GroupRules(groups.incomplete, groups.max_age, self.config.version_of(step)),
+                rejudge=lambda found: self._rejudge(step, found),
             )
         except NoSignal as error:
             return error.rollout, str(error)

@@ -2,7 +2,7 @@
 
 from rljax.rollouts.actor import Actor, GroupRequest, RolloutSettings, ScoredGroup, known_example, number_groups
 from rljax.rollouts.black_box import BlackBox, BlackBoxActor, ChatEndpoint, EndpointConfig
-from rljax.rollouts.collect import NoSignal, Rollout, collect, seen_group
+from rljax.rollouts.collect import NoSignal, Rollout, collect, rejudged, seen_group
 from rljax.rollouts.config import ActorConfig, ActorParts
 from rljax.rollouts.engines import (
     EngineFailed,
@@ -53,5 +53,6 @@ __all__ = [
     "collect",
     "known_example",
     "number_groups",
+    "rejudged",
     "seen_group",
 ]

@@ -11,7 +11,7 @@ from rljax.rollouts.actor import Actor, ScoredGroup, number_groups
 from rljax.rollouts.groups import GroupRules, complete, group_weight, judge
 from rljax.rollouts.stats import rollout_stats, staleness_stats
 from rljax.rollouts.trajectories import columns_of, record_of, trajectory_of
-from rljax.tasks import Example, SeenGroup
+from rljax.tasks import JUDGED, Example, RewardResult, SeenGroup
 from rljax.types import ROW_WEIGHT, Trajectory
 
 AS_THEY_ARE = GroupRules()
@@ -69,6 +69,13 @@ def seen_group(group: ScoredGroup) -> SeenGroup:
     )
 
 
+def rejudged(group: ScoredGroup, rewards: Sequence[float] | None) -> ScoredGroup:
+    """The group with the `rewards` that a curriculum gives its samples; itself for None."""
+    if rewards is None:
+        return group
+    return group._replace(results=[RewardResult(value, {JUDGED: value}) for value in rewards])
+
+
 class When(NamedTuple):
     """The place of a rollout in its run."""
 
@@ -98,14 +105,15 @@ def collect(
     version: int | None = None,
     *,
     rules: GroupRules = AS_THEY_ARE,
+    rejudge: Callable[[Sequence[ScoredGroup]], Sequence[ScoredGroup]] = list,
 ) -> Rollout:
     """Collects `n` groups of `plan.group_size` samples for `step`; of at most so many if the plan forks.
 
-    `version` is that of the actor's weights, `step` if None. `draw(k)` gives the next `k` examples. Under dynamic
-    sampling (`plan.keep_group`, DAPO 2503.14476) groups whose raw rewards, or what of them `plan.signal_reward` names,
-    carry no signal are dropped and more prompts are drawn, up to `plan.max_sampling_rounds` times; `NoSignal` says what
-    they lack when that does not fill the batch. The same holds of groups that `rules` leave out: for these as many are
-    drawn as were left out.
+    `version` is that of the actor's weights, `step` if None. `draw(k)` gives the next `k` examples. `rejudge` may give
+    groups other rewards than the actor's. Under dynamic sampling (`plan.keep_group`, DAPO 2503.14476) groups whose raw
+    rewards, or what of them `plan.signal_reward` names, carry no signal are dropped and more prompts are drawn, up to
+    `plan.max_sampling_rounds` times; `NoSignal` says what they lack when that does not fill the batch. The same holds
+    of groups that `rules` leave out: for these as many are drawn as were left out.
     """
     trained = step if rules.version is None else rules.version
     when = When(step, step if version is None else version, trained)
@@ -118,10 +126,11 @@ def collect(
         examples = draw(actor.missing(wanted))
         actor.submit(number_groups(examples, plan.group_size, seen), plan, step)
 
-        for group in actor.ready(wanted):
-            drawn.add(group, plan, rules, trained)
+        found = actor.ready(wanted)
         for phase, spent in actor.seconds.items():
             drawn.seconds[phase] = drawn.seconds.get(phase, 0.0) + spent
+        for group in rejudge(found):
+            drawn.add(group, plan, rules, trained)
         if len(drawn.kept) >= n:
             break
 
@@ -281,6 +290,8 @@ def _check_signal(plan: RolloutPlan, groups: Sequence[ScoredGroup]) -> None:
     if not plan.keep_group or not plan.signal_reward:
         return
     valid = [result for group in groups for result in group.results if result.is_valid]
+    # What a curriculum judged has no other reward, and is no sample of a task.
+    valid = [result for result in valid if JUDGED not in result.components]
     names = {name for result in valid for name in (*result.components, *result.not_applied)}
     if names and plan.signal_reward not in names:
         raise ValueError(

@@ -29,8 +29,20 @@ from rljax.tasks.config import (
     without_long_rows,
 )
 from rljax.tasks.curriculum import Curriculum, UniformCurriculum
+from rljax.tasks.d2evo import D2EvoCurriculum, D2EvoTasks, QuestionMaker, TaggedQuestions
 from rljax.tasks.difficulty import MediumCurriculum, MediumTasks, TwoStageCurriculum, TwoStageTasks
-from rljax.tasks.evolving import Evolving, Intake, Player, SeenGroup, TaskMaker, TaskPool, added_by, medium_share
+from rljax.tasks.evolving import (
+    JUDGED,
+    Evolving,
+    Intake,
+    Judging,
+    Player,
+    SeenGroup,
+    TaskMaker,
+    TaskPool,
+    added_by,
+    medium_share,
+)
 from rljax.tasks.examples import Example, Prompt, Split, decontaminate, split_answer, split_by_hash, whole_text
 from rljax.tasks.failures import (
     FailedTasks,
@@ -69,6 +81,7 @@ from rljax.tasks.verifiers import ExactMatch, LengthReward, MathVerify, NumberMa
 
 __all__ = [
     "FAILURES",
+    "JUDGED",
     "SIMILARITIES",
     "AfterMarker",
     "AnswerJudge",
@@ -77,6 +90,8 @@ __all__ = [
     "CoEvolvedTasks",
     "Curriculum",
     "CurriculumSource",
+    "D2EvoCurriculum",
+    "D2EvoTasks",
     "DataSource",
     "Dataset",
     "Evolving",
@@ -93,6 +108,7 @@ __all__ = [
     "InTag",
     "Intake",
     "JudgeError",
+    "Judging",
     "LabelWithReasoning",
     "LengthReward",
     "MathVerify",
@@ -103,6 +119,7 @@ __all__ = [
     "Player",
     "PositionBias",
     "Prompt",
+    "QuestionMaker",
     "ReasoningGymData",
     "ReasoningGymTask",
     "ReasoningGymVerifier",
@@ -117,6 +134,7 @@ __all__ = [
     "RowsData",
     "SeenGroup",
     "Split",
+    "TaggedQuestions",
     "TaskMaker",
     "TaskPool",
     "TextSimilarity",

@@ -90,13 +90,27 @@ class Evolving(Curriculum, Protocol):
         ...
 
 
+@runtime_checkable
+class Judging(Evolving, Protocol):
+    """A curriculum that says itself what some samples are worth: what the policy wrote of which only its later use
+    tells, such as a question."""
+
+    def judge(self, step: int, groups: Sequence[SeenGroup], player: Player) -> list[list[float] | None]:
+        """A reward for every sample of a group, or None for a group whose rewards stand. Called with what was sampled
+        for `step` before anything is learned from it."""
+        ...
+
+
+JUDGED = "curriculum"
+"""Name, among the components, of a reward that a curriculum gave (`Judging`)."""
 MEDIUM = (0.2, 0.8)
 """Mean reward of a group, in [0, 1], between which its task is of medium difficulty."""
 
 
 def medium_share(groups: Sequence[SeenGroup]) -> float:
-    """Share of the groups with a valid reward whose mean is within `MEDIUM`; NaN without any."""
-    means = [group.mean for group in groups if group.valid]
+    """Share of the groups with a valid reward whose mean is within `MEDIUM`, without those whose rewards a curriculum
+    gave, which are of no task; NaN without any."""
+    means = [g.mean for g in groups if g.valid and not any(JUDGED in parts for parts in g.components)]
     return sum(MEDIUM[0] <= mean <= MEDIUM[1] for mean in means) / len(means) if means else math.nan
 
 
@@ -130,9 +144,13 @@ class Intake:
     unplayable: int = 0
     """The prompt is too long for the run, or its tokenizer cannot write it."""
     unsolved: int = 0
-    """No attempt of the policy earned anything, or the check of its label failed."""
+    """No attempt of the policy earned anything."""
+    not_medium: int = 0
+    """Too many attempts agreed on an answer, or too few."""
     unconfirmed: int = 0
-    """A second vote gave another label."""
+    """A second vote gave another label, or another check refused it."""
+    surplus: int = 0
+    """More had passed than the round takes in."""
     accepted: int = 0
     """It became a task."""
 

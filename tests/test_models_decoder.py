@@ -45,6 +45,15 @@ CONFIGS = {
         rope_scaling=RopeScaling(type="yarn", factor=4.0, original_max_position=256, beta_fast=8.0),
     ),
     "experts": dataclasses.replace(TINY, experts=Experts(count=5, per_token=2, mlp_dim=12)),
+    "sinks_clamped_biased_experts": dataclasses.replace(
+        TINY,
+        attention_bias=True,
+        output_bias=True,
+        sinks=True,
+        sliding_window=4,
+        sliding_layers=(True, False, True),
+        experts=Experts(count=5, per_token=2, mlp_dim=12, biases=True, limit=0.7, slope=1.3),
+    ),
     "four_norms_two_bases": dataclasses.replace(
         TINY,
         qk_norm=True,
@@ -145,6 +154,15 @@ def reference_logits(config, params, tokens):
             return x / (1 + np.exp(-x))
         return x / 2 * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
 
+    def expert(x, w, i):
+        gate, up = (x @ w[name][i] + (w[f"{name}_bias"][i] if c.experts.biases else 0) for name in ("gate", "up"))
+        inner = activated(gate) * up
+        if c.experts.limit is not None:
+            gate = np.minimum(gate, c.experts.limit)
+            up = np.maximum(np.minimum(up, c.experts.limit), -c.experts.limit)
+            inner = gate / (1 + np.exp(-c.experts.slope * gate)) * (up + 1)
+        return inner @ w["down"][i] + (w["down_bias"][i] if c.experts.biases else 0)
+
     score_scale = c.score_scale or 1 / math.sqrt(c.head_dim)
     stream = [c.embed_scale * p["embedding"][token] for token in tokens]
     for index in range(c.num_layers):
@@ -173,17 +191,18 @@ def reference_logits(config, params, tokens):
             for head in range(c.num_heads):
                 group = head * c.num_kv_heads // c.num_heads
                 scores = np.array([q[t][head] @ k[s][group] * score_scale for s in seen])
+                sink = np.exp(w["sinks"][head] - scores.max()) if c.sinks else 0.0
                 scores = np.exp(scores - scores.max())
-                mixed.append(sum(a * v[s][group] for a, s in zip(scores / scores.sum(), seen, strict=True)))
+                shares = scores / (scores.sum() + sink)
+                mixed.append(sum(a * v[s][group] for a, s in zip(shares, seen, strict=True)))
             x = x + c.residual_scale * norm_if(linear(np.concatenate(mixed), "o"), w, "attention_post_norm")
             h = norm_if(x, w, "mlp_norm")
             if c.experts is None:
                 out = linear(activated(linear(h, "gate")) * linear(h, "up"), "down")
             else:
-                chances = np.exp(h @ w["router"])
+                chances = np.exp(linear(h, "router"))
                 best = np.argsort(-chances)[: c.experts.per_token]
-                computed = [(activated(h @ w["gate"][i]) * (h @ w["up"][i])) @ w["down"][i] for i in best]
-                out = chances[best] / chances[best].sum() @ np.stack(computed)
+                out = chances[best] / chances[best].sum() @ np.stack([expert(h, w, i) for i in best])
             after.append(x + c.residual_scale * norm_if(out, w, "mlp_post_norm"))
         stream = after
     head = p["embedding"] if c.tied_embeddings else p["head"]

@@ -141,6 +141,24 @@ CASES = {
             },
         },
     ),
+    "gpt_oss": (
+        "gpt_oss",
+        {
+            "head_dim": 16,
+            "num_local_experts": 6,
+            "num_experts_per_tok": 2,
+            "sliding_window": 6,
+            "rope_parameters": YARN | {"truncate": False, "beta_fast": 8.0, "beta_slow": 1.0},
+            # So low that the random model's gates go beyond it.
+            "swiglu_limit": 1.0,
+            "swiglu_alpha": 1.3,
+        },
+    ),
+    "gpt_oss_plain": (
+        "gpt_oss",
+        {"head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 3, "attention_bias": False, "sliding_window": 5}
+        | {"layer_types": ["full_attention", "sliding_attention", "full_attention"]},
+    ),
     "gemma3_plain": ("gemma3_text", {"head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": 6}),
 }
 CLASSES = {
@@ -154,6 +172,7 @@ CLASSES = {
     "phi3": (transformers.Phi3Config, transformers.Phi3ForCausalLM),
     "olmo2": (transformers.Olmo2Config, transformers.Olmo2ForCausalLM),
     "olmo3": (transformers.Olmo3Config, transformers.Olmo3ForCausalLM),
+    "gpt_oss": (transformers.GptOssConfig, transformers.GptOssForCausalLM),
     "gemma3_text": (transformers.Gemma3TextConfig, transformers.Gemma3ForCausalLM),
 }
 
@@ -275,7 +294,7 @@ def test_a_classifier_is_no_reward_model(change, says):
 SHARDS = [(case, size) for case in ("llama", "qwen2", "qwen3_biases") for size in (10**9, 10_000)]
 
 
-@pytest.mark.parametrize(("case", "max_shard"), [*SHARDS, ("qwen3_moe", 10**9)])
+@pytest.mark.parametrize(("case", "max_shard"), [*SHARDS, ("qwen3_moe", 10**9), ("gpt_oss", 10**9)])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_folder_of_transformers_comes_back_byte_for_byte(case, max_shard, dtype, tmp_path):
     model = random_model(case).to(getattr(torch, dtype))
@@ -297,6 +316,42 @@ def test_config_survives_transformers(case, tmp_path):
     theirs = transformers.AutoConfig.from_pretrained(tmp_path)
     theirs.save_pretrained(tmp_path / "again")
     assert config_from_hf(json.loads((tmp_path / "again" / "config.json").read_text())) == config
+
+
+def test_weights_in_mxfp4_are_those_that_transformers_unpacks(tmp_path):
+    """Blocks and scales at random, in place of the experts' matrices; biases and the rest stay as they are."""
+    from safetensors.torch import load_file, save_file
+    from transformers.integrations.mxfp4 import convert_moe_packed_tensors
+
+    random_model("gpt_oss", intermediate_size=64).to(torch.bfloat16).save_pretrained(tmp_path / "plain")
+    tensors = load_file(tmp_path / "plain" / "model.safetensors")
+    packed = dict(tensors)
+    for name in [name for name in tensors if name.endswith(("gate_up_proj", "down_proj"))]:
+        count, rows, columns = tensors[name].shape
+        shape = (count, columns, rows // 32)
+        blocks = torch.randint(0, 256, (*shape, 16), dtype=torch.uint8)
+        scales = torch.randint(118, 127, shape, dtype=torch.uint8)
+        tensors[name] = convert_moe_packed_tensors(blocks, scales).contiguous()
+        assert tensors[name].shape == (count, rows, columns)
+        packed |= {f"{name}_blocks": blocks, f"{name}_scales": scales}
+        del packed[name]
+
+    (tmp_path / "packed").mkdir()
+    save_file(tensors, tmp_path / "plain" / "model.safetensors", metadata={"format": "pt"})
+    save_file(packed, tmp_path / "packed" / "model.safetensors", metadata={"format": "pt"})
+    described = json.loads((tmp_path / "plain" / "config.json").read_text())
+    quantised = described | {"quantization_config": {"quant_method": "mxfp4"}}
+    (tmp_path / "packed" / "config.json").write_text(json.dumps(quantised))
+
+    config, params = load_hf(tmp_path / "packed")
+    wanted_config, wanted = load_hf(tmp_path / "plain")
+    assert config == wanted_config
+    jax.tree.map(np.testing.assert_array_equal, params, wanted)
+
+    # Bytes without that word are no weights.
+    (tmp_path / "packed" / "config.json").write_text(json.dumps(described))
+    with pytest.raises(ValueError, match=r"has dtype 'U8'; supported are F32, F16, BF16, F64\. Dequantise the model"):
+        load_hf(tmp_path / "packed")
 
 
 def test_older_spelling_of_rotary_settings_reads_the_same(tmp_path):

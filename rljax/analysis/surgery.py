@@ -116,8 +116,8 @@ def gate_inputs(config: DecoderConfig, params: Params, tokens: Int[Array, "R S"]
     seen = []
     for layer, rotation, window in zip(unstack_layers(params)["layers"], config.rotations, config.windows, strict=True):
 
-        def attend(q, k, v, window=window):
-            return forest_attention(q, k, v, positions, end, window), None
+        def attend(q, k, v, sinks=None, window=window):
+            return forest_attention(q, k, v, positions, end, window, sinks=sinks), None
 
         silent = {name: jnp.zeros_like(layer[name]) for name in ("down", "down_bias", "down_lora_b") if name in layer}
         middle, _ = apply_layer(config, {**layer, **silent}, x, tables[rotation], attend)

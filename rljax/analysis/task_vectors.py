@@ -61,8 +61,8 @@ def read_heads(
     layers = zip(unstack_layers(params)["layers"], config.rotations, config.windows, strict=True)
     for index, (layer, rotation, window) in enumerate(layers):
 
-        def attend(q, k, v, index=index, window=window):
-            out = forest_attention(q, k, v, positions, end, window)
+        def attend(q, k, v, sinks=None, index=index, window=window):
+            out = forest_attention(q, k, v, positions, end, window, sinks=sinks)
             own = out[rows, places]
             if override is not None:
                 given = jnp.asarray(override.heads)[:, index].astype(own.dtype)

@@ -59,7 +59,7 @@ def _leaf(group: list[Entry], leaf: jax.ShapeDtypeStruct, fetch: Fetch, sharding
 def _read_block(group, leaf, bounds, fetch: Fetch, pool) -> np.ndarray:
     out = _aligned_empty(tuple(stop - start for start, stop in bounds), np.dtype(leaf.dtype))
     if group[0].layer is None:
-        _copy(out, _own_rows(fetch, group[0]), bounds, group[0].weight.transpose)
+        _copy(out, _own_part(fetch, group[0]), bounds, group[0].weight.transpose)
         return out
     start, stop = bounds[0]
     if group[0].expert is None:
@@ -69,7 +69,7 @@ def _read_block(group, leaf, bounds, fetch: Fetch, pool) -> np.ndarray:
         wanted = [e for e in group if start <= e.layer < stop and first <= e.expert < last]
         targets = [(out[entry.layer - start, entry.expert - first], bounds[2:], entry) for entry in wanted]
     copies = [
-        pool.submit(lambda to, where, e: _copy(to, _own_rows(fetch, e), where, e.weight.transpose), *target)
+        pool.submit(lambda to, where, e: _copy(to, _own_part(fetch, e), where, e.weight.transpose), *target)
         for target in targets
     ]
     for copy in copies:
@@ -77,9 +77,9 @@ def _read_block(group, leaf, bounds, fetch: Fetch, pool) -> np.ndarray:
     return out
 
 
-def _own_rows(fetch: Fetch, entry: Entry) -> np.ndarray:
+def _own_part(fetch: Fetch, entry: Entry) -> np.ndarray:
     tensor = fetch(entry)
-    return tensor if entry.rows is None else tensor[entry.rows]
+    return tensor if entry.part is None else tensor[entry.part]
 
 
 def _copy(out: np.ndarray, source: np.ndarray, bounds: tuple[tuple[int, int], ...], transpose: bool) -> None:

@@ -28,13 +28,14 @@ from rljax.models.attention_blocks import (
     named,
     score_divisor,
     score_gradient,
+    with_sinks,
 )
 from rljax.models.attention_stream import streamed_attention
 from rljax.parallel import platform, split_over
 
 Attention = Callable[..., Array]
-"""`attention(q, k, v, positions, subtree_end, window) -> out`, arguments and result as those of `forest_attention`;
-with `query_start=` where devices share packed sequences."""
+"""`attention(q, k, v, positions, subtree_end, window, sinks=) -> out`, arguments and result as those of
+`forest_attention`; with `query_start=` where devices share packed sequences."""
 
 MIN_BLOCK = 128
 """Fewest queries of a block."""
@@ -59,20 +60,24 @@ def forest_attention(
     window: Int[Array, ""] | int,
     *,
     query_start: Int[Array, ""] | int | None = None,
+    sinks: Float[Array, " H"] | None = None,
 ) -> Float[Array, "R Q H hd"]:
     """Softmax attention where key `j` is visible to query `i` iff `j <= i < subtree_end[j]` and it lies fewer than
     `window` positions back on the path. Scores and softmax are float32; the result has the dtype of `q`.
 
-    The queries are those of all positions, or of the `Q` from `query_start` on.
+    The queries are those of all positions, or of the `Q` from `query_start` on. `sinks` are one score more in every
+    softmax of their head, for nothing.
     """
     if query_start is not None:
-        return streamed_attention(q, k, v, positions, subtree_end, window, query_start)
+        return streamed_attention(q, k, v, positions, subtree_end, window, query_start, sinks=sinks)
     rows, length, heads, head_dim = q.shape
     kv_heads = k.shape[2]
     grouped = q.reshape(rows, length, kv_heads, heads // kv_heads, head_dim).transpose(0, 2, 1, 3, 4)
     k = k.transpose(0, 2, 1, 3)
     v = v.transpose(0, 2, 1, 3)
-    out = _attend(grouped, k, v, positions, subtree_end, jnp.asarray(window, jnp.int32))
+    out, normaliser = _attend(grouped, k, v, positions, subtree_end, jnp.asarray(window, jnp.int32))
+    if sinks is not None:
+        out = with_sinks(out, normaliser, sinks.reshape(kv_heads, 1, -1))
     return out.transpose(0, 2, 1, 3, 4).reshape(rows, length, heads, head_dim)
 
 
@@ -85,18 +90,19 @@ def kernel_attention(
     window: Int[Array, ""] | int,
     *,
     query_start: Int[Array, ""] | int | None = None,
+    sinks: Float[Array, " H"] | None = None,
 ) -> Float[Array, "R Q H hd"]:
     """`forest_attention` by the kernels of `rljax.models.attention_kernel`, on a GPU or TPU and for rows of at least
     `KERNEL_LENGTH`; else as it is. Under a mesh each device runs them on its own rows and heads; with `query_start`,
     which one device's queries have, it is called where they are alone already."""
     arrays = q, k, v, positions, subtree_end, jnp.asarray(window, jnp.int32)
     if not has_kernels(k.shape[1]):
-        return forest_attention(*arrays, query_start=query_start)
+        return forest_attention(*arrays, query_start=query_start, sinks=sinks)
     from rljax.models.attention_kernel import forest_attention_kernel  # Pallas is not needed elsewhere
 
     if query_start is not None:
-        return forest_attention_kernel(*arrays, query_start=query_start)
-    return on_own_heads(forest_attention_kernel)(*arrays)
+        return forest_attention_kernel(*arrays, query_start=query_start, sinks=sinks)
+    return on_own_heads(forest_attention_kernel)(*arrays, sinks=sinks)
 
 
 def has_kernels(length: int) -> bool:
@@ -109,7 +115,15 @@ def on_own_heads(attention: Attention) -> Attention:
     # Queries go where their keys are.
     heads = ("batch", None, "kv_heads", None)
     row = ("batch", None)
-    return split_over(attention, (heads, heads, heads, row, row, ()), heads)
+    axes = (heads, heads, heads, row, row, ())
+
+    def attend(*arrays, sinks=None):
+        if sinks is None:
+            return split_over(attention, axes, heads)(*arrays)
+        run = split_over(lambda *own: attention(*own[:-1], sinks=own[-1]), (*axes, ("kv_heads",)), heads)
+        return run(*arrays, sinks)
+
+    return attend
 
 
 def _blocks(length: int) -> list[tuple[int, int]]:
@@ -137,8 +151,8 @@ def _product(equation: str, a: Array, b: Array) -> Array:
 
 
 @jax.custom_vjp
-def _attend(q, k, v, positions, subtree_end, window) -> Array:
-    """q [R, KV, S, G, hd]; k, v [R, KV, S, hd] -> [R, KV, S, G, hd]."""
+def _attend(q, k, v, positions, subtree_end, window) -> tuple[Array, Array]:
+    """q [R, KV, S, G, hd]; k, v [R, KV, S, hd] -> (out [R, KV, S, G, hd], log-sum-exps [R, KV, S, G])."""
     return _attend_forward(q, k, v, positions, subtree_end, window)[0]
 
 
@@ -165,14 +179,15 @@ def _attend_forward(q, k, v, positions, subtree_end, window):
         normalisers.append(best[..., 0] + jnp.log(total))
 
     out, normaliser = named(jnp.concatenate(outs, axis=2), jnp.concatenate(normalisers, axis=2))
-    return out, (q, k, v, positions, subtree_end, window, out, normaliser)
+    return (out, normaliser), (q, k, v, positions, subtree_end, window, out, normaliser)
 
 
-def _attend_backward(residuals, d_out):
+def _attend_backward(residuals, cotangents):
+    d_out, d_normaliser = cotangents
     q, k, v, positions, subtree_end, window, out, normalisers = residuals
     rows, kv_heads, length, groups, head_dim = q.shape
     scale = 1.0 / score_divisor(head_dim)
-    means = mean_gradient(out, d_out)
+    means = mean_gradient(out, d_out, d_normaliser)
 
     d_q: list[Array] = []
     d_k = jnp.zeros(k.shape, jnp.float32)

@@ -65,10 +65,25 @@ def softmax_step(best: Array, total: Array, scores: Array, visible: Array) -> tu
     return higher, total * shrink + jnp.sum(weights, axis=-1, keepdims=True), weights, shrink
 
 
-def mean_gradient(out: Float[Array, "*B hd"], d_out: Float[Array, "*B hd"]) -> Float[Array, "*B"]:
-    """The mean of a query's d_weights under its weights, float32: of its result and that one's gradient alone, since
-    `sum_s p_s (v_s . d_out) = out . d_out`."""
-    return jnp.sum(out.astype(jnp.float32) * d_out.astype(jnp.float32), axis=-1)
+def with_sinks(
+    out: Float[Array, "*B hd"], normaliser: Float[Array, "*B"], sinks: Float[Array, "*#B"]
+) -> Float[Array, "*B hd"]:
+    """Attention where every softmax has one score more, its head's sink, whose value is zero (2309.17453), of what it
+    is without and the log-sum-exp of its scores: keys keep `sum exp(s) / (sum exp(s) + exp(sink))` of the weight.
+
+    So no form of attention knows of sinks. A query that sees no key has a log-sum-exp near `MASKED`, and yields 0.
+    """
+    kept = jax.nn.sigmoid(normaliser - sinks.astype(jnp.float32))
+    return (out.astype(jnp.float32) * kept[..., None]).astype(out.dtype)
+
+
+def mean_gradient(
+    out: Float[Array, "*B hd"], d_out: Float[Array, "*B hd"], d_normaliser: Float[Array, "*B"]
+) -> Float[Array, "*B"]:
+    """What `score_gradient` takes off a query's d_weights, float32: their mean under its weights, which follows from
+    its result and that one's gradient alone, since `sum_s p_s (v_s . d_out) = out . d_out`, less the gradient of its
+    log-sum-exp, whose own to a score is `p_s`."""
+    return jnp.sum(out.astype(jnp.float32) * d_out.astype(jnp.float32), axis=-1) - d_normaliser
 
 
 def score_gradient(weights: Array, d_weights: Array, mean: Array, scale: float) -> Array:

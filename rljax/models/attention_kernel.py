@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from rljax.models import attention_tpu, attention_triton
-from rljax.models.attention_blocks import Options, mean_gradient, named
+from rljax.models.attention_blocks import Options, mean_gradient, named, with_sinks
 
 
 def forest_attention_kernel(
@@ -29,6 +29,7 @@ def forest_attention_kernel(
     window: Int[Array, ""] | int,
     *,
     query_start: Int[Array, ""] | int | None = None,
+    sinks: Float[Array, " H"] | None = None,
     block_q: int | None = None,
     block_k: int | None = None,
     interpret: Literal["gpu", "tpu"] | None = None,
@@ -50,24 +51,27 @@ def forest_attention_kernel(
         raise ValueError(f"{q.shape[1]} queries of {k.shape[1]} positions need query_start=, where the first stands")
     options = Options(block_q, block_k, interpret)
     start = jnp.asarray(0 if query_start is None else query_start, jnp.int32)
-    return _attend(options, q, k, v, positions, subtree_end, jnp.asarray(window, jnp.int32), start)
+    out, normaliser = _attend(options, q, k, v, positions, subtree_end, jnp.asarray(window, jnp.int32), start)
+    return out if sinks is None else with_sinks(out, normaliser.swapaxes(1, 2), sinks)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(options: Options, q, k, v, positions, subtree_end, window, start) -> Array:
-    """q [R, Q, H, hd]; k, v [R, S, KV, hd] -> [R, Q, H, hd]."""
+def _attend(options: Options, q, k, v, positions, subtree_end, window, start) -> tuple[Array, Array]:
+    """q [R, Q, H, hd]; k, v [R, S, KV, hd] -> (out [R, Q, H, hd], log-sum-exps [R, H, Q])."""
     return _attend_forward(options, q, k, v, positions, subtree_end, window, start)[0]
 
 
 def _attend_forward(options, q, k, v, positions, subtree_end, window, start):
     arrays = (q, k, v, positions, subtree_end, window, start)
     out, normaliser = named(*_on_device("forward", options, *arrays))
-    return out, (*arrays, out, normaliser)
+    return (out, normaliser), (*arrays, out, normaliser)
 
 
-def _attend_backward(options, residuals, d_out):
+def _attend_backward(options, residuals, cotangents):
     *arrays, out, normaliser = residuals
-    grads = _on_device("backward", options, *arrays, d_out, normaliser, mean_gradient(out, d_out).swapaxes(1, 2))
+    d_out, d_normaliser = cotangents
+    means = mean_gradient(out, d_out, d_normaliser.swapaxes(1, 2)).swapaxes(1, 2)
+    grads = _on_device("backward", options, *arrays, d_out, normaliser, means)
     return *grads, None, None, None, None
 
 

@@ -19,6 +19,7 @@ from rljax.models.attention_blocks import (
     score_divisor,
     score_gradient,
     softmax_step,
+    with_sinks,
 )
 from rljax.types import ArrayLike
 
@@ -37,6 +38,8 @@ def streamed_attention(
     subtree_end: Int[Array, "R S"],
     window: Int[Array, ""] | int,
     query_start: Int[Array, ""] | int,
+    *,
+    sinks: Float[Array, " H"] | None = None,
 ) -> Float[Array, "R Q H hd"]:
     """`forest_attention` of the `Q` queries at the packed positions from `query_start` on, against all keys.
 
@@ -48,7 +51,9 @@ def streamed_attention(
     k = k.transpose(0, 2, 1, 3)
     v = v.transpose(0, 2, 1, 3)
     start = jnp.asarray(query_start, jnp.int32)
-    out = _attend(grouped, k, v, positions, subtree_end, jnp.asarray(window, jnp.int32), start)
+    out, normaliser = _attend(grouped, k, v, positions, subtree_end, jnp.asarray(window, jnp.int32), start)
+    if sinks is not None:
+        out = with_sinks(out, normaliser, sinks.reshape(kv_heads, 1, -1))
     return out.transpose(0, 2, 1, 3, 4).reshape(rows, queries, heads, head_dim)
 
 
@@ -143,8 +148,8 @@ def _product(equation: str, a: Array, b: Array) -> Array:
 
 
 @jax.custom_vjp
-def _attend(q, k, v, positions, subtree_end, window, start) -> Array:
-    """q [R, KV, Q, G, hd]; k, v [R, KV, S, hd] -> [R, KV, Q, G, hd]."""
+def _attend(q, k, v, positions, subtree_end, window, start) -> tuple[Array, Array]:
+    """q [R, KV, Q, G, hd]; k, v [R, KV, S, hd] -> (out [R, KV, Q, G, hd], log-sum-exps [R, KV, Q, G])."""
     return _attend_forward(q, k, v, positions, subtree_end, window, start)[0]
 
 
@@ -176,10 +181,11 @@ def _attend_forward(q, k, v, positions, subtree_end, window, start):
     q_blocks = _cut(q, 2)
     outs, normalisers = jax.lax.map(of_queries, (jnp.arange(len(q_blocks)), q_blocks))
     out, normaliser = named(_joined(outs, queries, 2), _joined(normalisers, queries, 2))
-    return out, (q, k, v, positions, subtree_end, window, start, out, normaliser)
+    return (out, normaliser), (q, k, v, positions, subtree_end, window, start, out, normaliser)
 
 
-def _attend_backward(residuals, d_out):
+def _attend_backward(residuals, cotangents):
+    d_out, d_normaliser = cotangents
     q, k, v, positions, subtree_end, window, start, out, normaliser = residuals
     queries = q.shape[2]
     scale = 1.0 / score_divisor(q.shape[-1])
@@ -205,7 +211,7 @@ def _attend_backward(residuals, d_out):
         d_q, d_k, d_v = jax.lax.fori_loop(0, blocks.needed[i], look, (jnp.zeros(own.shape, jnp.float32), *carry))
         return (d_k, d_v), d_q.astype(q.dtype)
 
-    of_blocks = [_cut(x, 2) for x in (q, d_out, normaliser, mean_gradient(out, d_out))]
+    of_blocks = [_cut(x, 2) for x in (q, d_out, normaliser, mean_gradient(out, d_out, d_normaliser))]
     zeros = jnp.zeros(k_blocks.shape, jnp.float32)
     (d_k, d_v), d_q = jax.lax.scan(of_queries, (zeros, zeros), (jnp.arange(len(of_blocks[0])), *of_blocks))
     length = k.shape[2]

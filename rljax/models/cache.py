@@ -262,11 +262,13 @@ def cached_attention(
     age: Int[Array, " Ss"],
     steps: Int[Array, "P G"],
     window: int,
+    sinks: Float[Array, " H"] | None = None,
 ) -> Float[Array, "P G H hd"]:
     """One new token a row attends to its prompt and to its own columns of the ring, in one float32 softmax.
 
     `steps[p, g]` counts the row's columns before this one; `age[c]` is how many steps ago column `c` was written (0
     is this step's). The token's position is `prefix_length + steps`. Keys `window` or more positions back are hidden.
+    `sinks` are one score more in every softmax of their head, for nothing.
     """
     slots, samples, heads, head_dim = q.shape
     kv_heads, prefix_size = layer.prefix_k.shape[1:3]
@@ -291,9 +293,15 @@ def cached_attention(
 
     # One softmax over both parts: the same maximum, and one total. The row's own new column is always visible.
     best = jnp.maximum(jnp.max(prefix_scores, -1, keepdims=True), jnp.max(suffix_scores, -1, keepdims=True))
+    if sinks is not None:
+        # [KV, 1, R, 1] beside scores [P, KV, G, R, columns].
+        sinks = sinks.astype(jnp.float32).reshape(kv_heads, 1, -1, 1)
+        best = jnp.maximum(best, sinks)
     prefix_weights = jnp.exp(prefix_scores - best)
     suffix_weights = jnp.exp(suffix_scores - best)
     total = jnp.sum(prefix_weights, -1, keepdims=True) + jnp.sum(suffix_weights, -1, keepdims=True)
+    if sinks is not None:
+        total = total + jnp.exp(sinks - best)
 
     prefix_weights = prefix_weights.astype(q.dtype).reshape(*shared, prefix_size)
     out = product("pkns,pksd->pknd", prefix_weights, layer.prefix_v).reshape(q.shape)

@@ -142,12 +142,24 @@ class Experts:
     """Width inside an expert."""
     normalized: bool = True
     """Whether the weights of a token's experts are divided by their sum."""
+    biases: bool = False
+    """Biases of the router and of all products of the experts."""
+    limit: float | None = None
+    """What gates are cut off above, and what they gate above and below, for `clamped_swiglu`; None is a plain
+    `swiglu`."""
+    slope: float = 1.0
+    """Factor within that one's sigmoid."""
 
     def __post_init__(self):
         for name in ("count", "per_token", "mlp_dim"):
             _check_whole(f"experts' {name}", getattr(self, name), least=1)
         if self.per_token > self.count:
             raise ValueError(f"experts' per_token={self.per_token} must be at most their count={self.count}")
+        if self.limit is not None:
+            _check_real("experts' limit", self.limit)
+        _check_real("experts' slope", self.slope)
+        if self.limit is None and self.slope != 1.0:
+            raise ValueError(f"experts' slope={self.slope} needs a limit: a plain swiglu has the slope 1")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -191,6 +203,8 @@ class DecoderConfig:
     """Norms on queries and keys, before they are rotated."""
     qk_norm_whole: bool = False
     """Whether these go over all heads together instead of each head by itself."""
+    sinks: bool = False
+    """Whether every head of attention has a sink: one score more in its softmax, for nothing."""
     pre_norms: bool = True
     """Norms on what attention and MLP read."""
     post_norms: bool = False

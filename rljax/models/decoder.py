@@ -23,14 +23,15 @@ from jaxtyping import Array, Float, Int
 from rljax.models.attention import Attention, forest_attention
 from rljax.models.attention_blocks import SAVED, score_divisor
 from rljax.models.config import DOWN, UP, DecoderConfig, Experts, Lora, Rotation
-from rljax.models.experts import EXPERT_AXES, Choose, apply_experts, recorded_experts, route
-from rljax.models.functional import geglu, linear, rms_norm, swiglu
+from rljax.models.experts import BIAS_AXES, EXPERT_AXES, Choose, Gated, apply_experts, recorded_experts, route
+from rljax.models.functional import clamped_swiglu, geglu, linear, rms_norm, swiglu
 from rljax.models.rope import RotaryTable, apply_rotary, rotary_tables
 from rljax.parallel import constrain, split_axes
 from rljax.types import Params
 
-Attend = Callable[[Array, Array, Array], tuple[Array, Any]]
-"""`attend(q [..., H, hd], k [..., KV, hd], v [..., KV, hd]) -> (out [..., H, hd], aux)`; rotary is applied already."""
+Attend = Callable[..., tuple[Array, Any]]
+"""`attend(q [..., H, hd], k [..., KV, hd], v [..., KV, hd]) -> (out [..., H, hd], aux)`; rotary is applied already. A
+layer with sinks gives them [H] behind."""
 
 Remat = Literal["none", "products_saved", "attention_saved", "full"]
 """What of a layer the backward pass computes again. `full`: all of it, so that its input alone is kept.
@@ -83,6 +84,8 @@ class Layer(nnx.Module):
             self.v_bias = weight((kv_dim,), ("kv_heads",), init="zeros")
         if c.output_bias:
             self.o_bias = weight((c.embed_dim,), (None,), init="zeros")
+        if c.sinks:
+            self.sinks = weight((c.num_heads,), ("heads",))
         if c.qk_norm:
             self.q_norm = norm(q_dim, "heads") if c.qk_norm_whole else norm(c.head_dim)
             self.k_norm = norm(kv_dim, "kv_heads") if c.qk_norm_whole else norm(c.head_dim)
@@ -114,6 +117,11 @@ class Layer(nnx.Module):
         self.gate = weight((experts.count, width, experts.mlp_dim), EXPERT_AXES["gate"])
         self.up = weight((experts.count, width, experts.mlp_dim), EXPERT_AXES["up"])
         self.down = weight((experts.count, experts.mlp_dim, width), EXPERT_AXES["down"])
+        if experts.biases:
+            self.router_bias = weight((experts.count,), (None,), init="zeros")
+            self.gate_bias = weight((experts.count, experts.mlp_dim), BIAS_AXES["gate_bias"], init="zeros")
+            self.up_bias = weight((experts.count, experts.mlp_dim), BIAS_AXES["up_bias"], init="zeros")
+            self.down_bias = weight((experts.count, width), BIAS_AXES["down_bias"], init="zeros")
 
     def _adapt(self, name: str, lora: Lora) -> None:
         """Declares the adapter of the matrix `name`, in float32 whatever the matrix is kept in: it is what is
@@ -152,7 +160,8 @@ class Layer(nnx.Module):
         # Keys are rotated before they are kept: a cache never rotates again. Attention divides by the root of the
         # width whatever the family; what it wants instead is multiplied in where queries are wide.
         scale = 1.0 if c.score_scale is None else c.score_scale * score_divisor(c.head_dim)
-        out, aux = attend(apply_rotary(q, *rotary, scale), apply_rotary(k, *rotary), v)
+        sinks = (self.sinks[...],) if c.sinks else ()
+        out, aux = attend(apply_rotary(q, *rotary, scale), apply_rotary(k, *rotary), v, *sinks)
         out = out.reshape(*x.shape[:-1], c.num_heads * c.head_dim)
         x = self._add(x, project(out, "o"), "attention_post_norm")
 
@@ -178,12 +187,16 @@ class Layer(nnx.Module):
         with jax.default_matmul_precision("highest"):
             scores = project(x.astype(jnp.float32), "router")
         routing = route(experts, scores, choose)
-        weights = {name: getattr(self, name)[...] for name in EXPERT_AXES}
+        names = (*EXPERT_AXES, *BIAS_AXES) if experts.biases else EXPERT_AXES
+        weights = {name: getattr(self, name)[...] for name in names}
         lora = self.config.lora
         adapted = [] if lora is None else [name for name in lora.targets if name in EXPERT_AXES]
         adapters = {f"{name}{end}": getattr(self, f"{name}{end}")[...] for name in adapted for end in (DOWN, UP)}
         scale = 1.0 if lora is None else lora.scale
-        return checkpoint_name(apply_experts(weights | adapters, x, routing, scale=scale), PRODUCT)
+        gated: Gated = GATED[self.config.activation]
+        if experts.limit is not None:
+            gated = functools.partial(clamped_swiglu, limit=experts.limit, slope=experts.slope)
+        return checkpoint_name(apply_experts(weights | adapters, x, routing, scale=scale, gated=gated), PRODUCT)
 
     def _norm(self, x: Array, name: str) -> Array:
         """`x` normed by the weight `name`, or as it is where the family declares no such norm."""
@@ -398,8 +411,8 @@ def hidden_states(
         # A layer by itself has its own table picked out of all where layers differ.
         rotary = tables if kind is None else (tables[0][kind], tables[1][kind])
 
-        def attend(q, k, v):
-            return attention(q, k, v, positions, subtree_end, window), None
+        def attend(q, k, v, sinks=None):
+            return attention(q, k, v, positions, subtree_end, window, sinks=sinks), None
 
         choose = None if recorded is None or config.experts is None else recorded_experts(config.experts, recorded)
         return apply_layer(config, layer_params, x, rotary, attend, choose=choose)

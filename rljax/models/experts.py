@@ -25,6 +25,12 @@ EXPERT_AXES = {
 }
 """Logical axes of the matrices of all experts of a layer."""
 
+BIAS_AXES = {"gate_bias": ("experts", "mlp"), "up_bias": ("experts", "mlp"), "down_bias": ("experts", None)}
+"""Those of their biases, where a family has them."""
+
+Gated = Callable[[Array, Array], Array]
+"""`gated(gate, up)`: what an expert makes of its gate and what that gates."""
+
 
 class Routing(NamedTuple):
     """Which experts compute for each token."""
@@ -74,21 +80,26 @@ def _axes_of(name: str) -> tuple[str | None, ...]:
     if name.endswith(UP):
         experts, _, columns = EXPERT_AXES[name.removesuffix(UP)]
         return experts, None, columns
-    return EXPERT_AXES[name]
+    return BIAS_AXES[name] if name in BIAS_AXES else EXPERT_AXES[name]
 
 
 def apply_experts(
-    weights: Mapping[str, Array], x: Float[Array, "*B D"], routing: Routing, *, scale: float = 1.0
+    weights: Mapping[str, Array],
+    x: Float[Array, "*B D"],
+    routing: Routing,
+    *,
+    scale: float = 1.0,
+    gated: Gated = swiglu,
 ) -> Float[Array, "*B D"]:
     """What the experts of each token add up to, weighted. `weights` are those of `EXPERT_AXES` (gate and up [E, D, F],
-    down [E, F, D]), in any dtype, and of adapters beside them (`gate_lora_a` [E, D, r], `gate_lora_b` [E, r, F]), of
-    which `scale` is the factor."""
+    down [E, F, D]), in any dtype, biases (`BIAS_AXES`) where there are any, and adapters beside them (`gate_lora_a`
+    [E, D, r], `gate_lora_b` [E, r, F]), of which `scale` is the factor."""
     count = weights["down"].shape[0]
     rows = split_axes("batch", x.shape[0])
     positions = split_axes("positions", x.shape[1]) if x.ndim == 3 else ()
     experts = split_axes("experts", count)
     inner = split_axes("mlp", weights["down"].shape[1])
-    own = functools.partial(_own_experts, rows=rows, experts=experts, inner=inner, scale=scale)
+    own = functools.partial(_own_experts, rows=rows, experts=experts, inner=inner, scale=scale, gated=gated)
     if not (rows or positions or experts or inner):
         return own(weights, x, routing)
 
@@ -109,6 +120,7 @@ def _own_experts(
     experts: tuple[str, ...],
     inner: tuple[str, ...],
     scale: float,
+    gated: Gated,
 ) -> Array:
     """A device's part: its tokens, or those of all devices along `experts`, through its own experts."""
     shape = x.shape
@@ -124,7 +136,11 @@ def _own_experts(
         chosen = chosen - jax.lax.axis_index(experts) * count
         chosen = jnp.where((chosen >= 0) & (chosen < count), chosen, count)
 
-    out = _grouped(weights, x, chosen, factors, is_part=bool(experts), scale=scale)
+    if inner and "down_bias" in weights:
+        # Devices that share an expert's width add up their parts, of which one has the bias.
+        is_first = jax.lax.axis_index(inner) == 0
+        weights = {**weights, "down_bias": jnp.where(is_first, weights["down_bias"], 0)}
+    out = _grouped(weights, x, chosen, factors, is_part=bool(experts), scale=scale, gated=gated)
     if inner:
         out = jax.lax.psum(out, inner)
     if shares_tokens:
@@ -142,6 +158,7 @@ def _grouped(
     *,
     is_part: bool,
     scale: float,
+    gated: Gated,
 ) -> Float[Array, "N D"]:
     """`is_part`: some of `chosen` are the number of experts, whose tokens get nothing here."""
     count = weights["down"].shape[0]
@@ -156,16 +173,20 @@ def _grouped(
             return jax.lax.ragged_dot(x, weights[name].astype(x.dtype), group_sizes=sizes)
 
         out = product(x, name)
-        if f"{name}{DOWN}" not in weights:
-            return out
-        return out + scale * product(product(x, f"{name}{DOWN}"), f"{name}{UP}")
+        if f"{name}{DOWN}" in weights:
+            out = out + scale * product(product(x, f"{name}{DOWN}"), f"{name}{UP}")
+        if f"{name}_bias" in weights:
+            # A product with ones: its gradient is a sum by expert, in place of a scatter.
+            bias = weights[f"{name}_bias"].astype(x.dtype)[:, None]
+            out = out + jax.lax.ragged_dot(jnp.ones((x.shape[0], 1), x.dtype), bias, group_sizes=sizes)
+        return out
 
     h = _permute(jnp.repeat(x, per_token, axis=0), order, back)
     if is_part:
         # Whatever a grouped product leaves in rows of no group, neither it nor its gradient goes anywhere.
         is_own = (flat < count)[order][:, None]
         h = jnp.where(is_own, h, 0)
-    out = grouped(swiglu(grouped(h, "gate"), grouped(h, "up")), "down")
+    out = grouped(gated(grouped(h, "gate"), grouped(h, "up")), "down")
     if is_part:
         out = jnp.where(is_own, out, 0)
     out = _permute(out, back, order).reshape(*chosen.shape, -1)

@@ -35,6 +35,8 @@ class Weight(NamedTuple):
     is_norm: bool = False
     """Whether it is the weight of a norm: GGUF files hold it whole where `DecoderConfig.norm_offset` stores it less
     one."""
+    alternates: bool = False
+    """Whether weights of one tensor take turns along its last dimension, instead of lying one behind the other."""
 
 
 def _linear(path: str, hf: str, gguf: str, heads: str | None = None) -> tuple[Weight, ...]:
@@ -78,6 +80,21 @@ _EXPERTS = (
         for path in ("gate", "up", "down")
     ),
 )
+_SINKS = (Weight("layers/sinks", "model.layers.{}.self_attn.sinks", "blk.{}.attn_sinks.weight"),)
+_BIASED_EXPERTS = (
+    *_linear("router", "mlp.router", "ffn_gate_inp"),
+    *(
+        Weight(
+            f"layers/{path}{end}",
+            f"model.layers.{{}}.mlp.experts.{tensor}_proj{end}",
+            f"blk.{{}}.ffn_{path}_exps.{kind}",
+            alternates=tensor != path,
+        )
+        for tensor, paths in (("gate_up", ("gate", "up")), ("down", ("down",)))
+        for end, kind in (("", "weight"), ("_bias", "bias"))
+        for path in paths
+    ),
+)
 _NORMS = (
     *_norm("attention_norm", "input_layernorm", "attn_norm"),
     *_norm("mlp_norm", "post_attention_layernorm", "ffn_norm"),
@@ -114,6 +131,7 @@ QWEN3_WEIGHTS = (*_EMBEDDING, *_ATTENTION, *_QK_NORM, *_MLP, *_NORMS, *_HEAD)
 QWEN3_MOE_WEIGHTS = (*_EMBEDDING, *_ATTENTION, *_QK_NORM, *_EXPERTS, *_NORMS, *_HEAD)
 GEMMA3_WEIGHTS = (*_EMBEDDING, *_ATTENTION, *_QK_NORM, *_MLP, *_FOUR_NORMS, *_HEAD)
 OLMO_WEIGHTS = (*_EMBEDDING, *_ATTENTION, *_QK_NORM, *_MLP, *_POST_NORMS, *_HEAD)
+GPT_OSS_WEIGHTS = (*_EMBEDDING, *_SINKS, *_ATTENTION, *_BIASED_EXPERTS, *_NORMS, *_HEAD)
 PHI3_WEIGHTS = (*_EMBEDDING, *_JOINED, *_NORMS, *_HEAD)
 
 
@@ -165,6 +183,8 @@ class Family(NamedTuple):
     experts: Mapping[str, tuple[str, ...]] | None = None
     """config.json's keys of the fields of `Experts` that it knows, each under all its names; None where layers have an
     MLP."""
+    fixed_experts: Mapping[str, Any] = MappingProxyType({})
+    """Fields of `Experts` that all its models have alike."""
 
     @property
     def scorer(self) -> str:
@@ -332,6 +352,43 @@ FAMILIES: dict[str, Family] = {
             "normalized": ("norm_topk_prob",),
         },
     ),
+    "gpt_oss": Family(
+        "GptOssForCausalLM",
+        GPT_OSS_WEIGHTS,
+        {
+            "max_position_embeddings": 131072,
+            "num_key_value_heads": 8,
+            "head_dim": 64,
+            "num_local_experts": 128,
+            "num_experts_per_tok": 4,
+            "swiglu_limit": 7.0,
+            "swiglu_alpha": 1.702,
+            "attention_bias": True,
+            "sliding_window": 128,
+            "rms_norm_eps": 1e-5,
+            "rope_theta": 150_000.0,
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "factor": 32.0,
+                "beta_fast": 32.0,
+                "beta_slow": 1.0,
+                "truncate": False,
+                "original_max_position_embeddings": 4096,
+            },
+        },
+        bias_keys=("attention_bias",),
+        fixed={"sinks": True},
+        sliding="typed",
+        full_every=2,
+        experts={
+            "count": ("num_local_experts",),
+            "per_token": ("num_experts_per_tok",),
+            "mlp_dim": ("intermediate_size",),
+            "limit": ("swiglu_limit",),
+            "slope": ("swiglu_alpha",),
+        },
+        fixed_experts={"biases": True},
+    ),
 }
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -348,8 +405,8 @@ class Entry(NamedTuple):
     """The layer of it; None for what is not a layer."""
     shape: tuple[int, ...]
     """In the file: [.., out, in] for matrices."""
-    rows: slice | None = None
-    """Which rows of a tensor that holds several weights are this one's; None is all of a tensor of its own."""
+    part: tuple[Any, ...] | None = None
+    """The index of this one in a tensor that holds several weights; None is all of a tensor of its own."""
     expert: int | None = None
     """The expert of it; None for what is of none, or holds all experts of the layer."""
 
@@ -378,10 +435,15 @@ def entries(config: DecoderConfig, kind: str = "hf") -> list[Entry]:
         if len(together) == 1:
             return Entry(name, weight, layer, shape, expert=expert)
 
+        number = together.index(weight)
+        if weight.alternates:
+            own = (..., slice(number, None, len(together)))
+            return Entry(name, weight, layer, (*shape[:-1], shape[-1] * len(together)), own)
+
         # Ours are [in, out], so what are rows to the file are our last dimension.
         sizes = [declared[other.path][-1] for other in together]
-        start = sum(sizes[: together.index(weight)])
-        return Entry(name, weight, layer, (sum(sizes), *shape[1:]), slice(start, start + shape[0]))
+        start = sum(sizes[:number])
+        return Entry(name, weight, layer, (sum(sizes), *shape[1:]), (slice(start, start + shape[0]),))
 
     # A state dict goes layer by layer, with what is not a layer before and behind.
     stacked = [weight for weight in rows if weight.path.startswith("layers/")]
@@ -416,6 +478,10 @@ def fresh_config(
         having = ", ".join(name for name, one in FAMILIES.items() if one.experts is not None)
         said = "needs experts" if experts is None else f"has no experts; of {experts.count} take a family of {having}"
         raise ValueError(f"family={family!r} {said}")
+    if experts is not None and known.experts is not None:
+        # What no size says is the family's.
+        factors = {ours: known.defaults[names[0]] for ours, names in known.experts.items() if ours in _EXPERT_FACTORS}
+        experts = dataclasses.replace(experts, **known.fixed_experts, **factors)
     fields: dict[str, Any] = {**known.fixed, "experts": experts}
     if known.root_embedding:
         fields["embed_scale"] = sizes["embed_dim"] ** 0.5
@@ -428,8 +494,9 @@ def fresh_config(
         if known.sliding == "none":
             raise ValueError(f"sliding_window={sliding_window} needs a family whose layers slide; {family} has none")
         fields["sliding_window"] = sliding_window
-    if sliding_window is not None and known.local_rope:
+    if sliding_window is not None and known.full_every:
         fields["sliding_layers"] = pattern(known.full_every, sizes["num_layers"])
+    if sliding_window is not None and known.local_rope:
         fields["local_rope_theta"] = known.defaults.get("rope_local_base_freq", known.defaults["rope_theta"])
     return DecoderConfig(family=family, **fields, **sizes)
 
@@ -549,6 +616,9 @@ def _labels(hf: Mapping[str, Any]) -> int:
 _ACTIVATIONS = {"silu": ("silu", "swish"), "gelu_tanh": ("gelu_pytorch_tanh",)}
 """config.json's names of `DecoderConfig.activation`."""
 
+_EXPERT_FACTORS = ("limit", "slope")
+"""Fields of `Experts` that are no counts."""
+
 _MOST_LAYERS = 10_000  # lists of all layers are made of the number before any tensor is looked at
 
 
@@ -582,8 +652,11 @@ def _experts_from_hf(family: Family, get: Callable[..., Any]) -> Experts | None:
     fields: dict[str, Any] = {}
     for ours, names in family.experts.items():
         theirs = next((name for name in names if get(name) is not None), names[0])
-        fields[ours] = bool(get(theirs)) if ours in flags else _whole(get, theirs)
-    return Experts(**fields)
+        if ours in _EXPERT_FACTORS:
+            fields[ours] = _real(theirs, get(theirs))
+        else:
+            fields[ours] = bool(get(theirs)) if ours in flags else _whole(get, theirs)
+    return Experts(**family.fixed_experts, **fields)
 
 
 def _reals(key: str, values: Any) -> tuple[float, ...]:
@@ -671,6 +744,9 @@ def _rotary_dim(family: Family, rope: Mapping[str, Any], hf: Mapping[str, Any], 
 def _rope_by_layer(family: Family, hf: Mapping[str, Any]) -> tuple[Mapping[str, Any], float | None]:
     """config.json with the rotary settings of layers that see all, and the base of those that slide; None where it is
     the same. ValueError where sliding layers have more than a base of their own."""
+    default_rope = family.defaults.get("rope_parameters")
+    if default_rope is not None and not (hf.get("rope_parameters") or hf.get("rope_scaling")):
+        hf = {**hf, "rope_parameters": default_rope}
     newer = hf.get("rope_parameters")
     if not family.local_rope:
         return hf, None
@@ -839,7 +915,7 @@ def config_to_hf(config: DecoderConfig) -> dict[str, Any]:
         hf["sliding_window"] = config.sliding_window
     if family.experts is not None and config.experts is not None:
         hf |= {name: getattr(config.experts, ours) for ours, names in family.experts.items() for name in names}
-        hf |= {"decoder_sparse_step": 1, "mlp_only_layers": []}
+        hf |= {"decoder_sparse_step": 1, "mlp_only_layers": []} if "decoder_sparse_step" in family.defaults else {}
     if family.sliding == "switched":
         hf |= {"use_sliding_window": config.sliding_window is not None, "sliding_window": config.sliding_window}
     if family.sliding == "chosen":

@@ -21,6 +21,7 @@ _DTYPES: dict[str, np.dtype] = {
     "BF16": np.dtype(ml_dtypes.bfloat16),
     "F64": np.dtype(np.float64),
 }
+_BYTES = {"U8": np.dtype(np.uint8)}
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 _LONGEST_HEADER = 100_000_000  # of the reference library
@@ -37,9 +38,10 @@ class TensorInfo(NamedTuple):
 
 
 class SafetensorsFolder:
-    """The tensors of a folder with one file, `single`, or with shards and their index."""
+    """The tensors of a folder with one file, `single`, or with shards and their index. Those whose names end in one of
+    `packed` may hold bytes."""
 
-    def __init__(self, folder: Path, *, single: str = SINGLE_FILE):
+    def __init__(self, folder: Path, *, single: str = SINGLE_FILE, packed: tuple[str, ...] = ()):
         index = folder / INDEX_FILE
         weight_map = _read_index(index) if index.exists() else None
         if weight_map is None and not (folder / single).exists():
@@ -50,7 +52,7 @@ class SafetensorsFolder:
 
         self.tensors: dict[str, TensorInfo] = {}
         for name in [single] if weight_map is None else sorted(set(weight_map.values())):
-            for tensor, info in _read_header(folder / name).items():
+            for tensor, info in _read_header(folder / name, packed).items():
                 if tensor in self.tensors:
                     other = self.tensors[tensor].file.name
                     raise ValueError(f"{folder}: tensor {shown(tensor)} stands in both {other} and {name}")
@@ -114,8 +116,9 @@ def _parse(path: Path, text: bytes, what: str) -> dict[str, Any]:
     return content
 
 
-def _read_header(path: Path) -> dict[str, TensorInfo]:
-    """The table of a file. As in the reference library, tensors lie one behind the other and fill the file."""
+def _read_header(path: Path, packed: tuple[str, ...] = ()) -> dict[str, TensorInfo]:
+    """The table of a file; bytes are allowed where a name ends in one of `packed`. As in the reference library, tensors
+    lie one behind the other and fill the file."""
     if not path.is_file():
         raise ValueError(f"{path} is missing, though {INDEX_FILE} names it")
     size = path.stat().st_size
@@ -133,7 +136,8 @@ def _read_header(path: Path) -> dict[str, TensorInfo]:
     tensors: dict[str, TensorInfo] = {}
     spans = []
     for name, item in header.items():
-        dtype, shape, start, end = _row(item, f"{path}: tensor {shown(name)}")
+        known = _DTYPES | _BYTES if name.endswith(packed) else _DTYPES
+        dtype, shape, start, end = _row(item, f"{path}: tensor {shown(name)}", known)
         # Offsets count from the end of the header, which lies behind the 8 bytes of its length.
         if end - start != math.prod(shape) * dtype.itemsize or 8 + length + end > size:
             raise ValueError(f"{path} is truncated or corrupt at tensor {shown(name)}; copy or download it again")
@@ -155,7 +159,7 @@ def _read_header(path: Path) -> dict[str, TensorInfo]:
     return tensors
 
 
-def _row(item: Any, where: str) -> tuple[np.dtype, tuple[int, ...], int, int]:
+def _row(item: Any, where: str, known: Mapping[str, np.dtype]) -> tuple[np.dtype, tuple[int, ...], int, int]:
     """(dtype, shape, first byte, byte behind the last) of an entry of a header."""
     try:
         name = item["dtype"]
@@ -169,11 +173,11 @@ def _row(item: Any, where: str) -> tuple[np.dtype, tuple[int, ...], int, int]:
             f"{where} has shape {shape!r:.80} and data_offsets {offsets!r:.80}, which must be whole numbers, two of "
             "them offsets; download the file again"
         )
-    if not isinstance(name, str) or name not in _DTYPES:
+    if not isinstance(name, str) or name not in known:
         raise ValueError(
-            f"{where} has dtype {name!r:.80}; supported are {', '.join(_DTYPES)}. Dequantise the model first"
+            f"{where} has dtype {name!r:.80}; supported are {', '.join(known)}. Dequantise the model first"
         )
-    return _DTYPES[name], tuple(shape), *offsets
+    return known[name], tuple(shape), *offsets
 
 
 def write_safetensors(

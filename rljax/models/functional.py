@@ -77,6 +77,27 @@ def _geglu_backward(residuals, g):
 geglu.defvjp(lambda gate, up: (_geglu(gate, up), (gate, up)), _geglu_backward)
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def clamped_swiglu(gate: Float[Array, "*B"], up: Float[Array, "*B"], limit: float, slope: float) -> Float[Array, "*B"]:
+    """`gate sigmoid(slope gate) (up + 1)`, the gate at most `limit` and `up` between both its signs (2508.10925). The
+    backward pass keeps the two inputs alone."""
+    return _clamped_swiglu(gate, up, limit, slope)
+
+
+def _clamped_swiglu(gate, up, limit, slope):
+    gate = jnp.minimum(gate, limit)
+    return gate * jax.nn.sigmoid(slope * gate) * (jnp.clip(up, -limit, limit) + 1)
+
+
+def _clamped_swiglu_backward(limit, slope, residuals, g):
+    return jax.vjp(lambda gate, up: _clamped_swiglu(gate, up, limit, slope), *residuals)[1](g)
+
+
+clamped_swiglu.defvjp(
+    lambda gate, up, limit, slope: (_clamped_swiglu(gate, up, limit, slope), (gate, up)), _clamped_swiglu_backward
+)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def rms_norm(x: Float[Array, "*B D"], scale: Float[Array, " D"], eps: float) -> Float[Array, "*B D"]:
     """Root-mean-square norm (1910.07467), computed in float32; the dtype of `x` is kept."""

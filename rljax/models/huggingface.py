@@ -16,6 +16,7 @@ from rljax.models.assemble import assemble
 from rljax.models.config import DecoderConfig
 from rljax.models.families import DTYPES, Entry, config_from_hf, config_to_hf, entries, in_file
 from rljax.models.files import INDEX_FILE, SINGLE_FILE, SafetensorsFolder, shown, split_into_files, write_safetensors
+from rljax.models.mxfp4 import BLOCK, BLOCKS, SCALES, dequantised, is_mxfp4
 from rljax.types import Params
 
 _IGNORED = re.compile(r"rotary_emb\.inv_freq$")  # a buffer that old checkpoints carry
@@ -87,21 +88,41 @@ def load_hf(
     """Config and params of a folder with config.json and (sharded) safetensors.
 
     `dtype` (activations) and `param_dtype` (weights) are "float32", "bfloat16" or "float16"; None keeps the file's.
-    Tensors are read lazily, each process its own shards alone. Raises ValueError naming the tensor when one is missing,
-    left over or of another shape than config.json implies.
+    Tensors are read lazily, each process its own shards alone; weights in MXFP4 are dequantised. Raises ValueError
+    naming the tensor when one is missing, left over or of another shape than config.json implies.
     """
     folder = Path(folder)
     config = with_dtypes(read_config(folder), dtype, param_dtype)
-    stored = SafetensorsFolder(folder)
+    stored = SafetensorsFolder(folder, packed=(BLOCKS, SCALES) if is_mxfp4(read_json(folder / "config.json")) else ())
     wanted = entries(config)
-    check_names({entry.name for entry in wanted}, set(stored.tensors), _tolerated(config, stored), str(folder))
+    names = {name for entry in wanted for name in _parts(stored, entry)}
+    check_names(names, set(stored.tensors), _tolerated(config, stored), str(folder))
     for entry in wanted:
-        check_shape(entry, stored.tensors[entry.name].shape, str(folder))
+        shapes = [stored.tensors[name].shape for name in _parts(stored, entry)]
+        check_shape(entry, shapes[0] if len(shapes) == 1 else _unpacked_shape(*shapes), str(folder))
     return config, assemble(config, wanted, lambda entry: _fetched(stored, entry), shardings)
 
 
+def _parts(stored: SafetensorsFolder, entry: Entry) -> list[str]:
+    """The names under which a folder holds a tensor: its own, or those of its two parts in MXFP4."""
+    if f"{entry.name}{BLOCKS}" not in stored.tensors:
+        return [entry.name]
+    return [f"{entry.name}{BLOCKS}", f"{entry.name}{SCALES}"]
+
+
+def _unpacked_shape(blocks: tuple[int, ...], scales: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape of the tensor in parts of these shapes; that of the blocks where they do not belong together."""
+    if len(blocks) != 4 or blocks != (*scales, BLOCK // 2):
+        return blocks
+    # Their rows are what our columns are.
+    return (blocks[0], blocks[2] * BLOCK, blocks[1])
+
+
 def _fetched(stored: SafetensorsFolder, entry: Entry) -> np.ndarray:
-    tensor = stored.open(entry.name)
+    parts = [stored.open(name) for name in _parts(stored, entry)]
+    if len(parts) > 1:
+        return dequantised(*parts).swapaxes(-1, -2)
+    tensor = parts[0]
     return tensor[0] if entry.weight.is_row else tensor
 
 
@@ -165,8 +186,11 @@ def save_hf(
         wanted.setdefault(entry.name, []).append(entry)
     for parts in wanted.values():
         shapes = [_stored_shape(part, _weight(params, part)) for part in parts]
-        rows = (sum(shape[0] for shape in shapes),) if shapes[0] else ()
-        check_shape(parts[0], (*rows, *shapes[0][1:]), "params")
+        along = -1 if parts[0].weight.alternates else 0
+        whole = list(shapes[0])
+        if whole:
+            whole[along] = sum(shape[along] for shape in shapes)
+        check_shape(parts[0], tuple(whole), "params")
 
     # Files of another split would be read along with the new ones.
     writes = on_every_process or jax.process_index() == 0
@@ -235,6 +259,8 @@ _OWNED = frozenset(
         "rope_theta",
         "sliding_window",
         "sliding_window_pattern",
+        "swiglu_alpha",
+        "swiglu_limit",
         "torch_dtype",
         "use_sliding_window",
     }
@@ -268,7 +294,11 @@ def _take(stacked: jax.Array, index: tuple[jax.Array, ...]) -> jax.Array:
 def _tensor_to_host(params: Params, parts: list[Entry]) -> np.ndarray:
     """One tensor in the file's layout, of the weights that it holds."""
     weights = [to_host(params, part) for part in parts]
-    return weights[0] if len(weights) == 1 else np.concatenate(weights)
+    if len(weights) == 1:
+        return weights[0]
+    if parts[0].weight.alternates:
+        return np.stack(weights, axis=-1).reshape(parts[0].shape)
+    return np.concatenate(weights)
 
 
 def to_host(params: Params, entry: Entry) -> np.ndarray:

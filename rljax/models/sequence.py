@@ -68,21 +68,24 @@ class Shares(NamedTuple):
         """`attention` of each device's queries to the gathered keys and values. It is called with arrays in the order
         of shares; `positions` and `subtree_end` here are in packed order."""
 
-        def part(q, k, v, positions, subtree_end, window):
+        def part(q, k, v, positions, subtree_end, window, sinks=None):
             k, v = (self.in_order(jax.lax.all_gather(x, AXIS, axis=1, tiled=True)) for x in (k, v))
             own = jax.lax.axis_index(AXIS)
             outs = []
             for i, chunk in enumerate((own, CHUNKS * self.parts - 1 - own)):
                 queries = jax.lax.slice_in_dim(q, i * self.chunk, (i + 1) * self.chunk, axis=1)
                 start = chunk * self.chunk
-                outs.append(attention(queries, k, v, positions, subtree_end, window, query_start=start))
+                outs.append(attention(queries, k, v, positions, subtree_end, window, query_start=start, sinks=sinks))
             return jnp.concatenate(outs, axis=1)
 
-        def attend(q, k, v, _positions, _subtree_end, window):
+        def attend(q, k, v, _positions, _subtree_end, window, *, sinks=None):
             heads = ("batch", "positions", "kv_heads", None)
             row = ("batch", None)
-            run = split_over(part, (heads, heads, heads, row, row, ()), heads)
-            return run(q, k, v, positions, subtree_end, jnp.asarray(window, jnp.int32))
+            axes = (heads, heads, heads, row, row, ())
+            arrays = (q, k, v, positions, subtree_end, jnp.asarray(window, jnp.int32))
+            if sinks is None:
+                return split_over(part, axes, heads)(*arrays)
+            return split_over(part, (*axes, ("kv_heads",)), heads)(*arrays, sinks)
 
         return attend
 

@@ -104,14 +104,14 @@ def extend(
         kept_k = conversations.k[layer]
         kept_v = conversations.v[layer]
 
-        def attend(q, k, v, kept_k=kept_k, kept_v=kept_v, window=window):
+        def attend(q, k, v, sinks=None, kept_k=kept_k, kept_v=kept_v, window=window):
             new_k = _write(kept_k, k, index, start)
             new_v = _write(kept_v, v, index, start)
             if is_fresh:
                 # Nothing lies before: the new keys alone, which need not be gathered from the whole length.
-                out = forest_attention(q, k, v, positions, jnp.full(tokens.shape, length), window)
+                out = forest_attention(q, k, v, positions, jnp.full(tokens.shape, length), window, sinks=sinks)
             else:
-                out = _attend(q, _read(new_k, index), _read(new_v, index), start, window)
+                out = _attend(q, _read(new_k, index), _read(new_v, index), start, window, sinks)
             return out, (new_k, new_v)
 
         x, (new_k, new_v) = apply_layer(config, layer_params, x, tables[rotation], attend, product)
@@ -143,8 +143,9 @@ def _read(kept: Array, index: Array) -> Array:
     return on_shards(read, (PREFIX_AXES, ("batch",)), PREFIX_AXES)(kept, index)
 
 
-def _attend(q: Array, k: Array, v: Array, start: Array, window: int) -> Array:
-    """Query i of row n [N, S, H, hd] sees the keys [N, KV, C, hd] up to `start[n] + i`; float32 softmax."""
+def _attend(q: Array, k: Array, v: Array, start: Array, window: int, sinks: Array | None) -> Array:
+    """Query i of row n [N, S, H, hd] sees the keys [N, KV, C, hd] up to `start[n] + i`; float32 softmax, with one score
+    more for nothing where heads have `sinks` [H]."""
     rows, length, heads, head_dim = q.shape
     kv_heads, size = k.shape[1:3]
     groups = heads // kv_heads
@@ -164,7 +165,13 @@ def _attend(q: Array, k: Array, v: Array, start: Array, window: int) -> Array:
         position = jnp.repeat(start[:, None] + first + jnp.arange(block), groups, axis=1)[..., None]
         visible = (column <= position) & (position - column < window)
         scores = jnp.where(visible[:, None], product("nkqd,nkcd->nkqc", queries, k), MASKED)
-        return product("nkqc,nkcd->nkqd", jax.nn.softmax(scores, axis=-1).astype(v.dtype), v)
+        if sinks is None:
+            weights = jax.nn.softmax(scores, axis=-1)
+        else:
+            own = jnp.tile(sinks.astype(jnp.float32).reshape(kv_heads, groups), (1, block))[..., None]
+            own = jnp.broadcast_to(own, (*scores.shape[:-1], 1))
+            weights = jax.nn.softmax(jnp.concatenate([scores, own], axis=-1), axis=-1)[..., :-1]
+        return product("nkqc,nkcd->nkqd", weights.astype(v.dtype), v)
 
     # One block after the other, so that scores exist for `block` queries over the whole length, and no more.
     out = jax.lax.map(attend, (q, jnp.arange(count) * block))

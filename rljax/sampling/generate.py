@@ -192,8 +192,8 @@ def prefill(
     layers = zip(params["layers"], config.windows, config.rotations, strict=True)
     for index, (layer_params, window, rotation) in enumerate(layers):
 
-        def attend(q, k, v, window=window):
-            return forest_attention(q, k, v, positions, end, window), (k, v)
+        def attend(q, k, v, sinks=None, window=window):
+            return forest_attention(q, k, v, positions, end, window, sinks=sinks), (k, v)
 
         x, (k, v) = apply_layer(config, layer_params, x, tables[rotation], attend, multiply, record.choose)
         prefix_k.append(_store(cache.prefix_k[index], k, slots))
@@ -485,10 +485,10 @@ def _forward(
     layers = zip(params["layers"], config.windows, config.rotations, strict=True)
     for index, (layer_params, window, rotation) in enumerate(layers):
 
-        def attend(q, k, v, index=index, window=window):
+        def attend(q, k, v, sinks=None, index=index, window=window):
             # Written before it is read: a token sees itself.
             layer = write_column(layer_cache(cache, index), k, v, column, writes)
-            return cached_attention(q, layer, prefix_length, age, steps, window), layer
+            return cached_attention(q, layer, prefix_length, age, steps, window, sinks), layer
 
         x, layer = apply_layer(config, layer_params, x, tables[rotation], attend, multiply, record.choose)
         suffix_k.append(layer.suffix_k)

@@ -72,11 +72,11 @@ def weights_program(config: DecoderConfig, mesh: Mesh | None):
 
 def decode_weights(config: DecoderConfig, params: Params) -> dict[str, Any]:
     """A copy of stacked `params` whose layers are a tuple of dicts with matrices [E, D] instead of [D, E]: a step
-    multiplies a few vectors by each, and runs faster along rows. Norms and routers keep their dtype, as they are
-    float32 work, and matrices of experts [E, D, F] their order."""
+    multiplies a few vectors by each, and runs faster along rows. Norms, sinks and routers keep their dtype, as they are
+    float32 work, and matrices and biases of experts [E, ..] their order."""
 
     def cast(name, value):
-        return value if "norm" in name or "router" in name else value.astype(config.dtype)
+        return value if any(kind in name for kind in ("norm", "sinks", "router")) else value.astype(config.dtype)
 
     # Copies, also where nothing is cast: the trainer donates its own weights to its next update.
     outer = {name: jnp.copy(cast(name, value)) for name, value in params.items() if name != "layers"}
@@ -89,8 +89,8 @@ def decode_weights(config: DecoderConfig, params: Params) -> dict[str, Any]:
 
 
 def _turns(config: DecoderConfig, name: str) -> bool:
-    """Whether a weight of a layer is turned: not the matrices of experts, of which each meets its own tokens."""
-    matrix = name.removesuffix(DOWN).removesuffix(UP)
+    """Whether a weight of a layer is turned: not what experts have, of which each meets its own tokens."""
+    matrix = name.removesuffix(DOWN).removesuffix(UP).removesuffix("_bias")
     return config.experts is None or matrix not in EXPERT_AXES
 
 

@@ -348,7 +348,8 @@ SIZES |= {"mlp_dim": 48}
 def test_a_new_model_of_every_family_can_be_written(family):
     """`config_to_hf` refuses what its family cannot say. Of four layers of Gemma 3 all slide."""
     known = KNOWN[family]
-    sizes = SIZES | ({"experts": Experts(count=4, per_token=2, mlp_dim=12)} if known.experts else {})
+    # The width of an expert, which gpt-oss has no other beside.
+    sizes = SIZES | ({"experts": Experts(count=4, per_token=2, mlp_dim=12), "mlp_dim": 12} if known.experts else {})
     if known.sliding != "none":
         sizes["sliding_window"] = 5
     config = fresh_config(family, **sizes)

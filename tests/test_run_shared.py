@@ -69,9 +69,15 @@ def test_what_hosts_do_is_done_once_and_shared_out(played, name):
     alone, both = played
     first, second = (found[name] for found in both)
     assert sorted([*first["asked"], *second["asked"]]) == alone[name]["asked"]
-    assert first["decoded"] + second["decoded"] == alone[name]["decoded"]
     for found in (first, second):
         assert len(found["asked"]) <= 0.6 * len(alone[name]["asked"])
+
+    if "engines" in name:
+        # Engines decode, here in the process of the test.
+        assert first["decoded"] == second["decoded"] == 0
+        return
+    assert first["decoded"] + second["decoded"] == alone[name]["decoded"]
+    for found in (first, second):
         assert found["decoded"] <= 0.6 * alone[name]["decoded"]
 
 

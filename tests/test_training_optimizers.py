@@ -18,6 +18,7 @@ from test_training_learner import CONFIG, FLAT, grpo, params, rollout, update_co
 
 from rljax.batching import PackConfig
 from rljax.losses import Correction
+from rljax.models import Experts, init_params
 from rljax.parallel import make_mesh
 from rljax.training import (
     Checkpointer,
@@ -32,6 +33,7 @@ from rljax.training import (
     scale_by_lightsam_norm,
     state_shardings,
 )
+from rljax.training.optimizers import decay_mask
 
 TESTS = Path(__file__).parent
 CONFIGS = {"muon": MuonConfig, "lightsam": LightSAMConfig}
@@ -171,6 +173,27 @@ def test_muon_makes_each_layers_matrix_orthogonal_and_leaves_the_rest_to_adam():
     alone["layers"]["q"] = alone["layers"]["q"].at[1].multiply(100.0)
     scaled, _ = optimizer.update(alone, optimizer.init(weights), weights)
     np.testing.assert_allclose(scaled["layers"]["q"], updates["layers"]["q"], atol=2e-5)
+
+
+def test_muon_makes_each_experts_matrix_orthogonal_and_leaves_sinks_and_biases_to_adam():
+    experts = Experts(count=3, per_token=2, mlp_dim=12, biases=True)
+    config = dataclasses.replace(CONFIG, attention_bias=True, sinks=True, experts=experts)
+    weights = init_params(config, jax.random.key(0))
+    grads = jax.tree.map(lambda x, k: jax.random.normal(k, x.shape), weights, keys_like(weights))
+    found = {}
+    for kind in (MuonConfig, OptimizerConfig):
+        optimizer = make_optimizer(kind(learning_rate=1.0, max_grad_norm=0.0))
+        found[kind], _ = optimizer.update(grads, optimizer.init(weights), weights)
+    muon, adam = (found[kind]["layers"] for kind in (MuonConfig, OptimizerConfig))
+    for name in ("gate", "up", "down"):
+        for place in np.ndindex(CONFIG.num_layers, 3):
+            got = -np.asarray(muon[name][place], np.float64)
+            got /= 0.2 * max(got.shape) ** 0.5
+            want = orthogonal(grads["layers"][name][place])
+            assert np.sum(got * want) / np.linalg.norm(got) / np.linalg.norm(want) > 0.97, (name, place)
+    for name in ("sinks", "q_bias", "router_bias", "gate_bias", "down_bias"):
+        np.testing.assert_allclose(muon[name], adam[name], rtol=1e-6)
+        assert not decay_mask(weights)["layers"][name]
 
 
 def test_muon_scales_by_width_without_a_root_mean_square():

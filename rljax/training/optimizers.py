@@ -191,27 +191,31 @@ def _name_of(key: Any) -> str:
 
 
 def decay_mask(params: Params) -> Any:
-    """True for weights that decay: all but norms and biases, which their names tell."""
+    """True for weights that decay: all but norms, biases and sinks, which their names tell."""
     return jax.tree_util.tree_map_with_path(lambda path, _: _is_matrix(path), dict(params))
 
 
 def layer_matrices(params: Any) -> Any:
-    """True for the stacked matrices [layers, in, out]."""
+    """True for the stacked matrices [layers, in, out], and those of experts [layers, experts, in, out]."""
     return jax.tree_util.tree_map_with_path(lambda path, _: path[0].key == "layers" and _is_matrix(path), params)
 
 
 def _is_matrix(path: Any) -> bool:
-    return not path[-1].key.endswith(("norm", "bias"))
+    return not path[-1].key.endswith(("norm", "bias", "sinks"))
 
 
 def _layers_apart(updates: Any) -> Any:
-    """The axes of [layers, in, out] that make a matrix."""
-    return jax.tree.map(lambda _: optax.contrib.MuonDimensionNumbers(reduction_axis=1, output_axis=2), updates)
+    """The axes of [layers, .., in, out] that make a matrix: each layer's, and each expert's, by itself."""
+
+    def axes(x: jax.Array) -> optax.contrib.MuonDimensionNumbers:
+        return optax.contrib.MuonDimensionNumbers(reduction_axis=x.ndim - 2, output_axis=x.ndim - 1)
+
+    return jax.tree.map(axes, updates)
 
 
 def _scale_by_shape(consistent_rms: float) -> optax.GradientTransformation:
     def factor(x: jax.Array) -> float:
-        _, fan_in, fan_out = x.shape
+        *_, fan_in, fan_out = x.shape
         if consistent_rms:
             return consistent_rms * max(fan_in, fan_out) ** 0.5
         return max(1.0, fan_out / fan_in) ** 0.5

@@ -132,6 +132,41 @@ def test_values_and_gradients_are_those_of_the_definition(
     assert_close(got, oracle(*arrays, positions, ends, window), 5e-6)
 
 
+@pytest.mark.parametrize("form", ["plain", "streamed", "gpu", "tpu"])
+def test_sinks_are_one_score_more_whose_value_is_zero(form):
+    """Values, and gradients to the sinks too, by the definition: a column beside the scores, left out of the sum."""
+    positions, ends = forests(45, seed=3)
+    q, k, v, g = inputs(2, 45, 4, 2, 8)
+    sinks = jnp.array([-1.0, 0.5, 2.0, 4.0])
+    rest = jnp.asarray(positions), jnp.asarray(ends), 9
+    attend = {
+        "plain": forest_attention,
+        "streamed": functools.partial(forest_attention, query_start=0),
+        "gpu": functools.partial(interpreted, block_q=16, block_k=16),
+        "tpu": functools.partial(interpreted, block_q=16, block_k=16, interpret="tpu"),
+    }[form]
+    visible = np.stack([seen(*row, 9) for row in zip(positions, ends, strict=True)])
+
+    def definition(q, k, v, sinks):
+        k, v = (jnp.repeat(x, 2, axis=2) for x in (k, v))
+        scores = jnp.einsum("rqhd,rshd->rhqs", q, k) / np.sqrt(8)
+        scores = jnp.where(visible[:, None], scores, -jnp.inf)
+        column = jnp.broadcast_to(sinks[None, :, None, None], (*scores.shape[:3], 1))
+        weights = jax.nn.softmax(jnp.concatenate([scores, column], axis=-1), axis=-1)[..., :-1]
+        return jnp.einsum("rhqs,rshd->rqhd", weights, v)
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def run(attend, q, k, v, sinks):
+        out, pull = jax.vjp(attend, q, k, v, sinks)
+        return out, *pull(g)
+
+    got = run(lambda q, k, v, sinks: attend(q, k, v, *rest, sinks=sinks), q, k, v, sinks)
+    want = run(definition, q, k, v, sinks)
+    assert np.abs(want[4]).min() > 0.1
+    for x, y in zip(got, want, strict=True):
+        np.testing.assert_allclose(x, y, atol=5e-6 * max(1.0, float(np.abs(y).max())), rtol=0)
+
+
 def test_rows_whose_lists_overflow_scalar_memory_go_one_by_one(monkeypatch):
     positions, ends = forests(60, seed=9, rows=3)
     arrays = inputs(3, 60, 2, 1, 8)

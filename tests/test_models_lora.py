@@ -213,6 +213,13 @@ def test_an_adapter_of_rows_of_a_tensor_is_no_folder_of_peft(tmp_path):
     config = dataclasses.replace(CONFIG, family="phi3", lora=Lora(rank=2, alpha=4.0, targets=("o", "up")))
     with pytest.raises(ValueError, match="phi3 keeps up with others in gate_up_proj, which PEFT adapts as one"):
         save_peft(tmp_path, config, init_params(config, jax.random.key(0)))
+
+    # gpt-oss has all experts' matrices in one parameter, which is the weight of no module.
+    experts = Experts(count=2, per_token=1, mlp_dim=CONFIG.mlp_dim, biases=True)
+    mixture = dataclasses.replace(config, family="gpt_oss", experts=experts, lora=Lora(2, 4.0, ("o", "down")))
+    with pytest.raises(ValueError, match="gpt_oss keeps down with others in down_proj, which PEFT adapts as one"):
+        save_peft(tmp_path, mixture, init_params(mixture, jax.random.key(0)))
+
     own = dataclasses.replace(config, lora=Lora(rank=2, alpha=4.0, targets=("o", "down")))
     save_peft(tmp_path, own, init_params(own, jax.random.key(0)))
     assert read_lora(tmp_path, own) == own.lora

@@ -173,10 +173,12 @@ def _targets(config: DecoderConfig) -> list[Weight]:
 
 
 def _check_apart(config: DecoderConfig, targets: list[Weight]) -> None:
-    """ValueError where a target's matrix lies in one tensor with others, which PEFT adapts as one."""
+    """ValueError where a target's matrix lies in one tensor with others, of the layer or of all experts, which PEFT
+    adapts as one or not at all."""
     rows = family_of(config).weights
     for weight in targets:
-        if sum(other.hf == weight.hf for other in rows) > 1:
+        # What is the weight of no module holds the matrices of all experts.
+        if sum(other.hf == weight.hf for other in rows) > 1 or not weight.hf.endswith(".weight"):
             raise ValueError(
                 f"{config.family} keeps {weight.path.removeprefix('layers/')} with others in {_module(weight)}, which "
                 "PEFT adapts as one; write the merged model (rljax convert without --adapter)"

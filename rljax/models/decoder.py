@@ -31,7 +31,7 @@ from rljax.types import Params
 
 Attend = Callable[..., tuple[Array, Any]]
 """`attend(q [..., H, hd], k [..., KV, hd], v [..., KV, hd]) -> (out [..., H, hd], aux)`; rotary is applied already. A
-layer with sinks gives them [H] behind."""
+layer with sinks gives them as `sinks=` [H]."""
 
 Remat = Literal["none", "products_saved", "attention_saved", "full"]
 """What of a layer the backward pass computes again. `full`: all of it, so that its input alone is kept.
@@ -160,8 +160,9 @@ class Layer(nnx.Module):
         # Keys are rotated before they are kept: a cache never rotates again. Attention divides by the root of the
         # width whatever the family; what it wants instead is multiplied in where queries are wide.
         scale = 1.0 if c.score_scale is None else c.score_scale * score_divisor(c.head_dim)
-        sinks = (self.sinks[...],) if c.sinks else ()
-        out, aux = attend(apply_rotary(q, *rotary, scale), apply_rotary(k, *rotary), v, *sinks)
+        # By name, so that what knows of no sinks refuses them.
+        sinks = {"sinks": self.sinks[...]} if c.sinks else {}
+        out, aux = attend(apply_rotary(q, *rotary, scale), apply_rotary(k, *rotary), v, **sinks)
         out = out.reshape(*x.shape[:-1], c.num_heads * c.head_dim)
         x = self._add(x, project(out, "o"), "attention_post_norm")
 

@@ -47,8 +47,8 @@ def score_prompts(config: DecoderConfig, count: int, params: Params, tokens: Int
     x = constrain(embed(config, params, tokens), ("batch", None, None))
     for layer, window, rotation in zip(params["layers"], config.windows, config.rotations, strict=True):
 
-        def attend(q, k, v, window=window):
-            return forest_attention(q, k, v, positions, ends, window), None
+        def attend(q, k, v, sinks=None, window=window):
+            return forest_attention(q, k, v, positions, ends, window, sinks=sinks), None
 
         x, _ = apply_layer(config, layer, x, tables[rotation], attend, product)
     hidden = final_norm(config, params, x)[:, :-1]

@@ -13,8 +13,9 @@ from rljax.models.config import DecoderConfig
 from rljax.models.decoder import abstract_params
 from rljax.models.families import Entry
 
-Fetch = Callable[[Entry], np.ndarray]
-"""`fetch(entry)` -> the tensor as the file lays it out, lazily (a view of the mapped file) or computed."""
+Fetch = Callable[[Entry, slice], np.ndarray]
+"""`fetch(entry, which)` -> the tensor as the file lays it out, lazily (a view of the mapped file) or computed: of one
+that holds a matrix for each expert those of `which`, so that no others are computed; of any other all."""
 
 _BLOCK = 512  # a transposed copy goes in square blocks that fit the cache: four times faster than one strided copy
 
@@ -59,7 +60,7 @@ def _leaf(group: list[Entry], leaf: jax.ShapeDtypeStruct, fetch: Fetch, sharding
 def _read_block(group, leaf, bounds, fetch: Fetch, pool) -> np.ndarray:
     out = _aligned_empty(tuple(stop - start for start, stop in bounds), np.dtype(leaf.dtype))
     if group[0].layer is None:
-        _copy(out, _own_part(fetch, group[0]), bounds, group[0].weight.transpose)
+        _fill(out, fetch, group[0], bounds)
         return out
     start, stop = bounds[0]
     if group[0].expert is None:
@@ -68,28 +69,29 @@ def _read_block(group, leaf, bounds, fetch: Fetch, pool) -> np.ndarray:
         first, last = bounds[1]
         wanted = [e for e in group if start <= e.layer < stop and first <= e.expert < last]
         targets = [(out[entry.layer - start, entry.expert - first], bounds[2:], entry) for entry in wanted]
-    copies = [
-        pool.submit(lambda to, where, e: _copy(to, _own_part(fetch, e), where, e.weight.transpose), *target)
-        for target in targets
-    ]
+    copies = [pool.submit(_fill, to, fetch, entry, where) for to, where, entry in targets]
     for copy in copies:
         copy.result()
     return out
 
 
-def _own_part(fetch: Fetch, entry: Entry) -> np.ndarray:
-    tensor = fetch(entry)
-    return tensor if entry.part is None else tensor[entry.part]
-
-
-def _copy(out: np.ndarray, source: np.ndarray, bounds: tuple[tuple[int, int], ...], transpose: bool) -> None:
+def _fill(out: np.ndarray, fetch: Fetch, entry: Entry, bounds: tuple[tuple[int, int], ...]) -> None:
+    """The part `bounds` of a weight into `out`."""
     window = tuple(slice(start, stop) for start, stop in bounds)
+    which = slice(None)
+    if len(window) == 3:
+        which, *rest = window
+        window = (slice(None), *rest)
+
+    source = fetch(entry, which)
+    source = source if entry.part is None else source[entry.part]
+    transpose = entry.weight.transpose
     source = (source.swapaxes(-1, -2) if transpose else source)[window]
-    if source.ndim == 3:
-        for matrix, own in zip(source, out, strict=True):
-            _copy_matrix(own, matrix, transpose)
+    if source.ndim < 3:
+        _copy_matrix(out, source, transpose)
         return
-    _copy_matrix(out, source, transpose)
+    for matrix, own in zip(source, out, strict=True):
+        _copy_matrix(own, matrix, transpose)
 
 
 def _copy_matrix(out: np.ndarray, source: np.ndarray, transpose: bool) -> None:

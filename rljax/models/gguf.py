@@ -83,8 +83,8 @@ def load_gguf(
 
     interleaved = metadata["general.architecture"] in INTERLEAVED
 
-    def fetch(entry: Entry) -> np.ndarray:
-        value = _dequantise(quants, data, tensors[entry.name])
+    def fetch(entry: Entry, which: slice) -> np.ndarray:
+        value = _dequantise(quants, data, _matrices_of(tensors[entry.name], which))
         if config.norm_offset and entry.weight.is_norm:
             # The converter adds the one that the decoder adds.
             return value - np.float32(1.0)
@@ -356,6 +356,17 @@ def _undo_interleaving(value: np.ndarray, heads: int) -> np.ndarray:
 
 
 _PIECE = 1 << 16  # elements: gguf.quants works on 16 rows at a time, and is fastest on rows of about this length
+
+
+def _matrices_of(tensor: GGUFTensor, which: slice) -> GGUFTensor:
+    """A tensor of some of the matrices of one that holds several, which lie one behind the other."""
+    if len(tensor.shape) < 3:
+        return tensor
+    count, *matrix = tensor.shape
+    first, last, _ = which.indices(count)
+    block, block_bytes = _block_format(tensor.type, "")
+    start = tensor.start + first * (math.prod(matrix) // block) * block_bytes
+    return tensor._replace(start=start, shape=(last - first, *matrix))
 
 
 def _dequantise(quants, data: np.ndarray, tensor: GGUFTensor) -> np.ndarray:

@@ -100,7 +100,7 @@ def load_hf(
     for entry in wanted:
         shapes = [stored.tensors[name].shape for name in _parts(stored, entry)]
         check_shape(entry, shapes[0] if len(shapes) == 1 else _unpacked_shape(*shapes), str(folder))
-    return config, assemble(config, wanted, lambda entry: _fetched(stored, entry), shardings)
+    return config, assemble(config, wanted, lambda entry, which: _fetched(stored, entry, which), shardings)
 
 
 def _parts(stored: SafetensorsFolder, entry: Entry) -> list[str]:
@@ -118,8 +118,8 @@ def _unpacked_shape(blocks: tuple[int, ...], scales: tuple[int, ...]) -> tuple[i
     return (blocks[0], blocks[2] * BLOCK, blocks[1])
 
 
-def _fetched(stored: SafetensorsFolder, entry: Entry) -> np.ndarray:
-    parts = [stored.open(name) for name in _parts(stored, entry)]
+def _fetched(stored: SafetensorsFolder, entry: Entry, which: slice) -> np.ndarray:
+    parts = [stored.open(name)[which] for name in _parts(stored, entry)]
     if len(parts) > 1:
         return dequantised(*parts).swapaxes(-1, -2)
     tensor = parts[0]

@@ -17,6 +17,8 @@ BLOCK = 32
 
 _MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 _VALUES = np.array([*_MAGNITUDES, *(-x for x in _MAGNITUDES)], np.float32)
+# The two numbers of each byte: its lower half is the first.
+_PAIRS = np.stack([np.tile(_VALUES, 16), np.repeat(_VALUES, 16)], axis=-1)
 _BIAS = 127
 
 
@@ -29,10 +31,10 @@ def is_mxfp4(hf: Mapping[str, Any]) -> bool:
 def dequantised(
     blocks: UInt8[np.ndarray, "E N G 16"], scales: UInt8[np.ndarray, "E N G"]
 ) -> Float[np.ndarray, "E N D"]:
-    """The numbers in bfloat16, which has all of them: `D = 32 G`. Of a byte the lower half is the first."""
+    """The numbers in bfloat16, which has all of them: `D = 32 G`."""
     out = np.empty((*scales.shape[:2], scales.shape[2] * BLOCK), ml_dtypes.bfloat16)
     # Matrix by matrix: on the way numbers take four bytes each.
     for own, packed, exponents in zip(out, blocks, scales, strict=True):
-        halves = np.stack([packed & 15, packed >> 4], axis=-1).reshape(*exponents.shape, BLOCK)
-        own[...] = np.ldexp(_VALUES[halves], exponents.astype(np.int32)[..., None] - _BIAS).reshape(own.shape)
+        numbers = np.take(_PAIRS, packed, axis=0).reshape(*exponents.shape, BLOCK)
+        own[...] = np.ldexp(numbers, exponents.astype(np.int32)[..., None] - _BIAS).reshape(own.shape)
     return out

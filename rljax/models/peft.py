@@ -101,7 +101,7 @@ def load_peft(folder: str | os.PathLike, config: DecoderConfig, *, shardings: An
     check_names({entry.name for entry in wanted}, set(stored.tensors), set(), str(folder))
     for entry in wanted:
         check_shape(entry, stored.tensors[entry.name].shape, str(folder))
-    return assemble(config, wanted, lambda entry: stored.open(entry.name), shardings)
+    return assemble(config, wanted, lambda entry, which: stored.open(entry.name)[which], shardings)
 
 
 def save_peft(folder: str | os.PathLike, config: DecoderConfig, params: Params, *, base: str = "") -> None:

@@ -12,24 +12,23 @@ teachers, each on its own task, or one of them for all rows, and the same number
 The teachers' own training is not counted: they are what somebody has already.
 """
 
-import argparse
 import dataclasses
-import json
+import math
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
-from _environments import HOME, relaunch_with_allocator
+from _arms import Result, measure_arms, scores_of
 
 from rljax.algorithms import GRPO, OnPolicyDistillation
+from rljax.analysis.compare import Spent, train_on_budget
 from rljax.experiment import Config, ModelTeacher, PretrainedModel, WarmupConfig
 from rljax.experiment.build import build
 from rljax.experiment.sft import warm_up
-from rljax.experiment.train import evaluate_run, train_step
+from rljax.experiment.train import evaluate_run
 from rljax.models import save_hf
 from rljax.parallel import use_mesh
 from rljax.tasks import Example
@@ -70,7 +69,7 @@ def is_of_two_tasks(arm: str) -> bool:
     return "backward" in ARMS[arm] or "sorted" in ARMS[arm]
 
 
-def student_config(arm: str, preset: dict[str, Any]) -> Config:
+def student_config(arm: str, preset: Mapping[str, Any]) -> Config:
     """The run of an arm, with its warm-up and without its teachers."""
     algorithm = OnPolicyDistillation(group_size=2) if ARMS[arm] else GRPO(group_size=8, kl_coef=0.0)
     make = two_tasks_config if is_of_two_tasks(arm) else spelling_config
@@ -80,7 +79,7 @@ def student_config(arm: str, preset: dict[str, Any]) -> Config:
     return config
 
 
-def teacher_config(name: str, preset: dict[str, Any]) -> Config:
+def teacher_config(name: str, preset: Mapping[str, Any]) -> Config:
     """Supervised training on right answers alone. Its algorithm has no part in it."""
     algorithm = GRPO(group_size=2)
     size = preset["size"]
@@ -102,75 +101,58 @@ def model_of(config: Config, target: Path) -> PretrainedModel:
             params = warm_up(run, log)
             save_hf(target, run.decoder, params, tokenizer=run.tokenizer)
             run.state = run.init_state(params)
-            found = _scores(evaluate_run(run, run.policy(), 0))
+            found = scores_of(evaluate_run(run, run.policy(), 0))
         print(f"{target.name}: avg@8 {found[0]:.3f}, greedy {found[1]:.3f}", file=sys.stderr, flush=True)
     return PretrainedModel(path=str(target), dtype="float32", param_dtype="float32")
 
 
-def _scores(evaluation: Any) -> tuple[float, float]:
-    """Held-out avg@8 and greedy accuracy."""
-    values = {name.partition("@")[0]: estimate.value for name, estimate in evaluation.estimates.items()}
-    return values["avg"], values["greedy"]
-
-
-def compete(arm: str, seed: int, preset: dict[str, Any], folder: Path) -> dict[str, Any]:
+def compete(arm: str, seed: int, preset: Mapping[str, Any], folder: Path) -> Result:
     """One run: (sampled tokens, avg@8, greedy) at each look."""
+    of_two = is_of_two_tasks(arm)
     config = student_config(arm, preset)
-    start = folder / ("student_of_two_tasks" if is_of_two_tasks(arm) else "student")
+    start = folder / ("student_of_two_tasks" if of_two else "student")
     config.model = model_of(dataclasses.replace(config, algorithm=GRPO(group_size=2)), start)
     config.warmup = WarmupConfig()
     config.seed = seed
-    teachers = [(name, model_of(teacher_config(name, preset), folder / f"teacher_{name}")) for name in ARMS[arm]]
-    config.teachers = tuple(ModelTeacher(model, tasks=(name,) if len(teachers) > 1 else ()) for name, model in teachers)
 
-    budget = preset["tokens"] // (TAUGHT_SHARE if teachers else 1)
+    # A teacher that is alone has all rows; of two each has the rows of its task.
+    models = {name: model_of(teacher_config(name, preset), folder / f"teacher_{name}") for name in ARMS[arm]}
+    tasks = {name: (name,) if len(models) > 1 else () for name in models}
+    config.teachers = tuple(ModelTeacher(model, tasks=tasks[name]) for name, model in models.items())
+
     # Two tasks ask who is best in the end.
-    goal = np.inf if is_of_two_tasks(arm) else preset["goal"]
-    looks = 4 if is_of_two_tasks(arm) else LOOKS
+    goal = math.inf if of_two else preset["goal"]
     run = build(config)
     if run.teachers is not None:
         run.teachers.open()
     curve: list[tuple[int, float, float]] = []
     began = time.perf_counter()
+
+    def look(spent: Spent) -> bool:
+        curve.append((spent.sampled, *scores_of(evaluate_run(run, run.policy(), spent.steps))))
+        return curve[-1][1] >= goal
+
     with run.actor, use_mesh(run.mesh):
         run.state = run.init_state(run.initial_params())
-        spent = 0
-        step = 0
-        curve.append((0, *_scores(evaluate_run(run, run.policy(), 0))))
-        while spent < budget and curve[-1][1] < goal:
-            metrics, _ = train_step(run, step)
-            step += 1
-            spent += int(metrics["rollout/new_tokens"])
-            if spent >= curve[-1][0] + budget / looks or spent >= budget:
-                curve.append((spent, *_scores(evaluate_run(run, run.policy(), step))))
+        budget = preset["tokens"] // (TAUGHT_SHARE if models else 1)
+        spent = train_on_budget(run, budget, look, looks=4 if of_two else LOOKS)
 
     reached = [tokens for tokens, avg, _ in curve if avg >= goal]
     return {
         "arm": arm,
         "seed": seed,
-        "steps": step,
+        "steps": spent.steps,
         "seconds": time.perf_counter() - began,
         "curve": curve,
         "reached": reached[0] if reached else None,
     }
 
 
-def measured(arm: str, seed: int, preset: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """The result of one run, from its file if it has been made."""
-    file = folder / f"{arm.replace(' ', '_')}-{seed}.json"
-    if not file.exists():
-        result = compete(arm, seed, preset, folder)
-        # In one move: what is there is whole.
-        file.with_suffix(".part").write_text(json.dumps(result) + "\n")
-        file.with_suffix(".part").rename(file)
-    return json.loads(file.read_text())
-
-
-def show(results: Sequence[dict[str, Any]], goal: float) -> str:
+def show(results: Sequence[Result], preset: Mapping[str, Any]) -> str:
     """Two tables, in Markdown: tokens to the goal, and the end of two tasks."""
     base = {r["seed"]: r["reached"] for r in results if r["arm"] == BASELINE}
     rows = [
-        f"| arm | avg@8 before | tokens sampled to avg@8 >= {goal}, by seed | share of GRPO's, by seed |",
+        f"| arm | avg@8 before | tokens sampled to avg@8 >= {preset['goal']}, by seed | share of GRPO's, by seed |",
         "|---|---|---|---|",
     ]
     of_two = ["| teachers | avg@8 before | after, by seed | mean | greedy after |", "|---|---|---|---|---|"]
@@ -187,41 +169,13 @@ def show(results: Sequence[dict[str, Any]], goal: float) -> str:
     return "\n".join([*rows, "", *of_two])
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--preset", choices=PRESETS, default="small")
-    parser.add_argument("--workdir", default="runs/distill")
-    parser.add_argument("--json", metavar="FILE", help="write the result there")
-    parser.add_argument("--arms", default=",".join(ARMS), help="comma-separated, of " + ", ".join(ARMS))
-    arguments = parser.parse_args()
-    arms = arguments.arms.split(",")
-    if unknown := sorted(set(arms) - set(ARMS)):
-        parser.error(f"--arms: {unknown[0]!r} is not one of {', '.join(ARMS)}")
-
-    relaunch_with_allocator()
-    jax.config.update("jax_compilation_cache_dir", str(HOME / "jax"))
-    preset = PRESETS[arguments.preset]
-    folder = Path(arguments.workdir) / arguments.preset
-    folder.mkdir(parents=True, exist_ok=True)
-
-    results = []
-    for seed in range(preset["seeds"]):
-        for arm in arms:
-            results.append(measured(arm, seed, preset, folder))
-            last = results[-1]
-            tokens, avg, greedy = last["curve"][-1]
-            print(
-                f"{arm}, seed {seed}: avg@8 {last['curve'][0][1]:.3f} -> {avg:.3f}, greedy {greedy:.3f}, "
-                f"{tokens / 1e3:.1f}k tokens, {last['seconds']:.0f} s",
-                file=sys.stderr,
-                flush=True,
-            )
-
-    print(show(results, preset["goal"]))
-    if arguments.json:
-        report = {"benchmark": "distill", "setting": {"preset": arguments.preset, **preset}, "results": results}
-        Path(arguments.json).write_text(json.dumps(report, indent=1) + "\n")
+def said(result: Result) -> str:
+    tokens, avg, greedy = result["curve"][-1]
+    return (
+        f"avg@8 {result['curve'][0][1]:.3f} -> {avg:.3f}, greedy {greedy:.3f}, {tokens / 1e3:.1f}k tokens, "
+        f"{result['seconds']:.0f} s"
+    )
 
 
 if __name__ == "__main__":
-    main()
+    measure_arms("distill", __doc__.splitlines()[0], PRESETS, list(ARMS), compete, said=said, table=show)

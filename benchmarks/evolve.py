@@ -8,18 +8,16 @@ is which tasks are drawn. A run ends when it has sampled `tokens` tokens, those 
 them. Held-out avg@8 and greedy accuracy are measured at its beginning and its end.
 """
 
-import argparse
 import importlib.util
-import json
 import math
 import sys
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
-from _environments import HOME, relaunch_with_allocator
+from _arms import Result, measure_arms, scores_of
 
 from rljax.analysis.compare import train_on_budget
 from rljax.experiment import Config, PretrainedModel, UniformTasks, WarmupConfig
@@ -41,7 +39,7 @@ ARMS = {BASELINE: "coevolve", "CoEvolve": "coevolve", "D2Evo": "d2evo"}
 """The config of each arm; the baseline draws the data's tasks alone."""
 
 
-def config_of(arm: str, preset: dict[str, Any]) -> Config:
+def config_of(arm: str, preset: Mapping[str, Any]) -> Config:
     """The run of an arm, with its warm-up."""
     if str(CONFIGS) not in sys.path:
         sys.path.insert(0, str(CONFIGS))
@@ -57,7 +55,7 @@ def config_of(arm: str, preset: dict[str, Any]) -> Config:
     return config
 
 
-def initial_model(preset: dict[str, Any], folder: Path) -> Path:
+def initial_model(preset: Mapping[str, Any], folder: Path) -> Path:
     """The warmed-up model of all arms as a Hugging Face folder, made once."""
     target = folder / "initial"
     if not (target / "config.json").exists():
@@ -67,11 +65,11 @@ def initial_model(preset: dict[str, Any], folder: Path) -> Path:
     return target
 
 
-def compete(arm: str, seed: int, preset: dict[str, Any], model: Path) -> dict[str, Any]:
+def compete(arm: str, seed: int, preset: Mapping[str, Any], folder: Path) -> Result:
     """One run: the score at its beginning and its end, and what became of proposed tasks."""
     config = config_of(arm, preset)
     config.seed = seed
-    config.model = PretrainedModel(path=str(model), dtype="float32", param_dtype="float32")
+    config.model = PretrainedModel(path=str(initial_model(preset, folder)), dtype="float32", param_dtype="float32")
     config.warmup = WarmupConfig()
     run = build(config)
     curve: list[list[float]] = []
@@ -80,9 +78,7 @@ def compete(arm: str, seed: int, preset: dict[str, Any], model: Path) -> dict[st
     began = time.perf_counter()
 
     def look(spent):
-        found = evaluate_run(run, run.policy(), spent.steps)
-        values = {name.partition("@")[0]: estimate.value for name, estimate in found.estimates.items()}
-        curve.append([spent.sampled, values["avg"], values["greedy"]])
+        curve.append([spent.sampled, *scores_of(evaluate_run(run, run.policy(), spent.steps))])
 
     def after(metrics, rollout):
         # Steps of a questioner have no tasks, and NaN for their share.
@@ -106,18 +102,7 @@ def compete(arm: str, seed: int, preset: dict[str, Any], model: Path) -> dict[st
     }
 
 
-def measured(arm: str, seed: int, preset: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """The result of one run, from its file if it has been made."""
-    file = folder / f"{arm.replace(' ', '_')}-{seed}.json"
-    if not file.exists():
-        result = compete(arm, seed, preset, initial_model(preset, folder))
-        # In one move: what is there is whole.
-        file.with_suffix(".part").write_text(json.dumps(result) + "\n")
-        file.with_suffix(".part").rename(file)
-    return json.loads(file.read_text())
-
-
-def show(results: list[dict[str, Any]]) -> str:
+def show(results: Sequence[Result], preset: Mapping[str, Any]) -> str:
     """The table, in Markdown: means over seeds, and each seed's difference from the baseline."""
     base = {r["seed"]: r["curve"][-1][1] for r in results if r["arm"] == BASELINE}
     rows = [
@@ -140,36 +125,9 @@ def show(results: list[dict[str, Any]]) -> str:
     return "\n".join(rows)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--preset", choices=PRESETS, default="small")
-    parser.add_argument("--workdir", default="runs/evolve")
-    parser.add_argument("--json", metavar="FILE", help="write the result there")
-    parser.add_argument("--arms", default=",".join(ARMS), help="comma-separated, of " + ", ".join(ARMS))
-    arguments = parser.parse_args()
-    arms = arguments.arms.split(",")
-    if unknown := sorted(set(arms) - set(ARMS)):
-        parser.error(f"--arms: {unknown[0]!r} is not one of {', '.join(ARMS)}")
-
-    relaunch_with_allocator()
-    jax.config.update("jax_compilation_cache_dir", str(HOME / "jax"))
-    preset = PRESETS[arguments.preset]
-    folder = Path(arguments.workdir) / arguments.preset
-    folder.mkdir(parents=True, exist_ok=True)
-
-    results = []
-    for seed in range(preset["seeds"]):
-        for arm in arms:
-            results.append(measured(arm, seed, preset, folder))
-            last = results[-1]
-            scores = f"avg@8 {last['curve'][0][1]:.3f} -> {last['curve'][-1][1]:.3f}"
-            print(f"{arm}, seed {seed}: {scores} in {last['seconds']:.0f} s", file=sys.stderr, flush=True)
-
-    print(show(results))
-    if arguments.json:
-        report = {"benchmark": "evolve", "setting": {"preset": arguments.preset, **preset}, "results": results}
-        Path(arguments.json).write_text(json.dumps(report, indent=1) + "\n")
+def said(result: Result) -> str:
+    return f"avg@8 {result['curve'][0][1]:.3f} -> {result['curve'][-1][1]:.3f} in {result['seconds']:.0f} s"
 
 
 if __name__ == "__main__":
-    main()
+    measure_arms("evolve", __doc__.splitlines()[0], PRESETS, list(ARMS), compete, said=said, table=show)

@@ -36,13 +36,14 @@ def train_on_budget(
     """Trains `run`, whose state is set, until `budget` tokens are spent; returns what was.
 
     `of` is the field of `Spent` that the budget counts, `sampled` or `trained`, as measured. `look` is called at the
-    start and when each of `looks` equal shares of the budget is spent, `after` at every step with its metrics.
+    start and when each of `looks` equal shares of the budget is spent, and ends it when it returns True; `after` is
+    called at every step with its metrics.
     """
     spent = Spent()
     stops = [budget * (i + 1) / looks for i in range(looks)]
-    look(spent)
+    is_enough = look(spent) is True
 
-    while getattr(spent, of) < budget:
+    while getattr(spent, of) < budget and not is_enough:
         metrics, rollout = train_step(run, spent.steps)
         spent.steps += 1
         # What a curriculum asks of the policy is paid for like any other token.
@@ -55,7 +56,7 @@ def train_on_budget(
         # A long step may pass several stops; they make one look. Behind the last one nothing is left to stop at.
         if getattr(spent, of) >= stops[0]:
             stops = [stop for stop in stops if stop > getattr(spent, of)] or [float("inf")]
-            look(spent)
+            is_enough = look(spent) is True
     return spent
 
 

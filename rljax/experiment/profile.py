@@ -6,16 +6,20 @@ from collections.abc import Iterator, Sequence
 import jax
 
 from rljax.experiment.report import say
+from rljax.parallel import is_main_process
 from rljax.training import AnyPath, local_folder
 
 
 class Profile:
-    """Traces the steps `steps[0]` to `steps[1]`, counted from 1, into `folder`; none where `steps` is empty. A context
-    manager: a run that ends within these steps leaves the trace up to there."""
+    """Traces the steps `steps[0]` to `steps[1]`, counted from 1, into `folder`; none where `steps` is empty. The main
+    process traces itself and its devices, since it alone writes into a run folder.
+
+    A context manager: a run that ends within these steps leaves the trace up to there.
+    """
 
     def __init__(self, folder: AnyPath, steps: Sequence[int]):
         self._folder = folder
-        self._steps = steps
+        self._steps = tuple(steps) if is_main_process() else ()
         self._under_way = contextlib.ExitStack()
         self._is_tracing = False
 

@@ -144,7 +144,8 @@ class LogConfig:
 
     profile_steps: tuple[int, ...] = ()
     """The first and the last step of `rljax train`, counted from 1, that are traced for xprof in `profile/`, with the
-    phases by name: (5, 6). Empty is none. A traced step is slower, and its numbers are the same."""
+    phases by name: (5, 6). Process 0 traces itself and its devices. Empty is none. A traced step is slower, and its
+    numbers are the same."""
 
     pulse_s: float = field(default=10.0, least=0)
     """Seconds between two signs of life within a step: what is under way, for how long, tokens so far. 0 is none."""

@@ -18,7 +18,7 @@ import numpy as np
 from rljax.parallel import is_main_process, on_main
 from rljax.rollouts import Rollout, known_example
 from rljax.tasks import Example, added_by
-from rljax.training import AnyPath, replace_bytes
+from rljax.training import AnyPath, plain, replace_bytes
 from rljax.types import Trajectory
 
 _NAME = re.compile(r"rollout_(\d{6,})\.npz")
@@ -139,7 +139,7 @@ def to_bytes(made: Made) -> bytes:
         "seconds": rollout.seconds,
     }
     arrays["rewards"] = rollout.rewards
-    arrays[_JSON] = np.frombuffer(json.dumps(text, default=_plain).encode(), np.uint8)
+    arrays[_JSON] = np.frombuffer(json.dumps(text, default=plain).encode(), np.uint8)
 
     file = io.BytesIO()
     np.savez(file, allow_pickle=False, **arrays)
@@ -223,8 +223,3 @@ def trajectory_of_fields(fields: Mapping[str, Any]) -> Trajectory:
     columns = {name.removeprefix(_COLUMN): value for name, value in fields.items() if name.startswith(_COLUMN)}
     own = {name: value for name, value in fields.items() if not name.startswith(_COLUMN)}
     return Trajectory(**own, columns=columns)
-
-
-def _plain(value: Any) -> Any:
-    """numpy and paths as JSON, in the rollout log's way."""
-    return value.tolist() if hasattr(value, "tolist") else str(value)

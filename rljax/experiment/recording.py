@@ -20,11 +20,8 @@ from rljax.parallel import is_main_process, on_main
 from rljax.rollouts import Rollout, known_example
 from rljax.tasks import Example, added_by
 from rljax.text import Tokenizer
-from rljax.training import AnyPath, as_path, replace_bytes
+from rljax.training import RECORDED, AnyPath, as_path, plain, replace_bytes
 from rljax.types import Trajectory
-
-FOLDER = "recorded"
-"""The folder of a run that holds its recordings."""
 
 _ABOUT = b"rljax"
 """The metadata that is read before a replay begins: JSON."""
@@ -96,7 +93,7 @@ class Recording:
         tokenizer: Tokenizer,
         examples: Mapping[int, Example],
     ):
-        self.folder = as_path(run) / FOLDER
+        self.folder = as_path(run) / RECORDED
         self.others: dict[str, tuple[Any, Any]] = {}
         self._tokenizer = tokenizer
         self._examples = examples
@@ -125,7 +122,12 @@ class Recording:
                 f"--replay: {self.folder} is incomplete: it has {steps - len(missing)} of {steps} rollouts and lacks "
                 f"that of step {first + 1} ({files[first].name}); {remedy}, or go on with the run that makes them"
             )
-        return [_about(file.read_bytes(), file) for file in files]
+        abouts = []
+        for file in files:
+            # Of a file its end alone is read: rollouts may be many, and in a bucket.
+            with file.open("rb") as opened:
+                abouts.append(_about(opened, file))
+        return abouts
 
     def _compare(self, step: int, recorded: Mapping[str, Any], config: Mapping[str, Any]) -> None:
         """Notes what differs. ValueError where it decides what is sampled."""
@@ -157,7 +159,7 @@ def to_parquet(made: Made, config: Mapping[str, Any], tokenizer: Tokenizer) -> b
         "step": pyarrow.array([made.step + 1] * len(records), pyarrow.int64()),
         "prompt": pyarrow.array([_text(record.get("prompt")) for record in records], pyarrow.string()),
         "completion": pyarrow.array([_text(record.get("completion")) for record in records], pyarrow.string()),
-        "record": pyarrow.array([json.dumps(record, default=_plain) for record in records], pyarrow.string()),
+        "record": pyarrow.array([json.dumps(record, default=plain) for record in records], pyarrow.string()),
     }
     about = {"step": made.step, "version": made.version, "config": config, "shapes": shapes}
     about["meaning"] = meaning(tokenizer, rollout.trajectories)
@@ -171,10 +173,10 @@ def to_parquet(made: Made, config: Mapping[str, Any], tokenizer: Tokenizer) -> b
         "stats": rollout.stats,
         "actor_stats": rollout.actor_stats,
     }
-    deflated = base64.b64encode(zlib.compress(json.dumps(rest, default=_plain).encode()))
+    deflated = base64.b64encode(zlib.compress(json.dumps(rest, default=plain).encode()))
 
     table = pyarrow.table(texts | columns)
-    table = table.replace_schema_metadata({_ABOUT: json.dumps(about, default=_plain), _REST: deflated})
+    table = table.replace_schema_metadata({_ABOUT: json.dumps(about, default=plain), _REST: deflated})
     file = io.BytesIO()
     pyarrow.parquet.write_table(table, file, compression="zstd")
     return file.getvalue()
@@ -184,7 +186,7 @@ def from_parquet(content: bytes, examples: Mapping[int, Example], tokenizer: Tok
     """The inverse. ValueError, with the file's `name`, for content that is not whole, for an example that the data does
     not hold, and for tokens that mean something else to `tokenizer`."""
     pyarrow = _pyarrow()
-    about = _about(content, name)
+    about = _about(io.BytesIO(content), name)
     try:
         table = pyarrow.parquet.read_table(io.BytesIO(content))
     except (OSError, pyarrow.ArrowException) as error:
@@ -226,11 +228,11 @@ def meaning(tokenizer: Tokenizer, trajectories: Sequence[Trajectory]) -> str:
     return hashlib.sha256(json.dumps(texts).encode()).hexdigest()
 
 
-def _about(content: bytes, name: object) -> dict[str, Any]:
-    """The metadata of a file, without its rows."""
+def _about(file: io.IOBase, name: object) -> dict[str, Any]:
+    """The metadata of a file, without its rows. ValueError, with its `name`, where it is none of ours or not whole."""
     pyarrow = _pyarrow()
     try:
-        metadata = pyarrow.parquet.read_schema(io.BytesIO(content)).metadata or {}
+        metadata = pyarrow.parquet.read_schema(file).metadata or {}
     except (OSError, pyarrow.ArrowException) as error:
         raise _damaged(name, error) from None
     if _ABOUT not in metadata:
@@ -300,19 +302,9 @@ def _file(folder: AnyPath, step: int) -> AnyPath:
 
 def _text(value: Any) -> str:
     """Text as it is, but for half characters, which Parquet does not take; messages as JSON."""
-    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=_plain)
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=plain)
     return text.encode("utf-8", "backslashreplace").decode()
 
 
 def _plain_number(value: Any) -> Any:
     return value.item() if isinstance(value, (np.generic, np.ndarray)) else value
-
-
-def _plain(value: Any) -> Any:
-    """numpy and paths as JSON, in the rollout log's way."""
-    return value.tolist() if hasattr(value, "tolist") else str(value)
-
-
-def config_as_json(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A config as a file gives it back, so that two can be compared."""
-    return json.loads(json.dumps(config, default=_plain))

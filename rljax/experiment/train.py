@@ -20,7 +20,7 @@ from rljax.experiment.dry_run import check_run
 from rljax.experiment.journal import Journal, Made
 from rljax.experiment.profile import Profile
 from rljax.experiment.pulse import Pulse
-from rljax.experiment.recording import Recorder, Recording, config_as_json
+from rljax.experiment.recording import Recorder, Recording
 from rljax.experiment.report import describe_run, finish, say
 from rljax.experiment.sft import warm_up
 from rljax.experiment.stops import Stopped, Stops
@@ -39,6 +39,7 @@ from rljax.training import (
     PhaseTimer,
     RunFolder,
     add_metrics,
+    as_json,
     as_path,
     local_folder,
     move_tree,
@@ -143,7 +144,7 @@ def open_recording(run: Run, workdir: AnyPath, replay: str) -> Recording:
     recording = Recording(
         replay,
         steps=config.steps,
-        config=config_as_json(to_dict(config)),
+        config=as_json(to_dict(config)),
         tokenizer=run.tokenizer,
         examples={example.id: example for example in run.dataset.train},
     )

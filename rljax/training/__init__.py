@@ -16,7 +16,7 @@ from rljax.training.optimizers import (
     make_optimizer,
     make_schedule,
 )
-from rljax.training.run_folder import RunFolder, plot_learning_curve, versions
+from rljax.training.run_folder import RECORDED, RunFolder, as_json, plain, plot_learning_curve, versions
 from rljax.training.sft import sft_loss
 from rljax.training.sinks import Sink, Trackers
 from rljax.training.state import (
@@ -45,6 +45,7 @@ from rljax.training.update import add_metrics
 
 __all__ = [
     "EVERYTHING",
+    "RECORDED",
     "AnyPath",
     "CheckpointConfig",
     "Checkpointer",
@@ -69,6 +70,7 @@ __all__ = [
     "WarmupConfig",
     "abstract_state",
     "add_metrics",
+    "as_json",
     "as_path",
     "create_state",
     "explained_variance",
@@ -80,6 +82,7 @@ __all__ = [
     "make_optimizer",
     "make_schedule",
     "move_tree",
+    "plain",
     "plot_learning_curve",
     "policy_params",
     "reachable",

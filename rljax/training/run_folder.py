@@ -24,10 +24,13 @@ from rljax.training.storage import AnyPath, GrowingFile, as_path, is_remote, rem
 
 PACKAGES = ("rljax-lm", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "transformers", "reasoning-gym")
 
+RECORDED = "recorded"
+"""The folder with the rollouts that are kept for good (`config.log.recordings`)."""
+
 _FOLDERS = (
     "rollouts",
     "journal",
-    "recorded",
+    RECORDED,
     "profile",
     "evaluations",
     "checkpoints",
@@ -74,7 +77,7 @@ class RunFolder:
     ):
         self.path = as_path(path)
         # As JSON holds it, so that it can be compared with what an earlier start has written.
-        self.config: dict[str, Any] = json.loads(json.dumps(config or {}, default=_plain))
+        self.config: dict[str, Any] = as_json(config or {})
         self.total_steps = total_steps or self.config.get("steps")
         self._writer: MetricsWriter | None = None
         self._background = Background()
@@ -126,7 +129,7 @@ class RunFolder:
     @property
     def recorded(self) -> AnyPath:
         """Rollouts that are kept for good (`config.log.recordings`)."""
-        return self.path / "recorded"
+        return self.path / RECORDED
 
     @property
     def warmup_checkpoints(self) -> AnyPath:
@@ -215,7 +218,7 @@ class RunFolder:
 
     def _write_rollouts(self, step: int, records: list[Mapping[str, Any]], untrained: list[Mapping[str, Any]]) -> None:
         for folder, kept in ((self.path / "rollouts", records), (self.path / "rollouts" / "untrained", untrained)):
-            lines = [json.dumps(record, ensure_ascii=False, default=_plain) + "\n" for record in kept]
+            lines = [json.dumps(record, ensure_ascii=False, default=plain) + "\n" for record in kept]
             if lines:
                 folder.mkdir(parents=True, exist_ok=True)
                 write_text(folder / f"step_{step:06d}.jsonl", "".join(lines))
@@ -248,7 +251,7 @@ class RunFolder:
         if is_main_process():
             self.check_lease()
             file.parent.mkdir(parents=True, exist_ok=True)
-            text = json.dumps(content, indent=2, ensure_ascii=False, default=_plain) + "\n"
+            text = json.dumps(content, indent=2, ensure_ascii=False, default=plain) + "\n"
             replace_text(file, text)
         return file
 
@@ -294,9 +297,14 @@ class RunFolder:
                 unlock(Path(str(self.path)))
 
 
-def _plain(value: Any) -> Any:
-    """numpy and paths as JSON."""
+def plain(value: Any) -> Any:
+    """numpy and paths as JSON, for `json.dumps(default=plain)`."""
     return value.tolist() if hasattr(value, "tolist") else str(value)
+
+
+def as_json(value: Any) -> Any:
+    """A value as a JSON file gives it back, so that it can be compared with what one holds."""
+    return json.loads(json.dumps(value, default=plain))
 
 
 _PROGRESS = {

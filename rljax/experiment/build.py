@@ -13,7 +13,7 @@ from rljax.algorithms import Algorithm
 from rljax.batching import stack
 from rljax.evaluation import Evaluation
 from rljax.experiment.check import check, check_forks, is_over_engines
-from rljax.experiment.config import Config
+from rljax.experiment.config import Config, actor_of
 from rljax.experiment.model import model_path
 from rljax.experiment.pipeline import Beside, Pipeline
 from rljax.experiment.player import PolicyPlayer
@@ -45,7 +45,7 @@ from rljax.parallel import (
     use_mesh,
 )
 from rljax.plans import RolloutPlan
-from rljax.rollouts import Actor, ActorParts, BlackBox, Guided, Remote, RemoteBlackBox, RolloutSettings, SingleTurn
+from rljax.rollouts import Actor, ActorParts, BlackBox, Remote, RemoteBlackBox, RolloutSettings, SingleTurn
 from rljax.sampling import SamplingConfig, SamplingParams
 from rljax.sampling.config import GRAMMARS, PENALTIES
 from rljax.sampling.divergence import DivergenceHead
@@ -387,7 +387,7 @@ def sampled_by(config: Config, tokenizer: Tokenizer, decoder: DecoderConfig) -> 
 def check_single_turns(config: Config) -> None:
     """ValueError for what is set of sampling and that the actor does not do."""
     sampling = config.sampling
-    actor = config.actor.actor if isinstance(config.actor, Guided) else config.actor
+    actor = actor_of(config)
     defaults = SamplingConfig()
     for name in (*GRAMMARS, *PENALTIES, "stop_column", "top_logprobs"):
         value = getattr(sampling, name)

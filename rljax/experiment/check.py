@@ -3,15 +3,14 @@
 import dataclasses
 import importlib.util
 import math
-from typing import Any
 
 import numpy as np
 
 from rljax.algorithms import Algorithm
 from rljax.evaluation import EvaluationConfig
-from rljax.experiment.config import Config
+from rljax.experiment.config import Config, actor_of
 from rljax.plans import RolloutPlan
-from rljax.rollouts import BlackBox, Guided, MultiTurn, Remote, RemoteBlackBox, RemoteMultiTurn, SingleTurn
+from rljax.rollouts import BlackBox, MultiTurn, Remote, RemoteBlackBox, RemoteMultiTurn, SingleTurn
 from rljax.sampling import SamplingConfig
 from rljax.settings import Switch, check_config, check_effect, placed, shown
 from rljax.tasks import FileData, ReasoningGymData, RowsData
@@ -92,24 +91,7 @@ def check(config: Config, device_count: int | None = None) -> Algorithm:
             f"config.sampling.temperature={config.sampling.temperature} makes all {plan.group_size} samples of a group "
             "equal; training needs a temperature above 0 (evaluation is greedy on its own)"
         )
-    for field, package in _TRACKERS.items():
-        name = getattr(config.log, field)
-        if name and importlib.util.find_spec(package) is None:
-            raise ValueError(
-                f"config.log.{field}={name!r} needs {package}, which is not installed; "
-                f"pip install 'rljax-lm[{package}]', or leave it empty"
-            )
-    traced = config.log.profile_steps
-    if traced and (len(traced) != 2 or not 1 <= traced[0] <= traced[1] <= config.steps):
-        raise ValueError(
-            f"config.log.profile_steps={traced} must be the first and the last step to trace, between 1 and "
-            f"config.steps={config.steps}, such as (2, 3); leave it empty to trace none"
-        )
-    if config.log.recordings and importlib.util.find_spec("pyarrow") is None:
-        raise ValueError(
-            "config.log.recordings=True needs pyarrow, which is not installed; pip install 'rljax-lm[parquet]', or "
-            "leave it out"
-        )
+    check_log(config)
 
     if device_count is not None:
         config.mesh.check(device_count)
@@ -118,6 +100,31 @@ def check(config: Config, device_count: int | None = None) -> Algorithm:
 
 _TRACKERS = {"wandb_project": "wandb", "trackio_project": "trackio", "mlflow_experiment": "mlflow"}
 """The package, which is also the name of the extra, that a field of `config.log` needs."""
+
+
+def check_log(config: Config) -> None:
+    """Refuses logs whose package is missing, and steps to trace that the run does not have."""
+    log = config.log
+    for field, package in _TRACKERS.items():
+        name = getattr(log, field)
+        if name and importlib.util.find_spec(package) is None:
+            raise ValueError(
+                f"config.log.{field}={name!r} needs {package}, which is not installed; "
+                f"pip install 'rljax-lm[{package}]', or leave it empty"
+            )
+
+    if log.recordings and importlib.util.find_spec("pyarrow") is None:
+        raise ValueError(
+            "config.log.recordings=True needs pyarrow, which is not installed; pip install 'rljax-lm[parquet]', or "
+            "leave it out"
+        )
+
+    traced = log.profile_steps
+    if traced and (len(traced) != 2 or not 1 <= traced[0] <= traced[1] <= config.steps):
+        raise ValueError(
+            f"config.log.profile_steps={traced} must be the first and the last step to trace, between 1 and "
+            f"config.steps={config.steps}, such as (2, 3); leave it empty to trace none"
+        )
 
 
 def check_off_policy(config: Config, algorithm: Algorithm) -> None:
@@ -164,7 +171,7 @@ def check_groups(config: Config, plan: RolloutPlan) -> None:
 
 def check_entropies(config: Config, algorithm: Algorithm) -> None:
     """Refuses an engine that says no entropies for a method whose advantages are made of them."""
-    actor = _inner(config)
+    actor = actor_of(config)
     if is_over_engines(config) and not actor.says_entropies and reads_entropies(algorithm):
         raise ValueError(
             f"config.actor.engine={actor.engine!r} says no entropies, of which {type(config.algorithm).__name__} makes "
@@ -179,7 +186,7 @@ def reads_entropies(algorithm: Algorithm) -> bool:
     shape = (rows, 4)
     zeros = np.zeros(rows, np.int32)
 
-    # Rewards and entropies differ between tokens, so that what depends on them shows.
+    # Rewards differ between rows and entropies between tokens, so that what depends on them shows.
     batch = RolloutBatch(
         tokens=np.arange(math.prod(shape), dtype=np.int32).reshape(shape),
         action_mask=np.ones(shape, bool),
@@ -291,7 +298,7 @@ def check_best(config: Config) -> None:
 def check_verifier(config: Config) -> None:
     """Refuses settings of the data's own verifier where something else rewards."""
     data = config.data
-    actor = _inner(config)
+    actor = actor_of(config)
     is_judged = bool(getattr(actor, "rewards", ()))
     if not isinstance(data, ReasoningGymData) or not (is_judged or isinstance(actor, MultiTurn)):
         return
@@ -307,12 +314,7 @@ def check_verifier(config: Config) -> None:
 
 def is_over_engines(config: Config) -> bool:
     """Whether engines in other processes sample."""
-    return isinstance(_inner(config), (Remote, RemoteMultiTurn, RemoteBlackBox))
-
-
-def _inner(config: Config) -> Any:
-    """What plays, whether or not guidance is around it."""
-    return config.actor.actor if isinstance(config.actor, Guided) else config.actor
+    return isinstance(actor_of(config), (Remote, RemoteMultiTurn, RemoteBlackBox))
 
 
 def check_forks(config: Config, plan: RolloutPlan) -> None:

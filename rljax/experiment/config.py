@@ -14,7 +14,7 @@ from rljax.experiment.model import ModelSource, PretrainedModel
 from rljax.experiment.preference_config import PreferenceConfig
 from rljax.experiment.teachers import TeacherSource
 from rljax.parallel import MeshConfig
-from rljax.rollouts import ActorConfig, RolloutConfig, SingleTurn
+from rljax.rollouts import ActorConfig, Guided, RolloutConfig, SingleTurn
 from rljax.sampling import SamplingConfig
 from rljax.settings import field
 from rljax.tasks import CurriculumSource, DataSource, ReasoningGymData, UniformTasks
@@ -101,6 +101,11 @@ def to_dict(config: Any) -> Any:
     if isinstance(config, (list, tuple)):
         return [to_dict(item) for item in config]
     return config
+
+
+def actor_of(config: Config) -> Any:
+    """What plays, whether or not guidance is around it."""
+    return config.actor.actor if isinstance(config.actor, Guided) else config.actor
 
 
 def changed_fields(old: Any, new: Any, path: str = "config") -> dict[str, tuple[Any, Any]]:

@@ -2,8 +2,8 @@
 
 from collections.abc import Iterable
 
-from rljax.experiment.config import Config
-from rljax.rollouts import Guided, Remote, SingleTurn
+from rljax.experiment.config import Config, actor_of
+from rljax.rollouts import Remote, SingleTurn
 from rljax.tasks import Dataset
 from rljax.text import Tokenizer
 
@@ -44,7 +44,7 @@ def describe_prompts(config: Config, dataset: Dataset, tokenizer: Tokenizer) -> 
 
 def _opens_by_row(config: Config) -> bool:
     """Whether the prompt of a row is what the policy sees first; environments and agents may begin otherwise."""
-    actor = config.actor.actor if isinstance(config.actor, Guided) else config.actor
+    actor = actor_of(config)
     return isinstance(actor, (SingleTurn, Remote))
 
 

@@ -8,12 +8,11 @@ import jax
 import numpy as np
 
 from rljax.experiment.build import Run, build
-from rljax.experiment.config import Config
+from rljax.experiment.config import Config, actor_of
 from rljax.experiment.dry_run import check_run, print_plan
 from rljax.experiment.memory import Compiled, bytes_of
 from rljax.experiment.report import aligned, say
 from rljax.parallel import Chip, chip_of, is_main_process, num_processes, traffic
-from rljax.rollouts import Guided
 from rljax.simulation import (
     Measured,
     Outcome,
@@ -127,7 +126,7 @@ def _from_config(run: Run, sourced: Sourced) -> None:
     plans = [decoder.plan() for decoder in run.actor.decoders]
     state = run.learner.abstract_state()
     saved = sum(math.prod(x.shape) * np.dtype(x.dtype).itemsize for x in jax.tree.leaves(state))
-    actor = config.actor.actor if isinstance(config.actor, Guided) else config.actor
+    actor = actor_of(config)
     limits = getattr(actor, "limits", None)
 
     sourced.take(

@@ -139,6 +139,7 @@ class _Host:
         # By when they end, and then in their order: what an episode of a group is at.
         self._ends: list[tuple[float, int, _Group, np.ndarray, int]] = []
         self._complete: deque[_Group] = deque()
+        self._prefill_s = 0.0
 
     def submit(self, groups: Sequence[tuple[np.ndarray, int]], rollout: int) -> None:
         """Begins groups: their prompts are computed before all."""

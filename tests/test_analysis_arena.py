@@ -328,3 +328,15 @@ def test_a_report_without_runs_has_the_predictions():
     text = markdown(summarise([task], [], "full", SIZES["full"]), "rljax arena")
     assert "| Tree-GRPO 4x2 | GRPO 8 | level: +8% at the tokens of 8 chains | not run |" in text
     assert "![" not in text and task.prediction in text
+
+
+def test_folders_that_cannot_be_are_refused(tmp_path):
+    named = Folders.named(str(tmp_path / "work"), "small")
+    assert (named.work, named.records) == (tmp_path / "work" / "small", tmp_path / "work" / "small" / "records")
+    assert Folders.named(str(tmp_path), "full", str(tmp_path / "docs")).records == tmp_path / "docs"
+    (tmp_path / "file").write_text("")
+    for wrong in ((str(tmp_path / "file"), "small"), (str(tmp_path), "small", str(tmp_path / "file"))):
+        with pytest.raises(ValueError, match="file cannot be made"):
+            Folders.named(*wrong)
+    with pytest.raises(ValueError, match=r"--records=gs://b/x is an address"):
+        Folders.named(str(tmp_path), "small", "gs://b/x")

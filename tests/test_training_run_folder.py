@@ -148,7 +148,7 @@ def test_log_step_before_start_says_what_was_forgotten(tmp_path):
         RunFolder(tmp_path).log_step(1, {})
 
 
-def test_a_file_is_no_folder(tmp_path):
+def test_a_file_is_no_run_folder(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match="is a file"):
         RunFolder(tmp_path / "file")

@@ -38,7 +38,7 @@ from rljax.models import load_model, param_shardings, save_hf
 from rljax.parallel import use_mesh
 from rljax.rollouts import Rollout, collect
 from rljax.tasks import Example
-from rljax.training import RunFolder
+from rljax.training import RunFolder, is_remote, writable
 from rljax.types import NO_PARENT, Params, Trajectory
 
 CODE_THAT_MATTERS = (
@@ -203,6 +203,17 @@ class Folders:
     """Warm starts and logs, which can be made again."""
     records: Path
     """A file for each run."""
+
+    @classmethod
+    def named(cls, workdir: str, preset: str, records: str = "") -> "Folders":
+        """Those of a preset in `workdir`; no `records` are records/ beside the warm starts. ValueError for folders that
+        cannot be written to, and for addresses."""
+        for flag, folder in (("workdir", workdir), ("records", records or workdir)):
+            if is_remote(folder):
+                raise ValueError(f"--{flag}={folder} is an address; an arena keeps its files in local folders")
+            writable(folder)
+        work = Path(workdir) / preset
+        return cls(work, Path(records) if records else work / "records")
 
 
 def load_task(name: str) -> Task:

@@ -35,6 +35,7 @@ from rljax.parallel import use_mesh
 from rljax.plans import RolloutPlan
 from rljax.rollouts import SingleTurn, collect
 from rljax.tasks import Example
+from rljax.training import writable_file
 from rljax.types import Trajectory
 
 STUDIES = ("shifts", "cross", "extrapolate")
@@ -109,6 +110,8 @@ def study(
     """
     options = options or StudyOptions()
     check_study(config, name, options)
+    if json_file:
+        writable_file(json_file, "json")
     # A folder without checkpoints is refused before a run is built.
     for folder in (checkpoint, base):
         if folder is not None:

@@ -50,8 +50,7 @@ def main() -> None:
         task.check()
 
     size = SIZES[_PRESET.value]
-    work = Path(_WORKDIR.value) / _PRESET.value
-    folders = Folders(work, Path(_RECORDS.value) if _RECORDS.value else work / "records")
+    folders = Folders.named(_WORKDIR.value, _PRESET.value, _RECORDS.value)
     if _CALIBRATE.value:
         for task in tasks:
             for name, tokens, share in calibrate(task, size, folders):
@@ -65,10 +64,10 @@ def main() -> None:
 
     report = summarise(tasks, records, _PRESET.value, size)
     command = f"rljax arena --preset={_PRESET.value}" + (f" --task={_TASK.value}" if _TASK.value else "")
-    file = write_report(report, command, work, markdown_file=Path(_REPORT.value) if _REPORT.value else None)
+    file = write_report(report, command, folders.work, markdown_file=Path(_REPORT.value) if _REPORT.value else None)
     if _JSON.value:
         Path(_JSON.value).parent.mkdir(parents=True, exist_ok=True)
-        Path(_JSON.value).write_text((work / "arena.json").read_text())
+        Path(_JSON.value).write_text((folders.work / "arena.json").read_text())
     say(f"report {file}")
 
 

@@ -30,7 +30,16 @@ from rljax.models import (
     with_adapters,
 )
 from rljax.text import Tokenizer, load_tokenizer
-from rljax.training import AnyPath, frozen_base, local_copy, reachable, restore_params, trained_of
+from rljax.training import (
+    AnyPath,
+    frozen_base,
+    is_remote,
+    local_copy,
+    reachable,
+    restore_params,
+    trained_of,
+    writable,
+)
 from rljax.types import Params
 
 
@@ -53,9 +62,11 @@ def convert(
 
     `source` is a Hugging Face folder, a GGUF file, `smollm2`, a folder in PEFT's format over one of these, or a run
     folder, whose `step` picks a checkpoint; it may lie at an address. ValueError for anything else, for a target that
-    is not empty, and for adapters asked of a model that has none.
+    is an address or not empty, and for adapters asked of a model that has none.
     """
-    goal = Path(target)
+    if is_remote(target):
+        raise ValueError(f"--target={target} is an address; name a local folder, and copy it there")
+    goal = Path(str(writable(target)))
     if goal.exists() and any(goal.iterdir()):
         raise ValueError(f"{target} exists and is not empty; name a new folder")
 

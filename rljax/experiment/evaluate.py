@@ -14,7 +14,7 @@ from rljax.experiment.report import evaluation_table
 from rljax.experiment.train import evaluate_run
 from rljax.models import abstract_params, param_shardings
 from rljax.parallel import check_equal, end_together, is_main_process, on_main, use_mesh
-from rljax.training import restore_params
+from rljax.training import restore_params, writable_file
 from rljax.types import Params
 
 
@@ -35,8 +35,8 @@ def _evaluate_model(config: Config, checkpoint: str | None, step: int | None, js
     examples = held_out_examples(run)
     check_equal(config=to_dict(config), data=[example.id for example in examples])
     # Before an evaluation that may take long, and would be lost. Process 0 writes it, and may alone see the folder.
-    if json_file and not on_main(lambda: Path(json_file).parent.is_dir()):
-        raise ValueError(f"--json={json_file}: there is no folder {Path(json_file).parent}; make it, or name another")
+    if json_file:
+        on_main(lambda: writable_file(json_file, "json"))
 
     with run.actor, use_mesh(run.mesh), end_together():
         if checkpoint is None:

@@ -13,8 +13,8 @@ from rljax.experiment.stage import Stage, run_stage
 from rljax.experiment.stops import Stops
 from rljax.experiment.train import evaluate_run, open_checkpoints, save_description
 from rljax.experiment.watchdog import Watchdog
-from rljax.parallel import check_equal, end_together, use_mesh
-from rljax.training import RunFolder, reachable
+from rljax.parallel import check_equal, end_together, on_main, use_mesh
+from rljax.training import RunFolder, as_path, writable
 from rljax.types import TrainState
 
 
@@ -60,7 +60,8 @@ def run_in_folder(
     """
     with end_together(), Stops() as stops:
         with stops.abandonable():
-            path = reachable(workdir)
+            path = as_path(workdir)
+            on_main(lambda: writable(path))
             run = build_run()
             stage = stage_of(run)
         run.stops = stops

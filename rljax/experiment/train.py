@@ -43,10 +43,10 @@ from rljax.training import (
     as_path,
     local_folder,
     move_tree,
-    reachable,
     read_json,
     remove_tree,
     with_critic,
+    writable,
 )
 from rljax.types import Params
 
@@ -87,7 +87,8 @@ def train(config: Config, workdir: str, *, fresh: bool = False, replay: str = ""
     started = time.perf_counter()
     with end_together(), Stops() as stops:
         with stops.abandonable():
-            path = reachable(workdir)
+            path = as_path(workdir)
+            on_main(lambda: writable(path))
             run = build(config)
         run.stops = stops
         check_run(run)

@@ -32,12 +32,15 @@ from rljax.training.state import (
 from rljax.training.storage import (
     AnyPath,
     as_path,
+    is_remote,
     local_copy,
     local_folder,
     move_tree,
     reachable,
     remove_tree,
     replace_bytes,
+    writable,
+    writable_file,
 )
 from rljax.training.teacher import TeacherModel
 from rljax.training.trainable import EVERYTHING, Subtree, policy_params, reference_params, subtree_of
@@ -77,6 +80,7 @@ __all__ = [
     "fingerprint",
     "frozen_base",
     "has_first_moment",
+    "is_remote",
     "local_copy",
     "local_folder",
     "make_optimizer",
@@ -104,4 +108,6 @@ __all__ = [
     "with_before",
     "with_critic",
     "with_pushed",
+    "writable",
+    "writable_file",
 ]

@@ -20,7 +20,16 @@ from rljax.training.lease import Lease, release_lease, take_lease
 from rljax.training.lock import lock, unlock
 from rljax.training.metrics import MetricsWriter, read_json, read_jsonl
 from rljax.training.sinks import ID_FILES, Trackers
-from rljax.training.storage import AnyPath, GrowingFile, as_path, is_remote, remove_tree, replace_text, write_text
+from rljax.training.storage import (
+    AnyPath,
+    GrowingFile,
+    as_path,
+    is_remote,
+    remove_tree,
+    replace_text,
+    writable,
+    write_text,
+)
 
 PACKAGES = ("rljax-lm", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "transformers", "reasoning-gym")
 
@@ -89,9 +98,7 @@ class RunFolder:
 
     def _prepare(self, fresh: bool) -> dict[str, Any] | None:
         """Makes the folder; returns the config of the last start in it, None for the first."""
-        if self.path.exists() and not self.path.is_dir():
-            raise ValueError(f"workdir {self.path} is a file; name a folder")
-        self.path.mkdir(parents=True, exist_ok=True)
+        writable(self.path).mkdir(parents=True, exist_ok=True)
 
         # The order is important: what another run writes must not be emptied.
         if is_remote(self.path):

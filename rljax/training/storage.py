@@ -28,7 +28,9 @@ def is_remote(path: AnyPath | str) -> bool:
 
 
 def as_path(path: AnyPath | str) -> AnyPath:
-    """The path as an object; local ones absolute. ValueError for an address of an unknown kind."""
+    """The path as an object; local ones absolute. ValueError for no text, and for an address of an unknown kind."""
+    if not str(path).strip():
+        raise ValueError("the name of a folder is empty; give a local path, such as runs/first, or an address")
     if not is_remote(path):
         return Path(path).expanduser().absolute()
     scheme, _, rest = str(path).partition("://")
@@ -55,6 +57,33 @@ def reachable(path: AnyPath | str) -> AnyPath:
         remedy = _REMEDIES[str(path).partition("://")[0]]
         raise ValueError(f"{path} cannot be reached ({why}); {remedy}; or name a local folder") from None
     return found
+
+
+def writable(path: AnyPath | str) -> AnyPath:
+    """`reachable`, for a folder that will be written to; nothing is made yet. ValueError where a local one cannot be: a
+    file, what lies below one, a place without permission."""
+    found = reachable(path)
+    if is_remote(found):
+        return found
+    there = next(folder for folder in (found, *found.parents) if folder.exists())
+    if not there.is_dir():
+        raise ValueError(f"folder {found} cannot be made, for {there} is a file; name another one")
+    try:
+        Path(tempfile.mkdtemp(dir=str(there))).rmdir()
+    except OSError as error:
+        raise ValueError(f"folder {found} cannot be written to ({error.strerror}: {there}); name another one") from None
+    return found
+
+
+def writable_file(path: str, flag: str) -> Path:
+    """The path of a file that will be written at the end, after long work. ValueError, with the name of its `flag`,
+    where it lies in no folder, or is one."""
+    file = Path(path)
+    if not file.parent.is_dir():
+        raise ValueError(f"--{flag}={path}: there is no folder {file.parent}; make it, or name another")
+    if file.is_dir():
+        raise ValueError(f"--{flag}={path} is a folder; name a file in it")
+    return file
 
 
 _SECRETS = re.compile(

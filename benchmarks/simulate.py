@@ -28,6 +28,7 @@ SIZES = {
     "full": dict(steps=30, groups=32, width=128, layers=4, tokens=32),
 }
 GROWN = 4
+GROUP = 4
 LETTERS = "abcdefghijklmnopqrstuvwx"
 TRAIN = """
 import sys
@@ -53,7 +54,7 @@ def config_of(size: dict[str, Any], form: str) -> Any:
         model=character_model(f"{LETTERS}=", size),
         # Pairs of these letters are enough for the groups of a step.
         data=dataclasses.replace(plain.data, letters=LETTERS),
-        algorithm=DecoupledPPO(group_size=4),
+        algorithm=DecoupledPPO(group_size=GROUP),
         # As many decode rows for every number of groups.
         actor=dataclasses.replace(plain.actor, prompt_slots=4, sample_slots=4, prompt_buckets=(8,)),
         sampling=SamplingConfig(max_new_tokens=size["tokens"], truncated_is_wrong=False),
@@ -128,7 +129,7 @@ def main() -> None:
     results = []
     ratios = {}
     with tempfile.TemporaryDirectory() as folder:
-        found = {form: read_run(run(size, form, Path(folder))) for form in forms}
+        found = {form: read_run(run(size, form, Path(folder)), GROUP) for form in forms}
     for form, source in sources.items():
         said = simulated(size, form, found[source], found[form].devices)
         took = found[form].step_s

@@ -20,7 +20,7 @@ from rljax.testing import tiny_config
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    return write_run(tmp_path_factory.mktemp("measured") / "run")
+    return write_run(tmp_path_factory.mktemp("measured") / "run", groups=2)
 
 
 def test_a_simulation_of_the_measured_run_takes_what_was_measured(folder, capsys):

@@ -19,9 +19,9 @@ from rljax.simulation import (
 )
 
 
-def write_run(folder, devices=1, **changed):
-    """A run of 4 steps of 8 samples: the first compiles, the others take 4 seconds, in which scoring and updating take
-    0.25 + 1 and the learner waits for 2.5, and the actor samples for 2 and judges for 0.5."""
+def write_run(folder, devices=1, groups=4, **changed):
+    """A run of 4 steps of 8 samples in `groups`: the first compiles, the others take 4 seconds, in which scoring and
+    updating take 0.25 + 1 and the learner waits for 2.5, and the actor samples for 2 and judges for 0.5."""
     (folder / "rollouts").mkdir(parents=True)
     line = {
         "compile/count": 0.0,
@@ -43,12 +43,13 @@ def write_run(folder, devices=1, **changed):
         text = "\n".join(json.dumps(record) for record in records)
         (folder / "rollouts" / f"step_{step:06d}.jsonl").write_text(text)
     (folder / "versions.json").write_text(json.dumps({"devices": ["cpu:cpu"] * 8, "processes": 2}))
-    (folder / "config.json").write_text(json.dumps({"rollout": {"class": "RolloutConfig", "devices": devices}}))
+    config = {"prompts_per_step": groups, "rollout": {"class": "RolloutConfig", "devices": devices}}
+    (folder / "config.json").write_text(json.dumps(config))
     return folder
 
 
 def test_a_run_folder_is_read_without_the_steps_that_compiled(tmp_path):
-    found = read_run(write_run(tmp_path / "run"))
+    found = read_run(write_run(tmp_path / "run"), 2)
     assert dataclasses.asdict(found) == {
         "steps": 3,
         "devices": 8,
@@ -68,37 +69,49 @@ def test_a_run_folder_is_read_without_the_steps_that_compiled(tmp_path):
 
 
 def test_beside_an_actor_a_learner_waits_for_a_part_of_the_rollout(tmp_path):
-    assert read_run(write_run(tmp_path / "beside", **{"time/learner_wait_s": 0.75})).other_s == 2.0
-    assert read_run(write_run(tmp_path / "in turn", devices=0)).other_s == 0.25
+    assert read_run(write_run(tmp_path / "beside", **{"time/learner_wait_s": 0.75}), 2).other_s == 2.0
+    assert read_run(write_run(tmp_path / "in turn", devices=0), 2).other_s == 0.25
 
 
 def test_engines_beside_updates_are_handed_weights_within_a_rollout(tmp_path):
     """The learner waits for a part of it, though no device of the run rolls out."""
     folder = write_run(tmp_path / "run", devices=0, **{"time/learner_wait_s": 0.75, "play/hand_over_s": 0.125})
     actor = {"class": "Guided", "actor": {"class": "Remote", "engines": ["http://a:1", "http://b:1"]}}
-    (folder / "config.json").write_text(json.dumps({"actor": actor, "rollout": {"devices": 0, "staleness": 1}}))
-    found = read_run(folder)
+    config = {"prompts_per_step": 4, "actor": actor, "rollout": {"devices": 0, "staleness": 1}}
+    (folder / "config.json").write_text(json.dumps(config))
+    found = read_run(folder, 2)
     assert (found.engines, found.rollout_devices) == (2, 0)
     assert (found.sample_s, found.other_s) == (2.125, 2.0)
 
 
 def test_turns_share_the_tokens_of_a_sample(tmp_path):
-    found = read_run(write_run(tmp_path / "run", **{"play/turns": 32.0}))
+    found = read_run(write_run(tmp_path / "run", **{"play/turns": 32.0}), 2)
     assert (found.turns, found.tokens) == (4.0, 2.5)
+
+
+def test_samples_are_counted_whatever_else_their_lengths_hold(tmp_path):
+    """8 are trained on, of 10 new tokens each. What environments say makes them longer; 16 are played for these."""
+    longer = {"rollout/length_mean": 14.0, "rollout/prompts_drawn": 8.0, "play/turns": 24.0}
+    found = read_run(write_run(tmp_path / "run", **longer), 2)
+    assert (found.samples, found.turns) == (8, 1.5)
+    assert found.tokens == pytest.approx(10 / 1.5)
 
 
 def test_a_folder_that_says_nothing_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"--measured=.*none has no metrics\.jsonl; name the folder of a run"):
-        read_run(tmp_path / "none")
+        read_run(tmp_path / "none", 2)
     folder = write_run(tmp_path / "run")
+    (folder / "config.json").unlink()
+    with pytest.raises(ValueError, match=r"--measured=.* has no config\.json"):
+        read_run(folder, 2)
     (folder / "metrics.jsonl").write_text(json.dumps({"step": 1, "compile/count": 3.0}) + "\n")
     with pytest.raises(
         ValueError, match=r"has no step that updated and compiled nothing among its 1; let the run go on"
     ):
-        read_run(folder)
+        read_run(folder, 2)
 
 
-@pytest.mark.parametrize("turns", [1, 4])
+@pytest.mark.parametrize("turns", [1.0, 4.0])
 def test_the_seconds_of_a_step_are_those_that_explain_a_rollout(turns):
     """Queues, unequal lengths and tools included; where turns overtake each other, several explain it about as well."""
     scenario = Scenario(groups=20, rows=32, tokens=60.0, tokens_cv=1.0, turns=turns, tool_s=2.0)
@@ -110,7 +123,7 @@ def test_the_seconds_of_a_step_are_those_that_explain_a_rollout(turns):
 
 def test_tools_that_take_longer_than_what_was_measured_are_refused():
     with pytest.raises(ValueError, match=r"tools and prompts alone take .* give a smaller tool_s"):
-        calibrated(Scenario(turns=3, tool_s=20.0), 5.0)
+        calibrated(Scenario(turns=3.0, tool_s=20.0), 5.0)
 
 
 def test_given_values_go_before_all_and_are_checked():

@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from rljax.simulation import Scenario, best_split, draw_tokens, roll_out, simulate, simulate_splits
+from rljax.simulation import Scenario, best_split, draw_tokens, draw_turns, roll_out, simulate, simulate_splits
 
 EVEN = Scenario(groups=16, group_size=4, rows=64, tokens=100.0, step_s=0.05, update_s=8.0, steps=400)
 """A rollout takes 100 x 0.05 = 5 s; an update 8 device-seconds, which are 1 s on 8 devices and 2 s on 4."""
@@ -48,7 +48,7 @@ def test_a_rollout_waits_for_the_weights_it_is_to_be_sampled_by():
 
 def test_rows_and_turns_obey_littles_law():
     """Busy rows = episodes a second x seconds that an episode decodes, whatever waits; a tool holds no row."""
-    scenario = Scenario(groups=40, group_size=8, rows=24, tokens=60.0, tokens_cv=1.0, step_s=0.1, turns=3, tool_s=4.0)
+    scenario = Scenario(groups=40, group_size=8, rows=24, tokens=60.0, tokens_cv=1.0, step_s=0.1, turns=3.0, tool_s=4.0)
     found = roll_out(dataclasses.replace(scenario, drawn=1))
     decoding = draw_tokens(scenario, 0).sum(axis=1) * 0.1
     assert found.busy_rows[0] == pytest.approx(320 / found.sample_s[0] * decoding.mean(), rel=1e-9)
@@ -56,9 +56,22 @@ def test_rows_and_turns_obey_littles_law():
     assert found.tokens[0] == draw_tokens(scenario, 0).sum()
 
 
+def test_a_mean_of_turns_is_met_by_whole_ones():
+    """Of 1.6 turns and rows for all, without tools: an episode takes one completion or two, and tokens are those of its
+    turns alone."""
+    scenario = Scenario(groups=500, group_size=8, rows=4000, turns=1.6, tokens=10.0, step_s=0.1, drawn=1)
+    turns = draw_turns(scenario, 0)
+    assert set(turns) == {1, 2}
+    assert turns.mean() == pytest.approx(1.6, abs=0.03)
+
+    found = roll_out(scenario)
+    assert found.sample_s[0] == pytest.approx(2.0)
+    assert found.tokens[0] == 10 * turns.sum()
+
+
 def test_a_tool_holds_an_episode_up_and_no_row():
     """One row, two episodes of two turns: 10 s each turn, 15 s a tool: the row is free from 20 to 25 alone."""
-    scenario = Scenario(groups=2, group_size=1, rows=1, tokens=10.0, step_s=1.0, turns=2, tool_s=15.0, tool_cv=0.0)
+    scenario = Scenario(groups=2, group_size=1, rows=1, tokens=10.0, step_s=1.0, turns=2.0, tool_s=15.0, tool_cv=0.0)
     found = roll_out(dataclasses.replace(scenario, drawn=1))
     assert found.sample_s[0] == pytest.approx(10 + 15 + 10 + 10)
     assert found.busy_rows[0] == pytest.approx(40 / 45)

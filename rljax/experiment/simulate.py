@@ -61,7 +61,7 @@ def print_simulation(
         )
     # A mistake in a flag should not wait for a compiler.
     with_values(Scenario(), values, FLAG)
-    found = read_run(measured) if measured else None
+    found = read_run(measured, config.algorithm.build().plan.group_size) if measured else None
 
     if topology:
         plan = print_plan(config, topology=topology)
@@ -150,7 +150,7 @@ def _from_config(run: Run, sourced: Sourced) -> None:
     # What the policy will say is not known before it speaks.
     sourced.take("half of config.sampling.max_new_tokens", tokens=config.sampling.max_new_tokens / 2)
     if limits is not None:
-        sourced.take("config.actor.limits", turns=limits.turns)
+        sourced.take("config.actor.limits", turns=float(limits.turns))
         sourced.take("turns are told with their texts", trajectory_bytes=40.0)
 
 
@@ -203,7 +203,7 @@ def _from_measured(run: Run, measured: Measured, sourced: Sourced) -> None:
         source,
         tokens=measured.tokens,
         tokens_cv=measured.tokens_cv,
-        turns=max(round(measured.turns), 1),
+        turns=measured.turns,
         judge_s=measured.reward_s * measured.processes / measured.samples,
         update_s=measured.update_s * training * larger,
         update_fixed_s=measured.other_s * larger,

@@ -1,7 +1,7 @@
 """A run on a cluster that is not here, simulated: throughput, idle devices, lost work, and the split that is best."""
 
 from rljax.simulation.costs import Machine, ModelSize, costs_of
-from rljax.simulation.engine import RolloutTimes, draw_tokens, roll_out
+from rljax.simulation.engine import RolloutTimes, draw_tokens, draw_turns, roll_out
 from rljax.simulation.measured import Measured, calibrated, read_run
 from rljax.simulation.scenario import Scenario, replaced, with_values
 from rljax.simulation.schedule import Outcome, simulate
@@ -18,6 +18,7 @@ __all__ = [
     "calibrated",
     "costs_of",
     "draw_tokens",
+    "draw_turns",
     "read_run",
     "replaced",
     "roll_out",

@@ -34,17 +34,25 @@ class RolloutTimes:
 
 
 def draw_tokens(scenario: Scenario, rollout: int) -> np.ndarray:
-    """New tokens of every turn of a rollout, int64 `[samples, turns]`: lognormal, from 1 to `max_tokens`."""
+    """New tokens of every turn of a rollout, int64 `[samples, turns]`: lognormal, from 1 to `max_tokens`. Turns behind
+    the last of an episode (`draw_turns`) have some as well."""
     rng = np.random.default_rng([scenario.seed, 1, rollout])
-    size = (scenario.groups * scenario.group_size, scenario.turns)
+    size = (scenario.groups * scenario.group_size, math.ceil(scenario.turns))
     drawn = lognormal(rng, scenario.tokens, scenario.tokens_cv, size)
     return np.clip(np.rint(drawn), 1, scenario.max_tokens).astype(np.int64)
+
+
+def draw_turns(scenario: Scenario, rollout: int) -> np.ndarray:
+    """Turns of every episode of a rollout, int64 `[samples]`: the two whole numbers next to the mean."""
+    rng = np.random.default_rng([scenario.seed, 3, rollout])
+    least = math.floor(scenario.turns)
+    return least + (rng.random(scenario.groups * scenario.group_size) < scenario.turns - least)
 
 
 def draw_tools(scenario: Scenario, rollout: int) -> np.ndarray:
     """Seconds of every tool of a rollout, float64 `[samples, turns - 1]`."""
     rng = np.random.default_rng([scenario.seed, 2, rollout])
-    size = (scenario.groups * scenario.group_size, scenario.turns - 1)
+    size = (scenario.groups * scenario.group_size, math.ceil(scenario.turns) - 1)
     return lognormal(rng, scenario.tool_s, scenario.tool_cv, size)
 
 
@@ -95,22 +103,26 @@ def _one_rollout(
     return sample_s, after_s, total, busy, Counter(rollout - group.begun for group in groups)
 
 
-def _groups_of(scenario: Scenario, rollout: int) -> list[tuple[np.ndarray, int]]:
-    """Seconds of the episodes of the groups that a rollout begins, float64 `[size, 2 turns - 1]` each: a completion, a
-    tool, a completion and so on; the first rollout begins those that stay in flight as well. Then their tokens."""
+def _groups_of(scenario: Scenario, rollout: int) -> list[tuple[list[np.ndarray], int]]:
+    """Seconds of the episodes of the groups that a rollout begins, float64 `[2 turns - 1]` each: a completion, a tool,
+    a completion and so on; the first rollout begins those that stay in flight as well. Then their tokens."""
     steps = [rollout]
     # Numbers of their own: no later rollout is drawn by them.
     if rollout == 0:
         steps += range(-1, -1 - math.ceil(scenario.groups_in_flight / scenario.groups), -1)
     tokens = np.concatenate([draw_tokens(scenario, step % 2**31) for step in steps])
     tools = np.concatenate([draw_tools(scenario, step % 2**31) for step in steps])
+    turns = np.concatenate([draw_turns(scenario, step % 2**31) for step in steps])
 
-    seconds = np.empty((len(tokens), 2 * scenario.turns - 1))
+    seconds = np.empty((len(tokens), tokens.shape[1] + tools.shape[1]))
     seconds[:, 0::2] = tokens * scenario.token_s
     seconds[:, 1::2] = tools
+    episodes = [row[: 2 * count - 1] for row, count in zip(seconds, turns, strict=True)]
+    said = np.where(np.arange(tokens.shape[1]) < turns[:, None], tokens, 0).sum(axis=1)
+
     count = scenario.groups + (scenario.groups_in_flight if rollout == 0 else 0)
     parts = [slice(group * scenario.group_size, (group + 1) * scenario.group_size) for group in range(count)]
-    return [(seconds[part], int(tokens[part].sum())) for part in parts]
+    return [(episodes[part], int(said[part].sum())) for part in parts]
 
 
 @dataclasses.dataclass
@@ -141,7 +153,7 @@ class _Host:
         self._complete: deque[_Group] = deque()
         self._prefill_s = 0.0
 
-    def submit(self, groups: Sequence[tuple[np.ndarray, int]], rollout: int) -> None:
+    def submit(self, groups: Sequence[tuple[Sequence[np.ndarray], int]], rollout: int) -> None:
         """Begins groups: their prompts are computed before all."""
         scenario = self._scenario
         prefill = len(groups) * scenario.prefill_s / scenario.decoding_devices

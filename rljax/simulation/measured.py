@@ -38,15 +38,16 @@ class Measured:
     samples: int
     """Samples of a step."""
     turns: float
-    """Turns of a sample; 1 without an environment."""
+    """Mean turns of a sample; 1 without an environment."""
     tokens: float
     """Mean new tokens of a turn."""
     tokens_cv: float
     """Standard deviation of a sample's tokens over their mean; 0 where the rollouts were not kept."""
 
 
-def read_run(folder: str | Path) -> Measured:
-    """Reads a run folder. ValueError of one line for a folder without the lines of a step that compiled nothing."""
+def read_run(folder: str | Path, group_size: int) -> Measured:
+    """Reads a run folder, whose groups have `group_size` samples. ValueError of one line for a folder without the lines
+    of a step that compiled nothing, or without a config."""
     path = Path(folder)
     file = path / "metrics.jsonl"
     if not file.is_file():
@@ -63,10 +64,15 @@ def read_run(folder: str | Path) -> Measured:
     def middle(name: str) -> float:
         return statistics.median(line.get(name, 0.0) for line in steps)
 
-    samples = round(statistics.median(line["rollout/new_tokens"] / line["rollout/length_mean"] for line in steps))
-    turns = max(middle("play/turns") / samples, 1.0)
+    if not (path / "config.json").is_file():
+        raise ValueError(f"--measured={folder} has no config.json; name the folder of a run")
+    config = json.loads((path / "config.json").read_text())
     devices, processes = _machine(path)
-    config = json.loads((path / "config.json").read_text()) if (path / "config.json").is_file() else {}
+
+    # Lengths say nothing of either: they hold what environments and forks put into a sample.
+    samples = config["prompts_per_step"] * group_size
+    played = max(round(middle("rollout/prompts_drawn")) * group_size, samples)
+    turns = max(middle("play/turns") / played, 1.0)
     actor = config.get("actor", {})
     actor = actor.get("actor", actor)
 
@@ -90,7 +96,7 @@ def read_run(folder: str | Path) -> Measured:
         step_s=middle("time/total_s"),
         samples=samples,
         turns=turns,
-        tokens=middle("rollout/length_mean") / turns,
+        tokens=middle("rollout/new_tokens") / samples / turns,
         tokens_cv=_spread(path),
     )
 

@@ -32,8 +32,9 @@ class Scenario:
     groups_in_flight: int = field(default=0, least=0)
     """Groups that stay under way when a rollout is whole, as `config.actor.groups_in_flight`; a rollout takes the first
     that are complete. Hosts share them."""
-    turns: int = field(default=1, least=1)
-    """Turns of an episode, each a completion; between two of them a tool works."""
+    turns: float = field(default=1.0, least=1)
+    """Mean turns of an episode, each a completion; between two of them a tool works. Of 1.6, three episodes of five
+    have two and the others one."""
     tokens: float = field(default=256.0, above=0)
     """Mean new tokens of a turn; lognormal."""
     tokens_cv: float = field(default=0.0, least=0, most=100)

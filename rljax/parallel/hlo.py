@@ -58,10 +58,51 @@ class Program:
     computations: Mapping[str, Mapping[str, Instruction]]
     entry: str
 
+    @functools.cached_property
+    def _by_name(self) -> dict[str, Instruction]:
+        return {name: one for inside in self.computations.values() for name, one in inside.items()}
+
     def trips(self, loop: Instruction) -> int | None:
         """How often the body of a `while` runs; None where data decide."""
         known = re.search(r"known_trip_count[^0-9}]*(\d+)", loop.attributes)
-        return int(known[1]) if known else None
+        return int(known[1]) if known else self._counted(loop)
+
+    def _counted(self, loop: Instruction) -> int | None:
+        """Trips of a loop that counts from one constant up to another: a TPU's compiler does not write them down."""
+        test = self._root(loop, "condition")
+        before = self._by_name.get(loop.operands[0])
+        after = self._root(loop, "body")
+        if test is None or before is None or after is None:
+            return None
+        if test.opcode != "compare" or "direction=LT" not in test.attributes:
+            return None
+
+        counter, limit = (self._by_name[name] for name in test.operands)
+        place = re.search(r"\bindex=(\d+)", counter.attributes)
+        if counter.opcode != "get-tuple-element" or place is None or {before.opcode, after.opcode} != {"tuple"}:
+            return None
+        begin = self._constant(self._by_name[before.operands[int(place[1])]])
+        end = self._constant(limit)
+
+        # One more at each trip.
+        stepped = self._by_name[after.operands[int(place[1])]]
+        steps = [self._constant(self._by_name[name]) for name in stepped.operands]
+        if begin is None or end is None or stepped.opcode != "add" or 1 not in steps:
+            return None
+        return max(end - begin, 0)
+
+    def _root(self, loop: Instruction, which: str) -> Instruction | None:
+        """The result of the `condition` or the `body` of a loop."""
+        named = re.search(rf"\b{which}=%?([\w.\-]+)", loop.attributes)
+        inside = self.computations.get(named[1], {}) if named else {}
+        return next((one for one in inside.values() if one.is_root), None)
+
+    def _constant(self, one: Instruction) -> int | None:
+        """The whole number that an instruction is, itself or as a copy of one; None for what is none."""
+        while one.opcode == "copy":
+            one = self._by_name[one.operands[0]]
+        found = re.match(r"(-?\d+)\)", one.attributes) if one.opcode == "constant" else None
+        return int(found[1]) if found else None
 
     def executed(self, data_loops: Sequence[int] = (1,)) -> Iterator[tuple[str, Instruction, int]]:
         """(computation, instruction, times) of all that runs, at each place that it is called from.

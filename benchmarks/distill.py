@@ -177,5 +177,9 @@ def said(result: Result) -> str:
     )
 
 
-if __name__ == "__main__":
+def main() -> None:
     measure_arms("distill", __doc__.splitlines()[0], PRESETS, list(ARMS), compete, said=said, table=show)
+
+
+if __name__ == "__main__":
+    main()

@@ -129,5 +129,9 @@ def said(result: Result) -> str:
     return f"avg@8 {result['curve'][0][1]:.3f} -> {result['curve'][-1][1]:.3f} in {result['seconds']:.0f} s"
 
 
-if __name__ == "__main__":
+def main() -> None:
     measure_arms("evolve", __doc__.splitlines()[0], PRESETS, list(ARMS), compete, said=said, table=show)
+
+
+if __name__ == "__main__":
+    main()

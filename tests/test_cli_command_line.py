@@ -1,5 +1,6 @@
 """What the commands say: each mistake is one line with the value and the remedy, before a device is touched."""
 
+import errno
 import importlib
 import os
 import re
@@ -261,6 +262,30 @@ def test_a_run_that_cannot_go_on_ends_in_one_line_with_status_1(script, capsys):
         cli._run(fails)
     said = capsys.readouterr().err.splitlines()
     assert stop.value.code == 1 and said[0] == "error: 5 steps in a row had nothing to learn from" and len(said) == 2
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device", "/runs/x/metrics.jsonl"),
+        ValueError('RESOURCE_EXHAUSTED: Error writing "/runs/x/metrics.jsonl"\n[No space left on device]\n' * 99),
+        OSError(errno.EDQUOT, "Disk quota exceeded", "/runs/x/metrics.jsonl"),
+    ],
+    ids=["a file", "a checkpoint", "a quota"],
+)
+def test_a_full_disk_ends_in_one_line_with_status_1(script, capsys, error):
+    def fails():
+        try:
+            raise error
+        except Exception as cause:
+            raise RuntimeError("a thread that writes has failed") from cause
+
+    cli, _ = script
+    with pytest.raises(SystemExit) as stop:
+        cli._run(fails)
+    said = capsys.readouterr().err.splitlines()
+    assert stop.value.code == 1 and len(said) == 2
+    assert said[0].startswith("error: /runs/x/metrics.jsonl: ") and "make room" in said[0]
 
 
 def run_script(*arguments):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import errno
 import functools
 import importlib.util
 import os
@@ -92,24 +93,51 @@ def _run(main: Callable[[], None]) -> None:
     try:
         keep_compiled(_PROGRAMS.value)
         main()
-    except (ValueError, FileNotFoundError) as error:
-        if os.environ.get("RLJAX_TRACEBACK"):
+    except Exception as error:
+        told = None if os.environ.get("RLJAX_TRACEBACK") else _told(error)
+        if told is None:
             raise
-        _fail(f"{error}\n{_MORE}")
-    except (NotADirectoryError, IsADirectoryError, FileExistsError, PermissionError) as error:
+        message, status = told
+        _fail(f"{message}\n{_MORE}", status)
+
+
+def _told(error: Exception) -> tuple[str, int] | None:
+    """What is said of an error in one line, and the exit status; None for a fault of ours."""
+    if full := _full_disk(error):
+        return f"{full}; make room, and the same command goes on from its newest checkpoint", 1
+    if isinstance(error, (ValueError, FileNotFoundError)):
+        return str(error), 2
+    if isinstance(error, (NotADirectoryError, IsADirectoryError, FileExistsError, PermissionError)):
         # A path that somebody gave; without a name it is a fault of ours.
-        if os.environ.get("RLJAX_TRACEBACK") or error.filename is None:
-            raise
-        _fail(f"{error.filename} cannot be used: {error.strerror}; name another path\n{_MORE}")
-    except (RuntimeError, FloatingPointError) as error:
+        if error.filename is None:
+            return None
+        return f"{error.filename} cannot be used: {error.strerror}; name another path", 2
+    if isinstance(error, (RuntimeError, FloatingPointError)):
+        # Here, since a mistake in a flag is told before anything heavy is imported.
         from rljax.experiment import EngineFailed
         from rljax.experiment.train import RunFailed
 
-        told = (RunFailed, EngineFailed, FloatingPointError)
-        if os.environ.get("RLJAX_TRACEBACK") or not isinstance(error, told):
-            raise
-        _fail(f"{error}\n{_MORE}", status=1)
+        if isinstance(error, (RunFailed, EngineFailed, FloatingPointError)):
+            return str(error), 1
+    return None
 
+
+def _full_disk(error: BaseException | None) -> str:
+    """What was full, if that is behind an error: a disk, or what a user may write there. Else empty."""
+    while error is not None:
+        for number in _FULL:
+            what = os.strerror(number)
+            if isinstance(error, OSError) and error.errno == number:
+                return f"{error.filename or 'a disk'}: {what}"
+            # What writes checkpoints tells it in words.
+            if what in str(error):
+                found = re.search(r"/[^\s\"'\]]+", str(error))
+                return f"{found.group() if found else 'a disk'}: {what}"
+        error = error.__cause__ or error.__context__
+    return ""
+
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 _MORE = "(RLJAX_TRACEBACK=1 shows where this came from)"
 

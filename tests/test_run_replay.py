@@ -6,6 +6,8 @@ import dataclasses
 import jax
 import pytest
 from breaking import break_off
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from made import EXAMPLES, assert_same_rollout, made
 
 from rljax.experiment.check import check
@@ -19,6 +21,7 @@ pytest.importorskip("pyarrow", reason="recorded rollouts need pyarrow (the extra
 
 STEPS = 3
 TOKENIZER = CharTokenizer("abcdefgh=")
+WHOLE = to_parquet(made(), {"seed": 0}, TOKENIZER)
 
 
 def config(**changes):
@@ -131,14 +134,29 @@ def test_a_recording_gives_back_every_bit_of_a_rollout(tmp_path):
 
 
 def test_damage_other_data_and_another_tokenizer_are_refused():
-    whole = to_parquet(made(), {"seed": 0}, TOKENIZER)
-    for broken in (whole[: len(whole) // 2], b"", whole[:-20]):
+    for broken in (WHOLE[: len(WHOLE) // 2], b"", WHOLE[:-20]):
         with pytest.raises(ValueError, match=r"it is damaged .* restore it"):
             from_parquet(broken, EXAMPLES, TOKENIZER, "it")
     with pytest.raises(ValueError, match="data row 2, which the data does not hold"):
-        from_parquet(whole, {0: EXAMPLES[0]}, TOKENIZER, "it")
+        from_parquet(WHOLE, {0: EXAMPLES[0]}, TOKENIZER, "it")
     with pytest.raises(ValueError, match="the tokens of it mean something else"):
-        from_parquet(whole, EXAMPLES, CharTokenizer("hgfedcba="), "it")
+        from_parquet(WHOLE, EXAMPLES, CharTokenizer("hgfedcba="), "it")
+
+
+@settings(max_examples=60, deadline=None)
+@given(place=st.floats(0, 1, exclude_max=True), flip=st.integers(1, 255), length=st.integers(1, 4))
+def test_a_changed_byte_of_a_recording_is_noticed_or_changes_nothing(place, flip, length):
+    """A file has places that nothing reads: statistics, the name of who wrote it."""
+    broken = bytearray(WHOLE)
+    begin = int(place * len(broken))
+    broken[begin : begin + length] = bytes(byte ^ flip for byte in broken[begin : begin + length])
+    try:
+        got = from_parquet(bytes(broken), EXAMPLES, TOKENIZER, "it")
+    except ValueError as error:
+        assert str(error).startswith("--replay: it ") and "\n" not in str(error)
+        return
+    assert_same_rollout(got.rollout, made().rollout)
+    assert (got.step, got.version, got.lacking, got.behind) == (5, 4, "no signal", made().behind)
 
 
 def test_recordings_open_in_pandas(recorded):

@@ -27,6 +27,8 @@ _ABOUT = b"rljax"
 """The metadata that is read before a replay begins: JSON."""
 _REST = b"rljax.rest"
 """The metadata that is needed with the rows alone: JSON, deflated, as base64."""
+_DIGEST = b"rljax.digest"
+"""A digest of both. That of the rows is in the first: Parquet itself takes many a changed bit for another number."""
 
 _TEXTS = ("step", "prompt", "completion", "record")
 """Columns that are no fields of a trajectory: for readers, and the line of the log."""
@@ -162,7 +164,9 @@ def to_parquet(made: Made, config: Mapping[str, Any], tokenizer: Tokenizer) -> b
         "record": pyarrow.array([json.dumps(record, default=plain) for record in records], pyarrow.string()),
     }
     about = {"step": made.step, "version": made.version, "config": config, "shapes": shapes}
+    table = pyarrow.table(texts | columns)
     about["meaning"] = meaning(tokenizer, rollout.trajectories)
+    about["rows"] = _digest_of_rows(table)
     rest = {
         "lacking": made.lacking,
         "behind": made.behind,
@@ -175,8 +179,8 @@ def to_parquet(made: Made, config: Mapping[str, Any], tokenizer: Tokenizer) -> b
     }
     deflated = base64.b64encode(zlib.compress(json.dumps(rest, default=plain).encode()))
 
-    table = pyarrow.table(texts | columns)
-    table = table.replace_schema_metadata({_ABOUT: json.dumps(about, default=plain), _REST: deflated})
+    metadata = {_ABOUT: json.dumps(about, default=plain).encode(), _REST: deflated}
+    table = table.replace_schema_metadata(metadata | {_DIGEST: _digest(metadata[_ABOUT], deflated)})
     file = io.BytesIO()
     pyarrow.parquet.write_table(table, file, compression="zstd")
     return file.getvalue()
@@ -189,8 +193,11 @@ def from_parquet(content: bytes, examples: Mapping[int, Example], tokenizer: Tok
     about = _about(io.BytesIO(content), name)
     try:
         table = pyarrow.parquet.read_table(io.BytesIO(content))
-    except (OSError, pyarrow.ArrowException) as error:
+        is_whole = _digest_of_rows(table) == about["rows"]
+    except (OSError, ValueError, pyarrow.ArrowException) as error:
         raise _damaged(name, error) from None
+    if not is_whole:
+        raise _damaged(name, "its rows have changed")
     rest = json.loads(zlib.decompress(base64.b64decode(table.schema.metadata[_REST])))
 
     trajectories = _trajectories_of(table, about["shapes"])
@@ -233,15 +240,37 @@ def _about(file: io.IOBase, name: object) -> dict[str, Any]:
     pyarrow = _pyarrow()
     try:
         metadata = pyarrow.parquet.read_schema(file).metadata or {}
-    except (OSError, pyarrow.ArrowException) as error:
+    except (OSError, ValueError, pyarrow.ArrowException) as error:
         raise _damaged(name, error) from None
     if _ABOUT not in metadata:
         raise ValueError(f"--replay: {name} is a Parquet file, but no rollout that rljax recorded")
+    if metadata.get(_DIGEST) != _digest(metadata[_ABOUT], metadata.get(_REST, b"")):
+        raise _damaged(name, "its metadata has changed, or is of another version")
     return json.loads(metadata[_ABOUT])
 
 
-def _damaged(name: object, error: Exception) -> ValueError:
-    return ValueError(f"--replay: {name} is damaged ({error!s:.120}); restore it, or replay fewer steps")
+def _digest(*contents: bytes) -> bytes:
+    return hashlib.sha256(b"\0".join(contents)).hexdigest().encode()
+
+
+def _digest_of_rows(table: Any) -> str:
+    """Of the values of a table by column, whatever file they stand in. Arrays count by their bytes."""
+    whole = hashlib.sha256()
+    for name in table.column_names:
+        column = table.column(name).combine_chunks()
+        whole.update(f"{name} {column.is_valid().to_pylist()}".encode())
+        if _pyarrow().types.is_large_list(column.type):
+            # Not the whole type: Parquet has a name of its own for what a list holds.
+            whole.update(f"{column.type.value_type} {column.value_lengths().to_pylist()}".encode())
+            whole.update(column.flatten().to_numpy(zero_copy_only=False).tobytes())
+        else:
+            whole.update(f"{column.type} {column.to_pylist()}".encode())
+    return whole.hexdigest()
+
+
+def _damaged(name: object, why: object) -> ValueError:
+    said = " ".join(f"{why!s:.120}".split())
+    return ValueError(f"--replay: {name} is damaged ({said}); restore it, or replay fewer steps")
 
 
 def _columns_of(trajectories: Sequence[Trajectory]) -> tuple[dict[str, Any], dict[str, list[Any]]]:

@@ -69,6 +69,22 @@ def test_where_no_token_leads_on_a_completion_ends():
     assert bits(followed.allowed(), 5) == [tokenizer.eos_id]
 
 
+def test_banned_tokens_lead_nowhere():
+    tokenizer = CharTokenizer("abcd")
+    ids = dict(zip("abcd", tokenizer.encode("abcd"), strict=True))
+    followed = Grammars(tokenizer, 40, banned=[ids["b"], ids["c"]])("regex ab|cd|ad").begin()
+    assert bits(followed.allowed(), 40) == [ids["a"]]
+    followed.advance([ids["a"]])
+    assert bits(followed.allowed(), 40) == [ids["d"]]
+
+    # Where a banned token is all that could follow, nothing does.
+    followed = Grammars(tokenizer, 40, banned=[ids["b"]])("regex ab").begin()
+    followed.advance([ids["a"]])
+    assert bits(followed.allowed(), 40) == [tokenizer.eos_id]
+    with pytest.raises(ValueError, match="every token that ends a completion is banned"):
+        Grammars(tokenizer, 40, banned=tokenizer.stop_ids)
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
     [

@@ -49,7 +49,7 @@ from rljax.rollouts import Actor, ActorParts, BlackBox, Remote, RemoteBlackBox, 
 from rljax.sampling import SamplingConfig, SamplingParams
 from rljax.sampling.config import GRAMMARS, PENALTIES
 from rljax.sampling.divergence import DivergenceHead
-from rljax.sampling.logits import logit_biases
+from rljax.sampling.logits import MASKED, logit_biases
 from rljax.sampling.slots import Grammar
 from rljax.settings import placed, shown
 from rljax.tasks import Curriculum, Dataset, Evolving, Example, FileRows
@@ -106,7 +106,7 @@ class Run:
     grammars: Grammars = dataclasses.field(init=False)
 
     def __post_init__(self) -> None:
-        self.grammars = Grammars(self.tokenizer, self.decoder.num_ids)
+        self.grammars = grammars_over(self.config, self.tokenizer, self.decoder)
         if self.actor is None:
             return
         self.pipeline = Pipeline(
@@ -277,7 +277,8 @@ def build(
 
 def make_curriculum(config: Config, dataset: Dataset) -> Curriculum:
     """What draws the examples of steps; none of the tasks that it makes is a held-out one."""
-    curriculum = config.curriculum.make(dataset.train, config.seed)
+    with placed("config.curriculum"):
+        curriculum = config.curriculum.make(dataset.train, config.seed)
     if isinstance(curriculum, Evolving):
         curriculum.keep_out(dataset.test)
     return curriculum
@@ -357,7 +358,7 @@ def actor_parts(
         truncated_is_wrong=sampling.truncated_is_wrong,
         solved_by=config.evaluation.solved_by,
         stop_column=sampling.stop_column,
-        grammar_of=grammars_of(config, Grammars(tokenizer, decoder.num_ids), dataset),
+        grammar_of=grammars_of(config, grammars_over(config, tokenizer, decoder), dataset),
     )
     return ActorParts(
         decoder=decoder,
@@ -381,7 +382,26 @@ def sampled_by(config: Config, tokenizer: Tokenizer, decoder: DecoderConfig) -> 
             f"config.sampling.logit_bias and config.sampling.banned name the token {largest}, outside the vocabulary "
             f"of {decoder.num_ids}; leave it out"
         )
+    if len(banned_tokens(params)) >= decoder.num_ids:
+        raise ValueError(
+            f"config.sampling.banned names all {decoder.num_ids} tokens of the vocabulary, and something must be "
+            "sampled; leave some out"
+        )
     return params
+
+
+def banned_tokens(params: SamplingParams) -> list[int]:
+    """Ids that are never sampled."""
+    return [token for token, added in logit_biases(params).items() if added <= MASKED / 2]
+
+
+def grammars_over(config: Config, tokenizer: Tokenizer, decoder: DecoderConfig) -> Grammars:
+    """Those that completions of a run may follow. ValueError where nothing could end one."""
+    # Most runs have none, and may ban what they like.
+    if not config.sampling.follows_grammar:
+        return Grammars(tokenizer, decoder.num_ids)
+    with placed("config.sampling.banned"):
+        return Grammars(tokenizer, decoder.num_ids, banned_tokens(sampled_by(config, tokenizer, decoder)))
 
 
 def check_single_turns(config: Config) -> None:
@@ -406,23 +426,30 @@ def check_single_turns(config: Config) -> None:
 def check_scored(config: Config, plan: RolloutPlan) -> None:
     """ValueError for distributions that depend on more than the hidden state, where they are not scored so."""
     sampling = config.sampling
-    if sampling.follows_grammar:
-        what = "completions that follow a grammar"
-    elif sampling.params().penalises:
-        what = "penalties of tokens before"
-    else:
+    defaults = SamplingConfig()
+    binding = [name for name in (*GRAMMARS, *PENALTIES) if getattr(sampling, name) != getattr(defaults, name)]
+    if not binding:
         return
+
+    # The remedy is the same for all: whatever binds first is named.
+    is_grammar = binding[0] in GRAMMARS
+    what = "completions that follow a grammar" if is_grammar else "penalties of tokens before"
+    where = f"config.sampling.{binding[0]}={shown(getattr(sampling, binding[0]))}"
     if config.mesh.sequence > 1:
         raise ValueError(
-            f"config.mesh.sequence={config.mesh.sequence}: devices that share sequences do not score {what}; set it to "
-            "1, or leave them out"
+            f"{where}: config.mesh.sequence={config.mesh.sequence}: devices that share sequences do not score {what}; "
+            "set it to 1, or leave them out"
         )
     if plan.teacher is not None:
-        raise ValueError(f"teachers do not score {what}; leave them out, or choose an algorithm without teachers")
+        raise ValueError(
+            f"{where}: teachers do not score {what}; leave them out, or choose an algorithm without teachers"
+        )
     if plan.forks is not None and plan.forks.lagged_chains:
-        raise ValueError(f"forks from older weights do not go with {what}; choose another algorithm, or leave them out")
-    if plan.forks is not None and plan.forks.max_injected and sampling.follows_grammar:
-        raise ValueError(f"forks that are given tokens do not go with {what}; choose another algorithm")
+        raise ValueError(
+            f"{where}: forks from older weights do not go with {what}; choose another algorithm, or leave them out"
+        )
+    if plan.forks is not None and plan.forks.max_injected and is_grammar:
+        raise ValueError(f"{where}: forks that are given tokens do not go with {what}; choose another algorithm")
 
 
 def check_stops(config: Config, settings: RolloutSettings, dataset: Dataset, tokenizer: Tokenizer) -> None:

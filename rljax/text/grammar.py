@@ -7,7 +7,7 @@ A grammar is named by one text, its kind and then what it is: `json_schema {"typ
 import functools
 import json
 import threading
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import numpy as np
@@ -27,13 +27,20 @@ class Grammars:
     """Grammars over the vocabulary of `tokenizer`, each compiled once. Safe for several threads.
 
     A completion that follows its grammar to an end may be ended by any of the tokenizer's stop tokens, and where
-    nothing else can follow it must. `num_ids` is the vocabulary of the model, at least that of the tokenizer.
+    nothing else can follow it must. `num_ids` is the vocabulary of the model, at least that of the tokenizer. What is
+    `banned` leads nowhere; ValueError where that is every stop token, since then no completion could end.
     """
 
-    def __init__(self, tokenizer: Tokenizer, num_ids: int):
+    def __init__(self, tokenizer: Tokenizer, num_ids: int, banned: Collection[int] = ()):
+        if banned and set(tokenizer.stop_ids) <= set(banned):
+            raise ValueError("every token that ends a completion is banned, and one that follows a grammar must end")
         self.tokenizer = tokenizer
         self.num_ids = num_ids
         self.width = -(-num_ids // _BITS)
+        self.unbanned = np.full(self.width, 0xFFFFFFFF, np.uint32)
+        """A bit a token, as `Followed.allowed` has them: whether it is not banned."""
+        for token in banned:
+            self.unbanned[token // _BITS] &= ~np.uint32(1 << token % _BITS)
         self._lock = threading.Lock()
         self._compiled: dict[str, Grammar] = {}
 
@@ -105,12 +112,14 @@ class Followed:
         bits = np.zeros(grammars.width, np.uint32)
         if not self._matcher.is_stopped():
             found = np.frombuffer(self._matcher.compute_bitmask(), np.uint32)[: grammars.width]
-            bits[: len(found)] = found
+            bits[: len(found)] = found & grammars.unbanned[: len(found)]
         if self._matcher.is_error() or not bits.any():
-            # Nothing follows, or no token of this vocabulary leads on, as where its alphabet lacks a letter.
+            # Nothing follows, or no token of this vocabulary leads on, as where its alphabet lacks a letter or the only
+            # one is banned.
             bits[:] = 0
             for stop in grammars.tokenizer.stop_ids:
                 bits[stop // _BITS] |= np.uint32(1 << stop % _BITS)
+            bits &= grammars.unbanned
         return bits
 
     def advance(self, tokens: Sequence[int]) -> None:

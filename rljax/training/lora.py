@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Literal
 
 from rljax.models import MATRICES, DecoderConfig, Lora, is_adapter, read_lora
-from rljax.settings import field
+from rljax.settings import field, placed
 from rljax.training.trainable import EVERYTHING, Subtree, subtree_of
 
 _OF_FRESH = ("rank", "alpha", "targets", "rank_stabilized")
@@ -48,7 +48,8 @@ class LoraConfig:
 
     def _lora(self, decoder: DecoderConfig) -> Lora:
         if self.path:
-            return read_lora(Path(self.path).expanduser(), decoder)
+            with placed("config.lora.path"):
+                return read_lora(Path(self.path).expanduser(), decoder)
         return Lora(rank=self.rank, alpha=self.alpha, targets=self.targets, rank_stabilized=self.rank_stabilized)
 
     def check(self) -> None:

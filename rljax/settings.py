@@ -11,11 +11,13 @@ import dataclasses
 import functools
 import inspect
 import numbers
+import os
 import re
 import types
 import typing
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
+from urllib.parse import urlsplit
 
 LARGEST = 3.4028234663852886e38
 """The largest float32."""
@@ -231,6 +233,25 @@ def _example(value: Any, hint: Any) -> str:
     if typing.get_origin(hint) is tuple and _fits(value, arguments[0]):
         return f", such as ({shown(value)},)"
     return ""
+
+
+def is_web_address(text: str) -> bool:
+    """Whether a text is an address such as `http://host:8000/path`, with a port that there can be, or none."""
+    if not re.fullmatch(r"https?://[^\s/?#]+(/\S*)?", text):
+        return False
+    try:
+        url = urlsplit(text)
+        return bool(url.hostname) and url.port != 0
+    except ValueError:  # brackets that do not close, a port that is no number or beyond 65535
+        return False
+
+
+def has_variable(name: str) -> bool:
+    """Whether an environment variable of this name holds a text. There is none of a name with half a character."""
+    try:
+        return bool(os.environ.get(name))
+    except UnicodeEncodeError:
+        return False
 
 
 def shown(value: Any) -> str:

@@ -223,6 +223,10 @@ def test_weights_of_teachers_are_in_the_plan_of_memory():
             {"teachers": (EngineTeacher(),), "sampling": SamplingConfig(max_new_tokens=4, temperature=0.7)},
             r"config.sampling.temperature=0.7: config.teachers\[0\] is served elsewhere",
         ),
+        (
+            {"teachers": (EngineTeacher(("http://host:x",)),)},
+            r"config.teachers\[0\].engines=\('http://host:x',\) must be",
+        ),
         ({"teachers": (EngineTeacher(("host",)),)}, r"config.teachers\[0\].engines=\('host',\) must be addresses"),
         ({"algorithm": GKD(support=64)}, "config.algorithm.support=64 must be below the"),
         ({"algorithm": tiny_config().algorithm}, "config.teachers has no effect: GRPO asks no teacher"),

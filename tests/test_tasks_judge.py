@@ -155,6 +155,9 @@ def test_pauses_double_and_the_longest_call_is_known():
     assert endpoint.longest_s == 4 * 10 + 1 + 2 + 3
     with pytest.raises(ValueError, match="must begin with http"):
         ChatEndpoint(base_url="localhost:8000", model="m")
+    for address in ("http://judge:x/v1", "http://judge:65536", "http:///v1"):
+        with pytest.raises(ValueError, match=f"base_url '{address}' names no host and port"):
+            ChatEndpoint(base_url=address, model="m")
     with pytest.raises(ValueError, match="retries -1"):
         ChatEndpoint(base_url="http://x", model="m", retries=-1)
 

@@ -18,7 +18,7 @@ from rljax.parallel import on_main
 from rljax.plans import TeacherSpec
 from rljax.rollouts import ScoringEngines
 from rljax.sampling import SamplingParams
-from rljax.settings import field
+from rljax.settings import field, has_variable, is_web_address
 from rljax.tasks import Example
 from rljax.tasks.examples import with_paragraph
 from rljax.text import Tokenizer, render_prompt
@@ -194,9 +194,9 @@ class EngineTeacher:
 
     def check(self) -> None:
         """Raises a ValueError of one line for what can never work."""
-        if not self.engines or not all(address.startswith(("http://", "https://")) for address in self.engines):
+        if not self.engines or not all(map(is_web_address, self.engines)):
             raise ValueError(f"engines={self.engines} must be addresses such as http://host:8000")
-        if self.key_variable and not os.environ.get(self.key_variable):
+        if self.key_variable and not has_variable(self.key_variable):
             raise ValueError(f"key_variable={self.key_variable!r} is not in the environment; set it, or leave it out")
 
     def build(self, parts: TeacherParts, where: str) -> Teacher:

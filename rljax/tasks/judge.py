@@ -18,6 +18,7 @@ import urllib.request
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
+from urllib.parse import urlsplit
 
 from rljax.tasks.answers import Extractor, whole_completion
 from rljax.tasks.examples import Prompt
@@ -61,6 +62,12 @@ class ChatEndpoint:
     def __post_init__(self) -> None:
         if not re.match(r"https?://", self.base_url):
             raise ValueError(f"base_url {self.base_url!r} must begin with http:// or https://")
+        try:
+            has_host = bool(urlsplit(self.base_url).hostname) and urlsplit(self.base_url).port != 0
+        except ValueError:  # a port that is no number, or beyond 65535
+            has_host = False
+        if not has_host:
+            raise ValueError(f"base_url {self.base_url!r} names no host and port, such as http://host:8000/v1")
         if self.retries < 0 or not self.timeout_s > 0 or self.backoff_s < 0 or self.max_pause_s < 0:
             raise ValueError(
                 f"retries {self.retries}, backoff_s {self.backoff_s} and max_pause_s {self.max_pause_s} must not be "

@@ -3,13 +3,15 @@
 import dataclasses
 import os
 import re
+import shlex
+from pathlib import Path
 from typing import Literal
 
-from rljax.settings import field
+from rljax.settings import field, has_variable, is_web_address
 
 _LOCAL = re.compile(r"https?://(localhost|127\.\d+\.\d+\.\d+|\[::1\])(:\d+)?/?")
-_ADDRESS = re.compile(r"https?://[^\s/]+(/[^\s]*)?")
-_PLACES = ("address", "host", "port", "weights")
+_PLACES = {"address": "http://host:8000", "host": "host", "port": 8000, "weights": Path("folder")}
+"""What a command may name, each with an example."""
 
 
 def is_local(address: str) -> bool:
@@ -62,7 +64,7 @@ class EnginesConfig:
             raise ValueError(f"config.actor.engines={self.engines} must be addresses, each of them once")
 
         for address in self.engines:
-            if not _ADDRESS.fullmatch(address):
+            if not is_web_address(address):
                 raise ValueError(
                     f"config.actor.engines holds {address!r}, which is no address such as http://host:8000"
                 )
@@ -83,20 +85,21 @@ class EnginesConfig:
         if self.command:
             self._check_command()
 
-        if self.key_variable and not os.environ.get(self.key_variable):
+        if self.key_variable and not has_variable(self.key_variable):
             raise ValueError(
                 f"config.actor.key_variable={self.key_variable!r} is not in the environment; set it, or leave it out"
             )
 
     def _check_command(self) -> None:
         try:
-            written = self.command.format(**dict.fromkeys(_PLACES, ""))
-        except (KeyError, IndexError, ValueError) as error:
+            # As an engine's words are made: split first, so that a folder with a space is one word.
+            words = [word.format(**_PLACES) for word in shlex.split(self.command)]
+        except (LookupError, ValueError, AttributeError, TypeError) as error:
             raise ValueError(
                 f"config.actor.command={self.command!r} cannot be filled in ({error!r}); it may hold "
-                f"{', '.join(f'{{{name}}}' for name in _PLACES)}"
+                f"{', '.join(f'{{{name}}}' for name in _PLACES)}, and its quotes must close"
             ) from None
-        if not written.strip() or "{weights}" not in self.command:
+        if not words or not words[0] or "{weights}" not in self.command:
             raise ValueError(
                 f"config.actor.command={self.command!r} must say where the weights are: write {{weights}} in it"
             )

@@ -12,6 +12,7 @@ from rljax.experiment import (
     FileData,
     MultiTurn,
     MuonConfig,
+    OwnTeacher,
     ReasoningGymData,
     RewardConfig,
     RowsData,
@@ -114,6 +115,11 @@ def test_what_is_said_of_a_wrong_value(part, name, value, says):
         ),
         ({"data": ReasoningGymData(extract=final_number)}, "data.extract=", "the rewards of config.actor and not"),
         ({"data": ReasoningGymData(full_score_only=False)}, "data.full_score_only=False", "the rewards of"),
+        (
+            {"teachers": (OwnTeacher(context_format="{text}"),)},
+            "teachers[0].context_format='{text}'",
+            "teachers[0].context_column=''; name a column",
+        ),
         ({"reference_refresh": 2}, "reference_refresh=2", "GRPO has no reference model; set"),
     ],
 )

@@ -9,6 +9,7 @@ import numpy as np
 from rljax.algorithms import Algorithm
 from rljax.evaluation import EvaluationConfig
 from rljax.experiment.config import Config, actor_of
+from rljax.experiment.teachers import EngineTeacher, ModelTeacher, OwnTeacher
 from rljax.plans import RolloutPlan
 from rljax.rollouts import BlackBox, MultiTurn, Remote, RemoteBlackBox, RemoteMultiTurn, SingleTurn
 from rljax.sampling import SamplingConfig
@@ -39,6 +40,10 @@ SWITCHES = (
         bool,
         ("decode_rows", "prefill_chunks", "check_every"),
         "take BlackBox, which decodes in this process",
+    ),
+    *(
+        Switch(teacher, "context_column", lambda column: not column, ("context_format",), "name a column")
+        for teacher in (ModelTeacher, OwnTeacher, EngineTeacher)
     ),
     Switch(FileData, "test", bool, ("test_fraction",), "leave that out"),
     Switch(RowsData, "test_args", bool, ("test_fraction",), "leave that out"),

@@ -14,6 +14,7 @@ from rljax.experiment.stops import Stops
 from rljax.experiment.train import evaluate_run, open_checkpoints, save_description
 from rljax.experiment.watchdog import Watchdog
 from rljax.parallel import check_equal, end_together, on_main, use_mesh
+from rljax.settings import check_config
 from rljax.training import RunFolder, as_path, writable
 from rljax.types import TrainState
 
@@ -21,6 +22,8 @@ from rljax.types import TrainState
 def fine_tune(config: Config, workdir: str, *, fresh: bool = False) -> dict[str, float]:
     """`config.warmup.steps` supervised steps in a run folder, going on from its newest checkpoint; returns the metrics
     of the last one. On SIGTERM, SIGUSR1 or Ctrl-C it saves and raises `Stopped`."""
+    # Before any field is compared with anything.
+    check_config(config)
     if config.warmup.steps < 1:
         raise ValueError(f"config.warmup.steps={config.warmup.steps} must be at least 1 for supervised fine-tuning")
 

@@ -10,7 +10,7 @@ from rljax.experiment.report import evaluation_table, say
 from rljax.experiment.sft import check_demonstrations, warm_up
 from rljax.experiment.stage import Stage
 from rljax.experiment.train import evaluate_run, open_warmup
-from rljax.settings import placed
+from rljax.settings import check_config, placed
 from rljax.tasks import Dataset
 from rljax.training import RunFolder
 from rljax.types import Params, TrainState
@@ -23,6 +23,8 @@ def prefer(config: Config, workdir: str, *, fresh: bool = False) -> dict[str, fl
     The trained policy answers held-out problems at the end where the data or `config.actor` says how to judge it, and
     `config.evaluation.problems` is not -1. On SIGTERM, SIGUSR1 or Ctrl-C it saves and raises `Stopped`.
     """
+    # Before any field is compared with anything.
+    check_config(config)
     if config.checkpoint.keep_best:
         raise ValueError(
             f"config.checkpoint.keep_best={config.checkpoint.keep_best} has no effect in learning from preferences, "

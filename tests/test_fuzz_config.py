@@ -13,19 +13,28 @@ from hypothesis import strategies as st
 from rljax.algorithms import DISTRIBUTION_RECIPES, FOREST_RECIPES, GKD, RECIPES, DecoupledPPO
 from rljax.experiment import (
     BlackBox,
+    CoEvolvedTasks,
+    D2EvoTasks,
+    EngineTeacher,
     FailedTasks,
     FileData,
     Guided,
     LightSAMConfig,
+    MediumTasks,
     ModelTeacher,
     MultiTurn,
     MuonConfig,
+    OwnTeacher,
     PretrainedModel,
     ReasoningGymData,
+    Remote,
+    RemoteBlackBox,
+    RemoteMultiTurn,
     RewardConfig,
     RowsData,
     RunModel,
     SingleTurn,
+    TwoStageTasks,
 )
 from rljax.experiment.check import check
 from rljax.settings import parts
@@ -44,7 +53,22 @@ ROOTS = {
     },
     "pretrained": {"model": PretrainedModel(), "data": ReasoningGymData("chain_sum"), "optimizer": MuonConfig()},
     "lightsam": {"optimizer": LightSAMConfig()},
-    "taught": {"algorithm": GKD(), "teachers": (ModelTeacher(RunModel("runs/x")),)},
+    "taught": {
+        "algorithm": GKD(support=4),
+        "teachers": (ModelTeacher(RunModel("runs/x"), tasks=("a",)), OwnTeacher(tasks=("b",)), EngineTeacher()),
+    },
+    "engines": {"actor": Remote(), "curriculum": MediumTasks()},
+    "episodes by engines": {
+        "actor": RemoteMultiTurn(make="m:f", context_length=64),
+        "data": RowsData("m:f"),
+        "curriculum": TwoStageTasks(),
+    },
+    "agents by engines": {
+        "actor": RemoteBlackBox(agent="m:f", context_length=64),
+        "data": FileData("x.jsonl"),
+        "curriculum": CoEvolvedTasks(maker="m:f"),
+    },
+    "questions": {"curriculum": D2EvoTasks()},
 }
 """Configs in which every kind of part stands at least once."""
 

@@ -4,6 +4,9 @@ which two compute for a token, so that a token meets as many weights as there.
     rljax train --config=moe_tiny --workdir=runs/moe
     rljax train --config=moe_tiny --workdir=runs/moe --config.mesh.expert=4
 
+With `--config.model.family=glm4_moe` it has DeepSeek-V3's router, whose experts `--config.optimizer.balance_rate=0.001`
+balances (`loss/expert_load_max` in metrics.jsonl).
+
 Greedy answers and samples are scored on words that are never trained on.
 """
 

@@ -141,7 +141,7 @@ class Packed:
     Key `k` is visible to query `q` iff `k <= q < subtree_end[k]`. `positions` is the depth on the path (RoPE),
     `predecessor` the packed index of the token before on that path (-1 for a root). Padding has `subtree_end` 0.
     `score_index` lists the packed indices of the tokens whose log-prob is wanted (-1 pads), so the vocabulary head
-    runs on these alone. `experts` are those that each token passes in each of the `L` layers of a mixture, -1 where it
+    runs on these alone. `experts` are those that each token passes in each of the `L` layers that have any, -1 where it
     passes the best; None where all do. Where tokens were drawn under masks, these come with them: no other tokens
     count.
     """

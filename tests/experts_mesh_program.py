@@ -5,10 +5,22 @@ import json
 import tempfile
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import sharded_program
 
-from rljax.models import Experts, Lora, base_config, base_params, init_params, is_adapter, load_hf, save_hf
+from rljax.models import (
+    Experts,
+    Lora,
+    base_config,
+    base_params,
+    hidden_states,
+    init_params,
+    is_adapter,
+    load_hf,
+    logits,
+    save_hf,
+)
 from rljax.models.layout import param_shardings
 from rljax.parallel import make_mesh, mesh_beside, put_batch, spread_mesh, use_mesh
 from rljax.sampling import Request, Sampler, SamplerSpec, compile_count, sampling_params
@@ -18,6 +30,45 @@ CONFIG = dataclasses.replace(
 )
 # Adapters of all matrices, of the experts' too: they lie, and are sent, as these do.
 CONFIG = dataclasses.replace(CONFIG, lora=Lora(rank=2, alpha=2.0))
+
+
+# Loads come home with the gradient of the bias that chooses.
+BIASED = dataclasses.replace(
+    sharded_program.CONFIG,
+    experts=Experts(
+        count=8, per_token=2, mlp_dim=24, selection_bias=True, groups=4, kept_groups=2, shared=1, dense_layers=1
+    ),
+)
+
+
+def biased_on(mesh):
+    """(loss, gradient) of the mixture `BIASED`, on a mesh or on one device."""
+    data = sharded_program.batch()
+    params = init_params(BIASED, jax.random.key(1))
+    params["layers"]["selection_bias"] += np.linspace(-0.01, 0.01, 8, dtype=np.float32)
+
+    def loss(params, data):
+        hidden = hidden_states(BIASED, params, data["tokens"], data["positions"], data["end"], counts_load=True)
+        scores = jax.nn.log_softmax(logits(BIASED, params, hidden)[:, :-1])
+        return -jnp.take_along_axis(scores, data["tokens"][:, 1:, None], -1).mean()
+
+    step = jax.jit(jax.value_and_grad(loss))
+    if mesh is None:
+        return step(params, data)
+    with use_mesh(mesh):
+        return step(jax.device_put(params, param_shardings(BIASED, mesh)), put_batch(mesh, data))
+
+
+def of_biased(mesh):
+    """How far a mesh is from one device."""
+    (want, want_gradient), (value, gradient) = biased_on(None), biased_on(mesh)
+    loads, want_loads = (g["layers"].pop("selection_bias") for g in (gradient, want_gradient))
+    return {
+        "biased_loss": abs(float(value - want)),
+        "biased_gradient": sharded_program.difference(gradient, want_gradient),
+        "loads": sharded_program.difference(loads, want_loads),
+        "load_sum": float(loads[0].sum()),
+    }
 
 
 def main():
@@ -45,6 +96,7 @@ def main():
         save_hf(folder, plain, base_params(sharded))
         _, loaded = load_hf(folder, shardings=param_shardings(plain, mesh))
     return {
+        **of_biased(mesh),
         "loss": abs(float(value - want)),
         "gradient": sharded_program.difference(gradient, want_gradient),
         "decoded": sharded_program.difference(decoded, sample(params, None)[0]),

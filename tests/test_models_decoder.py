@@ -45,6 +45,20 @@ CONFIGS = {
         rope_scaling=RopeScaling(type="yarn", factor=4.0, original_max_position=256, beta_fast=8.0),
     ),
     "experts": dataclasses.replace(TINY, experts=Experts(count=5, per_token=2, mlp_dim=12)),
+    "experts_chosen_by_a_bias_in_groups": dataclasses.replace(
+        TINY,
+        experts=Experts(
+            count=8,
+            per_token=3,
+            mlp_dim=12,
+            selection_bias=True,
+            groups=4,
+            kept_groups=2,
+            weight_scale=1.7,
+            shared=2,
+            dense_layers=1,
+        ),
+    ),
     "sinks_clamped_biased_experts": dataclasses.replace(
         TINY,
         attention_bias=True,
@@ -163,10 +177,25 @@ def reference_logits(config, params, tokens):
             inner = gate / (1 + np.exp(-c.experts.slope * gate)) * (up + 1)
         return inner @ w["down"][i] + (w["down_bias"][i] if c.experts.biases else 0)
 
+    def mixture(h, w, linear):
+        e = c.experts
+        scores = linear(h, "router")
+        chances = 1 / (1 + np.exp(-scores)) if e.selection_bias else np.exp(scores) / np.exp(scores).sum()
+        wanted = chances + w.get("selection_bias", 0.0)
+        size = e.count // e.groups
+        of_groups = [sum(sorted(wanted[g * size : (g + 1) * size])[-2:]) for g in range(e.groups)]
+        kept = np.argsort(of_groups)[-e.kept_groups :]
+        best = sorted((i for i in range(e.count) if i // size in kept), key=lambda i: -wanted[i])[: e.per_token]
+        out = e.weight_scale * chances[best] / chances[best].sum() @ np.stack([expert(h, w, i) for i in best])
+        if e.shared:
+            out = out + linear(activated(linear(h, "shared_gate")) * linear(h, "shared_up"), "shared_down")
+        return out
+
     score_scale = c.score_scale or 1 / math.sqrt(c.head_dim)
     stream = [c.embed_scale * p["embedding"][token] for token in tokens]
     for index in range(c.num_layers):
-        w = {name: value[index] for name, value in p["layers"].items()}
+        stack, layers = next((stack, layers) for stack, layers in c.stacks.items() if index in layers)
+        w = {name: value[index - layers.start] for name, value in p[stack].items()}
 
         def linear(x, name, w=w):
             return x @ w[name] + w.get(f"{name}_bias", 0.0)
@@ -197,12 +226,10 @@ def reference_logits(config, params, tokens):
                 mixed.append(sum(a * v[s][group] for a, s in zip(shares, seen, strict=True)))
             x = x + c.residual_scale * norm_if(linear(np.concatenate(mixed), "o"), w, "attention_post_norm")
             h = norm_if(x, w, "mlp_norm")
-            if c.experts is None:
+            if "router" not in w:
                 out = linear(activated(linear(h, "gate")) * linear(h, "up"), "down")
             else:
-                chances = np.exp(linear(h, "router"))
-                best = np.argsort(-chances)[: c.experts.per_token]
-                out = chances[best] / chances[best].sum() @ np.stack([expert(h, w, i) for i in best])
+                out = mixture(h, w, linear)
             after.append(x + c.residual_scale * norm_if(out, w, "mlp_post_norm"))
         stream = after
     head = p["embedding"] if c.tied_embeddings else p["head"]
@@ -364,6 +391,12 @@ def test_unstacking_keeps_every_layer():
     assert len(layers) == TINY.num_layers
     for index, layer in enumerate(layers):
         assert np.array_equal(layer["gate"], params["layers"]["gate"][index])
+
+    params = weights(CONFIGS["experts_chosen_by_a_bias_in_groups"])
+    whole = unstack_layers(params)
+    assert "dense_layers" not in whole
+    assert [layer["gate"].ndim for layer in whole["layers"]] == [2, 3, 3]
+    assert np.array_equal(whole["layers"][2]["gate"], params["layers"]["gate"][1])
 
 
 def test_weights_are_declared_once():

@@ -10,7 +10,7 @@ import pytest
 from jax.sharding import AbstractMesh
 from test_parallel_mesh import run_python
 
-from rljax.models import DecoderConfig, Experts, param_shardings
+from rljax.models import DecoderConfig, Experts, cast_params, param_shardings
 from rljax.models.experts import apply_experts, route
 from rljax.parallel import MESH_AXES
 
@@ -92,6 +92,74 @@ def test_impossible_numbers_of_experts_are_refused():
         Experts(count=4, per_token=5, mlp_dim=6)
     with pytest.raises(ValueError, match="count=0 must be a whole number of at least 1"):
         Experts(count=0, per_token=1, mlp_dim=6)
+    with pytest.raises(ValueError, match="kept_groups=3 must be at most their groups=2"):
+        Experts(count=4, per_token=1, mlp_dim=6, groups=2, kept_groups=3)
+    with pytest.raises(ValueError, match="count=6 must be a multiple, of 2 or more, of their 4 groups"):
+        Experts(count=6, per_token=1, mlp_dim=6, groups=4)
+    with pytest.raises(ValueError, match="per_token=3 must be at most the 2 that the kept_groups=1 hold"):
+        Experts(count=4, per_token=3, mlp_dim=6, groups=2)
+    with pytest.raises(ValueError, match="dense_layers=1 must be below num_layers=1"):
+        DecoderConfig(
+            vocab_size=8,
+            num_layers=1,
+            embed_dim=8,
+            num_heads=2,
+            num_kv_heads=1,
+            head_dim=4,
+            mlp_dim=8,
+            experts=Experts(count=3, per_token=1, mlp_dim=4, dense_layers=1),
+        )
+
+
+BIASED = Experts(count=4, per_token=2, mlp_dim=6, selection_bias=True, weight_scale=1.5)
+
+
+def test_a_bias_chooses_experts_and_does_not_weigh_them():
+    logits = np.array([0.0, 1.0, -1.0, 2.0], np.float32)
+    sigmoids = 1 / (1 + np.exp(-logits.astype(np.float64)))
+    plain = route(BIASED, jnp.asarray(logits), bias=jnp.zeros(4))
+    assert plain.experts.tolist() == [3, 1]
+    pushed = route(BIASED, jnp.asarray(logits), bias=jnp.array([0.0, -1.0, 1.0, 0.0]))
+    assert pushed.experts.tolist() == [2, 3]
+    for routing in (plain, pushed):
+        own = sigmoids[np.asarray(routing.experts)]
+        np.testing.assert_allclose(routing.weights, 1.5 * own / own.sum(), rtol=1e-6)
+
+    # No sigmoid is left of scores that are far below 0, and no weight is NaN.
+    assert route(BIASED, jnp.full(4, -1e4), bias=jnp.zeros(4)).weights.tolist() == [0, 0]
+
+
+def test_groups_are_kept_by_what_their_two_best_experts_score():
+    config = Experts(count=6, per_token=2, mlp_dim=6, selection_bias=True, groups=3, kept_groups=1)
+    logits = jnp.array([3.0, -3.0, 1.0, 0.5, 0.9, 0.8])
+    assert route(config, logits, bias=jnp.zeros(6)).experts.tolist() == [4, 5]
+    # The best expert of all is in a group that is not kept; the bias counts in a group's score.
+    assert route(config, logits, bias=jnp.array([0, 0, 0, 0.3, 0, 0])).experts.tolist() == [3, 2]
+
+
+def test_the_bias_that_chooses_stays_float32_where_weights_are_cast():
+    weights = {"layers": {"q": jnp.ones((2, 3, 3)), "selection_bias": jnp.full((2, 4), 0.3)}}
+    cast = cast_params(weights, "bfloat16")
+    assert cast["layers"]["q"].dtype == jnp.bfloat16
+    assert cast["layers"]["selection_bias"].dtype == jnp.float32
+    np.testing.assert_array_equal(cast["layers"]["selection_bias"], weights["layers"]["selection_bias"])
+
+
+def test_loads_come_home_in_the_place_of_the_biases_gradient():
+    """As many tokens as passed each expert, but for those that are not counted; the other gradients stay."""
+    logits = jnp.asarray(np.random.default_rng(0).normal(size=(3, 5, 4)), jnp.float32)
+    bias = jnp.array([0.3, 0.0, -0.2, 0.1])
+    counted = np.random.default_rng(1).random((3, 5)) < 0.6
+
+    def value(logits, bias, counted):
+        return jnp.sum(route(BIASED, logits, bias=bias, counted=counted).weights ** 2)
+
+    d_logits, loads = jax.grad(value, (0, 1))(logits, bias, jnp.asarray(counted))
+    chosen = np.asarray(route(BIASED, logits, bias=bias).experts)
+    np.testing.assert_array_equal(loads, np.bincount(chosen[counted].reshape(-1), minlength=4))
+    plain, nothing = jax.grad(value, (0, 1))(logits, bias, None)
+    np.testing.assert_array_equal(d_logits, plain)
+    np.testing.assert_array_equal(nothing, np.zeros(4))
 
 
 @pytest.fixture(scope="module")
@@ -104,6 +172,14 @@ def test_a_mesh_with_an_expert_axis_gives_the_numbers_of_one_device(sharded):
     assert sharded["gradient"] < 1e-6
     assert sharded["decoded"] < 2e-6
     assert sharded["one_row"] < 2e-6
+
+
+def test_loads_are_summed_over_all_devices(sharded):
+    """Of a mixture with first layers that have no experts, chosen by a bias, in groups, and with a shared one."""
+    assert sharded["biased_loss"] < 2e-6
+    assert sharded["biased_gradient"] < 1e-6
+    assert sharded["loads"] == 0
+    assert sharded["load_sum"] == 8 * 16 * 2
 
 
 def test_decoding_with_experts_compiles_nothing_after_its_warm_up(sharded):

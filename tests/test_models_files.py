@@ -47,6 +47,12 @@ FAMILIES = {
     "qwen3": dataclasses.replace(
         TINY, family="qwen3", qk_norm=True, sliding_window=5, sliding_layers=(False, True, True)
     ),
+    "glm4_moe": dataclasses.replace(
+        TINY,
+        family="glm4_moe",
+        rotary_dim=4,
+        experts=Experts(count=4, per_token=2, mlp_dim=12, selection_bias=True, shared=1, dense_layers=1),
+    ),
 }
 
 
@@ -133,6 +139,20 @@ def rewrite(folder: Path, change) -> None:
     (folder / "model.safetensors.index.json").unlink(missing_ok=True)
     change(tensors)
     save_file(tensors, folder / "model.safetensors")
+
+
+def test_layers_that_predict_further_tokens_are_left_out(tmp_path):
+    """As GLM-4.5 has one behind its last; a config.json that we write says that there is none."""
+    config = FAMILIES["glm4_moe"]
+    save_hf(tmp_path, config, weights(config))
+    rewrite(tmp_path, lambda tensors: tensors.update({"model.layers.3.eh_proj.weight": np.ones((2, 2), np.float32)}))
+    assert same(load_hf(tmp_path)[1], weights(config))
+    assert config_to_hf(config)["num_nextn_predict_layers"] == 0
+    rewrite(tmp_path, lambda tensors: tensors.update({"model.layers.2.eh_proj.weight": np.ones((2, 2), np.float32)}))
+    with pytest.raises(ValueError, match=r"holds tensor model.layers.2.eh_proj.weight \(1 left over in all\)"):
+        load_hf(tmp_path)
+    with pytest.raises(ValueError, match="transformers has no Glm4MoeForSequenceClassification"):
+        config_to_hf(dataclasses.replace(config, value_head=True, value_bias=False))
 
 
 def test_a_missing_tensor_is_named(folder):

@@ -17,10 +17,12 @@ from rljax.models import (
     DecoderConfig,
     Experts,
     Lora,
+    adapters_of,
     base_params,
     hidden_states,
     init_adapters,
     init_params,
+    is_adapter,
     load_peft,
     logits,
     merged_params,
@@ -173,6 +175,33 @@ def test_each_expert_has_an_adapter_of_its_own(tmp_path):
     np.testing.assert_array_equal(tensors[name], adapters["layers"]["down_lora_a"][1, 2].T)
     with pytest.raises(ValueError, match="adapters side by side are of matrices that all tokens share, and lora's"):
         dataclasses.replace(config, lora=dataclasses.replace(lora, count=2))
+
+
+def test_a_target_is_of_shared_experts_and_of_layers_without_experts_too(tmp_path):
+    """What the adapters add is what the merged model computes; a folder of PEFT names each module."""
+    experts = Experts(count=4, per_token=2, mlp_dim=12, selection_bias=True, shared=2, dense_layers=1)
+    plain = dataclasses.replace(CONFIG, family="glm4_moe", experts=experts)
+    lora = dataclasses.replace(LORA, targets=("k", "gate"))
+    config = dataclasses.replace(plain, lora=lora)
+    rng = np.random.default_rng(0)
+    params = init_params(config, jax.random.key(0))
+    for stack in ("dense_layers", "layers"):
+        own = {name: rng.normal(size=x.shape) / 2 for name, x in params[stack].items() if is_adapter(name)}
+        params[stack] |= {name: jnp.float32(x) for name, x in own.items()}
+    assert params["layers"]["shared_gate_lora_a"].shape == (1, 16, 3)
+    assert params["dense_layers"]["gate_lora_b"].shape == (1, 3, CONFIG.mlp_dim)
+
+    got = outputs(config, params)
+    np.testing.assert_allclose(got, outputs(plain, merged_params(config, params)), atol=2e-6)
+    assert np.abs(got - outputs(plain, base_params(params))).max() > 1e-2
+
+    save_peft(tmp_path, config, params)
+    assert read_lora(tmp_path, plain) == lora
+    jax.tree.map(np.testing.assert_array_equal, load_peft(tmp_path, config), adapters_of(params))
+    names = set(safetensors.load_file(tmp_path / "adapter_model.safetensors"))
+    modules = ["0.mlp.gate_proj", "0.self_attn.k_proj", "1.mlp.shared_experts.gate_proj", "1.mlp.experts.3.gate_proj"]
+    assert {f"base_model.model.model.layers.{module}.lora_B.weight" for module in modules} <= names
+    assert len(names) == 2 * (2 + 1 + 1 + 4)
 
 
 CHANGED = {

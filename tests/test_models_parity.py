@@ -159,6 +159,18 @@ CASES = {
         {"head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 3, "attention_bias": False, "sliding_window": 5}
         | {"layer_types": ["full_attention", "sliding_attention", "full_attention"]},
     ),
+    "glm4_moe": (
+        "glm4_moe",
+        {"head_dim": 16, "n_routed_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 20}
+        | {"n_group": 4, "topk_group": 2, "routed_scaling_factor": 1.7, "n_shared_experts": 2, "use_qk_norm": True},
+    ),
+    # As GLM-4.5-Air is; all layers have experts, and heads rotate by a quarter.
+    "glm4_moe_ungrouped": (
+        "glm4_moe",
+        {"head_dim": 16, "n_routed_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 20}
+        | {"attention_bias": True, "norm_topk_prob": False, "first_k_dense_replace": 0}
+        | {"rope_parameters": {"rope_type": "default", "rope_theta": 100.0, "partial_rotary_factor": 0.25}},
+    ),
     "gemma3_plain": ("gemma3_text", {"head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": 6}),
 }
 CLASSES = {
@@ -173,6 +185,7 @@ CLASSES = {
     "olmo2": (transformers.Olmo2Config, transformers.Olmo2ForCausalLM),
     "olmo3": (transformers.Olmo3Config, transformers.Olmo3ForCausalLM),
     "gpt_oss": (transformers.GptOssConfig, transformers.GptOssForCausalLM),
+    "glm4_moe": (transformers.Glm4MoeConfig, transformers.Glm4MoeForCausalLM),
     "gemma3_text": (transformers.Gemma3TextConfig, transformers.Gemma3ForCausalLM),
 }
 
@@ -187,6 +200,10 @@ def random_model(case: str, **overrides):
             if parameter.ndim == 1:
                 parameter.add_(0.2 * torch.randn_like(parameter))
             assert parameter.dtype == torch.float32, name
+        for name, buffer in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                # As large as the scores, so that it decides.
+                buffer.copy_(0.5 * torch.randn_like(buffer))
     return model
 
 
@@ -294,10 +311,17 @@ def test_a_classifier_is_no_reward_model(change, says):
 SHARDS = [(case, size) for case in ("llama", "qwen2", "qwen3_biases") for size in (10**9, 10_000)]
 
 
-@pytest.mark.parametrize(("case", "max_shard"), [*SHARDS, ("qwen3_moe", 10**9), ("gpt_oss", 10**9)])
+WHOLE = [(case, 10**9) for case in ("qwen3_moe", "gpt_oss", "glm4_moe")]
+
+
+@pytest.mark.parametrize(("case", "max_shard"), [*SHARDS, *WHOLE])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_folder_of_transformers_comes_back_byte_for_byte(case, max_shard, dtype, tmp_path):
     model = random_model(case).to(getattr(torch, dtype))
+    for name, buffer in model.named_buffers():
+        if name.endswith("e_score_correction_bias"):
+            # As it is where transformers has loaded such a model, and in released files.
+            buffer.data = buffer.data.float()
     model.save_pretrained(tmp_path / "theirs", max_shard_size=max_shard)
     config, params = load_hf(tmp_path / "theirs")
     assert config.param_dtype == dtype

@@ -24,11 +24,14 @@ MIXTURE = FreshModel(
 
 
 @pytest.mark.slow
-def test_sampler_and_trainer_agree_through_four_updates_a_step(tmp_path):
+@pytest.mark.parametrize("family", ["qwen3_moe", "glm4_moe"])
+def test_sampler_and_trainer_agree_through_four_updates_a_step(family, tmp_path):
     base = tiny_config()
+    rate = 0.01 if family == "glm4_moe" else 0.0
     config = dataclasses.replace(
         base,
-        model=MIXTURE,
+        model=dataclasses.replace(MIXTURE, family=family),
+        optimizer=dataclasses.replace(base.optimizer, balance_rate=rate),
         steps=3,
         actor=dataclasses.replace(base.actor, record_experts=True),
         update=dataclasses.replace(base.update, minibatches=2, epochs=2),
@@ -40,4 +43,5 @@ def test_sampler_and_trainer_agree_through_four_updates_a_step(tmp_path):
         assert line["rollout/logprob_gap_max"] < 5e-6
         assert 1 < line["rollout/experts_in_use"] <= 4
         assert 0.5 <= line["rollout/busiest_expert"] <= 1
+        assert ("loss/expert_load_max" in line) == (family == "glm4_moe")
     assert lines[-1]["compile/count"] == 0

@@ -130,7 +130,12 @@ def gate_inputs(config: DecoderConfig, params: Params, tokens: Int[Array, "R S"]
 
 
 def gate_columns(params: Params) -> Float[Array, "L D F"]:
-    """The gates of all layers, float32, those of a layer's experts side by side."""
+    """The gates of all layers, float32, those of a layer's experts side by side. ValueError for a mixture whose first
+    layers have none."""
+    if "dense_layers" in params:
+        raise ValueError(
+            "first layers without experts have fewer gates than the others; take a model whose layers are alike"
+        )
     gate = params["layers"]["gate"].astype(jnp.float32)
     if gate.ndim == 3:
         return gate

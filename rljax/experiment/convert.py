@@ -3,10 +3,9 @@
 import dataclasses
 import json
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from rljax.experiment.model import model_path, run_checkpoints
@@ -17,6 +16,7 @@ from rljax.models import (
     abstract_params,
     adapters_of,
     base_config,
+    cast_params,
     config_from_hf,
     described_lora,
     is_peft,
@@ -84,13 +84,13 @@ def convert(
     if adapter:
         if found.decoder.lora is None:
             raise ValueError(f"--adapter: {source} has no adapters; leave it out to write all weights")
-        written = _cast(found.params, dtype)
+        written = cast_params(found.params, dtype)
         save_peft(goal, found.decoder, written, base=found.base)
         written = adapters_of(written)
     else:
         # In float32, and rounded once: what adapters add may be less than what a narrower weight can show.
-        merged = merged_params(found.decoder, _cast(found.params, "float32"))
-        written = _cast(merged, dtype)
+        merged = merged_params(found.decoder, cast_params(found.params, "float32"))
+        written = cast_params(merged, dtype)
         said = found.said
         save_hf(
             goal,
@@ -103,10 +103,6 @@ def convert(
     count = sum(int(np.prod(x.shape)) for x in jax.tree.leaves(written))
     print(f"{count / 1e6:.1f}M parameters as {dtype} in {goal}")
     return goal
-
-
-def _cast(params: Params, dtype: str) -> Any:
-    return jax.tree.map(lambda x: jnp.asarray(x, dtype), params)
 
 
 def _of_peft(folder: Path) -> _Model:

@@ -11,6 +11,7 @@ from rljax.models import (
     Experts,
     Metadata,
     abstract_params,
+    cast_params,
     find_smollm2,
     fresh_config,
     init_params,
@@ -208,7 +209,7 @@ class RunModel:
         if shardings is not None:
             shapes = jax.tree.map(lambda x, where: x.update(sharding=where), shapes, shardings)
         params, _ = restore_params(run_checkpoints(self.path), shapes, self.step or None)
-        return jax.tree.map(lambda x: x.astype(self.param_dtype), params)
+        return cast_params(params, self.param_dtype)
 
     def metadata_of(self) -> Metadata:
         with local_copy(self._description()) as folder:

@@ -3,7 +3,7 @@
 import concurrent.futures
 import itertools
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -30,16 +30,22 @@ def assemble(config: DecoderConfig, entries: Sequence[Entry], fetch: Fetch, shar
     for entry in entries:
         by_path.setdefault(entry.weight.path, []).append(entry)
     abstract = abstract_params(config)
-    params: dict[str, Any] = {"layers": {}}
+    params: dict[str, Any] = {}
     with concurrent.futures.ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         for path, group in by_path.items():
-            target, name = (params["layers"], path.removeprefix("layers/")) if "/" in path else (params, path)
-            leaf = abstract["layers"][name] if "/" in path else abstract[name]
-            sharding = None
-            if shardings is not None:
-                sharding = shardings["layers"][name] if "/" in path else shardings[name]
+            leaf = weight_at(abstract, path)
+            sharding = None if shardings is None else weight_at(shardings, path)
+            *stack, name = path.split("/")
+            target = params.setdefault(stack[0], {}) if stack else params
             target[name] = _leaf(group, leaf, fetch, sharding, pool)
     return params
+
+
+def weight_at(tree: Mapping[str, Any], path: str) -> Any:
+    """The leaf of a tree like the params at a path such as `head` or `layers/q`."""
+    for name in path.split("/"):
+        tree = tree[name]
+    return tree
 
 
 def _leaf(group: list[Entry], leaf: jax.ShapeDtypeStruct, fetch: Fetch, sharding, pool) -> jax.Array:

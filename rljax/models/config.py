@@ -91,12 +91,22 @@ class RopeScaling:
                 _check_real(f"rope scaling's {name}", value)
 
 
+LAYERS = "layers"
+DENSE_LAYERS = "dense_layers"
+"""Stacks of layers among the weights: all of them, but for the first of a mixture that have no experts."""
+
 MATRICES = ("q", "k", "v", "o", "gate", "up", "down")
 """Weights of a layer that an adapter may be added to."""
 
 DOWN = "_lora_a"
 UP = "_lora_b"
 """What follows a matrix's name in the names of its adapter: A and B of 2106.09685."""
+
+
+def is_wide(path: str) -> bool:
+    """Whether a weight is float32 whatever the model's others are cast to, in files too: what experts are chosen by, of
+    which a step is less than bfloat16 can tell."""
+    return path.endswith("selection_bias")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,8 +141,8 @@ class Lora:
 
 @dataclasses.dataclass(frozen=True)
 class Experts:
-    """A mixture of experts in place of the MLP: a router gives all of them a probability (a softmax) for each token,
-    and the best few compute. Hashable, as the config that holds it."""
+    """A mixture of experts in place of the MLP: a router gives each of them a score for each token, a probability (a
+    softmax) unless `selection_bias` says otherwise, and the best few compute. Hashable, as the config that holds it."""
 
     count: int
     """Experts of a layer."""
@@ -149,17 +159,49 @@ class Experts:
     `swiglu`."""
     slope: float = 1.0
     """Factor within that one's sigmoid."""
+    selection_bias: bool = False
+    """Whether scores are sigmoids, each by itself, and experts are chosen by score plus a bias of their own, which does
+    not enter their weights (DeepSeek-V3, 2412.19437, section 2.1.2)."""
+    groups: int = 1
+    """Groups of equally many neighbours that experts are in. A group scores what its two best experts do together."""
+    kept_groups: int = 1
+    """Groups, the best, whose experts can be chosen for a token."""
+    weight_scale: float = 1.0
+    """Factor on the weights of a token's experts."""
+    shared: int = 0
+    """Experts that compute for every token, unweighted: one MLP of so many times `mlp_dim`."""
+    dense_layers: int = 0
+    """First layers that have one MLP for all tokens, of the model's own `mlp_dim`, and no experts."""
 
     def __post_init__(self):
-        for name in ("count", "per_token", "mlp_dim"):
+        for name in ("count", "per_token", "mlp_dim", "groups", "kept_groups"):
             _check_whole(f"experts' {name}", getattr(self, name), least=1)
+        for name in ("shared", "dense_layers"):
+            _check_whole(f"experts' {name}", getattr(self, name), least=0)
         if self.per_token > self.count:
             raise ValueError(f"experts' per_token={self.per_token} must be at most their count={self.count}")
+        _check_real("experts' weight_scale", self.weight_scale)
+        self._check_groups()
         if self.limit is not None:
             _check_real("experts' limit", self.limit)
         _check_real("experts' slope", self.slope)
         if self.limit is None and self.slope != 1.0:
             raise ValueError(f"experts' slope={self.slope} needs a limit: a plain swiglu has the slope 1")
+
+    def _check_groups(self) -> None:
+        if self.kept_groups > self.groups:
+            raise ValueError(f"experts' kept_groups={self.kept_groups} must be at most their groups={self.groups}")
+        if self.groups == 1:
+            return
+        if self.count % self.groups or self.count < 2 * self.groups:
+            raise ValueError(
+                f"experts' count={self.count} must be a multiple, of 2 or more, of their {self.groups} groups"
+            )
+        if self.per_token > (choice := self.count // self.groups * self.kept_groups):
+            raise ValueError(
+                f"experts' per_token={self.per_token} must be at most the {choice} that the "
+                f"kept_groups={self.kept_groups} hold"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -241,11 +283,11 @@ class DecoderConfig:
     dtype: str = "float32"
     """Type of activations and matrix products; norms, softmax and logits are float32 always."""
     param_dtype: str = "float32"
-    """Type of stored weights, but for adapters, which are float32."""
+    """Type of stored weights, but for adapters and those of `is_wide`, which are float32."""
     lora: Lora | None = None
     """Adapters beside its weights; None is none."""
     experts: Experts | None = None
-    """Experts in place of the MLP of every layer; None is one MLP for all tokens."""
+    """Experts in place of the MLP of every layer, or of those behind the first few; None is one MLP for all tokens."""
 
     def __post_init__(self):
         for name in _SIZES:
@@ -267,6 +309,11 @@ class DecoderConfig:
             raise ValueError(
                 f"adapters side by side are of matrices that all tokens share, and lora's targets "
                 f"{', '.join(sorted(own))} are of one expert each; take q, k, v or o"
+            )
+        if self.experts is not None and self.experts.dense_layers >= self.num_layers:
+            raise ValueError(
+                f"experts' dense_layers={self.experts.dense_layers} must be below num_layers={self.num_layers}: the "
+                "last layer has experts"
             )
         if self.head_dim % 2:
             raise ValueError(f"head_dim={self.head_dim} must be even: rotary embeddings rotate pairs")
@@ -314,6 +361,18 @@ class DecoderConfig:
                 covered = 0.0
         # A file may state the stretched length by itself.
         return max(self.max_position, int(min(covered, NO_WINDOW)))
+
+    @property
+    def stacks(self) -> dict[str, range]:
+        """The layers of each stack of `params`, in order: those of `dense_layers` and `layers`, or of `layers` alone.
+        Layers of one stack have the same weights."""
+        dense = self.experts.dense_layers if self.experts is not None else 0
+        behind = {LAYERS: range(dense, self.num_layers)}
+        return {DENSE_LAYERS: range(dense)} | behind if dense else behind
+
+    def of_stack(self, stack: str) -> "DecoderConfig":
+        """The config of a stack's layers: without experts where these have an MLP."""
+        return dataclasses.replace(self, experts=None) if stack == DENSE_LAYERS else self
 
     @property
     def num_ids(self) -> int:

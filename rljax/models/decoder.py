@@ -18,11 +18,11 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from rljax.models.attention import Attention, forest_attention
 from rljax.models.attention_blocks import SAVED, score_divisor
-from rljax.models.config import DOWN, UP, DecoderConfig, Experts, Lora, Rotation
+from rljax.models.config import DENSE_LAYERS, DOWN, LAYERS, UP, DecoderConfig, Experts, Lora, Rotation, is_wide
 from rljax.models.experts import BIAS_AXES, EXPERT_AXES, Choose, Gated, apply_experts, recorded_experts, route
 from rljax.models.functional import clamped_swiglu, geglu, linear, rms_norm, swiglu
 from rljax.models.rope import RotaryTable, apply_rotary, rotary_tables
@@ -49,6 +49,10 @@ that stand side by side (`Lora.count`) come as they are, [N, D, E]."""
 def _weight(shape: tuple[int, ...], axes: tuple[str | None, ...], *, dtype: str, init: str = "normal") -> nnx.Param:
     return nnx.Param(jax.ShapeDtypeStruct(shape, jnp.dtype(dtype)), axes=axes, init=init)
 
+
+SHARED = "shared_"
+"""What precedes the names of the matrices that all tokens share beside the experts. An adapter of `gate` is of
+`shared_gate` too, as PEFT has it."""
 
 GATED = {"silu": swiglu, "gelu_tanh": geglu}
 """What the MLP makes of its gate and what that gates, by `DecoderConfig.activation`."""
@@ -97,6 +101,8 @@ class Layer(nnx.Module):
         if c.lora is not None:
             for name in c.lora.targets:
                 self._adapt(name, c.lora)
+                if hasattr(self, f"{SHARED}{name}"):
+                    self._adapt(f"{SHARED}{name}", c.lora)
 
     def _declare_mlp(self) -> None:
         c = self.config
@@ -117,6 +123,14 @@ class Layer(nnx.Module):
         self.gate = weight((experts.count, width, experts.mlp_dim), EXPERT_AXES["gate"])
         self.up = weight((experts.count, width, experts.mlp_dim), EXPERT_AXES["up"])
         self.down = weight((experts.count, experts.mlp_dim, width), EXPERT_AXES["down"])
+        if experts.selection_bias:
+            # In float32 whatever the matrices are kept in, as the scores are that it is added to.
+            self.selection_bias = _weight((experts.count,), (None,), dtype="float32", init="zeros")
+        if experts.shared:
+            inner = experts.shared * experts.mlp_dim
+            self.shared_gate = weight((width, inner), ("embed", "mlp"))
+            self.shared_up = weight((width, inner), ("embed", "mlp"))
+            self.shared_down = weight((inner, width), ("mlp", "embed"))
         if experts.biases:
             self.router_bias = weight((experts.count,), (None,), init="zeros")
             self.gate_bias = weight((experts.count, experts.mlp_dim), BIAS_AXES["gate_bias"], init="zeros")
@@ -142,6 +156,7 @@ class Layer(nnx.Module):
         attend: Attend,
         product: Product = linear,
         choose: Choose | None = None,
+        counted: Array | None = None,
     ) -> tuple[Array, Any]:
         c = self.config
         project = functools.partial(self._project, product)
@@ -167,7 +182,7 @@ class Layer(nnx.Module):
         x = self._add(x, project(out, "o"), "attention_post_norm")
 
         h = self._norm(x, "mlp_norm")
-        h = self._mlp(project, h) if c.experts is None else self._experts(project, h, c.experts, choose)
+        h = self._mlp(project, h) if c.experts is None else self._experts(project, h, choose, counted)
         return self._add(x, h, "mlp_post_norm"), aux
 
     def _add(self, x: Array, out: Array, norm: str) -> Array:
@@ -178,16 +193,25 @@ class Layer(nnx.Module):
         # Without it the compiler may split the residual otherwise from one layer to the next.
         return constrain(x + out, _axes(x))
 
-    def _mlp(self, project: Callable[[Array, str], Array], x: Array) -> Array:
-        return project(GATED[self.config.activation](project(x, "gate"), project(x, "up")), "down")
+    def _mlp(self, project: Callable[[Array, str], Array], x: Array, prefix: str = "") -> Array:
+        gate = project(x, f"{prefix}gate")
+        up = project(x, f"{prefix}up")
+        return project(GATED[self.config.activation](gate, up), f"{prefix}down")
 
     def _experts(
-        self, project: Callable[[Array, str], Array], x: Array, experts: Experts, choose: Choose | None
+        self,
+        project: Callable[[Array, str], Array],
+        x: Array,
+        choose: Choose | None,
+        counted: Array | None,
     ) -> Array:
+        experts = self.config.experts
+        assert experts is not None
         # In float32 whatever the rest is computed in: rounding would choose other experts.
         with jax.default_matmul_precision("highest"):
             scores = project(x.astype(jnp.float32), "router")
-        routing = route(experts, scores, choose)
+        bias = self.selection_bias[...] if experts.selection_bias else None
+        routing = route(experts, scores, choose, bias, counted)
         names = (*EXPERT_AXES, *BIAS_AXES) if experts.biases else EXPERT_AXES
         weights = {name: getattr(self, name)[...] for name in names}
         lora = self.config.lora
@@ -197,7 +221,8 @@ class Layer(nnx.Module):
         gated: Gated = GATED[self.config.activation]
         if experts.limit is not None:
             gated = functools.partial(clamped_swiglu, limit=experts.limit, slope=experts.slope)
-        return checkpoint_name(apply_experts(weights | adapters, x, routing, scale=scale, gated=gated), PRODUCT)
+        out = checkpoint_name(apply_experts(weights | adapters, x, routing, scale=scale, gated=gated), PRODUCT)
+        return out + self._mlp(project, x, SHARED) if experts.shared else out
 
     def _norm(self, x: Array, name: str) -> Array:
         """`x` normed by the weight `name`, or as it is where the family declares no such norm."""
@@ -207,7 +232,7 @@ class Layer(nnx.Module):
     def _project(self, product: Product, x: Array, name: str) -> Array:
         out = checkpoint_name(product(x, getattr(self, name)[...]), PRODUCT)
         lora = self.config.lora
-        if lora is not None and name in lora.targets:
+        if lora is not None and name.removeprefix(SHARED) in lora.targets:
             narrow = checkpoint_name(product(x, getattr(self, f"{name}{DOWN}")[...]), PRODUCT)
             out = out + lora.scale * product(narrow, getattr(self, f"{name}{UP}")[...])
         bias = getattr(self, f"{name}_bias", None)
@@ -231,7 +256,7 @@ def _axes(x: Array) -> tuple[str | None, ...]:
 
 
 class Decoder(nnx.Module):
-    """Everything that is not a layer; `init_params` stacks `num_layers` of `Layer` beside it."""
+    """Everything that is not a layer; `init_params` stacks those (`DecoderConfig.stacks`) beside it."""
 
     def __init__(self, config: DecoderConfig):
         weight = functools.partial(_weight, dtype=config.param_dtype)
@@ -249,32 +274,40 @@ class Decoder(nnx.Module):
 def _declarations(config: DecoderConfig) -> dict[str, Any]:
     """Nested dict like `params`, of the `nnx.Param` declarations; layers still unstacked."""
     own: dict[str, Any] = {str(path[-1]): param for path, param in nnx.to_flat_state(nnx.state(Decoder(config)))}
-    layer = {str(path[-1]): param for path, param in nnx.to_flat_state(nnx.state(Layer(config)))}
-    return own | {"layers": layer}
+    for stack in config.stacks:
+        state = nnx.to_flat_state(nnx.state(Layer(config.of_stack(stack))))
+        own[stack] = {str(path[-1]): param for path, param in state}
+    return own
 
 
-def _map_declarations(config: DecoderConfig, fn: Callable[[str, nnx.Param, bool], Any]) -> dict[str, Any]:
-    tree = _declarations(config)
-    return {name: fn(name, tree[name], False) for name in tree if name != "layers"} | {
-        "layers": {name: fn(f"layers/{name}", param, True) for name, param in tree["layers"].items()}
-    }
+def _map_declarations(config: DecoderConfig, fn: Callable[[str, nnx.Param, tuple[int, ...]], Any]) -> dict[str, Any]:
+    """`fn(path, declaration, shape)` of each weight; the shape begins with the number of layers, if it is of any."""
+    mapped: dict[str, Any] = {}
+    for name, declared in _declarations(config).items():
+        if name not in config.stacks:
+            mapped[name] = fn(name, declared, declared.get_value().shape)
+            continue
+        count = len(config.stacks[name])
+        mapped[name] = {
+            own: fn(f"{name}/{own}", param, (count, *param.get_value().shape)) for own, param in declared.items()
+        }
+    return mapped
 
 
 def abstract_params(config: DecoderConfig) -> dict[str, Any]:
     """The params' tree with `jax.ShapeDtypeStruct` leaves."""
 
-    def leaf(_, param, stacked):
-        value = param.get_value()
-        return jax.ShapeDtypeStruct(((config.num_layers,) if stacked else ()) + value.shape, value.dtype)
-
-    return _map_declarations(config, leaf)
+    return _map_declarations(config, lambda _, param, shape: jax.ShapeDtypeStruct(shape, param.get_value().dtype))
 
 
 def logical_axes(config: DecoderConfig) -> dict[str, Any]:
     """The params' tree with a tuple of logical axis names (or None) on each leaf."""
-    return _map_declarations(
-        config, lambda _, param, stacked: (("layers",) if stacked else ()) + tuple(param.get_metadata("axes"))
-    )
+
+    def leaf(_, param, shape):
+        axes = tuple(param.get_metadata("axes"))
+        return axes if len(axes) == len(shape) else ("layers", *axes)
+
+    return _map_declarations(config, leaf)
 
 
 def init_params(config: DecoderConfig, key: Array) -> dict[str, Any]:
@@ -284,10 +317,9 @@ def init_params(config: DecoderConfig, key: Array) -> dict[str, Any]:
     A weight's values depend on `key` and its own name alone, not on the order of declarations or on sharding.
     """
 
-    def leaf(name, param, stacked):
+    def leaf(name, param, shape):
         value = param.get_value()
         kind = param.get_metadata("init")
-        shape = ((config.num_layers,) if stacked else ()) + value.shape
         if kind in ("ones", "zeros"):
             return jnp.full(shape, 1.0 if kind == "ones" else 0.0, value.dtype)
         # Python's own hash differs from process to process.
@@ -301,11 +333,25 @@ def init_params(config: DecoderConfig, key: Array) -> dict[str, Any]:
     return _map_declarations(config, leaf)
 
 
+def cast_params(params: Params, dtype: str) -> dict[str, Any]:
+    """`params` in another dtype, but for weights that are float32 always (`is_wide`). What has its dtype is not
+    copied."""
+
+    def cast(path, x):
+        return jnp.asarray(x, "float32" if is_wide(path[-1].key) else dtype)
+
+    return jax.tree_util.tree_map_with_path(cast, params)
+
+
 def unstack_layers(params: Params) -> dict[str, Any]:
-    """Params whose `layers` are a tuple of dicts, one per layer, as an unrolled forward pass wants them."""
-    count = jax.tree.leaves(params["layers"])[0].shape[0]
-    layers = tuple(jax.tree.map(lambda x, i=i: x[i], params["layers"]) for i in range(count))
-    return {**params, "layers": layers}
+    """Params whose `layers` are a tuple of dicts, one per layer of all stacks, as an unrolled forward pass wants
+    them."""
+    layers: list[Any] = []
+    for stack in (params[name] for name in (DENSE_LAYERS, LAYERS) if name in params):
+        count = jax.tree.leaves(stack)[0].shape[0]
+        layers += [jax.tree.map(lambda x, i=i: x[i], stack) for i in range(count)]
+    outer = {name: x for name, x in params.items() if name not in (DENSE_LAYERS, LAYERS)}
+    return {**outer, LAYERS: tuple(layers)}
 
 
 def embed(config: DecoderConfig, params: Params, tokens: Int[Array, "*B"]) -> Float[Array, "*B D"]:
@@ -362,12 +408,15 @@ def apply_layer(
     attend: Attend,
     product: Product = linear,
     choose: Choose | None = None,
+    counted: Bool[Array, "*B"] | None = None,
 ) -> tuple[Float[Array, "*B D"], Any]:
     """One layer on activations `x`; returns what it makes of them and the `aux` of `attend`. `rotary` is the table of
     its rotation (`rljax.models.rope.rotary_tables`); `choose` says which experts compute, None the best, and is not
-    asked where there are none."""
-    layer = nnx.merge(_layer_graph(config), dict(layer_params))
-    return layer(x, rotary, attend, product, choose)
+    asked where there are none, as in the first layers of some mixtures. `counted` marks the tokens whose experts are
+    counted (`rljax.models.experts.route`)."""
+    stack = LAYERS if config.experts is None or "router" in layer_params else DENSE_LAYERS
+    layer = nnx.merge(_layer_graph(config.of_stack(stack)), dict(layer_params))
+    return layer(x, rotary, attend, product, choose, counted)
 
 
 @functools.lru_cache(maxsize=64)
@@ -388,14 +437,16 @@ def hidden_states(
     *,
     remat: Remat = "none",
     attention: Attention = forest_attention,
-    experts: Int[Array, "R S L K"] | None = None,
+    experts: Int[Array, "R S M K"] | None = None,
+    counts_load: bool = False,
 ) -> Float[Array, "R S D"]:
     """Final-normed hidden states of packed forests (see `rljax.types.Packed`).
 
-    The stacked layers are one `lax.scan`, whose body compiles once. `remat` says what the backward pass computes again
+    Each stack of layers is one `lax.scan`, whose body compiles once. `remat` says what the backward pass computes again
     (see `Remat`). `attention` is `forest_attention` or something that computes the same; it alone minds the order of
-    the positions, which is also that of the result. `experts` are those to compute with in each layer, -1 for the best
-    (`rljax.types.Packed`). ValueError for another `remat`, and for several adapters side by side.
+    the positions, which is also that of the result. `experts` are those to compute with in each layer that has any, -1
+    for the best (`rljax.types.Packed`). With `counts_load` the gradient of a `selection_bias` is how many tokens, but
+    for padding, each expert computed for. ValueError for another `remat`, and for several adapters side by side.
     """
     if remat not in get_args(Remat):
         raise ValueError(f"remat={remat!r} must be one of {', '.join(map(repr, get_args(Remat)))}")
@@ -404,6 +455,7 @@ def hidden_states(
             f"packed sequences have one adapter, and this model has {config.lora.count} side by side; take one of them"
         )
 
+    counted = subtree_end > 0 if counts_load else None
     # Made once for all layers: within a scan a table is a constant.
     tables, kinds = _stack_tables(config, rotary_tables(config, positions))
 
@@ -416,7 +468,7 @@ def hidden_states(
             return attention(q, k, v, positions, subtree_end, window, sinks=sinks), None
 
         choose = None if recorded is None or config.experts is None else recorded_experts(config.experts, recorded)
-        return apply_layer(config, layer_params, x, rotary, attend, choose=choose)
+        return apply_layer(config, layer_params, x, rotary, attend, choose=choose, counted=counted)
 
     if remat != "none":
         saved = {"products_saved": (*SAVED, PRODUCT), "attention_saved": SAVED, "full": ()}[remat]
@@ -427,9 +479,14 @@ def hidden_states(
     x = embed_split(config, params, tokens)
     x = constrain(x, _axes(x))
 
-    own = None if kinds is None else jnp.asarray(kinds)
     by_layer = None if experts is None else jnp.moveaxis(experts, 2, 0)
-    x, _ = jax.lax.scan(body, x, (params["layers"], jnp.asarray(config.windows), own, by_layer))
+    for stack, layers in config.stacks.items():
+        here = slice(layers.start, layers.stop)
+        windows = jnp.asarray(config.windows[here])
+        own = None if kinds is None else jnp.asarray(kinds[here])
+        # A record is of the layers that have experts.
+        recorded = None if stack == DENSE_LAYERS else by_layer
+        x, _ = jax.lax.scan(body, x, (params[stack], windows, own, recorded))
     return final_norm(config, params, x)
 
 

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from rljax.models.config import DOWN, UP, Experts
 from rljax.models.functional import swiglu
@@ -42,34 +42,78 @@ class Routing(NamedTuple):
 
 
 Choose = Callable[[Float[Array, "*B E"]], Int[Array, "*B K"]]
-"""`choose(probabilities) -> experts`: which of all experts compute for each token."""
+"""`choose(scores) -> experts`: which of all experts compute for each token."""
 
 
 def best_experts(config: Experts) -> Choose:
-    """Takes the most probable ones."""
-    return lambda probabilities: jax.lax.top_k(probabilities, config.per_token)[1].astype(jnp.int32)
+    """Takes those with the highest scores."""
+    return lambda scores: jax.lax.top_k(scores, config.per_token)[1].astype(jnp.int32)
 
 
 def recorded_experts(config: Experts, recorded: Int[Array, "*B K"]) -> Choose:
-    """Takes those of a record, whatever is probable now (rollout routing replay, 2510.11370), and the most probable
-    ones where it has -1. Their weights are the router's of now, and it gets their gradient."""
+    """Takes those of a record, whatever scores high now (rollout routing replay, 2510.11370), and the best where it has
+    -1. Their weights are the router's of now, and it gets their gradient."""
 
-    def choose(probabilities: Array) -> Array:
+    def choose(scores: Array) -> Array:
         given = recorded.astype(jnp.int32)
-        return jnp.where(given >= 0, given, best_experts(config)(probabilities))
+        return jnp.where(given >= 0, given, best_experts(config)(scores))
 
     return choose
 
 
-def route(config: Experts, logits: Float[Array, "*B E"], choose: Choose | None = None) -> Routing:
-    """The experts of each token, of the router's `logits`. `choose` None takes the best."""
-    scores = jax.nn.softmax(logits.astype(jnp.float32), axis=-1)
+def route(
+    config: Experts,
+    logits: Float[Array, "*B E"],
+    choose: Choose | None = None,
+    bias: Float[Array, " E"] | None = None,
+    counted: Bool[Array, "*B"] | None = None,
+) -> Routing:
+    """The experts of each token, of the router's `logits`. `choose` None takes the best. `bias` is that of
+    `Experts.selection_bias`: it is added to what is chosen by, and has no gradient.
+
+    With `counted` it brings home the loads in a gradient's place: of each expert how many of these tokens it computed
+    for, whatever is differentiated. So loads are added up over microbatches and devices as gradients are.
+    """
+    logits = logits.astype(jnp.float32)
+    scores = jax.nn.sigmoid(logits) if config.selection_bias else jax.nn.softmax(logits, axis=-1)
+    wanted = scores if bias is None else scores + bias.astype(jnp.float32)
     choose = best_experts(config) if choose is None else choose
-    experts = choose(jax.lax.stop_gradient(scores))
+    experts = choose(_of_best_groups(config, jax.lax.stop_gradient(wanted)))
+
     weights = jnp.take_along_axis(scores, experts, axis=-1)
+    if counted is not None and bias is not None:
+        weights = _with_loads(weights, bias, experts, counted)
     if config.normalized:
-        weights = weights / jnp.sum(weights, axis=-1, keepdims=True)
-    return Routing(experts, weights)
+        # Sigmoids may all be 0, and then so are the weights.
+        weights = weights / (jnp.sum(weights, axis=-1, keepdims=True) + 1e-20)
+    return Routing(experts, weights if config.weight_scale == 1.0 else weights * config.weight_scale)
+
+
+@jax.custom_vjp
+def _with_loads(weights: Array, bias: Array, experts: Array, counted: Array) -> Array:
+    """`weights` as they are; the gradient of `bias` [E] is the number of `counted` tokens that pass each expert."""
+    return weights
+
+
+def _with_loads_backward(residuals, g):
+    bias, experts, counted = residuals
+    passes = (experts[..., None] == jnp.arange(bias.shape[0])) & counted[..., None, None]
+    loads = jnp.sum(passes, axis=tuple(range(passes.ndim - 1)), dtype=jnp.float32)
+    return g, loads.astype(bias.dtype), None, None
+
+
+_with_loads.defvjp(lambda weights, *others: (weights, others), _with_loads_backward)
+
+
+def _of_best_groups(config: Experts, scores: Float[Array, "*B E"]) -> Float[Array, "*B E"]:
+    """`scores`, with minus infinity for experts of groups that are not kept."""
+    if config.kept_groups == config.groups:
+        return scores
+    grouped = scores.reshape(*scores.shape[:-1], config.groups, -1)
+    of_groups = jnp.sum(jax.lax.top_k(grouped, 2)[0], axis=-1)
+    kept = jax.lax.top_k(of_groups, config.kept_groups)[1]
+    is_kept = jnp.any(kept[..., None] == jnp.arange(config.groups), axis=-2)
+    return jnp.where(is_kept[..., None], grouped, -jnp.inf).reshape(scores.shape)
 
 
 def _axes_of(name: str) -> tuple[str | None, ...]:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-from rljax.models.config import DecoderConfig, Experts, RopeScaling
+from rljax.models.config import DENSE_LAYERS, LAYERS, DecoderConfig, Experts, RopeScaling
 from rljax.models.decoder import abstract_params
 
 
@@ -37,6 +37,11 @@ class Weight(NamedTuple):
     one."""
     alternates: bool = False
     """Whether weights of one tensor take turns along its last dimension, instead of lying one behind the other."""
+
+    @property
+    def stack(self) -> str:
+        """The stack of layers that it is of; empty for what is not a layer."""
+        return self.path.rpartition("/")[0]
 
 
 def _linear(path: str, hf: str, gguf: str, heads: str | None = None) -> tuple[Weight, ...]:
@@ -79,6 +84,14 @@ _EXPERTS = (
         )
         for path in ("gate", "up", "down")
     ),
+)
+_SHARED_EXPERT = tuple(
+    row
+    for path in ("gate", "up", "down")
+    for row in _linear(f"shared_{path}", f"mlp.shared_experts.{path}_proj", f"ffn_{path}_shexp")
+)
+_SELECTION = (
+    Weight("layers/selection_bias", "model.layers.{}.mlp.gate.e_score_correction_bias", "blk.{}.exp_probs_b.bias"),
 )
 _SINKS = (Weight("layers/sinks", "model.layers.{}.self_attn.sinks", "blk.{}.attn_sinks.weight"),)
 _BIASED_EXPERTS = (
@@ -126,12 +139,29 @@ _JOINED = (
     *_linear("down", "mlp.down_proj", "ffn_down"),
 )
 
+
+def _dense(*rows: Weight) -> tuple[Weight, ...]:
+    """The rows of layers, for the first of a mixture that have no experts."""
+    return tuple(row._replace(path=row.path.replace(LAYERS, DENSE_LAYERS)) for row in rows)
+
+
 LLAMA_WEIGHTS = (*_EMBEDDING, *_ATTENTION, *_MLP, *_NORMS, *_HEAD)
 QWEN3_WEIGHTS = (*_EMBEDDING, *_ATTENTION, *_QK_NORM, *_MLP, *_NORMS, *_HEAD)
 QWEN3_MOE_WEIGHTS = (*_EMBEDDING, *_ATTENTION, *_QK_NORM, *_EXPERTS, *_NORMS, *_HEAD)
 GEMMA3_WEIGHTS = (*_EMBEDDING, *_ATTENTION, *_QK_NORM, *_MLP, *_FOUR_NORMS, *_HEAD)
 OLMO_WEIGHTS = (*_EMBEDDING, *_ATTENTION, *_QK_NORM, *_MLP, *_POST_NORMS, *_HEAD)
 GPT_OSS_WEIGHTS = (*_EMBEDDING, *_SINKS, *_ATTENTION, *_BIASED_EXPERTS, *_NORMS, *_HEAD)
+GLM4_MOE_WEIGHTS = (
+    *_EMBEDDING,
+    *_dense(*_ATTENTION, *_QK_NORM, *_MLP, *_NORMS),
+    *_ATTENTION,
+    *_QK_NORM,
+    *_EXPERTS,
+    *_SELECTION,
+    *_SHARED_EXPERT,
+    *_NORMS,
+    *_HEAD,
+)
 PHI3_WEIGHTS = (*_EMBEDDING, *_JOINED, *_NORMS, *_HEAD)
 
 
@@ -161,6 +191,10 @@ class Family(NamedTuple):
     """Fields of `DecoderConfig` that all its models have alike."""
     bias_keys: tuple[str, ...] = ()
     """config.json's switches of biases that it knows."""
+    biased_output: bool = True
+    """Whether the switch of attention's biases is of the output projection's too."""
+    qk_norm_key: str = ""
+    """config.json's switch of norms on queries and keys, where models differ in it."""
     numbers: tuple[Number, ...] = ()
     """config.json's factors that it knows."""
     neutral: Mapping[str, tuple[Any, ...]] = MappingProxyType({})
@@ -185,6 +219,10 @@ class Family(NamedTuple):
     MLP."""
     fixed_experts: Mapping[str, Any] = MappingProxyType({})
     """Fields of `Experts` that all its models have alike."""
+    predicts_ahead: bool = False
+    """Whether files may have layers behind the last, which predict further tokens. They are left out."""
+    has_scorer: bool = True
+    """Whether transformers has its class of a reward model."""
 
     @property
     def scorer(self) -> str:
@@ -352,6 +390,43 @@ FAMILIES: dict[str, Family] = {
             "normalized": ("norm_topk_prob",),
         },
     ),
+    "glm4_moe": Family(
+        "Glm4MoeForCausalLM",
+        GLM4_MOE_WEIGHTS,
+        {
+            "max_position_embeddings": 131072,
+            "num_key_value_heads": 8,
+            "partial_rotary_factor": 0.5,
+            "rms_norm_eps": 1e-5,
+            "n_routed_experts": 128,
+            "num_experts_per_tok": 8,
+            "moe_intermediate_size": 1408,
+            "norm_topk_prob": True,
+            "n_group": 1,
+            "topk_group": 1,
+            "routed_scaling_factor": 1.0,
+            "n_shared_experts": 1,
+            "first_k_dense_replace": 1,
+        },
+        bias_keys=("attention_bias",),
+        biased_output=False,
+        qk_norm_key="use_qk_norm",
+        partial_rotary=True,
+        experts={
+            "count": ("n_routed_experts",),
+            "per_token": ("num_experts_per_tok",),
+            "mlp_dim": ("moe_intermediate_size",),
+            "normalized": ("norm_topk_prob",),
+            "groups": ("n_group",),
+            "kept_groups": ("topk_group",),
+            "weight_scale": ("routed_scaling_factor",),
+            "shared": ("n_shared_experts",),
+            "dense_layers": ("first_k_dense_replace",),
+        },
+        fixed_experts={"selection_bias": True},
+        predicts_ahead=True,
+        has_scorer=False,
+    ),
     "gpt_oss": Family(
         "GptOssForCausalLM",
         GPT_OSS_WEIGHTS,
@@ -402,7 +477,7 @@ class Entry(NamedTuple):
     weight: Weight
     """The weight that it holds."""
     layer: int | None
-    """The layer of it; None for what is not a layer."""
+    """The layer of it, of its stack; None for what is not a layer."""
     shape: tuple[int, ...]
     """In the file: [.., out, in] for matrices."""
     part: tuple[Any, ...] | None = None
@@ -415,21 +490,23 @@ def entries(config: DecoderConfig, kind: str = "hf") -> list[Entry]:
     """The tensors that a file of this model holds, in state dict order. `kind` is "hf" or "gguf". A tensor that holds
     several weights has an entry for each of them."""
     tree = abstract_params(config)
-    declared = {f"layers/{name}": leaf.shape[1:] for name, leaf in tree["layers"].items()}
-    declared |= {name: leaf.shape for name, leaf in tree.items() if name != "layers"}
+    declared = {name: leaf.shape for name, leaf in tree.items() if name not in config.stacks}
+    for stack in config.stacks:
+        declared |= {f"{stack}/{name}": leaf.shape[1:] for name, leaf in tree[stack].items()}
 
     # A family lists what its models may have; the config decides which of it this one has.
     rows = [weight for weight in family_of(config).weights if weight.path in declared]
 
-    joined: dict[str, list[Weight]] = {}
+    joined: dict[tuple[str, str], list[Weight]] = {}
     for weight in rows:
-        joined.setdefault(getattr(weight, kind), []).append(weight)
+        joined.setdefault((weight.stack, getattr(weight, kind)), []).append(weight)
 
     def entry(weight: Weight, layer: int | None, expert: int | None = None) -> Entry:
         name = getattr(weight, kind)
-        together = joined[name]
+        together = joined[weight.stack, name]
         if layer is not None:
-            name = name.format(layer, expert)
+            # Files count through the layers of all stacks.
+            name = name.format(config.stacks[weight.stack][layer], expert)
         shape = declared[weight.path] if expert is None else declared[weight.path][1:]
         shape = (1, *shape) if weight.is_row else in_file(shape) if weight.transpose else shape
         if len(together) == 1:
@@ -446,13 +523,14 @@ def entries(config: DecoderConfig, kind: str = "hf") -> list[Entry]:
         return Entry(name, weight, layer, (sum(sizes), *shape[1:]), (slice(start, start + shape[0]),))
 
     # A state dict goes layer by layer, with what is not a layer before and behind.
-    stacked = [weight for weight in rows if weight.path.startswith("layers/")]
+    stacked = [weight for weight in rows if weight.stack]
     first = rows[: rows.index(stacked[0])]
     last = rows[rows.index(stacked[-1]) + 1 :]
     middle: list[Entry] = []
-    for layer in range(config.num_layers):
-        of_experts = [weight for weight in stacked if getattr(weight, kind).count("{}") == 2]
-        for weight in stacked:
+    for stack, layer in ((stack, i) for stack, layers in config.stacks.items() for i in range(len(layers))):
+        own = [weight for weight in stacked if weight.stack == stack]
+        of_experts = [weight for weight in own if getattr(weight, kind).count("{}") == 2]
+        for weight in own:
             if weight not in of_experts:
                 middle.append(entry(weight, layer))
             elif weight is of_experts[0]:
@@ -480,11 +558,13 @@ def fresh_config(
         raise ValueError(f"family={family!r} {said}")
     if experts is not None and known.experts is not None:
         # What no size says is the family's.
-        factors = {ours: known.defaults[names[0]] for ours, names in known.experts.items() if ours in _EXPERT_FACTORS}
+        factors = {ours: known.defaults[names[0]] for ours, names in known.experts.items() if ours in _NO_SIZES}
         experts = dataclasses.replace(experts, **known.fixed_experts, **factors)
     fields: dict[str, Any] = {**known.fixed, "experts": experts}
     if known.root_embedding:
         fields["embed_scale"] = sizes["embed_dim"] ** 0.5
+    if "partial_rotary_factor" in known.defaults:
+        fields["rotary_dim"] = 2 * round(sizes["head_dim"] * known.defaults["partial_rotary_factor"] / 2)
     if known.unrotated:
         fields["rotated_layers"] = pattern(known.defaults["no_rope_layer_interval"], sizes["num_layers"])
     if known.local_rope:
@@ -528,9 +608,9 @@ def config_from_hf(hf: Mapping[str, Any]) -> DecoderConfig:
     family = FAMILIES[name]
     architectures = hf.get("architectures") or [family.architecture]
     architecture = architectures[0] if isinstance(architectures, list) else architectures
-    if architecture not in (family.architecture, family.scorer):
+    if architecture not in (family.architecture, *((family.scorer,) if family.has_scorer else ())):
         raise ValueError(f"config.json: architecture {architecture!r:.80} is not supported; supported are {supported}")
-    is_scorer = architecture == family.scorer
+    is_scorer = architecture == family.scorer and family.has_scorer
     if is_scorer and (count := _labels(hf)) != 1:
         raise ValueError(
             f"config.json: {family.scorer} with {count} labels is a classifier; a reward model has one (id2label)"
@@ -575,6 +655,8 @@ def config_from_hf(hf: Mapping[str, Any]) -> DecoderConfig:
     attention_bias = "attention_bias" in family.bias_keys and bool(get("attention_bias"))
     fields = dict(family.fixed) | numbers
     fields["attention_bias"] = attention_bias or fields.get("attention_bias", False)
+    if family.qk_norm_key:
+        fields["qk_norm"] = bool(get(family.qk_norm_key))
     return DecoderConfig(
         family=name,
         vocab_size=_whole(get, "vocab_size"),
@@ -588,7 +670,7 @@ def config_from_hf(hf: Mapping[str, Any]) -> DecoderConfig:
         rope_scaling=scaling,
         norm_eps=_real("rms_norm_eps", get("rms_norm_eps", 1e-6)),
         tied_embeddings=bool(get("tie_word_embeddings", False)),
-        output_bias=attention_bias,
+        output_bias=attention_bias and family.biased_output,
         mlp_bias="mlp_bias" in family.bias_keys and bool(get("mlp_bias")),
         sliding_window=window,
         sliding_layers=sliding,
@@ -616,18 +698,21 @@ def _labels(hf: Mapping[str, Any]) -> int:
 _ACTIVATIONS = {"silu": ("silu", "swish"), "gelu_tanh": ("gelu_pytorch_tanh",)}
 """config.json's names of `DecoderConfig.activation`."""
 
-_EXPERT_FACTORS = ("limit", "slope")
+_EXPERT_FACTORS = ("limit", "slope", "weight_scale")
 """Fields of `Experts` that are no counts."""
+
+_NO_SIZES = (*_EXPERT_FACTORS, "groups", "kept_groups", "shared", "dense_layers")
+"""Those that a new model has from its family."""
 
 _MOST_LAYERS = 10_000  # lists of all layers are made of the number before any tensor is looked at
 
 
-def _whole(get: Callable[..., Any], key: str, default: int | None = None, most: int = 2**31 - 1) -> int:
+def _whole(get: Callable[..., Any], key: str, default: int | None = None, most: int = 2**31 - 1, least: int = 1) -> int:
     """A count. A key that is null is one that is not there."""
     value = get(key)
     value = default if value is None else value
-    if type(value) is not int or not 1 <= value <= most:
-        raise ValueError(f"config.json: {key}={value!r:.80} must be a whole number from 1 to {most}")
+    if type(value) is not int or not least <= value <= most:
+        raise ValueError(f"config.json: {key}={value!r:.80} must be a whole number from {least} to {most}")
     return value
 
 
@@ -654,8 +739,10 @@ def _experts_from_hf(family: Family, get: Callable[..., Any]) -> Experts | None:
         theirs = next((name for name in names if get(name) is not None), names[0])
         if ours in _EXPERT_FACTORS:
             fields[ours] = _real(theirs, get(theirs))
+        elif ours in flags:
+            fields[ours] = bool(get(theirs))
         else:
-            fields[ours] = bool(get(theirs)) if ours in flags else _whole(get, theirs)
+            fields[ours] = _whole(get, theirs, least=0 if ours == "dense_layers" else 1)
     return Experts(**family.fixed_experts, **fields)
 
 
@@ -729,7 +816,8 @@ def _rotated_from_hf(family: Family, get: Callable[..., Any]) -> tuple[bool, ...
 def _rotary_dim(family: Family, rope: Mapping[str, Any], hf: Mapping[str, Any], head_dim: int) -> int | None:
     """Width of a head that is rotated; None is all of it."""
     settings = dict(rope.get("rope_scaling") or rope.get("rope_parameters") or {})
-    partial = settings.get("partial_rotary_factor", hf.get("partial_rotary_factor"))
+    default = hf.get("partial_rotary_factor", family.defaults.get("partial_rotary_factor"))
+    partial = settings.get("partial_rotary_factor", default)
     if partial in (None, 1, 1.0):
         return None
     if not family.partial_rotary:
@@ -889,6 +977,8 @@ def config_to_hf(config: DecoderConfig) -> dict[str, Any]:
         "use_cache": True,
     }
 
+    if config.value_head and not family.has_scorer:
+        raise ValueError(f"transformers has no {family.scorer}, which a value head of {config.family} would be")
     if config.value_head:
         hf |= {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
     if keys:
@@ -900,6 +990,10 @@ def config_to_hf(config: DecoderConfig) -> dict[str, Any]:
 
     # What a family has no key for is left out; the check at the end finds what that loses.
     hf |= {key: getattr(config, key) for key in family.bias_keys}
+    if family.qk_norm_key:
+        hf[family.qk_norm_key] = config.qk_norm
+    if family.predicts_ahead:
+        hf["num_nextn_predict_layers"] = 0
     for number in family.numbers:
         value = getattr(config, number.field)
         hf[number.key] = number.write(config.head_dim**-0.5 if value is None else value)

@@ -12,14 +12,15 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from rljax.models.assemble import assemble
-from rljax.models.config import DecoderConfig
-from rljax.models.families import DTYPES, Entry, config_from_hf, config_to_hf, entries, in_file
+from rljax.models.assemble import assemble, weight_at
+from rljax.models.config import DecoderConfig, is_wide
+from rljax.models.families import DTYPES, Entry, config_from_hf, config_to_hf, entries, family_of, in_file
 from rljax.models.files import INDEX_FILE, SINGLE_FILE, SafetensorsFolder, shown, split_into_files, write_safetensors
 from rljax.models.mxfp4 import BLOCK, BLOCKS, SCALES, dequantised, is_mxfp4
 from rljax.types import Params
 
 _IGNORED = re.compile(r"rotary_emb\.inv_freq$")  # a buffer that old checkpoints carry
+_LAYER = re.compile(r"model\.layers\.(\d+)\.")
 _GENERATION_FILE = "generation_config.json"
 _ID_KEYS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
@@ -141,6 +142,9 @@ def read_config(folder: Path) -> DecoderConfig:
 
 def _tolerated(config: DecoderConfig, stored: SafetensorsFolder) -> set[str]:
     tolerated = {name for name in stored.tensors if _IGNORED.search(name)}
+    if family_of(config).predicts_ahead:
+        numbers = {name: _LAYER.match(name) for name in stored.tensors}
+        tolerated |= {name for name, found in numbers.items() if found and int(found[1]) >= config.num_layers}
     if config.tied_embeddings and "lm_head.weight" in stored.tensors and "model.embed_tokens.weight" in stored.tensors:
         head = stored.open("lm_head.weight")
         embedding = stored.open("model.embed_tokens.weight")
@@ -168,15 +172,17 @@ def save_hf(
 
     `hf_config` and `generation_config` hold further keys of config.json and generation_config.json: what
     `read_metadata` gives for the folder that the weights came from; `written_metadata` says what becomes of them.
-    Weights are written in the dtype of `params`, gathered one tensor at a time; equal weights give equal bytes. In a
+    Weights are written in the dtype of `params`, what experts are chosen by in float32, gathered one tensor at a time;
+    equal weights give equal bytes. In a
     multi-process run every process must call it; process 0 writes. With `on_every_process` each that calls it writes
     a folder of its own, of weights that are on its own devices.
     """
     folder = Path(folder)
-    found = {str(leaf.dtype) for leaf in jax.tree.leaves(params)}
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    found = {str(leaf.dtype) for path, leaf in leaves if not is_wide(path[-1].key)}
     if len(found) != 1 or not found <= set(DTYPES):
         raise ValueError(f"params have dtypes {sorted(found)}; cast them all to one of {', '.join(DTYPES)}")
-    dtype = np.dtype(jax.tree.leaves(params)[0].dtype)
+    dtype = np.dtype(found.pop())
 
     # Everything that can be wrong is found before the first file is touched.
     source = Metadata(dict(hf_config or {}), dict(generation_config or {}))
@@ -201,13 +207,14 @@ def save_hf(
 
     # Every process makes the same split, so that all gather the same tensors in the same order.
     sizes = {name: int(np.prod(parts[0].shape, dtype=np.int64)) for name, parts in wanted.items()}
-    files = split_into_files(((name, n * dtype.itemsize) for name, n in sizes.items()), max_shard_bytes)
+    dtypes = {name: np.dtype(np.float32) if is_wide(parts[0].weight.path) else dtype for name, parts in wanted.items()}
+    files = split_into_files(((name, n * dtypes[name].itemsize) for name, n in sizes.items()), max_shard_bytes)
     weight_map: dict[str, str] = {}
     for number, names in enumerate(files, start=1):
         file = SINGLE_FILE if len(files) == 1 else f"model-{number:05d}-of-{len(files):05d}.safetensors"
         weight_map |= dict.fromkeys(names, file)
         if writes:
-            declared = {name: (dtype, wanted[name][0].shape) for name in names}
+            declared = {name: (dtypes[name], wanted[name][0].shape) for name in names}
             write_safetensors(folder / file, declared, lambda name: _tensor_to_host(params, wanted[name]))
         else:
             # The order in which process 0 asks: gathering is collective.
@@ -217,7 +224,8 @@ def save_hf(
         return
 
     if len(files) > 1:
-        total = {"total_parameters": sum(sizes.values()), "total_size": sum(sizes.values()) * dtype.itemsize}
+        total_size = sum(n * dtypes[name].itemsize for name, n in sizes.items())
+        total = {"total_parameters": sum(sizes.values()), "total_size": total_size}
         write_json(folder / INDEX_FILE, {"metadata": total, "weight_map": weight_map})
     if tokenizer is not None:
         tokenizer.save(folder)
@@ -233,6 +241,7 @@ _OWNED = frozenset(
         "decoder_sparse_step",
         "attention_multiplier",
         "dtype",
+        "first_k_dense_replace",
         "embedding_multiplier",
         "hidden_act",
         "hidden_activation",
@@ -242,10 +251,14 @@ _OWNED = frozenset(
         "mlp_bias",
         "mlp_only_layers",
         "moe_intermediate_size",
+        "n_group",
+        "n_routed_experts",
+        "n_shared_experts",
         "norm_topk_prob",
         "num_experts",
         "num_experts_per_tok",
         "num_local_experts",
+        "num_nextn_predict_layers",
         "no_rope_layer_interval",
         "no_rope_layers",
         "original_max_position_embeddings",
@@ -257,11 +270,14 @@ _OWNED = frozenset(
         "rope_parameters",
         "rope_scaling",
         "rope_theta",
+        "routed_scaling_factor",
         "sliding_window",
         "sliding_window_pattern",
         "swiglu_alpha",
         "swiglu_limit",
+        "topk_group",
         "torch_dtype",
+        "use_qk_norm",
         "use_sliding_window",
     }
 )
@@ -272,8 +288,7 @@ _OWNED_GENERATION = frozenset({"_from_model_config"})
 
 
 def _weight(params: Params, entry: Entry) -> jax.Array:
-    path = entry.weight.path
-    return params["layers"][path.removeprefix("layers/")] if entry.layer is not None else params[path]
+    return weight_at(params, entry.weight.path)
 
 
 def _stored_shape(entry: Entry, value: jax.Array) -> tuple[int, ...]:

@@ -1,12 +1,13 @@
 """Adapters beside a model's weights: added, taken out, merged, and several of them side by side.
 
 They are weights like any other, declared by `rljax.models.decoder` where `DecoderConfig.lora` says so, and named after
-their matrix: `layers/q_lora_a [L, in, rank]` and `layers/q_lora_b [L, rank, out]`.
+their matrix: `layers/q_lora_a [L, in, rank]` and `layers/q_lora_b [L, rank, out]`. The first layers of a mixture that
+have no experts have theirs in their own stack.
 """
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -25,12 +26,19 @@ def is_adapter(path: str) -> bool:
 
 def adapters_of(params: Params) -> dict[str, Any]:
     """The adapters among `params` alone, as a tree of the same shape; nothing is copied."""
-    return {"layers": {name: x for name, x in params["layers"].items() if is_adapter(name)}}
+    return _chosen(params, is_adapter)
 
 
 def base_params(params: Params) -> dict[str, Any]:
     """`params` without adapters: the model as it is with all of them switched off. Nothing is copied."""
-    return {**params, "layers": {name: x for name, x in params["layers"].items() if not is_adapter(name)}}
+    return _chosen(params, lambda name: not is_adapter(name))
+
+
+def _chosen(tree: Mapping[str, Any], keep: Callable[[str], bool]) -> dict[str, Any]:
+    """The leaves whose names `keep` holds of; a stack of which none is left is left out."""
+    stacks = {name: _chosen(x, keep) for name, x in tree.items() if isinstance(x, Mapping)}
+    leaves = {name: x for name, x in tree.items() if name not in stacks and keep(name)}
+    return {name: x for name, x in stacks.items() if x} | leaves
 
 
 def base_config(config: DecoderConfig) -> DecoderConfig:
@@ -40,7 +48,10 @@ def base_config(config: DecoderConfig) -> DecoderConfig:
 
 def with_adapters(params: Params, adapters: Params) -> dict[str, Any]:
     """`params` with the adapters of another tree, in the place of any of its own. Nothing is copied."""
-    return {**params, "layers": base_params(params)["layers"] | adapters_of(adapters)["layers"]}
+    whole = base_params(params)
+    for name, x in adapters_of(adapters).items():
+        whole[name] = whole[name] | x if isinstance(x, Mapping) else x
+    return whole
 
 
 def init_adapters(config: DecoderConfig, key: Array) -> dict[str, Any]:
@@ -60,11 +71,12 @@ def merged_params(config: DecoderConfig, params: Params) -> dict[str, Any]:
     if lora.count:
         raise ValueError(f"{lora.count} adapters side by side cannot be merged into one model; take one of them out")
 
-    layers = dict(base_params(params)["layers"])
-    for name in lora.targets:
-        down, up = (params["layers"][f"{name}{end}"].astype(jnp.float32) for end in (DOWN, UP))
-        layers[name] = _merged(layers[name], down, up, lora.scale)
-    return {**params, "layers": layers}
+    merged = base_params(params)
+    for stack in config.stacks:
+        for name in [name for name in merged[stack] if f"{name}{DOWN}" in params[stack]]:
+            down, up = (params[stack][f"{name}{end}"].astype(jnp.float32) for end in (DOWN, UP))
+            merged[stack][name] = _merged(merged[stack][name], down, up, lora.scale)
+    return merged
 
 
 @functools.partial(jax.jit, static_argnums=3)
@@ -88,14 +100,23 @@ def side_by_side(adapters: Sequence[tuple[Lora, Params]]) -> tuple[Lora, dict[st
     # With alpha = rank the common scale is 1; each adapter's own goes into its B.
     whole = Lora(rank=rank, alpha=float(rank), targets=targets, count=len(adapters))
 
+    trees = [(lora, adapters_of(params)) for lora, params in adapters]
+    stacks = dict.fromkeys(stack for _, tree in trees for stack in tree)
+    return whole, {
+        stack: _stack_side_by_side([(lora, tree.get(stack, {})) for lora, tree in trees]) for stack in stacks
+    }
+
+
+def _stack_side_by_side(adapters: Sequence[tuple[Lora, Params]]) -> dict[str, Any]:
+    """The adapters of one stack of layers."""
+    rank = max(lora.rank for lora, _ in adapters)
     layers: dict[str, Any] = {}
-    for name in targets:
+    for name in dict.fromkeys(own.removesuffix(DOWN) for _, tree in adapters for own in tree if own.endswith(DOWN)):
         downs = []
         ups = []
-        like = next(params["layers"] for lora, params in adapters if name in lora.targets)
-        for lora, params in adapters:
-            has = name in lora.targets
-            down, up = (params["layers"][f"{name}{end}"] if has else None for end in (DOWN, UP))
+        like = next(tree for _, tree in adapters if f"{name}{DOWN}" in tree)
+        for lora, tree in adapters:
+            down, up = (tree.get(f"{name}{end}") for end in (DOWN, UP))
             down = jnp.zeros_like(like[f"{name}{DOWN}"]) if down is None else down
             up = jnp.zeros_like(like[f"{name}{UP}"]) if up is None else lora.scale * up
             missing = rank - down.shape[-1]
@@ -103,4 +124,4 @@ def side_by_side(adapters: Sequence[tuple[Lora, Params]]) -> tuple[Lora, dict[st
             ups.append(jnp.pad(up, ((0, 0), (0, missing), (0, 0))))
         layers[f"{name}{DOWN}"] = jnp.stack(downs, axis=1)
         layers[f"{name}{UP}"] = jnp.stack(ups, axis=1)
-    return whole, {"layers": layers}
+    return layers

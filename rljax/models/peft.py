@@ -9,9 +9,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from rljax.models.assemble import assemble
+from rljax.models.assemble import assemble, weight_at
 from rljax.models.config import DOWN, MATRICES, UP, DecoderConfig, Lora
-from rljax.models.decoder import abstract_params
+from rljax.models.decoder import SHARED, abstract_params
 from rljax.models.families import Entry, Weight, family_of
 from rljax.models.files import SafetensorsFolder, write_safetensors
 from rljax.models.huggingface import check_names, check_shape, read_json, to_host, write_json
@@ -72,14 +72,14 @@ def described_lora(said: Mapping[str, Any], config: DecoderConfig, *, stored: Co
 
     def has(weight: Weight) -> bool:
         if stored is not None:
-            return _file_name(weight, DOWN).format(0, 0) in stored
+            return _file_name(weight, DOWN).format(config.stacks[weight.stack][0], 0) in stored
         return _module(weight) in said["target_modules"]
 
-    rows = {weight.path.removeprefix("layers/"): weight for weight in family_of(config).weights}
-    targets = tuple(name for name in MATRICES if name in rows and has(rows[name]))
-    if not targets:
+    found = [weight for weight in _matrices(config) if has(weight)]
+    if not found:
         raise ValueError(f"there is no adapter of a {config.family} layer; it belongs to another model")
-    _check_apart(config, [rows[name] for name in targets])
+    _check_apart(config, found)
+    targets = tuple(name for name in MATRICES if name in {_target(weight) for weight in found})
     alpha = said.get("lora_alpha", _ALPHA)
     return Lora(
         rank=said.get("r", _RANK),
@@ -112,7 +112,7 @@ def save_peft(folder: str | os.PathLike, config: DecoderConfig, params: Params, 
     """
     folder = Path(folder)
     wanted = {entry.name: entry for entry in adapter_entries(config)}
-    dtypes = {str(params["layers"][entry.weight.path.removeprefix("layers/")].dtype) for entry in wanted.values()}
+    dtypes = {str(weight_at(params, entry.weight.path).dtype) for entry in wanted.values()}
     if len(dtypes) > 1:
         raise ValueError(f"adapters have dtypes {sorted(dtypes)}; cast them all to one")
     dtype = np.dtype(dtypes.pop())
@@ -138,7 +138,7 @@ def described_adapter(config: DecoderConfig, base: str = "") -> dict[str, Any]:
         "r": lora.rank,
         "lora_alpha": lora.alpha,
         "lora_dropout": 0.0,
-        "target_modules": [_module(weight) for weight in _targets(config)],
+        "target_modules": list(dict.fromkeys(_module(weight) for weight in _targets(config))),
         "use_rslora": lora.rank_stabilized,
         "use_dora": False,
         "bias": "none",
@@ -150,26 +150,45 @@ def described_adapter(config: DecoderConfig, base: str = "") -> dict[str, Any]:
 def adapter_entries(config: DecoderConfig) -> list[Entry]:
     """The tensors of an adapter's file, layer by layer. ValueError as in `save_peft`."""
     _single(config)
-    shapes = abstract_params(config)["layers"]
+    shapes = abstract_params(config)
 
     def of_matrix(weight: Weight, end: str, layer: int) -> list[Entry]:
         own = Weight(f"{weight.path}{end}", _file_name(weight, end), "", transpose=True)
-        shape = shapes[own.path.removeprefix("layers/")].shape[-2:]
+        shape = weight_at(shapes, own.path).shape[-2:]
+        number = config.stacks[weight.stack][layer]
         # An expert's matrix is a module of its own.
         experts = range(config.experts.count) if config.experts and own.hf.count("{}") == 2 else (None,)
-        return [Entry(own.hf.format(layer, i), own, layer, shape[::-1], expert=i) for i in experts]
+        return [Entry(own.hf.format(number, i), own, layer, shape[::-1], expert=i) for i in experts]
 
-    targets = _targets(config)
-    found = (of_matrix(weight, end, layer) for layer in range(config.num_layers) for weight in targets for end in _ENDS)
+    found = (
+        of_matrix(weight, end, layer)
+        for stack, layers in config.stacks.items()
+        for layer in range(len(layers))
+        for weight in _targets(config)
+        if weight.stack == stack
+        for end in _ENDS
+    )
     return list(itertools.chain(*found))
 
 
 def _targets(config: DecoderConfig) -> list[Weight]:
     """Rows of the family's table that have an adapter."""
-    wanted = {f"layers/{name}" for name in _single(config).targets}
-    targets = [weight for weight in family_of(config).weights if weight.path in wanted]
+    wanted = _single(config).targets
+    targets = [weight for weight in _matrices(config) if _target(weight) in wanted]
     _check_apart(config, targets)
     return targets
+
+
+def _matrices(config: DecoderConfig) -> list[Weight]:
+    """Rows of the family's table that an adapter may be of."""
+    tree = abstract_params(config)
+    rows = [weight for weight in family_of(config).weights if _target(weight) in MATRICES]
+    return [weight for weight in rows if weight.path.removeprefix(f"{weight.stack}/") in tree.get(weight.stack, ())]
+
+
+def _target(weight: Weight) -> str:
+    """What `Lora.targets` calls a matrix of a layer: of an expert that all tokens share as of the others."""
+    return weight.path.removeprefix(f"{weight.stack}/").removeprefix(SHARED)
 
 
 def _check_apart(config: DecoderConfig, targets: list[Weight]) -> None:
@@ -177,10 +196,11 @@ def _check_apart(config: DecoderConfig, targets: list[Weight]) -> None:
     adapts as one or not at all."""
     rows = family_of(config).weights
     for weight in targets:
+        together = [other for other in rows if (other.stack, other.hf) == (weight.stack, weight.hf)]
         # What is the weight of no module holds the matrices of all experts.
-        if sum(other.hf == weight.hf for other in rows) > 1 or not weight.hf.endswith(".weight"):
+        if len(together) > 1 or not weight.hf.endswith(".weight"):
             raise ValueError(
-                f"{config.family} keeps {weight.path.removeprefix('layers/')} with others in {_module(weight)}, which "
+                f"{config.family} keeps {_target(weight)} with others in {_module(weight)}, which "
                 "PEFT adapts as one; write the merged model (rljax convert without --adapter)"
             )
 

@@ -24,7 +24,7 @@ from rljax.models.cache import (
     write_column,
     write_entry,
 )
-from rljax.models.config import DecoderConfig
+from rljax.models.config import LAYERS, DecoderConfig
 from rljax.models.decoder import apply_layer, embed, final_norm
 from rljax.models.experts import Choose, best_experts
 from rljax.models.head import logits
@@ -219,13 +219,13 @@ class _Record:
         """For `apply_layer`: None where nothing is recorded."""
         return None if self._best is None else self._choose
 
-    def _choose(self, probabilities: Array) -> Array:
+    def _choose(self, scores: Array) -> Array:
         assert self._best is not None
-        self._chosen.append(self._best(probabilities))
+        self._chosen.append(self._best(scores))
         return self._chosen[-1]
 
     def stacked(self) -> Int[Array, "*B L k"] | None:
-        """Those of all layers; None where nothing is recorded."""
+        """Those of all layers that have experts; None where nothing is recorded."""
         return jnp.stack(self._chosen, axis=-2).astype(jnp.int16) if self._chosen else None
 
 
@@ -365,7 +365,7 @@ def decode(
 
     empty = jnp.zeros((buffer.steps, *shape))
     no_top = jnp.zeros((buffer.steps, *shape, buffer.top)) if buffer.top else None
-    of_layers = (buffer.steps, *shape, config.num_layers, rows.recorded)
+    of_layers = (buffer.steps, *shape, len(config.stacks[LAYERS]), rows.recorded)
     no_experts = jnp.zeros(of_layers, jnp.int16) if rows.recorded else None
     start = _Loop(
         step=jnp.int32(0),

@@ -52,27 +52,29 @@ def score_tokens(
     chunk: int = 512,
     remat: Remat = "none",
     attention: Attention = forest_attention,
+    counts_load: bool = False,
 ) -> tuple[Float[Array, "R K"], Float[Array, "R K"]]:
     """Log-probs and entropies (float32, nats) of the tokens that `packed.score_index` lists, each under the
     distribution that its predecessor's hidden state gives. 0 where `score_index` is -1.
 
     Both are differentiable in `params`. With `sampling_params` the distribution is the tempered and truncated one that
     is sampled from (a scored token that truncation would remove is kept); None is the model's own. On each device
-    logits exist for `chunk` tokens at a time (at least one of each of its packed rows). `remat` and `attention` are
-    those of `hidden_states`.
+    logits exist for `chunk` tokens at a time (at least one of each of its packed rows). `remat`, `attention` and
+    `counts_load` are those of `hidden_states`.
     """
     if chunk < 1:
         raise ValueError(f"chunk={chunk} must be at least 1 token; 512 suits most machines")
+    how: dict[str, Any] = {"remat": remat, "attention": attention, "counts_load": counts_load}
     shares = sequence_shares(*packed.tokens.shape)
     wanted, targets, before = _places(packed)
     context = _context(packed, before, sampling_params)
     if shares is None:
-        states = scored_states(config, params, packed, remat=remat, attention=attention)
+        states = scored_states(config, params, packed, **how)
         return score_hidden(config, params, *states, sampling_params, chunk=chunk, context=context)
     if context is not None:
         raise ValueError("grammars and penalties are not scored where devices share sequences")
 
-    hidden = _hidden_states(config, params, packed, shares, remat=remat, attention=attention)
+    hidden = _hidden_states(config, params, packed, shares, **how)
     # Scored tokens may lie all in one part of a sequence, so its devices take equal numbers of them.
     hidden = shares.states_at(hidden, shares.split(shares.place(before)))
     targets = shares.split(targets)
@@ -89,10 +91,12 @@ def scored_states(
     *,
     remat: Remat = "none",
     attention: Attention = forest_attention,
+    counts_load: bool = False,
 ) -> tuple[Float[Array, "R K D"], Int[Array, "R K"], Bool[Array, "R K"]]:
     """The final-normed hidden states that give the distributions of the tokens of `packed.score_index`, these tokens,
     and whether they are wanted: what `score_hidden` takes. Of packed sequences that no devices share."""
-    hidden = _hidden_states(config, params, packed, None, remat=remat, attention=attention)
+    how: dict[str, Any] = {"remat": remat, "attention": attention, "counts_load": counts_load}
+    hidden = _hidden_states(config, params, packed, None, **how)
     wanted, targets, before = _places(packed)
     return jnp.take_along_axis(hidden, before[..., None], axis=1), targets, wanted
 
@@ -106,6 +110,7 @@ def score_values(
     chunk: int = 512,
     remat: Remat = "none",
     attention: Attention = forest_attention,
+    counts_load: bool = False,
 ) -> tuple[Float[Array, "R K"], Float[Array, "R K"]]:
     """`score_tokens` of a critic: the value (float32) of the state in which each token of `packed.score_index` was
     chosen, which is what its predecessor's hidden state gives; and zeros. 0 where `score_index` is -1.
@@ -114,7 +119,8 @@ def score_values(
     change nothing. ValueError when the model has no value head.
     """
     shares = sequence_shares(*packed.tokens.shape)
-    hidden = _hidden_states(config, params, packed, shares, remat=remat, attention=attention)
+    how: dict[str, Any] = {"remat": remat, "attention": attention, "counts_load": counts_load}
+    hidden = _hidden_states(config, params, packed, shares, **how)
     found = values(config, params, hidden)
     wanted, _, before = _places(packed)
     if shares is not None:

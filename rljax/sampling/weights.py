@@ -72,26 +72,27 @@ def weights_program(config: DecoderConfig, mesh: Mesh | None):
 
 def decode_weights(config: DecoderConfig, params: Params) -> dict[str, Any]:
     """A copy of stacked `params` whose layers are a tuple of dicts with matrices [E, D] instead of [D, E]: a step
-    multiplies a few vectors by each, and runs faster along rows. Norms, sinks and routers keep their dtype, as they are
-    float32 work, and matrices and biases of experts [E, ..] their order."""
+    multiplies a few vectors by each, and runs faster along rows. Norms, sinks, routers and what chooses experts keep
+    their dtype, as they are float32 work, and matrices and biases of experts [E, ..] their order."""
 
     def cast(name, value):
-        return value if any(kind in name for kind in ("norm", "sinks", "router")) else value.astype(config.dtype)
+        is_wide = any(kind in name for kind in ("norm", "sinks", "router", "selection_bias"))
+        return value if is_wide else value.astype(config.dtype)
 
     # Copies, also where nothing is cast: the trainer donates its own weights to its next update.
-    outer = {name: jnp.copy(cast(name, value)) for name, value in params.items() if name != "layers"}
-    layers = {name: cast(name, value) for name, value in params["layers"].items()}
-    apart = unstack_layers({"layers": layers})["layers"]
+    outer = {name: jnp.copy(cast(name, value)) for name, value in params.items() if name not in config.stacks}
+    stacks = {stack: {name: cast(name, value) for name, value in params[stack].items()} for stack in config.stacks}
     turned = (
-        {name: _in_rows(x) if _turns(config, name) else jnp.copy(x) for name, x in layer.items()} for layer in apart
+        {name: _in_rows(x) if _turns(layer, name) else jnp.copy(x) for name, x in layer.items()}
+        for layer in unstack_layers(stacks)["layers"]
     )
     return {**outer, "layers": tuple(turned)}
 
 
-def _turns(config: DecoderConfig, name: str) -> bool:
+def _turns(layer: Params, name: str) -> bool:
     """Whether a weight of a layer is turned: not what experts have, of which each meets its own tokens."""
     matrix = name.removesuffix(DOWN).removesuffix(UP).removesuffix("_bias")
-    return config.experts is None or matrix not in EXPERT_AXES
+    return "router" not in layer or matrix not in EXPERT_AXES
 
 
 def _in_rows(weight: Array) -> Array:
@@ -103,16 +104,20 @@ def decode_shardings(config: DecoderConfig, mesh: Mesh) -> dict[str, Any]:
     """Shardings of `decode_weights` on `mesh`."""
     stacked = param_shardings(config, mesh, DECODE_RULES)
 
-    def one_layer(name, sharding):
-        if not _turns(config, name):
+    def one_layer(stack, name, sharding):
+        if not _turns(stack, name):
             return NamedSharding(mesh, PartitionSpec(*sharding.spec[1:]))
         # As the axes of `_in_rows` are.
         *apart, last = sharding.spec[1:]
         spec = (*apart[:-1], last, *apart[-1:])
         return NamedSharding(mesh, PartitionSpec(*spec))
 
-    layer = {name: one_layer(name, sharding) for name, sharding in stacked["layers"].items()}
-    return {**stacked, "layers": (layer,) * config.num_layers}
+    outer = {name: sharding for name, sharding in stacked.items() if name not in config.stacks}
+    layers: list[dict[str, Any]] = []
+    for stack, own in config.stacks.items():
+        layer = {name: one_layer(stacked[stack], name, sharding) for name, sharding in stacked[stack].items()}
+        layers += [layer] * len(own)
+    return {**outer, "layers": tuple(layers)}
 
 
 def product(x: Float[Array, "*B D"], weight: Float[Array, "E D"]) -> Float[Array, "*B E"]:

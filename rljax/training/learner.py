@@ -20,6 +20,7 @@ from rljax.models.sequence import CHUNKS
 from rljax.ops import row_uniforms
 from rljax.parallel import batch_parts, device_kind, put_batch, put_host, replicated, to_host, use_mesh
 from rljax.sampling import SamplingParams
+from rljax.training.balance import check_balance, counts_load
 from rljax.training.config import UpdateConfig
 from rljax.training.guard import Guard
 from rljax.training.objective import NO_NEEDS, LossNeeds, Metrics, Objective
@@ -73,9 +74,14 @@ class Learner:
             _check_shared(update, mesh)
 
         schedule = None
+        balance_rate = 0.0
         if isinstance(optimizer, OptimizerConfig):
+            balance_rate = optimizer.balance_rate
             schedule = make_schedule(optimizer)
             optimizer = make_optimizer(optimizer)
+
+        check_balance(balance_rate, config, subtree)
+        counted = counts_load(config, subtree)
 
         self.config = config
         self.loss = loss
@@ -112,11 +118,13 @@ class Learner:
                 "chunk": update.head_chunk,
                 "remat": update.remat,
                 "attention": kernel_attention if _takes_kernels(update, mesh) else forest_attention,
+                **({"counts_load": True} if counted else {}),
             },
             updates_once=update.minibatches * update.epochs == 1,
             use_sampler_logprobs=update.use_sampler_logprobs,
             divergence=divergence,
             subtree=subtree,
+            balance_rate=balance_rate if counted else None,
             schedule=schedule,
         )
         outputs: dict[str, Any] = {}

@@ -45,6 +45,11 @@ class OptimizerConfig:
     max_grad_norm: float = field(default=1.0, least=0)
     """Global norm that gradients are clipped to; 0 is no clipping."""
 
+    balance_rate: float = field(default=0.0, least=0)
+    """Step of the bias that experts are chosen by: after an update it goes down for an expert that computed for more
+    tokens than the mean, and up for the others (2412.19437, section 2.1.2, which takes 0.001). For families with such a
+    bias; 0 leaves it as it is."""
+
     def check(self) -> None:
         """ValueError of one line for values that cannot work."""
         check_fields(self, "")
@@ -197,7 +202,7 @@ def decay_mask(params: Params) -> Any:
 
 def layer_matrices(params: Any) -> Any:
     """True for the stacked matrices [layers, in, out], and those of experts [layers, experts, in, out]."""
-    return jax.tree_util.tree_map_with_path(lambda path, _: path[0].key == "layers" and _is_matrix(path), params)
+    return jax.tree_util.tree_map_with_path(lambda path, _: len(path) > 1 and _is_matrix(path), params)
 
 
 def _is_matrix(path: Any) -> bool:

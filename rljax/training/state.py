@@ -8,7 +8,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from rljax.models import DecoderConfig, abstract_params, param_shardings
+from rljax.models import DecoderConfig, abstract_params, cast_params, param_shardings
 from rljax.parallel import RULES, Rules, replicated
 from rljax.training.trainable import EVERYTHING, Subtree
 from rljax.types import Params, TrainState
@@ -59,7 +59,7 @@ def frozen_base(params: Params, subtree: Subtree, *, shardings: Any = None) -> A
     if base is None:
         return None
     if subtree.base_dtype is not None:
-        base = jax.tree.map(lambda x: x.astype(subtree.base_dtype), base)
+        base = cast_params(base, subtree.base_dtype)
     return base if shardings is None else jax.device_put(base, shardings)
 
 

@@ -16,6 +16,7 @@ from rljax.models import DecoderConfig
 from rljax.sampling import SamplingParams
 from rljax.sampling.divergence import DivergenceHead, divergence_hidden, what_was_said
 from rljax.sampling.score import score_hidden, scored_states
+from rljax.training.balance import load_metrics, take_loads, with_balance
 from rljax.training.objective import Metrics, Objective, ScoreFn
 from rljax.training.trainable import EVERYTHING, Subtree
 from rljax.types import TEACHER_DIVERGENCE, ArrayLike, Packed, Params, RaggedRows, TrainBatch
@@ -31,6 +32,8 @@ class Scored(NamedTuple):
     loss: Array
     metrics: Metrics
     grads: Any
+    loads: Array | None = None
+    """Of each layer's experts how many tokens they computed for, [L, E]; None where they are not counted."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,6 +62,10 @@ class UpdateProgram:
     """Of the policy from a teacher, for a loss that reads it."""
 
     subtree: Subtree = EVERYTHING
+    balance_rate: float | None = None
+    """How far the bias that experts are chosen by moves in an update (`rljax.training.balance`); None where the model
+    has none that is trained."""
+
     schedule: optax.Schedule | None = None
     """Learning rate by optimizer step, for the metrics."""
 
@@ -75,7 +82,7 @@ class UpdateProgram:
         says what was."""
         params = self.subtree.merge(trainable, base)
         batch, whole_metrics, scale = self._whole_minibatch(params, batch, sampling)
-        loss, metrics, grads = self.gradients(trainable, batch, sampling, base=base)
+        loss, metrics, grads, loads = self.gradients(trainable, batch, sampling, base=base)
         grad_norm = optax.tree_utils.tree_norm(grads)
         norms = [grad_norm]
 
@@ -104,6 +111,9 @@ class UpdateProgram:
 
         if scale is not None:
             updates = jax.tree.map(lambda u: (u * scale).astype(u.dtype), updates)
+        if loads is not None and self.balance_rate is not None:
+            updates = with_balance(updates, loads, self.balance_rate)
+            metrics |= load_metrics(loads)
         new_trainable = optax.apply_updates(trainable, updates)
 
         # A choice by element and not a branch: a branch would keep both states alive, and undo the donation.
@@ -130,6 +140,16 @@ class UpdateProgram:
     ) -> Scored:
         """Added up over the microbatches that hold anything. `anchored` keeps the old log-probs of the batch, whatever
         the weights."""
+        total = self._total(trainable, batch, sampling, base=base, anchored=anchored)
+        if self.balance_rate is None:
+            return total
+        grads, loads = take_loads(total.grads)
+        return total._replace(grads=grads, loads=loads)
+
+    def _total(
+        self, trainable: Any, batch: TrainBatch, sampling: SamplingParams | None, *, base: Any, anchored: bool
+    ) -> Scored:
+        """`gradients`, with loads where they came home."""
         loss_fn = functools.partial(self._microbatch_loss, anchored=anchored)
         value_and_grad = jax.value_and_grad(loss_fn, has_aux=True)
 

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from rljax.models import DecoderConfig, base_config, merged_params, save_hf
+from rljax.models import DecoderConfig, base_config, cast_params, merged_params, save_hf
 from rljax.parallel import use_mesh
 from rljax.plans import RolloutPlan
 from rljax.rollouts.config import ActorParts
@@ -82,7 +82,7 @@ def exporter(decoder: DecoderConfig, tokenizer: Tokenizer, dtype: str, mesh: Mes
             # In float32, and rounded once: what adapters add may be less than what a narrower weight can show.
             if decoder.lora is not None:
                 own = merged_params(decoder, jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), own))
-            cast = jax.tree.map(lambda x: x if x.dtype == dtype else jnp.asarray(x, dtype), own)
+            cast = cast_params(own, dtype)
             save_hf(folder, base_config(decoder), cast, tokenizer=tokenizer, on_every_process=True)
 
     return export

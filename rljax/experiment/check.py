@@ -14,7 +14,7 @@ from rljax.plans import RolloutPlan
 from rljax.rollouts import BlackBox, MultiTurn, Remote, RemoteBlackBox, RemoteMultiTurn, SingleTurn
 from rljax.sampling import SamplingConfig
 from rljax.settings import Switch, check_config, check_effect, placed, shown
-from rljax.tasks import FileData, ReasoningGymData, RowsData
+from rljax.tasks import FileData, HubData, ReasoningGymData, RowsData
 from rljax.training import CheckpointConfig, OptimizerConfig, has_first_moment
 from rljax.types import NO_PARENT, RolloutBatch
 
@@ -46,6 +46,7 @@ SWITCHES = (
         for teacher in (ModelTeacher, OwnTeacher, EngineTeacher)
     ),
     Switch(FileData, "test", bool, ("test_fraction",), "leave that out"),
+    Switch(HubData, "test_split", bool, ("test_fraction",), "leave that out"),
     Switch(RowsData, "test_args", bool, ("test_fraction",), "leave that out"),
 )
 """Fields that nobody sets for another reason than their effect. Those that stay in place while their switch is tried on

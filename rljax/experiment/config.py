@@ -51,7 +51,7 @@ class Config:
     model: ModelSource = dataclasses.field(default_factory=PretrainedModel)
     """Weights and tokenizer: `PretrainedModel` or `FreshModel`."""
     data: DataSource = dataclasses.field(default_factory=ReasoningGymData)
-    """Examples: `ReasoningGymData`, `FileData`, `RowsData`."""
+    """Examples: `ReasoningGymData`, `FileData`, `HubData`, `RowsData`."""
     actor: ActorConfig = dataclasses.field(default_factory=SingleTurn)
     """How the policy is played and judged: `SingleTurn`, `MultiTurn` or `BlackBox`; over engines `Remote`,
     `RemoteMultiTurn` or `RemoteBlackBox`; or `Guided` around one."""

@@ -22,6 +22,7 @@ from rljax.tasks.config import (
     DataSource,
     FileData,
     FileRows,
+    HubData,
     ReasoningGymData,
     RewardConfig,
     RowsData,
@@ -52,6 +53,7 @@ from rljax.tasks.failures import (
     nearest,
 )
 from rljax.tasks.files import load_jsonl, load_parquet
+from rljax.tasks.hub import load_hub
 from rljax.tasks.judge import AnswerJudge, ChatEndpoint, FactJudge, JudgeError, PairJudge
 from rljax.tasks.judge_bias import PositionBias, position_bias
 from rljax.tasks.mixture import balanced, interleave, replications
@@ -105,6 +107,7 @@ __all__ = [
     "FileData",
     "FileRows",
     "GroundedAnswer",
+    "HubData",
     "InTag",
     "Intake",
     "JudgeError",
@@ -156,6 +159,7 @@ __all__ = [
     "interleave",
     "last_number",
     "load_callable",
+    "load_hub",
     "load_jsonl",
     "load_parquet",
     "medium_share",

@@ -11,6 +11,7 @@ from rljax.tasks.curriculum import Curriculum, UniformCurriculum
 from rljax.tasks.examples import Example, Split, decontaminate, prompt_digest, split_answer, split_by_hash
 from rljax.tasks.failures import FailedTasks
 from rljax.tasks.files import load_jsonl, load_parquet
+from rljax.tasks.hub import is_local, load_hub
 from rljax.tasks.mixture import balanced
 from rljax.tasks.reasoning_gym import reasoning_gym_task
 from rljax.tasks.rewards import RewardSpec
@@ -22,6 +23,7 @@ __all__ = [
     "FailedTasks",
     "FileData",
     "FileRows",
+    "HubData",
     "ReasoningGymData",
     "RewardConfig",
     "RowsData",
@@ -200,6 +202,73 @@ class FileData:
 
 
 _LOADERS: dict[str, Callable[..., list[Example]]] = {".jsonl": load_jsonl, ".parquet": load_parquet}
+
+
+@dataclasses.dataclass
+class HubData:
+    """A data set of the Hugging Face hub, or a folder of Parquet files, read by `datasets`."""
+
+    path: str = ""
+    """Its id on the hub, such as `openai/gsm8k`, or a local folder. A folder of that name comes first."""
+    subset: str = ""
+    """One of its subsets (the hub's configurations), where it has several."""
+    split: str = "train"
+    """What to train on."""
+    test_split: str = ""
+    """The held-out split; what it holds is taken out of training by the hash of its prompts. Empty: `test_fraction`."""
+    test_fraction: float = 0.05
+    """Share of `split` that is held out where there is no `test_split`."""
+    revision: str = ""
+    """Branch, tag or commit of the hub's repository; empty: the newest. With a commit, a run that is resumed later
+    finds the data that it began with, and else is refused where they have changed."""
+    max_rows: int = 0
+    """Take the first rows of each split alone, which are read as they come over the network: for sets that are too
+    large to download. 0: all, kept in the cache of `datasets`."""
+    prompt_column: str = "prompt"
+    """Holds text, or a list of chat messages, such as `messages`. A last turn of the assistant is taken out of these
+    and becomes the column `completion`, from which `rljax sft` learns."""
+    columns: dict[str, str] = dataclasses.field(default_factory=dict)
+    """New names of columns, new to old: `{"answer": "reward_model.ground_truth"}` gives rewards an `answer` out of a
+    column that holds objects. The old ones stay."""
+    chat: bool | None = None
+    """Whether text becomes a user message of the chat template; None leaves text as it is."""
+    repeated_prompts: bool = False
+    """Keep all rows of a prompt, which stay on one side of the split: data of demonstrations and preferences has
+    several. Else the first row of a prompt is taken, and the run says how many others there are."""
+
+    def check(self) -> None:
+        """Raises ValueError for a field that is wrong by itself, or has no effect."""
+        for name in ("path", "split"):
+            if not getattr(self, name):
+                raise ValueError(f"config.data.{name} is empty; name a data set of the hub or a folder, and its split")
+        if self.max_rows < 0:
+            raise ValueError(f"config.data.max_rows={self.max_rows} must be at least 0; 0 takes all rows")
+        if self.revision and is_local(self.path):
+            raise ValueError(
+                f"config.data.revision={self.revision!r} has no effect: {self.path!r} is a local folder; leave it out"
+            )
+        _check_fraction(self.test_fraction)
+
+    def load(self) -> Dataset:
+        """Reads the splits. Raises ValueError for what cannot be read, ImportError without `datasets`."""
+        self.check()
+        train = self._read(self.split)
+        test = self._read(self.test_split) if self.test_split else []
+        split = (
+            decontaminate(train, test) if self.test_split else split_by_hash(train, test_fraction=self.test_fraction)
+        )
+        return _rows_of_prompts(split, train, test or train, every=self.repeated_prompts)
+
+    def _read(self, split: str) -> list[Example]:
+        return load_hub(
+            self.path,
+            split=split,
+            subset=self.subset,
+            revision=self.revision,
+            max_rows=self.max_rows,
+            prompt_column=self.prompt_column,
+            columns=self.columns,
+        )
 
 
 @dataclasses.dataclass

@@ -3,7 +3,7 @@
 import codecs
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ def load_jsonl(
                     yield place, _row(line, place)
 
     _check_file(path)
-    return _examples(rows(), path, prompt_column, id_column)
+    return examples_of_rows(rows(), path, prompt_column=prompt_column, id_column=id_column)
 
 
 def _row(line: bytes, place: str) -> Any:
@@ -66,7 +66,7 @@ def load_parquet(
     except (OSError, pyarrow.ArrowInvalid) as error:
         raise ValueError(f"{path} cannot be read as Parquet: {error}") from None
     rows = ((f"{path}, row {i + 1}", row) for i, row in enumerate(table.to_pylist()))
-    return _examples(rows, path, prompt_column, id_column)
+    return examples_of_rows(rows, path, prompt_column=prompt_column, id_column=id_column)
 
 
 def _check_file(path: str | os.PathLike) -> None:
@@ -74,9 +74,10 @@ def _check_file(path: str | os.PathLike) -> None:
         raise ValueError(f"no data file at {str(path)!r}; give the path of an existing file")
 
 
-def _examples(
-    rows: Iterator[tuple[str, Any]], path: str | os.PathLike, prompt_column: str, id_column: str | None
+def examples_of_rows(
+    rows: Iterable[tuple[str, Any]], path: str | os.PathLike, *, prompt_column: str, id_column: str | None = None
 ) -> list[Example]:
+    """An example of each row of `path`, which comes with its name for a person. Raises ValueError as `load_jsonl`."""
     examples = []
     for place, row in rows:
         if not isinstance(row, dict):

@@ -6,6 +6,7 @@ rljax convert --source=runs/x --target=folder             # the newest checkpoin
 rljax convert --source=runs/x --target=folder --step=20
 rljax convert --source=runs/x --target=folder --adapter   # what config.lora has trained, for PEFT or vLLM
 rljax convert --source=adapter --target=folder            # a PEFT folder, merged into its model
+rljax convert --source=runs/x --target=folder --push=user/name   # and sent to the Hugging Face hub, with a model card
 
 It runs on one process.
 """
@@ -20,6 +21,7 @@ _STEP = flags.DEFINE_integer("step", None, "Step of a run folder's checkpoint; n
 _DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Type of the written weights.")
 
 _ADAPTER = flags.DEFINE_bool("adapter", False, "Write the adapters alone, in PEFT's format.")
+_PUSH = flags.DEFINE_string("push", "", "Repository on the Hugging Face hub, user/name, that the folder is sent to.")
 
 
 def main() -> None:
@@ -29,7 +31,14 @@ def main() -> None:
     require_one_process("rljax convert")
     if _SOURCE.value is None or _TARGET.value is None:
         raise ValueError("name both --source (what to convert) and --target (the folder to write)")
-    convert(_SOURCE.value, _TARGET.value, step=_STEP.value, dtype=_DTYPE.value, adapter=_ADAPTER.value)
+    convert(
+        _SOURCE.value,
+        _TARGET.value,
+        step=_STEP.value,
+        dtype=_DTYPE.value,
+        adapter=_ADAPTER.value,
+        push=_PUSH.value,
+    )
 
 
 def command() -> None:

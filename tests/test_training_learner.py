@@ -205,7 +205,7 @@ def test_score_rows_is_zero_off_the_mask_and_equals_the_gap():
     scored = learner.score_rows(params(), batch)
     mask = batch.action_mask & batch.is_valid[:, None]
     assert (scored[~mask] == 0).all() and (scored[mask] < 0).all()
-    _, metrics, _ = gradient("whole")
+    metrics = gradient("whole").metrics
     gap = np.abs(scored - batch.behavior_logprobs)[mask]
     np.testing.assert_allclose(metrics["rollout/logprob_gap_max"], gap.max(), rtol=1e-5)
     np.testing.assert_allclose(metrics["rollout/logprob_gap_mean"], gap.mean(), rtol=1e-5)
@@ -217,7 +217,7 @@ def test_the_only_update_of_a_rollout_takes_its_ratio_to_the_sampler_if_told_so(
     mask = batch.action_mask & batch.is_valid[:, None]
     scored = make(PackConfig(pack_length=128)).score_rows(params(), batch)
     want = np.exp(np.clip(np.float64(scored) - batch.behavior_logprobs, -20, 20))[mask]
-    _, metrics, _ = gradient("whole", use_sampler_logprobs=True)
+    metrics = gradient("whole", use_sampler_logprobs=True).metrics
     np.testing.assert_allclose(metrics["loss/ratio_mean"], want.mean(), rtol=1e-5)
     np.testing.assert_allclose(metrics["loss/ratio_max"], want.max(), rtol=1e-5)
     assert want.max() > 1.5 and gradient("whole")[1]["loss/ratio_max"] == 1

@@ -167,6 +167,18 @@ def test_gates_read_the_states_that_their_layer_shows_them(params):
     np.testing.assert_allclose(found[1], hidden_states(CONFIG, two, tokens, positions, jnp.full((1, 5), 5)), atol=1e-6)
 
 
+def test_experts_that_all_tokens_share_are_of_the_mlp(params):
+    """Gates read what stands before it, whatever these make of it; an edit would leave them as they are."""
+    experts = Experts(count=3, per_token=1, mlp_dim=5, shared=1)
+    config = dataclasses.replace(CONFIG, num_layers=1, experts=experts, family="qwen3_moe")
+    mixture = init_params(config, jax.random.key(0))
+    tokens = jnp.array([[3, 1, 4, 1, 5]])
+    louder = {**mixture, "layers": {**mixture["layers"], "shared_down": 9 * mixture["layers"]["shared_down"]}}
+    np.testing.assert_array_equal(gate_inputs(config, mixture, tokens), gate_inputs(config, louder, tokens))
+    with pytest.raises(ValueError, match="experts that all tokens share, have gates beside those"):
+        gate_columns(mixture)
+
+
 @pytest.fixture(scope="module")
 def smoke():
     """The config of the study in its smallest size."""

@@ -23,6 +23,8 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from rljax.models import DecoderConfig, apply_layer, embed, forest_attention, unstack_layers
+from rljax.models.config import DENSE_LAYERS, LAYERS, UP
+from rljax.models.decoder import SHARED
 from rljax.models.functional import rms_norm
 from rljax.models.rope import rotary_tables
 from rljax.types import ArrayLike, Params
@@ -90,7 +92,7 @@ def gate_directions(config: DecoderConfig, params: Params, direction: Float[Arra
     seen = jnp.asarray(direction, jnp.float32) * (params["final_norm"].astype(jnp.float32) + offset)
     gate = gate_columns(params)
     if config.pre_norms:
-        norm = params["layers"]["mlp_norm"].astype(jnp.float32) + offset
+        norm = params[LAYERS]["mlp_norm"].astype(jnp.float32) + offset
         # A dimension that the norm all but removes would have a huge part of the direction, and no effect.
         seen = jnp.where(jnp.abs(norm) > 1e-3, seen / norm, 0.0)
     return of_each_layer(params, jnp.broadcast_to(seen, (gate.shape[0], gate.shape[1])))
@@ -114,12 +116,16 @@ def gate_inputs(config: DecoderConfig, params: Params, tokens: Int[Array, "R S"]
     tables = rotary_tables(config, positions)
     x = embed(config, params, tokens)
     seen = []
-    for layer, rotation, window in zip(unstack_layers(params)["layers"], config.rotations, config.windows, strict=True):
+    for layer, rotation, window in zip(unstack_layers(params)[LAYERS], config.rotations, config.windows, strict=True):
 
         def attend(q, k, v, sinks=None, window=window):
             return forest_attention(q, k, v, positions, end, window, sinks=sinks), None
 
-        silent = {name: jnp.zeros_like(layer[name]) for name in ("down", "down_bias", "down_lora_b") if name in layer}
+        silent = {
+            name: jnp.zeros_like(x)
+            for name, x in layer.items()
+            if name.removeprefix(SHARED) in ("down", "down_bias", f"down{UP}")
+        }
         middle, _ = apply_layer(config, {**layer, **silent}, x, tables[rotation], attend)
         if config.pre_norms:
             offset = 1.0 if config.norm_offset else 0.0
@@ -131,12 +137,13 @@ def gate_inputs(config: DecoderConfig, params: Params, tokens: Int[Array, "R S"]
 
 def gate_columns(params: Params) -> Float[Array, "L D F"]:
     """The gates of all layers, float32, those of a layer's experts side by side. ValueError for a mixture whose first
-    layers have none."""
-    if "dense_layers" in params:
+    layers have none, or that has experts which all tokens share."""
+    if DENSE_LAYERS in params or f"{SHARED}gate" in params[LAYERS]:
         raise ValueError(
-            "first layers without experts have fewer gates than the others; take a model whose layers are alike"
+            "first layers without experts, and experts that all tokens share, have gates beside those of a token's own "
+            "experts; take a model whose layers are alike"
         )
-    gate = params["layers"]["gate"].astype(jnp.float32)
+    gate = params[LAYERS]["gate"].astype(jnp.float32)
     if gate.ndim == 3:
         return gate
     layers, experts, width, inner = gate.shape
@@ -189,7 +196,7 @@ def add_to_gates(
 def edited(params: Params, directions: Float[ArrayLike, "L D"], neurons: Int[ArrayLike, " K"], alpha: float) -> Params:
     """`params` with `add_to_gates` on its gates; all other leaves are those of `params`. With experts, `neurons` count
     through those of a layer (`gate_columns`)."""
-    layers: Mapping[str, Any] = params["layers"]
+    layers: Mapping[str, Any] = params[LAYERS]
     gate = layers["gate"]
     if gate.ndim == 3:
         new = add_to_gates(gate, directions, neurons, alpha)
@@ -198,4 +205,4 @@ def edited(params: Params, directions: Float[ArrayLike, "L D"], neurons: Int[Arr
         flat = gate.transpose(0, 2, 1, 3).reshape(count, width, experts * inner)
         flat = add_to_gates(flat, directions, neurons, alpha)
         new = flat.reshape(count, width, experts, inner).transpose(0, 2, 1, 3)
-    return {**params, "layers": {**layers, "gate": new}}
+    return {**params, LAYERS: {**layers, "gate": new}}

@@ -18,8 +18,8 @@ import urllib.request
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
-from urllib.parse import urlsplit
 
+from rljax.settings import is_web_address
 from rljax.tasks.answers import Extractor, whole_completion
 from rljax.tasks.examples import Prompt
 
@@ -62,11 +62,7 @@ class ChatEndpoint:
     def __post_init__(self) -> None:
         if not re.match(r"https?://", self.base_url):
             raise ValueError(f"base_url {self.base_url!r} must begin with http:// or https://")
-        try:
-            has_host = bool(urlsplit(self.base_url).hostname) and urlsplit(self.base_url).port != 0
-        except ValueError:  # a port that is no number, or beyond 65535
-            has_host = False
-        if not has_host:
+        if not is_web_address(self.base_url):
             raise ValueError(f"base_url {self.base_url!r} names no host and port, such as http://host:8000/v1")
         if self.retries < 0 or not self.timeout_s > 0 or self.backoff_s < 0 or self.max_pause_s < 0:
             raise ValueError(

@@ -11,6 +11,7 @@ import sharded_program
 
 from rljax.models import (
     Experts,
+    Forward,
     Lora,
     base_config,
     base_params,
@@ -48,7 +49,9 @@ def biased_on(mesh):
     params["layers"]["selection_bias"] += np.linspace(-0.01, 0.01, 8, dtype=np.float32)
 
     def loss(params, data):
-        hidden = hidden_states(BIASED, params, data["tokens"], data["positions"], data["end"], counts_load=True)
+        hidden = hidden_states(
+            BIASED, params, data["tokens"], data["positions"], data["end"], forward=Forward(counts_load=True)
+        )
         scores = jax.nn.log_softmax(logits(BIASED, params, hidden)[:, :-1])
         return -jnp.take_along_axis(scores, data["tokens"][:, 1:, None], -1).mean()
 

@@ -13,7 +13,7 @@ from test_training_critic import VALUED, weights
 from test_training_learner import CONFIG, params, rollout
 
 from rljax.batching import PackConfig, layout, loss_mask
-from rljax.models import init_params, param_shardings
+from rljax.models import Forward, init_params, param_shardings
 from rljax.parallel import batch_sharding, collectives, decoding_mesh, make_mesh, replicated, use_mesh
 from rljax.parallel.hlo import dimensions
 from rljax.sampling.score import score_tokens, score_values
@@ -42,7 +42,7 @@ PACKINGS = {
 
 
 def objective(score, config, remat, tree, packed, by):
-    scored = score(config, tree, packed, chunk=16, remat=remat)
+    scored = score(config, tree, packed, chunk=16, forward=Forward(remat))
     return sum(jnp.sum(x * y) for x, y in zip(scored, by, strict=True)), scored
 
 

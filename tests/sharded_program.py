@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rljax.batching import dense_rows, spread
-from rljax.models import DecoderConfig, abstract_params, hidden_states, init_params, logits, unstack_layers
+from rljax.models import DecoderConfig, Forward, abstract_params, hidden_states, init_params, logits, unstack_layers
 from rljax.models.layout import param_shardings
 from rljax.parallel import DECODE_RULES, constrain, make_mesh, put_batch, replicated, reshard, use_mesh
 from rljax.types import RaggedRows, Width
@@ -24,7 +24,7 @@ def batch():
 
 
 def loss(params, data, remat="none"):
-    hidden = hidden_states(CONFIG, params, data["tokens"], data["positions"], data["end"], remat=remat)
+    hidden = hidden_states(CONFIG, params, data["tokens"], data["positions"], data["end"], forward=Forward(remat))
     scores = logits(CONFIG, params, hidden)
     picked = jnp.take_along_axis(jax.nn.log_softmax(scores[:, :-1]), data["tokens"][:, 1:, None], -1)
     return -picked.mean(), scores

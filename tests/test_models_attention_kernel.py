@@ -16,6 +16,7 @@ from test_parallel_mesh import run_python
 from rljax.batching import build_forest, pad_rows
 from rljax.models import (
     DecoderConfig,
+    Forward,
     attention,
     attention_tpu,
     forest_attention,
@@ -280,7 +281,8 @@ def test_a_model_has_the_same_gradient_with_the_kernels(device, options):
 
     def gradient(attend):
         def loss(params):
-            return jnp.sum(hidden_states(MODEL, params, tokens, positions, ends, attention=attend, **options) * readout)
+            how = Forward(attention=attend, **options)
+            return jnp.sum(hidden_states(MODEL, params, tokens, positions, ends, forward=how) * readout)
 
         return jax.jit(jax.grad(loss))(params)
 

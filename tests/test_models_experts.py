@@ -17,6 +17,10 @@ from rljax.parallel import MESH_AXES
 CONFIG = Experts(count=4, per_token=2, mlp_dim=6)
 WIDTH = 5
 
+DENSE = DecoderConfig(
+    vocab_size=8, num_layers=1, embed_dim=8, num_heads=2, num_kv_heads=1, head_dim=4, mlp_dim=8, tied_embeddings=True
+)
+
 
 def layer(seed=0):
     rng = np.random.default_rng(seed)
@@ -99,16 +103,7 @@ def test_impossible_numbers_of_experts_are_refused():
     with pytest.raises(ValueError, match="per_token=3 must be at most the 2 that the kept_groups=1 hold"):
         Experts(count=4, per_token=3, mlp_dim=6, groups=2)
     with pytest.raises(ValueError, match="dense_layers=1 must be below num_layers=1"):
-        DecoderConfig(
-            vocab_size=8,
-            num_layers=1,
-            embed_dim=8,
-            num_heads=2,
-            num_kv_heads=1,
-            head_dim=4,
-            mlp_dim=8,
-            experts=Experts(count=3, per_token=1, mlp_dim=4, dense_layers=1),
-        )
+        dataclasses.replace(DENSE, experts=Experts(count=3, per_token=1, mlp_dim=4, dense_layers=1))
 
 
 BIASED = Experts(count=4, per_token=2, mlp_dim=6, selection_bias=True, weight_scale=1.5)
@@ -203,18 +198,8 @@ def test_meshes_of_decoders_split_experts_as_the_learner_does(sharded):
 
 def test_an_expert_axis_for_a_model_without_experts_is_refused():
     mesh = AbstractMesh((1, 1, 1, 2, 1), MESH_AXES)
-    dense = DecoderConfig(
-        vocab_size=8,
-        num_layers=1,
-        embed_dim=8,
-        num_heads=2,
-        num_kv_heads=1,
-        head_dim=4,
-        mlp_dim=8,
-        tied_embeddings=True,
-    )
     with pytest.raises(ValueError, match=r"expert=2 splits experts, which this model does not have; set config.mesh"):
-        param_shardings(dense, mesh)
-    mixture = dataclasses.replace(dense, experts=Experts(count=3, per_token=1, mlp_dim=4))
+        param_shardings(DENSE, mesh)
+    mixture = dataclasses.replace(DENSE, experts=Experts(count=3, per_token=1, mlp_dim=4))
     with pytest.raises(ValueError, match="'experts' of size 3 does not divide over expert=2"):
         param_shardings(mixture, mesh)

@@ -216,10 +216,10 @@ def their_logits(model, ids: np.ndarray) -> np.ndarray:
         return model(torch.tensor(ids)).logits.float().numpy()
 
 
-def our_logits(config, params, ids: np.ndarray, **options) -> np.ndarray:
+def our_logits(config, params, ids: np.ndarray) -> np.ndarray:
     rows, length = ids.shape
     positions = jnp.broadcast_to(jnp.arange(length), (rows, length))
-    hidden = hidden_states(config, params, jnp.asarray(ids), positions, jnp.full((rows, length), length), **options)
+    hidden = hidden_states(config, params, jnp.asarray(ids), positions, jnp.full((rows, length), length))
     return np.asarray(logits(config, params, hidden))
 
 

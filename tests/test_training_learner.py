@@ -147,7 +147,7 @@ def test_attention_kernels_are_chosen_by_the_devices(monkeypatch):
 
     def chosen(kind, **changes):
         monkeypatch.setattr("rljax.training.learner.device_kind", lambda mesh: kind)
-        return make(FLAT, **changes).program.score_options["attention"]
+        return make(FLAT, **changes).program.forward.attention
 
     assert [chosen(kind) for kind in ("cpu", "NVIDIA A100-SXM4-40GB")] == [forest_attention] * 2
     assert [chosen(kind) for kind in ("TPU v5 lite", "NVIDIA H100 80GB HBM3", "NVIDIA H200")] == [kernel_attention] * 3

@@ -15,9 +15,10 @@ import numpy as np
 from jax.sharding import AbstractMesh, Mesh
 
 from rljax.experiment.build import Run, sampled_by
-from rljax.models import DecoderConfig, abstract_params, hidden_states, sequence_shares
+from rljax.models import DecoderConfig, Forward, abstract_params, hidden_states, sequence_shares
 from rljax.models.attention import MAX_BLOCKS, MIN_BLOCK, has_kernels, kernel_attention
 from rljax.models.attention_stream import BLOCK
+from rljax.models.config import LAYERS
 from rljax.models.sequence import CHUNKS
 from rljax.parallel import (
     Bound,
@@ -244,7 +245,7 @@ def predict_update(learner: Learner, batch: TrainBatch) -> dict[str, int]:
     if is_split and platform(_mesh(learner)) == "gpu":
         # While it waits for the head, which is gathered, XLA for GPUs lays out the zeros that become the gradients of
         # the layers: so it is of 8B on 8 H100s. Where nothing is sent they come after the head.
-        at_head["gradients"] = bytes_of(trainable.get("layers", {}))
+        at_head["gradients"] = sum(bytes_of(trainable.get(stack, {})) for stack in config.stacks)
     in_layers = held | {"gradients": gradients, "a layer": layers["a layer"]}
     at_embedding = held | {"gradients": gradients, "embedding gradient": embedding}
     at_embedding["activations"] = 0
@@ -275,7 +276,7 @@ def _decoding(run: Run, plans: Sequence[DecoderPlan]) -> dict[str, int]:
 
     heads = (2 * config.num_heads + 2 * config.num_kv_heads) * config.head_dim
     experts = config.experts
-    inner = config.mlp_dim if experts is None else experts.mlp_dim * experts.per_token
+    inner = config.mlp_dim if experts is None else experts.mlp_dim * (experts.per_token + experts.shared)
     per_token = (2 * config.embed_dim + (heads + 2 * inner) // tensor) * np.dtype(config.dtype).itemsize
     layer = max(own(plan.prefill[0]) * plan.prefill[1] * per_token for plan in plans)
     return {"logits": logits} if logits > layer else {"prefill": layer}
@@ -342,7 +343,7 @@ def _layers(learner: Learner, batch: TrainBatch, *, backward: bool = True) -> di
     if config.experts is not None:
         inner = config.experts.mlp_dim // tensor
         own = dataclasses.replace(own, experts=dataclasses.replace(config.experts, mlp_dim=inner))
-    options = learner.program.score_options
+    how = learner.program.forward
 
     # The part of the mesh whose devices share a sequence.
     every = _mesh(learner).abstract_mesh
@@ -353,37 +354,38 @@ def _layers(learner: Learner, batch: TrainBatch, *, backward: bool = True) -> di
         abstract_device=every.abstract_device,
     )
 
-    def forward(remat):
+    def kept_by(remat):
         def pull(params, tokens, positions, ends):
             shares = sequence_shares(*tokens.shape)
-            attention = options["attention"]
+            attention = how.attention
             if shares is not None:
                 attention = shares.attention(attention, positions, ends)
-            how = {"remat": remat, "attention": attention}
-            return jax.vjp(lambda p: hidden_states(own, p, tokens, positions, ends, **how), params)[1]
+            forward = Forward(remat=remat, attention=attention)
+            return jax.vjp(lambda p: hidden_states(own, p, tokens, positions, ends, forward=forward), params)[1]
 
         ids = jax.ShapeDtypeStruct((own_rows, length), np.int32)
         with jax.sharding.use_abstract_mesh(part):
             return _kept_by_scan(jax.make_jaxpr(pull)(abstract_params(own), ids, ids, ids).jaxpr) // sharing
 
-    kept = forward(options["remat"])
-    whole = kept if options["remat"] == "none" else forward("none")
+    kept = kept_by(how.remat)
+    whole = kept if how.remat == "none" else kept_by("none")
 
     def per_layer(layers: Any) -> int:
         return sum(math.prod(x.shape[1:]) for x in jax.tree.leaves(layers))
 
     params = abstract_params(own)
     copies = np.dtype(config.dtype).itemsize + (4 if backward else 0)
-    layer = per_layer(params["layers"]) * np.dtype(config.dtype).itemsize
+    # Of a mixture those with experts are the largest.
+    layer = per_layer(params[LAYERS]) * np.dtype(config.dtype).itemsize
     if backward:
         # Only what is trained has a gradient.
-        layer += 4 * per_layer(learner.subtree.split(params)[0].get("layers", {}))
+        layer += 4 * per_layer(learner.subtree.split(params)[0].get(LAYERS, {}))
     if sharing > 1:
         # Of the keys and values of a whole sequence: they are gathered.
         layer += 2 * own_rows * length * own.num_kv_heads * own.head_dim * copies
     if not runs_kernels(learner, length):
         layer += _scores(own, own_rows, length, sharing, backward=backward)
-    if options["remat"] != "none" or not backward:
+    if how.remat != "none" or not backward:
         layer += whole // config.num_layers
     return {"activations": kept, "a layer": layer}
 
@@ -391,7 +393,7 @@ def _layers(learner: Learner, batch: TrainBatch, *, backward: bool = True) -> di
 def runs_kernels(learner: Learner, length: int) -> bool:
     """Whether a learner on a mesh attends in kernels where packed sequences have `length` tokens."""
     with jax.sharding.use_abstract_mesh(_mesh(learner).abstract_mesh):
-        return learner.program.score_options["attention"] is kernel_attention and has_kernels(length)
+        return learner.program.forward.attention is kernel_attention and has_kernels(length)
 
 
 def _scores(config: DecoderConfig, rows: int, length: int, sharing: int, *, backward: bool) -> int:

@@ -3,6 +3,8 @@
 from rljax.models.attention import KERNEL_DEVICES, KERNEL_LENGTH, Attention, forest_attention, kernel_attention
 from rljax.models.config import MATRICES, DecoderConfig, Experts, Lora, RopeScaling
 from rljax.models.decoder import (
+    PLAIN,
+    Forward,
     Remat,
     abstract_params,
     apply_layer,
@@ -40,9 +42,11 @@ __all__ = [
     "KERNEL_DEVICES",
     "KERNEL_LENGTH",
     "MATRICES",
+    "PLAIN",
     "Attention",
     "DecoderConfig",
     "Experts",
+    "Forward",
     "Lora",
     "Metadata",
     "Remat",

@@ -8,6 +8,7 @@ How a layer attends is an argument: the trainer passes attention over forests, t
 Both therefore run the same layer.
 """
 
+import dataclasses
 import functools
 import hashlib
 from collections.abc import Callable
@@ -44,6 +45,28 @@ PRODUCT = "product"
 Product = Callable[[Array, Array], Array]
 """`product(x [..., D], weight) -> [..., E]`; `weight` is [D, E] unless the caller's params hold it otherwise. Adapters
 that stand side by side (`Lora.count`) come as they are, [N, D, E]."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Forward:
+    """How packed sequences go through a model. None of it says what comes out, but for rounding. ValueError for
+    another `remat`."""
+
+    remat: Remat = "none"
+    """What of a layer the backward pass computes again."""
+    attention: Attention = forest_attention
+    """`forest_attention`, or something that computes the same. It alone minds the order of the positions, which is also
+    that of the result."""
+    counts_load: bool = False
+    """Whether the gradient of a `selection_bias` is how many tokens, but for padding, each expert computed for."""
+
+    def __post_init__(self):
+        if self.remat not in get_args(Remat):
+            raise ValueError(f"remat={self.remat!r} must be one of {', '.join(map(repr, get_args(Remat)))}")
+
+
+PLAIN = Forward()
+"""With nothing computed twice, and attention as it is defined."""
 
 
 def _weight(shape: tuple[int, ...], axes: tuple[str | None, ...], *, dtype: str, init: str = "normal") -> nnx.Param:
@@ -435,27 +458,20 @@ def hidden_states(
     positions: Int[Array, "R S"],
     subtree_end: Int[Array, "R S"],
     *,
-    remat: Remat = "none",
-    attention: Attention = forest_attention,
+    forward: Forward = PLAIN,
     experts: Int[Array, "R S M K"] | None = None,
-    counts_load: bool = False,
 ) -> Float[Array, "R S D"]:
     """Final-normed hidden states of packed forests (see `rljax.types.Packed`).
 
-    Each stack of layers is one `lax.scan`, whose body compiles once. `remat` says what the backward pass computes again
-    (see `Remat`). `attention` is `forest_attention` or something that computes the same; it alone minds the order of
-    the positions, which is also that of the result. `experts` are those to compute with in each layer that has any, -1
-    for the best (`rljax.types.Packed`). With `counts_load` the gradient of a `selection_bias` is how many tokens, but
-    for padding, each expert computed for. ValueError for another `remat`, and for several adapters side by side.
+    Each stack of layers is one `lax.scan`, whose body compiles once. `experts` are those to compute with in each layer
+    that has any, -1 for the best (`rljax.types.Packed`). ValueError for several adapters side by side.
     """
-    if remat not in get_args(Remat):
-        raise ValueError(f"remat={remat!r} must be one of {', '.join(map(repr, get_args(Remat)))}")
     if config.lora is not None and config.lora.count:
         raise ValueError(
             f"packed sequences have one adapter, and this model has {config.lora.count} side by side; take one of them"
         )
 
-    counted = subtree_end > 0 if counts_load else None
+    counted = subtree_end > 0 if forward.counts_load else None
     # Made once for all layers: within a scan a table is a constant.
     tables, kinds = _stack_tables(config, rotary_tables(config, positions))
 
@@ -465,13 +481,13 @@ def hidden_states(
         rotary = tables if kind is None else (tables[0][kind], tables[1][kind])
 
         def attend(q, k, v, sinks=None):
-            return attention(q, k, v, positions, subtree_end, window, sinks=sinks), None
+            return forward.attention(q, k, v, positions, subtree_end, window, sinks=sinks), None
 
         choose = None if recorded is None or config.experts is None else recorded_experts(config.experts, recorded)
         return apply_layer(config, layer_params, x, rotary, attend, choose=choose, counted=counted)
 
-    if remat != "none":
-        saved = {"products_saved": (*SAVED, PRODUCT), "attention_saved": SAVED, "full": ()}[remat]
+    if forward.remat != "none":
+        saved = {"products_saved": (*SAVED, PRODUCT), "attention_saved": SAVED, "full": ()}[forward.remat]
         policy = jax.checkpoint_policies.save_only_these_names(*saved)
         # A scan keeps its body apart by itself; barriers against common subexpressions would only cost there.
         body = jax.checkpoint(body, prevent_cse=False, policy=policy)

@@ -7,6 +7,7 @@ On a mesh every device goes through chunks of its own rows. The head is gathered
 reduced once after the last, so that the size of a chunk does not change what is sent.
 """
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable
@@ -18,11 +19,10 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 from rljax.models import (
-    Attention,
+    PLAIN,
     DecoderConfig,
-    Remat,
+    Forward,
     Shares,
-    forest_attention,
     head_params,
     hidden_states,
     logits,
@@ -50,31 +50,27 @@ def score_tokens(
     sampling_params: SamplingParams | None = None,
     *,
     chunk: int = 512,
-    remat: Remat = "none",
-    attention: Attention = forest_attention,
-    counts_load: bool = False,
+    forward: Forward = PLAIN,
 ) -> tuple[Float[Array, "R K"], Float[Array, "R K"]]:
     """Log-probs and entropies (float32, nats) of the tokens that `packed.score_index` lists, each under the
     distribution that its predecessor's hidden state gives. 0 where `score_index` is -1.
 
     Both are differentiable in `params`. With `sampling_params` the distribution is the tempered and truncated one that
     is sampled from (a scored token that truncation would remove is kept); None is the model's own. On each device
-    logits exist for `chunk` tokens at a time (at least one of each of its packed rows). `remat`, `attention` and
-    `counts_load` are those of `hidden_states`.
+    logits exist for `chunk` tokens at a time (at least one of each of its packed rows).
     """
     if chunk < 1:
         raise ValueError(f"chunk={chunk} must be at least 1 token; 512 suits most machines")
-    how: dict[str, Any] = {"remat": remat, "attention": attention, "counts_load": counts_load}
     shares = sequence_shares(*packed.tokens.shape)
     wanted, targets, before = _places(packed)
     context = _context(packed, before, sampling_params)
     if shares is None:
-        states = scored_states(config, params, packed, **how)
+        states = scored_states(config, params, packed, forward=forward)
         return score_hidden(config, params, *states, sampling_params, chunk=chunk, context=context)
     if context is not None:
         raise ValueError("grammars and penalties are not scored where devices share sequences")
 
-    hidden = _hidden_states(config, params, packed, shares, **how)
+    hidden = _hidden_states(config, params, packed, shares, forward)
     # Scored tokens may lie all in one part of a sequence, so its devices take equal numbers of them.
     hidden = shares.states_at(hidden, shares.split(shares.place(before)))
     targets = shares.split(targets)
@@ -89,14 +85,11 @@ def scored_states(
     params: Params,
     packed: Packed,
     *,
-    remat: Remat = "none",
-    attention: Attention = forest_attention,
-    counts_load: bool = False,
+    forward: Forward = PLAIN,
 ) -> tuple[Float[Array, "R K D"], Int[Array, "R K"], Bool[Array, "R K"]]:
     """The final-normed hidden states that give the distributions of the tokens of `packed.score_index`, these tokens,
     and whether they are wanted: what `score_hidden` takes. Of packed sequences that no devices share."""
-    how: dict[str, Any] = {"remat": remat, "attention": attention, "counts_load": counts_load}
-    hidden = _hidden_states(config, params, packed, None, **how)
+    hidden = _hidden_states(config, params, packed, None, forward)
     wanted, targets, before = _places(packed)
     return jnp.take_along_axis(hidden, before[..., None], axis=1), targets, wanted
 
@@ -108,9 +101,7 @@ def score_values(
     sampling_params: SamplingParams | None = None,
     *,
     chunk: int = 512,
-    remat: Remat = "none",
-    attention: Attention = forest_attention,
-    counts_load: bool = False,
+    forward: Forward = PLAIN,
 ) -> tuple[Float[Array, "R K"], Float[Array, "R K"]]:
     """`score_tokens` of a critic: the value (float32) of the state in which each token of `packed.score_index` was
     chosen, which is what its predecessor's hidden state gives; and zeros. 0 where `score_index` is -1.
@@ -119,8 +110,7 @@ def score_values(
     change nothing. ValueError when the model has no value head.
     """
     shares = sequence_shares(*packed.tokens.shape)
-    how: dict[str, Any] = {"remat": remat, "attention": attention, "counts_load": counts_load}
-    hidden = _hidden_states(config, params, packed, shares, **how)
+    hidden = _hidden_states(config, params, packed, shares, forward)
     found = values(config, params, hidden)
     wanted, _, before = _places(packed)
     if shares is not None:
@@ -130,17 +120,18 @@ def score_values(
 
 
 def _hidden_states(
-    config: DecoderConfig, params: Params, packed: Packed, shares: Shares | None, *, attention: Attention, **how: Any
+    config: DecoderConfig, params: Params, packed: Packed, shares: Shares | None, forward: Forward
 ) -> Array:
     """Of all positions in order; in the order of shares, where devices share packed sequences."""
     tokens, positions, subtree_end = (jnp.asarray(x) for x in (packed.tokens, packed.positions, packed.subtree_end))
     # A critic has experts of its own: the record is of the policy's.
     experts = None if packed.experts is None or config.value_head else jnp.asarray(packed.experts)
     if shares is not None:
-        attention = shares.attention(attention, positions, subtree_end)
+        attention = shares.attention(forward.attention, positions, subtree_end)
+        forward = dataclasses.replace(forward, attention=attention)
         tokens, positions, subtree_end = (shares.in_shares(x) for x in (tokens, positions, subtree_end))
         experts = None if experts is None else shares.in_shares(experts)
-    return hidden_states(config, params, tokens, positions, subtree_end, attention=attention, experts=experts, **how)
+    return hidden_states(config, params, tokens, positions, subtree_end, forward=forward, experts=experts)
 
 
 def _places(packed: Packed) -> tuple[Array, Array, Array]:

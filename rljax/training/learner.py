@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float
 
 from rljax.batching import Packing, bare_rows, emptied, layout, likely_sizes, loss_mask, masked, pack, take_rows
-from rljax.models import KERNEL_DEVICES, DecoderConfig, forest_attention, kernel_attention
+from rljax.models import KERNEL_DEVICES, DecoderConfig, Forward, forest_attention, kernel_attention
 from rljax.models.sequence import CHUNKS
 from rljax.ops import row_uniforms
 from rljax.parallel import batch_parts, device_kind, put_batch, put_host, replicated, to_host, use_mesh
@@ -114,12 +114,12 @@ class Learner:
             loss=loss,
             optimizer=self.optimizer,
             score_fn=needs.score_fn,
-            score_options={
-                "chunk": update.head_chunk,
-                "remat": update.remat,
-                "attention": kernel_attention if _takes_kernels(update, mesh) else forest_attention,
-                **({"counts_load": True} if counted else {}),
-            },
+            chunk=update.head_chunk,
+            forward=Forward(
+                remat=update.remat,
+                attention=kernel_attention if _takes_kernels(update, mesh) else forest_attention,
+                counts_load=counted,
+            ),
             updates_once=update.minibatches * update.epochs == 1,
             use_sampler_logprobs=update.use_sampler_logprobs,
             divergence=divergence,

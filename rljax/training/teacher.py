@@ -43,7 +43,6 @@ class TeacherModel:
         self._learner = Learner(
             config, sft_loss(), optax.identity(), update, needs=LossNeeds(sampling=sampling), mesh=mesh
         )
-        self._trunk = {k: v for k, v in self._learner.program.score_options.items() if k != "chunk"}
 
     def param_shardings(self) -> Any:
         """Where its weights are to lie; None without a mesh."""
@@ -65,7 +64,7 @@ class TeacherModel:
         def one(microbatch: tuple[Packed, RaggedRows]) -> Any:
             packed, rows = microbatch
             index = jnp.asarray(rows.row_index)
-            hidden, targets, wanted = scored_states(self.config, params, packed, **self._trunk)
+            hidden, targets, wanted = scored_states(self.config, params, packed, forward=self._learner.program.forward)
             logprobs, _ = score_hidden(self.config, params, hidden, targets, wanted, sampling, chunk=self._chunk)
 
             def of_tokens(values: Array) -> Array:

@@ -12,7 +12,7 @@ import optax
 from jaxtyping import Array
 
 from rljax.batching import dense_rows, gather, ragged_rows, spread
-from rljax.models import DecoderConfig
+from rljax.models import DecoderConfig, Forward
 from rljax.sampling import SamplingParams
 from rljax.sampling.divergence import DivergenceHead, divergence_hidden, what_was_said
 from rljax.sampling.score import score_hidden, scored_states
@@ -48,8 +48,10 @@ class UpdateProgram:
     loss: Objective
     optimizer: optax.GradientTransformationExtraArgs
     score_fn: ScoreFn
-    score_options: Mapping[str, Any]
-    """Keywords of `score_fn`: how log-probs are computed, never what they are."""
+    chunk: int
+    """Tokens whose logits a device has at once."""
+    forward: Forward
+    """How log-probs are computed, never what they are."""
 
     updates_once: bool
     """Whether a rollout is one update; then its old log-probs are the update's own, as constants, unless those of the
@@ -183,7 +185,7 @@ class UpdateProgram:
         self, params: Params, packed: Packed, rows: RaggedRows, sampling: SamplingParams | None
     ) -> tuple[Array, Array]:
         """Log-probs and entropies `[Q, C]` of the loss tokens of one microbatch; 0 in padding."""
-        scored = self.score_fn(self.config, params, packed, sampling, **self.score_options)
+        scored = self.score_fn(self.config, params, packed, sampling, chunk=self.chunk, forward=self.forward)
         index = jnp.asarray(rows.row_index)
 
         def of_tokens(values: Array) -> Array:
@@ -214,10 +216,8 @@ class UpdateProgram:
     ) -> tuple[Array, Array, Array]:
         """`token_logprobs`, and the divergence `[Q, C]` from the teacher, of one forward pass."""
         assert self.divergence is not None
-        chunk = self.score_options["chunk"]
-        trunk = {name: value for name, value in self.score_options.items() if name != "chunk"}
-        hidden, targets, wanted = scored_states(self.config, params, packed, **trunk)
-        scored = score_hidden(self.config, params, hidden, targets, wanted, sampling, chunk=chunk)
+        hidden, targets, wanted = scored_states(self.config, params, packed, forward=self.forward)
+        scored = score_hidden(self.config, params, hidden, targets, wanted, sampling, chunk=self.chunk)
         index = jnp.asarray(rows.row_index)
 
         def of_tokens(values: Array) -> Array:

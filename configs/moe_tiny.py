@@ -51,6 +51,7 @@ def get_config() -> Config:
             alphabet=string.ascii_letters + " =",
             num_layers=4,
             embed_dim=128,
+            # Of an expert: two of them are as wide as the MLP that they stand for.
             mlp_dim=192,
             experts=8,
             experts_per_token=2,
@@ -69,6 +70,7 @@ def get_config() -> Config:
         update=UpdateConfig(
             pack_length=256,
             microbatch_size=8,
+            # One bucket each, so that a run compiles few programs.
             length_buckets=(256,),
             score_buckets=(256,),
             row_buckets=(512,),

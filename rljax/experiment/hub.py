@@ -40,9 +40,8 @@ def _refusals(name: str) -> Iterator[Any]:
 
     try:
         yield huggingface_hub.HfApi(library_name="rljax")
-    except (
-        Exception
-    ) as error:  # whatever the client raises: an answer of the hub, none, or a name that it does not take
+    except Exception as error:
+        # Whatever the client raises: an answer of the hub, none, or a name that it does not take.
         reason = " ".join(str(error).split())
         raise ValueError(
             f"--push={name}: the hub refuses or cannot be reached ({reason:.300}); log in with `hf auth login`, or set "

@@ -191,6 +191,8 @@ def from_parquet(content: bytes, examples: Mapping[int, Example], tokenizer: Tok
     not hold, and for tokens that mean something else to `tokenizer`."""
     pyarrow = _pyarrow()
     about = _about(io.BytesIO(content), name)
+
+    # Parquet notices a cut file, but not every byte that has changed.
     try:
         table = pyarrow.parquet.read_table(io.BytesIO(content))
         is_whole = _digest_of_rows(table) == about["rows"]
@@ -198,8 +200,8 @@ def from_parquet(content: bytes, examples: Mapping[int, Example], tokenizer: Tok
         raise _damaged(name, error) from None
     if not is_whole:
         raise _damaged(name, "its rows have changed")
-    rest = json.loads(zlib.decompress(base64.b64decode(table.schema.metadata[_REST])))
 
+    rest = json.loads(zlib.decompress(base64.b64decode(table.schema.metadata[_REST])))
     trajectories = _trajectories_of(table, about["shapes"])
     if meaning(tokenizer, trajectories) != about["meaning"]:
         raise ValueError(
@@ -215,6 +217,7 @@ def from_parquet(content: bytes, examples: Mapping[int, Example], tokenizer: Tok
             f"--replay: {name} is of the data row {unknown[0]}, which the data does not hold; replay with the data of "
             "the recorded run"
         )
+
     rollout = Rollout(
         trajectories=trajectories,
         records=[json.loads(record) for record in table.column("record").to_pylist()],

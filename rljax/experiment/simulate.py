@@ -244,6 +244,8 @@ def describe_outcomes(outcomes: Sequence[Outcome]) -> str:
     """A line for each split, and which of them is best."""
     head = ("rollout devices", "steps/hour", "tokens/s", "step s", "rollout s", "update s", "idle: rollout", "training")
     rows = [(*head, "empty rows", "lost", "checkpoint")]
+
+    # Engines are devices of none of the hosts, so that a run by them has one split.
     for one in outcomes:
         count = one.scenario.rollout_devices
         rows.append(

@@ -296,6 +296,11 @@ class DecoderConfig:
             _check_whole("sliding_window", self.sliding_window, least=1)
         _check_real("rope_theta", self.rope_theta)
         _check_real("norm_eps", self.norm_eps)
+        for name in ("embed_scale", "residual_scale", "logits_divisor", "score_scale", "local_rope_theta"):
+            if getattr(self, name) is not None:
+                _check_real(name, getattr(self, name))
+
+        # What belongs together.
         if self.num_heads % self.num_kv_heads:
             raise ValueError(
                 f"num_heads={self.num_heads} must be a multiple of num_kv_heads={self.num_kv_heads}; change one of them"
@@ -305,6 +310,20 @@ class DecoderConfig:
                 f"tokenizer_size={self.tokenizer_size} must lie between 1 and vocab_size={self.vocab_size}; "
                 "take the tokenizer that belongs to the model"
             )
+        if self.activation not in typing.get_args(Activation):
+            known = ", ".join(typing.get_args(Activation))
+            raise ValueError(f"activation={self.activation!r:.80} is not supported; choose one of {known}")
+        if not (self.pre_norms or self.post_norms):
+            raise ValueError("pre_norms=False needs post_norms=True: a layer without norms is none of any family")
+
+        self._check_experts()
+        self._check_rotation()
+        for name in ("sliding_layers", "rotated_layers"):
+            chosen = getattr(self, name)
+            if chosen is not None and len(chosen) != self.num_layers:
+                raise ValueError(f"{name} has {len(chosen)} entries for num_layers={self.num_layers}")
+
+    def _check_experts(self) -> None:
         if self.experts and self.lora and self.lora.count and (own := {"gate", "up", "down"} & {*self.lora.targets}):
             raise ValueError(
                 f"adapters side by side are of matrices that all tokens share, and lora's targets "
@@ -315,18 +334,13 @@ class DecoderConfig:
                 f"experts' dense_layers={self.experts.dense_layers} must be below num_layers={self.num_layers}: the "
                 "last layer has experts"
             )
+
+    def _check_rotation(self) -> None:
         if self.head_dim % 2:
             raise ValueError(f"head_dim={self.head_dim} must be even: rotary embeddings rotate pairs")
         if self.rotary_dim is not None and (self.rotary_dim % 2 or not 0 < self.rotary_dim <= self.head_dim):
             raise ValueError(f"rotary_dim={self.rotary_dim} must be even, and from 2 to head_dim={self.head_dim}")
-        if self.activation not in typing.get_args(Activation):
-            known = ", ".join(typing.get_args(Activation))
-            raise ValueError(f"activation={self.activation!r:.80} is not supported; choose one of {known}")
-        if not (self.pre_norms or self.post_norms):
-            raise ValueError("pre_norms=False needs post_norms=True: a layer without norms is none of any family")
-        for name in ("embed_scale", "residual_scale", "logits_divisor", "score_scale", "local_rope_theta"):
-            if getattr(self, name) is not None:
-                _check_real(name, getattr(self, name))
+
         if self.rope_scaling.type == "longrope":
             wanted = self.rotary_width // 2
             for name in ("short_factor", "long_factor"):
@@ -335,10 +349,6 @@ class DecoderConfig:
         # yarn counts rotations by the logarithm of the base.
         if self.rope_scaling.type == "yarn" and self.rope_theta <= 1:
             raise ValueError(f"rope_theta={self.rope_theta} must be above 1 for yarn")
-        for name in ("sliding_layers", "rotated_layers"):
-            chosen = getattr(self, name)
-            if chosen is not None and len(chosen) != self.num_layers:
-                raise ValueError(f"{name} has {len(chosen)} entries for num_layers={self.num_layers}")
 
     @property
     def longest_sequence(self) -> int:

@@ -558,7 +558,7 @@ def fresh_config(
         raise ValueError(f"family={family!r} {said}")
     if experts is not None and known.experts is not None:
         # What no size says is the family's.
-        factors = {ours: known.defaults[names[0]] for ours, names in known.experts.items() if ours in _NO_SIZES}
+        factors = {ours: known.defaults[names[0]] for ours, names in known.experts.items() if ours in _OF_THE_FAMILY}
         experts = dataclasses.replace(experts, **known.fixed_experts, **factors)
     fields: dict[str, Any] = {**known.fixed, "experts": experts}
     if known.root_embedding:
@@ -701,7 +701,7 @@ _ACTIVATIONS = {"silu": ("silu", "swish"), "gelu_tanh": ("gelu_pytorch_tanh",)}
 _EXPERT_FACTORS = ("limit", "slope", "weight_scale")
 """Fields of `Experts` that are no counts."""
 
-_NO_SIZES = (*_EXPERT_FACTORS, "groups", "kept_groups", "shared", "dense_layers")
+_OF_THE_FAMILY = (*_EXPERT_FACTORS, "groups", "kept_groups", "shared", "dense_layers")
 """Those that a new model has from its family."""
 
 _MOST_LAYERS = 10_000  # lists of all layers are made of the number before any tensor is looked at

@@ -173,7 +173,8 @@ def config_from_gguf(
     if arch not in ARCHITECTURES:
         raise ValueError(f"GGUF architecture {arch!r:.80} is not supported; supported are {', '.join(ARCHITECTURES)}")
     keys = _Keys(metadata, arch)
-    if FAMILIES[ARCHITECTURES[arch]].experts is None and (experts := keys.whole("expert_count", 0)):
+    family = FAMILIES[ARCHITECTURES[arch]]
+    if family.experts is None and (experts := keys.whole("expert_count", 0)):
         having = ", ".join(name for name, family in ARCHITECTURES.items() if FAMILIES[family].experts is not None)
         raise ValueError(
             f"GGUF file has {experts} experts, which {arch} is not supported with; supported with experts are {having}"
@@ -181,14 +182,16 @@ def config_from_gguf(
     if "token_embd.weight" not in tensors:
         raise ValueError("GGUF file lacks tensor token_embd.weight")
 
+    # A header may say anything: lists of layers are made of this number.
     layers = keys.whole("block_count")
     if layers > len(tensors):
         raise ValueError(f"GGUF metadata {arch}.block_count={layers} is more than the {len(tensors)} tensors there are")
+
     heads = keys.whole("attention.head_count")
     embed_dim = keys.whole("embedding_length")
     head_dim = keys.whole("attention.key_length", embed_dim // max(heads, 1))
     rotated = keys.whole("rope.dimension_count", head_dim)
-    family = FAMILIES[ARCHITECTURES[arch]]
+    # The decoder has one width for queries, keys and values.
     for key, given in (
         ("rope.dimension_count", head_dim if family.partial_rotary else rotated),
         ("attention.value_length", keys.whole("attention.value_length", head_dim)),
@@ -196,13 +199,14 @@ def config_from_gguf(
         if given != head_dim:
             raise ValueError(f"GGUF {arch}.{key}={given} must equal {head_dim=}")
 
-    # What no key says, the tensors that are there do.
     context = keys.whole("context_length")
     window = _window(keys, context)
     # Only Mistral's models have a window in llama's architecture, and only Olmo 3's in Olmo 2's.
     name = {"llama": "mistral", "olmo2": "olmo3"}.get(arch) if window is not None else None
     name = name or ARCHITECTURES[arch]
     theta = keys.real("rope.freq_base", 10_000.0)
+
+    # What no key says, the tensors that are there do.
     config = DecoderConfig(
         family=name,
         vocab_size=tensors["token_embd.weight"].shape[0],

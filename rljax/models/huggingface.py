@@ -173,9 +173,8 @@ def save_hf(
     `hf_config` and `generation_config` hold further keys of config.json and generation_config.json: what
     `read_metadata` gives for the folder that the weights came from; `written_metadata` says what becomes of them.
     Weights are written in the dtype of `params`, what experts are chosen by in float32, gathered one tensor at a time;
-    equal weights give equal bytes. In a
-    multi-process run every process must call it; process 0 writes. With `on_every_process` each that calls it writes
-    a folder of its own, of weights that are on its own devices.
+    equal weights give equal bytes. In a multi-process run every process must call it; process 0 writes. With
+    `on_every_process` each that calls it writes a folder of its own, of weights that are on its own devices.
     """
     folder = Path(folder)
     leaves = jax.tree_util.tree_leaves_with_path(params)

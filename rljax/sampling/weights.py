@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from rljax.models.config import DOWN, UP, DecoderConfig
+from rljax.models.config import DOWN, UP, DecoderConfig, is_wide
 from rljax.models.decoder import Product, unstack_layers
 from rljax.models.experts import EXPERT_AXES
 from rljax.models.layout import param_shardings
@@ -76,8 +76,8 @@ def decode_weights(config: DecoderConfig, params: Params) -> dict[str, Any]:
     their dtype, as they are float32 work, and matrices and biases of experts [E, ..] their order."""
 
     def cast(name, value):
-        is_wide = any(kind in name for kind in ("norm", "sinks", "router", "selection_bias"))
-        return value if is_wide else value.astype(config.dtype)
+        stays = is_wide(name) or any(kind in name for kind in ("norm", "sinks", "router"))
+        return value if stays else value.astype(config.dtype)
 
     # Copies, also where nothing is cast: the trainer donates its own weights to its next update.
     outer = {name: jnp.copy(cast(name, value)) for name, value in params.items() if name not in config.stacks}

@@ -10,17 +10,17 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from rljax.models import DecoderConfig, abstract_params
+from rljax.models.config import LAYERS
 from rljax.training.objective import Metrics
 from rljax.training.trainable import Subtree
 
-_STACK = "layers"
 _BIAS = "selection_bias"
 
 
 def counts_load(config: DecoderConfig, subtree: Subtree) -> bool:
     """Whether a gradient by what is trained has room for the loads: the model chooses by a bias that is not frozen."""
     trainable, _ = subtree.split(abstract_params(config))
-    return _BIAS in trainable.get(_STACK, {})
+    return _BIAS in trainable.get(LAYERS, {})
 
 
 def check_balance(rate: float, config: DecoderConfig, subtree: Subtree) -> None:
@@ -37,19 +37,19 @@ def check_balance(rate: float, config: DecoderConfig, subtree: Subtree) -> None:
 
 
 def take_loads(grads: Any) -> tuple[Any, Float[Array, "L E"]]:
-    """A gradient, with zeros where the loads lay that it brought home (`hidden_states(counts_load=True)`), and these:
+    """A gradient, with zeros where the loads lay that it brought home (`Forward.counts_load`), and these:
     of each layer's experts how many tokens of the minibatch they computed for."""
-    layers = grads[_STACK]
+    layers = grads[LAYERS]
     loads = layers[_BIAS]
-    return {**grads, _STACK: {**layers, _BIAS: jnp.zeros_like(loads)}}, loads
+    return {**grads, LAYERS: {**layers, _BIAS: jnp.zeros_like(loads)}}, loads
 
 
 def with_balance(updates: Any, loads: Float[Array, "L E"], rate: float) -> Any:
     """An optimizer's updates, with the steps of the biases: `rate sign(mean load - load)`, within each layer."""
-    layers = updates[_STACK]
+    layers = updates[LAYERS]
     missing = jnp.mean(loads, axis=-1, keepdims=True) - loads
     steps = (rate * jnp.sign(missing)).astype(layers[_BIAS].dtype)
-    return {**updates, _STACK: {**layers, _BIAS: steps}}
+    return {**updates, LAYERS: {**layers, _BIAS: steps}}
 
 
 def load_metrics(loads: Float[Array, "L E"]) -> Metrics:

@@ -3,8 +3,6 @@
 import contextlib
 from pathlib import Path
 
-import jax
-import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from rljax.models import DecoderConfig, base_config, cast_params, merged_params, save_hf
@@ -81,7 +79,7 @@ def exporter(decoder: DecoderConfig, tokenizer: Tokenizer, dtype: str, mesh: Mes
         with contextlib.nullcontext() if own is params else use_mesh(mesh):
             # In float32, and rounded once: what adapters add may be less than what a narrower weight can show.
             if decoder.lora is not None:
-                own = merged_params(decoder, jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), own))
+                own = merged_params(decoder, cast_params(own, "float32"))
             cast = cast_params(own, dtype)
             save_hf(folder, base_config(decoder), cast, tokenizer=tokenizer, on_every_process=True)
 

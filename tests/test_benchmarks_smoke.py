@@ -38,6 +38,7 @@ SMALLEST = {
     "parity/preferences.py": (),
     "rollout.py": ("--preset=smoke",),
     "simulate.py": ("--preset=smoke",),
+    "spread.py": ("--preset=smoke",),
     "train_step.py": ("--preset=smoke",),
     "viewer.py": ("--preset=smoke",),
 }
@@ -149,6 +150,12 @@ def test_engines_of_their_own_processes_are_asked_and_their_busy_share_is_measur
     report = run("engines.py", *SMALLEST["engines.py"])
     assert 0 < report["ratios"]["busy_share"] <= 1
     assert all(report["results"][name] > 0 for name in ("tokens_per_s", "own_tokens_per_s", "hand_over_s"))
+
+
+@pytest.mark.slow
+def test_two_processes_and_two_engines_play_episodes_and_say_how_busy_they_are(run):
+    report = run("spread.py", *SMALLEST["spread.py"])
+    assert all(0 < report["ratios"][f"busy_share_{name}"] <= 1 for name in ("processes", "engines"))
 
 
 def test_programs_are_measured_by_compilation_alone(run):

@@ -4,11 +4,13 @@
 
 Part `sandbox`: the time from asking to the first statement of a program (`start`), to the end of a whole empty one, and
 to the first statement in a Python process of its own; then programs of the attack list, one after another. A leak is
-anything that an attack got at, and any process or file that it left behind. `full` runs 1,000 attacks, `small` the list
-once.
+anything that an attack got at, and any process or file that it left behind. Where this user may make a control group,
+`memory` is the most that an attack took, with the kernel's memory for it, beyond a program that does nothing. `full`
+runs 1,000 attacks, `small` the list once.
 """
 
 import argparse
+import contextlib
 import itertools
 import statistics
 import subprocess
@@ -20,8 +22,8 @@ from pathlib import Path
 from _common import finish, machine
 from _probe import probe
 
-from rljax.envs.sandbox import Limits, Sandbox
-from rljax.envs.sandbox.attacks import LIMITS, Outside, attacks
+from rljax.envs.sandbox import Limits, Sandbox, SandboxResult
+from rljax.envs.sandbox.attacks import LIMITS, Meter, Outside, attacks
 
 SIZES = {
     "smoke": dict(starts=2, attacks=2),
@@ -59,16 +61,21 @@ def time_burst(programs: int, workers: int) -> float:
         return programs / (time.monotonic() - begin)
 
 
-def count_leaks(runs: int) -> tuple[dict[str, list[str]], int, str]:
-    """What attacks got at, by attack; how many ran; the level. `runs` 0 is the whole list once."""
+def count_leaks(runs: int) -> tuple[dict[str, list[str]], int, str, dict[str, float]]:
+    """What attacks got at, by attack; how many ran; the level; MB of memory by attack, where it can be measured. `runs`
+    0 is the whole list once."""
     before = _files()
+    peaks: dict[str, float] = {}
     leaks: dict[str, list[str]] = {}
     with Outside() as outside, Sandbox(LIMITS, workers=1) as sandbox:
         names = attacks(sandbox)
         total = runs or len(names)
+        _, idle = measured(sandbox, "pass")
         for i, name in enumerate(itertools.islice(itertools.cycle(names), total)):
-            found = outside.leaks(sandbox.run(outside.program(name), timeout_s=ATTACK_SECONDS), sandbox.limits)
-            found += outside.left_behind(sandbox)
+            result, peak = measured(sandbox, outside.program(name))
+            found = outside.leaks(result, sandbox.limits) + outside.left_behind(sandbox)
+            if idle is not None and peak is not None:
+                peaks[name] = max(peaks.get(name, 0.0), peak - idle)
             if found:
                 leaks.setdefault(name, []).extend(found)
                 print(f"  LEAK of {name!r}: {found[0]}", flush=True)
@@ -77,7 +84,17 @@ def count_leaks(runs: int) -> tuple[dict[str, list[str]], int, str]:
         level = sandbox.level
     if left := _files() - before:
         leaks["files"] = sorted(left)
-    return leaks, total, level
+    return leaks, total, level, peaks
+
+
+def measured(sandbox: Sandbox, program: str) -> tuple[SandboxResult, float | None]:
+    """What came of a program, and the MB that it took at most; None where nothing can count them."""
+    with contextlib.ExitStack() as stack:
+        meter = None
+        with contextlib.suppress(OSError):
+            meter = stack.enter_context(Meter(sandbox))
+        result = sandbox.run(program, timeout_s=ATTACK_SECONDS)
+        return result, meter and meter.peak_mb()
 
 
 def _files() -> set[str]:
@@ -97,7 +114,7 @@ def main() -> None:
     times = time_starts(size["starts"])
     bursts = [time_burst(2 if is_smoke else 40, workers=2) for _ in range(1 if is_smoke else arguments.repeats)]
     begin = time.monotonic()
-    leaks, runs, level = count_leaks(size["attacks"])
+    leaks, runs, level, peaks = count_leaks(size["attacks"])
     seconds = time.monotonic() - begin
     results = [
         {"name": f"{name}: {what} ms", "value": value}
@@ -108,6 +125,8 @@ def main() -> None:
     results.append({"name": "attacks", "value": runs})
     results.append({"name": "seconds of all attacks", "value": seconds})
     results += [{"name": f"leaks: {name}", "value": len(found)} for name, found in leaks.items()]
+    most = sorted(peaks.items(), key=lambda item: -item[1])[:5]
+    results += [{"name": f"memory MB: {name}", "value": value} for name, value in most]
     start = statistics.median(times["start"])
     ratios = {
         "sandbox_start_ms": start,
@@ -115,6 +134,8 @@ def main() -> None:
         "sandbox_leaks": sum(map(len, leaks.values())),
         "sandbox_attacks": runs,
     }
+    if most:
+        ratios["sandbox_memory_vs_limit"] = most[0][1] / LIMITS.memory_mb
     setting = {"level": level, **size, "limits": vars(LIMITS), "attack_seconds": ATTACK_SECONDS}
     finish("agents", arguments, machine([probe("float32", is_smoke)]), setting, results, ratios)
 

@@ -8,7 +8,7 @@ import time
 import pytest
 
 from rljax.envs.sandbox import LEVELS, Limits, Sandbox
-from rljax.envs.sandbox.attacks import ATTACKS, LIMITS, Outside, attacks
+from rljax.envs.sandbox.attacks import ATTACKS, LIMITS, Meter, Outside, attacks
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="isolation is Linux's")
 
@@ -42,6 +42,28 @@ def test_attack_is_contained_and_leaves_nothing_behind(box, outside, attack):
     assert outside.leaks(result, box.limits) == []
     assert outside.left_behind(box) == []
     assert box.run("print(6 * 7)").output == "42\n"
+
+
+HUNGRY = ("memory bomb", "memory bomb of several processes", "memory bomb of several processes at one moment")
+
+
+def test_memory_of_the_machine_stays_near_the_limit(outside):
+    """As a control group counts it, with what the kernel holds for the program; beyond what an empty program takes. On
+    busy processors the guard may come late to several processes that fill memory at one moment; when it counted them
+    while they went on, they took three times the limit."""
+    with start("namespaces", workers=1) as sandbox:
+        try:
+            peaks = {}
+            for name in ("nothing", *HUNGRY, "memory in buffers of sockets", "memory in pipes"):
+                with Meter(sandbox) as meter:
+                    result = sandbox.run(outside.program(name) if name in ATTACKS else "pass", timeout_s=1.0)
+                    peaks[name] = meter.peak_mb()
+                assert outside.leaks(result, sandbox.limits) == []
+        except OSError as error:
+            pytest.skip(f"no control group can be made here: {error}")
+    nothing = peaks.pop("nothing")
+    for name, peak in peaks.items():
+        assert peak - nothing <= (1.7 if "several" in name else 1.1) * LIMITS.memory_mb, (name, peak, nothing)
 
 
 def test_an_attack_that_nothing_holds_is_noticed(outside):

@@ -68,6 +68,20 @@ except OSError: pass
 time.sleep(0.8)
 if made == 6: escaped('360 MB stood for 0.8 s')
 """,
+    "memory bomb of several processes at one moment": """
+read, write = os.pipe()
+made = 0
+try:
+    for _ in range(9):
+        if os.fork() == 0:
+            os.close(write); os.read(read, 1)
+            kept = bytearray(os.urandom(1) * 80_000_000); time.sleep(3); os._exit(0)
+        made += 1
+except OSError: pass
+os.close(read); os.close(write)
+time.sleep(0.8)
+if made == 9: escaped('720 MB stood for 0.8 s')
+""",
     "shared memory": """
 import mmap
 for make in (lambda: mmap.mmap(-1, 400_000_000), lambda: os.ftruncate(os.memfd_create('x'), 400_000_000)):
@@ -444,6 +458,65 @@ class Outside:
         if len(depth) > expected:
             found.append(f"{len(depth)} processes below the server instead of {expected}")
         return found
+
+
+class Meter:
+    """The most memory that a sandbox takes from one moment on, with the kernel's for its processes, as a control group
+    counts it. A context manager; OSError where this user may make no group."""
+
+    def __init__(self, sandbox: Sandbox):
+        self._server = sandbox.server_pid
+        self._above, self._peak = _memory_groups()
+
+    def __enter__(self) -> "Meter":
+        self._group = Path(tempfile.mkdtemp(dir=self._above, prefix="rljax-meter-"))
+        # what they hold already stays where it is counted
+        self._move(self._group)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._move(self._above)
+        deadline = time.monotonic() + 5.0
+        while time.monotonic() < deadline:
+            with contextlib.suppress(OSError):  # a process that is just ending is in it still
+                self._group.rmdir()
+                return
+            time.sleep(0.01)
+
+    def peak_mb(self) -> float:
+        """MB of 2**20 bytes."""
+        return int((self._group / self._peak).read_text()) / 2**20
+
+    def _move(self, group: Path) -> None:
+        for process in [*_below(self._server), self._server]:
+            with contextlib.suppress(ProcessLookupError):
+                (group / "cgroup.procs").write_text(str(process))
+
+
+def _memory_groups() -> tuple[Path, str]:
+    """The folder of this process's control group, for memory, and the file that says the peak of one. OSError where
+    there is none, or no other may be made in it."""
+    root = Path("/sys/fs/cgroup")
+    for line in Path("/proc/self/cgroup").read_text().splitlines():
+        _, kinds, path = line.split(":", 2)
+        if "memory" in kinds.split(","):
+            return root / "memory" / path.lstrip("/"), "memory.max_usage_in_bytes"
+        if not kinds and "memory" in (root / path.lstrip("/") / "cgroup.subtree_control").read_text().split():
+            return root / path.lstrip("/"), "memory.peak"
+    raise OSError("no control group of this process counts memory")
+
+
+def _below(process: int) -> list[int]:
+    """All processes that a process is above of."""
+    children: dict[int, list[int]] = {}
+    for other in filter(str.isdigit, os.listdir("/proc")):
+        with contextlib.suppress(OSError, IndexError):
+            parent = int(Path(f"/proc/{other}/stat").read_text().rsplit(")", 1)[1].split()[1])
+            children.setdefault(parent, []).append(int(other))
+    found = [*children.get(process, [])]
+    for one in found:  # grows as it goes
+        found += children.get(one, [])
+    return found
 
 
 def run_attacks(sandbox: Sandbox, outside: Outside, names: list[str] | None = None) -> dict[str, list[str]]:

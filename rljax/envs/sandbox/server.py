@@ -33,7 +33,8 @@ RUN = b"r"
 KILL = b"k"
 SCRATCH = "/scratch"
 PROGRAM = "<program>"
-_WATCH_MS = 50
+_WATCH_MS = 50  # at most, between two looks at what a program uses
+_FILL_BYTES = 4 * 2**20  # that one processor fills in a ms, with huge pages: what pages of 4 KB take is less than half
 # The kernel notes some 214 bytes for each mapping (seen on 64-bit Linux 6.18), which no limit counts. Programs have
 # some hundreds: arrays of their own that the C library maps one by one are 4096 at most in 512 MB.
 _MOST_MAPPINGS = 8192
@@ -168,6 +169,11 @@ class Guard:
         self.uid = server.uid
         self.gid = server.gid
         self.namespaces = server.level == "namespaces"
+        # programs have no more processes than the limit, and no more processors than there are
+        here = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        self.processors = min(here, self.config["processes"])
+        self.next_count = 0.0
+        self.is_tight = False
 
     def run(self):
         try:
@@ -267,9 +273,14 @@ class Guard:
                     reason = reason or "killed"
                     _kill(pid)
                     poller.unregister(self.control)
-            elif excess := self._excess(pid):
-                reason = reason or excess
-                _kill(pid)
+            else:
+                excess, left = self._excess(pid)
+                if excess:
+                    reason = reason or excess
+                    _kill(pid)
+                # before all processors together can have reached the limit
+                if patience is not None:
+                    patience = max(2, min(_WATCH_MS, int(left / (_FILL_BYTES * self.processors))))
 
             ended, status, usage = os.wait4(pid, os.WNOHANG)
             if ended:
@@ -281,17 +292,44 @@ class Guard:
         return {"code": 128 - code if code < 0 else code, "reason": reason, "cpu_s": usage.ru_utime + usage.ru_stime}
 
     def _excess(self, pid):
-        """The limit that all processes together have passed, or None. Those of one alone are the kernel's business,
-        and so is the number of processes, except for users that it exempts."""
+        """(The limit that all processes together have passed, or None; bytes up to that of memory.) Limits
+        of one process alone are the kernel's business, and so is the number of processes, except for users that it
+        exempts."""
+        most = self.config["memory_mb"] * 2**20
         processes = _descendants(self.server.proc, pid)
         if len(processes) < 2 + self.namespaces:
-            return None
+            return None, most - _resident_bytes(self.server.proc, processes[-1])
         if len(processes) > self.config["processes"] + 2:
-            return "processes"
+            return "processes", 0
 
-        # proportional shares: what processes have in common counts once; and what the kernel notes of each mapping
+        # Processes that fill memory leave this one little of the processors, so it counts while they stand still: once
+        # they have more than the limit, with what they have in common for each of them.
+        others = processes[self.namespaces :]
+        held = [process for process in others if self.is_tight and _hold(self.server.proc, process)]
+        try:
+            resident = sum(_resident_bytes(self.server.proc, process) for process in processes)
+            if resident > most and not self.is_tight:
+                held = [process for process in others if _hold(self.server.proc, process)]
+            self.is_tight = resident > most
+
+            if not self.is_tight and time.monotonic() < self.next_count:
+                return None, most - resident
+            self.next_count = time.monotonic() + _WATCH_MS / 1000
+            total = self._count_memory(processes, most)
+            if total > most:
+                # what is to be ended does not go on
+                held = []
+                return "memory", 0
+            return None, most - total
+        finally:
+            for process in held:
+                _signal(process, signal.SIGCONT)
+
+    def _count_memory(self, processes, most):
+        """Bytes of all processes together, of which no more are counted than tells that there are more than `most`."""
         total = 0
         for process in processes:
+            # proportional shares: what processes have in common counts once; and what the kernel notes of each mapping
             mappings = _count_lines(self.server.proc, f"{process}/maps", _MOST_MAPPINGS)
             total += _MAPPING_BYTES * mappings
             for line in _read(self.server.proc, f"{process}/smaps_rollup").splitlines():
@@ -299,9 +337,11 @@ class Guard:
                     total += int(line.split()[1]) * 1024
 
             # at once: processes of many mappings take the kernel long to list, and meanwhile nothing ends them
-            if mappings > _MOST_MAPPINGS or total > self.config["memory_mb"] * 2**20:
-                return "memory"
-        return None
+            if mappings > _MOST_MAPPINGS:
+                return most + 1
+            if total > most:
+                return total
+        return total
 
     def _end_orphans(self, pid):
         with contextlib.suppress(OSError):
@@ -450,9 +490,27 @@ def _wakeup_pair(*arguments, **keywords):
     return tuple(map(_PipeEnd, os.pipe()))
 
 
-def _kill(pid):
+def _signal(pid, number):
     with contextlib.suppress(OSError):
-        os.kill(pid, signal.SIGKILL)
+        os.kill(pid, number)
+
+
+def _kill(pid):
+    _signal(pid, signal.SIGKILL)
+
+
+def _hold(proc, pid):
+    """Have a process stand still, and say whether it is to go on later: not if it has stopped itself."""
+    if _read(proc, f"{pid}/stat").rpartition(")")[2].split()[:1] == ["T"]:
+        return False
+    _signal(pid, signal.SIGSTOP)
+    return True
+
+
+def _resident_bytes(proc, pid):
+    """Of a process, with what others hold too; 0 for one that is gone."""
+    pages = _read(proc, f"{pid}/statm").split()[1:2]
+    return sum(map(int, pages)) * resource.getpagesize()
 
 
 def _reap(*_):

@@ -1,7 +1,10 @@
 """Whatever bytes a model's file holds: it is read, or refused by a ValueError of one line that names the file, soon and
 without memory that the file could not fill."""
 
+import dataclasses
+import itertools
 import json
+import math
 import struct
 import tracemalloc
 
@@ -11,9 +14,19 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from rljax.gguf_header import read_gguf_header
-from rljax.models import DecoderConfig, load_config, load_hf, load_model
+from rljax.models import (
+    DecoderConfig,
+    Lora,
+    described_adapter,
+    load_config,
+    load_hf,
+    load_model,
+    load_peft,
+    read_lora,
+)
 from rljax.models.families import config_to_hf, entries
 from rljax.models.files import SafetensorsFolder, write_safetensors
+from rljax.models.peft import adapter_entries
 from rljax.text import load_tokenizer
 
 FUZZ = settings(deadline=5000, max_examples=60, suppress_health_check=list(HealthCheck))
@@ -160,6 +173,117 @@ def test_any_config_json(folder, family, changes, rope):
         refuses_or_reads(load_config, folder)
     finally:
         (folder / "config.json").write_text(json.dumps(config_to_hf(TINY)))
+
+
+# adapters of PEFT
+
+ADAPTED = dataclasses.replace(TINY, lora=Lora(rank=2, alpha=3.0, targets=("q", "down")))
+ADAPTER = described_adapter(ADAPTED)
+STORED = {entry.name: entry.shape for entry in adapter_entries(ADAPTED)}
+# What is here taken for granted of each key, by what PEFT 0.21 does with it; of any other, nothing may come.
+HARMLESS = {
+    "bias": ["none"],
+    "fan_in_fan_out": [False],
+    "use_dora": [False],
+    "use_qalora": [False, None],
+    "lora_bias": [False],
+    "modules_to_save": [None, []],
+    "layers_to_transform": [None, []],
+    "rank_pattern": [None, {}],
+    "alpha_pattern": [None, {}],
+    "layer_replication": [None, []],
+    "target_parameters": [None, []],
+    "trainable_token_indices": [None, [], {}],
+    "alora_invocation_tokens": [None, [], {}],
+    "init_lora_weights": [True, False, None, "gaussian", "eva", "orthogonal", "mica"],
+    "peft_type": ["LORA"],
+}
+SAID = {name: JSON | st.sampled_from(values) for name, values in HARMLESS.items()} | {
+    "r": NUMBERS | JSON | st.sampled_from([2, 2.0, True, 10**400]),
+    "lora_alpha": NUMBERS | JSON | st.floats() | st.sampled_from([10**400, 1e39, True, "3", 0.5]),
+    "use_rslora": st.booleans() | JSON,
+    "target_modules": st.lists(
+        st.sampled_from(["q_proj", "mlp.down_proj", "up_proj", "lm_head", "x" * 9000, "\n"]), max_size=3
+    )
+    | st.sampled_from([".*proj", "all-linear"])
+    | JSON,
+    "exclude_modules": st.sampled_from([None, ["up_proj"]]) | JSON,
+    "base_model_name_or_path": JSON | st.just("x" * 9000),
+}
+
+
+def write_adapter(folder, said, shapes) -> dict[str, np.ndarray]:
+    """Writes a folder of PEFT; what it holds, by name. Shapes may be what no array can have."""
+    (folder / "adapter_config.json").write_text(json.dumps(said))
+    values = {name: np.arange(1, 1 + math.prod(shape), dtype=np.float32) for name, shape in shapes.items()}
+    ends = list(itertools.accumulate(value.nbytes for value in values.values()))
+    header = {
+        name: {"dtype": "F32", "shape": list(shapes[name]), "data_offsets": [end - values[name].nbytes, end]}
+        for name, end in zip(values, ends, strict=True)
+    }
+    text = json.dumps(header).encode()
+    data = b"".join(value.tobytes() for value in values.values())
+    (folder / "adapter_model.safetensors").write_bytes(struct.pack("<Q", len(text)) + text + data)
+    return values
+
+
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("adapter")
+    # It is sound, and imports are done before memory is counted.
+    write_adapter(folder, ADAPTER, STORED)
+    assert read_lora(folder, TINY) == ADAPTED.lora
+    load_peft(folder, ADAPTED)
+    return folder
+
+
+@settings(WHOLE, deadline=None)  # the first adapter of a shape may compile
+@given(
+    changes=st.lists(
+        st.sampled_from(sorted(SAID)).flatmap(lambda name: st.tuples(st.just(name), SAID[name])), max_size=2
+    ).map(dict),
+    shapes=st.dictionaries(
+        st.sampled_from([*STORED, "base_model.model.lm_head.lora_A.weight", "a\nb"]),
+        st.none() | st.lists(st.integers(0, 5), max_size=3),
+        max_size=1,
+    ),
+)
+@example({}, {})
+@example({"r": 2**62}, {})
+@example({"r": 2**62}, {name: [2**62, 0] for name in STORED})
+@example({"lora_alpha": float("nan")}, {})
+@example({"lora_alpha": 1e300}, {})
+@example({"lora_alpha": True}, {})
+@example({"use_rslora": "false"}, {})
+@example({"init_lora_weights": "pissa"}, {})
+@example({"target_modules": ["q_proj", "down_proj", "up_proj"]}, {})
+@example({"target_modules": "q_proj" * 9000}, {})
+@example({"target_modules": {"q_proj": 1}}, {})
+@example({"modules_to_save": ["x" * 9000]}, {})
+@example({"alora_invocation_tokens": [1]}, {})
+def test_any_adapter_of_peft(adapter, changes, shapes):
+    said = ADAPTER | changes
+    stored = {name: shape for name, shape in (STORED | shapes).items() if shape is not None}
+    values = write_adapter(adapter, said, stored)
+    found = []
+
+    def read(folder):
+        config = dataclasses.replace(TINY, lora=read_lora(folder, TINY))
+        found.append((config.lora, load_peft(folder, config)))
+
+    refuses_or_reads(read, adapter)
+    if not found:
+        assert changes or shapes
+        return
+    # All of it was read, and nothing stands there that would have made another product of it.
+    ((lora, params),) = found
+    assert (lora.rank, lora.targets) == (2, ("q", "down"))
+    assert {name: tuple(shape) for name, shape in stored.items()} == STORED
+    assert lora.alpha == said["lora_alpha"] > 0 and lora.rank_stabilized is said["use_rslora"]
+    assert all(said[name] in values for name, values in HARMLESS.items() if name in said)
+    for name, end in (("lora_A", "a"), ("lora_B", "b")):
+        (full,) = (key for key in STORED if "q_proj" in key and name in key)
+        np.testing.assert_array_equal(params["layers"][f"q_lora_{end}"][0], values[full].reshape(STORED[full]).T)
 
 
 # GGUF

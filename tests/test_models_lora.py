@@ -210,6 +210,10 @@ CHANGED = {
     "rank_pattern": ({"q_proj": 8}, "rank_pattern=.* is not supported"),
     "modules_to_save": (["lm_head"], "modules_to_save=.* is not supported"),
     "r": (5, "lora_A.weight is .*, the config implies"),
+    "init_lora_weights": ("pissa_niter_4", "init_lora_weights='pissa_niter_4' is not supported"),
+    "alora_invocation_tokens": ([1, 2], "alora_invocation_tokens=.* is not supported"),
+    "use_rslora": ("false", "use_rslora='false' must be true or false"),
+    "target_modules": ([["q_proj"]], r"target_modules=\[\['q_proj'\]\] must be a list of names of modules"),
     "lora_alpha": (0, "lora's alpha=0.0 must be a finite number above 0"),
 }
 
@@ -231,6 +235,12 @@ def test_adapters_that_do_not_fit_are_refused(tmp_path):
     deep = dataclasses.replace(CONFIG, num_layers=3, lora=LORA)
     with pytest.raises(ValueError, match=r"lacks tensor base_model.*layers\.2"):
         load_peft(tmp_path, deep)
+    few = adapted(dataclasses.replace(LORA, targets=("q",)))
+    save_peft(tmp_path / "few", few, with_adapters(BASE, trained(few.lora)))
+    file = tmp_path / "few" / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"target_modules": ["q_proj", "lm_head", "mlp.up_proj"]}))
+    with pytest.raises(ValueError, match=r"target_modules names up_proj, of which adapter_model.* has no tensor"):
+        read_lora(tmp_path / "few", CONFIG)
     with pytest.raises(ValueError, match=r"a llama config.json cannot express lora="):
         save_hf(tmp_path / "whole", adapted(LORA), with_adapters(BASE, trained(LORA)))
     for targets in ((), ("q", "head")):

@@ -224,3 +224,11 @@ def test_adapters_that_are_not_there_cannot_be_written(source, tmp_path):
     (tmp_path / "run" / "model" / "adapter_config.json").write_text('{"base_model_name_or_path": null}')
     with pytest.raises(ValueError, match=r"adapters beside the frozen weights of a fresh model, which are in no file"):
         convert(str(tmp_path / "run"), str(tmp_path / "out"))
+    for text, says in {
+        '{"base_model_name_or_path": 5}': r"^[^\n]*adapter_config.json: base_model_name_or_path=5 must be a name",
+        f'{{"base_model_name_or_path": "{source}"}}': r"^[^\n]*adapter_config.json: base_dtype=None must be float32 or",
+        "[1": r"^[^\n]*adapter_config.json is not valid JSON",
+    }.items():
+        (tmp_path / "run" / "model" / "adapter_config.json").write_text(text)
+        with pytest.raises(ValueError, match=says):
+            convert(str(tmp_path / "run"), str(tmp_path / "out"))

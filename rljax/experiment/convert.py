@@ -1,9 +1,9 @@
 """What `rljax convert` does."""
 
 import dataclasses
-import json
+from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -24,6 +24,7 @@ from rljax.models import (
     load_model,
     load_peft,
     merged_params,
+    read_json,
     read_lora,
     read_metadata,
     save_hf,
@@ -123,7 +124,7 @@ def convert(
 
 
 def _of_peft(folder: Path) -> _Model:
-    base = json.loads((folder / ADAPTER_FILE).read_text()).get("base_model_name_or_path") or ""
+    base = _base_of(read_json(folder / ADAPTER_FILE), folder)
     path = model_path(base)
     decoder, params = load_model(path)
     decoder = dataclasses.replace(decoder, lora=read_lora(folder, decoder))
@@ -131,21 +132,31 @@ def _of_peft(folder: Path) -> _Model:
     return _Model(decoder, params, load_tokenizer(path), read_metadata(path), base)
 
 
+def _base_of(adapter: Mapping[str, Any], folder: AnyPath) -> str:
+    """The model whose weights an adapter stands beside, by name or path; empty where its file names none."""
+    base = adapter.get("base_model_name_or_path") or ""
+    if not isinstance(base, str):
+        raise ValueError(f"{folder / ADAPTER_FILE}: base_model_name_or_path={base!r:.80} must be a name or a path")
+    return base
+
+
 def _of_run(source: str, folder: AnyPath, step: int | None) -> _Model:
     """A checkpoint of the run `source`, whose description lies in `folder`."""
-    decoder = config_from_hf(json.loads((folder / "config.json").read_text()))
+    decoder = config_from_hf(read_json(folder / "config.json"))
     base = ""
     frozen = None
     if (folder / ADAPTER_FILE).exists():
-        adapter = json.loads((folder / ADAPTER_FILE).read_text())
-        base = adapter["base_model_name_or_path"] or ""
+        adapter = read_json(folder / ADAPTER_FILE)
+        base = _base_of(adapter, folder)
         if not base:
             raise ValueError(
                 f"{source} has adapters beside the frozen weights of a fresh model, which are in no file; train such a "
                 "model as a whole, or adapters of one that has files"
             )
         # As the run held them: a checkpoint is known to belong to these.
-        dtype = adapter["base_dtype"]
+        dtype = adapter.get("base_dtype")
+        if dtype not in ("float32", "bfloat16"):
+            raise ValueError(f"{folder / ADAPTER_FILE}: base_dtype={dtype!r:.80} must be float32 or bfloat16")
         _, weights = load_model(model_path(base), param_dtype=dtype)
         decoder = dataclasses.replace(decoder, param_dtype=dtype, lora=described_lora(adapter, decoder))
         target = abstract_params(decoder)

@@ -19,7 +19,7 @@ from rljax.models.decoder import (
 from rljax.models.families import FAMILIES, config_from_hf, config_to_hf, fresh_config
 from rljax.models.gguf import load_gguf
 from rljax.models.head import head_params, logits, logits_gradient, output_projection
-from rljax.models.huggingface import Metadata, load_hf, read_metadata, save_hf, written_metadata
+from rljax.models.huggingface import Metadata, load_hf, read_json, read_metadata, save_hf, written_metadata
 from rljax.models.layout import param_shardings
 from rljax.models.load import find_smollm2, load_config, load_model
 from rljax.models.lora import (
@@ -85,6 +85,7 @@ __all__ = [
     "merged_params",
     "output_projection",
     "param_shardings",
+    "read_json",
     "read_lora",
     "read_metadata",
     "save_hf",

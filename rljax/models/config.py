@@ -27,6 +27,9 @@ _SIZES = (
 )
 
 
+_FLOAT32_MAX = 3.4028234663852886e38
+
+
 def _check_whole(name: str, value: Any, *, least: int) -> None:
     # A truth value is a whole number to Python, not to a reader of the file.
     if not isinstance(value, numbers.Integral) or isinstance(value, bool) or value < least:
@@ -129,6 +132,8 @@ class Lora:
     def __post_init__(self):
         _check_whole("lora's rank", self.rank, least=1)
         _check_real("lora's alpha", self.alpha)
+        if self.alpha > _FLOAT32_MAX:
+            raise ValueError(f"lora's alpha={self.alpha:.3g} is beyond float32, in which adapters multiply")
         if not self.targets or (unknown := [name for name in self.targets if name not in MATRICES]):
             wrong = unknown[0] if self.targets else ""
             raise ValueError(f"lora's target {wrong!r} is none of {', '.join(MATRICES)}; name at least one of these")

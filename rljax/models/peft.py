@@ -1,6 +1,7 @@
 """Adapters from and to folders in the format of Hugging Face's PEFT: adapter_config.json and safetensors."""
 
 import itertools
+import math
 import os
 from collections.abc import Container, Mapping
 from pathlib import Path
@@ -39,8 +40,17 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "layer_replication": (None, []),
     "target_parameters": (None, []),
     "trainable_token_indices": (None, [], {}),
+    # The other ways to begin move a part of the base weights into the adapter (PiSSA, OLoRA, CorDA, LoRA-GA) or round
+    # them (LoftQ), so that the adapter belongs to other weights than those of the base model.
+    "init_lora_weights": (True, False, None, "gaussian", "eva", "orthogonal", "mica"),
+    # Variants that multiply otherwise, or not for every token.
+    **dict.fromkeys(("use_qalora", "use_bdlora"), (False, None)),
+    **dict.fromkeys(
+        ("alora_invocation_tokens", "arrow_config", "kasa_config", "monteclora_config", "velora_config"), (None, [], {})
+    ),
 }
-"""Keys of adapter_config.json that change what a model computes, and the values with which they do not."""
+"""Keys of adapter_config.json that change what a model computes, and the values with which they do not. Those of PEFT
+0.21, whose `LoraConfig` is the source."""
 
 
 def is_peft(folder: str | os.PathLike) -> bool:
@@ -54,9 +64,15 @@ def read_lora(folder: str | os.PathLike, config: DecoderConfig) -> Lora:
     file = Path(folder) / ADAPTER_FILE
     if not file.is_file():
         raise ValueError(f"{folder} has no {ADAPTER_FILE}; give a folder that PEFT or rljax convert has made")
-    stored = set(SafetensorsFolder(Path(folder), single=WEIGHTS_FILE).tensors)
+    stored = SafetensorsFolder(Path(folder), single=WEIGHTS_FILE).tensors
+    said = read_json(file)
     try:
-        return described_lora(read_json(file), config, stored=stored)
+        lora = described_lora(said, config, stored=stored)
+        # Before shapes are made of it: a rank that lies may be beyond what any array can have.
+        widest = max(itertools.chain.from_iterable(info.shape for info in stored.values()), default=0)
+        if lora.rank > widest:
+            raise ValueError(f"r={lora.rank}, but no tensor in {WEIGHTS_FILE} is wider than {widest}")
+        return lora
     except ValueError as error:
         raise ValueError(f"{folder}: {error}") from None
 
@@ -70,23 +86,35 @@ def described_lora(said: Mapping[str, Any], config: DecoderConfig, *, stored: Co
         if name in said and said[name] not in neutral:
             raise ValueError(f"{name}={said[name]!r:.80} is not supported; supported is {neutral[0]!r}")
 
+    modules = _modules(said.get("target_modules"))
+
     def has(weight: Weight) -> bool:
         if stored is not None:
             return _file_name(weight, DOWN).format(config.stacks[weight.stack][0], 0) in stored
-        return _module(weight) in said["target_modules"]
+        return _module(weight) in modules
 
-    found = [weight for weight in _matrices(config) if has(weight)]
+    matrices = _matrices(config)
+    found = [weight for weight in matrices if has(weight)]
     if not found:
         raise ValueError(f"there is no adapter of a {config.family} layer; it belongs to another model")
+    # What it names and lacks would count as nothing learned.
+    lacking = {_module(weight) for weight in matrices if _module(weight) in modules}
+    lacking -= {_module(weight) for weight in found}
+    if lacking and not said.get("exclude_modules"):
+        raise ValueError(f"target_modules names {min(lacking)}, of which {WEIGHTS_FILE} has no tensor")
     _check_apart(config, found)
     targets = tuple(name for name in MATRICES if name in {_target(weight) for weight in found})
-    alpha = said.get("lora_alpha", _ALPHA)
-    return Lora(
-        rank=said.get("r", _RANK),
-        alpha=float(alpha) if isinstance(alpha, int) else alpha,
-        targets=targets,
-        rank_stabilized=bool(said.get("use_rslora", False)),
-    )
+    is_stabilized = said.get("use_rslora", False)
+    if not isinstance(is_stabilized, bool):
+        raise ValueError(f"use_rslora={is_stabilized!r:.80} must be true or false")
+    rank = _number(said, "r", _RANK, int)
+    alpha = _number(said, "lora_alpha", _ALPHA, int | float)
+    try:
+        # JSON writes whole numbers without a point.
+        alpha = float(alpha)
+    except OverflowError:
+        alpha = math.inf
+    return Lora(rank=rank, alpha=alpha, targets=targets, rank_stabilized=is_stabilized)
 
 
 def load_peft(folder: str | os.PathLike, config: DecoderConfig, *, shardings: Any = None) -> dict[str, Any]:
@@ -169,6 +197,26 @@ def adapter_entries(config: DecoderConfig) -> list[Entry]:
         for end in _ENDS
     )
     return list(itertools.chain(*found))
+
+
+def _number(said: Mapping[str, Any], key: str, default: int, kind: Any) -> Any:
+    """A number of adapter_config.json. ValueError for anything else."""
+    value = said.get(key, default)
+    if not isinstance(value, kind) or isinstance(value, bool):
+        what = "a whole number" if kind is int else "a number"
+        raise ValueError(f"{key}={value!r:.80} must be {what}")
+    return value
+
+
+def _modules(named: Any) -> set[str]:
+    """The modules that `target_modules` lists; none where it is left out, or a pattern. ValueError for anything
+    else."""
+    if named is None or isinstance(named, str):
+        return set()
+    if not isinstance(named, list) or not all(isinstance(name, str) for name in named):
+        raise ValueError(f"target_modules={named!r:.80} must be a list of names of modules")
+    # PEFT matches the end of a module's path.
+    return {name.rsplit(".", 1)[-1] for name in named}
 
 
 def _targets(config: DecoderConfig) -> list[Weight]:

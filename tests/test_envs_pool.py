@@ -1,7 +1,9 @@
 """Environments at once: limits, failures that end their own episode, forks by replay and by snapshot."""
 
+import errno
 import json
 import os
+import subprocess
 import threading
 import time
 from concurrent.futures import wait
@@ -401,6 +403,16 @@ def test_bad_pools_are_refused():
         EnvironmentPool("nowhere:make")
     with pytest.raises(ValueError, match="turns is 0"):
         EnvironmentLimits(turns=0)
+
+
+def test_a_worker_that_the_system_does_not_start_is_told_in_one_line(monkeypatch):
+    def none_left(*_, **__):
+        raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+
+    monkeypatch.setattr(subprocess, "Popen", none_left)
+    why = r"\[Errno 11\] Resource temporarily unavailable: this user, machine or container has no room for .*$"
+    with pytest.raises(ValueError, match=f"^a worker process for environments does not start: {why}"):
+        EnvironmentPool(Counter, workers=2, hosts="processes").open()
 
 
 @pytest.mark.parametrize("hosts", ["threads", "processes"])

@@ -1,6 +1,7 @@
 """A reward may raise, hang, exit or return nonsense: it costs that sample, and no process stays behind."""
 
 import contextlib
+import errno
 import json
 import math
 import os
@@ -23,6 +24,7 @@ from rljax.tasks import (
     RewardInput,
     RewardRunner,
     RewardSpec,
+    WorkersFailed,
     batch_reward,
     load_callable,
 )
@@ -524,7 +526,10 @@ def local(completion):
         (lambda: load_callable("math:pi"), "cannot be called"),
         (lambda: load_callable("broken_reward:f"), "ZeroDivisionError.*repair the module"),
         (lambda: load_callable("needs_more:f"), "not_installed_at_all.*install what it needs"),
-        (lambda: RewardRunner(["fails_elsewhere:f"], workers=1).open(), "cannot load its functions"),
+        (
+            lambda: RewardRunner(["fails_elsewhere:f"], workers=1).open(),
+            r"^a worker process cannot load its functions \(OSError: only there\); they must .* import on their own$",
+        ),
     ],
 )
 def test_wrong_rewards_are_refused_before_the_run(make, message, tmp_path, monkeypatch):
@@ -537,6 +542,23 @@ def test_wrong_rewards_are_refused_before_the_run(make, message, tmp_path, monke
     )
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_a_worker_that_the_system_does_not_start_is_told_in_one_line(monkeypatch):
+    def none_left(*_, **__):
+        raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+
+    with RewardRunner([wants_answer], workers=1) as runner:
+        monkeypatch.setattr(subprocess, "Popen", none_left)
+        monkeypatch.setattr("rljax.tasks.workers._FORK_PAUSE_S", 0.0)
+        why = r"\[Errno 11\] Resource temporarily unavailable: this user, machine or container has no room for .*$"
+        with pytest.raises(ValueError, match=f"^worker process 1 of 3 does not start: {why}"):
+            RewardRunner([wants_answer], workers=3).open()
+
+        # of a run: what died cannot be replaced
+        os.kill(runner._pool.pids[0], signal.SIGKILL)
+        with pytest.raises(WorkersFailed, match=f"^5 worker processes .* did not start; the last: {why}"):
+            runner.score([RewardInput("p", "a", [1], {"answer": "a"})])
 
 
 def test_no_process_starts_before_the_runner_is_opened():

@@ -114,10 +114,10 @@ def _told(error: Exception) -> tuple[str, int] | None:
         return f"{error.filename} cannot be used: {error.strerror}; name another path", 2
     if isinstance(error, (RuntimeError, FloatingPointError)):
         # Here, since a mistake in a flag is told before anything heavy is imported.
-        from rljax.experiment import EngineFailed
+        from rljax.experiment import EngineFailed, WorkersFailed
         from rljax.experiment.train import RunFailed
 
-        if isinstance(error, (RunFailed, EngineFailed, FloatingPointError)):
+        if isinstance(error, (RunFailed, EngineFailed, WorkersFailed, FloatingPointError)):
             return str(error), 1
     return None
 

@@ -36,7 +36,7 @@ from rljax.envs.base import (
     replay_same,
 )
 from rljax.tasks.channel import Channel, Garbled, read_data, write_data
-from rljax.tasks.workers import end_child, end_if_forked, has_ended, start_child
+from rljax.tasks.workers import end_child, end_if_forked, has_ended, start_child, told_start
 
 _PATIENCE_S = 1.0  # from the end of the parent to that of a busy worker
 
@@ -276,20 +276,24 @@ class _Recording:
 
 
 class HostProcess:
-    """A `Host` in a process of its own; one caller at a time. Raises ValueError if `make` cannot be loaded there, or
-    makes no environment.
+    """A `Host` in a process of its own; one caller at a time. Raises ValueError, in one line, if the process does not
+    start, `make` cannot be loaded there, or makes no environment.
 
     Requests go out as pickle and carry a number; answers come back as plain data with the number of their request.
     """
 
     def __init__(self, make: bytes, start_timeout_s: float):
-        self.process, self.channel = start_child("rljax.envs.host:serve")
+        try:
+            self.process, self.channel = start_child("rljax.envs.host:serve")
+        except OSError as error:
+            raise ValueError(f"a worker process for environments does not start: {told_start(error)}") from error
         self._number = 0
         answer = self._exchange(Close(), make, start_timeout_s)
         if answer.reason is not None:
             self.kill()
+            why = " ".join(answer.error.split())[:300] or f"it ended with exit code {self.process.returncode}"
             raise ValueError(
-                f"a worker process cannot make environments ({answer.error or 'no answer'}); the factory must be a "
+                f"a worker process cannot make environments ({why}); the factory must be a "
                 "function or object of a module that imports on its own"
             )
 

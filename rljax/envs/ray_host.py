@@ -35,6 +35,7 @@ from rljax.envs.host import (
     write_answer,
 )
 from rljax.tasks.channel import Garbled
+from rljax.tasks.workers import last_line
 
 _LOCAL = "local"
 _STORE_BYTES = 80 * 2**20  # of a cluster that is started here: messages are small, and Ray takes no less than 75 MiB
@@ -424,8 +425,7 @@ def _end(actor: Any) -> None:
 
 
 def _last_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).strip().splitlines() if line.strip()]
-    return lines[-1][:300] if lines else type(error).__name__
+    return last_line(str(error)) or type(error).__name__
 
 
 def _own_module(make: Any) -> list[str]:

@@ -40,6 +40,7 @@ from rljax.tasks import (
     RowsData,
     TwoStageTasks,
     UniformTasks,
+    WorkersFailed,
 )
 from rljax.training import (
     CheckpointConfig,
@@ -105,4 +106,5 @@ __all__ = [
     "UniformTasks",
     "UpdateConfig",
     "WarmupConfig",
+    "WorkersFailed",
 ]

@@ -80,6 +80,7 @@ from rljax.tasks.text_rewards import (
     states_facts,
 )
 from rljax.tasks.verifiers import ExactMatch, LengthReward, MathVerify, NumberMatch, RegexMatch
+from rljax.tasks.workers import WorkersFailed
 
 __all__ = [
     "FAILURES",
@@ -147,6 +148,7 @@ __all__ = [
     "UniformCurriculum",
     "UniformTasks",
     "UnlessDegenerate",
+    "WorkersFailed",
     "added_by",
     "balanced",
     "batch_reward",

@@ -180,7 +180,8 @@ class RewardRunner:
     def open(self) -> None:
         """Start the worker processes, where there are any to start. Does nothing if they stand.
 
-        Raises ValueError if a reward does not load in a worker, RuntimeError if the runner was closed.
+        Raises ValueError, in one line, if a worker does not start or a reward does not load in it; RuntimeError if the
+        runner was closed.
         """
         if self._pool is not None:
             self._pool.open()
@@ -238,7 +239,7 @@ class RewardRunner:
 
     def score(self, inputs: Sequence[RewardInput]) -> list[RewardResult]:
         """One result for each input, in order. Never raises for what a reward does; RuntimeError if rewards need worker
-        processes and the runner is not open."""
+        processes and the runner is not open; WorkersFailed, which is one, if no worker starts any more."""
         if not inputs:
             return []
         with self._lock:

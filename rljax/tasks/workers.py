@@ -10,6 +10,7 @@ their job. A worker that sends anything else is replaced, and what it sent is ne
 """
 
 import contextlib
+import errno
 import faulthandler
 import itertools
 import json
@@ -38,15 +39,24 @@ _STARTED = "started"
 _GRACE_S = 2.0  # from the end of the parent to that of a busy worker
 _BACKSTOP_S = 10.0  # beyond the timeout; for a worker whose parent is gone and whose job never lets go of the GIL
 _MAX_FAILED_STARTS = 5
+_FORK_PAUSE_S = 0.2  # until another try where the system gave no process
 _LOADING = 0  # the number of the first message to a worker
 _CHILD = "import json, sys; sys.path[:] = json.loads(sys.argv[2]); from {0} import {1}; {1}(int(sys.argv[1]))"
+
+
+class WorkersFailed(RuntimeError):
+    """No worker process starts any more, so that what needs one cannot go on."""
+
+
+class _InWorker(Exception):
+    """The cause of an error: the traceback of the worker process, as its text."""
 
 
 def start_child(serve: str) -> tuple[subprocess.Popen, Channel]:
     """A fresh Python process that leads a process group of its own, and our end of the socket pair to it.
 
     `serve` names the `module:function` that it runs, with the descriptor of its end. The process never runs this one's
-    main module.
+    main module. Raises OSError where the system gives none.
     """
     ours, theirs = socket.socketpair()
     with theirs:
@@ -54,10 +64,27 @@ def start_child(serve: str) -> tuple[subprocess.Popen, Channel]:
         arguments = [sys.executable, "-c", code, str(theirs.fileno()), json.dumps(sys.path)]
         # results must not depend on the hash seed of a process, and no worker may take the accelerator
         env = {**os.environ, "PYTHONHASHSEED": "0", "JAX_PLATFORMS": "cpu"}
-        process = subprocess.Popen(
-            arguments, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, start_new_session=True, env=env
-        )
+        try:
+            process = subprocess.Popen(
+                arguments, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, start_new_session=True, env=env
+            )
+        except OSError:
+            ours.close()
+            raise
     return process, Channel(ours)
+
+
+def told_start(error: OSError) -> str:
+    """Why the system gave no process, and what may help."""
+    if error.errno in (errno.EAGAIN, errno.ENOMEM):
+        return f"{error}: this user, machine or container has no room for more processes; free some, or use fewer"
+    return str(error)
+
+
+def last_line(text: str) -> str:
+    """What a traceback ends with, in one line of bounded length."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return lines[-1][:300] if lines else ""
 
 
 def end_child(process: subprocess.Popen, channel: Channel) -> None:
@@ -162,14 +189,19 @@ class WorkerPool:
     def open(self) -> None:
         """Start all workers and wait until they stand. Does nothing if they do.
 
-        Raises ValueError if a function does not load in a worker, RuntimeError if the pool was closed.
+        Raises ValueError, in one line, if a worker does not start or a function does not load in it; RuntimeError if
+        the pool was closed.
         """
         self._check_not_closed()
         if self._workers:
             return
         try:
             for _ in range(self._size):
-                self._workers.append(_Worker(self._payload, self._start_timeout_s))
+                try:
+                    self._workers.append(_Worker(self._payload, self._start_timeout_s))
+                except OSError as error:
+                    which = f"worker process {len(self._workers) + 1} of {self._size} does not start"
+                    raise ValueError(f"{which}: {told_start(error)}") from error
             while not all(worker.is_ready for worker in self._workers):
                 self._wait(first_start=True)
         except BaseException:
@@ -200,8 +232,8 @@ class WorkerPool:
         """Do all jobs, several at a time; replies are in the order of the jobs.
 
         A job's time runs from when a worker takes it. One that exceeds it is killed (TIMEOUT), one whose worker dies
-        is lost (CRASHED), and neither is tried again. Raises RuntimeError if the pool is not open or workers can no
-        longer be started.
+        is lost (CRASHED), and neither is tried again. Raises RuntimeError if the pool is not open, and WorkersFailed,
+        which is one, if workers can no longer be started.
         """
         self._check_not_closed()
         if not self._workers:
@@ -304,18 +336,29 @@ class WorkerPool:
         reason = str(reply.value).strip() or f"no answer in {self._start_timeout_s} s"
         if first_start:
             raise ValueError(
-                "a worker process cannot load its functions; they must come from modules that import on their own:\n"
-                + reason
-            )
+                f"a worker process cannot load its functions ({last_line(reason)}); "
+                "they must come from modules that import on their own"
+            ) from _InWorker(reason)
+        self._count_failed_start(last_line(reason), _InWorker(reason))
+        self._replace(worker)
 
+    def _count_failed_start(self, reason: str, cause: Exception) -> None:
         self._failed_starts += 1
         if self._failed_starts >= _MAX_FAILED_STARTS:
-            raise RuntimeError(f"{_MAX_FAILED_STARTS} worker processes in a row did not start; the last: {reason}")
-        self._replace(worker)
+            raise WorkersFailed(
+                f"{_MAX_FAILED_STARTS} worker processes in a row did not start; the last: {reason}"
+            ) from cause
 
     def _replace(self, worker: _Worker) -> None:
         worker.kill()
-        self._workers[self._workers.index(worker)] = _Worker(self._payload, self._start_timeout_s)
+        place = self._workers.index(worker)
+        while True:
+            try:
+                self._workers[place] = _Worker(self._payload, self._start_timeout_s)
+                return
+            except OSError as error:
+                self._count_failed_start(told_start(error), error)
+            time.sleep(_FORK_PAUSE_S)
 
 
 def serve(descriptor: int) -> None:
@@ -325,7 +368,12 @@ def serve(descriptor: int) -> None:
     channel = Channel(socket.socket(fileno=descriptor), most_bytes=None)
     # a thread reads, so that the end of the parent is noticed during a job
     inbox: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
-    threading.Thread(target=_receive, args=(channel, inbox), daemon=True).start()
+    try:
+        threading.Thread(target=_receive, args=(channel, inbox), daemon=True).start()
+    except RuntimeError as error:  # the system gives no thread
+        with contextlib.suppress(OSError):
+            channel.send(write_data(_LOADING, RAISED, f"{error}: there may be no more processes and threads"))
+        return
 
     null = open(os.devnull, "w")  # noqa: SIM115  for the life of the process
     functions: list[Callable[[Any], Any]] | None = None

@@ -1,6 +1,6 @@
 """`rljax agent-demo`, from a clone."""
 
-from rljax.cli.agent_demo import command
+from clone import run
 
 if __name__ == "__main__":
-    command()
+    run("agent-demo")

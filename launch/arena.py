@@ -1,6 +1,6 @@
 """`rljax arena`, from a clone."""
 
-from rljax.cli.arena import command
+from clone import run
 
 if __name__ == "__main__":
-    command()
+    run("arena")

@@ -1,6 +1,6 @@
 """`rljax convert`, from a clone."""
 
-from rljax.cli.convert import command
+from clone import run
 
 if __name__ == "__main__":
-    command()
+    run("convert")

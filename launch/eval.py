@@ -1,6 +1,6 @@
 """`rljax eval`, from a clone."""
 
-from rljax.cli.eval import command
+from clone import run
 
 if __name__ == "__main__":
-    command()
+    run("eval")

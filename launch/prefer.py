@@ -1,6 +1,6 @@
 """`rljax prefer`, from a clone."""
 
-from rljax.cli.prefer import command
+from clone import run
 
 if __name__ == "__main__":
-    command()
+    run("prefer")

@@ -143,7 +143,10 @@ def main() -> None:
             print(" ".join(f"{name}={value}" for name, value in places.items()), shlex.join(command))
         return
 
-    import ray
+    try:
+        import ray
+    except ModuleNotFoundError:
+        parser.error(f"{sys.executable} lacks ray: pip install 'rljax-lm[ray]'")
 
     ray.init(ignore_reinit_error=True)
     stop = Stop()

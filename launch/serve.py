@@ -1,6 +1,6 @@
 """`rljax serve`, from a clone."""
 
-from rljax.cli.serve import command
+from clone import run
 
 if __name__ == "__main__":
-    command()
+    run("serve")

@@ -1,6 +1,6 @@
 """`rljax sft`, from a clone."""
 
-from rljax.cli.sft import command
+from clone import run
 
 if __name__ == "__main__":
-    command()
+    run("sft")

@@ -1,6 +1,6 @@
 """`rljax snr`, from a clone."""
 
-from rljax.cli.snr import command
+from clone import run
 
 if __name__ == "__main__":
-    command()
+    run("snr")

@@ -1,9 +1,6 @@
 """`rljax study`, from a clone."""
 
-import sys
-
-from rljax.cli.main import main
+from clone import run
 
 if __name__ == "__main__":
-    sys.argv.insert(1, "study")
-    main()
+    run("study")

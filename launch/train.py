@@ -1,6 +1,6 @@
 """`rljax train`, from a clone."""
 
-from rljax.cli.train import command
+from clone import run
 
 if __name__ == "__main__":
-    command()
+    run("train")

@@ -1,6 +1,6 @@
 """`rljax view`, from a clone."""
 
-from rljax.cli.view import command
+from clone import run
 
 if __name__ == "__main__":
-    command()
+    run("view")

@@ -4,8 +4,10 @@ import errno
 import importlib
 import os
 import re
+import signal
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -17,6 +19,7 @@ from rljax.cli.main import COMMANDS, main
 from rljax.sampling import compile_count
 
 ROOT = Path(__file__).parent.parent
+LAUNCH = ROOT / "launch"
 CONFIG = """
 from rljax.experiment import FileData, PretrainedModel, RewardConfig, SingleTurn
 from rljax.testing import tiny_config
@@ -251,11 +254,12 @@ def test_a_config_after_a_space_is_checked_like_one_after_an_equals_sign(script,
     assert re.search(r"--config\.stepz.*did you mean config\.steps\?", capsys.readouterr().err)
 
 
-def test_a_run_that_cannot_go_on_ends_in_one_line_with_status_1(script, capsys):
-    from rljax.experiment.train import RunFailed
+@pytest.mark.parametrize("kind", ["rljax.experiment.train:RunFailed", "rljax.experiment:WorkersFailed"])
+def test_a_run_that_cannot_go_on_ends_in_one_line_with_status_1(script, capsys, kind):
+    module, name = kind.split(":")
 
     def fails():
-        raise RunFailed("5 steps in a row had nothing to learn from")
+        raise getattr(importlib.import_module(module), name)("5 steps in a row had nothing to learn from")
 
     cli, _ = script
     with pytest.raises(SystemExit) as stop:
@@ -317,14 +321,35 @@ def test_a_mistake_in_a_process_of_its_own_ends_with_status_2(config_file, tmp_p
 def test_every_word_of_the_command_has_a_module_and_a_file_to_run_from_a_clone():
     for word, command in COMMANDS.items():
         assert (ROOT / "rljax" / "cli" / f"{command.module}.py").is_file(), word
-        text = (ROOT / "launch" / f"{command.module}.py").read_text()
-        # What has words of its own is dispatched by the command itself.
-        wanted = (
-            "from rljax.cli.main import main" if command.words else f"from rljax.cli.{command.module} import command"
-        )
-        assert wanted in text
+        assert f'    run("{word}")\n' in (LAUNCH / f"{command.module}.py").read_text() or word == "plan"
         for module in command.words.values():
             assert (ROOT / "rljax" / "cli" / f"{module}.py").is_file(), word
+
+
+@pytest.mark.parametrize("word", ["train", "view", "study"])
+def test_a_python_without_packages_is_told_what_it_lacks_and_how_to_get_it(word):
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    bare = [sys.executable, "-S", str(LAUNCH / f"{word}.py"), "--help"]  # -S: no packages but Python's own
+    done = subprocess.run(bare, capture_output=True, text=True, env=environment, cwd=ROOT.parent, timeout=60)
+    assert done.returncode == 2 and not done.stdout
+    lacks, remedy = done.stderr.splitlines()
+    packages = "absl, ml_collections" if word == "view" else "jax, flax, optax, orbax and 16 more packages"
+    assert lacks == f"error: {sys.executable} lacks {packages}"
+    assert f"{ROOT}/.venv/bin/python" in remedy and remedy.endswith(f"{sys.executable} -m pip install -e {ROOT}")
+
+
+def test_what_a_command_looks_for_first_is_what_rljax_depends_on():
+    dependencies = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+    names = [re.match(r"[\w-]+", dependency)[0].replace("-", "_") for dependency in dependencies]
+    modules = {"absl_py": "absl", "orbax_checkpoint": "orbax"}
+    assert sorted(COMMANDS["train"].packages) == sorted(modules.get(name, name) for name in names)
+
+
+def test_who_stops_reading_the_output_sees_no_traceback():
+    code = "from rljax.cli.main import main; import sys; sys.argv = ['rljax', 'view', '--help']; main()"
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT)
+    process.stdout.close()
+    assert process.stderr.read() == b"" and process.wait(60) == 128 + signal.SIGPIPE
 
 
 @pytest.mark.parametrize("arguments", [[], ["--help"]])

@@ -246,6 +246,14 @@ def test_ray_gives_every_node_its_place(monkeypatch):
     assert index == 1
 
 
+def test_ray_that_is_not_there_is_named():
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    words = [sys.executable, "-S", str(LAUNCH / "ray_job.py"), "--nodes=1", "--", "--config=quickstart"]  # no packages
+    result = subprocess.run(words, capture_output=True, text=True, env=environment)
+    assert result.returncode == 2
+    assert result.stderr.endswith(f"error: {sys.executable} lacks ray: pip install 'rljax-lm[ray]'\n")
+
+
 # Two processes of one program; the first time, the second of them is told to stop.
 JOIN = """
 import os, signal, sys, time

@@ -2,9 +2,23 @@
 
 import importlib
 import importlib.metadata
+import importlib.util
+import os
+import select
+import shlex
+import signal
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import NamedTuple
+
+_FLAGS = ("absl", "ml_collections")
+_PACKAGES = (
+    *("jax", "flax", "optax", "orbax", "transformers", "sentencepiece", "numpy", "tensorstore", "chex", "jaxtyping"),
+    *("etils", "safetensors", "huggingface_hub", "tokenizers", "jinja2", "tqdm", "matplotlib", "tensorboard"),
+    *_FLAGS,
+)
+"""What an installed rljax brings with it."""
 
 
 class Command(NamedTuple):
@@ -17,6 +31,8 @@ class Command(NamedTuple):
     """Flags that the word stands for."""
     words: Mapping[str, str] = {}
     """Modules of words that may follow it, each with flags of its own."""
+    packages: Sequence[str] = _PACKAGES
+    """What cannot be missing where it runs."""
 
 
 COMMANDS = {
@@ -34,7 +50,7 @@ COMMANDS = {
     ),
     "arena": Command("arena", "methods beside each other on tasks that can tell, with predictions and exact tests"),
     "snr": Command("snr", "what forks and their credit should bring on a task like yours, simulated"),
-    "view": Command("view", "show runs in a browser, also while they train"),
+    "view": Command("view", "show runs in a browser, also while they train", packages=_FLAGS),
     "agent-demo": Command("agent_demo", "a small model learns to use tools, by two methods"),
 }
 
@@ -46,13 +62,17 @@ def main() -> None:
         print(_usage())
         return
     if word == "--version":
-        print(f"rljax {importlib.metadata.version('rljax-lm')}")
+        print(f"rljax {_version()}")
         return
     if word not in COMMANDS:
         print(f"error: rljax has no command {word!r}; commands: {', '.join(COMMANDS)}", file=sys.stderr)
         sys.exit(2)
 
     command = COMMANDS[word]
+    if missing := [name for name in command.packages if importlib.util.find_spec(name) is None]:
+        more = f" and {len(missing) - 4} more packages" if len(missing) > 4 else ""
+        print(f"error: {sys.executable} lacks {', '.join(missing[:4])}{more}\n{_remedy()}", file=sys.stderr)
+        sys.exit(2)
     module = command.module
     if arguments and arguments[0] in command.words:
         word = f"{word} {arguments[0]}"
@@ -60,7 +80,42 @@ def main() -> None:
 
     # absl and ml_collections read the flags from here.
     sys.argv = [f"rljax {word}", *command.flags, *arguments]
-    importlib.import_module(f"rljax.cli.{module}").command()
+    try:
+        importlib.import_module(f"rljax.cli.{module}").command()
+    except BrokenPipeError:
+        if not _nobody_reads(sys.stdout.fileno()):
+            raise
+        # Who read its output has seen enough, such as `head`; what is still to be flushed at exit goes nowhere.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(128 + signal.SIGPIPE)
+
+
+def _nobody_reads(descriptor: int) -> bool:
+    """Whether this is a pipe of which the other end is closed."""
+    poller = select.poll()
+    poller.register(descriptor, 0)
+    return any(event & select.POLLERR for _, event in poller.poll(0))
+
+
+def _version() -> str:
+    try:
+        return importlib.metadata.version("rljax-lm")
+    except importlib.metadata.PackageNotFoundError:
+        return "of a clone that is not installed"
+
+
+def _remedy() -> str:
+    """How this Python, or another, gets what rljax needs."""
+    pip = f"{shlex.quote(sys.executable)} -m pip install"
+    clone = Path(__file__).resolve().parents[2]
+    if not (clone / "Makefile").is_file():
+        return f'install rljax with what it needs: {pip} "rljax-lm[gguf,tasks]"'
+
+    folder = shlex.quote(str(clone))
+    own = clone / ".venv"
+    if Path(sys.prefix) != own and (own / "bin" / "python").is_file():
+        return f"start it with {folder}/.venv/bin/python, or install what it needs here: {pip} -e {folder}"
+    return f"run `make -C {folder} setup` and start it with {folder}/.venv/bin/python, or: {pip} -e {folder}"
 
 
 def _usage() -> str:

@@ -80,7 +80,8 @@ def test_trainer_and_pure_rooms_are_as_blind_as_promised():
         assert rooms[name].packages <= {"jax", "jaxtyping", "numpy"}, name
     for name in ("text", "tasks", "envs", "envs.library", "envs.sandbox"):
         assert not rooms[name].packages & {"jax", "jaxlib", "flax", "chex", "optax"}, name
-        assert rooms[name].rooms <= {"gguf_header", "text", "tasks", "envs", "envs.sandbox"}, name
+        assert rooms[name].rooms <= {"gguf_header", "settings", "text", "tasks", "envs", "envs.sandbox"}, name
+    assert not rooms["settings"].rooms and not rooms["settings"].packages
     assert [name for name, room in rooms.items() if "flax" in room.packages] == ["models"]
     assert "envs.library" not in rooms["envs"].rooms
 

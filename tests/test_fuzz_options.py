@@ -297,6 +297,7 @@ PIECES = [
 
 @given(st.lists(st.sampled_from([*PIECES, '"', "\\", "{port:03d}", "{port:s}"]), max_size=6).map("".join))
 @settings(max_examples=100, deadline=None)
+@example("serve {{weights}}")  # braces in the text, and no place
 def test_a_command_that_is_taken_can_be_filled_in(command):
     places = {"address": "http://h:1", "host": "h", "port": 1, "weights": Path("a folder")}
     try:

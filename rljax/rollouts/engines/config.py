@@ -4,6 +4,7 @@ import dataclasses
 import os
 import re
 import shlex
+import string
 from pathlib import Path
 from typing import Literal
 
@@ -94,12 +95,13 @@ class EnginesConfig:
         try:
             # As an engine's words are made: split first, so that a folder with a space is one word.
             words = [word.format(**_PLACES) for word in shlex.split(self.command)]
+            named = {name for _, name, _, _ in string.Formatter().parse(self.command)}
         except (LookupError, ValueError, AttributeError, TypeError) as error:
             raise ValueError(
                 f"config.actor.command={self.command!r} cannot be filled in ({error!r}); it may hold "
                 f"{', '.join(f'{{{name}}}' for name in _PLACES)}, and its quotes must close"
             ) from None
-        if not words or not words[0] or "{weights}" not in self.command:
+        if not words or not words[0] or "weights" not in named:
             raise ValueError(
                 f"config.actor.command={self.command!r} must say where the weights are: write {{weights}} in it"
             )

@@ -30,6 +30,7 @@ SMALLEST = {
     "evolve.py": ("--preset=smoke", "--arms=CoEvolve,D2Evo"),
     "forest.py": ("--preset=smoke",),
     "growth.py": ("--preset=smoke",),
+    "maps.py": ("--preset=smoke",),
     "numerics.py": ("--preset=smoke",),
     "objectives.py": ("--preset=smoke",),
     "overlap.py": ("--preset=smoke",),
@@ -128,6 +129,16 @@ def test_tasks_that_evolve_are_compared_at_equal_tokens(run, tmp_path):
     assert [line["arm"] for line in lines] == ["CoEvolve", "D2Evo"]
     for line in lines:
         assert line["curve"][0][0] == 0 and line["curve"][-1][0] >= 1200
+
+
+@pytest.mark.slow
+def test_answers_on_a_map_are_measured_before_and_after_and_over_samples(run, tmp_path):
+    report = run("maps.py", *SMALLEST["maps.py"], f"--workdir={tmp_path}")
+    for when in ("before", "after"):
+        table = report[when]["at_k"]
+        assert set(table) == {"mean", "majority", "medoid", "fewest calls", "verifier", "oracle"}
+        assert all(table["oracle"][k] >= table[rule][k] for rule in table for k in ("1", "2"))
+        assert set(report[when]["sampled"]) == {"within_25_km", "within_200_km", "within_750_km", "within_2500_km"}
 
 
 def test_growth_is_measured_and_ragged_updates_compile_nothing_after_the_warm_up(run):

@@ -30,7 +30,7 @@ from rljax.types import TEACHER_DIVERGENCE
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = ROOT / "configs" / "papers"
-SHARED = {"spelling", "turns", "shouted_words", "evolving"}
+SHARED = {"spelling", "turns", "shouted_words", "evolving", "atlas"}
 """What configs of the folder import."""
 PREFERENCES = {"dpo", "reward_model"}
 """Configs of `rljax prefer`."""
@@ -40,8 +40,10 @@ HARNESSES = {"context_folding"}
 """Configs of agents that manage their context, whose recipes are of their own (test_rollouts_folding)."""
 CURRICULA = {"coevolve", "d2evo"}
 """Configs whose paper is a curriculum, over a recipe that has a config of its own."""
+WORLDS = {"map_agent"}
+"""Configs whose paper is an environment, over a recipe that has a config of its own."""
 ALL = (*RECIPES, *FOREST_RECIPES, *DISTRIBUTION_RECIPES)
-NO_RECIPE = {*SHARED, *PREFERENCES, *STUDIES, *HARNESSES, *CURRICULA}
+NO_RECIPE = {*SHARED, *PREFERENCES, *STUDIES, *HARNESSES, *CURRICULA, *WORLDS}
 NAMES = sorted(path.stem for path in CONFIGS.glob("*.py") if path.stem not in NO_RECIPE)
 PAGE = (ROOT / "docs" / "papers.md").read_text()
 ENTRIES = dict(re.findall(r"^### (\w+)\n(.*?)(?=^##|\Z)", PAGE, flags=re.MULTILINE | re.DOTALL))
@@ -101,8 +103,8 @@ def test_every_entry_says_what_it_is_how_it_differs_and_shows_a_dozen_lines_at_m
     assert len(block.splitlines()) <= 12
 
 
-@pytest.mark.parametrize("name", sorted(CURRICULA))
-def test_every_config_of_a_curriculum_is_listed_and_valid_in_both_sizes(name):
+@pytest.mark.parametrize("name", sorted(CURRICULA | WORLDS))
+def test_every_config_of_a_curriculum_or_a_world_is_listed_and_valid_in_both_sizes(name):
     module = load(CONFIGS / f"{name}.py")
     assert f"    rljax train --config=papers/{name} --workdir=runs/{name}\n" in module.__doc__
     assert f"(../configs/papers/{name}.py)" in PAGE
@@ -113,13 +115,25 @@ def test_every_config_of_a_curriculum_is_listed_and_valid_in_both_sizes(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", sorted(CURRICULA))
-def test_every_config_of_a_curriculum_makes_two_steps(name, tmp_path):
+@pytest.mark.parametrize("name", sorted(CURRICULA | WORLDS))
+def test_every_config_of_a_curriculum_or_a_world_makes_two_steps(name, tmp_path):
     module = load(CONFIGS / f"{name}.py")
     train(module.get_config("smoke"), str(tmp_path))
     lines = list(run_metrics(tmp_path))
     assert len(lines) == 2 and not unexplained(lines[-1])
     assert set(METRIC.findall(module.__doc__)) <= set(lines[-1])
+
+
+def test_whatever_the_small_map_says_can_be_read_by_its_model(neighbours):
+    atlas = importlib.import_module("atlas")
+    environment = atlas.Atlas()
+    environment.reset({"prompt": "paris 800 berlin 600:", "latitude": 45.46, "longitude": 9.19})
+    actions = ("~paris 800;", "~nowhere 800;", "~paris 99999;", "?nowhere;", "a/b;", "what", "paris/milan;", "?milan;")
+    steps = [environment.step(action) for action in (*actions, "=45.46 9.19")]
+    assert all(set(step.observation) <= set(atlas.ALPHABET) for step in steps)
+    assert [step.observation for step in steps[1:6]] == [atlas.WRONG] * 5
+    assert steps[-2].observation == "45.46 9.19"
+    assert steps[-1].done and steps[-1].reward == 1.0 and steps[-1].observation == ""
 
 
 @every_config

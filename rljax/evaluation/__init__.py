@@ -1,4 +1,4 @@
-"""pass@k and its relatives, and evaluation runs."""
+"""pass@k and its relatives, evaluation runs, and the choice among many answers."""
 
 from rljax.evaluation.config import EvaluationConfig
 from rljax.evaluation.estimators import (
@@ -12,20 +12,52 @@ from rljax.evaluation.estimators import (
     standard_error,
 )
 from rljax.evaluation.evaluate import Estimate, Evaluation, answers, evaluate, summarize
+from rljax.evaluation.selection import (
+    Candidates,
+    Select,
+    at_k,
+    borda,
+    by_verifier,
+    efficiency,
+    expected_score,
+    fewest_calls,
+    first,
+    majority,
+    medoid,
+    oracle_score,
+    surest,
+    verifier_prompt,
+    weighted_majority,
+)
 
 __all__ = [
+    "Candidates",
     "Difference",
     "Estimate",
     "Evaluation",
     "EvaluationConfig",
+    "Select",
     "all_at_k",
     "answers",
+    "at_k",
     "avg_at_k",
     "bootstrap_interval",
+    "borda",
+    "by_verifier",
+    "efficiency",
     "evaluate",
+    "expected_score",
+    "fewest_calls",
+    "first",
     "maj_at_k",
+    "majority",
+    "medoid",
+    "oracle_score",
     "paired_difference",
     "pass_at_k",
     "standard_error",
     "summarize",
+    "surest",
+    "verifier_prompt",
+    "weighted_majority",
 ]

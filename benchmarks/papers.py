@@ -37,6 +37,8 @@ CONFIGS = ROOT / "configs" / "papers"
 PAGE = ROOT / "docs" / "papers.md"
 SHARED = ("spelling", "turns")
 """What configs of the folder import."""
+OTHERS = ("dpo", "reward_model", "expert_iteration", "teacherlm", "agenttuning", "coevolve", "d2evo")
+"""Configs of other commands (`rljax prefer`, `rljax stages`), and of curricula, which benchmarks/evolve.py measures."""
 COMMON = "half_scrambled"
 """Demonstrations of the task that most configs share."""
 TASKS = {
@@ -60,7 +62,7 @@ def configs(size: str = "full") -> list[str]:
     names: list[str] = []
     tasks = {COMMON}
     for name in dict.fromkeys(order):
-        if name in SHARED:
+        if name in SHARED or name in OTHERS:
             continue
         task = task_of(get_config(name, size))
         if task not in tasks:

@@ -22,6 +22,7 @@ import rljax.trees.forks
 from rljax.algorithms import DISTRIBUTION_RECIPES, FOREST_RECIPES, PREFERENCE_RECIPES, RECIPES
 from rljax.experiment.check import check
 from rljax.experiment.config import to_dict
+from rljax.experiment.rounds import run_rounds
 from rljax.experiment.train import train
 from rljax.plans.fork_rules import PartialGroup
 from rljax.plans.phrases import SUMMARY_PHRASES, PhraseFinder
@@ -30,7 +31,7 @@ from rljax.types import TEACHER_DIVERGENCE
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = ROOT / "configs" / "papers"
-SHARED = {"spelling", "turns", "shouted_words", "evolving", "atlas"}
+SHARED = {"spelling", "turns", "shouted_words", "evolving", "atlas", "annotated_words", "shop_and_words"}
 """What configs of the folder import."""
 PREFERENCES = {"dpo", "reward_model"}
 """Configs of `rljax prefer`."""
@@ -42,8 +43,10 @@ CURRICULA = {"coevolve", "d2evo"}
 """Configs whose paper is a curriculum, over a recipe that has a config of its own."""
 WORLDS = {"map_agent"}
 """Configs whose paper is an environment, over a recipe that has a config of its own."""
+STAGES = {"agenttuning", "expert_iteration", "teacherlm"}
+"""Configs of `rljax stages`."""
 ALL = (*RECIPES, *FOREST_RECIPES, *DISTRIBUTION_RECIPES)
-NO_RECIPE = {*SHARED, *PREFERENCES, *STUDIES, *HARNESSES, *CURRICULA, *WORLDS}
+NO_RECIPE = {*SHARED, *PREFERENCES, *STUDIES, *HARNESSES, *CURRICULA, *WORLDS, *STAGES}
 NAMES = sorted(path.stem for path in CONFIGS.glob("*.py") if path.stem not in NO_RECIPE)
 PAGE = (ROOT / "docs" / "papers.md").read_text()
 ENTRIES = dict(re.findall(r"^### (\w+)\n(.*?)(?=^##|\Z)", PAGE, flags=re.MULTILINE | re.DOTALL))
@@ -134,6 +137,28 @@ def test_whatever_the_small_map_says_can_be_read_by_its_model(neighbours):
     assert [step.observation for step in steps[1:6]] == [atlas.WRONG] * 5
     assert steps[-2].observation == "45.46 9.19"
     assert steps[-1].done and steps[-1].reward == 1.0 and steps[-1].observation == ""
+
+
+@pytest.mark.parametrize("name", sorted(STAGES))
+def test_every_config_of_stages_is_listed_with_its_deviation_and_valid_in_both_sizes(name):
+    module = load(CONFIGS / f"{name}.py")
+    assert f"    rljax stages --config=papers/{name} --workdir=runs/" in module.__doc__
+    papers = re.findall(r"\b\d{4}\.\d{5}\b", module.__doc__)
+    (section,) = re.findall(rf"^### [^\n]+\n[^#]*\(\.\./configs/papers/{name}\.py\)[^#]*", PAGE, flags=re.MULTILINE)
+    assert set(papers) <= set(re.findall(r"\b\d{4}\.\d{5}\b", section)) and "\nDiffers: " in section
+    for size in ("full", "smoke"):
+        check(module.get_config(size))
+    with pytest.raises(ValueError, match="big: the size must be one of full, smoke"):
+        module.get_config("big")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted(STAGES))
+def test_every_config_of_stages_makes_rows_and_trains_on_them(name, tmp_path):
+    config = load(CONFIGS / f"{name}.py").get_config("smoke")
+    scores = run_rounds(config, str(tmp_path))
+    assert [score["round"] for score in scores] == list(range(config.stages.rounds + 1))
+    assert not unexplained(list(run_metrics(tmp_path / "round-01" / "trained"))[-1])
 
 
 @every_config

@@ -12,6 +12,8 @@ from rljax.tasks import (
     AfterMarker,
     AnswerJudge,
     ChatEndpoint,
+    Completion,
+    EndpointCompletions,
     ExactMatch,
     FactJudge,
     GroundedAnswer,
@@ -245,3 +247,15 @@ def test_position_bias_meets_the_worked_example():
     assert position_bias(["AA"] * 4).fairness == -1
     assert position_bias(["BC"] * 4).fairness == 1
     assert position_bias(["CC"] * 3).fairness == 0
+
+
+def test_an_endpoint_completes_prompts_in_their_order_and_says_which_answers_were_cut_off():
+    def cut_off(handler):
+        choice = {"message": {"content": "long"}, "finish_reason": "length"}
+        handler.reply(200, json.dumps({"choices": [choice]}).encode())
+
+    with Stub(lambda body, n: cut_off if asked(body) == "c" else asked(body).upper()) as stub:
+        complete = EndpointCompletions(stub.endpoint(temperature=1.0), at_once=3)
+        found = complete(["a", [{"role": "user", "content": "b"}], "c"], 2)
+    assert found == [[Completion("A")] * 2, [Completion("B")] * 2, [Completion("long", False)] * 2]
+    assert len(stub.requests) == 6

@@ -141,6 +141,16 @@ def spelling_config(
     )
 
 
+def learn_by_heart(config: Config, steps: int = 100) -> None:
+    """A warm-up of a few seconds, by which the smoke size's model knows its few words: stages that keep what is right
+    find something."""
+    config.warmup = dataclasses.replace(
+        config.warmup,
+        steps=steps,
+        optimizer=OptimizerConfig(learning_rate=1e-2, schedule="cosine", warmup_steps=10, total_steps=steps),
+    )
+
+
 def teacher(config: Config, size: str, path: str, tasks: tuple[str, ...] = ()) -> ModelTeacher:
     """The newest checkpoint of the run at `path`; in the smoke size, where there is none, fresh weights."""
     if size == "smoke":

@@ -41,6 +41,7 @@ COMMANDS = {
     "eval": Command("eval", "evaluate a model or a checkpoint on held-out problems"),
     "sft": Command("sft", "fine-tune on completions"),
     "prefer": Command("prefer", "learn from preferences: DPO and its kin, or a reward model"),
+    "stages": Command("stages", "make rows in stages (sample, annotate, filter, mix), train on them, and repeat"),
     "convert": Command("convert", "write weights and tokenizer as a Hugging Face folder"),
     "serve": Command("serve", "serve a model to runs elsewhere, token ids in and out, in vLLM's protocol"),
     "study": Command(

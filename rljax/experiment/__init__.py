@@ -8,6 +8,7 @@ from rljax.evaluation import EvaluationConfig
 from rljax.experiment.config import Config, Recipe
 from rljax.experiment.model import FreshModel, ModelSource, PretrainedModel, RunModel
 from rljax.experiment.preference_config import PreferenceConfig
+from rljax.experiment.stages_config import StagesConfig
 from rljax.experiment.teachers import EngineTeacher, ModelTeacher, OwnTeacher, TeacherSource
 from rljax.parallel import MeshConfig
 from rljax.rollouts import (
@@ -101,6 +102,7 @@ __all__ = [
     "RunModel",
     "SamplingConfig",
     "SingleTurn",
+    "StagesConfig",
     "TeacherSource",
     "TwoStageTasks",
     "UniformTasks",

@@ -12,6 +12,7 @@ from rljax.algorithms import GRPO, Algorithm
 from rljax.evaluation import EvaluationConfig
 from rljax.experiment.model import ModelSource, PretrainedModel
 from rljax.experiment.preference_config import PreferenceConfig
+from rljax.experiment.stages_config import StagesConfig
 from rljax.experiment.teachers import TeacherSource
 from rljax.parallel import MeshConfig
 from rljax.rollouts import ActorConfig, Guided, RolloutConfig, SingleTurn
@@ -81,6 +82,8 @@ class Config:
     """Supervised steps before the first rollout."""
     preferences: PreferenceConfig = dataclasses.field(default_factory=PreferenceConfig)
     """What `rljax prefer` learns from pairs of completions; other commands leave it alone."""
+    stages: StagesConfig = dataclasses.field(default_factory=StagesConfig)
+    """What `rljax stages` makes rows by, and trains on them; other commands leave it alone."""
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
     """Devices by mesh axis."""
     evaluation: EvaluationConfig = dataclasses.field(default_factory=EvaluationConfig)

@@ -1,8 +1,8 @@
 """Supervised training on given completions: the warm-up before a run, and `rljax sft`."""
 
 import dataclasses
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -126,33 +126,63 @@ def demonstration_row(
     """A demonstration as the trajectory that a rollout would have made of it.
 
     The completion is a text, or, for episodes, a list of texts: what the policy says and what comes back, in turn; the
-    latter is not learned. The last turn ends with a stop token: the chat template's behind a prompt of messages, else
-    the end of sequence. Behind such a prompt every turn of the policy ends with it, and the template stands around what
-    comes back; behind plain text the texts follow each other as they are. ValueError for another kind of completion.
+    latter is not learned. A list of pieces, `{"text": ..., "learned": false}`, is one turn of which some is only read,
+    such as a wrong attempt before the right one. The last turn ends with a stop token: the chat template's behind a
+    prompt of messages, else the end of sequence. Behind such a prompt every turn of the policy ends with it, and the
+    template stands around what comes back; behind plain text the texts follow each other as they are. ValueError for
+    another kind of completion.
     """
     tokenizer = dialogue.tokenizer
     is_chat = dialogue.is_chat(prompt)
     end = dialogue.turn_end(is_chat=is_chat)
-    parts = [completion] if isinstance(completion, str) else completion
-    if not isinstance(parts, (list, tuple)) or not parts or not all(isinstance(part, str) for part in parts):
-        raise ValueError(f"the completion is {completion!r:.100}; it must be a text, or a list of texts by turns")
+    turns = _turns(completion)
 
     ids = []
-    for i, part in enumerate(parts):
+    said_mask = []
+    for i, pieces in enumerate(turns):
         is_said = i % 2 == 0
-        if is_said:
-            # The demonstrator's own text may name control tokens.
-            said = encode_text(tokenizer, "", wrap=(part, ""), continues=True)
-            ids.append([*said, end] if is_chat or i == len(parts) - 1 else said)
-        elif is_chat:
-            ids.append(dialogue.observation(part, is_chat=True, is_closed=True))
-        else:
-            ids.append(encode_text(tokenizer, part, continues=True))
+        for text, is_learned in pieces:
+            if is_said:
+                # The demonstrator's own text may name control tokens.
+                part = encode_text(tokenizer, "", wrap=(text, ""), continues=True)
+            elif is_chat:
+                part = dialogue.observation(text, is_chat=True, is_closed=True)
+            else:
+                part = encode_text(tokenizer, text, continues=True)
+            ids += part
+            said_mask += [is_said and is_learned] * len(part)
+
+        if is_said and (is_chat or i == len(turns) - 1):
+            ids.append(end)
+            said_mask.append(pieces[-1].is_learned)
 
     opening = dialogue.opening(prompt)
-    row = demonstration(opening, [token for part in ids for token in part], prompt_id, index)
-    said_mask = np.repeat([i % 2 == 0 for i in range(len(ids))], [len(part) for part in ids])
-    return dataclasses.replace(row, action_mask=np.concatenate([row.action_mask[: len(opening)], said_mask]))
+    row = demonstration(opening, ids, prompt_id, index)
+    return dataclasses.replace(row, action_mask=np.concatenate([row.action_mask[: len(opening)], np.array(said_mask)]))
+
+
+class _Piece(NamedTuple):
+    """A stretch of a turn."""
+
+    text: str
+    is_learned: bool = True
+
+
+def _turns(completion: Any) -> list[list[_Piece]]:
+    """What is said and what comes back, in turn. ValueError for what is no completion."""
+    if isinstance(completion, str):
+        return [[_Piece(completion)]]
+    parts = list(completion) if isinstance(completion, (list, tuple)) else []
+    if parts and all(isinstance(part, str) for part in parts):
+        return [[_Piece(part)] for part in parts]
+    if parts and all(isinstance(part, Mapping) and isinstance(part.get("text"), str) for part in parts):
+        if flags := [part for part in parts if not isinstance(part.get("learned", True), bool)]:
+            raise ValueError(f"the piece {flags[0]!r:.100} says learned={flags[0]['learned']!r}; it is true or false")
+        return [[_Piece(part["text"], part.get("learned", True)) for part in parts]]
+    raise ValueError(
+        f"the completion is {completion!r:.100}; it must be a text, or a list of texts by turns, or one of pieces "
+        "{'text': ..., 'learned': true or false}"
+    )
 
 
 def demonstration(prompt: list[int], completion: list[int], prompt_id: int, index: int) -> Trajectory:

@@ -17,7 +17,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from rljax.settings import is_web_address
 from rljax.tasks.answers import Extractor, whole_completion
@@ -30,6 +30,15 @@ T = TypeVar("T")
 
 class JudgeError(RuntimeError):
     """The judge gave no usable reply."""
+
+
+class Reply(NamedTuple):
+    """What an endpoint answers to a chat."""
+
+    text: str
+    """Never empty."""
+    is_whole: bool
+    """False where the endpoint says that a limit of length cut it off."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,6 +85,10 @@ class ChatEndpoint:
         return self.timeout_s * (self.retries + 1) + sum(self._pause(i) for i in range(self.retries))
 
     def ask(self, messages: Sequence[dict[str, str]]) -> str:
+        """The text of `reply`."""
+        return self.reply(messages).text
+
+    def reply(self, messages: Sequence[dict[str, str]]) -> Reply:
         """The reply to a chat. JudgeError when every attempt failed."""
         body = {
             "model": self.model,
@@ -105,12 +118,13 @@ class ChatEndpoint:
                 time.sleep(self._pause(attempt))
         raise JudgeError(f"{request.full_url} gave no reply in {self.retries + 1} attempts; the last: {problem}")
 
-    def _attempt(self, request: urllib.request.Request) -> str:
+    def _attempt(self, request: urllib.request.Request) -> Reply:
         with urllib.request.urlopen(request, timeout=self.timeout_s) as response:
-            reply = json.loads(response.read())["choices"][0]["message"]["content"]
-        if not isinstance(reply, str) or not reply.strip():
+            choice = json.loads(response.read())["choices"][0]
+        text = choice["message"]["content"]
+        if not isinstance(text, str) or not text.strip():
             raise ValueError("the reply is empty")
-        return reply
+        return Reply(text, choice.get("finish_reason") != "length")
 
     def _authorisation(self) -> dict[str, str]:
         if not self.api_key_variable:

@@ -1,10 +1,14 @@
-"""Several tasks in one data set: small ones are repeated, and all take turns (AgentRL, 2510.04206)."""
+"""Several tasks in one data set: small ones are repeated, and all take turns (AgentRL, 2510.04206); or each row is
+drawn of one kind or another by chance (AgentTuning, 2310.12823)."""
 
-from collections.abc import Iterable, Sequence
+import itertools
+import random
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
-from rljax.tasks.examples import Example
+from rljax.tasks.examples import Example, digest
+from rljax.tasks.stages import Row, StageResult
 
 T = TypeVar("T")
 
@@ -40,3 +44,87 @@ def balanced(examples: Iterable[Example]) -> list[Example]:
 
 def _copy(example: Example, number: int) -> Example:
     return replace(example, columns={**example.columns, "copy": number}, id=-1) if number else example
+
+
+def example_weights(shares: Mapping[str, float], lengths: Mapping[str, float]) -> dict[str, float]:
+    """How often to draw a row of each kind, so that the kinds have these `shares` of the tokens, where their rows have
+    these mean `lengths`: `share / length`, normalised. With the weights 0.2 and 0.8 rows of 2,000 and 400 tokens have
+    shares of 0.56 and 0.44; for 0.2 and 0.8 of the tokens the weights are 0.048 and 0.952. ValueError for a length
+    that is not positive."""
+    if min(lengths.values(), default=1) <= 0:
+        raise ValueError(f"mean lengths {dict(lengths)} must be above 0; a kind of empty rows has no share")
+    ratios = {kind: share / lengths[kind] for kind, share in shares.items()}
+    return {kind: ratio / sum(ratios.values()) for kind, ratio in ratios.items()}
+
+
+def mixed(
+    rows: Sequence[Row],
+    *,
+    weights: Mapping[str, float],
+    count: int,
+    column: str = "task",
+    length: Callable[[Row], float] | None = None,
+    by_length: bool = False,
+    seed: int = 0,
+) -> StageResult:
+    """`count` rows, each of a kind (what stands in `column`) drawn with the probability of its weight (AgentTuning,
+    2310.12823):
+
+        J(theta) = eta E_agent[log pi(y|x)] + (1 - eta) E_general[log pi(y|x)]
+
+    in expectation, for the weights eta and 1 - eta, where every row counts once. Where a loss is the mean over tokens,
+    longer rows count for more: with a `length` of a row the figures say how much, and `by_length` makes `weights`
+    shares of that instead (`example_weights`). Rows of a kind come in a new order in each pass over them. Row `i`
+    depends on (seed, i) and the rows alone, so a larger `count` only adds rows.
+
+    ValueError for weights that are no probabilities, a kind that is drawn and has no rows, and rows of a kind that
+    `weights` do not name.
+    """
+    if by_length and length is None:
+        raise ValueError("by_length=True needs a length of a row, such as that of its completion; give one")
+    pools: dict[str, list[Row]] = {kind: [] for kind in weights}
+    for row in rows:
+        kind = str(row.get(column))
+        if kind not in pools:
+            raise ValueError(
+                f"a row has {column}={kind!r}, and weights are for {sorted(pools)}; give it one, 0 to leave it out"
+            )
+        pools[kind].append(row)
+    _check_weights(weights, pools)
+
+    chances = dict(weights)
+    if by_length:
+        assert length is not None
+        means = {kind: sum(map(length, pool)) / len(pool) for kind, pool in pools.items() if pool}
+        chances = example_weights({kind: weights[kind] for kind in means}, means)
+
+    streams = {kind: _passes(pool, seed, kind) for kind, pool in pools.items() if pool}
+    kinds = list(chances)
+    by_kind = list(chances.values())
+    drawn = [random.Random(digest([seed, i])).choices(kinds, by_kind)[0] for i in range(count)]
+    made = [next(streams[kind]) for kind in drawn]
+
+    figures = {f"share of {kind}": drawn.count(kind) / max(1, count) for kind in kinds}
+    if length is not None:
+        total = sum(map(length, made))
+        for kind in kinds:
+            own = sum(length(row) for row, of in zip(made, drawn, strict=True) if of == kind)
+            figures[f"share of {kind} by length"] = own / total if total else 0.0
+    return StageResult(made, figures=figures)
+
+
+def _check_weights(weights: Mapping[str, float], pools: Mapping[str, Sequence[Any]]) -> None:
+    if min(weights.values(), default=-1) < 0 or abs(sum(weights.values()) - 1) > 1e-9:
+        raise ValueError(f"weights {dict(weights)} must be probabilities: at least 0, and 1 together")
+    empty = [kind for kind, weight in weights.items() if weight > 0 and not pools[kind]]
+    if empty:
+        # Others would take its share, and eta would be another.
+        raise ValueError(f"no row is of the kind {empty[0]!r}, whose weight is {weights[empty[0]]}; leave it out")
+
+
+def _passes(rows: Sequence[Row], seed: int, kind: str) -> Iterator[Row]:
+    """All rows again and again, each time in a new order."""
+    for epoch in itertools.count():
+        order = list(rows)
+        random.Random(digest([seed, kind, epoch])).shuffle(order)
+        yield from order

@@ -96,7 +96,8 @@ class WarmupConfig:
     """Examples in an update."""
 
     completion_column: str = "completion"
-    """Column of the data that holds what to say: a text, or a list of texts by turns."""
+    """Column of the data that holds what to say: a text, a list of texts by turns, or a list of pieces of one turn,
+    `{"text": ..., "learned": false}`, of which some are only read."""
 
     demonstrations: Callable[[list[Any]], list[Any]] | None = None
     """Makes the examples with that column from the training examples; None takes the training examples as they are."""

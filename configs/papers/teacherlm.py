@@ -1,0 +1,77 @@
+"""TeacherLM, arXiv 2310.19019: rows with fundamentals, a chain of thought and common mistakes, which a student learns.
+
+    rljax stages --config=papers/teacherlm --workdir=runs/teacherlm
+
+The model of the warm-up is the annotator. Look at round-01/rows: what it says of each word, what is dropped and why,
+and what is laid out of the rest; and at held-out avg@8 behind a start that nobody has shown the question.
+"""
+
+import dataclasses
+
+from annotated_words import ALPHABET, CHECK, HELD_OUT, QUESTIONS, about_words, by_heart
+from spelling import learn_by_heart, spelling_config
+
+from rljax.algorithms import GRPO
+from rljax.experiment import (
+    CheckpointConfig,
+    Config,
+    OptimizerConfig,
+    RewardConfig,
+    RowsData,
+    SamplingConfig,
+    SingleTurn,
+    StagesConfig,
+)
+from rljax.experiment.stage_parts import StageParts
+from rljax.tasks import DataStage, Reaches, Withholds, annotated, kept, laid_out, stage
+
+
+def annotations(parts: StageParts) -> list[DataStage]:
+    """Three fields; a checker that sees the chain and not the answer must reach it, and no mistake may hold it."""
+    return [
+        stage("annotated", annotated, complete=parts.policy, questions=QUESTIONS),
+        stage("checked", annotated, complete=parts.policy, questions={"checked": CHECK}),
+        stage(
+            "kept",
+            kept,
+            rules={
+                "the chain leads elsewhere": Reaches("checked"),
+                "the mistake is the answer": Withholds("common_mistakes"),
+            },
+        ),
+        stage(
+            "laid-out",
+            laid_out,
+            # Of a mistake it is said that it is one.
+            fields={"fundamentals": "{}|", "common_mistakes": "!{}|", "chain_of_thought": "{}"},
+            end="={answer}",
+            dropout=0.3,
+            seed=parts.seed,
+        ),
+    ]
+
+
+def get_config(size: str = "full") -> Config:
+    smoke = size == "smoke"
+    config = spelling_config(GRPO(), size, demonstrations=by_heart if smoke else about_words)
+    config.name = "teacherlm"
+    config.model = dataclasses.replace(config.model, alphabet=ALPHABET)
+    config.data = RowsData(
+        "annotated_words:rows",
+        args={"size": 6 if smoke else 2000},
+        test_args=HELD_OUT,
+        chat=False,
+    )
+    config.actor = SingleTurn(rewards=(RewardConfig("annotated_words:right_word"),), prompt_buckets=(16,))
+    # Fields of eleven, six and eleven letters, their marks, and the answer.
+    config.sampling = SamplingConfig(max_new_tokens=44)
+    config.checkpoint = CheckpointConfig(every=100, keep_last=1)
+    if smoke:
+        learn_by_heart(config, steps=400)
+    config.stages = StagesConfig(
+        make=annotations,
+        steps=2 if smoke else 300,
+        batch_size=2 if smoke else 64,
+        optimizer=OptimizerConfig(learning_rate=2e-3, schedule="cosine", warmup_steps=20, total_steps=300),
+    )
+    return config

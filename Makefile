@@ -9,6 +9,9 @@ TORCH ?= torch==2.13.0
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # A file stays on one worker: its tests share fixtures and compiled programs.
 SPREAD := -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+# Whole runs and matrices of programs go without checks of array annotations, a seventh of their time: the other tests
+# make them of the same functions.
+UNCHECKED := -o addopts="-q --strict-markers"
 # Compiled programs of tests and demos are kept between runs.
 CACHE := $(CURDIR)/.cache/jax
 
@@ -29,7 +32,8 @@ agent-demo: $(VENV)/.base
 setup: $(VENV)/.base $(VENV)/.model
 
 test: $(VENV)/.base $(VENV)/.model $(VENV)/.parity
-	JAX_COMPILATION_CACHE_DIR=$(CACHE) $(BIN)/python -m pytest $(SPREAD)
+	JAX_COMPILATION_CACHE_DIR=$(CACHE) $(BIN)/python -m pytest $(SPREAD) $(UNCHECKED) -m "costly and not slow and not aot"
+	JAX_COMPILATION_CACHE_DIR=$(CACHE) $(BIN)/python -m pytest $(SPREAD) -m "not costly and not slow and not aot"
 
 # Without the files that tests/conftest.py names as costly.
 test-fast: $(VENV)/.base $(VENV)/.model

@@ -12,7 +12,15 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
 # Most of the suite's time is XLA's backend at work on programs that run once or twice, on arrays of a few hundred
 # numbers. `make test-slow` compiles as in production.
-os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false")
+# `-n` has a worker for every core, so that threads of one would only wait for each other.
+os.environ.setdefault(
+    "XLA_FLAGS",
+    "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1",
+)
+
+# Where in the sources each operation of a program stands is a tenth of the time to trace and lower it.
+os.environ.setdefault("JAX_TRACEBACK_IN_LOCATIONS_LIMIT", "0")
+os.environ.setdefault("JAX_INCLUDE_FULL_TRACEBACKS_IN_LOCATIONS", "0")
 
 import jax
 import pytest
@@ -42,7 +50,7 @@ COSTLY = (
     "test_training_",
 )
 """Files, by how their names begin, that train runs, start programs with JAX or compile a matrix of programs: what
-`make test-fast` leaves out."""
+`make test-fast` leaves out, and what `make test` runs without checks of array annotations."""
 
 gc.disable()  # imports allocate much and free nothing
 

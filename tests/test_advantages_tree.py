@@ -468,6 +468,7 @@ def test_padding_and_rows_that_failed_change_nothing(name, forest):
     np.testing.assert_allclose(credit(name, failed)[:rows], got, atol=2e-5)
 
 
+@pytest.mark.slow
 def test_jit_changes_nothing():
     batch = two_trees([1, 0.2, 0, 0.8, 0.1, 0.2])
     single = map_fields(batch, lambda x: x.astype(np.float32) if x.dtype == np.float64 else x)

@@ -96,6 +96,7 @@ def test_a_winner_is_named_only_outside_the_spread():
     assert lines[0]["avg_after"] == pytest.approx([0.82, 0.02]) and "0.10 -> 0.82 ± 0.02" in table(lines, 8)
 
 
+@pytest.mark.slow
 def test_the_script_runs(tmp_path):
     command = ["launch/agent_demo.py", "--config=configs/agent_demo.py:smoke", "--tokens=300", "--seeds=1"]
     done = subprocess.run(

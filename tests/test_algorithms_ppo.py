@@ -168,6 +168,7 @@ def whole_state(folder):
     return fingerprint(restored)
 
 
+@pytest.mark.slow
 def test_a_run_that_breaks_off_and_goes_on_equals_one_that_does_not(straight, tmp_path, monkeypatch):
     break_off(config(), tmp_path, before=3)
     step = rljax.experiment.train.train_step
@@ -204,6 +205,7 @@ def test_a_killed_run_gives_the_same_critic(straight, tmp_path):
     assert whole_state(tmp_path / "run") == whole_state(straight[0])
 
 
+@pytest.mark.slow
 def test_advantages_of_a_run_are_those_of_the_critic_before_its_update(tmp_path, monkeypatch):
     """The values are 0 before the first update, so the advantage of a row is largest at its end: the reward."""
     batches, update = [], Critic.update

@@ -263,6 +263,7 @@ def own(tmp_path_factory):
     return task, size, folders, run_arena([task], size, [5], folders)
 
 
+@pytest.mark.slow
 def test_methods_of_a_seed_share_their_start_and_spend_the_same_updates(own):
     _, size, folders, records = own
     assert [(r.method, r.seed) for r in records] == [("GRPO 2", 5), ("forks", 5)]
@@ -272,6 +273,7 @@ def test_methods_of_a_seed_share_their_start_and_spend_the_same_updates(own):
     assert len([p for p in (folders.work / "starts").iterdir() if (p / "config.json").exists()]) == 1
 
 
+@pytest.mark.slow
 def test_a_run_that_has_its_record_is_not_made_again_unless_its_code_has_changed(own, monkeypatch):
     task, size, folders, records = own
 
@@ -290,6 +292,7 @@ def test_a_run_that_has_its_record_is_not_made_again_unless_its_code_has_changed
         run_arena([task], size, [5], folders, methods=["fork"])
 
 
+@pytest.mark.slow
 def test_a_broken_record_is_named(own, tmp_path):
     task, size, _, records = own
     file = arena.record_file(tmp_path, "mine", "GRPO 2", 5, records[0].key)
@@ -298,6 +301,7 @@ def test_a_broken_record_is_named(own, tmp_path):
         arena.find_record(tmp_path, task, task.methods[0], task.run_config(task.methods[0], size, 5))
 
 
+@pytest.mark.slow
 def test_the_report_says_what_it_can_and_escapes_what_it_is_given(own):
     task, size, _, records = own
     report = json.loads(json.dumps(summarise([task], records, "smoke", size)))

@@ -60,6 +60,7 @@ def test_a_model_has_not_moved_from_itself(folder, moved):
     assert moved.signed_mean > 0  # an estimate of a KL divergence
 
 
+@pytest.mark.slow
 def test_nothing_changes_when_both_models_are_one(folder):
     cross = study(config(), "cross", checkpoint=folder, base=folder, options=StudyOptions(threshold=ALWAYS))
     alone, switched, control = cross.into_base
@@ -116,6 +117,7 @@ def test_extrapolation_redraws_shifted_tokens_alone(folder, always):
     assert from_policy.share < beyond.share  # the policy has turned away from fewer of its own tokens
 
 
+@pytest.mark.slow
 def test_the_batch_size_changes_no_result(folder, always):
     some = config(evaluation=EvaluationConfig(problems=7, samples=8, batch_prompts=4))
     fewer = study(some, "cross", checkpoint=folder, options=StudyOptions(threshold=ALWAYS))
@@ -169,6 +171,7 @@ def run_script(*arguments):
     return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, cwd=ROOT)
 
 
+@pytest.mark.slow
 def test_the_script_prints_and_writes_what_it_found(folder, tmp_path):
     file = tmp_path / "tiny.py"
     file.write_text(

@@ -23,6 +23,7 @@ def parity():
         sys.modules.pop(name, None)
 
 
+@pytest.mark.slow
 def test_every_comparison_can_be_made_on_our_side(parity):
     data = parity.make_data(0)
     assert not data["mask"].all(axis=1).any() and data["mask"].any(axis=1).all()

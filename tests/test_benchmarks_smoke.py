@@ -222,6 +222,7 @@ def test_configs_of_papers_are_measured_into_a_table(run, tmp_path, capsys):
     assert json.loads(line)["config"] == "grpo"
 
 
+@pytest.mark.slow
 def test_pytorch_does_the_same_step(run):
     """The rival that runs in this environment, where it has torch; the others need environments of their own."""
     if importlib.util.find_spec("torch") is None:

@@ -13,7 +13,6 @@ from rljax.experiment.train import train
 
 FOLDER = Path(__file__).parent.parent / "configs" / "agents"
 NAMES = sorted(path.stem for path in FOLDER.glob("*.py") if path.stem != "search")
-FAST = {"agentrl"}  # the others differ by recipes that other tests run over turns
 
 
 @pytest.fixture
@@ -42,7 +41,8 @@ def test_held_out_rows_are_of_every_task_and_none_is_trained_on(load):
     assert not {str(e.prompt) for e in data.test} & {str(e.prompt) for e in data.train}
 
 
-@pytest.mark.parametrize("name", [n if n in FAST else pytest.param(n, marks=pytest.mark.slow) for n in NAMES])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
 def test_the_config_trains(load, name, tmp_path):
     config = load(name, "smoke")
     train(config, str(tmp_path))

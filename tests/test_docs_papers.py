@@ -52,7 +52,7 @@ PAGE = (ROOT / "docs" / "papers.md").read_text()
 ENTRIES = dict(re.findall(r"^### (\w+)\n(.*?)(?=^##|\Z)", PAGE, flags=re.MULTILINE | re.DOTALL))
 NO_PAPER = {"Reinforce", "RandomForks"}
 METRIC = re.compile(r"\b(?:rollout|loss|critic|pack|teacher)/\w+(?:/\w+)*")
-ALWAYS_RUN = {"near_boundary_rescue", "tree_grpo", "ppo", "gkd"}
+ALWAYS_RUN = {"tree_grpo"}
 """The other configs make their two steps in the slow suite."""
 
 every_config = pytest.mark.parametrize("name", NAMES)

@@ -58,6 +58,7 @@ def failures(pool):
     return {name: count for name, count in pool.failures.items() if count}
 
 
+@pytest.mark.slow
 def test_an_actor_that_is_killed_is_replaced_and_its_episodes_go_on(pool, tmp_path):
     path = tmp_path / "actor"
     row = {"goal": 9, "file": str(path)}
@@ -88,6 +89,7 @@ def test_an_actor_that_is_killed_is_replaced_and_its_episodes_go_on(pool, tmp_pa
     assert pool.step(fork, "4").result(60).steps[-1].observation == "6 after True"
 
 
+@pytest.mark.slow
 def test_what_takes_one_actor_after_another_with_it_ends_its_own_episode(pool):
     before = pool.failures["crashed"]
     victim = play(pool, ["2"], {"goal": 9})

@@ -157,7 +157,7 @@ def test_what_the_template_writes_behind_the_assistant_ends_a_completion(name):
     assert tokenizer.hf.convert_ids_to_tokens(tokenizer.turn_end_id) == family.turn_end
 
 
-@settings(max_examples=100, **SETTINGS)
+@settings(max_examples=40, **SETTINGS)
 @given(name=families, answer=whole_texts)
 def test_a_sampled_answer_ends_where_the_template_ends_it(name, answer):
     """Whatever the assistant says, the first control token behind it is one that the decoder stops at."""
@@ -192,7 +192,7 @@ def test_families_whose_turns_are_kept_are_known_from_others(name, role):
 plain = st.text("abc <|{%\n\"'", max_size=6).map(lambda text: f"a{text}b")
 
 
-@settings(max_examples=200, **SETTINGS)
+@settings(max_examples=70, **SETTINGS)
 @given(
     case=st.sampled_from([case for case in CASES if FAMILIES[case[0]].keeps[case[1]]]),
     opening=st.lists(st.builds(said, st.just("system"), whole_texts), max_size=1).flatmap(
@@ -220,7 +220,7 @@ def test_turns_that_are_appended_are_those_of_the_whole_conversation(case, openi
     assert ids == tokenizer.apply_chat_template(messages)
 
 
-@settings(max_examples=150, **SETTINGS)
+@settings(max_examples=50, **SETTINGS)
 @given(name=families, conversation=alternating | talk)
 def test_a_conversation_whose_turns_change_later_is_found(name, conversation):
     tokenizer = make_tokenizer(name)

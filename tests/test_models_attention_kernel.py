@@ -327,6 +327,7 @@ def test_a_cpu_and_short_rows_keep_the_plain_form():
             assert kernels_in(forest_attention, 2048) == 0
 
 
+@pytest.mark.slow
 def test_on_a_mesh_each_device_runs_the_kernels_on_its_own_rows_and_heads():
     found = json.loads(run_python("attention_mesh_program.py", "1x2x2", "2x2x1", devices=4))
     for mesh, part in {"1x2x2": [1, 48, 2, 8], "2x2x1": [2, 48, 4, 8]}.items():  # two rows do not divide over 2 x 2

@@ -162,6 +162,7 @@ def sharded():
     return json.loads(run_python("experts_mesh_program.py", devices=8))
 
 
+@pytest.mark.slow
 def test_a_mesh_with_an_expert_axis_gives_the_numbers_of_one_device(sharded):
     assert sharded["loss"] < 2e-6
     assert sharded["gradient"] < 1e-6

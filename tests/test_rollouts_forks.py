@@ -117,6 +117,7 @@ def test_random_tokens_are_drawn_evenly_and_without_repeats():
     assert all(abs(n - 800 / 3) < 45 for n in counts.values())
 
 
+@pytest.mark.slow
 def test_entropy_jumps_fork_in_proportion_to_the_jump():
     """clip(0.5 + 0.2 D, 0, 1) with D = sums over the window / ln V, as the method sheet has it."""
     low, high = [1.0, 1, 0, 0, 1, 0, 0], [0.0, 0, 0, 2, 2, 0, 0]
@@ -258,6 +259,7 @@ def test_a_run_over_forks_compiles_nothing_once_it_has_begun(run):
     assert [line["compile/count"] for line in read_jsonl(run / "metrics.jsonl")][1:] == [0, 0]
 
 
+@pytest.mark.slow
 def test_a_run_over_forks_repeats_bit_for_bit(run, tmp_path):
     train(forked_config(), str(tmp_path / "again"))
     assert run_metrics(tmp_path / "again") == run_metrics(run)

@@ -36,6 +36,7 @@ def run():
     return build(config)
 
 
+@pytest.mark.slow
 def test_the_ratio_is_one_under_a_grammar_and_the_reference_stands_under_it_too(run):
     run.state = run.init_state(run.initial_params())
     params = run.learner.pushed_params(run.state)

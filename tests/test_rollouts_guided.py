@@ -255,6 +255,7 @@ def only_with_a_plan(completion, prompt):
     return float("Reference plan" in prompt and ord(completion[0]) % 2)
 
 
+@pytest.mark.slow
 def test_the_learner_compares_the_plain_prompt_with_what_was_sampled_under_guidance():
     """From a real decoder to an update: the ratio of a guided row is not 1 on its first update, that of a plain row is,
     and the recorded log-probs are those of the guided prompt."""

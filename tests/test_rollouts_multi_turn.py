@@ -350,7 +350,13 @@ def test_what_is_under_way_survives_a_checkpoint(forks):
     assert resumed.state_dict() == {}
 
 
-@pytest.mark.parametrize("forks", [None, ForkPlan(chains=2, points=1, rule=random_step(1, 2), rounds=2)])
+@pytest.mark.parametrize(
+    "forks",
+    [
+        pytest.param(None, marks=pytest.mark.slow),
+        ForkPlan(chains=2, points=1, rule=random_step(1, 2), rounds=2),
+    ],
+)
 def test_answers_at_fixed_places_make_groups_in_flight_repeat_to_the_last_bit(forks):
     """Which groups a step gets, where weights change within them, and every number; behind a restart too."""
     plan = RolloutPlan(group_size=forks.leaves if forks else 4, forks=forks)

@@ -739,6 +739,7 @@ def test_forks_that_engines_cannot_make_are_refused(model):
     assert check(dataclasses.replace(config, actor=actor, algorithm=GRPO(group_size=4)))
 
 
+@pytest.mark.slow
 def test_engines_sample_beside_updates_what_the_same_schedule_samples_in_turn(model, service, tmp_path, monkeypatch):
     config = dataclasses.replace(
         model[0], steps=3, algorithm=DecoupledPPO(group_size=4), rollout=RolloutConfig(staleness=1)

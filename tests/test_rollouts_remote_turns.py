@@ -110,6 +110,7 @@ def test_episodes_over_engines_are_those_of_a_decoder(folder, urls):
     assert stats["probe_gap"] < 1e-5 and stats["turns"] > 12 and "reused_share" not in stats
 
 
+@pytest.mark.slow
 def test_an_agent_over_engines_says_what_it_would_by_a_decoder(folder, urls):
     wanted, _ = played(config_of(folder, AGENT))
     found, stats = played(config_of(folder, over(urls, AGENT)))

@@ -46,6 +46,7 @@ def trained(tmp_path_factory):
     sys.path.remove(str(folder))
 
 
+@pytest.mark.slow
 def test_rewards_of_a_file_are_weighted_and_logged(trained):
     _, _, run = trained
     for record in read_jsonl(run / "rollouts" / "step_000001.jsonl"):

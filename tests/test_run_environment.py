@@ -47,6 +47,7 @@ def demonstrations(examples):
 ASCII = "".join(chr(i) for i in range(32, 127)) + "\n"
 
 
+@pytest.mark.slow
 def test_accelerators_compute_in_bfloat16_and_train_float32_weights(monkeypatch):
     def dtypes(where, **changes):
         monkeypatch.setattr("rljax.experiment.model.platform", lambda: where)
@@ -125,14 +126,18 @@ def test_a_run_over_turns_trains_and_reports(tmp_path):
 @pytest.mark.parametrize(
     ("algorithm", "changes"),
     [
-        (TreeGRPO(chains=2, points=1, rounds=1), {}),
-        (ARPO(chains=2, points=1), {}),
-        (RoleAgent(group_size=4), {}),
-        (DeepDive(group_size=4), {}),
-        (AgentRL(group_size=4), {"stale_share": 0.5, "stale_every": 2, "unfinished_reward": -0.2}),
-        (DecoupledPPO(group_size=4), {"groups_in_flight": 2}),
+        pytest.param(TreeGRPO(chains=2, points=1, rounds=1), {}, id="tree_grpo"),
+        pytest.param(ARPO(chains=2, points=1), {}, id="arpo", marks=pytest.mark.slow),
+        pytest.param(RoleAgent(group_size=4), {}, id="role_agent", marks=pytest.mark.slow),
+        pytest.param(DeepDive(group_size=4), {}, id="deepdive", marks=pytest.mark.slow),
+        pytest.param(
+            AgentRL(group_size=4),
+            {"stale_share": 0.5, "stale_every": 2, "unfinished_reward": -0.2},
+            id="agentrl",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(DecoupledPPO(group_size=4), {"groups_in_flight": 2}, id="in_flight", marks=pytest.mark.slow),
     ],
-    ids=["tree_grpo", "arpo", "role_agent", "deepdive", "agentrl", "in_flight"],
 )
 def test_methods_train_over_turns(tmp_path, algorithm, changes):
     config = make_config(algorithm)
@@ -167,6 +172,7 @@ def test_groups_in_flight_are_not_lost_when_a_run_breaks_off(tmp_path, monkeypat
     assert [line["play/groups_in_flight"] for line in lines(tmp_path)] == [3] * 4
 
 
+@pytest.mark.slow
 def test_a_share_of_older_weights_is_the_same_behind_a_resume(tmp_path):
     config = make_config(AgentRL(group_size=4), steps=4, checkpoint=CheckpointConfig(every=1))
     # Weights move whatever the rewards are.
@@ -217,6 +223,7 @@ def test_incomplete_groups_are_weighed_or_drawn_again_in_a_run(with_rules):
         assert all("the tool is gone" in r["error"] for g in groups for r in g if r["reward"] is None)
 
 
+@pytest.mark.slow
 def test_a_run_that_keeps_keys_and_values_goes_on_with_the_same_numbers(with_rules, tmp_path):
     """It breaks off behind a rollout that is no longer in its checkpoint, and would lack what that had computed."""
     config, folder = with_rules
@@ -235,6 +242,7 @@ def test_building_a_run_opens_nothing(tmp_path):
         assert run.actor.cache_bytes() > 0 and set(threading.enumerate()) == before
 
 
+@pytest.mark.slow
 def test_guided_rollouts_over_turns(tmp_path):
     config = make_config(ActGuideRL(group_size=4), ASCII)
     config.actor = Guided(config.actor, column="actions", probes=1)
@@ -243,6 +251,7 @@ def test_guided_rollouts_over_turns(tmp_path):
     assert all(0 <= line["play/hard_share"] <= 1 and "play/probe_tokens" in line for line in lines(tmp_path))
 
 
+@pytest.mark.slow
 def test_a_black_box_agent_is_trained_from_a_config(tmp_path):
     save_hf(str(tmp_path / "model"), MODEL, params(), tokenizer=make_tokenizer())
     config = make_config(

@@ -23,6 +23,7 @@ def undisturbed(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_tasks_that_the_policy_made_are_trained_on(undisturbed):
     lines = run_metrics(undisturbed)
     assert lines[-1]["rollout/curriculum/accepted"] > 0
@@ -65,6 +66,7 @@ def questioned(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_a_policy_that_asks_is_trained_on_questions_and_on_answers(questioned):
     lines = run_metrics(questioned)
     records = rollout_records(questioned)
@@ -77,6 +79,7 @@ def test_a_policy_that_asks_is_trained_on_questions_and_on_answers(questioned):
     assert not unexplained(lines[-1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("before", [3, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_run_of_rounds_goes_on_with_the_same_numbers(before, questioned, tmp_path):
     break_off(questioning(), tmp_path, before=before)

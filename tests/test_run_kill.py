@@ -71,6 +71,7 @@ def undisturbed(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_a_run_killed_while_a_checkpoint_is_written_goes_on_where_it_was(undisturbed, tmp_path):
     folder = tmp_path / "run"
     assert kill_when(folder, lambda: len(checkpoints(folder)) > 1 and half_written(folder))

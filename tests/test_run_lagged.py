@@ -25,7 +25,13 @@ def make_config(rollout, **changes):
     )
 
 
-@pytest.mark.parametrize("rollout", [RolloutConfig(), RolloutConfig(push_every=2, staleness=1)], ids=["each", "second"])
+@pytest.mark.parametrize(
+    "rollout",
+    [
+        pytest.param(RolloutConfig(), id="each"),
+        pytest.param(RolloutConfig(push_every=2, staleness=1), id="second", marks=pytest.mark.slow),
+    ],
+)
 def test_chains_have_the_weights_before_the_newest_behind_a_resume_too(rollout, tmp_path):
     train(make_config(rollout, checkpoint=CheckpointConfig(every=0)), str(tmp_path / "straight"))
     want = run_metrics(tmp_path / "straight")

@@ -13,7 +13,7 @@ from docs_metrics import unexplained
 
 import rljax.experiment.pipeline
 import rljax.experiment.train
-from rljax.algorithms import DAPO, GRPO, RECIPES, RLOO
+from rljax.algorithms import DAPO, GRPO, RECIPES
 from rljax.experiment import CheckpointConfig, EvaluationConfig, ModelTeacher, RewardConfig, SingleTurn
 from rljax.experiment.train import RunFailed, train
 from rljax.testing import params_fingerprint, rollout_records, run_metrics, tiny_config
@@ -175,6 +175,7 @@ def test_a_finished_run_started_again_changes_nothing(straight):
     assert again["after"] == summary["after"]
 
 
+@pytest.mark.slow
 def test_fresh_starts_over(tmp_path):
     train(short(), str(tmp_path))
     (tmp_path / "mine.txt").write_text("kept")
@@ -280,8 +281,7 @@ def test_a_metric_that_the_best_is_chosen_by_must_exist(tmp_path):
 
 
 RECIPE_RUNS = [
-    pytest.param(recipe, marks=() if recipe in (GRPO, RLOO) else pytest.mark.slow, id=recipe.__name__)
-    for recipe in RECIPES
+    pytest.param(recipe, marks=() if recipe is GRPO else pytest.mark.slow, id=recipe.__name__) for recipe in RECIPES
 ]
 
 
@@ -310,6 +310,7 @@ def test_every_recipe_runs_with_several_minibatches_epochs_and_a_moving_referenc
     assert read_jsonl(tmp_path / "metrics.jsonl")[2]["compile/count"] == 0
 
 
+@pytest.mark.slow
 def test_the_reference_holds_the_policy_back(tmp_path):
     """With a KL penalty so large that the reward hardly counts, the policy stays where the reference is."""
     moved = {}
@@ -325,6 +326,7 @@ def test_the_reference_holds_the_policy_back(tmp_path):
     assert moved[100.0] < moved[0.0] / 2
 
 
+@pytest.mark.slow
 def test_the_toy_task_is_learned(tmp_path):
     config = tiny_config(steps=60, prompts_per_step=16, checkpoint=CheckpointConfig(every=0))
     summary = train(config, str(tmp_path))

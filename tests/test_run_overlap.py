@@ -56,6 +56,7 @@ def computed(tmp_path_factory):
     return json.loads(out.splitlines()[-1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("staleness", [1, 4])
 def test_overlapped_rollouts_give_the_numbers_of_the_same_schedule_in_turn(computed, staleness):
     """Weights, metrics, rollouts and evaluations, bit for bit."""
@@ -65,10 +66,12 @@ def test_overlapped_rollouts_give_the_numbers_of_the_same_schedule_in_turn(compu
     assert sorted(beside["evaluations"]) == ["step_000000.json", "step_000004.json", "step_000006.json"]
 
 
+@pytest.mark.slow
 def test_another_staleness_gives_other_weights(computed):
     assert computed["1/0"]["weights"] != computed["4/0"]["weights"]
 
 
+@pytest.mark.slow
 def test_a_run_broken_off_three_times_gives_the_same_numbers_and_makes_no_rollout_twice(computed):
     assert computed["broken"] == computed["4/0"]
     first, second, third, last = computed["pieces"]
@@ -79,6 +82,7 @@ def test_a_run_broken_off_three_times_gives_the_same_numbers_and_makes_no_rollou
     assert third["steps"] == [4, 5] and last["steps"] == [5]
 
 
+@pytest.mark.slow
 def test_rollouts_that_no_checkpoint_goes_on_with_are_removed(computed):
     assert computed["journal"] == ["rollout_000004.npz", "rollout_000005.npz"]
 

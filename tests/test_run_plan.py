@@ -24,6 +24,7 @@ def plans(found):
     return found["plans"]
 
 
+@pytest.mark.slow
 def test_a_phase_holds_what_is_there_at_its_time(plans):
     phases = plans["rows"]["phases"]
     assert list(phases) == ["sample", "score", "update"]
@@ -36,6 +37,7 @@ def test_a_phase_holds_what_is_there_at_its_time(plans):
     assert plans["agent"]["phases"]["update"]["held"]["KV cache"] > 0
 
 
+@pytest.mark.slow
 def test_devices_of_the_actors_own_hold_its_weights_and_those_that_wait(found, plans):
     phases = found["halves"]["phases"]
     assert set(phases["sample"]["held"]) == {"decoder weights", "weights in waiting", "KV cache"}
@@ -48,6 +50,7 @@ def test_devices_of_the_actors_own_hold_its_weights_and_those_that_wait(found, p
     assert "by the newest weights, in turn with updates" in plans["rows"]["text"]
 
 
+@pytest.mark.slow
 def test_the_update_is_called_with_what_its_phase_holds(plans):
     for plan in plans.values():
         held = plan["phases"]["update"]["held"]
@@ -55,12 +58,14 @@ def test_the_update_is_called_with_what_its_phase_holds(plans):
         assert plan["arguments"]["update"] == held["parameters"] + held["optimizer"] + held["batch"] + counters
 
 
+@pytest.mark.slow
 def test_a_plan_of_an_agent_compiles_its_decoder(plans):
     assert set(plans["agent"]["arguments"]) == {"weights", "extend", "copy", "lay", "keep", "decode", "update"}
     held = plans["agent"]["phases"]["sample"]["held"]
     assert plans["agent"]["arguments"]["decode"] > held["decoder weights"]
 
 
+@pytest.mark.slow
 def test_the_peak_of_a_phase_is_that_of_its_largest_program(plans):
     for plan in plans.values():
         for name, (size, program) in plan["peaks"].items():
@@ -70,6 +75,7 @@ def test_the_peak_of_a_phase_is_that_of_its_largest_program(plans):
         assert "reduce-scatter" in plan["kinds"]["update"] or "all-reduce" in plan["kinds"]["update"]
 
 
+@pytest.mark.slow
 def test_what_devices_share_of_a_sequence_is_a_part_on_each(found):
     alone, shared = (x["predicted"]["activations"] for x in found["sharing"]["full"])
     assert 4 * shared == alone

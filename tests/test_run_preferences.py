@@ -88,6 +88,7 @@ def test_labelled_completions_are_compared_with_those_of_other_prompts(data, tmp
     assert metrics["loss/grad_norm"] > 1e-3 and not unexplained(metrics)
 
 
+@pytest.mark.slow
 def test_a_reward_model_learns_from_pairs_goes_on_after_a_stop_and_rewards_a_policy(data, tmp_path):
     config = config_of(data, BradleyTerry(center=0.01), steps=24, batch_size=16, evaluate_every=12)
     prefer(config, str(tmp_path / "straight"))

@@ -95,6 +95,7 @@ def test_rollouts_have_the_weights_that_were_pushed_last(straight):
     assert rates[0] < rates[1] < rates[2] and rates[2] > rates[3] > rates[6]
 
 
+@pytest.mark.slow
 def test_a_run_that_ends_between_two_pushes_goes_on_with_the_same_numbers(straight, tmp_path):
     for last in (4, 6):
         break_off(make_config(), tmp_path, before=last)

@@ -41,6 +41,7 @@ def config(**changes):
     return tiny_config(**settings | changes)
 
 
+@pytest.mark.slow
 def test_the_gate_sees_scores_now_and_at_the_last_refresh_and_a_run_resumes_with_both(tmp_path, monkeypatch):
     """The gate says no after the second step, so the third is compared with the first; broken off in between."""
     seen, copies = [], []

@@ -89,6 +89,7 @@ def _replaying(recorded):
     return replaying
 
 
+@pytest.mark.slow
 def test_a_learner_that_differs_is_said_and_trains_on_the_same_rollouts(recorded, unsampled, tmp_path, capsys):
     optimizer = dataclasses.replace(config().optimizer, learning_rate=1e-3)
     train(config(optimizer=optimizer), str(tmp_path / "replay"), replay=str(recorded))

@@ -55,6 +55,7 @@ def played(tmp_path_factory):
     return alone, [json.loads(output.splitlines()[-1]) for output, _ in outputs]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["forks", "guided", "agents", "in_step", "engines", "turns_of_engines"])
 def test_two_processes_play_what_one_plays(played, name):
     alone, both = played
@@ -64,6 +65,7 @@ def test_two_processes_play_what_one_plays(played, name):
             assert found[name][part] == want[part], part
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["forks", "guided", "agents", "engines", "turns_of_engines"])
 def test_what_hosts_do_is_done_once_and_shared_out(played, name):
     alone, both = played
@@ -81,6 +83,7 @@ def test_what_hosts_do_is_done_once_and_shared_out(played, name):
         assert found["decoded"] <= 0.6 * alone[name]["decoded"]
 
 
+@pytest.mark.slow
 def test_groups_in_flight_of_two_processes_are_gone_on_with(played):
     """Each process has one under way, goes on with it, and all know of all."""
     alone, both = played
@@ -97,6 +100,7 @@ def test_groups_in_flight_of_two_processes_are_gone_on_with(played):
     assert {*trained, *left} == {*known, *(group["example_id"] for group in alone["in_flight"]["state"]["groups"])}
 
 
+@pytest.mark.slow
 def test_in_step_one_judges_and_both_decode(played):
     alone, both = played
     first, second = (found["in_step"] for found in both)

@@ -69,6 +69,7 @@ def test_each_row_is_scored_by_its_own_teacher_and_a_teacher_with_the_students_w
     assert metrics["teacher/share_0"] == is_own.sum() / mask.sum()
 
 
+@pytest.mark.slow
 def test_a_run_teaches_the_next_by_its_checkpoint(tmp_path):
     """The next begins with the weights that the first began with, of which one step has made the teacher's."""
     train(tiny_config(steps=1), str(tmp_path / "stage"))

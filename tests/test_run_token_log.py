@@ -27,6 +27,7 @@ def runs(tmp_path_factory):
     return folders
 
 
+@pytest.mark.slow
 def test_the_run_is_the_same_with_and_without(runs):
     without, with_columns = runs
     assert run_metrics(without) == run_metrics(with_columns)

@@ -71,6 +71,7 @@ def trees(sampler):
     return samples
 
 
+@pytest.mark.slow
 def test_a_ring_that_grows_and_shrinks_gives_the_same_trees(trees, monkeypatch):
     monkeypatch.setattr(spec, "_SMALLEST_RING", 2)
     short = make_sampler(path_slots=PATHS, max_injected=3, prompt_slots=2, suppressed=SUPPRESSED, prompt_buckets=(16,))
@@ -150,7 +151,13 @@ VARIANTS = {
 }
 
 
-@pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS)
+@pytest.mark.parametrize(
+    "changes",
+    [
+        pytest.param(changes, id=name, marks=() if changes is OTHERWISE else pytest.mark.slow)
+        for name, changes in VARIANTS.items()
+    ],
+)
 def test_forks_of_other_models_too(changes):
     config = dataclasses.replace(CONFIG, **changes)
     check_against_forward(config, generate(make_sampler(config, path_slots=PATHS, max_injected=3), forking_requests()))

@@ -243,7 +243,9 @@ def test_a_stop_string_ends_a_sample_at_the_token_that_completes_it(samples, che
             assert len(sample.logprobs) == len(sample.entropies) == len(sample.tokens)
 
 
-@pytest.mark.parametrize("prompt", [b"", b"a stop", "größer".encode()[:-3]])
+@pytest.mark.parametrize(
+    "prompt", ["größer".encode()[:-3], *(pytest.param(text, marks=pytest.mark.slow) for text in (b"", b"a stop"))]
+)
 def test_a_tail_of_the_text_tells_what_the_whole_text_does(prompt):
     """Run by run of some steps. Random bytes, many of them pieces of characters, and tokens without text."""
 

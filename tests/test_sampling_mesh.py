@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import numpy as np
+import pytest
 from devices import xla_flags
 
 HERE = pathlib.Path(__file__).parent
@@ -25,6 +26,7 @@ def run_program(name, *args):
     return json.loads(done.stdout)
 
 
+@pytest.mark.slow
 def test_meshes_of_eight_devices_sample_what_one_device_samples():
     single, *others = run_program("sampling_mesh_program.py", "8x1x1", "2x2x2")
     for found in others:

@@ -152,6 +152,7 @@ def test_a_context_that_was_rewritten_is_computed_again():
     assert decoder.stats["prefill_tokens"] == 19 + 14
 
 
+@pytest.mark.slow
 def test_turns_do_not_depend_on_company_or_rows():
     log = {(i, turn): said for i, turn, _, said in play(make_decoder())}
     for settings in ({"rows": 1}, {"rows": 6, "check_every": 1}, {"rows": 2, "check_every": 10}):

@@ -146,6 +146,7 @@ class TestReasoningGym:
         assert task.num_distinct == len(train) + len(test) <= 200
         assert f"1500 rows, {task.num_distinct} distinct items" in task.describe()
 
+    @pytest.mark.slow
     def test_with_a_fraction_another_seed_keeps_to_the_same_sides(self):
         one = reasoning_gym_task("chain_sum", size=300, seed=1, config=SUMS, test_fraction=0.3)
         two = reasoning_gym_task("chain_sum", size=300, seed=2, config=SUMS, test_fraction=0.3)

@@ -71,7 +71,7 @@ def loads_by_hand(packed):
     return np.stack(loads)
 
 
-@pytest.mark.parametrize("rows", [16, 2])
+@pytest.mark.parametrize("rows", [pytest.param(16, marks=pytest.mark.slow), 2])
 def test_the_bias_moves_by_a_step_against_the_load_of_all_microbatches(rows):
     """Padding counts for nothing, and neither gradients nor weight decay reach the bias."""
     trainable, metrics, loads = updated(RATE, rows)

@@ -185,6 +185,7 @@ def test_nothing_to_learn_from_is_a_loss_of_zero():
     assert value == 0 and not any(metrics.values())
 
 
+@pytest.mark.slow
 def test_a_known_value_function_is_learned():
     """A function of the last two tokens of the state, on rows that were never trained on."""
 

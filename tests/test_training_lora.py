@@ -150,6 +150,7 @@ def config_of(source, **changes):
     return tiny_config(model=PretrainedModel(path=str(source)), lora=lora, algorithm=algorithm, steps=2, **changes)
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_bit_for_bit_and_its_adapters_go_everywhere(source, tmp_path):
     config = config_of(source)
     train(config, str(tmp_path / "whole"))
@@ -187,6 +188,7 @@ def test_a_run_goes_on_bit_for_bit_and_its_adapters_go_everywhere(source, tmp_pa
     assert fingerprint(load_model(tmp_path / "engine")[1]) == fingerprint(merged)
 
 
+@pytest.mark.slow
 def test_a_critic_of_a_run_needs_no_weights_of_its_own(source, tmp_path):
     def held(**changes):
         config = dataclasses.replace(config_of(source, **changes), algorithm=PPO(), prompts_per_step=4)

@@ -288,6 +288,7 @@ def test_a_restored_state_goes_on_bit_for_bit(kind, tmp_path):
     checkpointer.close()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("epochs", [1, 2])
 def test_lightsams_second_gradient_keeps_the_old_policy_of_the_first(epochs):
     """The update equals one made by hand from two gradients, whose old log-probs are those before the update."""

@@ -173,7 +173,6 @@ def gone_on_with(config: Config) -> dict:
 
 
 def main(folder: Path, engine: str) -> dict:
-    logging.set_verbosity(logging.ERROR)
     given = cases(folder, engine)
     found = {name: rolled_out(config) for name, config in given.items()}
 
@@ -185,6 +184,7 @@ def main(folder: Path, engine: str) -> dict:
 if __name__ == "__main__":
     os.environ |= {"RLJAX_NUM_PROCESSES": "2", "RLJAX_PROCESS_ID": sys.argv[3]}
     assert initialize_distributed(coordinator=sys.argv[4])
+    logging.set_verbosity(logging.ERROR)
     # The classes that configs name are those of the module, not of the program.
     import shared_program
 

@@ -89,12 +89,11 @@ def count_leaks(runs: int) -> tuple[dict[str, list[str]], int, str, dict[str, fl
 
 def measured(sandbox: Sandbox, program: str) -> tuple[SandboxResult, float | None]:
     """What came of a program, and the MB that it took at most; None where nothing can count them."""
-    with contextlib.ExitStack() as stack:
-        meter = None
-        with contextlib.suppress(OSError):
-            meter = stack.enter_context(Meter(sandbox))
-        result = sandbox.run(program, timeout_s=ATTACK_SECONDS)
-        return result, meter and meter.peak_mb()
+    meter = None
+    with contextlib.suppress(OSError):
+        meter = Meter(sandbox)
+    result = sandbox.run(program, timeout_s=ATTACK_SECONDS)
+    return result, meter and meter.peak_mb()
 
 
 def _files() -> set[str]:

@@ -2,6 +2,7 @@
 
 import os
 import sys
+import textwrap
 import threading
 import time
 
@@ -47,23 +48,50 @@ def test_attack_is_contained_and_leaves_nothing_behind(box, outside, attack):
 HUNGRY = ("memory bomb", "memory bomb of several processes", "memory bomb of several processes at one moment")
 
 
-def test_memory_of_the_machine_stays_near_the_limit(outside):
-    """As a control group counts it, with what the kernel holds for the program; beyond what an empty program takes. On
-    busy processors the guard may come late to several processes that fill memory at one moment; when it counted them
-    while they went on, they took three times the limit."""
+def test_memory_of_the_machine_stays_within_the_limit(outside):
+    """As control groups count it, with what the kernel holds for the programs; beyond what an empty program takes. A
+    guard alone comes late on busy processors: several processes that filled memory at one moment had 1.3 times it."""
     with start("namespaces", workers=1) as sandbox:
         try:
             peaks = {}
             for name in ("nothing", *HUNGRY, "memory in buffers of sockets", "memory in pipes"):
-                with Meter(sandbox) as meter:
-                    result = sandbox.run(outside.program(name) if name in ATTACKS else "pass", timeout_s=1.0)
-                    peaks[name] = meter.peak_mb()
+                meter = Meter(sandbox)
+                result = sandbox.run(outside.program(name) if name in ATTACKS else "pass", timeout_s=1.0)
+                peaks[name] = meter.peak_mb()
                 assert outside.leaks(result, sandbox.limits) == []
         except OSError as error:
             pytest.skip(f"no control group can be made here: {error}")
+        groups = sandbox.groups
+    assert not groups.exists()
     nothing = peaks.pop("nothing")
     for name, peak in peaks.items():
-        assert peak - nothing <= (1.7 if "several" in name else 1.1) * LIMITS.memory_mb, (name, peak, nothing)
+        assert peak - nothing <= 1.1 * LIMITS.memory_mb, (name, peak, nothing)
+
+
+def test_a_group_that_a_killed_trainer_has_left_goes_at_the_next_start():
+    with start("namespaces", workers=1) as sandbox:
+        if sandbox.groups is None:
+            pytest.skip("no control group can be made here")
+        left = sandbox.groups.parent / "rljax-sandbox-4194400-left"  # above what a process can be numbered
+        (left / "1").mkdir(parents=True)
+    with start("namespaces", workers=1):
+        assert not left.exists()
+
+
+def test_a_program_that_the_kernel_ends_for_want_of_memory_is_told_so_and_the_next_one_runs():
+    """Shared memory of a child is no process's own any more once it has ended, and no guard finds it."""
+    program = """
+        import mmap, os, time
+        shared = mmap.mmap(-1, 40 * 2**20)
+        for _ in range(4):
+            if os.fork() == 0:
+                filled = bytearray(40 * 2**20)
+                time.sleep(5)
+        time.sleep(5)
+    """
+    with start("namespaces", workers=1) as sandbox:
+        assert sandbox.run(textwrap.dedent(program), timeout_s=5.0).outcome == "memory"
+        assert sandbox.run("print(1)").output == "1\n"
 
 
 def test_an_attack_that_nothing_holds_is_noticed(outside):
@@ -211,6 +239,7 @@ def test_the_level_is_chosen_and_described():
     with Sandbox(LIMITS, workers=1) as sandbox:
         assert sandbox.level == working_levels()[0]
         text = sandbox.describe()
+    assert "memory of all processes together is bounded by" in text
     assert f"level: {sandbox.level}" in text and "does not stop" in text and "memory_mb 96" in text
     with pytest.raises(ValueError, match="'jail' is not one of namespaces, landlock"):
         Sandbox(level="jail")

@@ -461,62 +461,24 @@ class Outside:
 
 
 class Meter:
-    """The most memory that a sandbox takes from one moment on, with the kernel's for its processes, as a control group
-    counts it. A context manager; OSError where this user may make no group."""
+    """The most memory that the programs of a sandbox take from one moment on, with the kernel's for their processes, as
+    their control groups count it. OSError where this user may make no group."""
 
     def __init__(self, sandbox: Sandbox):
-        self._server = sandbox.server_pid
-        self._above, self._peak = _memory_groups()
-
-    def __enter__(self) -> "Meter":
-        self._group = Path(tempfile.mkdtemp(dir=self._above, prefix="rljax-meter-"))
-        # what they hold already stays where it is counted
-        self._move(self._group)
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._move(self._above)
-        deadline = time.monotonic() + 5.0
-        while time.monotonic() < deadline:
-            with contextlib.suppress(OSError):  # a process that is just ending is in it still
-                self._group.rmdir()
-                return
-            time.sleep(0.01)
+        if sandbox.groups is None:
+            raise OSError("the sandbox has no control groups here")
+        self._groups = sandbox.groups
+        peak = self._peak()
+        if peak.name != "memory.peak":
+            peak.write_text("0")  # from what they have now; the other kind keeps the most that there ever was
 
     def peak_mb(self) -> float:
         """MB of 2**20 bytes."""
-        return int((self._group / self._peak).read_text()) / 2**20
+        return int(self._peak().read_text()) / 2**20
 
-    def _move(self, group: Path) -> None:
-        for process in [*_below(self._server), self._server]:
-            with contextlib.suppress(ProcessLookupError):
-                (group / "cgroup.procs").write_text(str(process))
-
-
-def _memory_groups() -> tuple[Path, str]:
-    """The folder of this process's control group, for memory, and the file that says the peak of one. OSError where
-    there is none, or no other may be made in it."""
-    root = Path("/sys/fs/cgroup")
-    for line in Path("/proc/self/cgroup").read_text().splitlines():
-        _, kinds, path = line.split(":", 2)
-        if "memory" in kinds.split(","):
-            return root / "memory" / path.lstrip("/"), "memory.max_usage_in_bytes"
-        if not kinds and "memory" in (root / path.lstrip("/") / "cgroup.subtree_control").read_text().split():
-            return root / path.lstrip("/"), "memory.peak"
-    raise OSError("no control group of this process counts memory")
-
-
-def _below(process: int) -> list[int]:
-    """All processes that a process is above of."""
-    children: dict[int, list[int]] = {}
-    for other in filter(str.isdigit, os.listdir("/proc")):
-        with contextlib.suppress(OSError, IndexError):
-            parent = int(Path(f"/proc/{other}/stat").read_text().rsplit(")", 1)[1].split()[1])
-            children.setdefault(parent, []).append(int(other))
-    found = [*children.get(process, [])]
-    for one in found:  # grows as it goes
-        found += children.get(one, [])
-    return found
+    def _peak(self) -> Path:
+        first = self._groups / "memory.max_usage_in_bytes"
+        return first if first.exists() else self._groups / "memory.peak"
 
 
 def run_attacks(sandbox: Sandbox, outside: Outside, names: list[str] | None = None) -> dict[str, list[str]]:

@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from rljax.envs.sandbox.groups import MemoryGroup, make_groups, remove_groups
 from rljax.envs.sandbox.server import KILL, MEMORY_ERROR, READY, RUN, SCRATCH
 
 LEVELS = ("namespaces", "landlock", "seccomp", "rlimits")
@@ -118,10 +119,13 @@ class _Unready(Exception):
 
 
 class _Worker:
-    """Our ends of one sandbox that is used once: control socket, job pipe, output pipe."""
+    """Our ends of one sandbox that is used once: control socket, job pipe, output pipe, and its control group if it is
+    to have one."""
 
-    def __init__(self, server: socket.socket, scratch: str):
+    def __init__(self, server: socket.socket, scratch: str, group: MemoryGroup | None, limits: Limits):
         self.scratch = scratch
+        self.group = group
+        self.limits = limits
         # packets: a message of the control socket is never read in parts
         self.control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         job, self.job = os.pipe()
@@ -130,7 +134,8 @@ class _Worker:
         self.is_ready = False
 
         try:
-            socket.send_fds(server, [b"+" + scratch.encode()], [theirs.fileno(), job, output])
+            joins = [] if group is None else [group.joins]
+            socket.send_fds(server, [b"+" + scratch.encode()], [theirs.fileno(), job, output, *joins])
         except OSError as error:
             self.close()
             raise _Unready(f"the sandbox server is gone ({error})") from None
@@ -155,7 +160,13 @@ class _Worker:
             raise _Unready(first.decode("utf-8", "replace") or "the sandbox ended while it was set up")
         self.is_ready = True
 
-    def execute(self, job: dict[str, object], limits: Limits, wall_s: float, start_s: float) -> SandboxResult:
+        # Files of the scratch folder are memory too, beside that of the processes.
+        if self.group is not None and not self.group.bound((self.limits.memory_mb + self.limits.scratch_mb) * 2**20):
+            self.group.close()
+            self.group = None
+
+    def execute(self, job: dict[str, object], wall_s: float, start_s: float) -> SandboxResult:
+        limits = self.limits
         begin = time.monotonic()
         with contextlib.suppress(OSError):  # if it died just now, the report says so
             self.control.send(RUN)
@@ -203,6 +214,9 @@ class _Worker:
                     poller.unregister(self.output)
 
         report = report or {}
+        # The rest of a program whose process the kernel has ended may have waited for it.
+        if verdict in (None, "timeout") and self.group is not None and self.group.was_full():
+            verdict = "memory"
         return SandboxResult(
             outcome=verdict or _outcome(report, limits),
             output=b"".join(chunks).decode("utf-8", "replace"),
@@ -232,6 +246,8 @@ class _Worker:
         self.job = self.output = -1
         if self.scratch:
             shutil.rmtree(self.scratch, ignore_errors=True)
+        if self.group is not None:
+            self.group.close()
 
 
 def _read(descriptor: int) -> bytes | None:
@@ -260,6 +276,15 @@ class _Server:
 
     def __init__(self, level: str, limits: Limits, preload: Sequence[str], start_timeout_s: float):
         self.level = level
+        self.limits = limits
+        # Where memory is bounded in control groups, and why it is not.
+        self.groups: Path | None = None
+        self.no_groups = ""
+        self._made = 0
+        try:
+            self.groups = make_groups()
+        except OSError as error:
+            self.no_groups = str(error)
         self.folder = Path(tempfile.mkdtemp(prefix="rljax-sandbox-"))
         self.socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         config = {
@@ -303,7 +328,13 @@ class _Server:
 
     def spawn(self) -> _Worker:
         scratch = "" if self.level == "namespaces" else tempfile.mkdtemp(dir=self.folder)
-        return _Worker(self.socket, scratch)
+        group = None
+        if self.groups is not None:
+            self._made += 1
+            # Without one the guard counts alone, as it does where there are none.
+            with contextlib.suppress(OSError):
+                group = MemoryGroup(self.groups, self._made)
+        return _Worker(self.socket, scratch, group, self.limits)
 
     def take(self, spare: int) -> _Worker:
         """The oldest sandbox, `spare` others left ready. Raises _Unready if the server is gone, or going: its sockets
@@ -324,6 +355,8 @@ class _Server:
             self.process.kill()
             self.process.wait()
         shutil.rmtree(self.folder, ignore_errors=True)
+        if self.groups is not None:
+            remove_groups(self.groups)
 
 
 def readable_paths() -> list[str]:
@@ -422,7 +455,7 @@ class Sandbox:
             worker = server.spawn()
             try:
                 worker.wait_ready(self._start_timeout_s)
-                result = worker.execute({"code": "print(6*7)", "stdin": "", "echo": False}, self.limits, 30.0, 0.0)
+                result = worker.execute({"code": "print(6*7)", "stdin": "", "echo": False}, 30.0, 0.0)
             finally:
                 worker.close()
             if result.output != "42\n" or result.outcome != "ok":
@@ -467,6 +500,11 @@ class Sandbox:
         return str(self._server.folder)
 
     @property
+    def groups(self) -> Path | None:
+        """The control group above those of all programs; None where this user may make none."""
+        return self._server.groups
+
+    @property
     def num_ready(self) -> int:
         """Sandboxes that stand, or come up, for programs to come."""
         return len(self._server.ready)
@@ -476,6 +514,11 @@ class Sandbox:
         lines = [f"sandbox level: {self.level}", _STOPS[self.level], _LETS[self.level]]
         lines += [f"not available here: {name} ({reason})" for name, reason in self.refused.items()]
         limits = ", ".join(f"{name} {value:g}" for name, value in asdict(self.limits).items())
+        for server in self._servers:
+            by = "the kernel, in a control group for each program"
+            if server.groups is None:
+                by = f"a guard that counts it, as there is no control group ({server.no_groups})"
+            lines.append(f"memory of all processes together is bounded by {by}")
         return "\n".join([*lines, f"limits: {limits}"])
 
     def run(self, code: str, *, stdin: str = "", timeout_s: float | None = None, echo: bool = False) -> SandboxResult:
@@ -491,7 +534,7 @@ class Sandbox:
             except (_Unready, OSError) as error:
                 return SandboxResult("lost", str(error), None, 0.0, 0.0, time.monotonic() - begin)
             try:
-                return worker.execute(job, self.limits, wall_s, time.monotonic() - begin)
+                return worker.execute(job, wall_s, time.monotonic() - begin)
             finally:
                 worker.close()
 

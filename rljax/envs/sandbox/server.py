@@ -127,14 +127,15 @@ class Server:
         self.kernel.make_readonly(target, recursive=True)
 
     def serve(self, connection):
-        """One message, with three descriptors (control, job, output), asks for one sandbox."""
+        """One message, with descriptors (control, job, output, and perhaps that by which the sandbox joins a control
+        group), asks for one sandbox."""
         signal.signal(signal.SIGCHLD, _reap)
         # the collector would touch, and so copy, the pages that every fork shares with this process
         gc.collect()
         gc.freeze()
 
         while True:
-            message, descriptors, _, _ = socket.recv_fds(connection, 4096, 3)
+            message, descriptors, _, _ = socket.recv_fds(connection, 4096, 4)
             if not message:
                 return
             self.made += 1
@@ -164,7 +165,7 @@ class Guard:
         self.server = server
         self.config = server.config
         self.kernel = server.kernel
-        self.control, self.job, self.output = descriptors
+        self.control, self.job, self.output, *self.joins = descriptors
         self.scratch = scratch
         self.uid = server.uid
         self.gid = server.gid
@@ -186,8 +187,8 @@ class Guard:
             raise
 
         # the output ends when the last process of the sandbox has closed it, this one included
-        os.close(self.job)
-        os.close(self.output)
+        for descriptor in (self.job, self.output, *self.joins):
+            os.close(descriptor)
         report = self._watch(pid)
         with contextlib.suppress(OSError):
             os.write(self.control, json.dumps(report).encode())
@@ -217,6 +218,10 @@ class Guard:
         """The child: process 1 of a namespace, or, where there are none, the program itself. Never returns."""
         code = 1
         try:
+            for group in self.joins:
+                # before anything is forked; the trainer looks whether it worked
+                with contextlib.suppress(OSError):
+                    os.write(group, b"0")
             os.setsid()
             os.dup2(self.job, 0)
             os.dup2(self.output, 1)

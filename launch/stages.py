@@ -1,6 +1,6 @@
 """`rljax stages`, from a clone."""
 
-from rljax.cli.stages import command
+from clone import run
 
 if __name__ == "__main__":
-    command()
+    run("stages")

@@ -1,5 +1,6 @@
 """How recorded experts reach trajectories and metrics, and where a record is refused."""
 
+import inspect
 from types import SimpleNamespace
 from typing import Any
 
@@ -58,4 +59,4 @@ def test_a_record_is_refused_where_it_would_be_of_other_rows_than_are_trained():
         Guided(actor=recording).check(RolloutPlan(group_size=2), sampling, 64)
     parts: Any = SimpleNamespace(plan=RolloutPlan(group_size=2), decoder=SimpleNamespace(experts=None))
     with pytest.raises(ValueError, match=r"config.actor.record_experts=True needs a model with experts"):
-        recording.build.__wrapped__(recording, parts)  # past the check of its types
+        inspect.unwrap(SingleTurn.build)(recording, parts)  # past the check of its types, where there is one

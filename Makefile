@@ -31,9 +31,12 @@ agent-demo: $(VENV)/.base
 
 setup: $(VENV)/.base $(VENV)/.model
 
+test: export JAX_COMPILATION_CACHE_DIR := $(CACHE)
 test: $(VENV)/.base $(VENV)/.model $(VENV)/.parity
-	JAX_COMPILATION_CACHE_DIR=$(CACHE) $(BIN)/python -m pytest $(SPREAD) $(UNCHECKED) -m "costly and not slow and not aot"
-	JAX_COMPILATION_CACHE_DIR=$(CACHE) $(BIN)/python -m pytest $(SPREAD) -m "not costly and not slow and not aot"
+	status=0; \
+	$(BIN)/python -m pytest $(SPREAD) $(UNCHECKED) -m "costly and not slow and not aot" || status=$$?; \
+	$(BIN)/python -m pytest $(SPREAD) -m "not costly and not slow and not aot" || status=$$?; \
+	exit $$status
 
 # Without the files that tests/conftest.py names as costly.
 test-fast: $(VENV)/.base $(VENV)/.model

@@ -103,20 +103,26 @@ _IN_LIBRARY = frozenset(
         "BfclEnvironment",
         "Corpus",
         "Document",
+        "Gazetteer",
         "Hit",
+        "MapEnvironment",
         "MixedEnvironment",
         "MultiHop",
+        "Place",
         "Predicting",
         "ReasoningEnvironment",
         "TextWorldEnvironment",
         "VerifiersEnvironment",
+        "bucket_reward",
         "calculate",
         "calculator",
+        "distance_km",
+        "distance_reward",
         "mixed_rows",
         "search_tool",
     }
-    | {"bfcl", "corpus", "knowledge", "mixture", "multihop", "prediction", "questions", "reasoning", "textworld"}
-    | {"verifiers_adapter"}
+    | {"bfcl", "corpus", "gazetteer", "knowledge", "maps", "mixture", "multihop", "prediction", "questions"}
+    | {"reasoning", "textworld", "verifiers_adapter"}
 )
 """Environments and their modules, which are looked for here."""
 

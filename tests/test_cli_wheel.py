@@ -28,9 +28,11 @@ def test_it_holds_the_package_the_configs_the_types_and_the_command(wheel):
         (points,) = (name for name in names if name.endswith("entry_points.txt"))
         assert "rljax = rljax.cli.main:main" in archive.read(points).decode()
 
-    package = {str(file.relative_to(ROOT)) for file in (ROOT / "rljax").rglob("*.py")}
+    files = [file for file in (ROOT / "rljax").rglob("*") if file.is_file() and file.suffix != ".pyc"]
+    package = {str(file.relative_to(ROOT)) for file in files}
     configs = {f"rljax/{file.relative_to(ROOT)}" for file in (ROOT / "configs").rglob("*.py")}
-    assert names >= package | configs | {"rljax/py.typed"}
+    assert {"rljax/py.typed", "rljax/viewer/page/index.html", "rljax/envs/library/cities.csv"} <= package
+    assert names >= package | configs
     assert not [name for name in names if name.startswith(("tests", "configs", "launch"))]
 
 

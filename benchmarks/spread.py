@@ -97,6 +97,7 @@ def config_of(size: dict[str, Any], **engines: Any) -> Config:
             num_kv_heads=2,
             head_dim=size["width"] // 4,
             mlp_dim=2 * size["width"],
+            max_position=max(256, context),
         ),
         data=RowsData(rows="spread:questions", args={"size": size["episodes"]}, test_args={"size": 2, "first": 9000}),
         actor=RemoteMultiTurn(**turns, **engines) if engines else MultiTurn(**turns, **own),

@@ -157,6 +157,10 @@ MISTAKES = {
         ["--config.sampling.prompt_buckets=(8,)"],
         r"config\.sampling\.prompt_buckets is config\.actor\.prompt_buckets now",
     ),
+    "a function": (
+        ["--config.warmup.demonstrations=mine"],
+        r"--config\.warmup\.demonstrations is a function, which no flag can write; set it in a config file",
+    ),
     "an unknown config file": (["--config=nothing"], r"=nothing is neither a file nor a config .*: .*quickstart"),
     "no name of a config": (["--config="], r"--config= is neither a file nor a config"),
     "a folder as config": (["--config=."], r"--config=\. is neither a file nor a config"),

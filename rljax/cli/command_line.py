@@ -11,7 +11,8 @@ import sys
 import typing
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, UnionType
+from typing import Any
 
 from absl import app, flags, logging
 from ml_collections import config_flags
@@ -280,6 +281,8 @@ def _override_problem(config, dotted: str, argument: str) -> str | None:
             listing = f"fields of {done} ({kind}): {', '.join(names)}" if names else f"{done} is a {kind}, not a part"
             return f"{argument.split('=')[0]}: no such field; {hint}{listing}"
 
+        if dataclasses.is_dataclass(holder) and _takes_function(holder, name):
+            return f"--{done}.{name} is a function, which no flag can write; set it in a config file (--config=FILE)"
         holder = holder[name] if isinstance(holder, dict) else getattr(holder, name)
         done += f".{name}"
 
@@ -288,6 +291,13 @@ def _override_problem(config, dotted: str, argument: str) -> str | None:
         listing = ", ".join(f.name for f in dataclasses.fields(holder))
         return f"--{done} is a part of the config; set one of its fields: {listing}"
     return None
+
+
+def _takes_function(part: Any, name: str) -> bool:
+    """Whether a field is for a function, or for None where there is none."""
+    hint = typing.get_type_hints(type(part))[name]
+    kinds = typing.get_args(hint) if isinstance(hint, UnionType) else (hint,)
+    return any(typing.get_origin(kind) is Callable for kind in kinds)
 
 
 def preload_allocator() -> None:

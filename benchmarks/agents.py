@@ -110,11 +110,15 @@ def main() -> None:
     arguments = parser.parse_args()
     size = SIZES[arguments.preset]
     is_smoke = arguments.preset == "smoke"
+
+    # Times first: what attacks leave the machine to do would be in them.
     times = time_starts(size["starts"])
     bursts = [time_burst(2 if is_smoke else 40, workers=2) for _ in range(1 if is_smoke else arguments.repeats)]
+
     begin = time.monotonic()
     leaks, runs, level, peaks = count_leaks(size["attacks"])
     seconds = time.monotonic() - begin
+
     results = [
         {"name": f"{name}: {what} ms", "value": value}
         for name, values in times.items()
@@ -126,6 +130,7 @@ def main() -> None:
     results += [{"name": f"leaks: {name}", "value": len(found)} for name, found in leaks.items()]
     most = sorted(peaks.items(), key=lambda item: -item[1])[:5]
     results += [{"name": f"memory MB: {name}", "value": value} for name, value in most]
+
     start = statistics.median(times["start"])
     ratios = {
         "sandbox_start_ms": start,

@@ -157,16 +157,21 @@ def to_parquet(made: Made, config: Mapping[str, Any], tokenizer: Tokenizer) -> b
     rollout = made.rollout
     columns, shapes = _columns_of(rollout.trajectories)
     records = rollout.records
+
+    # What a person looks for stands in columns of its own, though the record has it too.
     texts = {
         "step": pyarrow.array([made.step + 1] * len(records), pyarrow.int64()),
         "prompt": pyarrow.array([_text(record.get("prompt")) for record in records], pyarrow.string()),
         "completion": pyarrow.array([_text(record.get("completion")) for record in records], pyarrow.string()),
         "record": pyarrow.array([json.dumps(record, default=plain) for record in records], pyarrow.string()),
     }
-    about = {"step": made.step, "version": made.version, "config": config, "shapes": shapes}
     table = pyarrow.table(texts | columns)
+
+    about = {"step": made.step, "version": made.version, "config": config, "shapes": shapes}
     about["meaning"] = meaning(tokenizer, rollout.trajectories)
     about["rows"] = _digest_of_rows(table)
+
+    # What a replay needs beside the rows.
     rest = {
         "lacking": made.lacking,
         "behind": made.behind,

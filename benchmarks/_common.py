@@ -108,7 +108,7 @@ def setting_of(preset: str, sizes: Mapping[str, Any]) -> tuple[Any, dict[str, An
     return size, shapes[preset], "bfloat16" if preset == "gpu" else "float32"
 
 
-def character_model(alphabet: str, size: Mapping[str, Any]) -> Any:
+def character_model(alphabet: str, size: Mapping[str, Any], **changes: Any) -> Any:
     """The config of an untrained model over `alphabet` with the `layers` and the `width` of a size."""
     from rljax.experiment import FreshModel
 
@@ -120,6 +120,7 @@ def character_model(alphabet: str, size: Mapping[str, Any]) -> Any:
         num_kv_heads=2,
         head_dim=size["width"] // 4,
         mlp_dim=2 * size["width"],
+        **changes,
     )
 
 

@@ -12,16 +12,16 @@ that tokens a second say nothing of what a second machine would bring.
 import argparse
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from pathlib import Path
 from typing import Any
 
 import jax
+from _common import character_model, finish, machine
+from _probe import probe
 from engines import free_port, stats_of
 
 from rljax.algorithms import GRPO
@@ -29,7 +29,6 @@ from rljax.envs import Parsed, Step, ToolFormat
 from rljax.experiment import (
     CheckpointConfig,
     Config,
-    FreshModel,
     MeshConfig,
     MultiTurn,
     RemoteMultiTurn,
@@ -89,16 +88,7 @@ def config_of(size: dict[str, Any], **engines: Any) -> Config:
     return Config(
         steps=1,
         prompts_per_step=size["episodes"] // 2,
-        model=FreshModel(
-            alphabet=ALPHABET,
-            num_layers=size["layers"],
-            embed_dim=size["width"],
-            num_heads=4,
-            num_kv_heads=2,
-            head_dim=size["width"] // 4,
-            mlp_dim=2 * size["width"],
-            max_position=max(256, context),
-        ),
+        model=character_model(ALPHABET, size, max_position=context),
         data=RowsData(rows="spread:questions", args={"size": size["episodes"]}, test_args={"size": 2, "first": 9000}),
         actor=RemoteMultiTurn(**turns, **engines) if engines else MultiTurn(**turns, **own),
         algorithm=GRPO(group_size=2, kl_coef=0.0),
@@ -188,25 +178,20 @@ def main() -> None:
     parser.add_argument("--address", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     size = SIZES[arguments.preset]
+    arguments.repeats = size["repeats"]
     if arguments.index is not None:
         play_as(arguments.index, arguments.address, size)
         return
 
-    found = {"processes": over_processes(arguments.preset), "engines": over_engines(size)}
-    ratios = {f"busy_share_{name}": statistics.median(shares) for name, shares in found.items()}
-    result = {
-        "benchmark": "spread",
-        "machine": platform.processor() or platform.machine(),
-        "setting": size,
-        "ratios": ratios,
-        "results": found,
-    }
-    print(f"{size['episodes']} episodes of {size['turns']} turns, tools of {1000 * size['tool_s']:.0f} ms")
-    for name, shares in found.items():
-        spread = ", ".join(f"{share:.2f}" for share in shares)
-        print(f"busy share of the less busy of two {name}: {ratios[f'busy_share_{name}']:.2f} (of {spread})")
-    if arguments.json:
-        Path(arguments.json).write_text(json.dumps(result, indent=2) + "\n")
+    shares = {"processes": over_processes(arguments.preset), "engines": over_engines(size)}
+    results = [
+        {"name": f"busy share of the less busy of two {name}, rollout {i}", "value": share}
+        for name, found in shares.items()
+        for i, share in enumerate(found, 1)
+    ]
+    ratios = {f"busy_share_{name}": statistics.median(found) for name, found in shares.items()}
+    setting = {"parts": PARTS, **size}
+    finish("spread", arguments, machine([probe("float32", arguments.preset == "smoke")]), setting, results, ratios)
 
 
 if __name__ == "__main__":

@@ -136,6 +136,13 @@ def test_what_cannot_work_is_named_before_anything_is_trained(changes, says, tmp
     assert not list((tmp_path / "run").glob("*"))
 
 
+def test_rounds_are_kept_in_a_folder_and_not_at_an_address(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="--workdir=gs://bucket/rounds is an address"):
+        run_rounds(config_of(), "gs://bucket/rounds")
+    assert not list(tmp_path.glob("*"))
+
+
 def test_an_answer_depends_on_its_prompt_and_round_and_on_no_other_prompt(tmp_path):
     run = build(config_of())
     with run.actor:

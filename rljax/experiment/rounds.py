@@ -27,11 +27,13 @@ from rljax.experiment.fine_tune import run_in_folder
 from rljax.experiment.report import aligned, say
 from rljax.experiment.sft import check_demonstrations, supervised
 from rljax.experiment.stage import Stage
-from rljax.experiment.stage_parts import StageParts, described_change, weights_name
+from rljax.experiment.stage_parts import StageParts, weights_name
+from rljax.experiment.train import evaluate_run
 from rljax.parallel import use_mesh
-from rljax.settings import check_config
-from rljax.tasks import DataStage, Example, Row, run_stages, write_whole
-from rljax.training import WarmupConfig, as_path, fingerprint, writable
+from rljax.settings import check_config, shown
+from rljax.tasks import DataStage, Example, Row, run_stages
+from rljax.training import WarmupConfig, fingerprint, is_remote, writable
+from rljax.training.storage import replace_text
 from rljax.types import Params
 
 _FREE = ("name", "log", "checkpoint")
@@ -40,10 +42,13 @@ _FREE = ("name", "log", "checkpoint")
 
 def run_rounds(config: Config, workdir: str, *, fresh: bool = False) -> list[dict[str, Any]]:
     """`config.stages` in `workdir`, going on from what is there; returns the scores of the start and of each round, as
-    `summary.json` holds them. ValueError for what cannot work, and for a folder of another config."""
+    `summary.json` holds them. ValueError for what cannot work, an address in place of a folder, and a folder of another
+    config."""
     check_config(config)
     _check(config)
-    path = Path(writable(as_path(workdir)))
+    if is_remote(workdir):
+        raise ValueError(f"--workdir={workdir} is an address; rounds keep their files in a local folder")
+    path = Path(str(writable(workdir)))
     if fresh:
         _empty(path)
     path.mkdir(parents=True, exist_ok=True)
@@ -60,6 +65,8 @@ def run_rounds(config: Config, workdir: str, *, fresh: bool = False) -> list[dic
     rounds = config.stages.rounds
     scores = [_read_score(config, path, number) for number in range(rounds + 1)]
     for number in range(rounds + 1):
+        # A score is written when the weights behind its round are whole: where the round that follows has one, its rows
+        # and updates are there too.
         is_behind = number < rounds and scores[number + 1] is not None
         if scores[number] is not None and (is_behind or number == rounds):
             continue
@@ -73,7 +80,7 @@ def run_rounds(config: Config, workdir: str, *, fresh: bool = False) -> list[dic
             _train_on(config, path, number + 1, rows, first)
 
     found = [score["scores"] for score in scores if score is not None]
-    write_whole(path / "summary.json", (json.dumps(found, indent=2, ensure_ascii=False) + "\n").encode())
+    _write_json(path / "summary.json", found)
     say(_table(found))
     return found
 
@@ -176,14 +183,11 @@ def _weights(config: Config, run: Run, path: Path, number: int) -> Params:
 def _write_score(run: Run, path: Path, number: int, params: Params) -> dict[str, Any]:
     scores: dict[str, Any] = {"round": number}
     if run.config.evaluation.problems >= 0:
-        # Imported here, since the loop imports all that a run may do.
-        from rljax.experiment.train import evaluate_run
-
         evaluation = evaluate_run(run, params, number)
         scores |= {name: estimate.value for name, estimate in evaluation.estimates.items()}
         scores |= _by_task(run, evaluation)
     score = {"config": _kept_fields(run.config), "scores": scores}
-    write_whole(_score_file(path, number), (json.dumps(score, indent=2, ensure_ascii=False) + "\n").encode())
+    _write_json(_score_file(path, number), score)
     say(_table([scores]))
     return score
 
@@ -208,8 +212,8 @@ def _read_score(config: Config, path: Path, number: int) -> dict[str, Any] | Non
     if changed:
         name, (old, new) = next(iter(changed.items()))
         raise ValueError(
-            f"{path}: {described_change(name, old, new)}, since round {number}; name another --workdir, or start anew "
-            "with --fresh"
+            f"{path}: {name} was {shown(old)} and is {shown(new)}, since round {number}; name another --workdir, or "
+            "start anew with --fresh"
         )
     return score
 
@@ -218,6 +222,10 @@ def _kept_fields(config: Config) -> dict[str, Any]:
     """The fields of a config that the scores of a round depend on."""
     fields = {name: value for name, value in to_dict(config).items() if name not in _FREE}
     return {**fields, "stages": {name: value for name, value in fields["stages"].items() if name != "rounds"}}
+
+
+def _write_json(file: Path, value: Any) -> None:
+    replace_text(file, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
 def _table(scores: Sequence[Mapping[str, Any]]) -> str:

@@ -112,12 +112,17 @@ def longest_demonstrations(run: Run) -> list[Trajectory]:
 
 def _rows(run: Run, examples: Sequence[Example]) -> list[Trajectory]:
     column = run.config.warmup.completion_column
-    style = get_format(getattr(run.config.actor, "tool_format", "hermes"))
-    dialogue = Dialogue(run.tokenizer, role=style.role, chat=run.config.data.chat)
+    dialogue = dialogue_of(run)
     return [
         demonstration_row(dialogue, example.prompt, example.columns[column], example.id, index)
         for index, example in enumerate(examples)
     ]
+
+
+def dialogue_of(run: Run) -> Dialogue:
+    """How demonstrations are laid out as tokens: as the conversations of the run's actor are."""
+    style = get_format(getattr(run.config.actor, "tool_format", "hermes"))
+    return Dialogue(run.tokenizer, role=style.role, chat=run.config.data.chat)
 
 
 def demonstration_row(

@@ -2,8 +2,6 @@
 
 import dataclasses
 import functools
-import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,11 +11,11 @@ import numpy as np
 from rljax.experiment.build import Run
 from rljax.experiment.config import to_dict
 from rljax.experiment.player import FIRST_ASKED_STEP
-from rljax.experiment.sft import demonstration_row
+from rljax.experiment.sft import demonstration_row, dialogue_of
 from rljax.rollouts.single_turn import PromptActor, completion_text
 from rljax.sampling import Request, Sample
-from rljax.settings import shown
 from rljax.tasks import Complete, Completion, Example, Prompt, Remembered, RewardInput, RewardResult, Row
+from rljax.tasks.examples import digest
 from rljax.text import Dialogue, encode_text, render_prompt
 
 
@@ -59,8 +57,11 @@ class StageParts:
 
     def learned_tokens(self, row: Row) -> float:
         """Tokens of a row's `completion` that are learned: a `length` for `rljax.tasks.mixed`."""
-        dialogue = Dialogue(self.run.tokenizer, chat=self.run.config.data.chat)
-        return float(np.sum(demonstration_row(dialogue, row["prompt"], row["completion"], 0, 0).action_mask))
+        return float(np.sum(demonstration_row(self._dialogue, row["prompt"], row["completion"], 0, 0).action_mask))
+
+    @functools.cached_property
+    def _dialogue(self) -> Dialogue:
+        return dialogue_of(self.run)
 
 
 class PolicyCompletions:
@@ -123,6 +124,7 @@ class RunRewards:
     @property
     def settings(self) -> Mapping[str, Any]:
         config = self._run.config
+        # Data without rewards beside it is judged by verifiers of its own.
         rewards = to_dict(getattr(config.actor, "rewards", ()))
         return {"rewards": rewards or to_dict(config.data), "solved_by": config.evaluation.solved_by}
 
@@ -145,10 +147,4 @@ def prompt_actor(run: Run, lacks: str) -> PromptActor:
 
 def weights_name(sums: Mapping[str, int]) -> str:
     """A short name of weights, by their checksums (`rljax.training.fingerprint`)."""
-    text = json.dumps(sums, sort_keys=True)
-    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
-
-
-def described_change(name: str, old: Any, new: Any) -> str:
-    """One field that has changed, for a person."""
-    return f"{name} was {shown(old)} and is {shown(new)}"
+    return f"{digest(sums):032x}"

@@ -6,8 +6,6 @@ import math
 import pytest
 
 from rljax.tasks import (
-    AtLeast,
-    AtMost,
     ChatEndpoint,
     Completion,
     EndpointCompletions,
@@ -17,6 +15,7 @@ from rljax.tasks import (
     RewardResult,
     StageResult,
     Withholds,
+    Within,
     annotated,
     best_attempts,
     criticised,
@@ -307,9 +306,9 @@ def test_filters_name_the_first_rule_that_is_broken_and_change_nothing_a_second_
         {"completion": "fine"},
     ]
     rules = {
-        "reward": AtLeast("reward", 1.0),
+        "reward": Within("reward", least=1.0),
         "repeats": NotRepetitive(window=4, most=20),
-        "easy": AtMost("pass_rate", 0.3),
+        "easy": Within("pass_rate", most=0.3),
     }
     result = kept(rows, rules=rules)
     assert result.rows == [rows[0], rows[4]]

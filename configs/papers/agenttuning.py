@@ -12,7 +12,7 @@ from shop_and_words import base_config, general_only
 
 from rljax.experiment import CheckpointConfig, Config, MultiTurn, OptimizerConfig, RowsData, StagesConfig
 from rljax.experiment.stage_parts import StageParts
-from rljax.tasks import AtLeast, DataStage, kept, mixed, stage
+from rljax.tasks import DataStage, Within, kept, mixed, stage
 
 SIZES = ("full", "smoke", "agent_only")
 ETA = 0.2
@@ -24,7 +24,7 @@ def mixture(parts: StageParts, eta: float) -> list[DataStage]:
     own = parts.run.config.stages
     weights = {"agent": eta, "general": 1 - eta}
     return [
-        stage("kept", kept, rules={"reward below 1": AtLeast("reward", 1.0)}),
+        stage("kept", kept, rules={"reward below 1": Within("reward", least=1.0)}),
         stage(
             "mixed",
             mixed,

@@ -6,12 +6,11 @@ A data row is an `Example`; a reward is a plain callable (`rljax.tasks.callables
 
 from rljax.tasks.annotations import (
     TEACHER_QUESTIONS,
-    AtLeast,
-    AtMost,
     NotRepetitive,
     Reaches,
     Rule,
     Withholds,
+    Within,
     annotated,
     kept,
     laid_out,
@@ -90,7 +89,7 @@ from rljax.tasks.reasoning_gym import (
 )
 from rljax.tasks.rewards import FAILURES, RewardResult, RewardRunner, RewardSpec
 from rljax.tasks.similarity import SIMILARITIES, TextSimilarity
-from rljax.tasks.stages import DataStage, Row, StageReport, StageResult, run_stages, stage, write_whole
+from rljax.tasks.stages import DataStage, Row, StageReport, StageResult, run_stages, stage
 from rljax.tasks.text_rewards import (
     FactCheck,
     GroundedAnswer,
@@ -115,8 +114,6 @@ __all__ = [
     "TEACHER_QUESTIONS",
     "AfterMarker",
     "AnswerJudge",
-    "AtLeast",
-    "AtMost",
     "ChatEndpoint",
     "CoEvolvedCurriculum",
     "CoEvolvedTasks",
@@ -191,6 +188,7 @@ __all__ = [
     "UniformTasks",
     "UnlessDegenerate",
     "Withholds",
+    "Within",
     "WorkersFailed",
     "added_by",
     "annotated",
@@ -239,5 +237,4 @@ __all__ = [
     "with_attempts",
     "with_modes",
     "without_long_rows",
-    "write_whole",
 ]

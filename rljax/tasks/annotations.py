@@ -16,7 +16,7 @@ from rljax.tasks.answers import Extractor, whole_completion
 from rljax.tasks.asking import Complete
 from rljax.tasks.examples import digest, with_paragraph
 from rljax.tasks.judge import question_of
-from rljax.tasks.stages import Row, StageResult
+from rljax.tasks.stages import Row, StageResult, filled
 from rljax.tasks.text_rewards import most_frequent_window
 
 Rule: TypeAlias = Callable[[Row], bool]
@@ -34,7 +34,9 @@ TEACHER_QUESTIONS: Mapping[str, str] = {
 def annotated(rows: Sequence[Row], *, complete: Complete, questions: Mapping[str, str]) -> StageResult:
     """Rows with a column for each of `questions`, a template that may name `{question}` (the prompt) and columns of the
     row. A row whose answer is empty or was cut off is dropped. ValueError for a column that a row lacks."""
-    asked = [_question(row, template) for row in rows for template in questions.values()]
+    asked = [
+        filled(template, row, question=question_of(row["prompt"])) for row in rows for template in questions.values()
+    ]
     answers = iter(complete(asked, 1))
 
     made = []
@@ -64,27 +66,19 @@ def kept(rows: Sequence[Row], *, rules: Mapping[str, Rule]) -> StageResult:
 
 
 @dataclass(frozen=True)
-class AtLeast:
-    """The number in `column` is at least `least`; a row without it stays."""
+class Within:
+    """The number in `column` is at least `least` and at most `most`, of which None is no bound; a row without it
+    stays."""
 
     column: str
-    least: float
+    least: float | None = None
+    most: float | None = None
 
     def __call__(self, row: Row) -> bool:
         value = row.get(self.column)
-        return value is None or value >= self.least
-
-
-@dataclass(frozen=True)
-class AtMost:
-    """The number in `column` is at most `most`; a row without it stays."""
-
-    column: str
-    most: float
-
-    def __call__(self, row: Row) -> bool:
-        value = row.get(self.column)
-        return value is None or value <= self.most
+        if value is None:
+            return True
+        return (self.least is None or value >= self.least) and (self.most is None or value <= self.most)
 
 
 @dataclass(frozen=True)
@@ -131,16 +125,17 @@ def laid_out(
     `"Common mistakes: {}\\n"`, then `end`, which may name columns.
 
     Each field is left out of a row with probability `dropout`, so that the student also works without; `end` never is.
-    It depends on (seed, prompt, end, field) alone. ValueError for a `dropout` that is no probability.
+    It depends on (seed, prompt, end, field) alone. ValueError for a `dropout` that is no probability, and for a column
+    of `end` that a row lacks.
     """
     if not 0 <= dropout <= 1:
         raise ValueError(f"dropout={dropout} must be at least 0 and at most 1")
     made = []
     for row in rows:
-        last = end.format(**row)
-        shown = [name for name in fields if _uniform(seed, row["prompt"], last, name) >= dropout]
-        parts = [fields[name].format(row[name]) for name in shown]
-        made.append({**row, "completion": "".join(parts) + last, "fields": shown})
+        last = filled(end, row)
+        told = [name for name in fields if _uniform(seed, row["prompt"], last, name) >= dropout]
+        parts = [fields[name].format(row[name]) for name in told]
+        made.append({**row, "completion": "".join(parts) + last, "fields": told})
     count = sum(len(row["fields"]) for row in made)
     return StageResult(made, figures={"fields a row": count / max(1, len(made))})
 
@@ -179,15 +174,6 @@ def longer_half(rows: Sequence[Row], *, column: str = "completion") -> StageResu
     short = set(by_length[: len(rows) // 2])
     made = [row for i, row in enumerate(rows) if i not in short]
     return StageResult(made, [(rows[i], "of the shorter half") for i in sorted(short)])
-
-
-def _question(row: Row, template: str) -> str:
-    try:
-        return template.format(**{**row, "question": question_of(row["prompt"])})
-    except KeyError as error:
-        raise ValueError(
-            f"the question {template!r:.60} names {error.args[0]!r}, which a row lacks; it has {sorted(row)}"
-        ) from None
 
 
 def _uniform(*about: Any) -> float:

@@ -8,7 +8,6 @@ An answer depends on what answers, the prompt and the count alone, so equal prom
 """
 
 import concurrent.futures
-import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from rljax.tasks.examples import Prompt, digest
 from rljax.tasks.judge import ChatEndpoint
-from rljax.tasks.stages import described
+from rljax.tasks.stages import described, read_rows, to_lines
 
 
 class Completion(NamedTuple):
@@ -121,10 +120,10 @@ class Remembered:
         return [self._known[key] for key in keys]
 
     def _append(self, lines: Sequence[Mapping[str, Any]]) -> None:
+        text = to_lines(lines, str(self._file))
         self._file.parent.mkdir(parents=True, exist_ok=True)
-        text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
         with self._file.open("ab") as file:
-            file.write(text.encode("utf-8", "backslashreplace"))
+            file.write(text)
 
 
 def _read_answers(file: Path) -> dict[str, list[Completion]]:
@@ -135,5 +134,4 @@ def _read_answers(file: Path) -> dict[str, list[Completion]]:
     whole = text[: text.rfind(b"\n") + 1]
     if len(whole) < len(text):
         os.truncate(file, len(whole))
-    found = [json.loads(line) for line in whole.splitlines()]
-    return {line["key"]: [Completion(*answer) for answer in line["answers"]] for line in found}
+    return {line["key"]: [Completion(*answer) for answer in line["answers"]] for line in read_rows(whole)}

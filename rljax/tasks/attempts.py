@@ -18,7 +18,7 @@ from rljax.tasks.asking import Complete
 from rljax.tasks.examples import Prompt, with_paragraph
 from rljax.tasks.judge import question_of
 from rljax.tasks.rewards import RewardResult
-from rljax.tasks.stages import Row, StageResult
+from rljax.tasks.stages import Row, StageResult, filled
 
 Score: TypeAlias = Callable[[Sequence[tuple[Row, str]]], Sequence[RewardResult]]
 """(row, text of an answer) -> what it is worth, for all of them in one call."""
@@ -88,8 +88,8 @@ def guided(rows: Sequence[Row], *, column: str, note: str = "Hint: {}") -> Stage
     for row in rows:
         is_hopeless = not any(attempt["is_right"] for attempt in row["attempts"])
         if is_hopeless and row.get(column):
-            rest = {name: value for name, value in row.items() if name != "attempts"}
-            row = {**rest, "asked": with_paragraph(row["prompt"], note.format(row[column]))}
+            asked = with_paragraph(row["prompt"], note.format(row[column]))
+            row = {**_without_attempts(row), "asked": asked}
         made.append(row)
     return StageResult(made, figures={"asked again": sum("attempts" not in row for row in made)})
 
@@ -103,7 +103,7 @@ def best_attempts(rows: Sequence[Row], *, at_most: int = 1) -> StageResult:
     made = []
     dropped = []
     for row in rows:
-        rest = {name: value for name, value in row.items() if name not in ("attempts", "asked")}
+        rest = _without_attempts(row)
         texts = list(dict.fromkeys(attempt["text"] for attempt in row["attempts"] if attempt["is_right"]))
         if not texts:
             dropped.append((row, "no right answer"))
@@ -116,13 +116,16 @@ def criticised(
     rows: Sequence[Row], *, complete: Complete, wrong: str = CRITIC_WRONG, right: str = CRITIC_RIGHT
 ) -> StageResult:
     """Rows whose attempts have a `critique` each: where a wrong one fails, a verification of a right one. The templates
-    may name `{question}` and `{attempt}`, and columns of the row."""
-    pairs = [(row, attempt) for row in rows for attempt in row["attempts"]]
+    may name `{question}` and `{attempt}`, and columns of the row. ValueError for a column that a row lacks."""
     prompts = [
-        (right if attempt["is_right"] else wrong).format(
-            **{**row, "question": question_of(row["prompt"]), "attempt": attempt["text"]}
+        filled(
+            right if attempt["is_right"] else wrong,
+            row,
+            question=question_of(row["prompt"]),
+            attempt=attempt["text"],
         )
-        for row, attempt in pairs
+        for row in rows
+        for attempt in row["attempts"]
     ]
     answers = iter(complete(prompts, 1))
     made = []
@@ -162,6 +165,9 @@ def merged(rows: Sequence[Row], *, max_wrong: int = 2, joint: str = "\n\n", long
         if longest is not None and sum(len(piece["text"]) for piece in pieces) > longest:
             dropped.append((row, f"longer than {longest} characters"))
             continue
-        rest = {name: value for name, value in row.items() if name not in ("attempts", "asked")}
-        made.append({**rest, "completion": pieces})
+        made.append({**_without_attempts(row), "completion": pieces})
     return StageResult(made, dropped)
+
+
+def _without_attempts(row: Row) -> Row:
+    return {name: value for name, value in row.items() if name not in ("attempts", "asked")}

@@ -141,8 +141,10 @@ def run_stages(
     path.mkdir(parents=True, exist_ok=True)
     _refuse_others(path, stages)
 
-    found = read_rows(to_lines(rows, "the data"))
-    made_of = digest_of(to_lines(found))
+    # As a file would hold them: tuples become lists, and what JSON lacks is refused before anything is asked.
+    text = to_lines(rows, "the data")
+    found = read_rows(text)
+    made_of = digest_of(text)
     for index, one in enumerate(stages):
         file = path / f"{index:02d}-{one.name}.jsonl"
         wanted = {"stage": one.name, "settings": _through_json(one.settings), "input": made_of}
@@ -183,14 +185,15 @@ def digest_of(text: bytes) -> str:
     return hashlib.blake2b(text, digest_size=16).hexdigest()
 
 
-def write_whole(file: Path, text: bytes) -> None:
-    """Writes a file so that a kill leaves the old or the new one, whole."""
-    temporary = file.with_name(file.name + ".tmp")
-    with temporary.open("wb") as opened:
-        opened.write(text)
-        opened.flush()
-        os.fsync(opened.fileno())
-    temporary.replace(file)
+def filled(template: str, row: Row, **more: str) -> str:
+    """A template with the columns of a row that it names; `more` goes before a column of the same name. ValueError for
+    a name that neither has."""
+    try:
+        return template.format(**{**row, **more})
+    except KeyError as error:
+        raise ValueError(
+            f"the template {template!r:.60} names {error.args[0]!r}, which a row lacks; it has {sorted(row)}"
+        ) from None
 
 
 def _make(one: DataStage, rows: list[Row], file: Path, wanted: Mapping[str, Any]) -> dict[str, Any]:
@@ -203,10 +206,10 @@ def _make(one: DataStage, rows: list[Row], file: Path, wanted: Mapping[str, Any]
         raise ValueError(f"stage {one.name} leaves none of {len(rows)} rows ({why or 'it says no reason'})")
 
     text = to_lines(result.rows, f"stage {one.name}")
-    write_whole(file, text)
+    _write_whole(file, text)
     dropped = file.with_suffix(".dropped.jsonl")
     if result.dropped:
-        write_whole(dropped, to_lines({**row, DROPPED: reason} for row, reason in result.dropped))
+        _write_whole(dropped, to_lines({**row, DROPPED: reason} for row, reason in result.dropped))
 
     # The note comes last: without it the stage has not been.
     note = {
@@ -216,8 +219,18 @@ def _make(one: DataStage, rows: list[Row], file: Path, wanted: Mapping[str, Any]
         "dropped": dict(reasons),
         "figures": {name: float(value) for name, value in result.figures.items()},
     }
-    write_whole(_note_of(file), json.dumps(note, indent=2, ensure_ascii=False).encode("utf-8", "backslashreplace"))
+    _write_whole(_note_of(file), json.dumps(note, indent=2, ensure_ascii=False).encode("utf-8", "backslashreplace"))
     return note
+
+
+def _write_whole(file: Path, text: bytes) -> None:
+    """Writes a file so that a kill leaves the old or the new one, whole."""
+    temporary = file.with_name(file.name + ".tmp")
+    with temporary.open("wb") as opened:
+        opened.write(text)
+        opened.flush()
+        os.fsync(opened.fileno())
+    temporary.replace(file)
 
 
 def _note_of(file: Path) -> Path:

@@ -406,6 +406,20 @@ def test_shares_of_rows_are_not_shares_of_tokens():
     assert figures["share of agent"] == pytest.approx(0.0476, abs=0.005)
 
 
+def test_a_row_is_measured_once_however_often_it_is_drawn():
+    rows = [{"kind": kind, "n": i} for kind in POOLS for i in range(6)]
+    measured = []
+
+    def length(row):
+        measured.append((row["kind"], row["n"]))
+        return 1.0
+
+    for by_length in (False, True):
+        measured.clear()
+        pooled(rows, {"agent": 0.5, "general": 0.5}, 500, length=length, by_length=by_length)
+        assert sorted(measured) == sorted((row["kind"], row["n"]) for row in rows)
+
+
 def test_several_answers_of_an_endpoint_need_a_temperature():
     endpoint = ChatEndpoint(base_url="http://localhost:1/v1", model="m")
     with pytest.raises(ValueError, match="2 answers at a temperature of 0 are all one"):

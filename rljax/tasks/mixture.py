@@ -1,6 +1,7 @@
 """Several tasks in one data set: small ones are repeated, and all take turns (AgentRL, 2510.04206); or each row is
 drawn of one kind or another by chance (AgentTuning, 2310.12823)."""
 
+import functools
 import itertools
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -82,35 +83,40 @@ def mixed(
     """
     if by_length and length is None:
         raise ValueError("by_length=True needs a length of a row, such as that of its completion; give one")
-    pools: dict[str, list[Row]] = {kind: [] for kind in weights}
-    for row in rows:
+    pools: dict[str, list[int]] = {kind: [] for kind in weights}
+    for number, row in enumerate(rows):
         kind = str(row.get(column))
         if kind not in pools:
             raise ValueError(
                 f"a row has {column}={kind!r}, and weights are for {sorted(pools)}; give it one, 0 to leave it out"
             )
-        pools[kind].append(row)
+        pools[kind].append(number)
     _check_weights(weights, pools)
+
+    # A length may be that of a text in tokens, and small pools are drawn many times.
+    @functools.cache
+    def length_of(number: int) -> float:
+        assert length is not None
+        return length(rows[number])
 
     chances = dict(weights)
     if by_length:
-        assert length is not None
-        means = {kind: sum(map(length, pool)) / len(pool) for kind, pool in pools.items() if pool}
+        means = {kind: sum(map(length_of, pool)) / len(pool) for kind, pool in pools.items() if pool}
         chances = example_weights({kind: weights[kind] for kind in means}, means)
 
     streams = {kind: _passes(pool, seed, kind) for kind, pool in pools.items() if pool}
     kinds = list(chances)
     by_kind = list(chances.values())
     drawn = [random.Random(digest([seed, i])).choices(kinds, by_kind)[0] for i in range(count)]
-    made = [next(streams[kind]) for kind in drawn]
+    numbers = [next(streams[kind]) for kind in drawn]
 
     figures = {f"share of {kind}": drawn.count(kind) / max(1, count) for kind in kinds}
     if length is not None:
-        total = sum(map(length, made))
+        total = sum(map(length_of, numbers))
         for kind in kinds:
-            own = sum(length(row) for row, of in zip(made, drawn, strict=True) if of == kind)
+            own = sum(length_of(number) for number, of in zip(numbers, drawn, strict=True) if of == kind)
             figures[f"share of {kind} by length"] = own / total if total else 0.0
-    return StageResult(made, figures=figures)
+    return StageResult([rows[number] for number in numbers], figures=figures)
 
 
 def _check_weights(weights: Mapping[str, float], pools: Mapping[str, Sequence[Any]]) -> None:
@@ -122,9 +128,9 @@ def _check_weights(weights: Mapping[str, float], pools: Mapping[str, Sequence[An
         raise ValueError(f"no row is of the kind {empty[0]!r}, whose weight is {weights[empty[0]]}; leave it out")
 
 
-def _passes(rows: Sequence[Row], seed: int, kind: str) -> Iterator[Row]:
-    """All rows again and again, each time in a new order."""
+def _passes(pool: Sequence[T], seed: int, kind: str) -> Iterator[T]:
+    """All of a pool again and again, each time in a new order."""
     for epoch in itertools.count():
-        order = list(rows)
+        order = list(pool)
         random.Random(digest([seed, kind, epoch])).shuffle(order)
         yield from order

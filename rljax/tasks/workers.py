@@ -366,6 +366,7 @@ def serve(descriptor: int) -> None:
     os.set_inheritable(descriptor, False)
     worker = os.getpid()
     channel = Channel(socket.socket(fileno=descriptor), most_bytes=None)
+
     # a thread reads, so that the end of the parent is noticed during a job
     inbox: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
     try:
@@ -381,6 +382,7 @@ def serve(descriptor: int) -> None:
         number = _LOADING
         try:
             if functions is None:
+                # the first message brings the functions, and what they load must not count to the time of a job
                 functions = pickle.loads(message)
                 for function in functions:
                     getattr(function, "warm_up", lambda: None)()
@@ -389,11 +391,14 @@ def serve(descriptor: int) -> None:
                 number, *fields = pickle.loads(message)
                 job = Job(*fields)
                 faulthandler.dump_traceback_later(job.timeout_s + _BACKSTOP_S, exit=True, file=null)
+
                 random.seed(0)  # which worker did what before must not show in the result
                 answer = write_data(number, DONE, functions[job.function](job.argument))
         except BaseException:
+            # also SystemExit and KeyboardInterrupt: a function costs its own job and never the worker
             answer = write_data(number, RAISED, traceback.format_exc())
         finally:
+            # a copy that a function forked must not come back here and answer too
             end_if_forked(worker)
             faulthandler.cancel_dump_traceback_later()
 

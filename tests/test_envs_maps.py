@@ -103,6 +103,9 @@ def test_bad_files_of_places_are_refused_by_line(tmp_path):
         ('{"lat": NaN, "lon": 2}', None),
         ('{"lat": "48", "lon": 2}', None),
         ('{"lat": true, "lon": 2}', None),
+        (f'{{"lat": 1{"0" * 400}, "lon": 2}}', None),
+        (f'{{"lat": 1, "lon": {"[" * 100_000}}}', None),
+        ({"latitude": 1, "longitude": -(10**400)}, None),
         ("Paris", None),
         ("{lat}", None),
     ],
@@ -150,7 +153,10 @@ def test_what_goes_wrong_is_told_and_costs_nothing_but_the_reward():
     assert "there is no place 'Atlantis' on this map" in steps[0].observation
     assert steps[1].done and steps[1].reward == 0.0 and not any(steps[1].counts[name] for name in ACCURACY_KM)
 
-    many = play(row, call("neighbours", place="Paris", least_km=0, most_km=9000))[0].observation.splitlines()
+    (step,) = play(row, call("answer", latitude=10**400, longitude=0))
+    assert step.done and step.reward == 0.0
+
+    many = play(row, call("neighbours", place="Paris", least_km=0, most_km=10**400))[0].observation.splitlines()
     assert len(many) == MOST_SHOWN + 1 and many[-1].endswith("more; narrow the bounds")
 
 

@@ -116,7 +116,7 @@ class Gazetteer:
         """km from one of its places to each of `places`, in their order. KeyError for a place that is none of them."""
         return self._distances(self._index[folded(place.title)])
 
-    def between(self, place: Place, least_km: float, most_km: float) -> list[Place]:
+    def between(self, place: Place, least_km: int | float, most_km: int | float) -> list[Place]:
         """Other places whose distance from one of its places lies in [least_km, most_km), in the order of titles:
         neither the order nor anything else tells which of them is looked for."""
         found = zip(self.places, self.distances(place), strict=True)
@@ -163,7 +163,7 @@ def read_places(path: str | Path) -> list[Place]:
     return found
 
 
-def is_on_earth(latitude: float, longitude: float) -> bool:
+def is_on_earth(latitude: int | float, longitude: int | float) -> bool:
     """Whether both are within their range of degrees; NaN is not."""
     return -90.0 <= latitude <= 90.0 and -180.0 <= longitude <= 180.0
 

@@ -52,7 +52,7 @@ def read_answer(answer: Any) -> tuple[float, float] | None:
         objects = re.findall(r"\{[^{}]*\}", answer)
         try:
             answer = json.loads(objects[-1]) if objects else None
-        except ValueError:
+        except (ValueError, RecursionError):
             return None
     if not isinstance(answer, Mapping):
         return None
@@ -60,8 +60,9 @@ def read_answer(answer: Any) -> tuple[float, float] | None:
     numbers = [answer.get("latitude", answer.get("lat")), answer.get("longitude", answer.get("lon"))]
     if any(isinstance(number, bool) or not isinstance(number, int | float) for number in numbers):
         return None
-    latitude, longitude = map(float, numbers)
-    return (latitude, longitude) if is_on_earth(latitude, longitude) else None
+    # Compared as they are: a whole number of JSON may be beyond what a float can hold.
+    latitude, longitude = numbers
+    return (float(latitude), float(longitude)) if is_on_earth(latitude, longitude) else None
 
 
 class MapEnvironment(ToolEnvironment):
@@ -161,7 +162,7 @@ class MapEnvironment(ToolEnvironment):
                 least_km: The lower bound in km.
                 most_km: The upper bound in km.
             """
-            found = self.gazetteer.between(self._place(place), float(least_km), float(most_km))
+            found = self.gazetteer.between(self._place(place), least_km, most_km)
             more = f"\nand {len(found) - MOST_SHOWN} more; narrow the bounds" if len(found) > MOST_SHOWN else ""
             return self.listed(found[:MOST_SHOWN]) + more if found else "No place lies there."
 

@@ -5,11 +5,13 @@ import sys
 import textwrap
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
 from rljax.envs.sandbox import LEVELS, Limits, Sandbox
 from rljax.envs.sandbox.attacks import ATTACKS, LIMITS, Meter, Outside, attacks
+from rljax.envs.sandbox.groups import remove_groups
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="isolation is Linux's")
 
@@ -72,10 +74,36 @@ def test_a_group_that_a_killed_trainer_has_left_goes_at_the_next_start():
     with start("namespaces", workers=1) as sandbox:
         if sandbox.groups is None:
             pytest.skip("no control group can be made here")
-        left = sandbox.groups.parent / "rljax-sandbox-4194400-left"  # above what a process can be numbered
+        # Their names begin with those of the kind and of the namespace, then the number of the process.
+        kind, own, _ = sandbox.groups.name.rpartition(f"-{os.getpid()}-")
+        left = sandbox.groups.with_name(f"{kind}-4194400-left")  # above what a process can be numbered
+        elsewhere = sandbox.groups.with_name("rljax-sandbox-7-4194400-left")  # whose number means nothing here
+        assert own
         (left / "1").mkdir(parents=True)
-    with start("namespaces", workers=1):
-        assert not left.exists()
+        elsewhere.mkdir()
+    try:
+        with start("namespaces", workers=1):
+            assert not left.exists() and elsewhere.exists()
+    finally:
+        elsewhere.rmdir()
+
+
+def test_processes_that_start_at_one_moment_take_away_the_same_groups(tmp_path):
+    """They are folders as far as that goes; whoever stumbled over another here went on without control groups."""
+    groups = [tmp_path / str(i) for i in range(200)]
+    for group in groups:
+        (group / "1").mkdir(parents=True)
+    start = threading.Barrier(8)
+
+    def remove():
+        start.wait()
+        for group in groups:
+            remove_groups(group)
+
+    with ThreadPoolExecutor(8) as pool:
+        for done in [pool.submit(remove) for _ in range(8)]:
+            done.result()
+    assert not any(tmp_path.iterdir())
 
 
 def test_a_program_that_the_kernel_ends_for_want_of_memory_is_told_so_and_the_next_one_runs():

@@ -60,12 +60,14 @@ def make_groups() -> Path:
     """A group for those of programs, in that of this process. OSError where none can be made, with the reason. Those
     that processes have left which were killed are taken away."""
     above = _own_group()
-    for old in above.glob(f"{_PREFIX}*"):
-        owner = old.name.removeprefix(_PREFIX).partition("-")[0]
+    # Containers may share a group and number their processes alike: what another one's number means is not known here.
+    prefix = f"{_PREFIX}{os.stat('/proc/self/ns/pid').st_ino}-"
+    for old in above.glob(f"{prefix}*"):
+        owner = old.name.removeprefix(prefix).partition("-")[0]
         if owner.isdigit() and not Path(f"/proc/{owner}").exists():
             _remove(old)
 
-    made = Path(tempfile.mkdtemp(dir=above, prefix=f"{_PREFIX}{os.getpid()}-"))
+    made = Path(tempfile.mkdtemp(dir=above, prefix=f"{prefix}{os.getpid()}-"))
     try:
         if (made / "cgroup.subtree_control").exists():
             (made / "cgroup.subtree_control").write_text("+memory")
@@ -93,7 +95,11 @@ def remove_groups(groups: Path, patience_s: float = 5.0) -> None:
 
 def _remove(groups: Path) -> None:
     """What is empty of it."""
-    for folder in (*(child for child in groups.glob("*") if child.is_dir()), groups):
+    folders = [groups]
+    # Processes that start at one moment take the same one away, so it may vanish at any point.
+    with contextlib.suppress(OSError):
+        folders[:0] = [child for child in groups.iterdir() if child.is_dir()]
+    for folder in folders:
         with contextlib.suppress(OSError):
             folder.rmdir()
 

@@ -460,12 +460,17 @@ def serve(descriptor: int) -> None:
     os.set_inheritable(descriptor, False)
     worker = os.getpid()
     channel = Channel(socket.socket(fileno=descriptor), most_bytes=None)
+
+    # The first message brings the factory. Also SystemExit and KeyboardInterrupt are answered: code that is imported
+    # may raise anything, and the parent is to know why there is no worker.
     try:
         host = Host(pickle.loads(_next(channel)))
         host.check()
         answer = Answer()
     except BaseException as error:
         answer = Answer(None, RAISED, f"{type(error).__name__}: {error}")
+
+    # A process that the factory has forked comes here too, and must not answer for this one.
     end_if_forked(worker)
     with contextlib.suppress(OSError):
         channel.send(write_answer(0, answer))

@@ -112,6 +112,7 @@ class SandboxResult:
 
 
 _GRACE_S = 10.0  # from the order to end a program to the report of its end
+_LOOK_S = 0.1  # between looks at whether the kernel has ended one of its processes for want of memory
 
 
 class _Unready(Exception):
@@ -193,6 +194,13 @@ class _Worker:
                     verdict = "timeout"
                     self._kill()
                 left = _GRACE_S
+            elif verdict is None and self.group is not None:
+                # The kernel may end one process alone; the rest of the program goes with it.
+                if self.group.was_full():
+                    verdict = "memory"
+                    deadline = time.monotonic()
+                    self._kill()
+                left = min(left, _LOOK_S)
             ready = {descriptor for descriptor, _ in poller.poll(1000 * left)}
             if self.control.fileno() in ready:
                 report = self._report()
@@ -214,7 +222,7 @@ class _Worker:
                     poller.unregister(self.output)
 
         report = report or {}
-        # The rest of a program whose process the kernel has ended may have waited for it.
+        # It may have ended, by itself or for its time, between two looks.
         if verdict in (None, "timeout") and self.group is not None and self.group.was_full():
             verdict = "memory"
         return SandboxResult(

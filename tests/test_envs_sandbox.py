@@ -55,11 +55,12 @@ def test_memory_of_the_machine_stays_within_the_limit(outside):
     guard alone comes late on busy processors: several processes that filled memory at one moment had 1.3 times it."""
     with start("namespaces", workers=1) as sandbox:
         try:
-            peaks = {}
-            for name in ("nothing", *HUNGRY, "memory in buffers of sockets", "memory in pipes"):
+            peaks: dict[str, float] = {}
+            # What stands ready beside the program takes some MB more or less.
+            for name in (*["nothing"] * 5, *HUNGRY, "memory in buffers of sockets", "memory in pipes"):
                 meter = Meter(sandbox)
                 result = sandbox.run(outside.program(name) if name in ATTACKS else "pass", timeout_s=1.0)
-                peaks[name] = meter.peak_mb()
+                peaks[name] = max(meter.peak_mb(), peaks.get(name, 0.0))
                 assert outside.leaks(result, sandbox.limits) == []
         except OSError as error:
             pytest.skip(f"no control group can be made here: {error}")

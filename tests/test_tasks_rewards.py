@@ -1,5 +1,6 @@
 """A reward may raise, hang, exit or return nonsense: it costs that sample, and no process stays behind."""
 
+import concurrent.futures
 import contextlib
 import errno
 import json
@@ -30,7 +31,7 @@ from rljax.tasks import (
 )
 from rljax.tasks.channel import read_data, write_data
 from rljax.tasks.rewards import _outcomes_of, _resolve
-from rljax.tasks.workers import DONE, TIMEOUT, Job, Reply, WorkerPool
+from rljax.tasks.workers import CRASHED, DONE, TIMEOUT, Job, Reply, WorkerPool
 
 
 def behave(completion):
@@ -65,6 +66,17 @@ def behave(completion):
     special = {"nan": math.nan, "inf": -math.inf, "none": None, "text": "1.0", "list": [1.0], "huge": 10**400}
     special |= {"lambda": lambda: 0, "numpy": np.float32(0.5), "array": np.array(2), "true": True, "int": 3}
     return special[completion] if completion in special else float(completion)
+
+
+def waits_until_killed(job):
+    """Notes its process in a file, and waits for ever the first `kills` times; how often it was begun."""
+    path, kills = job
+    with open(path, "a") as file:
+        file.write(f"{os.getpid()} ")
+    begun = len(open(path).read().split())
+    if begun <= kills:
+        time.sleep(60)
+    return float(begun)
 
 
 class Executes:
@@ -447,6 +459,18 @@ class TestNoOrphans:
             os.kill(pool.pids[0], signal.SIGKILL)
             wait_until(lambda: not alive(pool.pids[0]))
             assert pool.run([Job(0, "8", 5.0), Job(0, "9", 5.0)])[1] == (DONE, 9.0)
+
+    @pytest.mark.parametrize("kills", [1, 2])
+    def test_what_a_worker_did_that_was_killed_from_outside_is_done_once_more(self, kills, tmp_path):
+        began = tmp_path / "began"
+        with WorkerPool([waits_until_killed], 1) as pool, concurrent.futures.ThreadPoolExecutor(1) as thread:
+            replies = thread.submit(pool.run, [Job(0, (str(began), kills), 30.0), Job(0, (str(began), 0), 30.0)])
+            for n in range(1, kills + 1):
+                wait_until(lambda n=n: began.exists() and len(began.read_text().split()) == n)
+                os.kill(int(began.read_text().split()[-1]), signal.SIGKILL)
+            first, second = replies.result()
+        assert first == ((DONE, 2.0) if kills == 1 else (CRASHED, "the worker process was ended by signal 9"))
+        assert second == (DONE, 3.0)
 
     @pytest.mark.parametrize("completion", ["sleep", "hang", "1"])
     def test_workers_end_when_the_parent_is_killed(self, tmp_path, completion):

@@ -35,6 +35,7 @@ from rljax.tasks.channel import Channel, Garbled, read_data, write_data
 
 DONE, RAISED, TIMEOUT, CRASHED = "done", "raised", "timeout", "crashed"
 
+_KILLED = "killed"  # by a signal that only others send: told as CRASHED when it happens again
 _STARTED = "started"
 _GRACE_S = 2.0  # from the end of the parent to that of a busy worker
 _BACKSTOP_S = 10.0  # beyond the timeout; for a worker whose parent is gone and whose job never lets go of the GIL
@@ -232,8 +233,9 @@ class WorkerPool:
         """Do all jobs, several at a time; replies are in the order of the jobs.
 
         A job's time runs from when a worker takes it. One that exceeds it is killed (TIMEOUT), one whose worker dies
-        is lost (CRASHED), and neither is tried again. Raises RuntimeError if the pool is not open, and WorkersFailed,
-        which is one, if workers can no longer be started.
+        is lost (CRASHED), and neither is tried again, but for one case: SIGKILL may have come from outside (a kernel
+        short of memory, an operator), so a job is done once more behind it. Raises RuntimeError if the pool is not
+        open, and WorkersFailed, which is one, if workers can no longer be started.
         """
         self._check_not_closed()
         if not self._workers:
@@ -241,13 +243,23 @@ class WorkerPool:
 
         waiting = deque(range(len(jobs)))
         replies: dict[int, Reply] = {}
+        killed_before: set[int] = set()
         try:
             while len(replies) < len(jobs):
                 for worker in list(self._workers):
                     if worker.is_idle:
                         self._assign(worker, waiting, jobs, replies)
-                if len(replies) < len(jobs):
-                    replies.update(self._wait())
+                if len(replies) == len(jobs):
+                    break
+
+                for index, reply in self._wait():
+                    if reply.kind != _KILLED:
+                        replies[index] = reply
+                    elif index in killed_before:
+                        replies[index] = Reply(CRASHED, reply.value)
+                    else:
+                        killed_before.add(index)
+                        waiting.appendleft(index)
         except BaseException:  # such as Ctrl-C: no worker may hold a job of this call in the next one
             for worker in [w for w in self._workers if w.job is not None]:
                 self._replace(worker)
@@ -300,7 +312,7 @@ class WorkerPool:
             if not worker.is_ready:
                 self._after_start(worker, reply, first_start)
                 continue
-            if reply.kind in (TIMEOUT, CRASHED):
+            if reply.kind in (TIMEOUT, CRASHED, _KILLED):
                 self._replace(worker)
             worker.job = None
             assert job is not None
@@ -323,7 +335,7 @@ class WorkerPool:
             worker.kill()
             code = worker.process.returncode
             how = f"was ended by signal {-code}" if code < 0 else f"ended with exit code {code}"
-            return Reply(CRASHED, f"the worker process {how}")
+            return Reply(_KILLED if code == -signal.SIGKILL else CRASHED, f"the worker process {how}")
         except (Garbled, ValueError) as error:
             return Reply(CRASHED, f"the worker process sent what is no answer ({error})")
 

@@ -30,6 +30,7 @@ from rljax.models import DecoderConfig, init_params, save_hf
 from rljax.rollouts import EngineFailed, RemoteActor, ScoringEngines, number_groups
 from rljax.rollouts.engines.api import read_request
 from rljax.rollouts.engines.client import Engine, assign
+from rljax.rollouts.engines.fleet import _started
 from rljax.rollouts.engines.remote_sampler import written_sampling
 from rljax.rollouts.engines.sharing import Share, own_share, share_of
 from rljax.rollouts.http_server import ApiError, HttpServer
@@ -335,6 +336,31 @@ def test_a_command_that_ends_by_itself_ends_the_run_with_what_it_said_and_leaves
         assert message.endswith("name a folder config.actor.weights to keep all of its output")
     pids = said.read_text().split()
     assert len(pids) == 3 and not any(map(is_running, pids))
+
+
+def test_an_engine_does_not_outlive_a_run_that_is_killed(tmp_path):
+    """Of a killed run the kernel closes what it had open."""
+    log = tmp_path / "log"
+    started = _started(["sh", "-c", "sleep 60 & echo $$ $!; wait"], log, "weights")
+    until = time.monotonic() + 10
+    while not log.read_text().endswith("\n"):
+        assert time.monotonic() < until
+        time.sleep(0.01)
+    pids = log.read_text().split()
+    assert len(pids) == 2 and all(map(is_running, pids))
+
+    started.line.close()
+    assert started.popen.wait(timeout=10) == -signal.SIGKILL
+    while any(map(is_running, pids)):
+        assert time.monotonic() < until
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize(("command", "status"), [("exit 3", 3), ("kill -TERM $$", -15), ("kill -KILL $$", -9)])
+def test_a_keeper_ends_as_its_command_does(command, status, tmp_path):
+    started = _started(["sh", "-c", command], tmp_path / "log", "weights")
+    with started.line:
+        assert started.popen.wait(timeout=10) == status
 
 
 def test_an_engine_that_starts_while_the_run_ends_is_ended_too(model, monkeypatch):

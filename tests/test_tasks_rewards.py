@@ -71,9 +71,10 @@ def behave(completion):
 def waits_until_killed(job):
     """Notes its process in a file, and waits for ever the first `kills` times; how often it was begun."""
     path, kills = job
-    with open(path, "a") as file:
+    with open(path, "a+") as file:
         file.write(f"{os.getpid()} ")
-    begun = len(open(path).read().split())
+        file.seek(0)
+        begun = len(file.read().split())
     if begun <= kills:
         time.sleep(60)
     return float(begun)

@@ -8,12 +8,14 @@ import os
 import shlex
 import shutil
 import signal
+import socket
 import subprocess
+import sys
 import tempfile
 import threading
 import time
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -23,6 +25,7 @@ from urllib.parse import urlsplit
 import jax
 
 from rljax.parallel import exchange, is_main_process, one_at_a_time
+from rljax.rollouts.engines import keeper
 from rljax.rollouts.engines.api import Said
 from rljax.rollouts.engines.client import Engine, EngineFailed, Unreachable
 from rljax.rollouts.engines.config import EnginesConfig
@@ -60,8 +63,31 @@ class _Process(NamedTuple):
     """An engine that this run has started."""
 
     popen: "subprocess.Popen[bytes]"
+    """Its keeper, which leads its process group."""
+    line: socket.socket
+    """When this closes, the keeper kills the group."""
     label: str
     """Of the weights that it was started on."""
+
+
+def _started(command: Sequence[str], log: Path, label: str) -> _Process:
+    """Starts an engine that does not outlive this process. Raises OSError if the command cannot be run."""
+    ours, theirs = socket.socketpair()
+    with theirs, log.open("ab") as output:
+        popen = subprocess.Popen(
+            [sys.executable, "-S", "-E", keeper.__file__, str(theirs.fileno()), *command],
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            pass_fds=[theirs.fileno()],
+            start_new_session=True,
+        )
+    said = ours.recv(4096)
+    if said != keeper.STARTED:
+        popen.wait()
+        ours.close()
+        raise OSError(said.decode() or "its keeper ended")
+    return _Process(popen, ours, label)
 
 
 class Fleet:
@@ -333,14 +359,10 @@ class Fleet:
             )
             for word in shlex.split(self.config.command)
         ]
-        with self._log(index).open("ab") as log:
-            try:
-                popen = subprocess.Popen(
-                    words, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, start_new_session=True
-                )
-            except OSError as error:
-                raise EngineFailed(f"config.actor.command={self.config.command!r} cannot be run: {error}") from None
-        self._processes[index] = _Process(popen, self.label)
+        try:
+            self._processes[index] = _started(words, self._log(index), self.label)
+        except OSError as error:
+            raise EngineFailed(f"config.actor.command={self.config.command!r} cannot be run: {error}") from None
         if self._is_closing:  # the run ended in between, and may not have seen it
             self._end(index)
         return 1
@@ -369,6 +391,7 @@ class Fleet:
             time.sleep(_PAUSE_S)
         _kill_group(popen, signal.SIGKILL)
         popen.wait()
+        process.line.close()
 
     def _remove_folders(self, but: str = "") -> None:
         """Removes the weights that this process has written; those of the label `but` stay."""

@@ -92,6 +92,28 @@ class Marks(Copyable):
         return super().step("1" if action == "wait" else action)
 
 
+class Killed(Counter):
+    """Its process is killed `kills` times, which `path` counts: when it is made, or by the action "be killed"."""
+
+    def __init__(self, path, kills, *, when_made):
+        self._path = path
+        self._kills = kills
+        if when_made:
+            self._be_killed()
+
+    def step(self, action):
+        if action == "be killed":
+            self._be_killed()
+        return super().step("1" if action == "be killed" else action)
+
+    def _be_killed(self):
+        with open(self._path, "a+") as file:
+            file.write("x")
+            file.seek(0)
+            if len(file.read()) <= self._kills:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+
 class Closes(Marks):
     """Notes in the row's file when it is closed."""
 

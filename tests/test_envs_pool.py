@@ -1,6 +1,7 @@
 """Environments at once: limits, failures that end their own episode, forks by replay and by snapshot."""
 
 import errno
+import functools
 import json
 import os
 import subprocess
@@ -9,7 +10,7 @@ import time
 from concurrent.futures import wait
 
 import pytest
-from counting import Copyable, Counter, needs_a_file
+from counting import Copyable, Counter, Killed, needs_a_file
 from replays import replay
 from test_tasks_rewards import SCRIBBLES, scribble
 
@@ -137,6 +138,33 @@ def test_a_worker_that_dies_is_replaced_and_its_other_episodes_go_on():
         assert (victim.end, victim.error) == ("crashed", "the worker process ended with exit code 7")
         assert pool.step(other, "1").result(20).steps[-1].observation == "3 after True"
         assert pool.failures == {"crashed": 1}
+
+
+@pytest.mark.parametrize("kills", [1, 2])
+def test_what_was_under_way_in_a_process_that_was_killed_is_done_once_more(kills, tmp_path):
+    make = functools.partial(Killed, str(tmp_path / "kills"), kills, when_made=False)
+    with EnvironmentPool(make, workers=1, hosts="processes", limits=EnvironmentLimits(step_s=5.0)) as pool:
+        other = play(pool, ["1"])
+        episode = play(pool, ["2", "be killed"])
+        if kills == 1:
+            assert [step.observation for step in episode.steps] == ["2 after True", "3 after True"]
+        else:
+            assert (episode.end, episode.error) == ("crashed", "the worker process ended with exit code -9")
+        assert pool.step(other, "1").result(20).steps[-1].observation == "2 after True"
+        assert pool.failures["crashed"] == kills - 1
+
+
+@pytest.mark.parametrize("kills", [2, 9])
+def test_a_process_that_is_killed_while_it_starts_is_started_again_a_few_times(kills, tmp_path):
+    make = functools.partial(Killed, str(tmp_path / "kills"), kills, when_made=True)
+    pool = EnvironmentPool(make, workers=1, hosts="processes", limits=EnvironmentLimits(step_s=5.0))
+    if kills == 2:
+        with pool:
+            assert play(pool, ["1"]).steps[-1].observation == "1 after True"
+    else:
+        with pytest.raises(ValueError, match=r"cannot make environments \(it ended with exit code -9\)"):
+            pool.open()
+        assert (tmp_path / "kills").read_text() == "xxx"
 
 
 def test_worker_processes_end_with_the_pool():

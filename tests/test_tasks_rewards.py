@@ -80,6 +80,24 @@ def waits_until_killed(job):
     return float(begun)
 
 
+class KilledAtStart:
+    """A function whose first `kills` processes are killed while they make it ready."""
+
+    def __init__(self, path, kills):
+        self.path = path
+        self.kills = kills
+
+    def warm_up(self):
+        with open(self.path, "a+") as file:
+            file.write("x")
+            file.seek(0)
+            if len(file.read()) <= self.kills:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    def __call__(self, value):
+        return value
+
+
 class Executes:
     """Pickled, it runs a command wherever it is read."""
 
@@ -472,6 +490,16 @@ class TestNoOrphans:
             first, second = replies.result()
         assert first == ((DONE, 2.0) if kills == 1 else (CRASHED, "the worker process was ended by signal 9"))
         assert second == (DONE, 3.0)
+
+    @pytest.mark.parametrize("kills", [1, 9])
+    def test_a_worker_that_is_killed_while_it_starts_is_started_again_a_few_times(self, kills, tmp_path):
+        pool = WorkerPool([KilledAtStart(str(tmp_path / "kills"), kills)], 1)
+        if kills == 1:
+            with pool:
+                assert pool.run([Job(0, 2.0, 5.0)]) == [(DONE, 2.0)]
+        else:
+            with pytest.raises(WorkersFailed, match=r"^5 worker processes in a row did not start.*ended by signal 9"):
+                pool.open()
 
     @pytest.mark.parametrize("completion", ["sleep", "hang", "1"])
     def test_workers_end_when_the_parent_is_killed(self, tmp_path, completion):

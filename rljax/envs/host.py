@@ -39,6 +39,7 @@ from rljax.tasks.channel import Channel, Garbled, read_data, write_data
 from rljax.tasks.workers import end_child, end_if_forked, has_ended, start_child, told_start
 
 _PATIENCE_S = 1.0  # from the end of the parent to that of a busy worker
+_MOST_KILLED = 3  # processes that are killed while they start, one after another
 
 
 @dataclass(frozen=True)
@@ -275,6 +276,10 @@ class _Recording:
         return step
 
 
+class _KilledAtStart(ValueError):
+    """By a signal that seldom is the process's own doing."""
+
+
 class HostProcess:
     """A `Host` in a process of its own; one caller at a time. Raises ValueError, in one line, if the process does not
     start, `make` cannot be loaded there, or makes no environment.
@@ -292,7 +297,8 @@ class HostProcess:
         if answer.reason is not None:
             self.kill()
             why = " ".join(answer.error.split())[:300] or f"it ended with exit code {self.process.returncode}"
-            raise ValueError(
+            kind = _KilledAtStart if answer.reason == CRASHED and self.was_killed else ValueError
+            raise kind(
                 f"a worker process cannot make environments ({why}); the factory must be a "
                 "function or object of a module that imports on its own"
             )
@@ -301,6 +307,11 @@ class HostProcess:
     def is_sound(self) -> bool:
         """Whether it can be given a request: it stands, and has said nothing that nobody asked for."""
         return self.process.returncode is None and not self.channel.has_input()
+
+    @property
+    def was_killed(self) -> bool:
+        """Whether SIGKILL has ended it, be it that of `kill`."""
+        return self.process.returncode == -signal.SIGKILL
 
     def serve(self, episode: int, request: Request, timeout_s: float) -> Answer:
         """The process is dead after CRASHED and TIMEOUT."""
@@ -348,7 +359,10 @@ class HostProcess:
 
 class Worker:
     """A `HostProcess` that is replaced when it dies. What lived there comes back by replay, as its next requests bring
-    their past along. One caller at a time, but for `kill`. Raises as `HostProcess`."""
+    their past along. One caller at a time, but for `kill`. Raises as `HostProcess`.
+
+    SIGKILL may have come from outside: from a kernel short of memory, or an operator. What was under way is then asked
+    once more of the next process."""
 
     def __init__(self, make: bytes, start_timeout_s: float):
         self._make = make
@@ -356,10 +370,18 @@ class Worker:
         self._known: set[int] = set()  # episodes that live in the process
         self._lock = threading.Lock()
         self._is_over = False
-        self.process = HostProcess(make, start_timeout_s)
+        self.process = self._new_process()
 
     def serve(self, episode: int, request: Request, step_s: float) -> Answer:
         """What came of a request, of which a reset or step may take `step_s` seconds."""
+        asked = self.process
+        answer = self._serve_once(episode, request, step_s)
+        was_killed = answer.reason == CRASHED and asked.was_killed
+        if not was_killed or self._is_over or isinstance(request, Close):
+            return answer
+        return self._serve_once(episode, request, step_s)
+
+    def _serve_once(self, episode: int, request: Request, step_s: float) -> Answer:
         # it died while idle, or what ran in it before left something behind: not the fault of this episode
         problem = "" if self.process.is_sound else self._restart()
         if problem:
@@ -381,6 +403,12 @@ class Worker:
                 answer = Answer(None, answer.reason, f"{answer.error}; and {problem}", answer.seconds)
         return answer
 
+    def _new_process(self) -> HostProcess:
+        for _ in range(_MOST_KILLED - 1):
+            with contextlib.suppress(_KilledAtStart):
+                return HostProcess(self._make, self._start_timeout_s)
+        return HostProcess(self._make, self._start_timeout_s)
+
     def _restart(self) -> str:
         """A new process; why there is none, if there is none."""
         self.process.kill()
@@ -388,7 +416,7 @@ class Worker:
         if self._is_over:
             return ""
         try:
-            process = HostProcess(self._make, self._start_timeout_s)
+            process = self._new_process()
         except (ValueError, OSError) as error:  # the next request tries again
             return f"no new worker started: {error}"
         with self._lock:

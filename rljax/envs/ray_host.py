@@ -16,7 +16,7 @@ import sys
 import sysconfig
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -109,30 +109,37 @@ class Cluster:
             self._environment = _connect(self.config, self._make, count)
             self._is_open = True
 
-        actors = [self._new_actor() for _ in range(count)]
-        try:
-            self._wait_for(actors)
-        except BaseException:
-            for actor in actors:
-                _end(actor)
-            raise
-        return [RayWorker(self, actor) for actor in actors]
+        return [RayWorker(self, actor) for actor in self._new_actors(count)]
 
     def replace(self) -> Any:
         """An actor in place of one that was lost. Raises ValueError as `start`."""
-        actor = self._new_actor()
-        try:
-            self._wait_for([actor])
-        except BaseException:
-            _end(actor)
-            raise
-        return actor
+        return self._new_actors(1)[0]
 
     def close(self) -> None:
         """Leave the cluster, once no worker is used any more."""
         if self._is_open:
             self._is_open = False
             _disconnect()
+
+    def _new_actors(self, count: int) -> list[Any]:
+        """Actors that have started. One that is lost meanwhile is replaced, a few times."""
+        actors = {place: self._new_actor() for place in range(count)}
+        waited_for = dict(actors)
+        try:
+            for _ in range(_MOST_LOST):
+                lost = self._wait_for(waited_for)
+                if not lost:
+                    return [actors[place] for place in range(count)]
+                waited_for = {place: self._new_actor() for place in lost}
+                actors |= waited_for
+            raise ValueError(
+                f"a Ray actor did not start ({next(iter(lost.values()))}); what the environment imports must be "
+                "installed on the machines of the cluster, or be named in config.actor.ray.modules if it is your own"
+            )
+        except BaseException:
+            for actor in actors.values():
+                _end(actor)
+            raise
 
     def _new_actor(self) -> Any:
         import ray
@@ -151,10 +158,12 @@ class Cluster:
             .remote(self._payload, self.start_timeout_s)
         )
 
-    def _wait_for(self, actors: Sequence[Any]) -> None:
+    def _wait_for(self, actors: Mapping[int, Any]) -> dict[int, str]:
+        """Starts them. Which of them were lost before they had started, and why. Raises ValueError where others would
+        fare alike."""
         import ray
 
-        begun = [actor.start.remote() for actor in actors]
+        begun = [actor.start.remote() for actor in actors.values()]
         _, missing = ray.wait(begun, num_returns=len(begun), timeout=self.config.start_s)
         if missing:
             has = ray.cluster_resources()
@@ -164,17 +173,16 @@ class Cluster:
                 f"{len(missing)} of {len(begun)} workers found no room on the Ray cluster in {self.config.start_s:g} s "
                 f"(they hold {told}); lower config.actor.workers or config.actor.ray.cpus, or add machines"
             )
-        for one in begun:
-            problem = ""
+        lost = {}
+        for place, one in zip(actors, begun, strict=True):
             try:
                 problem = ray.get(one)
             except ray.exceptions.RayError as error:
-                problem = (
-                    f"a Ray actor did not start ({_last_line(error)}); what the environment imports must be installed "
-                    "on the machines of the cluster, or be named in config.actor.ray.modules if it is your own"
-                )
+                lost[place] = _last_line(error)
+                continue
             if problem:
                 raise ValueError(problem)
+        return lost
 
 
 class RayWorker:

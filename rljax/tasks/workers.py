@@ -190,8 +190,8 @@ class WorkerPool:
     def open(self) -> None:
         """Start all workers and wait until they stand. Does nothing if they do.
 
-        Raises ValueError, in one line, if a worker does not start or a function does not load in it; RuntimeError if
-        the pool was closed.
+        Raises ValueError, in one line, if a worker does not start or a function does not load in it; WorkersFailed if
+        one after another is killed meanwhile; RuntimeError if the pool was closed.
         """
         self._check_not_closed()
         if self._workers:
@@ -346,7 +346,7 @@ class WorkerPool:
             return
 
         reason = str(reply.value).strip() or f"no answer in {self._start_timeout_s} s"
-        if first_start:
+        if first_start and reply.kind != _KILLED:
             raise ValueError(
                 f"a worker process cannot load its functions ({last_line(reason)}); "
                 "they must come from modules that import on their own"

@@ -22,6 +22,7 @@ SCRIPTS = {
 SMALLEST = {
     "accelerator.py": ("--step=kernels",),
     "agents.py": ("--preset=smoke",),
+    "chaos.py": ("--preset=smoke",),
     "compare_runs.py": (),
     "compiled.py": ("--preset=smoke", "--only=decode_bound_0p6b,predicted_over_compiled"),
     "distill.py": ("--preset=smoke", "--arms=both teachers"),
@@ -167,6 +168,16 @@ def test_engines_of_their_own_processes_are_asked_and_their_busy_share_is_measur
 def test_two_processes_and_two_engines_play_episodes_and_say_how_busy_they_are(run):
     report = run("spread.py", *SMALLEST["spread.py"])
     assert all(0 < report["ratios"][f"busy_share_{name}"] <= 1 for name in ("processes", "engines"))
+
+
+@pytest.mark.slow
+def test_a_run_whose_processes_are_killed_has_the_numbers_of_one_that_is_left_alone(run):
+    report = run("chaos.py", *SMALLEST["chaos.py"])
+    ratios = report["ratios"]
+    assert all(ratios[f"answers_{part}_equal"] == 1 for part in ("metrics", "rollouts", "weights"))
+    assert 0 <= ratios["answers_judged_again_over_under_way"] <= 1
+    kills = [line["value"] for line in report["results"] if ": kills of the kind " in line["name"]]
+    assert sum(kills) == 4
 
 
 def test_programs_are_measured_by_compilation_alone(run):

@@ -4,23 +4,26 @@
 
 `grown_over_measured`: from the steps of a small run, a run of four times the groups on as many decode rows.
 `overlapped_over_measured`: rollouts beside updates on two devices, from the seconds of each phase of the same run.
-`processes_over_measured`: the same of two processes that take turns. CPU devices share their cores, so that a phase
-takes another time beside others than alone; what the last two check is the schedule.
+`processes_over_measured`: the same of two processes that take turns. `engine_over_measured`: of rollouts by an engine
+in another process, beside updates. `in_flight_over_measured`: of turns with tools between them and groups in flight.
+CPU devices and processes share their cores, so that a phase takes another time beside others than alone; what all but
+the first check is the schedule.
 
 `small` is a character model, `full` a larger one for more steps.
 """
 
 import dataclasses
 import os
-import socket
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
 from _common import character_model, finish, machine, parse_arguments, short_updates
 from _probe import probe
+from engines import free_port
 
 SIZES = {
     "smoke": dict(steps=3, groups=4, width=32, layers=1, tokens=8),
@@ -29,6 +32,12 @@ SIZES = {
 }
 GROWN = 4
 GROUP = 4
+TURNS = 3
+TOOL_S = 0.1
+ROWS = 16
+"""Decode rows of an engine and of turns."""
+ENGINE = "SIMULATE_ENGINE"
+"""The variable with the address of the engine."""
 LETTERS = "abcdefghijklmnopqrstuvwx"
 TRAIN = """
 import sys
@@ -41,10 +50,68 @@ train(config_of({size!r}, {form!r}), {workdir!r})
 """
 
 
+class Tool:
+    """Three turns, before each of which but the first a tool takes its time."""
+
+    def reset(self, row):
+        self._turns = 0
+        return row["prompt"]
+
+    def step(self, action):
+        from rljax.envs import Step
+
+        self._turns += 1
+        if self._turns < TURNS:
+            time.sleep(TOOL_S)
+        return Step("=", float(len(set(action))), self._turns == TURNS)
+
+
+def tool_format() -> Any:
+    """Turns end at one of three letters, or at the limit."""
+    from rljax.envs import Parsed, ToolFormat
+
+    return ToolFormat("plain", lambda text: Parsed(), stop_strings=tuple("abc"), wrap=("", ""))
+
+
+def actor_of(size: dict[str, Any], form: str, plain: Any) -> Any:
+    """Who rolls out."""
+    from rljax.experiment import MultiTurn, Remote, RewardConfig
+
+    context = 32 + TURNS * (size["tokens"] + 4)
+    if form == "engine":
+        command = (
+            f"{sys.executable} -m rljax serve --model={{weights}} --port={{port}} --rows={ROWS} "
+            f"--context_length={context} --max_new_tokens={size['tokens']}"
+        )
+        rewards = (RewardConfig("rljax.testing:echo_reward"),)
+        engines = (os.environ[ENGINE],)
+        return Remote(rewards=rewards, longest_prompt=8, engines=engines, command=command, probes=1, wait_s=120.0)
+    if form == "in_flight":
+        return MultiTurn(
+            make="simulate:Tool",
+            tool_format="simulate:tool_format",
+            context_length=context,
+            prefill_chunks=(8, 32),
+            decode_rows=ROWS,
+            workers=2 * size["groups"] * GROUP,
+            groups_in_flight=4,
+        )
+    # As many decode rows for every number of groups.
+    return dataclasses.replace(plain.actor, prompt_slots=4, sample_slots=4, prompt_buckets=(8,))
+
+
+def rollout_of(form: str) -> Any:
+    from rljax.experiment import RolloutConfig
+
+    if form == "overlapped":
+        return RolloutConfig(devices=1, staleness=1)
+    return RolloutConfig(staleness=1) if form == "engine" else RolloutConfig()
+
+
 def config_of(size: dict[str, Any], form: str) -> Any:
-    """The config of a run: `small`, `grown`, `overlapped` or `processes`."""
+    """The config of a run: `small`, `grown`, `overlapped`, `processes`, `engine` or `in_flight`."""
     from rljax.algorithms import DecoupledPPO
-    from rljax.experiment import CheckpointConfig, EvaluationConfig, RolloutConfig, SamplingConfig
+    from rljax.experiment import CheckpointConfig, EvaluationConfig, SamplingConfig
     from rljax.testing import tiny_config
 
     plain = tiny_config()
@@ -55,11 +122,10 @@ def config_of(size: dict[str, Any], form: str) -> Any:
         # Pairs of these letters are enough for the groups of a step.
         data=dataclasses.replace(plain.data, letters=LETTERS),
         algorithm=DecoupledPPO(group_size=GROUP),
-        # As many decode rows for every number of groups.
-        actor=dataclasses.replace(plain.actor, prompt_slots=4, sample_slots=4, prompt_buckets=(8,)),
+        actor=actor_of(size, form, plain),
         sampling=SamplingConfig(max_new_tokens=size["tokens"], truncated_is_wrong=False),
         update=short_updates(microbatch_size=2),
-        rollout=RolloutConfig(devices=1, staleness=1) if form == "overlapped" else RolloutConfig(),
+        rollout=rollout_of(form),
         # Neither belongs to the steps that are simulated.
         evaluation=EvaluationConfig(every=0, problems=4, samples=1),
         checkpoint=CheckpointConfig(every=0),
@@ -70,10 +136,7 @@ def run(size: dict[str, Any], form: str, folder: Path) -> Path:
     """Trains in processes of their own; gives the run folder."""
     workdir = folder / form
     count = 2 if form == "processes" else 1
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{free.getsockname()[1]}"
-
+    address = f"127.0.0.1:{free_port()}"
     here = str(Path(__file__).parent)
     program = TRAIN.format(folder=here, size=size, form=form, workdir=str(workdir))
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices_of(form)}"
@@ -109,6 +172,11 @@ def simulated(size: dict[str, Any], form: str, measured: Any, devices: int) -> f
         "staleness": config.rollout.staleness,
         "steps": 200,
     }
+    # What a run's own folder does not tell.
+    if form == "in_flight":
+        given["tool_s"] = TOOL_S
+    if form == "engine":
+        given["rows"] = ROWS
     scenario = scenario_of(built, [], measured, {name: str(value) for name, value in given.items()}).scenario
     return simulate(scenario).step_s
 
@@ -121,7 +189,8 @@ def main() -> None:
     from rljax.simulation import read_run
 
     # Each form is a process or two that compile all of their programs.
-    sources = {"grown": "small", "overlapped": "overlapped", "processes": "processes"}
+    sources = {"grown": "small"} | {form: form for form in ("overlapped", "processes", "engine", "in_flight")}
+    os.environ[ENGINE] = f"http://127.0.0.1:{free_port()}"
     if arguments.preset == "smoke":
         sources = {"overlapped": "overlapped"}
     forms = dict.fromkeys([*sources.values(), *sources])

@@ -9,8 +9,9 @@ engine, a Ray actor, the process of environments behind one, a process that judg
 are started again, as a cluster's scheduler does. Each case is run once more and left alone.
 
 Reported are the kills by kind; whether metrics, rollouts and weights are those of the run that is left alone, bit for
-bit; and how many samples were judged more often than once, beside those that a kill takes with it while they are under
-way (a rollout of a killed trainer, a sample of a killed judge), which are judged again and not lost.
+bit, but for engines' log-probs, whose last bits depend on what is said beside, and which are not trained on; and how
+many samples were judged more often than once, beside those that a kill takes with it while they are under way (a
+rollout of a killed trainer, a sample of a killed judge), which are judged again and not lost.
 """
 
 import argparse
@@ -33,7 +34,7 @@ from _probe import probe
 from engines import free_port
 
 from rljax.algorithms import GRPO
-from rljax.envs import Parsed, RayConfig, Step, ToolFormat
+from rljax.envs import RayConfig
 from rljax.experiment import (
     CheckpointConfig,
     Config,
@@ -57,11 +58,9 @@ GROUP = 4
 NEW_TOKENS = 8
 PARTS = 2
 HEARTBEAT_S = 10
-PATIENCE_S = 300
-"""Without a step, before the run counts as hanging."""
+PATIENCE_S = 600
+"""Without a step, before the run counts as hanging. Who waits for a coordinator that was killed ends after 300."""
 ALPHABET = "".join(chr(i) for i in range(32, 127)) + "\n"
-
-FORMAT = ToolFormat("plain", lambda text: Parsed(), stop_strings=tuple("abcdef"), wrap=(" ", "\n"))
 
 TRAINER, ENGINE, ACTOR, ENVIRONMENT, JUDGE = "trainer", "engine", "Ray actor", "environment", "judge"
 KINDS = {"turns": (TRAINER, ENGINE, ACTOR, ENVIRONMENT), "answers": (TRAINER, ENGINE, JUDGE)}
@@ -77,36 +76,6 @@ _OF_ENGINES = ("play/", "rollout/logprob_gap")
 """Metrics of how engines fared, and of the last bits of what they say."""
 
 
-class Tool:
-    """Three turns, with a tool that takes 10 ms, and a point for each vowel of a turn."""
-
-    def reset(self, row):
-        self._turns = 0
-        return row["prompt"]
-
-    def step(self, action):
-        time.sleep(0.01)
-        self._turns += 1
-        return Step(f"turn {self._turns}", score(action), self._turns == 3)
-
-
-def score(text: str) -> float:
-    """The share of vowels."""
-    return sum(letter in "aeiou" for letter in text) / max(1, len(text))
-
-
-def judged(completion: str) -> float:
-    """A judge that takes 10 ms and notes that it was asked."""
-    with open(os.environ["CHAOS_NOTES"], "a") as notes:
-        notes.write(f"{os.environ['CHAOS_START']}\n")
-    time.sleep(0.01)
-    return score(completion)
-
-
-def questions(size: int, first: int = 0) -> list[dict]:
-    return [{"prompt": f"q{i:03d}"} for i in range(first, first + size)]
-
-
 def config_of(case: str, size: dict[str, Any], engines: tuple[str, ...], weights: str) -> Config:
     context = 96
     command = (
@@ -116,21 +85,21 @@ def config_of(case: str, size: dict[str, Any], engines: tuple[str, ...], weights
     over = dict(engines=engines, command=command, weights=weights, probes=1, wait_s=240.0)
     actors = {
         "turns": RemoteMultiTurn(
-            make="chaos:Tool",
-            tool_format="chaos:FORMAT",
+            make="_killed:Tool",
+            tool_format="_killed:FORMAT",
             context_length=context,
             workers=4,
             hosts="ray",
             ray=RayConfig(cpus=0.5),
             **over,
         ),
-        "answers": Remote(rewards=(RewardConfig("chaos:judged"),), longest_prompt=8, **over),
+        "answers": Remote(rewards=(RewardConfig("_killed:judged"),), longest_prompt=8, **over),
     }
     return Config(
         steps=size["steps"],
         prompts_per_step=size["prompts"],
         model=character_model(ALPHABET, size, max_position=context),
-        data=RowsData(rows="chaos:questions", args={"size": 200}, test_args={"size": 2, "first": 900}),
+        data=RowsData(rows="_killed:questions", args={"size": 200}, test_args={"size": 2, "first": 900}),
         actor=actors[case],
         # Ratios are to what the trainer computes: the last bits of what an engine says depend on what it says beside.
         algorithm=GRPO(group_size=GROUP, kl_coef=0.0),
@@ -304,15 +273,19 @@ def play(case: str, preset: str, folder: Path, kills: int) -> dict[str, Any]:
 
 
 def compared(folder: Path, wanted: Path) -> dict[str, bool]:
-    """What of a run equals another, bit for bit."""
+    """What of a run equals another, bit for bit, but for the last bits of the log-probs that engines say."""
 
     def metrics(path: Path) -> list[dict[str, Any]]:
         lines = run_metrics(path / "run")
         return [{k: v for k, v in line.items() if not k.startswith(_OF_ENGINES)} for line in lines]
 
+    def rollouts(path: Path) -> dict[str, list[dict[str, Any]]]:
+        files = rollout_records(path / "run")
+        return {name: [{**line, "logprobs": None} for line in lines] for name, lines in files.items()}
+
     return {
         "metrics": metrics(folder) == metrics(wanted),
-        "rollouts": rollout_records(folder / "run") == rollout_records(wanted / "run"),
+        "rollouts": rollouts(folder) == rollouts(wanted),
         "weights": params_fingerprint(folder / "run") == params_fingerprint(wanted / "run"),
     }
 
@@ -341,6 +314,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--preset", choices=tuple(SIZES), default="small")
     parser.add_argument("--json", metavar="FILE", help="write the result there")
+    parser.add_argument("--cases", help=f"comma-separated, of {', '.join(KINDS)}; all of the preset's if not given")
     parser.add_argument("--keep", metavar="FOLDER", help="keep the runs there")
     for name in ("case", "folder", "address", "engines"):
         parser.add_argument(f"--{name}", help=argparse.SUPPRESS)
@@ -355,11 +329,15 @@ def main() -> None:
         train_as(arguments.index, arguments.address, str(folder / "run"), config)
         return
 
+    cases = arguments.cases.split(",") if arguments.cases else size["cases"]
+    if unknown := sorted(set(cases) - set(KINDS)):
+        parser.error(f"--cases={arguments.cases}: {unknown[0]!r} is none of {', '.join(KINDS)}")
+
     with tempfile.TemporaryDirectory() as temporary:
         home = Path(arguments.keep or temporary)
         home.mkdir(parents=True, exist_ok=True)
         found = {}
-        for case in size["cases"]:
+        for case in cases:
             with cluster(case):
                 found[case] = measure(case, arguments.preset, home)
             print(case, json.dumps(found[case]), flush=True)
@@ -378,12 +356,9 @@ def main() -> None:
     for case, one in found.items():
         if one["judged"]:
             ratios[f"{case}_judged_again_over_under_way"] = one["judged_again"] / max(1, one["under_way"])
-    setting = {"parts": PARTS, **size}
+    setting = {"parts": PARTS, **size, "cases": cases}
     finish("chaos", arguments, machine([probe("float32", arguments.preset == "smoke")]), setting, results, ratios)
 
 
 if __name__ == "__main__":
-    # The functions that configs name are those of the module, not of the program.
-    import chaos
-
-    chaos.main()
+    main()

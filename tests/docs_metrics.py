@@ -9,7 +9,9 @@ EXPLAINED = set(re.findall(r"`((?:rollout|loss|pack|critic|preference|teacher|pl
 
 
 def unexplained(logged: Iterable[str]) -> set[str]:
-    """Names of a line of metrics that the page does not have; components go by NAME there, estimators by k."""
-    names = (re.sub(r"^rollout/component/.*", "rollout/component/NAME", name) for name in logged if name != "step")
+    """Names of a line of metrics that the page does not have; components and skills go by NAME there, estimators by
+    k."""
+    names = (name for name in logged if name != "step")
+    names = (re.sub(r"^rollout/(component|skill)/.*", r"rollout/\1/NAME", name) for name in names)
     names = (re.sub(r"^(teacher/(?:kl|share))_\d+$", r"\1_N", name) for name in names)
     return {re.sub(r"@\d+$", "@k", name) for name in names} - EXPLAINED

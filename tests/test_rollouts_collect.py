@@ -8,7 +8,7 @@ import pytest
 from rljax.plans import RolloutPlan, has_signal
 from rljax.rollouts import Actor, NoSignal, ScoredGroup, collect, rejudged
 from rljax.sampling import Sample
-from rljax.tasks import JUDGED, Example, RewardInput, RewardResult, RewardRunner, RewardSpec
+from rljax.tasks import JUDGED, SKILLS, Example, RewardInput, RewardResult, RewardRunner, RewardSpec
 
 
 def scored(request):
@@ -39,6 +39,16 @@ def kept(signal_reward):
 def test_a_group_whose_rewards_differ_by_the_format_alone_is_dropped_when_the_answer_is_the_signal():
     assert kept("right") == [MIXED.id]
     assert kept("") == kept("form") == [ALL_WRONG.id]
+
+
+def test_success_is_told_by_the_skills_that_prompts_hold():
+    one = Example("one", {"parts": [(1.0, 0.0), (0.0, 1.0)], SKILLS: ["k@1"]}, id=4)
+    two = Example("two", {"parts": [(1.0, 0.0), (1.0, 0.0)], SKILLS: ["k@2", "l@1"]}, id=5)
+    stats = collect(judged(), RolloutPlan(2), lambda n: [one, two, MIXED], 3, 0).stats
+    assert {name: value for name, value in stats.items() if name.startswith("skill/")} == {
+        "skill/k": 0.75,
+        "skill/l": 1,
+    }
 
 
 def test_a_signal_that_no_sample_has_is_refused():

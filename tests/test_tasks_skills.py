@@ -79,7 +79,7 @@ def test_a_prompt_is_given_the_skills_of_its_topic_and_names_them():
     example = Example("k abcd=", {"topic": "k", "answer": "dcba"})
     skills = [skill(version=2), skill("l turn", "l", 1)]
     given = with_skills(example, skills, form="{text}\n")
-    assert given.prompt == "k backward\nk abcd=" and given.columns == {**example.columns, "skills": ["k@2"]}
+    assert given.prompt == "k backward\nk abcd=" and given.columns == {**example.columns, "given_skills": ["k@2"]}
     # The same random numbers, with and without.
     assert given.id == example.id
     assert with_skills(example, []).prompt == example.prompt
@@ -90,7 +90,7 @@ def test_a_prompt_is_given_the_skills_of_its_topic_and_names_them():
 
 
 def test_episodes_of_several_users_are_sorted_by_skill_and_counted():
-    shared = Example("k l abcd=", {"topic": "k", "skills": ["k@1", "l@3"]})
+    shared = Example("k l abcd=", {"topic": "k", "given_skills": ["k@1", "l@3"]})
     alone = Example("m abcd=", {"topic": "m"})
     episodes = episodes_of("user-1", [SeenGroup(shared, ["dcba"], [1.0])])
     episodes += episodes_of("user-2", [SeenGroup(alone, ["abcd", "dcba"], [0.0, math.nan])])
@@ -148,6 +148,15 @@ def test_a_harmful_skill_is_rejected_and_the_deployed_pool_only_grows(tmp_path):
     assert [s.text for s in repository.versions("k")] == ["k backward", "k best"]
     assert tried == [([], ["k@0"]), (["k@1"], ["k@0"]), (["k@1"], ["k@0"])]
     assert repository.notes("k", 2)["evidence"] == [1]
+
+
+def test_a_skill_for_which_no_task_is_left_to_try_it_on_is_rejected(tmp_path):
+    repository = SkillRepository(tmp_path)
+    (decision,) = admit(repository, [Proposal(skill(), 0, (1,))], lambda *given: Trial([], [], []))
+    assert decision.verdict is None and not repository.deployed()
+    (kept,) = repository.candidates("k")
+    assert kept.reason == "no validation task is of the topic 'k'"
+    assert decision.describe() == "k kept as a candidate (rejected: no validation task is of the topic 'k')"
 
 
 def test_what_a_skill_was_written_from_is_not_what_it_is_tried_on(tmp_path):
@@ -241,7 +250,7 @@ def test_data_begins_with_the_skills_of_a_repository(tmp_path):
     for given, before in zip([*loaded.train, *loaded.test], [*plain.train, *plain.test], strict=True):
         told = before.columns["topic"] == "k"
         assert given.prompt == ("k backward\n" if told else "") + before.prompt
-        assert given.columns["skills"] == (["k@1"] if told else []) and given.id != before.id
+        assert given.columns["given_skills"] == (["k@1"] if told else []) and given.id != before.id
     with pytest.raises(ValueError, match="no training row is given a skill; topics there are k"):
         dataclasses.replace(data, topic_column="subject").load()
     with pytest.raises(ValueError, match="is no folder; name a repository"):

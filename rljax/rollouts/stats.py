@@ -7,6 +7,7 @@ import numpy as np
 from rljax.plans import RolloutPlan
 from rljax.rollouts.actor import ScoredGroup
 from rljax.sampling import Sample
+from rljax.tasks.skills import SKILLS, skill_of_label
 from rljax.types import NO_PARENT, Trajectory
 
 
@@ -51,7 +52,7 @@ def rollout_stats(
             "unused_forks": float(len(groups) * plan.group_size - len(samples)),
             **_fork_stats(groups),
         }
-    return stats | expert_stats(samples) | _component_means(groups)
+    return stats | expert_stats(samples) | _component_means(groups) | _skill_rates(groups)
 
 
 def expert_stats(samples: Sequence[Sample]) -> dict[str, float]:
@@ -94,6 +95,17 @@ def _component_means(groups: Sequence[ScoredGroup]) -> dict[str, float]:
     if len(parts) < 2:
         return {}
     return {f"component/{name}": float(np.mean(values)) for name, values in parts.items()}
+
+
+def _skill_rates(groups: Sequence[ScoredGroup]) -> dict[str, float]:
+    """Share of solved samples by the skills that their prompts hold (`rljax.tasks.with_skills`), over the samples that
+    could be judged."""
+    parts: dict[str, list[float]] = {}
+    for group in groups:
+        solved = [float(result.is_solved) for result in group.results if result.is_valid]
+        for label in group.example.columns.get(SKILLS, ()):
+            parts.setdefault(skill_of_label(label), []).extend(solved)
+    return {f"skill/{name}": float(np.mean(values)) for name, values in sorted(parts.items()) if values}
 
 
 def _fresh(sample: Sample) -> np.ndarray:

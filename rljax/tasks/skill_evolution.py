@@ -82,7 +82,8 @@ class Validate(Protocol):
     """What tries a candidate."""
 
     def __call__(self, skill: Skill, before: Sequence[Skill], after: Sequence[Skill]) -> Trial:
-        """The tasks that `skill` is for, with the skills `before` and with those `after`, `skill` among them."""
+        """The tasks that `skill` is for, with the skills `before` and with those `after`, `skill` among them. No tasks
+        where there are none: the skill is then rejected."""
         ...
 
 
@@ -101,7 +102,7 @@ class Decision(NamedTuple):
 
     proposal: Proposal
     verdict: Verdict | None
-    """None where it was not tried: these very words were rejected before."""
+    """None where it was not tried: these very words were rejected before, or no task was left to try it on."""
     outcome: Skill | Candidate
     """The deployed version, or the candidate that it is kept as."""
 
@@ -134,6 +135,10 @@ def _decide(repository: SkillRepository, proposal: Proposal, validate: Validate,
     before = repository.deployed()
     after = [*(one for one in before if one.name != skill.name), skill]
     trial = validate(skill, before, after)
+    if not trial.tasks:
+        reason = f"no validation task is of the topic {skill.topic!r}"
+        return Decision(proposal, None, repository.keep(skill, base, "rejected", reason, {"evidence": list(evidence)}))
+
     refuse_shared_tasks(evidence, trial.tasks)
     verdict = paired_gate(trial.incumbent, trial.candidate, margin=gate.margin, max_broken=gate.max_broken)
 

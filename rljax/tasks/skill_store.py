@@ -109,7 +109,8 @@ class SkillRepository:
         )
 
     def _versions(self, name: str) -> list[Path]:
-        return sorted((self.folder / name).glob("[0-9][0-9][0-9][0-9].json"))
+        found = [path for path in (self.folder / name).glob("*.json") if path.stem.isdecimal()]
+        return sorted(found, key=lambda path: int(path.stem))
 
     def _version_file(self, name: str, version: int) -> Path:
         return self.folder / name / f"{version:04d}.json"

@@ -23,7 +23,7 @@ import numpy as np
 from rljax.tasks.evolving import SeenGroup
 from rljax.tasks.examples import Example, Prompt
 
-SKILLS = "skills"
+SKILLS = "given_skills"
 """Column of an example: labels of the skills that its prompt holds. A rollout's record has it with all columns."""
 SOLVED = 1.0
 """An episode that earned so much is solved."""
@@ -85,8 +85,8 @@ class ByTopic:
 def with_skills(
     example: Example, skills: Sequence[Skill], *, choose: ChooseSkills = ByTopic(), form: str = "{text}\n\n"
 ) -> Example:
-    """`example`, whose prompt begins with those of `skills` that are for it, each as `form` says. The column `skills`
-    names them; it is an empty list where there are none.
+    """`example`, whose prompt begins with those of `skills` that are for it, each as `form` says. The column
+    `given_skills` names them; it is an empty list where there are none.
 
     All samples of an example have one prompt, so a group shares its skills, and its baseline is that of one task. The
     id stays: with and without a skill a sample meets the same random numbers.

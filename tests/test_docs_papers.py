@@ -31,12 +31,21 @@ from rljax.types import TEACHER_DIVERGENCE
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = ROOT / "configs" / "papers"
-SHARED = {"spelling", "turns", "shouted_words", "evolving", "atlas", "annotated_words", "shop_and_words"}
+SHARED = {
+    "spelling",
+    "turns",
+    "shouted_words",
+    "evolving",
+    "atlas",
+    "annotated_words",
+    "shop_and_words",
+    "hidden_rules",
+}
 """What configs of the folder import."""
 PREFERENCES = {"dpo", "reward_model"}
 """Configs of `rljax prefer`."""
-STUDIES = {"model_surgery": "surgery"}
-"""Configs of `rljax study WORD`, which have no recipe, and their words."""
+STUDIES = {"model_surgery": ("surgery", "editing.md"), "skillclaw": ("skills", "papers.md")}
+"""Configs of `rljax study WORD`, which have no recipe, with their words and their pages."""
 HARNESSES = {"context_folding"}
 """Configs of agents that manage their context, whose recipes are of their own (test_rollouts_folding)."""
 CURRICULA = {"coevolve", "d2evo"}
@@ -240,9 +249,10 @@ def test_every_config_of_preferences_says_how_to_run_it_and_is_valid_in_both_siz
 @pytest.mark.parametrize("name", sorted(STUDIES))
 def test_every_config_of_a_study_says_how_to_run_it_and_is_valid_in_both_sizes(name):
     module = load(CONFIGS / f"{name}.py")
-    assert f"    rljax study {STUDIES[name]} --config=papers/{name} --workdir=runs/{STUDIES[name]}\n" in module.__doc__
+    word, page_name = STUDIES[name]
+    assert f"    rljax study {word} --config=papers/{name} --workdir=runs/{word}\n" in module.__doc__
     (paper,) = re.findall(r"\b\d{4}\.\d{5}\b", module.__doc__)
-    page = (ROOT / "docs" / "editing.md").read_text()
+    page = (ROOT / "docs" / page_name).read_text()
     (section,) = re.findall(rf"^### [^\n]+\n[^#]*{paper}[^#]*", page, flags=re.MULTILINE)
     assert f"(../configs/papers/{name}.py)" in section and "\nDiffers: " in section
     for config in (module.get_config(), module.get_config("smoke")):

@@ -46,8 +46,9 @@ COMMANDS = {
     "serve": Command("serve", "serve a model to runs elsewhere, token ids in and out, in vLLM's protocol"),
     "study": Command(
         "study",
-        "compare a trained policy with its base, token by token; study surgery: edit weights along a probe",
-        words={"surgery": "study_surgery"},
+        "compare a trained policy with its base, token by token; study surgery: edit weights along a probe; study "
+        "skills: evolve a shared repository of skills",
+        words={"surgery": "study_surgery", "skills": "study_skills"},
     ),
     "arena": Command("arena", "methods beside each other on tasks that can tell, with predictions and exact tests"),
     "snr": Command("snr", "what forks and their credit should bring on a task like yours, simulated"),

@@ -8,6 +8,7 @@ from rljax.evaluation import EvaluationConfig
 from rljax.experiment.config import Config, Recipe
 from rljax.experiment.model import FreshModel, ModelSource, PretrainedModel, RunModel
 from rljax.experiment.preference_config import PreferenceConfig
+from rljax.experiment.skills_config import SkillsConfig
 from rljax.experiment.stages_config import StagesConfig
 from rljax.experiment.teachers import EngineTeacher, ModelTeacher, OwnTeacher, TeacherSource
 from rljax.parallel import MeshConfig
@@ -39,6 +40,7 @@ from rljax.tasks import (
     ReasoningGymData,
     RewardConfig,
     RowsData,
+    SkilledData,
     TwoStageTasks,
     UniformTasks,
     WorkersFailed,
@@ -102,6 +104,8 @@ __all__ = [
     "RunModel",
     "SamplingConfig",
     "SingleTurn",
+    "SkilledData",
+    "SkillsConfig",
     "StagesConfig",
     "TeacherSource",
     "TwoStageTasks",

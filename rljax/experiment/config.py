@@ -12,6 +12,7 @@ from rljax.algorithms import GRPO, Algorithm
 from rljax.evaluation import EvaluationConfig
 from rljax.experiment.model import ModelSource, PretrainedModel
 from rljax.experiment.preference_config import PreferenceConfig
+from rljax.experiment.skills_config import SkillsConfig
 from rljax.experiment.stages_config import StagesConfig
 from rljax.experiment.teachers import TeacherSource
 from rljax.parallel import MeshConfig
@@ -52,7 +53,7 @@ class Config:
     model: ModelSource = dataclasses.field(default_factory=PretrainedModel)
     """Weights and tokenizer: `PretrainedModel` or `FreshModel`."""
     data: DataSource = dataclasses.field(default_factory=ReasoningGymData)
-    """Examples: `ReasoningGymData`, `FileData`, `HubData`, `RowsData`."""
+    """Examples: `ReasoningGymData`, `FileData`, `HubData`, `RowsData`; or `SkilledData` around one."""
     actor: ActorConfig = dataclasses.field(default_factory=SingleTurn)
     """How the policy is played and judged: `SingleTurn`, `MultiTurn` or `BlackBox`; over engines `Remote`,
     `RemoteMultiTurn` or `RemoteBlackBox`; or `Guided` around one."""
@@ -84,6 +85,8 @@ class Config:
     """What `rljax prefer` learns from pairs of completions; other commands leave it alone."""
     stages: StagesConfig = dataclasses.field(default_factory=StagesConfig)
     """What `rljax stages` makes rows by, and trains on them; other commands leave it alone."""
+    skills: SkillsConfig = dataclasses.field(default_factory=SkillsConfig)
+    """What `rljax study skills` evolves a repository of skills by; other commands leave it alone."""
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
     """Devices by mesh axis."""
     evaluation: EvaluationConfig = dataclasses.field(default_factory=EvaluationConfig)

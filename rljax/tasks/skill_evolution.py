@@ -58,10 +58,13 @@ def proposals(evolve: Evolver, deployed: Sequence[Skill], evidence: Evidence, *,
         if len(episodes) < max(least, 1):
             continue
         for new in evolve(skill, episodes):
-            is_own = skill is not None and new.name == skill.name
-            if (new.name in versions and not is_own) or new.name in made:
+            if new.name in made:
                 continue
-            if is_own and new.text == skill.text and new.topic == skill.topic:
+            if skill is not None and new.name == skill.name:
+                if (new.text, new.topic) == (skill.text, skill.topic):
+                    continue
+            elif new.name in versions:
+                # It is refined by its own evidence alone.
                 continue
             tasks = tuple(sorted({episode.task for episode in episodes}))
             made[new.name] = Proposal(new, versions.get(new.name, 0), tasks)
@@ -145,7 +148,8 @@ def _decide(repository: SkillRepository, proposal: Proposal, validate: Validate,
     notes: Mapping[str, Any] = {**verdict._asdict(), "evidence": list(evidence), "validation": list(trial.tasks)}
     if verdict.accepted:
         return Decision(proposal, verdict, repository.deploy(skill, base, notes))
-    return Decision(proposal, verdict, repository.keep(skill, base, "rejected", str(verdict), notes))
+    reason = f"{verdict.delta:+.3f}, {verdict.broken} broken"
+    return Decision(proposal, verdict, repository.keep(skill, base, "rejected", reason, notes))
 
 
 EVOLVE = """\

@@ -76,6 +76,7 @@ def _one_seed(run: Run, folder: RunFolder, place: Path) -> dict[str, Any]:
 def _days(run: Run, weights: str, place: Path, gate: Gate) -> list[Day]:
     users = SkillDays(run, weights, place)
     days = [users.before()]
+    say(f"{place}: without skills, held out {days[0].held_out:.3f}")
     for number in range(1, run.config.skills.days + 1):
         days.append(users.day(number, gate))
         say(f"{place}: day {number}, held out {days[-1].held_out:.3f}")
@@ -123,7 +124,7 @@ def verdict(seeds: Sequence[dict[str, Any]]) -> str:
 
 def table(lines: Sequence[dict[str, Any]]) -> str:
     """A line for each day; means over seeds."""
-    rows = [("day", "gated", "proposed", "deployed", "no gate", "proposed", "deployed")]
+    rows: list[tuple[str, ...]] = [("day", "gated", "proposed", "deployed", "no gate", "proposed", "deployed")]
     for line in lines:
         figures: list[str] = []
         for name in ("gated", "open"):

@@ -21,10 +21,6 @@ def letter_rows():
     ]
 
 
-def said_letter(completion, answer):
-    return float(completion == answer)
-
-
 def as_told(examples):
     """The first letter of a prompt of two lines is the answer; without one g and h are as likely."""
     told = [Example(f"{'gh'[i % 2]}{e.prompt}", {"completion": "gh"[i % 2]}) for i, e in enumerate(examples)]
@@ -58,7 +54,7 @@ def config_of(**changes):
         data=RowsData("test_analysis_study_skills:letter_rows", test_fraction=0.2, chat=False),
         actor=dataclasses.replace(
             tiny_config().actor,
-            rewards=(RewardConfig("test_analysis_study_skills:said_letter"),),
+            rewards=(RewardConfig("rljax.tasks.verifiers:ExactMatch"),),
             prompt_buckets=(8,),
         ),
         sampling=SamplingConfig(max_new_tokens=2),

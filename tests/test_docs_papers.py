@@ -26,6 +26,7 @@ from rljax.experiment.rounds import run_rounds
 from rljax.experiment.train import train
 from rljax.plans.fork_rules import PartialGroup
 from rljax.plans.phrases import SUMMARY_PHRASES, PhraseFinder
+from rljax.tasks import Example
 from rljax.testing import run_metrics
 from rljax.types import TEACHER_DIVERGENCE
 
@@ -37,6 +38,7 @@ SHARED = {
     "shouted_words",
     "evolving",
     "atlas",
+    "diary",
     "annotated_words",
     "shop_and_words",
     "hidden_rules",
@@ -50,7 +52,7 @@ HARNESSES = {"context_folding"}
 """Configs of agents that manage their context, whose recipes are of their own (test_rollouts_folding)."""
 CURRICULA = {"coevolve", "d2evo"}
 """Configs whose paper is a curriculum, over a recipe that has a config of its own."""
-WORLDS = {"map_agent"}
+WORLDS = {"map_agent", "memory_agent"}
 """Configs whose paper is an environment, over a recipe that has a config of its own."""
 STAGES = {"agenttuning", "expert_iteration", "teacherlm"}
 """Configs of `rljax stages`."""
@@ -146,6 +148,24 @@ def test_whatever_the_small_map_says_can_be_read_by_its_model(neighbours):
     assert [step.observation for step in steps[1:6]] == [atlas.WRONG] * 5
     assert steps[-2].observation == "45.46 9.19"
     assert steps[-1].done and steps[-1].reward == 1.0 and steps[-1].observation == ""
+
+
+def test_whatever_the_small_memory_says_can_be_read_by_its_model_and_its_demonstrations_are_episodes(neighbours):
+    diary = importlib.import_module("diary")
+    examples = [Example(row.pop("prompt"), row) for row in diary.rows(20)]
+    for example, demonstration in zip(examples, diary.flawed(examples), strict=True):
+        turns = demonstration.columns["completion"]
+        assert set(str(example.prompt) + "".join(turns)) <= set(diary.ALPHABET)
+        environment = diary.Diary()
+        environment.reset({"prompt": example.prompt, **example.columns})
+        steps = [environment.step(action) for action in turns[::2]]
+        assert [f" {step.observation}\n" for step in steps[:-1]] == turns[1::2]
+        assert [step.done for step in steps] == [False] * (len(steps) - 1) + [True]
+
+        # One in five reads what it needs, and knows it then.
+        is_careful = examples.index(example) < len(diary.KINDS)
+        assert not is_careful or steps[-1].counts["is_right"] == 1.0
+    assert environment.step("what").observation == environment.step("!nowhere;").observation == diary.WRONG
 
 
 @pytest.mark.parametrize("name", sorted(STAGES))

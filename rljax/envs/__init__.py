@@ -101,28 +101,36 @@ __all__ = [
 _IN_LIBRARY = frozenset(
     {
         "BfclEnvironment",
+        "Conversation",
         "Corpus",
         "Document",
         "Gazetteer",
         "Hit",
         "MapEnvironment",
+        "Memory",
+        "MemoryEnvironment",
         "MixedEnvironment",
         "MultiHop",
+        "Outcome",
         "Place",
         "Predicting",
+        "Reading",
         "ReasoningEnvironment",
         "TextWorldEnvironment",
         "VerifiersEnvironment",
+        "at_granularity",
         "bucket_reward",
         "calculate",
         "calculator",
         "distance_km",
         "distance_reward",
+        "evidence_reward",
         "mixed_rows",
+        "multi_granular",
         "search_tool",
     }
-    | {"bfcl", "corpus", "gazetteer", "knowledge", "maps", "mixture", "multihop", "prediction", "questions"}
-    | {"reasoning", "textworld", "verifiers_adapter"}
+    | {"bfcl", "corpus", "gazetteer", "histories", "knowledge", "maps", "memory", "memory_store", "mixture"}
+    | {"multihop", "prediction", "questions", "reasoning", "retrieval", "textworld", "verifiers_adapter"}
 )
 """Environments and their modules, which are looked for here."""
 

@@ -1,10 +1,13 @@
-"""The environments that come with it: reasoning with tools, search over several pages, a map, and those of others."""
+"""The environments that come with it: reasoning with tools, search over several pages, a memory, a map, and those
+of others."""
 
 from rljax.envs.library.bfcl import BfclEnvironment
 from rljax.envs.library.calculator import calculate, calculator
 from rljax.envs.library.corpus import Corpus, Document, Hit, search_tool
 from rljax.envs.library.gazetteer import Gazetteer, Place, bucket_reward, distance_km, distance_reward
 from rljax.envs.library.maps import MapEnvironment
+from rljax.envs.library.memory import MemoryEnvironment, Outcome, Reading, evidence_reward
+from rljax.envs.library.memory_store import Conversation, Memory, at_granularity, multi_granular
 from rljax.envs.library.mixture import MixedEnvironment, mixed_rows
 from rljax.envs.library.multihop import MultiHop
 from rljax.envs.library.prediction import Predicting
@@ -14,23 +17,31 @@ from rljax.envs.library.verifiers_adapter import VerifiersEnvironment
 
 __all__ = [
     "BfclEnvironment",
+    "Conversation",
     "Corpus",
     "Document",
     "Gazetteer",
     "Hit",
     "MapEnvironment",
+    "Memory",
+    "MemoryEnvironment",
     "MixedEnvironment",
     "MultiHop",
+    "Outcome",
     "Place",
     "Predicting",
+    "Reading",
     "ReasoningEnvironment",
     "TextWorldEnvironment",
     "VerifiersEnvironment",
+    "at_granularity",
     "bucket_reward",
     "calculate",
     "calculator",
     "distance_km",
     "distance_reward",
+    "evidence_reward",
     "mixed_rows",
+    "multi_granular",
     "search_tool",
 ]

@@ -13,6 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from jaxtyping import Float
+
 from rljax.envs.tools import cut
 
 _ABSENT = object()
@@ -86,18 +89,26 @@ class Corpus:
     def search(self, query: str, top_k: int = 3) -> list[Hit]:
         """The best documents, best first; only those that share a word with the query."""
         count = min(top_k, len(self.documents))
-        words = self._bm25s.tokenize([query], return_ids=False, **_TOKENS)
-        known = [[word for word in words[0] if word in self._index.vocab_dict]]
-        if count < 1 or not known[0]:
+        if count < 1:
             return []
-        scores = self._index.get_scores(known[0])
+        scores = self.scores(query)
         order = (-scores).argsort(kind="stable")[:count]
         return [Hit(self.documents[i], float(scores[i])) for i in order if scores[i] > 0]
+
+    def scores(self, query: str) -> Float[np.ndarray, " N"]:
+        """The BM25 score of each document, in their order; 0 where it shares no word with the query."""
+        words = self._bm25s.tokenize([query], return_ids=False, **_TOKENS)
+        known = [word for word in words[0] if word in self._index.vocab_dict]
+        return self._index.get_scores(known) if known else np.zeros(len(self.documents), np.float32)
 
     def _build(self) -> Any:
         texts = [f"{d.title}\n{d.text}" if d.title else d.text for d in self.documents]
         index = self._bm25s.BM25(method="lucene")
-        index.index(self._bm25s.tokenize(texts, **_TOKENS), show_progress=False)
+        tokens = self._bm25s.tokenize(texts, **_TOKENS)
+        # Where no document has a word, their mean length is no number, and nothing is ever found. The token that stands
+        # for no word can be added to others alone.
+        with np.errstate(invalid="ignore"):
+            index.index(tokens, create_empty_token=bool(tokens.vocab), show_progress=False)
         return index
 
 

@@ -16,7 +16,8 @@ from rljax.algorithms import GKD, MOPD, OnPolicyDistillation
 from rljax.batching import loss_mask
 from rljax.experiment import EngineTeacher, ModelTeacher, OwnTeacher, RunModel, SamplingConfig
 from rljax.experiment.build import build, stack_rows
-from rljax.experiment.memory import held_state
+from rljax.experiment.dry_run import worst_batch
+from rljax.experiment.memory import bytes_of, held_state, phases
 from rljax.experiment.model import run_checkpoints
 from rljax.experiment.train import train
 from rljax.models import abstract_params, hidden_states, logits
@@ -200,6 +201,35 @@ def test_weights_of_teachers_are_in_the_plan_of_memory():
     assert held_state(run)["teachers"] == 2 * count
 
 
+@pytest.mark.parametrize("support", [0, 3])
+def test_a_plan_counts_what_teachers_do(support):
+    run = build(config(algorithm=GKD(group_size=4, support=support)))
+    batch = worst_batch(run)
+    assert set(batch.rows.teacher) == ({"hidden"} if support == 0 else {"ids", "logprobs", "tail"})
+    assert (batch.teacher_head is None) == (support > 0)
+    found = {phase.name: phase for phase in phases(run, batch, [decoder.plan() for decoder in run.actor.decoders])}
+    assert list(found) == ["sample", "teach", "update"]
+    # Weights of teachers stay on the devices throughout.
+    assert all(phase.held["teachers"] == held_state(run)["teachers"] > 0 for phase in found.values())
+    assert found["teach"].working["teacher's states"] == bytes_of(batch.rows.teacher) > 0
+
+
+def test_the_policy_as_its_own_teacher_keeps_a_copy_of_its_head():
+    """Its next update donates the one that it has."""
+
+    def parts(weights):
+        teacher = OwnTeacher(weights, context_column="answer", context_format="{text}")
+        model = dataclasses.replace(tiny_config().model, alphabet="abcdefgh=\n")
+        run = build(config(teacher, algorithm=GKD(group_size=4), model=model))
+        batch = worst_batch(run)
+        found = phases(run, batch, [decoder.plan() for decoder in run.actor.decoders])
+        return {phase.name: phase.held for phase in found}["update"], bytes_of(batch.teacher_head)
+
+    held, head = parts("policy")
+    assert held["teacher's head"] == head > 0
+    assert "teacher's head" not in parts("reference")[0]
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -231,6 +261,10 @@ def test_weights_of_teachers_are_in_the_plan_of_memory():
         ({"teachers": (EngineTeacher(("host",)),)}, r"config.teachers\[0\].engines=\('host',\) must be addresses"),
         ({"algorithm": GKD(support=64)}, "config.algorithm.support=64 must be below the"),
         ({"algorithm": tiny_config().algorithm}, "config.teachers has no effect: GRPO asks no teacher"),
+        (
+            {"sampling": SamplingConfig(max_new_tokens=4, regex="[ab]+")},
+            r"^config.sampling.regex='\[ab\]\+': teachers do not score completions that follow a [^\n]*$",
+        ),
         ({"sampling": SamplingConfig(max_new_tokens=4, top_p=0.9)}, "config.sampling.top_p=0.9 cuts tokens off"),
         (
             {"teachers": (ModelTeacher(dataclasses.replace(OTHER, alphabet="abcdefg=")),)},

@@ -19,7 +19,7 @@ from rljax.experiment.sft import check_demonstrations, demonstration, longest_de
 from rljax.models import abstract_params
 from rljax.parallel import batch_parts, batch_sharding, chip_of, is_main_process, replicated, topology_devices, traffic
 from rljax.text import render_prompt
-from rljax.types import TrainBatch, Trajectory
+from rljax.types import TEACHER_LOGPROBS, TrainBatch, Trajectory
 
 _ADVICE = {
     "parameters": "a larger config.mesh.fsdp or config.mesh.tensor",
@@ -28,6 +28,8 @@ _ADVICE = {
     "sum of gradients": "a larger config.mesh.fsdp, or one microbatch",
     "reference": "an algorithm with kl_coef=0, which needs no reference model",
     "teachers": "a larger config.mesh.fsdp, or config.teachers with param_dtype=bfloat16",
+    "teacher's head": "a larger config.mesh.tensor, or config.algorithm.support above 0",
+    "teacher's states": "config.algorithm.support above 0, which keeps a few numbers a token",
     "critic": "a larger config.mesh.fsdp, or an algorithm without a critic",
     "decoder weights": "a larger config.mesh.tensor, or config.model.dtype=bfloat16",
     "weights in waiting": "a smaller config.rollout.staleness, or more config.rollout.devices",
@@ -224,14 +226,29 @@ def worst_batch(run: Run) -> TrainBatch:
     rows = packing.rows_to_score()
     of_tokens = rows.loss_weights
     of_row = rows.source.astype(np.float32)
+    columns = {column.name: of_tokens for column in plan.columns if column.per != "row"}
+    said: dict[str, np.ndarray] = {}
+    if run.teachers is not None:
+        columns[TEACHER_LOGPROBS] = of_tokens
+        # One zero for all: a vocabulary of states may be larger than this machine.
+        said = {
+            name: np.broadcast_to(np.zeros((), x.dtype), (*of_tokens.shape, *x.shape))
+            for name, x in run.teachers.abstract_said().items()
+        }
     rows = dataclasses.replace(
         rows,
         ref_logprobs=of_tokens if plan.needs_ref else None,
         uniforms=of_tokens if plan.needs_uniforms else None,
-        columns={column.name: of_tokens for column in plan.columns if column.per != "row"},
+        columns=columns,
         row_columns={column.name: of_row for column in plan.columns if column.per == "row"},
+        teacher=said,
     )
-    return in_shapes(TrainBatch(packed=packing.packed, rows=rows), run.mesh)
+    minibatch = in_shapes(TrainBatch(packed=packing.packed, rows=rows), run.mesh)
+    if run.teachers is None:
+        return minibatch
+    # It lies where its weights do.
+    student = run.learner.policy_params(run.learner.abstract_state())
+    return dataclasses.replace(minibatch, teacher_head=run.teachers.abstract_head(student))
 
 
 def in_shapes(batch: TrainBatch, mesh: Mesh) -> TrainBatch:

@@ -45,7 +45,7 @@ class Phase:
     """What lies on one device in one phase of a step. Bytes by part."""
 
     name: str
-    """`sample`, `score`, `update`, or `critic`."""
+    """`sample`, `score`, `teach`, `critic` or `update`."""
     held: Mapping[str, int]
     """What is there before and after: it is known exactly."""
     working: Mapping[str, int]
@@ -88,13 +88,17 @@ class Compiled:
 def phases(run: Run, batch: TrainBatch, plans: Sequence[DecoderPlan]) -> list[Phase]:
     """The phases of a step, in order; `plans` are those of the actor's decoders, `batch` is the largest minibatch."""
     state = held_state(run)
+    bare = dataclasses.replace(batch, teacher_head=None)
+    if run.teachers is not None and run.teachers.copies_head:
+        # Any other teacher's head is a part of weights that are counted already.
+        state |= {"teacher's head": bytes_of(batch.teacher_head)}
     weights = sum(bytes_of(plan.weights) for plan in plans)
     kept = sum(bytes_of(plan.cache) for plan in plans if plan.keeps_cache)
     passing = max((bytes_of(plan.cache) for plan in plans if not plan.keeps_cache), default=0)
     conversations = {"KV cache": kept} if kept else {}
 
     sampling = {"decoder weights": weights, "KV cache": kept + passing}
-    training = state | {"batch": bytes_of(batch)}
+    training = state | {"batch": bytes_of(bare)}
     if run.beside is not None:
         # Devices of the actor's own have none of the learner's state, and the others nothing of the actor's.
         sampling |= _in_waiting(run)
@@ -109,8 +113,13 @@ def phases(run: Run, batch: TrainBatch, plans: Sequence[DecoderPlan]) -> list[Ph
     found = [Phase("sample", sampling, _decoding(run, plans))]
     if scores(run):
         found.append(Phase("score", training, _scoring(run.learner, batch)))
+    if run.teachers is not None and (models := run.teachers.models):
+        # One after another, and what they say goes to the host before the next one speaks.
+        said = bytes_of(batch.rows.teacher)
+        parts = [{**_scoring(model.learner, batch), "teacher's states": said} for model in models]
+        found.append(Phase("teach", training, max(parts, key=lambda part: sum(part.values()))))
     if run.critic is not None:
-        found.append(Phase("critic", training, predict_update(run.critic.learner, batch)))
+        found.append(Phase("critic", training, predict_update(run.critic.learner, bare)))
     return [*found, Phase("update", training, predict_update(run.learner, batch))]
 
 
@@ -187,9 +196,14 @@ def compile_phases(run: Run, batch: TrainBatch, plans: Sequence[DecoderPlan]) ->
     if scores(run):
         start = time.perf_counter()
         yield _compile("score", "score", run.learner.lower_score(batch), start, chip, loops)
+    for index, model in enumerate([] if run.teachers is None else run.teachers.models):
+        behind = f" {index}" if index else ""
+        start = time.perf_counter()
+        yield _compile("teach", f"teach{behind}", model.lower(batch), start, chip, loops)
     if run.critic is not None:
         start = time.perf_counter()
-        yield _compile("critic", "critic", run.critic.learner.lower_update(batch), start, chip, (microbatches,))
+        bare = dataclasses.replace(batch, teacher_head=None)
+        yield _compile("critic", "critic", run.critic.learner.lower_update(bare), start, chip, (microbatches,))
     start = time.perf_counter()
     yield _compile("update", "update", run.learner.lower_update(batch), start, chip, of_update)
 
@@ -318,9 +332,18 @@ def _head(learner: Learner, batch: TrainBatch, *, backward: bool = True) -> dict
     # The sum so far, and beside it what the newest chunk adds; a gradient of logits is of the compute dtype.
     gradient = size * 4 * (2 if chunk < tokens else 1)
     in_logits = logits * (width if chunk < tokens else 8)
+    divergence = learner.program.divergence
+    of_teacher = {}
+    if divergence is not None:
+        # A second pass over chunks, which has the teacher's head and logits beside the student's own.
+        in_logits = logits * 8
+        if divergence.teacher is not None:
+            in_logits *= 2
+            other = divergence.teacher
+            of_teacher = {"teacher's head": other.vocab_size * other.embed_dim // tensor * width}
     is_trained = ("embedding" if config.tied_embeddings else "head") in learner.abstract_state().trainable
     of_gradient = {"its gradient": gradient} if is_trained else {}
-    return {"vocabulary head": size * width, **of_gradient, "logits": in_logits}
+    return {"vocabulary head": size * width, **of_gradient, **of_teacher, "logits": in_logits}
 
 
 def _layers(learner: Learner, batch: TrainBatch, *, backward: bool = True) -> dict[str, int]:

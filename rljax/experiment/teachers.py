@@ -3,7 +3,7 @@
 import collections
 import dataclasses
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import jax
@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 
 from rljax.batching import loss_mask, stack
 from rljax.experiment.model import ModelSource, PretrainedModel
-from rljax.models import DecoderConfig, abstract_params, head_params
+from rljax.models import DecoderConfig, head_params
 from rljax.parallel import on_main
 from rljax.plans import TeacherSpec
 from rljax.rollouts import ScoringEngines
@@ -22,7 +22,7 @@ from rljax.settings import field, has_variable, is_web_address
 from rljax.tasks import Example
 from rljax.tasks.examples import with_paragraph
 from rljax.text import Tokenizer, render_prompt
-from rljax.training import TeacherModel, UpdateConfig
+from rljax.training import TeacherModel, UpdateConfig, abstract_said
 from rljax.types import TEACHER_LOGPROBS, Params, RolloutBatch, Trajectory
 
 CONTEXT = "A right answer, for reference:\n{text}"
@@ -93,6 +93,11 @@ class Teacher(Protocol):
 
     def head(self, student: StudentWeights) -> Params:
         """That head, in arrays that no update of the student donates."""
+        ...
+
+    @property
+    def model(self) -> TeacherModel | None:
+        """What scores on the student's mesh; None of a teacher that is elsewhere."""
         ...
 
 
@@ -218,6 +223,7 @@ class _Elsewhere:
 
     def __init__(self, source: EngineTeacher, parts: TeacherParts):
         self.decoder = None
+        self.model = None
         self._support = parts.support or 0
         self._engines = ScoringEngines(
             source.engines,
@@ -269,7 +275,7 @@ class _Own:
     def __init__(self, weights: str, parts: TeacherParts):
         self.decoder = parts.decoder
         self._weights = weights
-        self._model = parts.model(parts.decoder)
+        self.model = parts.model(parts.decoder)
 
     def abstract_params(self) -> Any:
         # The reference is a part of the student's state.
@@ -281,7 +287,7 @@ class _Own:
     def score(
         self, batch: RolloutBatch, mask: np.ndarray, examples: Sequence[Example], student: StudentWeights
     ) -> Scored:
-        return self._model.score(self._params(student), batch, mask)
+        return self.model.score(self._params(student), batch, mask)
 
     def head(self, student: StudentWeights) -> Params:
         head = head_params(self.decoder, self._params(student))
@@ -305,22 +311,20 @@ class _Beside:
         check_same_tokens(parts.tokenizer, own, where)
         self.params: Params | None = None
         self._source = source
-        self._model = parts.model(self.decoder)
+        self.model = parts.model(self.decoder)
 
     def abstract_params(self) -> Any:
-        shapes = abstract_params(self.decoder)
-        where = self._model.param_shardings()
-        return shapes if where is None else jax.tree.map(lambda x, s: x.update(sharding=s), shapes, where)
+        return self.model.abstract_params()
 
     def open(self) -> None:
         if self.params is None:
-            self.params = self._source.params_of(self.decoder, self._model.param_shardings(), seed=0)
+            self.params = self._source.params_of(self.decoder, self.model.param_shardings(), seed=0)
 
     def score(
         self, batch: RolloutBatch, mask: np.ndarray, examples: Sequence[Example], student: StudentWeights
     ) -> Scored:
         assert self.params is not None, "open comes before score"
-        return self._model.score(self.params, batch, mask)
+        return self.model.score(self.params, batch, mask)
 
     def head(self, student: StudentWeights) -> Params:
         assert self.params is not None, "open comes before head"
@@ -363,6 +367,10 @@ class _Told:
     @property
     def decoder(self) -> DecoderConfig | None:
         return self._teacher.decoder
+
+    @property
+    def model(self) -> TeacherModel | None:
+        return self._teacher.model
 
     def abstract_params(self) -> Any:
         return self._teacher.abstract_params()
@@ -450,6 +458,9 @@ class Teachers:
                 "vocabulary; 0 is all of them"
             )
         self.teachers = [source.build(parts, f"config.teachers[{i}]") for i, source in enumerate(sources)]
+        self.copies_head = self.keeps_states and getattr(sources[0], "weights", "") == "policy"
+        self._support = parts.support
+        self._student = parts.decoder
 
     @property
     def head_config(self) -> DecoderConfig | None:
@@ -459,6 +470,23 @@ class Teachers:
     def head(self, student: StudentWeights) -> Params | None:
         """The head of that teacher, for the updates on what it scored."""
         return self.teachers[0].head(student) if self.keeps_states else None
+
+    @property
+    def models(self) -> list[TeacherModel]:
+        """Those of the teachers that score on the mesh, in turn."""
+        return [teacher.model for teacher in self.teachers if teacher.model is not None]
+
+    def abstract_said(self) -> Mapping[str, jax.ShapeDtypeStruct]:
+        """What a batch holds of one token beside its log-prob, [W] by name."""
+        return abstract_said(self._support, self.head_config or self._student)
+
+    def abstract_head(self, student: Params) -> Any:
+        """The shapes of `head`, where those of the student's weights are `student`."""
+        if not self.keeps_states:
+            return None
+        own = self.teachers[0].abstract_params()
+        assert self.head_config is not None
+        return head_params(self.head_config, student if own is None else own)
 
     def open(self) -> None:
         """Loads the teachers' weights."""

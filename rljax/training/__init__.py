@@ -42,7 +42,7 @@ from rljax.training.storage import (
     writable,
     writable_file,
 )
-from rljax.training.teacher import TeacherModel
+from rljax.training.teacher import TeacherModel, abstract_said
 from rljax.training.trainable import EVERYTHING, Subtree, policy_params, reference_params, subtree_of
 from rljax.training.update import add_metrics
 
@@ -71,6 +71,7 @@ __all__ = [
     "Trackers",
     "UpdateConfig",
     "WarmupConfig",
+    "abstract_said",
     "abstract_state",
     "add_metrics",
     "as_json",

@@ -351,9 +351,15 @@ class Learner:
 
     def lower_score(self, train_batch: TrainBatch) -> jax.stages.Lowered:
         """The scoring of a minibatch lowered likewise: old or reference log-probs of all of its rows."""
-        params = self.policy_params(self.abstract_state())
+        return self.lower_with(self.policy_params(self.abstract_state()), train_batch)
+
+    def lower_with(self, params: Any, train_batch: TrainBatch, program: Any = None) -> jax.stages.Lowered:
+        """The scoring by weights of the shapes `params`, or another jitted program of `score_with`, lowered
+        likewise."""
         with self._on_mesh():
-            return self._score.lower(params, train_batch.packed, bare_rows(train_batch.rows), self._sampling)
+            return (program or self._score).lower(
+                params, train_batch.packed, bare_rows(train_batch.rows), self._sampling
+            )
 
     def check(self) -> None:
         """Raises for the last update too; `update` itself looks one update back, so as not to wait."""

@@ -9,7 +9,7 @@ import optax
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float
 
-from rljax.models import DecoderConfig
+from rljax.models import DecoderConfig, abstract_params
 from rljax.sampling import SamplingParams
 from rljax.sampling.divergence import top_tokens
 from rljax.sampling.score import score_hidden, scored_states
@@ -17,7 +17,7 @@ from rljax.training.config import UpdateConfig
 from rljax.training.learner import Learner
 from rljax.training.objective import LossNeeds
 from rljax.training.sft import sft_loss
-from rljax.types import ArrayLike, Packed, Params, RaggedRows, RolloutBatch
+from rljax.types import ArrayLike, Packed, Params, RaggedRows, RolloutBatch, TrainBatch
 
 
 class TeacherModel:
@@ -40,13 +40,24 @@ class TeacherModel:
         self._support = support
         self._chunk = update.head_chunk
         self._program = jax.jit(self._tell)
-        self._learner = Learner(
+        self.learner = Learner(
             config, sft_loss(), optax.identity(), update, needs=LossNeeds(sampling=sampling), mesh=mesh
         )
 
     def param_shardings(self) -> Any:
         """Where its weights are to lie; None without a mesh."""
-        return self._learner.param_shardings()
+        return self.learner.param_shardings()
+
+    def abstract_params(self) -> Any:
+        """The shapes of its weights, with shardings where it has a mesh."""
+        shapes = abstract_params(self.config)
+        where = self.param_shardings()
+        return shapes if where is None else jax.tree.map(lambda x, s: x.update(sharding=s), shapes, where)
+
+    def lower(self, train_batch: TrainBatch) -> jax.stages.Lowered:
+        """`score` lowered for a batch of `jax.ShapeDtypeStruct`s, to compile and inspect; nothing runs."""
+        program = None if self._support is None else self._program
+        return self.learner.lower_with(self.abstract_params(), train_batch, program)
 
     def score(
         self, params: Params, batch: RolloutBatch, mask: Bool[ArrayLike, "B T"]
@@ -55,8 +66,8 @@ class TeacherModel:
         `RolloutBatch.teacher`; 0 elsewhere."""
         mask = np.asarray(mask)
         if self._support is None:
-            return self._learner.score_rows(params, batch, mask), {}
-        return self._learner.score_with(self._program, params, batch, mask)
+            return self.learner.score_rows(params, batch, mask), {}
+        return self.learner.score_with(self._program, params, batch, mask)
 
     def _tell(self, params: Params, packed: Packed, rows: RaggedRows, sampling: SamplingParams | None) -> Any:
         """Log-probs `[M, Q, C]` of loss tokens, and arrays `[M, Q, C, W]` by name."""
@@ -64,7 +75,7 @@ class TeacherModel:
         def one(microbatch: tuple[Packed, RaggedRows]) -> Any:
             packed, rows = microbatch
             index = jnp.asarray(rows.row_index)
-            hidden, targets, wanted = scored_states(self.config, params, packed, forward=self._learner.program.forward)
+            hidden, targets, wanted = scored_states(self.config, params, packed, forward=self.learner.program.forward)
             logprobs, _ = score_hidden(self.config, params, hidden, targets, wanted, sampling, chunk=self._chunk)
 
             def of_tokens(values: Array) -> Array:
@@ -79,3 +90,14 @@ class TeacherModel:
             return jax.tree.map(of_tokens, (logprobs, said))
 
         return jax.lax.map(one, (packed, rows))
+
+
+def abstract_said(support: int | None, config: DecoderConfig) -> dict[str, jax.ShapeDtypeStruct]:
+    """What a teacher with the decoder `config` says of one token beside its log-prob, [W] by name, where it is asked
+    for `support` as `TeacherModel` is."""
+    if support is None:
+        return {}
+    if support == 0:
+        return {"hidden": jax.ShapeDtypeStruct((config.embed_dim,), config.dtype)}
+    numbers = {"ids": (support, "int32"), "logprobs": (support, "float32"), "tail": (1, "float32")}
+    return {name: jax.ShapeDtypeStruct((width,), dtype) for name, (width, dtype) in numbers.items()}

@@ -33,6 +33,8 @@ from rljax.models import (
     with_adapters,
 )
 from rljax.sampling import Request, Sampler, SamplerSpec, TurnDecoder, TurnDecoderSpec, sampling_params
+from rljax.sampling.score import score_tokens
+from rljax.types import Packed
 
 CONFIG = DecoderConfig(
     vocab_size=24, num_layers=2, embed_dim=16, num_heads=4, num_kv_heads=2, head_dim=4, mlp_dim=24, max_position=64
@@ -48,9 +50,8 @@ def adapted(lora, config=CONFIG):
 def trained(lora, seed=1, size=0.3):
     """Adapters that have moved away from where they begin."""
     fresh = init_adapters(adapted(lora), jax.random.key(seed))
-    noise = jax.random.split(jax.random.key(seed + 100), len(fresh["layers"]))
-    layers = {n: x + size * jax.random.normal(k, x.shape) for (n, x), k in zip(fresh["layers"].items(), noise)}
-    return {"layers": layers}
+    noise = iter(jax.random.split(jax.random.key(seed + 100), len(jax.tree.leaves(fresh))))
+    return jax.tree.map(lambda x: x + size * jax.random.normal(next(noise), x.shape), fresh)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -115,6 +116,101 @@ def test_the_gradient_is_the_full_one_projected():
             for end, projected in want.items():
                 scale = np.abs(projected).max()
                 np.testing.assert_allclose(got[f"{name}_lora_{end}"], LORA.scale * projected, atol=1e-6 * scale)
+
+
+HEADED = dataclasses.replace(LORA, targets=("q", "head"))
+
+
+def test_an_adapter_of_the_head_adds_its_product_to_the_logits():
+    """By NumPy's product of the matrices, which the merged model has; fresh ones add nothing."""
+    config = adapted(HEADED)
+    assert init_adapters(config, jax.random.key(0))["head_lora_a"].shape == (CONFIG.embed_dim, 3)
+    np.testing.assert_array_equal(outputs(config, init_params(config, jax.random.key(0))), outputs(CONFIG, BASE))
+
+    params = with_adapters(BASE, trained(HEADED))
+    down, up = (np.asarray(params[f"head_lora_{end}"], np.float64) for end in "ab")
+    head = np.asarray(BASE["head"] + 2 * (down @ up).T, np.float32)
+    merged = merged_params(config, params)
+    np.testing.assert_allclose(merged["head"], head, atol=1e-6)
+    want = outputs(CONFIG, merged)
+    np.testing.assert_allclose(outputs(config, params), want, atol=4e-6)
+    assert np.abs(want - outputs(CONFIG, merged | {"head": BASE["head"]})).max() > 0.1
+
+
+def test_the_head_in_chunks_has_the_gradient_of_the_whole_one_projected():
+    """Log-probs and gradients of two chunks are those of one, and of the merged head's gradient G: scale G^T B^T of A,
+    scale A^T G^T of B."""
+    length = IDS.shape[1]
+    index = np.broadcast_to(np.arange(length), IDS.shape)
+    packed = Packed(
+        tokens=IDS,
+        positions=index,
+        predecessor=index - 1,
+        subtree_end=np.full(IDS.shape, length),
+        score_index=np.where(index > 0, index, -1),
+    )
+    weights = np.random.default_rng(0).normal(size=(2, *IDS.shape)).astype(np.float32)
+
+    @functools.partial(jax.jit, static_argnums=(0, 2))
+    def scored(config, params, chunk):
+        def total(params):
+            found = jnp.stack(score_tokens(config, params, packed, chunk=chunk))
+            return jnp.sum(found * weights), found
+
+        return jax.grad(total, has_aux=True)(params)
+
+    params = with_adapters(BASE, trained(HEADED))
+    config = adapted(HEADED)
+    whole, found = scored(config, params, 512)
+    parts, in_chunks = scored(config, params, 8)
+    np.testing.assert_allclose(in_chunks, found, atol=2e-6)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), parts, whole)
+
+    merged, of_merged = scored(CONFIG, merged_params(config, params), 512)
+    np.testing.assert_allclose(found, of_merged, atol=4e-6)
+    down, up = (np.asarray(params[f"head_lora_{end}"], np.float64) for end in "ab")
+    of_head = np.asarray(merged["head"], np.float64)
+    for end, want in {"a": of_head.T @ up.T, "b": down.T @ of_head.T}.items():
+        np.testing.assert_allclose(whole[f"head_lora_{end}"], 2 * want, atol=2e-5 * np.abs(want).max())
+
+
+def test_a_sampler_has_the_log_probs_of_the_trainer_where_the_head_is_adapted():
+    config = adapted(HEADED)
+    params = with_adapters(BASE, trained(HEADED))
+    sampler = Sampler(config, SamplerSpec(prompt_slots=1, sample_slots=2, prompt_buckets=(4,), max_new_tokens=4))
+    sampler.set_params(params)
+    ((sample, *_),) = sampler.generate([Request([1, 2, 3], 0, range(2))], sampling_params(), seed=0, step=0)
+    ids = np.zeros(IDS.shape, np.int32)
+    ids[:, :7] = [1, 2, 3, *sample.tokens]
+    positions = jnp.broadcast_to(jnp.arange(7), ids.shape)
+    hidden = hidden_states(config, params, jnp.asarray(ids), positions, jnp.full(ids.shape, 7))
+    log_p = jax.nn.log_softmax(logits(config, params, hidden), axis=-1)[0, 2:6]
+    np.testing.assert_allclose(sample.logprobs, log_p[np.arange(4), sample.tokens], atol=1e-5)
+
+
+def test_an_adapter_of_the_head_is_a_module_of_peft(tmp_path):
+    config = adapted(HEADED)
+    adapters = trained(HEADED)
+    save_peft(tmp_path, config, with_adapters(BASE, adapters))
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["target_modules"] == ["q_proj", "lm_head"]
+    tensors = safetensors.load_file(tmp_path / "adapter_model.safetensors")
+    np.testing.assert_array_equal(tensors["base_model.model.lm_head.lora_A.weight"], adapters["head_lora_a"].T)
+    np.testing.assert_array_equal(tensors["base_model.model.lm_head.lora_B.weight"], adapters["head_lora_b"].T)
+    assert read_lora(tmp_path, CONFIG) == HEADED
+    jax.tree.map(np.testing.assert_array_equal, load_peft(tmp_path, config), adapters)
+
+
+def test_a_head_that_is_the_embedding_or_side_by_side_has_no_adapter():
+    with pytest.raises(ValueError, match=r"lora's targets q, head: this model's head is its embedding .*leave head"):
+        dataclasses.replace(CONFIG, tied_embeddings=True, lora=HEADED)
+    for refused in (
+        lambda: adapted(dataclasses.replace(HEADED, count=2)),
+        lambda: side_by_side([(HEADED, trained(HEADED))]),
+    ):
+        with pytest.raises(ValueError, match=r"adapters side by side are of layers, and lora's target head is of none"):
+            refused()
+    # A critic has another head.
+    assert set(init_adapters(dataclasses.replace(adapted(HEADED), value_head=True), jax.random.key(0))) == {"layers"}
 
 
 def test_folders_of_peft_go_both_ways(tmp_path):
@@ -243,8 +339,8 @@ def test_adapters_that_do_not_fit_are_refused(tmp_path):
         read_lora(tmp_path / "few", CONFIG)
     with pytest.raises(ValueError, match=r"a llama config.json cannot express lora="):
         save_hf(tmp_path / "whole", adapted(LORA), with_adapters(BASE, trained(LORA)))
-    for targets in ((), ("q", "head")):
-        with pytest.raises(ValueError, match=r"lora's target '(|head)' is none of q, k"):
+    for targets in ((), ("q", "embedding")):
+        with pytest.raises(ValueError, match=r"lora's target '(|embedding)' is none of q, k"):
             Lora(rank=2, alpha=1.0, targets=targets)
 
 

@@ -19,6 +19,7 @@ from rljax.experiment.evaluate import checkpoint_params
 from rljax.experiment.memory import held_state
 from rljax.experiment.train import train
 from rljax.models import (
+    TARGETS,
     Lora,
     adapters_of,
     base_config,
@@ -36,34 +37,40 @@ from rljax.text import CharTokenizer
 from rljax.training import Critic, Learner, LossNeeds, OptimizerConfig, fingerprint, trained_of
 
 ADAPTED = dataclasses.replace(CONFIG, lora=Lora(rank=2, alpha=4.0))
+HEADED = dataclasses.replace(CONFIG, tied_embeddings=False, lora=Lora(rank=2, alpha=4.0, targets=TARGETS))
 LOSS = GRPO(kl_coef=0.1).build().loss
 OPTIMIZER = OptimizerConfig(learning_rate=1e-2, weight_decay=0.1)
 
 
-def started(noise=0.0):
+def started(noise=0.0, config=ADAPTED):
     """A model with adapters, fresh or moved away from there."""
-    adapters = init_adapters(ADAPTED, jax.random.key(1))
-    keys = iter(jax.random.split(jax.random.key(2), len(adapters["layers"])))
+    adapters = init_adapters(config, jax.random.key(1))
+    keys = iter(jax.random.split(jax.random.key(2), len(jax.tree.leaves(adapters))))
     moved = jax.tree.map(lambda x: x + noise * jax.random.normal(next(keys), x.shape), adapters)
-    return with_adapters(jax.tree.map(jnp.copy, params()), moved)
+    base = jax.tree.map(jnp.copy, params())
+    if not config.tied_embeddings:
+        base["head"] = jnp.copy(base["embedding"][::-1])
+    return with_adapters(base, moved)
 
 
-def make(packing=FLAT, **changes):
+def make(packing=FLAT, config=ADAPTED, **changes):
     update = update_config(packing, **changes)
     needs = LossNeeds(reference=True)
-    return Learner(ADAPTED, LOSS, OPTIMIZER, update, needs=needs, subtree=trained_of(ADAPTED))
+    return Learner(config, LOSS, OPTIMIZER, update, needs=needs, subtree=trained_of(config))
 
 
 def gradient(packing):
-    learner = make(PACKINGS[packing])
-    state = learner.init_state(started(0.05))
+    """That of adapters in all places that there are."""
+    learner = make(PACKINGS[packing], HEADED)
+    state = learner.init_state(started(0.05, HEADED))
     minibatch = learner.prepare(state, *rollout())[0]
     return jax.jit(learner.program.gradients)(state.trainable, minibatch, None, base=state.base)
 
 
 def test_gradients_of_a_forest_are_those_of_its_rows():
     want = gradient("one microbatch")
-    assert jax.tree.structure(want.grads) == jax.tree.structure(adapters_of(started()))
+    assert jax.tree.structure(want.grads) == jax.tree.structure(adapters_of(started(config=HEADED)))
+    assert all(np.any(x) for x in jax.tree.leaves(want.grads))
     got = gradient("whole")
     assert_close(got.grads, want.grads)
     np.testing.assert_allclose(got.loss, want.loss, rtol=1e-5)
@@ -205,7 +212,7 @@ def test_a_critic_of_a_run_needs_no_weights_of_its_own(source, tmp_path):
 REFUSED = {
     "no rank": ({"lora": LoraConfig(alpha=8.0)}, r"config\.lora\.alpha=8\.0 has no effect with rank=0; leave one"),
     "a folder": ({"lora": LoraConfig(rank=4, path="x")}, r"config\.lora\.rank=4 has no effect with path='x', whose"),
-    "a target": ({"lora": LoraConfig(rank=4, targets=("head",))}, r"config\.lora\.targets=\('head',\) must name some"),
+    "a target": ({"lora": LoraConfig(rank=4, targets=("embed",))}, r"config\.lora\.targets=\('embed',\) must name"),
     "twice": ({"lora": LoraConfig(rank=4, targets=("q", "q"))}, r"config\.lora\.targets=.* each once"),
     "a critic": ({"critic": CriticConfig(adapters=True)}, r"config\.critic\.adapters=True trains adapters as config"),
 }

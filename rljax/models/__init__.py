@@ -1,7 +1,7 @@
 """Decoder-only language models as pure functions over a nested dict of weights."""
 
 from rljax.models.attention import KERNEL_DEVICES, KERNEL_LENGTH, Attention, forest_attention, kernel_attention
-from rljax.models.config import MATRICES, DecoderConfig, Experts, Lora, RopeScaling
+from rljax.models.config import MATRICES, TARGETS, DecoderConfig, Experts, Lora, RopeScaling
 from rljax.models.decoder import (
     PLAIN,
     Forward,
@@ -43,6 +43,7 @@ __all__ = [
     "KERNEL_LENGTH",
     "MATRICES",
     "PLAIN",
+    "TARGETS",
     "Attention",
     "DecoderConfig",
     "Experts",

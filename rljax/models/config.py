@@ -101,6 +101,12 @@ DENSE_LAYERS = "dense_layers"
 MATRICES = ("q", "k", "v", "o", "gate", "up", "down")
 """Weights of a layer that an adapter may be added to."""
 
+HEAD = "head"
+"""The vocabulary's head, where it is not the embedding."""
+
+TARGETS = (*MATRICES, HEAD)
+"""Weights that an adapter may be added to."""
+
 DOWN = "_lora_a"
 UP = "_lora_b"
 """What follows a matrix's name in the names of its adapter: A and B of 2106.09685."""
@@ -122,7 +128,7 @@ class Lora:
     alpha: float
     """Numerator of `scale`."""
     targets: tuple[str, ...] = MATRICES
-    """Weights that have an adapter: of `MATRICES`."""
+    """Weights that have an adapter: of `TARGETS`. A value head in place of the vocabulary's has none."""
     rank_stabilized: bool = False
     """Whether `scale` is alpha / sqrt(rank) (2312.03732) instead of alpha / rank."""
     count: int = 0
@@ -134,9 +140,9 @@ class Lora:
         _check_real("lora's alpha", self.alpha)
         if self.alpha > _FLOAT32_MAX:
             raise ValueError(f"lora's alpha={self.alpha:.3g} is beyond float32, in which adapters multiply")
-        if not self.targets or (unknown := [name for name in self.targets if name not in MATRICES]):
+        if not self.targets or (unknown := [name for name in self.targets if name not in TARGETS]):
             wrong = unknown[0] if self.targets else ""
-            raise ValueError(f"lora's target {wrong!r} is none of {', '.join(MATRICES)}; name at least one of these")
+            raise ValueError(f"lora's target {wrong!r} is none of {', '.join(TARGETS)}; name at least one of these")
 
     @property
     def scale(self) -> float:
@@ -321,12 +327,27 @@ class DecoderConfig:
         if not (self.pre_norms or self.post_norms):
             raise ValueError("pre_norms=False needs post_norms=True: a layer without norms is none of any family")
 
+        self._check_adapters()
         self._check_experts()
         self._check_rotation()
         for name in ("sliding_layers", "rotated_layers"):
             chosen = getattr(self, name)
             if chosen is not None and len(chosen) != self.num_layers:
                 raise ValueError(f"{name} has {len(chosen)} entries for num_layers={self.num_layers}")
+
+    def _check_adapters(self) -> None:
+        if self.lora is None or HEAD not in self.lora.targets:
+            return
+        if self.tied_embeddings:
+            raise ValueError(
+                f"lora's targets {', '.join(self.lora.targets)}: this model's head is its embedding "
+                "(tied_embeddings), and an adapter of one of the two would part them; leave head out"
+            )
+        if self.lora.count:
+            raise ValueError(
+                "adapters side by side are of layers, and lora's target head is of none; leave head out, or take one "
+                "of them"
+            )
 
     def _check_experts(self) -> None:
         if self.experts and self.lora and self.lora.count and (own := {"gate", "up", "down"} & {*self.lora.targets}):
@@ -388,6 +409,11 @@ class DecoderConfig:
     def of_stack(self, stack: str) -> "DecoderConfig":
         """The config of a stack's layers: without experts where these have an MLP."""
         return dataclasses.replace(self, experts=None) if stack == DENSE_LAYERS else self
+
+    @property
+    def adapts_head(self) -> bool:
+        """Whether the vocabulary's head has an adapter."""
+        return self.lora is not None and HEAD in self.lora.targets and not self.value_head
 
     @property
     def num_ids(self) -> int:

@@ -23,7 +23,19 @@ from jaxtyping import Array, Bool, Float, Int
 
 from rljax.models.attention import Attention, forest_attention
 from rljax.models.attention_blocks import SAVED, score_divisor
-from rljax.models.config import DENSE_LAYERS, DOWN, LAYERS, UP, DecoderConfig, Experts, Lora, Rotation, is_wide
+from rljax.models.config import (
+    DENSE_LAYERS,
+    DOWN,
+    HEAD,
+    LAYERS,
+    MATRICES,
+    UP,
+    DecoderConfig,
+    Experts,
+    Lora,
+    Rotation,
+    is_wide,
+)
 from rljax.models.experts import BIAS_AXES, EXPERT_AXES, Choose, Gated, apply_experts, recorded_experts, route
 from rljax.models.functional import clamped_swiglu, geglu, linear, rms_norm, swiglu
 from rljax.models.rope import RotaryTable, apply_rotary, rotary_tables
@@ -122,7 +134,7 @@ class Layer(nnx.Module):
         else:
             self._declare_experts(c.experts)
         if c.lora is not None:
-            for name in c.lora.targets:
+            for name in (name for name in c.lora.targets if name in MATRICES):
                 self._adapt(name, c.lora)
                 if hasattr(self, f"{SHARED}{name}"):
                     self._adapt(f"{SHARED}{name}", c.lora)
@@ -291,6 +303,12 @@ class Decoder(nnx.Module):
                 self.value_bias = weight((), (), init="zeros")
         elif not config.tied_embeddings:
             self.head = weight((config.vocab_size, config.embed_dim), ("vocab", "embed"))
+        if config.lora is not None and config.adapts_head:
+            # As those of layers, [in, rank] and [rank, out], though the head itself is [out, in].
+            adapter = functools.partial(_weight, dtype="float32")
+            rank = config.lora.rank
+            setattr(self, f"{HEAD}{DOWN}", adapter((config.embed_dim, rank), ("embed", None), init="fan_in"))
+            setattr(self, f"{HEAD}{UP}", adapter((rank, config.vocab_size), (None, "vocab"), init="zeros"))
 
 
 @functools.lru_cache(maxsize=64)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from rljax.models.attention_blocks import MASKED
-from rljax.models.config import DecoderConfig
+from rljax.models.config import DOWN, HEAD, UP, DecoderConfig
 from rljax.types import Params
 
 
@@ -18,14 +18,18 @@ def head_params(config: DecoderConfig, params: Params) -> dict[str, Any]:
     """The part of `params` that `logits` reads. ValueError when the model has a value head instead."""
     if config.value_head:
         raise ValueError("this model has a value head, not a vocabulary head; its outputs are those of values()")
-    name = "embedding" if config.tied_embeddings else "head"
-    return {name: params[name]}
+    name = _name(config)
+    adapter = (f"{HEAD}{DOWN}", f"{HEAD}{UP}") if config.adapts_head else ()
+    return {name: params[name] for name in (name, *adapter)}
+
+
+def _name(config: DecoderConfig) -> str:
+    return "embedding" if config.tied_embeddings else HEAD
 
 
 def output_projection(config: DecoderConfig, params: Params) -> Float[Array, "V D"]:
-    """The vocabulary head's weight; the embedding itself when they are tied."""
-    (weight,) = head_params(config, params).values()
-    return weight
+    """The vocabulary head's weight, without its adapter; the embedding itself when they are tied."""
+    return head_params(config, params)[_name(config)]
 
 
 def logits(
@@ -38,18 +42,24 @@ def logits(
     """
     head = output_projection(config, params).astype(hidden.dtype)
     if not vocab_first:
-        out = _divided(config, jnp.einsum("...d,vd->...v", hidden, head, preferred_element_type=jnp.float32))
-        return _where_ids(config, out, MASKED, axis=-1)
+        out = jnp.einsum("...d,vd->...v", hidden, head, preferred_element_type=jnp.float32)
+        if config.adapts_head:
+            up, narrow = _adapter(config, params, hidden)
+            out = out + jnp.einsum("...r,rv->...v", narrow, up, preferred_element_type=jnp.float32)
+        return _where_ids(config, _divided(config, out), MASKED, axis=-1)
 
     few = hidden.reshape(-1, hidden.shape[-1])
-    out = _divided(config, jnp.einsum("vd,md->vm", head, few, preferred_element_type=jnp.float32))
-    out = _where_ids(config, out, MASKED, axis=0)
+    out = jnp.einsum("vd,md->vm", head, few, preferred_element_type=jnp.float32)
+    if config.adapts_head:
+        up, narrow = _adapter(config, params, few)
+        out = out + jnp.einsum("rv,mr->vm", up, narrow, preferred_element_type=jnp.float32)
+    out = _where_ids(config, _divided(config, out), MASKED, axis=0)
     return out.reshape(-1, *hidden.shape[:-1])
 
 
 def logits_gradient(
     config: DecoderConfig, params: Params, hidden: Float[Array, "R C D"], d_logits: Float[Array, "R C V"]
-) -> tuple[Float[Array, "R C D"], dict[str, Float[Array, "V D"]]]:
+) -> tuple[Float[Array, "R C D"], dict[str, Float[Array, "..."]]]:
     """Cotangents (float32) of `hidden` and of `head_params(config, params)`, given those of `logits`.
 
     Products are taken in the dtype of `hidden` and summed in float32, as the forward product is.
@@ -58,7 +68,27 @@ def logits_gradient(
     d_logits = _where_ids(config, _divided(config, d_logits).astype(hidden.dtype), 0.0, axis=-1)
     d_hidden = jnp.einsum("rcv,vd->rcd", d_logits, head, preferred_element_type=jnp.float32)
     d_head = jnp.einsum("rcv,rcd->vd", d_logits, hidden, preferred_element_type=jnp.float32)
-    return d_hidden, dict.fromkeys(head_params(config, params), d_head)
+    if not config.adapts_head:
+        return d_hidden, {_name(config): d_head}
+
+    # Of `narrow up`, where `narrow` is `scale hidden down`.
+    assert config.lora is not None
+    up, narrow = _adapter(config, params, hidden)
+    down = params[f"{HEAD}{DOWN}"].astype(hidden.dtype)
+    d_narrow = jnp.einsum("rcv,nv->rcn", d_logits, up, preferred_element_type=jnp.float32)
+    d_narrow = (config.lora.scale * d_narrow).astype(hidden.dtype)
+    d_hidden = d_hidden + jnp.einsum("rcn,dn->rcd", d_narrow, down, preferred_element_type=jnp.float32)
+    d_down = jnp.einsum("rcd,rcn->dn", hidden, d_narrow, preferred_element_type=jnp.float32)
+    d_up = jnp.einsum("rcn,rcv->nv", narrow, d_logits, preferred_element_type=jnp.float32)
+    return d_hidden, {_name(config): d_head, f"{HEAD}{DOWN}": d_down, f"{HEAD}{UP}": d_up}
+
+
+def _adapter(config: DecoderConfig, params: Params, hidden: Array) -> tuple[Array, Array]:
+    """(B [rank, V], `scale hidden A` [.., rank]) of the head's adapter, in the dtype of `hidden`."""
+    assert config.lora is not None
+    down, up = (params[f"{HEAD}{end}"].astype(hidden.dtype) for end in (DOWN, UP))
+    narrow = jnp.einsum("...d,dn->...n", hidden, down, preferred_element_type=jnp.float32)
+    return up, (config.lora.scale * narrow).astype(hidden.dtype)
 
 
 def _divided(config: DecoderConfig, x: Array) -> Array:

@@ -2,7 +2,7 @@
 
 They are weights like any other, declared by `rljax.models.decoder` where `DecoderConfig.lora` says so, and named after
 their matrix: `layers/q_lora_a [L, in, rank]` and `layers/q_lora_b [L, rank, out]`. The first layers of a mixture that
-have no experts have theirs in their own stack.
+have no experts have theirs in their own stack, and the vocabulary's head has `head_lora_a` and `head_lora_b` beside it.
 """
 
 import dataclasses
@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from rljax.models.config import DOWN, UP, DecoderConfig, Lora
+from rljax.models.config import DOWN, HEAD, UP, DecoderConfig, Lora
 from rljax.models.decoder import init_params
 from rljax.types import Params
 
@@ -76,6 +76,10 @@ def merged_params(config: DecoderConfig, params: Params) -> dict[str, Any]:
         for name in [name for name in merged[stack] if f"{name}{DOWN}" in params[stack]]:
             down, up = (params[stack][f"{name}{end}"].astype(jnp.float32) for end in (DOWN, UP))
             merged[stack][name] = _merged(merged[stack][name], down, up, lora.scale)
+    if config.adapts_head:
+        # It is [out, in], and a layer's matrix [in, out].
+        down, up = (params[f"{HEAD}{end}"].astype(jnp.float32) for end in (DOWN, UP))
+        merged[HEAD] = _merged(merged[HEAD], up.T, down.T, lora.scale)
     return merged
 
 
@@ -90,10 +94,13 @@ def side_by_side(adapters: Sequence[tuple[Lora, Params]]) -> tuple[Lora, dict[st
     the i-th of them.
 
     They may differ in everything: narrower ones are filled up with zeros, a target that one lacks is zero in it, and
-    each keeps its own scale. ValueError for none, and for what is side by side already.
+    each keeps its own scale. ValueError for none, for what is side by side already, and for one of the vocabulary's
+    head.
     """
     if not adapters or any(lora.count for lora, _ in adapters):
         raise ValueError("give at least one adapter, each of them a single one (count=0)")
+    if any(HEAD in lora.targets for lora, _ in adapters):
+        raise ValueError("adapters side by side are of layers, and lora's target head is of none; leave it out")
 
     rank = max(lora.rank for lora, _ in adapters)
     targets = tuple(dict.fromkeys(name for lora, _ in adapters for name in lora.targets))

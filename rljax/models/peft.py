@@ -11,10 +11,10 @@ import jax
 import numpy as np
 
 from rljax.models.assemble import assemble, weight_at
-from rljax.models.config import DOWN, MATRICES, UP, DecoderConfig, Lora
+from rljax.models.config import DOWN, HEAD, TARGETS, UP, DecoderConfig, Lora
 from rljax.models.decoder import SHARED, abstract_params
 from rljax.models.families import Entry, Weight, family_of
-from rljax.models.files import SafetensorsFolder, write_safetensors
+from rljax.models.files import SafetensorsFolder, shown, write_safetensors
 from rljax.models.huggingface import check_names, check_shape, read_json, to_host, write_json
 from rljax.types import Params
 
@@ -90,7 +90,8 @@ def described_lora(said: Mapping[str, Any], config: DecoderConfig, *, stored: Co
 
     def has(weight: Weight) -> bool:
         if stored is not None:
-            return _file_name(weight, DOWN).format(config.stacks[weight.stack][0], 0) in stored
+            first = config.stacks[weight.stack][0] if weight.stack else None
+            return _file_name(weight, DOWN).format(first, 0) in stored
         return _module(weight) in modules
 
     matrices = _matrices(config)
@@ -103,7 +104,7 @@ def described_lora(said: Mapping[str, Any], config: DecoderConfig, *, stored: Co
     if lacking and not said.get("exclude_modules"):
         raise ValueError(f"target_modules names {min(lacking)}, of which {WEIGHTS_FILE} has no tensor")
     _check_apart(config, found)
-    targets = tuple(name for name in MATRICES if name in {_target(weight) for weight in found})
+    targets = tuple(name for name in TARGETS if name in {_target(weight) for weight in found})
     is_stabilized = said.get("use_rslora", False)
     if not isinstance(is_stabilized, bool):
         raise ValueError(f"use_rslora={is_stabilized!r:.80} must be true or false")
@@ -126,6 +127,12 @@ def load_peft(folder: str | os.PathLike, config: DecoderConfig, *, shardings: An
     folder = Path(folder)
     stored = SafetensorsFolder(folder, single=WEIGHTS_FILE)
     wanted = adapter_entries(config)
+    # PEFT adds them where it adapts the head; they may be others than the base model's.
+    if whole := sorted(name for name in stored.tensors if name.endswith(".base_layer.weight")):
+        raise ValueError(
+            f"{folder} holds {shown(whole[0])} beside its adapters, a weight of the model itself; write it with "
+            "save_pretrained(..., save_embedding_layers=False), or leave that tensor out"
+        )
     check_names({entry.name for entry in wanted}, set(stored.tensors), set(), str(folder))
     for entry in wanted:
         check_shape(entry, stored.tensors[entry.name].shape, str(folder))
@@ -176,17 +183,24 @@ def described_adapter(config: DecoderConfig, base: str = "") -> dict[str, Any]:
 
 
 def adapter_entries(config: DecoderConfig) -> list[Entry]:
-    """The tensors of an adapter's file, layer by layer. ValueError as in `save_peft`."""
+    """The tensors of an adapter's file, layer by layer, and the head's. ValueError as in `save_peft`."""
     _single(config)
     shapes = abstract_params(config)
 
+    def adapter_of(weight: Weight, end: str) -> Weight:
+        return Weight(f"{weight.path}{end}", _file_name(weight, end), "", transpose=True)
+
     def of_matrix(weight: Weight, end: str, layer: int) -> list[Entry]:
-        own = Weight(f"{weight.path}{end}", _file_name(weight, end), "", transpose=True)
+        own = adapter_of(weight, end)
         shape = weight_at(shapes, own.path).shape[-2:]
         number = config.stacks[weight.stack][layer]
         # An expert's matrix is a module of its own.
         experts = range(config.experts.count) if config.experts and own.hf.count("{}") == 2 else (None,)
         return [Entry(own.hf.format(number, i), own, layer, shape[::-1], expert=i) for i in experts]
+
+    def of_head() -> list[Entry]:
+        own = [adapter_of(weight, end) for weight in _targets(config) if not weight.stack for end in _ENDS]
+        return [Entry(weight.hf, weight, None, weight_at(shapes, weight.path).shape[::-1]) for weight in own]
 
     found = (
         of_matrix(weight, end, layer)
@@ -196,7 +210,7 @@ def adapter_entries(config: DecoderConfig) -> list[Entry]:
         if weight.stack == stack
         for end in _ENDS
     )
-    return list(itertools.chain(*found))
+    return [*itertools.chain(*found), *of_head()]
 
 
 def _number(said: Mapping[str, Any], key: str, default: int, kind: Any) -> Any:
@@ -230,8 +244,14 @@ def _targets(config: DecoderConfig) -> list[Weight]:
 def _matrices(config: DecoderConfig) -> list[Weight]:
     """Rows of the family's table that an adapter may be of."""
     tree = abstract_params(config)
-    rows = [weight for weight in family_of(config).weights if _target(weight) in MATRICES]
-    return [weight for weight in rows if weight.path.removeprefix(f"{weight.stack}/") in tree.get(weight.stack, ())]
+    rows = [weight for weight in family_of(config).weights if _target(weight) in TARGETS]
+
+    def exists(weight: Weight) -> bool:
+        if weight.path == HEAD:
+            return HEAD in tree
+        return weight.path.removeprefix(f"{weight.stack}/") in tree.get(weight.stack, ())
+
+    return [weight for weight in rows if exists(weight)]
 
 
 def _target(weight: Weight) -> str:
@@ -254,7 +274,7 @@ def _check_apart(config: DecoderConfig, targets: list[Weight]) -> None:
 
 
 def _module(weight: Weight) -> str:
-    """What PEFT calls a matrix in every layer."""
+    """What PEFT calls a matrix, in every layer."""
     return weight.hf.removesuffix(".weight").rsplit(".", 1)[-1]
 
 

@@ -167,8 +167,8 @@ def _divergence(program, head, hidden, teacher_head, of_rows, wanted, sampling) 
 
 def _forward(program, head, hidden, teacher_head, of_rows, wanted, sampling):
     config, step, layout, how = program
-    whole = jax.tree.map(lambda x: layout.gather(x, hidden.dtype), head)
-    teacher_whole = jax.tree.map(lambda x: layout.gather(x, hidden.dtype), teacher_head)
+    whole = layout.gather(head, hidden.dtype)
+    teacher_whole = layout.gather(teacher_head, hidden.dtype)
 
     def measure(whole, teacher_whole, hidden, of_rows, sampling, live):
         def chunk(i, values):
@@ -210,8 +210,7 @@ def _backward(program, residuals, cotangent):
     run = layout.on_rows(gradients, (every, every, own, own, own, every, every, every), own)
     live = _live_chunks(step, wanted)
     d_hidden, d_head = run(whole, teacher_whole, hidden, of_rows, cotangent, sampling, scale, live)
-    d_head = jax.tree.map(lambda d, x: layout.reduce(d).astype(x.dtype), d_head, head)
-    return d_head, d_hidden, None, None, None, None
+    return layout.reduce(d_head, head), d_hidden, None, None, None, None
 
 
 _divergence.defvjp(_forward, _backward)

@@ -30,6 +30,7 @@ from rljax.models import (
     sequence_shares,
     values,
 )
+from rljax.models.config import DOWN, UP
 from rljax.parallel import split_axes
 from rljax.sampling.logits import (
     MASKED,
@@ -367,32 +368,49 @@ class _Layout(NamedTuple):
             return part
         return jax.shard_map(part, in_specs=in_specs, out_specs=out_specs, axis_names={*self.rows}, check_vma=False)
 
-    def gather(self, weight: Array, dtype: Any) -> Array:
-        """A head as the products of one device need it, sent in their dtype."""
-        weight = weight.astype(dtype)
-        if not self.rows or not self.width:
+    def gather(self, head: Params, dtype: Any) -> dict[str, Array]:
+        """The weights of a head as the products of one device need them, sent in their dtype."""
+        return {name: self._gather(name, weight.astype(dtype)) for name, weight in head.items()}
+
+    def _gather(self, name: str, weight: Array) -> Array:
+        split = self._split(name)
+        if not self.rows or not self.width or self.width not in split:
             return weight
+        at = split.index(self.width)
 
         def part(own):
-            return jax.lax.all_gather(own, self.width, axis=1, tiled=True)
+            return jax.lax.all_gather(own, self.width, axis=at, tiled=True)
 
-        split = PartitionSpec(self.vocab, self.width)
-        return jax.shard_map(part, in_specs=split, out_specs=PartitionSpec(self.vocab), check_vma=False)(weight)
+        whole = PartitionSpec(*(() if place == at else axes for place, axes in enumerate(split)))
+        return jax.shard_map(part, in_specs=PartitionSpec(*split), out_specs=whole, check_vma=False)(weight)
 
-    def reduce(self, gradient: Array) -> Array:
-        """The sum [V, D] of the gradients [1, V, D] of a head on each device, split as its weight is."""
+    def reduce(self, gradients: Params, head: Params) -> dict[str, Array]:
+        """The sums of the gradients [1, ..] of the weights of `head` on each device, split and typed as these are."""
+        return {name: self._reduce(name, gradients[name]).astype(weight.dtype) for name, weight in head.items()}
+
+    def _reduce(self, name: str, gradient: Array) -> Array:
         if not self.rows:
             return gradient[0]
+        split = self._split(name)
+        scattered = self.width if self.width and self.width in split else ()
 
         def part(own):
             total = own[0]
-            if self.width:
-                total = jax.lax.psum_scatter(total, self.width, scatter_dimension=1, tiled=True)
-            return jax.lax.psum(total, tuple(name for name in self.rows if name not in self.width))
+            if scattered:
+                total = jax.lax.psum_scatter(total, scattered, scatter_dimension=split.index(scattered), tiled=True)
+            return jax.lax.psum(total, tuple(axis for axis in self.rows if axis not in scattered))
 
-        split = PartitionSpec(self.rows, self.vocab)
-        whole = PartitionSpec(self.vocab, self.width)
-        return jax.shard_map(part, in_specs=split, out_specs=whole, check_vma=False)(gradient)
+        own = (() if axes == scattered else axes for axes in split)
+        return jax.shard_map(
+            part, in_specs=PartitionSpec(self.rows, *own), out_specs=PartitionSpec(*split), check_vma=False
+        )(gradient)
+
+    def _split(self, name: str) -> tuple[tuple[str, ...], ...]:
+        """The mesh axes that split the two dimensions of a weight of the head: [V, D], of its adapter [D, rank] and
+        [rank, V]."""
+        if name.endswith(DOWN):
+            return self.width, ()
+        return ((), self.vocab) if name.endswith(UP) else (self.vocab, self.width)
 
 
 class _Asked(NamedTuple):
@@ -448,7 +466,7 @@ def _head_forward(config, step: int, layout: _Layout, head, hidden, asked: _Aske
         return None, jax.lax.fori_loop(0, live, chunk, (empty,) * 3)
 
     # The gathered head lasts until the backward pass, which comes next: gathering it anew would send it twice.
-    whole = jax.tree.map(lambda x: layout.gather(x, hidden.dtype), head)
+    whole = layout.gather(head, hidden.dtype)
     every = PartitionSpec()
     own = PartitionSpec(layout.rows)
     run = layout.on_rows(measure, (every, own, own, own, every, every), own)
@@ -492,8 +510,7 @@ def _head_backward(config, step: int, layout: _Layout, residuals, cotangents):
     live = _live_chunks(step, asked.wanted)
     d_hidden, d_head = run(whole, kept, hidden, asked.targets, asked.context, at, asked.sampling, live)
 
-    d_head = jax.tree.map(lambda d, x: layout.reduce(d).astype(x.dtype), d_head, head)
-    return d_head, d_hidden, None
+    return layout.reduce(d_head, head), d_hidden, None
 
 
 _head.defvjp(_head_forward, _head_backward)

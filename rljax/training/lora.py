@@ -4,7 +4,7 @@ import dataclasses
 from pathlib import Path
 from typing import Literal
 
-from rljax.models import MATRICES, DecoderConfig, Lora, is_adapter, read_lora
+from rljax.models import MATRICES, TARGETS, DecoderConfig, Lora, is_adapter, read_lora
 from rljax.settings import field, placed
 from rljax.training.trainable import EVERYTHING, Subtree, subtree_of
 
@@ -23,7 +23,8 @@ class LoraConfig:
     """What the adapters add is multiplied by alpha / rank."""
 
     targets: tuple[str, ...] = MATRICES
-    """Matrices of a layer that have an adapter. Take all of them unless memory is short."""
+    """Matrices of a layer that have an adapter, all of them unless memory is short, and `head`: the vocabulary's, of a
+    model whose embedding is another matrix."""
 
     rank_stabilized: bool = False
     """Multiply by alpha / sqrt(rank) instead (rsLoRA, 2312.03732), for high ranks."""
@@ -44,7 +45,9 @@ class LoraConfig:
         if not self:
             return decoder
         dtype = decoder.dtype if self.base_dtype == "auto" else self.base_dtype
-        return dataclasses.replace(decoder, lora=self._lora(decoder), param_dtype=dtype)
+        lora = self._lora(decoder)
+        with placed("config.lora"):
+            return dataclasses.replace(decoder, lora=lora, param_dtype=dtype)
 
     def _lora(self, decoder: DecoderConfig) -> Lora:
         if self.path:
@@ -54,9 +57,9 @@ class LoraConfig:
 
     def check(self) -> None:
         """ValueError for targets that do not exist, and for what has no effect."""
-        unknown = [name for name in self.targets if name not in MATRICES]
+        unknown = [name for name in self.targets if name not in TARGETS]
         if unknown or not self.targets or len(set(self.targets)) < len(self.targets):
-            raise ValueError(f"targets={self.targets} must name some of {', '.join(MATRICES)}, each once")
+            raise ValueError(f"targets={self.targets} must name some of {', '.join(TARGETS)}, each once")
         if self.path:
             self._refuse_idle(_OF_FRESH, f"path={self.path!r}, whose folder says it")
         elif not self.rank:

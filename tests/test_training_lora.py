@@ -6,16 +6,26 @@ import json
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 from test_training_learner import CONFIG, FLAT, PACKINGS, assert_close, params, rollout, update_config
 
 from rljax import losses as L
 from rljax.algorithms import GRPO, PPO
-from rljax.experiment import CriticConfig, FreshModel, LoraConfig, PretrainedModel
+from rljax.experiment import (
+    CriticConfig,
+    EvaluationConfig,
+    FreshModel,
+    LoraConfig,
+    PretrainedModel,
+    RunModel,
+    WarmupConfig,
+)
 from rljax.experiment.build import build
 from rljax.experiment.check import check
 from rljax.experiment.convert import convert
 from rljax.experiment.evaluate import checkpoint_params
+from rljax.experiment.fine_tune import fine_tune
 from rljax.experiment.memory import held_state
 from rljax.experiment.train import train
 from rljax.models import (
@@ -26,6 +36,7 @@ from rljax.models import (
     base_params,
     init_adapters,
     load_model,
+    load_peft,
     merged_params,
     save_hf,
     with_adapters,
@@ -209,6 +220,67 @@ def test_a_critic_of_a_run_needs_no_weights_of_its_own(source, tmp_path):
     assert 0 < after["critic/loss"] != before["critic/loss"]
 
 
+def spoken(examples):
+    """Demonstrations: the first letter, four times."""
+    return [dataclasses.replace(e, columns={**e.columns, "said": 4 * e.columns["answer"]}) for e in examples]
+
+
+def supervised(model, **changes):
+    """Each update sees all demonstrations."""
+    lora = LoraConfig(rank=4, base_dtype="float32")
+    warmup = WarmupConfig(
+        steps=6, batch_size=51, completion_column="said", demonstrations=spoken,
+        optimizer=OptimizerConfig(learning_rate=5e-3),
+    )  # fmt: skip
+    return tiny_config(model=model, warmup=warmup, evaluation=EvaluationConfig(problems=-1), **{"lora": lora} | changes)
+
+
+@pytest.mark.slow
+def test_supervised_fine_tuning_trains_adapters_that_another_run_begins_with(source, tmp_path):
+    """The model's files stay as they are, and checkpoints hold adapters alone. A run that begins with them has the
+    merged model, and is exported over a folder with what its own adapters stand beside."""
+    weights = (source / "model.safetensors").read_bytes()
+    fine_tune(supervised(PretrainedModel(path=str(source))), str(tmp_path / "first"))
+    losses = [line["loss/nll"] for line in run_metrics(tmp_path / "first")]
+    assert losses[-1] < losses[0] - 0.1
+    assert (source / "model.safetensors").read_bytes() == weights and not (tmp_path / "first" / "base").exists()
+
+    adapter = convert(str(tmp_path / "first"), str(tmp_path / "adapter"), adapter=True)
+    run = build(supervised(PretrainedModel(path=str(source))))
+    trained, step = checkpoint_params(run, str(tmp_path / "first"))
+    stored = load_peft(adapter, run.decoder)
+    assert step == 6 and fingerprint(stored) == fingerprint(adapters_of(trained))
+    handlers = {"state": ocp.PyTreeCheckpointHandler(), "host": ocp.JsonCheckpointHandler()}
+    with ocp.CheckpointManager(tmp_path / "first" / "checkpoints", item_handlers=handlers) as manager:
+        saved = manager.item_metadata(6)["state"].tree["trainable"]
+    assert jax.tree.structure(saved) == jax.tree.structure(jax.tree.map(lambda x: 0, stored))
+
+    # Another run, on the merged model.
+    merged = load_model(convert(str(tmp_path / "first"), str(tmp_path / "merged")))[1]
+    behind = supervised(RunModel(path=str(tmp_path / "first")))
+    assert fingerprint(base_params(build(behind).initial_params())) == fingerprint(merged)
+    fine_tune(behind, str(tmp_path / "second"))
+    assert run_metrics(tmp_path / "second")[0]["loss/nll"] < losses[0] - 0.1
+    check_exports(tmp_path, "second", merged)
+
+
+@pytest.mark.slow
+def test_adapters_of_a_fresh_model_are_exported_over_its_weights(tmp_path):
+    config = supervised(tiny_config().model)
+    fine_tune(config, str(tmp_path / "run"))
+    check_exports(tmp_path, "run", base_params(build(config).initial_params()))
+
+
+def check_exports(folder, name, base):
+    """Adapters are written over `base`, which lies in the run folder, and merged as from there."""
+    adapter = convert(str(folder / name), str(folder / f"{name}_adapter"), adapter=True)
+    where = json.loads((adapter / "adapter_config.json").read_text())["base_model_name_or_path"]
+    assert where == str(folder / name / "base")
+    assert fingerprint(load_model(where)[1]) == fingerprint(base)
+    merged = [load_model(convert(str(x), str(folder / f"{x.name}_whole")))[1] for x in (folder / name, adapter)]
+    assert fingerprint(merged[0]) == fingerprint(merged[1]) != fingerprint(base)
+
+
 REFUSED = {
     "no rank": ({"lora": LoraConfig(alpha=8.0)}, r"config\.lora\.alpha=8\.0 has no effect with rank=0; leave one"),
     "a folder": ({"lora": LoraConfig(rank=4, path="x")}, r"config\.lora\.rank=4 has no effect with path='x', whose"),
@@ -231,9 +303,8 @@ def test_adapters_that_are_not_there_cannot_be_written(source, tmp_path):
     CharTokenizer("ab").save(tmp_path / "run" / "model")
     (tmp_path / "run" / "model" / "config.json").write_bytes((source / "config.json").read_bytes())
     (tmp_path / "run" / "model" / "adapter_config.json").write_text('{"base_model_name_or_path": null}')
-    with pytest.raises(ValueError, match=r"adapters beside the frozen weights of a fresh model, which are in no file"):
-        convert(str(tmp_path / "run"), str(tmp_path / "out"))
     for text, says in {
+        '{"base_dtype": "float32"}': r"^[^\n]*run has adapters, and [^\n]*base is missing, the folder with the weights",
         '{"base_model_name_or_path": 5}': r"^[^\n]*adapter_config.json: base_model_name_or_path=5 must be a name",
         f'{{"base_model_name_or_path": "{source}"}}': r"^[^\n]*adapter_config.json: base_dtype=None must be float32 or",
         "[1": r"^[^\n]*adapter_config.json is not valid JSON",

@@ -1,25 +1,21 @@
 """What `rljax convert` does."""
 
 import dataclasses
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import numpy as np
 
 from rljax.experiment.hub import CARD, model_card, open_repository, send
-from rljax.experiment.model import model_path, run_checkpoints
+from rljax.experiment.model import base_of, model_path, run_weights
 from rljax.models import (
     ADAPTER_FILE,
     DecoderConfig,
     Metadata,
-    abstract_params,
     adapters_of,
     base_config,
     cast_params,
-    config_from_hf,
-    described_lora,
     is_peft,
     load_model,
     load_peft,
@@ -32,16 +28,7 @@ from rljax.models import (
     with_adapters,
 )
 from rljax.text import Tokenizer, load_tokenizer
-from rljax.training import (
-    AnyPath,
-    frozen_base,
-    is_remote,
-    local_copy,
-    reachable,
-    restore_params,
-    trained_of,
-    writable,
-)
+from rljax.training import is_remote, local_copy, reachable, writable
 from rljax.types import Params
 
 
@@ -124,7 +111,7 @@ def convert(
 
 
 def _of_peft(folder: Path) -> _Model:
-    base = _base_of(read_json(folder / ADAPTER_FILE), folder)
+    base = base_of(read_json(folder / ADAPTER_FILE), folder)
     path = model_path(base)
     decoder, params = load_model(path)
     decoder = dataclasses.replace(decoder, lora=read_lora(folder, decoder))
@@ -132,39 +119,7 @@ def _of_peft(folder: Path) -> _Model:
     return _Model(decoder, params, load_tokenizer(path), read_metadata(path), base)
 
 
-def _base_of(adapter: Mapping[str, Any], folder: AnyPath) -> str:
-    """The model whose weights an adapter stands beside, by name or path; empty where its file names none."""
-    base = adapter.get("base_model_name_or_path") or ""
-    if not isinstance(base, str):
-        raise ValueError(f"{folder / ADAPTER_FILE}: base_model_name_or_path={base!r:.80} must be a name or a path")
-    return base
-
-
-def _of_run(source: str, folder: AnyPath, step: int | None) -> _Model:
+def _of_run(source: str, folder: Path, step: int | None) -> _Model:
     """A checkpoint of the run `source`, whose description lies in `folder`."""
-    decoder = config_from_hf(read_json(folder / "config.json"))
-    base = ""
-    frozen = None
-    if (folder / ADAPTER_FILE).exists():
-        adapter = read_json(folder / ADAPTER_FILE)
-        base = _base_of(adapter, folder)
-        if not base:
-            raise ValueError(
-                f"{source} has adapters beside the frozen weights of a fresh model, which are in no file; train such a "
-                "model as a whole, or adapters of one that has files"
-            )
-        # As the run held them: a checkpoint is known to belong to these.
-        dtype = adapter.get("base_dtype")
-        if dtype not in ("float32", "bfloat16"):
-            raise ValueError(f"{folder / ADAPTER_FILE}: base_dtype={dtype!r:.80} must be float32 or bfloat16")
-        _, weights = load_model(model_path(base), param_dtype=dtype)
-        decoder = dataclasses.replace(decoder, param_dtype=dtype, lora=described_lora(adapter, decoder))
-        target = abstract_params(decoder)
-        # A reward model has no head over the vocabulary.
-        weights = {name: weights[name] for name in target if name in weights}
-        frozen = frozen_base(with_adapters(weights, adapters_of(target)), trained_of(decoder))
-    else:
-        # In float32 as they were trained; the target's dtype comes last, so that weights are rounded once.
-        target = abstract_params(dataclasses.replace(decoder, param_dtype="float32"))
-    params, _ = restore_params(run_checkpoints(source), target, step, subtree=trained_of(decoder), base=frozen)
-    return _Model(decoder, params, load_tokenizer(folder), read_metadata(folder), base)
+    found = run_weights(source, folder, step)
+    return _Model(found.decoder, found.params, load_tokenizer(folder), read_metadata(folder), found.base)

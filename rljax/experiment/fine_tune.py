@@ -11,7 +11,7 @@ from rljax.experiment.report import describe_run, evaluation_table, say
 from rljax.experiment.sft import check_demonstrations, supervised
 from rljax.experiment.stage import Stage, run_stage
 from rljax.experiment.stops import Stops
-from rljax.experiment.train import evaluate_run, open_checkpoints, save_description
+from rljax.experiment.train import evaluate_run, open_checkpoints, save_base, save_description
 from rljax.experiment.watchdog import Watchdog
 from rljax.parallel import check_equal, end_together, on_main, use_mesh
 from rljax.settings import check_config
@@ -80,6 +80,8 @@ def run_in_folder(
         def begin(first: int) -> None:
             folder.start(first)
             save_description(run, folder, stage.learner.config)
+            if not first:
+                save_base(run, folder)
 
         def report(done: int, metrics: dict[str, float]) -> None:
             folder.log_step(done, metrics)

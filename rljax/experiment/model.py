@@ -1,28 +1,37 @@
 """The model of a run: where weights and tokenizer come from."""
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 import jax
 
 from rljax.models import (
+    ADAPTER_FILE,
     DecoderConfig,
     Experts,
     Metadata,
     abstract_params,
+    adapters_of,
+    base_config,
     cast_params,
+    described_lora,
     find_smollm2,
     fresh_config,
     init_params,
     load_config,
     load_model,
+    merged_params,
+    param_shardings,
+    read_json,
     read_metadata,
+    with_adapters,
 )
 from rljax.parallel import platform
 from rljax.settings import field, placed
 from rljax.text import CharTokenizer, Tokenizer, load_tokenizer, with_chat_settings
-from rljax.training import AnyPath, local_copy, reachable, restore_params
+from rljax.training import BASE_FOLDER, AnyPath, frozen_base, local_copy, reachable, restore_params, trained_of
 from rljax.types import Params
 
 Dtype = Literal["float32", "bfloat16"]
@@ -180,7 +189,8 @@ class FreshModel:
 
 @dataclasses.dataclass
 class RunModel:
-    """What another run has trained: a checkpoint in its folder, with its tokenizer."""
+    """What another run has trained: a checkpoint in its folder, with its tokenizer. Adapters of that run are merged
+    into its weights."""
 
     path: str = ""
     """Its `--workdir`, of a run with `config.checkpoint.every` above 0."""
@@ -204,12 +214,15 @@ class RunModel:
         return decoder
 
     def params_of(self, decoder: DecoderConfig, shardings: Any, seed: int) -> Params:
-        # In float32 as they were trained, so that they are rounded once.
-        shapes = abstract_params(dataclasses.replace(decoder, param_dtype="float32"))
-        if shardings is not None:
-            shapes = jax.tree.map(lambda x, where: x.update(sharding=where), shapes, shardings)
-        params, _ = restore_params(run_checkpoints(self.path), shapes, self.step or None)
-        return cast_params(params, self.param_dtype)
+        with local_copy(self._description()) as folder:
+            found = run_weights(self.path, folder, self.step or None, shardings=shardings)
+
+        # Rounded once: adapters add in float32, and may add less than what a narrower weight can show.
+        params = found.params
+        if found.decoder.param_dtype != decoder.param_dtype:
+            params = cast_params(params, "float32")
+        params = cast_params(merged_params(found.decoder, params), decoder.param_dtype)
+        return params if shardings is None else jax.device_put(params, shardings)
 
     def metadata_of(self) -> Metadata:
         with local_copy(self._description()) as folder:
@@ -224,6 +237,81 @@ class RunModel:
                 "--workdir of one with config.checkpoint.every above 0"
             )
         return folder
+
+
+def files_of(model: ModelSource) -> str:
+    """The files, by name or path, that hold a model's weights as they are; empty where none do: a fresh one's, and
+    those of another run, whose checkpoints come and go."""
+    return "" if isinstance(model, RunModel) else getattr(model, "path", "")
+
+
+class RunWeights(NamedTuple):
+    """A checkpoint of a run."""
+
+    decoder: DecoderConfig
+    """With the run's adapters, if it trained any."""
+    params: Params
+    """What was trained in float32, frozen weights as the run held them."""
+    base: str
+    """The files of the model that the adapters stand beside, by name or path; empty without adapters."""
+
+
+def run_weights(source: str, description: Path, step: int | None, *, shardings: Any = None) -> RunWeights:
+    """A checkpoint of the run folder `source`, whose `model/` is `description`; `step` None is the newest. `shardings`
+    says which mesh it goes to, as those of the params without adapters on it; None is the default device.
+
+    ValueError for a checkpoint that is not there or not whole, and for frozen weights that are not those of the save.
+    """
+    decoder = load_config(description)
+    adapter_file = description / ADAPTER_FILE
+    if not adapter_file.exists():
+        # In float32 as they were trained.
+        target = _placed(abstract_params(decoder), shardings)
+        params, _ = restore_params(run_checkpoints(source), target, step)
+        return RunWeights(decoder, params, "")
+
+    adapter = read_json(adapter_file)
+    base = base_of(adapter, description)
+    own = reachable(source) / BASE_FOLDER
+    if not base and not own.exists():
+        raise ValueError(f"{source} has adapters, and {own} is missing, the folder with the weights beneath them")
+    # As the run held them: a checkpoint is known to belong to these.
+    dtype = adapter.get("base_dtype")
+    if dtype not in ("float32", "bfloat16"):
+        raise ValueError(f"{adapter_file}: base_dtype={dtype!r:.80} must be float32 or bfloat16")
+    decoder = dataclasses.replace(decoder, param_dtype=dtype, lora=described_lora(adapter, decoder))
+
+    # A reward model has no head over the vocabulary, and its base has one.
+    language = dataclasses.replace(base_config(decoder), value_head=False)
+    of_base = None
+    where = None
+    if shardings is not None:
+        mesh = jax.tree.leaves(shardings)[0].mesh
+        of_base = param_shardings(language, mesh)
+        where = param_shardings(decoder, mesh)
+    with local_copy(model_path(base) if base else own) as folder:
+        weights = load_model(folder, param_dtype=dtype, shardings=of_base)[1]
+
+    target = _placed(abstract_params(decoder), where)
+    weights = {name: weights[name] for name in target if name in weights}
+    subtree = trained_of(decoder)
+    frozen = frozen_base(with_adapters(weights, adapters_of(target)), subtree)
+    params, _ = restore_params(run_checkpoints(source), target, step, subtree=subtree, base=frozen)
+    return RunWeights(decoder, params, base or str(own))
+
+
+def _placed(shapes: Any, shardings: Any) -> Any:
+    if shardings is None:
+        return shapes
+    return jax.tree.map(lambda x, where: x.update(sharding=where), shapes, shardings)
+
+
+def base_of(adapter: Mapping[str, Any], folder: AnyPath) -> str:
+    """The model whose weights an adapter stands beside, by name or path; empty where its file names none."""
+    base = adapter.get("base_model_name_or_path") or ""
+    if not isinstance(base, str):
+        raise ValueError(f"{folder / ADAPTER_FILE}: base_model_name_or_path={base!r:.80} must be a name or a path")
+    return base
 
 
 def run_checkpoints(folder: str) -> AnyPath:

@@ -18,6 +18,7 @@ from rljax.experiment.changes import review_changes
 from rljax.experiment.config import Config, changed_fields, to_dict
 from rljax.experiment.dry_run import check_run
 from rljax.experiment.journal import Journal, Made
+from rljax.experiment.model import files_of
 from rljax.experiment.profile import Profile
 from rljax.experiment.pulse import Pulse
 from rljax.experiment.recording import Recorder, Recording
@@ -26,7 +27,15 @@ from rljax.experiment.sft import warm_up
 from rljax.experiment.stops import Stopped, Stops
 from rljax.experiment.token_log import log_tokens
 from rljax.experiment.watchdog import Watchdog
-from rljax.models import ADAPTER_FILE, DecoderConfig, base_config, described_adapter, written_metadata
+from rljax.models import (
+    ADAPTER_FILE,
+    DecoderConfig,
+    base_config,
+    base_params,
+    described_adapter,
+    save_hf,
+    written_metadata,
+)
 from rljax.parallel import check_equal, end_together, is_main_process, on_main, use_mesh
 from rljax.rollouts import Rollout, RolloutConfig
 from rljax.rollouts.shared import check_processes
@@ -174,6 +183,7 @@ class Loop:
 
         self.place = resume(run, self.checkpoints, self.folder, self.journal)
         if self.place is None:
+            save_base(run, self.folder)
             run.state = run.init_state(self.warmed_up())
             self.place = place_of(run, 0)
         save_description(run, self.folder)
@@ -442,11 +452,35 @@ def save_description(run: Run, folder: RunFolder, decoder: DecoderConfig | None 
             run.tokenizer.save(path)
         metadata = written_metadata(base_config(decoder), run.config.model.metadata_of(), run.tokenizer)
         if decoder.lora is not None:
-            adapter = described_adapter(decoder, getattr(run.config.model, "path", ""))
+            adapter = described_adapter(decoder, files_of(run.config.model))
             folder.write_json(new / ADAPTER_FILE, adapter | {"base_dtype": decoder.param_dtype})
         folder.write_json(new / "generation_config.json", metadata.generation)
         folder.write_json(new / "config.json", metadata.config)
         move_tree(new, folder.path / "model", last="config.json")
+
+
+def save_base(run: Run, folder: RunFolder) -> None:
+    """Writes `base/`: the frozen weights beneath a run's adapters, as a model's folder, where no other files hold them.
+    Before the first update: whoever exports or goes on from a checkpoint needs them bit for bit."""
+    if run.decoder.lora is None or files_of(run.config.model):
+        return
+    decoder = base_config(run.decoder)
+    params = base_params(run.initial_params())
+    said = run.config.model.metadata_of()
+
+    # Whole or not there, as `model/`.
+    new = folder.path / "base.tmp"
+    on_main(lambda: remove_tree(new))
+    with local_folder(new) as path:
+        save_hf(
+            path,
+            decoder,
+            params,
+            tokenizer=run.tokenizer,
+            hf_config=said.config,
+            generation_config=said.generation,
+        )
+    on_main(lambda: move_tree(new, folder.base, last="config.json"))
 
 
 def host_state(run: Run, step: int) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from rljax.training.optimizers import (
     make_optimizer,
     make_schedule,
 )
-from rljax.training.run_folder import RECORDED, RunFolder, as_json, plain, plot_learning_curve, versions
+from rljax.training.run_folder import BASE_FOLDER, RECORDED, RunFolder, as_json, plain, plot_learning_curve, versions
 from rljax.training.sft import sft_loss
 from rljax.training.sinks import Sink, Trackers
 from rljax.training.state import (
@@ -47,6 +47,7 @@ from rljax.training.trainable import EVERYTHING, Subtree, policy_params, referen
 from rljax.training.update import add_metrics
 
 __all__ = [
+    "BASE_FOLDER",
     "EVERYTHING",
     "RECORDED",
     "AnyPath",

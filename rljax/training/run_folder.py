@@ -36,6 +36,9 @@ PACKAGES = ("rljax-lm", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "n
 RECORDED = "recorded"
 """The folder with the rollouts that are kept for good (`config.log.recordings`)."""
 
+BASE_FOLDER = "base"
+"""The folder with the frozen weights beneath a run's adapters, as a model's, where no other files hold them."""
+
 _FOLDERS = (
     "rollouts",
     "journal",
@@ -47,6 +50,7 @@ _FOLDERS = (
     "stacks",
     "warmup_checkpoints",
     "warmup_checkpoints_unreadable",
+    BASE_FOLDER,
     "tensorboard",
     "wandb",
 )
@@ -142,6 +146,10 @@ class RunFolder:
     def warmup_checkpoints(self) -> AnyPath:
         """Those of a supervised warm-up, until `drop_warmup`."""
         return self.path / "warmup_checkpoints"
+
+    @property
+    def base(self) -> AnyPath:
+        return self.path / BASE_FOLDER
 
     def drop_warmup(self) -> None:
         """Removes the checkpoints of the warm-up: the run has its own."""

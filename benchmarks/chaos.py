@@ -59,7 +59,7 @@ NEW_TOKENS = 8
 PARTS = 2
 HEARTBEAT_S = 10
 PATIENCE_S = 600
-"""Without a step, before the run counts as hanging. Who waits for a coordinator that was killed ends after 300."""
+"""Without a step, before the run counts as hanging."""
 ALPHABET = "".join(chr(i) for i in range(32, 127)) + "\n"
 
 TRAINER, ENGINE, ACTOR, ENVIRONMENT, JUDGE = "trainer", "engine", "Ray actor", "environment", "judge"
@@ -164,9 +164,12 @@ class Trainers:
     def have_ended(self) -> bool:
         """Whether the run is done; starts both again behind a kill. Raises RuntimeError if one fails by itself."""
         if self._was_killed:
-            # What one misses of the other ends it too.
+            # What one misses of the other ends it too. Before they have met that takes minutes, for which no scheduler
+            # waits either.
             for process in self._processes:
-                process.wait(timeout=PATIENCE_S)
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(timeout=3 * HEARTBEAT_S)
+            self.end()
             self.start()
         statuses = [process.poll() for process in self._processes]
         if any(status not in (None, 0) for status in statuses):

@@ -35,10 +35,11 @@ from rljax.training import RunFolder, read_jsonl
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = ROOT / "configs" / "papers"
 PAGE = ROOT / "docs" / "papers.md"
-SHARED = ("spelling", "turns")
+SHARED = ("spelling", "turns", "diary")
 """What configs of the folder import."""
-OTHERS = ("dpo", "reward_model", "expert_iteration", "teacherlm", "agenttuning", "coevolve", "d2evo")
-"""Configs of other commands (`rljax prefer`, `rljax stages`), and of curricula, which benchmarks/evolve.py measures."""
+OTHERS = ("dpo", "reward_model", "expert_iteration", "teacherlm", "agenttuning", "coevolve", "d2evo", "skillclaw")
+"""Configs of other commands (`rljax prefer`, `rljax stages`, `rljax study`), and of curricula, which
+benchmarks/evolve.py measures."""
 COMMON = "half_scrambled"
 """Demonstrations of the task that most configs share."""
 TASKS = {

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from rljax.experiment import Config, PretrainedModel, convert, train
+from rljax.experiment import Config, PretrainedModel, convert, model, train
 from rljax.experiment.build import Run
 from rljax.models import (
     DecoderConfig,
@@ -118,8 +118,8 @@ def test_a_run_folder_and_its_export_say_what_the_source_says(source, tmp_path, 
     check(run / "model")
 
     decoder, params = load_model(source)
-    monkeypatch.setattr(convert, "run_checkpoints", lambda folder: folder)
-    monkeypatch.setattr(convert, "restore_params", lambda folder, like, step, **how: (params, 1))
+    monkeypatch.setattr(model, "run_checkpoints", lambda folder: folder)
+    monkeypatch.setattr(model, "restore_params", lambda folder, like, step, **how: (params, 1))
     exported = convert.convert(str(run), str(tmp_path / "hf"))
     check(exported)
     assert load_model(exported)[0] == decoder

@@ -27,9 +27,9 @@ def score(text: str) -> float:
 
 
 def judged(completion: str) -> float:
-    """A judge that takes 10 ms and notes that it was asked."""
+    """A judge that takes 10 ms and notes, with a byte in a file, that it was asked."""
     with open(os.environ["CHAOS_NOTES"], "a") as notes:
-        notes.write(f"{os.environ['CHAOS_START']}\n")
+        notes.write(".")
     time.sleep(0.01)
     return score(completion)
 

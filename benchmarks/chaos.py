@@ -18,6 +18,7 @@ import argparse
 import collections
 import contextlib
 import json
+import math
 import os
 import random
 import signal
@@ -27,11 +28,11 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from _common import character_model, finish, machine, short_updates
 from _probe import probe
-from engines import free_port
+from engines import free_port, serve_command
 
 from rljax.algorithms import GRPO
 from rljax.envs import RayConfig
@@ -60,6 +61,8 @@ PARTS = 2
 HEARTBEAT_S = 10
 PATIENCE_S = 600
 """Without a step, before the run counts as hanging."""
+NOTES = "judged"
+"""The file of a run's folder in which judges note what they are asked."""
 ALPHABET = "".join(chr(i) for i in range(32, 127)) + "\n"
 
 TRAINER, ENGINE, ACTOR, ENVIRONMENT, JUDGE = "trainer", "engine", "Ray actor", "environment", "judge"
@@ -78,10 +81,9 @@ _OF_ENGINES = ("play/", "rollout/logprob_gap")
 
 def config_of(case: str, size: dict[str, Any], engines: tuple[str, ...], weights: str) -> Config:
     context = 96
-    command = (
-        f"{sys.executable} -m rljax serve --model={{weights}} --port={{port}} --rows=16 --context_length={context} "
-        f"--max_new_tokens={NEW_TOKENS}"
-    )
+    command = serve_command(rows=16, context_length=context, new_tokens=NEW_TOKENS)
+
+    # Weights have time to come to an engine that starts again beside others that do.
     over = dict(engines=engines, command=command, weights=weights, probes=1, wait_s=240.0)
     actors = {
         "turns": RemoteMultiTurn(
@@ -95,6 +97,7 @@ def config_of(case: str, size: dict[str, Any], engines: tuple[str, ...], weights
         ),
         "answers": Remote(rewards=(RewardConfig("_killed:judged"),), longest_prompt=8, **over),
     }
+
     return Config(
         steps=size["steps"],
         prompts_per_step=size["prompts"],
@@ -136,8 +139,7 @@ class Trainers:
         address = f"127.0.0.1:{free_port()}"
         environment = dict(
             os.environ,
-            CHAOS_NOTES=str(self._folder / "judged"),
-            CHAOS_START=str(self.starts),
+            CHAOS_NOTES=str(self._folder / NOTES),
             XLA_FLAGS="--xla_force_host_platform_device_count=1",
         )
         arguments = [f"--preset={self._preset}", f"--case={self._case}", f"--folder={self._folder}"]
@@ -223,7 +225,7 @@ def processes_of(kind: str) -> list[int]:
     return sorted(filter(is_ours, found))
 
 
-def end(pid: int) -> None:
+def kill(pid: int) -> None:
     with contextlib.suppress(ProcessLookupError):
         os.kill(pid, signal.SIGKILL)
 
@@ -234,40 +236,54 @@ def steps_of(folder: Path) -> int:
     return metrics.read_bytes().count(b"\n") if metrics.exists() else 0
 
 
-def play(case: str, preset: str, folder: Path, kills: int) -> dict[str, Any]:
-    """Runs a case to its end with so many kills; what was killed, and the seconds."""
-    rng = random.Random(f"{case} {kills}")
-    # Each comes a moment after the run has first logged so many steps.
-    due = sorted((rng.randrange(SIZES[preset]["steps"]), rng.uniform(0.0, 2.0)) for _ in range(kills))
-    kinds = [KINDS[case][i % len(KINDS[case])] for i in range(kills)]
+class Kill(NamedTuple):
+    """One that is due `wait_s` seconds after the run has first logged `step` steps."""
+
+    step: int
+    wait_s: float
+    kind: str
+
+
+def planned(case: str, steps: int, count: int) -> list[Kill]:
+    """So many kills over the steps of a run, the kinds of the case as often as each other."""
+    rng = random.Random(f"{case} {count}")
+    kinds = [KINDS[case][i % len(KINDS[case])] for i in range(count)]
     rng.shuffle(kinds)
+    moments = sorted((rng.randrange(steps), rng.uniform(0.0, 2.0)) for _ in range(count))
+    return [Kill(*moment, kind) for moment, kind in zip(moments, kinds, strict=True)]
+
+
+def play(case: str, preset: str, folder: Path, kills: int) -> dict[str, Any]:
+    """Runs a case to its end with so many kills; what was killed, and the seconds. RuntimeError if it hangs or fails by
+    itself."""
+    rng = random.Random(case)
+    due = planned(case, SIZES[preset]["steps"], kills)
+    done: collections.Counter[str] = collections.Counter()
 
     folder.mkdir()
     trainers = Trainers(case, preset, folder)
     trainers.start()
-    done: collections.Counter[str] = collections.Counter()
     begin = time.monotonic()
-    reached = moved = 0.0
-    since = {0: begin}
+    moved = begin
+    logged = {0: begin}
     try:
         while not trainers.have_ended():
             now = time.monotonic()
-            if (steps := steps_of(folder)) > reached:
-                since |= {step: now for step in range(int(reached) + 1, steps + 1)}
-                reached = steps
+            # Behind a restart the run logs steps again: what counts is when it first had so many.
+            if (steps := steps_of(folder)) > max(logged):
+                logged |= dict.fromkeys(range(max(logged) + 1, steps + 1), now)
                 moved = now
-            if now - max(moved, begin) > PATIENCE_S:
+            if now - moved > PATIENCE_S:
                 raise RuntimeError(f"no step for {PATIENCE_S} s; {trainers.log.read_text()[-3000:]}")
 
-            number = done.total()
-            if number < kills and due[number][0] in since and now > since[due[number][0]] + due[number][1]:
-                kind = kinds[number]
-                found = trainers.pids if kind == TRAINER else processes_of(kind)
+            next_one = due[done.total()] if done.total() < kills else None
+            if next_one is not None and now > logged.get(next_one.step, math.inf) + next_one.wait_s:
+                of_trainer = next_one.kind == TRAINER
+                found = trainers.pids if of_trainer else processes_of(next_one.kind)
                 # While something is being started again, the kill waits for it.
                 if found:
-                    kill = trainers.kill if kind == TRAINER else end
-                    kill(rng.choice(found))
-                    done[kind] += 1
+                    (trainers.kill if of_trainer else kill)(rng.choice(found))
+                    done[next_one.kind] += 1
                     moved = now
             time.sleep(0.05)
     finally:
@@ -294,8 +310,9 @@ def compared(folder: Path, wanted: Path) -> dict[str, bool]:
 
 
 def judgements(folder: Path) -> int:
-    notes = folder / "judged"
-    return len(notes.read_text().split()) if notes.exists() else 0
+    """How often a judge was asked."""
+    notes = folder / NOTES
+    return notes.stat().st_size if notes.exists() else 0
 
 
 def measure(case: str, preset: str, home: Path) -> dict[str, Any]:
@@ -313,6 +330,13 @@ def measure(case: str, preset: str, home: Path) -> dict[str, Any]:
     return found
 
 
+def told(case: str, found: dict[str, Any]) -> list[dict[str, Any]]:
+    """The lines of a case."""
+    kills = {f"kills of the kind {kind}": count for kind, count in found["kills"].items()}
+    counts = {name: found[name] for name in ("starts", "seconds", "judged", "judged_again", "under_way")}
+    return [{"name": f"{case}: {name}", "value": value} for name, value in {**kills, **counts}.items()]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--preset", choices=tuple(SIZES), default="small")
@@ -325,6 +349,8 @@ def main() -> None:
     arguments = parser.parse_args()
     arguments.repeats = 1
     size = SIZES[arguments.preset]
+
+    # This very script is started again as each of the trainers.
     if arguments.index is not None:
         folder = Path(arguments.folder)
         engines = tuple(arguments.engines.split(","))
@@ -345,18 +371,11 @@ def main() -> None:
                 found[case] = measure(case, arguments.preset, home)
             print(case, json.dumps(found[case]), flush=True)
 
-    results = [
-        {"name": f"{case}: kills of the kind {kind}", "value": count}
-        for case, one in found.items()
-        for kind, count in one["kills"].items()
-    ]
-    results += [
-        {"name": f"{case}: {name}", "value": one[name]}
-        for case, one in found.items()
-        for name in ("starts", "seconds", "judged", "judged_again", "under_way")
-    ]
-    ratios = {f"{case}_{part}_equal": float(same) for case, one in found.items() for part, same in one["equal"].items()}
+    results: list[dict[str, Any]] = []
+    ratios: dict[str, float] = {}
     for case, one in found.items():
+        results += told(case, one)
+        ratios |= {f"{case}_{part}_equal": float(same) for part, same in one["equal"].items()}
         if one["judged"]:
             ratios[f"{case}_judged_again_over_under_way"] = one["judged_again"] / max(1, one["under_way"])
     setting = {"parts": PARTS, **size, "cases": cases}

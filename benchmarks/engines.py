@@ -77,6 +77,14 @@ def measure(run, repeats: int, after_each=lambda seconds: None) -> float:
     return sorted(rates)[len(rates) // 2]
 
 
+def serve_command(*, rows: int, context_length: int, new_tokens: int) -> str:
+    """`config.actor.command` of engines of this environment."""
+    return (
+        f"{sys.executable} -m rljax serve --model={{weights}} --port={{port}} --rows={rows} "
+        f"--context_length={context_length} --max_new_tokens={new_tokens}"
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--preset", choices=tuple(SIZES), default="small")
@@ -91,10 +99,7 @@ def main() -> None:
         own.actor.set_params(params, 0)
         own_rate = measure(own, size["repeats"])
 
-    command = (
-        f"{sys.executable} -m rljax serve --model={{weights}} --port={{port}} --rows={size['rows']} "
-        f"--context_length={size['new'] + 32} --max_new_tokens={size['new']}"
-    )
+    command = serve_command(rows=size["rows"], context_length=size["new"] + 32, new_tokens=size["new"])
     engines = tuple(f"http://127.0.0.1:{free_port()}" for _ in range(size["engines"]))
     with tempfile.TemporaryDirectory() as folder:
         actor = Remote(engines=engines, rewards=config.actor.rewards, longest_prompt=4, command=command, weights=folder)

@@ -23,7 +23,7 @@ from typing import Any
 
 from _common import character_model, finish, machine, parse_arguments, short_updates
 from _probe import probe
-from engines import free_port
+from engines import free_port, serve_command
 
 SIZES = {
     "smoke": dict(steps=3, groups=4, width=32, layers=1, tokens=8),
@@ -79,10 +79,7 @@ def actor_of(size: dict[str, Any], form: str, plain: Any) -> Any:
 
     context = 32 + TURNS * (size["tokens"] + 4)
     if form == "engine":
-        command = (
-            f"{sys.executable} -m rljax serve --model={{weights}} --port={{port}} --rows={ROWS} "
-            f"--context_length={context} --max_new_tokens={size['tokens']}"
-        )
+        command = serve_command(rows=ROWS, context_length=context, new_tokens=size["tokens"])
         rewards = (RewardConfig("rljax.testing:echo_reward"),)
         engines = (os.environ[ENGINE],)
         return Remote(rewards=rewards, longest_prompt=8, engines=engines, command=command, probes=1, wait_s=120.0)

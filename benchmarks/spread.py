@@ -22,7 +22,7 @@ from typing import Any
 import jax
 from _common import character_model, finish, machine
 from _probe import probe
-from engines import free_port, stats_of
+from engines import free_port, serve_command, stats_of
 
 from rljax.algorithms import GRPO
 from rljax.envs import Parsed, Step, ToolFormat
@@ -153,10 +153,7 @@ def over_processes(preset: str) -> list[float]:
 def over_engines(size: dict[str, Any]) -> list[float]:
     """The smaller of the busy shares of two engines, of each rollout."""
     context = config_of(size).actor.context_length
-    command = (
-        f"{sys.executable} -m rljax serve --model={{weights}} --port={{port}} --rows={size['rows']} "
-        f"--context_length={context} --max_new_tokens={size['new']}"
-    )
+    command = serve_command(rows=size["rows"], context_length=context, new_tokens=size["new"])
     addresses = tuple(f"http://127.0.0.1:{free_port()}" for _ in range(PARTS))
     shares = []
     with tempfile.TemporaryDirectory() as folder:

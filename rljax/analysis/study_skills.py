@@ -108,8 +108,8 @@ def handed_in(seeds: Sequence[dict[str, Any]]) -> dict[str, int]:
 
 
 def verdict(seeds: Sequence[dict[str, Any]]) -> str:
-    """Whether success with the evolved repository is above that with none in every seed, and never fell by more than
-    noise explains is for the reader: the largest fall of a night is told."""
+    """One line: the gain of every seed over no skills, the largest fall of a night, the gain over a repository without
+    a gate, and what became of proposals that people handed in. Whether a fall is noise is for the reader."""
     gains = [seed["gated"][-1]["held_out"] - seed["gated"][0]["held_out"] for seed in seeds]
     steps = [np.diff([day["held_out"] for day in seed["gated"]]) for seed in seeds]
     beside = [seed["gated"][-1]["held_out"] - seed["open"][-1]["held_out"] for seed in seeds]

@@ -293,12 +293,13 @@ class HostProcess:
         except OSError as error:
             raise ValueError(f"a worker process for environments does not start: {told_start(error)}") from error
         self._number = 0
+        self.was_killed = False
+        """Whether SIGKILL ended it while it was asked; one that says what is no answer, or nothing, is not meant."""
         answer = self._exchange(Close(), make, start_timeout_s)
         if answer.reason is not None:
-            self.kill()
+            self._end_behind(answer)
             why = " ".join(answer.error.split())[:300] or f"it ended with exit code {self.process.returncode}"
-            kind = _KilledAtStart if answer.reason == CRASHED and self.was_killed else ValueError
-            raise kind(
+            raise (_KilledAtStart if self.was_killed else ValueError)(
                 f"a worker process cannot make environments ({why}); the factory must be a "
                 "function or object of a module that imports on its own"
             )
@@ -307,11 +308,6 @@ class HostProcess:
     def is_sound(self) -> bool:
         """Whether it can be given a request: it stands, and has said nothing that nobody asked for."""
         return self.process.returncode is None and not self.channel.has_input()
-
-    @property
-    def was_killed(self) -> bool:
-        """Whether SIGKILL has ended it, be it that of `kill`."""
-        return self.process.returncode == -signal.SIGKILL
 
     def serve(self, episode: int, request: Request, timeout_s: float) -> Answer:
         """The process is dead after CRASHED and TIMEOUT."""
@@ -322,11 +318,16 @@ class HostProcess:
 
         answer = self._exchange(request, message, timeout_s)
         if answer.reason in (CRASHED, TIMEOUT):
-            self.kill()
+            self._end_behind(answer)
             if answer.reason == CRASHED and not answer.error:
                 code = self.process.returncode
                 answer = Answer(None, CRASHED, f"the worker process ended with exit code {code}", answer.seconds)
         return answer
+
+    def _end_behind(self, answer: Answer) -> None:
+        self.kill()
+        is_gone = answer.reason == CRASHED and not answer.error
+        self.was_killed = is_gone and self.process.returncode == -signal.SIGKILL
 
     def _exchange(self, request: Request, message: bytes, timeout_s: float) -> Answer:
         begin = time.monotonic()
@@ -374,18 +375,17 @@ class Worker:
 
     def serve(self, episode: int, request: Request, step_s: float) -> Answer:
         """What came of a request, of which a reset or step may take `step_s` seconds."""
-        asked = self.process
-        answer = self._serve_once(episode, request, step_s)
-        was_killed = answer.reason == CRASHED and asked.was_killed
-        if not was_killed or self._is_over or isinstance(request, Close):
-            return answer
-        return self._serve_once(episode, request, step_s)
+        answer, was_killed = self._serve_once(episode, request, step_s)
+        if was_killed and not self._is_over and not isinstance(request, Close):
+            answer, _ = self._serve_once(episode, request, step_s)
+        return answer
 
-    def _serve_once(self, episode: int, request: Request, step_s: float) -> Answer:
+    def _serve_once(self, episode: int, request: Request, step_s: float) -> tuple[Answer, bool]:
+        """What came of it, and whether the process was killed meanwhile."""
         # it died while idle, or what ran in it before left something behind: not the fault of this episode
         problem = "" if self.process.is_sound else self._restart()
         if problem:
-            return Answer(None, CRASHED, problem)
+            return Answer(None, CRASHED, problem), False
 
         timeout_s = seconds_for(request, step_s)
         if isinstance(request, Act) and episode not in self._known:  # all of it is played again
@@ -394,14 +394,15 @@ class Worker:
             self._known.discard(episode)
         else:
             self._known.add(episode)
-        answer = self.process.serve(episode, request, timeout_s)
+        asked = self.process
+        answer = asked.serve(episode, request, timeout_s)
 
         # at once, so that the next request does not wait for it
         if not self.process.is_sound:
             problem = self._restart()
             if problem and answer.reason is not None:
                 answer = Answer(None, answer.reason, f"{answer.error}; and {problem}", answer.seconds)
-        return answer
+        return answer, asked.was_killed
 
     def _new_process(self) -> HostProcess:
         for _ in range(_MOST_KILLED - 1):

@@ -5,6 +5,7 @@ from typing import Any
 
 from rljax.envs.base import Prompt, Step
 from rljax.envs.formats import ToolFormat, after_thinking, get_format
+from rljax.envs.instructions import tool_instructions
 from rljax.envs.tools import ToolBox
 
 NUDGE = "Call a tool, or give the final answer."
@@ -16,6 +17,8 @@ class ToolEnvironment:
     An episode ends when a final tool is called (`answer`, `finish`), or, with `plain_text_ends`, at a message without a
     call, which then is the answer. The reward is `reward(answer, row)`, given at the end; an episode that runs into a
     limit gets none. Steps count `tool_calls`, `tool_errors` and `malformed_calls`.
+
+    `system` stands before the question; None says `task`, if there is one, and which tools there are.
     """
 
     def __init__(
@@ -24,13 +27,14 @@ class ToolEnvironment:
         reward: Callable[[Any, Mapping[str, Any]], float],
         *,
         tool_format: str | ToolFormat = "hermes",
-        system: str = "",
+        system: str | None = "",
+        task: str = "",
         plain_text_ends: bool = True,
     ):
         self.tools = tools
         self.format = get_format(tool_format)
         self._reward = reward
-        self._system = system
+        self._system = _instructions(task, tools, self.format) if system is None else system
         self._plain_text_ends = plain_text_ends
         self._row: Mapping[str, Any] = {}
 
@@ -67,3 +71,8 @@ class ToolEnvironment:
         if not self._plain_text_ends:
             return Step(NUDGE, counts=counts)
         return Step("", float(self._reward(after_thinking(action).strip(), self._row)), True, counts)
+
+
+def _instructions(task: str, tools: ToolBox, tool_format: ToolFormat) -> str:
+    which = tool_instructions(tools, tool_format)
+    return f"{task}\n\n{which}" if task else which

@@ -81,7 +81,7 @@ def run_in_folder(
             folder.start(first)
             save_description(run, folder, stage.learner.config)
             if not first:
-                save_base(run, folder)
+                save_base(run, folder, run.initial_params)
 
         def report(done: int, metrics: dict[str, float]) -> None:
             folder.log_step(done, metrics)

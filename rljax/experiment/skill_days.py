@@ -183,5 +183,5 @@ def _told(decision: Decision) -> dict[str, Any]:
 
 def _write_lines(file: Path, lines: Sequence[dict[str, Any]]) -> None:
     # NaN, a reward that failed, is null in JSON.
-    told = [{**line, "reward": line["reward"] if line["reward"] == line["reward"] else None} for line in lines]
+    told = [{**line, "reward": None if math.isnan(line["reward"]) else line["reward"]} for line in lines]
     replace_text(file, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in told))

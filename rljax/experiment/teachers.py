@@ -96,6 +96,11 @@ class Teacher(Protocol):
         ...
 
     @property
+    def copies_head(self) -> bool:
+        """Whether `head` is a copy: the student's own, which an update donates."""
+        ...
+
+    @property
     def model(self) -> TeacherModel | None:
         """What scores on the student's mesh; None of a teacher that is elsewhere."""
         ...
@@ -224,6 +229,7 @@ class _Elsewhere:
     def __init__(self, source: EngineTeacher, parts: TeacherParts):
         self.decoder = None
         self.model = None
+        self.copies_head = False
         self._support = parts.support or 0
         self._engines = ScoringEngines(
             source.engines,
@@ -276,6 +282,7 @@ class _Own:
         self.decoder = parts.decoder
         self._weights = weights
         self.model = parts.model(parts.decoder)
+        self.copies_head = weights == "policy"
 
     def abstract_params(self) -> Any:
         # The reference is a part of the student's state.
@@ -292,7 +299,7 @@ class _Own:
     def head(self, student: StudentWeights) -> Params:
         head = head_params(self.decoder, self._params(student))
         # The first update of a rollout donates the policy's own, which the next ones still compare with.
-        return head if self._weights == "reference" else jax.tree.map(jnp.copy, head)
+        return jax.tree.map(jnp.copy, head) if self.copies_head else head
 
     def _params(self, student: StudentWeights) -> Params:
         return student.reference() if self._weights == "reference" else student.policy()
@@ -312,6 +319,7 @@ class _Beside:
         self.params: Params | None = None
         self._source = source
         self.model = parts.model(self.decoder)
+        self.copies_head = False
 
     def abstract_params(self) -> Any:
         return self.model.abstract_params()
@@ -372,6 +380,10 @@ class _Told:
     def model(self) -> TeacherModel | None:
         return self._teacher.model
 
+    @property
+    def copies_head(self) -> bool:
+        return self._teacher.copies_head
+
     def abstract_params(self) -> Any:
         return self._teacher.abstract_params()
 
@@ -417,10 +429,13 @@ class _Told:
             # A row of another teacher is as short as can be, and nothing of it is scored.
             own, told = self.prompts(example) if is_asked else ([0], [0])
             length = int(batch.lengths[row]) if is_asked else 1
+
+            # Behind the teacher's prompt stands what the student has said; of what it thought of that nothing is read.
             completion = np.asarray(batch.tokens[row])[len(own) : length]
             tokens = np.concatenate([np.asarray(told, np.int32), completion]).astype(np.int32)
             asked = np.concatenate([np.zeros(len(told), bool), mask[row, len(own) : length]])
             nothing = np.zeros(len(tokens), np.float32)
+
             rows.append(
                 Trajectory(
                     tokens=tokens,
@@ -458,7 +473,7 @@ class Teachers:
                 "vocabulary; 0 is all of them"
             )
         self.teachers = [source.build(parts, f"config.teachers[{i}]") for i, source in enumerate(sources)]
-        self.copies_head = self.keeps_states and getattr(sources[0], "weights", "") == "policy"
+        self.copies_head = self.keeps_states and self.teachers[0].copies_head
         self._support = parts.support
         self._student = parts.decoder
 

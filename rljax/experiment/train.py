@@ -183,8 +183,8 @@ class Loop:
 
         self.place = resume(run, self.checkpoints, self.folder, self.journal)
         if self.place is None:
-            save_base(run, self.folder)
             run.state = run.init_state(self.warmed_up())
+            save_base(run, self.folder, run.policy)
             self.place = place_of(run, 0)
         save_description(run, self.folder)
         if run.teachers is not None:
@@ -459,13 +459,13 @@ def save_description(run: Run, folder: RunFolder, decoder: DecoderConfig | None 
         move_tree(new, folder.path / "model", last="config.json")
 
 
-def save_base(run: Run, folder: RunFolder) -> None:
-    """Writes `base/`: the frozen weights beneath a run's adapters, as a model's folder, where no other files hold them.
-    Before the first update: whoever exports or goes on from a checkpoint needs them bit for bit."""
+def save_base(run: Run, folder: RunFolder, policy: Callable[[], Params]) -> None:
+    """Writes `base/`: of `policy()` the frozen weights beneath a run's adapters, as a model's folder, where no other
+    files hold them. Before the first checkpoint: whoever exports one or goes on from it needs them bit for bit."""
     if run.decoder.lora is None or files_of(run.config.model):
         return
     decoder = base_config(run.decoder)
-    params = base_params(run.initial_params())
+    params = base_params(policy())
     said = run.config.model.metadata_of()
 
     # Whole or not there, as `model/`.

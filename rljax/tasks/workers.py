@@ -252,6 +252,7 @@ class WorkerPool:
                 if len(replies) == len(jobs):
                     break
 
+                # A job whose worker was killed goes to the front, once: it has waited longest.
                 for index, reply in self._wait():
                     if reply.kind != _KILLED:
                         replies[index] = reply

@@ -8,8 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from rljax.envs.base import Prompt, Step
-from rljax.envs.formats import ToolFormat, get_format
-from rljax.envs.instructions import tool_instructions
+from rljax.envs.formats import ToolFormat
 from rljax.envs.library.gazetteer import (
     Gazetteer,
     Place,
@@ -87,14 +86,7 @@ class MapEnvironment(ToolEnvironment):
         reward: str | Callable[[float], float] = distance_reward,
         system: str | None = None,
     ):
-        tools = ToolBox(self._tools())
-        chosen = get_format(tool_format)
-        super().__init__(
-            tools,
-            self._judge,
-            tool_format=chosen,
-            system=f"{_TASK}\n\n{tool_instructions(tools, chosen)}" if system is None else system,
-        )
+        super().__init__(ToolBox(self._tools()), self._judge, tool_format=tool_format, system=system, task=_TASK)
         self.gazetteer = gazetteer_of(places)
         self._worth: Callable[[float], float] = load_callable(reward) if isinstance(reward, str) else reward
         self._error_km = math.inf

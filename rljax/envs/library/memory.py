@@ -12,8 +12,7 @@ from typing import Any
 import numpy as np
 
 from rljax.envs.base import Prompt, Step
-from rljax.envs.formats import ToolFormat, get_format
-from rljax.envs.instructions import tool_instructions
+from rljax.envs.formats import ToolFormat
 from rljax.envs.library.memory_store import Conversation, Memory, Ranking, at_granularity, multi_granular
 from rljax.envs.library.multihop import normalised
 from rljax.envs.library.retrieval import evidence_recall, most_consistent, pruned
@@ -132,14 +131,7 @@ class MemoryEnvironment(ToolEnvironment):
         count_tokens: str | Callable[[str], int] = count_words,
         system: str | None = None,
     ):
-        tools = ToolBox(self._tools())
-        chosen = get_format(tool_format)
-        super().__init__(
-            tools,
-            self._judge,
-            tool_format=chosen,
-            system=f"{_TASK}\n\n{tool_instructions(tools, chosen)}" if system is None else system,
-        )
+        super().__init__(ToolBox(self._tools()), self._judge, tool_format=tool_format, system=system, task=_TASK)
         self._rank: Ranking = _loaded(ranking) or multi_granular()
         self._worth: Callable[[Outcome], float] = _loaded(reward)
         self._constrain: Callable[[Sequence[str]], str | None] = _loaded(constrain) or consistent

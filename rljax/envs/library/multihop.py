@@ -8,8 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rljax.envs.base import Prompt, Step
-from rljax.envs.formats import get_format, tag_format
-from rljax.envs.instructions import tool_instructions
+from rljax.envs.formats import tag_format
 from rljax.envs.library.corpus import Corpus, Document
 from rljax.envs.library.knowledge import Graph, documents, knowledge_graph, walk
 from rljax.envs.library.questions import Question, ask
@@ -108,13 +107,12 @@ class MultiHop(ToolEnvironment):
                 f"top_k {top_k} and snippet_chars {snippet_chars} must be at least 1, and redundancy_weight "
                 f"{redundancy_weight} a finite number, 0 or more"
             )
-        tools = ToolBox([*self._tools(), named(answer, "finish")])
-        chosen = TAGS if tool_format == "tags" else get_format(tool_format)
         super().__init__(
-            tools,
+            ToolBox([*self._tools(), named(answer, "finish")]),
             _is_right,
-            tool_format=chosen,
-            system=f"{_TASK}\n\n{tool_instructions(tools, chosen)}" if system is None else system,
+            tool_format=TAGS if tool_format == "tags" else tool_format,
+            system=system,
+            task=_TASK,
             plain_text_ends=False,
         )
         self._documents = documents

@@ -4,8 +4,7 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
-from rljax.envs.formats import get_format, tag_format
-from rljax.envs.instructions import tool_instructions
+from rljax.envs.formats import tag_format
 from rljax.envs.library.sharing import made_once
 from rljax.envs.sandbox import Limits, Sandbox
 from rljax.envs.tool_environment import ToolEnvironment
@@ -42,14 +41,12 @@ class ReasoningEnvironment(ToolEnvironment):
         memory_mb: int = 512,
         level: str | None = None,
     ):
-        tools = _tools(workers, wall_s, memory_mb, level)
-        chosen = TAGS if tool_format == "tags" else get_format(tool_format)
         self._full_score_only = full_score_only
         super().__init__(
-            tools,
+            _tools(workers, wall_s, memory_mb, level),
             self._score,
-            tool_format=chosen,
-            system=tool_instructions(tools, chosen) if system is None else system,
+            tool_format=TAGS if tool_format == "tags" else tool_format,
+            system=system,
             plain_text_ends=plain_text_ends,
         )
 

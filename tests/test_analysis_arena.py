@@ -4,12 +4,15 @@ import dataclasses
 import json
 import sys
 
+import jax
 import numpy as np
 import pytest
 from scipy.stats import permutation_test
 
+from rljax.algorithms import OWPO
 from rljax.analysis import arena
 from rljax.analysis.arena import SIZES, Folders, Look, Method, Record, Task, area_difference, mean_height, run_arena
+from rljax.analysis.arena_configs import late_config
 from rljax.analysis.arena_parts import (
     AGAIN,
     CERTAIN,
@@ -27,10 +30,13 @@ from rljax.analysis.arena_parts import (
     sparse_demonstrations,
     sparse_rows,
 )
+from rljax.analysis.arena_recipes import FixedPrompts
 from rljax.analysis.arena_report import markdown, page, summarise
 from rljax.analysis.arena_statistics import NO_VERDICT, NOT_SHOWN, REFUTED, SHOWN, compare_paired, holm, sign_flip_p
-from rljax.analysis.arena_tasks import TASKS, grpo, late_config
+from rljax.analysis.arena_tasks import TASKS, grpo
+from rljax.experiment.build import build
 from rljax.experiment.config import to_dict
+from rljax.parallel import use_mesh
 from rljax.tasks import Example
 from rljax.types import Trajectory
 
@@ -239,7 +245,8 @@ OWN = """
 import dataclasses
 from rljax.analysis.arena import Method, Task
 from rljax.analysis.arena_parts import SurprisalForks
-from rljax.analysis.arena_tasks import grpo, late_config
+from rljax.analysis.arena_configs import late_config
+from rljax.analysis.arena_tasks import grpo
 
 def Mine():
     forks = SurprisalForks(1, 1)
@@ -344,3 +351,34 @@ def test_folders_that_cannot_be_are_refused(tmp_path):
             Folders.named(*wrong)
     with pytest.raises(ValueError, match=r"--records=gs://b/x is an address"):
         Folders.named(str(tmp_path), "small", "gs://b/x")
+
+
+def test_prompts_are_fixed_where_a_method_would_draw_others():
+    recipe = OWPO(group_size=8, refresh_every=20)
+    own, fixed = recipe.build().plan, FixedPrompts(recipe).build().plan
+    assert own.keep_group is not None and own.shape_reward is not None
+    assert fixed == own._replace(keep_group=None, shape_reward=None)
+
+
+def test_the_updates_of_one_rollout_have_a_size_of_their_own():
+    task = TASKS["moved"]
+    config = task.run_config(task.methods[0], SIZES["full"], 0)
+    assert (config.prompts_per_step, config.update.minibatches) == (8, 4)
+    assert config.update.row_buckets == (16,)
+    # Its runs begin where those of `late` do.
+    assert arena.digest_of(task.config(SIZES["full"])) == arena.digest_of(late_config(SIZES["full"]))
+
+
+@pytest.mark.slow
+def test_a_method_whose_reference_moves_has_it_moved(tmp_path):
+    size = dataclasses.replace(SIZES["smoke"], updates=3)
+    for every, is_moved in ((2, True), (4, False)):
+        # Nothing is right so early; the bonus moves the policy all the same.
+        recipe = FixedPrompts(OWPO(group_size=4, refresh_every=every, gated_refresh=False, entropy_coef=0.1))
+        task = Task("moving", "", "", late_config, (Method("OWPO", recipe),))
+        run = build(task.run_config(task.methods[0], size, 0))
+        start = arena.warm_start(task, size, run, tmp_path)
+        with run.actor, use_mesh(run.mesh):
+            arena.learning_curve(run, start, size)
+        pairs = zip(jax.tree.leaves(run.state.ref_trainable), jax.tree.leaves(start), strict=True)
+        assert any(bool((new != old).any()) for new, old in pairs) == is_moved

@@ -33,7 +33,7 @@ from rljax.experiment.build import Run, build
 from rljax.experiment.config import Config, Recipe, to_dict
 from rljax.experiment.report import say
 from rljax.experiment.sft import warm_up
-from rljax.experiment.train import evaluate_run, train_step
+from rljax.experiment.train import evaluate_run, refresh_reference, train_step
 from rljax.models import load_model, param_shardings, save_hf
 from rljax.parallel import use_mesh
 from rljax.rollouts import Rollout, collect
@@ -186,7 +186,7 @@ class Task:
         prompts = max(1, round(size.prompts * method.share))
 
         # One size of everything, which holds the rows without shared prefixes, so that the update compiles once.
-        rows = prompts * method.recipe.build().plan.group_size
+        rows = -(-prompts // config.update.minibatches) * method.recipe.build().plan.group_size
         update = dataclasses.replace(
             config.update,
             row_buckets=(rows,),
@@ -316,18 +316,25 @@ def learning_curve(run: Run, start: Params, size: Size) -> Outcome:
     curve = []
     for step in range(size.updates + 1):
         if step == 0 or step in stops:
-            estimates = evaluate_run(run, run.policy(), step).estimates
-            curve.append(Look(sampled, estimates[name].value))
-            greedy = estimates["greedy"].value
+            evaluation = evaluate_run(run, run.policy(), step)
+            curve.append(Look(sampled, evaluation.estimates[name].value))
+            greedy = evaluation.estimates["greedy"].value
+            if step == 0:
+                run.reference_scores = evaluation.solved_shares()
         if step == size.updates:
             break
         _, rollout = train_step(run, step)
         sampled += tokens_of(rollout)
         trained += int(sum(trajectory.action_mask.sum() for trajectory in rollout.trajectories))
         empty += run.empty_steps > 0
+        refresh_reference(run, step + 1, functools.partial(_solved_shares, run, step + 1))
     run.check()
     figures = {"updates": size.updates - empty, "sampled": sampled, "trained": trained, "greedy": greedy}
     return Outcome(curve, figures)
+
+
+def _solved_shares(run: Run, step: int) -> list[float]:
+    return evaluate_run(run, run.policy(), step).solved_shares()
 
 
 def pass_rate(run: Run, start: Params, size: Size) -> Outcome:

@@ -5,176 +5,40 @@ each sampled token. At equal tokens a larger one should learn faster; by how muc
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable
 
 from rljax.advantages import global_and_local, intra_and_inter_tree
-from rljax.algorithms import DIS, GRPO, M2PO, VCPO, ActGuideRL, DecoupledPPO, IcePop, RandomForks, ReSum, TreeGRPO
-from rljax.analysis.arena import SEQUENCE_ROWS, Method, Size, Task, pass_rate
-from rljax.analysis.arena_parts import (
-    AGAIN,
-    CERTAIN,
-    LATE_ALPHABET,
-    RELAY_ALPHABET,
-    RESTART_ALPHABET,
-    SPARSE_ALPHABET,
-    SPARSE_LENGTH,
-    TURNS,
-    EntropyMask,
-    RandomForksWith,
-    SurprisalForks,
-    after_restart,
-    late_demonstrations,
-    miscounted,
-    never_restarting,
-    relay_demonstrations,
-    restarting,
-    sparse_demonstrations,
+from rljax.algorithms import (
+    DAPO,
+    DIS,
+    FIPO,
+    GRPO,
+    M2PO,
+    OWPO,
+    VCPO,
+    ActGuideRL,
+    DecoupledPPO,
+    DirectionReweighting,
+    DivergenceWeighting,
+    IcePop,
+    NearBoundaryRescue,
+    RandomForks,
+    ReSum,
+    TreeGRPO,
 )
-from rljax.experiment import (
-    CheckpointConfig,
-    Config,
-    EnvironmentLimits,
-    EvaluationConfig,
-    FreshModel,
-    MultiTurn,
-    OptimizerConfig,
-    ReasoningGymData,
-    RewardConfig,
-    RowsData,
-    SamplingConfig,
-    SingleTurn,
-    UpdateConfig,
-    WarmupConfig,
+from rljax.analysis.arena import Method, Size, Task, pass_rate
+from rljax.analysis.arena_configs import (
+    late_config,
+    no_restart_config,
+    relay_config,
+    restart_config,
+    sparse_config,
+    sums_config,
 )
+from rljax.analysis.arena_parts import AGAIN, EntropyMask, RandomForksWith, SurprisalForks
+from rljax.analysis.arena_recipes import FixedPrompts
+from rljax.experiment import Config, SingleTurn
 from rljax.rollouts import Guided
-from rljax.tasks import DataSource, Example, final_number
-
-ROWS = 8000
-"""Training rows of a task."""
-
-
-class Shape(NamedTuple):
-    """What a task's texts and training are like."""
-
-    length: int
-    """Most tokens of a prompt and its completion, or of an episode."""
-    new_tokens: int
-    """Most tokens of a completion, or of a turn."""
-    warmup: int
-    """Supervised steps at full size."""
-    learning_rate: float
-
-
-def character_config(
-    size: Size,
-    alphabet: str,
-    data: DataSource,
-    actor: SingleTurn | MultiTurn,
-    demonstrations: Callable[[Sequence[Example]], list[Example]],
-    shape: Shape,
-) -> Config:
-    """A run of a character model of 0.35M parameters."""
-    steps = max(1, round(shape.warmup * size.warmup))
-
-    packed = SEQUENCE_ROWS * shape.length
-    return Config(
-        name="arena",
-        steps=size.updates,
-        prompts_per_step=size.prompts,
-        model=FreshModel(
-            alphabet=alphabet,
-            num_layers=size.layers,
-            embed_dim=96,
-            num_heads=3,
-            num_kv_heads=3,
-            mlp_dim=288,
-        ),
-        data=data,
-        actor=actor,
-        algorithm=GRPO(group_size=8, kl_coef=0.0),
-        sampling=SamplingConfig(max_new_tokens=shape.new_tokens),
-        update=UpdateConfig(
-            pack_length=packed,
-            microbatch_size=4,
-            length_buckets=(packed,),
-            score_buckets=(packed,),
-            head_chunk=2048,
-            # Early in training whole steps may have no signal, and they belong to the curve.
-            max_empty=size.updates + 1,
-        ),
-        optimizer=OptimizerConfig(learning_rate=shape.learning_rate),
-        warmup=WarmupConfig(
-            steps=steps,
-            batch_size=128,
-            demonstrations=demonstrations,
-            optimizer=OptimizerConfig(
-                learning_rate=2e-3, schedule="cosine", warmup_steps=min(20, steps - 1), total_steps=steps
-            ),
-        ),
-        evaluation=EvaluationConfig(problems=size.problems, samples=4, batch_prompts=min(32, size.problems)),
-        checkpoint=CheckpointConfig(every=0),
-    )
-
-
-def late_config(size: Size) -> Config:
-    """`word=`, then certain text and six digits."""
-    return character_config(
-        size,
-        LATE_ALPHABET,
-        RowsData(
-            rows="rljax.analysis.arena_parts:late_rows",
-            args={"size": ROWS, "seed": 0},
-            test_args={"size": size.problems, "seed": 1},
-        ),
-        SingleTurn(rewards=(RewardConfig("rljax.tasks.verifiers:ExactMatch"),), prompt_buckets=(7,)),
-        late_demonstrations,
-        Shape(length=7 + len(CERTAIN) + 6 + 1, new_tokens=len(CERTAIN) + 6 + 1, warmup=300, learning_rate=2e-4),
-    )
-
-
-def relay_config(size: Size) -> Config:
-    """Eight turns of a letter."""
-    return character_config(
-        size,
-        RELAY_ALPHABET,
-        RowsData(
-            rows="rljax.analysis.arena_parts:relay_rows",
-            args={"size": ROWS, "seed": 0},
-            test_args={"size": size.problems, "seed": 1},
-        ),
-        MultiTurn(
-            make="rljax.analysis.arena_parts:Relay",
-            tool_format="rljax.analysis.arena_parts:RELAY_FORMAT",
-            context_length=5 * TURNS,
-            prefill_chunks=(8,),
-            check_every=2,
-            workers=4,
-            limits=EnvironmentLimits(turns=TURNS),
-        ),
-        relay_demonstrations,
-        Shape(length=5 * TURNS, new_tokens=2, warmup=200, learning_rate=1e-4),
-    )
-
-
-def sums_config(size: Size) -> Config:
-    """Four one-digit terms, `7 - 2 + 4 - 1 =` to `5;9;8`."""
-    return character_config(
-        size,
-        "0123456789+-=; ",
-        ReasoningGymData(
-            task="chain_sum",
-            args={"min_terms": 4, "max_terms": 4, "min_digits": 1, "max_digits": 1},
-            size=ROWS,
-            test_size=size.problems,
-            prompt="{expression} =",
-            chat=False,
-            extract=final_number,
-        ),
-        SingleTurn(prompt_buckets=(20,)),
-        miscounted,
-        Shape(length=34, new_tokens=14, warmup=300, learning_rate=1e-4),
-    )
 
 
 def grpo(samples: int) -> GRPO:
@@ -378,35 +242,6 @@ STALE = Task(
 )
 
 
-def restart_config(size: Size) -> Config:
-    """Six digits, which may be begun anew behind a mark that demonstrations have."""
-    return _restart_config(size, restarting)
-
-
-def no_restart_config(size: Size) -> Config:
-    """The same from demonstrations without the mark."""
-    return _restart_config(size, never_restarting)
-
-
-def _restart_config(size: Size, demonstrations: Callable[[Sequence[Example]], list[Example]]) -> Config:
-    config = character_config(
-        size,
-        RESTART_ALPHABET,
-        RowsData(
-            rows="rljax.analysis.arena_parts:restart_rows",
-            args={"size": ROWS, "seed": 0},
-            test_args={"size": size.problems, "seed": 1},
-        ),
-        SingleTurn(
-            rewards=(RewardConfig("rljax.tasks.verifiers:ExactMatch", args={"extract": after_restart}),),
-            prompt_buckets=(7,),
-        ),
-        demonstrations,
-        Shape(length=7 + 16, new_tokens=16, warmup=200, learning_rate=2e-4),
-    )
-    return dataclasses.replace(config, sampling=dataclasses.replace(config.sampling, truncated_is_wrong=True))
-
-
 def resum() -> ReSum:
     """ReSum whose phrase is the mark that starts an answer over; one fork for each of four chains."""
     return ReSum(chains=4, rounds=1, inject=(AGAIN,), detect=(AGAIN,), reward_if_correct=True)
@@ -437,28 +272,6 @@ NO_RESTART = Task(
 )
 
 
-def sparse_config(size: Size) -> Config:
-    """Five digits, of which the warm start knows next to nothing without a plan."""
-    config = character_config(
-        size,
-        SPARSE_ALPHABET,
-        RowsData(
-            rows="rljax.analysis.arena_parts:sparse_rows",
-            args={"size": ROWS, "seed": 0},
-            test_args={"size": size.problems, "seed": 1},
-        ),
-        SingleTurn(
-            rewards=(RewardConfig("rljax.tasks.verifiers:ExactMatch"),),
-            # Plain prompts, and those with a plan.
-            prompt_buckets=(SPARSE_LENGTH + 1, 160),
-        ),
-        sparse_demonstrations,
-        # A packed sequence holds a demonstration with its plan.
-        Shape(length=21, new_tokens=SPARSE_LENGTH + 1, warmup=200, learning_rate=2e-4),
-    )
-    return dataclasses.replace(config, warmup=dataclasses.replace(config.warmup, batch_size=64))
-
-
 def guided(config: Config, size: Size) -> Config:
     """Rollouts with the shortest plan that helps, where plain ones all fail."""
     assert isinstance(config.actor, SingleTurn)
@@ -485,5 +298,40 @@ SPARSE = Task(
     ),
 )
 
-TASKS = {task.name: task for task in (LATE, RELAY, SUMS, CERTAIN_TASK, SPARSE, RESTART, NO_RESTART, STALE, PASS_RATE)}
+UPDATES_OF_ROLLOUT = 4
+"""Of the task `moved`."""
+
+
+def several_updates(config: Config, size: Size) -> Config:
+    """Each rollout in minibatches of its own, so that the policy has moved when the later ones are learned from."""
+    return dataclasses.replace(config, update=dataclasses.replace(config.update, minibatches=UPDATES_OF_ROLLOUT))
+
+
+MOVED = Task(
+    name="moved",
+    about=f"The task `late`, with {UPDATES_OF_ROLLOUT} updates for each rollout: when the later ones are made, the "
+    "policy has moved away from the one that sampled, which is what weights of tokens look at. All have DAPO's loss "
+    "and clip, without its dynamic sampling.",
+    prediction="The papers report each of these weights above DAPO. Little is to be seen of it here: they change a "
+    "token's step by a fifth at most and turn none round, and Adam takes away what all tokens have in common.",
+    config=late_config,
+    methods=(
+        Method("DAPO 8", FixedPrompts(DAPO(group_size=8)), change=several_updates),
+        *(
+            Method(name, FixedPrompts(recipe), against="DAPO 8", claim=f"above, as in {paper}", change=several_updates)
+            for name, recipe, paper in (
+                ("FIPO", FIPO(group_size=8), "2603.19835"),
+                # Half a dozen references in a run.
+                ("OWPO", OWPO(group_size=8, refresh_every=20), "2605.22156"),
+                ("near-boundary rescue", NearBoundaryRescue(group_size=8), "2605.22703"),
+                ("direction reweighting", DirectionReweighting(group_size=8), "2603.22117"),
+                ("divergence weights", DivergenceWeighting(group_size=8), "2603.22446"),
+            )
+        ),
+    ),
+)
+
+TASKS = {
+    task.name: task for task in (LATE, RELAY, SUMS, CERTAIN_TASK, SPARSE, RESTART, NO_RESTART, STALE, MOVED, PASS_RATE)
+}
 """All tasks, by name."""

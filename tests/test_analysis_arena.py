@@ -13,6 +13,7 @@ from rljax.algorithms import OWPO
 from rljax.analysis import arena
 from rljax.analysis.arena import SIZES, Folders, Look, Method, Record, Task, area_difference, mean_height, run_arena
 from rljax.analysis.arena_configs import late_config
+from rljax.analysis.arena_errands import Errands, Unforeseen, digit, errand_demonstrations, errand_rows
 from rljax.analysis.arena_parts import (
     AGAIN,
     CERTAIN,
@@ -239,6 +240,55 @@ def test_what_chains_come_to_with_their_forks():
     tokens, solved = arena.leaves_of_chains(rows)
     assert tokens.tolist() == [[4, 4 + 2 + 1], [4, 4]]
     assert solved.tolist() == [[0, 1], [1, 0]]
+
+
+def play(environment, row, turns):
+    """What an episode of these turns earns and counts, with what came back."""
+    answers = [environment.reset(row)]
+    reward, counts, done = 0.0, {}, False
+    for turn in turns:
+        assert not done
+        step = environment.step(turn)
+        answers.append(step.observation)
+        reward, done = reward + step.reward, step.done
+        counts = {name: counts.get(name, 0.0) + step.counts.get(name, 0.0) for name in {**counts, **step.counts}}
+    return reward, counts, answers
+
+
+def test_one_demonstration_of_an_errand_in_five_asks_for_what_it_answers():
+    rows = errand_rows(2000)
+    examples = [Example(row["prompt"], {"house": row["house"], "task": row["task"]}) for row in rows]
+    earned = {"three": [], "one": []}
+    for row, shown in zip(rows, errand_demonstrations(examples), strict=True):
+        turns = shown.columns["completion"]
+        reward, _, answers = play(Errands(), row, turns[::2])
+        assert answers[0] == shown.prompt
+        assert [f" {answer}\n" for answer in answers[1:-1]] == turns[1::2]
+        earned[row["task"]].append(reward)
+    assert 0.2 <= np.mean(earned["three"]) < 0.21
+    # Guesses of one digit are right one time in ten, and three in ten ask for the only letter there is.
+    assert np.mean(earned["one"]) == pytest.approx(0.5 + 0.5 * 0.1, abs=0.02)
+
+
+def test_an_errand_counts_what_was_foreseen_and_what_was_asked_again():
+    row = errand_rows(1)[0]
+    asked, house = row["prompt"], row["house"]
+    right = "".join(digit(house, letter) for letter in asked)
+    assert len(asked) == 3 and row["task"] == "three"
+    other = str((int(right[1]) + 1) % 10)
+
+    turns = [f"?{asked[0]}{right[0]};", f"?{asked[1]}{other};", f"?{asked[0]}{right[0]};", "well;", f"={right};"]
+    reward, counts, answers = play(Errands(), row, turns)
+    assert reward == 1 and answers[1:] == [right[0], right[1], right[0], "!", ""]
+    # Of the three pairs of calls one is alike.
+    assert counts == {"tool_calls": 3, "prediction": 2, "redundancy": pytest.approx(1 / 3), "malformed_calls": 1}
+    _, counts, _ = play(Unforeseen(), row, turns)
+    assert "prediction" not in counts and counts["tool_calls"] == 3
+
+
+def test_most_digits_of_a_house_are_the_usual_ones():
+    usual = [digit(house, letter) == MEANINGS[letter] for house in range(200) for letter in MEANINGS]
+    assert np.mean(usual) == pytest.approx(0.6 + 0.4 * 0.1, abs=0.03)
 
 
 OWN = """

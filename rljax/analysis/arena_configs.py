@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 from rljax.algorithms import GRPO
 from rljax.analysis.arena import SEQUENCE_ROWS, Size
+from rljax.analysis.arena_errands import ERRANDS_ALPHABET, errand_demonstrations
 from rljax.analysis.arena_parts import (
     CERTAIN,
     LATE_ALPHABET,
@@ -147,6 +148,31 @@ def relay_config(size: Size) -> Config:
     )
 
 
+def errands_config(size: Size) -> Config:
+    """One or three digits that must be asked for, and an answer."""
+    turns, length = 5, 40
+    return character_config(
+        size,
+        ERRANDS_ALPHABET,
+        RowsData(
+            rows="rljax.analysis.arena_errands:errand_rows",
+            args={"size": ROWS},
+            test_args={"size": size.problems, "first": 100_000},
+        ),
+        MultiTurn(
+            make="rljax.analysis.arena_errands:Errands",
+            tool_format="rljax.analysis.arena_errands:ERRANDS_FORMAT",
+            context_length=length,
+            prefill_chunks=(8,),
+            check_every=2,
+            workers=4,
+            limits=EnvironmentLimits(turns=turns),
+        ),
+        errand_demonstrations,
+        Shape(length=length, new_tokens=6, warmup=300, learning_rate=2e-4),
+    )
+
+
 def sums_config(size: Size) -> Config:
     """Four one-digit terms, `7 - 2 + 4 - 1 =` to `5;9;8`."""
     return character_config(
@@ -212,7 +238,8 @@ def sparse_config(size: Size) -> Config:
             prompt_buckets=(SPARSE_LENGTH + 1, 160),
         ),
         sparse_demonstrations,
-        # A packed sequence holds a demonstration with its plan.
-        Shape(length=21, new_tokens=SPARSE_LENGTH + 1, warmup=200, learning_rate=2e-4),
+        # A packed sequence holds a demonstration with its plan. Plans are followed from some 500 steps on: until then
+        # the loss stays where it is, and a shown plan is of no use.
+        Shape(length=21, new_tokens=SPARSE_LENGTH + 1, warmup=700, learning_rate=2e-4),
     )
     return dataclasses.replace(config, warmup=dataclasses.replace(config.warmup, batch_size=64))

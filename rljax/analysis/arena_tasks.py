@@ -6,9 +6,12 @@ each sampled token. At equal tokens a larger one should learn faster; by how muc
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 from rljax.advantages import global_and_local, intra_and_inter_tree
 from rljax.algorithms import (
+    APPO,
+    ARPO,
     DAPO,
     DIS,
     FIPO,
@@ -17,17 +20,21 @@ from rljax.algorithms import (
     OWPO,
     VCPO,
     ActGuideRL,
+    AgentRL,
     DecoupledPPO,
+    DeepDive,
     DirectionReweighting,
     DivergenceWeighting,
     IcePop,
     NearBoundaryRescue,
     RandomForks,
     ReSum,
+    RoleAgent,
     TreeGRPO,
 )
 from rljax.analysis.arena import Method, Size, Task, pass_rate
 from rljax.analysis.arena_configs import (
+    errands_config,
     late_config,
     no_restart_config,
     relay_config,
@@ -37,7 +44,7 @@ from rljax.analysis.arena_configs import (
 )
 from rljax.analysis.arena_parts import AGAIN, EntropyMask, RandomForksWith, SurprisalForks
 from rljax.analysis.arena_recipes import FixedPrompts
-from rljax.experiment import Config, SingleTurn
+from rljax.experiment import Config, MultiTurn, SingleTurn
 from rljax.rollouts import Guided
 
 
@@ -331,7 +338,55 @@ MOVED = Task(
     ),
 )
 
+
+def acting(**fields: Any) -> Callable[[Config, Size], Config]:
+    """`fields` of the actor over turns."""
+
+    def change(config: Config, size: Size) -> Config:
+        assert isinstance(config.actor, MultiTurn)
+        return dataclasses.replace(config, actor=dataclasses.replace(config.actor, **fields))
+
+    return change
+
+
+ERRANDS = Task(
+    name="errands",
+    about="Three letters, or one: an agent asks for a digit a turn, saying which it expects, and answers with all of "
+    "them. One demonstration in five asks for all that it answers; others ask for the same again, or guess.",
+    prediction="To ask before answering is quickly learned, by all. Turns of one state stand beside each other in "
+    "Role-Agent's and GiGPO's credit, which should find the turn that guesses sooner than one outcome does.",
+    config=errands_config,
+    methods=(
+        Method("GRPO 8", grpo(8)),
+        Method("AgentRL", AgentRL(group_size=8, kl_coef=0.0), against="GRPO 8", claim="above, as in 2510.04206"),
+        Method(
+            "AgentRL, a quarter of turns by older weights",
+            AgentRL(group_size=8, kl_coef=0.0),
+            against="AgentRL",
+            claim="above: cross-policy sampling, 2510.04206",
+            change=acting(stale_share=0.25, stale_every=5),
+        ),
+        Method("DeepDive", DeepDive(group_size=8), against="GRPO 8", claim="above, as in 2509.10446"),
+        Method(
+            "GiGPO",
+            RoleAgent(group_size=8, kl_coef=0.0),
+            against="GRPO 8",
+            claim="above, as in 2505.10978",
+            change=acting(make="rljax.analysis.arena_errands:Unforeseen"),
+        ),
+        Method(
+            "Role-Agent",
+            RoleAgent(group_size=8, kl_coef=0.0),
+            against="GiGPO",
+            claim="above: returns of what was foreseen, 2606.10917",
+        ),
+        Method("ARPO", ARPO(chains=4, window=1), against="GRPO 8", claim="above, as in 2507.19849", share=1.0),
+        Method("APPO", APPO(chains=4, half_life=8.0), against="GRPO 8", claim="above, as in 2606.12384", share=1.0),
+    ),
+)
+
 TASKS = {
-    task.name: task for task in (LATE, RELAY, SUMS, CERTAIN_TASK, SPARSE, RESTART, NO_RESTART, STALE, MOVED, PASS_RATE)
+    task.name: task
+    for task in (LATE, RELAY, SUMS, CERTAIN_TASK, SPARSE, RESTART, NO_RESTART, STALE, MOVED, ERRANDS, PASS_RATE)
 }
 """All tasks, by name."""

@@ -42,11 +42,16 @@ SHARED = {
     "annotated_words",
     "shop_and_words",
     "hidden_rules",
+    "tables",
 }
 """What configs of the folder import."""
 PREFERENCES = {"dpo", "reward_model"}
 """Configs of `rljax prefer`."""
-STUDIES = {"model_surgery": ("surgery", "editing.md"), "skillclaw": ("skills", "papers.md")}
+STUDIES = {
+    "model_surgery": ("surgery", "editing.md"),
+    "stv": ("stv", "editing.md"),
+    "skillclaw": ("skills", "papers.md"),
+}
 """Configs of `rljax study WORD`, which have no recipe, with their words and their pages."""
 HARNESSES = {"context_folding"}
 """Configs of agents that manage their context, whose recipes are of their own (test_rollouts_folding)."""
@@ -273,7 +278,11 @@ def test_every_config_of_a_study_says_how_to_run_it_and_is_valid_in_both_sizes(n
     assert f"    rljax study {word} --config=papers/{name} --workdir=runs/{word}\n" in module.__doc__
     (paper,) = re.findall(r"\b\d{4}\.\d{5}\b", module.__doc__)
     page = (ROOT / "docs" / page_name).read_text()
-    (section,) = re.findall(rf"^### [^\n]+\n[^#]*{paper}[^#]*", page, flags=re.MULTILINE)
+    (section,) = [
+        part
+        for part in re.split(r"^### ", page, flags=re.MULTILINE)
+        if part.partition("\n")[2].startswith(f"arXiv {paper}")
+    ]
     assert f"(../configs/papers/{name}.py)" in section and "\nDiffers: " in section
     for config in (module.get_config(), module.get_config("smoke")):
         check(config)

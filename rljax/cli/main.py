@@ -47,8 +47,8 @@ COMMANDS = {
     "study": Command(
         "study",
         "compare a trained policy with its base, token by token; study surgery: edit weights along a probe; study "
-        "skills: evolve a shared repository of skills",
-        words={"surgery": "study_surgery", "skills": "study_skills"},
+        "stv: head outputs in place of demonstrations; study skills: evolve a shared repository of skills",
+        words={"surgery": "study_surgery", "stv": "study_stv", "skills": "study_skills"},
     ),
     "arena": Command("arena", "methods beside each other on tasks that can tell, with predictions and exact tests"),
     "snr": Command("snr", "what forks and their credit should bring on a task like yours, simulated"),

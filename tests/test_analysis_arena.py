@@ -374,6 +374,17 @@ def test_the_report_says_what_it_can_and_escapes_what_it_is_given(own):
     assert shown.count("<svg") == 1 and "&lt;b&gt;more&lt;/b&gt;" in shown and "<b>more" not in shown
 
 
+def test_what_was_found_is_told_beside_the_runs_of_the_full_size_alone():
+    task = dataclasses.replace(TASKS["certain"], found="nothing & all")
+    record = Record("certain", "all tokens", 0, "", "", [Look(0.0, 0.1), Look(10.0, 0.2)], {"seconds": 1.0})
+    told = {"full": [record], "small": [record], "none": []}
+    for which, records in told.items():
+        preset = "full" if which == "none" else which
+        report = summarise([task], records, preset, SIZES[preset])
+        assert ("**Found:** nothing & all" in markdown(report, "")) == (which == "full")
+        assert ("<b>Found:</b> nothing &amp; all" in page(report, "")) == (which == "full")
+
+
 def test_a_comparison_without_common_seeds_is_left_out():
     task = TASKS["certain"]
     curve = [Look(0.0, 0.1), Look(10.0, 0.2)]

@@ -32,7 +32,7 @@ def get_config(size: str = "full") -> Config:
     smoke = size == "smoke"
     tiny = {"num_layers": 1, "embed_dim": 32, "num_heads": 2, "num_kv_heads": 2, "head_dim": 16, "mlp_dim": 64}
     full = {"num_layers": 3, "embed_dim": 64, "num_heads": 4, "num_kv_heads": 4, "head_dim": 16, "mlp_dim": 192}
-    batch, steps = (16, 40) if smoke else (128, 1500)
+    batch, steps = (16, 40) if smoke else (128, 800)
     return Config(
         name="stv",
         model=FreshModel(alphabet=tables.LETTERS + string.digits + ">;", **tiny if smoke else full),

@@ -165,6 +165,8 @@ class Task:
     """Those that are compared with come before those that name them."""
     measure: Measure | None = None
     """How a run is measured; None: `learning_curve`."""
+    found: str = ""
+    """Where the full run came out otherwise than predicted, and why. Written after it."""
 
     def check(self) -> None:
         """ValueError, in one line, for methods that cannot be compared."""

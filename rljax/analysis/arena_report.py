@@ -70,6 +70,8 @@ def summarise(tasks: Sequence[Task], records: Sequence[Record], preset: str, siz
         report["tasks"][task.name] = {
             "about": task.about,
             "prediction": task.prediction,
+            # Of a smaller run it would say what that one does not show.
+            "found": task.found if preset == "full" and own else "",
             "claims": {m.name: [m.against, m.expected, m.claim] for m in task.methods},
             "methods": methods,
             "runs": runs,
@@ -144,6 +146,8 @@ def markdown(report: dict[str, Any], command: str, picture: str = "arena.png") -
         lines += [_markdown_row(COLUMNS), "|---" * len(COLUMNS) + "|"]
         lines += [_markdown_row(row) for row in table(task)]
         lines += ["", _cost(task), ""]
+        if task["found"]:
+            lines += [f"**Found:** {task['found']}", ""]
     return "\n".join(lines)
 
 
@@ -181,6 +185,8 @@ def page(report: dict[str, Any], command: str) -> str:
         body = "".join("<tr>" + "".join(f"<td>{say(cell)}</td>" for cell in row) + "</tr>" for row in table(task))
         parts.append(f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>")
         parts.append(f"<p>{say(_cost(task))}</p>{_svg({name: task}) if task['runs'] else ''}")
+        if task["found"]:
+            parts.append(f"<p><b>Found:</b> {say(task['found'])}</p>")
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8"><title>Arena</title>'
         f"<style>{_STYLE}</style></head><body>{''.join(parts)}</body></html>\n"

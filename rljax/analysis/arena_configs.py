@@ -238,8 +238,8 @@ def sparse_config(size: Size) -> Config:
             prompt_buckets=(SPARSE_LENGTH + 1, 160),
         ),
         sparse_demonstrations,
-        # A packed sequence holds a demonstration with its plan. Plans are followed from some 500 steps on: until then
-        # the loss stays where it is, and a shown plan is of no use.
-        Shape(length=21, new_tokens=SPARSE_LENGTH + 1, warmup=700, learning_rate=2e-4),
+        # A packed sequence holds a demonstration with its plan. Plans are followed from some 500 steps on, if the
+        # rate is high then: until it happens the loss stays where it is, and a shown plan is of no use.
+        Shape(length=21, new_tokens=SPARSE_LENGTH + 1, warmup=1000, learning_rate=2e-4),
     )
     return dataclasses.replace(config, warmup=dataclasses.replace(config.warmup, batch_size=64))

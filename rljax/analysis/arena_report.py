@@ -37,6 +37,10 @@ Every run (task, method, seed) is a file of its own, named by the digest of its 
 is there is not made again unless the code that decides it has changed (`--keep` takes it as it is). So the same command
 goes on where it broke off, and pieces can be made on several machines. The last command makes this page of the files.
 
+A run repeats digit for digit where a process has as many cores: more of them divide sums otherwise, and a last bit is
+enough for another sample. The records in `docs/arena` have one core each (`taskset -c 0 rljax arena ...`), which is
+also the fastest way to fill a machine: models are so small that a second core adds next to nothing.
+
 For a task of your own write a module with an `rljax.analysis.arena.Task` and name it with `--task=my.module:Task`;
 `rljax/analysis/arena_tasks.py` has those below. `rljax snr` ([snr.md](snr.md)) says what forks should bring on it, and
 `--calibrate` prints the share of prompts at which the methods of a task sample as many tokens a step.

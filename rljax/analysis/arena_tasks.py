@@ -174,6 +174,9 @@ CERTAIN_TASK = Task(
     prediction="Nothing at a quarter of the tokens, which holds all uncertain ones; the rest has next to no gradient. "
     "A mask of one token a row leaves out five of six decisions and loses.",
     config=late_config,
+    found="Level by the margin, and yet below in every seed, by 0.026 at the end. The certain text is not quite "
+    "certain: at the warm start it is right in 94.7% of answers (seeds 0 to 2). A slip in it stands at a place of "
+    "little entropy, so that the mask leaves it out, and it is not unlearned.",
     methods=(
         Method("all tokens", mask(1.0)),
         Method(

@@ -31,11 +31,12 @@ HOW_TO = """## Run it
 
     rljax arena --preset=small --workdir=runs/arena                       # two seeds: it runs, and proves nothing
     rljax arena --preset=full --tasks=late --seeds=0,1 --records=docs/arena --workdir=runs/arena
-    rljax arena --preset=full --norun --records=docs/arena --json=docs/arena.json --report=docs/arena.md
+    rljax arena --preset=full --norun --keep --records=docs/arena --json=docs/arena.json --report=docs/arena.md
 
 Every run (task, method, seed) is a file of its own, named by the digest of its config, in `--records`. A run whose file
 is there is not made again unless the code that decides it has changed (`--keep` takes it as it is). So the same command
-goes on where it broke off, and pieces can be made on several machines. The last command makes this page of the files.
+goes on where it broke off, and pieces can be made on several machines. The last command makes this page of the files,
+whatever has become of the code since.
 
 A run repeats digit for digit where a process has as many cores: more of them divide sums otherwise, and a last bit is
 enough for another sample. The records in `docs/arena` have one core each (`taskset -c 0 rljax arena ...`), which is

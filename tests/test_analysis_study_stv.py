@@ -39,15 +39,15 @@ def test_the_choice_is_the_best_of_all(params):
     """Of two heads with three outputs each, the nine choices one by one."""
     rng = np.random.default_rng(0)
     heads = np.array([[0, 1], [1, 2]])
-    bank = rng.normal(size=(2, 3, 8)).astype(np.float32) * 3
+    bank = S.Bank(heads, rng.normal(size=(2, 3, 8)).astype(np.float32) * 3)
 
     def worth(choice):
-        return S.answered(CONFIG, params, QUERIES, S.Vector(heads, bank, np.array(choice)))[1]
+        return S.answered(CONFIG, params, QUERIES, bank, np.array(choice))[1]
 
     choices = [(i, j) for i in range(3) for j in range(3)]
     ranked = sorted(choices, key=worth)
     assert worth(ranked[-1]) > worth(ranked[-2]) + 0.01
-    chosen = S.choose(CONFIG, params, QUERIES, heads, bank, S.VectorOptions(steps=150), rng)
+    chosen = S.choose(CONFIG, params, QUERIES, bank, S.VectorOptions(steps=150), rng)
     assert tuple(chosen) == ranked[-1]
 
 
@@ -55,7 +55,7 @@ def test_a_bank_of_few_outputs_repeats_them():
     outputs = np.zeros((4, 1, 2, 3))
     outputs[:, 0, 1] = [[0, 0, 0], [1, 1, 1], [0, 0, 0], [1, 1, 1]]
     bank = S.bank_of(outputs, np.array([[0, 1]]), 5, np.random.default_rng(0))
-    assert bank[0, :, 0].tolist() == [0, 1, 0, 1, 0]
+    assert bank.outputs[0, :, 0].tolist() == [0, 1, 0, 1, 0]
 
 
 def test_an_answer_is_the_likeliest_token_behind_the_last_one(params):
@@ -101,6 +101,13 @@ def test_rows_without_the_columns_are_refused(config, tmp_path, monkeypatch):
     )
     message = "some training rows have no column 'alone'; the study needs alone, answer, task beside the prompt"
     with pytest.raises(ValueError, match=message):
+        S.study_stv(config, str(tmp_path), S.VectorOptions(heads=1))
+
+
+def test_a_task_of_one_training_row_is_refused(config, tmp_path):
+    # Seven rows of six tables, of which one has two.
+    config.data.args = {"size": 7}
+    with pytest.raises(ValueError, match="the task 1 has one training row; to find its heads takes at least 2"):
         S.study_stv(config, str(tmp_path), S.VectorOptions(heads=1))
 
 

@@ -33,6 +33,7 @@ def get_config(size: str = "full") -> Config:
     tiny = {"num_layers": 1, "embed_dim": 32, "num_heads": 2, "num_kv_heads": 2, "head_dim": 16, "mlp_dim": 64}
     full = {"num_layers": 3, "embed_dim": 64, "num_heads": 4, "num_kv_heads": 4, "head_dim": 16, "mlp_dim": 192}
     batch, steps = (16, 40) if smoke else (128, 800)
+
     return Config(
         name="stv",
         model=FreshModel(alphabet=tables.LETTERS + string.digits + ">;", **tiny if smoke else full),
@@ -52,6 +53,7 @@ def get_config(size: str = "full") -> Config:
             row_buckets=(batch,),
             head_chunk=2048,
         ),
+        # All the training there is: the study leaves the weights as they are.
         warmup=WarmupConfig(
             steps=steps,
             batch_size=batch,

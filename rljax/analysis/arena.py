@@ -28,7 +28,7 @@ import numpy as np
 
 from rljax.analysis.arena_statistics import Compared, Expected, compare_paired
 from rljax.analysis.compare import with_seed
-from rljax.evaluation.evaluate import EVALUATION_STEP
+from rljax.evaluation.evaluate import EVALUATION_STEP, Evaluation
 from rljax.experiment.build import Run, build
 from rljax.experiment.config import Config, Recipe, to_dict
 from rljax.experiment.report import say
@@ -318,25 +318,31 @@ def learning_curve(run: Run, start: Params, size: Size) -> Outcome:
     curve = []
     for step in range(size.updates + 1):
         if step == 0 or step in stops:
-            evaluation = evaluate_run(run, run.policy(), step)
-            curve.append(Look(sampled, evaluation.estimates[name].value))
-            greedy = evaluation.estimates["greedy"].value
-            if step == 0:
-                run.reference_scores = evaluation.solved_shares()
+            estimates = _evaluated(run, step).estimates
+            curve.append(Look(sampled, estimates[name].value))
+            greedy = estimates["greedy"].value
+        if step == 0:
+            run.reference_scores = _evaluated(run, step).solved_shares()
         if step == size.updates:
             break
+
         _, rollout = train_step(run, step)
         sampled += tokens_of(rollout)
         trained += int(sum(trajectory.action_mask.sum() for trajectory in rollout.trajectories))
         empty += run.empty_steps > 0
-        refresh_reference(run, step + 1, functools.partial(_solved_shares, run, step + 1))
+        # A reference that moves is part of a method.
+        refresh_reference(run, step + 1, functools.partial(_evaluated, run, step + 1))
+
     run.check()
     figures = {"updates": size.updates - empty, "sampled": sampled, "trained": trained, "greedy": greedy}
     return Outcome(curve, figures)
 
 
-def _solved_shares(run: Run, step: int) -> list[float]:
-    return evaluate_run(run, run.policy(), step).solved_shares()
+def _evaluated(run: Run, step: int) -> Evaluation:
+    """The policy behind `step` steps on held-out problems, asked once."""
+    if run.evaluation is None or run.evaluation.step != step:
+        run.evaluation = evaluate_run(run, run.policy(), step)
+    return run.evaluation
 
 
 def pass_rate(run: Run, start: Params, size: Size) -> Outcome:

@@ -67,8 +67,8 @@ def character_config(
 ) -> Config:
     """A run of a character model of 0.35M parameters."""
     steps = max(1, round(shape.warmup * size.warmup))
-
     packed = SEQUENCE_ROWS * shape.length
+
     return Config(
         name="arena",
         steps=size.updates,
@@ -85,6 +85,7 @@ def character_config(
         actor=actor,
         algorithm=GRPO(group_size=8, kl_coef=0.0),
         sampling=SamplingConfig(max_new_tokens=shape.new_tokens),
+        # One length, so that each program compiles once.
         update=UpdateConfig(
             pack_length=packed,
             microbatch_size=4,
@@ -103,8 +104,31 @@ def character_config(
                 learning_rate=2e-3, schedule="cosine", warmup_steps=min(20, steps - 1), total_steps=steps
             ),
         ),
+        # The curve is kept as a record; the run itself is not gone on with.
         evaluation=EvaluationConfig(problems=size.problems, samples=4, batch_prompts=min(32, size.problems)),
         checkpoint=CheckpointConfig(every=0),
+    )
+
+
+def _rows(rows: str, size: Size) -> RowsData:
+    """What a function of `arena_parts` makes: training rows of one seed, held-out ones of another."""
+    return RowsData(
+        rows=f"rljax.analysis.arena_parts:{rows}",
+        args={"size": ROWS, "seed": 0},
+        test_args={"size": size.problems, "seed": 1},
+    )
+
+
+def _acting(module: str, make: str, tool_format: str, *, length: int, turns: int) -> MultiTurn:
+    """An actor over so many turns of an episode of `length` tokens; environment and format by their names."""
+    return MultiTurn(
+        make=f"rljax.analysis.{module}:{make}",
+        tool_format=f"rljax.analysis.{module}:{tool_format}",
+        context_length=length,
+        prefill_chunks=(8,),
+        check_every=2,
+        workers=4,
+        limits=EnvironmentLimits(turns=turns),
     )
 
 
@@ -113,11 +137,7 @@ def late_config(size: Size) -> Config:
     return character_config(
         size,
         LATE_ALPHABET,
-        RowsData(
-            rows="rljax.analysis.arena_parts:late_rows",
-            args={"size": ROWS, "seed": 0},
-            test_args={"size": size.problems, "seed": 1},
-        ),
+        _rows("late_rows", size),
         SingleTurn(rewards=(RewardConfig("rljax.tasks.verifiers:ExactMatch"),), prompt_buckets=(7,)),
         late_demonstrations,
         Shape(length=7 + len(CERTAIN) + 6 + 1, new_tokens=len(CERTAIN) + 6 + 1, warmup=300, learning_rate=2e-4),
@@ -129,20 +149,8 @@ def relay_config(size: Size) -> Config:
     return character_config(
         size,
         RELAY_ALPHABET,
-        RowsData(
-            rows="rljax.analysis.arena_parts:relay_rows",
-            args={"size": ROWS, "seed": 0},
-            test_args={"size": size.problems, "seed": 1},
-        ),
-        MultiTurn(
-            make="rljax.analysis.arena_parts:Relay",
-            tool_format="rljax.analysis.arena_parts:RELAY_FORMAT",
-            context_length=5 * TURNS,
-            prefill_chunks=(8,),
-            check_every=2,
-            workers=4,
-            limits=EnvironmentLimits(turns=TURNS),
-        ),
+        _rows("relay_rows", size),
+        _acting("arena_parts", "Relay", "RELAY_FORMAT", length=5 * TURNS, turns=TURNS),
         relay_demonstrations,
         Shape(length=5 * TURNS, new_tokens=2, warmup=200, learning_rate=1e-4),
     )
@@ -159,15 +167,7 @@ def errands_config(size: Size) -> Config:
             args={"size": ROWS},
             test_args={"size": size.problems, "first": 100_000},
         ),
-        MultiTurn(
-            make="rljax.analysis.arena_errands:Errands",
-            tool_format="rljax.analysis.arena_errands:ERRANDS_FORMAT",
-            context_length=length,
-            prefill_chunks=(8,),
-            check_every=2,
-            workers=4,
-            limits=EnvironmentLimits(turns=turns),
-        ),
+        _acting("arena_errands", "Errands", "ERRANDS_FORMAT", length=length, turns=turns),
         errand_demonstrations,
         Shape(length=length, new_tokens=6, warmup=300, learning_rate=2e-4),
     )
@@ -207,11 +207,7 @@ def _restart_config(size: Size, demonstrations: Callable[[Sequence[Example]], li
     config = character_config(
         size,
         RESTART_ALPHABET,
-        RowsData(
-            rows="rljax.analysis.arena_parts:restart_rows",
-            args={"size": ROWS, "seed": 0},
-            test_args={"size": size.problems, "seed": 1},
-        ),
+        _rows("restart_rows", size),
         SingleTurn(
             rewards=(RewardConfig("rljax.tasks.verifiers:ExactMatch", args={"extract": after_restart}),),
             prompt_buckets=(7,),
@@ -227,11 +223,7 @@ def sparse_config(size: Size) -> Config:
     config = character_config(
         size,
         SPARSE_ALPHABET,
-        RowsData(
-            rows="rljax.analysis.arena_parts:sparse_rows",
-            args={"size": ROWS, "seed": 0},
-            test_args={"size": size.problems, "seed": 1},
-        ),
+        _rows("sparse_rows", size),
         SingleTurn(
             rewards=(RewardConfig("rljax.tasks.verifiers:ExactMatch"),),
             # Plain prompts, and those with a plan.

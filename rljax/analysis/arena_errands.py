@@ -7,13 +7,14 @@
 Every house has digits of its own, so that they must be asked for; most are the usual ones, and can be foreseen.
 """
 
+import dataclasses
 import random
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rljax.analysis.arena_parts import DIGITS, LETTERS, MEANINGS
-from rljax.envs import Parsed, Step, ToolFormat
+from rljax.analysis.arena_parts import DIGITS, LETTERS, MEANINGS, RELAY_FORMAT
+from rljax.envs import Step
 from rljax.tasks import Example, query_redundancy
 
 ERRANDS_ALPHABET = LETTERS + DIGITS + ":?=!; \n"
@@ -110,9 +111,5 @@ def errand_demonstrations(examples: Sequence[Example]) -> list[Example]:
     return made
 
 
-def _parse(text: str) -> Parsed:
-    return Parsed()
-
-
-ERRANDS_FORMAT = ToolFormat("errands", _parse, stop_strings=(";",), wrap=(" ", "\n"))
-"""`;` ends a turn. The environment reads it itself."""
+ERRANDS_FORMAT = dataclasses.replace(RELAY_FORMAT, name="errands", wrap=(" ", "\n"))
+"""As in `relay`, `;` ends a turn, which the environment reads itself."""

@@ -56,6 +56,8 @@ def summarise(tasks: Sequence[Task], records: Sequence[Record], preset: str, siz
     for task in tasks:
         own = [record for record in records if record.task == task.name]
         compared = compare_task(task, own)
+
+        # Those that others are compared with, and those without runs, have no comparison.
         methods = {}
         for method in task.methods:
             if method.name not in compared:
@@ -68,6 +70,7 @@ def summarise(tasks: Sequence[Task], records: Sequence[Record], preset: str, siz
                 "tokens_share": _tokens_share(own, method.name, method.against),
                 **found._asdict(),
             }
+
         runs = [
             {"method": r.method, "seed": r.seed, "curve": r.curve, "figures": r.figures, "key": r.key, "code": r.code}
             for r in own

@@ -275,11 +275,11 @@ RESTART = Task(
     prediction="ReSum (2606.13316) sets answers that start over beside those that do not, and so should learn to start "
     "over sooner than GRPO.",
     config=restart_config,
-    found="GRPO learns to start over by itself, as soon as ReSum does: from the second look on its answers have twice "
-    "their tokens. What is left to learn are the digits, for which starting over is of no more use. In the two seeds "
-    "in which GRPO leaves it off (7.5 tokens an answer instead of 13) it learns them fastest; ReSum, whose reward pays "
-    "for every right answer that starts over, never leaves it off. These seeds are most of the mean difference; in the "
-    "other six the two are close.",
+    found="GRPO learns to start over by itself, as soon as ReSum does: from the second look on nearly all of its "
+    "answers do, which have 13 tokens; one that does not has 7. What is left to learn are the digits, for "
+    "which starting over is of no more use. In the two seeds in which GRPO leaves it off it learns them "
+    "fastest; ReSum, whose reward pays for every right answer that starts over, never leaves it off. These "
+    "seeds are most of the mean difference; in the other six the two are close.",
     methods=(
         Method("GRPO 8", grpo(8)),
         Method("ReSum 4x1", resum(), against="GRPO 8", claim="above", share=1.33),

@@ -2,12 +2,12 @@
 
 import copy
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from rljax.experiment.build import Run, build_actor, make_curriculum
+from rljax.experiment.build import Run, build, build_actor, make_curriculum
 from rljax.experiment.train import train_step
 from rljax.rollouts import Rollout
 
@@ -77,6 +77,13 @@ def with_seed(run: Run, seed: int) -> Run:
     made.evaluation = None
     made.__post_init__()
     return made
+
+
+def of_seeds(run: Run, count: int) -> Iterator[Run]:
+    """The run, then `count` - 1 like it of the seeds that follow its own, each built when it is asked for."""
+    yield run
+    for seed in range(run.config.seed + 1, run.config.seed + count):
+        yield build(dataclasses.replace(run.config, seed=seed))
 
 
 def draw_curves(axes: Any, curves: Mapping[str, Sequence[Sequence[tuple[float, float]]]]) -> None:

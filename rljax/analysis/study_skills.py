@@ -5,7 +5,6 @@ nothing over the same days: one behind the gate of `config.skills`, and, as a co
 proposed. Held-out examples are answered with the skills that each of them deploys.
 """
 
-import dataclasses
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from rljax.analysis.compare import of_seeds
 from rljax.experiment.build import Run, build
 from rljax.experiment.config import Config, to_dict
 from rljax.experiment.report import aligned, describe_run, say
@@ -43,10 +43,9 @@ def study_skills(config: Config, workdir: str, *, seeds: int = 3) -> dict[str, A
 
     found = []
     with RunFolder(workdir, config=to_dict(config), fresh=True) as folder:
-        for seed in range(config.seed, config.seed + seeds):
-            if seed != config.seed:
-                run = build(dataclasses.replace(config, seed=seed))
-            found.append(_one_seed(run, folder, Path(workdir) / f"seed-{seed}"))
+        for one in of_seeds(run, seeds):
+            found.append(_one_seed(one, folder, Path(workdir) / f"seed-{one.config.seed}"))
+
         lines = summarise(found)
         report = {
             "study": "skills",

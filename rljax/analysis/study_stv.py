@@ -6,6 +6,7 @@ rows, and held-out rows of the task are answered without demonstrations, with th
 
 import dataclasses
 import functools
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -15,6 +16,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float, Int
 
+from rljax.analysis.compare import of_seeds
 from rljax.analysis.task_vectors import (
     centroids,
     overlap,
@@ -24,6 +26,7 @@ from rljax.analysis.task_vectors import (
     sensitivity,
     top_heads,
 )
+from rljax.batching import pad_rows
 from rljax.experiment.build import Run, build
 from rljax.experiment.config import Config, to_dict
 from rljax.experiment.report import aligned, describe_run, say
@@ -91,12 +94,13 @@ class Queries(NamedTuple):
         return Queries(*(part[which] for part in self))
 
 
-class Vector(NamedTuple):
-    """Head outputs that stand for a task's demonstrations."""
+class Bank(NamedTuple):
+    """Outputs that heads may be given, in place of what demonstrations would have them say."""
 
     heads: Int[np.ndarray, "K 2"]
-    bank: Float[np.ndarray, "K M hd"]
-    chosen: Int[np.ndarray, " K"]
+    """Layer and head of each."""
+    outputs: Float[np.ndarray, "K M hd"]
+    """M of each head, of which one is chosen."""
 
 
 def study_stv(config: Config, workdir: str, options: VectorOptions | None = None) -> dict[str, Any]:
@@ -112,11 +116,10 @@ def study_stv(config: Config, workdir: str, options: VectorOptions | None = None
 
     seeds = []
     with RunFolder(workdir, config=to_dict(config), fresh=True) as folder:
-        for seed in range(config.seed, config.seed + options.seeds):
-            if seed != config.seed:
-                run = build(dataclasses.replace(config, seed=seed))
-            seeds.append(_one_seed(run, folder, options))
-            say(f"seed {seed}\n{table(seeds[-1:])}\n")
+        for one in of_seeds(run, options.seeds):
+            seeds.append(_one_seed(one, folder, options))
+            say(f"seed {one.config.seed}\n{table(seeds[-1:])}\n")
+
         report = {
             "study": "stv",
             "options": dataclasses.asdict(options),
@@ -140,6 +143,9 @@ def _check(run: Run, options: VectorOptions) -> None:
     untaught = sorted({*_tasks(run.dataset.test)} - {*_tasks(run.dataset.train)}, key=str)
     if untaught:
         raise ValueError(f"config.data: no training row is of the task {untaught[0]!r}, which held-out rows are of")
+    # The probes are parted in two.
+    if few := [task for task, rows in _tasks(run.dataset.train).items() if len(rows) < 2]:
+        raise ValueError(f"config.data: the task {few[0]!r} has one training row; to find its heads takes at least 2")
     there_are = run.decoder.num_layers * run.decoder.num_heads
     if options.heads > there_are:
         raise ValueError(f"--heads={options.heads} is more than the {there_are} heads of the model")
@@ -179,106 +185,117 @@ def _one_task(
     shown, alone = (queries_of(run, train, column) for column in ("", "alone"))
     outputs, bare = (np.asarray(_read(config, params, part)[1]) for part in (shown, alone))
 
-    probes = slice(options.probes)
-    delta = sensitivity(outputs[probes], bare[probes])
-    half = options.probes // 2
-    halves = [top_heads(sensitivity(outputs[part], bare[part]), options.heads) for part in _halves(half)]
+    def most_moved(rows: slice) -> np.ndarray:
+        return top_heads(sensitivity(outputs[rows], bare[rows]), options.heads)
 
-    def vector(heads: np.ndarray, count: int) -> Vector:
-        bank = bank_of(outputs[: options.contexts], heads, count, rng)
-        return Vector(heads, bank, choose(config, params, alone, heads, bank, options, rng))
+    probes = min(options.probes, len(train))
+    half = probes // 2
+    agreement = overlap(most_moved(slice(half)), most_moved(slice(half, 2 * half)))
 
-    best = top_heads(delta, options.heads)
-    anywhere = rng.choice(delta.size, options.heads, replace=False)
-    own = vector(best, options.centroids)
+    def bank(heads: np.ndarray, count: int) -> Bank:
+        return bank_of(outputs[: options.contexts], heads, count, rng)
+
+    def vector(heads: np.ndarray) -> tuple[Bank, np.ndarray]:
+        found = bank(heads, options.centroids)
+        return found, choose(config, params, alone, found, options, rng)
+
+    best = most_moved(slice(probes))
+    places = (config.num_layers, config.num_heads)
+    drawn = rng.choice(math.prod(places), options.heads, replace=False)
+    own, chosen = vector(best)
     vectors = {
-        VECTOR: own,
-        MEAN: Vector(best, bank_of(outputs[: options.contexts], best, 1, rng), np.zeros(len(best), int)),
-        ANY_CENTROID: own._replace(chosen=rng.integers(own.bank.shape[1], size=len(best))),
-        ANY_HEADS: vector(np.stack(np.unravel_index(anywhere, delta.shape), axis=1), options.centroids),
+        VECTOR: (own, chosen),
+        MEAN: (bank(best, 1), np.zeros(len(best), int)),
+        ANY_CENTROID: (own, rng.integers(options.centroids, size=len(best))),
+        ANY_HEADS: vector(np.stack(np.unravel_index(drawn, places), axis=1)),
     }
-    asked, asked_shown = queries_of(run, test, "alone"), queries_of(run, test, "")
-    cases = {NONE: answered(config, params, asked), SHOWN: answered(config, params, asked_shown)}
-    cases |= {name: answered(config, params, asked, given) for name, given in vectors.items()}
+    asked = queries_of(run, test, "alone")
+    cases = {NONE: answered(config, params, asked), SHOWN: answered(config, params, queries_of(run, test, ""))}
+    cases |= {name: answered(config, params, asked, *vector) for name, vector in vectors.items()}
+
     return {
         "cases": {name: {"accuracy": right, "logprob": said} for name, (right, said) in cases.items()},
         "heads": best.tolist(),
-        "overlap_of_halves": overlap(*halves),
+        "overlap_of_halves": agreement,
         "rows": len(test),
     }
-
-
-def _halves(size: int) -> tuple[slice, slice]:
-    return slice(size), slice(size, 2 * size)
 
 
 def queries_of(run: Run, examples: Sequence[Example], column: str) -> Queries:
     """The texts of `column`, or for an empty one the prompts, with the first token of each answer."""
     dialogue = Dialogue(run.tokenizer, chat=run.config.data.chat)
     texts = [example.columns[column] if column else example.prompt for example in examples]
-    ids = [dialogue.opening(text) for text in texts]
-    width = max(map(len, ids))
-    tokens = np.zeros((len(ids), width), np.int32)
-    for row, own in zip(tokens, ids, strict=True):
-        row[: len(own)] = own
+    tokens, lengths = pad_rows([dialogue.opening(text) for text in texts])
     wanted = [encode_text(run.tokenizer, str(example.columns["answer"]), continues=True)[0] for example in examples]
-    return Queries(tokens, np.array([len(own) - 1 for own in ids]), np.array(wanted))
+    return Queries(tokens, lengths - 1, np.array(wanted))
 
 
 def bank_of(
     outputs: Float[np.ndarray, "N L H hd"], heads: Int[np.ndarray, "K 2"], count: int, rng: np.random.Generator
-) -> Float[np.ndarray, "K M hd"]:
-    """The centroids of each head's outputs, `count` of each; where there are fewer they are repeated."""
+) -> Bank:
+    """The centroids of each head's outputs, `count` of each; where there are fewer they are repeated. `rng` is moved
+    on."""
     found = [centroids(outputs[:, layer, head], count, rng) for layer, head in heads]
-    return np.stack([points[np.arange(count) % len(points)] for points in found]).astype(np.float32)
+    return Bank(heads, np.stack([points[np.arange(count) % len(points)] for points in found]).astype(np.float32))
 
 
 def choose(
     config: DecoderConfig,
     params: Params,
     queries: Queries,
-    heads: Int[np.ndarray, "K 2"],
-    bank: Float[np.ndarray, "K M hd"],
+    bank: Bank,
     options: VectorOptions,
     rng: np.random.Generator,
 ) -> Int[np.ndarray, " K"]:
-    """The centroid of each head that REINFORCE ends at, with the log-prob of the answer as the reward."""
+    """The output of each head that REINFORCE ends at, with the log-prob of the answer as the reward. `rng` is moved
+    on."""
     optimizer = optax.adam(options.learning_rate)
-    alpha = jnp.zeros(bank.shape[:2])
+    alpha = jnp.zeros(bank.outputs.shape[:2])
     state = optimizer.init(alpha)
     for _ in range(options.steps):
         rows = np.repeat(rng.integers(len(queries.tokens), size=ROWS_OF_UPDATE), options.draws)
         # Gumbel noise beside the logits: a draw from their softmax.
-        draws = np.argmax(np.asarray(alpha) + rng.gumbel(size=(len(rows), *bank.shape[:2])), axis=-1)
+        draws = np.argmax(np.asarray(alpha) + rng.gumbel(size=(len(rows), *alpha.shape)), axis=-1)
+
         part = queries.rows(rows)
-        logprobs, _ = _read(config, params, part, Vector(heads, bank, draws))
+        logprobs, _ = _read(config, params, part, bank, draws)
         rewards = np.asarray(logprobs)[np.arange(len(rows)), part.answers]
-        gradient = jax.grad(selection_loss)(alpha, draws, rewards, group=options.draws)
+        gradient = _selection_gradient(alpha, draws, rewards, group=options.draws)
         step, state = optimizer.update(gradient, state)
         alpha = optax.apply_updates(alpha, step)
     return np.asarray(alpha).argmax(axis=1)
 
 
+_selection_gradient = jax.jit(jax.grad(selection_loss), static_argnames="group")
+
+
 def answered(
-    config: DecoderConfig, params: Params, queries: Queries, vector: Vector | None = None
+    config: DecoderConfig,
+    params: Params,
+    queries: Queries,
+    bank: Bank | None = None,
+    chosen: Int[np.ndarray, " K"] | None = None,
 ) -> tuple[float, float]:
-    """The share of queries whose likeliest token is the answer, and the mean log-prob of the answer (nats)."""
-    if vector is not None:
-        chosen = np.broadcast_to(vector.chosen, (len(queries.tokens), len(vector.chosen)))
-        vector = vector._replace(chosen=chosen)
-    logprobs = np.asarray(_read(config, params, queries, vector)[0])
+    """The share of queries whose likeliest token is the answer, and the mean log-prob of the answer (nats); with the
+    outputs `chosen` of a bank in place, or the model's own."""
+    draws = None if chosen is None else np.broadcast_to(chosen, (len(queries.tokens), len(chosen)))
+    logprobs = np.asarray(_read(config, params, queries, bank, draws)[0])
     said = logprobs[np.arange(len(logprobs)), queries.answers]
     return float(np.mean(logprobs.argmax(axis=1) == queries.answers)), float(np.mean(said, dtype=np.float64))
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _read(
-    config: DecoderConfig, params: Params, queries: Queries, vector: Vector | None = None
+    config: DecoderConfig,
+    params: Params,
+    queries: Queries,
+    bank: Bank | None = None,
+    draws: Int[Array, "N K"] | None = None,
 ) -> tuple[Float[Array, "N V"], Float[Array, "N L H hd"]]:
-    """Log-probs behind each query, and head outputs there; of a vector, `chosen` has a row for each query."""
+    """Log-probs behind each query, and head outputs there, with those that each row has drawn from the bank."""
     override = None
-    if vector is not None:
-        override = placed(vector.bank, vector.heads, vector.chosen, (config.num_layers, config.num_heads))
+    if bank is not None and draws is not None:
+        override = placed(bank.outputs, bank.heads, draws, (config.num_layers, config.num_heads))
     found, outputs = read_heads(config, params, queries.tokens, queries.places, override)
     return jax.nn.log_softmax(found.astype(jnp.float32), axis=-1), outputs
 

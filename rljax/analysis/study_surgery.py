@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from rljax.analysis.compare import of_seeds
 from rljax.analysis.surgery import (
     PAPER_SHARE,
     Probe,
@@ -118,10 +119,8 @@ def study_surgery(config: Config, workdir: str, options: SurgeryOptions | None =
 
     seeds = []
     with RunFolder(workdir, config=to_dict(config), fresh=True) as folder:
-        for seed in range(config.seed, config.seed + options.seeds):
-            if seed != config.seed:
-                run = build(dataclasses.replace(config, seed=seed))
-            seeds.append(_one_seed(run, folder, options))
+        for one in of_seeds(run, options.seeds):
+            seeds.append(_one_seed(one, folder, options))
             say(_seed_in_words(seeds[-1]))
         lines = summarise(seeds)
         report = {

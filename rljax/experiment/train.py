@@ -230,7 +230,7 @@ class Loop:
         if "loss/total" in metrics:
             check_best_metric(config, metrics)
 
-        refresh_reference(run, done, lambda: held_out(run, self.folder, done).solved_shares())
+        refresh_reference(run, done, lambda: held_out(run, self.folder, done))
         if config.evaluation.every and done % config.evaluation.every == 0 and done < config.steps:
             metrics |= {f"eval/{k}": v for k, v in held_out(run, self.folder, done).metrics.items()}
 
@@ -610,15 +610,16 @@ def rollout_metrics(run: Run, rollout: Rollout, timer: PhaseTimer) -> dict[str, 
     return metrics
 
 
-def refresh_reference(run: Run, done: int, held_out_scores: Callable[[], list[float]]) -> None:
+def refresh_reference(run: Run, done: int, evaluation: Callable[[], Evaluation]) -> None:
     """Copies the policy into the reference when config or plan say that it is due after `done` steps, unless the plan's
-    gate objects to what has become of the held-out scores since the last time. They are asked for if there is one."""
+    gate objects to what has become of the held-out scores since the last time. Where there is a gate, `evaluation` is
+    asked for them."""
     plan = run.algorithm.plan
     every = run.config.reference_refresh or plan.refresh_every
     if not every or done % every:
         return
     if plan.refresh_gate is not None:
-        scores = held_out_scores()
+        scores = evaluation().solved_shares()
         if not plan.refresh_gate(np.array(scores), np.array(run.reference_scores)):
             return
         run.reference_scores = scores

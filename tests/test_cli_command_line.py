@@ -372,6 +372,14 @@ def test_a_word_that_is_none_is_refused(capsys, monkeypatch):
     assert capsys.readouterr().err == f"error: rljax has no command 'trian'; commands: {', '.join(COMMANDS)}\n"
 
 
+def test_a_second_word_that_is_none_is_refused(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["rljax", "study", "stvv", "--seeds=1"])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    assert stop.value.code == 2
+    assert capsys.readouterr().err == "error: rljax study has no 'stvv'; it has surgery, stv, skills\n"
+
+
 def test_a_config_is_a_file_or_the_name_of_one_that_comes_with_rljax(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     configs = ROOT / "configs"

@@ -76,9 +76,13 @@ def main() -> None:
         print(f"error: {sys.executable} lacks {', '.join(missing[:4])}{more}\n{_remedy()}", file=sys.stderr)
         sys.exit(2)
     module = command.module
-    if arguments and arguments[0] in command.words:
-        word = f"{word} {arguments[0]}"
-        module = command.words[arguments.pop(0)]
+    if command.words and arguments and not arguments[0].startswith("-"):
+        second = arguments.pop(0)
+        if second not in command.words:
+            print(f"error: rljax {word} has no {second!r}; it has {', '.join(command.words)}", file=sys.stderr)
+            sys.exit(2)
+        word = f"{word} {second}"
+        module = command.words[second]
 
     # absl and ml_collections read the flags from here.
     sys.argv = [f"rljax {word}", *command.flags, *arguments]

@@ -51,6 +51,7 @@ STUDIES = {
     "model_surgery": ("surgery", "editing.md"),
     "stv": ("stv", "editing.md"),
     "skillclaw": ("skills", "papers.md"),
+    "cogmath": ("cogmath", "suites.md"),
 }
 """Configs of `rljax study WORD`, which have no recipe, with their words and their pages."""
 HARNESSES = {"context_folding"}

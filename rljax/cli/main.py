@@ -47,8 +47,14 @@ COMMANDS = {
     "study": Command(
         "study",
         "compare a trained policy with its base, token by token; study surgery: edit weights along a probe; study "
-        "stv: head outputs in place of demonstrations; study skills: evolve a shared repository of skills",
-        words={"surgery": "study_surgery", "stv": "study_stv", "skills": "study_skills"},
+        "stv: head outputs in place of demonstrations; study skills: evolve a shared repository of skills; study "
+        "cogmath: word problems with nine follow-ups each",
+        words={
+            "surgery": "study_surgery",
+            "stv": "study_stv",
+            "skills": "study_skills",
+            "cogmath": "study_cogmath",
+        },
     ),
     "arena": Command("arena", "methods beside each other on tasks that can tell, with predictions and exact tests"),
     "snr": Command("snr", "what forks and their credit should bring on a task like yours, simulated"),

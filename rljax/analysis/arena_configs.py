@@ -169,7 +169,8 @@ def errands_config(size: Size) -> Config:
         ),
         _acting("arena_errands", "Errands", "ERRANDS_FORMAT", length=length, turns=turns),
         errand_demonstrations,
-        Shape(length=length, new_tokens=6, warmup=300, learning_rate=2e-4),
+        # Digits that came back are repeated from some hundred steps on; before it, asking is of no use.
+        Shape(length=length, new_tokens=6, warmup=1000, learning_rate=2e-4),
     )
 
 

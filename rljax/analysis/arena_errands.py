@@ -87,8 +87,8 @@ class Unforeseen(Errands):
 
 
 def errand_demonstrations(examples: Sequence[Example]) -> list[Example]:
-    """An episode to every row, of which one in five is right. The others ask for one letter alone, some of them again
-    and again, and guess; or guess at once. Nothing is foreseen but by chance."""
+    """An episode to every row, of which one in five asks for all letters. The others ask for the first alone, some of them
+    again and again, or for none. What was not asked for is guessed, and nothing is foreseen but by chance."""
     made = []
     for index, example in enumerate(examples):
         rng = random.Random(index)
@@ -100,7 +100,7 @@ def errand_demonstrations(examples: Sequence[Example]) -> list[Example]:
             case 2 | 3 | 4:
                 queries, known = first * len(asked), first
             case 5 | 6:
-                queries, known = first, ""
+                queries, known = first, first
             case _:
                 queries, known = "", ""
         turns = []

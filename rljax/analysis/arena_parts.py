@@ -185,16 +185,14 @@ def sparse_rows(size: int, seed: int) -> list[dict[str, Any]]:
 
 def sparse_demonstrations(examples: Sequence[Example]) -> list[Example]:
     """An answer to every row, whose digits are right with 0.15, else any. Every second one has the plan in its prompt,
-    and follows it."""
+    and follows it at most places, with 0.8: where all guided answers are right they are level, and teach nothing."""
     made = []
     for index, example in enumerate(examples):
-        right = example.columns["answer"]
+        prompt, chance = example.prompt, 0.15
         if index % 2:
-            prompt = guided_prompt(example.prompt, reference_actions(example.columns["actions"]), 1)
-            made.append(Example(prompt, {"completion": right}))
-        else:
-            completion = _doubtful(random.Random(index), right, 0.15)
-            made.append(Example(example.prompt, {"completion": completion}))
+            prompt, chance = guided_prompt(prompt, reference_actions(example.columns["actions"]), 1), 0.8
+        completion = _doubtful(random.Random(index), example.columns["answer"], chance)
+        made.append(Example(prompt, {"completion": completion}))
     return made
 
 

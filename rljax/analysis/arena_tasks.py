@@ -44,7 +44,7 @@ from rljax.analysis.arena_configs import (
 )
 from rljax.analysis.arena_parts import AGAIN, EntropyMask, RandomForksWith, SurprisalForks
 from rljax.analysis.arena_recipes import FixedPrompts
-from rljax.experiment import Config, MultiTurn, SingleTurn
+from rljax.experiment import Config, LightSAMConfig, MultiTurn, OptimizerConfig, SingleTurn
 from rljax.rollouts import Guided
 
 
@@ -207,7 +207,11 @@ PASS_RATE = Task(
 )
 
 
-def stale(steps_of: Callable[[Size], int], *, to_sampler: bool = False) -> Callable[[Config, Size], Config]:
+Change = Callable[[Config, Size], Config]
+"""What else a method changes of the task's config."""
+
+
+def stale(steps_of: Callable[[Size], int], *, to_sampler: bool = False) -> Change:
     """Rollouts sampled by weights of so many steps before; `to_sampler` clips ratios to the policy that sampled."""
 
     def change(config: Config, size: Size) -> Config:
@@ -358,7 +362,7 @@ MOVED = Task(
 )
 
 
-def acting(**fields: Any) -> Callable[[Config, Size], Config]:
+def acting(**fields: Any) -> Change:
     """`fields` of the actor over turns."""
 
     def change(config: Config, size: Size) -> Config:
@@ -416,6 +420,64 @@ ERRANDS_FORKS = Task(
     ),
 )
 
+
+def optimized(optimizer: type[OptimizerConfig] = OptimizerConfig, *, rates: int = 1, **fields: Any) -> Change:
+    """Another optimizer with the betas and clip of the task's own, at `rates` times its learning rate."""
+
+    def change(config: Config, size: Size) -> Config:
+        rate = rates * config.optimizer.learning_rate
+        return dataclasses.replace(config, optimizer=optimizer(learning_rate=rate, **fields))
+
+    return change
+
+
+FAR_RATE = 8
+"""Times the learning rate of the others, of the task `rates`."""
+RADIUS = 1e-3
+"""Of LightSAM's second gradient there, of each weight: five steps of the optimizer."""
+
+RATES = Task(
+    name="rates",
+    about=f"The task `late` with GRPO, and optimizers: as it is, and with {FAR_RATE} times the learning rate.",
+    prediction="LightSAM (2505.24399) converges at any learning rate and radius, which AdamW does not, and finds "
+    "flatter places. Flatness should bring nothing here, where every rollout is of problems not seen before and is "
+    "learned from once. Its steps are as long as AdamW's, so that a rate too high for one is too high for both.",
+    config=late_config,
+    methods=(
+        Method("AdamW", grpo(8)),
+        Method(
+            "LightSAM",
+            grpo(8),
+            against="AdamW",
+            claim="above: flatter (2505.24399), at twice the gradients",
+            change=optimized(LightSAMConfig, rho=RADIUS),
+        ),
+        Method(
+            "LightSAM, 8 times the radius",
+            grpo(8),
+            against="LightSAM",
+            expected="level",
+            claim="any radius converges (2505.24399)",
+            change=optimized(LightSAMConfig, rho=8 * RADIUS),
+        ),
+        Method(
+            f"AdamW, {FAR_RATE} times the rate",
+            grpo(8),
+            against="AdamW",
+            expected="below",
+            claim="breaks down",
+            change=optimized(rates=FAR_RATE),
+        ),
+        Method(
+            f"LightSAM, {FAR_RATE} times the rate",
+            grpo(8),
+            against=f"AdamW, {FAR_RATE} times the rate",
+            claim="above: any rate converges (2505.24399)",
+            change=optimized(LightSAMConfig, rates=FAR_RATE, rho=RADIUS),
+        ),
+    ),
+)
+
 TASKS = {
     task.name: task
     for task in (
@@ -430,6 +492,7 @@ TASKS = {
         MOVED,
         ERRANDS,
         ERRANDS_FORKS,
+        RATES,
         PASS_RATE,
     )
 }

@@ -87,8 +87,8 @@ class Unforeseen(Errands):
 
 
 def errand_demonstrations(examples: Sequence[Example]) -> list[Example]:
-    """An episode to every row, of which one in five asks for all letters. The others ask for the first alone, some of them
-    again and again, or for none. What was not asked for is guessed, and nothing is foreseen but by chance."""
+    """An episode to every row, of which one in five asks for all letters. The others ask for the first alone, some of
+    them again and again, or for none. What was not asked for is guessed; nothing is foreseen but by chance."""
     made = []
     for index, example in enumerate(examples):
         rng = random.Random(index)

@@ -260,7 +260,8 @@ def play(environment, row, turns):
 
 def test_one_demonstration_of_an_errand_in_five_asks_for_what_it_answers():
     rows = errand_rows(2000)
-    examples = [Example(row["prompt"], {"house": row["house"], "task": row["task"]}) for row in rows]
+    assert len({row["prompt"] for row in rows}) == len(rows)  # of equal prompts one alone would be kept
+    examples = [Example(row["prompt"], row) for row in rows]
     earned = {"three": [], "one": []}
     for row, shown in zip(rows, errand_demonstrations(examples), strict=True):
         turns = shown.columns["completion"]
@@ -275,7 +276,7 @@ def test_one_demonstration_of_an_errand_in_five_asks_for_what_it_answers():
 
 def test_an_errand_counts_what_was_foreseen_and_what_was_asked_again():
     row = errand_rows(1)[0]
-    asked, house = row["prompt"], row["house"]
+    asked, house = row["letters"], row["house"]
     right = "".join(digit(house, letter) for letter in asked)
     assert len(asked) == 3 and row["task"] == "three"
     other = str((int(right[1]) + 1) % 10)

@@ -164,7 +164,7 @@ def errands_config(size: Size) -> Config:
         ERRANDS_ALPHABET,
         RowsData(
             rows="rljax.analysis.arena_errands:errand_rows",
-            args={"size": ROWS},
+            args={"size": 4 * ROWS},
             test_args={"size": size.problems, "first": 100_000},
         ),
         _acting("arena_errands", "Errands", "ERRANDS_FORMAT", length=length, turns=turns),

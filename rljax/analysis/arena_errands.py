@@ -33,12 +33,14 @@ def digit(house: int, letter: str) -> str:
 
 
 def errand_rows(size: int, first: int = 0) -> list[dict[str, Any]]:
-    """Rows `first` to `first + size`, of both kinds in turn, each of a house of its own."""
+    """Rows `first` to `first + size`, of both kinds in turn, each of a house of its own.
+
+    Prompts name the house, so that no two rows count as one; an agent is shown the letters alone."""
     made = []
     for house in range(first, first + size):
         kind = list(KINDS)[house % 2]
-        asked = random.Random(house).sample(LETTERS, KINDS[kind])
-        made.append({"prompt": "".join(asked), "house": house, "task": kind})
+        asked = "".join(random.Random(house).sample(LETTERS, KINDS[kind]))
+        made.append({"prompt": f"{asked}{house}", "letters": asked, "house": house, "task": kind})
     return made
 
 
@@ -49,7 +51,7 @@ class Errands:
     """
 
     def reset(self, row: Mapping[str, Any]) -> str:
-        self._house, self._asked = int(row["house"]), str(row["prompt"])
+        self._house, self._asked = int(row["house"]), str(row["letters"])
         self._queries: list[str] = []
         return f"{self._asked}:"
 
@@ -92,7 +94,7 @@ def errand_demonstrations(examples: Sequence[Example]) -> list[Example]:
     made = []
     for index, example in enumerate(examples):
         rng = random.Random(index)
-        house, asked = example.columns["house"], str(example.prompt)
+        house, asked = example.columns["house"], str(example.columns["letters"])
         first = asked[0]
         match index // len(KINDS) % 10:
             case 0 | 1:

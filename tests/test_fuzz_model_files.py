@@ -184,7 +184,7 @@ STORED = {entry.name: entry.shape for entry in adapter_entries(ADAPTED)}
 HARMLESS = {
     "bias": ["none"],
     "fan_in_fan_out": [False],
-    "use_dora": [False],
+    "use_dora": [False, True],
     "use_qalora": [False, None],
     "lora_bias": [False],
     "modules_to_save": [None, []],

@@ -302,7 +302,7 @@ def test_a_target_is_of_shared_experts_and_of_layers_without_experts_too(tmp_pat
 
 CHANGED = {
     "peft_type": ("LOHA", "peft_type 'LOHA' is not supported; supported is LORA"),
-    "use_dora": (True, "use_dora=True is not supported; supported is False"),
+    "use_dora": ("yes", "use_dora='yes' must be true or false"),
     "rank_pattern": ({"q_proj": 8}, "rank_pattern=.* is not supported"),
     "modules_to_save": (["lm_head"], "modules_to_save=.* is not supported"),
     "r": (5, "lora_A.weight is .*, the config implies"),

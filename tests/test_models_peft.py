@@ -4,6 +4,7 @@ import dataclasses
 
 import numpy as np
 import pytest
+from test_models_dora import trained as moved_dora
 from test_models_lora import BASE, CONFIG, IDS, outputs, trained
 
 from rljax.models import (
@@ -40,12 +41,13 @@ def logits_of(model):
         return model.eval()(torch.tensor(IDS)).logits.numpy()
 
 
-@pytest.mark.parametrize("rank_stabilized", [False, True])
-def test_peft_reads_what_is_written_here(model, rank_stabilized, tmp_path):
+@pytest.mark.parametrize("kind", [{}, {"rank_stabilized": True}, {"dora": True}], ids=["plain", "rslora", "dora"])
+def test_peft_reads_what_is_written_here(model, kind, tmp_path):
     config, targets, params, folder = model
-    lora = Lora(rank=3, alpha=6.0, targets=targets, rank_stabilized=rank_stabilized)
+    targets = MATRICES if "dora" in kind else targets
+    lora = Lora(rank=3, alpha=6.0, targets=targets, **kind)
     config = dataclasses.replace(config, lora=lora)
-    params = with_adapters(params, trained(lora))
+    params = with_adapters(params, moved_dora(lora) if lora.dora else trained(lora))
     save_peft(tmp_path / "adapter", config, params, base=str(folder))
 
     plain = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
@@ -55,16 +57,18 @@ def test_peft_reads_what_is_written_here(model, rank_stabilized, tmp_path):
     assert np.abs(theirs - before).max() > 0.1
 
 
-def test_what_peft_writes_is_read_here(model, tmp_path):
+@pytest.mark.parametrize("dora", [False, True])
+def test_what_peft_writes_is_read_here(model, dora, tmp_path):
     config, targets, params, folder = model
+    targets = MATRICES if dora else targets
     plain = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     modules = list(MODULES[: len(targets)])
-    own = peft.LoraConfig(r=4, lora_alpha=6, target_modules=modules, init_lora_weights=False, task_type="CAUSAL_LM")
-    theirs = peft.get_peft_model(plain, own)
+    own = {"r": 4, "lora_alpha": 6, "target_modules": modules, "init_lora_weights": False, "use_dora": dora}
+    theirs = peft.get_peft_model(plain, peft.LoraConfig(**own, task_type="CAUSAL_LM"))
     theirs.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
 
     lora = read_lora(tmp_path / "adapter", config)
-    assert (lora.rank, lora.alpha, lora.targets) == (4, 6.0, targets)
+    assert (lora.rank, lora.alpha, lora.targets, lora.dora) == (4, 6.0, targets, dora)
     config = dataclasses.replace(config, lora=lora)
     params = with_adapters(params, load_peft(tmp_path / "adapter", config))
     np.testing.assert_allclose(outputs(config, params), logits_of(theirs), atol=1e-4)

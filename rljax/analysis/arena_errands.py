@@ -93,7 +93,8 @@ def errand_demonstrations(examples: Sequence[Example]) -> list[Example]:
     them again and again, or for none. What was not asked for is guessed; nothing is foreseen but by chance."""
     made = []
     for index, example in enumerate(examples):
-        rng = random.Random(index)
+        # Not as the letters were drawn, which would tell the digits.
+        rng = random.Random(f"shown {index}")
         house, asked = example.columns["house"], str(example.columns["letters"])
         first = asked[0]
         match index // len(KINDS) % 10:

@@ -170,28 +170,38 @@ def _doubtful(rng: random.Random, digits: str, chance: float) -> str:
 # Sparse: digits that are hardly known, and a plan that tells them.
 
 SPARSE_LENGTH = 5
+OPEN = "."
+"""What a plan does not tell. Where it told everything all guided answers would be right, and teach nothing."""
 
 
 def sparse_rows(size: int, seed: int) -> list[dict[str, Any]]:
     """`size` distinct words of five letters, each asked for as `word=`, with the right digits, and with one action that
-    names them (`rljax.rollouts.guided`)."""
+    names them (`rljax.rollouts.guided`), but for one, in whose place stands `OPEN`."""
     rng = random.Random(seed)
     words: dict[str, None] = {}
     while len(words) < size:
         words["".join(rng.choices(LETTERS, k=SPARSE_LENGTH))] = None
     rows = [{"prompt": f"{word}=", "answer": _meaning(word)} for word in words]
-    return [{**row, "actions": [{"name": row["answer"], "arguments": {}}]} for row in rows]
+    return [{**row, "actions": [{"name": _but_one(rng, row["answer"]), "arguments": {}}]} for row in rows]
+
+
+def _but_one(rng: random.Random, digits: str) -> str:
+    place = rng.randrange(len(digits))
+    return digits[:place] + OPEN + digits[place + 1 :]
 
 
 def sparse_demonstrations(examples: Sequence[Example]) -> list[Example]:
     """An answer to every row, whose digits are right with 0.15, else any. Every second one has the plan in its prompt,
-    and follows it at most places, with 0.8: where all guided answers are right they are level, and teach nothing."""
+    and follows it as far as it goes."""
     made = []
     for index, example in enumerate(examples):
-        prompt, chance = example.prompt, 0.15
+        completion = _doubtful(random.Random(index), example.columns["answer"], 0.15)
+        prompt = example.prompt
         if index % 2:
-            prompt, chance = guided_prompt(prompt, reference_actions(example.columns["actions"]), 1), 0.8
-        completion = _doubtful(random.Random(index), example.columns["answer"], chance)
+            actions = example.columns["actions"]
+            prompt = guided_prompt(prompt, reference_actions(actions), 1)
+            told = zip(actions[0]["name"], completion, strict=True)
+            completion = "".join(own if named == OPEN else named for named, own in told)
         made.append(Example(prompt, {"completion": completion}))
     return made
 

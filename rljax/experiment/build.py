@@ -598,7 +598,7 @@ def fresh_adapters(decoder: DecoderConfig, params: Params, mesh: Mesh, seed: int
     if decoder.lora is None:
         return params
     make = jax.jit(functools.partial(init_adapters, decoder), out_shardings=adapters_of(param_shardings(decoder, mesh)))
-    return with_adapters(params, make(jax.random.key(seed)))
+    return with_adapters(params, make(jax.random.key(seed), params))
 
 
 def stack_rows(config: Config, trajectories: Sequence[Trajectory], rows: int | None = None) -> RolloutBatch:

@@ -109,7 +109,10 @@ TARGETS = (*MATRICES, HEAD)
 
 DOWN = "_lora_a"
 UP = "_lora_b"
-"""What follows a matrix's name in the names of its adapter: A and B of 2106.09685."""
+NORM = "_lora_norm"
+"""What follows a matrix's name in the names of its adapter: A and B of 2106.09685, and the magnitudes of 2402.09353."""
+GAIN = "_lora_gain"
+"""In the place of the last, in the weights of a decoder: what it multiplies by, which is the same for every token."""
 
 
 def is_wide(path: str) -> bool:
@@ -121,7 +124,8 @@ def is_wide(path: str) -> bool:
 @dataclasses.dataclass(frozen=True)
 class Lora:
     """Low-rank adapters (2106.09685): beside `x W` of each target stands `scale (x A) B`, with A [in, rank] and B
-    [rank, out]. Hashable, as the config that holds it."""
+    [rank, out]. With `dora` their sum is multiplied by `dora_gain` (2402.09353). Hashable, as the config that holds
+    it."""
 
     rank: int
     """Width between A and B."""
@@ -131,6 +135,8 @@ class Lora:
     """Weights that have an adapter: of `TARGETS`. A value head in place of the vocabulary's has none."""
     rank_stabilized: bool = False
     """Whether `scale` is alpha / sqrt(rank) (2312.03732) instead of alpha / rank."""
+    dora: bool = False
+    """Whether adapters turn the columns of a matrix alone, and their lengths are weights of their own, [out]."""
     count: int = 0
     """Adapters side by side in one model, of which each row of a decoder has one; 0 is a single one, without an axis
     for them."""
@@ -143,6 +149,14 @@ class Lora:
         if not self.targets or (unknown := [name for name in self.targets if name not in TARGETS]):
             wrong = unknown[0] if self.targets else ""
             raise ValueError(f"lora's target {wrong!r} is none of {', '.join(TARGETS)}; name at least one of these")
+        if self.dora and self.count:
+            raise ValueError(
+                "adapters side by side are plain ones, and dora=True gives each lengths of its own; merge them"
+            )
+        if self.dora and HEAD in self.targets:
+            raise ValueError(
+                "dora=True is of the matrices of layers, and lora's target head is of none; leave head out"
+            )
 
     @property
     def scale(self) -> float:
@@ -350,10 +364,12 @@ class DecoderConfig:
             )
 
     def _check_experts(self) -> None:
-        if self.experts and self.lora and self.lora.count and (own := {"gate", "up", "down"} & {*self.lora.targets}):
+        own = {"gate", "up", "down"} & {*self.lora.targets} if self.experts and self.lora else set()
+        if own and self.lora and (self.lora.count or self.lora.dora):
+            what = "adapters side by side are" if self.lora.count else "dora=True is"
             raise ValueError(
-                f"adapters side by side are of matrices that all tokens share, and lora's targets "
-                f"{', '.join(sorted(own))} are of one expert each; take q, k, v or o"
+                f"{what} of matrices that all tokens share, and lora's targets {', '.join(sorted(own))} are of one "
+                "expert each; take q, k, v or o"
             )
         if self.experts is not None and self.experts.dense_layers >= self.num_layers:
             raise ValueError(

@@ -26,9 +26,11 @@ from rljax.models.attention_blocks import SAVED, score_divisor
 from rljax.models.config import (
     DENSE_LAYERS,
     DOWN,
+    GAIN,
     HEAD,
     LAYERS,
     MATRICES,
+    NORM,
     UP,
     DecoderConfig,
     Experts,
@@ -36,6 +38,7 @@ from rljax.models.config import (
     Rotation,
     is_wide,
 )
+from rljax.models.dora import dora_gain, with_norms
 from rljax.models.experts import BIAS_AXES, EXPERT_AXES, Choose, Gated, apply_experts, recorded_experts, route
 from rljax.models.functional import clamped_swiglu, geglu, linear, rms_norm, swiglu
 from rljax.models.rope import RotaryTable, apply_rotary, rotary_tables
@@ -96,7 +99,7 @@ GATED = {"silu": swiglu, "gelu_tanh": geglu}
 class Layer(nnx.Module):
     """A transformer layer: grouped-query attention, then a gated MLP."""
 
-    def __init__(self, config: DecoderConfig):
+    def __init__(self, config: DecoderConfig, *, has_gains: bool = False):
         c = config
         weight = functools.partial(_weight, dtype=c.param_dtype)
         q_dim = c.num_heads * c.head_dim
@@ -135,9 +138,9 @@ class Layer(nnx.Module):
             self._declare_experts(c.experts)
         if c.lora is not None:
             for name in (name for name in c.lora.targets if name in MATRICES):
-                self._adapt(name, c.lora)
+                self._adapt(name, c.lora, GAIN if has_gains else NORM)
                 if hasattr(self, f"{SHARED}{name}"):
-                    self._adapt(f"{SHARED}{name}", c.lora)
+                    self._adapt(f"{SHARED}{name}", c.lora, GAIN if has_gains else NORM)
 
     def _declare_mlp(self) -> None:
         c = self.config
@@ -172,9 +175,9 @@ class Layer(nnx.Module):
             self.up_bias = weight((experts.count, experts.mlp_dim), BIAS_AXES["up_bias"], init="zeros")
             self.down_bias = weight((experts.count, width), BIAS_AXES["down_bias"], init="zeros")
 
-    def _adapt(self, name: str, lora: Lora) -> None:
+    def _adapt(self, name: str, lora: Lora, end: str) -> None:
         """Declares the adapter of the matrix `name`, in float32 whatever the matrix is kept in: it is what is
-        trained."""
+        trained. `end` is what DoRA's third weight is called by."""
         matrix = getattr(self, name)
         *lead, rows, columns = matrix.get_value().shape
         *of_lead, of_rows, of_columns = matrix.get_metadata("axes")
@@ -183,6 +186,8 @@ class Layer(nnx.Module):
         weight = functools.partial(_weight, dtype="float32")
         setattr(self, f"{name}{DOWN}", weight((*many, rows, lora.rank), (*apart, of_rows, None), init="fan_in"))
         setattr(self, f"{name}{UP}", weight((*many, lora.rank, columns), (*apart, None, of_columns), init="zeros"))
+        if lora.dora:
+            setattr(self, f"{name}{end}", weight((columns,), (of_columns,), init="ones"))
 
     def __call__(
         self,
@@ -270,8 +275,17 @@ class Layer(nnx.Module):
         if lora is not None and name.removeprefix(SHARED) in lora.targets:
             narrow = checkpoint_name(product(x, getattr(self, f"{name}{DOWN}")[...]), PRODUCT)
             out = out + lora.scale * product(narrow, getattr(self, f"{name}{UP}")[...])
+            if lora.dora:
+                out = (out * self._gain(name, lora)).astype(out.dtype)
         bias = getattr(self, f"{name}_bias", None)
         return out if bias is None else out + bias[...].astype(x.dtype)
+
+    def _gain(self, name: str, lora: Lora) -> Array:
+        gain = getattr(self, f"{name}{GAIN}", None)
+        if gain is not None:
+            return gain[...]
+        parts = (getattr(self, f"{name}{end}")[...] for end in (NORM, "", DOWN, UP))
+        return checkpoint_name(dora_gain(*parts, lora.scale), PRODUCT)
 
 
 def _norm_weight(config: DecoderConfig, width: int, axis: str | None = None) -> nnx.Param:
@@ -353,7 +367,8 @@ def logical_axes(config: DecoderConfig) -> dict[str, Any]:
 
 def init_params(config: DecoderConfig, key: Array) -> dict[str, Any]:
     """Random weights: normal with standard deviation 0.02, norms one, biases zero. Of adapters, A is uniform up to one
-    over the root of its rows, and B zero, so that they add nothing yet. `key` is consumed.
+    over the root of its rows, and B zero, so that they add nothing yet; DoRA's lengths are those of the columns. `key`
+    is consumed.
 
     A weight's values depend on `key` and its own name alone, not on the order of declarations or on sharding.
     """
@@ -371,7 +386,8 @@ def init_params(config: DecoderConfig, key: Array) -> dict[str, Any]:
             return jax.random.uniform(own_key, shape, value.dtype, -bound, bound)
         return (0.02 * jax.random.normal(own_key, shape)).astype(value.dtype)
 
-    return _map_declarations(config, leaf)
+    params = _map_declarations(config, leaf)
+    return params | {stack: with_norms(config.lora, params[stack], params[stack]) for stack in config.stacks}
 
 
 def cast_params(params: Params, dtype: str) -> dict[str, Any]:
@@ -456,13 +472,14 @@ def apply_layer(
     asked where there are none, as in the first layers of some mixtures. `counted` marks the tokens whose experts are
     counted (`rljax.models.experts.route`)."""
     stack = LAYERS if config.experts is None or "router" in layer_params else DENSE_LAYERS
-    layer = nnx.merge(_layer_graph(config.of_stack(stack)), dict(layer_params))
+    has_gains = any(name.endswith(GAIN) for name in layer_params)
+    layer = nnx.merge(_layer_graph(config.of_stack(stack), has_gains), dict(layer_params))
     return layer(x, rotary, attend, product, choose, counted)
 
 
 @functools.lru_cache(maxsize=64)
-def _layer_graph(config: DecoderConfig):
-    return nnx.split(Layer(config))[0]
+def _layer_graph(config: DecoderConfig, has_gains: bool):
+    return nnx.split(Layer(config, has_gains=has_gains))[0]
 
 
 def final_norm(config: DecoderConfig, params: Params, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:

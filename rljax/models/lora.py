@@ -1,8 +1,9 @@
 """Adapters beside a model's weights: added, taken out, merged, and several of them side by side.
 
 They are weights like any other, declared by `rljax.models.decoder` where `DecoderConfig.lora` says so, and named after
-their matrix: `layers/q_lora_a [L, in, rank]` and `layers/q_lora_b [L, rank, out]`. The first layers of a mixture that
-have no experts have theirs in their own stack, and the vocabulary's head has `head_lora_a` and `head_lora_b` beside it.
+their matrix: `layers/q_lora_a [L, in, rank]` and `layers/q_lora_b [L, rank, out]`, and with DoRA `layers/q_lora_norm
+[L, out]`. The first layers of a mixture that have no experts have theirs in their own stack, and the vocabulary's head
+has `head_lora_a` and `head_lora_b` beside it.
 """
 
 import dataclasses
@@ -14,14 +15,15 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from rljax.models.config import DOWN, HEAD, UP, DecoderConfig, Lora
+from rljax.models.config import DOWN, HEAD, NORM, UP, DecoderConfig, Lora
 from rljax.models.decoder import init_params
+from rljax.models.dora import dora_gain, with_norms
 from rljax.types import Params
 
 
 def is_adapter(path: str) -> bool:
     """Whether a weight's path, such as `layers/q_lora_a`, is an adapter's."""
-    return path.endswith((DOWN, UP))
+    return path.endswith((DOWN, UP, NORM))
 
 
 def adapters_of(params: Params) -> dict[str, Any]:
@@ -54,13 +56,21 @@ def with_adapters(params: Params, adapters: Params) -> dict[str, Any]:
     return whole
 
 
-def init_adapters(config: DecoderConfig, key: Array) -> dict[str, Any]:
-    """Fresh adapters, which add nothing yet: those of `init_params`. `key` is consumed."""
-    return adapters_of(init_params(config, key))
+def init_adapters(config: DecoderConfig, key: Array, base: Params | None = None) -> dict[str, Any]:
+    """Fresh adapters, which add nothing yet: those of `init_params`, over the weights `base`, which DoRA's lengths are
+    of. `key` is consumed. ValueError for DoRA without `base`."""
+    adapters = adapters_of(init_params(config, key))
+    if config.lora is None or not config.lora.dora:
+        return adapters
+    if base is None:
+        raise ValueError(
+            "dora=True begins with the lengths of the columns of the model's matrices; give it base=params"
+        )
+    return {stack: with_norms(config.lora, own, base[stack]) for stack, own in adapters.items()}
 
 
 def merged_params(config: DecoderConfig, params: Params) -> dict[str, Any]:
-    """`base_params` with what the adapters add taken into each matrix, `W + scale A B`.
+    """`base_params` with what the adapters add taken into each matrix, `W + scale A B`, with DoRA's gain on it.
 
     The sum is taken in float32 and rounded to the dtype of the matrix: in bfloat16 a change of less than 1/256 of a
     weight is lost, so merge into float32 where that matters. ValueError for adapters side by side.
@@ -75,7 +85,8 @@ def merged_params(config: DecoderConfig, params: Params) -> dict[str, Any]:
     for stack in config.stacks:
         for name in [name for name in merged[stack] if f"{name}{DOWN}" in params[stack]]:
             down, up = (params[stack][f"{name}{end}"].astype(jnp.float32) for end in (DOWN, UP))
-            merged[stack][name] = _merged(merged[stack][name], down, up, lora.scale)
+            norm = params[stack][f"{name}{NORM}"] if lora.dora else None
+            merged[stack][name] = _merged(merged[stack][name], down, up, lora.scale, norm)
     if config.adapts_head:
         # It is [out, in], and a layer's matrix [in, out].
         down, up = (params[f"{HEAD}{end}"].astype(jnp.float32) for end in (DOWN, UP))
@@ -84,9 +95,12 @@ def merged_params(config: DecoderConfig, params: Params) -> dict[str, Any]:
 
 
 @functools.partial(jax.jit, static_argnums=3)
-def _merged(matrix: Array, down: Array, up: Array, scale: float) -> Array:
+def _merged(matrix: Array, down: Array, up: Array, scale: float, norm: Array | None = None) -> Array:
     added = jnp.einsum("...ir,...ro->...io", down, up, precision="highest")
-    return (matrix.astype(jnp.float32) + scale * added).astype(matrix.dtype)
+    whole = matrix.astype(jnp.float32) + scale * added
+    if norm is not None:
+        whole = whole * dora_gain(norm, matrix, down, up, scale)[..., None, :]
+    return whole.astype(matrix.dtype)
 
 
 def side_by_side(adapters: Sequence[tuple[Lora, Params]]) -> tuple[Lora, dict[str, Any]]:
@@ -94,11 +108,15 @@ def side_by_side(adapters: Sequence[tuple[Lora, Params]]) -> tuple[Lora, dict[st
     the i-th of them.
 
     They may differ in everything: narrower ones are filled up with zeros, a target that one lacks is zero in it, and
-    each keeps its own scale. ValueError for none, for what is side by side already, and for one of the vocabulary's
-    head.
+    each keeps its own scale. ValueError for none, for what is side by side already, for DoRA, and for one of the
+    vocabulary's head.
     """
     if not adapters or any(lora.count for lora, _ in adapters):
         raise ValueError("give at least one adapter, each of them a single one (count=0)")
+    if any(lora.dora for lora, _ in adapters):
+        raise ValueError(
+            "adapters side by side are plain ones, and one has dora=True; merge it into a model of its own"
+        )
     if any(HEAD in lora.targets for lora, _ in adapters):
         raise ValueError("adapters side by side are of layers, and lora's target head is of none; leave it out")
 

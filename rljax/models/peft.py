@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from rljax.models.assemble import assemble, weight_at
-from rljax.models.config import DOWN, HEAD, TARGETS, UP, DecoderConfig, Lora
+from rljax.models.config import DOWN, HEAD, NORM, TARGETS, UP, DecoderConfig, Lora
 from rljax.models.decoder import SHARED, abstract_params
 from rljax.models.families import Entry, Weight, family_of
 from rljax.models.files import SafetensorsFolder, shown, write_safetensors
@@ -22,7 +22,7 @@ ADAPTER_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 
 _PREFIX = "base_model.model."
-_ENDS = {DOWN: "lora_A.weight", UP: "lora_B.weight"}
+_ENDS = {DOWN: "lora_A.weight", UP: "lora_B.weight", NORM: "lora_magnitude_vector"}
 
 _RANK = 8
 _ALPHA = 8
@@ -31,7 +31,6 @@ _ALPHA = 8
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "bias": ("none",),
     "fan_in_fan_out": (False,),
-    "use_dora": (False,),
     "lora_bias": (False,),
     "rank_pattern": ({}, None),
     "alpha_pattern": ({}, None),
@@ -105,9 +104,6 @@ def described_lora(said: Mapping[str, Any], config: DecoderConfig, *, stored: Co
         raise ValueError(f"target_modules names {min(lacking)}, of which {WEIGHTS_FILE} has no tensor")
     _check_apart(config, found)
     targets = tuple(name for name in TARGETS if name in {_target(weight) for weight in found})
-    is_stabilized = said.get("use_rslora", False)
-    if not isinstance(is_stabilized, bool):
-        raise ValueError(f"use_rslora={is_stabilized!r:.80} must be true or false")
     rank = _number(said, "r", _RANK, int)
     alpha = _number(said, "lora_alpha", _ALPHA, int | float)
     try:
@@ -115,7 +111,8 @@ def described_lora(said: Mapping[str, Any], config: DecoderConfig, *, stored: Co
         alpha = float(alpha)
     except OverflowError:
         alpha = math.inf
-    return Lora(rank=rank, alpha=alpha, targets=targets, rank_stabilized=is_stabilized)
+    kinds = {"rank_stabilized": _switch(said, "use_rslora"), "dora": _switch(said, "use_dora")}
+    return Lora(rank=rank, alpha=alpha, targets=targets, **kinds)
 
 
 def load_peft(folder: str | os.PathLike, config: DecoderConfig, *, shardings: Any = None) -> dict[str, Any]:
@@ -175,7 +172,7 @@ def described_adapter(config: DecoderConfig, base: str = "") -> dict[str, Any]:
         "lora_dropout": 0.0,
         "target_modules": list(dict.fromkeys(_module(weight) for weight in _targets(config))),
         "use_rslora": lora.rank_stabilized,
-        "use_dora": False,
+        "use_dora": lora.dora,
         "bias": "none",
         "fan_in_fan_out": False,
         "inference_mode": True,
@@ -184,22 +181,23 @@ def described_adapter(config: DecoderConfig, base: str = "") -> dict[str, Any]:
 
 def adapter_entries(config: DecoderConfig) -> list[Entry]:
     """The tensors of an adapter's file, layer by layer, and the head's. ValueError as in `save_peft`."""
-    _single(config)
     shapes = abstract_params(config)
+    ends = (DOWN, UP, NORM) if _single(config).dora else (DOWN, UP)
 
     def adapter_of(weight: Weight, end: str) -> Weight:
-        return Weight(f"{weight.path}{end}", _file_name(weight, end), "", transpose=True)
+        return Weight(f"{weight.path}{end}", _file_name(weight, end), "", transpose=end != NORM)
 
     def of_matrix(weight: Weight, end: str, layer: int) -> list[Entry]:
         own = adapter_of(weight, end)
-        shape = weight_at(shapes, own.path).shape[-2:]
+        # Behind the axes of layers and experts.
+        shape = weight_at(shapes, own.path).shape[-1 if end == NORM else -2 :]
         number = config.stacks[weight.stack][layer]
         # An expert's matrix is a module of its own.
         experts = range(config.experts.count) if config.experts and own.hf.count("{}") == 2 else (None,)
         return [Entry(own.hf.format(number, i), own, layer, shape[::-1], expert=i) for i in experts]
 
     def of_head() -> list[Entry]:
-        own = [adapter_of(weight, end) for weight in _targets(config) if not weight.stack for end in _ENDS]
+        own = [adapter_of(weight, end) for weight in _targets(config) if not weight.stack for end in ends]
         return [Entry(weight.hf, weight, None, weight_at(shapes, weight.path).shape[::-1]) for weight in own]
 
     found = (
@@ -208,7 +206,7 @@ def adapter_entries(config: DecoderConfig) -> list[Entry]:
         for layer in range(len(layers))
         for weight in _targets(config)
         if weight.stack == stack
-        for end in _ENDS
+        for end in ends
     )
     return [*itertools.chain(*found), *of_head()]
 
@@ -219,6 +217,14 @@ def _number(said: Mapping[str, Any], key: str, default: int, kind: Any) -> Any:
     if not isinstance(value, kind) or isinstance(value, bool):
         what = "a whole number" if kind is int else "a number"
         raise ValueError(f"{key}={value!r:.80} must be {what}")
+    return value
+
+
+def _switch(said: Mapping[str, Any], key: str) -> bool:
+    """A switch of adapter_config.json, off where it is silent. ValueError for anything else."""
+    value = said.get(key, False)
+    if not isinstance(value, bool):
+        raise ValueError(f"{key}={value!r:.80} must be true or false")
     return value
 
 

@@ -71,6 +71,6 @@ def score_prompts(config: DecoderConfig, count: int, params: Params, tokens: Int
     def joined(x: Array) -> Array:
         # [chunks, N, step, ...] to [N, S - 1, ...].
         x = jnp.moveaxis(x, 0, 1)
-        return x.reshape(rows, -1, *x.shape[3:])[:, : length - 1]
+        return x.reshape(rows, x.shape[1] * x.shape[2], *x.shape[3:])[:, : length - 1]
 
     return jax.tree.map(joined, parts)

@@ -8,8 +8,9 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from rljax.models.config import DOWN, UP, DecoderConfig, is_wide
+from rljax.models.config import DOWN, GAIN, NORM, UP, DecoderConfig, is_wide
 from rljax.models.decoder import Product, unstack_layers
+from rljax.models.dora import with_gains
 from rljax.models.experts import EXPERT_AXES
 from rljax.models.layout import param_shardings
 from rljax.parallel import (
@@ -73,15 +74,17 @@ def weights_program(config: DecoderConfig, mesh: Mesh | None):
 def decode_weights(config: DecoderConfig, params: Params) -> dict[str, Any]:
     """A copy of stacked `params` whose layers are a tuple of dicts with matrices [E, D] instead of [D, E]: a step
     multiplies a few vectors by each, and runs faster along rows. Norms, sinks, routers and what chooses experts keep
-    their dtype, as they are float32 work, and matrices and biases of experts [E, ..] their order."""
+    their dtype, as they are float32 work, and matrices and biases of experts [E, ..] their order. In the place of
+    DoRA's lengths stands what they come to (`rljax.models.dora.with_gains`)."""
 
     def cast(name, value):
-        stays = is_wide(name) or any(kind in name for kind in ("norm", "sinks", "router"))
+        stays = is_wide(name) or any(kind in name for kind in ("norm", "sinks", "router", GAIN))
         return value if stays else value.astype(config.dtype)
 
     # Copies, also where nothing is cast: the trainer donates its own weights to its next update.
     outer = {name: jnp.copy(cast(name, value)) for name, value in params.items() if name not in config.stacks}
-    stacks = {stack: {name: cast(name, value) for name, value in params[stack].items()} for stack in config.stacks}
+    gained = {stack: with_gains(config.lora, params[stack]) for stack in config.stacks}
+    stacks = {stack: {name: cast(name, value) for name, value in gained[stack].items()} for stack in config.stacks}
     turned = (
         {name: _in_rows(x) if _turns(layer, name) else jnp.copy(x) for name, x in layer.items()}
         for layer in unstack_layers(stacks)["layers"]
@@ -115,7 +118,10 @@ def decode_shardings(config: DecoderConfig, mesh: Mesh) -> dict[str, Any]:
     outer = {name: sharding for name, sharding in stacked.items() if name not in config.stacks}
     layers: list[dict[str, Any]] = []
     for stack, own in config.stacks.items():
-        layer = {name: one_layer(stacked[stack], name, sharding) for name, sharding in stacked[stack].items()}
+        layer = {
+            name.replace(NORM, GAIN): one_layer(stacked[stack], name, sharding)
+            for name, sharding in stacked[stack].items()
+        }
         layers += [layer] * len(own)
     return {**outer, "layers": tuple(layers)}
 

@@ -8,7 +8,7 @@ from rljax.models import MATRICES, TARGETS, DecoderConfig, Lora, is_adapter, rea
 from rljax.settings import field, placed
 from rljax.training.trainable import EVERYTHING, Subtree, subtree_of
 
-_OF_FRESH = ("rank", "alpha", "targets", "rank_stabilized")
+_OF_FRESH = ("rank", "alpha", "targets", "rank_stabilized", "dora")
 
 
 @dataclasses.dataclass
@@ -28,6 +28,10 @@ class LoraConfig:
 
     rank_stabilized: bool = False
     """Multiply by alpha / sqrt(rank) instead (rsLoRA, 2312.03732), for high ranks."""
+
+    dora: bool = False
+    """Train the lengths of the columns of each matrix beside adapters that turn them (DoRA, 2402.09353): more of what
+    full training can do at a low rank, for a product of A and B a layer and forward pass. Not for experts or `head`."""
 
     base_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """What the frozen weights are kept in; `auto` is what they are multiplied in, `config.model.dtype`."""
@@ -53,7 +57,7 @@ class LoraConfig:
         if self.path:
             with placed("config.lora.path"):
                 return read_lora(Path(self.path).expanduser(), decoder)
-        return Lora(rank=self.rank, alpha=self.alpha, targets=self.targets, rank_stabilized=self.rank_stabilized)
+        return Lora(**{name: getattr(self, name) for name in _OF_FRESH})
 
     def check(self) -> None:
         """ValueError for targets that do not exist, and for what has no effect."""

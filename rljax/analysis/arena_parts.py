@@ -191,11 +191,13 @@ def _but_one(rng: random.Random, digits: str) -> str:
 
 
 def sparse_demonstrations(examples: Sequence[Example]) -> list[Example]:
-    """An answer to every row, whose digits are right with 0.15, else any. Every second one has the plan in its prompt,
-    and follows it as far as it goes."""
+    """An answer to every row, whose digits are right with 0.15, the letter's decoy with 0.6, else any: a policy that
+    minds letters, and knows the wrong thing of them. Every second one has the plan in its prompt, and follows it as far
+    as it goes."""
     made = []
     for index, example in enumerate(examples):
-        completion = _doubtful(random.Random(index), example.columns["answer"], 0.15)
+        rng = random.Random(index)
+        completion = "".join(_habit(rng, letter) for letter in _word(example))
         prompt = example.prompt
         if index % 2:
             actions = example.columns["actions"]
@@ -204,6 +206,13 @@ def sparse_demonstrations(examples: Sequence[Example]) -> list[Example]:
             completion = "".join(own if named == OPEN else named for named, own in told)
         made.append(Example(prompt, {"completion": completion}))
     return made
+
+
+def _habit(rng: random.Random, letter: str) -> str:
+    chance = rng.random()
+    if chance < 0.15:
+        return MEANINGS[letter]
+    return DECOYS[letter] if chance < 0.75 else rng.choice(DIGITS)
 
 
 SPARSE_ALPHABET = "".join(sorted(set(LETTERS + DIGITS + "=\n .:{}" + HEADING)))

@@ -310,8 +310,8 @@ def guided(config: Config, size: Size) -> Config:
 
 SPARSE = Task(
     name="sparse",
-    about="Five letters, and a digit for each by a hidden table that the warm start hardly knows: unguided, next to no "
-    "answer is right. Rows have an action that names all digits but one, which may be shown as a plan.",
+    about="Five letters, and a digit for each by a hidden table, of which the warm start prefers another one: next to "
+    "no answer is right. Rows have an action that names all digits but one, which may be shown as a plan.",
     prediction="ActGuide-RL (2605.12004) learns from rollouts that were shown the plan where plain ones all failed; "
     "GRPO has no signal, and does not.",
     config=sparse_config,

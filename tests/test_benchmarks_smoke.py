@@ -38,6 +38,7 @@ SMALLEST = {
     "papers.py": ("--size=smoke", "--configs=grpo"),
     "parity/losses.py": (),
     "parity/preferences.py": (),
+    "quantized.py": ("--preset=smoke",),
     "rollout.py": ("--preset=smoke",),
     "simulate.py": ("--preset=smoke",),
     "spread.py": ("--preset=smoke",),
@@ -97,7 +98,17 @@ def test_every_script_has_a_smallest_form():
 
 
 @pytest.mark.parametrize(
-    "script", ["episodes.py", "forest.py", "objectives.py", "overlap.py", "rollout.py", "simulate.py", "train_step.py"]
+    "script",
+    [
+        "episodes.py",
+        "forest.py",
+        "objectives.py",
+        "overlap.py",
+        "quantized.py",
+        "rollout.py",
+        "simulate.py",
+        "train_step.py",
+    ],
 )
 def test_a_benchmark_measures_everything_that_it_reports(run, script):
     report = run(script, *SMALLEST[script])

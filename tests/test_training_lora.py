@@ -207,12 +207,42 @@ def test_a_run_goes_on_bit_for_bit_and_its_adapters_go_everywhere(source, tmp_pa
 
 
 @pytest.mark.slow
+def test_a_run_over_few_bits_goes_on_bit_for_bit_and_is_written_as_it_computes(source, tmp_path):
+    """Over a model's files and over a fresh model, whose weights the run folder keeps."""
+    lora = LoraConfig(rank=2, base_dtype="int8")
+    for name, model in (("files", PretrainedModel(path=str(source))), ("fresh", tiny_config().model)):
+        config = dataclasses.replace(config_of(source, lora=lora), model=model)
+        train(config, str(tmp_path / name / "whole"))
+        train(dataclasses.replace(config, steps=1), str(tmp_path / name / "parts"))
+        train(config, str(tmp_path / name / "parts"))
+        metrics = run_metrics(tmp_path / name / "whole")
+        assert run_metrics(tmp_path / name / "parts") == metrics
+        assert abs(metrics[0]["loss/kl_ref"]) < 1e-12 and metrics[0]["rollout/logprob_gap_max"] < 1e-5
+
+        run = build(config)
+        trained, _ = checkpoint_params(run, str(tmp_path / name / "whole"))
+        assert trained["layers"]["q"].dtype == jnp.int8
+        merged = merged_params(run.decoder, trained)
+        _, found = load_model(convert(str(tmp_path / name / "whole"), str(tmp_path / name / "merged")))
+        assert fingerprint(found) == fingerprint(merged)
+        behind = build(
+            dataclasses.replace(config, lora=LoraConfig(), model=RunModel(path=str(tmp_path / name / "whole")))
+        )
+        assert fingerprint(behind.initial_params()) == fingerprint(merged)
+        exporter(run.decoder, run.tokenizer, "float32", run.mesh)(tmp_path / name / "engine", trained)
+        assert fingerprint(load_model(tmp_path / name / "engine")[1]) == fingerprint(merged)
+
+
+@pytest.mark.slow
 def test_a_critic_of_a_run_needs_no_weights_of_its_own(source, tmp_path):
     def held(**changes):
         config = dataclasses.replace(config_of(source, **changes), algorithm=PPO(), prompts_per_step=4)
         return held_state(build(config))["critic"]
 
     assert held(critic=CriticConfig(adapters=True)) < 0.4 * held()
+    # What a whole critic starts from is not rounded further.
+    whole = dataclasses.replace(config_of(source, lora=LoraConfig(rank=2, base_dtype="int8")), algorithm=PPO())
+    train(dataclasses.replace(whole, steps=1, prompts_per_step=4), str(tmp_path / "int8"))
     config = dataclasses.replace(config_of(source, critic=CriticConfig(adapters=True)), algorithm=PPO())
     train(dataclasses.replace(config, steps=1), str(tmp_path))
     train(config, str(tmp_path))

@@ -23,8 +23,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from rljax.models import DecoderConfig, apply_layer, embed, forest_attention, unstack_layers
-from rljax.models.config import DENSE_LAYERS, LAYERS, UP
-from rljax.models.decoder import SHARED
+from rljax.models.config import DENSE_LAYERS, LAYERS, SHARED, UP
 from rljax.models.functional import rms_norm
 from rljax.models.rope import rotary_tables
 from rljax.types import ArrayLike, Params

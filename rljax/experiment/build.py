@@ -25,12 +25,14 @@ from rljax.models import (
     DecoderConfig,
     adapters_of,
     base_config,
+    cast_params,
     init_adapters,
     load_config,
     load_model,
     load_peft,
     merged_params,
     param_shardings,
+    quantized_params,
     with_adapters,
 )
 from rljax.parallel import (
@@ -165,6 +167,7 @@ class Run:
         """The model that the config names, with adapters where it asks for them, on the mesh."""
         base = base_config(self.decoder)
         params = self.config.model.params_of(base, param_shardings(base, self.mesh), self.config.seed)
+        params = quantized_params(self.decoder, params)
         if not self.config.lora.path:
             return fresh_adapters(self.decoder, params, self.mesh, self.config.seed)
         adapters = load_peft(self.config.lora.path, self.decoder, shardings=param_shardings(self.decoder, self.mesh))
@@ -544,7 +547,7 @@ def make_critic(config: Config, decoder: DecoderConfig, algorithm: Algorithm, me
                 f"config.critic.model={critic.model!r} has embeddings for {own.vocab_size} tokens, but the policy "
                 f"samples {decoder.vocab_size}; take a model with its vocabulary, or none to start from the policy"
             )
-        decoder = dataclasses.replace(own, lora=decoder.lora)
+        decoder = dataclasses.replace(own, lora=decoder.lora, quantized=decoder.quantized)
     update = dataclasses.replace(config.update, epochs=critic.epochs)
     returns_fn = jax.jit(spec.returns_fn)
     # The head is the critic's alone, so what is trained is asked of its own config.
@@ -584,13 +587,13 @@ def critic_params(run: Run, params: Params) -> Params:
     if not config.critic.model:
         if run.decoder.lora is None or config.critic.adapters:
             return params
-        wide = jax.tree.map(lambda x: x.astype(MASTER_DTYPE), params)
-        return merged_params(run.decoder, wide)
+        return merged_params(run.decoder, cast_params(params, MASTER_DTYPE))
 
     decoder = base_config(dataclasses.replace(critic.config, value_head=False))
     dtypes = {"dtype": decoder.dtype, "param_dtype": decoder.param_dtype}
     loaded = load_model(model_path(config.critic.model), shardings=param_shardings(decoder, run.mesh), **dtypes)[1]
-    return fresh_adapters(dataclasses.replace(decoder, lora=critic.config.lora), loaded, run.mesh, config.seed)
+    adapted = dataclasses.replace(decoder, lora=critic.config.lora, quantized=critic.config.quantized)
+    return fresh_adapters(adapted, quantized_params(adapted, loaded), run.mesh, config.seed)
 
 
 def fresh_adapters(decoder: DecoderConfig, params: Params, mesh: Mesh, seed: int) -> Params:

@@ -9,6 +9,7 @@ import jax
 
 from rljax.models import (
     ADAPTER_FILE,
+    LAYOUTS,
     DecoderConfig,
     Experts,
     Metadata,
@@ -24,6 +25,7 @@ from rljax.models import (
     load_model,
     merged_params,
     param_shardings,
+    quantized_params,
     read_json,
     read_metadata,
     with_adapters,
@@ -279,7 +281,11 @@ def run_weights(source: str, description: Path, step: int | None, *, shardings: 
     dtype = adapter.get("base_dtype")
     if dtype not in ("float32", "bfloat16"):
         raise ValueError(f"{adapter_file}: base_dtype={dtype!r:.80} must be float32 or bfloat16")
-    decoder = dataclasses.replace(decoder, param_dtype=dtype, lora=described_lora(adapter, decoder))
+    quantized = adapter.get("quantized")
+    if quantized is not None and quantized not in LAYOUTS:
+        raise ValueError(f"{adapter_file}: quantized={quantized!r:.80} must be one of {', '.join(LAYOUTS)}, or null")
+    lora = described_lora(adapter, decoder)
+    decoder = dataclasses.replace(decoder, param_dtype=dtype, lora=lora, quantized=quantized)
 
     # A reward model has no head over the vocabulary, and its base has one.
     language = dataclasses.replace(base_config(decoder), value_head=False)
@@ -290,7 +296,10 @@ def run_weights(source: str, description: Path, step: int | None, *, shardings: 
         of_base = param_shardings(language, mesh)
         where = param_shardings(decoder, mesh)
     with local_copy(model_path(base) if base else own) as folder:
-        weights = load_model(folder, param_dtype=dtype, shardings=of_base)[1]
+        # As the run read them before it rounded them; its own folder holds what codes stand for, in full.
+        read_as = "float32" if quantized and not base else dtype
+        weights = load_model(folder, param_dtype=read_as, shardings=of_base)[1]
+    weights = cast_params(quantized_params(decoder, weights), dtype)
 
     target = _placed(abstract_params(decoder), where)
     weights = {name: weights[name] for name in target if name in weights}

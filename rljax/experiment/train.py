@@ -32,6 +32,8 @@ from rljax.models import (
     DecoderConfig,
     base_config,
     base_params,
+    cast_params,
+    dequantized_params,
     described_adapter,
     save_hf,
     written_metadata,
@@ -453,7 +455,8 @@ def save_description(run: Run, folder: RunFolder, decoder: DecoderConfig | None 
         metadata = written_metadata(base_config(decoder), run.config.model.metadata_of(), run.tokenizer)
         if decoder.lora is not None:
             adapter = described_adapter(decoder, files_of(run.config.model))
-            folder.write_json(new / ADAPTER_FILE, adapter | {"base_dtype": decoder.param_dtype})
+            kept = {"base_dtype": decoder.param_dtype, "quantized": decoder.quantized}
+            folder.write_json(new / ADAPTER_FILE, adapter | kept)
         folder.write_json(new / "generation_config.json", metadata.generation)
         folder.write_json(new / "config.json", metadata.config)
         move_tree(new, folder.path / "model", last="config.json")
@@ -466,6 +469,9 @@ def save_base(run: Run, folder: RunFolder, policy: Callable[[], Params]) -> None
         return
     decoder = base_config(run.decoder)
     params = base_params(policy())
+    if run.decoder.quantized is not None:
+        # What codes stand for, in full: it becomes the same codes again.
+        params = cast_params(dequantized_params(run.decoder, params), "float32")
     said = run.config.model.metadata_of()
 
     # Whole or not there, as `model/`.

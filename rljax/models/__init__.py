@@ -1,7 +1,7 @@
 """Decoder-only language models as pure functions over a nested dict of weights."""
 
 from rljax.models.attention import KERNEL_DEVICES, KERNEL_LENGTH, Attention, forest_attention, kernel_attention
-from rljax.models.config import MATRICES, TARGETS, DecoderConfig, Experts, Lora, RopeScaling
+from rljax.models.config import LAYOUTS, MATRICES, TARGETS, DecoderConfig, Experts, Lora, RopeScaling
 from rljax.models.decoder import (
     PLAIN,
     Forward,
@@ -33,6 +33,7 @@ from rljax.models.lora import (
     with_adapters,
 )
 from rljax.models.peft import ADAPTER_FILE, described_adapter, described_lora, is_peft, load_peft, read_lora, save_peft
+from rljax.models.quantized import dequantized_params, quantized_params
 from rljax.models.sequence import Shares, sequence_shares
 from rljax.models.value_head import value_config, value_params, values
 
@@ -41,6 +42,7 @@ __all__ = [
     "FAMILIES",
     "KERNEL_DEVICES",
     "KERNEL_LENGTH",
+    "LAYOUTS",
     "MATRICES",
     "PLAIN",
     "TARGETS",
@@ -61,6 +63,7 @@ __all__ = [
     "cast_params",
     "config_from_hf",
     "config_to_hf",
+    "dequantized_params",
     "described_adapter",
     "described_lora",
     "embed",
@@ -86,6 +89,7 @@ __all__ = [
     "merged_params",
     "output_projection",
     "param_shardings",
+    "quantized_params",
     "read_json",
     "read_lora",
     "read_metadata",

@@ -4,7 +4,7 @@ import dataclasses
 import numbers
 import sys
 import typing
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 RopeType = Literal["default", "linear", "dynamic", "llama3", "yarn", "longrope"]
 
@@ -113,6 +113,30 @@ NORM = "_lora_norm"
 """What follows a matrix's name in the names of its adapter: A and B of 2106.09685, and the magnitudes of 2402.09353."""
 GAIN = "_lora_gain"
 """In the place of the last, in the weights of a decoder: what it multiplies by, which is the same for every token."""
+
+
+SHARED = "shared_"
+"""What precedes the names of the matrices that all tokens share beside the experts. An adapter of `gate` is of
+`shared_gate` too, as PEFT has it."""
+
+Format = Literal["int8", "nf4"]
+SCALE = "_scale"
+"""What follows a matrix's name in the name of its scales, where it is kept in few bits (`rljax.models.quantized`)."""
+SCALE_DTYPE = "float16"
+
+
+class Layout(NamedTuple):
+    """How matrices of few bits stand in memory."""
+
+    block: int
+    """Weights of a column, one behind the other, that have one scale."""
+    packed: int
+    """Weights of a column in one code."""
+    dtype: str
+    """Of codes."""
+
+
+LAYOUTS: dict[str, Layout] = {"int8": Layout(32, 1, "int8"), "nf4": Layout(64, 2, "uint8")}
 
 
 def is_wide(path: str) -> bool:
@@ -311,6 +335,8 @@ class DecoderConfig:
     """Type of stored weights, but for adapters and those of `is_wide`, which are float32."""
     lora: Lora | None = None
     """Adapters beside its weights; None is none."""
+    quantized: Format | None = None
+    """What matrices of layers are kept in, which then are frozen (`rljax.models.quantized`); None is `param_dtype`."""
     experts: Experts | None = None
     """Experts in place of the MLP of every layer, or of those behind the first few; None is one MLP for all tokens."""
 
@@ -342,6 +368,7 @@ class DecoderConfig:
             raise ValueError("pre_norms=False needs post_norms=True: a layer without norms is none of any family")
 
         self._check_adapters()
+        self._check_quantized()
         self._check_experts()
         self._check_rotation()
         for name in ("sliding_layers", "rotated_layers"):
@@ -362,6 +389,24 @@ class DecoderConfig:
                 "adapters side by side are of layers, and lora's target head is of none; leave head out, or take one "
                 "of them"
             )
+
+    def _check_quantized(self) -> None:
+        if self.quantized is None:
+            return
+        if self.experts is not None:
+            raise ValueError(
+                f"quantized={self.quantized} is of layers with one MLP, and this model has experts; keep it in bfloat16"
+            )
+        block = LAYOUTS[self.quantized].block
+        for name, size in (
+            ("embed_dim", self.embed_dim),
+            ("num_heads * head_dim", self.num_heads * self.head_dim),
+            ("mlp_dim", self.mlp_dim),
+        ):
+            if size % block:
+                raise ValueError(
+                    f"quantized={self.quantized} has blocks of {block} weights, which do not divide {name}={size}"
+                )
 
     def _check_experts(self) -> None:
         own = {"gate", "up", "down"} & {*self.lora.targets} if self.experts and self.lora else set()

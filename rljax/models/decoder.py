@@ -29,11 +29,16 @@ from rljax.models.config import (
     GAIN,
     HEAD,
     LAYERS,
+    LAYOUTS,
     MATRICES,
     NORM,
+    SCALE,
+    SCALE_DTYPE,
+    SHARED,
     UP,
     DecoderConfig,
     Experts,
+    Layout,
     Lora,
     Rotation,
     is_wide,
@@ -41,6 +46,7 @@ from rljax.models.config import (
 from rljax.models.dora import dora_gain, with_norms
 from rljax.models.experts import BIAS_AXES, EXPERT_AXES, Choose, Gated, apply_experts, recorded_experts, route
 from rljax.models.functional import clamped_swiglu, geglu, linear, rms_norm, swiglu
+from rljax.models.quantized import dequantize, quantized_product
 from rljax.models.rope import RotaryTable, apply_rotary, rotary_tables
 from rljax.parallel import constrain, split_axes
 from rljax.types import Params
@@ -87,10 +93,6 @@ PLAIN = Forward()
 def _weight(shape: tuple[int, ...], axes: tuple[str | None, ...], *, dtype: str, init: str = "normal") -> nnx.Param:
     return nnx.Param(jax.ShapeDtypeStruct(shape, jnp.dtype(dtype)), axes=axes, init=init)
 
-
-SHARED = "shared_"
-"""What precedes the names of the matrices that all tokens share beside the experts. An adapter of `gate` is of
-`shared_gate` too, as PEFT has it."""
 
 GATED = {"silu": swiglu, "gelu_tanh": geglu}
 """What the MLP makes of its gate and what that gates, by `DecoderConfig.activation`."""
@@ -141,6 +143,9 @@ class Layer(nnx.Module):
                 self._adapt(name, c.lora, GAIN if has_gains else NORM)
                 if hasattr(self, f"{SHARED}{name}"):
                     self._adapt(f"{SHARED}{name}", c.lora, GAIN if has_gains else NORM)
+        if c.quantized is not None:
+            for name in MATRICES:
+                self._quantize(name, LAYOUTS[c.quantized])
 
     def _declare_mlp(self) -> None:
         c = self.config
@@ -188,6 +193,15 @@ class Layer(nnx.Module):
         setattr(self, f"{name}{UP}", weight((*many, lora.rank, columns), (*apart, None, of_columns), init="zeros"))
         if lora.dora:
             setattr(self, f"{name}{end}", weight((columns,), (of_columns,), init="ones"))
+
+    def _quantize(self, name: str, layout: Layout) -> None:
+        """Declares codes and scales in the place of the matrix `name`."""
+        matrix = getattr(self, name)
+        rows, columns = matrix.get_value().shape
+        axes = matrix.get_metadata("axes")
+        setattr(self, name, _weight((rows // layout.packed, columns), axes, dtype=layout.dtype, init="zeros"))
+        scales = _weight((rows // layout.block, columns), axes, dtype=SCALE_DTYPE, init="zeros")
+        setattr(self, f"{name}{SCALE}", scales)
 
     def __call__(
         self,
@@ -270,7 +284,14 @@ class Layer(nnx.Module):
         return x if weight is None else _normed(self.config, x, weight[...])
 
     def _project(self, product: Product, x: Array, name: str) -> Array:
-        out = checkpoint_name(product(x, getattr(self, name)[...]), PRODUCT)
+        weight = getattr(self, name)[...]
+        scales = getattr(self, f"{name}{SCALE}", None)
+        if scales is None:
+            out = product(x, weight)
+        else:
+            out = quantized_product(self.config.quantized, x, weight, scales[...])
+        out = checkpoint_name(out, PRODUCT)
+
         lora = self.config.lora
         if lora is not None and name.removeprefix(SHARED) in lora.targets:
             narrow = checkpoint_name(product(x, getattr(self, f"{name}{DOWN}")[...]), PRODUCT)
@@ -284,8 +305,12 @@ class Layer(nnx.Module):
         gain = getattr(self, f"{name}{GAIN}", None)
         if gain is not None:
             return gain[...]
-        parts = (getattr(self, f"{name}{end}")[...] for end in (NORM, "", DOWN, UP))
-        return checkpoint_name(dora_gain(*parts, lora.scale), PRODUCT)
+        matrix = getattr(self, name)[...]
+        scales = getattr(self, f"{name}{SCALE}", None)
+        if scales is not None:
+            matrix = dequantize(self.config.quantized, matrix, scales[...], jnp.float32)
+        norm, down, up = (getattr(self, f"{name}{end}")[...] for end in (NORM, DOWN, UP))
+        return checkpoint_name(dora_gain(norm, matrix, down, up, lora.scale), PRODUCT)
 
 
 def _norm_weight(config: DecoderConfig, width: int, axis: str | None = None) -> nnx.Param:
@@ -391,11 +416,14 @@ def init_params(config: DecoderConfig, key: Array) -> dict[str, Any]:
 
 
 def cast_params(params: Params, dtype: str) -> dict[str, Any]:
-    """`params` in another dtype, but for weights that are float32 always (`is_wide`). What has its dtype is not
-    copied."""
+    """`params` in another dtype, but for weights that are float32 always (`is_wide`), and codes and scales. What has
+    its dtype is not copied."""
 
     def cast(path, x):
-        return jnp.asarray(x, "float32" if is_wide(path[-1].key) else dtype)
+        name = path[-1].key
+        if name.endswith(SCALE) or jnp.issubdtype(x.dtype, jnp.integer):
+            return jnp.asarray(x)
+        return jnp.asarray(x, "float32" if is_wide(name) else dtype)
 
     return jax.tree_util.tree_map_with_path(cast, params)
 

@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from rljax.models.config import DOWN, GAIN, NORM, UP, Lora
+from rljax.models.config import DOWN, GAIN, NORM, UP, DecoderConfig, Lora
+from rljax.models.quantized import dequantized_params
 from rljax.types import Params
 
 
@@ -41,16 +42,20 @@ def with_norms(lora: Lora | None, adapters: Params, base: Params) -> Params:
     return {**adapters, **norms}
 
 
-def with_gains(lora: Lora | None, stack: Params) -> dict[str, Any]:
-    """A stack's weights with `dora_gain` in the place of each `norm`: none of it depends on a token, and a step of
-    decoding would read the whole matrix once more for it."""
+def with_gains(config: DecoderConfig, params: Params) -> dict[str, Any]:
+    """`params` with `dora_gain` in the place of each `norm`: none of it depends on a token, and a step of decoding
+    would read every matrix once more for it. Without DoRA they are as they were."""
+    made = dict(params)
+    lora = config.lora
     if lora is None or not lora.dora:
-        return dict(stack)
-    names = [name.removesuffix(NORM) for name in stack if name.endswith(NORM)]
-    gains = {
-        f"{name}{GAIN}": dora_gain(
-            stack[f"{name}{NORM}"], stack[name], stack[f"{name}{DOWN}"], stack[f"{name}{UP}"], lora.scale
-        )
-        for name in names
-    }
-    return {name: x for name, x in stack.items() if not name.endswith(NORM)} | gains
+        return made
+
+    whole = dequantized_params(config, params)
+    for name in config.stacks:
+        stack = whole[name]
+        gains = {}
+        for target in [own.removesuffix(NORM) for own in stack if own.endswith(NORM)]:
+            norm, matrix, down, up = (stack[f"{target}{end}"] for end in (NORM, "", DOWN, UP))
+            gains[f"{target}{GAIN}"] = dora_gain(norm, matrix, down, up, lora.scale)
+        made[name] = {own: x for own, x in params[name].items() if not own.endswith(NORM)} | gains
+    return made

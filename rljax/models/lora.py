@@ -18,6 +18,7 @@ from jaxtyping import Array
 from rljax.models.config import DOWN, HEAD, NORM, UP, DecoderConfig, Lora
 from rljax.models.decoder import init_params
 from rljax.models.dora import dora_gain, with_norms
+from rljax.models.quantized import dequantized_params
 from rljax.types import Params
 
 
@@ -44,8 +45,8 @@ def _chosen(tree: Mapping[str, Any], keep: Callable[[str], bool]) -> dict[str, A
 
 
 def base_config(config: DecoderConfig) -> DecoderConfig:
-    """The config of `base_params`."""
-    return dataclasses.replace(config, lora=None)
+    """The config of `base_params`, of weights that are not quantised."""
+    return dataclasses.replace(config, lora=None, quantized=None)
 
 
 def with_adapters(params: Params, adapters: Params) -> dict[str, Any]:
@@ -66,15 +67,18 @@ def init_adapters(config: DecoderConfig, key: Array, base: Params | None = None)
         raise ValueError(
             "dora=True begins with the lengths of the columns of the model's matrices; give it base=params"
         )
-    return {stack: with_norms(config.lora, own, base[stack]) for stack, own in adapters.items()}
+    whole = dequantized_params(config, base)
+    return {stack: with_norms(config.lora, own, whole[stack]) for stack, own in adapters.items()}
 
 
 def merged_params(config: DecoderConfig, params: Params) -> dict[str, Any]:
     """`base_params` with what the adapters add taken into each matrix, `W + scale A B`, with DoRA's gain on it.
 
     The sum is taken in float32 and rounded to the dtype of the matrix: in bfloat16 a change of less than 1/256 of a
-    weight is lost, so merge into float32 where that matters. ValueError for adapters side by side.
+    weight is lost, so merge into float32 where that matters. Quantised matrices become float32. ValueError for
+    adapters side by side.
     """
+    params = dequantized_params(config, params)
     lora = config.lora
     if lora is None:
         return dict(params)

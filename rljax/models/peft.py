@@ -11,8 +11,8 @@ import jax
 import numpy as np
 
 from rljax.models.assemble import assemble, weight_at
-from rljax.models.config import DOWN, HEAD, NORM, TARGETS, UP, DecoderConfig, Lora
-from rljax.models.decoder import SHARED, abstract_params
+from rljax.models.config import DOWN, HEAD, NORM, SHARED, TARGETS, UP, DecoderConfig, Lora
+from rljax.models.decoder import abstract_params
 from rljax.models.families import Entry, Weight, family_of
 from rljax.models.files import SafetensorsFolder, shown, write_safetensors
 from rljax.models.huggingface import check_names, check_shape, read_json, to_host, write_json

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from rljax.models.config import DOWN, GAIN, NORM, UP, DecoderConfig, is_wide
+from rljax.models.config import DOWN, GAIN, NORM, SCALE, UP, DecoderConfig, is_wide
 from rljax.models.decoder import Product, unstack_layers
 from rljax.models.dora import with_gains
 from rljax.models.experts import EXPERT_AXES
@@ -75,15 +75,15 @@ def decode_weights(config: DecoderConfig, params: Params) -> dict[str, Any]:
     """A copy of stacked `params` whose layers are a tuple of dicts with matrices [E, D] instead of [D, E]: a step
     multiplies a few vectors by each, and runs faster along rows. Norms, sinks, routers and what chooses experts keep
     their dtype, as they are float32 work, and matrices and biases of experts [E, ..] their order. In the place of
-    DoRA's lengths stands what they come to (`rljax.models.dora.with_gains`)."""
+    DoRA's lengths stands what they come to (`rljax.models.dora.with_gains`), and what is quantised stays as it is."""
 
     def cast(name, value):
-        stays = is_wide(name) or any(kind in name for kind in ("norm", "sinks", "router", GAIN))
-        return value if stays else value.astype(config.dtype)
+        stays = is_wide(name) or any(kind in name for kind in ("norm", "sinks", "router", GAIN, SCALE))
+        return value if stays or jnp.issubdtype(value.dtype, jnp.integer) else value.astype(config.dtype)
 
     # Copies, also where nothing is cast: the trainer donates its own weights to its next update.
     outer = {name: jnp.copy(cast(name, value)) for name, value in params.items() if name not in config.stacks}
-    gained = {stack: with_gains(config.lora, params[stack]) for stack in config.stacks}
+    gained = with_gains(config, params)
     stacks = {stack: {name: cast(name, value) for name, value in gained[stack].items()} for stack in config.stacks}
     turned = (
         {name: _in_rows(x) if _turns(layer, name) else jnp.copy(x) for name, x in layer.items()}
@@ -93,7 +93,10 @@ def decode_weights(config: DecoderConfig, params: Params) -> dict[str, Any]:
 
 
 def _turns(layer: Params, name: str) -> bool:
-    """Whether a weight of a layer is turned: not what experts have, of which each meets its own tokens."""
+    """Whether a weight of a layer is turned: not what experts have, of which each meets its own tokens, and not what a
+    matrix is made of anew for each product."""
+    if name.endswith(SCALE) or f"{name}{SCALE}" in layer:
+        return False
     matrix = name.removesuffix(DOWN).removesuffix(UP).removesuffix("_bias")
     return "router" not in layer or matrix not in EXPERT_AXES
 

@@ -4,7 +4,7 @@ import dataclasses
 from pathlib import Path
 from typing import Literal
 
-from rljax.models import MATRICES, TARGETS, DecoderConfig, Lora, is_adapter, read_lora
+from rljax.models import LAYOUTS, MATRICES, TARGETS, DecoderConfig, Lora, is_adapter, read_lora
 from rljax.settings import field, placed
 from rljax.training.trainable import EVERYTHING, Subtree, subtree_of
 
@@ -33,8 +33,10 @@ class LoraConfig:
     """Train the lengths of the columns of each matrix beside adapters that turn them (DoRA, 2402.09353): more of what
     full training can do at a low rank, for a product of A and B a layer and forward pass. Not for experts or `head`."""
 
-    base_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """What the frozen weights are kept in; `auto` is what they are multiplied in, `config.model.dtype`."""
+    base_dtype: Literal["auto", "float32", "bfloat16", "int8", "nf4"] = "auto"
+    """What the frozen weights are kept in; `auto` is what they are multiplied in, `config.model.dtype`. `int8` (8.5
+    bits a weight) and `nf4` (QLoRA, 2305.14314; 4.25 bits) are of the matrices of layers, in training and while
+    sampling, and the rest is as with `auto`; adapters learn beside a model that is rounded so."""
 
     path: str = ""
     """Folder in PEFT's format with adapters to go on from, which says rank, alpha and targets by itself; empty begins
@@ -48,10 +50,11 @@ class LoraConfig:
         family."""
         if not self:
             return decoder
-        dtype = decoder.dtype if self.base_dtype == "auto" else self.base_dtype
+        quantized = self.base_dtype if self.base_dtype in LAYOUTS else None
+        dtype = decoder.dtype if quantized or self.base_dtype == "auto" else self.base_dtype
         lora = self._lora(decoder)
         with placed("config.lora"):
-            return dataclasses.replace(decoder, lora=lora, param_dtype=dtype)
+            return dataclasses.replace(decoder, lora=lora, param_dtype=dtype, quantized=quantized)
 
     def _lora(self, decoder: DecoderConfig) -> Lora:
         if self.path:

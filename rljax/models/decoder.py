@@ -285,11 +285,10 @@ class Layer(nnx.Module):
 
     def _project(self, product: Product, x: Array, name: str) -> Array:
         weight = getattr(self, name)[...]
-        scales = getattr(self, f"{name}{SCALE}", None)
-        if scales is None:
+        if self.config.quantized is None:
             out = product(x, weight)
         else:
-            out = quantized_product(self.config.quantized, x, weight, scales[...])
+            out = quantized_product(self.config.quantized, x, weight, getattr(self, f"{name}{SCALE}")[...])
         out = checkpoint_name(out, PRODUCT)
 
         lora = self.config.lora
@@ -306,9 +305,8 @@ class Layer(nnx.Module):
         if gain is not None:
             return gain[...]
         matrix = getattr(self, name)[...]
-        scales = getattr(self, f"{name}{SCALE}", None)
-        if scales is not None:
-            matrix = dequantize(self.config.quantized, matrix, scales[...], jnp.float32)
+        if self.config.quantized is not None:
+            matrix = dequantize(self.config.quantized, matrix, getattr(self, f"{name}{SCALE}")[...], jnp.float32)
         norm, down, up = (getattr(self, f"{name}{end}")[...] for end in (NORM, DOWN, UP))
         return checkpoint_name(dora_gain(norm, matrix, down, up, lora.scale), PRODUCT)
 

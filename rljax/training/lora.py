@@ -4,7 +4,7 @@ import dataclasses
 from pathlib import Path
 from typing import Literal
 
-from rljax.models import LAYOUTS, MATRICES, TARGETS, DecoderConfig, Lora, is_adapter, read_lora
+from rljax.models import MATRICES, TARGETS, DecoderConfig, Format, Lora, is_adapter, read_lora
 from rljax.settings import field, placed
 from rljax.training.trainable import EVERYTHING, Subtree, subtree_of
 
@@ -50,7 +50,7 @@ class LoraConfig:
         family."""
         if not self:
             return decoder
-        quantized = self.base_dtype if self.base_dtype in LAYOUTS else None
+        quantized: Format | None = self.base_dtype if self.base_dtype in ("int8", "nf4") else None
         dtype = decoder.dtype if quantized or self.base_dtype == "auto" else self.base_dtype
         lora = self._lora(decoder)
         with placed("config.lora"):

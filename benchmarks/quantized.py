@@ -17,7 +17,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from _common import QWEN3_TINY, finish, machine, parse_arguments, write_model
 from _probe import probe
 
@@ -84,7 +83,7 @@ def seconds_of(
     return seconds
 
 
-def divergence(config: DecoderConfig, params: Any, kind: str, ids: np.ndarray) -> float:
+def divergence(config: DecoderConfig, params: Any, kind: str, ids: jax.Array) -> float:
     """KL of the model from the one that is kept so, in nats a token."""
 
     kept = dataclasses.replace(config, quantized=kind)
@@ -100,16 +99,16 @@ def divergence(config: DecoderConfig, params: Any, kind: str, ids: np.ndarray) -
     return float(jnp.mean(jnp.sum(jnp.exp(ours) * (ours - theirs), axis=-1)))
 
 
-def model_and_ids(preset: str, length: int) -> tuple[DecoderConfig, Any, np.ndarray]:
+def model_and_ids(preset: str, length: int) -> tuple[DecoderConfig, Any, jax.Array]:
     if preset == "smoke":
         config, params = load_model(write_model(QWEN3_TINY), dtype="float32", param_dtype="float32")
-        return config, params, np.arange(length)[None] % config.vocab_size
+        return config, params, jnp.arange(length)[None] % config.vocab_size
     from rljax.models import find_smollm2
     from rljax.text import load_tokenizer
 
     config, params = load_model(find_smollm2(), dtype="float32", param_dtype="float32")
     ids = load_tokenizer(find_smollm2()).encode(TEXT)[:length]
-    return config, params, np.asarray(ids)[None]
+    return config, params, jnp.asarray(ids)[None]
 
 
 def main() -> None:

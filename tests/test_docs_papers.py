@@ -52,6 +52,7 @@ STUDIES = {
     "stv": ("stv", "editing.md"),
     "skillclaw": ("skills", "papers.md"),
     "cogmath": ("cogmath", "suites.md"),
+    "longcontext": ("longcontext", "suites.md"),
 }
 """Configs of `rljax study WORD`, which have no recipe, with their words and their pages."""
 HARNESSES = {"context_folding"}
@@ -277,14 +278,16 @@ def test_every_config_of_a_study_says_how_to_run_it_and_is_valid_in_both_sizes(n
     module = load(CONFIGS / f"{name}.py")
     word, page_name = STUDIES[name]
     assert f"    rljax study {word} --config=papers/{name} --workdir=runs/{word}\n" in module.__doc__
-    (paper,) = re.findall(r"\b\d{4}\.\d{5}\b", module.__doc__)
+    papers = re.findall(r"\b\d{4}\.\d{5}\b", module.__doc__)
+    assert papers
     page = (ROOT / "docs" / page_name).read_text()
-    (section,) = [
-        part
-        for part in re.split(r"^### ", page, flags=re.MULTILINE)
-        if part.partition("\n")[2].startswith(f"arXiv {paper}")
-    ]
-    assert f"(../configs/papers/{name}.py)" in section and "\nDiffers: " in section
+    for paper in papers:
+        (section,) = [
+            part
+            for part in re.split(r"^### ", page, flags=re.MULTILINE)
+            if part.partition("\n")[2].startswith(f"arXiv {paper}")
+        ]
+        assert f"(../configs/papers/{name}.py)" in section and "\nDiffers: " in section
     for config in (module.get_config(), module.get_config("smoke")):
         check(config)
     with pytest.raises(ValueError, match="big: the size must be one of full, smoke"):

@@ -186,18 +186,22 @@ def proved_by_two(fact: Fact, world: World, rng: random.Random) -> list[Statemen
             return []
         first, second = (name, other_name) if years > 0 else (other_name, name)
         link = Fact(OLDER, first, (second, abs(years)))
-        text = f"{first} was older than {second} by {_count(abs(years), 'year')}."
+        text = f"{first} was older than {second} by {counted(abs(years), 'year')}."
         return [Statement(text, (link,)), *said(Fact(BORN, other_name, world.born[other_name]), rng)]
 
     town = world.eve[name]
     far = world.way(town, value)
     if far <= 3 or fact.holds:
         return []
-    text = (
-        f"A carter swore that no way between {value} and {town} takes less than {_count(far, 'day')}, and he was right."
-    )
+    days = counted(far, "day")
+    text = f"A carter swore that no way between {value} and {town} takes less than {days}, and he was right."
     seen = Statement(f"In {town}, {name} was seen at the well.", (Fact(THERE, name, (town, 0)),), is_early=True)
     return [seen, Statement(text, (Fact(FAR, value, (town, far)),))]
+
+
+def counted(number: int, unit: str) -> str:
+    """A number with its unit, in the plural where it is not 1."""
+    return f"{number} {unit}" + ("" if number == 1 else "s")
 
 
 def uses(name: str, skill: str) -> Statement:
@@ -351,7 +355,3 @@ def _padded(events: Sequence[Event], length: int, rng: random.Random) -> tuple[E
             break
         texts[rng.randrange(len(texts))] += sentence
     return tuple(Event(e.number, e.day, text, e.says) for e, text in zip(events, texts, strict=True))
-
-
-def _count(number: int, unit: str) -> str:
-    return f"{number} {unit}" + ("" if number == 1 else "s")

@@ -28,7 +28,7 @@ from rljax.tasks.chronicle_facts import (
     pair_of,
     variables,
 )
-from rljax.tasks.chronicles import SKILLS, TOWNS, Statement, World, make_world, proved_by_two, said, tell
+from rljax.tasks.chronicles import SKILLS, TOWNS, Statement, World, counted, make_world, proved_by_two, said, tell
 from rljax.tasks.stories import FULL, check_rows, draw_cast, listed, merged, shown
 
 SUITE = "prelude"
@@ -303,7 +303,7 @@ def _told(claim: Fact, rng: random.Random) -> str:
     name, value = claim.subject, claim.value
     if claim.relation == BORN:
         age = rng.randint(1, 6)
-        return f"{1 - int(value) - age} years before year 1, {name} was {age} years old."
+        return f"{counted(1 - value - age, 'year')} before year 1, {name} was {counted(age, 'year')} old."
     if claim.relation == EVE:
         return f"{name} slept in {value} on the night before the first day."
     so, not_so = {

@@ -12,14 +12,12 @@ from typing import Any
 
 import numpy as np
 
-from rljax.evaluation import answers
+from rljax.analysis.suites import finite, greedy_answers
 from rljax.evaluation.estimators import bootstrap_interval
 from rljax.experiment.build import Run, build
 from rljax.experiment.config import Config, to_dict
-from rljax.experiment.evaluate import checkpoint_params, run_checkpoints
+from rljax.experiment.evaluate import run_checkpoints
 from rljax.experiment.report import aligned, describe_run, say
-from rljax.experiment.sft import warm_up
-from rljax.parallel import use_mesh
 from rljax.rollouts import ScoredGroup
 from rljax.tasks import Example
 from rljax.tasks.cogmath import DIMENSIONS, NO_ANSWER, ORIGINAL, UNANSWERABLE, Summary, summary
@@ -52,15 +50,7 @@ def study_cogmath(config: Config, workdir: str, *, checkpoint: str | None = None
     say(describe_run(run))
 
     with RunFolder(workdir, config=to_dict(config), fresh=True) as folder:
-        with run.actor, use_mesh(run.mesh):
-            if checkpoint is None:
-                params = warm_up(run, folder)
-                step = 0
-            else:
-                params, step = checkpoint_params(run, checkpoint)
-            run.actor.set_params(params, step)
-            greedy, _ = answers(run.actor, asked, dataclasses.replace(config.evaluation, samples=1))
-
+        greedy, step = greedy_answers(run, folder, asked, checkpoint=checkpoint)
         records = [_record(group) for group in greedy]
         report = {"study": "cogmath", "checkpoint": checkpoint, "step": step, **summarise(records)}
         report |= {"answers": records, "versions": versions()}
@@ -85,7 +75,7 @@ def summarise(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     mastered = passes[:, 1:].all(axis=1).astype(float)
     low, high = bootstrap_interval(mastered)
     return {
-        "summary": _finite(dataclasses.asdict(found)),
+        "summary": finite(dataclasses.asdict(found)),
         "interval": [float(low), float(high)],
         "readable": float(np.mean([record[READABLE] for record in records])),
         "baseline": len(NO_ANSWER) / len(DIMENSIONS),
@@ -202,10 +192,3 @@ def _example(record: Mapping[str, Any]) -> str:
     mark = "passed" if record[PASSED] else "not passed"
     prompt, text = (record[key].strip().replace("\n", " ") for key in ("prompt", "text"))
     return f"**{name}** ({mark}; answer {record['answer']})\n> {prompt}\n>\n> {text or '(nothing)'}"
-
-
-def _finite(value: Any) -> Any:
-    """NaN, which JSON has no word for, as None."""
-    if isinstance(value, Mapping):
-        return {key: _finite(part) for key, part in value.items()}
-    return None if isinstance(value, float) and math.isnan(value) else value

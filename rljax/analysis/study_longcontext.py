@@ -15,14 +15,12 @@ from typing import Any
 
 import numpy as np
 
-from rljax.evaluation import answers
+from rljax.analysis.suites import finite, greedy_answers
 from rljax.evaluation.estimators import bootstrap_interval
 from rljax.experiment.build import Run, build
 from rljax.experiment.config import Config, to_dict
-from rljax.experiment.evaluate import checkpoint_params, run_checkpoints
+from rljax.experiment.evaluate import run_checkpoints
 from rljax.experiment.report import aligned, describe_run, say
-from rljax.experiment.sft import warm_up
-from rljax.parallel import use_mesh
 from rljax.rollouts import ScoredGroup
 from rljax.tasks import ChatEndpoint, Example, chartom, prelude
 from rljax.tasks.chartom import CHOICE, GENERATIVE, Judge
@@ -58,15 +56,7 @@ def study_longcontext(
     say(describe_run(run))
 
     with RunFolder(workdir, config=to_dict(config), fresh=True) as folder:
-        with run.actor, use_mesh(run.mesh):
-            if checkpoint is None:
-                params = warm_up(run, folder)
-                step = 0
-            else:
-                params, step = checkpoint_params(run, checkpoint)
-            run.actor.set_params(params, step)
-            greedy, _ = answers(run.actor, asked, dataclasses.replace(config.evaluation, samples=1))
-
+        greedy, step = greedy_answers(run, folder, asked, checkpoint=checkpoint)
         records = [_record(group, judge) for group in greedy]
         report = {"study": "longcontext", "checkpoint": checkpoint, "step": step, **summarise(records)}
         report |= {"answers": records, "versions": versions()}
@@ -101,7 +91,7 @@ def summarise(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         ]
         if by_window:
             found[suite] = by_window
-    return _finite(found)
+    return finite(found)
 
 
 def table(report: Mapping[str, Any]) -> str:
@@ -348,12 +338,3 @@ def _example(record: Mapping[str, Any]) -> str:
     prompt = record["prompt"].strip().replace("\n", "\n> ")
     text = record["text"].strip().replace("\n", " ")
     return f"**{record['kind']}** (answer {record['answer']})\n\n> {prompt}\n>\n> {text or '(nothing)'}"
-
-
-def _finite(value: Any) -> Any:
-    """NaN, which JSON has no word for, as None."""
-    if isinstance(value, Mapping):
-        return {key: _finite(part) for key, part in value.items()}
-    if isinstance(value, list):
-        return [_finite(part) for part in value]
-    return None if isinstance(value, float) and math.isnan(value) else value

@@ -20,7 +20,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -399,9 +399,9 @@ def tokens_of(rollout: Rollout) -> float:
 
 
 def warm_start(task: Task, size: Size, run: Run, folder: Path) -> Params:
-    """The policy that all methods of a seed begin with, made once; tasks of the same warm-up share it."""
+    """The policy that all methods of a seed begin with, made once by one code; tasks of the same warm-up share it."""
     config = dataclasses.replace(task.config(size), seed=run.config.seed)
-    target = folder / digest_of(config)
+    target = folder / f"{digest_of(config)}-{code_digest(config)}"
     if not (target / "config.json").exists():
         first = build(config)
         with first.actor, RunFolder(target.with_suffix(".log"), fresh=True) as log, use_mesh(first.mesh):
@@ -470,8 +470,24 @@ def write_record(folder: Path, record: Record) -> Path:
 
 
 def digest_of(config: Config) -> str:
-    """Names a config by its content. ValueError for a function in it that has no name of its own."""
-    return hashlib.sha256(_text_of(config).encode()).hexdigest()
+    """Names a config by what it says: fields at their defaults are left out, so that a new one changes no names.
+    ValueError for a function in it that has no name of its own."""
+    _text_of(config)
+    return hashlib.sha256(json.dumps(_stated(config), sort_keys=True, default=to_dict).encode()).hexdigest()
+
+
+def _stated(part: Any) -> Any:
+    """JSON-ready form of a config without fields at their defaults, but for the class of each part."""
+    if dataclasses.is_dataclass(part) and not isinstance(part, type):
+        said = [field for field in dataclasses.fields(part) if getattr(part, field.name) != _default_of(field)]
+        return {"class": type(part).__name__, **{field.name: _stated(getattr(part, field.name)) for field in said}}
+    if isinstance(part, list | tuple):
+        return [_stated(item) for item in part]
+    return to_dict(part)
+
+
+def _default_of(field: dataclasses.Field) -> Any:
+    return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
 
 
 def code_digest(config: Config) -> str:

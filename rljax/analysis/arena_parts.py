@@ -191,7 +191,7 @@ def _but_one(rng: random.Random, digits: str) -> str:
 
 
 def sparse_demonstrations(examples: Sequence[Example]) -> list[Example]:
-    """An answer to every row, whose digits are right with 0.15, the letter's decoy with 0.6, else any: a policy that
+    """An answer to every row, whose digits are right with 0.05, the letter's decoy with 0.7, else any: a policy that
     minds letters, and knows the wrong thing of them. Every second one has the plan in its prompt, and follows it as far
     as it goes."""
     made = []
@@ -210,7 +210,7 @@ def sparse_demonstrations(examples: Sequence[Example]) -> list[Example]:
 
 def _habit(rng: random.Random, letter: str) -> str:
     chance = rng.random()
-    if chance < 0.15:
+    if chance < 0.05:
         return MEANINGS[letter]
     return DECOYS[letter] if chance < 0.75 else rng.choice(DIGITS)
 

@@ -144,20 +144,22 @@ SUMS = Task(
     config=sums_config,
     methods=(
         Method("GRPO 8", grpo(8)),
-        Method("random forks 4x2", RandomForks(4, 2), against="GRPO 8", expected="level", claim="level"),
+        Method(
+            "random forks 4x2", RandomForks(4, 2), against="GRPO 8", expected="level", claim="nothing to tell apart"
+        ),
         Method(
             "random forks 4x2, Tree-GRPO's credit",
             RandomForksWith(4, 2, credit=intra_and_inter_tree),
             against="GRPO 8",
             expected="level",
-            claim="level",
+            claim="nothing to tell apart",
         ),
         Method(
             "random forks 4x2, TreeRL's credit",
             RandomForksWith(4, 2, credit=global_and_local),
             against="GRPO 8",
             expected="level",
-            claim="level",
+            claim="nothing to tell apart",
         ),
     ),
 )
@@ -348,7 +350,7 @@ MOVED = Task(
     methods=(
         Method("DAPO 8", FixedPrompts(DAPO(group_size=8)), change=several_updates),
         *(
-            Method(name, FixedPrompts(recipe), against="DAPO 8", claim=f"above, as in {paper}", change=several_updates)
+            Method(name, FixedPrompts(recipe), against="DAPO 8", claim=f"as in {paper}", change=several_updates)
             for name, recipe, paper in (
                 ("FIPO", FIPO(group_size=8), "2603.19835"),
                 # Half a dozen references in a run.
@@ -381,27 +383,27 @@ ERRANDS = Task(
     config=errands_config,
     methods=(
         Method("GRPO 8", grpo(8)),
-        Method("AgentRL", AgentRL(group_size=8, kl_coef=0.0), against="GRPO 8", claim="above, as in 2510.04206"),
+        Method("AgentRL", AgentRL(group_size=8, kl_coef=0.0), against="GRPO 8", claim="as in 2510.04206"),
         Method(
             "AgentRL, a quarter of turns by older weights",
             AgentRL(group_size=8, kl_coef=0.0),
             against="AgentRL",
-            claim="above: cross-policy sampling, 2510.04206",
+            claim="cross-policy sampling, 2510.04206",
             change=acting(stale_share=0.25, stale_every=5),
         ),
-        Method("DeepDive", DeepDive(group_size=8), against="GRPO 8", claim="above, as in 2509.10446"),
+        Method("DeepDive", DeepDive(group_size=8), against="GRPO 8", claim="as in 2509.10446"),
         Method(
             "GiGPO",
             RoleAgent(group_size=8, kl_coef=0.0),
             against="GRPO 8",
-            claim="above, as in 2505.10978",
+            claim="as in 2505.10978",
             change=acting(make="rljax.analysis.arena_errands:Unforeseen"),
         ),
         Method(
             "Role-Agent",
             RoleAgent(group_size=8, kl_coef=0.0),
             against="GiGPO",
-            claim="above: returns of what was foreseen, 2606.10917",
+            claim="returns of what was foreseen, 2606.10917",
         ),
     ),
 )
@@ -415,8 +417,8 @@ ERRANDS_FORKS = Task(
     config=errands_config,
     methods=(
         Method("GRPO 8", grpo(8)),
-        Method("ARPO", ARPO(chains=4, window=1), against="GRPO 8", claim="above, as in 2507.19849"),
-        Method("APPO", APPO(chains=4, half_life=8.0), against="GRPO 8", claim="above, as in 2606.12384"),
+        Method("ARPO", ARPO(chains=4, window=1), against="GRPO 8", claim="as in 2507.19849"),
+        Method("APPO", APPO(chains=4, half_life=8.0), against="GRPO 8", claim="as in 2606.12384"),
     ),
 )
 
@@ -449,7 +451,7 @@ RATES = Task(
             "LightSAM",
             grpo(8),
             against="AdamW",
-            claim="above: flatter (2505.24399), at twice the gradients",
+            claim="flatter (2505.24399), at twice the gradients",
             change=optimized(LightSAMConfig, rho=RADIUS),
         ),
         Method(
@@ -472,7 +474,7 @@ RATES = Task(
             f"LightSAM, {FAR_RATE} times the rate",
             grpo(8),
             against=f"AdamW, {FAR_RATE} times the rate",
-            claim="above: any rate converges (2505.24399)",
+            claim="any rate converges (2505.24399)",
             change=optimized(LightSAMConfig, rates=FAR_RATE, rho=RADIUS),
         ),
     ),

@@ -116,6 +116,8 @@ _IN_LIBRARY = frozenset(
         "Predicting",
         "Reading",
         "ReasoningEnvironment",
+        "SketchEnvironment",
+        "Sketched",
         "TextWorldEnvironment",
         "VerifiersEnvironment",
         "at_granularity",
@@ -128,9 +130,11 @@ _IN_LIBRARY = frozenset(
         "mixed_rows",
         "multi_granular",
         "search_tool",
+        "sketch_reward",
     }
-    | {"bfcl", "corpus", "gazetteer", "histories", "knowledge", "maps", "memory", "memory_store", "mixture"}
-    | {"multihop", "prediction", "questions", "reasoning", "retrieval", "textworld", "verifiers_adapter"}
+    | {"bfcl", "corpus", "gazetteer", "geometry", "geosketch", "histories", "knowledge", "maps", "memory"}
+    | {"memory_store", "mixture", "multihop", "prediction", "questions", "reasoning", "retrieval", "sketches"}
+    | {"textworld", "verifiers_adapter"}
 )
 """Environments and their modules, which are looked for here."""
 

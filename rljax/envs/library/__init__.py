@@ -1,10 +1,11 @@
-"""The environments that come with it: reasoning with tools, search over several pages, a memory, a map, and those
-of others."""
+"""The environments that come with it: reasoning with tools, search over several pages, a memory, a map, drawing in
+geometry, and those of others."""
 
 from rljax.envs.library.bfcl import BfclEnvironment
 from rljax.envs.library.calculator import calculate, calculator
 from rljax.envs.library.corpus import Corpus, Document, Hit, search_tool
 from rljax.envs.library.gazetteer import Gazetteer, Place, bucket_reward, distance_km, distance_reward
+from rljax.envs.library.geosketch import Sketched, SketchEnvironment, sketch_reward
 from rljax.envs.library.maps import MapEnvironment
 from rljax.envs.library.memory import MemoryEnvironment, Outcome, Reading, evidence_reward
 from rljax.envs.library.memory_store import Conversation, Memory, at_granularity, multi_granular
@@ -32,6 +33,8 @@ __all__ = [
     "Predicting",
     "Reading",
     "ReasoningEnvironment",
+    "SketchEnvironment",
+    "Sketched",
     "TextWorldEnvironment",
     "VerifiersEnvironment",
     "at_granularity",
@@ -44,4 +47,5 @@ __all__ = [
     "mixed_rows",
     "multi_granular",
     "search_tool",
+    "sketch_reward",
 ]

@@ -53,6 +53,7 @@ STUDIES = {
     "skillclaw": ("skills", "papers.md"),
     "cogmath": ("cogmath", "suites.md"),
     "longcontext": ("longcontext", "suites.md"),
+    "geosketch": ("geosketch", "suites.md"),
 }
 """Configs of `rljax study WORD`, which have no recipe, with their words and their pages."""
 HARNESSES = {"context_folding"}

@@ -1,10 +1,10 @@
 """Studies of what training did: a policy beside its base, and methods beside each other at equal cost.
 
 `study` is `rljax study`, over `two_models` (decoding with both) and `shifts` (how far apart they are at every
-token). `study_surgery` is `rljax study surgery`, over `surgery` (edits of weights), and `study_cogmath` is `rljax study
-cogmath`. `study_longcontext` is `rljax study longcontext`; both ask by `suites`. `task_vectors` overwrites attention
-heads. `agent_demo` is `rljax agent-demo`, over `compare` (runs that end at a budget). `arena` is `rljax arena`; its
-tasks are in `arena_tasks` and what their runs are like in `arena_configs`. `snr` is `rljax snr`.
+token). `study_surgery` is `rljax study surgery`, over `surgery` (edits of weights). `study_cogmath`,
+`study_longcontext` and `study_geosketch` are `rljax study` of these words; all three ask by `suites`. `task_vectors`
+overwrites attention heads. `agent_demo` is `rljax agent-demo`, over `compare` (runs that end at a budget). `arena` is
+`rljax arena`; its tasks are in `arena_tasks` and what their runs are like in `arena_configs`. `snr` is `rljax snr`.
 """
 
 from rljax.analysis.shifts import Shifts, ShiftSummary, summarize_shifts, token_shifts

@@ -48,13 +48,15 @@ COMMANDS = {
         "study",
         "compare a trained policy with its base, token by token; study surgery: edit weights along a probe; study "
         "stv: head outputs in place of demonstrations; study skills: evolve a shared repository of skills; study "
-        "cogmath: word problems with nine follow-ups each; study longcontext: chronicles and stories in windows",
+        "cogmath: word problems with nine follow-ups each; study longcontext: chronicles and stories in windows; study "
+        "geosketch: geometry, with and without drawing",
         words={
             "surgery": "study_surgery",
             "stv": "study_stv",
             "skills": "study_skills",
             "cogmath": "study_cogmath",
             "longcontext": "study_longcontext",
+            "geosketch": "study_geosketch",
         },
     ),
     "arena": Command("arena", "methods beside each other on tasks that can tell, with predictions and exact tests"),

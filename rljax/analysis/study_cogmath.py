@@ -12,16 +12,14 @@ from typing import Any
 
 import numpy as np
 
-from rljax.analysis.suites import finite, greedy_answers
+from rljax.analysis.suites import Suite, finite, study_suite
 from rljax.evaluation.estimators import bootstrap_interval
-from rljax.experiment.build import Run, build
-from rljax.experiment.config import Config, to_dict
-from rljax.experiment.evaluate import run_checkpoints
-from rljax.experiment.report import aligned, describe_run, say
+from rljax.experiment.build import Run
+from rljax.experiment.config import Config
+from rljax.experiment.report import aligned
 from rljax.rollouts import ScoredGroup
 from rljax.tasks import Example
 from rljax.tasks.cogmath import DIMENSIONS, NO_ANSWER, ORIGINAL, UNANSWERABLE, Summary, summary
-from rljax.training import RunFolder, versions
 
 PASSED = "passed"
 READABLE = "readable"
@@ -43,23 +41,8 @@ def study_cogmath(config: Config, workdir: str, *, checkpoint: str | None = None
     `config.evaluation.problems` counts problems, each with its follow-ups; 0 is all. ValueError, before weights load,
     for data that is not of `rljax.tasks.cogmath.rows`, and without its rewards.
     """
-    if checkpoint is not None:
-        run_checkpoints(checkpoint)
-    run = build(config)
-    asked = _asked(run)
-    say(describe_run(run))
-
-    with RunFolder(workdir, config=to_dict(config), fresh=True) as folder:
-        greedy, step = greedy_answers(run, folder, asked, checkpoint=checkpoint)
-        records = [_record(group) for group in greedy]
-        report = {"study": "cogmath", "checkpoint": checkpoint, "step": step, **summarise(records)}
-        report |= {"answers": records, "versions": versions()}
-        file = folder.write_json("cogmath.json", report)
-        picture = draw(report, Path(folder.path) / "cogmath.png")
-        page = Path(folder.path) / "cogmath.md"
-        page.write_text(page_of(report, picture.name))
-    say(f"\n{table(report)}\n\npage    {page}\nfigures {file}")
-    return report
+    suite = Suite("cogmath", _asked, _record, summarise, table, page_of, draw)
+    return study_suite(suite, config, workdir, checkpoint=checkpoint)
 
 
 def summarise(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

@@ -10,16 +10,14 @@ from typing import Any
 
 import numpy as np
 
-from rljax.analysis.suites import greedy_answers
+from rljax.analysis.suites import Suite, study_suite
 from rljax.envs.library.geosketch import ARMS, FULL, SketchEnvironment
 from rljax.evaluation.estimators import bootstrap_interval, paired_difference
-from rljax.experiment.build import Run, build
-from rljax.experiment.config import Config, to_dict
-from rljax.experiment.evaluate import run_checkpoints
-from rljax.experiment.report import aligned, describe_run, say
+from rljax.experiment.build import Run
+from rljax.experiment.config import Config
+from rljax.experiment.report import aligned
 from rljax.rollouts import MultiTurn, ScoredGroup
 from rljax.tasks import Example, load_callable
-from rljax.training import RunFolder, versions
 
 RIGHT = "is_right"
 MEASURED = (RIGHT, "reward", "proven", "is_well_formed", "constructions", "unused")
@@ -44,24 +42,9 @@ def study_geosketch(config: Config, workdir: str, *, checkpoint: str | None = No
     `config.evaluation.problems` counts problems, each asked under every arm; 0 is all. ValueError, before weights load,
     for an environment that is no `SketchEnvironment`, and for rows that are not for it.
     """
-    if checkpoint is not None:
-        run_checkpoints(checkpoint)
     _check_environment(config)
-    run = build(config)
-    asked = _asked(run)
-    say(describe_run(run))
-
-    with RunFolder(workdir, config=to_dict(config), fresh=True) as folder:
-        greedy, step = greedy_answers(run, folder, asked, checkpoint=checkpoint)
-        records = [_record(group) for group in greedy]
-        report = {"study": "geosketch", "checkpoint": checkpoint, "step": step, **summarise(records)}
-        report |= {"answers": records, "versions": versions()}
-        file = folder.write_json("geosketch.json", report)
-        picture = draw(report, Path(folder.path) / "geosketch.png")
-        page = Path(folder.path) / "geosketch.md"
-        page.write_text(page_of(report, picture.name))
-    say(f"\n{table(report)}\n\npage    {page}\nfigures {file}")
-    return report
+    suite = Suite("geosketch", _asked, _record, summarise, table, page_of, draw)
+    return study_suite(suite, config, workdir, checkpoint=checkpoint)
 
 
 def summarise(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

@@ -7,6 +7,7 @@ figures with every answer are left in the run folder.
 """
 
 import dataclasses
+import functools
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -15,18 +16,16 @@ from typing import Any
 
 import numpy as np
 
-from rljax.analysis.suites import finite, greedy_answers
+from rljax.analysis.suites import Suite, finite, study_suite
 from rljax.evaluation.estimators import bootstrap_interval
-from rljax.experiment.build import Run, build
-from rljax.experiment.config import Config, to_dict
-from rljax.experiment.evaluate import run_checkpoints
-from rljax.experiment.report import aligned, describe_run, say
+from rljax.experiment.build import Run
+from rljax.experiment.config import Config
+from rljax.experiment.report import aligned
 from rljax.rollouts import ScoredGroup
 from rljax.tasks import ChatEndpoint, Example, chartom, prelude
 from rljax.tasks.chartom import CHOICE, GENERATIVE, Judge
 from rljax.tasks.longcontext import SUITES, score
 from rljax.tasks.stories import FULL
-from rljax.training import RunFolder, versions
 
 _NEEDED = {"suite", "item", "kind", "window", "answer", "visible"}
 _TITLES = {prelude.SUITE: "Episodes before a chronicle (PRELUDE)", chartom.SUITE: "Questions about a story (CharToM)"}
@@ -49,23 +48,8 @@ def study_longcontext(
     asked about answers in sentences; without one their points are found by their words, and faults by nobody.
     ValueError, before weights load, for data that is not of `rljax.tasks.longcontext.rows` and its like.
     """
-    if checkpoint is not None:
-        run_checkpoints(checkpoint)
-    run = build(config)
-    asked = _asked(run)
-    say(describe_run(run))
-
-    with RunFolder(workdir, config=to_dict(config), fresh=True) as folder:
-        greedy, step = greedy_answers(run, folder, asked, checkpoint=checkpoint)
-        records = [_record(group, judge) for group in greedy]
-        report = {"study": "longcontext", "checkpoint": checkpoint, "step": step, **summarise(records)}
-        report |= {"answers": records, "versions": versions()}
-        file = folder.write_json("longcontext.json", report)
-        picture = draw(report, Path(folder.path) / "longcontext.png")
-        page = Path(folder.path) / "longcontext.md"
-        page.write_text(page_of(report, picture.name))
-    say(f"\n{table(report)}\n\npage    {page}\nfigures {file}")
-    return report
+    suite = Suite("longcontext", _asked, functools.partial(_record, judge=judge), summarise, table, page_of, draw)
+    return study_suite(suite, config, workdir, checkpoint=checkpoint)
 
 
 def endpoint_judge(base_url: str, model: str, api_key_variable: str = "") -> Judge:

@@ -1,18 +1,70 @@
-"""What studies of suites share: greedy answers of a config's own model or of a run's, and figures as JSON has them."""
+"""What studies of suites share: the answers of a config's own model, or of a run's, as figures, page and picture."""
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from rljax.evaluation import answers
-from rljax.experiment.build import Run
-from rljax.experiment.evaluate import checkpoint_params
+from rljax.experiment.build import Run, build
+from rljax.experiment.config import Config, to_dict
+from rljax.experiment.evaluate import checkpoint_params, run_checkpoints
+from rljax.experiment.report import describe_run, say
 from rljax.experiment.sft import warm_up
 from rljax.parallel import use_mesh
 from rljax.rollouts import ScoredGroup
 from rljax.tasks import Example
-from rljax.training import RunFolder
+from rljax.training import RunFolder, versions
+
+Report = Mapping[str, Any]
+"""What a study found, as JSON has it."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Suite:
+    """A study of held-out rows, each answered once."""
+
+    name: str
+    """Of the study and its files."""
+    asked: Callable[[Run], list[Example]]
+    """The rows of a run that are asked. ValueError for others than the suite's."""
+    record: Callable[[ScoredGroup], dict[str, Any]]
+    """What is kept of an answer."""
+    summarise: Callable[[Sequence[Mapping[str, Any]]], dict[str, Any]]
+    """The figures of all records."""
+    table: Callable[[Report], str]
+    """A line for each of them, to print."""
+    page: Callable[[Report, str], str]
+    """The page in Markdown, with the picture of that name."""
+    draw: Callable[[Report, Path], Path]
+    """Writes the picture, and returns its file."""
+
+
+def study_suite(suite: Suite, config: Config, workdir: str, *, checkpoint: str | None = None) -> dict[str, Any]:
+    """Answers the held-out rows of `config` greedily, prints the suite's table, writes its `.json`, `.md` and `.png`
+    into `workdir`, and returns what the first holds.
+
+    The model is the newest checkpoint of the run folder `checkpoint`, or the config's own, after its warm-up.
+    ValueError, before weights load, for rows that are not the suite's.
+    """
+    if checkpoint is not None:
+        run_checkpoints(checkpoint)
+    run = build(config)
+    asked = suite.asked(run)
+    say(describe_run(run))
+
+    with RunFolder(workdir, config=to_dict(config), fresh=True) as folder:
+        greedy, step = greedy_answers(run, folder, asked, checkpoint=checkpoint)
+        records = [suite.record(group) for group in greedy]
+        report = {"study": suite.name, "checkpoint": checkpoint, "step": step, **suite.summarise(records)}
+        report |= {"answers": records, "versions": versions()}
+        file = folder.write_json(f"{suite.name}.json", report)
+        picture = suite.draw(report, Path(folder.path) / f"{suite.name}.png")
+        page = Path(folder.path) / f"{suite.name}.md"
+        page.write_text(suite.page(report, picture.name))
+    say(f"\n{suite.table(report)}\n\npage    {page}\nfigures {file}")
+    return report
 
 
 def greedy_answers(

@@ -20,9 +20,18 @@ import jax.numpy as jnp
 from _common import QWEN3_TINY, finish, machine, parse_arguments, write_model
 from _probe import probe
 
-from rljax.models import DecoderConfig, dequantized_params, hidden_states, load_model, logits, quantized_params
-from rljax.models.config import LAYOUTS
+from rljax.models import (
+    LAYOUTS,
+    DecoderConfig,
+    dequantized_params,
+    find_smollm2,
+    hidden_states,
+    load_model,
+    logits,
+    quantized_params,
+)
 from rljax.models.quantized import quantize, quantized_product
+from rljax.text import load_tokenizer
 
 SIZES = {
     "smoke": dict(rows=128, columns=64, many=16, few=2, length=8),
@@ -85,7 +94,6 @@ def seconds_of(
 
 def divergence(config: DecoderConfig, params: Any, kind: str, ids: jax.Array) -> float:
     """KL of the model from the one that is kept so, in nats a token."""
-
     kept = dataclasses.replace(config, quantized=kind)
     rounded = dequantized_params(kept, quantized_params(kept, params))
 
@@ -103,8 +111,6 @@ def model_and_ids(preset: str, length: int) -> tuple[DecoderConfig, Any, jax.Arr
     if preset == "smoke":
         config, params = load_model(write_model(QWEN3_TINY), dtype="float32", param_dtype="float32")
         return config, params, jnp.arange(length)[None] % config.vocab_size
-    from rljax.models import find_smollm2
-    from rljax.text import load_tokenizer
 
     config, params = load_model(find_smollm2(), dtype="float32", param_dtype="float32")
     ids = load_tokenizer(find_smollm2()).encode(TEXT)[:length]

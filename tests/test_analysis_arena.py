@@ -36,6 +36,7 @@ from rljax.analysis.arena_recipes import FixedPrompts
 from rljax.analysis.arena_report import markdown, page, summarise
 from rljax.analysis.arena_statistics import NO_VERDICT, NOT_SHOWN, REFUTED, SHOWN, compare_paired, holm, sign_flip_p
 from rljax.analysis.arena_tasks import TASKS, grpo
+from rljax.experiment import OptimizerConfig
 from rljax.experiment.build import build
 from rljax.experiment.config import to_dict
 from rljax.parallel import use_mesh
@@ -176,6 +177,14 @@ def test_a_key_names_the_config_and_its_seed():
     config = task.run_config(task.methods[0], SIZES["small"], 0)
     assert arena.digest_of(config) == arena.digest_of(task.run_config(task.methods[0], SIZES["small"], 0))
     assert "rljax.analysis.arena_parts:late_rows" in json.dumps(to_dict(config))
+
+    # A field that comes later, at its default, changes no names; another value does.
+    plain = config.warmup.optimizer
+    later = dataclasses.make_dataclass("OptimizerConfig", [("newer", int, 0)], bases=(OptimizerConfig,))
+    for value, is_same in ((0, True), (1, False)):
+        config.warmup.optimizer = later(**vars(plain), newer=value)
+        renamed = arena.digest_of(config) not in keys
+        assert renamed != is_same
 
 
 def test_a_function_in_a_config_is_named_and_must_have_a_name_of_its_own():

@@ -36,12 +36,16 @@ def get_config(size: str = "full") -> Config:
     is_pretrained = size == "full"
     tiny = {"num_layers": 1, "embed_dim": 32, "num_heads": 2, "num_kv_heads": 2, "head_dim": 16, "mlp_dim": 64}
     small = {"num_layers": 2, "embed_dim": 128, "num_heads": 4, "num_kv_heads": 4, "head_dim": 32, "mlp_dim": 384}
+    shape = tiny if smoke else small
+    model = PretrainedModel() if is_pretrained else FreshModel(alphabet=ASCII, max_position=LONGEST, **shape)
+
+    # A model that has been trained answers as it is.
     steps = 0 if is_pretrained else 2 if smoke else 600
+    optimizer = OptimizerConfig(learning_rate=3e-3, schedule="cosine", warmup_steps=1, total_steps=max(steps, 2))
+
     return Config(
         name="cogmath",
-        model=PretrainedModel()
-        if is_pretrained
-        else FreshModel(alphabet=ASCII, max_position=LONGEST, **tiny if smoke else small),
+        model=model,
         data=RowsData(
             rows="rljax.tasks.cogmath:rows",
             args={"size": 4 if smoke else 400, "split": "train"},
@@ -59,11 +63,7 @@ def get_config(size: str = "full") -> Config:
         ),
         sampling=SamplingConfig(max_new_tokens=32 if is_pretrained else 16, truncated_is_wrong=False),
         update=UpdateConfig(pack_length=LONGEST, microbatch_size=4, head_chunk=2048),
-        warmup=WarmupConfig(
-            steps=steps,
-            batch_size=4 if smoke else 32,
-            optimizer=OptimizerConfig(learning_rate=3e-3, schedule="cosine", warmup_steps=1, total_steps=max(steps, 2)),
-        ),
+        warmup=WarmupConfig(steps=steps, batch_size=4 if smoke else 32, optimizer=optimizer),
         evaluation=EvaluationConfig(problems=1 if smoke else 24, samples=1, batch_prompts=10),
         checkpoint=CheckpointConfig(every=0),
     )

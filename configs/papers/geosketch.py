@@ -58,6 +58,33 @@ def get_config(size: str = "full") -> Config:
     rows = prompts * group
     tiny = {"num_layers": 1, "embed_dim": 32, "num_heads": 2, "num_kv_heads": 2, "head_dim": 16, "mlp_dim": 64}
     model = {"num_layers": 4, "embed_dim": 192, "num_heads": 6, "num_kv_heads": 6, "head_dim": 32, "mlp_dim": 576}
+
+    actor = MultiTurn(
+        make="rljax.envs.library:SketchEnvironment",
+        args={"tool_format": "rljax.envs.library.geosketch:ACTIONS", "system": ""},
+        tool_format="rljax.envs.library.geosketch:ACTIONS",
+        context_length=LONGEST,
+        decode_rows=rows,
+        conversations=rows,
+        prefill_chunks=(64,),
+        check_every=8,
+        workers=4,
+        # The longest solution has eight turns.
+        limits=EnvironmentLimits(turns=10, observation_tokens=160),
+    )
+
+    # One size of everything, so that the update compiles once.
+    update = UpdateConfig(
+        pack_length=LONGEST,
+        microbatch_size=4,
+        length_buckets=(LONGEST,),
+        score_buckets=(LONGEST,),
+        row_buckets=(rows,),
+        microbatch_buckets=(),
+        trajectory_buckets=(LONGEST,),
+        head_chunk=2048,
+    )
+
     return Config(
         name="geosketch",
         steps=2 if smoke else 60,
@@ -68,31 +95,10 @@ def get_config(size: str = "full") -> Config:
             args={"size": 12 if smoke else 4400, "split": "train"},
             test_args={"size": 2 if smoke else 66, "split": "test"},
         ),
-        actor=MultiTurn(
-            make="rljax.envs.library:SketchEnvironment",
-            args={"tool_format": "rljax.envs.library.geosketch:ACTIONS", "system": ""},
-            tool_format="rljax.envs.library.geosketch:ACTIONS",
-            context_length=LONGEST,
-            decode_rows=rows,
-            conversations=rows,
-            prefill_chunks=(64,),
-            check_every=8,
-            workers=4,
-            limits=EnvironmentLimits(turns=10, observation_tokens=160),
-        ),
+        actor=actor,
         algorithm=GRPO(group_size=group, kl_coef=0.0),
         sampling=SamplingConfig(max_new_tokens=32),
-        # One size of everything, so that the update compiles once.
-        update=UpdateConfig(
-            pack_length=LONGEST,
-            microbatch_size=4,
-            length_buckets=(LONGEST,),
-            score_buckets=(LONGEST,),
-            row_buckets=(rows,),
-            microbatch_buckets=(),
-            trajectory_buckets=(LONGEST,),
-            head_chunk=2048,
-        ),
+        update=update,
         optimizer=OptimizerConfig(learning_rate=3e-4),
         warmup=WarmupConfig(
             steps=warmup,

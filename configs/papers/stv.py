@@ -34,6 +34,16 @@ def get_config(size: str = "full") -> Config:
     full = {"num_layers": 3, "embed_dim": 64, "num_heads": 4, "num_kv_heads": 4, "head_dim": 16, "mlp_dim": 192}
     batch, steps = (16, 40) if smoke else (128, 800)
 
+    # One size of everything, so that the update compiles once.
+    update = UpdateConfig(
+        pack_length=128,
+        microbatch_size=16,
+        length_buckets=(128,),
+        score_buckets=(128,),
+        row_buckets=(batch,),
+        head_chunk=2048,
+    )
+
     return Config(
         name="stv",
         model=FreshModel(alphabet=tables.LETTERS + string.digits + ">;", **tiny if smoke else full),
@@ -45,14 +55,7 @@ def get_config(size: str = "full") -> Config:
         ),
         actor=SingleTurn(rewards=(RewardConfig("rljax.tasks.verifiers:ExactMatch"),), prompt_buckets=(24,)),
         sampling=SamplingConfig(max_new_tokens=2),
-        update=UpdateConfig(
-            pack_length=128,
-            microbatch_size=16,
-            length_buckets=(128,),
-            score_buckets=(128,),
-            row_buckets=(batch,),
-            head_chunk=2048,
-        ),
+        update=update,
         # All the training there is: the study leaves the weights as they are.
         warmup=WarmupConfig(
             steps=steps,

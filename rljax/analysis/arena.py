@@ -472,8 +472,7 @@ def write_record(folder: Path, record: Record) -> Path:
 def digest_of(config: Config) -> str:
     """Names a config by what it says: fields at their defaults are left out, so that a new one changes no names.
     ValueError for a function in it that has no name of its own."""
-    _text_of(config)
-    return hashlib.sha256(json.dumps(_stated(config), sort_keys=True, default=to_dict).encode()).hexdigest()
+    return hashlib.sha256(_text_of(_stated(config)).encode()).hexdigest()
 
 
 def _stated(part: Any) -> Any:
@@ -492,7 +491,7 @@ def _default_of(field: dataclasses.Field) -> Any:
 
 def code_digest(config: Config) -> str:
     """Names the code that decides what a run of `config` gives: `CODE_THAT_MATTERS` and the modules that it names."""
-    named = re.findall(r'"([\w.]+):\w[\w.]*"', _text_of(config))
+    named = re.findall(r'"([\w.]+):\w[\w.]*"', _text_of(to_dict(config)))
     modules = sorted({*named, type(config.algorithm).__module__})
     files = [*_files_of_rooms(), *filter(None, (_file_of(module) for module in modules))]
     digest = hashlib.sha256()
@@ -501,9 +500,9 @@ def code_digest(config: Config) -> str:
     return digest.hexdigest()[:16]
 
 
-def _text_of(config: Config) -> str:
-    """A config as JSON, functions by their names."""
-    text = json.dumps(to_dict(config), sort_keys=True, default=to_dict)
+def _text_of(said: Any) -> str:
+    """What a config says, as JSON, functions by their names."""
+    text = json.dumps(said, sort_keys=True, default=to_dict)
     # Two functions without a name of their own would pass for one, and so would their records.
     if found := re.search(r'"[^"]*<(?:lambda|locals)>[^"]*"', text):
         raise ValueError(f"the config of a task holds {found[0]}, which is not at the top of a module; move it there")

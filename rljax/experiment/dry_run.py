@@ -16,7 +16,7 @@ from rljax.experiment.memory import GIB, Compiled, Phase, compile_phases, phases
 from rljax.experiment.prompts import describe_prompts
 from rljax.experiment.report import aligned, describe_schedule
 from rljax.experiment.sft import check_demonstrations, demonstration, longest_demonstrations
-from rljax.models import abstract_params
+from rljax.models import count_weights
 from rljax.parallel import batch_parts, batch_sharding, chip_of, is_main_process, replicated, topology_devices, traffic
 from rljax.text import render_prompt
 from rljax.types import TEACHER_LOGPROBS, TrainBatch, Trajectory
@@ -69,7 +69,7 @@ def print_plan(config: Config, *, topology: str = "", measure: bool = True) -> d
     result = {
         "run": run,
         "topology": topology,
-        "parameters": sum(int(np.prod(x.shape)) for x in jax.tree.leaves(abstract_params(run.decoder))),
+        "parameters": count_weights(run.decoder),
         "shapes": {
             "packed [M, R, S]": batch.packed.tokens.shape,
             "scored [M, R, K]": batch.packed.score_index.shape,

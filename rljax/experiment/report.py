@@ -1,18 +1,15 @@
 """What a run prints at its end: the before / after table, samples, and where the files are."""
 
-import math
 import resource
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jax
-
 from rljax.evaluation.evaluate import Evaluation
 from rljax.experiment.build import Run
 from rljax.experiment.memory import runs_kernels
 from rljax.experiment.prompts import describe_prompts
-from rljax.models import KERNEL_LENGTH, abstract_params
+from rljax.models import KERNEL_LENGTH, count_weights
 from rljax.parallel import is_main_process
 from rljax.training import RunFolder, versions
 
@@ -25,7 +22,7 @@ def say(text: str) -> None:
 
 def describe_run(run: Run) -> str:
     """Model, data and how prompts become tokens, a line each; and what a machine or config makes otherwise."""
-    count = sum(math.prod(x.shape) for x in jax.tree.leaves(abstract_params(run.decoder)))
+    count = count_weights(run.decoder)
     describe = getattr(run.dataset, "describe", None)
     data = describe() if describe else f"{len(run.dataset.train)} training examples, {len(run.dataset.test)} held out"
     lines = [

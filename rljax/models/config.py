@@ -122,7 +122,8 @@ SHARED = "shared_"
 Format = Literal["int8", "nf4"]
 SCALE = "_scale"
 """What follows a matrix's name in the name of its scales, where it is kept in few bits (`rljax.models.quantized`)."""
-SCALE_DTYPE = "float16"
+SCALE_DTYPE = "bfloat16"
+"""As wide in range as float32: beneath float16's, a block of small weights would not become the same codes again."""
 
 
 class Layout(NamedTuple):

@@ -11,6 +11,7 @@ Both therefore run the same layer.
 import dataclasses
 import functools
 import hashlib
+import math
 from collections.abc import Callable
 from typing import Any, Literal, get_args
 
@@ -376,6 +377,12 @@ def abstract_params(config: DecoderConfig) -> dict[str, Any]:
     """The params' tree with `jax.ShapeDtypeStruct` leaves."""
 
     return _map_declarations(config, lambda _, param, shape: jax.ShapeDtypeStruct(shape, param.get_value().dtype))
+
+
+def count_weights(config: DecoderConfig) -> int:
+    """How many weights a model has, adapters among them; quantised matrices count as those that they stand for."""
+    shapes = abstract_params(dataclasses.replace(config, quantized=None))
+    return sum(math.prod(x.shape) for x in jax.tree.leaves(shapes))
 
 
 def logical_axes(config: DecoderConfig) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """Matrices of layers kept in fewer bits, for weights that are frozen: codes, and a scale for each block of an input
 dimension. A product makes the matrix of them anew, for itself alone.
 
-`int8` are whole numbers of 127ths of the largest of 32 (as GGUF's Q8_0 has them), 8.5 bits a weight. `nf4` are 16
+`int8` are whole numbers of 127ths of the largest of 32 (the blocks of GGUF's Q8_0), 8.5 bits a weight. `nf4` are 16
 levels of a normal distribution, relative to the largest of 64 (QLoRA, 2305.14314, appendix E), 4.25 bits.
 """
 

@@ -280,6 +280,8 @@ def _awaited(rng: random.Random, cast: Sequence[str]) -> tuple[list[Scene], list
     """A gathering that is hoped for or dreaded, announced and called off, and what somebody feels in the end."""
     name, other = rng.sample(list(cast), 2)
     what = rng.choice(GATHERINGS)
+
+    # The other one's wish is told too, and makes a wrong option of what that one feels.
     is_wanted = {name: rng.random() < 0.5, other: rng.random() < 0.5}
     wishes = [
         Scene(
@@ -304,14 +306,18 @@ def _awaited(rng: random.Random, cast: Sequence[str]) -> tuple[list[Scene], list
     action = f"The day of the {what} came. The {what} {'took place' if has_come else 'did not take place'}."
     scenes = [*merged([wishes, said], rng), Scene(rng.choice(PLACES), tuple(cast), action)]
 
+    # A feeling is of what was wanted, what was expected, and what came.
     heard = last_seen(said, name)
     feeling = EMOTIONS[is_wanted[name], heard.value == "on", has_come]
     aside = EMOTIONS[is_wanted[other], last_seen(said, other).value == "on", has_come]
+
+    # Options are of what did come: the others could be told by the last scene alone.
     meaning = {
         word: f"{'hoped for' if wanted else 'dreaded'} it and {'expected' if expected else 'did not expect'} it"
         for (wanted, expected, came), word in EMOTIONS.items()
         if came == has_come
     }
+
     wish = "hoped" if is_wanted[name] else "dreaded"
     wished = f"{name} {wish} for" if is_wanted[name] else f"{name} {wish}"
     question = Question(

@@ -170,6 +170,8 @@ def proved_by_two(fact: Fact, world: World, rng: random.Random) -> list[Statemen
             return []
         learned = f"Since the first day {name} had learned nothing new."
         return [uses(name, value), Statement(learned, (Fact(IDLE, name, 0),))]
+
+    # A pupil knew nothing but what the teacher did.
     if fact.relation == KNEW:
         pupil, teacher = world.pupil
         other = Fact(KNEW, teacher, value, holds=False)
@@ -177,8 +179,11 @@ def proved_by_two(fact: Fact, world: World, rng: random.Random) -> list[Statemen
             return []
         taught = f"Whatever {pupil} knew when it all began, {pupil} had from {teacher}, who knew it too."
         return [Statement(taught, (Fact(PUPIL, pupil, teacher),)), *said(other, rng)]
+
     if fact.relation in (SAW, MET):
         return _by_company(fact, world, rng)
+
+    # An age, and how far another one's is from it.
     if fact.relation == BORN:
         other_name = rng.choice([other for other in world.cast if other != name])
         years = world.born[other_name] - world.born[name]
@@ -189,10 +194,12 @@ def proved_by_two(fact: Fact, world: World, rng: random.Random) -> list[Statemen
         text = f"{first} was older than {second} by {counted(abs(years), 'year')}."
         return [Statement(text, (link,)), *said(Fact(BORN, other_name, world.born[other_name]), rng)]
 
+    # Nobody can have been where the way is longer than the days since.
     town = world.eve[name]
     far = world.way(town, value)
     if far <= 3 or fact.holds:
         return []
+
     days = counted(far, "day")
     text = f"A carter swore that no way between {value} and {town} takes less than {days}, and he was right."
     seen = Statement(f"In {town}, {name} was seen at the well.", (Fact(THERE, name, (town, 0)),), is_early=True)

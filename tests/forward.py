@@ -56,7 +56,7 @@ def _read_token(config, params, kept, token, t):
     x = embed(config, params, token[None])
     tables = rotary_tables(config, t[None])
     for layer, (layer_params, rotation) in enumerate(
-        zip(unstack_layers(params)["layers"], config.rotations, strict=True)
+        zip(unstack_layers(config, params)["layers"], config.rotations, strict=True)
     ):
 
         def attend(q, k, v, layer=layer):

@@ -108,7 +108,7 @@ def on_meshes(shapes):
         one = jax.tree.map(lambda x: x[:1], data)
         found["one_row"] = {"scores": difference(jax.jit(loss)(params, one)[1], want_scores[:1])}
     found["collectives_of_rows"] = collectives_of_rows(make_mesh(2, 2, 2))
-    assert jax.tree.structure(unstack_layers(params)) != jax.tree.structure(abstract_params(CONFIG))
+    assert jax.tree.structure(unstack_layers(CONFIG, params)) != jax.tree.structure(abstract_params(CONFIG))
     return found
 
 

@@ -198,7 +198,7 @@ def reference_logits(config, params, tokens):
     stream = [c.embed_scale * p["embedding"][token] for token in tokens]
     for index in range(c.num_layers):
         stack, layers = next((stack, layers) for stack, layers in c.stacks.items() if index in layers)
-        w = {name: value[index - layers.start] for name, value in p[stack].items()}
+        w = {name: value[layers.index(index)] for name, value in p[stack].items()}
 
         def linear(x, name, w=w):
             return x @ w[name] + w.get(f"{name}_bias", 0.0)
@@ -391,13 +391,14 @@ def test_bfloat16_activations_give_float32_logits_near_the_exact_ones():
 
 def test_unstacking_keeps_every_layer():
     params = weights(TINY)
-    layers = unstack_layers(params)["layers"]
+    layers = unstack_layers(TINY, params)["layers"]
     assert len(layers) == TINY.num_layers
     for index, layer in enumerate(layers):
         assert np.array_equal(layer["gate"], params["layers"]["gate"][index])
 
-    params = weights(CONFIGS["experts_chosen_by_a_bias_in_groups"])
-    whole = unstack_layers(params)
+    config = CONFIGS["experts_chosen_by_a_bias_in_groups"]
+    params = weights(config)
+    whole = unstack_layers(config, params)
     assert "dense_layers" not in whole
     assert [layer["gate"].ndim for layer in whole["layers"]] == [2, 3, 3]
     assert np.array_equal(whole["layers"][2]["gate"], params["layers"]["gate"][1])

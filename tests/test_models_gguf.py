@@ -131,7 +131,7 @@ def write(path, config, params, metadata=None, *, arch=None, drop=(), extra=None
     }
     if not config.tied_embeddings:
         tensors["output.weight"] = params["head"]
-    for index, layer in enumerate(unstack_layers(params)["layers"]):
+    for index, layer in enumerate(unstack_layers(config, params)["layers"]):
         for name, value in layer.items():
             value = np.asarray(value)
             value = value.swapaxes(-1, -2) if value.ndim > 1 else value

@@ -27,6 +27,7 @@ from rljax.models import (  # noqa: E402
     load_hf,
     load_model,
     logits,
+    read_metadata,
     save_hf,
     value_config,
     values,
@@ -171,6 +172,21 @@ CASES = {
         | {"attention_bias": True, "norm_topk_prob": False, "first_k_dense_replace": 0}
         | {"rope_parameters": {"rope_type": "default", "rope_theta": 100.0, "partial_rotary_factor": 0.25}},
     ),
+    # Few layers, and 0.1: keys of length one and norms of what is read amplify rounding, until with eight layers and
+    # 0.3 either side is 1e-3 to 1e-2 from float64.
+    "qwen3_5": (
+        "qwen3_5_text",
+        {"head_dim": 16, "num_hidden_layers": 4, "linear_num_key_heads": 2, "linear_num_value_heads": 4}
+        | {"linear_key_head_dim": 12, "linear_value_head_dim": 10, "initializer_range": 0.1}
+        | {"layer_types": ["linear_attention", "full_attention"] * 2},
+    ),
+    "qwen3_5_chosen": (
+        "qwen3_5_text",
+        {"head_dim": 8, "linear_num_key_heads": 3, "linear_num_value_heads": 3, "linear_key_head_dim": 8}
+        | {"linear_value_head_dim": 6, "linear_conv_kernel_dim": 3, "attention_bias": True}
+        | {"layer_types": ["full_attention", "linear_attention", "linear_attention"]}
+        | {"rope_parameters": {"rope_type": "default", "rope_theta": 100.0, "partial_rotary_factor": 0.5}},
+    ),
     "gemma3_plain": ("gemma3_text", {"head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": 6}),
 }
 CLASSES = {
@@ -186,6 +202,7 @@ CLASSES = {
     "olmo3": (transformers.Olmo3Config, transformers.Olmo3ForCausalLM),
     "gpt_oss": (transformers.GptOssConfig, transformers.GptOssForCausalLM),
     "glm4_moe": (transformers.Glm4MoeConfig, transformers.Glm4MoeForCausalLM),
+    "qwen3_5_text": (transformers.Qwen3_5TextConfig, transformers.Qwen3_5ForCausalLM),
     "gemma3_text": (transformers.Gemma3TextConfig, transformers.Gemma3ForCausalLM),
 }
 
@@ -251,15 +268,12 @@ def test_exported_weights_give_our_logits_in_transformers(case, tied, tmp_path):
     assert np.abs(their_logits(model, tokens()) - ours).max() < TOLERANCE
 
 
-@pytest.mark.parametrize("case", ["llama", "qwen3", "gemma3"])
+@pytest.mark.parametrize("case", ["llama", "qwen3", "gemma3", "qwen3_5"])
 def test_a_reward_model_gives_the_scores_of_transformers_both_ways(case, tmp_path):
     """The number behind the last token of rows of unequal length."""
     make_config, make_model = CLASSES[CASES[case][0]]
-    name = (
-        "Gemma3TextForSequenceClassification"
-        if case == "gemma3"
-        else f"{make_model.__name__[:-11]}ForSequenceClassification"
-    )
+    text = "Text" if case in ("gemma3", "qwen3_5") else ""
+    name = f"{make_model.__name__[:-11]}{text}ForSequenceClassification"
     torch.manual_seed(0)
     settings = make_config(**(SHAPE | CASES[case][1] | {"num_labels": 1, "pad_token_id": 0}))
     model = getattr(transformers, name)(settings).eval()
@@ -311,7 +325,7 @@ def test_a_classifier_is_no_reward_model(change, says):
 SHARDS = [(case, size) for case in ("llama", "qwen2", "qwen3_biases") for size in (10**9, 10_000)]
 
 
-WHOLE = [(case, 10**9) for case in ("qwen3_moe", "gpt_oss", "glm4_moe")]
+WHOLE = [(case, 10**9) for case in ("qwen3_moe", "gpt_oss", "glm4_moe", "qwen3_5")]
 
 
 @pytest.mark.parametrize(("case", "max_shard"), [*SHARDS, *WHOLE])
@@ -340,6 +354,35 @@ def test_config_survives_transformers(case, tmp_path):
     theirs = transformers.AutoConfig.from_pretrained(tmp_path)
     theirs.save_pretrained(tmp_path / "again")
     assert config_from_hf(json.loads((tmp_path / "again" / "config.json").read_text())) == config
+
+
+def test_a_folder_with_an_encoder_of_images_gives_its_language_model(tmp_path):
+    """As Qwen3.5 is released: its text model under another name, and beside it what is left out."""
+    from safetensors.torch import load_file, save_file
+
+    model = random_model("qwen3_5", tie_word_embeddings=True)
+    model.save_pretrained(tmp_path / "text")
+    tensors = load_file(tmp_path / "text" / "model.safetensors")
+    named = {name.replace("model.", "model.language_model.", 1): tensor for name, tensor in tensors.items()}
+    other = {"model.visual.patch_embed.proj.bias": torch.zeros(3), "mtp.fc.weight": torch.zeros(2, 2)}
+    text = json.loads((tmp_path / "text" / "config.json").read_text())
+    del text["tie_word_embeddings"], text["architectures"]
+    whole = {"model_type": "qwen3_5", "architectures": ["Qwen3_5ForConditionalGeneration"], "text_config": text}
+    whole |= {"vision_config": {"depth": 2}, "tie_word_embeddings": True, "image_token_id": 5}
+    (tmp_path / "whole").mkdir()
+    (tmp_path / "whole" / "config.json").write_text(json.dumps(whole))
+    save_file(named | other, tmp_path / "whole" / "model.safetensors", metadata={"format": "pt"})
+
+    config, params = load_hf(tmp_path / "whole")
+    wanted_config, wanted = load_hf(tmp_path / "text")
+    assert config == wanted_config
+    jax.tree.map(np.testing.assert_array_equal, params, wanted)
+
+    # What it is exported as is the language model alone.
+    save_hf(tmp_path / "ours", config, params, hf_config=read_metadata(tmp_path / "whole").config)
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours").eval()
+    np.testing.assert_array_equal(their_logits(again, tokens()), their_logits(model, tokens()))
+    assert "vision_config" not in json.loads((tmp_path / "ours" / "config.json").read_text())
 
 
 def test_weights_in_mxfp4_are_those_that_transformers_unpacks(tmp_path):

@@ -73,7 +73,7 @@ def forward(params, tokens, replays, record):
     def attend(q, k, v):
         return forest_attention(q, k, v, positions, ends, 2**30), None
 
-    for layer, weights in enumerate(unstack_layers(params)["layers"]):
+    for layer, weights in enumerate(unstack_layers(CONFIG, params)["layers"]):
         choose = best_experts(CONFIG.experts)
         if replays:
             choose = recorded_experts(CONFIG.experts, record[:, :, layer])

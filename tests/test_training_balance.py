@@ -66,7 +66,7 @@ def loads_by_hand(packed):
         loads.append(np.bincount(np.asarray(chosen)[real].reshape(-1), minlength=6))
         return chosen
 
-    for layer in unstack_layers(params)["layers"]:
+    for layer in unstack_layers(MIXTURE, params)["layers"]:
         x, _ = apply_layer(MIXTURE, layer, x, rotary, attend, choose=noted)
     return np.stack(loads)
 

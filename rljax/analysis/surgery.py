@@ -108,14 +108,17 @@ def gate_inputs(config: DecoderConfig, params: Params, tokens: Int[Array, "R S"]
     """What the gates of each layer read of `tokens`, rows padded on the right (what stands in the padding is
     meaningless). Pure, so `jax.jit` applies.
 
-    A layer without its MLP returns what the norm before the MLP reads, so that each is run both ways.
+    A layer without its MLP returns what the norm before the MLP reads, so that each is run both ways. ValueError for a
+    model with a delta rule.
     """
+    config.check_attends("surgery")
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
     end = jnp.full(tokens.shape, tokens.shape[1])
     tables = rotary_tables(config, positions)
     x = embed(config, params, tokens)
     seen = []
-    for layer, rotation, window in zip(unstack_layers(params)[LAYERS], config.rotations, config.windows, strict=True):
+    layers = unstack_layers(config, params)[LAYERS]
+    for layer, rotation, window in zip(layers, config.rotations, config.windows, strict=True):
 
         def attend(q, k, v, sinks=None, window=window):
             return forest_attention(q, k, v, positions, end, window, sinks=sinks), None

@@ -48,8 +48,10 @@ def read_heads(
 
     Rows are padded on the right. With a mask that is nowhere True the logits are those without an override, bit for
     bit. Later positions of a row see what was overwritten through the keys and values of the layers behind, as they do
-    in a decoder that overwrites in its prefill alone. Pure, so `jax.jit` applies.
+    in a decoder that overwrites in its prefill alone. Pure, so `jax.jit` applies. ValueError for a model with a delta
+    rule.
     """
+    config.check_attends("overwriting of heads")
     tokens = jnp.asarray(tokens)
     places = jnp.asarray(places)
     rows = jnp.arange(tokens.shape[0])
@@ -58,7 +60,7 @@ def read_heads(
     tables = rotary_tables(config, positions)
     x = embed(config, params, tokens)
     found = []
-    layers = zip(unstack_layers(params)["layers"], config.rotations, config.windows, strict=True)
+    layers = zip(unstack_layers(config, params)["layers"], config.rotations, config.windows, strict=True)
     for index, (layer, rotation, window) in enumerate(layers):
 
         def attend(q, k, v, sinks=None, index=index, window=window):

@@ -1,7 +1,7 @@
 """Decoder-only language models as pure functions over a nested dict of weights."""
 
 from rljax.models.attention import KERNEL_DEVICES, KERNEL_LENGTH, Attention, forest_attention, kernel_attention
-from rljax.models.config import LAYOUTS, MATRICES, TARGETS, DecoderConfig, Experts, Format, Lora, RopeScaling
+from rljax.models.config import LAYOUTS, MATRICES, TARGETS, DecoderConfig, Delta, Experts, Format, Lora, RopeScaling
 from rljax.models.decoder import (
     PLAIN,
     Forward,
@@ -49,6 +49,7 @@ __all__ = [
     "TARGETS",
     "Attention",
     "DecoderConfig",
+    "Delta",
     "Experts",
     "Format",
     "Forward",

@@ -1,5 +1,5 @@
 """The decoder's key-value cache: prompts stored once, completions in a ring, finished paths kept for forks, and
-attention over the first two.
+attention over the first two; and beside it what layers with a delta rule remember.
 
 Rows of the decoder form a grid `[P, G]`: `P` prompt slots, `G` samples of each prompt.
 """
@@ -14,11 +14,14 @@ from jaxtyping import Array, Bool, Float, Int
 
 from rljax.models.attention_blocks import MASKED, score_divisor
 from rljax.models.config import DecoderConfig
+from rljax.models.delta import Recalled
 from rljax.parallel import Shard, constrain, on_shards, platform
 from rljax.types import ArrayLike, struct
 
 PREFIX_AXES = ("batch", "kv_heads", None, None)
 SUFFIX_AXES = ("batch", "kv_heads", None, None, None)
+MEMORY_AXES = ("batch", None, None, None)
+TAIL_AXES = ("batch", None, None)
 K_COLUMNS = 4
 """Axis of the ring's columns in its keys."""
 V_COLUMNS = 3
@@ -27,7 +30,8 @@ V_COLUMNS = 3
 
 @struct
 class KVCache:
-    """Keys (rotary applied) and values; one array per layer, so that each is updated in place inside a loop.
+    """Keys (rotary applied) and values; one array per layer, so that each is updated in place inside a loop. A layer
+    with a delta rule has a memory instead (`cache_places`).
 
     The suffix is a ring: step `t` of the decoder writes column `t mod Ss` of every row. The last `n` columns written
     belong to a row that has run for `n` steps; older ones are its predecessor's. A row may therefore start at any step,
@@ -48,6 +52,10 @@ class KVCache:
     their tokens. Without paths there are none."""
     path_v: tuple[Float[Array, "P KV A Sa hd"], ...] = ()
     """Values of these samples."""
+    prompt_memory: tuple[Recalled, ...] = ()
+    """What each layer with a delta rule recalls behind the prompts, all tokens but the last: [P, ..]."""
+    row_memory: tuple[Recalled, ...] = ()
+    """What it recalls behind the tokens of each row that it has fed: [P, G, ..]. Nothing before the first."""
 
 
 class LayerCache(NamedTuple):
@@ -90,8 +98,16 @@ def init_cache(
 
     def zeros(*shape):
         return tuple(
-            jnp.zeros((prompt_slots, config.num_kv_heads, *shape), config.dtype) for _ in range(config.num_layers)
+            jnp.zeros((prompt_slots, config.num_kv_heads, *shape), config.dtype) for _ in range(config.attending)
         )
+
+    def nothing(*rows):
+        delta = config.delta
+        if delta is None:
+            return ()
+        memory = (*rows, delta.value_heads, delta.key_dim, delta.value_dim)
+        tail = (*rows, delta.kernel - 1, sum(delta.widths))
+        return tuple(Recalled(jnp.zeros(memory), jnp.zeros(tail, config.dtype)) for _ in range(sum(delta.layers)))
 
     return constrain_cache(
         KVCache(
@@ -101,8 +117,16 @@ def init_cache(
             suffix_v=zeros(sample_slots, suffix_length, head_dim),
             path_k=zeros(path_slots, head_dim, path_length) if path_slots else (),
             path_v=zeros(path_slots, path_length, head_dim) if path_slots else (),
+            prompt_memory=nothing(prompt_slots),
+            row_memory=nothing(prompt_slots, sample_slots),
         )
     )
+
+
+def cache_places(config: DecoderConfig) -> tuple[int, ...]:
+    """Where each layer stands among the arrays of a `KVCache`, of its keys or of its memories."""
+    kinds = [bool(config.delta and config.delta.layers[layer]) for layer in range(config.num_layers)]
+    return tuple(kinds[:layer].count(kind) for layer, kind in enumerate(kinds))
 
 
 def constrain_cache(cache: KVCache) -> KVCache:
@@ -118,7 +142,14 @@ def constrain_cache(cache: KVCache) -> KVCache:
         suffix_v=split(cache.suffix_v, SUFFIX_AXES),
         path_k=split(cache.path_k, SUFFIX_AXES),
         path_v=split(cache.path_v, SUFFIX_AXES),
+        prompt_memory=tuple(_constrained(x, ()) for x in cache.prompt_memory),
+        row_memory=tuple(_constrained(x, (None,)) for x in cache.row_memory),
     )
+
+
+def _constrained(recalled: Recalled, samples: tuple[None, ...]) -> Recalled:
+    memory, tail = (("batch", *samples, *axes[1:]) for axes in (MEMORY_AXES, TAIL_AXES))
+    return Recalled(constrain(recalled.memory, memory), constrain(recalled.tail, tail))
 
 
 def cache_bytes(
@@ -131,8 +162,14 @@ def cache_bytes(
 ) -> int:
     """Bytes that such a cache takes over all devices."""
     columns = prompt_slots * (prefix_length + (sample_slots + path_slots) * suffix_length)
-    of_column = 2 * config.num_layers * config.num_kv_heads * config.head_dim
-    return of_column * columns * jnp.dtype(config.dtype).itemsize
+    of_column = 2 * config.attending * config.num_kv_heads * config.head_dim
+    size = jnp.dtype(config.dtype).itemsize
+    delta = config.delta
+    if delta is None:
+        return of_column * columns * size
+    memory = 4 * delta.value_heads * delta.key_dim * delta.value_dim
+    of_row = memory + size * (delta.kernel - 1) * sum(delta.widths)
+    return of_column * columns * size + sum(delta.layers) * prompt_slots * (1 + sample_slots) * of_row
 
 
 def keep_paths(cache: KVCache, moves: PathMoves) -> KVCache:

@@ -96,7 +96,9 @@ class RopeScaling:
 
 LAYERS = "layers"
 DENSE_LAYERS = "dense_layers"
-"""Stacks of layers among the weights: all of them, but for the first of a mixture that have no experts."""
+DELTA_LAYERS = "delta_layers"
+"""Stacks of layers among the weights: all of them, but for the first of a mixture that have no experts, and for those
+with a delta rule in place of attention."""
 
 MATRICES = ("q", "k", "v", "o", "gate", "up", "down")
 """Weights of a layer that an adapter may be added to."""
@@ -255,6 +257,43 @@ class Experts:
 
 
 @dataclasses.dataclass(frozen=True)
+class Delta:
+    """A gated delta rule (2412.06464) in place of attention in some layers (`rljax.models.delta`). Hashable, as the
+    config that holds it."""
+
+    layers: tuple[bool, ...]
+    """Which layers have it."""
+    key_heads: int
+    """Heads of queries and keys."""
+    value_heads: int
+    """Heads of values, and of memories; a multiple of `key_heads`."""
+    key_dim: int
+    """Width of a head of queries or keys."""
+    value_dim: int
+    """Width of a head of values."""
+    kernel: int = 4
+    """Tokens that the convolution in front of it sees, the last its own."""
+
+    def __post_init__(self):
+        for name in ("key_heads", "value_heads", "key_dim", "value_dim", "kernel"):
+            _check_whole(f"delta's {name}", getattr(self, name), least=1)
+        if self.value_heads % self.key_heads:
+            raise ValueError(
+                f"delta's value_heads={self.value_heads} must be a multiple of its key_heads={self.key_heads}"
+            )
+        if all(self.layers) or not any(self.layers):
+            raise ValueError(
+                "delta is of some layers, and others attend; a model of one kind alone is none of any family"
+            )
+
+    @property
+    def widths(self) -> tuple[int, int, int]:
+        """Of all heads of queries, of keys, and of values."""
+        of_keys = self.key_heads * self.key_dim
+        return of_keys, of_keys, self.value_heads * self.value_dim
+
+
+@dataclasses.dataclass(frozen=True)
 class DecoderConfig:
     """Shape and numerics of a decoder. Hashable, so it can be a static argument of `jax.jit`."""
 
@@ -295,6 +334,9 @@ class DecoderConfig:
     """Norms on queries and keys, before they are rotated."""
     qk_norm_whole: bool = False
     """Whether these go over all heads together instead of each head by itself."""
+    gated_attention: bool = False
+    """Whether what attention reads is multiplied by the sigmoid of a gate, as wide, which `q` makes behind the query of
+    each head."""
     sinks: bool = False
     """Whether every head of attention has a sink: one score more in its softmax, for nothing."""
     pre_norms: bool = True
@@ -340,6 +382,8 @@ class DecoderConfig:
     """What matrices of layers are kept in, which then are frozen (`rljax.models.quantized`); None is `param_dtype`."""
     experts: Experts | None = None
     """Experts in place of the MLP of every layer, or of those behind the first few; None is one MLP for all tokens."""
+    delta: Delta | None = None
+    """A delta rule in place of attention in some layers; None is attention in all."""
 
     def __post_init__(self):
         for name in _SIZES:
@@ -371,6 +415,7 @@ class DecoderConfig:
         self._check_adapters()
         self._check_quantized()
         self._check_experts()
+        self._check_delta()
         self._check_rotation()
         for name in ("sliding_layers", "rotated_layers"):
             chosen = getattr(self, name)
@@ -403,6 +448,7 @@ class DecoderConfig:
             ("embed_dim", self.embed_dim),
             ("num_heads * head_dim", self.num_heads * self.head_dim),
             ("mlp_dim", self.mlp_dim),
+            *([("delta's value_heads * value_dim", self.delta.widths[-1])] if self.delta else []),
         ):
             if size % block:
                 raise ValueError(
@@ -422,6 +468,14 @@ class DecoderConfig:
                 f"experts' dense_layers={self.experts.dense_layers} must be below num_layers={self.num_layers}: the "
                 "last layer has experts"
             )
+
+    def _check_delta(self) -> None:
+        if self.delta is None:
+            return
+        if self.experts is not None:
+            raise ValueError("delta is of layers with one MLP, and this model has experts; no family here has both")
+        if len(self.delta.layers) != self.num_layers:
+            raise ValueError(f"delta's layers has {len(self.delta.layers)} entries for num_layers={self.num_layers}")
 
     def _check_rotation(self) -> None:
         if self.head_dim % 2:
@@ -461,16 +515,45 @@ class DecoderConfig:
         return max(self.max_position, int(min(covered, NO_WINDOW)))
 
     @property
-    def stacks(self) -> dict[str, range]:
-        """The layers of each stack of `params`, in order: those of `dense_layers` and `layers`, or of `layers` alone.
-        Layers of one stack have the same weights."""
+    def kinds(self) -> tuple[str, ...]:
+        """The stack of `params` that each layer is of. Layers of one stack have the same weights."""
+        if self.delta is not None:
+            return tuple(DELTA_LAYERS if own else LAYERS for own in self.delta.layers)
         dense = self.experts.dense_layers if self.experts is not None else 0
-        behind = {LAYERS: range(dense, self.num_layers)}
-        return {DENSE_LAYERS: range(dense)} | behind if dense else behind
+        return (DENSE_LAYERS,) * dense + (LAYERS,) * (self.num_layers - dense)
+
+    @property
+    def stacks(self) -> dict[str, tuple[int, ...]]:
+        """The layers of each stack of `params`, in order."""
+        kinds = self.kinds
+        return {name: tuple(layer for layer, own in enumerate(kinds) if own == name) for name in dict.fromkeys(kinds)}
+
+    @property
+    def blocks(self) -> tuple[tuple[int, int], ...]:
+        """Stretches of layers that repeat, each by how many of these are alike: (layers of one, repetitions)."""
+        kinds = self.kinds
+        if self.delta is None:
+            return tuple((1, len(layers)) for layers in self.stacks.values())
+        count = len(kinds)
+        size = next(n for n in range(1, count + 1) if count % n == 0 and kinds == kinds[:n] * (count // n))
+        return ((size, count // size),)
 
     def of_stack(self, stack: str) -> "DecoderConfig":
         """The config of a stack's layers: without experts where these have an MLP."""
         return dataclasses.replace(self, experts=None) if stack == DENSE_LAYERS else self
+
+    def check_attends(self, what: str) -> None:
+        """ValueError that names `what`, where some layers have a delta rule in place of attention."""
+        if self.delta is not None:
+            raise ValueError(
+                f"{what} needs a model all of whose layers attend; {sum(self.delta.layers)} of {self.num_layers} here "
+                "have a delta rule, whose memory cannot be taken apart into keys and values"
+            )
+
+    @property
+    def attending(self) -> int:
+        """How many layers attend."""
+        return self.num_layers - (sum(self.delta.layers) if self.delta is not None else 0)
 
     @property
     def adapts_head(self) -> bool:

@@ -25,6 +25,7 @@ from jaxtyping import Array, Bool, Float, Int
 from rljax.models.attention import Attention, forest_attention
 from rljax.models.attention_blocks import SAVED, score_divisor
 from rljax.models.config import (
+    DELTA_LAYERS,
     DENSE_LAYERS,
     DOWN,
     GAIN,
@@ -44,6 +45,7 @@ from rljax.models.config import (
     Rotation,
     is_wide,
 )
+from rljax.models.delta import forest_recall, parents
 from rljax.models.dora import dora_gain, with_norms
 from rljax.models.experts import BIAS_AXES, EXPERT_AXES, Choose, Gated, apply_experts, recorded_experts, route
 from rljax.models.functional import clamped_swiglu, geglu, linear, rms_norm, swiglu
@@ -54,7 +56,12 @@ from rljax.types import Params
 
 Attend = Callable[..., tuple[Array, Any]]
 """`attend(q [..., H, hd], k [..., KV, hd], v [..., KV, hd]) -> (out [..., H, hd], aux)`; rotary is applied already. A
-layer with sinks gives them as `sinks=` [H]."""
+layer with sinks gives them as `sinks=` [H]. A layer with a delta rule asks what tokens remember instead, see
+`Recall`."""
+
+Recall = Callable[[Array, Array, Array, Array], tuple[Array, Any]]
+"""`recall(mixed [..., C], kernel [C, 1, W], g [..., H], beta [..., H]) -> (out [..., H, e], aux)`, all but `mixed` in
+float32: queries, keys and values of the delta rule (2412.06464) side by side, before their convolution."""
 
 Remat = Literal["none", "products_saved", "attention_saved", "full"]
 """What of a layer the backward pass computes again. `full`: all of it, so that its input alone is kept.
@@ -104,9 +111,6 @@ class Layer(nnx.Module):
 
     def __init__(self, config: DecoderConfig, *, has_gains: bool = False):
         c = config
-        weight = functools.partial(_weight, dtype=c.param_dtype)
-        q_dim = c.num_heads * c.head_dim
-        kv_dim = c.num_kv_heads * c.head_dim
         norm = functools.partial(_norm_weight, c)
         self.config = c
 
@@ -117,24 +121,7 @@ class Layer(nnx.Module):
         if c.post_norms:
             self.attention_post_norm = norm(c.embed_dim)
             self.mlp_post_norm = norm(c.embed_dim)
-        self.q = weight((c.embed_dim, q_dim), ("embed", "heads"))
-        self.k = weight((c.embed_dim, kv_dim), ("embed", "kv_heads"))
-        self.v = weight((c.embed_dim, kv_dim), ("embed", "kv_heads"))
-        self.o = weight((q_dim, c.embed_dim), ("heads", "embed"))
-
-        # A weight that the family lacks is not declared, so no file needs to hold it.
-        if c.attention_bias:
-            self.q_bias = weight((q_dim,), ("heads",), init="zeros")
-            self.k_bias = weight((kv_dim,), ("kv_heads",), init="zeros")
-            self.v_bias = weight((kv_dim,), ("kv_heads",), init="zeros")
-        if c.output_bias:
-            self.o_bias = weight((c.embed_dim,), (None,), init="zeros")
-        if c.sinks:
-            self.sinks = weight((c.num_heads,), ("heads",))
-        if c.qk_norm:
-            self.q_norm = norm(q_dim, "heads") if c.qk_norm_whole else norm(c.head_dim)
-            self.k_norm = norm(kv_dim, "kv_heads") if c.qk_norm_whole else norm(c.head_dim)
-
+        self._declare_mixer()
         if c.experts is None:
             self._declare_mlp()
         else:
@@ -147,6 +134,31 @@ class Layer(nnx.Module):
         if c.quantized is not None:
             for name in MATRICES:
                 self._quantize(name, LAYOUTS[c.quantized])
+
+    def _declare_mixer(self) -> None:
+        """What mixes tokens: attention."""
+        c = self.config
+        weight = functools.partial(_weight, dtype=c.param_dtype)
+        norm = functools.partial(_norm_weight, c)
+        q_dim = c.num_heads * c.head_dim
+        kv_dim = c.num_kv_heads * c.head_dim
+        self.q = weight((c.embed_dim, 2 * q_dim if c.gated_attention else q_dim), ("embed", "heads"))
+        self.k = weight((c.embed_dim, kv_dim), ("embed", "kv_heads"))
+        self.v = weight((c.embed_dim, kv_dim), ("embed", "kv_heads"))
+        self.o = weight((q_dim, c.embed_dim), ("heads", "embed"))
+
+        # A weight that the family lacks is not declared, so no file needs to hold it.
+        if c.attention_bias:
+            self.q_bias = weight(self.q.get_value().shape[1:], ("heads",), init="zeros")
+            self.k_bias = weight((kv_dim,), ("kv_heads",), init="zeros")
+            self.v_bias = weight((kv_dim,), ("kv_heads",), init="zeros")
+        if c.output_bias:
+            self.o_bias = weight((c.embed_dim,), (None,), init="zeros")
+        if c.sinks:
+            self.sinks = weight((c.num_heads,), ("heads",))
+        if c.qk_norm:
+            self.q_norm = norm(q_dim, "heads") if c.qk_norm_whole else norm(c.head_dim)
+            self.k_norm = norm(kv_dim, "kv_heads") if c.qk_norm_whole else norm(c.head_dim)
 
     def _declare_mlp(self) -> None:
         c = self.config
@@ -208,15 +220,30 @@ class Layer(nnx.Module):
         self,
         x: Array,
         rotary: RotaryTable,
-        attend: Attend,
+        attend: Attend | Recall,
         product: Product = linear,
         choose: Choose | None = None,
         counted: Array | None = None,
     ) -> tuple[Array, Any]:
         c = self.config
         project = functools.partial(self._project, product)
-        h = self._norm(x, "attention_norm")
+        out, aux = self._mix(project, self._norm(x, "attention_norm"), rotary, attend)
+        x = self._add(x, project(out, "o"), "attention_post_norm")
+
+        h = self._norm(x, "mlp_norm")
+        h = self._mlp(project, h) if c.experts is None else self._experts(project, h, choose, counted)
+        return self._add(x, h, "mlp_post_norm"), aux
+
+    def _mix(
+        self, project: Callable[[Array, str], Array], h: Array, rotary: RotaryTable, attend: Attend | Recall
+    ) -> tuple[Array, Any]:
+        """What `o` is multiplied to, and the `aux` of `attend`."""
+        c = self.config
         q, k, v = (project(h, name) for name in ("q", "k", "v"))
+        gate = None
+        if c.gated_attention:
+            q, gate = jnp.split(q.reshape(*q.shape[:-1], c.num_heads, 2 * c.head_dim), 2, axis=-1)
+            q, gate = (x.reshape(*h.shape[:-1], c.num_heads * c.head_dim) for x in (q, gate))
         if c.qk_norm_whole:
             q = self._norm(q, "q_norm")
             k = self._norm(k, "k_norm")
@@ -233,12 +260,8 @@ class Layer(nnx.Module):
         # By name, so that what knows of no sinks refuses them.
         sinks = {"sinks": self.sinks[...]} if c.sinks else {}
         out, aux = attend(apply_rotary(q, *rotary, scale), apply_rotary(k, *rotary), v, **sinks)
-        out = out.reshape(*x.shape[:-1], c.num_heads * c.head_dim)
-        x = self._add(x, project(out, "o"), "attention_post_norm")
-
-        h = self._norm(x, "mlp_norm")
-        h = self._mlp(project, h) if c.experts is None else self._experts(project, h, choose, counted)
-        return self._add(x, h, "mlp_post_norm"), aux
+        out = out.reshape(*h.shape[:-1], c.num_heads * c.head_dim)
+        return out if gate is None else out * jax.nn.sigmoid(gate), aux
 
     def _add(self, x: Array, out: Array, norm: str) -> Array:
         """The residual stream with what attention or MLP adds."""
@@ -312,6 +335,40 @@ class Layer(nnx.Module):
         return checkpoint_name(dora_gain(norm, matrix, down, up, lora.scale), PRODUCT)
 
 
+class DeltaLayer(Layer):
+    """A layer with a gated delta rule in place of attention (`rljax.models.delta`)."""
+
+    def _declare_mixer(self) -> None:
+        c = self.config
+        assert c.delta is not None
+        delta = c.delta
+        weight = functools.partial(_weight, dtype=c.param_dtype)
+        # Whole on every device along `tensor`: the convolution and the norms of heads go over all of them.
+        for name, width in zip(("q", "k", "v"), delta.widths, strict=True):
+            setattr(self, name, weight((c.embed_dim, width), ("embed", None)))
+        self.read_gate = weight((c.embed_dim, delta.widths[-1]), ("embed", None))
+        self.correct = weight((c.embed_dim, delta.value_heads), ("embed", None))
+        self.fade = weight((c.embed_dim, delta.value_heads), ("embed", None))
+        self.fade_rate = weight((delta.value_heads,), (None,), init="log_uniform")
+        self.fade_shift = weight((delta.value_heads,), (None,), init="ones")
+        self.kernel = weight((sum(delta.widths), 1, delta.kernel), (None, None, None), init="taps")
+        self.read_norm = weight((delta.value_dim,), (None,), init="ones")
+        self.o = weight((delta.widths[-1], c.embed_dim), (None, "embed"))
+
+    def _mix(
+        self, project: Callable[[Array, str], Array], h: Array, rotary: RotaryTable, attend: Attend | Recall
+    ) -> tuple[Array, Any]:
+        mixed = jnp.concatenate([project(h, name) for name in ("q", "k", "v")], axis=-1)
+        gate, correct, fade = (project(h, name).astype(jnp.float32) for name in ("read_gate", "correct", "fade"))
+        rate, shift, kernel = (x[...].astype(jnp.float32) for x in (self.fade_rate, self.fade_shift, self.kernel))
+        g = -jnp.exp(rate) * jax.nn.softplus(fade + shift)
+        out, aux = attend(mixed, kernel, g, jax.nn.sigmoid(correct))
+
+        # These norms are stored whole where the others are not.
+        out = rms_norm(out, self.read_norm[...], self.config.norm_eps).reshape(gate.shape)
+        return (out * jax.nn.silu(gate)).astype(h.dtype), aux
+
+
 def _norm_weight(config: DecoderConfig, width: int, axis: str | None = None) -> nnx.Param:
     init = "zeros" if config.norm_offset else "ones"
     return _weight((width,), (axis,), dtype=config.param_dtype, init=init)
@@ -349,12 +406,16 @@ class Decoder(nnx.Module):
             setattr(self, f"{HEAD}{UP}", adapter((rank, config.vocab_size), (None, "vocab"), init="zeros"))
 
 
+def _layer_class(stack: str) -> type[Layer]:
+    return DeltaLayer if stack == DELTA_LAYERS else Layer
+
+
 @functools.lru_cache(maxsize=64)
 def _declarations(config: DecoderConfig) -> dict[str, Any]:
     """Nested dict like `params`, of the `nnx.Param` declarations; layers still unstacked."""
     own: dict[str, Any] = {str(path[-1]): param for path, param in nnx.to_flat_state(nnx.state(Decoder(config)))}
     for stack in config.stacks:
-        state = nnx.to_flat_state(nnx.state(Layer(config.of_stack(stack))))
+        state = nnx.to_flat_state(nnx.state(_layer_class(stack)(config.of_stack(stack))))
         own[stack] = {str(path[-1]): param for path, param in state}
     return own
 
@@ -397,8 +458,9 @@ def logical_axes(config: DecoderConfig) -> dict[str, Any]:
 
 def init_params(config: DecoderConfig, key: Array) -> dict[str, Any]:
     """Random weights: normal with standard deviation 0.02, norms one, biases zero. Of adapters, A is uniform up to one
-    over the root of its rows, and B zero, so that they add nothing yet; DoRA's lengths are those of the columns. `key`
-    is consumed.
+    over the root of its rows, and B zero, so that they add nothing yet; DoRA's lengths are those of the columns. Delta
+    rules begin as where they are trained: fades from a hundredth to 16, taps up to one over the root of their number.
+    `key` is consumed.
 
     A weight's values depend on `key` and its own name alone, not on the order of declarations or on sharding.
     """
@@ -411,8 +473,10 @@ def init_params(config: DecoderConfig, key: Array) -> dict[str, Any]:
         # Python's own hash differs from process to process.
         digest = hashlib.blake2b(name.encode(), digest_size=4).digest()
         own_key = jax.random.fold_in(key, int.from_bytes(digest, "big"))
-        if kind == "fan_in":
-            bound = value.shape[-2] ** -0.5
+        if kind == "log_uniform":
+            return jnp.log(jax.random.uniform(own_key, shape, minval=0.01, maxval=16.0)).astype(value.dtype)
+        if kind in ("fan_in", "taps"):
+            bound = value.shape[-2 if kind == "fan_in" else -1] ** -0.5
             return jax.random.uniform(own_key, shape, value.dtype, -bound, bound)
         return (0.02 * jax.random.normal(own_key, shape)).astype(value.dtype)
 
@@ -433,15 +497,13 @@ def cast_params(params: Params, dtype: str) -> dict[str, Any]:
     return jax.tree_util.tree_map_with_path(cast, params)
 
 
-def unstack_layers(params: Params) -> dict[str, Any]:
+def unstack_layers(config: DecoderConfig, params: Params) -> dict[str, Any]:
     """Params whose `layers` are a tuple of dicts, one per layer of all stacks, as an unrolled forward pass wants
     them."""
-    layers: list[Any] = []
-    for stack in (params[name] for name in (DENSE_LAYERS, LAYERS) if name in params):
-        count = jax.tree.leaves(stack)[0].shape[0]
-        layers += [jax.tree.map(lambda x, i=i: x[i], stack) for i in range(count)]
-    outer = {name: x for name, x in params.items() if name not in (DENSE_LAYERS, LAYERS)}
-    return {**outer, LAYERS: tuple(layers)}
+    stacks = config.stacks
+    places = ((stack, stacks[stack].index(layer)) for layer, stack in enumerate(config.kinds))
+    layers = tuple({name: x[i] for name, x in params[stack].items()} for stack, i in places)
+    return {name: x for name, x in params.items() if name not in stacks} | {LAYERS: layers}
 
 
 def embed(config: DecoderConfig, params: Params, tokens: Int[Array, "*B"]) -> Float[Array, "*B D"]:
@@ -495,24 +557,27 @@ def apply_layer(
     layer_params: Params,
     x: Float[Array, "*B D"],
     rotary: RotaryTable,
-    attend: Attend,
+    attend: Attend | Recall,
     product: Product = linear,
     choose: Choose | None = None,
     counted: Bool[Array, "*B"] | None = None,
 ) -> tuple[Float[Array, "*B D"], Any]:
-    """One layer on activations `x`; returns what it makes of them and the `aux` of `attend`. `rotary` is the table of
+    """One layer on activations `x`; returns what it makes of them and the `aux` of `attend`, a `Recall` for a layer of
+    `DELTA_LAYERS`. `rotary` is the table of
     its rotation (`rljax.models.rope.rotary_tables`); `choose` says which experts compute, None the best, and is not
     asked where there are none, as in the first layers of some mixtures. `counted` marks the tokens whose experts are
     counted (`rljax.models.experts.route`)."""
     stack = LAYERS if config.experts is None or "router" in layer_params else DENSE_LAYERS
+    if "kernel" in layer_params:
+        stack = DELTA_LAYERS
     has_gains = any(name.endswith(GAIN) for name in layer_params)
-    layer = nnx.merge(_layer_graph(config.of_stack(stack), has_gains), dict(layer_params))
+    layer = nnx.merge(_layer_graph(config.of_stack(stack), stack, has_gains), dict(layer_params))
     return layer(x, rotary, attend, product, choose, counted)
 
 
 @functools.lru_cache(maxsize=64)
-def _layer_graph(config: DecoderConfig, has_gains: bool):
-    return nnx.split(Layer(config, has_gains=has_gains))[0]
+def _layer_graph(config: DecoderConfig, stack: str, has_gains: bool):
+    return nnx.split(_layer_class(stack)(config, has_gains=has_gains))[0]
 
 
 def final_norm(config: DecoderConfig, params: Params, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
@@ -531,8 +596,10 @@ def hidden_states(
 ) -> Float[Array, "R S D"]:
     """Final-normed hidden states of packed forests (see `rljax.types.Packed`).
 
-    Each stack of layers is one `lax.scan`, whose body compiles once. `experts` are those to compute with in each layer
-    that has any, -1 for the best (`rljax.types.Packed`). ValueError for several adapters side by side.
+    Each stack of layers is one `lax.scan`, whose body compiles once; stacks that take turns are scanned together.
+    `experts` are those to compute with in each layer
+    that has any, -1 for the best (`rljax.types.Packed`). ValueError for several adapters side by side, and for a delta
+    rule on a mesh whose devices share sequences.
     """
     if config.lora is not None and config.lora.count:
         raise ValueError(
@@ -541,18 +608,20 @@ def hidden_states(
 
     counted = subtree_end > 0 if forward.counts_load else None
     # Made once for all layers: within a scan a table is a constant.
-    tables, kinds = _stack_tables(config, rotary_tables(config, positions))
+    tables, rotations = _stack_tables(config, rotary_tables(config, positions))
+    recall = recall_of(config, subtree_end)
 
     def body(x, layer):
-        layer_params, window, kind, recorded = layer
+        layer_params, window, rotation, recorded = layer
         # A layer by itself has its own table picked out of all where layers differ.
-        rotary = tables if kind is None else (tables[0][kind], tables[1][kind])
+        rotary = tables if rotation is None else (tables[0][rotation], tables[1][rotation])
 
         def attend(q, k, v, sinks=None):
             return forward.attention(q, k, v, positions, subtree_end, window, sinks=sinks), None
 
+        mix = attend if recall is None or "kernel" not in layer_params else recall
         choose = None if recorded is None or config.experts is None else recorded_experts(config.experts, recorded)
-        return apply_layer(config, layer_params, x, rotary, attend, choose=choose, counted=counted)
+        return apply_layer(config, layer_params, x, rotary, mix, choose=choose, counted=counted)
 
     if forward.remat != "none":
         saved = {"products_saved": (*SAVED, PRODUCT), "attention_saved": SAVED, "full": ()}[forward.remat]
@@ -564,14 +633,60 @@ def hidden_states(
     x = constrain(x, _axes(x))
 
     by_layer = None if experts is None else jnp.moveaxis(experts, 2, 0)
-    for stack, layers in config.stacks.items():
-        here = slice(layers.start, layers.stop)
+    done = 0
+    for size, count in config.blocks:
+        here = slice(done, done + size * count)
         windows = jnp.asarray(config.windows[here])
-        own = None if kinds is None else jnp.asarray(kinds[here])
-        # A record is of the layers that have experts.
-        recorded = None if stack == DENSE_LAYERS else by_layer
-        x, _ = jax.lax.scan(body, x, (params[stack], windows, own, recorded))
+        own = None if rotations is None else jnp.asarray(rotations[here])
+        if size > 1:
+            x = _scan_blocks(config, body, x, params, windows, own, size)
+        else:
+            stack = config.kinds[done]
+            # A record is of the layers that have experts.
+            recorded = None if stack == DENSE_LAYERS else by_layer
+            x, _ = jax.lax.scan(body, x, (params[stack], windows, own, recorded))
+        done = here.stop
     return final_norm(config, params, x)
+
+
+def _scan_blocks(config: DecoderConfig, body, x: Array, params: Params, windows: Array, rotations, size: int) -> Array:
+    """`x` behind blocks of `size` layers of several stacks: one `lax.scan` over the blocks."""
+    kinds = config.kinds[:size]
+
+    def in_blocks(x):
+        return x.reshape(config.num_layers // size, -1, *x.shape[1:])
+
+    def block(x, arrays):
+        stacks, windows, rotations = arrays
+        taken = dict.fromkeys(stacks, 0)
+        for place, stack in enumerate(kinds):
+            layer = {name: weight[taken[stack]] for name, weight in stacks[stack].items()}
+            taken[stack] += 1
+            rotation = None if rotations is None else rotations[place]
+            x, _ = body(x, (layer, windows[place], rotation, None))
+        return x, None
+
+    stacks = {stack: params[stack] for stack in config.stacks}
+    return jax.lax.scan(block, x, jax.tree.map(in_blocks, (stacks, windows, rotations)))[0]
+
+
+def recall_of(config: DecoderConfig, subtree_end: Int[Array, "R S"]) -> Recall | None:
+    """What tokens of packed forests recall; None where all layers attend. ValueError on a mesh whose devices share
+    sequences."""
+    delta = config.delta
+    if delta is None:
+        return None
+    if split_axes("positions", subtree_end.shape[1]):
+        raise ValueError(
+            "the mesh has devices that share a sequence (its axis `sequence`), and this model has layers with a delta "
+            "rule, which pass over the whole of it; take a mesh without that axis"
+        )
+    parent = parents(subtree_end)
+
+    def recall(mixed, kernel, g, beta):
+        return forest_recall(delta, mixed, kernel, g, beta, subtree_end, parent), None
+
+    return recall
 
 
 def _stack_tables(config: DecoderConfig, tables: dict[Rotation, RotaryTable]) -> tuple[RotaryTable, tuple | None]:

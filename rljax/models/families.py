@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-from rljax.models.config import DENSE_LAYERS, LAYERS, DecoderConfig, Experts, RopeScaling
+from rljax.models.config import DELTA_LAYERS, DENSE_LAYERS, LAYERS, DecoderConfig, Delta, Experts, RopeScaling
 from rljax.models.decoder import abstract_params
 
 
@@ -108,6 +108,19 @@ _BIASED_EXPERTS = (
         for path in paths
     ),
 )
+_DELTA = (
+    Weight("layers/fade_shift", "model.layers.{}.linear_attn.dt_bias", "blk.{}.ssm_dt.bias"),
+    Weight("layers/fade_rate", "model.layers.{}.linear_attn.A_log", "blk.{}.ssm_a"),
+    Weight("layers/kernel", "model.layers.{}.linear_attn.conv1d.weight", "blk.{}.ssm_conv1d.weight"),
+    *_norm("read_norm", "linear_attn.norm", "ssm_norm"),
+    *_linear("o", "linear_attn.out_proj", "ssm_out"),
+    *_linear("q", "linear_attn.in_proj_qkv", "attn_qkv"),
+    *_linear("k", "linear_attn.in_proj_qkv", "attn_qkv"),
+    *_linear("v", "linear_attn.in_proj_qkv", "attn_qkv"),
+    *_linear("read_gate", "linear_attn.in_proj_z", "attn_gate"),
+    *_linear("correct", "linear_attn.in_proj_b", "ssm_beta"),
+    *_linear("fade", "linear_attn.in_proj_a", "ssm_alpha"),
+)
 _NORMS = (
     *_norm("attention_norm", "input_layernorm", "attn_norm"),
     *_norm("mlp_norm", "post_attention_layernorm", "ffn_norm"),
@@ -140,9 +153,9 @@ _JOINED = (
 )
 
 
-def _dense(*rows: Weight) -> tuple[Weight, ...]:
-    """The rows of layers, for the first of a mixture that have no experts."""
-    return tuple(row._replace(path=row.path.replace(LAYERS, DENSE_LAYERS)) for row in rows)
+def _of(stack: str, *rows: Weight) -> tuple[Weight, ...]:
+    """The rows of layers, for those of another stack."""
+    return tuple(row._replace(path=row.path.replace(LAYERS, stack)) for row in rows)
 
 
 LLAMA_WEIGHTS = (*_EMBEDDING, *_ATTENTION, *_MLP, *_NORMS, *_HEAD)
@@ -153,12 +166,21 @@ OLMO_WEIGHTS = (*_EMBEDDING, *_ATTENTION, *_QK_NORM, *_MLP, *_POST_NORMS, *_HEAD
 GPT_OSS_WEIGHTS = (*_EMBEDDING, *_SINKS, *_ATTENTION, *_BIASED_EXPERTS, *_NORMS, *_HEAD)
 GLM4_MOE_WEIGHTS = (
     *_EMBEDDING,
-    *_dense(*_ATTENTION, *_QK_NORM, *_MLP, *_NORMS),
+    *_of(DENSE_LAYERS, *_ATTENTION, *_QK_NORM, *_MLP, *_NORMS),
     *_ATTENTION,
     *_QK_NORM,
     *_EXPERTS,
     *_SELECTION,
     *_SHARED_EXPERT,
+    *_NORMS,
+    *_HEAD,
+)
+QWEN3_5_WEIGHTS = (
+    *_EMBEDDING,
+    *_of(DELTA_LAYERS, *_DELTA, *_MLP, *_NORMS),
+    *_ATTENTION,
+    *_QK_NORM,
+    *_MLP,
     *_NORMS,
     *_HEAD,
 )
@@ -219,6 +241,14 @@ class Family(NamedTuple):
     MLP."""
     fixed_experts: Mapping[str, Any] = MappingProxyType({})
     """Fields of `Experts` that all its models have alike."""
+    delta: Mapping[str, str] | None = None
+    """config.json's keys of the fields of `Delta`, where `layer_types` names layers of linear attention; None where all
+    layers attend."""
+    delta_every: int = 0
+    """Without `layer_types`, every such layer attends."""
+    joined_as: str = ""
+    """The `model_type` of folders that hold a model of the family beside an encoder of images, which is left out: its
+    config.json is their `text_config`."""
     predicts_ahead: bool = False
     """Whether files may have layers behind the last, which predict further tokens. They are left out."""
     has_scorer: bool = True
@@ -231,7 +261,7 @@ class Family(NamedTuple):
         return f"{_SCORERS.get(stem, stem)}ForSequenceClassification"
 
 
-_SCORERS = {"Gemma3": "Gemma3Text"}
+_SCORERS = {"Gemma3": "Gemma3Text", "Qwen3_5": "Qwen3_5Text"}
 """Where the class is not named after that of the language model."""
 
 
@@ -365,6 +395,34 @@ FAMILIES: dict[str, Family] = {
         bias_keys=("attention_bias",),
         fixed={"qk_norm": True},
         sliding="chosen",
+    ),
+    "qwen3_5_text": Family(
+        "Qwen3_5ForCausalLM",
+        QWEN3_5_WEIGHTS,
+        {
+            "max_position_embeddings": 32768,
+            "num_key_value_heads": 4,
+            "head_dim": 256,
+            "partial_rotary_factor": 0.25,
+            "linear_num_key_heads": 16,
+            "linear_num_value_heads": 32,
+            "linear_key_head_dim": 128,
+            "linear_value_head_dim": 128,
+            "linear_conv_kernel_dim": 4,
+        },
+        fixed={"qk_norm": True, "norm_offset": True, "gated_attention": True},
+        bias_keys=("attention_bias",),
+        neutral={"attn_output_gate": (None, True)},
+        partial_rotary=True,
+        delta={
+            "key_heads": "linear_num_key_heads",
+            "value_heads": "linear_num_value_heads",
+            "key_dim": "linear_key_head_dim",
+            "value_dim": "linear_value_head_dim",
+            "kernel": "linear_conv_kernel_dim",
+        },
+        delta_every=4,
+        joined_as="qwen3_5",
     ),
     "qwen3_moe": Family(
         "Qwen3MoeForCausalLM",
@@ -527,7 +585,8 @@ def entries(config: DecoderConfig, kind: str = "hf") -> list[Entry]:
     first = rows[: rows.index(stacked[0])]
     last = rows[rows.index(stacked[-1]) + 1 :]
     middle: list[Entry] = []
-    for stack, layer in ((stack, i) for stack, layers in config.stacks.items() for i in range(len(layers))):
+    stacks = config.stacks
+    for stack, layer in ((stack, stacks[stack].index(number)) for number, stack in enumerate(config.kinds)):
         own = [weight for weight in stacked if weight.stack == stack]
         of_experts = [weight for weight in own if getattr(weight, kind).count("{}") == 2]
         for weight in own:
@@ -549,8 +608,9 @@ def fresh_config(
     family: str, *, sliding_window: int | None = None, experts: Experts | None = None, **sizes: Any
 ) -> DecoderConfig:
     """The config of a new model: what all models of the family have alike, the `sizes` given (fields of
-    `DecoderConfig`), and the window of those layers that slide where no file says which. ValueError for an unknown
-    family, for a window in a family without any, and for experts where the family has an MLP or the reverse."""
+    `DecoderConfig`), and the window of those layers that slide where no file says which. Heads of a delta rule are as
+    many and as wide as those of attention. ValueError for an unknown family, for a window in a family without any, for
+    experts where the family has an MLP or the reverse, and for too few layers to have both kinds."""
     known = _known(family)
     if (experts is None) != (known.experts is None):
         having = ", ".join(name for name, one in FAMILIES.items() if one.experts is not None)
@@ -565,6 +625,19 @@ def fresh_config(
         fields["embed_scale"] = sizes["embed_dim"] ** 0.5
     if "partial_rotary_factor" in known.defaults:
         fields["rotary_dim"] = 2 * round(sizes["head_dim"] * known.defaults["partial_rotary_factor"] / 2)
+    if known.delta is not None:
+        if (count := sizes["num_layers"]) < known.delta_every:
+            raise ValueError(
+                f"num_layers={count} must be at least {known.delta_every} in {family}: every {known.delta_every}th "
+                "layer attends"
+            )
+        fields["delta"] = Delta(
+            layers=pattern(known.delta_every, count) or (),
+            key_heads=sizes["num_kv_heads"],
+            value_heads=sizes["num_heads"],
+            key_dim=sizes["head_dim"],
+            value_dim=sizes["head_dim"],
+        )
     if known.unrotated:
         fields["rotated_layers"] = pattern(known.defaults["no_rope_layer_interval"], sizes["num_layers"])
     if known.local_rope:
@@ -599,6 +672,7 @@ def config_from_hf(hf: Mapping[str, Any]) -> DecoderConfig:
     `rope_scaling`. `dtype` and `param_dtype` are the file's own. Raises ValueError for an unsupported architecture,
     rope type, activation or layer type, and for a missing key.
     """
+    hf = text_part(hf)
     name = hf.get("model_type")
     supported = ", ".join(f"{key} ({family.architecture})" for key, family in FAMILIES.items())
     if not isinstance(name, str) or name not in FAMILIES:
@@ -675,6 +749,7 @@ def config_from_hf(hf: Mapping[str, Any]) -> DecoderConfig:
         sliding_window=window,
         sliding_layers=sliding,
         experts=_experts_from_hf(family, get),
+        delta=_delta_from_hf(family, get),
         # A window that no layer has leaves nothing for the other base to rotate.
         local_rope_theta=local_theta if window is not None else None,
         rotary_dim=_rotary_dim(family, rope, hf, head_dim),
@@ -686,6 +761,34 @@ def config_from_hf(hf: Mapping[str, Any]) -> DecoderConfig:
         value_bias=not is_scorer,
         **fields,
     )
+
+
+def text_part(hf: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The config.json of the language model of a folder that holds it beside an encoder of images; any other as it
+    is."""
+    kind = hf.get("model_type")
+    text = hf.get("text_config")
+    name = next((name for name, family in FAMILIES.items() if family.joined_as and family.joined_as == kind), None)
+    if name is None or not isinstance(text, Mapping):
+        return hf
+    said = {key: hf[key] for key in ("tie_word_embeddings", "dtype", "torch_dtype") if key in hf}
+    return {**said, **text, "model_type": text.get("model_type", name)}
+
+
+def _delta_from_hf(family: Family, get: Callable[..., Any]) -> Delta | None:
+    if family.delta is None:
+        return None
+    count = _whole(get, "num_hidden_layers", most=_MOST_LAYERS)
+    types = get("layer_types")
+    if types is None:
+        every = _whole(get, "full_attention_interval", family.delta_every)
+        layers = pattern(every, count) or (True,) * count
+    else:
+        layers = tuple(kind == _LINEAR for kind in types)
+    return Delta(layers=layers, **{ours: _whole(get, theirs) for ours, theirs in family.delta.items()})
+
+
+_LINEAR = "linear_attention"
 
 
 def _labels(hf: Mapping[str, Any]) -> int:
@@ -759,10 +862,9 @@ def _sliding_from_hf(family: Family, get: Callable[..., Any]) -> tuple[int | Non
     types = get("layer_types")
     if types is not None and not isinstance(types, list):
         raise ValueError(f"config.json: layer_types={types!r:.80} must be a list, a name for each layer")
-    if unknown := [kind for kind in types or () if kind not in ("full_attention", "sliding_attention")]:
-        raise ValueError(
-            f"config.json: layer_types has {unknown[0]!r:.80}; supported are full_attention and sliding_attention"
-        )
+    known = ("full_attention", "sliding_attention" if family.delta is None else _LINEAR)
+    if unknown := [kind for kind in types or () if kind not in known]:
+        raise ValueError(f"config.json: layer_types has {unknown[0]!r:.80}; supported are {' and '.join(known)}")
     if types is not None and len(types) != count:
         raise ValueError(f"config.json: layer_types has {len(types)} entries for num_hidden_layers={count}")
 
@@ -1010,6 +1112,9 @@ def config_to_hf(config: DecoderConfig) -> dict[str, Any]:
     if family.experts is not None and config.experts is not None:
         hf |= {name: getattr(config.experts, ours) for ours, names in family.experts.items() for name in names}
         hf |= {"decoder_sparse_step": 1, "mlp_only_layers": []} if "decoder_sparse_step" in family.defaults else {}
+    if family.delta is not None and config.delta is not None:
+        hf |= {theirs: getattr(config.delta, ours) for ours, theirs in family.delta.items()}
+        hf["layer_types"] = [_LINEAR if own else "full_attention" for own in config.delta.layers]
     if family.sliding == "switched":
         hf |= {"use_sliding_window": config.sliding_window is not None, "sliding_window": config.sliding_window}
     if family.sliding == "chosen":

@@ -64,6 +64,13 @@ class SafetensorsFolder:
             file = (weight_map or {})[absent[0]]
             raise ValueError(f"{index} puts {shown(absent[0])} into {file}, which does not hold it")
 
+    def rename(self, start: str, own: str) -> None:
+        """Has names that begin with `start` begin with `own` instead."""
+        self.tensors = {
+            f"{own}{name.removeprefix(start)}" if name.startswith(start) else name: info
+            for name, info in self.tensors.items()
+        }
+
     def open(self, name: str) -> np.ndarray:
         """The tensor as a read-only view of the file."""
         info = self.tensors[name]

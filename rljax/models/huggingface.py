@@ -14,13 +14,24 @@ from jax.experimental import multihost_utils
 
 from rljax.models.assemble import assemble, weight_at
 from rljax.models.config import DecoderConfig, is_wide
-from rljax.models.families import DTYPES, Entry, config_from_hf, config_to_hf, entries, family_of, in_file
+from rljax.models.families import (
+    DTYPES,
+    Entry,
+    config_from_hf,
+    config_to_hf,
+    entries,
+    family_of,
+    in_file,
+    text_part,
+)
 from rljax.models.files import INDEX_FILE, SINGLE_FILE, SafetensorsFolder, shown, split_into_files, write_safetensors
 from rljax.models.mxfp4 import BLOCK, BLOCKS, SCALES, dequantised, is_mxfp4
 from rljax.types import Params
 
 _IGNORED = re.compile(r"rotary_emb\.inv_freq$")  # a buffer that old checkpoints carry
 _LAYER = re.compile(r"model\.layers\.(\d+)\.")
+_BESIDE_TEXT = re.compile(r"(model\.visual|mtp)\.")
+"""Of folders that hold more than a language model: the encoder of images, and layers that predict further tokens."""
 _GENERATION_FILE = "generation_config.json"
 _ID_KEYS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
@@ -45,7 +56,8 @@ def read_metadata(path: str | os.PathLike) -> Metadata:
     """The metadata of a Hugging Face folder; empty where there are no such files, and for a GGUF file. ValueError for
     a file that is no JSON object."""
     found = [Path(path) / name for name in ("config.json", _GENERATION_FILE)]
-    return Metadata(*(read_json(file) if file.is_file() else {} for file in found))
+    config, generation = (read_json(file) if file.is_file() else {} for file in found)
+    return Metadata(dict(text_part(config)), generation)
 
 
 def written_metadata(config: DecoderConfig, source: Metadata, tokenizer: Any = None) -> Metadata:
@@ -95,6 +107,8 @@ def load_hf(
     folder = Path(folder)
     config = with_dtypes(read_config(folder), dtype, param_dtype)
     stored = SafetensorsFolder(folder, packed=(BLOCKS, SCALES) if is_mxfp4(read_json(folder / "config.json")) else ())
+    if family_of(config).joined_as:
+        stored.rename("model.language_model.", "model.")
     wanted = entries(config)
     names = {name for entry in wanted for name in _parts(stored, entry)}
     check_names(names, set(stored.tensors), _tolerated(config, stored), str(folder))
@@ -142,6 +156,8 @@ def read_config(folder: Path) -> DecoderConfig:
 
 def _tolerated(config: DecoderConfig, stored: SafetensorsFolder) -> set[str]:
     tolerated = {name for name in stored.tensors if _IGNORED.search(name)}
+    if family_of(config).joined_as:
+        tolerated |= {name for name in stored.tensors if _BESIDE_TEXT.match(name)}
     if family_of(config).predicts_ahead:
         numbers = {name: _LAYER.match(name) for name in stored.tensors}
         tolerated |= {name for name, found in numbers.items() if found and int(found[1]) >= config.num_layers}
@@ -244,7 +260,13 @@ _OWNED = frozenset(
         "embedding_multiplier",
         "hidden_act",
         "hidden_activation",
+        "full_attention_interval",
         "layer_types",
+        "linear_conv_kernel_dim",
+        "linear_key_head_dim",
+        "linear_num_key_heads",
+        "linear_num_value_heads",
+        "linear_value_head_dim",
         "logits_scaling",
         "max_window_layers",
         "mlp_bias",

@@ -14,8 +14,11 @@ from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from rljax.models.attention import forest_attention
 from rljax.models.cache import (
+    MEMORY_AXES,
     PREFIX_AXES,
+    TAIL_AXES,
     KVCache,
+    cache_places,
     cached_attention,
     constrain_cache,
     layer_cache,
@@ -26,6 +29,7 @@ from rljax.models.cache import (
 )
 from rljax.models.config import LAYERS, DecoderConfig
 from rljax.models.decoder import apply_layer, embed, final_norm
+from rljax.models.delta import Recalled, next_recall, prompt_recall
 from rljax.models.experts import Choose, best_experts
 from rljax.models.head import logits
 from rljax.models.rope import rotary_tables
@@ -169,19 +173,20 @@ def prefill(
     slots: Int[ArrayLike, " N"],
     adapter: Int[ArrayLike, " N"] | None = None,
     recorded: int = 0,
+    length: Int[ArrayLike, " N"] | None = None,
 ) -> tuple[KVCache, Int[Array, "N S L k"] | None]:
     """Writes the keys and values of `N` prompts (right-padded; the padding is never read) into prompt slots. `adapter`
-    says which of several each prompt has. Returns the experts of each token too, where `recorded` asks for them.
+    says which of several each prompt has, `length` how many tokens, which a model with a delta rule asks for. Returns
+    the experts of each token too, where `recorded` asks for them.
 
     On a mesh prompts and slots are split alike: each device computes the prompts of its own slots, and slot -1 is of a
     prompt that counts for nothing. `params` are those of `decode_weights`.
     """
     tokens = jnp.asarray(tokens)
     slots = jnp.asarray(slots)
-    length = tokens.shape[1]
-    positions = jnp.broadcast_to(jnp.arange(length), tokens.shape)
+    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
     # Each prompt is a tree of one branch: a token sees all before it, and padding, which comes last, is seen by none.
-    end = jnp.full(tokens.shape, length)
+    end = jnp.full(tokens.shape, tokens.shape[1])
     tables = rotary_tables(config, positions)
 
     multiply = chosen_adapters(product, adapter)
@@ -189,18 +194,31 @@ def prefill(
     x = constrain(embed(config, params, tokens), ("batch", None, None))
     prefix_k = []
     prefix_v = []
-    layers = zip(params["layers"], config.windows, config.rotations, strict=True)
-    for index, (layer_params, window, rotation) in enumerate(layers):
+    memories = []
+    layers = zip(params["layers"], cache_places(config), config.windows, config.rotations, strict=True)
+    for layer_params, place, window, rotation in layers:
 
         def attend(q, k, v, sinks=None, window=window):
             return forest_attention(q, k, v, positions, end, window, sinks=sinks), (k, v)
 
-        x, (k, v) = apply_layer(config, layer_params, x, tables[rotation], attend, multiply, record.choose)
-        prefix_k.append(_store(cache.prefix_k[index], k, slots))
-        prefix_v.append(_store(cache.prefix_v[index], v, slots))
+        def recall(mixed, kernel, g, beta):
+            assert config.delta is not None and length is not None, "a delta rule needs the length of each prompt"
+            return prompt_recall(config.delta, mixed, kernel, g, beta, jnp.asarray(length))
+
+        is_delta = "kernel" in layer_params
+        mix = recall if is_delta else attend
+        x, new = apply_layer(config, layer_params, x, tables[rotation], mix, multiply, record.choose)
+        if is_delta:
+            memories.append(_remember(cache.prompt_memory[place], new, slots))
+        else:
+            k, v = new
+            prefix_k.append(_store(cache.prefix_k[place], jnp.swapaxes(k, 1, 2), slots, PREFIX_AXES))
+            prefix_v.append(_store(cache.prefix_v[place], jnp.swapaxes(v, 1, 2), slots, PREFIX_AXES))
 
     # The prompt's last token is fed by the decoder, so no logits are needed here.
-    cache = dataclasses.replace(cache, prefix_k=tuple(prefix_k), prefix_v=tuple(prefix_v))
+    cache = dataclasses.replace(
+        cache, prefix_k=tuple(prefix_k), prefix_v=tuple(prefix_v), prompt_memory=tuple(memories)
+    )
     experts = record.stacked()
     # The host of every process reads these whole.
     experts = None if experts is None else constrain(experts, (None,) * experts.ndim)
@@ -229,8 +247,14 @@ class _Record:
         return jnp.stack(self._chosen, axis=-2).astype(jnp.int16) if self._chosen else None
 
 
-def _store(prefix: Array, new: Array, slots: Array) -> Array:
-    """`new` [N, S, KV, hd] into `prefix` [P, KV, Sp, hd] at `slots` [N]."""
+def _remember(prompts: Recalled, new: Recalled, slots: Array) -> Recalled:
+    return Recalled(
+        _store(prompts.memory, new.memory, slots, MEMORY_AXES), _store(prompts.tail, new.tail, slots, TAIL_AXES)
+    )
+
+
+def _store(prefix: Array, new: Array, slots: Array, axes: tuple[str | None, ...]) -> Array:
+    """`new` [N, ...] into `prefix` [P, ...], of the logical `axes`, at `slots` [N]."""
 
     def store(prefix, new, slots, shard):
         def write(i, prefix):
@@ -238,8 +262,8 @@ def _store(prefix: Array, new: Array, slots: Array) -> Array:
 
         return jax.lax.fori_loop(0, new.shape[0], write, prefix)
 
-    run = on_shards(store, (PREFIX_AXES, PREFIX_AXES, ("batch",)), PREFIX_AXES)
-    return run(prefix, jnp.swapaxes(new, 1, 2).astype(prefix.dtype), slots)
+    run = on_shards(store, (axes, axes, ("batch",)), axes)
+    return run(prefix, new.astype(prefix.dtype), slots)
 
 
 def copy_prompt(cache: KVCache, source: Int[ArrayLike, ""], target: Int[ArrayLike, ""]) -> KVCache:
@@ -248,10 +272,11 @@ def copy_prompt(cache: KVCache, source: Int[ArrayLike, ""], target: Int[ArrayLik
     def copy(prefix, shard):
         return write_entry(prefix, send_entry(prefix, jnp.asarray(source), shard), jnp.asarray(target), shard)
 
-    run = on_shards(copy, (PREFIX_AXES,), PREFIX_AXES)
+    run, of_memory, of_tail = (on_shards(copy, (axes,), axes) for axes in (PREFIX_AXES, MEMORY_AXES, TAIL_AXES))
     prefix_k = tuple(map(run, cache.prefix_k))
     prefix_v = tuple(map(run, cache.prefix_v))
-    return constrain_cache(dataclasses.replace(cache, prefix_k=prefix_k, prefix_v=prefix_v))
+    memories = tuple(Recalled(of_memory(own.memory), of_tail(own.tail)) for own in cache.prompt_memory)
+    return constrain_cache(dataclasses.replace(cache, prefix_k=prefix_k, prefix_v=prefix_v, prompt_memory=memories))
 
 
 def token_uniforms(
@@ -482,17 +507,37 @@ def _forward(
     x = constrain(embed(config, params, token), ("batch", None, None))
     suffix_k = []
     suffix_v = []
-    layers = zip(params["layers"], config.windows, config.rotations, strict=True)
-    for index, (layer_params, window, rotation) in enumerate(layers):
+    memories = []
+    layers = zip(params["layers"], cache_places(config), config.windows, config.rotations, strict=True)
+    for layer_params, place, window, rotation in layers:
 
-        def attend(q, k, v, sinks=None, index=index, window=window):
+        def attend(q, k, v, sinks=None, place=place, window=window):
             # Written before it is read: a token sees itself.
-            layer = write_column(layer_cache(cache, index), k, v, column, writes)
+            layer = write_column(layer_cache(cache, place), k, v, column, writes)
             return cached_attention(q, layer, prefix_length, age, steps, window, sinks), layer
 
-        x, layer = apply_layer(config, layer_params, x, tables[rotation], attend, multiply, record.choose)
-        suffix_k.append(layer.suffix_k)
-        suffix_v.append(layer.suffix_v)
+        def recall(mixed, kernel, g, beta, place=place):
+            assert config.delta is not None
+            return next_recall(config.delta, mixed, kernel, g, beta, _recalled(cache, place, steps))
 
-    cache = dataclasses.replace(cache, suffix_k=tuple(suffix_k), suffix_v=tuple(suffix_v))
+        is_delta = "kernel" in layer_params
+        mix = recall if is_delta else attend
+        x, new = apply_layer(config, layer_params, x, tables[rotation], mix, multiply, record.choose)
+        if is_delta:
+            memories.append(new)
+        else:
+            suffix_k.append(new.suffix_k)
+            suffix_v.append(new.suffix_v)
+
+    cache = dataclasses.replace(cache, suffix_k=tuple(suffix_k), suffix_v=tuple(suffix_v), row_memory=tuple(memories))
     return final_norm(config, params, x), cache, record.stacked()
+
+
+def _recalled(cache: KVCache, place: int, steps: Int[Array, "P G"]) -> Recalled:
+    """What rows of a layer recall: that of their prompt before their first step."""
+
+    def chosen(row, prompt):
+        begun = (steps > 0).reshape(*steps.shape, *(1,) * (row.ndim - 2))
+        return jnp.where(begun, row, prompt[:, None])
+
+    return jax.tree.map(chosen, cache.row_memory[place], cache.prompt_memory[place])

@@ -9,7 +9,7 @@ from jaxtyping import Array, Float, Int
 
 from rljax.models.attention import forest_attention
 from rljax.models.config import DecoderConfig
-from rljax.models.decoder import apply_layer, embed, final_norm
+from rljax.models.decoder import apply_layer, embed, final_norm, recall_of
 from rljax.models.head import logits
 from rljax.models.rope import rotary_tables
 from rljax.parallel import constrain
@@ -43,6 +43,7 @@ def score_prompts(config: DecoderConfig, count: int, params: Params, tokens: Int
     # A token sees those before it alone, so that padding at the end changes nothing.
     ends = jnp.full(tokens.shape, length)
     tables = rotary_tables(config, positions)
+    recall = recall_of(config, ends)
 
     x = constrain(embed(config, params, tokens), ("batch", None, None))
     for layer, window, rotation in zip(params["layers"], config.windows, config.rotations, strict=True):
@@ -50,7 +51,8 @@ def score_prompts(config: DecoderConfig, count: int, params: Params, tokens: Int
         def attend(q, k, v, sinks=None, window=window):
             return forest_attention(q, k, v, positions, ends, window, sinks=sinks), None
 
-        x, _ = apply_layer(config, layer, x, tables[rotation], attend, product)
+        mix = recall if "kernel" in layer and recall is not None else attend
+        x, _ = apply_layer(config, layer, x, tables[rotation], mix, product)
     hidden = final_norm(config, params, x)[:, :-1]
 
     step = min(_CHUNK, length - 1)

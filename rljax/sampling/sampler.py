@@ -81,6 +81,8 @@ class Sampler:
     ):
         spec.check()
         stops.check(config)
+        if spec.path_slots:
+            config.check_attends(f"path_slots={spec.path_slots}, which keeps samples to fork from,")
         self.config = config
         self.mesh = mesh
         self._parts = 1 if mesh is None else batch_parts(mesh)
@@ -129,7 +131,8 @@ class Sampler:
                     for length in (b for b in spec.prompt_buckets if b <= bucket):
                         for count in self._prefill_counts(length):
                             tokens = np.zeros((self._parts * count, length), np.int32)
-                            cache, _ = self._prefill(self._weights(), cache, tokens, tokens[:, 0], tokens[:, 0])
+                            zeros = tokens[:, 0]
+                            cache, _ = self._prefill(self._weights(), cache, tokens, zeros, zeros, zeros)
                     cache = self._copy_prompt(cache, 0, 0)
 
                     # The ring grows and shrinks from one of its sizes to the next.
@@ -283,24 +286,34 @@ class Sampler:
     # many, and what paths need without the prompts.
 
     def _prefill(
-        self, params: Params, cache: KVCache, tokens: np.ndarray, slots: np.ndarray, adapters: np.ndarray
+        self,
+        params: Params,
+        cache: KVCache,
+        tokens: np.ndarray,
+        slots: np.ndarray,
+        adapters: np.ndarray,
+        lengths: np.ndarray,
     ) -> tuple[KVCache, jax.Array | None]:
         """The cache with these prompts, and the experts of their tokens [N, S, L, k] where they are recorded."""
+        more = self._of_prompts(adapters, lengths)
+        prompts, experts = _prefill(self.config, params, _prompts(cache), tokens, slots, *more)
+        return _with_prompts(cache, prompts), experts
+
+    def _of_prompts(
+        self, adapters: np.ndarray, lengths: np.ndarray
+    ) -> tuple[np.ndarray | None, int, np.ndarray | None]:
+        """The last arguments of `prefill`, None where the model does not ask for them."""
         chosen = adapters if self._num_adapters else None
-        prompts, experts = _prefill(self.config, params, _prompts(cache), tokens, slots, chosen, self._recorded)
-        return dataclasses.replace(cache, prefix_k=prompts.prefix_k, prefix_v=prompts.prefix_v), experts
+        return chosen, self._recorded, lengths if self.config.delta is not None else None
 
     def _copy_prompt(self, cache: KVCache, source: int, target: int) -> KVCache:
-        prompts = _copy_prompt(_prompts(cache), np.int32(source), np.int32(target))
-        return dataclasses.replace(cache, prefix_k=prompts.prefix_k, prefix_v=prompts.prefix_v)
+        return _with_prompts(cache, _copy_prompt(_prompts(cache), np.int32(source), np.int32(target)))
 
     def _keep_paths(self, cache: KVCache, moves: PathMoves) -> KVCache:
-        moved = _keep_paths(_completions(cache), moves)
-        return dataclasses.replace(moved, prefix_k=cache.prefix_k, prefix_v=cache.prefix_v)
+        return _with_prompts(_keep_paths(_completions(cache), moves), cache)
 
     def _lay_paths(self, cache: KVCache, moves: PathMoves) -> KVCache:
-        moved = _lay_paths(_completions(cache), moves)
-        return dataclasses.replace(moved, prefix_k=cache.prefix_k, prefix_v=cache.prefix_v)
+        return _with_prompts(_lay_paths(_completions(cache), moves), cache)
 
     def _slots(self, requests: Sequence[Request]) -> Slots:
         has_several = self._num_adapters > 0
@@ -357,13 +370,15 @@ class Sampler:
                 tokens = np.zeros((len(batch), bucket), np.int32)
                 where = np.full(len(batch), -1, np.int32)
                 adapters = np.zeros(len(batch), np.int32)
+                lengths = np.zeros(len(batch), np.int32)
                 for i, entry in enumerate(batch):
                     if entry is not None:
                         prefix = slots.requests[entry.request].prompt[:-1]
                         tokens[i, : len(prefix)] = prefix
+                        lengths[i] = len(prefix)
                         where[i] = entry.slot
                         adapters[i] = slots.requests[entry.request].adapter
-                cache, experts = self._prefill(params, cache, tokens, where, adapters)
+                cache, experts = self._prefill(params, cache, tokens, where, adapters, lengths)
                 if experts is not None:
                     self._record(slots, batch, jax.device_get(experts))
 
@@ -413,10 +428,10 @@ class Sampler:
         with self._on_mesh():
             zeros = np.zeros((count, length), np.int32)
             first = zeros[:, 0]
-            chosen = first if self._num_adapters else None
+            more = self._of_prompts(first, first)
             return {
                 "weights": lower_weights(self.config, self.mesh),
-                "prefill": _prefill.lower(self.config, plan.weights, plan.cache, zeros, first, chosen, self._recorded),
+                "prefill": _prefill.lower(self.config, plan.weights, plan.cache, zeros, first, *more),
                 "decode": _decode.lower(
                     self.config,
                     self._stop_tokens,
@@ -499,12 +514,19 @@ class Sampler:
 
 def _prompts(cache: KVCache) -> KVCache:
     """The prompts of a cache alone."""
-    return KVCache(prefix_k=cache.prefix_k, prefix_v=cache.prefix_v, suffix_k=(), suffix_v=())
+    return _with_prompts(KVCache(prefix_k=(), prefix_v=(), suffix_k=(), suffix_v=()), cache)
+
+
+def _with_prompts(cache: KVCache, prompts: KVCache) -> KVCache:
+    """A cache with the prompts of another."""
+    return dataclasses.replace(
+        cache, prefix_k=prompts.prefix_k, prefix_v=prompts.prefix_v, prompt_memory=prompts.prompt_memory
+    )
 
 
 def _completions(cache: KVCache) -> KVCache:
     """The ring and the paths of a cache alone."""
-    return dataclasses.replace(cache, prefix_k=(), prefix_v=())
+    return dataclasses.replace(cache, prefix_k=(), prefix_v=(), prompt_memory=())
 
 
 def _forced_in_run(before: DecodeRows, steps: np.ndarray) -> int:

@@ -73,12 +73,14 @@ def weights_program(config: DecoderConfig, mesh: Mesh | None):
 
 def decode_weights(config: DecoderConfig, params: Params) -> dict[str, Any]:
     """A copy of stacked `params` whose layers are a tuple of dicts with matrices [E, D] instead of [D, E]: a step
-    multiplies a few vectors by each, and runs faster along rows. Norms, sinks, routers and what chooses experts keep
-    their dtype, as they are float32 work, and matrices and biases of experts [E, ..] their order. In the place of
-    DoRA's lengths stands what they come to (`rljax.models.dora.with_gains`), and what is quantised stays as it is."""
+    multiplies a few vectors by each, and runs faster along rows. Norms, sinks, routers, what chooses experts and what
+    a delta rule fades and convolves by keep their dtype, as they are float32 work, and matrices and biases of experts
+    [E, ..] their order. In the place of DoRA's lengths stands what they come to (`rljax.models.dora.with_gains`), and
+    what is quantised stays as it is."""
+    wide = ("norm", "sinks", "router", "kernel", "fade_", GAIN, SCALE)
 
     def cast(name, value):
-        stays = is_wide(name) or any(kind in name for kind in ("norm", "sinks", "router", GAIN, SCALE))
+        stays = is_wide(name) or any(kind in name for kind in wide)
         return value if stays or jnp.issubdtype(value.dtype, jnp.integer) else value.astype(config.dtype)
 
     # Copies, also where nothing is cast: the trainer donates its own weights to its next update.
@@ -87,15 +89,15 @@ def decode_weights(config: DecoderConfig, params: Params) -> dict[str, Any]:
     stacks = {stack: {name: cast(name, value) for name, value in gained[stack].items()} for stack in config.stacks}
     turned = (
         {name: _in_rows(x) if _turns(layer, name) else jnp.copy(x) for name, x in layer.items()}
-        for layer in unstack_layers(stacks)["layers"]
+        for layer in unstack_layers(config, stacks)["layers"]
     )
     return {**outer, "layers": tuple(turned)}
 
 
 def _turns(layer: Params, name: str) -> bool:
-    """Whether a weight of a layer is turned: not what experts have, of which each meets its own tokens, and not what a
-    matrix is made of anew for each product."""
-    if name.endswith(SCALE) or f"{name}{SCALE}" in layer:
+    """Whether a weight of a layer is turned: not what experts have, of which each meets its own tokens, not what a
+    matrix is made of anew for each product, and not the taps of a convolution."""
+    if name == "kernel" or name.endswith(SCALE) or f"{name}{SCALE}" in layer:
         return False
     matrix = name.removesuffix(DOWN).removesuffix(UP).removesuffix("_bias")
     return "router" not in layer or matrix not in EXPERT_AXES
@@ -119,14 +121,14 @@ def decode_shardings(config: DecoderConfig, mesh: Mesh) -> dict[str, Any]:
         return NamedSharding(mesh, PartitionSpec(*spec))
 
     outer = {name: sharding for name, sharding in stacked.items() if name not in config.stacks}
-    layers: list[dict[str, Any]] = []
-    for stack, own in config.stacks.items():
-        layer = {
+    of_stack = {
+        stack: {
             name.replace(NORM, GAIN): one_layer(stacked[stack], name, sharding)
             for name, sharding in stacked[stack].items()
         }
-        layers += [layer] * len(own)
-    return {**outer, "layers": tuple(layers)}
+        for stack in config.stacks
+    }
+    return {**outer, "layers": tuple(of_stack[stack] for stack in config.kinds)}
 
 
 def product(x: Float[Array, "*B D"], weight: Float[Array, "E D"]) -> Float[Array, "*B E"]:

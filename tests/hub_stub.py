@@ -12,15 +12,17 @@ SHA = "a" * 40
 
 
 class Hub(ThreadingHTTPServer):
-    """`files` are those of the data set `name`, at any revision; `sent` are files that were committed to models, and
-    `asked` the requests. Without the token `token` nothing may be written."""
+    """`commits` are the files of the data set `name` by commit, of which `head` is that of all branches and tags;
+    `files` are those of the first. `sent` are files that were committed to models, and `asked` the requests. Without
+    the token `token` nothing may be written."""
 
     daemon_threads = True
 
     def __init__(self, name="", files=None, token="hf_test"):
         super().__init__(("127.0.0.1", 0), Handler)
         self.name = name
-        self.files = dict(files or {})
+        self.commits = {SHA: dict(files or {})}
+        self.head = SHA
         self.token = token
         self.sent = {}
         self.made = []
@@ -73,25 +75,35 @@ class Handler(BaseHTTPRequestHandler):
         hub.asked.append(f"{self.command} {self.path}")
         api = f"/api/datasets/{hub.name}"
         if path.startswith(f"{api}/tree/"):
-            inside = path.removeprefix(f"{api}/tree/").partition("/")[2].strip("/")
+            revision, _, inside = path.removeprefix(f"{api}/tree/").partition("/")
+            inside = inside.strip("/")
             is_deep = parse_qs(urlsplit(self.path).query).get("recursive", ["false"])[0].lower() == "true"
-            found = self.listed(f"{inside}/" if inside else "", is_deep)
+            found = self.listed(self.files(revision), f"{inside}/" if inside else "", is_deep)
             return self.answer(200 if found else 404, found, X_Error_Code="" if found else "EntryNotFound")
         if path == api or path.startswith(f"{api}/revision/"):
-            siblings = [{"rfilename": name} for name in hub.files]
-            info = {"_id": "0", "id": hub.name, "sha": SHA, "private": False, "tags": [], "siblings": siblings}
+            revision = path.removeprefix(api).removeprefix("/revision/")
+            siblings = [{"rfilename": name} for name in self.files(revision)]
+            sha = self.commit(revision)
+            info = {"_id": "0", "id": hub.name, "sha": sha, "private": False, "tags": [], "siblings": siblings}
             return self.answer(200, {**info, "downloads": 0, "likes": 0, "gated": False, "disabled": False})
         if path.startswith(f"/datasets/{hub.name}/resolve/"):
-            name = path.removeprefix(f"/datasets/{hub.name}/resolve/").partition("/")[2]
-            if name in hub.files:
-                return self.file(hub.files[name])
-            return self.answer(404, b"", X_Error_Code="EntryNotFound", X_Repo_Commit=SHA)
+            revision, _, name = path.removeprefix(f"/datasets/{hub.name}/resolve/").partition("/")
+            commit = self.commit(revision)
+            if name in self.files(revision):
+                return self.file(self.files(revision)[name], commit)
+            return self.answer(404, b"", X_Error_Code="EntryNotFound", X_Repo_Commit=commit)
         return self.answer(404, {"error": "not found"}, X_Error_Code="RepoNotFound")
 
-    def listed(self, inside, is_deep):
+    def commit(self, revision):
+        return revision if revision in self.server.commits else self.server.head
+
+    def files(self, revision):
+        return self.server.commits[self.commit(revision)]
+
+    def listed(self, files, inside, is_deep):
         """Entries of a folder, and with `is_deep` of all that are in it."""
         found = {}
-        for name in self.server.files:
+        for name in files:
             if name.startswith(inside):
                 parts = name.removeprefix(inside).split("/")
                 for depth in range(1, len(parts)):
@@ -99,16 +111,15 @@ class Handler(BaseHTTPRequestHandler):
                     if depth == 1 or is_deep:
                         found[folder] = {"type": "directory", "path": folder, "oid": SHA, "size": 0}
                 if len(parts) == 1 or is_deep:
-                    found[name] = self.entry(name)
+                    found[name] = self.entry(name, files[name])
         return list(found.values())
 
-    def entry(self, name):
-        content = self.server.files[name]
+    def entry(self, name, content):
         oid = hashlib.sha1(content).hexdigest()
         return {"type": "file", "path": name, "size": len(content), "oid": oid}
 
-    def file(self, content):
-        headers = {"ETag": f'"{hashlib.sha1(content).hexdigest()}"', "X_Repo_Commit": SHA, "Accept_Ranges": "bytes"}
+    def file(self, content, commit):
+        headers = {"ETag": f'"{hashlib.sha1(content).hexdigest()}"', "X_Repo_Commit": commit, "Accept_Ranges": "bytes"}
         asked = self.headers.get("Range")
         if not asked:
             return self.answer(200, content, **headers)
@@ -125,7 +136,8 @@ class Handler(BaseHTTPRequestHandler):
         if path.startswith(f"/api/datasets/{hub.name}/paths-info/"):
             is_json = self.headers.get("Content-Type", "").startswith("application/json")
             wanted = json.loads(body)["paths"] if is_json else parse_qs(body.decode())["paths"]
-            return self.answer(200, [self.entry(name) for name in wanted if name in hub.files])
+            files = self.files(path.removeprefix(f"/api/datasets/{hub.name}/paths-info/"))
+            return self.answer(200, [self.entry(name, files[name]) for name in wanted if name in files])
         if self.headers.get("Authorization") != f"Bearer {hub.token}":
             return self.answer(401, {"error": "Invalid username or password."}, X_Error_Message="Invalid token")
         if path == "/api/repos/create":

@@ -54,7 +54,7 @@ from rljax.sampling.divergence import DivergenceHead
 from rljax.sampling.logits import MASKED, logit_biases
 from rljax.sampling.slots import Grammar
 from rljax.settings import placed, shown
-from rljax.tasks import Curriculum, Dataset, Evolving, Example, FileRows
+from rljax.tasks import Curriculum, Dataset, DataSource, Evolving, Example, FileRows
 from rljax.text import Grammars, Tokenizer, WithinText, control_tokens_of, token_of
 from rljax.training import Critic, Learner, LossNeeds, trained_of, with_base, with_before, with_critic, with_pushed
 from rljax.types import Params, RolloutBatch, TrainState, Trajectory
@@ -221,9 +221,11 @@ def build(
     devices: Sequence[jax.Device] | None = None,
     *,
     plays: Callable[[Dataset], bool] = lambda dataset: True,
+    source: DataSource | None = None,
 ) -> Run:
     """The run without weights, on `devices` (all of them when None). Where `plays` does not hold of the data, nothing
-    is sampled, and the run has no actor. ValueError for what can be wrong in the config or the data."""
+    is sampled, and the run has no actor. `source` is where rows are read; None is `config.data`. ValueError for what
+    can be wrong in the config or the data."""
     algorithm = check(config)
     with placed("config.rollout"):
         training, rolling = split_devices(jax.devices() if devices is None else devices, config.rollout.devices)
@@ -235,7 +237,7 @@ def build(
         algorithm = algorithm.bind(WithinText(tokenizer))
         check_forks(config, algorithm.plan)
     algorithm = algorithm._replace(advantage_fn=jax.jit(algorithm.advantage_fn))
-    dataset = config.data.load()
+    dataset = (config.data if source is None else source).load()
     check_chat_settings(config, dataset)
     # None lets JAX order all of its devices by their places in the machine.
     is_every = devices is None and not config.rollout.devices

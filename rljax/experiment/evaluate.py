@@ -8,13 +8,15 @@ import numpy as np
 
 from rljax.evaluation import Evaluation
 from rljax.experiment.build import Run, build, held_out_examples
+from rljax.experiment.commits import source_of
 from rljax.experiment.config import Config, to_dict
 from rljax.experiment.model import run_checkpoints
 from rljax.experiment.report import evaluation_table
 from rljax.experiment.train import evaluate_run
 from rljax.models import abstract_params, param_shardings
 from rljax.parallel import check_equal, end_together, is_main_process, on_main, use_mesh
-from rljax.training import restore_params, writable_file
+from rljax.settings import check_config
+from rljax.training import as_path, restore_params, writable_file
 from rljax.types import Params
 
 
@@ -31,7 +33,10 @@ def evaluate_model(
 
 
 def _evaluate_model(config: Config, checkpoint: str | None, step: int | None, json_file: str | None) -> Evaluation:
-    run = build(config)
+    check_config(config)
+    # The rows that training has left out, where a run is looked at.
+    held_in = [] if checkpoint is None else [as_path(checkpoint)]
+    run = build(config, source=source_of(config, held_in)[0])
     examples = held_out_examples(run)
     check_equal(config=to_dict(config), data=[example.id for example in examples])
     # Before an evaluation that may take long, and would be lost. Process 0 writes it, and may alone see the folder.

@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 from rljax.experiment.build import Run, build, held_out_examples
 from rljax.experiment.changes import review_changes
+from rljax.experiment.commits import COMMIT_FILE, source_of
 from rljax.experiment.config import Config, to_dict
 from rljax.experiment.pulse import Pulse
 from rljax.experiment.report import describe_run, evaluation_table, say
@@ -15,6 +16,7 @@ from rljax.experiment.train import evaluate_run, open_checkpoints, save_base, sa
 from rljax.experiment.watchdog import Watchdog
 from rljax.parallel import check_equal, end_together, on_main, use_mesh
 from rljax.settings import check_config
+from rljax.tasks import DataSource
 from rljax.training import RunFolder, as_path, writable
 from rljax.types import TrainState
 
@@ -43,13 +45,21 @@ def fine_tune(config: Config, workdir: str, *, fresh: bool = False) -> dict[str,
             evaluation = evaluate_run(run, stage.learner.policy_params(state), config.warmup.steps)
             say(evaluation_table(evaluation))
 
-    return run_in_folder(config, workdir, lambda: build(config), supervised, check=check, finish=finish, fresh=fresh)
+    return run_in_folder(
+        config,
+        workdir,
+        lambda source: build(config, source=source),
+        supervised,
+        check=check,
+        finish=finish,
+        fresh=fresh,
+    )
 
 
 def run_in_folder(
     config: Config,
     workdir: str,
-    build_run: Callable[[], Run],
+    build_run: Callable[[DataSource], Run],
     stage_of: Callable[[Run], Stage],
     *,
     check: Callable[[Run], None],
@@ -58,20 +68,24 @@ def run_in_folder(
 ) -> dict[str, float]:
     """A stage in a run folder, going on from its newest checkpoint; returns the metrics of the last update.
 
-    `check(run)` refuses data that cannot be learned from before the folder is touched; `finish(run, stage, state)` is
-    what comes behind the last update. On SIGTERM, SIGUSR1 or Ctrl-C it saves and raises `Stopped`.
+    `build_run(source)` makes the run, of rows read from there. `check(run)` refuses data that cannot be learned from
+    before the folder is touched; `finish(run, stage, state)` is what comes behind the last update. On SIGTERM, SIGUSR1
+    or Ctrl-C it saves and raises `Stopped`.
     """
     with end_together(), Stops() as stops:
         with stops.abandonable():
             path = as_path(workdir)
             on_main(lambda: writable(path))
-            run = build_run()
+            source, commit = source_of(config, [] if fresh else [path])
+            run = build_run(source)
             stage = stage_of(run)
         run.stops = stops
         check(run)
         say(describe_run(run))
         check_equal(config=to_dict(config), data=[example.id for example in run.dataset.train])
         folder = RunFolder(path, config=to_dict(config), fresh=fresh, total_steps=stage.steps)
+        if commit is not None:
+            folder.write_json(COMMIT_FILE, commit)
         checkpoints = open_checkpoints(config, folder)
         run.pulse = Pulse(folder.status, config.log.pulse_s)
         watchdog = Watchdog(run.pulse, folder.stacks, config.log.stall_s)

@@ -49,7 +49,7 @@ def prefer(config: Config, workdir: str, *, fresh: bool = False) -> dict[str, fl
     return run_in_folder(
         config,
         workdir,
-        lambda: build(config, plays=plays),
+        lambda source: build(config, plays=plays, source=source),
         lambda run: preferring(run, lambda folder: _first_params(run, folder)),
         check=check,
         finish=finish,

@@ -166,7 +166,7 @@ def _train(config: Config, folder: Path, first_params: Callable[[Run], Params], 
     run_in_folder(
         config,
         str(folder),
-        lambda: build(config, plays=lambda dataset: False),
+        lambda source: build(config, plays=lambda dataset: False, source=source),
         stage_of,
         check=check_demonstrations,
         finish=lambda run, stage, state: None,

@@ -15,6 +15,7 @@ from absl import logging
 from rljax.evaluation import Evaluation, evaluate
 from rljax.experiment.build import Run, build, held_out_examples, stack_rows
 from rljax.experiment.changes import review_changes
+from rljax.experiment.commits import COMMIT_FILE, source_of
 from rljax.experiment.config import Config, changed_fields, to_dict
 from rljax.experiment.dry_run import check_run
 from rljax.experiment.journal import Journal, Made
@@ -43,6 +44,7 @@ from rljax.rollouts import Rollout, RolloutConfig
 from rljax.rollouts.shared import check_processes
 from rljax.rollouts.trajectories import allowed_in
 from rljax.sampling import compile_count_here
+from rljax.settings import check_config
 from rljax.tasks import added_by
 from rljax.training import (
     AnyPath,
@@ -100,7 +102,9 @@ def train(config: Config, workdir: str, *, fresh: bool = False, replay: str = ""
         with stops.abandonable():
             path = as_path(workdir)
             on_main(lambda: writable(path))
-            run = build(config)
+            check_config(config)
+            source, commit = source_of(config, ([] if fresh else [path]) + ([as_path(replay)] if replay else []))
+            run = build(config, source=source)
         run.stops = stops
         check_run(run)
         recording = open_recording(run, path, replay) if replay else None
@@ -110,6 +114,8 @@ def train(config: Config, workdir: str, *, fresh: bool = False, replay: str = ""
         say(describe_run(run))
 
         folder = RunFolder(path, config=to_dict(config), fresh=fresh)
+        if commit is not None:
+            folder.write_json(COMMIT_FILE, commit)
         journal = Journal(folder.journal, folder.check_lease)
         checkpoints = open_checkpoints(config, folder, journal)
 

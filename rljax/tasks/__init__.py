@@ -77,7 +77,7 @@ from rljax.tasks.failures import (
     nearest,
 )
 from rljax.tasks.files import load_jsonl, load_parquet
-from rljax.tasks.hub import load_hub
+from rljax.tasks.hub import commit_of, load_hub
 from rljax.tasks.judge import AnswerJudge, ChatEndpoint, FactJudge, JudgeError, PairJudge, Reply
 from rljax.tasks.judge_bias import PositionBias, position_bias
 from rljax.tasks.mixture import balanced, example_weights, interleave, mixed, replications
@@ -244,6 +244,7 @@ __all__ = [
     "batch_reward",
     "best_attempts",
     "by_skill",
+    "commit_of",
     "criticised",
     "decontaminate",
     "episodes_of",

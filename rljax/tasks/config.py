@@ -11,7 +11,7 @@ from rljax.tasks.curriculum import Curriculum, UniformCurriculum
 from rljax.tasks.examples import Example, Split, decontaminate, prompt_digest, split_answer, split_by_hash
 from rljax.tasks.failures import FailedTasks
 from rljax.tasks.files import load_jsonl, load_parquet
-from rljax.tasks.hub import is_local, load_hub
+from rljax.tasks.hub import is_commit, is_local, load_hub
 from rljax.tasks.mixture import balanced
 from rljax.tasks.reasoning_gym import reasoning_gym_task
 from rljax.tasks.rewards import RewardSpec
@@ -219,8 +219,8 @@ class HubData:
     test_fraction: float = 0.05
     """Share of `split` that is held out where there is no `test_split`."""
     revision: str = ""
-    """Branch, tag or commit of the hub's repository; empty: the newest. With a commit, a run that is resumed later
-    finds the data that it began with, and else is refused where they have changed."""
+    """Branch, tag or commit of the hub's repository; empty: the newest. A run reads the commit that this was when it
+    began, also when it is resumed later (`data.json` in its folder)."""
     max_rows: int = 0
     """Take the first rows of each split alone, which are read as they come over the network: for sets that are too
     large to download. 0: all, kept in the cache of `datasets`."""
@@ -235,6 +235,11 @@ class HubData:
     repeated_prompts: bool = False
     """Keep all rows of a prompt, which stay on one side of the split: data of demonstrations and preferences has
     several. Else the first row of a prompt is taken, and the run says how many others there are."""
+
+    @property
+    def moves(self) -> bool:
+        """Whether `revision` may hold other rows later: on the hub, all but a commit."""
+        return not is_local(self.path) and not is_commit(self.revision)
 
     def check(self) -> None:
         """Raises ValueError for a field that is wrong by itself, or has no effect."""

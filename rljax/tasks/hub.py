@@ -1,6 +1,7 @@
 """Rows of data sets on the Hugging Face hub, or in a folder of files, as `datasets` reads them."""
 
 import itertools
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,27 @@ def load_hub(
 def is_local(path: str) -> bool:
     """Whether `path` is a folder here rather than an id on the hub, where a folder of that name comes first."""
     return Path(path).is_dir()
+
+
+def is_commit(revision: str) -> bool:
+    """Whether a revision is a commit, whole, which never holds anything else."""
+    return re.fullmatch(r"[0-9a-f]{40}", revision) is not None
+
+
+def commit_of(path: str, revision: str = "") -> str:
+    """The commit that `revision` (empty: the main branch) of a data set on the hub is now. ValueError where the hub
+    does not say."""
+    import huggingface_hub
+
+    try:
+        found = huggingface_hub.HfApi(library_name="rljax").dataset_info(path, revision=revision or None, timeout=60.0)
+    except Exception as error:  # whatever it raises: its own errors, those of HTTP, and of a name that it does not take
+        reason = " ".join(str(error).split())
+        raise ValueError(
+            f"the hub does not say which commit {revision or 'the main branch'} of the data set {path!r} is "
+            f"({reason:.300})"
+        ) from error
+    return str(found.sha or "")
 
 
 def _rows(path: str, *, split: str, subset: str, revision: str, max_rows: int) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -60,6 +60,7 @@ _FILES = (
     "config.json",
     "versions.json",
     "starts.jsonl",
+    "data.json",
     "metrics.jsonl",
     "summary.json",
     "learning_curve.png",
@@ -70,8 +71,8 @@ _FILES = (
 
 class RunFolder:
     """Everything that a run writes, under one path: `config.json`, `versions.json` and `starts.jsonl` (both, of every
-    start), `metrics.jsonl`, `tensorboard/`, `rollouts/`, `recorded/`, `profile/`, `journal/`,
-    `evaluations/`, `checkpoints/` and `learning_curve.png`.
+    start), `data.json` (the commit of the hub's data), `metrics.jsonl`, `tensorboard/`, `rollouts/`, `recorded/`,
+    `profile/`, `journal/`, `evaluations/`, `checkpoints/` and `learning_curve.png`.
 
     A context manager. Logs are written by a thread, in the order given; all of them are there after `flush`, `metrics`
     and the end of the context. Only the main process writes, and no second run may: ValueError for a folder in use by

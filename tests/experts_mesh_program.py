@@ -13,6 +13,7 @@ from rljax.models import (
     Experts,
     Forward,
     Lora,
+    adapters_of,
     base_config,
     base_params,
     hidden_states,
@@ -20,7 +21,9 @@ from rljax.models import (
     is_adapter,
     load_hf,
     logits,
+    quantized_params,
     save_hf,
+    with_adapters,
 )
 from rljax.models.layout import param_shardings
 from rljax.parallel import make_mesh, mesh_beside, put_batch, spread_mesh, use_mesh
@@ -40,6 +43,62 @@ BIASED = dataclasses.replace(
         count=8, per_token=2, mlp_dim=24, selection_bias=True, groups=4, kept_groups=2, shared=1, dense_layers=1
     ),
 )
+
+
+# Codes and scales are split as the matrices are: no width is less than a block a device.
+QUANTIZED = dataclasses.replace(
+    sharded_program.CONFIG,
+    embed_dim=128,
+    head_dim=16,
+    experts=Experts(count=8, per_token=2, mlp_dim=64, biases=True, shared=1),
+    lora=Lora(rank=2, alpha=2.0),
+    quantized="int8",
+)
+
+
+def quantized_on(params, mesh):
+    """(loss, gradient of the adapters) of the mixture `QUANTIZED`, on a mesh or on one device."""
+    data = sharded_program.batch()
+
+    def loss(adapters, params, data):
+        whole = with_adapters(params, adapters)
+        hidden = hidden_states(QUANTIZED, whole, data["tokens"], data["positions"], data["end"])
+        scores = jax.nn.log_softmax(logits(QUANTIZED, whole, hidden)[:, :-1])
+        return -jnp.take_along_axis(scores, data["tokens"][:, 1:, None], -1).mean()
+
+    step = jax.jit(jax.value_and_grad(loss))
+    if mesh is None:
+        return step(adapters_of(params), params, data)
+    with use_mesh(mesh):
+        return step(adapters_of(params), params, put_batch(mesh, data))
+
+
+def of_quantized(mesh):
+    """How far a mesh is from one device, in a decoder too; and what a device holds."""
+    plain = dataclasses.replace(QUANTIZED, quantized=None)
+    whole = init_params(plain, jax.random.key(2))
+    params = quantized_params(QUANTIZED, whole)
+    # Made where the matrices lie, without gathering any.
+    in_place = quantized_params(QUANTIZED, jax.device_put(whole, param_shardings(plain, mesh)))
+    in_place = {name: in_place["layers"][name] for name in ("gate", "gate_scale", "down", "q")}
+    rng = np.random.default_rng(1)
+    for name, adapter in params["layers"].items():
+        if is_adapter(name):
+            params["layers"][name] = adapter + rng.normal(size=adapter.shape).astype(np.float32) / 20
+
+    sharded = jax.device_put(params, param_shardings(QUANTIZED, mesh))
+    (want, want_gradient), (value, gradient) = quantized_on(params, None), quantized_on(sharded, mesh)
+    decoded, decoder_gate, _ = sample(sharded, mesh, QUANTIZED)
+    held = (sharded["layers"][name].addressable_shards[0].data for name in ("gate", "gate_scale", "down_scale"))
+    return {
+        "quantized_loss": abs(float(value - want)),
+        "quantized_gradient": sharded_program.difference(gradient, want_gradient),
+        "quantized_decoded": sharded_program.difference(decoded, sample(params, None, QUANTIZED)[0]),
+        "quantized_shapes": [part.shape for part in held],
+        "quantized_decoder_gate": decoder_gate,
+        "quantized_in_place": sharded_program.difference(in_place, {name: params["layers"][name] for name in in_place}),
+        "quantized_parts": {name: x.addressable_shards[0].data.size / x.size for name, x in in_place.items()},
+    }
 
 
 def biased_on(mesh):
@@ -100,6 +159,7 @@ def main():
         _, loaded = load_hf(folder, shardings=param_shardings(plain, mesh))
     return {
         **of_biased(mesh),
+        **of_quantized(mesh),
         "loss": abs(float(value - want)),
         "gradient": sharded_program.difference(gradient, want_gradient),
         "decoded": sharded_program.difference(decoded, sample(params, None)[0]),
@@ -114,11 +174,11 @@ def main():
     }
 
 
-def sample(params, mesh):
+def sample(params, mesh, config=CONFIG):
     """(log-probs of what a decoder samples, shape of a device's part of its experts, programs compiled after its
     warm-up)."""
     spec = SamplerSpec(prompt_buckets=(4,), max_new_tokens=4, prompt_slots=4, sample_slots=1)
-    sampler = Sampler(CONFIG, spec, mesh=mesh)
+    sampler = Sampler(config, spec, mesh=mesh)
     sampler.set_params(params)
     sampler.warmup()
     before = compile_count()

@@ -188,6 +188,17 @@ def test_a_device_holds_its_own_experts_alone(sharded):
     assert sharded["loaded_gate_shape"] == [2, 4, 16, 12]
 
 
+def test_experts_of_few_bits_are_split_as_their_matrices_are(sharded):
+    """[layers, experts, in, out] in codes, and in blocks of 32; a decoder has them whole but for experts and width."""
+    assert sharded["quantized_loss"] < 2e-6
+    assert sharded["quantized_gradient"] < 1e-6
+    assert sharded["quantized_decoded"] < 5e-6
+    assert sharded["quantized_shapes"] == [[2, 4, 64, 32], [2, 4, 2, 32], [2, 4, 1, 64]]
+    assert sharded["quantized_decoder_gate"] == [4, 128, 32]
+    assert sharded["quantized_in_place"] == 0
+    assert sharded["quantized_parts"] == {"gate": 1 / 8, "gate_scale": 1 / 8, "down": 1 / 8, "q": 1 / 8}
+
+
 def test_shards_of_experts_are_written_and_read_as_one_model(sharded):
     assert sharded["loaded"] == 0
 

@@ -439,17 +439,15 @@ class DecoderConfig:
     def _check_quantized(self) -> None:
         if self.quantized is None:
             return
-        if self.experts is not None:
-            raise ValueError(
-                f"quantized={self.quantized} is of layers with one MLP, and this model has experts; keep it in bfloat16"
-            )
         block = LAYOUTS[self.quantized].block
-        for name, size in (
-            ("embed_dim", self.embed_dim),
-            ("num_heads * head_dim", self.num_heads * self.head_dim),
-            ("mlp_dim", self.mlp_dim),
-            *([("delta's value_heads * value_dim", self.delta.widths[-1])] if self.delta else []),
-        ):
+        sizes = {"embed_dim": self.embed_dim, "num_heads * head_dim": self.num_heads * self.head_dim}
+        if self.experts is None or self.experts.dense_layers:
+            sizes["mlp_dim"] = self.mlp_dim
+        if self.experts is not None:
+            sizes["experts' mlp_dim"] = self.experts.mlp_dim
+        if self.delta is not None:
+            sizes["delta's value_heads * value_dim"] = self.delta.widths[-1]
+        for name, size in sizes.items():
             if size % block:
                 raise ValueError(
                     f"quantized={self.quantized} has blocks of {block} weights, which do not divide {name}={size}"

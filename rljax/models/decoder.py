@@ -47,9 +47,18 @@ from rljax.models.config import (
 )
 from rljax.models.delta import forest_recall, parents
 from rljax.models.dora import dora_gain, with_norms
-from rljax.models.experts import BIAS_AXES, EXPERT_AXES, Choose, Gated, apply_experts, recorded_experts, route
+from rljax.models.experts import (
+    BIAS_AXES,
+    EXPERT_AXES,
+    SCALE_AXES,
+    Choose,
+    Gated,
+    apply_experts,
+    recorded_experts,
+    route,
+)
 from rljax.models.functional import clamped_swiglu, geglu, linear, rms_norm, swiglu
-from rljax.models.quantized import dequantize, quantized_product
+from rljax.models.quantized import dequantize, matrices_of, quantized_product
 from rljax.models.rope import RotaryTable, apply_rotary, rotary_tables
 from rljax.parallel import constrain, split_axes
 from rljax.types import Params
@@ -132,7 +141,7 @@ class Layer(nnx.Module):
                 if hasattr(self, f"{SHARED}{name}"):
                     self._adapt(f"{SHARED}{name}", c.lora, GAIN if has_gains else NORM)
         if c.quantized is not None:
-            for name in MATRICES:
+            for name in matrices_of(vars(self)):
                 self._quantize(name, LAYOUTS[c.quantized])
 
     def _declare_mixer(self) -> None:
@@ -210,10 +219,10 @@ class Layer(nnx.Module):
     def _quantize(self, name: str, layout: Layout) -> None:
         """Declares codes and scales in the place of the matrix `name`."""
         matrix = getattr(self, name)
-        rows, columns = matrix.get_value().shape
+        *lead, rows, columns = matrix.get_value().shape
         axes = matrix.get_metadata("axes")
-        setattr(self, name, _weight((rows // layout.packed, columns), axes, dtype=layout.dtype, init="zeros"))
-        scales = _weight((rows // layout.block, columns), axes, dtype=SCALE_DTYPE, init="zeros")
+        setattr(self, name, _weight((*lead, rows // layout.packed, columns), axes, dtype=layout.dtype, init="zeros"))
+        scales = _weight((*lead, rows // layout.block, columns), axes, dtype=SCALE_DTYPE, init="zeros")
         setattr(self, f"{name}{SCALE}", scales)
 
     def __call__(
@@ -290,7 +299,8 @@ class Layer(nnx.Module):
             scores = project(x.astype(jnp.float32), "router")
         bias = self.selection_bias[...] if experts.selection_bias else None
         routing = route(experts, scores, choose, bias, counted)
-        names = (*EXPERT_AXES, *BIAS_AXES) if experts.biases else EXPERT_AXES
+        kind = self.config.quantized
+        names = (*EXPERT_AXES, *(BIAS_AXES if experts.biases else ()), *(SCALE_AXES if kind else ()))
         weights = {name: getattr(self, name)[...] for name in names}
         lora = self.config.lora
         adapted = [] if lora is None else [name for name in lora.targets if name in EXPERT_AXES]
@@ -299,7 +309,8 @@ class Layer(nnx.Module):
         gated: Gated = GATED[self.config.activation]
         if experts.limit is not None:
             gated = functools.partial(clamped_swiglu, limit=experts.limit, slope=experts.slope)
-        out = checkpoint_name(apply_experts(weights | adapters, x, routing, scale=scale, gated=gated), PRODUCT)
+        out = apply_experts(weights | adapters, x, routing, scale=scale, gated=gated, quantized=kind)
+        out = checkpoint_name(out, PRODUCT)
         return out + self._mlp(project, x, SHARED) if experts.shared else out
 
     def _norm(self, x: Array, name: str) -> Array:
@@ -309,10 +320,13 @@ class Layer(nnx.Module):
 
     def _project(self, product: Product, x: Array, name: str) -> Array:
         weight = getattr(self, name)[...]
-        if self.config.quantized is None:
+        kind = self.config.quantized
+        scales = getattr(self, f"{name}{SCALE}", None)
+        # A router has none in any model.
+        if kind is None or scales is None:
             out = product(x, weight)
         else:
-            out = quantized_product(self.config.quantized, x, weight, getattr(self, f"{name}{SCALE}")[...])
+            out = quantized_product(kind, x, weight, scales[...])
         out = checkpoint_name(out, PRODUCT)
 
         lora = self.config.lora

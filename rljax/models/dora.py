@@ -50,7 +50,7 @@ def with_gains(config: DecoderConfig, params: Params) -> dict[str, Any]:
     if lora is None or not lora.dora:
         return made
 
-    whole = dequantized_params(config, params)
+    whole = dequantized_params(config, params, only=lora.targets)
     for name in config.stacks:
         stack = whole[name]
         gains = {}

@@ -14,8 +14,9 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
-from rljax.models.config import DOWN, UP, Experts
+from rljax.models.config import DOWN, SCALE, UP, Experts, Format
 from rljax.models.functional import swiglu
+from rljax.models.quantized import grouped_quantized_product
 from rljax.parallel import split_axes
 
 EXPERT_AXES = {
@@ -27,6 +28,10 @@ EXPERT_AXES = {
 
 BIAS_AXES = {"gate_bias": ("experts", "mlp"), "up_bias": ("experts", "mlp"), "down_bias": ("experts", None)}
 """Those of their biases, where a family has them."""
+
+SCALE_AXES = {f"{name}{SCALE}": axes for name, axes in EXPERT_AXES.items()}
+"""Those of the scales of matrices that are kept in few bits: as of the matrices, so that a device has the scales of its
+codes."""
 
 Gated = Callable[[Array, Array], Array]
 """`gated(gate, up)`: what an expert makes of its gate and what that gates."""
@@ -117,14 +122,14 @@ def _of_best_groups(config: Experts, scores: Float[Array, "*B E"]) -> Float[Arra
 
 
 def _axes_of(name: str) -> tuple[str | None, ...]:
-    """Logical axes of a matrix, or of a part of its adapter."""
+    """Logical axes of a matrix, of its biases or scales, or of a part of its adapter."""
     if name.endswith(DOWN):
         experts, rows, _ = EXPERT_AXES[name.removesuffix(DOWN)]
         return experts, rows, None
     if name.endswith(UP):
         experts, _, columns = EXPERT_AXES[name.removesuffix(UP)]
         return experts, None, columns
-    return BIAS_AXES[name] if name in BIAS_AXES else EXPERT_AXES[name]
+    return (EXPERT_AXES | BIAS_AXES | SCALE_AXES)[name]
 
 
 def apply_experts(
@@ -134,16 +139,20 @@ def apply_experts(
     *,
     scale: float = 1.0,
     gated: Gated = swiglu,
+    quantized: Format | None = None,
 ) -> Float[Array, "*B D"]:
     """What the experts of each token add up to, weighted. `weights` are those of `EXPERT_AXES` (gate and up [E, D, F],
     down [E, F, D]), in any dtype, biases (`BIAS_AXES`) where there are any, and adapters beside them (`gate_lora_a`
-    [E, D, r], `gate_lora_b` [E, r, F]), of which `scale` is the factor."""
+    [E, D, r], `gate_lora_b` [E, r, F]), of which `scale` is the factor. With `quantized` the matrices are codes, and
+    their scales are there too (`SCALE_AXES`)."""
     count = weights["down"].shape[0]
     rows = split_axes("batch", x.shape[0])
     positions = split_axes("positions", x.shape[1]) if x.ndim == 3 else ()
     experts = split_axes("experts", count)
-    inner = split_axes("mlp", weights["down"].shape[1])
-    own = functools.partial(_own_experts, rows=rows, experts=experts, inner=inner, scale=scale, gated=gated)
+    # Of codes, a device has whole blocks.
+    inner = split_axes("mlp", weights[f"down{SCALE}" if quantized else "down"].shape[1])
+    grouped = functools.partial(_grouped, scale=scale, gated=gated, quantized=quantized)
+    own = functools.partial(_own_experts, rows=rows, experts=experts, inner=inner, grouped=grouped)
     if not (rows or positions or experts or inner):
         return own(weights, x, routing)
 
@@ -163,10 +172,9 @@ def _own_experts(
     rows: tuple[str, ...],
     experts: tuple[str, ...],
     inner: tuple[str, ...],
-    scale: float,
-    gated: Gated,
+    grouped: Callable[..., Array],
 ) -> Array:
-    """A device's part: its tokens, or those of all devices along `experts`, through its own experts."""
+    """A device's part: its tokens, or those of all devices along `experts`, through its own experts (`grouped`)."""
     shape = x.shape
     x = x.reshape(-1, shape[-1])
     chosen = routing.experts.reshape(-1, routing.experts.shape[-1])
@@ -184,7 +192,7 @@ def _own_experts(
         # Devices that share an expert's width add up their parts, of which one has the bias.
         is_first = jax.lax.axis_index(inner) == 0
         weights = {**weights, "down_bias": jnp.where(is_first, weights["down_bias"], 0)}
-    out = _grouped(weights, x, chosen, factors, is_part=bool(experts), scale=scale, gated=gated)
+    out = grouped(weights, x, chosen, factors, is_part=bool(experts))
     if inner:
         out = jax.lax.psum(out, inner)
     if shares_tokens:
@@ -203,6 +211,7 @@ def _grouped(
     is_part: bool,
     scale: float,
     gated: Gated,
+    quantized: Format | None,
 ) -> Float[Array, "N D"]:
     """`is_part`: some of `chosen` are the number of experts, whose tokens get nothing here."""
     count = weights["down"].shape[0]
@@ -216,7 +225,10 @@ def _grouped(
         def product(x: Array, name: str) -> Array:
             return jax.lax.ragged_dot(x, weights[name].astype(x.dtype), group_sizes=sizes)
 
-        out = product(x, name)
+        if quantized is None:
+            out = product(x, name)
+        else:
+            out = grouped_quantized_product(quantized, x, weights[name], weights[f"{name}{SCALE}"], sizes)
         if f"{name}{DOWN}" in weights:
             out = out + scale * product(product(x, f"{name}{DOWN}"), f"{name}{UP}")
         if f"{name}_bias" in weights:

@@ -67,7 +67,7 @@ def init_adapters(config: DecoderConfig, key: Array, base: Params | None = None)
         raise ValueError(
             "dora=True begins with the lengths of the columns of the model's matrices; give it base=params"
         )
-    whole = dequantized_params(config, base)
+    whole = dequantized_params(config, base, only=config.lora.targets)
     return {stack: with_norms(config.lora, own, whole[stack]) for stack, own in adapters.items()}
 
 

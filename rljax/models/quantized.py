@@ -6,14 +6,15 @@ levels of a normal distribution, relative to the largest of 64 (QLoRA, 2305.1431
 """
 
 import functools
+from collections.abc import Container, Iterable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Shaped
+from jaxtyping import Array, Float, Int, Shaped
 
-from rljax.models.config import LAYOUTS, MATRICES, SCALE, SCALE_DTYPE, DecoderConfig, Format
+from rljax.models.config import LAYOUTS, MATRICES, SCALE, SCALE_DTYPE, SHARED, DecoderConfig, Format
 from rljax.types import Params
 
 _NF4 = np.array(
@@ -101,32 +102,62 @@ def _backward(kind, residuals, g):
 quantized_product.defvjp(_forward, _backward)
 
 
+@functools.partial(jax.checkpoint, static_argnums=0, prevent_cse=False)
+def grouped_quantized_product(
+    kind: Format,
+    x: Float[Array, "N D"],
+    codes: Shaped[Array, "G P E"],
+    scales: Shaped[Array, "G S E"],
+    sizes: Int[Array, " G"],
+) -> Float[Array, "N E"]:
+    """`jax.lax.ragged_dot(x, matrices, sizes)`, in the dtype of `x`: the first `sizes[0]` rows meet the first matrix,
+    and so on. As in `quantized_product` the matrices are frozen, and made once more for the gradient of `x`."""
+    # A checkpoint rather than a derivative by hand, which would have to say over which devices of a mesh it is summed.
+    matrices = dequantize(kind, codes, jax.lax.stop_gradient(scales), x.dtype)
+    return jax.lax.ragged_dot(x, matrices, group_sizes=sizes)
+
+
+def matrices_of(own: Iterable[str]) -> list[str]:
+    """Which of a stack's weights are kept in few bits: all matrices of its layers but routers."""
+    names = set(own)
+    return [name for prefix in ("", SHARED) for own in MATRICES if (name := f"{prefix}{own}") in names]
+
+
 def quantized_params(config: DecoderConfig, params: Params) -> dict[str, Any]:
     """`params` with their matrices as `config.quantized` keeps them; what it does not keep so is as it was.
 
-    One matrix after the other, so that no second copy of all is made.
+    One matrix after the other, and of this one layer after the other, so that no second copy of all is made: the
+    experts of all layers may be nearly all of a model.
     """
     kind = config.quantized
     made = dict(params)
     for stack in config.stacks:
         own = dict(params[stack])
-        for name in MATRICES if kind else ():
+        for name in matrices_of(own) if kind else ():
             own[name], own[f"{name}{SCALE}"] = _quantize(kind, own[name])
         made[stack] = own
     return made
 
 
-def dequantized_params(config: DecoderConfig, params: Params, dtype: Any = jnp.float32) -> dict[str, Any]:
-    """`quantized_params` undone, but for what was lost."""
+def dequantized_params(
+    config: DecoderConfig, params: Params, dtype: Any = jnp.float32, *, only: Container[str] | None = None
+) -> dict[str, Any]:
+    """`quantized_params` undone, but for what was lost; of the matrices `only`, None is all."""
     kind = config.quantized
     made = dict(params)
     for stack in config.stacks:
         own = dict(params[stack])
-        for name in MATRICES if kind else ():
+        for name in matrices_of(own) if kind else ():
+            if only is not None and name not in only:
+                continue
             own[name] = _dequantize(kind, own[name], own.pop(f"{name}{SCALE}"), jnp.dtype(dtype).name)
         made[stack] = own
     return made
 
 
-_quantize = jax.jit(quantize, static_argnums=0)
+@functools.partial(jax.jit, static_argnums=0)
+def _quantize(kind: Format, stacked: Array) -> tuple[Array, Array]:
+    return jax.lax.map(functools.partial(quantize, kind), stacked)
+
+
 _dequantize = jax.jit(dequantize, static_argnums=(0, 3))

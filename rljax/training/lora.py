@@ -35,8 +35,8 @@ class LoraConfig:
 
     base_dtype: Literal["auto", "float32", "bfloat16", "int8", "nf4"] = "auto"
     """What the frozen weights are kept in; `auto` is what they are multiplied in, `config.model.dtype`. `int8` (8.5
-    bits a weight) and `nf4` (QLoRA, 2305.14314; 4.25 bits) are of the matrices of layers, in training and while
-    sampling, and the rest is as with `auto`; adapters learn beside a model that is rounded so."""
+    bits a weight) and `nf4` (QLoRA, 2305.14314; 4.25 bits) are of the matrices of layers, experts' among them, in
+    training and while sampling, and the rest is as with `auto`; adapters learn beside a model that is rounded so."""
 
     path: str = ""
     """Folder in PEFT's format with adapters to go on from, which says rank, alpha and targets by itself; empty begins

@@ -57,7 +57,7 @@ class Script:
     def can_play(self, example):
         return len(example.prompt) <= self.longest
 
-    def play(self, examples, samples):
+    def play(self, examples, samples, *, temperature=None):
         self.played.append(([example.prompt for example in examples], samples))
         groups = []
         for example in examples:

@@ -26,6 +26,7 @@ from rljax.envs import (
     replay_same,
 )
 from rljax.envs.library import calculator
+from rljax.tasks.evolving import ASKED
 
 
 class Fickle(Counter):
@@ -110,6 +111,16 @@ def test_what_an_environment_writes_to_its_socket_ends_its_own_episode(what):
 
 def test_a_row_that_cannot_be_opened_ends_its_episode(pool):
     assert play(pool, [], {"goal": 1, "bad": True}).error == "RuntimeError: no such row"
+
+
+def test_what_a_curriculum_asks_is_answered_in_one_turn_without_the_environment(pool):
+    row = {"prompt": "Why did that fail?", ASKED: True, "goal": 5}
+    episode = play(pool, ["2", "3"], row)
+    assert (episode.opening, episode.actions, episode.end) == ("Why did that fail?", ["2"], "done")
+    assert episode.steps == [Step("", done=True)]
+    messages = [{"role": "user", "content": "Why?"}]
+    assert play(pool, ["2"], {**row, "prompt": messages}).opening == messages
+    assert play(pool, ["5"], {**row, ASKED: False}).opening == "Count to 5."
 
 
 def test_limits_end_an_episode(pool):

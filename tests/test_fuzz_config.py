@@ -27,6 +27,7 @@ from rljax.experiment import (
     OwnTeacher,
     PretrainedModel,
     ReasoningGymData,
+    ReflectedTasks,
     Remote,
     RemoteBlackBox,
     RemoteMultiTurn,
@@ -69,6 +70,7 @@ ROOTS = {
         "curriculum": CoEvolvedTasks(maker="m:f"),
     },
     "questions": {"curriculum": D2EvoTasks()},
+    "reflections": {"curriculum": ReflectedTasks()},
 }
 """Configs in which every kind of part stands at least once."""
 

@@ -16,6 +16,7 @@ from rljax.tasks import (
     UniformCurriculum,
     failure_distribution,
     failure_mass,
+    grown_weights,
     nearest,
 )
 from rljax.tasks.similarity import dice, gestalt, lcs_length, of_longer, words
@@ -30,10 +31,16 @@ def test_words_meet_the_worked_example():
 
 @pytest.mark.parametrize(
     ("a", "b", "longer", "of_both"),
-    [("5 7 7 2", "7 5 7 2 9", 0.6, 0.666667), ("1 2 3", "1 2 3", 1, 1), ("1 2 3", "4 5", 0, 0), ("", "1", 0, 0)],
+    [
+        ("5 7 7 2", "7 5 7 2 9", 0.6, 0.666667),
+        ("1 2 3", "1 2 3", 1, 1),
+        ("1 2 3", "4 5", 0, 0),
+        ("3 1 2", "1 2 3", 0.666667, 0.666667),
+        ("", "1", 0, 0),
+    ],
 )
 def test_texts_are_as_alike_as_their_tokens(a, b, longer, of_both):
-    assert of_longer(a, b) == pytest.approx(longer) and dice(a, b) == pytest.approx(of_both, abs=1e-6)
+    assert of_longer(a, b) == pytest.approx(longer, abs=1e-6) and dice(a, b) == pytest.approx(of_both, abs=1e-6)
 
 
 def test_common_subsequences_by_bits_are_those_of_a_table():
@@ -63,6 +70,35 @@ def test_the_recommended_weights_meet_the_worked_example():
     np.testing.assert_allclose(mass, [0.9, 0.2, 1, 0.05], atol=1e-12)
     np.testing.assert_allclose(failure_distribution(mass, eta=0.5), [0.334302, 0.171512, 0.357558, 0.136628], atol=1e-6)
     np.testing.assert_array_equal(failure_distribution(np.zeros(4), eta=0.5), 0.25)
+
+
+def test_the_releases_weights_meet_the_worked_example():
+    """Of a failure of task 2, with the failures of others in their order: the second of task 0 counts no more."""
+    similar = np.zeros(4)
+    for task, likeness in nearest([(0, 0.9), (1, 0.4), (0, 0.7), (3, 0.1)], count=3):
+        similar[task] = likeness
+    weights = grown_weights(np.ones(4), np.array([0, 0, 1, 0]), similar)
+    np.testing.assert_allclose(weights, [1.315, 1.14, 1.15, 1.035], atol=1e-12)
+    np.testing.assert_allclose(weights / weights.sum(), [0.283405, 0.245690, 0.247845, 0.223060], atol=1e-6)
+
+    # A curriculum of such weights, which never fall.
+    likeness = {"red car": 0.9, "green apple": 0.4, "old town": 0.1}
+    curriculum = FailureCurriculum(
+        EXAMPLES,
+        FailedTasks(forgets=False, kappa=0.35),
+        similarity=lambda a, b: likeness.get(b.removeprefix("find the "), 0.0) if a.endswith("blue sky") else 0.0,
+    )
+    for task in (NAMES.index("red car"), NAMES.index("green apple"), NAMES.index("old town")):
+        fail(curriculum, task)
+    fail(curriculum, NAMES.index("blue sky"))
+    curriculum.observe(EXAMPLES, [1.0] * 8)
+    want = np.ones(8)
+    want[[2, 1, 4]] += 0.15 + 0.35 * np.array([0.9, 0.4, 0.1])
+    want[3] += 0.15
+    np.testing.assert_allclose(curriculum.distribution, want / want.sum(), rtol=1e-12)
+    again = FailureCurriculum(EXAMPLES, FailedTasks(forgets=False, kappa=0.35))
+    again.load_state_dict(json.loads(json.dumps(curriculum.state_dict())))
+    np.testing.assert_array_equal(again.distribution, curriculum.distribution)
 
 
 def test_the_nearest_are_distinct_and_alike_at_all():

@@ -3,12 +3,14 @@
     rljax train --config=agents/role_agent --workdir=runs/agent_role_agent
 
 Look at rollout/component/prediction, and at copy_prediction beside it: what repeating the last observation would get.
+Between two steps the policy reads its failures (rollout/curriculum/reflections); the smoke form's model has too few
+letters for that, and goes by the words of the tasks.
 """
 
 from search import search_config
 
 from rljax.algorithms import RoleAgent
-from rljax.experiment import Config, EnvironmentLimits, FailedTasks, MultiTurn
+from rljax.experiment import Config, EnvironmentLimits, FailedTasks, MultiTurn, ReflectedTasks
 
 
 def get_config(size: str = "full") -> Config:
@@ -24,5 +26,5 @@ def get_config(size: str = "full") -> Config:
         limits=EnvironmentLimits(turns=8),
     )
     config = search_config(RoleAgent(group_size=4 if size == "smoke" else 8), size, actor=actor)
-    config.curriculum = FailedTasks()
+    config.curriculum = FailedTasks() if size == "smoke" else ReflectedTasks(vocabulary="search", chars=3000)
     return config

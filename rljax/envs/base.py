@@ -71,6 +71,18 @@ class Environment(Protocol):
     def step(self, action: str) -> Step: ...
 
 
+class OneAnswer:
+    """What a curriculum asks the policy by itself (`rljax.tasks.ASKED`), in the place of a run's environment: the
+    row's prompt is read, and the first turn ends the episode."""
+
+    def reset(self, row: Mapping[str, Any]) -> Prompt:
+        prompt: Prompt = row["prompt"]
+        return prompt
+
+    def step(self, action: str) -> Step:
+        return Step("", done=True)
+
+
 @runtime_checkable
 class Snapshots(Protocol):
     """An environment that can also be copied. It is asked for a snapshot after every step, and `copy.deepcopy` of it is

@@ -27,6 +27,7 @@ from rljax.envs.base import (
     TIMEOUT,
     Environment,
     MalformedStep,
+    OneAnswer,
     Prompt,
     ReplayMismatch,
     Snapshots,
@@ -36,6 +37,7 @@ from rljax.envs.base import (
     replay_same,
 )
 from rljax.tasks.channel import Channel, Garbled, read_data, write_data
+from rljax.tasks.evolving import ASKED
 from rljax.tasks.workers import end_child, end_if_forked, has_ended, start_child, told_start
 
 _PATIENCE_S = 1.0  # from the end of the parent to that of a busy worker
@@ -177,7 +179,7 @@ class Host:
             return None
 
         if isinstance(request, Start):
-            environment = self._make()
+            environment = self._made_for(request.row)
             with self._left_if_it_fails(environment):
                 opening = checked_prompt(environment.reset(request.row))
                 self._keep(episode, environment, [])
@@ -194,6 +196,9 @@ class Host:
         self._keep(episode, environment, self._snapshots[episode])
         return step
 
+    def _made_for(self, row: Mapping[str, Any]) -> Environment:
+        return OneAnswer() if row.get(ASKED) else self._make()
+
     def _keep(self, episode: int, environment: Environment, snapshots: list[Any]) -> None:
         """Snapshot n is that after n turns: one is added to `snapshots` here, where there are any."""
         if isinstance(environment, Snapshots):
@@ -207,7 +212,7 @@ class Host:
         source = episode if past.parent is None else past.parent
         snapshots = self._snapshots.get(source, [])
 
-        environment = self._make()
+        environment = self._made_for(past.row)
         with self._left_if_it_fails(environment):
             if isinstance(environment, Snapshots) and turn < len(snapshots):
                 # a copy: what the environment changes from here on must not change the snapshot

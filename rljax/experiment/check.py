@@ -14,7 +14,7 @@ from rljax.plans import RolloutPlan
 from rljax.rollouts import BlackBox, MultiTurn, Remote, RemoteBlackBox, RemoteMultiTurn, SingleTurn
 from rljax.sampling import SamplingConfig
 from rljax.settings import Switch, check_config, check_effect, placed, shown
-from rljax.tasks import FileData, HubData, ReasoningGymData, RowsData
+from rljax.tasks import FailedTasks, FileData, HubData, ReasoningGymData, ReflectedTasks, RowsData
 from rljax.training import CheckpointConfig, OptimizerConfig, has_first_moment
 from rljax.types import NO_PARENT, RolloutBatch
 
@@ -45,6 +45,7 @@ SWITCHES = (
         Switch(teacher, "context_column", lambda column: not column, ("context_format",), "name a column")
         for teacher in (ModelTeacher, OwnTeacher, EngineTeacher)
     ),
+    Switch(FailedTasks, "forgets", lambda forgets: not forgets, ("eta", "decay"), "leave that on"),
     Switch(FileData, "test", bool, ("test_fraction",), "leave that out"),
     Switch(HubData, "test_split", bool, ("test_fraction",), "leave that out"),
     Switch(RowsData, "test_args", bool, ("test_fraction",), "leave that out"),
@@ -75,6 +76,7 @@ def check(config: Config, device_count: int | None = None) -> Algorithm:
     check_forks(config, plan)
     check_best(config)
     check_verifier(config)
+    check_reflections(config)
 
     # A teacher may be the reference, so a method without a KL penalty can have one all the same.
     needs_ref = plan.needs_ref or any(teacher.needs_reference for teacher in config.teachers)
@@ -316,6 +318,17 @@ def check_verifier(config: Config) -> None:
                 f"config.data.{name}={shown(value)} has no effect: {by} and not the data's verifier say what a sample "
                 "is worth; leave one of them out"
             )
+
+
+def check_reflections(config: Config) -> None:
+    """Refuses questions to a policy that only a program of its own talks to."""
+    actor = actor_of(config)
+    if isinstance(config.curriculum, ReflectedTasks) and isinstance(actor, (BlackBox, RemoteBlackBox)):
+        raise ValueError(
+            f"config.curriculum=ReflectedTasks(...) has the policy read its own rollouts, and config.actor="
+            f"{type(actor).__name__}(...) asks it nothing but what its agents ask; take FailedTasks, or SingleTurn or "
+            "MultiTurn"
+        )
 
 
 def is_over_engines(config: Config) -> bool:

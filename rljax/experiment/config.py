@@ -60,8 +60,8 @@ class Config:
     rollout: RolloutConfig = dataclasses.field(default_factory=RolloutConfig)
     """Which weights sample a rollout, and on which devices."""
     curriculum: CurriculumSource = dataclasses.field(default_factory=UniformTasks)
-    """Which examples are drawn: `UniformTasks`, `FailedTasks`, `MediumTasks`, `TwoStageTasks`, or
-    `CoEvolvedTasks` and `D2EvoTasks`, which make some."""
+    """Which examples are drawn: `UniformTasks`, `FailedTasks`, `ReflectedTasks`, `MediumTasks`,
+    `TwoStageTasks`, or `CoEvolvedTasks` and `D2EvoTasks`, which make some."""
     algorithm: Recipe = dataclasses.field(default_factory=GRPO)
     """The method, an entry of `rljax.algorithms`."""
     reference_refresh: int = field(default=0, least=0)

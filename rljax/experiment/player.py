@@ -1,11 +1,12 @@
 """The policy as curricula ask it between two rollouts."""
 
+import dataclasses
 from collections.abc import Callable, Sequence
 
 from rljax.evaluation.evaluate import EVALUATION_STEP
 from rljax.plans import RolloutPlan
 from rljax.rollouts import Actor, number_groups, seen_group
-from rljax.sampling import SamplingParams
+from rljax.sampling import SamplingParams, sampling_params
 from rljax.tasks import Example, SeenGroup
 
 FIRST_ASKED_STEP = EVALUATION_STEP + 1
@@ -36,9 +37,12 @@ class PolicyPlayer:
     def can_play(self, example: Example) -> bool:
         return self._can_play(example)
 
-    def play(self, examples: Sequence[Example], samples: int) -> list[SeenGroup]:
+    def play(self, examples: Sequence[Example], samples: int, *, temperature: float | None = None) -> list[SeenGroup]:
+        sampling = self._sampling
+        if temperature is not None:
+            sampling = dataclasses.replace(sampling, temperature=sampling_params(temperature).temperature)
         # Of its own, since what is under way for training must not be taken out of its order.
-        actor = self._actor.for_evaluation(self._sampling)
+        actor = self._actor.for_evaluation(sampling)
         plan = RolloutPlan(group_size=samples)
         groups: list[SeenGroup] = []
         for start in range(0, len(examples), self._at_once):

@@ -74,6 +74,7 @@ from rljax.tasks.failures import (
     FailureCurriculum,
     failure_distribution,
     failure_mass,
+    grown_weights,
     nearest,
 )
 from rljax.tasks.files import load_jsonl, load_parquet
@@ -86,6 +87,17 @@ from rljax.tasks.reasoning_gym import (
     ReasoningGymVerifier,
     reasoning_gym_names,
     reasoning_gym_task,
+)
+from rljax.tasks.reflection import (
+    FAILURE_MODES,
+    ReflectedCurriculum,
+    ReflectedTasks,
+    Reflection,
+    read_reflection,
+    read_selected,
+    reflection_prompt,
+    retrieval_prompt,
+    shown_failures,
 )
 from rljax.tasks.rewards import FAILURES, RewardResult, RewardRunner, RewardSpec
 from rljax.tasks.similarity import SIMILARITIES, TextSimilarity
@@ -139,6 +151,7 @@ from rljax.tasks.workers import WorkersFailed
 
 __all__ = [
     "FAILURES",
+    "FAILURE_MODES",
     "JUDGED",
     "SIMILARITIES",
     "SKILLS",
@@ -201,6 +214,9 @@ __all__ = [
     "ReasoningGymTask",
     "ReasoningGymVerifier",
     "RedundantQueries",
+    "ReflectedCurriculum",
+    "ReflectedTasks",
+    "Reflection",
     "RegexMatch",
     "Remembered",
     "RepetitionPenalty",
@@ -253,6 +269,7 @@ __all__ = [
     "failure_mass",
     "final_number",
     "foreign_share",
+    "grown_weights",
     "guided",
     "in_box",
     "interleave",
@@ -276,12 +293,17 @@ __all__ = [
     "proposals",
     "query_redundancy",
     "read_proposal",
+    "read_reflection",
+    "read_selected",
     "reasoning_gym_names",
     "reasoning_gym_task",
+    "reflection_prompt",
     "refuse_shared_tasks",
     "repeated_share",
     "replications",
+    "retrieval_prompt",
     "run_stages",
+    "shown_failures",
     "split_answer",
     "split_by_hash",
     "stage",

@@ -23,6 +23,11 @@ ADDED = "added"
 """Key of a `state_dict` that holds, as `row_of` writes them, the examples that are drawn and that the data lacks."""
 
 
+ASKED = "asked_alone"
+"""Column that marks an example whose prompt is a question to the policy, answered in one turn: an environment stays out
+of it."""
+
+
 class SeenGroup(NamedTuple):
     """The samples of one example, one entry of each list a sample."""
 
@@ -54,8 +59,9 @@ class SeenGroup(NamedTuple):
 class Player(Protocol):
     """The policy with the weights of the rollout to come."""
 
-    def play(self, examples: Sequence[Example], samples: int) -> list[SeenGroup]:
-        """`samples` answers to every example, judged as in training; groups in order."""
+    def play(self, examples: Sequence[Example], samples: int, *, temperature: float | None = None) -> list[SeenGroup]:
+        """`samples` answers to every example, judged as in training; groups in order. `temperature` None is the
+        run's."""
         ...
 
     def can_play(self, example: Example) -> bool:

@@ -1,4 +1,5 @@
-"""Tasks that fail, and tasks like them, are drawn more often (Role-Agent, 2606.10917, the agent-in-world part).
+"""Tasks that fail, and tasks like them by their words, are drawn more often (Role-Agent, 2606.10917, the agent-in-world
+part without a model: `rljax.tasks.reflection` asks the policy).
 
 First the mathematics as functions of arrays, then the settings and the curriculum. What is drawn more often is not
 corrected for in the loss.
@@ -41,6 +42,15 @@ def failure_distribution(mass: np.ndarray, *, eta: float) -> np.ndarray:
     return (1 - eta) * uniform + eta * mass / total if total > 0 else uniform
 
 
+def grown_weights(
+    weights: np.ndarray, own: np.ndarray, similar: np.ndarray, *, step: float = 0.15, kappa: float = 0.35
+) -> np.ndarray:
+    """`weights + step own + kappa similar`, all [n], at least 1e-3: those of the release, of which none ever falls.
+    They begin at 1, and examples are drawn in proportion to them; the other arguments are as in `failure_mass`."""
+    grown = np.asarray(weights, np.float64) + step * np.asarray(own) + kappa * np.asarray(similar)
+    return np.maximum(grown, 1e-3)
+
+
 @dataclass
 class FailedTasks:
     """What failed, and what is like it, more often (Role-Agent, 2606.10917)."""
@@ -48,6 +58,9 @@ class FailedTasks:
     eta: float = 0.5
     """Share of the draws that follow failures; the rest is uniform. Lower it if solved tasks are forgotten. The other
     fields take effect with it above 0."""
+    forgets: bool = True
+    """Whether failures fade. Without, weights begin at 1 and only grow, as in the release: by 0.15 for an own failure,
+    by `kappa` (there 0.35) times the similarity for one of another task; `eta` and `decay` have no effect then."""
     decay: float = 0.9
     """What is left of a failure after a step."""
     kappa: float = 0.5
@@ -105,7 +118,7 @@ class FailureCurriculum:
         self._examples = list(examples)
         self._seed = seed
         self._similarity = similarity
-        self._texts = [_text(e)[:FINGERPRINT_CHARS] for e in self._examples]
+        self._texts = [prompt_text(e)[:FINGERPRINT_CHARS] for e in self._examples]
         self._index = {e.id: i for i, e in enumerate(self._examples)}
         self._fingerprint = fingerprint(self._examples)
         self._mass = np.zeros(len(self._examples))
@@ -115,7 +128,10 @@ class FailureCurriculum:
     @property
     def distribution(self) -> np.ndarray:
         """With what probability each example is drawn first, float64 [n]."""
-        return failure_distribution(self._mass, eta=self._settings.eta)
+        if self._settings.forgets:
+            return failure_distribution(self._mass, eta=self._settings.eta)
+        weights = 1.0 + self._mass
+        return weights / weights.sum()
 
     def sample(self, step: int, n: int) -> list[Example]:
         """`n` examples; `step` does not enter. Raises ValueError unless 1 <= n <= number of examples."""
@@ -146,8 +162,12 @@ class FailureCurriculum:
                 similar[j] += likeness
             self._failures = [*self._failures, i][-settings.history :] if settings.history else []
 
-        self._mass = failure_mass(self._mass, own, similar, decay=settings.decay, kappa=settings.kappa)
-        self._mass[self._mass < 1e-9] = 0.0  # what has faded leaves the state
+        if settings.forgets:
+            self._mass = failure_mass(self._mass, own, similar, decay=settings.decay, kappa=settings.kappa)
+            self._mass[self._mass < 1e-9] = 0.0  # what has faded leaves the state
+        else:
+            # What is above 1 alone, so that most examples are in no state.
+            self._mass = grown_weights(1.0 + self._mass, own, similar, kappa=settings.kappa) - 1.0
 
     def state_dict(self) -> dict[str, Any]:
         held = np.flatnonzero(self._mass)
@@ -170,7 +190,8 @@ class FailureCurriculum:
             self._mass[int(i)] = mass
 
 
-def _text(example: Example) -> str:
+def prompt_text(example: Example) -> str:
+    """What a prompt says: the contents of its messages, where it has any, a line each."""
     if isinstance(example.prompt, str):
         return example.prompt
     return "\n".join(str(message.get("content") or "") for message in example.prompt)

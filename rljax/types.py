@@ -86,8 +86,9 @@ class Trajectory:
     columns: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # signals by name: float, or float32 [T]
     token_keys: Int[np.ndarray, " T"] | None = None  # int64: what tokens are compared by; None: their ids
     experts: Int[np.ndarray, "T L K"] | None = None  # int16: of each layer, that computed for the token; -1: no record
-    grammar: str = ""  # that its completion follows (`rljax.text.Grammars`); empty for none
-    grammar_start: int = 0  # where that begins
+    grammar: str = ""  # that its turns follow (`rljax.text.Grammars`), each from its beginning; empty for none
+    grammar_turns: Int[np.ndarray, "N 2"] | None = None  # where these [start, stop); None without a grammar
+    drawn: Bool[np.ndarray, " T"] | None = None  # tokens that count as sampled for penalties; None where there are none
 
 
 @struct
@@ -123,6 +124,7 @@ class RolloutBatch:
     teacher: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # [B, T, W]: of whole distributions, by name
     token_keys: UInt32[ArrayLike, "B T 2"] | None = None  # high and low half of the trajectories' keys, if any has them
     experts: Int[ArrayLike, "B T L K"] | None = None  # int16, -1 for none: when all trajectories have them
+    drawn: Bool[ArrayLike, "B T"] | None = None  # when all trajectories have it
 
 
 class Allowed(NamedTuple):
@@ -143,7 +145,7 @@ class Packed:
     `score_index` lists the packed indices of the tokens whose log-prob is wanted (-1 pads), so the vocabulary head
     runs on these alone. `experts` are those that each token passes in each of the `L` layers that have any, -1 where it
     passes the best; None where all do. Where tokens were drawn under masks, these come with them: no other tokens
-    count.
+    count. `drawn` says which tokens penalties count as sampled; None: those that are scored.
     """
 
     tokens: Int[ArrayLike, "*M R S"]
@@ -154,6 +156,7 @@ class Packed:
     experts: Int[ArrayLike, "*M R S L E"] | None = None  # int16
     allowed: UInt32[ArrayLike, "*M R U W"] | None = None  # masks: a bit a token of the vocabulary, lowest first
     allowed_index: Int[ArrayLike, "*M R K"] | None = None  # the mask that a scored token was drawn under; -1 for none
+    drawn: Bool[ArrayLike, "*M R S"] | None = None
 
 
 @struct

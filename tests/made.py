@@ -32,7 +32,14 @@ def made(step=5, version=4):
     columns = {"per_row": 0.1, "per_token": np.linspace(0, 1, 4).astype(np.float32)}
     rows = [
         trajectory(4, columns=columns, token_keys=np.array([1, 2**40, 3, 4]), is_valid=False),
-        trajectory(2, turn_rewards=np.array([0.5, np.nan], np.float32), state_ids=np.array([-1, 7], np.int32)),
+        trajectory(
+            2,
+            turn_rewards=np.array([0.5, np.nan], np.float32),
+            state_ids=np.array([-1, 7], np.int32),
+            grammar="regex a",
+            grammar_turns=np.array([[1, 2]], np.int32),
+            drawn=np.array([False, True]),
+        ),
         trajectory(
             7, parent_row=1, fork_index=2, is_truncated=True, experts=np.arange(28, dtype=np.int16).reshape(7, 2, 2)
         ),

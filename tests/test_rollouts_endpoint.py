@@ -1,10 +1,12 @@
 """Agents that know nothing but a base URL: what the policy said to them is recorded as it was sampled."""
 
 import contextlib
+import dataclasses
 import functools
 import itertools
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -18,7 +20,8 @@ import numpy as np
 import pytest
 from forward import row_logprobs
 
-from rljax.batching import PackConfig, pack, stack
+from rljax.batching import PackConfig, layout, loss_mask, pack, stack
+from rljax.batching.pack import masked
 from rljax.envs import EnvironmentPool, Step
 from rljax.envs.formats import Parsed, ParseProblem, ToolCall
 from rljax.models import DecoderConfig, init_params
@@ -37,9 +40,12 @@ from rljax.rollouts import (
 )
 from rljax.rollouts.black_box.address import TOKEN
 from rljax.rollouts.black_box.recording import Renderer, Reply, sample_of
+from rljax.rollouts.trajectories import allowed_in
 from rljax.sampling import Stops, TurnDecoder, TurnDecoderSpec, sampling_params
+from rljax.sampling.logits import Penalties
+from rljax.sampling.score import score_tokens
 from rljax.tasks import Example, RewardRunner, RewardSpec
-from rljax.text import CharTokenizer, Dialogue
+from rljax.text import CharTokenizer, Dialogue, Grammars
 
 TEMPLATE = (
     "{% if tools %}<|im_start|>system\n{{ tools[0].function.name }}<|im_end|>\n{% endif %}"
@@ -315,6 +321,49 @@ def test_conversations_of_a_run_share_its_reward_and_train_what_they_share_once(
     ]  # an evaluation counts runs
     few = play(make_actor(endpoint, agent), samples=2)
     assert [len(group.samples) for group in few] == [2, 2]
+
+
+def test_an_agents_turns_follow_a_grammar_and_penalties_count_what_the_policy_said(endpoint):
+    """The trainer scores the same, also behind an answer that two conversations share and one of them trains."""
+
+    def agent(url, row):
+        said = ask(url, [user(row["prompt"])])["choices"][0]["message"]
+        for _ in range(2):
+            ask(url, [user(row["prompt"]), said, user("go on")])
+        return 1.0
+
+    tokenizer = make_tokenizer()
+    grammars = Grammars(tokenizer, VOCAB)
+    sampling = sampling_params(penalties=Penalties(1.4, 0.5, 0.8))
+    grammar = grammars("regex [abc ]{3,6}")
+    settings = dataclasses.replace(SETTINGS, sampling=sampling, grammar_of=lambda example: grammar)
+    actor = BlackBoxActor(endpoint, agent, None, settings, BlackBox(trained_conversations=2))
+    try:
+        rollout = collect(actor, RolloutPlan(group_size=4), lambda n: EXAMPLES[:n], 2, 5)
+    finally:
+        endpoint.begin(sampling_params(), seed=3, step=5)
+    rows = rollout.trajectories
+    assert len(rows) == 8 and sum((t.drawn != t.action_mask).any() for t in rows) == 4
+    for t in rows:
+        assert len(t.grammar_turns) == 2
+        for start, stop in t.grammar_turns.tolist():
+            assert t.drawn[start:stop].all()
+            assert re.fullmatch("[abc ]{1,6}", tokenizer.decode(t.tokens[start:stop].tolist()))
+
+    batch = stack(rows)
+    mask = loss_mask(batch)
+    packing = layout(batch, mask, PackConfig(pack_length=512, microbatch_size=1))
+    packed = masked(packing, allowed_in(rows, grammars, np.asarray(batch.tokens)))
+    score = jax.jit(jax.vmap(lambda packed: score_tokens(CONFIG, params(), packed, sampling)[0]))
+    scored = packing.batch_of(entries_of(np.asarray(score(packed)), packing), batch.tokens)
+    np.testing.assert_allclose(scored, np.where(mask, batch.behavior_logprobs, 0), atol=5e-5)
+    assert mask.sum() > 20
+
+
+def entries_of(scored, packing):
+    """Scores of the slots of `packing` as its entries have them."""
+    flat = scored.reshape(len(scored), -1)
+    return np.take_along_axis(flat, packing.row_index.reshape(len(flat), -1), axis=1).reshape(packing.token.shape)
 
 
 def test_a_run_that_raises_hangs_or_never_asks_costs_its_sample_alone(endpoint):

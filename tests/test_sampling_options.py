@@ -11,7 +11,18 @@ import pytest
 
 from rljax.batching import build_forest, pad_rows
 from rljax.models import DecoderConfig, hidden_states, init_params, logits
-from rljax.sampling import Fork, Request, Sampler, SamplerSpec, Stops, compile_count, sampling_params
+from rljax.sampling import (
+    Fork,
+    Request,
+    Sampler,
+    SamplerSpec,
+    Stops,
+    Turn,
+    TurnDecoder,
+    TurnDecoderSpec,
+    compile_count,
+    sampling_params,
+)
 from rljax.sampling.logits import Penalties
 from rljax.sampling.row_scorer import RowScorer
 from rljax.sampling.score import score_tokens
@@ -225,6 +236,120 @@ def test_nothing_is_sampled_that_leads_out_of_a_grammar_and_forks_go_on_in_it(pa
             may = sorted({k[t] for k in known if len(k) > t and list(k[:t]) == said[:t]})
             want = log_softmax(row[may])[may.index(said[t])]
             np.testing.assert_allclose(sample.logprobs[t], want, atol=2e-5)
+
+
+KNOWN = ((5, 6, 1), (5, 7, 8, 1), (9, 35, 1), (5, 5, 9, 5, 1))
+
+
+def penalised(z, tokens, is_own):
+    """Logits of one place behind `tokens`, by counting."""
+    z = z.copy()
+    z[4] += 1.0
+    own = [token for token, counts in zip(tokens, is_own, strict=True) if counts]
+    for token in set(tokens):
+        z[token] = z[token] / 1.7 if z[token] > 0 else z[token] * 1.7
+    for token in set(own):
+        z[token] -= 0.6 + 0.9 * own.count(token)
+    return z
+
+
+def turn_decoder(params, sampling, check_every=3):
+    sizes = {"conversations": 4, "rows": 3, "context_length": LENGTH, "max_new_tokens": 5, "prefill_chunks": (4,)}
+    spec = TurnDecoderSpec(**sizes, check_every=check_every, suppressed=(5, 9))
+    decoder = TurnDecoder(CONFIG, spec, Stops(tokens=(1,)))
+    decoder.set_params(params)
+    decoder.begin(sampling, seed=1, step=2)
+    return decoder
+
+
+def spans_of(is_own):
+    """[start, stop) of the runs of True."""
+    edges = np.flatnonzero(np.diff([0, *is_own, 0]))
+    return tuple((int(start), int(stop)) for start, stop in edges.reshape(-1, 2))
+
+
+def play_turns(decoder, grammars, interrupts=False):
+    """Three turns of each conversation, with the same observation between: {(conversation, turn): (all tokens before,
+    which of them are own, tokens, log-probs)}. Of conversation 3 the second turn begins with a suppressed token."""
+    tokens = {i: list(PROMPTS[i % 2]) for i in grammars}
+    is_own = {i: [False] * len(tokens[i]) for i in grammars}
+    log = {}
+
+    def submit(i, turn, begun):
+        suppress = not begun and (i, turn) == (3, 1)
+        own = spans_of(is_own[i])
+        room = 5 - begun
+        decoder.submit(
+            Turn(i, list(tokens[i]), i, i, turn, None, room, begun, begun, (), suppress, own=own, grammar=grammars[i])
+        )
+
+    for turn in range(3):
+        begun = dict.fromkeys(grammars, 0)
+        for i in grammars:
+            log[i, turn] = (list(tokens[i]), list(is_own[i]), [], [])
+            submit(i, turn, 0)
+        while decoder.num_open:
+            results = decoder.run()
+            results += decoder.interrupt() if interrupts else []
+            for result in results:
+                i = result.turn.conversation
+                said = result.tokens.tolist()
+                own = [not (result.turn.suppress and place == 0) for place in range(len(said))]
+                tokens[i] += said
+                is_own[i] += own
+                begun[i] += len(said)
+                log[i, turn][2].extend(said)
+                log[i, turn][3].extend(result.logprobs.tolist())
+                if result.end == "interrupted":
+                    submit(i, turn, begun[i])
+        for i in grammars:
+            tokens[i] += [4, 5]
+            is_own[i] += [False, False]
+    return log
+
+
+def test_over_turns_a_grammar_begins_anew_and_penalties_count_what_the_row_has_sampled(params):
+    """Against loops over all that stands before; rows beside them follow none; a turn that is cut off goes on alike;
+    and the trainer scores the same of whole rows."""
+    grammar = Following("known", 2, KNOWN)
+    own = sampling_params(2.0, logit_bias={4: 1.0}, penalties=Penalties(1.7, 0.6, 0.9))
+    grammars = {0: grammar, 1: None, 2: grammar, 3: None}
+    log = play_turns(turn_decoder(params, own), grammars)
+
+    for (i, turn), (before, is_own, said, logprobs) in log.items():
+        z = model_logits(params, before, said)
+        for t, token in enumerate(said):
+            is_suppressed = (i, turn, t) == (3, 1, 0)
+            mine = [(i, turn, place) != (3, 1, 0) for place in range(t)]
+            row = penalised(z[t], before + said[:t], is_own + mine) / 2.0
+            may = np.arange(VOCAB)
+            if grammars[i] is not None:
+                may = np.array(sorted({k[t] for k in KNOWN if len(k) > t and list(k[:t]) == said[:t]}))
+            assert token in may and not (is_suppressed and token in (5, 9))
+            want = 0.0 if is_suppressed else log_softmax(row[may])[may.tolist().index(token)]
+            np.testing.assert_allclose(logprobs[t], want, atol=2e-5)
+        assert grammars[i] is None or tuple(said) in KNOWN
+
+    again = play_turns(turn_decoder(params, own, check_every=1), grammars, interrupts=True)
+    assert {key: said for key, (_, _, said, _) in again.items()} == {key: said for key, (_, _, said, _) in log.items()}
+
+    # What the trainer is told of a row: which tokens are the policy's, of which those of one turn alone are scored.
+    for i in (1, 3):
+        before, is_own, said, logprobs = log[i, 2]
+        row = np.zeros((1, LENGTH), np.int32)
+        row[0, : len(before) + len(said)] = [*before, *said]
+        place = np.arange(LENGTH)[None]
+        is_last = (place >= len(before)) & (place < len(before) + len(said))
+        packed = Packed(
+            tokens=row,
+            positions=place,
+            predecessor=place - 1,
+            subtree_end=np.full_like(place, len(before) + len(said)),
+            score_index=np.where(is_last, place, -1),
+            drawn=is_last | np.pad(is_own, (0, LENGTH - len(is_own)))[None],
+        )
+        scored = jax.jit(lambda packed: score_tokens(CONFIG, params, packed, own)[0])(packed)
+        np.testing.assert_allclose(np.asarray(scored)[is_last], logprobs, atol=2e-5)
 
 
 def decode_letters(ids):

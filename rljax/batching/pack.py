@@ -130,6 +130,7 @@ def emptied(batch: TrainBatch, sizes: Sizes) -> TrainBatch:
         subtree_end=filled(of_sequence),
         score_index=filled((sizes.microbatches, sequences, sizes.scored), -1),
         experts=None if record is None else filled((*of_sequence, *np.shape(record)[3:]), -1, np.int16),
+        drawn=None if batch.packed.drawn is None else filled(of_sequence, 0, bool),
     )
     if batch.packed.allowed is not None:
         packed = packed.replace(  # type: ignore[attr-defined]
@@ -275,11 +276,15 @@ def layout(batch: RolloutBatch, mask: Bool[np.ndarray, "B T"], config: PackConfi
     identity = np.asarray(batch.tokens if batch.token_keys is None else batch.token_keys)
     chosen = choose_bins(identity[rows], lengths[rows], np.asarray(batch.group_id)[rows], config)
     packing, places = _fill(np.asarray(batch.tokens), mask, lengths, rows, chosen, config, parts)
-    if batch.experts is None:
-        return packing
-    # A token that rows share has the record of the first of them.
-    taken = _taken_rows(np.asarray(batch.experts).reshape(-1, *np.shape(batch.experts)[2:]), places)
-    return packing._replace(packed=dataclasses.replace(packing.packed, experts=taken))
+    packed = packing.packed
+    if batch.experts is not None:
+        # A token that rows share has the record of the first of them.
+        taken = _taken_rows(np.asarray(batch.experts).reshape(-1, *np.shape(batch.experts)[2:]), places)
+        packed = dataclasses.replace(packed, experts=taken)
+    if batch.drawn is not None:
+        # Rows share no token that one of them has sampled and another was given (`token_keys`).
+        packed = dataclasses.replace(packed, drawn=np.asarray(batch.drawn).reshape(-1)[places] & (places >= 0))
+    return packing._replace(packed=packed)
 
 
 def _fill(

@@ -91,6 +91,7 @@ def stack(
         state_ids=_state_ids(per_token("state_ids", np.int64, -1), trajectories) if on_all("state_ids") else None,
         token_keys=_token_keys(trajectories, (rows, width)),
         experts=_experts(trajectories, (rows, width)) if on_all("experts") else None,
+        drawn=per_token("drawn", bool) if on_all("drawn") else None,
         columns={name: _column(name, trajectories, (rows, width)) for name in _shared_names(trajectories)},
     )
 

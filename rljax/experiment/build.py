@@ -47,7 +47,17 @@ from rljax.parallel import (
     use_mesh,
 )
 from rljax.plans import RolloutPlan
-from rljax.rollouts import Actor, ActorParts, BlackBox, Remote, RemoteBlackBox, RolloutSettings, SingleTurn
+from rljax.rollouts import (
+    Actor,
+    ActorParts,
+    BlackBox,
+    MultiTurn,
+    Remote,
+    RemoteBlackBox,
+    RemoteMultiTurn,
+    RolloutSettings,
+    SingleTurn,
+)
 from rljax.sampling import SamplingConfig, SamplingParams
 from rljax.sampling.config import GRAMMARS, PENALTIES
 from rljax.sampling.divergence import DivergenceHead
@@ -337,7 +347,7 @@ def build_actor(
     """What plays the policy on `mesh`, with nothing open, and the rows that it can play; one of `processes` that share
     the groups. ValueError for prompts that cannot be sampled or trained on."""
     parts = actor_parts(config, plan, dataset, tokenizer, decoder, mesh, processes)
-    check_single_turns(config)
+    check_sampled_so(config)
     check_scored(config, plan)
     check_stops(config, parts.settings, dataset, tokenizer)
     actor = config.actor.build(parts)
@@ -409,22 +419,30 @@ def grammars_over(config: Config, tokenizer: Tokenizer, decoder: DecoderConfig) 
         return Grammars(tokenizer, decoder.num_ids, banned_tokens(sampled_by(config, tokenizer, decoder)))
 
 
-def check_single_turns(config: Config) -> None:
+_SAMPLED_BY: dict[str, tuple[type, ...]] = {
+    **dict.fromkeys((*GRAMMARS, *PENALTIES), (SingleTurn, MultiTurn, BlackBox)),
+    "stop_column": (SingleTurn, Remote),
+    "top_logprobs": (SingleTurn, BlackBox),
+}
+"""Options of sampling that not all actors have, and those that do."""
+
+_BY_ENGINES = (RemoteMultiTurn, RemoteBlackBox)
+"""Actors of turns that have none of them: engines say no more of a turn than its tokens and their log-probs."""
+
+
+def check_sampled_so(config: Config) -> None:
     """ValueError for what is set of sampling and that the actor does not do."""
-    sampling = config.sampling
     actor = actor_of(config)
     defaults = SamplingConfig()
-    for name in (*GRAMMARS, *PENALTIES, "stop_column", "top_logprobs"):
-        value = getattr(sampling, name)
-        others: dict[str, type] = {"stop_column": Remote, "top_logprobs": BlackBox}
-        is_done = isinstance(actor, (SingleTurn, others.get(name, SingleTurn)))
-        # Engines say no more of a turn than its tokens and their log-probs.
-        is_done = is_done and not isinstance(actor, RemoteBlackBox)
+    for name, actors in _SAMPLED_BY.items():
+        value = getattr(config.sampling, name)
+        is_done = isinstance(actor, actors) and not isinstance(actor, _BY_ENGINES)
         if is_done or value == getattr(defaults, name):
             continue
+        known = " or ".join(f"{kind.__name__}(...)" for kind in actors)
         raise ValueError(
             f"config.sampling.{name}={shown(value)} has no effect with config.actor={type(config.actor).__name__}(...);"
-            " use config.actor=SingleTurn(...), or leave it out"
+            f" use config.actor={known}, or leave it out"
         )
 
 

@@ -49,6 +49,21 @@ class Play:
     problem: str = ""
 
     @property
+    def spoken(self) -> tuple[tuple[int, int], ...]:
+        """Spans of the turns that the policy has said, without the observations between them."""
+        starts = [0, *(stop for _, stop in self.observed)]
+        stops = [*(start for start, _ in self.observed), len(self.tokens)]
+        return tuple((start, stop) for start, stop in zip(starts, stops, strict=True) if start < stop)
+
+    @property
+    def own(self) -> tuple[tuple[int, int], ...]:
+        """Spans of tokens that the policy has sampled, counted with the prompt."""
+        starts = [0, *(stop for _, stop in self.forced)]
+        stops = [*(start for start, _ in self.forced), len(self.tokens)]
+        first = len(self.prompt)
+        return tuple((first + start, first + stop) for start, stop in zip(starts, stops, strict=True) if start < stop)
+
+    @property
     def first_own(self) -> int:
         """Tokens that were there before its own: inherited or given to it as a fork."""
         return self.fork.fork_index + len(self.fork.inject)
@@ -108,7 +123,8 @@ def can_go_on_from(group: Group, fork: Fork) -> bool:
     return stop < len(parent.tokens) and not has_failed
 
 
-def sample_of(play: Play) -> Sample:
+def sample_of(play: Play, *, grammar: str = "", is_penalised: bool = False) -> Sample:
+    """The sample that a play has become, whose turns follow `grammar`, with penalties or without."""
     is_child = play.fork.parent != NO_PARENT
     return Sample(
         tokens=np.array(play.tokens, np.int32),
@@ -119,6 +135,9 @@ def sample_of(play: Play) -> Sample:
         fork_index=play.fork.fork_index if is_child else 0,
         fork_score=play.fork.score,
         forced=tuple(play.forced),
+        spoken=play.spoken,
+        grammar=grammar,
+        is_penalised=is_penalised,
         intervention=play.fork.intervention,
         turns=np.array(play.turn_ids, np.int32),
         versions=np.array(play.versions, np.int32),

@@ -683,6 +683,8 @@ class MultiTurnActor:
                 suppress=is_suppressed and len(play.tokens) == play.first_own,
                 begun=spoken,
                 drawn=drawn,
+                own=play.own,
+                grammar=self.settings.grammar_of(group.example),
             )
         )
 
@@ -755,7 +757,12 @@ class MultiTurnActor:
     def _finish(self, play: Play) -> None:
         """The episode is over; so may be its round, and its group."""
         group = play.group
-        group.samples[play.index] = sample_of(play)
+        grammar = self.settings.grammar_of(group.example)
+        group.samples[play.index] = sample_of(
+            play,
+            grammar="" if grammar is None else grammar.name,
+            is_penalised=self.settings.sampling.penalises,
+        )
         group.results[play.index] = self._result(play)
         if group.rounds is None:
             self._leave(play)

@@ -15,6 +15,10 @@ _ARRAY = "\0array"
 """The only key of an object of the header that stands for an array: dtype, shape and where its bytes begin."""
 
 
+_SPANS = ("forced", "shared", "spoken")
+"""Fields of a sample that are spans of its tokens."""
+
+
 def to_bytes(value: Any) -> bytes:
     """Numbers, texts, None, lists, dicts with names for keys, and numpy arrays among them. Tuples become lists.
     TypeError for anything else."""
@@ -70,7 +74,7 @@ def plain_group(group: ScoredGroup) -> dict[str, Any]:
 def group_of(plain: Mapping[str, Any], example_of: Callable[[int], Example]) -> ScoredGroup:
     """The inverse, with the row that `example_of` has of the id."""
     samples = [
-        Sample(**{**sample, "forced": tuple((start, stop) for start, stop in sample["forced"])})
+        Sample(**sample | {name: tuple((start, stop) for start, stop in sample[name]) for name in _SPANS})
         for sample in plain["samples"]
     ]
     results = [RewardResult(**{**result, "not_applied": tuple(result["not_applied"])}) for result in plain["results"]]

@@ -76,7 +76,8 @@ def trajectory_of(
         columns={column.name: _value(column, group, index, on_completion) for column in columns},
         token_keys=keys,
         grammar=sample.grammar,
-        grammar_start=prompt_length if sample.grammar else 0,
+        grammar_turns=prompt_length + np.array(sample.turn_spans, np.int32) if sample.grammar else None,
+        drawn=on_completion(sample.drawn, bool) if sample.is_penalised else None,
         **{
             name: on_completion(values, values.dtype, _NO_STATE if name == "state_ids" else 0)
             for name, values in turn_fields.items()
@@ -93,12 +94,15 @@ def _experts(sample: Sample, total: int) -> np.ndarray | None:
 
 
 def _keys_of(prompt: Sequence[int], sample: Sample) -> np.ndarray:
-    """What tokens are compared by, int64 [T]: behind one prefix the distribution is another one in another grammar, and
-    where the completion begins elsewhere."""
-    salt = f"{len(prompt)} {sample.grammar}".encode()
-    own = int.from_bytes(hashlib.sha256(salt).digest()[:4], "big") >> 1
+    """What tokens are compared by, int64 [T]: behind one prefix the distribution is another one in another grammar,
+    where the turn begins elsewhere, and where a token was given that the other row has sampled."""
     ids = np.concatenate([np.asarray(prompt, np.int64), np.asarray(sample.tokens, np.int64)])
-    ids[len(prompt) :] += (own + 1) << 31
+    of_completion = ids[len(prompt) :]
+    drawn = sample.drawn
+    for start, stop in sample.turn_spans:
+        salt = f"{len(prompt) + start} {sample.grammar}".encode()
+        own = int.from_bytes(hashlib.sha256(salt).digest()[:4], "big") >> 1
+        of_completion[start:stop] += np.where(drawn[start:stop], (own + 1) << 31, 0)
     return ids
 
 
@@ -106,17 +110,18 @@ def allowed_in(
     trajectories: Sequence[Trajectory], grammars: Callable[[str], Grammar], tokens: np.ndarray
 ) -> Allowed | None:
     """The masks that the tokens [B, T] of a batch were drawn under, found anew by following the grammar of each row, of
-    which `trajectories` are the first."""
+    which `trajectories` are the first: anew in each of its turns."""
     which = np.full(np.shape(tokens), -1, np.int32)
     masks: dict[bytes, int] = {}
     for row, trajectory in enumerate(trajectories):
-        if not trajectory.grammar:
+        if trajectory.grammar_turns is None:
             continue
-        followed = grammars(trajectory.grammar).begin()
-        for place in range(trajectory.grammar_start, len(trajectory.tokens)):
-            mask = followed.allowed().tobytes()
-            which[row, place] = masks.setdefault(mask, len(masks))
-            followed.advance(trajectory.tokens[place : place + 1].tolist())
+        for start, stop in trajectory.grammar_turns.tolist():
+            followed = grammars(trajectory.grammar).begin()
+            for place in range(start, stop):
+                mask = followed.allowed().tobytes()
+                which[row, place] = masks.setdefault(mask, len(masks))
+                followed.advance(trajectory.tokens[place : place + 1].tolist())
     if not masks:
         return None
     return Allowed(np.stack([np.frombuffer(mask, np.uint32) for mask in masks]), which)

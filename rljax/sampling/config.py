@@ -40,16 +40,20 @@ class SamplingConfig:
 
     repetition_penalty: float = field(default=1.0, least=0.01, most=100)
     """Divides the positive logits of tokens that stand in prompt or completion, and multiplies the others; 1 is off.
-    The trainer's log-probs are of the same. Costs an array of the vocabulary's size for each decode row."""
+    The trainer's log-probs are of the same. Costs an array of the vocabulary's size for each decode row. Over turns all
+    tokens of the row count that stand before, observations too."""
     presence_penalty: float = field(default=0.0, least=-100, most=100)
-    """Is taken from the logits of tokens that the completion has sampled; 0 is off."""
+    """Is taken from the logits of tokens that the completion has sampled; 0 is off. Over turns those count that the
+    policy has sampled in any turn of the row, and observations do not."""
     frequency_penalty: float = field(default=0.0, least=-100, most=100)
-    """Is taken from the logit of a token each time that the completion has sampled it; 0 is off."""
+    """Is taken from the logit of a token each time that the completion has sampled it; 0 is off; over turns
+    likewise."""
     top_logprobs: int = field(default=0, least=0, most=100)
     """Most probable tokens that the records of rollouts tell beside each token, with their log-probs."""
     json_schema: str = ""
     """A JSON schema, as JSON text, that completions follow: of tokens that lead out of it none is sampled, and the
-    log-probs are of those that are left. Decoding waits for the host at every token. Needs the extra `grammar`."""
+    log-probs are of those that are left. Over turns it begins anew at each. Decoding waits for the host at every token.
+    Needs the extra `grammar`."""
     regex: str = ""
     """A regular expression that whole completions match, likewise."""
     lark: str = ""

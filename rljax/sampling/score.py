@@ -225,10 +225,12 @@ def _context(packed: Packed, before: Array, sampling: SamplingParams | None) -> 
     if packed.allowed is not None:
         masks = Masks(jnp.asarray(packed.allowed), jnp.asarray(packed.allowed_index))
     if sampling is not None and sampling.penalises:
-        # Of a rollout exactly those tokens are scored that the policy has sampled.
-        length = packed.tokens.shape[1]
-        scored = jnp.where(jnp.asarray(packed.score_index) >= 0, packed.score_index, length)
-        is_sampled = jax.vmap(lambda at: jnp.zeros(length, bool).at[at].set(True, mode="drop"))(scored)
+        if packed.drawn is not None:
+            is_sampled = jnp.asarray(packed.drawn)
+        else:
+            length = packed.tokens.shape[1]
+            scored = jnp.where(jnp.asarray(packed.score_index) >= 0, packed.score_index, length)
+            is_sampled = jax.vmap(lambda at: jnp.zeros(length, bool).at[at].set(True, mode="drop"))(scored)
         history = History(jnp.asarray(packed.tokens), jnp.asarray(packed.subtree_end), is_sampled, before)
     return None if masks is None and history is None else Context(masks, history)
 

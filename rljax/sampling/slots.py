@@ -17,7 +17,8 @@ from rljax.types import INTERVENTION_NONE, INTERVENTION_SUPPRESS, NO_PARENT, Wid
 FinishReason = Literal["stop", "length", "stop_string"]
 _FREE = -1
 _NOWHERE = -1
-_ALL = 0xFFFFFFFF
+ALL_ALLOWED = 0xFFFFFFFF
+"""A word of a mask in which every token may be sampled."""
 
 
 class Sample(NamedTuple):
@@ -41,6 +42,11 @@ class Sample(NamedTuple):
     forced: tuple[tuple[int, int], ...] = ()
     """Spans [start, stop) of tokens that were given, or drawn while others were suppressed, and so not sampled as the
     policy would; log-prob and entropy are 0 there."""
+    shared: tuple[tuple[int, int], ...] = ()
+    """Spans within those that the policy did sample, and that another sample of the group is trained on for."""
+    spoken: tuple[tuple[int, int], ...] = ()
+    """Spans [start, stop) of the turns of a conversation, without what lies between them; none where the whole
+    completion is one."""
     intervention: int = INTERVENTION_NONE
     """What was done to it (see `rljax.types`)."""
     turns: np.ndarray | None = None
@@ -51,7 +57,7 @@ class Sample(NamedTuple):
     """int16 [N + T - 1, L, k]: those that computed in each layer for the `N` tokens of the prompt and for those of the
     completion but its last, which was never fed; None without a record."""
     grammar: str = ""
-    """Name of the grammar that it follows; empty for none."""
+    """Name of the grammar that it follows, each turn from its beginning; empty for none."""
     is_penalised: bool = False
     """Whether its distributions depend on which of the tokens before are its own."""
     top_tokens: np.ndarray | None = None
@@ -66,6 +72,19 @@ class Sample(NamedTuple):
         for start, stop in self.forced:
             mask[start:stop] = False
         return mask
+
+    @property
+    def drawn(self) -> np.ndarray:
+        """bool [T]: which tokens the policy has sampled, whichever sample is trained on them."""
+        mask = self.sampled
+        for start, stop in self.shared:
+            mask[start:stop] = True
+        return mask
+
+    @property
+    def turn_spans(self) -> tuple[tuple[int, int], ...]:
+        """Spans [start, stop) of its turns; a completion is a single one."""
+        return self.spoken or ((0, len(self.tokens)),)
 
 
 @runtime_checkable
@@ -227,7 +246,7 @@ class Slots:
         self.is_guided = bool(widths)
         self.has_stops = any(request.stop for request in requests)
         self._followed: dict[tuple[int, int], Followed] = {}
-        self._allowed = np.full((*shape, max(widths)), _ALL, np.uint32) if widths else None
+        self._allowed = np.full((*shape, max(widths)), ALL_ALLOWED, np.uint32) if widths else None
 
     @property
     def active(self) -> np.ndarray:
@@ -476,7 +495,7 @@ class Slots:
         followed = self._followed.get(row)
         if followed is not None:
             followed.advance(np.asarray(tokens).tolist())
-        self._allowed[row] = _ALL if followed is None else followed.allowed()
+        self._allowed[row] = ALL_ALLOWED if followed is None else followed.allowed()
 
 
 def spans_before(spans: Sequence[tuple[int, int]], end: int) -> tuple[tuple[int, int], ...]:

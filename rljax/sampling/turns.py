@@ -9,7 +9,7 @@ import contextlib
 import time
 from collections import Counter, deque
 from collections.abc import Collection, Mapping, Sequence
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import numpy as np
@@ -27,10 +27,11 @@ from rljax.sampling.conversations import (
     lay_conversations,
 )
 from rljax.sampling.generate import Buffer, DecodeRows, DecodeRun, decode
-from rljax.sampling.logits import Rules, SamplingParams, rules_of
+from rljax.sampling.logits import NO_TOKEN, Rules, SamplingParams, rules_of
 from rljax.sampling.plan import DecoderPlan, abstract_result, abstract_weights, lower_weights
 from rljax.sampling.prompt_scores import PromptScores, score_prompts
 from rljax.sampling.sampler import by_part, known_rules, prefill_counts
+from rljax.sampling.slots import ALL_ALLOWED, Followed, Grammar
 from rljax.sampling.spec import NO_STOPS, Stops, TurnDecoderSpec
 from rljax.sampling.stopping import StopStrings, last_of
 from rljax.sampling.token_counter import count_tokens
@@ -94,6 +95,12 @@ class Turn(NamedTuple):
     """Texts that end it, beside those of the decoder."""
     suppress: bool = False
     """Whether its first token is none of those that the decoder was told to suppress."""
+    own: tuple[tuple[int, int], ...] = ()
+    """Spans [start, stop) of `tokens` that the policy has sampled, in this turn or before: with penalties these count
+    as sampled, and all others as given."""
+    grammar: Grammar | None = None
+    """What the turn must follow from its beginning, which is `begun` tokens ago: of tokens that lead out of it none is
+    sampled."""
 
 
 class TurnResult(NamedTuple):
@@ -118,7 +125,8 @@ class TurnResult(NamedTuple):
 class TurnDecoder:
     """Decodes the turns of up to `spec.conversations` conversations on `spec.rows` rows.
 
-    After `warmup` nothing compiles. Stop tokens and strings as in `Sampler`.
+    After `warmup` nothing compiles, but for the first turn that follows a grammar: while one runs, all rows go on one
+    step at a time, since the host says what may come next. Stop tokens and strings as in `Sampler`.
 
     Use: `set_params`, `begin`, then `submit` and `run` in turn. Not safe for several threads. Raises ValueError for
     impossible settings.
@@ -168,7 +176,7 @@ class TurnDecoder:
         self._waiting: deque[Turn] = deque()
         self._turns: list[Turn | None] = [None] * spec.rows
         self._emitted: list[list[_Emitted]] = [[] for _ in range(spec.rows)]
-        self._grid = _Grid(spec.rows, spec.suppressed)
+        self._grid = _Grid(spec.rows, spec.suppressed, spec.context_length)
         self.stats: dict[str, float] = {}
         self._clear_stats()
 
@@ -243,10 +251,7 @@ class TurnDecoder:
         self._column = 0
 
     def begin(self, sampling: SamplingParams, *, seed: int, step: int) -> None:
-        """How turns are sampled from now on; clears `stats`. (seed, step) enter the random numbers. ValueError for
-        penalties."""
-        if sampling.penalises:
-            raise ValueError("turns are sampled without penalties: leave repetition, presence and frequency out")
+        """How turns are sampled from now on; clears `stats`. (seed, step) enter the random numbers."""
         self._sampling = sampling
         self._seed = seed
         self._step = step
@@ -301,7 +306,7 @@ class TurnDecoder:
                     Buffer(self.spec.check_every, self.spec.top_logprobs),
                     plan.weights,
                     cache,
-                    self._grid.rows(),
+                    self._grid.rows(history=sampling.penalises),
                     self._run(sampling),
                     rules_of(sampling),
                 ),
@@ -348,6 +353,8 @@ class TurnDecoder:
             raise ValueError(
                 f"{where}: {length} tokens leave no room for a new one within context_length={spec.context_length}"
             )
+        if wrong := [span for span in turn.own if not 0 <= span[0] <= span[1] <= length]:
+            raise ValueError(f"{where}: own={wrong[0]} must be a span [start, stop) of its {length} tokens")
 
         limit = spec.max_new_tokens if turn.max_new_tokens is None else turn.max_new_tokens
         if not 1 <= limit <= spec.max_new_tokens:
@@ -398,8 +405,8 @@ class TurnDecoder:
         return results
 
     def warmup(self) -> None:
-        """Compiles every program that `run` can need. What draws as `begin` has said last then has a faster program of
-        its own; all else shares one. Raises RuntimeError while turns are under way."""
+        """Compiles every program that `run` can need without grammars. What draws as `begin` has said last then has a
+        faster program of its own; all else shares one. Raises RuntimeError while turns are under way."""
         if self.num_open:
             raise RuntimeError(f"{self.num_open} turns are under way; warm up before the first")
         params, sampling = self._ready()
@@ -588,12 +595,18 @@ class TurnDecoder:
 
     def _call_decode(self, params: Params, sampling: SamplingParams, rules: Rules | None):
         """(steps [E], active [E], emitted) of the rows after up to `check_every` steps."""
-        buffer = Buffer(self.spec.check_every, self.spec.top_logprobs)
+        buffer = Buffer(self._most_steps, self.spec.top_logprobs)
+        rows = self._grid.rows(history=sampling.penalises)
         self._cache, _, *out = _decode(
-            self.config, self._stop_tokens, buffer, params, self._cache, self._grid.rows(), self._run(sampling), rules
+            self.config, self._stop_tokens, buffer, params, self._cache, rows, self._run(sampling), rules
         )
         steps, active, emitted = jax.device_get(out)
         return steps[:, 0], active[:, 0], emitted
+
+    @property
+    def _most_steps(self) -> int:
+        """Steps of a run at most: what may come next in a grammar is known when a token is."""
+        return 1 if self._grid.is_guided else self.spec.check_every
 
     def _run(self, sampling: SamplingParams) -> DecodeRun:
         # A row finds other work only among the turns of its own devices.
@@ -604,7 +617,7 @@ class TurnDecoder:
             sampling=sampling,
             seed=np.array(self._seed, np.int32),
             step=np.array(self._step, np.int32),
-            max_steps=np.array(self.spec.check_every, np.int32),
+            max_steps=np.array(self._most_steps, np.int32),
             other_work=np.repeat(waits, self.spec.rows // self.parts),
             refill_rows=np.array(max(1, self.spec.rows // 16), np.int32),
         )
@@ -643,7 +656,7 @@ class TurnDecoder:
     def _free(self, row: int) -> None:
         self._turns[row] = None
         self._emitted[row] = []
-        self._grid.active[row] = False
+        self._grid.free(row)
 
     def _moves(self, entries: Sequence[tuple[int, int, int, int]]) -> Moves:
         """(conversation, other, start, column) of each move, for one program whatever their number."""
@@ -661,7 +674,7 @@ class TurnDecoder:
 class _Grid:
     """What the device is told about the rows."""
 
-    def __init__(self, rows: int, suppressed: Sequence[int]):
+    def __init__(self, rows: int, suppressed: Sequence[int], context_length: int):
         self.active = np.zeros(rows, bool)
         self.steps = np.zeros(rows, np.int32)
         self._prompt_id = np.zeros(rows, np.int32)
@@ -672,6 +685,17 @@ class _Grid:
         self._limit = np.ones(rows, np.int32)
         self._suppressed = np.array(suppressed, np.int32)
         self._suppress_at = np.full(rows, -1, np.int32)
+        # Of the whole conversation, for penalties.
+        self._said = np.full((rows, context_length), NO_TOKEN, np.int32)
+        self._is_own = np.zeros((rows, context_length), bool)
+        # Where rows stand in their grammars, and what may come next in them; None before the first that has one.
+        self._followed: dict[int, Followed] = {}
+        self._allowed: np.ndarray | None = None
+
+    @property
+    def is_guided(self) -> bool:
+        """Whether a row follows a grammar."""
+        return bool(self._followed)
 
     def start(self, row: int, turn: Turn, limit: int) -> None:
         self.active[row] = True
@@ -685,13 +709,52 @@ class _Grid:
         self._token[row] = turn.tokens[-1]
         self._suppress_at[row] = 0 if turn.suppress else -1
 
+        length = len(turn.tokens)
+        self._said[row] = NO_TOKEN
+        self._said[row, :length] = turn.tokens
+        self._is_own[row] = False
+        for start, stop in turn.own:
+            self._is_own[row, start:stop] = True
+
+        if turn.grammar is not None:
+            if self._allowed is None:
+                self._allowed = np.full((len(self.active), 1, turn.grammar.width), ALL_ALLOWED, np.uint32)
+            self._followed[row] = turn.grammar.begin()
+            self._follow(row, list(turn.tokens)[length - turn.begun :])
+
     def advance(self, row: int, tokens: np.ndarray) -> None:
+        place = int(self._prefix[row]) + 1 + int(self.steps[row])
+        self._said[row, place : place + len(tokens)] = tokens
+        self._is_own[row, place : place + len(tokens)] = True
+        # Not drawn as the policy would: no token of its own, here as in `decode`.
+        if self._suppress_at[row] == self.steps[row]:
+            self._is_own[row, place] = False
+
         self.steps[row] += len(tokens)
         if len(tokens):
             self._token[row] = tokens[-1]
+        self._follow(row, tokens.tolist())
 
-    def rows(self) -> DecodeRows:
+    def free(self, row: int) -> None:
+        self.active[row] = False
+        if self._followed.pop(row, None) is not None and self._allowed is not None:
+            self._allowed[row] = ALL_ALLOWED
+
+    def _follow(self, row: int, tokens: Sequence[int]) -> None:
+        """Takes the row's grammar on by these tokens, and notes what may come behind them."""
+        followed = self._followed.get(row)
+        if followed is not None and self._allowed is not None:
+            followed.advance(tokens)
+            self._allowed[row] = followed.allowed()
+
+    def rows(self, *, history: bool) -> DecodeRows:
+        """As the device wants them; with penalties it needs the `history` of conversations too."""
         none = np.zeros((len(self.active), 1), np.int32)
+        # All tokens stand in one array, since turns before, and in them the policy's own, are part of the prompt.
+        said: dict[str, Any] = {}
+        if history:
+            said = {"prompt": np.full_like(none, NO_TOKEN), "said": self._said[:, None]}
+            said["said_sampled"] = self._is_own[:, None]
         return DecodeRows(
             prompt_id=self._prompt_id,
             prefix_length=self._prefix,
@@ -707,6 +770,8 @@ class _Grid:
             forced_length=none,
             suppressed=self._suppressed if len(self._suppressed) else None,
             suppress_at=self._suppress_at[:, None] if len(self._suppressed) else None,
+            allowed=self._allowed if self.is_guided else None,
+            **said,
         )
 
 

@@ -208,7 +208,12 @@ class BlackBoxActor(QueuedActor):
         begin = time.perf_counter()
         groups = [
             [
-                _Run(request.example, self.endpoint.open_session(request.example.id, request.first_sample + i))
+                _Run(
+                    request.example,
+                    self.endpoint.open_session(
+                        request.example.id, request.first_sample + i, self.settings.grammar_of(request.example)
+                    ),
+                )
                 for i in range(runs_each)
             ]
             for request in order.requests
@@ -322,6 +327,9 @@ class BlackBoxActor(QueuedActor):
     def _scored(self, runs: Sequence[_Run], results: Sequence[RewardResult]) -> ScoredGroup:
         """The runs of a prompt as a group: up to `trained_conversations` samples of each."""
         chosen = [run.paths[: self.config.trained_conversations] for run in runs]
+        grammar = self.settings.grammar_of(runs[0].example)
+        name = "" if grammar is None else grammar.name
+        is_penalised = self.settings.sampling.penalises
 
         # A row needs a token before the first sampled one, also where no run asked anything.
         prompt = [self.endpoint.tokenizer.eos_id]
@@ -338,7 +346,7 @@ class BlackBoxActor(QueuedActor):
             episode = len(samples)
             # A run without any is a sample without tokens, so that it still counts as one that failed.
             for path in paths or [[]]:
-                samples.append(sample_of(path, len(prompt), taken))
+                samples.append(sample_of(path, len(prompt), taken, grammar=name, is_penalised=is_penalised))
                 judged.append(result)
                 episodes.append(episode)
 

@@ -28,6 +28,7 @@ from rljax.rollouts.black_box.recording import Renderer, Reply, Session
 from rljax.rollouts.http_server import Answer, ApiError, Asked, HttpServer, json_answer
 from rljax.sampling import SamplingParams, Turn, TurnResult
 from rljax.sampling.logits import MASKED
+from rljax.sampling.slots import Grammar
 from rljax.text import Tokenizer, control_tokens_of
 from rljax.types import Params
 
@@ -178,9 +179,10 @@ class ChatEndpoint:
         """Bytes of keys and values over all devices."""
         return self._turn_decoder.cache_bytes()
 
-    def open_session(self, prompt_id: int = 0, sample_id: int = 0) -> Session:
-        """A session of an agent. (`prompt_id`, `sample_id`) name its random numbers, as in `Turn`."""
-        session = Session(secrets.token_hex(8), prompt_id, sample_id)
+    def open_session(self, prompt_id: int = 0, sample_id: int = 0, grammar: Grammar | None = None) -> Session:
+        """A session of an agent. (`prompt_id`, `sample_id`) name its random numbers, as in `Turn`; each of its turns
+        follows `grammar`."""
+        session = Session(secrets.token_hex(8), prompt_id, sample_id, grammar)
         self._sessions[session.id] = session
         return session
 
@@ -354,6 +356,8 @@ class ChatEndpoint:
                 turn=place.turn,
                 max_new_tokens=limit,
                 stop=place.stop,
+                own=place.parent.own if place.parent else (),
+                grammar=session.grammar,
             )
             return self._decoder.ask(turn).result()
         except Interrupted as error:

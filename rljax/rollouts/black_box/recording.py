@@ -15,6 +15,7 @@ import numpy as np
 
 from rljax.sampling import Sample
 from rljax.sampling.logits import MASKED
+from rljax.sampling.slots import Grammar
 from rljax.sampling.turns import MOST_TURNS
 from rljax.text import Tokenizer, check_messages, decode_behind
 
@@ -54,14 +55,27 @@ class Reply:
         """Ids of its conversation, itself at the end."""
         return [i for reply in self.path for i in [*reply.given, *reply.tokens.tolist()]]
 
+    @property
+    def own(self) -> tuple[tuple[int, int], ...]:
+        """Spans of these ids that the policy has sampled."""
+        spans = []
+        stop = 0
+        for reply in self.path:
+            start = stop + len(reply.given)
+            stop = start + len(reply.tokens)
+            spans.append((start, stop))
+        return tuple(spans)
+
 
 @dataclass(eq=False)
 class Session:
-    """One run of an agent. (`prompt_id`, `sample_id`) name its random numbers."""
+    """One run of an agent. (`prompt_id`, `sample_id`) name its random numbers, `grammar` is what each of its turns
+    follows."""
 
     id: str
     prompt_id: int
     sample_id: int
+    grammar: Grammar | None = None
     replies: list[Reply] = field(default_factory=list)  # in order of completion
     counts: Counter[str] = field(default_factory=Counter)
     is_closed: bool = False
@@ -192,13 +206,18 @@ def common_prompt(paths: Sequence[Sequence[Reply]]) -> list[int]:
     return list(same)
 
 
-def sample_of(path: Sequence[Reply], prompt_length: int, taken: set[int]) -> Sample:
-    """A conversation as a sample behind its first `prompt_length` ids. What was sampled counts unless its reply is
-    `taken`, by another conversation that shares it; ids that were given, or taken, are forced. Adds to `taken`."""
+def sample_of(
+    path: Sequence[Reply], prompt_length: int, taken: set[int], *, grammar: str = "", is_penalised: bool = False
+) -> Sample:
+    """A conversation as a sample behind its first `prompt_length` ids, whose turns follow `grammar`, with penalties or
+    without. What was sampled counts unless its reply is `taken`, by another conversation that shares it; ids that were
+    given, or taken, are forced. Adds to `taken`."""
     tokens: list[int] = []
     logprobs: list[np.ndarray] = []
     entropies: list[np.ndarray] = []
     forced: list[tuple[int, int]] = []
+    shared: list[tuple[int, int]] = []
+    spoken: list[tuple[int, int]] = []
     turns: list[int] = []
     versions: list[int] = []
     top_tokens: list[np.ndarray] = []
@@ -215,6 +234,9 @@ def sample_of(path: Sequence[Reply], prompt_length: int, taken: set[int]) -> Sam
         forced_stop = len(tokens) if is_taken else start + len(given)
         if forced_stop > start:
             forced.append((start, forced_stop))
+        if length:
+            spoken.append((start + len(given), len(tokens)))
+            shared += spoken[-1:] if is_taken else []
 
         # Forced tokens have log-prob and entropy 0 in the record.
         given_zeros = np.zeros(len(given), np.float32)
@@ -240,6 +262,10 @@ def sample_of(path: Sequence[Reply], prompt_length: int, taken: set[int]) -> Sam
         entropies=np.concatenate([nothing, *entropies], dtype=np.float32),
         finish_reason="length" if path and path[-1].is_cut else "stop",
         forced=tuple(forced),
+        shared=tuple(shared),
+        spoken=tuple(spoken),
+        grammar=grammar,
+        is_penalised=is_penalised,
         turns=np.array(turns, np.int32),
         versions=np.array(versions, np.int32),
         top_tokens=np.concatenate(top_tokens) if top_tokens else None,

@@ -41,7 +41,15 @@ class RemoteSampler:
     def generate(
         self, requests: Sequence[Request], sampling: SamplingParams, *, seed: int, step: int
     ) -> list[list[Sample]]:
-        """As `Sampler.generate`. Raises EngineFailed for an engine that the run cannot go on with."""
+        """As `Sampler.generate`. Raises EngineFailed for an engine that the run cannot go on with, and ValueError for
+        penalties and grammars."""
+        refuse_penalties(sampling)
+        for request in requests:
+            if request.grammar is not None:
+                raise ValueError(
+                    f"prompt_id {request.prompt_id}: engines follow no grammar, and {request.grammar.name!r:.80} was "
+                    "given; leave it out, or sample in this process"
+                )
         config = self.fleet.config
         places = assign([request.prompt_id for request in requests], config.engines)
         groups: list[list[Sample | None]] = [[] for _ in requests]
@@ -201,6 +209,15 @@ class SamplingProbe:
             (scored,) = self._scorer(prompt, [said.tokens], self._sampling)
             gaps.append(np.abs(scored - said.logprobs))
         return float(np.concatenate(gaps).mean())
+
+
+def refuse_penalties(sampling: SamplingParams) -> None:
+    """ValueError for penalties: engines count otherwise what has been sampled, and of a turn they say no more than its
+    tokens and their log-probs."""
+    if sampling.penalises:
+        raise ValueError(
+            "engines sample without penalties: leave repetition, presence and frequency out, or sample in this process"
+        )
 
 
 def written_sampling(sampling: SamplingParams) -> dict[str, Any]:

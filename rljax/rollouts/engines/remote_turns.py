@@ -12,7 +12,7 @@ from rljax.rollouts.engines.api import Said, write_request
 from rljax.rollouts.engines.client import prefer
 from rljax.rollouts.engines.endings import Endings
 from rljax.rollouts.engines.fleet import Fleet
-from rljax.rollouts.engines.remote_sampler import seed_of, told_strings, written_sampling
+from rljax.rollouts.engines.remote_sampler import refuse_penalties, seed_of, told_strings, written_sampling
 from rljax.sampling import SamplingParams, Stops, Turn, TurnDecoderSpec, TurnResult
 from rljax.sampling.turns import MOST_TURNS
 from rljax.types import Params
@@ -69,7 +69,9 @@ class RemoteTurnDecoder:
         self._hand_overs += 1
 
     def begin(self, sampling: SamplingParams, *, seed: int, step: int) -> None:
-        """How turns are sampled from now on; clears `stats`. (seed, step) enter the random numbers."""
+        """How turns are sampled from now on; clears `stats`. (seed, step) enter the random numbers. ValueError for
+        penalties."""
+        refuse_penalties(sampling)
         if step != self._step:
             self._places = {}
         self._sampling = sampling
@@ -114,6 +116,11 @@ class RemoteTurnDecoder:
         """Asks an engine for a turn. Raises ValueError for one that cannot be served."""
         if turn.suppress:
             raise ValueError(f"conversation {turn.conversation}: no token can be suppressed at engines")
+        if turn.grammar is not None:
+            raise ValueError(
+                f"conversation {turn.conversation}: engines follow no grammar, and {turn.grammar.name!r:.80} was "
+                "given; leave it out, or sample in this process"
+            )
         if self._limit(turn) < 1:
             raise ValueError(
                 f"conversation {turn.conversation}: {len(turn.tokens)} tokens leave no room for a new one within "

@@ -1,4 +1,10 @@
-"""One suite over every recipe: what any algorithm has to keep, whatever it optimises."""
+"""One suite over every recipe: what any algorithm has to keep, whatever it optimises.
+
+Methods of preferences keep the same where it has a meaning, at the end of this file. They have no rewards, so nothing
+is said of equal ones or of a toy environment, and no ratio to what sampled. That padding, order and a split into
+microbatches change nothing is a promise of tests/test_losses_preferences.py, in float64, and that a forest is as good
+as its rows one of tests/test_composability.py.
+"""
 
 import dataclasses
 import functools
@@ -17,10 +23,12 @@ from rljax.algorithms import (
     FIPO,
     GRPO,
     GSPO,
+    KTO,
     MOPD,
     OWPO,
     PKPO,
     PPO,
+    PREFERENCE_RECIPES,
     RECIPES,
     RLOO,
     VCPO,
@@ -44,6 +52,7 @@ from rljax.algorithms import (
     ReinforcePlusPlusBaseline,
     RoleAgent,
 )
+from rljax.losses import PAIR, SIDE
 from rljax.types import TEACHER_LOGPROBS, RolloutBatch, Rows
 
 BATCH_STATISTICS = {PPO, AgentRL, Reinforce, ReinforcePlusPlus, ReinforcePlusPlusBaseline, MOPD}
@@ -497,3 +506,89 @@ def test_plans_of_the_other_recipes_keep_all_groups_and_leave_rewards_alone():
             plan = recipe().build().plan
             assert plan.keep_group is None
             assert plan.shape_reward is None
+
+
+every_preference = pytest.mark.parametrize("recipe", PREFERENCE_RECIPES, ids=lambda recipe: recipe.__name__)
+
+
+@functools.cache
+def compiled_preference(recipe):
+    """The method, and its loss with the gradient by log-probs as one program of the frame."""
+    method = recipe().build()
+    return method, jax.jit(jax.value_and_grad(method.loss.loss, has_aux=True))
+
+
+def preferred(recipe, **changes):
+    """Rows of four pairs on the frame, of which the last row is of another prompt where the method wants such; those
+    that the loss of a minibatch sees."""
+    method, _ = compiled_preference(recipe)
+    batch = framed(example(**changes))
+    mask = np.asarray(batch.action_mask) & np.asarray(batch.is_valid)[:, None]
+    side = np.tile([1.0, -1.0], FRAME[0] // 2)
+    if method.has_other_rows:
+        side[7] = 0
+    rows = Rows(
+        loss_mask=mask,
+        loss_weights=np.asarray(method.loss.token_weights(mask)),
+        token_count=np.asarray(mask.sum(), np.float32),
+        advantages=np.zeros(mask.shape, np.float32),
+        behavior_logprobs=batch.behavior_logprobs,
+        old_logprobs=batch.behavior_logprobs,
+        source=batch.source,
+        ref_logprobs=batch.behavior_logprobs,
+        columns={SIDE: side.astype(np.float32), PAIR: (np.arange(FRAME[0]) // 2).astype(np.float32)},
+    )
+    return corrected_preference(method, rows)
+
+
+def corrected_preference(method, rows):
+    """As the learner hands a whole minibatch to it, of one microbatch."""
+    if method.loss.correct_fn is None:
+        return rows
+    return jax.tree.map(lambda x: np.asarray(x)[0], method.loss.correct_fn(jax.tree.map(lambda x: x[None], rows)).rows)
+
+
+def preference_gradient(recipe, rows, shift=0.0):
+    """(loss, metrics, gradient), and the log-probs: those of a model that has moved on from the reference."""
+    logprobs, entropies = current(rows)
+    logprobs = logprobs + np.float32(shift) * np.sign(noise_of(logprobs.shape, 8)).astype(np.float32)
+    (value, metrics), slope = compiled_preference(recipe)[1](logprobs, entropies, rows)
+    return float(value), {name: float(x) for name, x in metrics.items()}, np.asarray(slope)
+
+
+@every_preference
+def test_a_preference_has_its_documented_metrics_and_learns_on_the_loss_mask_alone(recipe):
+    rows = preferred(recipe)
+    value, metrics, slope = preference_gradient(recipe, rows)
+    names = {"loss", "accuracy", "chosen", "rejected"} | (set() if recipe is KTO else {"margin"})
+    assert set(metrics) == {f"preference/{name}" for name in names}
+    assert np.isfinite(value) and all(map(np.isfinite, metrics.values())), metrics
+    assert metrics["preference/loss"] == pytest.approx(value)
+    assert np.isfinite(slope).all() and not slope[~rows.loss_mask].any()
+    is_labelled = (rows.columns[SIDE] != 0)[:, None]
+    assert slope[rows.loss_mask & is_labelled].all() and not slope[rows.loss_mask & ~is_labelled].any()
+
+
+@every_preference
+def test_a_first_update_makes_the_preferred_side_more_likely_and_the_other_less(recipe):
+    """At the reference itself, which is where training begins; a row that is only measured moves nothing."""
+    rows = preferred(recipe)
+    _, function = compiled_preference(recipe)
+    logprobs = np.where(rows.loss_mask, rows.old_logprobs, NAN).astype(np.float32)
+    _, slope = function(logprobs, np.zeros_like(logprobs), rows)
+    np.testing.assert_array_equal(np.sign(slope), -rows.columns[SIDE][:, None] * rows.loss_mask)
+
+
+@every_preference
+def test_a_preference_stays_finite_far_from_its_reference(recipe):
+    value, metrics, slope = preference_gradient(recipe, preferred(recipe), shift=500.0)
+    assert np.isfinite(value) and all(map(np.isfinite, metrics.values())), metrics
+    assert np.isfinite(slope).all()
+
+
+@every_preference
+def test_preferences_without_a_single_token_give_loss_0_and_gradient_0(recipe):
+    value, metrics, slope = preference_gradient(recipe, preferred(recipe, lengths=np.zeros(8, int)))
+    assert value == 0
+    assert not any(metrics.values())
+    assert not slope.any()

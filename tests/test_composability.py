@@ -7,11 +7,18 @@ run by default; the others are slow.
 
 A second table does the same for what a run is made of: what of the model is trained, how rows are packed, when rollouts
 are made, and where credit comes from. Each line is a run of two steps, and slow.
+
+Methods of preferences have a loss of their own, which is all that is chosen: no rollout, so no fork, credit or ratio to
+one, and scores of whole rows in place of surrogates, weights and aggregations. So none of the kinds above applies, and
+they stand in no table, but make the same two updates, on a forest and on flat rows. A reward model's numbers come from
+another head; here log-probs stand for them, as its loss knows no difference. Of what a run is made of only what is
+trained applies: their rows are always packed as a forest, there are no rollouts to schedule, and no teachers.
 """
 
 import dataclasses
 import functools
 import itertools
+import json
 import random
 
 import jax
@@ -21,17 +28,28 @@ import pytest
 
 from rljax import advantages as adv
 from rljax import losses as ls
-from rljax.algorithms import GKD, GRPO, Algorithm, OnPolicyDistillation, ReSum
+from rljax.algorithms import (
+    DPO,
+    GKD,
+    GRPO,
+    KTO,
+    PREFERENCE_RECIPES,
+    Algorithm,
+    BradleyTerry,
+    OnPolicyDistillation,
+    ReSum,
+)
 from rljax.batching import dense_rows, spread, stack
-from rljax.experiment import LoraConfig, ModelTeacher, RolloutConfig
+from rljax.experiment import FileData, LoraConfig, ModelTeacher, PreferenceConfig, RolloutConfig
 from rljax.experiment.build import build as build_run
+from rljax.experiment.prefer import prefer
 from rljax.experiment.train import train
 from rljax.plans import ForkPlan, RolloutPlan, TeacherSpec
 from rljax.plans import fork_rules as rules
 from rljax.rollouts.collect import collect
 from rljax.testing import run_metrics, tiny_config
 from rljax.training import Learner, LossNeeds, UpdateConfig
-from rljax.types import TEACHER_LOGPROBS
+from rljax.types import ROW_WEIGHT, TEACHER_LOGPROBS
 
 GROUP, GROUPS = 6, 4
 STEPS = ("a", "b", "c")
@@ -301,8 +319,12 @@ def gradients(loss, slopes_of, share: bool, batch, advantages, old, epoch: int, 
     ],
 )
 def test_two_updates_are_finite_and_the_same_on_a_forest_and_on_its_rows(line):
-    algorithm, batch, old = build(line), rollout(line[0]), near(1)
-    loss, advantages = algorithm.loss, np.asarray(jax.jit(algorithm.advantage_fn)(batch))
+    algorithm, batch = build(line), rollout(line[0])
+    check_two_updates(algorithm.loss, batch, np.asarray(jax.jit(algorithm.advantage_fn)(batch)))
+
+
+def check_two_updates(loss, batch, advantages):
+    old = near(1)
     slopes_of = jax.jit(jax.value_and_grad(loss.loss, argnums=(0, 1), has_aux=True))
     params = old
     for epoch in range(2):
@@ -321,6 +343,31 @@ def test_two_updates_are_finite_and_the_same_on_a_forest_and_on_its_rows(line):
         for got, want in zip(jax.tree.leaves(grads), jax.tree.leaves(flat_grads), strict=True):
             np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5 * scale)
         params = jax.tree.map(lambda p, g: np.asarray(p) - 0.05 / norm * np.asarray(g), params, grads)  # noqa: B023
+
+
+def preferred_rows(has_other_rows: bool):
+    """The rollout's rows as pairs of one prompt; or every third row as of another prompt, which is only measured."""
+    batch = rollout("independent")
+    rows = np.arange(GROUP * GROUPS)
+    side = np.where(rows % 2, -1.0, 1.0)
+    if has_other_rows:
+        side = np.where(rows % 3, side, 0.0)
+    columns = {ls.SIDE: side, ls.PAIR: rows // 2, ROW_WEIGHT: side != 0}
+    return dataclasses.replace(batch, columns={name: x.astype(np.float32) for name, x in columns.items()})
+
+
+# One of pairs and one of labels; the others differ in what they make of a row's score.
+PREFERENCE_RUNS = [
+    pytest.param(recipe, marks=() if recipe in (DPO, KTO) else pytest.mark.slow, id=recipe.__name__)
+    for recipe in PREFERENCE_RECIPES
+]
+
+
+@pytest.mark.parametrize("recipe", PREFERENCE_RUNS)
+def test_two_updates_on_preferences_are_the_same_on_a_forest_and_on_its_rows(recipe):
+    method = recipe().build()
+    batch = preferred_rows(method.has_other_rows)
+    check_two_updates(method.loss, batch, np.zeros(batch.tokens.shape, np.float32))
 
 
 def test_every_pair_of_choices_is_in_the_table():
@@ -380,3 +427,20 @@ def test_a_run_trains_whatever_it_is_made_of(line, tmp_path):
 def test_every_pair_of_what_runs_are_made_of_is_in_the_table():
     assert set(all_pairs(RUN_KINDS)) == {pair for line in RUNS for pair in pairs_of(line)}
     assert len(RUNS) <= 12
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("trained", ["adapters", "experts"])
+@pytest.mark.parametrize("recipe", [DPO, BradleyTerry], ids=lambda recipe: recipe.__name__)
+def test_preferences_train_whatever_of_a_model_is_trained(recipe, trained, tmp_path):
+    rows = [{"prompt": f"{letter}=", "chosen": letter, "rejected": "h" * n} for n in (1, 2) for letter in "abcd"]
+    data = tmp_path / "rows.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    preferences = PreferenceConfig(method=recipe(), steps=2, batch_size=4)
+    source = FileData(train=str(data), test_fraction=0.25, repeated_prompts=True)
+    prefer(tiny_config(data=source, preferences=preferences, **RUN_KINDS[0][trained]), str(tmp_path / "run"))
+    lines = run_metrics(tmp_path / "run")
+    assert len(lines) == 2
+    for metrics in lines:
+        assert all(np.isfinite(value) for value in metrics.values()), metrics
+        assert metrics["loss/grad_norm"] > 0

@@ -141,6 +141,7 @@ OPTIONS = {
     "curriculum": [FailedTasks(), MediumTasks(), TwoStageTasks(), MediumTasks(rate=0.0), CoEvolvedTasks("no:maker")],
     "optimizer": [MuonConfig(), LightSAMConfig()],
     "reference_refresh": [0, 2],
+    "reference_weight": [0.25, 1.0, 0.0, 2.0],
     "update.minibatches": [1, 2, 4],
     "update.epochs": [1, 3],
     "update.use_sampler_logprobs": [True],

@@ -3,14 +3,17 @@
 import dataclasses
 import json
 
+import jax
 import numpy as np
 import pytest
 from breaking import break_off
 
 import rljax.algorithms.owpo as owpo
-from rljax.algorithms import OWPO
-from rljax.experiment import CheckpointConfig, EvaluationConfig
+from rljax.algorithms import OWPO, OnPolicyDistillation
+from rljax.experiment import CheckpointConfig, EvaluationConfig, OwnTeacher
+from rljax.experiment.teachers import _Own
 from rljax.experiment.train import train
+from rljax.parallel import to_host
 from rljax.plans import not_worse
 from rljax.testing import params_fingerprint, run_metrics, tiny_config
 from rljax.training import Learner
@@ -89,3 +92,50 @@ def test_a_ratchet_that_is_broken_off_equals_one_that_is_not(tmp_path):
     train(config(), str(tmp_path / "parts"))
     assert run_metrics(tmp_path / "parts") == run_metrics(tmp_path / "whole")
     assert params_fingerprint(tmp_path / "parts") == params_fingerprint(tmp_path / "whole")
+
+
+def averaged(**changes):
+    """A student that is taught by the average of what it was, which is told the answer."""
+    teacher = OwnTeacher(context_column="answer", context_format="{text}=")
+    model = dataclasses.replace(tiny_config().model, alphabet="abcdefgh=\n", num_layers=1)
+    settings = {"algorithm": OnPolicyDistillation(group_size=4), "teachers": (teacher,), "model": model}
+    return config(**settings | {"reference_refresh": 1, "reference_weight": 0.25} | changes)
+
+
+def weights_of_teachers(monkeypatch):
+    """What teachers score with from now on, and what the policy is then: two lists of trees of numpy arrays."""
+    taught, policies = [], []
+
+    def params(self, student, own=_Own._params):
+        found = own(self, student)
+        # Copies, since the update of the step donates what these are views of.
+        taught.append(jax.tree.map(lambda x: np.array(to_host(x)), found))
+        policies.append(jax.tree.map(lambda x: np.array(to_host(x)), student.policy()))
+        return found
+
+    monkeypatch.setattr(_Own, "_params", params)
+    return taught, policies
+
+
+def test_a_teacher_is_the_moving_average_of_the_student(tmp_path, monkeypatch):
+    """Against the recursion in float64 on what the policy was at each step."""
+    taught, policies = weights_of_teachers(monkeypatch)
+    train(averaged(steps=3, checkpoint=CheckpointConfig(every=0)), str(tmp_path))
+    assert len(taught) == 3
+    want = jax.tree.map(np.float64, policies[0])
+    for step, (got, policy) in enumerate(zip(taught, policies, strict=True)):
+        # The policy of this step is what the last one left, which is when the reference moved.
+        want = jax.tree.map(lambda old, new: 0.75 * old + 0.25 * np.float64(new), want, policy)
+        jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-6, atol=1e-7), got, want)
+        gaps = jax.tree.map(lambda x, y: float(np.abs(x - y).max()), got, policy)
+        assert (max(jax.tree.leaves(gaps)) > 1e-3) == (step > 0)
+
+
+@pytest.mark.slow
+def test_a_run_that_is_broken_off_goes_on_with_its_average(tmp_path):
+    train(averaged(), str(tmp_path / "whole"))
+    break_off(averaged(), tmp_path / "parts", before=2)
+    train(averaged(), str(tmp_path / "parts"))
+    assert run_metrics(tmp_path / "parts") == run_metrics(tmp_path / "whole")
+    assert params_fingerprint(tmp_path / "parts") == params_fingerprint(tmp_path / "whole")
+    assert len({line["teacher/kl"] for line in run_metrics(tmp_path / "whole")}) == 4

@@ -121,6 +121,7 @@ def test_what_is_said_of_a_wrong_value(part, name, value, says):
             "teachers[0].context_column=''; name a column",
         ),
         ({"reference_refresh": 2}, "reference_refresh=2", "GRPO has no reference model; set"),
+        ({"reference_weight": 0.5}, "reference_weight=0.5", "the reference never moves; set"),
     ],
 )
 def test_a_value_without_effect_is_refused(changes, field, why):

@@ -86,6 +86,12 @@ def check(config: Config, device_count: int | None = None) -> Algorithm:
             "no reference model; set config.algorithm.kl_coef above 0, or leave it out"
         )
 
+    if config.reference_weight != 1 and not (config.reference_refresh or plan.refresh_every):
+        raise ValueError(
+            f"config.reference_weight={config.reference_weight:g} has no effect: the reference never moves; set "
+            "config.reference_refresh to the steps after which it does, e.g. 1"
+        )
+
     config.actor.check(plan, config.sampling, config.update.pack_length)
     check_off_policy(config, algorithm)
     check_entropies(config, algorithm)

@@ -66,6 +66,10 @@ class Config:
     """The method, an entry of `rljax.algorithms`."""
     reference_refresh: int = field(default=0, least=0)
     """Steps after which the reference becomes a copy of the policy; 0 leaves it to the algorithm."""
+    reference_weight: float = field(default=1.0, above=0, most=1)
+    """How far the reference then goes towards the policy: 1 is all of the way, a copy. Less makes it an exponential
+    moving average of the weights, of decay 1 - this, with `reference_refresh=1` over all steps: what the KL penalty
+    compares with, and what an `OwnTeacher` teaches. Of adapters their factors are averaged, not the products."""
     sampling: SamplingConfig = dataclasses.field(default_factory=SamplingConfig)
     """The distribution that training samples from, and what ends a completion."""
     update: UpdateConfig = dataclasses.field(default_factory=UpdateConfig)

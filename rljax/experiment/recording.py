@@ -44,6 +44,7 @@ _OF_THE_LEARNER = (
     "config.mesh",
     "config.evaluation",
     "config.reference_refresh",
+    "config.reference_weight",
 )
 """What may differ too, and then leads to other numbers from the same rollouts."""
 

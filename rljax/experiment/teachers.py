@@ -147,11 +147,12 @@ class ModelTeacher:
 
 @dataclasses.dataclass
 class OwnTeacher:
-    """The student's own network: its reference, or itself as it stands, which knows more (self-distillation)."""
+    """The student's own network: its reference, which may be a moving average of its weights, or itself as it stands,
+    which knows more (self-distillation)."""
 
     weights: Literal["reference", "policy"] = "reference"
-    """`reference` is what the run began with, unless `config.reference_refresh` copies the policy into it; `policy` is
-    the student as it stands."""
+    """`reference` is what the run began with, unless `config.reference_refresh` copies the policy into it, or moves it
+    there by `config.reference_weight`, which is an exponential moving average; `policy` is the student as it stands."""
     tasks: tuple[str, ...] = ()
     """Values of the data's column `task` whose rows it teaches. Empty is all that no other teacher names."""
     context_column: str = ""

@@ -623,9 +623,9 @@ def rollout_metrics(run: Run, rollout: Rollout, timer: PhaseTimer) -> dict[str, 
 
 
 def refresh_reference(run: Run, done: int, evaluation: Callable[[], Evaluation]) -> None:
-    """Copies the policy into the reference when config or plan say that it is due after `done` steps, unless the plan's
-    gate objects to what has become of the held-out scores since the last time. Where there is a gate, `evaluation` is
-    asked for them."""
+    """Moves the reference to the policy, `config.reference_weight` of the way, when config or plan say that it is due
+    after `done` steps, unless the plan's gate objects to what has become of the held-out scores since the last time.
+    Where there is a gate, `evaluation` is asked for them."""
     plan = run.algorithm.plan
     every = run.config.reference_refresh or plan.refresh_every
     if not every or done % every:
@@ -635,7 +635,7 @@ def refresh_reference(run: Run, done: int, evaluation: Callable[[], Evaluation])
         if not plan.refresh_gate(np.array(scores), np.array(run.reference_scores)):
             return
         run.reference_scores = scores
-    run.state = run.learner.refresh_reference(run.state)
+    run.state = run.learner.refresh_reference(run.state, run.config.reference_weight)
 
 
 def held_out(run: Run, folder: RunFolder, step: int) -> Evaluation:

@@ -68,7 +68,7 @@ Attend = Callable[..., tuple[Array, Any]]
 layer with sinks gives them as `sinks=` [H]. A layer with a delta rule asks what tokens remember instead, see
 `Recall`."""
 
-Recall = Callable[[Array, Array, Array, Array], tuple[Array, Any]]
+Recall = Callable[..., tuple[Array, Any]]
 """`recall(mixed [..., C], kernel [C, 1, W], g [..., H], beta [..., H]) -> (out [..., H, e], aux)`, all but `mixed` in
 float32: queries, keys and values of the delta rule (2412.06464) side by side, before their convolution."""
 

@@ -212,7 +212,7 @@ def _corrections_backward(block, residuals, gradient):
 
     def step(carry, first):
         left, sums = carry
-        lower, back = jax.vjp(lambda *x: _system(first, block, *x, end), k, fade, beta)
+        lower, back = jax.vjp(lambda k, fade, beta: _system(first, block, k, fade, beta, end), k, fade, beta)
         given = jax.lax.dynamic_slice_in_dim(left, first, block, axis=1)
         own = _EXACT("rhcb,rche->rbhe", _inverse(_diagonal(lower, first, block)), given)
         # Rows of the system are of later tokens, and reach back to all before them.

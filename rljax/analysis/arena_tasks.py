@@ -300,6 +300,8 @@ NO_RESTART = Task(
     "answer.",
     prediction="ReSum spends half of its rows behind a mark that means nothing to the policy, and falls behind GRPO.",
     config=no_restart_config,
+    found="As predicted in every seed, and by as much as where the mark is known (`restart`): what ReSum costs is the "
+    "tokens behind the mark, and not that the policy has never seen it.",
     methods=(
         Method("GRPO 8", grpo(8)),
         Method("ReSum 4x1", resum(), against="GRPO 8", expected="below", claim="below", share=1.33),
@@ -320,10 +322,10 @@ SPARSE = Task(
     prediction="ActGuide-RL (2605.12004) learns from rollouts that were shown the plan where plain ones all failed; "
     "GRPO has no signal, and does not.",
     config=sparse_config,
-    found="As predicted, in every seed: ActGuide-RL ends at 0.89 to 0.96, and no held-out sample of GRPO was ever right. "
-    "Half of the seeds are at 0.5 after a third of the run, the slowest two after two thirds. It has a third of GRPO's "
-    "prompts a step, since it samples again where all failed; when fewer do it need not, and ends with half of the "
-    "tokens.",
+    found="As predicted, in every seed: ActGuide-RL ends at 0.89 to 0.96, and no held-out sample of GRPO was ever "
+    "right. Half of the seeds are at 0.5 after a third of the run, the slowest two after two thirds. It has a third of "
+    "GRPO's prompts a step, since it samples again where all failed; when fewer do it need not, and ends with half of "
+    "the tokens.",
     methods=(
         Method("GRPO 8", grpo(8)),
         Method(

@@ -157,7 +157,7 @@ def test_a_run_in_another_thread_leaves_signals_alone():
 
 
 def test_a_run_that_is_asked_before_it_has_weights_saves_nothing(tmp_path, monkeypatch):
-    monkeypatch.setattr(rljax.experiment.train, "build", lambda config: ask())
+    monkeypatch.setattr(rljax.experiment.train, "build", lambda *_, **__: ask())
     with pytest.raises(Stopped):
         train(tiny_config(), str(tmp_path / "run"))
     assert not (tmp_path / "run").exists()

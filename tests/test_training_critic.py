@@ -135,13 +135,15 @@ def test_the_gradient_is_that_of_the_clipped_loss_on_padded_rows(name):
         worse = jnp.maximum((v - goal) ** 2, (bounded - goal) ** 2) / 2
         return jnp.where(mask, worse, 0).sum() / mask.sum()
 
-    # The yardstick is compiled as in production: at the level of the suite its own rounding is as large as the bound.
+    # The yardstick is compiled as in production. The same sum compiled at another level, or for another CPU, is up to
+    # 1.4e-5 of the largest entry away: of rounding, since each form of the gradient is 3e-6 from the other's at one
+    # level.
     production = {"xla_backend_optimization_level": 3}
     want_loss, want = jax.jit(jax.value_and_grad(objective), compiler_options=production)(weights())
     scored = gradient(name)
     got = scored.grads
     np.testing.assert_allclose(scored.loss, want_loss, rtol=1e-5)
-    assert_close(got, want)
+    assert_close(got, want, relative=3e-5)
     assert 0.05 < scored.metrics["critic/clip_fraction"] < 0.9
     assert jnp.abs(got["value_head"]).max() > 0 and jnp.abs(got["embedding"]).max() > 0
 

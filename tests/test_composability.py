@@ -433,7 +433,11 @@ def test_every_pair_of_what_runs_are_made_of_is_in_the_table():
 @pytest.mark.parametrize("trained", ["adapters", "experts"])
 @pytest.mark.parametrize("recipe", [DPO, BradleyTerry], ids=lambda recipe: recipe.__name__)
 def test_preferences_train_whatever_of_a_model_is_trained(recipe, trained, tmp_path):
-    rows = [{"prompt": f"{letter}=", "chosen": letter, "rejected": "h" * n} for n in (1, 2) for letter in "abcd"]
+    rows = [
+        {"prompt": f"{letter}=", "answer": letter, "chosen": letter, "rejected": "h" * n}
+        for n in (1, 2)
+        for letter in "abcd"
+    ]
     data = tmp_path / "rows.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     preferences = PreferenceConfig(method=recipe(), steps=2, batch_size=4)

@@ -25,7 +25,7 @@ from rljax.experiment import RolloutConfig
 from rljax.experiment.build import Run, build
 from rljax.experiment.check import check
 from rljax.experiment.config import to_dict
-from rljax.experiment.journal import Journal, from_bytes, to_bytes
+from rljax.experiment.journal import Journal, fields_of, from_bytes, to_bytes, trajectory_of_fields
 from rljax.experiment.pipeline import Beside, Pipeline
 from rljax.experiment.train import fitting, resume, sampled_otherwise
 from rljax.parallel import make_mesh, replicated, split_devices
@@ -117,6 +117,16 @@ def test_a_damaged_or_missing_rollout_ends_what_a_journal_gives(tmp_path):
 
     journal.keep(1, 4)
     assert journal.steps() == {1, 2}
+
+
+def test_rows_from_before_grammars_of_turns_are_read():
+    """Every row said where its grammar begins, also those without any; it went on to the end."""
+    (row, guided, _) = made().rollout.trajectories
+    for one, turns in ((row, None), (guided, [[1, 2]])):
+        old = {name: value for name, value in fields_of(one).items() if name not in ("grammar_turns", "drawn")}
+        read = trajectory_of_fields(old | {"grammar_start": 1 if turns else 0})
+        assert (None if read.grammar_turns is None else read.grammar_turns.tolist()) == turns
+        assert read.drawn is None and read.tokens is one.tokens and read.columns == one.columns
 
 
 def test_a_rollout_of_other_data_is_refused():

@@ -219,7 +219,10 @@ def fields_of(trajectory: Trajectory) -> dict[str, Any]:
 
 
 def trajectory_of_fields(fields: Mapping[str, Any]) -> Trajectory:
-    """The inverse."""
+    """The inverse, also of what was written when a grammar was of a whole completion, and its beginning a field."""
     columns = {name.removeprefix(_COLUMN): value for name, value in fields.items() if name.startswith(_COLUMN)}
     own = {name: value for name, value in fields.items() if not name.startswith(_COLUMN)}
+    begun = own.pop("grammar_start", None)
+    if begun is not None and own.get("grammar"):
+        own["grammar_turns"] = np.array([[begun, len(own["tokens"])]], np.int32)
     return Trajectory(**own, columns=columns)

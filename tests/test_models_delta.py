@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from packed_trees import depths, ends, path_to, random_parents
 
 from rljax.models import (
     Delta,
@@ -36,32 +37,6 @@ from rljax.models.delta import (
 
 CHAIN = [-1, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10]
 FOREST = [-1, 0, 1, 2, 1, 4, 5, 0, 7, -1, 9, 10, 9, 12, 9, -1]
-
-
-def ends(parent, padding=0):
-    """Where each subtree ends, 0 for padding behind."""
-    end = np.arange(1, len(parent) + 1)
-    for i in reversed(range(len(parent))):
-        if parent[i] >= 0:
-            end[parent[i]] = max(end[parent[i]], end[i])
-    return np.concatenate([end, np.zeros(padding, int)]).astype(np.int32)
-
-
-def path_to(parent, token):
-    path = [token]
-    while parent[path[-1]] >= 0:
-        path.append(parent[path[-1]])
-    return path[::-1]
-
-
-def random_parents(seed, count):
-    """Of a forest in depth-first order: each token follows one on the path to the token before it, or begins a tree."""
-    rng = np.random.default_rng(seed)
-    parent = [-1]
-    for token in range(1, count):
-        path = path_to(parent, token - 1)
-        parent.append(token - 1 if rng.random() < 0.7 else int(rng.choice([-1, *path])))
-    return parent
 
 
 def inputs(seed, count, heads=(2, 4), dims=(5, 3), fade=1.0):
@@ -219,9 +194,8 @@ PARAMS = jax.tree.map(lambda x: 5 * x if x.ndim == 3 else x, init_params(HYBRID,
 
 def outputs(config, params, ids, parent, padding=0, remat="none"):
     """Log-probs behind each token of one packed row."""
-    depth = [len(path_to(parent, token)) - 1 for token in range(len(parent))]
-    row, depth = (jnp.asarray([*x, *[0] * padding])[None] for x in (ids, depth))
-    end = jnp.asarray(ends(parent, padding))[None]
+    row = jnp.asarray([*ids, *[0] * padding])[None]
+    depth, end = (jnp.asarray(of(parent, padding))[None] for of in (depths, ends))
     return _logprobs(config, Forward(remat=remat), params, row, depth, end)[0, : len(parent)]
 
 

@@ -85,13 +85,20 @@ def test_the_interval_is_the_run_s_before_the_plan_s(tmp_path, monkeypatch):
     assert {p.name for p in (tmp_path / "run" / "evaluations").iterdir()} == {"step_000000.json", "step_000003.json"}
 
 
+def whole_and_broken_off(made, tmp_path, *, before):
+    """The metrics of a run, after it was seen that one which is broken off before a step has them and its weights."""
+    train(made, str(tmp_path / "whole"))
+    break_off(made, tmp_path / "parts", before=before)
+    train(made, str(tmp_path / "parts"))
+    whole = run_metrics(tmp_path / "whole")
+    assert run_metrics(tmp_path / "parts") == whole
+    assert params_fingerprint(tmp_path / "parts") == params_fingerprint(tmp_path / "whole")
+    return whole
+
+
 @pytest.mark.slow
 def test_a_ratchet_that_is_broken_off_equals_one_that_is_not(tmp_path):
-    train(config(), str(tmp_path / "whole"))
-    break_off(config(), tmp_path / "parts", before=3)
-    train(config(), str(tmp_path / "parts"))
-    assert run_metrics(tmp_path / "parts") == run_metrics(tmp_path / "whole")
-    assert params_fingerprint(tmp_path / "parts") == params_fingerprint(tmp_path / "whole")
+    whole_and_broken_off(config(), tmp_path, before=3)
 
 
 def averaged(**changes):
@@ -133,9 +140,5 @@ def test_a_teacher_is_the_moving_average_of_the_student(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_a_run_that_is_broken_off_goes_on_with_its_average(tmp_path):
-    train(averaged(), str(tmp_path / "whole"))
-    break_off(averaged(), tmp_path / "parts", before=2)
-    train(averaged(), str(tmp_path / "parts"))
-    assert run_metrics(tmp_path / "parts") == run_metrics(tmp_path / "whole")
-    assert params_fingerprint(tmp_path / "parts") == params_fingerprint(tmp_path / "whole")
-    assert len({line["teacher/kl"] for line in run_metrics(tmp_path / "whole")}) == 4
+    whole = whole_and_broken_off(averaged(), tmp_path, before=2)
+    assert len({line["teacher/kl"] for line in whole}) == 4

@@ -2,11 +2,13 @@
 
 import dataclasses
 import functools
+import json
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from test_parallel_mesh import run_python
 
 from rljax.models import fresh_config, hidden_states, init_params, logits
 from rljax.sampling import Request, Sampler, SamplerSpec, TurnDecoder, TurnDecoderSpec, sampling_params
@@ -99,3 +101,25 @@ def test_the_cache_counts_memories():
     assert held == 3 * 2 * (1 + 2) * 4 * (4 * 8 * 8 + 3 * sum(delta.widths))
     keys = 2 * CONFIG.num_kv_heads * CONFIG.head_dim * 4 * 2 * (8 + 2 * 12)
     assert made.cache_bytes() == held + keys
+
+
+@pytest.fixture(scope="module")
+def on_meshes():
+    return json.loads(run_python("hybrid_mesh_program.py", devices=8))
+
+
+@pytest.mark.parametrize("mesh", ["1x8x1", "2x2x2"])
+def test_devices_of_a_mesh_train_what_one_does(on_meshes, mesh):
+    assert on_meshes["trained"][mesh]["gradient"] < 2e-5
+
+
+@pytest.mark.parametrize("mesh", ["1x8x1", "2x2x2"])
+def test_devices_gather_weights_alone(on_meshes, mesh):
+    """And the tokens, whose embeddings they exchange; all else of a row has its 40 positions too."""
+    gathered = on_meshes["trained"][mesh]["gathered"]
+    assert {shape.split("[")[0] for shape in gathered if "40" in shape} == {"s32"}
+    assert sum(shape.startswith("f32") for shape in gathered) > 10
+
+
+def test_devices_of_a_mesh_sample_what_one_does(on_meshes):
+    assert on_meshes["sampled"]

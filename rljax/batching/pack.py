@@ -121,7 +121,7 @@ def emptied(batch: TrainBatch, sizes: Sizes) -> TrainBatch:
     def wide(like: ArrayLike) -> np.ndarray:
         return filled((*of_token, *np.shape(like)[3:]), 0, like.dtype)
 
-    rows = batch.rows
+    # Sequences, with masks where the others have them: as many as those have room for, and no token under one.
     record = batch.packed.experts
     packed = Packed(
         tokens=filled(of_sequence),
@@ -137,6 +137,9 @@ def emptied(batch: TrainBatch, sizes: Sizes) -> TrainBatch:
             allowed=filled((sizes.microbatches, *batch.packed.allowed.shape[1:]), 0, np.uint32),
             allowed_index=packed.score_index,
         )
+
+    # A count of 1 where there are no tokens: losses divide by it.
+    rows = batch.rows
     return TrainBatch(
         packed=packed,
         rows=RaggedRows(

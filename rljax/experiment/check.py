@@ -200,6 +200,7 @@ def reads_entropies(algorithm: Algorithm) -> bool:
     shape = (rows, 4)
     zeros = np.zeros(rows, np.int32)
 
+    # All that an advantage may read is there, so that none fails for want of it, a critic's values and a reference too.
     # Rewards differ between rows and entropies between tokens, so that what depends on them shows.
     batch = RolloutBatch(
         tokens=np.arange(math.prod(shape), dtype=np.int32).reshape(shape),
@@ -230,6 +231,7 @@ def reads_entropies(algorithm: Algorithm) -> bool:
         | {name: np.zeros(shape, np.float32) for name in algorithm.plan.teacher_columns},
     )
 
+    # What depends on NaN is NaN, which equals nothing.
     unknown = dataclasses.replace(batch, entropies=np.full(shape, np.nan, np.float32))
     known = np.asarray(algorithm.advantage_fn(batch))
     return not np.array_equal(known, np.asarray(algorithm.advantage_fn(unknown)))

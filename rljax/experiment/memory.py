@@ -18,7 +18,6 @@ from rljax.experiment.build import Run, sampled_by
 from rljax.models import DecoderConfig, Forward, abstract_params, hidden_states, sequence_shares
 from rljax.models.attention import MAX_BLOCKS, MIN_BLOCK, has_kernels, kernel_attention
 from rljax.models.attention_stream import BLOCK
-from rljax.models.config import LAYERS
 from rljax.models.sequence import CHUNKS
 from rljax.parallel import (
     Bound,
@@ -398,11 +397,12 @@ def _layers(learner: Learner, batch: TrainBatch, *, backward: bool = True) -> di
 
     params = abstract_params(own)
     copies = np.dtype(config.dtype).itemsize + (4 if backward else 0)
-    # Of a mixture those with experts are the largest.
-    layer = per_layer(params[LAYERS]) * np.dtype(config.dtype).itemsize
+    # Where layers differ, the largest: those of a mixture that have experts.
+    largest = max(own.stacks, key=lambda stack: per_layer(params[stack]))
+    layer = per_layer(params[largest]) * np.dtype(config.dtype).itemsize
     if backward:
         # Only what is trained has a gradient.
-        layer += 4 * per_layer(learner.subtree.split(params)[0].get(LAYERS, {}))
+        layer += 4 * per_layer(learner.subtree.split(params)[0].get(largest, {}))
     if sharing > 1:
         # Of the keys and values of a whole sequence: they are gathered.
         layer += 2 * own_rows * length * own.num_kv_heads * own.head_dim * copies

@@ -528,7 +528,8 @@ class DecoderConfig:
 
     @property
     def blocks(self) -> tuple[tuple[int, int], ...]:
-        """Stretches of layers that repeat, each by how many of these are alike: (layers of one, repetitions)."""
+        """How layers can be gone through in turn: (size, count) of each stretch, which is a block of `size` layers
+        `count` times. Layers of one place in the block are of one stack."""
         kinds = self.kinds
         if self.delta is None:
             return tuple((1, len(layers)) for layers in self.stacks.values())

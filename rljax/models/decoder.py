@@ -566,6 +566,11 @@ def embed_split(config: DecoderConfig, params: Params, tokens: Int[Array, "R S"]
     return jax.shard_map(lookup, in_specs=in_specs, out_specs=split)(params["embedding"], tokens)
 
 
+def has_delta(layer_params: Params) -> bool:
+    """Whether these are the weights of a layer with a delta rule, which `apply_layer` hands a `Recall`."""
+    return "kernel" in layer_params
+
+
 def apply_layer(
     config: DecoderConfig,
     layer_params: Params,
@@ -582,8 +587,7 @@ def apply_layer(
     asked where there are none, as in the first layers of some mixtures. `counted` marks the tokens whose experts are
     counted (`rljax.models.experts.route`)."""
     stack = LAYERS if config.experts is None or "router" in layer_params else DENSE_LAYERS
-    if "kernel" in layer_params:
-        stack = DELTA_LAYERS
+    stack = DELTA_LAYERS if has_delta(layer_params) else stack
     has_gains = any(name.endswith(GAIN) for name in layer_params)
     layer = nnx.merge(_layer_graph(config.of_stack(stack), stack, has_gains), dict(layer_params))
     return layer(x, rotary, attend, product, choose, counted)
@@ -633,7 +637,7 @@ def hidden_states(
         def attend(q, k, v, sinks=None):
             return forward.attention(q, k, v, positions, subtree_end, window, sinks=sinks), None
 
-        mix = attend if recall is None or "kernel" not in layer_params else recall
+        mix = recall if recall is not None and has_delta(layer_params) else attend
         choose = None if recorded is None or config.experts is None else recorded_experts(config.experts, recorded)
         return apply_layer(config, layer_params, x, rotary, mix, choose=choose, counted=counted)
 

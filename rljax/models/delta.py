@@ -65,7 +65,7 @@ def ancestor(parent: Int[Array, "R S"], distance: int) -> Int[Array, "R S"]:
     """The packed index `distance` tokens before each one on its path; -1 where there is none."""
     index = jnp.broadcast_to(jnp.arange(parent.shape[1]), parent.shape)
     for _ in range(distance):
-        index = jnp.where(index < 0, -1, jnp.take_along_axis(parent, jnp.maximum(index, 0), axis=1))
+        index = _before(parent + 1, index) - 1
     return index
 
 
@@ -78,31 +78,29 @@ def path_convolution(
     taps = kernel[:, 0].astype(jnp.float32)
     out = wide * taps[:, -1]
     for distance in range(1, width):
-        place = ancestor(parent, distance)[..., None]
-        before = jnp.where(place < 0, 0, jnp.take_along_axis(wide, jnp.maximum(place, 0), axis=1))
-        out += before * taps[:, width - 1 - distance]
+        out += _before(wide, ancestor(parent, distance)) * taps[:, width - 1 - distance]
     return out
 
 
 def fade_of_paths(g: Float[Array, "R S H"], parent: Int[Array, "R S"]) -> Fade:
     """Sums of `g` over the paths, each token's own counted in."""
-
-    def add(_, carry):
-        high, low, jump = carry
-        before = jnp.maximum(jump, 0)[..., None]
-        has = (jump >= 0)[..., None]
-        other_high, other_low = (jnp.where(has, jnp.take_along_axis(x, before, axis=1), 0) for x in (high, low))
-        # What the sum of two floats rounds off is a float itself (Knuth).
+    high, low, jump = g, jnp.zeros_like(g), parent
+    # Each token has the sum of twice as many before it after every round.
+    for _ in range(max(g.shape[1] - 1, 1).bit_length()):
+        other_high, other_low, further = (_before(x, jump) for x in (high, low, jump + 1))
+        # What the sum of two floats rounds off is a float itself (Knuth, The Art of Computer Programming, 4.2.2).
         total = high + other_high
         part = total - high
         lost = (high - (total - part)) + (other_high - part)
-        further = jnp.where(jump < 0, -1, jnp.take_along_axis(jump, jnp.maximum(jump, 0), axis=1))
-        return total, low + other_low + lost, further
+        high, low, jump = total, low + other_low + lost, further - 1
+    return Fade(high, low)
 
-    carry = (g, jnp.zeros_like(g), parent)
-    for step in range(max(g.shape[1] - 1, 1).bit_length()):
-        carry = add(step, carry)
-    return Fade(*carry[:2])
+
+def _before(x: Array, place: Int[Array, "R S"]) -> Array:
+    """Entries of `x` [R, S, ...] at a `place` for each token, 0 where that is -1."""
+    has = (place >= 0).reshape(*place.shape, *(1,) * (x.ndim - 2))
+    index = jnp.maximum(place, 0).reshape(has.shape)
+    return jnp.where(has, jnp.take_along_axis(x, index, axis=1), 0)
 
 
 def forest_delta(
@@ -123,7 +121,7 @@ def forest_delta(
 
 
 def _forest_delta(q, k, v, g, beta, subtree_end, parent, block):
-    """The result, the corrections, and the fades."""
+    """The result and the corrections, [R, S, H, e], and the fades."""
     count = q.shape[1]
     block = min(block, whole_blocks(count, 8))
     size = whole_blocks(count, block)
@@ -161,7 +159,7 @@ def _sees(first, block: int, end: Int[Array, "R S"], *, strict: bool) -> Bool[Ar
 
 
 def _system(first, block, k, fade, beta, end):
-    """Rows of the system's strictly lower part."""
+    """Rows [R, H, B, S] of the system's strictly lower part, the `block` from `first` on."""
     own = jax.lax.dynamic_slice_in_dim(beta, first, block, axis=1)
     return jnp.moveaxis(own, 2, 1)[..., None] * _weights(first, block, k, k, fade, end, strict=True)
 
@@ -309,9 +307,8 @@ def prompt_recall(
     parent = jnp.broadcast_to(jnp.arange(mixed.shape[1]) - 1, mixed.shape[:2])
     q, k, v = _heads(delta, path_convolution(mixed, kernel, parent))
     out, memory = prompt_delta(q, k, v, g, beta, length)
-    place = length[:, None] + jnp.arange(1 - delta.kernel, 0)
-    last = jnp.take_along_axis(mixed, jnp.maximum(place, 0)[..., None], axis=1)
-    return out, Recalled(memory, jnp.where((place < 0)[..., None], 0, last))
+    last = jnp.maximum(length[:, None] + jnp.arange(1 - delta.kernel, 0), -1)
+    return out, Recalled(memory, _before(mixed, last))
 
 
 def next_recall(
@@ -338,6 +335,6 @@ def _heads(delta: Delta, convolved: Float[Array, "*B C"]) -> tuple[Array, Array,
 
 
 def unit_length(x: Float[Array, "*B d"], eps: float = 1e-6) -> Float[Array, "*B d"]:
-    """float32 of length one, but for `eps` under the root."""
+    """float32 of length one, but for `eps` under the root, as Qwen3.5 has it."""
     wide = x.astype(jnp.float32)
     return wide * jax.lax.rsqrt(jnp.sum(jnp.square(wide), axis=-1, keepdims=True) + eps)

@@ -616,14 +616,18 @@ def fresh_config(
         having = ", ".join(name for name, one in FAMILIES.items() if one.experts is not None)
         said = "needs experts" if experts is None else f"has no experts; of {experts.count} take a family of {having}"
         raise ValueError(f"family={family!r} {said}")
+
     if experts is not None and known.experts is not None:
         # What no size says is the family's.
         factors = {ours: known.defaults[names[0]] for ours, names in known.experts.items() if ours in _OF_THE_FAMILY}
         experts = dataclasses.replace(experts, **known.fixed_experts, **factors)
     fields: dict[str, Any] = {**known.fixed, "experts": experts}
+
+    # What follows from the sizes.
     if known.root_embedding:
         fields["embed_scale"] = sizes["embed_dim"] ** 0.5
     if "partial_rotary_factor" in known.defaults:
+        # Rotary embeddings rotate pairs.
         fields["rotary_dim"] = 2 * round(sizes["head_dim"] * known.defaults["partial_rotary_factor"] / 2)
     if known.delta is not None:
         if (count := sizes["num_layers"]) < known.delta_every:

@@ -124,12 +124,16 @@ class MultiTurn(TurnsConfig):
             )
         super().check(plan, sampling, pack_length)
         self.limits.check()
+
+        # Here rather than where lanes are made: a run is built by then.
         try:
             check_hosts(self.hosts)
             if self.hosts == RAY:
                 require_ray()
         except ValueError as error:
             raise ValueError(f"config.actor.{error}") from None
+
+        # Which weights speak is said in one place.
         if not 0 <= self.stale_share < 1 or self.stale_every < 1:
             raise ValueError(
                 f"config.actor.stale_share={self.stale_share} must be at least 0 and below 1, and "
@@ -145,6 +149,7 @@ class MultiTurn(TurnsConfig):
                 "config.actor.at_hand_over='keep' mixes weights within a conversation, and forks of lagged chains need "
                 "to know which of two weights spoke; set it to 'recompute'"
             )
+
         if self.groups_in_flight < 0:
             raise ValueError(f"config.actor.groups_in_flight={self.groups_in_flight} must be at least 0")
 

@@ -28,7 +28,7 @@ from rljax.models.cache import (
     write_entry,
 )
 from rljax.models.config import LAYERS, DecoderConfig
-from rljax.models.decoder import apply_layer, embed, final_norm
+from rljax.models.decoder import apply_layer, embed, final_norm, has_delta
 from rljax.models.delta import Recalled, next_recall, prompt_recall
 from rljax.models.experts import Choose, best_experts
 from rljax.models.head import logits
@@ -205,10 +205,9 @@ def prefill(
             assert config.delta is not None and length is not None, "a delta rule needs the length of each prompt"
             return prompt_recall(config.delta, mixed, kernel, g, beta, jnp.asarray(length))
 
-        is_delta = "kernel" in layer_params
-        mix = recall if is_delta else attend
+        mix = recall if has_delta(layer_params) else attend
         x, new = apply_layer(config, layer_params, x, tables[rotation], mix, multiply, record.choose)
-        if is_delta:
+        if has_delta(layer_params):
             memories.append(_remember(cache.prompt_memory[place], new, slots))
         else:
             k, v = new
@@ -520,10 +519,9 @@ def _forward(
             assert config.delta is not None
             return next_recall(config.delta, mixed, kernel, g, beta, _recalled(cache, place, steps))
 
-        is_delta = "kernel" in layer_params
-        mix = recall if is_delta else attend
+        mix = recall if has_delta(layer_params) else attend
         x, new = apply_layer(config, layer_params, x, tables[rotation], mix, multiply, record.choose)
-        if is_delta:
+        if has_delta(layer_params):
             memories.append(new)
         else:
             suffix_k.append(new.suffix_k)

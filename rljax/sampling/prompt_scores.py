@@ -9,7 +9,7 @@ from jaxtyping import Array, Float, Int
 
 from rljax.models.attention import forest_attention
 from rljax.models.config import DecoderConfig
-from rljax.models.decoder import apply_layer, embed, final_norm, recall_of
+from rljax.models.decoder import apply_layer, embed, final_norm, has_delta, recall_of
 from rljax.models.head import logits
 from rljax.models.rope import rotary_tables
 from rljax.parallel import constrain
@@ -51,7 +51,7 @@ def score_prompts(config: DecoderConfig, count: int, params: Params, tokens: Int
         def attend(q, k, v, sinks=None, window=window):
             return forest_attention(q, k, v, positions, ends, window, sinks=sinks), None
 
-        mix = recall if "kernel" in layer and recall is not None else attend
+        mix = recall if recall is not None and has_delta(layer) else attend
         x, _ = apply_layer(config, layer, x, tables[rotation], mix, product)
     hidden = final_norm(config, params, x)[:, :-1]
 

@@ -205,6 +205,8 @@ def _planned(rng: random.Random, cast: Sequence[str]) -> tuple[list[Scene], list
     """Two who take what their plans need, and what one of them is going to do."""
     planner, other = rng.sample(list(cast), 2)
     goal, aside = rng.sample(list(GOALS), 2)
+
+    # Each takes two things of their own goal. What tells the planner's comes last, so that all must be kept in mind.
     threads = []
     for name, wanted in ((planner, goal), (other, aside)):
         taken = rng.sample(GOALS[wanted], 2)
@@ -220,6 +222,7 @@ def _planned(rng: random.Random, cast: Sequence[str]) -> tuple[list[Scene], list
         ("other", [aside]),
         ("earlier", goals_of([first.value])),
     )
+
     question = Question(
         kind="intention",
         text=f"What is {planner} going to do?",

@@ -1,8 +1,9 @@
 """Which examples a step trains on."""
 
+import abc
 import hashlib
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -59,6 +60,43 @@ def draw_by(distribution: np.ndarray, n: int, *, seed: int, draw: int) -> list[i
     arrivals = generator.exponential(size=len(distribution))
     order = np.argsort(arrivals / distribution, kind="stable")
     return [int(i) for i in order[:n]]
+
+
+class WeighedCurriculum(abc.ABC):
+    """What curricula share that draw by a `distribution` over the data's examples.
+
+    A batch has no example twice: they are drawn without replacement. The draw depends on (seed, number of the draw) and
+    the distribution, so that a curriculum whose state holds what these come from continues exactly. Raises ValueError
+    for an empty data set.
+    """
+
+    def __init__(self, examples: Sequence[Example], seed: int):
+        if not examples:
+            raise ValueError("a curriculum needs at least one example; the data set is empty")
+        self._examples = list(examples)
+        self._index = {example.id: i for i, example in enumerate(self._examples)}
+        self._fingerprint = fingerprint(self._examples)
+        self._seed = seed
+        self._draws = 0
+
+    @property
+    @abc.abstractmethod
+    def distribution(self) -> np.ndarray:
+        """With what probability each example is drawn first, float64 [n]."""
+
+    def sample(self, step: int, n: int) -> list[Example]:
+        """`n` distinct examples; `step` does not enter. Raises ValueError unless 1 <= n <= number of examples."""
+        drawn = draw_by(self.distribution, n, seed=self._seed, draw=self._draws)
+        self._draws += 1
+        return [self._examples[i] for i in drawn]
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"kind": type(self).__name__, "seed": self._seed, "data": self._fingerprint, "draws": self._draws}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Raises ValueError if the state is of another kind of curriculum, other data or another seed."""
+        refuse_other_state(dict(state), kind=type(self).__name__, seed=self._seed, data=self._fingerprint)
+        self._draws = int(state["draws"])
 
 
 class UniformCurriculum:

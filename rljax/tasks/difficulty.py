@@ -5,13 +5,13 @@ corrected for in the loss.
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from rljax.tasks.curriculum import UniformCurriculum, draw_by, fingerprint, refuse_other_state
+from rljax.tasks.curriculum import UniformCurriculum, WeighedCurriculum, fingerprint, refuse_other_state
 from rljax.tasks.evolving import Player, SeenGroup
 from rljax.tasks.examples import Example
 
@@ -69,24 +69,17 @@ class MediumTasks:
         return MediumCurriculum(examples, self, seed=seed)
 
 
-class MediumCurriculum:
-    """Draws examples by `signal_weights` of their estimated pass rates, without replacement within a batch.
+class MediumCurriculum(WeighedCurriculum):
+    """Draws examples by `signal_weights` of their estimated pass rates.
 
     It learns from every group, also from those that dynamic sampling leaves out. Rewards count as clipped to [0, 1].
-    The draw depends on (seed, number of the draw) and the estimates, both part of the state. Raises ValueError for an
-    empty data set and for settings out of range.
+    Raises ValueError for an empty data set and for settings out of range.
     """
 
     def __init__(self, examples: Sequence[Example], settings: MediumTasks, *, seed: int = 0):
-        if not examples:
-            raise ValueError("a curriculum needs at least one example; the data set is empty")
+        super().__init__(examples, seed)
         settings.check()
         self._settings = settings
-        self._examples = list(examples)
-        self._index = {example.id: i for i, example in enumerate(self._examples)}
-        self._fingerprint = fingerprint(self._examples)
-        self._seed = seed
-        self._draws = 0
         self._pass_rate = np.full(len(self._examples), settings.start)
 
     @property
@@ -102,12 +95,6 @@ class MediumCurriculum:
 
     def keep_out(self, examples: Sequence[Example]) -> None:
         """Nothing is added."""
-
-    def sample(self, step: int, n: int) -> list[Example]:
-        """`n` distinct examples; `step` does not enter. Raises ValueError unless 1 <= n <= number of examples."""
-        drawn = draw_by(self.distribution, n, seed=self._seed, draw=self._draws)
-        self._draws += 1
-        return [self._examples[i] for i in drawn]
 
     def observe(self, examples: Sequence[Example], rewards: Sequence[float]) -> None:
         """Means say nothing that `see` has not told."""
@@ -125,18 +112,11 @@ class MediumCurriculum:
         return {"tasks": float(len(self._examples))}
 
     def state_dict(self) -> dict[str, Any]:
-        return {
-            "kind": type(self).__name__,
-            "seed": self._seed,
-            "data": self._fingerprint,
-            "draws": self._draws,
-            "pass_rate": self._pass_rate.tolist(),
-        }
+        return super().state_dict() | {"pass_rate": self._pass_rate.tolist()}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Raises ValueError if the state is of another kind of curriculum, other data or another seed."""
-        refuse_other_state(state, kind=type(self).__name__, seed=self._seed, data=self._fingerprint)
-        self._draws = int(state["draws"])
+        super().load_state_dict(state)
         self._pass_rate = np.array(state["pass_rate"], np.float64)
 
 

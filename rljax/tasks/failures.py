@@ -5,13 +5,13 @@ First the mathematics as functions of arrays, then the settings and the curricul
 corrected for in the loss.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from rljax.tasks.curriculum import draw_by, fingerprint, refuse_other_state
+from rljax.tasks.curriculum import WeighedCurriculum
 from rljax.tasks.examples import Example
 from rljax.tasks.similarity import TextSimilarity, dice
 
@@ -91,16 +91,15 @@ class FailedTasks:
         return FailureCurriculum(examples, self, seed=seed)
 
 
-class FailureCurriculum:
+class FailureCurriculum(WeighedCurriculum):
     """Draws examples by `failure_distribution`, as `settings` say.
 
     An example that failed adds 1 to its own mass, and `kappa` times the similarity to that of each of the `count` tasks
     most like it among the last `history` failures of others. What is solved is forgotten by the factor `decay` per
     step. Only training examples are ever compared.
 
-    A batch has no example twice: they are drawn without replacement. The draw depends on (seed, number of the draw) and
-    the mass, both part of the state, so that a restored curriculum continues exactly. `similarity` compares the first
-    800 characters of two prompts. Raises ValueError for an empty data set and for settings out of range.
+    `similarity` compares the first 800 characters of two prompts. Raises ValueError for an empty data set and for
+    settings out of range.
     """
 
     def __init__(
@@ -111,19 +110,13 @@ class FailureCurriculum:
         seed: int = 0,
         similarity: TextSimilarity = dice,
     ):
-        if not examples:
-            raise ValueError("a curriculum needs at least one example; the data set is empty")
+        super().__init__(examples, seed)
         self._settings = FailedTasks() if settings is None else settings
         self._settings.check()
-        self._examples = list(examples)
-        self._seed = seed
         self._similarity = similarity
         self._texts = [prompt_text(e)[:FINGERPRINT_CHARS] for e in self._examples]
-        self._index = {e.id: i for i, e in enumerate(self._examples)}
-        self._fingerprint = fingerprint(self._examples)
         self._mass = np.zeros(len(self._examples))
         self._failures: list[int] = []
-        self._draws = 0
 
     @property
     def distribution(self) -> np.ndarray:
@@ -132,12 +125,6 @@ class FailureCurriculum:
             return failure_distribution(self._mass, eta=self._settings.eta)
         weights = 1.0 + self._mass
         return weights / weights.sum()
-
-    def sample(self, step: int, n: int) -> list[Example]:
-        """`n` examples; `step` does not enter. Raises ValueError unless 1 <= n <= number of examples."""
-        drawn = draw_by(self.distribution, n, seed=self._seed, draw=self._draws)
-        self._draws += 1
-        return [self._examples[i] for i in drawn]
 
     def observe(self, examples: Sequence[Example], rewards: Sequence[float]) -> None:
         """Learn which examples of a step failed; those of other data sets are passed over. A step of which nothing is
@@ -171,19 +158,12 @@ class FailureCurriculum:
 
     def state_dict(self) -> dict[str, Any]:
         held = np.flatnonzero(self._mass)
-        return {
-            "kind": type(self).__name__,
-            "seed": self._seed,
-            "data": self._fingerprint,
-            "draws": self._draws,
-            "failures": list(self._failures),
-            "mass": [[int(i), float(self._mass[i])] for i in held],
-        }
+        mass = [[int(i), float(self._mass[i])] for i in held]
+        return super().state_dict() | {"failures": list(self._failures), "mass": mass}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Raises ValueError if the state is of another kind of curriculum, other data or another seed."""
-        refuse_other_state(state, kind=type(self).__name__, seed=self._seed, data=self._fingerprint)
-        self._draws = int(state["draws"])
+        super().load_state_dict(state)
         self._failures = [int(i) for i in state["failures"]]
         self._mass = np.zeros(len(self._examples))
         for i, mass in state["mass"]:

@@ -11,7 +11,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from rljax.tasks.curriculum import draw_by, fingerprint, refuse_other_state
+from rljax.tasks.curriculum import WeighedCurriculum
 from rljax.tasks.evolving import ASKED, Player, SeenGroup
 from rljax.tasks.examples import Example
 from rljax.tasks.failures import failure_distribution, failure_mass, prompt_text
@@ -210,7 +210,7 @@ class ReflectedTasks:
         return ReflectedCurriculum(examples, self, seed=seed)
 
 
-class ReflectedCurriculum:
+class ReflectedCurriculum(WeighedCurriculum):
     """Draws examples by `failure_distribution`, as `settings` say.
 
     After a step the policy reads every failed rollout and reflects on it, and then selects, for each reflection that
@@ -218,22 +218,16 @@ class ReflectedCurriculum:
     of which all failed adds 1 to its own mass, whatever could be read; a selection adds `kappa` to that of the task
     selected. Tasks never select themselves. All is asked before the next rollout is drawn, with the weights of then.
 
-    A batch has no example twice. Everything that later draws depend on is part of the state: mass, memory, and the
-    rollouts that are still to be read. Raises ValueError for an empty data set and for settings out of range.
+    Part of the state are mass, memory, and the rollouts that are still to be read. Raises ValueError for an empty data
+    set and for settings out of range.
     """
 
     def __init__(self, examples: Sequence[Example], settings: ReflectedTasks | None = None, *, seed: int = 0):
-        if not examples:
-            raise ValueError("a curriculum needs at least one example; the data set is empty")
+        super().__init__(examples, seed)
         self._settings = ReflectedTasks() if settings is None else settings
         self._settings.check()
-        self._examples = list(examples)
-        self._seed = seed
-        self._index = {example.id: i for i, example in enumerate(self._examples)}
-        self._fingerprint = fingerprint(self._examples)
         self._mass = np.zeros(len(self._examples))
         self._memory: list[tuple[int, Reflection]] = []
-        self._draws = 0
         self._counts = dict.fromkeys(("reflections", "unread_reflections", "retrieved"), 0)
         self._forget_seen()
 
@@ -254,12 +248,6 @@ class ReflectedCurriculum:
 
     def keep_out(self, examples: Sequence[Example]) -> None:
         """No task is made, and those of other data are never read (`see`)."""
-
-    def sample(self, step: int, n: int) -> list[Example]:
-        """`n` examples; `step` does not enter. Raises ValueError unless 1 <= n <= number of examples."""
-        drawn = draw_by(self.distribution, n, seed=self._seed, draw=self._draws)
-        self._draws += 1
-        return [self._examples[i] for i in drawn]
 
     def observe(self, examples: Sequence[Example], rewards: Sequence[float]) -> None:
         """Means say nothing that `see` has not told."""
@@ -346,11 +334,7 @@ class ReflectedCurriculum:
         return answers
 
     def state_dict(self) -> dict[str, Any]:
-        return {
-            "kind": type(self).__name__,
-            "seed": self._seed,
-            "data": self._fingerprint,
-            "draws": self._draws,
+        return super().state_dict() | {
             "mass": [[int(i), float(self._mass[i])] for i in np.flatnonzero(self._mass)],
             "memory": [[task, list(reflection)] for task, reflection in self._memory],
             "counts": dict(self._counts),
@@ -361,8 +345,7 @@ class ReflectedCurriculum:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Raises ValueError if the state is of another kind of curriculum, other data or another seed."""
-        refuse_other_state(dict(state), kind=type(self).__name__, seed=self._seed, data=self._fingerprint)
-        self._draws = int(state["draws"])
+        super().load_state_dict(state)
         self._mass = np.zeros(len(self._examples))
         for i, mass in state["mass"]:
             self._mass[int(i)] = mass

@@ -135,10 +135,12 @@ class RemoteSampler:
     def _sample(self, request: Request, group: Sequence[Sample | None], fork: Fork, said: Said) -> Sample:
         """The whole completion, with the tokens that it inherits."""
         begun = self._begun(group, fork)
+        # `max_new_tokens` counts what is inherited, as our own sampler does.
         limit = self._limit(request) - len(begun)
         said, reason = self._endings.cut(
             request.prompt, begun, said, begun=request.begun, limit=limit, stop=request.stop
         )
+
         tokens = said.tokens
         logprobs = said.logprobs
         entropies = said.entropies
@@ -147,6 +149,7 @@ class RemoteSampler:
             parent = group[fork.parent]
             assert parent is not None
             end = fork.fork_index
+            # The engine was given these tokens, and has said nothing of them.
             given = np.zeros(len(fork.inject), np.float32)
             tokens = np.concatenate([np.array(begun, np.int32), tokens])
             logprobs = np.concatenate([parent.logprobs[:end], given, logprobs])
@@ -154,6 +157,7 @@ class RemoteSampler:
             forced = spans_before(parent.forced, end)
             if fork.inject:
                 forced += ((end, end + len(fork.inject)),)
+
         return Sample(
             tokens=tokens,
             logprobs=logprobs,

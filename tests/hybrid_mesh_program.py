@@ -1,0 +1,96 @@
+"""Run by test_sampling_hybrid.py in a process with eight virtual devices: prints a JSON object of what it found."""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from packed_trees import depths, ends, random_parents
+
+from rljax.models import Forward, fresh_config, hidden_states, init_params, logits
+from rljax.models.layout import param_shardings
+from rljax.parallel import collectives, make_mesh, put_batch, use_mesh
+from rljax.sampling import Request, Sampler, SamplerSpec, sampling_params
+
+LENGTH = 40
+FRESH = fresh_config(
+    "qwen3_5_text",
+    vocab_size=96,
+    num_layers=4,
+    embed_dim=32,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=16,
+    mlp_dim=64,
+    max_position=64,
+    tied_embeddings=True,
+)
+# A layer of each kind.
+CONFIG = dataclasses.replace(FRESH, num_layers=2, delta=dataclasses.replace(FRESH.delta, layers=(True, False)))
+
+
+def forests():
+    """Eight packed rows of trees, each with padding behind."""
+    parents = [random_parents(seed, LENGTH - 4) for seed in range(8)]
+    return {
+        "tokens": np.random.default_rng(0).integers(0, CONFIG.vocab_size, (8, LENGTH)),
+        "positions": np.stack([depths(parent, padding=4) for parent in parents]),
+        "end": np.stack([ends(parent, padding=4) for parent in parents]),
+    }
+
+
+def loss(params, data):
+    forward = Forward("attention_saved")
+    hidden = hidden_states(CONFIG, params, data["tokens"], data["positions"], data["end"], forward=forward)
+    logprobs = jax.nn.log_softmax(logits(CONFIG, params, hidden))[..., 3]
+    return jnp.where(data["end"] > 0, logprobs, 0).mean()
+
+
+def largest(tree):
+    return max(float(np.abs(x).max()) for x in jax.tree.leaves(tree))
+
+
+def trained_on(params, data, want, shape):
+    """How far the gradient on a mesh is from that of one device, of the largest entry, and what is gathered for it."""
+    mesh = make_mesh(*shape)
+    layout = param_shardings(CONFIG, mesh)
+    with use_mesh(mesh):
+        sharded, split = jax.device_put(params, layout), put_batch(mesh, data)
+        program = jax.jit(jax.grad(loss), out_shardings=layout).lower(sharded, split).compile()
+        got = program(sharded, split)
+    gap = largest(jax.tree.map(lambda x, y: np.asarray(x) - np.asarray(y), got, want)) / largest(want)
+    gathered = [one for one in collectives(program) if one.kind == "all-gather"]
+    return {"gradient": gap, "gathered": [shape for one in gathered for shape in one.shapes]}
+
+
+def sampled_on(params, shape):
+    mesh = None if shape is None else make_mesh(*shape)
+    spec = SamplerSpec(prompt_buckets=(8,), max_new_tokens=6, prompt_slots=8, sample_slots=2)
+    sampler = Sampler(CONFIG, spec, mesh=mesh)
+    sampler.set_params(params)
+    rng = np.random.default_rng(1)
+    # More prompts than slots, and more samples than rows, so that both are used again.
+    requests = [
+        Request(prompt=rng.integers(0, CONFIG.vocab_size, length).tolist(), prompt_id=i, sample_ids=(0, 1, 2))
+        for i, length in enumerate((1, 5, 8, 3, 7, 2, 4, 6, 8))
+    ]
+    groups = sampler.generate(requests, sampling_params(), seed=0, step=0)
+    return [[sample.tokens.tolist() for sample in group] for group in groups]
+
+
+def main():
+    params = jax.tree.map(lambda x: np.asarray(4 * x if x.ndim == 3 else x), init_params(CONFIG, jax.random.key(0)))
+    data = forests()
+    want = jax.jit(jax.grad(loss))(params, data)
+    whole = sampled_on(params, None)
+    return {
+        "trained": {
+            "x".join(map(str, shape)): trained_on(params, data, want, shape) for shape in ((1, 8, 1), (2, 2, 2))
+        },
+        "sampled": sampled_on(params, (2, 2, 2)) == whole,
+    }
+
+
+if __name__ == "__main__":
+    print(json.dumps(main()))

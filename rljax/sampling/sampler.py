@@ -82,7 +82,10 @@ class Sampler:
         spec.check()
         stops.check(config)
         if spec.path_slots:
-            config.check_attends(f"path_slots={spec.path_slots}, which keeps samples to fork from,")
+            config.check_attends(
+                f"forking from samples (path_slots={spec.path_slots})",
+                "another model, or a method whose samples do not fork",
+            )
         self.config = config
         self.mesh = mesh
         self._parts = 1 if mesh is None else batch_parts(mesh)

@@ -146,7 +146,7 @@ class TurnDecoder:
                 f"conversations have one adapter, and this model has {config.lora.count} side by side; give it one of "
                 "them, or take a Sampler"
             )
-        config.check_attends("a decoder of conversations, whose turns begin anywhere in what was said,")
+        config.check_attends("a conversation of several turns", "another model, or tasks of single answers")
         # Devices that split the batch keep as many conversations each, and decode these on rows of their own.
         self.parts = 1 if mesh is None else batch_parts(mesh)
         spec = spec.resolved(self.parts)

@@ -11,7 +11,7 @@ from packed_trees import depths, ends, random_parents
 from rljax.models import Forward, fresh_config, hidden_states, init_params, logits
 from rljax.models.layout import param_shardings
 from rljax.parallel import collectives, make_mesh, put_batch, use_mesh
-from rljax.sampling import Request, Sampler, SamplerSpec, sampling_params
+from rljax.sampling import Fork, Request, Sampler, SamplerSpec, Turn, TurnDecoder, TurnDecoderSpec, sampling_params
 
 LENGTH = 40
 FRESH = fresh_config(
@@ -66,29 +66,60 @@ def trained_on(params, data, want, shape):
 
 def sampled_on(params, shape):
     mesh = None if shape is None else make_mesh(*shape)
-    spec = SamplerSpec(prompt_buckets=(8,), max_new_tokens=6, prompt_slots=8, sample_slots=2)
+    spec = SamplerSpec(prompt_buckets=(8,), max_new_tokens=6, prompt_slots=8, sample_slots=2, path_slots=3)
     sampler = Sampler(CONFIG, spec, mesh=mesh)
     sampler.set_params(params)
     rng = np.random.default_rng(1)
+
+    def rounds(samples):
+        return [Fork(i, 1 + i, 10 + i) for i in range(3)] if len(samples) == 3 else []
+
     # More prompts than slots, and more samples than rows, so that both are used again.
     requests = [
-        Request(prompt=rng.integers(0, CONFIG.vocab_size, length).tolist(), prompt_id=i, sample_ids=(0, 1, 2))
+        Request(rng.integers(0, CONFIG.vocab_size, length).tolist(), i, (0, 1, 2), rounds=rounds)
         for i, length in enumerate((1, 5, 8, 3, 7, 2, 4, 6, 8))
     ]
     groups = sampler.generate(requests, sampling_params(), seed=0, step=0)
     return [[sample.tokens.tolist() for sample in group] for group in groups]
 
 
+def spoken_on(params, shape):
+    """What is said in eight conversations of two turns, and in a fork at the second, on the devices of another one."""
+    mesh = None if shape is None else make_mesh(*shape)
+    spec = TurnDecoderSpec(conversations=16, rows=8, context_length=40, max_new_tokens=5, prefill_chunks=(4, 8))
+    decoder = TurnDecoder(CONFIG, spec, mesh=mesh)
+    decoder.set_params(params)
+    decoder.begin(sampling_params(), seed=0, step=0)
+    rng = np.random.default_rng(2)
+    said = [rng.integers(0, CONFIG.vocab_size, 1 + i).tolist() for i in range(8)]
+
+    def finish(turns):
+        for turn in turns:
+            decoder.submit(turn)
+        ended = {}
+        while decoder.num_open:
+            ended |= {one.turn.conversation: one.tokens.tolist() for one in decoder.run()}
+        return ended
+
+    for turn in range(2):
+        begun = [list(tokens) for tokens in said]
+        for i, tokens in finish([Turn(i, list(tokens), i, i, turn) for i, tokens in enumerate(said)]).items():
+            said[i] += [*tokens, 1 + i, 2 + i]
+    forks = finish([Turn(15 - i, begun[i], i, 20 + i, 1, prefix_of=i) for i in range(8)])
+    return [said, forks, decoder.stats["copied_tokens"]]
+
+
 def main():
     params = jax.tree.map(lambda x: np.asarray(4 * x if x.ndim == 3 else x), init_params(CONFIG, jax.random.key(0)))
     data = forests()
     want = jax.jit(jax.grad(loss))(params, data)
-    whole = sampled_on(params, None)
+    whole, spoken = sampled_on(params, None), spoken_on(params, None)
     return {
         "trained": {
             "x".join(map(str, shape)): trained_on(params, data, want, shape) for shape in ((1, 8, 1), (2, 2, 2))
         },
         "sampled": sampled_on(params, (2, 2, 2)) == whole,
+        "spoken": spoken[-1] > 0 and spoken_on(params, (2, 2, 2)) == spoken,
     }
 
 

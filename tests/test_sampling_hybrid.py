@@ -11,7 +11,18 @@ import pytest
 from test_parallel_mesh import run_python
 
 from rljax.models import fresh_config, hidden_states, init_params, logits
-from rljax.sampling import Request, Sampler, SamplerSpec, TurnDecoder, TurnDecoderSpec, sampling_params
+from rljax.sampling import (
+    Fork,
+    Request,
+    Sampler,
+    SamplerSpec,
+    Stops,
+    Turn,
+    TurnDecoder,
+    TurnDecoderSpec,
+    compile_count,
+    sampling_params,
+)
 from rljax.sampling.prompt_scores import score_prompts
 from rljax.sampling.weights import decode_weights
 
@@ -28,7 +39,10 @@ CONFIG = fresh_config(
 )
 PARAMS = jax.tree.map(lambda x: 5 * x if x.ndim == 3 else x, init_params(CONFIG, jax.random.key(0)))
 SPEC = SamplerSpec(prompt_slots=2, sample_slots=2, prompt_buckets=(4, 8), max_new_tokens=12)
-LENGTH = 20
+LENGTH = 64
+TURNS = TurnDecoderSpec(
+    conversations=6, rows=3, context_length=LENGTH, max_new_tokens=10, prefill_chunks=(4, 8), check_every=3
+)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -84,14 +98,150 @@ def test_prompts_are_scored_as_the_trainer_does():
         np.testing.assert_allclose(scores.logprobs[row, : length - 1], wanted, atol=2e-5)
 
 
-def test_what_starts_anywhere_is_refused():
-    with pytest.raises(
-        ValueError, match=r"from samples \(path_slots=1\) needs a model all of .* whose samples do not fork$"
-    ):
-        sampler(path_slots=1)
-    spec = TurnDecoderSpec(conversations=2, rows=2, context_length=32, max_new_tokens=8)
-    with pytest.raises(ValueError, match=r"of several turns needs .* 3 of 4 here have .* or tasks of single answers$"):
-        TurnDecoder(CONFIG, spec)
+def test_forks_of_samples_have_the_log_probs_of_the_trainer():
+    """At each token of the first two samples and behind the last, from a fork too, and with tokens that are given. More
+    of them than rows, in a ring that grows, beside prompts of one token and of as many as there may be."""
+    given = {}
+
+    def rounds(samples):
+        done = len(samples)
+        if done == 2:
+            return [Fork(i % 2, (i + 1) // 2, 10 + i) for i in range(24)]
+        if done == 26:
+            return [Fork(6, 7, 50), Fork(5, 2, 51, inject=(3, 4, 5)), Fork(7, 20, 52, inject=(9,))]
+        given[len(given)] = done
+        return []
+
+    prompts = [[3], [1, 2, 3, 4, 5, 6, 7, 8], [9, 9, 9]]
+    requests = [
+        Request(prompt=np.asarray(prompt), prompt_id=i, sample_ids=(0, 1), rounds=rounds)
+        for i, prompt in enumerate(prompts)
+    ]
+    made = sampler(path_slots=8, max_injected=3, max_new_tokens=24)
+    made.warmup(sampling_params())
+    compiled = compile_count()
+    groups = made.generate(requests, sampling_params(), seed=1, step=2)
+    assert compile_count() == compiled and len(given) == 3
+    for prompt, group in zip(prompts, groups, strict=True):
+        assert len(group) == 29 and {sample.parent for sample in group} == {-1, 0, 1, 5, 6, 7}
+        for sample in group:
+            parent = group[sample.parent].tokens if sample.parent >= 0 else sample.tokens
+            assert sample.tokens[: sample.fork_index].tolist() == parent[: sample.fork_index].tolist()
+            wanted = logprobs(prompt, sample.tokens)
+            for start, stop in sample.forced:
+                wanted[start:stop] = 0
+            np.testing.assert_allclose(sample.logprobs[sample.fork_index :], wanted[sample.fork_index :], atol=2e-5)
+    assert made.last_stats["prefill_tokens"] > made.last_stats["reused_tokens"] > 500
+
+
+def turn_decoder(stops=None, **change):
+    made = TurnDecoder(CONFIG, dataclasses.replace(TURNS, **change), stops or Stops(tokens=(7, 11)))
+    made.set_params(PARAMS)
+    made.begin(sampling_params(), seed=1, step=2)
+    return made
+
+
+def finish(decoder, *turns):
+    """What came of `turns`, whose log-probs are those of the trainer, by conversation."""
+    for turn in turns:
+        decoder.submit(turn)
+    ended = []
+    while decoder.num_open:
+        ended += decoder.run()
+    for said in ended:
+        np.testing.assert_allclose(said.logprobs, logprobs(said.turn.tokens, said.tokens.tolist()), atol=2e-5)
+    return {said.turn.conversation: said for said in ended}
+
+
+def observations(seed, count=6, most=12):
+    rng = np.random.default_rng(seed)
+    return [rng.integers(12, 29, rng.integers(1, most)).tolist() for _ in range(count)]
+
+
+def test_turns_have_the_log_probs_of_the_trainer_and_only_what_is_new_is_computed():
+    """Conversations on half as many rows, of a single token too; what is new is longer than a chunk, and shorter."""
+    decoder = turn_decoder()
+    decoder.warmup()
+    compiled = compile_count()
+    said = [[12], *observations(0, 5)]
+    new = sum(len(tokens) - 1 for tokens in said)
+    for turn in range(4):
+        ended = finish(decoder, *(Turn(i, list(tokens), 50 + i, i, turn) for i, tokens in enumerate(said)))
+        assert sorted(ended) == list(range(6))
+        if turn < 3:
+            for i, seen in enumerate(observations(turn + 1, most=10)):
+                said[i] += [*ended[i].tokens.tolist(), *seen]
+                # The last token that was said, and the observation but for its own last one.
+                new += len(seen)
+    assert decoder.stats["prefill_tokens"] == new and decoder.stats["busy_rows"] > 100
+    # The forward pass of the trainer.
+    assert compile_count() - compiled <= 1
+
+
+@pytest.mark.parametrize(("memories", "begins_at"), [(2, "the third turn"), (6, "the second turn")])
+def test_a_fork_begins_at_a_memory_that_is_kept(memories, begins_at):
+    decoder = turn_decoder(memories=memories)
+    said, turns = [12, 13, 14, 15, 16, 17], []
+    for turn, seen in enumerate(observations(3, 3)):
+        turns.append(list(said))
+        said += [*finish(decoder, Turn(0, list(said), 9, 0, turn))[0].tokens.tolist(), *seen]
+
+    decoder.begin(sampling_params(), seed=1, step=2)
+    finish(decoder, *(Turn(1 + turn, tokens, 9, 1 + turn, prefix_of=0) for turn, tokens in enumerate(turns)))
+    places = [len(tokens) - 1 for tokens in turns]
+    kept = places if begins_at == "the second turn" else places[2:]
+    assert decoder.stats["copied_tokens"] == sum(kept)
+    assert decoder.stats["prefill_tokens"] == sum(places) - sum(kept)
+
+    # In the middle of what was said, behind what is kept and in front of it.
+    for conversation, cut in ((4, len(said) - 1), (5, places[1] + 2), (4, 3)):
+        finish(decoder, Turn(conversation, said[:cut], 9, 17, prefix_of=0))
+
+
+def test_a_turn_goes_on_behind_a_stop_string_that_cut_it():
+    """Its row had gone on by then, and remembers what was never said."""
+
+    def decode(ids):
+        return " ".join(map(str, ids))
+
+    tokens = [12, 13, 14]
+    whole = finish(turn_decoder(Stops()), Turn(0, tokens, 9, 0))[0].tokens.tolist()
+    decoder = turn_decoder(Stops((), (decode(whole[1:4]),), decode), check_every=10)
+    cut = finish(decoder, Turn(0, tokens, 9, 0))[0]
+    assert cut.end == "stop_string" and cut.tokens.tolist() == whole[:4]
+    before = decoder.stats["prefill_tokens"]
+    finish(decoder, Turn(0, [*tokens, *whole[:4], 20, 21], 9, 0, 1))
+    # What was said too.
+    assert decoder.stats["prefill_tokens"] - before == 4 + 2
+
+
+@pytest.mark.parametrize("keep", [False, True])
+def test_a_turn_that_was_interrupted_goes_on_as_if_it_was_not(keep):
+    tokens = observations(5, 3)
+    whole = finish(turn_decoder(rows=2), *(Turn(i, tokens[i], 9, i) for i in range(3)))
+    decoder = turn_decoder(rows=2)
+    for i in range(3):
+        decoder.submit(Turn(i, tokens[i], 9, i))
+    parts = decoder.run()
+    for said in decoder.interrupt(keep=keep):
+        count = len(said.tokens)
+        behind = said.turn._replace(
+            tokens=[*said.turn.tokens, *said.tokens.tolist()], begun=count, drawn=count, max_new_tokens=10 - count
+        )
+        parts += [said._replace(tokens=np.concatenate([said.tokens, finish(decoder, behind)[said.turn[0]].tokens]))]
+    assert {said.turn.conversation: said.tokens.tolist() for said in parts} == {
+        i: said.tokens.tolist() for i, said in whole.items()
+    }
+
+
+def test_conversations_count_their_memories():
+    decoder = turn_decoder(memories=3)
+    decoder._allocate()
+    held = sum(x.nbytes for x in jax.tree.leaves((decoder._kept, decoder._cache)))
+    assert decoder.cache_bytes() == held
+    assert turn_decoder().cache_bytes() < held
+    with pytest.raises(ValueError, match=r"memories=1 must be at least 2: behind a turn's beginning and its end"):
+        turn_decoder(memories=1)
 
 
 def test_the_cache_counts_memories():
@@ -125,3 +275,7 @@ def test_devices_gather_weights_alone(on_meshes, mesh):
 
 def test_devices_of_a_mesh_sample_what_one_does(on_meshes):
     assert on_meshes["sampled"]
+
+
+def test_devices_of_a_mesh_take_the_turns_that_one_does(on_meshes):
+    assert on_meshes["spoken"]

@@ -22,6 +22,8 @@ PREFIX_AXES = ("batch", "kv_heads", None, None)
 SUFFIX_AXES = ("batch", "kv_heads", None, None, None)
 MEMORY_AXES = ("batch", None, None, None)
 TAIL_AXES = ("batch", None, None)
+ROWS_MEMORY_AXES = ("batch", None, None, None, None)
+ROWS_TAIL_AXES = ("batch", None, None, None)
 K_COLUMNS = 4
 """Axis of the ring's columns in its keys."""
 V_COLUMNS = 3
@@ -101,14 +103,6 @@ def init_cache(
             jnp.zeros((prompt_slots, config.num_kv_heads, *shape), config.dtype) for _ in range(config.attending)
         )
 
-    def nothing(*rows):
-        delta = config.delta
-        if delta is None:
-            return ()
-        memory = (*rows, delta.value_heads, delta.key_dim, delta.value_dim)
-        tail = (*rows, delta.kernel - 1, sum(delta.widths))
-        return tuple(Recalled(jnp.zeros(memory), jnp.zeros(tail, config.dtype)) for _ in range(sum(delta.layers)))
-
     return constrain_cache(
         KVCache(
             prefix_k=zeros(prefix_length, head_dim),
@@ -117,10 +111,30 @@ def init_cache(
             suffix_v=zeros(sample_slots, suffix_length, head_dim),
             path_k=zeros(path_slots, head_dim, path_length) if path_slots else (),
             path_v=zeros(path_slots, path_length, head_dim) if path_slots else (),
-            prompt_memory=nothing(prompt_slots),
-            row_memory=nothing(prompt_slots, sample_slots),
+            prompt_memory=empty_memories(config, prompt_slots),
+            row_memory=empty_memories(config, prompt_slots, sample_slots),
         )
     )
+
+
+def empty_memories(config: DecoderConfig, *rows: int) -> tuple[Recalled, ...]:
+    """What each layer with a delta rule recalls of nothing, for each of an array of `rows`."""
+    delta = config.delta
+    if delta is None:
+        return ()
+    memory = (*rows, delta.value_heads, delta.key_dim, delta.value_dim)
+    tail = (*rows, delta.kernel - 1, sum(delta.widths))
+    return tuple(Recalled(jnp.zeros(memory), jnp.zeros(tail, config.dtype)) for _ in range(sum(delta.layers)))
+
+
+def memory_bytes(config: DecoderConfig) -> int:
+    """Bytes of what a row recalls in all layers."""
+    delta = config.delta
+    if delta is None:
+        return 0
+    memory = 4 * delta.value_heads * delta.key_dim * delta.value_dim
+    tail = jnp.dtype(config.dtype).itemsize * (delta.kernel - 1) * sum(delta.widths)
+    return sum(delta.layers) * (memory + tail)
 
 
 def cache_places(config: DecoderConfig) -> tuple[int, ...]:
@@ -142,14 +156,16 @@ def constrain_cache(cache: KVCache) -> KVCache:
         suffix_v=split(cache.suffix_v, SUFFIX_AXES),
         path_k=split(cache.path_k, SUFFIX_AXES),
         path_v=split(cache.path_v, SUFFIX_AXES),
-        prompt_memory=tuple(_constrained(x, ()) for x in cache.prompt_memory),
-        row_memory=tuple(_constrained(x, (None,)) for x in cache.row_memory),
+        prompt_memory=tuple(
+            Recalled(constrain(x.memory, MEMORY_AXES), constrain(x.tail, TAIL_AXES)) for x in cache.prompt_memory
+        ),
+        row_memory=tuple(map(constrain_rows, cache.row_memory)),
     )
 
 
-def _constrained(recalled: Recalled, samples: tuple[None, ...]) -> Recalled:
-    memory, tail = (("batch", *samples, *axes[1:]) for axes in (MEMORY_AXES, TAIL_AXES))
-    return Recalled(constrain(recalled.memory, memory), constrain(recalled.tail, tail))
+def constrain_rows(recalled: Recalled) -> Recalled:
+    """What rows [P, G, ..] recall, split as a cache is."""
+    return Recalled(constrain(recalled.memory, ROWS_MEMORY_AXES), constrain(recalled.tail, ROWS_TAIL_AXES))
 
 
 def cache_bytes(
@@ -164,12 +180,7 @@ def cache_bytes(
     columns = prompt_slots * (prefix_length + (sample_slots + path_slots) * suffix_length)
     of_column = 2 * config.attending * config.num_kv_heads * config.head_dim
     size = jnp.dtype(config.dtype).itemsize
-    delta = config.delta
-    if delta is None:
-        return of_column * columns * size
-    memory = 4 * delta.value_heads * delta.key_dim * delta.value_dim
-    of_row = memory + size * (delta.kernel - 1) * sum(delta.widths)
-    return of_column * columns * size + sum(delta.layers) * prompt_slots * (1 + sample_slots) * of_row
+    return of_column * columns * size + prompt_slots * (1 + sample_slots) * memory_bytes(config)
 
 
 def keep_paths(cache: KVCache, moves: PathMoves) -> KVCache:

@@ -541,13 +541,13 @@ class DecoderConfig:
         """The config of a stack's layers: without experts where these have an MLP."""
         return dataclasses.replace(self, experts=None) if stack == DENSE_LAYERS else self
 
-    def check_attends(self, what: str, instead: str = "another model") -> None:
+    def check_attends(self, what: str) -> None:
         """ValueError where some layers have a delta rule in place of attention, which names `what` needs it of all
-        layers, and what to take `instead`."""
+        layers."""
         if self.delta is not None:
             raise ValueError(
                 f"{what} needs a model all of whose layers attend; {sum(self.delta.layers)} of {self.num_layers} here "
-                f"have a delta rule, whose memory cannot be taken apart into keys and values. Take {instead}"
+                f"have a delta rule, whose memory cannot be taken apart into keys and values. Take another model"
             )
 
     @property

@@ -245,19 +245,36 @@ def prompt_delta(
     g: Float[Array, "R S H"],
     beta: Float[Array, "R S H"],
     length: Int[Array, " R"],
+    memory: Float[Array, "R H d e"] | None = None,
 ) -> tuple[Float[Array, "R S H e"], Float[Array, "R H d e"]]:
-    """`forest_delta` of rows that are one path each, and the memory, float32, behind their first `length` tokens. What
-    those behind read means nothing."""
+    """`forest_delta` of rows that are one path each and go on from a `memory`, None for an empty one, and the memory,
+    float32, behind their first `length` tokens. What those behind read means nothing."""
     rows, count = g.shape[:2]
     counts = jnp.arange(count) < length[:, None]
     # Nothing fades and nothing is corrected behind the last.
     g, beta = (jnp.where(counts[..., None], x, 0) for x in (g, beta))
     end = jnp.full((rows, count), count)
     parent = jnp.broadcast_to(jnp.arange(count) - 1, (rows, count))
-    out, corrections, fade = _forest_delta(q, k, v, g, beta, end, parent, BLOCK)
-    left = (fade.high[:, -1:] - fade.high) + (fade.low[:, -1:] - fade.low)
+    if memory is not None:
+        # What an earlier memory says to a key is known to it, and what it says to a query is read beside the rest.
+        fade = jnp.exp(jnp.cumsum(g, axis=1))
+        v = v.astype(jnp.float32) - _said(memory, k, fade)
+    out, corrections, fades = _forest_delta(q, k, v, g, beta, end, parent, BLOCK)
+    left = (fades.high[:, -1:] - fades.high) + (fades.low[:, -1:] - fades.low)
     wide = jnp.repeat(k.astype(jnp.float32), g.shape[-1] // k.shape[2], axis=2)
-    return out, _EXACT("rshd,rsh,rshe->rhde", wide, jnp.exp(left), corrections)
+    behind = _EXACT("rshd,rsh,rshe->rhde", wide, jnp.exp(left), corrections)
+    if memory is not None:
+        out += _said(memory, q, fade)
+        behind += fade[:, -1, :, None, None] * memory
+    return out, behind
+
+
+def _said(
+    memory: Float[Array, "R H d e"], a: Float[Array, "R S K d"], fade: Float[Array, "R S H"]
+) -> Float[Array, "R S H e"]:
+    """What a memory, faded by a factor for each token, says to the `a` of each."""
+    wide = jnp.repeat(a.astype(jnp.float32), memory.shape[1] // a.shape[2], axis=2)
+    return fade[..., None] * _EXACT("rhde,rshd->rshe", memory, wide)
 
 
 def delta_step(
@@ -302,13 +319,17 @@ def prompt_recall(
     g: Float[Array, "N S H"],
     beta: Float[Array, "N S H"],
     length: Int[Array, " N"],
+    before: Recalled | None = None,
 ) -> tuple[Float[Array, "N S H e"], Recalled]:
-    """What tokens of right-padded prompts recall, in float32, and what goes on behind their first `length`."""
-    parent = jnp.broadcast_to(jnp.arange(mixed.shape[1]) - 1, mixed.shape[:2])
-    q, k, v = _heads(delta, path_convolution(mixed, kernel, parent))
-    out, memory = prompt_delta(q, k, v, g, beta, length)
-    last = jnp.maximum(length[:, None] + jnp.arange(1 - delta.kernel, 0), -1)
-    return out, Recalled(memory, _before(mixed, last))
+    """What right-padded tokens of one path a row recall, in float32, and what goes on behind their first `length`.
+    They follow what is recalled `before` them; None for prompts, which nothing comes before."""
+    tail = jnp.zeros((mixed.shape[0], delta.kernel - 1, mixed.shape[2]), mixed.dtype)
+    seen = jnp.concatenate([tail if before is None else before.tail.astype(mixed.dtype), mixed], axis=1)
+    parent = jnp.broadcast_to(jnp.arange(seen.shape[1]) - 1, seen.shape[:2])
+    q, k, v = _heads(delta, path_convolution(seen, kernel, parent)[:, delta.kernel - 1 :])
+    out, memory = prompt_delta(q, k, v, g, beta, length, None if before is None else before.memory)
+    last = length[:, None] + jnp.arange(delta.kernel - 1)
+    return out, Recalled(memory, _before(seen, last))
 
 
 def next_recall(

@@ -109,6 +109,9 @@ class TurnsConfig:
     """Lengths in tokens in which what comes anew is computed: programs are compiled for these alone."""
     check_every: int = 8
     """Decoding steps between two looks for finished turns."""
+    memories: int = 2
+    """Of a model with a delta rule: the last tokens at which a conversation's turns began or ended, behind which it
+    keeps what it remembers. Raise it where a method forks at earlier turns, which are computed again without."""
     workers: int = 64
     """Threads that environments or agents run in, or processes, or workers on a cluster; in each process of the run."""
 
@@ -132,6 +135,10 @@ class TurnsConfig:
                 raise ValueError(f"config.actor.{name}={getattr(self, name)} must be at least 0")
         if self.workers < 1:
             raise ValueError(f"config.actor.workers={self.workers} must be at least 1")
+        if self.memories < 2:
+            raise ValueError(
+                f"config.actor.memories={self.memories} must be at least 2: behind a turn's beginning and its end"
+            )
 
     def check_prompts(self, parts: ActorParts, pack_length: int) -> Dataset:
         """All of it: what opens an episode is known when it does; one that is too long fails alone."""
@@ -153,6 +160,7 @@ class TurnsConfig:
             max_new_tokens=parts.sampling.max_new_tokens,
             prefill_chunks=self.prefill_chunks,
             check_every=self.check_every,
+            memories=self.memories,
             suppressed=parts.plan.forks.suppressed if parts.plan.forks else (),
             top_logprobs=parts.sampling.top_logprobs,
         )

@@ -1,7 +1,9 @@
 """Where the keys and values of conversations lie between their turns: the device side of `rljax.sampling.turns`.
 
 A conversation is linear: what comes later is appended. Its keys and values are kept for all tokens but the last, so a
-fork of it at any token is a copy of a part, and a turn after an observation computes the observation alone.
+fork of it at any token is a copy of a part, and a turn after an observation computes the observation alone. What a
+layer with a delta rule remembers cannot be taken apart so: it is kept behind a few tokens, and conversations go on from
+these alone.
 """
 
 import dataclasses
@@ -14,17 +16,26 @@ from rljax.models.attention import forest_attention
 from rljax.models.attention_blocks import MASKED, score_divisor
 from rljax.models.cache import (
     K_COLUMNS,
+    MEMORY_AXES,
     PREFIX_AXES,
+    ROWS_MEMORY_AXES,
+    ROWS_TAIL_AXES,
     SUFFIX_AXES,
+    TAIL_AXES,
     V_COLUMNS,
     KVCache,
+    cache_places,
     constrain_cache,
+    constrain_rows,
+    empty_memories,
+    memory_bytes,
     read_entry,
     send_entry,
     write_entry,
 )
 from rljax.models.config import DecoderConfig
-from rljax.models.decoder import apply_layer, embed
+from rljax.models.decoder import apply_layer, embed, has_delta
+from rljax.models.delta import Recalled, prompt_recall
 from rljax.models.rope import rotary_tables
 from rljax.parallel import constrain, on_shards
 from rljax.sampling.weights import product
@@ -36,10 +47,24 @@ QUERY_BLOCK = 128
 
 @struct
 class Conversations:
-    """Keys (rotary applied) and values of `E` conversations of up to `C` tokens, one array per layer."""
+    """Keys (rotary applied) and values of `E` conversations of up to `C` tokens, one array per layer that attends."""
 
     k: tuple[Float[Array, "E KV C hd"], ...]
     v: tuple[Float[Array, "E KV C hd"], ...]
+    recalled: tuple[Recalled, ...] = ()
+    """What each layer with a delta rule recalls behind up to `M` tokens of each: [E, M, ..]. The host knows which."""
+
+
+@struct
+class Marks:
+    """Which of the `M` memories of their conversations a program reads and writes."""
+
+    source: Int[ArrayLike, " N"]
+    """The one that is gone on from; of a conversation's first tokens none, whatever it says."""
+    target: Int[ArrayLike, " N"]
+    """The one that is written."""
+    length: Int[ArrayLike, " N"]
+    """Tokens that are new, without padding."""
 
 
 @struct
@@ -54,24 +79,29 @@ class Moves:
     """The first position that is written."""
     column: Int[ArrayLike, " J"]
     """The ring column of the key that goes there."""
+    mark: Int[ArrayLike, " J"]
+    """The memory of the conversation that is written, or read; -1 for an empty one, and of no account in a model
+    without."""
     count: Int[ArrayLike, ""]
     """Entries that count."""
 
 
-def init_conversations(config: DecoderConfig, conversations: int, length: int) -> Conversations:
-    """Empty conversations in the compute dtype. Call it under `jax.jit`."""
+def init_conversations(config: DecoderConfig, conversations: int, length: int, marks: int) -> Conversations:
+    """Empty conversations in the compute dtype, with `marks` memories each where the model has any. Call it under
+    `jax.jit`."""
     shape = (conversations, config.num_kv_heads, length, config.head_dim)
 
     def zeros():
-        return tuple(constrain(jnp.zeros(shape, config.dtype), PREFIX_AXES) for _ in range(config.num_layers))
+        return tuple(constrain(jnp.zeros(shape, config.dtype), PREFIX_AXES) for _ in range(config.attending))
 
-    return Conversations(k=zeros(), v=zeros())
+    recalled = tuple(map(constrain_rows, empty_memories(config, conversations, marks)))
+    return Conversations(k=zeros(), v=zeros(), recalled=recalled)
 
 
-def conversations_bytes(config: DecoderConfig, conversations: int, length: int) -> int:
+def conversations_bytes(config: DecoderConfig, conversations: int, length: int, marks: int) -> int:
     """Bytes that such conversations take over all devices."""
-    per_token = 2 * config.num_layers * config.num_kv_heads * config.head_dim * jnp.dtype(config.dtype).itemsize
-    return per_token * conversations * length
+    per_token = 2 * config.attending * config.num_kv_heads * config.head_dim * jnp.dtype(config.dtype).itemsize
+    return conversations * (per_token * length + marks * memory_bytes(config))
 
 
 def extend(
@@ -82,10 +112,13 @@ def extend(
     tokens: Int[ArrayLike, "N S"],
     index: Int[ArrayLike, " N"],
     start: Int[ArrayLike, " N"],
+    marks: Marks | None = None,
 ) -> Conversations:
     """Computes `tokens` (right-padded) behind the first `start` tokens of the conversations `index`, and writes their
     keys and values there. What padding writes is never read, as long as `start + S` is within the conversations'
-    length. `is_fresh`: all `start` are 0, and nothing is there to be read. `params` are those of `decode_weights`.
+    length. `is_fresh`: all `start` are 0, and nothing is there to be read. `marks` say where what a delta rule recalls
+    behind those tokens lies, and where it goes; a model with none asks for none. `params` are those of
+    `decode_weights`.
 
     On a mesh `index` is split as the conversations are: each device extends its own, and -1 extends none.
     """
@@ -99,25 +132,35 @@ def extend(
     x = constrain(embed(config, params, tokens), ("batch", None, None))
     keys = []
     values = []
-    layers = zip(params["layers"], config.windows, config.rotations, strict=True)
-    for layer, (layer_params, window, rotation) in enumerate(layers):
-        kept_k = conversations.k[layer]
-        kept_v = conversations.v[layer]
+    memories = []
+    layers = zip(params["layers"], cache_places(config), config.windows, config.rotations, strict=True)
+    for layer_params, place, window, rotation in layers:
 
-        def attend(q, k, v, sinks=None, kept_k=kept_k, kept_v=kept_v, window=window):
-            new_k = _write(kept_k, k, index, start)
-            new_v = _write(kept_v, v, index, start)
+        def attend(q, k, v, sinks=None, place=place, window=window):
+            new_k = _write(conversations.k[place], k, index, start)
+            new_v = _write(conversations.v[place], v, index, start)
             if is_fresh:
                 # Nothing lies before: the new keys alone, which need not be gathered from the whole length.
                 out = forest_attention(q, k, v, positions, jnp.full(tokens.shape, length), window, sinks=sinks)
             else:
-                out = _attend(q, _read(new_k, index), _read(new_v, index), start, window, sinks)
+                out = attend_behind(q, _read(new_k, index), _read(new_v, index), start, window, sinks)
             return out, (new_k, new_v)
 
-        x, (new_k, new_v) = apply_layer(config, layer_params, x, tables[rotation], attend, product)
-        keys.append(constrain(new_k, PREFIX_AXES))
-        values.append(constrain(new_v, PREFIX_AXES))
-    return Conversations(k=tuple(keys), v=tuple(values))
+        def recall(mixed, kernel, g, beta, place=place):
+            assert config.delta is not None and marks is not None, "a delta rule needs to know what comes before"
+            kept = conversations.recalled[place]
+            before = None if is_fresh else _read_marks(kept, index, jnp.asarray(marks.source))
+            out, new = prompt_recall(config.delta, mixed, kernel, g, beta, jnp.asarray(marks.length), before)
+            return out, write_recalled(kept, new, index, jnp.asarray(marks.target))
+
+        mix = recall if has_delta(layer_params) else attend
+        x, new = apply_layer(config, layer_params, x, tables[rotation], mix, product)
+        if has_delta(layer_params):
+            memories.append(constrain_rows(new))
+        else:
+            keys.append(constrain(new[0], PREFIX_AXES))
+            values.append(constrain(new[1], PREFIX_AXES))
+    return Conversations(k=tuple(keys), v=tuple(values), recalled=tuple(memories))
 
 
 def _write(kept: Array, new: Array, index: Array, start: Array) -> Array:
@@ -143,7 +186,39 @@ def _read(kept: Array, index: Array) -> Array:
     return on_shards(read, (PREFIX_AXES, ("batch",)), PREFIX_AXES)(kept, index)
 
 
-def _attend(q: Array, k: Array, v: Array, start: Array, window: int, sinks: Array | None) -> Array:
+def write_recalled(kept: Recalled, new: Recalled, index: Array, mark: Array) -> Recalled:
+    """`new` [N, ..] into `kept` [E, M, ..] at the places (`index`, `mark`), [N] each, on the devices that have them;
+    -1 for none on a mesh."""
+
+    def store(kept, new, index, mark, shard):
+        def write(i, kept):
+            row = jax.lax.dynamic_slice_in_dim(new, i, 1)[:, None]
+            return write_entry(kept, row, index[i], shard, (mark[i], *(0,) * (kept.ndim - 2)))
+
+        return jax.lax.fori_loop(0, new.shape[0], write, kept)
+
+    def run(kept, new, marked, axes):
+        return on_shards(store, (marked, axes, ("batch",), ("batch",)), marked)(kept, new, index, mark)
+
+    return Recalled(
+        run(kept.memory, new.memory, ROWS_MEMORY_AXES, MEMORY_AXES),
+        run(kept.tail, new.tail, ROWS_TAIL_AXES, TAIL_AXES),
+    )
+
+
+def _read_marks(kept: Recalled, index: Array, mark: Array) -> Recalled:
+    """The memories `mark` [N] of the conversations `index`, each on the device that has it."""
+
+    def read(kept, index, mark, shard):
+        return kept[jnp.clip(index - shard.number * kept.shape[0], 0, kept.shape[0] - 1), mark]
+
+    def run(kept, marked, axes):
+        return on_shards(read, (marked, ("batch",), ("batch",)), axes)(kept, index, mark)
+
+    return Recalled(run(kept.memory, ROWS_MEMORY_AXES, MEMORY_AXES), run(kept.tail, ROWS_TAIL_AXES, TAIL_AXES))
+
+
+def attend_behind(q: Array, k: Array, v: Array, start: Array, window: int, sinks: Array | None) -> Array:
     """Query i of row n [N, S, H, hd] sees the keys [N, KV, C, hd] up to `start[n] + i`; float32 softmax, with one score
     more for nothing where heads have `sinks` [H]."""
     rows, length, heads, head_dim = q.shape
@@ -195,13 +270,19 @@ def copy_conversations(conversations: Conversations, near: Moves, far: Moves) ->
         kept = jax.lax.fori_loop(0, near.count, copy, kept)
         return jax.lax.fori_loop(0, far.count, send, kept)
 
-    run = on_shards(move, (PREFIX_AXES,), PREFIX_AXES)
-    return Conversations(k=tuple(map(run, conversations.k)), v=tuple(map(run, conversations.v)))
+    run, of_memory, of_tail = (
+        on_shards(move, (axes,), axes) for axes in (PREFIX_AXES, ROWS_MEMORY_AXES, ROWS_TAIL_AXES)
+    )
+    return Conversations(
+        k=tuple(map(run, conversations.k)),
+        v=tuple(map(run, conversations.v)),
+        recalled=tuple(Recalled(of_memory(own.memory), of_tail(own.tail)) for own in conversations.recalled),
+    )
 
 
 def lay_conversations(cache: KVCache, conversations: Conversations, moves: Moves) -> KVCache:
     """The decoder's cache with conversations as the prompts of its rows `other`, each on the device of its
-    conversation."""
+    conversation, and with their memories `mark`."""
 
     def move(prefix, kept, shard):
         def one(i, prefix):
@@ -210,15 +291,34 @@ def lay_conversations(cache: KVCache, conversations: Conversations, moves: Moves
 
         return jax.lax.fori_loop(0, moves.count, one, prefix)
 
+    def recall(own, kept, shard):
+        def one(i, own):
+            row = read_entry(kept, jnp.asarray(moves.conversation)[i], shard)
+            mark = jnp.asarray(moves.mark)[i]
+            row = jax.lax.dynamic_index_in_dim(row, jnp.maximum(mark, 0), 1, keepdims=False)
+            # Behind nothing nothing is recalled.
+            row = jnp.where(mark < 0, 0, row)
+            return write_entry(own, row, jnp.asarray(moves.other)[i], shard)
+
+        return jax.lax.fori_loop(0, moves.count, one, own)
+
+    of_memory = on_shards(recall, (MEMORY_AXES, ROWS_MEMORY_AXES), MEMORY_AXES)
+    of_tail = on_shards(recall, (TAIL_AXES, ROWS_TAIL_AXES), TAIL_AXES)
+
+    def lay(own: Recalled, kept: Recalled) -> Recalled:
+        return Recalled(of_memory(own.memory, kept.memory), of_tail(own.tail, kept.tail))
+
     run = on_shards(move, (PREFIX_AXES, PREFIX_AXES), PREFIX_AXES)
     prefix_k = tuple(map(run, cache.prefix_k, conversations.k))
     prefix_v = tuple(map(run, cache.prefix_v, conversations.v))
-    return constrain_cache(dataclasses.replace(cache, prefix_k=prefix_k, prefix_v=prefix_v))
+    memories = tuple(map(lay, cache.prompt_memory, conversations.recalled))
+    return constrain_cache(dataclasses.replace(cache, prefix_k=prefix_k, prefix_v=prefix_v, prompt_memory=memories))
 
 
 def keep_turns(conversations: Conversations, cache: KVCache, moves: Moves) -> Conversations:
     """The conversations with the ring columns of the rows `other`, each on the device of its conversation, appended: as
-    many as the ring has, of which those of the turn come first and the rest is never read."""
+    many as the ring has, of which those of the turn come first and the rest is never read. What rows recall becomes
+    their memories `mark`."""
 
     def on_axis(axis: int):
         def move(kept, ring, shard):
@@ -235,7 +335,21 @@ def keep_turns(conversations: Conversations, cache: KVCache, moves: Moves) -> Co
 
         return on_shards(move, (PREFIX_AXES, SUFFIX_AXES), PREFIX_AXES)
 
+    def recall(kept, own, shard):
+        def one(i, kept):
+            # Of the one sample of a slot; the axis of samples is that of memories then.
+            row = read_entry(own, jnp.asarray(moves.other)[i], shard)
+            start = (jnp.asarray(moves.mark)[i], *(0,) * (kept.ndim - 2))
+            return write_entry(kept, row, jnp.asarray(moves.conversation)[i], shard, start)
+
+        return jax.lax.fori_loop(0, moves.count, one, kept)
+
+    of_memory, of_tail = (on_shards(recall, (axes, axes), axes) for axes in (ROWS_MEMORY_AXES, ROWS_TAIL_AXES))
     return Conversations(
         k=tuple(map(on_axis(K_COLUMNS), conversations.k, cache.suffix_k)),
         v=tuple(map(on_axis(V_COLUMNS), conversations.v, cache.suffix_v)),
+        recalled=tuple(
+            Recalled(of_memory(kept.memory, own.memory), of_tail(kept.tail, own.tail))
+            for kept, own in zip(conversations.recalled, cache.row_memory, strict=True)
+        ),
     )

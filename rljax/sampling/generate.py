@@ -341,9 +341,7 @@ def decode(
 
     def body(loop: _Loop) -> _Loop:
         now = (run.column + loop.step) % ring
-        # Without paths a row that ended may be written on, since nobody reads its columns again; with them it may not.
-        writes = loop.active if loop.cache.path_k else None
-        hidden, cache, experts = _forward(config, params, loop.cache, rows, loop.token, loop.steps, now, writes)
+        hidden, cache, experts = _forward(config, params, loop.cache, rows, loop.token, loop.steps, now, loop.active)
 
         raw = logits(config, params, hidden, vocab_first=axis == 0)
         if run.sampling.adjusts or rows.allowed is not None:
@@ -491,11 +489,13 @@ def _force(rows: DecodeRows, steps: Array, token: Array, logprob: Array, entropy
 
 
 def _forward(
-    config, params, cache: KVCache, rows: DecodeRows, token, steps, column, writes
+    config, params, cache: KVCache, rows: DecodeRows, token, steps, column, active
 ) -> tuple[Array, KVCache, Array | None]:
-    """Final-normed hidden states [P, G, D] of one new token a row, the cache with the keys and values of the rows that
-    `writes` marks, or of all, and the token's experts where `rows` asks for a record."""
+    """Final-normed hidden states [P, G, D] of one new token a row, the cache with the keys and values of the `active`
+    rows, or of all, and the token's experts where `rows` asks for a record."""
     ring = ring_size(cache)
+    # Without paths a row that ended may be written on, since nobody reads its columns again; with them it may not.
+    writes = active if cache.path_k else None
     # How many steps ago each column of the ring was written; the column of this step is 0 steps old.
     age = (column - jnp.arange(ring)) % ring
     prefix_length = jnp.asarray(rows.prefix_length)
@@ -517,7 +517,10 @@ def _forward(
 
         def recall(mixed, kernel, g, beta, place=place):
             assert config.delta is not None
-            return next_recall(config.delta, mixed, kernel, g, beta, _recalled(cache, place, steps))
+            before = _recalled(cache, place, steps)
+            out, new = next_recall(config.delta, mixed, kernel, g, beta, before)
+            # A turn that goes on later remembers nothing of what is behind its end.
+            return out, jax.tree.map(lambda new, old: jnp.where(_beside(active, new), new, old), new, before)
 
         mix = recall if has_delta(layer_params) else attend
         x, new = apply_layer(config, layer_params, x, tables[rotation], mix, multiply, record.choose)
@@ -535,7 +538,11 @@ def _recalled(cache: KVCache, place: int, steps: Int[Array, "P G"]) -> Recalled:
     """What rows of a layer recall: that of their prompt before their first step."""
 
     def chosen(row, prompt):
-        begun = (steps > 0).reshape(*steps.shape, *(1,) * (row.ndim - 2))
-        return jnp.where(begun, row, prompt[:, None])
+        return jnp.where(_beside(steps > 0, row), row, prompt[:, None])
 
     return jax.tree.map(chosen, cache.row_memory[place], cache.prompt_memory[place])
+
+
+def _beside(rows: Bool[Array, "P G"], x: Array) -> Array:
+    """`rows`, for each of an array [P, G, ...]."""
+    return rows.reshape(*rows.shape, *(1,) * (x.ndim - 2))

@@ -26,6 +26,7 @@ from rljax.models.config import DecoderConfig
 from rljax.parallel import batch_parts, platform, use_mesh
 from rljax.sampling.generate import Buffer, DecodeRows, DecodeRun, copy_prompt, decode, prefill
 from rljax.sampling.logits import Rules, SamplingParams, rules_of, sampling_params
+from rljax.sampling.path_memories import PathTokens, recall_paths
 from rljax.sampling.plan import DecoderPlan, abstract_result, abstract_weights, lower_weights
 from rljax.sampling.slots import FinishReason, Load, Path, Request, Sample, Slots
 from rljax.sampling.spec import NO_STOPS, SamplerSpec, Stops
@@ -49,6 +50,7 @@ _init_cache = jax.jit(init_cache, static_argnums=(0, 1, 2, 3, 4, 5, 6))
 _resize_ring = jax.jit(resize_ring, static_argnums=0)
 _keep_paths = jax.jit(keep_paths, donate_argnums=0)
 _lay_paths = jax.jit(lay_paths, donate_argnums=0)
+_recall_paths = jax.jit(recall_paths, static_argnums=0, donate_argnums=2)
 _prefill = jax.jit(prefill, static_argnums=(0, 6), donate_argnums=2)
 _copy_prompt = jax.jit(copy_prompt, donate_argnums=0)
 _decode = jax.jit(decode, static_argnums=(0, 1, 2, 7), donate_argnums=4)
@@ -62,8 +64,8 @@ class Sampler:
     one of `stops.strings`.
 
     Requests with `rounds` fork: later samples start from any token of the first `spec.path_slots` samples of their
-    request, whose keys and values are kept, and nothing is computed again. A fork may begin with up to
-    `spec.max_injected` given tokens.
+    request, whose keys and values are kept, and nothing is computed again but what a delta rule recalls there. A fork
+    may begin with up to `spec.max_injected` given tokens.
 
     Where the model has several adapters side by side, each request names its own.
 
@@ -81,11 +83,6 @@ class Sampler:
     ):
         spec.check()
         stops.check(config)
-        if spec.path_slots:
-            config.check_attends(
-                f"forking from samples (path_slots={spec.path_slots})",
-                "another model, or a method whose samples do not fork",
-            )
         self.config = config
         self.mesh = mesh
         self._parts = 1 if mesh is None else batch_parts(mesh)
@@ -137,6 +134,11 @@ class Sampler:
                             zeros = tokens[:, 0]
                             cache, _ = self._prefill(self._weights(), cache, tokens, zeros, zeros, zeros)
                     cache = self._copy_prompt(cache, 0, 0)
+                    if spec.path_slots and self.config.delta is not None:
+                        for length in spec.path_lengths:
+                            for count in self._path_counts(length):
+                                paths = self._no_paths(self._parts * count, length)
+                                cache = self._recall(self._weights(), cache, paths)
 
                     # The ring grows and shrinks from one of its sizes to the next.
                     for size in (*spec.ring_sizes, *reversed(spec.ring_sizes[:-1])):
@@ -182,6 +184,9 @@ class Sampler:
                 cache, column = self._fit_ring(cache, column, slots.oldest() + 1)
                 if paths:
                     cache = self._lay_paths(cache, self._moves(cache, paths, [column] * len(paths)))
+                    if self.config.delta is not None:
+                        cache = self._recall_paths(params, cache, slots, paths)
+                        stats["prefill_tokens"] += sum(path.steps for path in paths)
                 jax.block_until_ready(cache)
                 loaded = time.perf_counter()
 
@@ -317,6 +322,51 @@ class Sampler:
 
     def _lay_paths(self, cache: KVCache, moves: PathMoves) -> KVCache:
         return _with_prompts(_lay_paths(_completions(cache), moves), cache)
+
+    def _recall_paths(self, params: Params, cache: KVCache, slots: Slots, paths: Sequence[Path]) -> KVCache:
+        """The cache with what rows recall that begin on these paths. Those of one length go together."""
+        rows = slots.rows()
+        by_length: dict[int, list[Path]] = {}
+        for path in paths:
+            lengths = self.spec.path_lengths
+            by_length.setdefault(lengths[bisect.bisect_left(lengths, path.steps)], []).append(path)
+
+        own_slots = self.spec.prompt_slots // self._parts
+        for length, group in by_length.items():
+            places = [path.slot // own_slots for path in group]
+            for batch in by_part(group, places, self._parts, self._path_counts(length)):
+                begun = self._no_paths(len(batch), length)
+                for i, entry in enumerate(batch):
+                    if entry is not None:
+                        begun.tokens[i, : entry.steps] = slots.fed_before(entry)
+                        begun.length[i], begun.slot[i], begun.row[i] = entry.steps, entry.slot, entry.row
+                        begun.prefix_length[i] = rows.prefix_length[entry.slot]
+                        if begun.adapter is not None and rows.adapter is not None:
+                            begun.adapter[i] = rows.adapter[entry.slot]
+                cache = self._recall(params, cache, begun)
+        return cache
+
+    def _recall(self, params: Params, cache: KVCache, paths: PathTokens) -> KVCache:
+        part = dataclasses.replace(_prompts(cache), row_memory=cache.row_memory)
+        part = _recall_paths(self.config, params, part, paths)
+        return dataclasses.replace(_with_prompts(cache, part), row_memory=part.row_memory)
+
+    def _no_paths(self, count: int, length: int) -> PathTokens:
+        """Room for `count` of them; none counts yet."""
+        zeros = np.zeros((4, count), np.int32)
+        return PathTokens(
+            tokens=np.zeros((count, length), np.int32),
+            length=zeros[0],
+            slot=zeros[1] - 1,
+            row=zeros[2],
+            prefix_length=zeros[3],
+            adapter=np.zeros(count, np.int32) if self._num_adapters else None,
+        )
+
+    def _path_counts(self, length: int) -> list[int]:
+        """Paths that each part of the devices computes at once: as many as a prefill takes, or one."""
+        rows = self.spec.prompt_slots * self.spec.sample_slots // self._parts
+        return sorted({prefill_counts(length, rows, platform(self.mesh))[0], 1}, reverse=True)
 
     def _slots(self, requests: Sequence[Request]) -> Slots:
         has_several = self._num_adapters > 0

@@ -336,6 +336,13 @@ class Slots:
             self._token[row] = tokens[-1]
         self._follow(row, tokens)
 
+    def fed_before(self, path: Path) -> list[int]:
+        """What a row that begins on a path has been fed before its next token: the prompt's last, and `path.steps`
+        tokens of the path but the last."""
+        request = int(self._request[path.slot])
+        said = self._result(request, path.path).tokens[: path.steps - 1]
+        return [int(self.requests[request].prompt[-1]), *said.tolist()]
+
     def last_tokens(self, owner: tuple[int, int], count: int) -> list[int]:
         """The last `count` tokens of an unfinished sample and the prompt before it, or all there are."""
         return last_of(self.requests[owner[0]].prompt, (part["tokens"] for part in reversed(self.parts[owner])), count)

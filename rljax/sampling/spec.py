@@ -84,7 +84,13 @@ class SamplerSpec:
     def ring_sizes(self) -> tuple[int, ...]:
         """Columns that the ring of completions may have; programs are compiled for each. A step reads all of them, so
         the ring is as short as the oldest row allows."""
-        return (*_doublings(_SMALLEST_RING, self.max_new_tokens), self.max_new_tokens)
+        return (*_powers(_SMALLEST_RING, self.max_new_tokens, 2), self.max_new_tokens)
+
+    @property
+    def path_lengths(self) -> tuple[int, ...]:
+        """Tokens of a path, or the next longer of these, over which a model with a delta rule computes what a fork
+        recalls; programs are compiled for each."""
+        return (*_powers(_SMALLEST_RING, self.max_new_tokens, 4), self.max_new_tokens)
 
     @property
     def rows_to_refill(self) -> int:
@@ -113,6 +119,10 @@ class TurnDecoderSpec:
     """Most probable tokens that are told beside each sampled one."""
     suppressed: Sequence[int] = ()
     """Tokens that a turn with `suppress` cannot begin with."""
+    memories: int = 2
+    """Of a model with a delta rule: tokens of a conversation behind which its memories are kept, the last at which
+    turns began and ended. Two serve conversations that go on; what forks at an earlier turn begins at one of more, or
+    is computed from the first token on."""
 
     def check(self, config: DecoderConfig) -> None:
         """ValueError for a size that cannot be, or that the model cannot serve."""
@@ -124,6 +134,8 @@ class TurnDecoderSpec:
             "smallest of prefill_chunks": min(self.prefill_chunks, default=0),
         }
         _check_positive(sizes)
+        if self.memories < 2:
+            raise ValueError(f"memories={self.memories} must be at least 2: behind a turn's beginning and its end")
         if not self.max_new_tokens < self.context_length <= config.longest_sequence:
             raise ValueError(
                 f"context_length={self.context_length} must be above max_new_tokens={self.max_new_tokens} and at most "
@@ -149,12 +161,12 @@ def _multiple(size: int, parts: int) -> int:
     return -(-size // parts) * parts
 
 
-def _doublings(first: int, end: int) -> list[int]:
-    """first, 2 first, 4 first ... below `end`."""
+def _powers(first: int, end: int, times: int) -> list[int]:
+    """first, times first, times^2 first ... below `end`."""
     sizes = []
     while first < end:
         sizes.append(first)
-        first *= 2
+        first *= times
     return sizes
 
 

@@ -28,6 +28,7 @@ from rljax.sampling.conversations import (
 )
 from rljax.sampling.generate import Buffer, DecodeRows, DecodeRun, decode
 from rljax.sampling.logits import NO_TOKEN, Rules, SamplingParams, rules_of
+from rljax.sampling.marked import NOT_KEPT, MarkedTokens
 from rljax.sampling.plan import DecoderPlan, abstract_result, abstract_weights, lower_weights
 from rljax.sampling.prompt_scores import PromptScores, score_prompts
 from rljax.sampling.sampler import by_part, known_rules, prefill_counts
@@ -58,7 +59,7 @@ _ROWS_SCORED = 8  # of several prompts, at once
 _SHORTEST_SCORED = 16  # tokens that a prompt is padded to, or the next doubling of it
 _MOST_EXTENDED = 16  # conversations extended at once: each is gathered, and scored over its whole length
 
-_init_conversations = jax.jit(init_conversations, static_argnums=(0, 1, 2))
+_init_conversations = jax.jit(init_conversations, static_argnums=(0, 1, 2, 3))
 _init_cache = jax.jit(init_cache, static_argnums=(0, 1, 2, 3, 4))
 _extend = jax.jit(extend, static_argnums=(0, 1), donate_argnums=3)
 _copy_conversations = jax.jit(copy_conversations, donate_argnums=0)
@@ -146,7 +147,6 @@ class TurnDecoder:
                 f"conversations have one adapter, and this model has {config.lora.count} side by side; give it one of "
                 "them, or take a Sampler"
             )
-        config.check_attends("a conversation of several turns", "another model, or tasks of single answers")
         # Devices that split the batch keep as many conversations each, and decode these on rows of their own.
         self.parts = 1 if mesh is None else batch_parts(mesh)
         spec = spec.resolved(self.parts)
@@ -172,6 +172,7 @@ class TurnDecoder:
 
         # Per conversation: the tokens whose keys and values lie there.
         self._held: list[np.ndarray] = [np.zeros(0, np.int32)] * spec.conversations
+        self._marked = MarkedTokens(config, spec)
         # Per row: its turn, and what that has emitted.
         self._waiting: deque[Turn] = deque()
         self._turns: list[Turn | None] = [None] * spec.rows
@@ -246,6 +247,7 @@ class TurnDecoder:
         """All conversations but those of `keep` are computed anew when they are next used."""
         nothing = np.zeros(0, np.int32)
         self._held = [self._held[i] if i in keep else nothing for i in range(self.spec.conversations)]
+        self._marked.forget(keep)
         # No row is under way, so the ring may begin anew: a decoder that is new to the weights adds up keys in the same
         # order, to the last bit.
         self._column = 0
@@ -294,9 +296,10 @@ class TurnDecoder:
         with self._on_mesh():
             tokens = np.zeros((count, chunk), np.int32)
             zeros = np.zeros(count, np.int32)
+            marks = self._marked.told(zeros, zeros, zeros)
             return {
                 "weights": lower_weights(self.config, self.mesh),
-                "extend": _extend.lower(self.config, False, plan.weights, kept, tokens, zeros, zeros),
+                "extend": _extend.lower(self.config, False, plan.weights, kept, tokens, zeros, zeros, marks),
                 "copy": _copy_conversations.lower(kept, none, none),
                 "lay": _lay_conversations.lower(cache, kept, none),
                 "keep": _keep_turns.lower(kept, cache, none),
@@ -312,9 +315,9 @@ class TurnDecoder:
                 ),
             }
 
-    def _kept_sizes(self) -> tuple[DecoderConfig, int, int]:
+    def _kept_sizes(self) -> tuple[DecoderConfig, int, int, int]:
         """The arguments of `init_conversations`."""
-        return self.config, self.spec.conversations, self._size
+        return self.config, self.spec.conversations, self._size, self.spec.memories
 
     def _cache_sizes(self) -> tuple[DecoderConfig, int, int, int, int]:
         """The arguments of `init_cache`."""
@@ -420,8 +423,9 @@ class TurnDecoder:
                     for count in self._counts(chunk):
                         tokens = np.zeros((self.parts * count, chunk), np.int32)
                         zeros = tokens[:, 0]
+                        marks = self._marked.told(zeros, zeros, zeros)
                         for is_fresh in (True, False):
-                            self._kept = _extend(self.config, is_fresh, params, self._kept, tokens, zeros, zeros)
+                            self._kept = _extend(self.config, is_fresh, params, self._kept, tokens, zeros, zeros, marks)
                 self._kept = _copy_conversations(self._kept, none, none)
                 self._cache = _lay_conversations(self._cache, self._kept, none)
                 self._kept = _keep_turns(self._kept, self._cache, none)
@@ -461,8 +465,11 @@ class TurnDecoder:
             later = [x for x in later if x not in now]
             self._compute(params, [turn for _, turn in now])
 
-        moves = self._moves([(turn.conversation, row, 0, 0) for row, turn in chosen])
-        self._cache = _lay_conversations(self._cache, self._kept, moves)
+        moves = []
+        for row, turn in chosen:
+            mark = self._marked.place(turn.conversation, len(turn.tokens) - 1)
+            moves.append(_Move(turn.conversation, row, mark=mark))
+        self._cache = _lay_conversations(self._cache, self._kept, self._moves(moves))
         for row, turn in chosen:
             limit = min(turn.max_new_tokens or self.spec.max_new_tokens, self._room(turn))
             self._turns[row] = turn
@@ -510,50 +517,63 @@ class TurnDecoder:
     def _compute(self, params: Params, turns: Sequence[Turn]) -> None:
         """Brings the conversations of these turns up to all of their tokens but the last."""
         work = []
-        near: list[tuple[int, int, int, int]] = []
-        far: list[tuple[int, int, int, int]] = []
+        near: list[_Move] = []
+        far: list[_Move] = []
         for turn in turns:
             # What is there already: the conversation's own beginning, or another's if that is longer.
+            conversation, other = turn.conversation, turn.prefix_of
             wanted = np.asarray(turn.tokens, np.int32)[:-1]
-            have = _common(self._held[turn.conversation], wanted)
-            if turn.prefix_of is not None and (common := _common(self._held[turn.prefix_of], wanted)) > have:
-                is_near = self.part_of(turn.conversation) == self.part_of(turn.prefix_of)
-                (near if is_near else far).append((turn.conversation, turn.prefix_of, 0, 0))
+            have = self._begun(conversation, wanted)
+            if other is not None and (common := self._begun(other, wanted)) > have:
+                is_near = self.part_of(conversation) == self.part_of(other)
+                (near if is_near else far).append(_Move(conversation, other))
+                self._marked.copy(conversation, other)
                 self.stats["copied_tokens"] += common
                 have = common
 
             self.stats["conversation_tokens"] += len(wanted)
             self.stats["prefill_tokens"] += len(wanted) - have
-            work.append((turn.conversation, wanted, have))
-            self._held[turn.conversation] = wanted
+            self._held[conversation] = wanted
+            if have < len(wanted):
+                source = self._marked.place(conversation, have)
+                target = self._marked.set(conversation, have, len(wanted))
+                work.append(_Work(conversation, wanted, have, source, target))
         if near or far:
             self._kept = _copy_conversations(self._kept, self._moves(near), self._moves(far))
 
         # The rest chunk by chunk, since a chunk is computed behind the one before; conversations whose chunks have the
         # same shape go together.
         longest = self.spec.prefill_chunks[-1]
-        while work := [(conversation, wanted, have) for conversation, wanted, have in work if have < len(wanted)]:
-            groups: dict[tuple[int, bool], list[tuple[int, np.ndarray, int]]] = {}
-            for conversation, wanted, have in work:
-                chunk = wanted[have : have + longest]
-                length = self.spec.prefill_chunks[bisect.bisect_left(self.spec.prefill_chunks, len(chunk))]
-                groups.setdefault((length, have == 0), []).append((conversation, chunk, have))
+        while work:
+            groups: dict[tuple[int, bool], list[_Work]] = {}
+            for one in work:
+                chunk = min(len(one.wanted) - one.have, longest)
+                length = self.spec.prefill_chunks[bisect.bisect_left(self.spec.prefill_chunks, chunk)]
+                groups.setdefault((length, one.have == 0), []).append(one)
             for (length, is_fresh), group in groups.items():
                 self._extend_group(params, length, is_fresh, group)
-            work = [(conversation, wanted, have + longest) for conversation, wanted, have in work]
+            work = [one._replace(have=one.have + longest, source=one.target) for one in work]
+            work = [one for one in work if one.have < len(one.wanted)]
 
-    def _extend_group(self, params, length: int, is_fresh: bool, group) -> None:
+    def _begun(self, conversation: int, wanted: np.ndarray) -> int:
+        """How many of the tokens `wanted` a conversation has computed, and can go on from."""
+        return self._marked.last(conversation, _common(self._held[conversation], wanted))
+
+    def _extend_group(self, params, length: int, is_fresh: bool, group: Sequence["_Work"]) -> None:
         """Extends conversations by chunks of at most `length` tokens, in the compiled counts."""
-        places = [self.part_of(conversation) for conversation, _, _ in group]
+        places = [self.part_of(one.conversation) for one in group]
         for batch in by_part(group, places, self.parts, self._counts(length)):
             tokens = np.zeros((len(batch), length), np.int32)
             index = np.full(len(batch), -1, np.int32)
-            start = np.zeros(len(batch), np.int32)
-            for i, entry in enumerate(batch):
-                if entry is not None:
-                    index[i], chunk, start[i] = entry
+            start, source, target, size = np.zeros((4, len(batch)), np.int32)
+            for i, one in enumerate(batch):
+                if one is not None:
+                    chunk = one.wanted[one.have : one.have + length]
+                    index[i], start[i], size[i] = one.conversation, one.have, len(chunk)
+                    source[i], target[i] = one.source, one.target
                     tokens[i, : len(chunk)] = chunk
-            self._kept = _extend(self.config, is_fresh, params, self._kept, tokens, index, start)
+            marks = self._marked.told(source, target, size)
+            self._kept = _extend(self.config, is_fresh, params, self._kept, tokens, index, start, marks)
             self.stats["padded_tokens"] += tokens.size
 
     def _counts(self, length: int) -> list[int]:
@@ -644,31 +664,56 @@ class TurnDecoder:
         assert turn is not None
         return _result_of(turn, self._emitted[row], end, length, self.spec.top_logprobs)
 
-    def _hand_over(self, row: int, result: TurnResult, column: int) -> tuple[int, int, int, int]:
+    def _hand_over(self, row: int, result: TurnResult, column: int) -> "_Move":
         """What a row has computed goes to its conversation, whose next turn comes behind it: the move that brings it
         there. `column` is where the row would have written next."""
         # The last token has been sampled and not yet fed, so that it has no keys and values.
         turn = result.turn
-        self._held[turn.conversation] = np.concatenate([np.asarray(turn.tokens, np.int32), result.tokens])[:-1]
-        first_column = (column - int(self._grid.steps[row])) % self._ring
-        return turn.conversation, row, len(turn.tokens) - 1, first_column
+        held = np.concatenate([np.asarray(turn.tokens, np.int32), result.tokens])[:-1]
+        self._held[turn.conversation] = held
+        first, steps = len(turn.tokens) - 1, int(self._grid.steps[row])
+        # What is recalled is behind all that was fed, and of no use where the turn was cut before it.
+        behind = first + steps if first + steps <= len(held) else NOT_KEPT
+        mark = self._marked.set(turn.conversation, first, behind)
+        return _Move(turn.conversation, row, first, (column - steps) % self._ring, mark)
 
     def _free(self, row: int) -> None:
         self._turns[row] = None
         self._emitted[row] = []
         self._grid.free(row)
 
-    def _moves(self, entries: Sequence[tuple[int, int, int, int]]) -> Moves:
-        """(conversation, other, start, column) of each move, for one program whatever their number."""
-        columns = np.zeros((4, self.spec.rows), np.int32)
+    def _moves(self, entries: Sequence["_Move"]) -> Moves:
+        """For one program whatever their number."""
+        columns = np.zeros((len(_Move._fields), self.spec.rows), np.int32)
         if entries:
             columns[:, : len(entries)] = np.array(entries, np.int32).T
-        conversation, other, start, column = columns
-        count = np.array(len(entries), np.int32)
-        return Moves(conversation=conversation, other=other, start=start, column=column, count=count)
+        return Moves(**dict(zip(_Move._fields, columns, strict=True)), count=np.array(len(entries), np.int32))
 
     def _on_mesh(self):
         return contextlib.nullcontext() if self.mesh is None else use_mesh(self.mesh)
+
+
+class _Move(NamedTuple):
+    """An entry of `Moves`."""
+
+    conversation: int
+    other: int
+    start: int = 0
+    column: int = 0
+    mark: int = 0
+
+
+class _Work(NamedTuple):
+    """A conversation that is computed up to the last of the tokens `wanted`."""
+
+    conversation: int
+    wanted: np.ndarray
+    have: int
+    """How many of them are computed."""
+    source: int
+    """The memory that it goes on from."""
+    target: int
+    """The one that is kept then."""
 
 
 class _Grid:

@@ -36,14 +36,13 @@ def row(family: str) -> str:
     files = "equal" if all(same) else "differ"
     logits = f"{max(imported):.0e} | {max(exported):.0e}"
     agreed, total = (sum(x) for x in zip(*greedy, strict=True))
-    forked = [gap for gap in forks if gap is not None]
-    decoded = f"{agreed}/{total} | {f'{max(forked):.0e}' if forked else 'none'}"
+    decoded = f"{agreed}/{total} | {max(forks):.0e}"
     return f"| {family} | {FAMILIES[family].architecture} | {logits} | {files} | {decoded} |"
 
 
-def measure(name: str) -> tuple[float, float, bool, tuple[int, int], float | None]:
+def measure(name: str) -> tuple[float, float, bool, tuple[int, int], float]:
     """Of one case: differences of logits both ways, whether files come back byte for byte, greedy tokens that agree,
-    and the difference of log-probs of forks from one pass over their whole path; None where no sample can fork."""
+    and the difference of log-probs of forks from one pass over their whole path."""
     model = parity.random_model(name)
     with tempfile.TemporaryDirectory() as scratch:
         theirs = Path(scratch) / "theirs"
@@ -64,15 +63,14 @@ def measure(name: str) -> tuple[float, float, bool, tuple[int, int], float | Non
         float(np.abs(got - exported).max()),
         same,
         _greedy(model, sampler),
-        None if config.delta else _forks(config, params, sampler),
+        _forks(config, params, sampler),
     )
 
 
 def _sampler(config, params) -> Sampler:
     new = min(NEW, config.longest_sequence - PROMPT)
-    sizes = {"prompt_buckets": (PROMPT,), "max_new_tokens": new, "prompt_slots": 1, "sample_slots": 4}
-    forks = {} if config.delta else {"path_slots": 5, "max_injected": 2}
-    sampler = Sampler(config, SamplerSpec(**sizes, **forks))
+    sizes = {"prompt_slots": 1, "sample_slots": 4, "path_slots": 5, "max_injected": 2}
+    sampler = Sampler(config, SamplerSpec(prompt_buckets=(PROMPT,), max_new_tokens=new, **sizes))
     sampler.set_params(params)
     return sampler
 

@@ -301,8 +301,10 @@ class TestDecoder:
     def test_what_cannot_be(self):
         with pytest.raises(ValueError, match="num_layers=3 must be at least 4 in qwen3_5_text"):
             fresh_config("qwen3_5_text", mlp_dim=24, **SIZES | {"num_layers": 3})
-        with pytest.raises(ValueError, match="this model has experts"):
-            dataclasses.replace(HYBRID, experts=Experts(count=4, per_token=2, mlp_dim=8))
+        with pytest.raises(ValueError, match="dense_layers=1 are no family's that has a delta rule"):
+            dataclasses.replace(HYBRID, experts=Experts(count=4, per_token=2, mlp_dim=8, dense_layers=1))
+        with pytest.raises(ValueError, match="shared_score=True is of shared experts"):
+            Experts(count=4, per_token=2, mlp_dim=8, shared_score=True)
         with pytest.raises(ValueError, match="surgery needs a model all of whose layers attend; 2 of 4 here"):
             HYBRID.check_attends("surgery")
         ids = jnp.zeros((1, 8), jnp.int32)

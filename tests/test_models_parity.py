@@ -187,6 +187,13 @@ CASES = {
         | {"layer_types": ["full_attention", "linear_attention", "linear_attention"]}
         | {"rope_parameters": {"rope_type": "default", "rope_theta": 100.0, "partial_rotary_factor": 0.5}},
     ),
+    "qwen3_5_moe": (
+        "qwen3_5_moe_text",
+        {"head_dim": 16, "num_hidden_layers": 4, "linear_num_key_heads": 2, "linear_num_value_heads": 4}
+        | {"linear_key_head_dim": 12, "linear_value_head_dim": 10, "initializer_range": 0.1}
+        | {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 20}
+        | {"shared_expert_intermediate_size": 40, "layer_types": ["linear_attention", "full_attention"] * 2},
+    ),
     "gemma3_plain": ("gemma3_text", {"head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": 6}),
 }
 CLASSES = {
@@ -203,6 +210,7 @@ CLASSES = {
     "gpt_oss": (transformers.GptOssConfig, transformers.GptOssForCausalLM),
     "glm4_moe": (transformers.Glm4MoeConfig, transformers.Glm4MoeForCausalLM),
     "qwen3_5_text": (transformers.Qwen3_5TextConfig, transformers.Qwen3_5ForCausalLM),
+    "qwen3_5_moe_text": (transformers.Qwen3_5MoeTextConfig, transformers.Qwen3_5MoeForCausalLM),
     "gemma3_text": (transformers.Gemma3TextConfig, transformers.Gemma3ForCausalLM),
 }
 
@@ -325,7 +333,7 @@ def test_a_classifier_is_no_reward_model(change, says):
 SHARDS = [(case, size) for case in ("llama", "qwen2", "qwen3_biases") for size in (10**9, 10_000)]
 
 
-WHOLE = [(case, 10**9) for case in ("qwen3_moe", "gpt_oss", "glm4_moe", "qwen3_5")]
+WHOLE = [(case, 10**9) for case in ("qwen3_moe", "gpt_oss", "glm4_moe", "qwen3_5", "qwen3_5_moe")]
 
 
 @pytest.mark.parametrize(("case", "max_shard"), [*SHARDS, *WHOLE])
@@ -356,18 +364,23 @@ def test_config_survives_transformers(case, tmp_path):
     assert config_from_hf(json.loads((tmp_path / "again" / "config.json").read_text())) == config
 
 
-def test_a_folder_with_an_encoder_of_images_gives_its_language_model(tmp_path):
-    """As Qwen3.5 is released: its text model under another name, and beside it what is left out."""
+@pytest.mark.parametrize("case", ["qwen3_5", "qwen3_5_moe"])
+def test_a_folder_with_an_encoder_of_images_gives_its_language_model(case, tmp_path):
+    """As Qwen3.5 is released: its text model under another name, all experts of a layer in one tensor, and beside it
+    what is left out."""
     from safetensors.torch import load_file, save_file
 
-    model = random_model("qwen3_5", tie_word_embeddings=True)
+    model = random_model(case, tie_word_embeddings=True)
     model.save_pretrained(tmp_path / "text")
     tensors = load_file(tmp_path / "text" / "model.safetensors")
+    tensors = {name: tensor for name, tensor in tensors.items() if ".experts." not in name}
+    tensors |= {name: tensor.contiguous() for name, tensor in model.state_dict().items() if ".experts." in name}
     named = {name.replace("model.", "model.language_model.", 1): tensor for name, tensor in tensors.items()}
     other = {"model.visual.patch_embed.proj.bias": torch.zeros(3), "mtp.fc.weight": torch.zeros(2, 2)}
     text = json.loads((tmp_path / "text" / "config.json").read_text())
     del text["tie_word_embeddings"], text["architectures"]
-    whole = {"model_type": "qwen3_5", "architectures": ["Qwen3_5ForConditionalGeneration"], "text_config": text}
+    kind = type(model).__name__.replace("ForCausalLM", "ForConditionalGeneration")
+    whole = {"model_type": case, "architectures": [kind], "text_config": text}
     whole |= {"vision_config": {"depth": 2}, "tie_word_embeddings": True, "image_token_id": 5}
     (tmp_path / "whole").mkdir()
     (tmp_path / "whole" / "config.json").write_text(json.dumps(whole))

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from test_parallel_mesh import run_python
 
-from rljax.models import fresh_config, hidden_states, init_params, logits
+from rljax.models import Experts, fresh_config, hidden_states, init_params, logits
 from rljax.sampling import (
     Fork,
     Request,
@@ -38,6 +38,20 @@ CONFIG = fresh_config(
     max_position=64,
 )
 PARAMS = jax.tree.map(lambda x: 5 * x if x.ndim == 3 else x, init_params(CONFIG, jax.random.key(0)))
+# The same with experts in all layers, one of which computes for every token.
+MIXTURE = fresh_config(
+    "qwen3_5_moe_text",
+    vocab_size=29,
+    num_layers=4,
+    embed_dim=16,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=8,
+    mlp_dim=24,
+    max_position=64,
+    experts=Experts(count=6, per_token=2, mlp_dim=12),
+)
+MIXED = jax.tree.map(lambda x: 5 * x if x.ndim > 2 else x, init_params(MIXTURE, jax.random.key(1)))
 SPEC = SamplerSpec(prompt_slots=2, sample_slots=2, prompt_buckets=(4, 8), max_new_tokens=12)
 LENGTH = 64
 TURNS = TurnDecoderSpec(
@@ -46,16 +60,22 @@ TURNS = TurnDecoderSpec(
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _logprobs(config, params, row, end):
+def _logprobs(config, params, row, end, experts=None):
     positions = jnp.arange(LENGTH)[None]
-    hidden = hidden_states(config, params, row, positions, jnp.where(positions < end, end, 0))
+    hidden = hidden_states(config, params, row, positions, jnp.where(positions < end, end, 0), experts=experts)
     return jax.nn.log_softmax(logits(config, params, hidden)[0])
 
 
-def logprobs(prompt, completion):
+def logprobs(prompt, completion, config=CONFIG, params=PARAMS, experts=None):
     """Of the completion, by the trainer's forward pass."""
     ids = [*prompt, *completion]
-    table = _logprobs(CONFIG, PARAMS, jnp.asarray([ids + [0] * (LENGTH - len(ids))]), len(ids))
+    row = jnp.asarray([ids + [0] * (LENGTH - len(ids))])
+    if experts is not None:
+        # The last token has none, and padding none that counts.
+        recorded = np.full((1, LENGTH, *experts.shape[1:]), -1)
+        recorded[0, : len(experts)] = experts
+        experts = jnp.asarray(recorded)
+    table = _logprobs(config, params, row, len(ids), experts)
     return np.asarray([table[len(prompt) + i - 1, token] for i, token in enumerate(completion)])
 
 
@@ -88,6 +108,27 @@ def test_a_sample_does_not_depend_on_what_else_is_sampled():
     ((single,),) = made.generate([alone], sampling_params(), seed=0, step=0)
     _, (among,) = made.generate([other, alone], sampling_params(), seed=0, step=0)
     assert single.tokens.tolist() == among.tokens.tolist()
+
+
+def test_a_mixture_records_the_experts_of_both_kinds_of_layers():
+    """Layer by layer: the trainer computes the same with them as by itself, and something else with another layer's."""
+    made = Sampler(MIXTURE, dataclasses.replace(SPEC, path_slots=1, record_experts=True))
+    made.set_params(MIXED)
+
+    def rounds(samples):
+        return [Fork(0, 5, 7)] if len(samples) == 2 else []
+
+    prompts = [[3], [1, 2, 3, 4, 5, 6, 7, 8]]
+    requests = [Request(prompt, i, (0, 1), rounds=rounds) for i, prompt in enumerate(prompts)]
+    for prompt, group in zip(prompts, made.generate(requests, sampling_params(), seed=1, step=2), strict=True):
+        for sample in group:
+            said = sample.tokens.tolist()
+            assert sample.experts.shape == (len(prompt) + len(said) - 1, 4, 2)
+            for experts in (None, sample.experts):
+                wanted = logprobs(prompt, said, MIXTURE, MIXED, experts)
+                np.testing.assert_allclose(sample.logprobs, wanted, atol=2e-5)
+            turned = logprobs(prompt, said, MIXTURE, MIXED, np.roll(sample.experts, 1, axis=1))
+            assert np.abs(turned - sample.logprobs).max() > 0.05
 
 
 def test_prompts_are_scored_as_the_trainer_does():
@@ -134,9 +175,9 @@ def test_forks_of_samples_have_the_log_probs_of_the_trainer():
     assert made.last_stats["prefill_tokens"] > made.last_stats["reused_tokens"] > 500
 
 
-def turn_decoder(stops=None, **change):
-    made = TurnDecoder(CONFIG, dataclasses.replace(TURNS, **change), stops or Stops(tokens=(7, 11)))
-    made.set_params(PARAMS)
+def turn_decoder(stops=None, config=CONFIG, params=PARAMS, **change):
+    made = TurnDecoder(config, dataclasses.replace(TURNS, **change), stops or Stops(tokens=(7, 11)))
+    made.set_params(params)
     made.begin(sampling_params(), seed=1, step=2)
     return made
 
@@ -148,8 +189,9 @@ def finish(decoder, *turns):
     ended = []
     while decoder.num_open:
         ended += decoder.run()
+    model = (decoder.config, PARAMS if decoder.config is CONFIG else MIXED)
     for said in ended:
-        np.testing.assert_allclose(said.logprobs, logprobs(said.turn.tokens, said.tokens.tolist()), atol=2e-5)
+        np.testing.assert_allclose(said.logprobs, logprobs(said.turn.tokens, said.tokens.tolist(), *model), atol=2e-5)
     return {said.turn.conversation: said for said in ended}
 
 
@@ -158,10 +200,14 @@ def observations(seed, count=6, most=12):
     return [rng.integers(12, 29, rng.integers(1, most)).tolist() for _ in range(count)]
 
 
-def test_turns_have_the_log_probs_of_the_trainer_and_only_what_is_new_is_computed():
+@pytest.mark.parametrize(
+    "model", [(CONFIG, PARAMS), pytest.param((MIXTURE, MIXED), marks=pytest.mark.slow)], ids=["plain", "experts"]
+)
+def test_turns_have_the_log_probs_of_the_trainer_and_only_what_is_new_is_computed(model):
     """Conversations on half as many rows, of a single token too; what is new is longer than a chunk, and shorter."""
-    decoder = turn_decoder()
+    decoder = turn_decoder(None, *model)
     decoder.warmup()
+    logprobs([1], [2], *model)
     compiled = compile_count()
     said = [[12], *observations(0, 5)]
     new = sum(len(tokens) - 1 for tokens in said)
@@ -174,8 +220,7 @@ def test_turns_have_the_log_probs_of_the_trainer_and_only_what_is_new_is_compute
                 # The last token that was said, and the observation but for its own last one.
                 new += len(seen)
     assert decoder.stats["prefill_tokens"] == new and decoder.stats["busy_rows"] > 100
-    # The forward pass of the trainer.
-    assert compile_count() - compiled <= 1
+    assert compile_count() == compiled
 
 
 @pytest.mark.parametrize(("memories", "begins_at"), [(2, "the third turn"), (6, "the second turn")])

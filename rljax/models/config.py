@@ -221,7 +221,9 @@ class Experts:
     weight_scale: float = 1.0
     """Factor on the weights of a token's experts."""
     shared: int = 0
-    """Experts that compute for every token, unweighted: one MLP of so many times `mlp_dim`."""
+    """Experts that compute for every token: one MLP of so many times `mlp_dim`."""
+    shared_score: bool = False
+    """Whether what these compute is weighted by a sigmoid, of a score that each token gives them."""
     dense_layers: int = 0
     """First layers that have one MLP for all tokens, of the model's own `mlp_dim`, and no experts."""
 
@@ -237,6 +239,8 @@ class Experts:
         if self.limit is not None:
             _check_real("experts' limit", self.limit)
         _check_real("experts' slope", self.slope)
+        if self.shared_score and not self.shared:
+            raise ValueError("experts' shared_score=True is of shared experts, and shared=0 has none")
         if self.limit is None and self.slope != 1.0:
             raise ValueError(f"experts' slope={self.slope} needs a limit: a plain swiglu has the slope 1")
 
@@ -470,8 +474,11 @@ class DecoderConfig:
     def _check_delta(self) -> None:
         if self.delta is None:
             return
-        if self.experts is not None:
-            raise ValueError("delta is of layers with one MLP, and this model has experts; no family here has both")
+        if self.experts is not None and self.experts.dense_layers:
+            raise ValueError(
+                f"experts' dense_layers={self.experts.dense_layers} are no family's that has a delta rule, too: there "
+                "all layers have experts"
+            )
         if len(self.delta.layers) != self.num_layers:
             raise ValueError(f"delta's layers has {len(self.delta.layers)} entries for num_layers={self.num_layers}")
 
@@ -554,6 +561,11 @@ class DecoderConfig:
     def attending(self) -> int:
         """How many layers attend."""
         return self.num_layers - (sum(self.delta.layers) if self.delta is not None else 0)
+
+    @property
+    def mixing(self) -> int:
+        """How many layers have experts."""
+        return self.num_layers - self.experts.dense_layers if self.experts is not None else 0
 
     @property
     def adapts_head(self) -> bool:

@@ -196,6 +196,8 @@ class Layer(nnx.Module):
             self.shared_gate = weight((width, inner), ("embed", "mlp"))
             self.shared_up = weight((width, inner), ("embed", "mlp"))
             self.shared_down = weight((inner, width), ("mlp", "embed"))
+        if experts.shared_score:
+            self.shared_score = weight((width,), (None,))
         if experts.biases:
             self.router_bias = weight((experts.count,), (None,), init="zeros")
             self.gate_bias = weight((experts.count, experts.mlp_dim), BIAS_AXES["gate_bias"], init="zeros")
@@ -311,7 +313,14 @@ class Layer(nnx.Module):
             gated = functools.partial(clamped_swiglu, limit=experts.limit, slope=experts.slope)
         out = apply_experts(weights | adapters, x, routing, scale=scale, gated=gated, quantized=kind)
         out = checkpoint_name(out, PRODUCT)
-        return out + self._mlp(project, x, SHARED) if experts.shared else out
+        return out + self._shared(project, x, experts) if experts.shared else out
+
+    def _shared(self, project: Callable[[Array, str], Array], x: Array, experts: Experts) -> Array:
+        out = self._mlp(project, x, SHARED)
+        if not experts.shared_score:
+            return out
+        score = jnp.einsum("...d,d->...", x, self.shared_score[...], preferred_element_type=jnp.float32)
+        return (out * jax.nn.sigmoid(score)[..., None]).astype(x.dtype)
 
     def _norm(self, x: Array, name: str) -> Array:
         """`x` normed by the weight `name`, or as it is where the family declares no such norm."""
@@ -656,36 +665,36 @@ def hidden_states(
         here = slice(done, done + size * count)
         windows = jnp.asarray(config.windows[here])
         own = None if rotations is None else jnp.asarray(rotations[here])
+        stack = config.kinds[done]
+        # A record is of the layers that have experts.
+        recorded = None if stack == DENSE_LAYERS else by_layer
         if size > 1:
-            x = _scan_blocks(config, body, x, params, windows, own, size)
+            x = _scan_blocks(config, body, x, params, (windows, own, recorded), size)
         else:
-            stack = config.kinds[done]
-            # A record is of the layers that have experts.
-            recorded = None if stack == DENSE_LAYERS else by_layer
             x, _ = jax.lax.scan(body, x, (params[stack], windows, own, recorded))
         done = here.stop
     return final_norm(config, params, x)
 
 
-def _scan_blocks(config: DecoderConfig, body, x: Array, params: Params, windows: Array, rotations, size: int) -> Array:
-    """`x` behind blocks of `size` layers of several stacks: one `lax.scan` over the blocks."""
+def _scan_blocks(config: DecoderConfig, body, x: Array, params: Params, by_layer: tuple, size: int) -> Array:
+    """`x` behind blocks of `size` layers of several stacks: one `lax.scan` over the blocks. `by_layer` is what `body`
+    takes beside a layer's weights, for all layers."""
     kinds = config.kinds[:size]
 
     def in_blocks(x):
         return x.reshape(config.num_layers // size, -1, *x.shape[1:])
 
     def block(x, arrays):
-        stacks, windows, rotations = arrays
+        stacks, of_layers = arrays
         taken = dict.fromkeys(stacks, 0)
         for place, stack in enumerate(kinds):
             layer = {name: weight[taken[stack]] for name, weight in stacks[stack].items()}
             taken[stack] += 1
-            rotation = None if rotations is None else rotations[place]
-            x, _ = body(x, (layer, windows[place], rotation, None))
+            x, _ = body(x, (layer, *(None if own is None else own[place] for own in of_layers)))
         return x, None
 
     stacks = {stack: params[stack] for stack in config.stacks}
-    return jax.lax.scan(block, x, jax.tree.map(in_blocks, (stacks, windows, rotations)))[0]
+    return jax.lax.scan(block, x, jax.tree.map(in_blocks, (stacks, by_layer)))[0]
 
 
 def recall_of(config: DecoderConfig, subtree_end: Int[Array, "R S"]) -> Recall | None:

@@ -90,6 +90,19 @@ _SHARED_EXPERT = tuple(
     for path in ("gate", "up", "down")
     for row in _linear(f"shared_{path}", f"mlp.shared_experts.{path}_proj", f"ffn_{path}_shexp")
 )
+_SCORED_EXPERT = (
+    *(
+        row
+        for path in ("gate", "up", "down")
+        for row in _linear(f"shared_{path}", f"mlp.shared_expert.{path}_proj", f"ffn_{path}_shexp")
+    ),
+    Weight(
+        "layers/shared_score",
+        "model.layers.{}.mlp.shared_expert_gate.weight",
+        "blk.{}.ffn_gate_inp_shexp.weight",
+        is_row=True,
+    ),
+)
 _SELECTION = (
     Weight("layers/selection_bias", "model.layers.{}.mlp.gate.e_score_correction_bias", "blk.{}.exp_probs_b.bias"),
 )
@@ -184,6 +197,16 @@ QWEN3_5_WEIGHTS = (
     *_NORMS,
     *_HEAD,
 )
+QWEN3_5_MOE_WEIGHTS = (
+    *_EMBEDDING,
+    *_of(DELTA_LAYERS, *_DELTA, *_EXPERTS, *_SCORED_EXPERT, *_NORMS),
+    *_ATTENTION,
+    *_QK_NORM,
+    *_EXPERTS,
+    *_SCORED_EXPERT,
+    *_NORMS,
+    *_HEAD,
+)
 PHI3_WEIGHTS = (*_EMBEDDING, *_JOINED, *_NORMS, *_HEAD)
 
 
@@ -241,6 +264,8 @@ class Family(NamedTuple):
     MLP."""
     fixed_experts: Mapping[str, Any] = MappingProxyType({})
     """Fields of `Experts` that all its models have alike."""
+    shared_width_key: str = ""
+    """config.json's width of the MLP that shared experts are, where it says no number of them."""
     delta: Mapping[str, str] | None = None
     """config.json's keys of the fields of `Delta`, where `layer_types` names layers of linear attention; None where all
     layers attend."""
@@ -272,6 +297,20 @@ def pattern(every: int, count: int) -> tuple[bool, ...] | None:
     return None if all(chosen) else chosen
 
 
+_DELTA_KEYS = {
+    "key_heads": "linear_num_key_heads",
+    "value_heads": "linear_num_value_heads",
+    "key_dim": "linear_key_head_dim",
+    "value_dim": "linear_value_head_dim",
+    "kernel": "linear_conv_kernel_dim",
+}
+_DELTA_SIZES = {
+    "linear_num_key_heads": 16,
+    "linear_num_value_heads": 32,
+    "linear_key_head_dim": 128,
+    "linear_value_head_dim": 128,
+    "linear_conv_kernel_dim": 4,
+}
 _OF_SCALE = Number("score_scale", "attention_multiplier")
 _OF_SCALAR = Number("score_scale", "query_pre_attn_scalar", lambda x: x**-0.5, lambda x: round(x**-2))
 
@@ -404,25 +443,47 @@ FAMILIES: dict[str, Family] = {
             "num_key_value_heads": 4,
             "head_dim": 256,
             "partial_rotary_factor": 0.25,
-            "linear_num_key_heads": 16,
-            "linear_num_value_heads": 32,
-            "linear_key_head_dim": 128,
-            "linear_value_head_dim": 128,
-            "linear_conv_kernel_dim": 4,
+            **_DELTA_SIZES,
         },
         fixed={"qk_norm": True, "norm_offset": True, "gated_attention": True},
         bias_keys=("attention_bias",),
         neutral={"attn_output_gate": (None, True)},
         partial_rotary=True,
-        delta={
-            "key_heads": "linear_num_key_heads",
-            "value_heads": "linear_num_value_heads",
-            "key_dim": "linear_key_head_dim",
-            "value_dim": "linear_value_head_dim",
-            "kernel": "linear_conv_kernel_dim",
-        },
+        delta=_DELTA_KEYS,
         delta_every=4,
         joined_as="qwen3_5",
+    ),
+    "qwen3_5_moe_text": Family(
+        "Qwen3_5MoeForCausalLM",
+        QWEN3_5_MOE_WEIGHTS,
+        {
+            "max_position_embeddings": 32768,
+            "num_key_value_heads": 2,
+            "head_dim": 256,
+            # Of no layer.
+            "intermediate_size": 512,
+            "partial_rotary_factor": 0.25,
+            "num_experts": 256,
+            "num_experts_per_tok": 8,
+            "moe_intermediate_size": 512,
+            "shared_expert_intermediate_size": 512,
+            **_DELTA_SIZES,
+        },
+        fixed={"qk_norm": True, "norm_offset": True, "gated_attention": True},
+        bias_keys=("attention_bias",),
+        neutral={"attn_output_gate": (None, True)},
+        partial_rotary=True,
+        experts={
+            "count": ("num_experts",),
+            "per_token": ("num_experts_per_tok",),
+            "mlp_dim": ("moe_intermediate_size",),
+        },
+        fixed_experts={"shared": 1, "shared_score": True},
+        shared_width_key="shared_expert_intermediate_size",
+        delta=_DELTA_KEYS,
+        delta_every=4,
+        joined_as="qwen3_5_moe",
+        has_scorer=False,
     ),
     "qwen3_moe": Family(
         "Qwen3MoeForCausalLM",
@@ -850,7 +911,14 @@ def _experts_from_hf(family: Family, get: Callable[..., Any]) -> Experts | None:
             fields[ours] = bool(get(theirs))
         else:
             fields[ours] = _whole(get, theirs, least=0 if ours == "dense_layers" else 1)
-    return Experts(**family.fixed_experts, **fields)
+    if key := family.shared_width_key:
+        width = _whole(get, key)
+        fields["shared"], rest = divmod(width, fields["mlp_dim"])
+        if rest:
+            raise ValueError(
+                f"config.json: {key}={width} must be a multiple of {family.experts['mlp_dim'][0]}={fields['mlp_dim']}"
+            )
+    return Experts(**{**family.fixed_experts, **fields})
 
 
 def _reals(key: str, values: Any) -> tuple[float, ...]:
@@ -1116,6 +1184,8 @@ def config_to_hf(config: DecoderConfig) -> dict[str, Any]:
     if family.experts is not None and config.experts is not None:
         hf |= {name: getattr(config.experts, ours) for ours, names in family.experts.items() for name in names}
         hf |= {"decoder_sparse_step": 1, "mlp_only_layers": []} if "decoder_sparse_step" in family.defaults else {}
+        if family.shared_width_key:
+            hf[family.shared_width_key] = config.experts.shared * config.experts.mlp_dim
     if family.delta is not None and config.delta is not None:
         hf |= {theirs: getattr(config.delta, ours) for ours, theirs in family.delta.items()}
         hf["layer_types"] = [_LINEAR if own else "full_attention" for own in config.delta.layers]

@@ -8,7 +8,7 @@ tensors and header as the reference library does, so that equal weights give equ
 import json
 import math
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -70,6 +70,16 @@ class SafetensorsFolder:
             f"{own}{name.removeprefix(start)}" if name.startswith(start) else name: info
             for name, info in self.tensors.items()
         }
+
+    def part(self, name: str, parts: Sequence[tuple[str, int]]) -> None:
+        """Has the tensor `name`, [.., rows, columns], be those that lie in it one behind the other: the name of each,
+        and its rows."""
+        info = self.tensors.pop(name)
+        columns = info.shape[-1]
+        start = info.start
+        for own, rows in parts:
+            self.tensors[own] = info._replace(shape=(rows, columns), start=start)
+            start += rows * columns * info.dtype.itemsize
 
     def open(self, name: str) -> np.ndarray:
         """The tensor as a read-only view of the file."""

@@ -32,6 +32,7 @@ _IGNORED = re.compile(r"rotary_emb\.inv_freq$")  # a buffer that old checkpoints
 _LAYER = re.compile(r"model\.layers\.(\d+)\.")
 _BESIDE_TEXT = re.compile(r"(model\.visual|mtp)\.")
 """Of folders that hold more than a language model: the encoder of images, and layers that predict further tokens."""
+_JOINED_EXPERTS = re.compile(r"(model\.layers\.\d+\.mlp\.experts)\.(gate_up|down)_proj$")
 _GENERATION_FILE = "generation_config.json"
 _ID_KEYS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
@@ -109,6 +110,7 @@ def load_hf(
     stored = SafetensorsFolder(folder, packed=(BLOCKS, SCALES) if is_mxfp4(read_json(folder / "config.json")) else ())
     if family_of(config).joined_as:
         stored.rename("model.language_model.", "model.")
+        _part_experts(stored)
     wanted = entries(config)
     names = {name for entry in wanted for name in _parts(stored, entry)}
     check_names(names, set(stored.tensors), _tolerated(config, stored), str(folder))
@@ -116,6 +118,20 @@ def load_hf(
         shapes = [stored.tensors[name].shape for name in _parts(stored, entry)]
         check_shape(entry, shapes[0] if len(shapes) == 1 else _unpacked_shape(*shapes), str(folder))
     return config, assemble(config, wanted, lambda entry, which: _fetched(stored, entry, which), shardings)
+
+
+def _part_experts(stored: SafetensorsFolder) -> None:
+    """Has the matrices of a layer's experts stand by themselves, where they lie in one tensor for all."""
+    for name, info in list(stored.tensors.items()):
+        found = _JOINED_EXPERTS.match(name)
+        if not found or len(info.shape) != 3:
+            continue
+        stem, kind = found.groups()
+        own = ("gate", "up") if kind == "gate_up" else ("down",)
+        rows = info.shape[1] // len(own)
+        experts = range(info.shape[0] if rows * len(own) == info.shape[1] else 0)
+        if experts:
+            stored.part(name, [(f"{stem}.{i}.{path}_proj.weight", rows) for i in experts for path in own])
 
 
 def _parts(stored: SafetensorsFolder, entry: Entry) -> list[str]:
@@ -292,6 +308,7 @@ _OWNED = frozenset(
         "rope_scaling",
         "rope_theta",
         "routed_scaling_factor",
+        "shared_expert_intermediate_size",
         "sliding_window",
         "sliding_window_pattern",
         "swiglu_alpha",

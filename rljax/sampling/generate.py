@@ -27,7 +27,7 @@ from rljax.models.cache import (
     write_column,
     write_entry,
 )
-from rljax.models.config import LAYERS, DecoderConfig
+from rljax.models.config import DecoderConfig
 from rljax.models.decoder import apply_layer, embed, final_norm, has_delta
 from rljax.models.delta import Recalled, next_recall, prompt_recall
 from rljax.models.experts import Choose, best_experts
@@ -387,7 +387,7 @@ def decode(
 
     empty = jnp.zeros((buffer.steps, *shape))
     no_top = jnp.zeros((buffer.steps, *shape, buffer.top)) if buffer.top else None
-    of_layers = (buffer.steps, *shape, len(config.stacks[LAYERS]), rows.recorded)
+    of_layers = (buffer.steps, *shape, config.mixing, rows.recorded)
     no_experts = jnp.zeros(of_layers, jnp.int16) if rows.recorded else None
     start = _Loop(
         step=jnp.int32(0),

@@ -194,6 +194,13 @@ CASES = {
         | {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 20}
         | {"shared_expert_intermediate_size": 40, "layer_types": ["linear_attention", "full_attention"] * 2},
     ),
+    "qwen3_next": (
+        "qwen3_next",
+        {"head_dim": 16, "num_hidden_layers": 4, "linear_num_key_heads": 2, "linear_num_value_heads": 6}
+        | {"linear_key_head_dim": 12, "linear_value_head_dim": 10, "initializer_range": 0.1}
+        | {"num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 20, "norm_topk_prob": False}
+        | {"shared_expert_intermediate_size": 20, "layer_types": ["linear_attention", "full_attention"] * 2},
+    ),
     "gemma3_plain": ("gemma3_text", {"head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": 6}),
 }
 CLASSES = {
@@ -211,6 +218,7 @@ CLASSES = {
     "glm4_moe": (transformers.Glm4MoeConfig, transformers.Glm4MoeForCausalLM),
     "qwen3_5_text": (transformers.Qwen3_5TextConfig, transformers.Qwen3_5ForCausalLM),
     "qwen3_5_moe_text": (transformers.Qwen3_5MoeTextConfig, transformers.Qwen3_5MoeForCausalLM),
+    "qwen3_next": (transformers.Qwen3NextConfig, transformers.Qwen3NextForCausalLM),
     "gemma3_text": (transformers.Gemma3TextConfig, transformers.Gemma3ForCausalLM),
 }
 
@@ -333,7 +341,7 @@ def test_a_classifier_is_no_reward_model(change, says):
 SHARDS = [(case, size) for case in ("llama", "qwen2", "qwen3_biases") for size in (10**9, 10_000)]
 
 
-WHOLE = [(case, 10**9) for case in ("qwen3_moe", "gpt_oss", "glm4_moe", "qwen3_5", "qwen3_5_moe")]
+WHOLE = [(case, 10**9) for case in ("qwen3_moe", "gpt_oss", "glm4_moe", "qwen3_5", "qwen3_5_moe", "qwen3_next")]
 
 
 @pytest.mark.parametrize(("case", "max_shard"), [*SHARDS, *WHOLE])

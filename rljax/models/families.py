@@ -12,6 +12,8 @@ from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from rljax.models.config import DELTA_LAYERS, DENSE_LAYERS, LAYERS, DecoderConfig, Delta, Experts, RopeScaling
 from rljax.models.decoder import abstract_params
 
@@ -37,6 +39,9 @@ class Weight(NamedTuple):
     one."""
     alternates: bool = False
     """Whether weights of one tensor take turns along its last dimension, instead of lying one behind the other."""
+    by_head: bool = False
+    """Whether its rows take turns with those of the other weights of a tensor: first all of the delta rule's first key
+    head, and so on."""
 
     @property
     def stack(self) -> str:
@@ -166,6 +171,26 @@ _JOINED = (
 )
 
 
+_HEADED_DELTA = (
+    *(row for row in _DELTA if row.path.rpartition("/")[-1] in ("fade_shift", "fade_rate", "kernel", "read_norm")),
+    *_linear("o", "linear_attn.out_proj", "ssm_out"),
+    *(
+        Weight(
+            f"layers/{path}",
+            f"model.layers.{{}}.linear_attn.in_proj_{joined}.weight",
+            f"blk.{{}}.ssm_{theirs}.weight",
+            transpose=True,
+            by_head=True,
+        )
+        for joined, theirs, paths in (
+            ("qkvz", "in", ("q", "k", "v", "read_gate")),
+            ("ba", "beta_alpha", ("correct", "fade")),
+        )
+        for path in paths
+    ),
+)
+
+
 def _of(stack: str, *rows: Weight) -> tuple[Weight, ...]:
     """The rows of layers, for those of another stack."""
     return tuple(row._replace(path=row.path.replace(LAYERS, stack)) for row in rows)
@@ -200,6 +225,16 @@ QWEN3_5_WEIGHTS = (
 QWEN3_5_MOE_WEIGHTS = (
     *_EMBEDDING,
     *_of(DELTA_LAYERS, *_DELTA, *_EXPERTS, *_SCORED_EXPERT, *_NORMS),
+    *_ATTENTION,
+    *_QK_NORM,
+    *_EXPERTS,
+    *_SCORED_EXPERT,
+    *_NORMS,
+    *_HEAD,
+)
+QWEN3_NEXT_WEIGHTS = (
+    *_EMBEDDING,
+    *_of(DELTA_LAYERS, *_HEADED_DELTA, *_EXPERTS, *_SCORED_EXPERT, *_NORMS),
     *_ATTENTION,
     *_QK_NORM,
     *_EXPERTS,
@@ -453,6 +488,37 @@ FAMILIES: dict[str, Family] = {
         delta_every=4,
         joined_as="qwen3_5",
     ),
+    "qwen3_next": Family(
+        "Qwen3NextForCausalLM",
+        QWEN3_NEXT_WEIGHTS,
+        {
+            "max_position_embeddings": 32768,
+            "num_key_value_heads": 2,
+            "head_dim": 256,
+            "intermediate_size": 5632,
+            "partial_rotary_factor": 0.25,
+            "num_experts": 512,
+            "num_experts_per_tok": 10,
+            "moe_intermediate_size": 512,
+            "shared_expert_intermediate_size": 512,
+            "norm_topk_prob": True,
+            "decoder_sparse_step": 1,
+            **_DELTA_SIZES,
+        },
+        fixed={"qk_norm": True, "norm_offset": True, "gated_attention": True},
+        bias_keys=("attention_bias",),
+        partial_rotary=True,
+        experts={
+            "count": ("num_experts",),
+            "per_token": ("num_experts_per_tok",),
+            "mlp_dim": ("moe_intermediate_size",),
+            "normalized": ("norm_topk_prob",),
+        },
+        fixed_experts={"shared": 1, "shared_score": True},
+        shared_width_key="shared_expert_intermediate_size",
+        delta=_DELTA_KEYS,
+        delta_every=4,
+    ),
     "qwen3_5_moe_text": Family(
         "Qwen3_5MoeForCausalLM",
         QWEN3_5_MOE_WEIGHTS,
@@ -639,6 +705,11 @@ def entries(config: DecoderConfig, kind: str = "hf") -> list[Entry]:
         # Ours are [in, out], so what are rows to the file are our last dimension.
         sizes = [declared[other.path][-1] for other in together]
         start = sum(sizes[:number])
+        if weight.by_head:
+            heads = config.delta.key_heads if config.delta else 1
+            of_head = slice(start // heads, (start + shape[0]) // heads)
+            rows_of = np.arange(sum(sizes)).reshape(heads, -1)[:, of_head].ravel()
+            return Entry(name, weight, layer, (sum(sizes), *shape[1:]), (rows_of,))
         return Entry(name, weight, layer, (sum(sizes), *shape[1:]), (slice(start, start + shape[0]),))
 
     # A state dict goes layer by layer, with what is not a layer before and behind.

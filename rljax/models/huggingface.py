@@ -30,8 +30,10 @@ from rljax.types import Params
 
 _IGNORED = re.compile(r"rotary_emb\.inv_freq$")  # a buffer that old checkpoints carry
 _LAYER = re.compile(r"model\.layers\.(\d+)\.")
-_BESIDE_TEXT = re.compile(r"(model\.visual|mtp)\.")
-"""Of folders that hold more than a language model: the encoder of images, and layers that predict further tokens."""
+_IMAGES = re.compile(r"model\.visual\.")
+"""The encoder of images, of folders that hold one beside a language model."""
+_AHEAD = re.compile(r"mtp\.")
+"""Layers that predict further tokens, beside those of a hybrid."""
 _JOINED_EXPERTS = re.compile(r"(model\.layers\.\d+\.mlp\.experts)\.(gate_up|down)_proj$")
 _GENERATION_FILE = "generation_config.json"
 _ID_KEYS = ("bos_token_id", "eos_token_id", "pad_token_id")
@@ -173,7 +175,9 @@ def read_config(folder: Path) -> DecoderConfig:
 def _tolerated(config: DecoderConfig, stored: SafetensorsFolder) -> set[str]:
     tolerated = {name for name in stored.tensors if _IGNORED.search(name)}
     if family_of(config).joined_as:
-        tolerated |= {name for name in stored.tensors if _BESIDE_TEXT.match(name)}
+        tolerated |= {name for name in stored.tensors if _IMAGES.match(name)}
+    if family_of(config).delta is not None:
+        tolerated |= {name for name in stored.tensors if _AHEAD.match(name)}
     if family_of(config).predicts_ahead:
         numbers = {name: _LAYER.match(name) for name in stored.tensors}
         tolerated |= {name for name, found in numbers.items() if found and int(found[1]) >= config.num_layers}
@@ -349,9 +353,10 @@ def _tensor_to_host(params: Params, parts: list[Entry]) -> np.ndarray:
     weights = [to_host(params, part) for part in parts]
     if len(weights) == 1:
         return weights[0]
-    if parts[0].weight.alternates:
-        return np.stack(weights, axis=-1).reshape(parts[0].shape)
-    return np.concatenate(weights)
+    whole = np.empty(parts[0].shape, weights[0].dtype)
+    for part, weight in zip(parts, weights, strict=True):
+        whole[part.part] = weight
+    return whole
 
 
 def to_host(params: Params, entry: Entry) -> np.ndarray:

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 from packed_trees import depths, ends, random_parents
 
-from rljax.models import Forward, fresh_config, hidden_states, init_params, logits
+from rljax.models import Forward, fresh_config, hidden_states, init_params, logits, sequence_shares
+from rljax.models.decoder import recall_of
 from rljax.models.layout import param_shardings
 from rljax.parallel import collectives, make_mesh, put_batch, use_mesh
 from rljax.sampling import Fork, Request, Sampler, SamplerSpec, Turn, TurnDecoder, TurnDecoderSpec, sampling_params
@@ -109,6 +110,38 @@ def spoken_on(params, shape):
     return [said, forks, decoder.stats["copied_tokens"]]
 
 
+def recalled_on(shape):
+    """How far what is recalled on devices that share sequences is from what one recalls, and a gradient of it."""
+    delta = FRESH.delta
+    data = forests()
+    channels = sum(delta.widths)
+    rng = np.random.default_rng(3)
+
+    def normal(*sizes):
+        return jnp.asarray(rng.normal(size=sizes), jnp.float32)
+
+    mixed, kernel = normal(8, LENGTH, channels), normal(channels, 1, delta.kernel)
+    g, beta = -jnp.exp(normal(8, LENGTH, delta.value_heads)), jax.nn.sigmoid(normal(8, LENGTH, delta.value_heads))
+    by = normal(8, LENGTH, delta.value_heads, delta.value_dim)
+    counts = jnp.asarray(data["end"] > 0)[..., None, None]
+
+    def of_one(mixed, kernel, g, beta):
+        out, _ = recall_of(FRESH, jnp.asarray(data["end"]))(mixed, kernel, g, beta)
+        return jnp.sum(jnp.where(counts, out * by, 0))
+
+    def of_shares(mixed, kernel, g, beta):
+        shares = sequence_shares(8, LENGTH)
+        recall = shares.recall(delta, jnp.asarray(data["end"]))
+        out, _ = recall(shares.in_shares(mixed), kernel, shares.in_shares(g), shares.in_shares(beta))
+        return jnp.sum(jnp.where(counts, shares.in_order(out) * by, 0))
+
+    want = jax.jit(jax.value_and_grad(of_one, (0, 1, 2, 3)))(mixed, kernel, g, beta)
+    with use_mesh(make_mesh(*shape)):
+        got = jax.jit(jax.value_and_grad(of_shares, (0, 1, 2, 3)))(mixed, kernel, g, beta)
+    pairs = zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True)
+    return max(largest(np.asarray(a) - np.asarray(b)) / largest(b) for a, b in pairs)
+
+
 def main():
     params = jax.tree.map(lambda x: np.asarray(4 * x if x.ndim == 3 else x), init_params(CONFIG, jax.random.key(0)))
     data = forests()
@@ -118,6 +151,8 @@ def main():
         "trained": {
             "x".join(map(str, shape)): trained_on(params, data, want, shape) for shape in ((1, 8, 1), (2, 2, 2))
         },
+        # Two heads of keys.
+        "recalled": {"2": recalled_on((1, 4, 1, 2)), "4": recalled_on((1, 2, 1, 4))},
         "sampled": sampled_on(params, (2, 2, 2)) == whole,
         "spoken": spoken[-1] > 0 and spoken_on(params, (2, 2, 2)) == spoken,
     }

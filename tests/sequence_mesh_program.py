@@ -13,7 +13,7 @@ from test_training_critic import VALUED, weights
 from test_training_learner import CONFIG, params, rollout
 
 from rljax.batching import PackConfig, layout, loss_mask
-from rljax.models import Forward, init_params, param_shardings
+from rljax.models import Experts, Forward, fresh_config, init_params, param_shardings
 from rljax.parallel import batch_sharding, collectives, decoding_mesh, make_mesh, replicated, use_mesh
 from rljax.parallel.hlo import dimensions
 from rljax.sampling.score import score_tokens, score_values
@@ -35,6 +35,19 @@ OTHERWISE = dataclasses.replace(
     score_scale=0.7,
     logits_divisor=0.5,
 )
+# Two heads of keys in two layers of three, and experts.
+HYBRID = fresh_config(
+    "qwen3_5_moe_text",
+    vocab_size=CONFIG.vocab_size,
+    num_layers=4,
+    embed_dim=32,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=8,
+    mlp_dim=16,
+    max_position=64,
+    experts=Experts(count=4, per_token=2, mlp_dim=16),
+)
 PACKINGS = {
     "forest": PackConfig(pack_length=64, microbatch_size=4, length_buckets=(64,)),
     "flat": PackConfig(pack_length=64, microbatch_size=4, length_buckets=(64,), share_prefixes=False),
@@ -55,6 +68,7 @@ def compiled(mesh, packing, what, remat):
         "tokens": (score_tokens, CONFIG, params()),
         "values": (score_values, VALUED, weights()),
         "otherwise": (score_tokens, OTHERWISE, init_params(OTHERWISE, jax.random.key(0))),
+        "hybrid": (score_tokens, HYBRID, init_params(HYBRID, jax.random.key(0))),
     }
     score, config, tree = models[what]
 

@@ -21,7 +21,7 @@ from rljax.training import Learner, OptimizerConfig
 FEW = ["1x1x1x8 forest tokens", "1x2x1x4 flat tokens full"]
 """data x fsdp x tensor x sequence, packing, what is scored, what the backward pass computes again."""
 MORE = ["1x2x2x2 forest tokens", "2x2x1x2 flat tokens", "1x1x2x4 flat tokens attention_saved", "1x4x1x2 forest values"]
-MORE += ["1x2x2x2 forest otherwise"]
+MORE += ["1x2x2x2 forest otherwise", "1x2x2x2 forest hybrid", "1x2x1x4 flat hybrid full"]
 CASES = FEW + [pytest.param(case, marks=pytest.mark.slow) for case in MORE]
 
 

@@ -318,6 +318,12 @@ def test_devices_gather_weights_alone(on_meshes, mesh):
     assert sum(shape.startswith("f32") for shape in gathered) > 10
 
 
+@pytest.mark.parametrize("devices", ["2", "4"])
+def test_devices_that_share_sequences_recall_what_one_does(on_meshes, devices):
+    """Its two heads of keys divide over two of them, and not over four. Gradients too."""
+    assert on_meshes["recalled"][devices] < 1e-5
+
+
 def test_devices_of_a_mesh_sample_what_one_does(on_meshes):
     assert on_meshes["sampled"]
 

@@ -290,6 +290,10 @@ class Delta:
                 "delta is of some layers, and others attend; a model of one kind alone is none of any family"
             )
 
+    def part(self, parts: int) -> "Delta":
+        """One of `parts` of the heads, which divide."""
+        return dataclasses.replace(self, key_heads=self.key_heads // parts, value_heads=self.value_heads // parts)
+
     @property
     def widths(self) -> tuple[int, int, int]:
         """Of all heads of queries, of keys, and of values."""

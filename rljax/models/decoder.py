@@ -95,6 +95,9 @@ class Forward:
     attention: Attention = forest_attention
     """`forest_attention`, or something that computes the same. It alone minds the order of the positions, which is also
     that of the result."""
+    recall: Recall | None = None
+    """What tokens recall in layers with a delta rule, where the order of the positions is not that of packed forests;
+    None is `recall_of`."""
     counts_load: bool = False
     """Whether the gradient of a `selection_bias` is how many tokens, but for padding, each expert computed for."""
 
@@ -591,10 +594,9 @@ def apply_layer(
     counted: Bool[Array, "*B"] | None = None,
 ) -> tuple[Float[Array, "*B D"], Any]:
     """One layer on activations `x`; returns what it makes of them and the `aux` of `attend`, a `Recall` for a layer of
-    `DELTA_LAYERS`. `rotary` is the table of
-    its rotation (`rljax.models.rope.rotary_tables`); `choose` says which experts compute, None the best, and is not
-    asked where there are none, as in the first layers of some mixtures. `counted` marks the tokens whose experts are
-    counted (`rljax.models.experts.route`)."""
+    `DELTA_LAYERS`. `rotary` is the table of its rotation (`rljax.models.rope.rotary_tables`); `choose` says which
+    experts compute, None the best, and is not asked where there are none, as in the first layers of some mixtures.
+    `counted` marks the tokens whose experts are counted (`rljax.models.experts.route`)."""
     stack = LAYERS if config.experts is None or "router" in layer_params else DENSE_LAYERS
     stack = DELTA_LAYERS if has_delta(layer_params) else stack
     has_gains = any(name.endswith(GAIN) for name in layer_params)
@@ -624,9 +626,8 @@ def hidden_states(
     """Final-normed hidden states of packed forests (see `rljax.types.Packed`).
 
     Each stack of layers is one `lax.scan`, whose body compiles once; stacks that take turns are scanned together.
-    `experts` are those to compute with in each layer
-    that has any, -1 for the best (`rljax.types.Packed`). ValueError for several adapters side by side, and for a delta
-    rule on a mesh whose devices share sequences.
+    `experts` are those to compute with in each layer that has any, -1 for the best (`rljax.types.Packed`). ValueError
+    for several adapters side by side.
     """
     if config.lora is not None and config.lora.count:
         raise ValueError(
@@ -636,7 +637,7 @@ def hidden_states(
     counted = subtree_end > 0 if forward.counts_load else None
     # Made once for all layers: within a scan a table is a constant.
     tables, rotations = _stack_tables(config, rotary_tables(config, positions))
-    recall = recall_of(config, subtree_end)
+    recall = forward.recall or recall_of(config, subtree_end)
 
     def body(x, layer):
         layer_params, window, rotation, recorded = layer
@@ -698,16 +699,10 @@ def _scan_blocks(config: DecoderConfig, body, x: Array, params: Params, by_layer
 
 
 def recall_of(config: DecoderConfig, subtree_end: Int[Array, "R S"]) -> Recall | None:
-    """What tokens of packed forests recall; None where all layers attend. ValueError on a mesh whose devices share
-    sequences."""
+    """What tokens of packed forests recall; None where all layers attend."""
     delta = config.delta
     if delta is None:
         return None
-    if split_axes("positions", subtree_end.shape[1]):
-        raise ValueError(
-            "the mesh has devices that share a sequence (its axis `sequence`), and this model has layers with a delta "
-            "rule, which pass over the whole of it; take a mesh without that axis"
-        )
     parent = parents(subtree_end)
 
     def recall(mixed, kernel, g, beta):

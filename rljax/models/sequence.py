@@ -2,8 +2,8 @@
 
 A sequence shared by `n` devices is cut into `2 n` chunks; device `i` has chunks `i` and `2 n - 1 - i`. Later queries
 see more keys, and so all devices see as many. Queries stay where they are: keys and values of a layer are gathered, and
-their gradients added up where they came from. What is not activations (tokens, positions, ends of subtrees) is whole on
-every device.
+their gradients added up where they came from. A delta rule passes over the whole of a sequence, and so each device has
+some of its heads there. What is not activations (tokens, positions, ends of subtrees) is whole on every device.
 """
 
 import math
@@ -15,6 +15,9 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int, Shaped
 
 from rljax.models.attention import Attention
+from rljax.models.config import Delta
+from rljax.models.decoder import Recall
+from rljax.models.delta import forest_recall, parents
 from rljax.parallel import RULES, constrain, partition_spec, split_axes, split_over
 
 AXIS = RULES["positions"]
@@ -43,12 +46,15 @@ class Shares(NamedTuple):
 
     def in_shares(self, x: Int[Array, "R S *d"]) -> Int[Array, "R S *d"]:
         """`x`, which is in packed order and whole on every device of a sequence, in the order of shares."""
+        x = self._turned(x)
+        # Left alone, the compiler would have each device send the others what they all hold.
+        return constrain(x, ("batch", *(None,) * (x.ndim - 1)))
+
+    def _turned(self, x: Shaped[Array, "R S *d"]) -> Shaped[Array, "R S *d"]:
         chunks = x.reshape(x.shape[0], CHUNKS * self.parts, self.chunk, *x.shape[2:])
         early = chunks[:, : self.parts]
         late = chunks[:, self.parts :][:, ::-1]
-        x = jnp.stack([early, late], axis=2).reshape(x.shape)
-        # Left alone, the compiler would have each device send the others what they all hold.
-        return constrain(x, ("batch", *(None,) * (x.ndim - 1)))
+        return jnp.stack([early, late], axis=2).reshape(x.shape)
 
     def in_order(self, x: Shaped[Array, "R S *d"]) -> Shaped[Array, "R S *d"]:
         """The reverse of `in_shares`."""
@@ -88,6 +94,42 @@ class Shares(NamedTuple):
             return split_over(part, (*axes, ("kv_heads",)), heads)(*arrays, sinks)
 
         return attend
+
+    def recall(self, delta: Delta, subtree_end: Int[Array, "R S"]) -> Recall:
+        """What tokens of packed forests recall. It is called with arrays in the order of shares; `subtree_end` is in
+        packed order. Each device recalls for its own heads at all positions, and for all heads at its own positions
+        where they do not divide."""
+        divides = delta.key_heads % self.parts == 0
+        own_delta = delta.part(self.parts) if divides else delta
+
+        def part(mixed, kernel, g, beta, subtree_end, parent):
+            own = jax.lax.axis_index(AXIS)
+            mixed, g, beta = (self.in_order(jax.lax.all_gather(x, AXIS, axis=1, tiled=True)) for x in (mixed, g, beta))
+            if not divides:
+                out = self._turned(forest_recall(delta, mixed, kernel, g, beta, subtree_end, parent))
+                return jax.lax.dynamic_slice_in_dim(out, own * CHUNKS * self.chunk, CHUNKS * self.chunk, axis=1)
+
+            def of_heads(x, axis):
+                width = x.shape[axis] // self.parts
+                return jax.lax.dynamic_slice_in_dim(x, own * width, width, axis=axis)
+
+            def of_channels(x, axis):
+                parts = jnp.split(x, (delta.widths[0], 2 * delta.widths[0]), axis=axis)
+                return jnp.concatenate([of_heads(one, axis) for one in parts], axis=axis)
+
+            mixed, kernel = of_channels(mixed, 2), of_channels(kernel, 0)
+            out = forest_recall(own_delta, mixed, kernel, of_heads(g, 2), of_heads(beta, 2), subtree_end, parent)
+            return jax.lax.all_to_all(self._turned(out), AXIS, split_axis=1, concat_axis=2, tiled=True)
+
+        tokens, row = ("batch", "positions", None), ("batch", None)
+        axes = (tokens, (None, None, None), tokens, tokens, row, row)
+        run = split_over(part, axes, (*tokens, None))
+        parent = parents(subtree_end)
+
+        def recall(mixed, kernel, g, beta):
+            return run(mixed, kernel, g, beta, subtree_end, parent), None
+
+        return recall
 
     def states_at(self, hidden: Float[Array, "R S D"], places: Int[Array, "Rn W"]) -> Float[Array, "Rn W D"]:
         """The states in these places of the order of shares, for `places` that are `split`. All states are sent to all

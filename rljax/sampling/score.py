@@ -129,7 +129,8 @@ def _hidden_states(
     experts = None if packed.experts is None or config.value_head else jnp.asarray(packed.experts)
     if shares is not None:
         attention = shares.attention(forward.attention, positions, subtree_end)
-        forward = dataclasses.replace(forward, attention=attention)
+        recall = None if config.delta is None else shares.recall(config.delta, subtree_end)
+        forward = dataclasses.replace(forward, attention=attention, recall=recall)
         tokens, positions, subtree_end = (shares.in_shares(x) for x in (tokens, positions, subtree_end))
         experts = None if experts is None else shares.in_shares(experts)
     return hidden_states(config, params, tokens, positions, subtree_end, forward=forward, experts=experts)

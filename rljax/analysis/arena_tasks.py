@@ -146,9 +146,15 @@ SUMS = Task(
     "for credit within a completion to tell apart.",
     config=sums_config,
     methods=(
-        Method("GRPO 8", grpo(8)),
+        # A prompt has few tokens, and four times as many make the steps as large as those of the other tasks.
+        Method("GRPO 8", grpo(8), share=4.0),
         Method(
-            "random forks 4x2", RandomForks(4, 2), against="GRPO 8", expected="level", claim="nothing to tell apart"
+            "random forks 4x2",
+            RandomForks(4, 2),
+            against="GRPO 8",
+            expected="level",
+            claim="nothing to tell apart",
+            share=4.0,
         ),
         Method(
             "random forks 4x2, Tree-GRPO's credit",
@@ -156,6 +162,7 @@ SUMS = Task(
             against="GRPO 8",
             expected="level",
             claim="nothing to tell apart",
+            share=4.0,
         ),
         Method(
             "random forks 4x2, TreeRL's credit",
@@ -163,6 +170,7 @@ SUMS = Task(
             against="GRPO 8",
             expected="level",
             claim="nothing to tell apart",
+            share=4.0,
         ),
     ),
 )
@@ -356,6 +364,11 @@ MOVED = Task(
     prediction="The papers report each of these weights above DAPO. Little is to be seen of it here: they change a "
     "token's step by a fifth at most and turn none round, and Adam takes away what all tokens have in common.",
     config=late_config,
+    found="As predicted, none can be told from DAPO, whose runs end at 0.82 to 0.94. Rescue comes nearest to it: it is "
+    "below in seven seeds, by 0.018, which is too little beside four other comparisons. What differs most are falls of "
+    "single runs, which four updates of one rollout bring about now and then, DAPO's too: rescue falls in seeds 2 and "
+    "4, to 0 in the latter, direction reweighting in seeds 0 and 3, and all come back but one of divergence weights, "
+    "in seed 5. That run is all of its mean difference.",
     methods=(
         Method("DAPO 8", FixedPrompts(DAPO(group_size=8)), change=several_updates),
         *(
@@ -390,6 +403,11 @@ ERRANDS = Task(
     prediction="To ask before answering is quickly learned, by all. Turns of one state stand beside each other in "
     "Role-Agent's and GiGPO's credit, which should find the turn that guesses sooner than one outcome does.",
     config=errands_config,
+    found="Learned by all: an eighth of the run brings most of it, and six seeds end at 0.96 to 0.99. What is left for "
+    "a method is little: GiGPO's credit is above one outcome's by 0.004, too little beside four other comparisons, and "
+    "AgentRL's normalisation, its older weights and DeepDive's penalty are level. Role-Agent's returns of what was "
+    "foreseen cost 0.008 of GiGPO's score, in every seed. It fits that four houses in ten have a digit that cannot be "
+    "foreseen: that is the house's luck, and noise to what asking is worth.",
     methods=(
         Method("GRPO 8", grpo(8)),
         Method("AgentRL", AgentRL(group_size=8, kl_coef=0.0), against="GRPO 8", claim="as in 2510.04206"),
@@ -426,8 +444,8 @@ ERRANDS_FORKS = Task(
     config=errands_config,
     methods=(
         Method("GRPO 8", grpo(8)),
-        Method("ARPO", ARPO(chains=4, window=1), against="GRPO 8", claim="as in 2507.19849"),
-        Method("APPO", APPO(chains=4, half_life=8.0), against="GRPO 8", claim="as in 2606.12384"),
+        Method("ARPO", ARPO(chains=4, window=1), against="GRPO 8", claim="as in 2507.19849", share=1.25),
+        Method("APPO", APPO(chains=4, half_life=8.0), against="GRPO 8", claim="as in 2606.12384", share=1.25),
     ),
 )
 

@@ -165,11 +165,11 @@ def stores():
     params = jax.eval_shape(lambda p: decode_weights(DECODER, p), abstract_params(DECODER))
     number = jax.ShapeDtypeStruct((), jnp.int32)
     some = jax.ShapeDtypeStruct((SLOTS,), jnp.int32)
-    moves = Moves(conversation=some, other=some, start=some, column=some, count=number)
+    moves = Moves(conversation=some, other=some, start=some, column=some, mark=some, count=number)
     tokens = jax.ShapeDtypeStruct((SLOTS, TOKENS), jnp.int32)
 
     cache = jax.eval_shape(lambda: init_cache(DECODER, SLOTS, 1, COLUMNS, TOKENS))
-    kept = jax.eval_shape(lambda: init_conversations(DECODER, SLOTS, COLUMNS))
+    kept = jax.eval_shape(lambda: init_conversations(DECODER, SLOTS, COLUMNS, 2))
     programs = {
         "copy_prompt": (copy_prompt, cache, number, number),
         "copy_conversations": (copy_conversations, kept, moves, moves),

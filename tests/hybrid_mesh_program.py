@@ -1,18 +1,32 @@
 """Run by test_sampling_hybrid.py in a process with eight virtual devices: prints a JSON object of what it found."""
 
 import dataclasses
+import functools
 import json
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding
 from packed_trees import depths, ends, random_parents
 
 from rljax.models import Forward, fresh_config, hidden_states, init_params, logits, sequence_shares
-from rljax.models.decoder import recall_of
+from rljax.models.cache import init_cache
+from rljax.models.decoder import abstract_params, recall_of
 from rljax.models.layout import param_shardings
-from rljax.parallel import collectives, make_mesh, put_batch, use_mesh
+from rljax.parallel import collectives, make_mesh, partition_spec, put_batch, use_mesh
 from rljax.sampling import Fork, Request, Sampler, SamplerSpec, Turn, TurnDecoder, TurnDecoderSpec, sampling_params
+from rljax.sampling.conversations import (
+    Marks,
+    Moves,
+    copy_conversations,
+    extend,
+    init_conversations,
+    keep_turns,
+    lay_conversations,
+)
+from rljax.sampling.path_memories import PathTokens, recall_paths
+from rljax.sampling.weights import decode_weights
 
 LENGTH = 40
 FRESH = fresh_config(
@@ -110,6 +124,34 @@ def spoken_on(params, shape):
     return [said, forks, decoder.stats["copied_tokens"]]
 
 
+def sent_by_stores():
+    """Arrays that eight devices send when sixteen conversations and rows are moved and computed, by the program."""
+    mesh = make_mesh(1, 8, 1)
+    split, whole = (NamedSharding(mesh, partition_spec(axes)) for axes in (("batch",), ()))
+
+    def placed(tree, where):
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), tree)
+
+    number = jax.ShapeDtypeStruct((), jnp.int32, sharding=whole)
+    some, tokens = (jax.ShapeDtypeStruct((16, *sizes), jnp.int32, sharding=split) for sizes in ((), (8,)))
+    params = placed(jax.eval_shape(lambda p: decode_weights(CONFIG, p), abstract_params(CONFIG)), whole)
+    cache = placed(jax.eval_shape(lambda: init_cache(CONFIG, 16, 1, 48, 16)), split)
+    kept = placed(jax.eval_shape(lambda: init_conversations(CONFIG, 16, 48, 2)), split)
+    moves = placed(Moves(conversation=some, other=some, start=some, column=some, mark=some, count=number), whole)
+    marks = Marks(source=some, target=some, length=some)
+    paths = PathTokens(tokens=tokens, length=some, slot=some, row=some, prefix_length=some)
+    programs = {
+        "copy": (copy_conversations, kept, moves, moves),
+        "lay": (lay_conversations, cache, kept, moves),
+        "keep": (keep_turns, kept, cache, moves),
+        "extend": (functools.partial(extend, CONFIG, False), params, kept, tokens, some, some, marks),
+        "recall": (functools.partial(recall_paths, CONFIG), params, cache, paths),
+    }
+    with use_mesh(mesh):
+        compiled = {name: jax.jit(fn).lower(*arguments).compile() for name, (fn, *arguments) in programs.items()}
+    return {name: [shape for one in collectives(x) for shape in one.shapes] for name, x in compiled.items()}
+
+
 def recalled_on(shape):
     """How far what is recalled on devices that share sequences is from what one recalls, and a gradient of it."""
     delta = FRESH.delta
@@ -153,6 +195,7 @@ def main():
         },
         # Two heads of keys.
         "recalled": {"2": recalled_on((1, 4, 1, 2)), "4": recalled_on((1, 2, 1, 4))},
+        "sent": sent_by_stores(),
         "sampled": sampled_on(params, (2, 2, 2)) == whole,
         "spoken": spoken[-1] > 0 and spoken_on(params, (2, 2, 2)) == spoken,
     }

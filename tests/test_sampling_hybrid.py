@@ -324,6 +324,13 @@ def test_devices_that_share_sequences_recall_what_one_does(on_meshes, devices):
     assert on_meshes["recalled"][devices] < 1e-5
 
 
+def test_memories_stay_on_the_devices_that_keep_them(on_meshes):
+    """But for one that is copied to another device, which is sent alone."""
+    copied = on_meshes["sent"].pop("copy")
+    assert not any(on_meshes["sent"].values()) and len(on_meshes["sent"]) == 4
+    assert sorted(shape.split("[")[1][:2] for shape in copied) == ["1,"] * 4
+
+
 def test_devices_of_a_mesh_sample_what_one_does(on_meshes):
     assert on_meshes["sampled"]
 

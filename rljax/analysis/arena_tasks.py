@@ -442,6 +442,9 @@ ERRANDS_FORKS = Task(
     prediction="An episode has few turns, and what is uncertain is the first token of each: call or answer. Forks "
     "there share little and find what independent episodes find. Level, whatever the papers report.",
     config=errands_config,
+    found="As predicted, level to 0.001, at a quarter more prompts a step than GRPO: forks share a fifth of the "
+    "tokens. With as many prompts as GRPO they were above it at equal tokens, ARPO by 0.011 in every seed: by more "
+    "updates for each token, and not by forks.",
     methods=(
         Method("GRPO 8", grpo(8)),
         Method("ARPO", ARPO(chains=4, window=1), against="GRPO 8", claim="as in 2507.19849", share=1.25),

@@ -26,31 +26,20 @@ from rljax.sampling import (
 from rljax.sampling.prompt_scores import score_prompts
 from rljax.sampling.weights import decode_weights
 
-CONFIG = fresh_config(
-    "qwen3_5_text",
-    vocab_size=29,
-    num_layers=4,
-    embed_dim=16,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=8,
-    mlp_dim=24,
-    max_position=64,
-)
+SIZES = {
+    "vocab_size": 29,
+    "num_layers": 4,
+    "embed_dim": 16,
+    "num_heads": 4,
+    "num_kv_heads": 2,
+    "head_dim": 8,
+    "mlp_dim": 24,
+    "max_position": 64,
+}
+CONFIG = fresh_config("qwen3_5_text", **SIZES)
 PARAMS = jax.tree.map(lambda x: 5 * x if x.ndim == 3 else x, init_params(CONFIG, jax.random.key(0)))
 # The same with experts in all layers, one of which computes for every token.
-MIXTURE = fresh_config(
-    "qwen3_5_moe_text",
-    vocab_size=29,
-    num_layers=4,
-    embed_dim=16,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=8,
-    mlp_dim=24,
-    max_position=64,
-    experts=Experts(count=6, per_token=2, mlp_dim=12),
-)
+MIXTURE = fresh_config("qwen3_5_moe_text", experts=Experts(count=6, per_token=2, mlp_dim=12), **SIZES)
 MIXED = jax.tree.map(lambda x: 5 * x if x.ndim > 2 else x, init_params(MIXTURE, jax.random.key(1)))
 SPEC = SamplerSpec(prompt_slots=2, sample_slots=2, prompt_buckets=(4, 8), max_new_tokens=12)
 LENGTH = 64
@@ -277,6 +266,18 @@ def test_a_turn_that_was_interrupted_goes_on_as_if_it_was_not(keep):
     assert {said.turn.conversation: said.tokens.tolist() for said in parts} == {
         i: said.tokens.tolist() for i, said in whole.items()
     }
+
+
+def test_a_turn_that_is_interrupted_before_its_first_step_goes_on():
+    """Its row remembers nothing yet, and what another turn left there is no memory of it."""
+    decoder = turn_decoder(rows=1)
+    finish(decoder, Turn(1, [20, 21, 22], 9, 1))
+    turn = Turn(0, [12, 13, 14], 9, 0)
+    decoder.submit(turn)
+    decoder._admit(decoder._params)
+    (said,) = decoder.interrupt(keep=True)
+    assert len(said.tokens) == 0
+    finish(decoder, turn)
 
 
 def test_conversations_count_their_memories():

@@ -406,8 +406,8 @@ ERRANDS = Task(
     found="Learned by all: an eighth of the run brings most of it, and six seeds end at 0.96 to 0.99. What is left for "
     "a method is little: GiGPO's credit is above one outcome's by 0.004, too little beside four other comparisons, and "
     "AgentRL's normalisation, its older weights and DeepDive's penalty are level. Role-Agent's returns of what was "
-    "foreseen cost 0.008 of GiGPO's score, in every seed. It fits that four houses in ten have a digit that cannot be "
-    "foreseen: that is the house's luck, and noise to what asking is worth.",
+    "foreseen cost 0.008 of GiGPO's score, in every seed. It fits that a third of the digits cannot be foreseen: "
+    "that is the house's luck, and noise to what asking is worth.",
     methods=(
         Method("GRPO 8", grpo(8)),
         Method("AgentRL", AgentRL(group_size=8, kl_coef=0.0), against="GRPO 8", claim="as in 2510.04206"),

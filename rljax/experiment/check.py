@@ -256,6 +256,7 @@ def check_teachers(config: Config, plan: RolloutPlan) -> None:
                 "distils, e.g. OnPolicyDistillation or MOPD"
             )
         return
+
     if not config.teachers:
         raise ValueError(f"config.teachers=() but {name} needs one at least; give config.teachers=(ModelTeacher(...),)")
 
@@ -267,6 +268,7 @@ def check_teachers(config: Config, plan: RolloutPlan) -> None:
             "leave it empty, or take SingleTurn"
         )
 
+    # What is cut off has no log-prob of the policy's to compare.
     own = config.sampling
     for field in ("top_k", "top_p", "min_p"):
         value = getattr(own, field)

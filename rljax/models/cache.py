@@ -250,6 +250,52 @@ def write_entry(
     return jax.lax.dynamic_update_slice(target, entry, place)
 
 
+def read_entries(
+    source: Float[Array, "E ..."],
+    index: Int[Array, " N"],
+    axes: Sequence[str | None],
+    mark: Int[Array, " N"] | None = None,
+) -> Float[Array, "N ..."]:
+    """Entries `index` of an array of the logical `axes`, each on the device that has it; with `mark` one of the second
+    dimension of each, which is gone then. `index` is split as the entries are."""
+
+    def read(source, index, *rest):
+        *mark, shard = rest
+        own, _ = _own(source, index, shard)
+        return source[(own, *mark)]
+
+    marks = () if mark is None else (mark,)
+    of_result = axes if mark is None else (axes[0], *axes[2:])
+    return on_shards(read, (axes, ("batch",), *(("batch",) for _ in marks)), of_result)(source, index, *marks)
+
+
+def write_entries(
+    target: Float[Array, "E ..."],
+    new: Float[Array, "N ..."],
+    index: Int[Array, " N"],
+    axes: Sequence[str | None],
+    start: Int[Array, " N"] | None = None,
+    along: int = 1,
+) -> Float[Array, "E ..."]:
+    """`target`, of the logical `axes`, with `new` at the entries `index`, each from `start` (0) on in the dimension
+    `along`. On a mesh `new` and `index` are split as the entries are, and of -1 nothing is written."""
+
+    def store(target, new, index, *rest):
+        *starts, shard = rest
+
+        def write(i, target):
+            place: list[Array | int] = [0] * (target.ndim - 1)
+            if starts:
+                place[along - 1] = starts[0][i]
+            return write_entry(target, jax.lax.dynamic_slice_in_dim(new, i, 1), index[i], shard, place)
+
+        return jax.lax.fori_loop(0, new.shape[0], write, target)
+
+    starts = () if start is None else (start,)
+    run = on_shards(store, (axes, axes, ("batch",), *(("batch",) for _ in starts)), axes)
+    return run(target, new.astype(target.dtype), index, *starts)
+
+
 def send_entry(source: Float[Array, "E ..."], index: Int[Array, ""], shard: Shard) -> Float[Array, "1 ..."]:
     """Entry `index` of the whole array, on every device; the one that has it sends it."""
     if not shard.axes:

@@ -558,7 +558,7 @@ class DecoderConfig:
         if self.delta is not None:
             raise ValueError(
                 f"{what} needs a model all of whose layers attend; {sum(self.delta.layers)} of {self.num_layers} here "
-                f"have a delta rule, whose memory cannot be taken apart into keys and values. Take another model"
+                "have a delta rule, whose memory cannot be taken apart into keys and values. Take another model"
             )
 
     @property

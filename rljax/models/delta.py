@@ -323,13 +323,13 @@ def prompt_recall(
 ) -> tuple[Float[Array, "N S H e"], Recalled]:
     """What right-padded tokens of one path a row recall, in float32, and what goes on behind their first `length`.
     They follow what is recalled `before` them; None for prompts, which nothing comes before."""
-    tail = jnp.zeros((mixed.shape[0], delta.kernel - 1, mixed.shape[2]), mixed.dtype)
-    seen = jnp.concatenate([tail if before is None else before.tail.astype(mixed.dtype), mixed], axis=1)
+    memory, tail = (None, jnp.zeros((len(mixed), delta.kernel - 1, mixed.shape[2]))) if before is None else before
+    seen = jnp.concatenate([tail.astype(mixed.dtype), mixed], axis=1)
     parent = jnp.broadcast_to(jnp.arange(seen.shape[1]) - 1, seen.shape[:2])
     q, k, v = _heads(delta, path_convolution(seen, kernel, parent)[:, delta.kernel - 1 :])
-    out, memory = prompt_delta(q, k, v, g, beta, length, None if before is None else before.memory)
+    out, behind = prompt_delta(q, k, v, g, beta, length, memory)
     last = length[:, None] + jnp.arange(delta.kernel - 1)
-    return out, Recalled(memory, _before(seen, last))
+    return out, Recalled(behind, _before(seen, last))
 
 
 def next_recall(

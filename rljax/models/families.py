@@ -90,17 +90,17 @@ _EXPERTS = (
         for path in ("gate", "up", "down")
     ),
 )
-_SHARED_EXPERT = tuple(
-    row
-    for path in ("gate", "up", "down")
-    for row in _linear(f"shared_{path}", f"mlp.shared_experts.{path}_proj", f"ffn_{path}_shexp")
-)
+
+
+def _shared(hf: str) -> tuple[Weight, ...]:
+    """The MLP of all shared experts."""
+    paths = ("gate", "up", "down")
+    return tuple(row for path in paths for row in _linear(f"shared_{path}", f"{hf}.{path}_proj", f"ffn_{path}_shexp"))
+
+
+_SHARED_EXPERT = _shared("mlp.shared_experts")
 _SCORED_EXPERT = (
-    *(
-        row
-        for path in ("gate", "up", "down")
-        for row in _linear(f"shared_{path}", f"mlp.shared_expert.{path}_proj", f"ffn_{path}_shexp")
-    ),
+    *_shared("mlp.shared_expert"),
     Weight(
         "layers/shared_score",
         "model.layers.{}.mlp.shared_expert_gate.weight",
@@ -126,12 +126,18 @@ _BIASED_EXPERTS = (
         for path in paths
     ),
 )
-_DELTA = (
+_FADES = (
     Weight("layers/fade_shift", "model.layers.{}.linear_attn.dt_bias", "blk.{}.ssm_dt.bias"),
     Weight("layers/fade_rate", "model.layers.{}.linear_attn.A_log", "blk.{}.ssm_a"),
     Weight("layers/kernel", "model.layers.{}.linear_attn.conv1d.weight", "blk.{}.ssm_conv1d.weight"),
+)
+_READ = (
     *_norm("read_norm", "linear_attn.norm", "ssm_norm"),
     *_linear("o", "linear_attn.out_proj", "ssm_out"),
+)
+_DELTA = (
+    *_FADES,
+    *_READ,
     *_linear("q", "linear_attn.in_proj_qkv", "attn_qkv"),
     *_linear("k", "linear_attn.in_proj_qkv", "attn_qkv"),
     *_linear("v", "linear_attn.in_proj_qkv", "attn_qkv"),
@@ -172,8 +178,7 @@ _JOINED = (
 
 
 _HEADED_DELTA = (
-    *(row for row in _DELTA if row.path.rpartition("/")[-1] in ("fade_shift", "fade_rate", "kernel", "read_norm")),
-    *_linear("o", "linear_attn.out_proj", "ssm_out"),
+    *_FADES,
     *(
         Weight(
             f"layers/{path}",
@@ -188,6 +193,7 @@ _HEADED_DELTA = (
         )
         for path in paths
     ),
+    *_READ,
 )
 
 
@@ -332,6 +338,8 @@ def pattern(every: int, count: int) -> tuple[bool, ...] | None:
     return None if all(chosen) else chosen
 
 
+_BESIDE_DELTA = {"qk_norm": True, "norm_offset": True, "gated_attention": True}
+_ONE_SCORED = {"shared": 1, "shared_score": True}
 _DELTA_KEYS = {
     "key_heads": "linear_num_key_heads",
     "value_heads": "linear_num_value_heads",
@@ -480,7 +488,7 @@ FAMILIES: dict[str, Family] = {
             "partial_rotary_factor": 0.25,
             **_DELTA_SIZES,
         },
-        fixed={"qk_norm": True, "norm_offset": True, "gated_attention": True},
+        fixed=_BESIDE_DELTA,
         bias_keys=("attention_bias",),
         neutral={"attn_output_gate": (None, True)},
         partial_rotary=True,
@@ -505,7 +513,7 @@ FAMILIES: dict[str, Family] = {
             "decoder_sparse_step": 1,
             **_DELTA_SIZES,
         },
-        fixed={"qk_norm": True, "norm_offset": True, "gated_attention": True},
+        fixed=_BESIDE_DELTA,
         bias_keys=("attention_bias",),
         partial_rotary=True,
         experts={
@@ -514,7 +522,7 @@ FAMILIES: dict[str, Family] = {
             "mlp_dim": ("moe_intermediate_size",),
             "normalized": ("norm_topk_prob",),
         },
-        fixed_experts={"shared": 1, "shared_score": True},
+        fixed_experts=_ONE_SCORED,
         shared_width_key="shared_expert_intermediate_size",
         delta=_DELTA_KEYS,
         delta_every=4,
@@ -535,7 +543,7 @@ FAMILIES: dict[str, Family] = {
             "shared_expert_intermediate_size": 512,
             **_DELTA_SIZES,
         },
-        fixed={"qk_norm": True, "norm_offset": True, "gated_attention": True},
+        fixed=_BESIDE_DELTA,
         bias_keys=("attention_bias",),
         neutral={"attn_output_gate": (None, True)},
         partial_rotary=True,
@@ -544,7 +552,7 @@ FAMILIES: dict[str, Family] = {
             "per_token": ("num_experts_per_tok",),
             "mlp_dim": ("moe_intermediate_size",),
         },
-        fixed_experts={"shared": 1, "shared_score": True},
+        fixed_experts=_ONE_SCORED,
         shared_width_key="shared_expert_intermediate_size",
         delta=_DELTA_KEYS,
         delta_every=4,
@@ -972,6 +980,8 @@ def _experts_from_hf(family: Family, get: Callable[..., Any]) -> Experts | None:
             f"config.json: decoder_sparse_step={get('decoder_sparse_step')!r:.80} with "
             f"mlp_only_layers={get('mlp_only_layers')!r:.80} is not supported; every layer must have experts"
         )
+
+    # Each under the first of its names that the file has.
     flags = {field.name for field in dataclasses.fields(Experts) if field.type in (bool, "bool")}
     fields: dict[str, Any] = {}
     for ours, names in family.experts.items():
@@ -982,6 +992,8 @@ def _experts_from_hf(family: Family, get: Callable[..., Any]) -> Experts | None:
             fields[ours] = bool(get(theirs))
         else:
             fields[ours] = _whole(get, theirs, least=0 if ours == "dense_layers" else 1)
+
+    # Ours are so many experts, whatever a file says of their width.
     if key := family.shared_width_key:
         width = _whole(get, key)
         fields["shared"], rest = divmod(width, fields["mlp_dim"])

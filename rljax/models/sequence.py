@@ -51,6 +51,7 @@ class Shares(NamedTuple):
         return constrain(x, ("batch", *(None,) * (x.ndim - 1)))
 
     def _turned(self, x: Shaped[Array, "R S *d"]) -> Shaped[Array, "R S *d"]:
+        """`in_shares` of what a device has whole already."""
         chunks = x.reshape(x.shape[0], CHUNKS * self.parts, self.chunk, *x.shape[2:])
         early = chunks[:, : self.parts]
         late = chunks[:, self.parts :][:, ::-1]
@@ -96,11 +97,11 @@ class Shares(NamedTuple):
         return attend
 
     def recall(self, delta: Delta, subtree_end: Int[Array, "R S"]) -> Recall:
-        """What tokens of packed forests recall. It is called with arrays in the order of shares; `subtree_end` is in
-        packed order. Each device recalls for its own heads at all positions, and for all heads at its own positions
-        where they do not divide."""
+        """What tokens of packed forests recall (`rljax.models.delta.forest_recall`). It is called with arrays in the
+        order of shares; `subtree_end` is in packed order. Each device gathers the layer's `mixed` [R, S, C], `g` and
+        `beta` [R, S, H], recalls for its own heads, and sends others what is of their positions. Heads of keys that do
+        not divide are recalled by every device."""
         divides = delta.key_heads % self.parts == 0
-        own_delta = delta.part(self.parts) if divides else delta
 
         def part(mixed, kernel, g, beta, subtree_end, parent):
             own = jax.lax.axis_index(AXIS)
@@ -113,12 +114,14 @@ class Shares(NamedTuple):
                 width = x.shape[axis] // self.parts
                 return jax.lax.dynamic_slice_in_dim(x, own * width, width, axis=axis)
 
+            # Channels are those of queries, of keys and of values, each of all heads.
             def of_channels(x, axis):
                 parts = jnp.split(x, (delta.widths[0], 2 * delta.widths[0]), axis=axis)
                 return jnp.concatenate([of_heads(one, axis) for one in parts], axis=axis)
 
             mixed, kernel = of_channels(mixed, 2), of_channels(kernel, 0)
-            out = forest_recall(own_delta, mixed, kernel, of_heads(g, 2), of_heads(beta, 2), subtree_end, parent)
+            own_heads = delta.part(self.parts)
+            out = forest_recall(own_heads, mixed, kernel, of_heads(g, 2), of_heads(beta, 2), subtree_end, parent)
             return jax.lax.all_to_all(self._turned(out), AXIS, split_axis=1, concat_axis=2, tiled=True)
 
         tokens, row = ("batch", "positions", None), ("batch", None)

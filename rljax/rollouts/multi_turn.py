@@ -161,11 +161,13 @@ class MultiTurn(TurnsConfig):
                 f"config.actor.steps_in_flight={self.steps_in_flight} needs config.prompts_per_step={parts.groups} to "
                 f"divide over the {parts.processes} processes; change one of the three"
             )
+
         style = get_format(self.tool_format)
         dialogue = Dialogue(parts.tokenizer, role=style.role, wrap=style.wrap, chat=parts.settings.chat)
         if any(dialogue.is_chat(example.prompt) for example in [*parts.dataset.train, *parts.dataset.test]):
             check_chat_template(parts.tokenizer, role=style.role)
 
+        # Where two policies speak each has a decoder of its own, with weights and conversations.
         forks = parts.plan.forks if parts.plan.forks and parts.plan.forks.lagged_chains else None
         decoders = [
             self.turn_decoder(
@@ -176,6 +178,7 @@ class MultiTurn(TurnsConfig):
         scorer = None
         if forks:
             scorer = RowScorer(parts.decoder, parts.mesh, rows=forks.parents, length=self.context_length)
+
         pool = self._pool(parts.tokenizer)
         actor = self.actor_of(decoders, pool, dialogue, parts, scorer)
         actor.processes = parts.processes

@@ -29,8 +29,10 @@ from rljax.models.cache import (
     constrain_rows,
     empty_memories,
     memory_bytes,
+    read_entries,
     read_entry,
     send_entry,
+    write_entries,
     write_entry,
 )
 from rljax.models.config import DecoderConfig
@@ -137,19 +139,24 @@ def extend(
     for layer_params, place, window, rotation in layers:
 
         def attend(q, k, v, sinks=None, place=place, window=window):
-            new_k = _write(conversations.k[place], k, index, start)
-            new_v = _write(conversations.v[place], v, index, start)
+            new_k = write_entries(conversations.k[place], jnp.swapaxes(k, 1, 2), index, PREFIX_AXES, start, 2)
+            new_v = write_entries(conversations.v[place], jnp.swapaxes(v, 1, 2), index, PREFIX_AXES, start, 2)
             if is_fresh:
                 # Nothing lies before: the new keys alone, which need not be gathered from the whole length.
                 out = forest_attention(q, k, v, positions, jnp.full(tokens.shape, length), window, sinks=sinks)
             else:
-                out = attend_behind(q, _read(new_k, index), _read(new_v, index), start, window, sinks)
+                seen_k, seen_v = (read_entries(x, index, PREFIX_AXES) for x in (new_k, new_v))
+                out = attend_behind(q, seen_k, seen_v, start, window, sinks)
             return out, (new_k, new_v)
 
         def recall(mixed, kernel, g, beta, place=place):
             assert config.delta is not None and marks is not None, "a delta rule needs to know what comes before"
             kept = conversations.recalled[place]
-            before = None if is_fresh else _read_marks(kept, index, jnp.asarray(marks.source))
+            before = None
+            if not is_fresh:
+                source = jnp.asarray(marks.source)
+                axes = (ROWS_MEMORY_AXES, ROWS_TAIL_AXES)
+                before = Recalled(*(read_entries(x, index, own, source) for x, own in zip(kept, axes, strict=True)))
             out, new = prompt_recall(config.delta, mixed, kernel, g, beta, jnp.asarray(marks.length), before)
             return out, write_recalled(kept, new, index, jnp.asarray(marks.target))
 
@@ -163,59 +170,13 @@ def extend(
     return Conversations(k=tuple(keys), v=tuple(values), recalled=tuple(memories))
 
 
-def _write(kept: Array, new: Array, index: Array, start: Array) -> Array:
-    """`new` [N, S, KV, hd] into `kept` [E, KV, C, hd] from `start` on."""
-
-    def store(kept, new, index, start, shard):
-        def write(i, kept):
-            row = jax.lax.dynamic_slice_in_dim(new, i, 1)
-            return write_entry(kept, row, index[i], shard, (0, start[i], 0))
-
-        return jax.lax.fori_loop(0, new.shape[0], write, kept)
-
-    run = on_shards(store, (PREFIX_AXES, PREFIX_AXES, ("batch",), ("batch",)), PREFIX_AXES)
-    return run(kept, jnp.swapaxes(new, 1, 2).astype(kept.dtype), index, start)
-
-
-def _read(kept: Array, index: Array) -> Array:
-    """The conversations `index` [N] of `kept` [E, KV, C, hd], each on the device that has it."""
-
-    def read(kept, index, shard):
-        return kept[jnp.clip(index - shard.number * kept.shape[0], 0, kept.shape[0] - 1)]
-
-    return on_shards(read, (PREFIX_AXES, ("batch",)), PREFIX_AXES)(kept, index)
-
-
 def write_recalled(kept: Recalled, new: Recalled, index: Array, mark: Array) -> Recalled:
-    """`new` [N, ..] into `kept` [E, M, ..] at the places (`index`, `mark`), [N] each, on the devices that have them;
-    -1 for none on a mesh."""
+    """`new` [N, ..] into `kept` [E, M, ..] at the places (`index`, `mark`), [N] each, as `write_entries` does."""
 
-    def store(kept, new, index, mark, shard):
-        def write(i, kept):
-            row = jax.lax.dynamic_slice_in_dim(new, i, 1)[:, None]
-            return write_entry(kept, row, index[i], shard, (mark[i], *(0,) * (kept.ndim - 2)))
+    def run(kept, new, axes):
+        return write_entries(kept, new[:, None], index, axes, mark)
 
-        return jax.lax.fori_loop(0, new.shape[0], write, kept)
-
-    def run(kept, new, marked, axes):
-        return on_shards(store, (marked, axes, ("batch",), ("batch",)), marked)(kept, new, index, mark)
-
-    return Recalled(
-        run(kept.memory, new.memory, ROWS_MEMORY_AXES, MEMORY_AXES),
-        run(kept.tail, new.tail, ROWS_TAIL_AXES, TAIL_AXES),
-    )
-
-
-def _read_marks(kept: Recalled, index: Array, mark: Array) -> Recalled:
-    """The memories `mark` [N] of the conversations `index`, each on the device that has it."""
-
-    def read(kept, index, mark, shard):
-        return kept[jnp.clip(index - shard.number * kept.shape[0], 0, kept.shape[0] - 1), mark]
-
-    def run(kept, marked, axes):
-        return on_shards(read, (marked, ("batch",), ("batch",)), axes)(kept, index, mark)
-
-    return Recalled(run(kept.memory, ROWS_MEMORY_AXES, MEMORY_AXES), run(kept.tail, ROWS_TAIL_AXES, TAIL_AXES))
+    return Recalled(run(kept.memory, new.memory, ROWS_MEMORY_AXES), run(kept.tail, new.tail, ROWS_TAIL_AXES))
 
 
 def attend_behind(q: Array, k: Array, v: Array, start: Array, window: int, sinks: Array | None) -> Array:

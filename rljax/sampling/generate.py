@@ -25,6 +25,7 @@ from rljax.models.cache import (
     ring_size,
     send_entry,
     write_column,
+    write_entries,
     write_entry,
 )
 from rljax.models.config import DecoderConfig
@@ -211,8 +212,8 @@ def prefill(
             memories.append(_remember(cache.prompt_memory[place], new, slots))
         else:
             k, v = new
-            prefix_k.append(_store(cache.prefix_k[place], jnp.swapaxes(k, 1, 2), slots, PREFIX_AXES))
-            prefix_v.append(_store(cache.prefix_v[place], jnp.swapaxes(v, 1, 2), slots, PREFIX_AXES))
+            prefix_k.append(write_entries(cache.prefix_k[place], jnp.swapaxes(k, 1, 2), slots, PREFIX_AXES))
+            prefix_v.append(write_entries(cache.prefix_v[place], jnp.swapaxes(v, 1, 2), slots, PREFIX_AXES))
 
     # The prompt's last token is fed by the decoder, so no logits are needed here.
     cache = dataclasses.replace(
@@ -248,21 +249,9 @@ class _Record:
 
 def _remember(prompts: Recalled, new: Recalled, slots: Array) -> Recalled:
     return Recalled(
-        _store(prompts.memory, new.memory, slots, MEMORY_AXES), _store(prompts.tail, new.tail, slots, TAIL_AXES)
+        write_entries(prompts.memory, new.memory, slots, MEMORY_AXES),
+        write_entries(prompts.tail, new.tail, slots, TAIL_AXES),
     )
-
-
-def _store(prefix: Array, new: Array, slots: Array, axes: tuple[str | None, ...]) -> Array:
-    """`new` [N, ...] into `prefix` [P, ...], of the logical `axes`, at `slots` [N]."""
-
-    def store(prefix, new, slots, shard):
-        def write(i, prefix):
-            return write_entry(prefix, jax.lax.dynamic_slice_in_dim(new, i, 1), slots[i], shard)
-
-        return jax.lax.fori_loop(0, new.shape[0], write, prefix)
-
-    run = on_shards(store, (axes, axes, ("batch",)), axes)
-    return run(prefix, new.astype(prefix.dtype), slots)
 
 
 def copy_prompt(cache: KVCache, source: Int[ArrayLike, ""], target: Int[ArrayLike, ""]) -> KVCache:

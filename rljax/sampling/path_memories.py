@@ -10,12 +10,20 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
-from rljax.models.cache import MEMORY_AXES, PREFIX_AXES, TAIL_AXES, KVCache, cache_places, constrain_rows
+from rljax.models.cache import (
+    MEMORY_AXES,
+    PREFIX_AXES,
+    TAIL_AXES,
+    KVCache,
+    cache_places,
+    constrain_rows,
+    read_entries,
+)
 from rljax.models.config import DecoderConfig
 from rljax.models.decoder import apply_layer, embed, has_delta
 from rljax.models.delta import Recalled, prompt_recall
 from rljax.models.rope import rotary_tables
-from rljax.parallel import constrain, on_shards
+from rljax.parallel import constrain
 from rljax.sampling.conversations import attend_behind, write_recalled
 from rljax.sampling.weights import chosen_adapters, product
 from rljax.types import ArrayLike, Params, struct
@@ -52,14 +60,14 @@ def recall_paths(config: DecoderConfig, params: Params, cache: KVCache, paths: P
     for layer_params, place, window, rotation in layers:
 
         def attend(q, k, v, sinks=None, place=place, window=window):
-            keys = _with_new(_of_slots(cache.prefix_k[place], slot, PREFIX_AXES), k, start)
-            values = _with_new(_of_slots(cache.prefix_v[place], slot, PREFIX_AXES), v, start)
+            keys = _with_new(read_entries(cache.prefix_k[place], slot, PREFIX_AXES), k, start)
+            values = _with_new(read_entries(cache.prefix_v[place], slot, PREFIX_AXES), v, start)
             return attend_behind(q, keys, values, start, window, sinks), None
 
         def recall(mixed, kernel, g, beta, place=place):
             assert config.delta is not None
             memory, tail = cache.prompt_memory[place]
-            before = Recalled(_of_slots(memory, slot, MEMORY_AXES), _of_slots(tail, slot, TAIL_AXES))
+            before = Recalled(read_entries(memory, slot, MEMORY_AXES), read_entries(tail, slot, TAIL_AXES))
             out, new = prompt_recall(config.delta, mixed, kernel, g, beta, jnp.asarray(paths.length), before)
             return out, constrain_rows(write_recalled(cache.row_memory[place], new, slot, row))
 
@@ -68,15 +76,6 @@ def recall_paths(config: DecoderConfig, params: Params, cache: KVCache, paths: P
         if has_delta(layer_params):
             memories.append(new)
     return dataclasses.replace(cache, row_memory=tuple(memories))
-
-
-def _of_slots(kept: Array, slot: Array, axes: tuple[str | None, ...]) -> Array:
-    """What is of each `slot` [N], on the device that has it."""
-
-    def read(kept, slot, shard):
-        return kept[jnp.clip(slot - shard.number * kept.shape[0], 0, kept.shape[0] - 1)]
-
-    return on_shards(read, (axes, ("batch",)), axes)(kept, slot)
 
 
 def _with_new(prefix: Array, new: Array, start: Array) -> Array:

@@ -291,12 +291,15 @@ class TurnDecoder:
         behind conversations, `copy`, `lay` and `keep` move conversations, `decode` steps the rows. To compile and
         inspect; nothing runs."""
         kept, cache = plan.cache
-        count, chunk = plan.prefill
         none = self._moves([])
+
+        # A chunk behind what is there: of a conversation's first tokens there is less to be read.
+        count, chunk = plan.prefill
+        tokens = np.zeros((count, chunk), np.int32)
+        zeros = np.zeros(count, np.int32)
+        marks = self._marked.told(zeros, zeros, zeros)
+
         with self._on_mesh():
-            tokens = np.zeros((count, chunk), np.int32)
-            zeros = np.zeros(count, np.int32)
-            marks = self._marked.told(zeros, zeros, zeros)
             return {
                 "weights": lower_weights(self.config, self.mesh),
                 "extend": _extend.lower(self.config, False, plan.weights, kept, tokens, zeros, zeros, marks),
@@ -672,8 +675,9 @@ class TurnDecoder:
         held = np.concatenate([np.asarray(turn.tokens, np.int32), result.tokens])[:-1]
         self._held[turn.conversation] = held
         first, steps = len(turn.tokens) - 1, int(self._grid.steps[row])
-        # What is recalled is behind all that was fed, and of no use where the turn was cut before it.
-        behind = first + steps if first + steps <= len(held) else NOT_KEPT
+        # What is recalled is behind all that was fed: nothing before the first step, and of no use where the turn was
+        # cut before it.
+        behind = first + steps if 0 < steps <= len(result.tokens) else NOT_KEPT
         mark = self._marked.set(turn.conversation, first, behind)
         return _Move(turn.conversation, row, first, (column - steps) % self._ring, mark)
 
@@ -800,6 +804,8 @@ class _Grid:
         if history:
             said = {"prompt": np.full_like(none, NO_TOKEN), "said": self._said[:, None]}
             said["said_sampled"] = self._is_own[:, None]
+
+        # A slot has one row, and no turn has tokens that are given: those that it begins with are its prompt's.
         return DecodeRows(
             prompt_id=self._prompt_id,
             prefix_length=self._prefix,

@@ -178,6 +178,7 @@ def _belief(
     seen = [scene for scene in scenes if set(who) <= set(scene.present)]
     answer = seen[-1]
     cast = scenes[0].present
+
     # Of order 2, what either of the two thinks themselves; of order 1, what anybody else thinks.
     people = who if len(who) > 1 else tuple(name for name in cast if name not in who)
     others = [last_seen(scenes, name).value for name in people]
@@ -188,6 +189,8 @@ def _belief(
         ("earlier", [scene.value for scene in reversed(seen[:-1])]),
         ("further", rng.sample(HIDING, len(HIDING))),
     )
+
+    # The reference names the place too, which is what has to be found in the story.
     saw = "saw" if len(who) == 1 else "saw together"
     return Question(
         kind=kind,

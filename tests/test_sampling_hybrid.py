@@ -227,8 +227,8 @@ def test_a_fork_begins_at_a_memory_that_is_kept(memories, begins_at):
     assert decoder.stats["copied_tokens"] == sum(kept)
     assert decoder.stats["prefill_tokens"] == sum(places) - sum(kept)
 
-    # In the middle of what was said, behind what is kept and in front of it.
-    for conversation, cut in ((4, len(said) - 1), (5, places[1] + 2), (4, 3)):
+    # In the middle of what was said, behind what is kept and in front of it, and with nothing before its own first.
+    for conversation, cut in ((4, len(said) - 1), (5, places[1] + 2), (4, 3), (4, 1)):
         finish(decoder, Turn(conversation, said[:cut], 9, 17, prefix_of=0))
 
 
@@ -244,9 +244,15 @@ def test_a_turn_goes_on_behind_a_stop_string_that_cut_it():
     cut = finish(decoder, Turn(0, tokens, 9, 0))[0]
     assert cut.end == "stop_string" and cut.tokens.tolist() == whole[:4]
     before = decoder.stats["prefill_tokens"]
-    finish(decoder, Turn(0, [*tokens, *whole[:4], 20, 21], 9, 0, 1))
+    said = [*tokens, *whole[:4], 20, 21]
+    said += finish(decoder, Turn(0, said, 9, 0, 1))[0].tokens.tolist()
     # What was said too.
     assert decoder.stats["prefill_tokens"] - before == 4 + 2
+
+    # Where the row that was cut had come to something else is said now.
+    row_end = len(tokens) - 1 + 10
+    assert len(said) > row_end + 2
+    finish(decoder, Turn(1, said[: row_end + 2], 9, 5, prefix_of=0))
 
 
 @pytest.mark.parametrize("keep", [False, True])
@@ -269,15 +275,15 @@ def test_a_turn_that_was_interrupted_goes_on_as_if_it_was_not(keep):
 
 
 def test_a_turn_that_is_interrupted_before_its_first_step_goes_on():
-    """Its row remembers nothing yet, and what another turn left there is no memory of it."""
+    """Its row remembers nothing yet: what another turn left there takes no memory's place."""
     decoder = turn_decoder(rows=1)
     finish(decoder, Turn(1, [20, 21, 22], 9, 1))
-    turn = Turn(0, [12, 13, 14], 9, 0)
-    decoder.submit(turn)
-    decoder._admit(decoder._params)
-    (said,) = decoder.interrupt(keep=True)
-    assert len(said.tokens) == 0
-    finish(decoder, turn)
+    for tokens, keep in (([12, 13, 14], False), ([12, 13, 14, 15, 16], True)):
+        decoder.submit(Turn(0, tokens, 9, 0))
+        decoder._admit(decoder._params)
+        (said,) = decoder.interrupt(keep=keep)
+        assert len(said.tokens) == 0
+    finish(decoder, said.turn)
 
 
 def test_conversations_count_their_memories():

@@ -8,7 +8,7 @@ from rljax.models.config import DecoderConfig
 from rljax.sampling.conversations import Marks
 from rljax.sampling.spec import TurnDecoderSpec
 
-NOT_KEPT = -1
+_NOT_KEPT = -1
 """Of a memory that is that of no token."""
 
 
@@ -17,7 +17,7 @@ class MarkedTokens:
 
     def __init__(self, config: DecoderConfig, spec: TurnDecoderSpec):
         self._has_memories = config.delta is not None
-        self._tokens = np.full((spec.conversations, spec.memories), NOT_KEPT)
+        self._tokens = np.full((spec.conversations, spec.memories), _NOT_KEPT)
 
     def last(self, conversation: int, tokens: int) -> int:
         """The last place in the first `tokens` of a conversation that it can go on from."""
@@ -33,9 +33,9 @@ class MarkedTokens:
 
     def set(self, conversation: int, common: int, tokens: int) -> int:
         """Which memory becomes that behind so many tokens: the one of the fewest, once those behind more than `common`
-        tokens, which have been said otherwise, are gone. `NOT_KEPT` tokens for one that is of no use."""
+        tokens, which have been said otherwise, are gone."""
         kept = self._tokens[conversation]
-        kept[kept > common] = NOT_KEPT
+        kept[kept > common] = _NOT_KEPT
         chosen = int(kept.argmin())
         kept[chosen] = tokens
         return chosen
@@ -45,7 +45,7 @@ class MarkedTokens:
 
     def forget(self, keep: Collection[int]) -> None:
         """All, but of the conversations `keep`."""
-        self._tokens[[i not in keep for i in range(len(self._tokens))]] = NOT_KEPT
+        self._tokens[[i not in keep for i in range(len(self._tokens))]] = _NOT_KEPT
 
     def told(self, source: np.ndarray, target: np.ndarray, length: np.ndarray) -> Marks | None:
         """As the device wants them; None where it has no use for them."""

@@ -28,7 +28,7 @@ from rljax.sampling.conversations import (
 )
 from rljax.sampling.generate import Buffer, DecodeRows, DecodeRun, decode
 from rljax.sampling.logits import NO_TOKEN, Rules, SamplingParams, rules_of
-from rljax.sampling.marked import NOT_KEPT, MarkedTokens
+from rljax.sampling.marked import MarkedTokens
 from rljax.sampling.plan import DecoderPlan, abstract_result, abstract_weights, lower_weights
 from rljax.sampling.prompt_scores import PromptScores, score_prompts
 from rljax.sampling.sampler import by_part, known_rules, prefill_counts
@@ -399,7 +399,8 @@ class TurnDecoder:
             if turn is None:
                 continue
             results.append(self._result(row, "interrupted"))
-            if keep:
+            # A row before its first step has nothing that its conversation has not.
+            if keep and self._grid.steps[row]:
                 moves.append(self._hand_over(row, results[-1], self._column))
             self._free(row)
         if moves:
@@ -672,13 +673,11 @@ class TurnDecoder:
         there. `column` is where the row would have written next."""
         # The last token has been sampled and not yet fed, so that it has no keys and values.
         turn = result.turn
-        held = np.concatenate([np.asarray(turn.tokens, np.int32), result.tokens])[:-1]
-        self._held[turn.conversation] = held
+        self._held[turn.conversation] = np.concatenate([np.asarray(turn.tokens, np.int32), result.tokens])[:-1]
         first, steps = len(turn.tokens) - 1, int(self._grid.steps[row])
-        # What is recalled is behind all that was fed: nothing before the first step, and of no use where the turn was
-        # cut before it.
-        behind = first + steps if 0 < steps <= len(result.tokens) else NOT_KEPT
-        mark = self._marked.set(turn.conversation, first, behind)
+        # What is recalled is behind all that was fed. Of a turn that was cut before that, it is behind more than is
+        # held, where nothing is gone on from.
+        mark = self._marked.set(turn.conversation, first, first + steps)
         return _Move(turn.conversation, row, first, (column - steps) % self._ring, mark)
 
     def _free(self, row: int) -> None:

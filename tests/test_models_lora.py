@@ -19,6 +19,7 @@ from rljax.models import (
     Lora,
     adapters_of,
     base_params,
+    fresh_config,
     hidden_states,
     init_adapters,
     init_params,
@@ -344,20 +345,120 @@ def test_adapters_that_do_not_fit_are_refused(tmp_path):
             Lora(rank=2, alpha=1.0, targets=targets)
 
 
-def test_an_adapter_of_rows_of_a_tensor_is_no_folder_of_peft(tmp_path):
-    config = dataclasses.replace(CONFIG, family="phi3", lora=Lora(rank=2, alpha=4.0, targets=("o", "up")))
-    with pytest.raises(ValueError, match="phi3 keeps up with others in gate_up_proj, which PEFT adapts as one"):
+JOINED = dataclasses.replace(CONFIG, family="phi3")
+MODULES = {"self_attn.qkv_proj": "qkv", "mlp.gate_up_proj": ("gate", "up")}
+
+
+@pytest.mark.parametrize("rank_stabilized", [False, True])
+def test_a_module_of_several_matrices_has_their_adapters_one_behind_the_other(rank_stabilized, tmp_path):
+    """What the file adds to a module, with the rank and scale that it says of it, is what each matrix has; of one that
+    has none, nothing."""
+    lora = dataclasses.replace(LORA, targets=("q", "v", "o", "up"), rank_stabilized=rank_stabilized)
+    params = with_adapters(BASE, trained(lora))
+    save_peft(tmp_path, adapted(lora, JOINED), params)
+    tensors = safetensors.load_file(tmp_path / "adapter_model.safetensors")
+    said = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert said["rank_pattern"] == {"qkv_proj": 9, "gate_up_proj": 6}
+    assert said["target_modules"] == ["o_proj", "qkv_proj", "gate_up_proj"]
+
+    for module, names in MODULES.items():
+        start = f"base_model.model.model.layers.1.{module}"
+        down, up = (np.float64(tensors[f"{start}.lora_{end}.weight"]) for end in "AB")
+        kind = module.rpartition(".")[2]
+        rank = said["rank_pattern"][kind]
+        scale = said["alpha_pattern"][kind] / (rank**0.5 if rank_stabilized else rank)
+        added = []
+        for name in names:
+            own = np.zeros(BASE["layers"][name].shape[1:])
+            if name in lora.targets:
+                own = np.float64(params["layers"][f"{name}_lora_a"][1]) @ params["layers"][f"{name}_lora_b"][1]
+            added.append(lora.scale * own.T)
+        np.testing.assert_allclose(scale * up @ down, np.concatenate(added), atol=1e-6)
+
+    # Read again, what had none has one that adds nothing and is as it was.
+    found = read_lora(tmp_path, JOINED)
+    assert found == dataclasses.replace(lora, targets=("q", "k", "v", "o", "gate", "up"))
+    back = load_peft(tmp_path, adapted(found, JOINED))["layers"]
+    for name, want in trained(lora)["layers"].items():
+        np.testing.assert_array_equal(back[name], want)
+    assert not any(np.any(back[f"{name}_lora_{end}"]) for name in ("k", "gate") for end in "ab")
+    with pytest.raises(ValueError, match=r"lora_B.weight adapts more than q, k, and the rest of it would be lost"):
+        load_peft(tmp_path, adapted(dataclasses.replace(found, targets=("q", "k", "o", "gate", "up")), JOINED))
+
+
+def test_an_adapter_that_several_matrices_share_is_read_into_each(tmp_path):
+    """PEFT trains one A for all matrices of a module."""
+    rng = np.random.default_rng(0)
+    start = "base_model.model.model.layers"
+    down = {i: rng.normal(size=(3, 16)) for i in range(2)}
+    up = {i: rng.normal(size=(48, 3)) for i in range(2)}
+    tensors = {f"{start}.{i}.mlp.gate_up_proj.lora_A.weight": np.float32(x) for i, x in down.items()}
+    tensors |= {f"{start}.{i}.mlp.gate_up_proj.lora_B.weight": np.float32(x) for i, x in up.items()}
+    safetensors.save_file(tensors, tmp_path / "adapter_model.safetensors")
+    said = {"peft_type": "LORA", "r": 3, "lora_alpha": 6, "target_modules": ["gate_up_proj"]}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(said))
+
+    found = read_lora(tmp_path, JOINED)
+    assert found == dataclasses.replace(LORA, targets=("gate", "up"))
+    layers = load_peft(tmp_path, adapted(found, JOINED))["layers"]
+    for i in range(2):
+        for name, rows in (("gate", slice(0, 24)), ("up", slice(24, 48))):
+            np.testing.assert_array_equal(layers[f"{name}_lora_a"][i], np.float32(down[i]).T)
+            np.testing.assert_array_equal(layers[f"{name}_lora_b"][i], np.float32(up[i])[rows].T)
+
+    (tmp_path / "adapter_config.json").write_text(json.dumps(said | {"rank_pattern": {"gate_up_proj": 3}}))
+    with pytest.raises(ValueError, match=r"rank_pattern={'gate_up_proj': 3}, .*supported is none, or those of modules"):
+        read_lora(tmp_path, JOINED)
+
+
+def test_lengths_are_of_whole_modules(tmp_path):
+    lora = Lora(rank=2, alpha=4.0, targets=("o", "up"), dora=True)
+    config = adapted(lora, JOINED)
+    with pytest.raises(ValueError, match="phi3 keeps up with others in gate_up_proj, which PEFT's DoRA takes whole"):
+        save_peft(tmp_path, config, init_params(config, jax.random.key(0)))
+    both = adapted(dataclasses.replace(lora, targets=("o", "gate", "up")), JOINED)
+    params = init_params(both, jax.random.key(0))
+    save_peft(tmp_path, both, params)
+    assert read_lora(tmp_path, JOINED) == both.lora
+    jax.tree.map(np.testing.assert_array_equal, load_peft(tmp_path, both), adapters_of(params))
+    tensors = safetensors.load_file(tmp_path / "adapter_model.safetensors")
+    norm = tensors["base_model.model.model.layers.1.mlp.gate_up_proj.lora_magnitude_vector"]
+    want = np.concatenate([np.linalg.norm(params["layers"][name][1], axis=0) for name in ("gate", "up")])
+    np.testing.assert_allclose(norm, want, rtol=1e-6)
+
+
+def test_an_adapter_of_a_parameter_is_no_folder_of_peft(tmp_path):
+    """gpt-oss has all experts' matrices in one, which is the weight of no module."""
+    experts = Experts(count=2, per_token=1, mlp_dim=CONFIG.mlp_dim, biases=True)
+    config = dataclasses.replace(CONFIG, family="gpt_oss", experts=experts, lora=Lora(2, 4.0, ("o", "down")))
+    with pytest.raises(ValueError, match="gpt_oss keeps down of all experts in the parameter down_proj, which is no"):
         save_peft(tmp_path, config, init_params(config, jax.random.key(0)))
 
-    # gpt-oss has all experts' matrices in one parameter, which is the weight of no module.
-    experts = Experts(count=2, per_token=1, mlp_dim=CONFIG.mlp_dim, biases=True)
-    mixture = dataclasses.replace(config, family="gpt_oss", experts=experts, lora=Lora(2, 4.0, ("o", "down")))
-    with pytest.raises(ValueError, match="gpt_oss keeps down with others in down_proj, which PEFT adapts as one"):
-        save_peft(tmp_path, mixture, init_params(mixture, jax.random.key(0)))
 
-    own = dataclasses.replace(config, lora=Lora(rank=2, alpha=4.0, targets=("o", "down")))
-    save_peft(tmp_path, own, init_params(own, jax.random.key(0)))
-    assert read_lora(tmp_path, own) == own.lora
+def test_a_kind_of_layer_that_an_adapter_leaves_as_it_is_has_one_of_zeros(tmp_path):
+    """An adapter of a hybrid's attention alone, as PEFT writes one: its delta rule has a `q` of its own."""
+    sizes = {"vocab_size": 24, "num_layers": 4, "embed_dim": 16, "num_heads": 2, "num_kv_heads": 1, "head_dim": 8}
+    plain = fresh_config("qwen3_5_text", mlp_dim=24, max_position=64, **sizes)
+    start = "base_model.model.model.layers.3.self_attn"
+    down = np.ones((3, 16), np.float32)
+    up = {"q": np.ones((32, 3), np.float32), "v": np.ones((8, 3), np.float32)}
+    tensors = {}
+    for name, x in up.items():
+        tensors |= {f"{start}.{name}_proj.lora_A.weight": down, f"{start}.{name}_proj.lora_B.weight": x}
+    safetensors.save_file(tensors, tmp_path / "adapter_model.safetensors")
+    said = {"peft_type": "LORA", "r": 3, "lora_alpha": 6, "target_modules": ["q_proj", "v_proj"]}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(said))
+
+    found = read_lora(tmp_path, plain)
+    params = load_peft(tmp_path, dataclasses.replace(plain, lora=found))
+    adapted_stacks = {stack for stack, own in params.items() if any(np.any(x) for x in own.values())}
+    assert len(params) == 2 and len(adapted_stacks) == 1
+    # One that is named has to be there.
+    (tmp_path / "adapter_config.json").write_text(json.dumps(said | {"target_modules": ["q_proj", "in_proj_qkv"]}))
+    with pytest.raises(
+        ValueError, match=r"target_modules names in_proj_qkv, of which adapter_model.safetensors has no"
+    ):
+        read_lora(tmp_path, plain)
 
 
 def test_adapters_side_by_side_are_each_what_it_was():

@@ -295,8 +295,11 @@ def test_supervised_fine_tuning_trains_adapters_that_another_run_begins_with(sou
 
 
 @pytest.mark.slow
-def test_adapters_of_a_fresh_model_are_exported_over_its_weights(tmp_path):
-    config = supervised(tiny_config().model)
+@pytest.mark.parametrize("family", ["llama", "phi3"])
+def test_adapters_of_a_fresh_model_are_exported_over_its_weights(family, tmp_path):
+    """Phi-3's files keep `q`, `k` and `v` in one tensor, and adapters of two of them."""
+    lora = LoraConfig(rank=2, targets=("q", "v", "down"))
+    config = supervised(dataclasses.replace(tiny_config().model, family=family), lora=lora)
     fine_tune(config, str(tmp_path / "run"))
     check_exports(tmp_path, "run", base_params(build(config).initial_params()))
 

@@ -285,6 +285,11 @@ def run_weights(source: str, description: Path, step: int | None, *, shardings: 
     if quantized is not None and quantized not in LAYOUTS:
         raise ValueError(f"{adapter_file}: quantized={quantized!r:.80} must be one of {', '.join(LAYOUTS)}, or null")
     lora = described_lora(adapter, decoder)
+    # A run's own: a module of PEFT's may hold matrices that have no adapter.
+    targets = adapter.get("targets", list(lora.targets))
+    if not isinstance(targets, list) or any(name not in lora.targets for name in targets):
+        raise ValueError(f"{adapter_file}: targets={targets!r:.80} must be among {', '.join(lora.targets)}")
+    lora = dataclasses.replace(lora, targets=tuple(targets))
     decoder = dataclasses.replace(decoder, param_dtype=dtype, lora=lora, quantized=quantized)
 
     # A reward model has no head over the vocabulary, and its base has one.

@@ -461,8 +461,9 @@ def save_description(run: Run, folder: RunFolder, decoder: DecoderConfig | None 
         metadata = written_metadata(base_config(decoder), run.config.model.metadata_of(), run.tokenizer)
         if decoder.lora is not None:
             adapter = described_adapter(decoder, files_of(run.config.model))
-            kept = {"base_dtype": decoder.param_dtype, "quantized": decoder.quantized}
-            folder.write_json(new / ADAPTER_FILE, adapter | kept)
+            # PEFT's modules may hold several matrices each, so what is adapted is said apart.
+            own = {"base_dtype": decoder.param_dtype, "quantized": decoder.quantized, "targets": decoder.lora.targets}
+            folder.write_json(new / ADAPTER_FILE, adapter | own)
         folder.write_json(new / "generation_config.json", metadata.generation)
         folder.write_json(new / "config.json", metadata.config)
         move_tree(new, folder.path / "model", last="config.json")

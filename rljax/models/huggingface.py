@@ -250,11 +250,11 @@ def save_hf(
         weight_map |= dict.fromkeys(names, file)
         if writes:
             declared = {name: (dtypes[name], wanted[name][0].shape) for name in names}
-            write_safetensors(folder / file, declared, lambda name: _tensor_to_host(params, wanted[name]))
+            write_safetensors(folder / file, declared, lambda name: tensor_to_host(params, wanted[name]))
         else:
             # The order in which process 0 asks: gathering is collective.
             for name in sorted(names):
-                _tensor_to_host(params, wanted[name])
+                tensor_to_host(params, wanted[name])
     if not writes:
         return
 
@@ -329,11 +329,11 @@ _OWNED = frozenset(
 _OWNED_GENERATION = frozenset({"_from_model_config"})
 
 
-def _weight(params: Params, entry: Entry) -> jax.Array:
+def _weight(params: Params, entry: Entry) -> jax.Array | np.ndarray:
     return weight_at(params, entry.weight.path)
 
 
-def _stored_shape(entry: Entry, value: jax.Array) -> tuple[int, ...]:
+def _stored_shape(entry: Entry, value: jax.Array | np.ndarray) -> tuple[int, ...]:
     indices = (entry.layer is not None) + (entry.expert is not None)
     shape = value.shape[indices:]
     if entry.weight.is_row:
@@ -348,12 +348,12 @@ def _take(stacked: jax.Array, index: tuple[jax.Array, ...]) -> jax.Array:
     return stacked
 
 
-def _tensor_to_host(params: Params, parts: list[Entry]) -> np.ndarray:
-    """One tensor in the file's layout, of the weights that it holds."""
+def tensor_to_host(params: Params, parts: list[Entry]) -> np.ndarray:
+    """One tensor in the file's layout, of the weights that it holds, and 0 elsewhere; collective as `to_host`."""
     weights = [to_host(params, part) for part in parts]
-    if len(weights) == 1:
+    if parts[0].part is None:
         return weights[0]
-    whole = np.empty(parts[0].shape, weights[0].dtype)
+    whole = np.zeros(parts[0].shape, weights[0].dtype)
     for part, weight in zip(parts, weights, strict=True):
         whole[part.part] = weight
     return whole

@@ -1,9 +1,15 @@
-"""Adapters from and to folders in the format of Hugging Face's PEFT: adapter_config.json and safetensors."""
+"""Adapters from and to folders in the format of Hugging Face's PEFT: adapter_config.json and safetensors.
 
+A module of PEFT may hold several of our matrices, as Phi-3's `qkv_proj` does, and has one adapter. PEFT trains one A
+for all of them. Ours each have an A of their own, so a file of them has these one behind the other, and a B with a
+block for each: the same product, of a rank that is as many times larger.
+"""
+
+import dataclasses
 import itertools
 import math
 import os
-from collections.abc import Container, Mapping
+from collections.abc import Container, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +19,10 @@ import numpy as np
 from rljax.models.assemble import assemble, weight_at
 from rljax.models.config import DOWN, HEAD, NORM, SHARED, TARGETS, UP, DecoderConfig, Lora
 from rljax.models.decoder import abstract_params
-from rljax.models.families import Entry, Weight, family_of
+from rljax.models.families import Entry, Weight, entries, family_of
 from rljax.models.files import SafetensorsFolder, shown, write_safetensors
-from rljax.models.huggingface import check_names, check_shape, read_json, to_host, write_json
+from rljax.models.huggingface import check_names, check_shape, read_json, tensor_to_host, write_json
+from rljax.models.lora import base_config
 from rljax.types import Params
 
 ADAPTER_FILE = "adapter_config.json"
@@ -32,8 +39,6 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "bias": ("none",),
     "fan_in_fan_out": (False,),
     "lora_bias": (False,),
-    "rank_pattern": ({}, None),
-    "alpha_pattern": ({}, None),
     "modules_to_save": (None, []),
     "layers_to_transform": (None, []),
     "layer_replication": (None, []),
@@ -90,7 +95,7 @@ def described_lora(said: Mapping[str, Any], config: DecoderConfig, *, stored: Co
     def has(weight: Weight) -> bool:
         if stored is not None:
             first = config.stacks[weight.stack][0] if weight.stack else None
-            return _file_name(weight, DOWN).format(first, 0) in stored
+            return _file_name(weight.hf, DOWN).format(first, 0) in stored
         return _module(weight) in modules
 
     matrices = _matrices(config)
@@ -102,7 +107,7 @@ def described_lora(said: Mapping[str, Any], config: DecoderConfig, *, stored: Co
     lacking -= {_module(weight) for weight in found}
     if lacking and not said.get("exclude_modules"):
         raise ValueError(f"target_modules names {min(lacking)}, of which {WEIGHTS_FILE} has no tensor")
-    _check_apart(config, found)
+    _check_modules(found, config)
     targets = tuple(name for name in TARGETS if name in {_target(weight) for weight in found})
     rank = _number(said, "r", _RANK, int)
     alpha = _number(said, "lora_alpha", _ALPHA, int | float)
@@ -112,7 +117,22 @@ def described_lora(said: Mapping[str, Any], config: DecoderConfig, *, stored: Co
     except OverflowError:
         alpha = math.inf
     kinds = {"rank_stabilized": _switch(said, "use_rslora"), "dora": _switch(said, "use_dora")}
-    return Lora(rank=rank, alpha=alpha, targets=targets, **kinds)
+    lora = Lora(rank=rank, alpha=alpha, targets=targets, **kinds)
+
+    _check_patterns(said, dataclasses.replace(config, lora=lora))
+    return lora
+
+
+def _check_patterns(said: Mapping[str, Any], config: DecoderConfig) -> None:
+    """ValueError for ranks or scales of single modules other than `_patterns`."""
+    theirs = {name: {} if said.get(name) is None else said[name] for name in ("rank_pattern", "alpha_pattern")}
+    if all(value == {} for value in theirs.values()):
+        return
+    ours = _patterns(config)
+    if theirs != ours:
+        shown_as = ", ".join(f"{name}={value!r:.80}" for name, value in theirs.items())
+        allowed = f"none, or those of modules with several matrices, {ours}" if any(ours.values()) else "none"
+        raise ValueError(f"{shown_as} is not supported; supported is {allowed}")
 
 
 def load_peft(folder: str | os.PathLike, config: DecoderConfig, *, shardings: Any = None) -> dict[str, Any]:
@@ -123,17 +143,56 @@ def load_peft(folder: str | os.PathLike, config: DecoderConfig, *, shardings: An
     """
     folder = Path(folder)
     stored = SafetensorsFolder(folder, single=WEIGHTS_FILE)
-    wanted = adapter_entries(config)
+    said = read_json(folder / ADAPTER_FILE)
+    wanted = adapter_entries(config, shared=not said.get("rank_pattern"))
     # PEFT adds them where it adapts the head; they may be others than the base model's.
     if whole := sorted(name for name in stored.tensors if name.endswith(".base_layer.weight")):
         raise ValueError(
             f"{folder} holds {shown(whole[0])} beside its adapters, a weight of the model itself; write it with "
             "save_pretrained(..., save_embedding_layers=False), or leave that tensor out"
         )
-    check_names({entry.name for entry in wanted}, set(stored.tensors), set(), str(folder))
+    absent = set() if _single(config).dora else _not_adapted(wanted, said, stored.tensors)
+    check_names({entry.name for entry in wanted} - absent, set(stored.tensors), set(), str(folder))
     for entry in wanted:
-        check_shape(entry, stored.tensors[entry.name].shape, str(folder))
-    return assemble(config, wanted, lambda entry, which: stored.open(entry.name)[which], shardings)
+        if entry.name not in absent:
+            check_shape(entry, stored.tensors[entry.name].shape, str(folder))
+    _check_blocks([entry for entry in wanted if entry.name not in absent], stored, folder)
+
+    def fetch(entry: Entry, which: slice) -> np.ndarray:
+        # Zeros add nothing, and have no gradient: they stay so.
+        return (np.zeros(entry.shape, np.float32) if entry.name in absent else stored.open(entry.name))[which]
+
+    return assemble(config, wanted, fetch, shardings)
+
+
+def _not_adapted(wanted: Sequence[Entry], said: Mapping[str, Any], stored: Container[str]) -> set[str]:
+    """The tensors of modules that an adapter leaves as they are, whose kind of matrix it adapts elsewhere: one of a
+    hybrid's attention is of its `q`, and has none of its delta rule's."""
+    named = _modules(said.get("target_modules"))
+    modules: dict[str, set[str]] = {}
+    for entry in wanted:
+        modules.setdefault(entry.name.partition(".lora_")[0].rpartition(".")[2], set()).add(entry.name)
+    return set().union(
+        *(names for module, names in modules.items() if module not in named and not any(x in stored for x in names))
+    )
+
+
+def _check_blocks(wanted: Sequence[Entry], stored: SafetensorsFolder, folder: Path) -> None:
+    """ValueError for a B that is not 0 outside of what is read of it, which would be lost."""
+    parts: dict[str, list[Entry]] = {}
+    for entry in wanted:
+        if entry.part is not None and entry.weight.path.endswith(UP):
+            parts.setdefault(entry.name, []).append(entry)
+    for name, own in parts.items():
+        rest = np.array(stored.open(name))
+        for entry in own:
+            rest[entry.part] = 0
+        if rest.any():
+            read = ", ".join(_target(entry.weight).removesuffix(UP) for entry in own)
+            raise ValueError(
+                f"{folder}: {shown(name)} adapts more than {read}, and the rest of it would be lost; "
+                "merge it into the model with PEFT's merge_and_unload and load that"
+            )
 
 
 def save_peft(folder: str | os.PathLike, config: DecoderConfig, params: Params, *, base: str = "") -> None:
@@ -143,21 +202,23 @@ def save_peft(folder: str | os.PathLike, config: DecoderConfig, params: Params, 
     with several side by side.
     """
     folder = Path(folder)
-    wanted = {entry.name: entry for entry in adapter_entries(config)}
-    dtypes = {str(weight_at(params, entry.weight.path).dtype) for entry in wanted.values()}
+    wanted: dict[str, list[Entry]] = {}
+    for entry in adapter_entries(config):
+        wanted.setdefault(entry.name, []).append(entry)
+    dtypes = {str(weight_at(params, entry.weight.path).dtype) for own in wanted.values() for entry in own}
     if len(dtypes) > 1:
         raise ValueError(f"adapters have dtypes {sorted(dtypes)}; cast them all to one")
     dtype = np.dtype(dtypes.pop())
 
     if jax.process_index() == 0:
         folder.mkdir(parents=True, exist_ok=True)
-        declared = {name: (dtype, entry.shape) for name, entry in wanted.items()}
-        write_safetensors(folder / WEIGHTS_FILE, declared, lambda name: to_host(params, wanted[name]))
+        declared = {name: (dtype, own[0].shape) for name, own in wanted.items()}
+        write_safetensors(folder / WEIGHTS_FILE, declared, lambda name: tensor_to_host(params, wanted[name]))
         write_json(folder / ADAPTER_FILE, described_adapter(config, base))
         return
     # The order in which process 0 asks: gathering is collective.
     for name in sorted(wanted):
-        to_host(params, wanted[name])
+        tensor_to_host(params, wanted[name])
 
 
 def described_adapter(config: DecoderConfig, base: str = "") -> dict[str, Any]:
@@ -176,39 +237,83 @@ def described_adapter(config: DecoderConfig, base: str = "") -> dict[str, Any]:
         "bias": "none",
         "fan_in_fan_out": False,
         "inference_mode": True,
+        **_patterns(config),
     }
 
 
-def adapter_entries(config: DecoderConfig) -> list[Entry]:
-    """The tensors of an adapter's file, layer by layer, and the head's. ValueError as in `save_peft`."""
-    shapes = abstract_params(config)
-    ends = (DOWN, UP, NORM) if _single(config).dora else (DOWN, UP)
+def _patterns(config: DecoderConfig) -> dict[str, dict[str, Any]]:
+    """PEFT's `rank_pattern` and `alpha_pattern` of modules with several matrices, by module: with both, what is added
+    has the scale of all others."""
+    lora = _single(config)
+    counts = {
+        _module(parts[0].weight): len(parts)
+        for parts in _parts_of_modules(config)
+        if len(parts) > 1 and any(_target(part.weight) in lora.targets for part in parts)
+    }
+    return {
+        "rank_pattern": {module: count * lora.rank for module, count in counts.items()},
+        "alpha_pattern": {
+            module: lora.alpha * (math.sqrt(count) if lora.rank_stabilized else count)
+            for module, count in counts.items()
+        },
+    }
 
-    def adapter_of(weight: Weight, end: str) -> Weight:
-        return Weight(f"{weight.path}{end}", _file_name(weight, end), "", transpose=end != NORM)
 
-    def of_matrix(weight: Weight, end: str, layer: int) -> list[Entry]:
-        own = adapter_of(weight, end)
-        # Behind the axes of layers and experts.
-        shape = weight_at(shapes, own.path).shape[-1 if end == NORM else -2 :]
-        number = config.stacks[weight.stack][layer]
-        # An expert's matrix is a module of its own.
-        experts = range(config.experts.count) if config.experts and own.hf.count("{}") == 2 else (None,)
-        return [Entry(own.hf.format(number, i), own, layer, shape[::-1], expert=i) for i in experts]
+def adapter_entries(config: DecoderConfig, *, shared: bool = False) -> list[Entry]:
+    """The tensors of an adapter's file, layer by layer, and the head's. A tensor of a module with several matrices has
+    an entry for each that is adapted: with `shared` one A for all of them, otherwise a block for each, and nothing
+    where one is not adapted. ValueError as in `save_peft`."""
+    lora = _single(config)
+    ends = (DOWN, UP, NORM) if lora.dora else (DOWN, UP)
+    _check_modules(_targets(config), config)
 
-    def of_head() -> list[Entry]:
-        own = [adapter_of(weight, end) for weight in _targets(config) if not weight.stack for end in ends]
-        return [Entry(weight.hf, weight, None, weight_at(shapes, weight.path).shape[::-1]) for weight in own]
+    def of_matrix(part: Entry, block: slice, rank: int, end: str) -> Entry:
+        own = Weight(f"{part.weight.path}{end}", _file_name(part.weight.hf, end), "", transpose=end != NORM)
+        rows = slice(None) if part.part is None else part.part[0]
+        out, width = part.shape
+        shape, index = {
+            DOWN: ((rank, width), (block,)),
+            UP: ((out, rank), (rows, block)),
+            NORM: ((out,), (rows,)),
+        }[end]
+        whole = part.part is None
+        name = _file_name(part.name, end)
+        return Entry(name, own, part.layer, shape, None if whole else index, expert=part.expert)
 
-    found = (
-        of_matrix(weight, end, layer)
-        for stack, layers in config.stacks.items()
-        for layer in range(len(layers))
-        for weight in _targets(config)
-        if weight.stack == stack
-        for end in ends
-    )
-    return [*itertools.chain(*found), *of_head()]
+    def of_module(parts: list[Entry], end: str) -> list[Entry]:
+        rank = lora.rank if shared else len(parts) * lora.rank
+        blocks = [slice(0, rank) if shared else slice(i * lora.rank, (i + 1) * lora.rank) for i in range(len(parts))]
+        return [
+            of_matrix(part, block, rank, end)
+            for part, block in zip(parts, blocks, strict=True)
+            if _target(part.weight) in lora.targets
+        ]
+
+    modules = _parts_of_modules(config)
+    if lora.dora:
+        for parts in modules:
+            _check_lengths(parts, lora, config)
+    return [entry for parts in modules for end in ends for entry in of_module(parts, end)]
+
+
+def _parts_of_modules(config: DecoderConfig) -> list[list[Entry]]:
+    """The matrices that an adapter may be of, by the module that they lie in."""
+    modules: dict[str, list[Entry]] = {}
+    for entry in entries(base_config(config)):
+        if _target(entry.weight) in TARGETS:
+            modules.setdefault(entry.name, []).append(entry)
+    return list(modules.values())
+
+
+def _check_lengths(parts: Sequence[Entry], lora: Lora, config: DecoderConfig) -> None:
+    """ValueError where DoRA adapts some rows of a module, whose other rows would need lengths too."""
+    adapted = [part for part in parts if _target(part.weight) in lora.targets]
+    rows = [np.arange(part.shape[0])[part.part or ...].size for part in adapted]
+    if adapted and sum(rows) < adapted[0].shape[0]:
+        raise ValueError(
+            f"{config.family} keeps {_target(adapted[0].weight)} with others in {_module(adapted[0].weight)}, which "
+            "PEFT's DoRA takes whole; write the merged model (rljax convert without --adapter)"
+        )
 
 
 def _number(said: Mapping[str, Any], key: str, default: int, kind: Any) -> Any:
@@ -242,9 +347,7 @@ def _modules(named: Any) -> set[str]:
 def _targets(config: DecoderConfig) -> list[Weight]:
     """Rows of the family's table that have an adapter."""
     wanted = _single(config).targets
-    targets = [weight for weight in _matrices(config) if _target(weight) in wanted]
-    _check_apart(config, targets)
-    return targets
+    return [weight for weight in _matrices(config) if _target(weight) in wanted]
 
 
 def _matrices(config: DecoderConfig) -> list[Weight]:
@@ -265,17 +368,13 @@ def _target(weight: Weight) -> str:
     return weight.path.removeprefix(f"{weight.stack}/").removeprefix(SHARED)
 
 
-def _check_apart(config: DecoderConfig, targets: list[Weight]) -> None:
-    """ValueError where a target's matrix lies in one tensor with others, of the layer or of all experts, which PEFT
-    adapts as one or not at all."""
-    rows = family_of(config).weights
+def _check_modules(targets: Sequence[Weight], config: DecoderConfig) -> None:
+    """ValueError where the matrices of all experts lie in one parameter, which is the weight of no module."""
     for weight in targets:
-        together = [other for other in rows if (other.stack, other.hf) == (weight.stack, weight.hf)]
-        # What is the weight of no module holds the matrices of all experts.
-        if len(together) > 1 or not weight.hf.endswith(".weight"):
+        if not weight.hf.endswith(".weight"):
             raise ValueError(
-                f"{config.family} keeps {_target(weight)} with others in {_module(weight)}, which "
-                "PEFT adapts as one; write the merged model (rljax convert without --adapter)"
+                f"{config.family} keeps {_target(weight)} of all experts in the parameter {_module(weight)}, which is "
+                "no module of PEFT's; write the merged model (rljax convert without --adapter)"
             )
 
 
@@ -284,8 +383,8 @@ def _module(weight: Weight) -> str:
     return weight.hf.removesuffix(".weight").rsplit(".", 1)[-1]
 
 
-def _file_name(weight: Weight, end: str) -> str:
-    return f"{_PREFIX}{weight.hf.removesuffix('weight')}{_ENDS[end]}"
+def _file_name(name: str, end: str) -> str:
+    return f"{_PREFIX}{name.removesuffix('weight')}{_ENDS[end]}"
 
 
 def _single(config: DecoderConfig) -> Lora:

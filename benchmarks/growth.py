@@ -1,8 +1,9 @@
-"""What grows with a limit that nobody reaches: caps of length, stop strings, ragged rows, programs.
+"""What grows with a limit that nobody reaches: caps of lengths, stop strings, ragged rows, programs.
 
     python benchmarks/growth.py --preset=full --json=growth.json
 
-`cap_cost`: the time of the same short completions under the largest `max_new_tokens` over that under the smallest.
+`cap_cost`: the time of the same short completions under the largest `max_new_tokens` over that under the smallest;
+`context_cost`: that of the same short conversations under the largest `context_length`.
 `stop_string_growth`: what taking a token over and looking for stop strings costs the host, in long completions over
 short ones. `rows_bytes_per_token`: bytes of `RaggedRows` for a token of rows whose lengths are lognormal, mean over
 ragged minibatches; `pack_us_per_token`: microseconds of the host to lay one out and fill it, median.
@@ -27,16 +28,50 @@ from _probe import probe
 from rljax.batching import layout, loss_mask, pack, stack
 from rljax.losses import clipped, policy_loss, token_mean, token_ratio
 from rljax.models import load_model
-from rljax.sampling import Request, Sampler, SamplerSpec, Stops, compile_count, sampling_params
+from rljax.sampling import (
+    Request,
+    Sampler,
+    SamplerSpec,
+    Stops,
+    Turn,
+    TurnDecoder,
+    TurnDecoderSpec,
+    compile_count,
+    sampling_params,
+)
 from rljax.sampling.slots import Slots
 from rljax.sampling.stopping import StopStrings
 from rljax.training import Learner, UpdateConfig
 from rljax.types import RolloutBatch, Trajectory
 
 SIZES = {
-    "smoke": dict(new=8, caps=(8, 32), stops=(16, 32), rows=2, steps=3, groups=4, size=4, median=12, cap=64),
-    "small": dict(new=64, caps=(64, 1024), stops=(64, 512), rows=4, steps=20, groups=16, size=8, median=40, cap=256),
-    "full": dict(new=64, caps=(64, 4096), stops=(256, 8192), rows=4, steps=60, groups=16, size=8, median=40, cap=256),
+    "smoke": dict(
+        new=8, caps=(8, 32), contexts=(64, 128), stops=(16, 32), rows=2, steps=3, groups=4, size=4, median=12, cap=64
+    ),
+    "small": dict(
+        new=64,
+        caps=(64, 1024),
+        contexts=(512, 2048),
+        stops=(64, 512),
+        rows=4,
+        steps=20,
+        groups=16,
+        size=8,
+        median=40,
+        cap=256,
+    ),
+    "full": dict(
+        new=64,
+        caps=(64, 4096),
+        contexts=(512, 8192),
+        stops=(256, 8192),
+        rows=4,
+        steps=60,
+        groups=16,
+        size=8,
+        median=40,
+        cap=256,
+    ),
 }
 SIZES["gpu"] = SIZES["small"]
 REQUESTS = 16
@@ -63,6 +98,42 @@ def cap_seconds(model, caps: Sequence[int], new: int, repeats: int) -> dict[int,
             sampler.generate(asked, sampling_params(), seed=0, step=repeat)
             if repeat:
                 seconds[cap].append(time.perf_counter() - begin)
+    return seconds
+
+
+def context_seconds(model, contexts: Sequence[int], new: int, repeats: int) -> dict[int, list[float]]:
+    """Of `REQUESTS` conversations of two turns of half of `new` tokens each by `context_length`, all programs
+    compiled."""
+    config, params = model
+    decoders = {}
+    for context in contexts:
+        spec = TurnDecoderSpec(REQUESTS, REQUESTS, context, max_new_tokens=new // 2, prefill_chunks=(PROMPT,))
+        decoders[context] = TurnDecoder(config, spec)
+        decoders[context].set_params(params)
+        decoders[context].begin(sampling_params(), seed=0, step=0)
+        decoders[context].warmup()
+
+    prompts = random_prompts(TINY, REQUESTS, PROMPT, seed=1)
+    observations = random_prompts(TINY, REQUESTS, PROMPT, seed=2)
+
+    def talk(decoder: TurnDecoder) -> None:
+        decoder.forget()
+        said = list(prompts)
+        for turn in range(2):
+            for i, tokens in enumerate(said):
+                decoder.submit(Turn(i, tokens, prompt_id=i, sample_id=0, turn=turn))
+            while decoder.num_open:
+                for result in decoder.run():
+                    i = result.turn.conversation
+                    said[i] = [*said[i], *result.tokens.tolist(), *observations[i]]
+
+    seconds: dict[int, list[float]] = {context: [] for context in contexts}
+    for repeat in range(repeats + 1):
+        for context, decoder in decoders.items():
+            begin = time.perf_counter()
+            talk(decoder)
+            if repeat:
+                seconds[context].append(time.perf_counter() - begin)
     return seconds
 
 
@@ -156,7 +227,7 @@ def main() -> None:
     probes = [probe("float32", quick)]
     config, params = load_model(write_model(TINY), dtype="float32", param_dtype="float32")
     # Positions enough for the longest cap.
-    model = (dataclasses.replace(config, max_position=2 * max(size["caps"])), params)
+    model = (dataclasses.replace(config, max_position=2 * max(*size["caps"], *size["contexts"])), params)
     update = UpdateConfig(pack_length=2 * size["cap"], microbatch_size=2)
     vocab = TINY["vocab_size"]
 
@@ -168,6 +239,7 @@ def main() -> None:
         print(f"{name}: {value:.3g}", flush=True)
 
     caps = cap_seconds(model, size["caps"], size["new"], arguments.repeats)
+    contexts = context_seconds(model, size["contexts"], size["new"], arguments.repeats)
     # As many tokens of short completions as of long ones, so that the times are as long.
     tokens = size["rows"] * max(size["stops"])
     looks = {new: [stop_us(new, tokens // new) for _ in range(arguments.repeats)] for new in size["stops"]}
@@ -176,6 +248,9 @@ def main() -> None:
 
     for cap, found in caps.items():
         line(f"seconds of {REQUESTS} x {size['new']} tokens at max_new_tokens {cap}", statistics.median(found), found)
+    for context, found in contexts.items():
+        what = f"seconds of {REQUESTS} conversations of two turns at context_length {context}"
+        line(what, statistics.median(found), found)
     for new, found in looks.items():
         line(f"us a token of stop strings in {new} tokens", statistics.median(found))
     line("bytes of rows a token", of_bytes)
@@ -184,9 +259,11 @@ def main() -> None:
     line("compiles after the warm-up", compiled)
 
     few, many = (statistics.median(found) for found in caps.values())
+    narrow, wide = (statistics.median(found) for found in contexts.values())
     short, long = (statistics.median(found) for found in looks.values())
     ratios = {
         "cap_cost": many / few,
+        "context_cost": wide / narrow,
         "stop_string_growth": long / short,
         "rows_bytes_per_token": of_bytes,
         "pack_us_per_token": of_time,

@@ -12,7 +12,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from rljax.models import DecoderConfig, abstract_params
-from rljax.models.cache import PREFIX_AXES, SUFFIX_AXES, init_cache
+from rljax.models.cache import PREFIX_AXES, SUFFIX_AXES, init_cache, resize_prompts
 from rljax.models.decoder import embed_split
 from rljax.parallel import batch_sharding, collectives, make_mesh, partition_spec, use_mesh
 from rljax.parallel.hlo import dimensions
@@ -175,8 +175,16 @@ def stores():
         "copy_conversations": (copy_conversations, kept, moves, moves),
         "lay_conversations": (lay_conversations, cache, kept, moves),
         "keep_turns": (keep_turns, kept, cache, moves),
+        "resize_prompts": (functools.partial(resize_prompts, 2 * COLUMNS), cache.prefix_k[0]),
         "prefill": (functools.partial(prefill, DECODER), params, cache, tokens, some),
-        "extend": (functools.partial(extend, DECODER, False), params, kept, tokens, some, some),
+        "extend": (
+            functools.partial(extend, DECODER, False, (COLUMNS // 2, COLUMNS)),
+            params,
+            kept,
+            tokens,
+            some,
+            some,
+        ),
     }
     flops = {}
     for mesh_name in (None, "8", "2x2x2", "64"):

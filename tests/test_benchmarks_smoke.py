@@ -157,7 +157,7 @@ def test_growth_is_measured_and_ragged_updates_compile_nothing_after_the_warm_up
     report = run("growth.py", *SMALLEST["growth.py"])
     ratios = report["ratios"]
     assert ratios["rows_bytes_per_token"] > 20
-    assert all(ratios[name] > 0 for name in ("cap_cost", "stop_string_growth", "pack_us_per_token"))
+    assert all(ratios[name] > 0 for name in ("cap_cost", "context_cost", "stop_string_growth", "pack_us_per_token"))
     assert 1 <= ratios["update_programs"] <= 3 and ratios["compiles_after_warmup"] == 0
 
 

@@ -209,6 +209,36 @@ def test_nothing_compiles_after_warmup():
     assert compile_count() == before
 
 
+def test_rows_have_the_room_that_the_longest_of_them_needs(monkeypatch):
+    """A step reads all of it, so it grows and shrinks; nothing compiles for that, and turns stay what they were."""
+    monkeypatch.setattr("rljax.sampling.spec._SMALLEST_CONTEXT", 16)
+    decoder = make_decoder()
+    assert decoder.spec.context_sizes == (16, 32, 64, LENGTH) and decoder.room == 0
+    decoder.warmup()
+    assert decoder.room == 16
+    before = compile_count()
+    rooms = []
+
+    def run(decode=decoder.run):
+        ended = decode()
+        assert all(len(said.turn.tokens) - 1 <= decoder.room for said in ended)
+        rooms.append(decoder.room)
+        return ended
+
+    monkeypatch.setattr(decoder, "run", run)
+    log = play(decoder, turns=5)
+    # A short one by itself, behind long ones.
+    decoder.submit(Turn(0, list(range(50, 60)), 9, 0))
+    finish(decoder)
+    assert set(rooms[:-1]) == {16, 32, 64, decoder.spec.context_length + NEW + 3} and rooms[-1] == 16
+    assert compile_count() == before
+
+    for i, turn, tokens, said in log:
+        want = sampled_alone(tokens, 50 + i, i, turn)
+        np.testing.assert_array_equal(said.tokens, want.tokens)
+        np.testing.assert_allclose(said.logprobs, want.logprobs, atol=2e-5)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -329,6 +329,19 @@ def resize_ring(
     return constrain(new_k, SUFFIX_AXES), constrain(new_v, SUFFIX_AXES)
 
 
+def resize_prompts(size: int, kept: Float[Array, "P KV Sp hd"]) -> Float[Array, "P KV Sn hd"]:
+    """A layer's keys or values of prompts with room for `size` tokens each, of which no prompt has more."""
+    old = kept.shape[2]
+    if size > old:
+        kept = jnp.pad(kept, ((0, 0), (0, 0), (0, size - old), (0, 0)))
+    return constrain(kept[:, :, :size], PREFIX_AXES)
+
+
+def prompts_size(cache: KVCache) -> int:
+    """Tokens for which a prompt has room."""
+    return cache.prefix_k[0].shape[2]
+
+
 def ring_size(cache: KVCache) -> int:
     """Columns of the ring."""
     return cache.suffix_v[0].shape[V_COLUMNS]

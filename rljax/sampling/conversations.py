@@ -7,6 +7,7 @@ these alone.
 """
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -109,6 +110,7 @@ def conversations_bytes(config: DecoderConfig, conversations: int, length: int, 
 def extend(
     config: DecoderConfig,
     is_fresh: bool,
+    sizes: tuple[int, ...],
     params: Params,
     conversations: Conversations,
     tokens: Int[ArrayLike, "N S"],
@@ -118,9 +120,12 @@ def extend(
 ) -> Conversations:
     """Computes `tokens` (right-padded) behind the first `start` tokens of the conversations `index`, and writes their
     keys and values there. What padding writes is never read, as long as `start + S` is within the conversations'
-    length. `is_fresh`: all `start` are 0, and nothing is there to be read. `marks` say where what a delta rule recalls
-    behind those tokens lies, and where it goes; a model with none asks for none. `params` are those of
-    `decode_weights`.
+    length. `params` are those of `decode_weights`.
+
+    `is_fresh`: all `start` are 0, and nothing is there to be read. Otherwise as many tokens of each conversation are
+    read as the first of `sizes` that holds what any of them has; the last of them is the conversations' length.
+    `marks` say where what a delta rule recalls behind those tokens lies, and where it goes; a model with none asks for
+    none.
 
     On a mesh `index` is split as the conversations are: each device extends its own, and -1 extends none.
     """
@@ -130,6 +135,7 @@ def extend(
     length = tokens.shape[1]
     positions = start[:, None] + jnp.arange(length)
     tables = rotary_tables(config, positions)
+    size = jnp.searchsorted(jnp.array(sizes[:-1], jnp.int32), jnp.max(start) + length)
 
     x = constrain(embed(config, params, tokens), ("batch", None, None))
     keys = []
@@ -145,8 +151,12 @@ def extend(
                 # Nothing lies before: the new keys alone, which need not be gathered from the whole length.
                 out = forest_attention(q, k, v, positions, jnp.full(tokens.shape, length), window, sinks=sinks)
             else:
-                seen_k, seen_v = (read_entries(x, index, PREFIX_AXES) for x in (new_k, new_v))
-                out = attend_behind(q, seen_k, seen_v, start, window, sinks)
+
+                def behind(of_size: int) -> Array:
+                    seen_k, seen_v = (read_entries(x[:, :, :of_size], index, PREFIX_AXES) for x in (new_k, new_v))
+                    return attend_behind(q, seen_k, seen_v, start, window, sinks)
+
+                out = jax.lax.switch(size, [functools.partial(behind, of_size) for of_size in sizes])
             return out, (new_k, new_v)
 
         def recall(mixed, kernel, g, beta, place=place):
@@ -248,7 +258,8 @@ def lay_conversations(cache: KVCache, conversations: Conversations, moves: Moves
     def move(prefix, kept, shard):
         def one(i, prefix):
             row = read_entry(kept, jnp.asarray(moves.conversation)[i], shard)
-            return write_entry(prefix, row, jnp.asarray(moves.other)[i], shard)
+            # Rows have room for what is there, and maybe for no more.
+            return write_entry(prefix, row[:, :, : prefix.shape[2]], jnp.asarray(moves.other)[i], shard)
 
         return jax.lax.fori_loop(0, moves.count, one, prefix)
 

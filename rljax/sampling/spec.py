@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from rljax.models.config import DecoderConfig
 
 _SMALLEST_RING = 64
+_SMALLEST_CONTEXT = 512
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,6 +124,12 @@ class TurnDecoderSpec:
     """Of a model with a delta rule: tokens of a conversation behind which its memories are kept, the last at which
     turns began and ended. Two serve conversations that go on; what forks at an earlier turn begins at one of more, or
     is computed from the first token on."""
+
+    @property
+    def context_sizes(self) -> tuple[int, ...]:
+        """Tokens of conversations for which rows may have room; programs are compiled for each. A step reads all of
+        it, so it is as short as the longest conversation that decodes allows."""
+        return (*_powers(_SMALLEST_CONTEXT, self.context_length, 2), self.context_length)
 
     def check(self, config: DecoderConfig) -> None:
         """ValueError for a size that cannot be, or that the model cannot serve."""

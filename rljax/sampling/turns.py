@@ -6,6 +6,7 @@ on costs what is new; of a conversation that is new, the part is copied that ano
 
 import bisect
 import contextlib
+import dataclasses
 import time
 from collections import Counter, deque
 from collections.abc import Collection, Mapping, Sequence
@@ -14,10 +15,11 @@ from typing import Any, Literal, NamedTuple
 import jax
 import numpy as np
 
-from rljax.models.cache import cache_bytes, init_cache
+from rljax.models.cache import KVCache, cache_bytes, init_cache, prompts_size, resize_prompts
 from rljax.models.config import DecoderConfig
 from rljax.parallel import batch_parts, platform, to_host, use_mesh
 from rljax.sampling.conversations import (
+    Conversations,
     Moves,
     conversations_bytes,
     copy_conversations,
@@ -61,7 +63,8 @@ _MOST_EXTENDED = 16  # conversations extended at once: each is gathered, and sco
 
 _init_conversations = jax.jit(init_conversations, static_argnums=(0, 1, 2, 3))
 _init_cache = jax.jit(init_cache, static_argnums=(0, 1, 2, 3, 4))
-_extend = jax.jit(extend, static_argnums=(0, 1), donate_argnums=3)
+_resize_prompts = jax.jit(resize_prompts, static_argnums=0)
+_extend = jax.jit(extend, static_argnums=(0, 1, 2), donate_argnums=4)
 _copy_conversations = jax.jit(copy_conversations, donate_argnums=0)
 _lay_conversations = jax.jit(lay_conversations, donate_argnums=0)
 _keep_turns = jax.jit(keep_turns, donate_argnums=0)
@@ -166,8 +169,10 @@ class TurnDecoder:
         # and the longest chunk, or a ring, is written whole behind the last token: hence the room behind either.
         self._ring = spec.max_new_tokens + spec.check_every
         self._size = spec.context_length + max(self._ring, spec.prefill_chunks[-1])
-        self._kept = None
-        self._cache = None
+        # What rows have room for.
+        self._sizes = (*spec.context_sizes[:-1], self._size)
+        self._kept: Any = None
+        self._cache: Any = None
         self._column = 0
 
         # Per conversation: the tokens whose keys and values lie there.
@@ -269,15 +274,15 @@ class TurnDecoder:
         self._stop_strings = StopStrings(stops)
 
     def cache_bytes(self) -> int:
-        """Bytes that conversations and rows take over all devices."""
-        return conversations_bytes(*self._kept_sizes()) + cache_bytes(*self._cache_sizes())
+        """Bytes that conversations and rows take over all devices, with rows as long as they may be."""
+        return conversations_bytes(*self._kept_sizes()) + cache_bytes(*self._cache_sizes(self._size))
 
     def plan(self) -> DecoderPlan:
         """What it holds from its first turn on, in shapes."""
         chunk = self.spec.prefill_chunks[-1]
         with self._on_mesh():
             kept = abstract_result(_init_conversations.lower(*self._kept_sizes()))
-            cache = abstract_result(_init_cache.lower(*self._cache_sizes()))
+            cache = abstract_result(_init_cache.lower(*self._cache_sizes(self._size)))
             return DecoderPlan(
                 weights=abstract_weights(self.config, self.mesh),
                 cache=(kept, cache),
@@ -302,10 +307,12 @@ class TurnDecoder:
         with self._on_mesh():
             return {
                 "weights": lower_weights(self.config, self.mesh),
-                "extend": _extend.lower(self.config, False, plan.weights, kept, tokens, zeros, zeros, marks),
+                "extend": _extend.lower(
+                    self.config, False, self._sizes, plan.weights, kept, tokens, zeros, zeros, marks
+                ),
                 "copy": _copy_conversations.lower(kept, none, none),
                 "lay": _lay_conversations.lower(cache, kept, none),
-                "keep": _keep_turns.lower(kept, cache, none),
+                "keep": _keep_turns.lower(kept, _without_prompts(cache), none),
                 "decode": _decode.lower(
                     self.config,
                     self._stop_tokens,
@@ -322,9 +329,15 @@ class TurnDecoder:
         """The arguments of `init_conversations`."""
         return self.config, self.spec.conversations, self._size, self.spec.memories
 
-    def _cache_sizes(self) -> tuple[DecoderConfig, int, int, int, int]:
-        """The arguments of `init_cache`."""
-        return self.config, self.spec.rows, 1, self._size, self._ring
+    def _cache_sizes(self, size: int) -> tuple[DecoderConfig, int, int, int, int]:
+        """The arguments of `init_cache`, for rows with room for `size` tokens."""
+        return self.config, self.spec.rows, 1, size, self._ring
+
+    @property
+    def room(self) -> int:
+        """Tokens of a conversation that rows have room for now, of which a step of each reads all; 0 before the first
+        turn."""
+        return prompts_size(self._cache) if self._cache is not None else 0
 
     @property
     def finds_strings(self) -> bool:
@@ -405,7 +418,7 @@ class TurnDecoder:
             self._free(row)
         if moves:
             with self._on_mesh():
-                self._kept = _keep_turns(self._kept, self._cache, self._moves(moves))
+                self._kept = _keep_turns(self._kept, _without_prompts(self._cache), self._moves(moves))
 
         results += [_result_of(turn, (), "interrupted", None, self.spec.top_logprobs) for turn in self._waiting]
         self._waiting.clear()
@@ -429,12 +442,14 @@ class TurnDecoder:
                         zeros = tokens[:, 0]
                         marks = self._marked.told(zeros, zeros, zeros)
                         for is_fresh in (True, False):
-                            self._kept = _extend(self.config, is_fresh, params, self._kept, tokens, zeros, zeros, marks)
+                            self._kept = self._extend(is_fresh, params, tokens, zeros, zeros, marks)
                 self._kept = _copy_conversations(self._kept, none, none)
-                self._cache = _lay_conversations(self._cache, self._kept, none)
-                self._kept = _keep_turns(self._kept, self._cache, none)
-                for rules in (None, rules_of(sampling)):
-                    self._call_decode(params, sampling, rules)
+                self._kept = _keep_turns(self._kept, _without_prompts(self._cache), none)
+                for size in (*self._sizes, *reversed(self._sizes)):
+                    self._make_room(size)
+                    self._cache = _lay_conversations(self._cache, self._kept, none)
+                    for rules in (None, rules_of(sampling)):
+                        self._call_decode(params, sampling, rules)
             jax.block_until_ready(self._cache)
 
         self._rules = {rules_of(sampling)}
@@ -451,8 +466,23 @@ class TurnDecoder:
     def _allocate(self) -> None:
         if self._cache is None:
             self._kept = _init_conversations(*self._kept_sizes())
-            self._cache = _init_cache(*self._cache_sizes())
+            self._cache = _init_cache(*self._cache_sizes(self._sizes[0]))
             self._column = 0
+
+    def _make_room(self, longest: int) -> None:
+        """The rows' prompts with the least room that there are programs for, of at least `longest` tokens. By what
+        decodes now alone: a run that goes on adds up in the same order as one that was never broken off."""
+        index = self._sizes.index(self.room)
+        wanted = bisect.bisect_left(self._sizes, longest)
+        while index != wanted:
+            index += 1 if index < wanted else -1
+            # One layer at a time, so that old and new never lie there both as a whole.
+            resized: dict[str, list[jax.Array]] = {"prefix_k": [], "prefix_v": []}
+            for name, layers in resized.items():
+                for old in getattr(self._cache, name):
+                    layers.append(_resize_prompts(self._sizes[index], old))
+                    old.delete()
+            self._cache = dataclasses.replace(self._cache, **{name: tuple(new) for name, new in resized.items()})
 
     def _admit(self, params: Params) -> None:
         """Waiting turns onto free rows. One whose beginning another of them computes first waits for that one."""
@@ -473,6 +503,8 @@ class TurnDecoder:
         for row, turn in chosen:
             mark = self._marked.place(turn.conversation, len(turn.tokens) - 1)
             moves.append(_Move(turn.conversation, row, mark=mark))
+        decoding = [turn for turn in (*self._turns, *(turn for _, turn in chosen)) if turn is not None]
+        self._make_room(max(len(turn.tokens) - 1 for turn in decoding))
         self._cache = _lay_conversations(self._cache, self._kept, self._moves(moves))
         for row, turn in chosen:
             limit = min(turn.max_new_tokens or self.spec.max_new_tokens, self._room(turn))
@@ -577,8 +609,13 @@ class TurnDecoder:
                     source[i], target[i] = one.source, one.target
                     tokens[i, : len(chunk)] = chunk
             marks = self._marked.told(source, target, size)
-            self._kept = _extend(self.config, is_fresh, params, self._kept, tokens, index, start, marks)
+            self._kept = self._extend(is_fresh, params, tokens, index, start, marks)
             self.stats["padded_tokens"] += tokens.size
+
+    def _extend(self, is_fresh: bool, params: Params, *what: Any) -> Conversations:
+        # Where nothing is read, its sizes make no other program.
+        sizes = () if is_fresh else self._sizes
+        return _extend(self.config, is_fresh, sizes, params, self._kept, *what)
 
     def _counts(self, length: int) -> list[int]:
         """Conversations that each part of the devices extends at once."""
@@ -614,7 +651,7 @@ class TurnDecoder:
         self.stats["new_tokens"] += int(grown.sum())
         count_tokens(int(grown.sum()))
         if moves:
-            self._kept = _keep_turns(self._kept, self._cache, self._moves(moves))
+            self._kept = _keep_turns(self._kept, _without_prompts(self._cache), self._moves(moves))
         return results
 
     def _call_decode(self, params: Params, sampling: SamplingParams, rules: Rules | None):
@@ -694,6 +731,11 @@ class TurnDecoder:
 
     def _on_mesh(self):
         return contextlib.nullcontext() if self.mesh is None else use_mesh(self.mesh)
+
+
+def _without_prompts(cache: KVCache) -> KVCache:
+    """The cache for a program that minds the ring alone, and so is one whatever the room of prompts."""
+    return dataclasses.replace(cache, prefix_k=(), prefix_v=(), prompt_memory=())
 
 
 class _Move(NamedTuple):

@@ -3,7 +3,7 @@
     python benchmarks/growth.py --preset=full --json=growth.json
 
 `cap_cost`: the time of the same short completions under the largest `max_new_tokens` over that under the smallest;
-`context_cost`: that of the same short conversations under the largest `context_length`.
+`context_cost`: that of the same short conversations under the largest `context_length` and `max_new_tokens`.
 `stop_string_growth`: what taking a token over and looking for stop strings costs the host, in long completions over
 short ones. `rows_bytes_per_token`: bytes of `RaggedRows` for a token of rows whose lengths are lognormal, mean over
 ragged minibatches; `pack_us_per_token`: microseconds of the host to lay one out and fill it, median.
@@ -46,12 +46,21 @@ from rljax.types import RolloutBatch, Trajectory
 
 SIZES = {
     "smoke": dict(
-        new=8, caps=(8, 32), contexts=(64, 128), stops=(16, 32), rows=2, steps=3, groups=4, size=4, median=12, cap=64
+        new=8,
+        caps=(8, 32),
+        contexts=((64, 16), (128, 32)),
+        stops=(16, 32),
+        rows=2,
+        steps=3,
+        groups=4,
+        size=4,
+        median=12,
+        cap=64,
     ),
     "small": dict(
         new=64,
         caps=(64, 1024),
-        contexts=(512, 2048),
+        contexts=((512, 64), (2048, 1024)),
         stops=(64, 512),
         rows=4,
         steps=20,
@@ -63,7 +72,7 @@ SIZES = {
     "full": dict(
         new=64,
         caps=(64, 4096),
-        contexts=(512, 8192),
+        contexts=((512, 64), (8192, 4096)),
         stops=(256, 8192),
         rows=4,
         steps=60,
@@ -101,17 +110,20 @@ def cap_seconds(model, caps: Sequence[int], new: int, repeats: int) -> dict[int,
     return seconds
 
 
-def context_seconds(model, contexts: Sequence[int], new: int, repeats: int) -> dict[int, list[float]]:
-    """Of `REQUESTS` conversations of two turns of half of `new` tokens each by `context_length`, all programs
-    compiled."""
+Limits = tuple[int, int]
+"""Tokens of a conversation, and of a turn."""
+
+
+def context_seconds(model, limits: Sequence[Limits], new: int, repeats: int) -> dict[Limits, list[float]]:
+    """Of `REQUESTS` conversations of two turns of half of `new` tokens each, by limits, all programs compiled."""
     config, params = model
     decoders = {}
-    for context in contexts:
-        spec = TurnDecoderSpec(REQUESTS, REQUESTS, context, max_new_tokens=new // 2, prefill_chunks=(PROMPT,))
-        decoders[context] = TurnDecoder(config, spec)
-        decoders[context].set_params(params)
-        decoders[context].begin(sampling_params(), seed=0, step=0)
-        decoders[context].warmup()
+    for context, cap in limits:
+        spec = TurnDecoderSpec(REQUESTS, REQUESTS, context, max_new_tokens=cap, prefill_chunks=(PROMPT,))
+        decoders[context, cap] = decoder = TurnDecoder(config, spec)
+        decoder.set_params(params)
+        decoder.begin(sampling_params(), seed=0, step=0)
+        decoder.warmup()
 
     prompts = random_prompts(TINY, REQUESTS, PROMPT, seed=1)
     observations = random_prompts(TINY, REQUESTS, PROMPT, seed=2)
@@ -121,19 +133,19 @@ def context_seconds(model, contexts: Sequence[int], new: int, repeats: int) -> d
         said = list(prompts)
         for turn in range(2):
             for i, tokens in enumerate(said):
-                decoder.submit(Turn(i, tokens, prompt_id=i, sample_id=0, turn=turn))
+                decoder.submit(Turn(i, tokens, prompt_id=i, sample_id=0, turn=turn, max_new_tokens=new // 2))
             while decoder.num_open:
                 for result in decoder.run():
                     i = result.turn.conversation
                     said[i] = [*said[i], *result.tokens.tolist(), *observations[i]]
 
-    seconds: dict[int, list[float]] = {context: [] for context in contexts}
+    seconds: dict[Limits, list[float]] = {limit: [] for limit in limits}
     for repeat in range(repeats + 1):
-        for context, decoder in decoders.items():
+        for limit, decoder in decoders.items():
             begin = time.perf_counter()
             talk(decoder)
             if repeat:
-                seconds[context].append(time.perf_counter() - begin)
+                seconds[limit].append(time.perf_counter() - begin)
     return seconds
 
 
@@ -227,7 +239,7 @@ def main() -> None:
     probes = [probe("float32", quick)]
     config, params = load_model(write_model(TINY), dtype="float32", param_dtype="float32")
     # Positions enough for the longest cap.
-    model = (dataclasses.replace(config, max_position=2 * max(*size["caps"], *size["contexts"])), params)
+    model = (dataclasses.replace(config, max_position=2 * max(*size["caps"], *map(max, size["contexts"]))), params)
     update = UpdateConfig(pack_length=2 * size["cap"], microbatch_size=2)
     vocab = TINY["vocab_size"]
 
@@ -248,8 +260,8 @@ def main() -> None:
 
     for cap, found in caps.items():
         line(f"seconds of {REQUESTS} x {size['new']} tokens at max_new_tokens {cap}", statistics.median(found), found)
-    for context, found in contexts.items():
-        what = f"seconds of {REQUESTS} conversations of two turns at context_length {context}"
+    for (context, cap), found in contexts.items():
+        what = f"seconds of {REQUESTS} conversations at context_length {context} and max_new_tokens {cap}"
         line(what, statistics.median(found), found)
     for new, found in looks.items():
         line(f"us a token of stop strings in {new} tokens", statistics.median(found))

@@ -212,8 +212,13 @@ def test_turns_have_the_log_probs_of_the_trainer_and_only_what_is_new_is_compute
     assert compile_count() == compiled
 
 
-@pytest.mark.parametrize(("memories", "begins_at"), [(2, "the third turn"), (6, "the second turn")])
-def test_a_fork_begins_at_a_memory_that_is_kept(memories, begins_at):
+@pytest.mark.parametrize(
+    ("memories", "begins_at", "ring"),
+    [(2, "the third turn", 256), (6, "the second turn", 256), (2, "the third turn", 4)],
+)
+def test_a_fork_begins_at_a_memory_that_is_kept(memories, begins_at, ring, monkeypatch):
+    """Also of turns that are handed over in parts."""
+    monkeypatch.setattr("rljax.sampling.turns._LONGEST_RING", ring)
     decoder = turn_decoder(memories=memories)
     said, turns = [12, 13, 14, 15, 16, 17], []
     for turn, seen in enumerate(observations(3, 3)):

@@ -239,6 +239,44 @@ def test_rows_have_the_room_that_the_longest_of_them_needs(monkeypatch):
         np.testing.assert_allclose(said.logprobs, want.logprobs, atol=2e-5)
 
 
+def test_a_long_turn_is_handed_to_its_conversation_part_by_part(monkeypatch):
+    """A row keeps the last few tokens to itself; nothing compiles for that, and turns stay what they were."""
+    whole = make_decoder().cache_bytes()
+    monkeypatch.setattr("rljax.sampling.turns._LONGEST_RING", 4)
+    decoder = make_decoder()
+    assert decoder.cache_bytes() < whole
+    decoder.warmup()
+    before = compile_count()
+    log = play(decoder, turns=3)
+    assert compile_count() == before and max(len(said.tokens) for *_, said in log) == NEW
+    for i, turn, tokens, said in log:
+        want = sampled_alone(tokens, 50 + i, i, turn)
+        np.testing.assert_array_equal(said.tokens, want.tokens)
+        np.testing.assert_allclose(said.logprobs, want.logprobs, atol=2e-5)
+        assert said.end == want.finish_reason
+
+
+@pytest.mark.parametrize("keep", [False, True])
+def test_a_long_turn_that_is_interrupted_keeps_all_of_itself_or_nothing(keep, monkeypatch):
+    """Whatever of it was handed over: what a run that goes on finds must not depend on how the turn was cut."""
+    monkeypatch.setattr("rljax.sampling.turns._LONGEST_RING", 4)
+    decoder = make_decoder(stops=Stops())
+    context = list(range(40, 50))
+    decoder.submit(Turn(1, context, 50, 0, 1))
+    at_once = finish(decoder)[1].tokens.tolist()
+
+    decoder.submit(Turn(0, context, 50, 0, 1))
+    for _ in range(2):
+        assert not decoder.run()
+    (said,) = decoder.interrupt(keep=keep)
+    decoder.begin(sampling_params(), seed=1, step=2)
+    begun = len(said.tokens)
+    rest = {"begun": begun, "drawn": begun, "max_new_tokens": NEW - begun}
+    decoder.submit(Turn(0, [*context, *said.tokens.tolist()], 50, 0, 1, **rest))
+    assert [*said.tokens.tolist(), *finish(decoder)[0].tokens.tolist()] == at_once
+    assert begun == 6 and decoder.stats["prefill_tokens"] == (0 if keep else begun)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -57,6 +57,9 @@ _COUNTED = (
     "decode_steps",
     "busy_rows",
 )
+_LONGEST_RING = 256
+"""Tokens of a turn that its row keeps to itself; a longer one is handed to its conversation part by part, since a step
+reads all that a row has room for."""
 _ROWS_SCORED = 8  # of several prompts, at once
 _SHORTEST_SCORED = 16  # tokens that a prompt is padded to, or the next doubling of it
 _MOST_EXTENDED = 16  # conversations extended at once: each is gathered, and scored over its whole length
@@ -167,7 +170,7 @@ class TurnDecoder:
 
         # Device memory, allocated at the first use. A row that ended is written on until the steps of a call are over,
         # and the longest chunk, or a ring, is written whole behind the last token: hence the room behind either.
-        self._ring = spec.max_new_tokens + spec.check_every
+        self._ring = min(spec.max_new_tokens, _LONGEST_RING) + spec.check_every
         self._size = spec.context_length + max(self._ring, spec.prefill_chunks[-1])
         # What rows have room for.
         self._sizes = (*spec.context_sizes[:-1], self._size)
@@ -414,7 +417,10 @@ class TurnDecoder:
             results.append(self._result(row, "interrupted"))
             # A row before its first step has nothing that its conversation has not.
             if keep and self._grid.steps[row]:
-                moves.append(self._hand_over(row, results[-1], self._column))
+                moves.append(self._hand_over(row, results[-1].tokens, self._column))
+            if not keep:
+                conversation = turn.conversation
+                self._held[conversation] = self._held[conversation][: len(turn.tokens) - 1]
             self._free(row)
         if moves:
             with self._on_mesh():
@@ -503,14 +509,17 @@ class TurnDecoder:
         for row, turn in chosen:
             mark = self._marked.place(turn.conversation, len(turn.tokens) - 1)
             moves.append(_Move(turn.conversation, row, mark=mark))
-        decoding = [turn for turn in (*self._turns, *(turn for _, turn in chosen)) if turn is not None]
-        self._make_room(max(len(turn.tokens) - 1 for turn in decoding))
-        self._cache = _lay_conversations(self._cache, self._kept, self._moves(moves))
         for row, turn in chosen:
             limit = min(turn.max_new_tokens or self.spec.max_new_tokens, self._room(turn))
             self._turns[row] = turn
             self._grid.start(row, turn, limit)
+        self._lay(moves)
         self.stats["turns"] += len(chosen)
+
+    def _lay(self, moves: Sequence["_Move"]) -> None:
+        """Conversations into their rows, all of which have room for the longest of those that decode."""
+        self._make_room(int(self._grid.prefix[self._grid.active].max()))
+        self._cache = _lay_conversations(self._cache, self._kept, self._moves(moves))
 
     def _choose(self) -> list[tuple[int, Turn]]:
         """Takes the turns that begin now, with the row of each: one on the devices that keep its conversation."""
@@ -642,7 +651,7 @@ class TurnDecoder:
 
             reason, length = end
             results.append(self._result(row, reason, length))
-            moves.append(self._hand_over(row, results[-1], column + count))
+            moves.append(self._hand_over(row, results[-1].tokens, column + count))
             self._free(row)
 
         self._column = int((column + grown.max()) % self._ring)
@@ -650,9 +659,25 @@ class TurnDecoder:
         self.stats["busy_rows"] += int(grown.sum())
         self.stats["new_tokens"] += int(grown.sum())
         count_tokens(int(grown.sum()))
+        full = self._full_rows()
+        moves += [self._hand_over(row, self._said(row), self._column) for row in full]
         if moves:
             self._kept = _keep_turns(self._kept, _without_prompts(self._cache), self._moves(moves))
+        if full:
+            # They go on behind it, as turns that have begun.
+            for row in full:
+                self._grid.go_on(row)
+            self._lay(moves[-len(full) :])
         return results
+
+    def _full_rows(self) -> list[int]:
+        """Rows whose part of the ring would not hold what another run adds."""
+        is_full = self._grid.active & (self._grid.steps + self.spec.check_every > self._ring)
+        return np.flatnonzero(is_full).tolist()
+
+    def _said(self, row: int) -> np.ndarray:
+        """What the row's turn has said so far."""
+        return np.concatenate([part["tokens"] for part in self._emitted[row]])
 
     def _call_decode(self, params: Params, sampling: SamplingParams, rules: Rules | None):
         """(steps [E], active [E], emitted) of the rows after up to `check_every` steps."""
@@ -693,7 +718,8 @@ class TurnDecoder:
             return last_of(turn.tokens, (part["tokens"] for part in reversed(parts)), count)
 
         # The text of a turn that goes on begins with what was said of it before.
-        length = self._stop_strings.beside(turn.stop).end(last, int(self._grid.steps[row]), grown, begun=turn.begun)
+        said = self._grid.said(row)
+        length = self._stop_strings.beside(turn.stop).end(last, said, grown, begun=turn.begun)
         if length is not None:
             return "stop_string", length
         if is_active:
@@ -705,16 +731,17 @@ class TurnDecoder:
         assert turn is not None
         return _result_of(turn, self._emitted[row], end, length, self.spec.top_logprobs)
 
-    def _hand_over(self, row: int, result: TurnResult, column: int) -> "_Move":
-        """What a row has computed goes to its conversation, whose next turn comes behind it: the move that brings it
-        there. `column` is where the row would have written next."""
+    def _hand_over(self, row: int, said: np.ndarray, column: int) -> "_Move":
+        """What a row has computed goes to its conversation, to be gone on from behind it: the move that brings it
+        there. The turn has `said` so much, and `column` is where the row would have written next."""
+        turn = self._turns[row]
+        assert turn is not None
         # The last token has been sampled and not yet fed, so that it has no keys and values.
-        turn = result.turn
-        self._held[turn.conversation] = np.concatenate([np.asarray(turn.tokens, np.int32), result.tokens])[:-1]
-        first, steps = len(turn.tokens) - 1, int(self._grid.steps[row])
+        self._held[turn.conversation] = np.concatenate([np.asarray(turn.tokens, np.int32), said])[:-1]
+        first, steps = int(self._grid.prefix[row]), int(self._grid.steps[row])
         # What is recalled is behind all that was fed. Of a turn that was cut before that, it is behind more than is
-        # held, where nothing is gone on from.
-        mark = self._marked.set(turn.conversation, first, first + steps)
+        # held, where nothing is gone on from. Of a turn's parts the last one's is kept, beside that of its beginning.
+        mark = self._marked.set(turn.conversation, len(turn.tokens) - 1, first + steps)
         return _Move(turn.conversation, row, first, (column - steps) % self._ring, mark)
 
     def _free(self, row: int) -> None:
@@ -767,8 +794,10 @@ class _Grid:
     def __init__(self, rows: int, suppressed: Sequence[int], context_length: int):
         self.active = np.zeros(rows, bool)
         self.steps = np.zeros(rows, np.int32)
+        # Tokens of the conversation that come before these steps.
+        self.prefix = np.zeros(rows, np.int32)
+        self._before = np.zeros(rows, np.int32)
         self._prompt_id = np.zeros(rows, np.int32)
-        self._prefix = np.zeros(rows, np.int32)
         self._sample_id = np.zeros(rows, np.int32)
         self._drawn = np.zeros(rows, np.int32)
         self._token = np.zeros(rows, np.int32)
@@ -790,9 +819,10 @@ class _Grid:
     def start(self, row: int, turn: Turn, limit: int) -> None:
         self.active[row] = True
         self.steps[row] = 0
+        self._before[row] = 0
         self._limit[row] = limit
         self._prompt_id[row] = turn.prompt_id
-        self._prefix[row] = len(turn.tokens) - 1
+        self.prefix[row] = len(turn.tokens) - 1
         # A turn counts as a sample of its own, so that no two turns share numbers.
         self._sample_id[row] = turn.sample_id * MOST_TURNS + turn.turn
         self._drawn[row] = turn.drawn
@@ -813,7 +843,7 @@ class _Grid:
             self._follow(row, list(turn.tokens)[length - turn.begun :])
 
     def advance(self, row: int, tokens: np.ndarray) -> None:
-        place = int(self._prefix[row]) + 1 + int(self.steps[row])
+        place = int(self.prefix[row]) + 1 + int(self.steps[row])
         self._said[row, place : place + len(tokens)] = tokens
         self._is_own[row, place : place + len(tokens)] = True
         # Not drawn as the policy would: no token of its own, here as in `decode`.
@@ -824,6 +854,20 @@ class _Grid:
         if len(tokens):
             self._token[row] = tokens[-1]
         self._follow(row, tokens.tolist())
+
+    def said(self, row: int) -> int:
+        """How many tokens the row's turn has."""
+        return int(self._before[row] + self.steps[row])
+
+    def go_on(self, row: int) -> None:
+        """What the row has said is part of its conversation from now on."""
+        steps = self.steps[row]
+        self.prefix[row] += steps
+        self._before[row] += steps
+        self._drawn[row] += steps
+        self._limit[row] -= steps
+        self._suppress_at[row] = -1
+        self.steps[row] = 0
 
     def free(self, row: int) -> None:
         self.active[row] = False
@@ -849,7 +893,7 @@ class _Grid:
         # A slot has one row, and no turn has tokens that are given: those that it begins with are its prompt's.
         return DecodeRows(
             prompt_id=self._prompt_id,
-            prefix_length=self._prefix,
+            prefix_length=self.prefix,
             sample_id=self._sample_id[:, None],
             drawn=self._drawn[:, None],
             token=self._token[:, None],

@@ -190,7 +190,7 @@ def sums_config(size: Size) -> Config:
         ),
         SingleTurn(prompt_buckets=(20,)),
         miscounted,
-        # After 300 steps of 128 answers are guesses, 6% right, and GRPO does not get away from there; so 29% are right.
+        # After 300 steps of 128 answers are guesses, 6% right, and GRPO does not get away from there; so 22% are right.
         Shape(length=34, new_tokens=14, warmup=1500, learning_rate=2e-4),
     )
     return dataclasses.replace(config, warmup=dataclasses.replace(config.warmup, batch_size=32))

@@ -100,15 +100,16 @@ class LightSAMConfig(OptimizerConfig):
     """LightSAM (2505.24399), `rljax.training.lightsam`: a second gradient at a point `rho` away, for twice the cost.
 
     The two gradients of an update share minibatch, advantages, masks and old log-probs; `max_grad_norm` bounds each of
-    them. Meant for supervised fine-tuning first; in RL, where clipping depends on the params, take it if the reward is
-    unstable.
+    them. Meant for supervised fine-tuning: in RL, where a minibatch was drawn at the weights and clipping depends on
+    them, runs were level with AdamW's at best and broke down the farther away they looked (docs/arena.md#rates).
     """
 
     b2: float = field(default=0.99, least=0, below=1)
     """Decay of the average of squared gradients, of the variant `adam`."""
 
     rho: float = field(default=0.05, least=0)
-    """How far away the second gradient is taken; 0 does not look elsewhere."""
+    """How far away the second gradient is taken: of each weight, with the variant `norm` of all of them together; 0
+    does not look elsewhere. In RL take no more than a step of the optimizer, which is the learning rate."""
 
     variant: Literal["adam", "adagrad", "norm"] = "adam"
     """How both steps are normalised: `adam` (III), `adagrad` (II) or `norm` (I, one scalar). `b1` and `b2` take effect

@@ -2,9 +2,10 @@
 
     python benchmarks/distill.py --workdir=runs/distill --json=distill.json        # goes on where it stopped
 
-`spelling`: words backwards, from one warmed-up student. GRPO samples 8 answers for each prompt; on-policy distillation
-(OnPolicyDistillation) samples 2 and asks a teacher, which was trained on right demonstrations alone. A run ends at the
-first look with held-out avg@8 of `goal` or more, or with its budget.
+`spelling`: words backwards, from one warmed-up student. GRPO samples 8 answers for each prompt. With a teacher, trained
+on right demonstrations alone, 2 are sampled: OnPolicyDistillation asks it about the letters that were drawn, and GKD
+(`beta` 1) compares whole distributions, by the same reverse KL. A run ends at the first look with held-out avg@8 of
+`goal` or more, or with its budget.
 
 `two tasks`: words backwards, or their letters sorted, from one student that was warmed up on both. It has the two
 teachers, each on its own task, or one of them for all rows, and the same number of sampled tokens in every arm.
@@ -23,7 +24,7 @@ from typing import Any
 import numpy as np
 from _arms import Result, measure_arms, scores_of
 
-from rljax.algorithms import GRPO, OnPolicyDistillation
+from rljax.algorithms import GKD, GRPO, OnPolicyDistillation
 from rljax.analysis.compare import Spent, train_on_budget
 from rljax.experiment import Config, ModelTeacher, PretrainedModel, WarmupConfig
 from rljax.experiment.build import build
@@ -47,12 +48,14 @@ LOOKS = 32
 """A run looks at held-out words after every such share of its budget."""
 BASELINE = "GRPO"
 TAUGHT = "OnPolicyDistillation"
-TAUGHT_SHARE = 8
-"""GRPO's budget over that of a run with a teacher."""
+EXACT = "GKD"
+TAUGHT_SHARE = 3
+"""GRPO's budget over that of a run with teachers."""
 BOTH = "both teachers"
 ARMS: dict[str, tuple[str, ...]] = {
     BASELINE: (),
     TAUGHT: ("spelling",),
+    EXACT: ("spelling",),
     BOTH: ("backward", "sorted"),
     "backward's alone": ("backward",),
     "sorted's alone": ("sorted",),
@@ -71,7 +74,8 @@ def is_of_two_tasks(arm: str) -> bool:
 
 def student_config(arm: str, preset: Mapping[str, Any]) -> Config:
     """The run of an arm, with its warm-up and without its teachers."""
-    algorithm = OnPolicyDistillation(group_size=2) if ARMS[arm] else GRPO(group_size=8, kl_coef=0.0)
+    taught = GKD(group_size=2, beta=1.0) if arm == EXACT else OnPolicyDistillation(group_size=2)
+    algorithm = taught if ARMS[arm] else GRPO(group_size=8, kl_coef=0.0)
     make = two_tasks_config if is_of_two_tasks(arm) else spelling_config
     config = make(algorithm, preset["size"])
     config.warmup.steps = preset["warmup"]

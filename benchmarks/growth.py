@@ -18,6 +18,7 @@ import functools
 import statistics
 import time
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -44,43 +45,12 @@ from rljax.sampling.stopping import StopStrings
 from rljax.training import Learner, UpdateConfig
 from rljax.types import RolloutBatch, Trajectory
 
-SIZES = {
-    "smoke": dict(
-        new=8,
-        caps=(8, 32),
-        contexts=((64, 16), (128, 32)),
-        stops=(16, 32),
-        rows=2,
-        steps=3,
-        groups=4,
-        size=4,
-        median=12,
-        cap=64,
-    ),
-    "small": dict(
-        new=64,
-        caps=(64, 1024),
-        contexts=((512, 64), (2048, 1024)),
-        stops=(64, 512),
-        rows=4,
-        steps=20,
-        groups=16,
-        size=8,
-        median=40,
-        cap=256,
-    ),
-    "full": dict(
-        new=64,
-        caps=(64, 4096),
-        contexts=((512, 64), (8192, 4096)),
-        stops=(256, 8192),
-        rows=4,
-        steps=60,
-        groups=16,
-        size=8,
-        median=40,
-        cap=256,
-    ),
+_LARGE = dict(new=64, rows=4, groups=16, size=8, median=40, cap=256)
+SIZES: dict[str, dict[str, Any]] = {
+    "smoke": dict(new=8, rows=2, groups=4, size=4, median=12, cap=64)
+    | dict(caps=(8, 32), contexts=((64, 16), (128, 32)), stops=(16, 32), steps=3),
+    "small": _LARGE | dict(caps=(64, 1024), contexts=((512, 64), (2048, 1024)), stops=(64, 512), steps=20),
+    "full": _LARGE | dict(caps=(64, 4096), contexts=((512, 64), (8192, 4096)), stops=(256, 8192), steps=60),
 }
 SIZES["gpu"] = SIZES["small"]
 REQUESTS = 16
@@ -140,6 +110,7 @@ def context_seconds(model, limits: Sequence[Limits], new: int, repeats: int) -> 
                     said[i] = [*said[i], *result.tokens.tolist(), *observations[i]]
 
     seconds: dict[Limits, list[float]] = {limit: [] for limit in limits}
+    # In turn, and without the first round, as in `cap_seconds`.
     for repeat in range(repeats + 1):
         for limit, decoder in decoders.items():
             begin = time.perf_counter()
@@ -176,9 +147,13 @@ def rollout(size, vocab: int, step: int) -> RolloutBatch:
     rows = []
     for group in range(size["groups"]):
         prompt = rng.integers(3, vocab, int(rng.integers(4, PROMPT)))
+
         for _ in range(size["size"]):
+            # As lengths of answers are: a few take most of the tokens, and some reach the cap.
             new = int(np.clip(rng.lognormal(np.log(size["median"]), 1.0), 1, size["cap"]))
             tokens = np.concatenate([prompt, rng.integers(3, vocab, new)]).astype(np.int32)
+
+            # What was sampled is trained; its numbers decide no shape.
             mask = np.arange(len(tokens)) >= len(prompt)
             zeros = np.zeros(len(tokens), np.int32)
             rows.append(

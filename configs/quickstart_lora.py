@@ -36,8 +36,10 @@ def get_config() -> Config:
             extract=final_number,
         ),
         algorithm=GRPO(group_size=8, kl_coef=0.0),
+        # Answers end up eight tokens long.
         actor=SingleTurn(prompt_buckets=(64,)),
         sampling=SamplingConfig(max_new_tokens=14),
+        # Half of a rollout at a time, 32 rows that share 4 prompts, in sequences of two lengths: few programs.
         update=UpdateConfig(
             minibatches=2,
             use_sampler_logprobs=True,
@@ -51,6 +53,7 @@ def get_config() -> Config:
         lora=LoraConfig(rank=16),
         # Adapters bear ten times the rate of all weights, and more.
         optimizer=OptimizerConfig(learning_rate=2e-4, weight_decay=0.0),
+        # Before and after; a run of minutes needs neither a look nor a checkpoint on the way.
         evaluation=EvaluationConfig(every=0, problems=56, samples=8),
         checkpoint=CheckpointConfig(every=0),
     )

@@ -178,7 +178,7 @@ def stores():
         "resize_prompts": (functools.partial(resize_prompts, 2 * COLUMNS), cache.prefix_k[0]),
         "prefill": (functools.partial(prefill, DECODER), params, cache, tokens, some),
         "extend": (
-            functools.partial(extend, DECODER, False, (COLUMNS // 2, COLUMNS)),
+            functools.partial(extend, DECODER, (COLUMNS // 2, COLUMNS)),
             params,
             kept,
             tokens,

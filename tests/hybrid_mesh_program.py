@@ -144,7 +144,7 @@ def sent_by_stores():
         "copy": (copy_conversations, kept, moves, moves),
         "lay": (lay_conversations, cache, kept, moves),
         "keep": (keep_turns, kept, cache, moves),
-        "extend": (functools.partial(extend, CONFIG, False, (24, 48)), params, kept, tokens, some, some, marks),
+        "extend": (functools.partial(extend, CONFIG, (24, 48)), params, kept, tokens, some, some, marks),
         "recall": (functools.partial(recall_paths, CONFIG), params, cache, paths),
     }
     with use_mesh(mesh):

@@ -7,6 +7,7 @@ Look at preference/accuracy and held-out avg@8, which is higher than that of the
 
 import dataclasses
 import random
+from collections.abc import Callable
 
 from spelling import spelling_config
 
@@ -17,19 +18,22 @@ from rljax.tasks import Example
 
 def spelled_pairs(examples: list[Example]) -> list[Example]:
     """The right answer beside a wrong one: its letters shuffled, or two neighbours exchanged."""
-    return [
-        dataclasses.replace(
-            example,
-            columns={**example.columns, "chosen": example.columns["answer"], "rejected": _wrong(example)},
-        )
-        for example in examples
-    ]
+    return beside_right(examples, _wrong)
 
 
-def _wrong(example: Example) -> str:
-    right = example.columns["answer"]
-    # Of the example alone, so that every step draws the same.
-    rng = random.Random(example.id)
+def beside_right(examples: list[Example], wrong: Callable[[str, random.Random], str]) -> list[Example]:
+    """Pairs of the right answer and what `wrong` makes of it, by a generator that is the example's own: every step
+    draws the same."""
+
+    def pair(example: Example) -> Example:
+        right = example.columns["answer"]
+        rejected = wrong(right, random.Random(example.id))
+        return dataclasses.replace(example, columns={**example.columns, "chosen": right, "rejected": rejected})
+
+    return [pair(example) for example in examples]
+
+
+def _wrong(right: str, rng: random.Random) -> str:
     letters = list(right)
     if rng.random() < 0.5:
         rng.shuffle(letters)

@@ -15,6 +15,7 @@ Expected, seed 0: eval/preference_accuracy 0.98; by GRPO the held-out avg@8 rise
 import dataclasses
 import random
 
+from dpo import beside_right
 from spelling import LETTERS, spelling_config
 
 from rljax.algorithms import GRPO, PPO, BradleyTerry
@@ -28,19 +29,10 @@ FOLDER = "runs/reward_model/export"
 def misspelled_pairs(examples: list[Example]) -> list[Example]:
     """The right answer beside one with one to three mistakes of any kind: a policy finds the kinds that a reward model
     has not been shown."""
-    return [
-        dataclasses.replace(
-            example,
-            columns={**example.columns, "chosen": example.columns["answer"], "rejected": _misspelled(example)},
-        )
-        for example in examples
-    ]
+    return beside_right(examples, _misspelled)
 
 
-def _misspelled(example: Example) -> str:
-    right = example.columns["answer"]
-    # Of the example alone, so that every step draws the same.
-    rng = random.Random(example.id)
+def _misspelled(right: str, rng: random.Random) -> str:
     letters = list(right)
     for _ in range(rng.randint(1, 3)):
         at = rng.randrange(len(letters))
@@ -55,6 +47,8 @@ def _misspelled(example: Example) -> str:
             letters.insert(at, letters[at])
         else:
             letters[at] = rng.choice(LETTERS)
+
+    # Mistakes may undo each other.
     wrong = "".join(letters)
     return wrong if wrong != right else right[:-1]
 

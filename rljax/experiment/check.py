@@ -152,6 +152,7 @@ def check_off_policy(config: Config, algorithm: Algorithm) -> None:
     if not source and not uses_sampler:
         return
 
+    # A correction weighs old log-probs against the sampler's: taken for the same, they leave it nothing.
     name = type(config.algorithm).__name__
     compared = algorithm.compared_with()
     if uses_sampler and compared.old and compared.behavior:
@@ -159,6 +160,7 @@ def check_off_policy(config: Config, algorithm: Algorithm) -> None:
             f"config.update.use_sampler_logprobs=True makes old and sampler's log-probs one, and {name} corrects by "
             "their difference; set it to False"
         )
+
     if source and not compared.behavior and not (uses_sampler and compared.old):
         raise ValueError(
             f"{source} trains on tokens that other policies sampled, and {name} takes them for the current one's; set "

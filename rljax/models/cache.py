@@ -255,14 +255,16 @@ def read_entries(
     index: Int[Array, " N"],
     axes: Sequence[str | None],
     mark: Int[Array, " N"] | None = None,
+    size: int | None = None,
 ) -> Float[Array, "N ..."]:
     """Entries `index` of an array of the logical `axes`, each on the device that has it; with `mark` one of the second
-    dimension of each, which is gone then. `index` is split as the entries are."""
+    dimension of each, which is gone then; with `size` the first of their third. `index` is split as the entries are."""
 
     def read(source, index, *rest):
         *mark, shard = rest
         own, _ = _own(source, index, shard)
-        return source[(own, *mark)]
+        # In one gather: a part of the whole array is never made.
+        return source[(own, *mark)] if size is None else source[own, :, :size]
 
     marks = () if mark is None else (mark,)
     of_result = axes if mark is None else (axes[0], *axes[2:])
@@ -340,6 +342,12 @@ def resize_prompts(size: int, kept: Float[Array, "P KV Sp hd"]) -> Float[Array, 
 def prompts_size(cache: KVCache) -> int:
     """Tokens for which a prompt has room."""
     return cache.prefix_k[0].shape[2]
+
+
+def without_prompts(cache: KVCache) -> KVCache:
+    """Ring, paths and what rows recall alone. A program is compiled for what it sees, so one that does not read prompts
+    is given this, and is one program whatever their room."""
+    return dataclasses.replace(cache, prefix_k=(), prefix_v=(), prompt_memory=())
 
 
 def ring_size(cache: KVCache) -> int:

@@ -1092,11 +1092,12 @@ def _rope_by_layer(family: Family, hf: Mapping[str, Any]) -> tuple[Mapping[str, 
     default_rope = family.defaults.get("rope_parameters")
     if default_rope is not None and not (hf.get("rope_parameters") or hf.get("rope_scaling")):
         hf = {**hf, "rope_parameters": default_rope}
-    newer = hf.get("rope_parameters")
     if not family.local_rope:
         return hf, None
-    default = family.defaults.get("rope_local_base_freq")
-    base = hf.get("rope_local_base_freq", default)
+
+    # Newer files have an object for each kind of layer, and older ones a key of their own for those that slide.
+    newer = hf.get("rope_parameters")
+    base = hf.get("rope_local_base_freq", family.defaults.get("rope_local_base_freq"))
     if isinstance(newer, Mapping) and any(isinstance(value, Mapping) for value in newer.values()):
         if unknown := sorted(set(newer) - {"full_attention", "sliding_attention"}):
             raise ValueError(f"config.json: rope_parameters has {unknown[0]!r:.80}, which is no supported layer type")
@@ -1106,10 +1107,13 @@ def _rope_by_layer(family: Family, hf: Mapping[str, Any]) -> tuple[Mapping[str, 
             raise ValueError("config.json: rope_parameters must hold an object for each layer type")
         if (kind := local.get("rope_type", "default")) != "default":
             raise ValueError(f"config.json: rope type {kind!r:.80} of sliding layers is not supported; give default")
+
         hf = {**hf, "rope_parameters": full, "rope_scaling": None}
         base = local.get("rope_theta", base)
         if base is None:
             base = full.get("rope_theta", hf.get("rope_theta"))
+
+    # Where nothing is said of them they rotate as the others.
     if base is None:
         base = hf.get("rope_theta", family.defaults.get("rope_theta"))
     return hf, _real("rope_theta of sliding layers", base)

@@ -267,33 +267,34 @@ def adapter_entries(config: DecoderConfig, *, shared: bool = False) -> list[Entr
     ends = (DOWN, UP, NORM) if lora.dora else (DOWN, UP)
     _check_modules(_targets(config), config)
 
-    def of_matrix(part: Entry, block: slice, rank: int, end: str) -> Entry:
+    def of_matrix(parts: list[Entry], number: int, end: str) -> Entry:
+        part = parts[number]
         own = Weight(f"{part.weight.path}{end}", _file_name(part.weight.hf, end), "", transpose=end != NORM)
-        rows = slice(None) if part.part is None else part.part[0]
-        out, width = part.shape
-        shape, index = {
-            DOWN: ((rank, width), (block,)),
-            UP: ((out, rank), (rows, block)),
-            NORM: ((out,), (rows,)),
-        }[end]
-        whole = part.part is None
         name = _file_name(part.name, end)
-        return Entry(name, own, part.layer, shape, None if whole else index, expert=part.expert)
 
-    def of_module(parts: list[Entry], end: str) -> list[Entry]:
+        # Theirs are [rank, in] and [out, rank].
+        out, width = part.shape
         rank = lora.rank if shared else len(parts) * lora.rank
-        blocks = [slice(0, rank) if shared else slice(i * lora.rank, (i + 1) * lora.rank) for i in range(len(parts))]
-        return [
-            of_matrix(part, block, rank, end)
-            for part, block in zip(parts, blocks, strict=True)
-            if _target(part.weight) in lora.targets
-        ]
+        shape = {DOWN: (rank, width), UP: (out, rank), NORM: (out,)}[end]
+        if part.part is None:
+            return Entry(name, own, part.layer, shape, expert=part.expert)
+
+        (rows,) = part.part
+        block = slice(0, rank) if shared else slice(number * lora.rank, (number + 1) * lora.rank)
+        index = {DOWN: (block,), UP: (rows, block), NORM: (rows,)}[end]
+        return Entry(name, own, part.layer, shape, index, expert=part.expert)
 
     modules = _parts_of_modules(config)
     if lora.dora:
         for parts in modules:
             _check_lengths(parts, lora, config)
-    return [entry for parts in modules for end in ends for entry in of_module(parts, end)]
+    return [
+        of_matrix(parts, number, end)
+        for parts in modules
+        for end in ends
+        for number, part in enumerate(parts)
+        if _target(part.weight) in lora.targets
+    ]
 
 
 def _parts_of_modules(config: DecoderConfig) -> list[list[Entry]]:

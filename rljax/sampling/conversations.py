@@ -109,7 +109,6 @@ def conversations_bytes(config: DecoderConfig, conversations: int, length: int, 
 
 def extend(
     config: DecoderConfig,
-    is_fresh: bool,
     sizes: tuple[int, ...],
     params: Params,
     conversations: Conversations,
@@ -122,10 +121,9 @@ def extend(
     keys and values there. What padding writes is never read, as long as `start + S` is within the conversations'
     length. `params` are those of `decode_weights`.
 
-    `is_fresh`: all `start` are 0, and nothing is there to be read. Otherwise as many tokens of each conversation are
-    read as the first of `sizes` that holds what any of them has; the last of them is the conversations' length.
-    `marks` say where what a delta rule recalls behind those tokens lies, and where it goes; a model with none asks for
-    none.
+    As many tokens of each conversation are read as the first of `sizes` that holds what any of them has; the last of
+    them is the conversations' length. Without `sizes` all `start` are 0, and nothing is read. `marks` say where what a
+    delta rule recalls behind those tokens lies, and where it goes; a model with none asks for none.
 
     On a mesh `index` is split as the conversations are: each device extends its own, and -1 extends none.
     """
@@ -147,13 +145,13 @@ def extend(
         def attend(q, k, v, sinks=None, place=place, window=window):
             new_k = write_entries(conversations.k[place], jnp.swapaxes(k, 1, 2), index, PREFIX_AXES, start, 2)
             new_v = write_entries(conversations.v[place], jnp.swapaxes(v, 1, 2), index, PREFIX_AXES, start, 2)
-            if is_fresh:
+            if not sizes:
                 # Nothing lies before: the new keys alone, which need not be gathered from the whole length.
                 out = forest_attention(q, k, v, positions, jnp.full(tokens.shape, length), window, sinks=sinks)
             else:
 
                 def behind(of_size: int) -> Array:
-                    seen_k, seen_v = (read_entries(x[:, :, :of_size], index, PREFIX_AXES) for x in (new_k, new_v))
+                    seen_k, seen_v = (read_entries(x, index, PREFIX_AXES, size=of_size) for x in (new_k, new_v))
                     return attend_behind(q, seen_k, seen_v, start, window, sinks)
 
                 out = jax.lax.switch(size, [functools.partial(behind, of_size) for of_size in sizes])
@@ -163,7 +161,7 @@ def extend(
             assert config.delta is not None and marks is not None, "a delta rule needs to know what comes before"
             kept = conversations.recalled[place]
             before = None
-            if not is_fresh:
+            if sizes:
                 source = jnp.asarray(marks.source)
                 axes = (ROWS_MEMORY_AXES, ROWS_TAIL_AXES)
                 before = Recalled(*(read_entries(x, index, own, source) for x, own in zip(kept, axes, strict=True)))

@@ -21,6 +21,7 @@ from rljax.models.cache import (
     resize_ring,
     resized_column,
     ring_size,
+    without_prompts,
 )
 from rljax.models.config import DecoderConfig
 from rljax.parallel import batch_parts, platform, use_mesh
@@ -318,10 +319,10 @@ class Sampler:
         return _with_prompts(cache, _copy_prompt(_prompts(cache), np.int32(source), np.int32(target)))
 
     def _keep_paths(self, cache: KVCache, moves: PathMoves) -> KVCache:
-        return _with_prompts(_keep_paths(_completions(cache), moves), cache)
+        return _with_prompts(_keep_paths(without_prompts(cache), moves), cache)
 
     def _lay_paths(self, cache: KVCache, moves: PathMoves) -> KVCache:
-        return _with_prompts(_lay_paths(_completions(cache), moves), cache)
+        return _with_prompts(_lay_paths(without_prompts(cache), moves), cache)
 
     def _recall_paths(self, params: Params, cache: KVCache, slots: Slots, paths: Sequence[Path]) -> KVCache:
         """The cache with what rows recall that begin on these paths. Those of one length go together."""
@@ -575,11 +576,6 @@ def _with_prompts(cache: KVCache, prompts: KVCache) -> KVCache:
     return dataclasses.replace(
         cache, prefix_k=prompts.prefix_k, prefix_v=prompts.prefix_v, prompt_memory=prompts.prompt_memory
     )
-
-
-def _completions(cache: KVCache) -> KVCache:
-    """The ring and the paths of a cache alone."""
-    return dataclasses.replace(cache, prefix_k=(), prefix_v=(), prompt_memory=())
 
 
 def _forced_in_run(before: DecodeRows, steps: np.ndarray) -> int:

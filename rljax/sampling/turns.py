@@ -15,11 +15,10 @@ from typing import Any, Literal, NamedTuple
 import jax
 import numpy as np
 
-from rljax.models.cache import KVCache, cache_bytes, init_cache, prompts_size, resize_prompts
+from rljax.models.cache import cache_bytes, init_cache, prompts_size, resize_prompts, without_prompts
 from rljax.models.config import DecoderConfig
 from rljax.parallel import batch_parts, platform, to_host, use_mesh
 from rljax.sampling.conversations import (
-    Conversations,
     Moves,
     conversations_bytes,
     copy_conversations,
@@ -67,7 +66,7 @@ _MOST_EXTENDED = 16  # conversations extended at once: each is gathered, and sco
 _init_conversations = jax.jit(init_conversations, static_argnums=(0, 1, 2, 3))
 _init_cache = jax.jit(init_cache, static_argnums=(0, 1, 2, 3, 4))
 _resize_prompts = jax.jit(resize_prompts, static_argnums=0)
-_extend = jax.jit(extend, static_argnums=(0, 1, 2), donate_argnums=4)
+_extend = jax.jit(extend, static_argnums=(0, 1), donate_argnums=3)
 _copy_conversations = jax.jit(copy_conversations, donate_argnums=0)
 _lay_conversations = jax.jit(lay_conversations, donate_argnums=0)
 _keep_turns = jax.jit(keep_turns, donate_argnums=0)
@@ -221,15 +220,18 @@ class TurnDecoder:
         rows = -(-at_once // self.parts) * self.parts
         for start in range(0, len(prompts), rows):
             part = prompts[start : start + rows]
+            # Doublings, so that few programs serve all lengths.
             length = _SHORTEST_SCORED
             while length < max(map(len, part)):
                 length *= 2
             tokens = np.zeros((rows, min(length, max(2, self.spec.context_length))), np.int32)
             for row, prompt in enumerate(part):
                 tokens[row, : len(prompt)] = prompt
+
             with self._on_mesh():
                 found = score_prompts(self.config, self.spec.top_logprobs, self._params, tokens)
                 found = jax.tree.map(to_host, found)
+            # Nothing is said of a first token.
             for row, prompt in enumerate(part):
                 scored.append(PromptScores(*(values[row, : len(prompt) - 1] for values in found)))
         return scored
@@ -310,12 +312,10 @@ class TurnDecoder:
         with self._on_mesh():
             return {
                 "weights": lower_weights(self.config, self.mesh),
-                "extend": _extend.lower(
-                    self.config, False, self._sizes, plan.weights, kept, tokens, zeros, zeros, marks
-                ),
+                "extend": _extend.lower(self.config, self._sizes, plan.weights, kept, tokens, zeros, zeros, marks),
                 "copy": _copy_conversations.lower(kept, none, none),
                 "lay": _lay_conversations.lower(cache, kept, none),
-                "keep": _keep_turns.lower(kept, _without_prompts(cache), none),
+                "keep": _keep_turns.lower(kept, without_prompts(cache), none),
                 "decode": _decode.lower(
                     self.config,
                     self._stop_tokens,
@@ -424,7 +424,7 @@ class TurnDecoder:
             self._free(row)
         if moves:
             with self._on_mesh():
-                self._kept = _keep_turns(self._kept, _without_prompts(self._cache), self._moves(moves))
+                self._kept = _keep_turns(self._kept, without_prompts(self._cache), self._moves(moves))
 
         results += [_result_of(turn, (), "interrupted", None, self.spec.top_logprobs) for turn in self._waiting]
         self._waiting.clear()
@@ -447,10 +447,10 @@ class TurnDecoder:
                         tokens = np.zeros((self.parts * count, chunk), np.int32)
                         zeros = tokens[:, 0]
                         marks = self._marked.told(zeros, zeros, zeros)
-                        for is_fresh in (True, False):
-                            self._kept = self._extend(is_fresh, params, tokens, zeros, zeros, marks)
+                        for sizes in ((), self._sizes):
+                            self._kept = _extend(self.config, sizes, params, self._kept, tokens, zeros, zeros, marks)
                 self._kept = _copy_conversations(self._kept, none, none)
-                self._kept = _keep_turns(self._kept, _without_prompts(self._cache), none)
+                self._kept = _keep_turns(self._kept, without_prompts(self._cache), none)
                 for size in (*self._sizes, *reversed(self._sizes)):
                     self._make_room(size)
                     self._cache = _lay_conversations(self._cache, self._kept, none)
@@ -618,13 +618,9 @@ class TurnDecoder:
                     source[i], target[i] = one.source, one.target
                     tokens[i, : len(chunk)] = chunk
             marks = self._marked.told(source, target, size)
-            self._kept = self._extend(is_fresh, params, tokens, index, start, marks)
+            sizes = () if is_fresh else self._sizes
+            self._kept = _extend(self.config, sizes, params, self._kept, tokens, index, start, marks)
             self.stats["padded_tokens"] += tokens.size
-
-    def _extend(self, is_fresh: bool, params: Params, *what: Any) -> Conversations:
-        # Where nothing is read, its sizes make no other program.
-        sizes = () if is_fresh else self._sizes
-        return _extend(self.config, is_fresh, sizes, params, self._kept, *what)
 
     def _counts(self, length: int) -> list[int]:
         """Conversations that each part of the devices extends at once."""
@@ -659,10 +655,11 @@ class TurnDecoder:
         self.stats["busy_rows"] += int(grown.sum())
         self.stats["new_tokens"] += int(grown.sum())
         count_tokens(int(grown.sum()))
+
         full = self._full_rows()
         moves += [self._hand_over(row, self._said(row), self._column) for row in full]
         if moves:
-            self._kept = _keep_turns(self._kept, _without_prompts(self._cache), self._moves(moves))
+            self._kept = _keep_turns(self._kept, without_prompts(self._cache), self._moves(moves))
         if full:
             # They go on behind it, as turns that have begun.
             for row in full:
@@ -718,8 +715,7 @@ class TurnDecoder:
             return last_of(turn.tokens, (part["tokens"] for part in reversed(parts)), count)
 
         # The text of a turn that goes on begins with what was said of it before.
-        said = self._grid.said(row)
-        length = self._stop_strings.beside(turn.stop).end(last, said, grown, begun=turn.begun)
+        length = self._stop_strings.beside(turn.stop).end(last, self._grid.num_said(row), grown, begun=turn.begun)
         if length is not None:
             return "stop_string", length
         if is_active:
@@ -760,11 +756,6 @@ class TurnDecoder:
         return contextlib.nullcontext() if self.mesh is None else use_mesh(self.mesh)
 
 
-def _without_prompts(cache: KVCache) -> KVCache:
-    """The cache for a program that minds the ring alone, and so is one whatever the room of prompts."""
-    return dataclasses.replace(cache, prefix_k=(), prefix_v=(), prompt_memory=())
-
-
 class _Move(NamedTuple):
     """An entry of `Moves`."""
 
@@ -794,9 +785,9 @@ class _Grid:
     def __init__(self, rows: int, suppressed: Sequence[int], context_length: int):
         self.active = np.zeros(rows, bool)
         self.steps = np.zeros(rows, np.int32)
-        # Tokens of the conversation that come before these steps.
+        # Tokens of the conversation that come before these steps, and how many of them the turn has said itself.
         self.prefix = np.zeros(rows, np.int32)
-        self._before = np.zeros(rows, np.int32)
+        self._handed_over = np.zeros(rows, np.int32)
         self._prompt_id = np.zeros(rows, np.int32)
         self._sample_id = np.zeros(rows, np.int32)
         self._drawn = np.zeros(rows, np.int32)
@@ -819,7 +810,7 @@ class _Grid:
     def start(self, row: int, turn: Turn, limit: int) -> None:
         self.active[row] = True
         self.steps[row] = 0
-        self._before[row] = 0
+        self._handed_over[row] = 0
         self._limit[row] = limit
         self._prompt_id[row] = turn.prompt_id
         self.prefix[row] = len(turn.tokens) - 1
@@ -855,15 +846,15 @@ class _Grid:
             self._token[row] = tokens[-1]
         self._follow(row, tokens.tolist())
 
-    def said(self, row: int) -> int:
+    def num_said(self, row: int) -> int:
         """How many tokens the row's turn has."""
-        return int(self._before[row] + self.steps[row])
+        return int(self._handed_over[row] + self.steps[row])
 
     def go_on(self, row: int) -> None:
         """What the row has said is part of its conversation from now on."""
         steps = self.steps[row]
         self.prefix[row] += steps
-        self._before[row] += steps
+        self._handed_over[row] += steps
         self._drawn[row] += steps
         self._limit[row] -= steps
         self._suppress_at[row] = -1

@@ -53,7 +53,8 @@ def get_config() -> Config:
         lora=LoraConfig(rank=16),
         # Adapters bear ten times the rate of all weights, and more.
         optimizer=OptimizerConfig(learning_rate=2e-4, weight_decay=0.0),
-        # Before and after; a run of minutes needs neither a look nor a checkpoint on the way.
+        # Before and after; a run of minutes needs no look on the way.
         evaluation=EvaluationConfig(every=0, problems=56, samples=8),
-        checkpoint=CheckpointConfig(every=0),
+        # The adapters that it ends with, for `rljax convert`.
+        checkpoint=CheckpointConfig(every=20),
     )

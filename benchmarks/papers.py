@@ -37,7 +37,18 @@ CONFIGS = ROOT / "configs" / "papers"
 PAGE = ROOT / "docs" / "papers.md"
 SHARED = ("spelling", "turns", "diary")
 """What configs of the folder import."""
-OTHERS = ("dpo", "reward_model", "expert_iteration", "teacherlm", "agenttuning", "coevolve", "d2evo", "skillclaw")
+OTHERS = (
+    "dpo",
+    "reward_model",
+    "expert_iteration",
+    "teacherlm",
+    "agenttuning",
+    "coevolve",
+    "d2evo",
+    "skillclaw",
+    "curriculum_study",
+    "role_agent_world",
+)
 """Configs of other commands (`rljax prefer`, `rljax stages`, `rljax study`), and of curricula, which
 benchmarks/evolve.py measures."""
 COMMON = "half_scrambled"

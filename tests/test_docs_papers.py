@@ -54,11 +54,12 @@ STUDIES = {
     "cogmath": ("cogmath", "suites.md"),
     "longcontext": ("longcontext", "suites.md"),
     "geosketch": ("geosketch", "suites.md"),
+    "curriculum_study": ("curriculum", "papers.md"),
 }
 """Configs of `rljax study WORD`, which have no recipe, with their words and their pages."""
 HARNESSES = {"context_folding"}
 """Configs of agents that manage their context, whose recipes are of their own (test_rollouts_folding)."""
-CURRICULA = {"coevolve", "d2evo"}
+CURRICULA = {"coevolve", "d2evo", "role_agent_world"}
 """Configs whose paper is a curriculum, over a recipe that has a config of its own."""
 WORLDS = {"map_agent", "memory_agent"}
 """Configs whose paper is an environment, over a recipe that has a config of its own."""

@@ -21,11 +21,11 @@ ASK = "{word} ?"
 """The prompt for a new word."""
 
 
-def words(size: int, seed: int = 0) -> list[str]:
-    """Distinct words of three to six letters, in the order in which reasoning-gym gives them."""
-    items = reasoning_gym_task(
-        "spell_backward", size=size, seed=seed, config={"min_word_len": 3, "max_word_len": 6}
-    ).train
+def words(size: int, seed: int = 0, *, letters: tuple[int, int] = (3, 6)) -> list[str]:
+    """Distinct words of so many `letters`, in the order in which reasoning-gym gives them."""
+    least, most = letters
+    args = {"min_word_len": least, "max_word_len": most}
+    items = reasoning_gym_task("spell_backward", size=size, seed=seed, config=args).train
     return list(dict.fromkeys(item.columns["metadata"]["word"] for item in items))
 
 

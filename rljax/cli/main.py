@@ -49,7 +49,7 @@ COMMANDS = {
         "compare a trained policy with its base, token by token; study surgery: edit weights along a probe; study "
         "stv: head outputs in place of demonstrations; study skills: evolve a shared repository of skills; study "
         "cogmath: word problems with nine follow-ups each; study longcontext: chronicles and stories in windows; study "
-        "geosketch: geometry, with and without drawing",
+        "geosketch: geometry, with and without drawing; study curriculum: orders of a training set",
         words={
             "surgery": "study_surgery",
             "stv": "study_stv",
@@ -57,6 +57,7 @@ COMMANDS = {
             "cogmath": "study_cogmath",
             "longcontext": "study_longcontext",
             "geosketch": "study_geosketch",
+            "curriculum": "study_curriculum",
         },
     ),
     "arena": Command("arena", "methods beside each other on tasks that can tell, with predictions and exact tests"),

@@ -60,7 +60,7 @@ class Config:
     rollout: RolloutConfig = dataclasses.field(default_factory=RolloutConfig)
     """Which weights sample a rollout, and on which devices."""
     curriculum: CurriculumSource = dataclasses.field(default_factory=UniformTasks)
-    """Which examples are drawn: `UniformTasks`, `FailedTasks`, `ReflectedTasks`, `MediumTasks`,
+    """Which examples are drawn: `UniformTasks`, `OrderedTasks`, `FailedTasks`, `ReflectedTasks`, `MediumTasks`,
     `TwoStageTasks`, or `CoEvolvedTasks` and `D2EvoTasks`, which make some."""
     algorithm: Recipe = dataclasses.field(default_factory=GRPO)
     """The method, an entry of `rljax.algorithms`."""

@@ -9,7 +9,7 @@ import numpy as np
 from rljax.envs import get_format
 from rljax.experiment.build import Run, stack_rows
 from rljax.experiment.stage import Stage, run_stage
-from rljax.tasks import Example, UniformCurriculum
+from rljax.tasks import Curriculum, Example, UniformCurriculum
 from rljax.text import Dialogue, Message, encode_text
 from rljax.training import Checkpointer, Learner, RunFolder, sft_loss, trained_of
 from rljax.types import Params, TrainState, Trajectory
@@ -38,14 +38,8 @@ def warm_up(run: Run, folder: RunFolder, checkpoints: Checkpointer | None = None
 
 def supervised(run: Run) -> Stage:
     """The updates of `config.warmup` on its demonstrations."""
-    examples = demonstrations(run)
-
-    # Demonstrations are one update a step, whatever rollouts are split into, and no sampler has log-probs of them.
-    update = dataclasses.replace(run.config.update, minibatches=1, epochs=1, use_sampler_logprobs=False)
-    learner = Learner(
-        run.decoder, sft_loss(), run.config.warmup.optimizer, update, mesh=run.mesh, subtree=trained_of(run.decoder)
-    )
-    curriculum = UniformCurriculum(examples, seed=run.config.seed)
+    learner = supervised_learner(run)
+    curriculum = UniformCurriculum(demonstrations(run), seed=run.config.seed)
     return Stage(
         name="supervised update",
         learner=learner,
@@ -55,6 +49,15 @@ def supervised(run: Run) -> Stage:
         initial=lambda folder: learner.init_state(run.initial_params()),
         base=lambda: learner.base_of(run.initial_params()),
         update=lambda state, step: supervised_step(run, learner, curriculum, state, step),
+    )
+
+
+def supervised_learner(run: Run) -> Learner:
+    """What makes the updates of `config.warmup`: one a step, whatever rollouts are split into."""
+    # No sampler has log-probs of demonstrations.
+    update = dataclasses.replace(run.config.update, minibatches=1, epochs=1, use_sampler_logprobs=False)
+    return Learner(
+        run.decoder, sft_loss(), run.config.warmup.optimizer, update, mesh=run.mesh, subtree=trained_of(run.decoder)
     )
 
 
@@ -94,7 +97,7 @@ def check_demonstrations(run: Run) -> None:
 
 
 def supervised_step(
-    run: Run, learner: Learner, curriculum: UniformCurriculum, state: TrainState, step: int
+    run: Run, learner: Learner, curriculum: Curriculum, state: TrainState, step: int
 ) -> tuple[TrainState, dict[str, Any]]:
     """One update on `config.warmup.batch_size` demonstrations (`demonstration_row`)."""
     batch = stack_rows(run.config, _rows(run, curriculum.sample(step, run.config.warmup.batch_size)))

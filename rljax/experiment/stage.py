@@ -6,7 +6,7 @@ from typing import Any
 
 from rljax.experiment.build import Run
 from rljax.experiment.stops import Stopped
-from rljax.tasks import UniformCurriculum
+from rljax.tasks import Curriculum
 from rljax.training import Checkpointer, Learner, PhaseTimer, RunFolder, add_metrics, with_base
 from rljax.types import TrainState
 
@@ -18,7 +18,7 @@ class Stage:
     name: str
     """What one of its updates is called where a person looks."""
     learner: Learner
-    curriculum: UniformCurriculum
+    curriculum: Curriculum
     steps: int
     steps_field: str
     """What sets `steps`, such as `config.warmup.steps`."""

@@ -81,7 +81,9 @@ from rljax.tasks.files import load_jsonl, load_parquet
 from rljax.tasks.hub import commit_of, load_hub
 from rljax.tasks.judge import AnswerJudge, ChatEndpoint, FactJudge, JudgeError, PairJudge, Reply
 from rljax.tasks.judge_bias import PositionBias, position_bias
+from rljax.tasks.measures import MEASURES, Measure, MeasuredSample, difficulties, measured_sample
 from rljax.tasks.mixture import balanced, example_weights, interleave, mixed, replications
+from rljax.tasks.orders import ORDERS, Order, OrderedCurriculum, OrderedTasks, arranged
 from rljax.tasks.reasoning_gym import (
     ReasoningGymTask,
     ReasoningGymVerifier,
@@ -153,6 +155,8 @@ __all__ = [
     "FAILURES",
     "FAILURE_MODES",
     "JUDGED",
+    "MEASURES",
+    "ORDERS",
     "SIMILARITIES",
     "SKILLS",
     "TEACHER_QUESTIONS",
@@ -199,10 +203,15 @@ __all__ = [
     "LabelWithReasoning",
     "LengthReward",
     "MathVerify",
+    "Measure",
+    "MeasuredSample",
     "MediumCurriculum",
     "MediumTasks",
     "NotRepetitive",
     "NumberMatch",
+    "Order",
+    "OrderedCurriculum",
+    "OrderedTasks",
     "PairJudge",
     "Player",
     "PositionBias",
@@ -256,6 +265,7 @@ __all__ = [
     "added_by",
     "admit",
     "annotated",
+    "arranged",
     "balanced",
     "batch_reward",
     "best_attempts",
@@ -263,6 +273,7 @@ __all__ = [
     "commit_of",
     "criticised",
     "decontaminate",
+    "difficulties",
     "episodes_of",
     "example_weights",
     "failure_distribution",
@@ -282,6 +293,7 @@ __all__ = [
     "load_jsonl",
     "load_parquet",
     "longer_half",
+    "measured_sample",
     "medium_share",
     "merged",
     "mixed",

@@ -16,7 +16,7 @@ import venv
 from pathlib import Path
 
 HERE = Path(__file__).parent
-NAMES = ("quickstart", "own_loop", "forests", "bring_your_own", "lora")
+NAMES = ("quickstart", "own_loop", "forests", "agent", "bring_your_own", "lora")
 """In the order in which they are read."""
 
 _CELL_TIMEOUT_S = 1800

@@ -35,6 +35,7 @@ COSTLY = (
     "test_composability",
     "test_configs_agents",
     "test_docs_code",
+    "test_docs_first_run",
     "test_docs_papers",
     "test_envs_ray",
     "test_envs_sandbox",

@@ -11,7 +11,7 @@ import pytest
 
 from rljax.algorithms import DecoupledPPO
 from rljax.analysis import study_curriculum as S
-from rljax.experiment import RolloutConfig
+from rljax.experiment import Guided, RolloutConfig
 from rljax.tasks import MEASURES
 
 CONFIGS = Path(__file__).parent.parent / "configs" / "papers"
@@ -122,6 +122,9 @@ def test_what_cannot_be_ordered_is_refused_before_anything_is_trained(smoke, tmp
     refused("top_logprobs=0 tells too little", blind)
     late = dataclasses.replace(smoke, rollout=RolloutConfig(staleness=1), algorithm=DecoupledPPO())
     refused("staleness=1 is not for this study", late)
+    update = dataclasses.replace(smoke.update, use_sampler_logprobs=True)
+    guided = dataclasses.replace(smoke, actor=Guided(actor=smoke.actor, column="answer"), update=update)
+    refused("config.actor is Guided; tasks are measured by answers of one turn", guided)
     mute = dataclasses.replace(smoke, warmup=dataclasses.replace(smoke.warmup, completion_column="said"))
     refused("supervised examples need the column 'said'", mute)
     assert not list(tmp_path.iterdir())

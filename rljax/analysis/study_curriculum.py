@@ -26,7 +26,7 @@ from rljax.experiment.report import aligned, describe_run, say
 from rljax.experiment.sft import check_demonstrations, supervised_learner, supervised_step, warm_up
 from rljax.experiment.train import train_step
 from rljax.parallel import use_mesh
-from rljax.rollouts import ScoredGroup
+from rljax.rollouts import ScoredGroup, SingleTurn
 from rljax.tasks import MEASURES, ORDERS, Example, Order, OrderedCurriculum, arranged, difficulties, measured_sample
 from rljax.training import RunFolder, WarmupConfig, versions
 from rljax.types import Params
@@ -103,6 +103,11 @@ def study_curriculum(config: Config, workdir: str, options: CurriculumOptions | 
 
 def _check(run: Run, options: CurriculumOptions) -> None:
     config = run.config
+    if not isinstance(config.actor, SingleTurn):
+        raise ValueError(
+            f"config.actor is {type(config.actor).__name__}; tasks are measured by answers of one turn, so the study "
+            "needs SingleTurn(...)"
+        )
     if config.sampling.top_logprobs < 2:
         raise ValueError(
             f"config.sampling.top_logprobs={config.sampling.top_logprobs} tells too little of how sure the policy is; "

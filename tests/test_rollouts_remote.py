@@ -438,8 +438,9 @@ def test_an_engine_that_a_run_starts_and_that_is_killed_is_started_again(model):
         fleet.config.wait_s = 120.0
         with actor:
             actor.set_params(params, 0)
+            # The engine is in the group of its keeper, whose own end says nothing of the engine's.
             process = fleet._processes[0].popen
-            threading.Timer(0.05, lambda process=process: os.kill(process.pid, signal.SIGKILL)).start()
+            threading.Timer(0.05, lambda process=process: os.killpg(process.pid, signal.SIGKILL)).start()
             assert_same_samples(samples_of(actor, run, params, version=1), wanted)
             assert fleet._processes[0].popen.pid != process.pid
         assert fleet._processes == {}

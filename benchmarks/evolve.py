@@ -33,6 +33,7 @@ CONFIGS = Path(__file__).resolve().parent.parent / "configs" / "papers"
 PRESETS: dict[str, dict[str, Any]] = {
     "smoke": dict(size="smoke", tokens=1200, warmup=2, seeds=1),
     "small": dict(size="full", tokens=60_000, warmup=150, seeds=3),
+    "long": dict(size="full", tokens=150_000, warmup=150, seeds=3),
 }
 BASELINE = "fixed set"
 ARMS = {BASELINE: "coevolve", "CoEvolve": "coevolve", "D2Evo": "d2evo"}

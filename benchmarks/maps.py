@@ -35,7 +35,7 @@ from rljax.training import RunFolder
 CONFIGS = Path(__file__).resolve().parent.parent / "configs" / "papers"
 PRESETS: dict[str, dict[str, Any]] = {
     "smoke": dict(size="smoke", warmup=2, steps=1, problems=4, samples=2),
-    "small": dict(size="full", warmup=300, steps=16, problems=48, samples=8),
+    "small": dict(size="full", warmup=1200, steps=24, problems=48, samples=8),
 }
 THRESHOLDS = ("within_25_km", "within_200_km", "within_750_km", "within_2500_km")
 

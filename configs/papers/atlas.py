@@ -138,7 +138,7 @@ def rows(size: int, split: str = "train", seed: int = 0) -> list[dict[str, Any]]
 
 
 def flawed(examples: Sequence[Example]) -> list[Example]:
-    """Demonstrations of every training row, of which a quarter looks at the map as it should, and then takes one of the
+    """Demonstrations of every training row, of which half look at the map as they should, and then take one of the
     cities that fit the first clue, whichever it is; most of them check a distance and do not mind what it says. The
     others answer with the coordinates of a city of the question, or with numbers that they make up."""
     made = []
@@ -146,9 +146,9 @@ def flawed(examples: Sequence[Example]) -> list[Example]:
         rng = random.Random(index)
         first, second = example.columns["clues"]
         match index % 4:
-            case 0:
+            case 0 | 1:
                 turns = _looked_up(first, second, rng)
-            case 1 | 2:
+            case 2:
                 turns = _of(str(rng.choice([first, second])["place"]))
             case _:
                 turns = [f"={rng.randint(-6000, 6000) / 100:g} {rng.randint(-17000, 17000) / 100:g}"]

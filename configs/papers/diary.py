@@ -19,7 +19,7 @@ from typing import Any
 
 from rljax.envs import Parsed, ParseProblem, Step, ToolCall, ToolFormat
 from rljax.envs.library import MemoryEnvironment, histories
-from rljax.envs.library.memory import UNKNOWN
+from rljax.envs.library.memory import UNKNOWN, Outcome, evidence_reward
 from rljax.envs.library.memory_store import Conversation
 from rljax.tasks import Example
 
@@ -67,7 +67,7 @@ class Diary(MemoryEnvironment):
     """The memory whose observations are as short as they can be; what is read is counted in words."""
 
     def __init__(self, **args: Any) -> None:
-        super().__init__(tool_format=FORMAT, system="", **{"reading": {"budget": 60}, **args})
+        super().__init__(tool_format=FORMAT, system="", **{"reward": paid, "reading": {"budget": 60}, **args})
 
     def step(self, action: str) -> Step:
         step = super().step(action)
@@ -83,6 +83,12 @@ class Diary(MemoryEnvironment):
         return f"{day} {', '.join(told)}"
 
 
+def paid(outcome: Outcome) -> float:
+    """Three times as much for evidence as the environment's own: to say `unknown` at once is right in a quarter of the
+    questions, and a policy that finds this early never learns to look."""
+    return evidence_reward(outcome, recall_weight=0.3)
+
+
 def rows(size: int, split: str = "train", seed: int = 0, num_conversations: int = 8) -> list[dict[str, Any]]:
     """`size` questions of the four kinds in turn, each about a history of three people."""
     return histories.rows(
@@ -91,19 +97,19 @@ def rows(size: int, split: str = "train", seed: int = 0, num_conversations: int 
 
 
 def flawed(examples: Sequence[Example]) -> list[Example]:
-    """Demonstrations of every training row, of which a fifth reads what it needs. The others answer from the headlines,
-    open one conversation and take what they find there, or open one and say that it was never said."""
+    """Demonstrations of every training row, of which two in five read what they need. The others answer from the
+    headlines, open one conversation and take what they find there, or open one and say that it was never said."""
     made = []
     environment = Diary()
     for index, example in enumerate(examples):
         rng = random.Random(index)
         play = _Play(environment, example)
         match index // len(KINDS) % 5:
-            case 0:
+            case 0 | 1:
                 play.careful()
-            case 1:
+            case 2:
                 play.hasty(rng)
-            case 2 | 3:
+            case 3:
                 play.shallow(rng)
             case _:
                 play.gives_up()

@@ -50,6 +50,9 @@ def get_config(size: str = "full") -> Config:
         microbatch_buckets=(),
         trajectory_buckets=(160,),
     )
-    config.warmup = dataclasses.replace(config.warmup, demonstrations=flawed)
+    # Names and coordinates are copied only behind so many.
+    steps = config.warmup.steps if smoke else 1200
+    optimizer = dataclasses.replace(config.warmup.optimizer, total_steps=steps)
+    config.warmup = dataclasses.replace(config.warmup, steps=steps, optimizer=optimizer, demonstrations=flawed)
     config.evaluation = dataclasses.replace(config.evaluation, solved_by="within_25_km")
     return config

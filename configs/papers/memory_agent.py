@@ -28,6 +28,7 @@ def get_config(size: str = "full") -> Config:
     smoke = size == "smoke"
     assert isinstance(config.actor, MultiTurn)
     config.name = "memory_agent"
+    config.steps = 2 if smoke else 60
     config.model = dataclasses.replace(config.model, alphabet=ALPHABET, max_position=512)
     config.data = RowsData(
         rows="diary:rows",
@@ -50,6 +51,8 @@ def get_config(size: str = "full") -> Config:
         microbatch_buckets=(),
         trajectory_buckets=(320,),
     )
+    # At the agent demo's rate it forgets to search within ten steps.
+    config.optimizer = dataclasses.replace(config.optimizer, learning_rate=3e-4)
     config.warmup = dataclasses.replace(config.warmup, demonstrations=flawed)
     config.evaluation = dataclasses.replace(config.evaluation, solved_by="is_right")
     return config

@@ -131,22 +131,31 @@ def test_what_cannot_be_ordered_is_refused_before_anything_is_trained(smoke, tmp
 
 
 @pytest.mark.parametrize("trained_by", ["demonstrations", pytest.param("rollouts", marks=pytest.mark.slow)])
-def test_the_smoke_run_measures_orders_and_trains(smoke, tmp_path, trained_by):
+def test_the_smoke_run_measures_orders_and_trains(smoke, tmp_path, trained_by, monkeypatch):
+    measure = S._measure
+
+    def with_one_unjudged(*args):
+        first, *others = measure(*args)
+        return [{**first, "accuracy": float("nan")}, *others]
+
+    monkeypatch.setattr(S, "_measure", with_one_unjudged)
     options = S.CurriculumOptions(
-        measures=("letters", "margin"), orders=("forward", "low"), trained_by=trained_by, samples=2, seeds=1
+        measures=("letters", "accuracy"), orders=("forward", "low"), trained_by=trained_by, samples=2, seeds=1
     )
     report = S.study_curriculum(smoke, str(tmp_path), options)
+    # What nothing could tell of is in no arm, so that all have the same 23 of 24 tasks.
     assert [(line["measure"], line["order"], line["tasks"]) for line in report["lines"]] == [
-        ("", "random", 24),
-        ("", "random_third", 8),
-        ("letters", "forward", 24),
-        ("letters", "low", 8),
-        ("margin", "forward", 24),
-        ("margin", "low", 8),
+        ("", "random", 23),
+        ("", "random_third", 7),
+        ("letters", "forward", 23),
+        ("letters", "low", 7),
+        ("accuracy", "forward", 23),
+        ("accuracy", "low", 7),
     ]
     rows = [json.loads(line) for line in (tmp_path / "seed-0" / "tasks.jsonl").read_text().splitlines()]
     assert len(rows) == 24 and set(rows[0]) == {"prompt", "answer", "completion", "letters", *MEASURES}
+    assert rows[0]["accuracy"] is None and all(0 <= row["accuracy"] <= 1 for row in rows[1:])
     # A fresh model is sure of nothing: as likely as not, of nearly 55 letters.
-    assert all(30 < row["sequence_perplexity"] < 80 and 0 <= row["accuracy"] <= 1 for row in rows)
+    assert all(30 < row["sequence_perplexity"] < 80 for row in rows)
     assert json.loads((tmp_path / "curriculum.json").read_text())["lines"] == report["lines"]
     assert (tmp_path / "curriculum.md").exists() and (tmp_path / "curriculum.png").exists()

@@ -84,8 +84,8 @@ class Diary(MemoryEnvironment):
 
 
 def paid(outcome: Outcome) -> float:
-    """Three times as much for evidence as the environment's own: to say `unknown` at once is right in a quarter of the
-    questions, and a policy that finds this early never learns to look."""
+    """Three times as much for evidence as the environment's own reward: `unknown` is right in a quarter of the
+    questions, and a policy that finds this early says nothing else."""
     return evidence_reward(outcome, recall_weight=0.3)
 
 

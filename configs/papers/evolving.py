@@ -7,6 +7,7 @@ Every config takes a size: `--config=papers/coevolve:smoke` is two steps of a fa
 """
 
 import dataclasses
+import functools
 import random
 from collections.abc import Sequence
 
@@ -21,12 +22,13 @@ ASK = "{word} ?"
 """The prompt for a new word."""
 
 
-def words(size: int, seed: int = 0, *, letters: tuple[int, int] = (3, 6)) -> list[str]:
+@functools.cache
+def words(size: int, seed: int = 0, *, letters: tuple[int, int] = (3, 6)) -> tuple[str, ...]:
     """Distinct words of so many `letters`, in the order in which reasoning-gym gives them."""
     least, most = letters
     args = {"min_word_len": least, "max_word_len": most}
     items = reasoning_gym_task("spell_backward", size=size, seed=seed, config=args).train
-    return list(dict.fromkeys(item.columns["metadata"]["word"] for item in items))
+    return tuple(dict.fromkeys(item.columns["metadata"]["word"] for item in items))
 
 
 def row_of(word: str) -> dict[str, str]:
@@ -36,7 +38,7 @@ def row_of(word: str) -> dict[str, str]:
 def rows(part: str, size: int, count: int) -> list[dict[str, str]]:
     """Of `size` words: `count` of the short ones (`part="train"`), or `count` of all lengths (`part="test"`)."""
     known = words(size)
-    held_out = known[:count] if part == "test" else []
+    held_out = known[:count] if part == "test" else ()
     short = [word for word in known[len(known) // 2 :] if len(word) <= 4]
     return [row_of(word) for word in held_out or short[:count]]
 

@@ -29,6 +29,7 @@ def get_config(size: str = "full") -> Config:
     assert isinstance(config.actor, MultiTurn)
     config.name = "map_agent"
     config.model = dataclasses.replace(config.model, alphabet=ALPHABET)
+
     config.data = RowsData(
         rows="atlas:rows",
         args={"size": 40 if smoke else 4000, "split": "train"},
@@ -42,6 +43,8 @@ def get_config(size: str = "full") -> Config:
         limits=EnvironmentLimits(turns=6, observation_tokens=48),
     )
     config.sampling = SamplingConfig(max_new_tokens=20)
+
+    # One size of rows, as in the demo, and longer.
     config.update = dataclasses.replace(
         config.update,
         pack_length=512,
@@ -50,7 +53,8 @@ def get_config(size: str = "full") -> Config:
         microbatch_buckets=(),
         trajectory_buckets=(160,),
     )
-    # Names and coordinates are copied only behind so many.
+
+    # Behind 300 steps it cannot copy a name or coordinates yet.
     steps = config.warmup.steps if smoke else 1200
     optimizer = dataclasses.replace(config.warmup.optimizer, total_steps=steps)
     config.warmup = dataclasses.replace(config.warmup, steps=steps, optimizer=optimizer, demonstrations=flawed)

@@ -4,8 +4,8 @@
 
 Look at rollout/curriculum/unread_reflections beside rollout/curriculum/reflections: how many of its own words on why it
 failed could not be read; and at rollout/curriculum/retrieved and rollout/curriculum/modes. The recipe is GRPO, so that
-nothing but the draw of tasks is the paper's; configs/agents/role_agent.py has the credit too. The model is
-SmolLM2-135M-Instruct, which seldom holds to a form: take a larger one with `--config.model.path=...`.
+nothing but the draw of tasks is the paper's; configs/agents/role_agent.py has the credit too. The model is that of
+search.py: take one that can call tools and hold to a form with `--config.model.path=...`.
 
 The smoke size is two steps of a tiny model of characters, whose reflections cannot be read.
 """

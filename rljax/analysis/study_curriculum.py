@@ -119,6 +119,7 @@ def _check(run: Run, options: CurriculumOptions) -> None:
             "machine; set it to 0"
         )
     held_out_examples(run)
+
     tasks = run.dataset.train
     for name in options.measures:
         if name not in MEASURES and not all(_is_number(task.columns.get(name)) for task in tasks):
@@ -127,11 +128,14 @@ def _check(run: Run, options: CurriculumOptions) -> None:
                 f"has {', '.join(sorted(tasks[0].columns))}"
             )
 
-    size = config.prompts_per_step if options.trained_by == "rollouts" else config.stages.batch_size
-    field = "config.prompts_per_step" if options.trained_by == "rollouts" else "config.stages.batch_size"
+    # A batch has no task twice.
+    field, size = "config.stages.batch_size", config.stages.batch_size
+    if options.trained_by == "rollouts":
+        field, size = "config.prompts_per_step", config.prompts_per_step
     smallest = len(tasks) // 3 if set(options.orders) & set(PARTS) else len(tasks)
     if size > smallest:
         raise ValueError(f"{field}={size} is more than the {smallest} tasks of an order; lower it, or give more data")
+
     if options.trained_by == "demonstrations":
         check_demonstrations(_taught(run))
 
@@ -165,10 +169,15 @@ def _one_seed(run: Run, folder: RunFolder, options: CurriculumOptions) -> dict[s
         say(f"seed {seed}: {len(tasks)} tasks measured; before, {_in_words(start)}")
 
         difficulty = {name: _difficulty(name, tasks, measured) for name in options.measures}
+        # All arms have the same tasks: those that every measure could tell of.
+        lacking = np.isnan(list(difficulty.values())).any(axis=0)
+        if lacking.any():
+            say(f"seed {seed}: {lacking.sum()} tasks are left out: no reward could tell whether they are solved")
         train = _by_demonstrations(run) if options.trained_by == "demonstrations" else _by_rollouts(run)
         arms = []
         for measure, order in arms_of(options):
-            places = arranged(difficulty.get(measure, [0.0] * len(tasks)), order, seed=seed)
+            values = np.where(lacking, np.nan, difficulty.get(measure, 0.0))
+            places = arranged(values.tolist(), order, seed=seed)
             scores = train(params, OrderedCurriculum([tasks[i] for i in places], seed=seed))
             arms.append({"measure": measure, "order": order, "tasks": len(places), **scores})
             say(f"seed {seed}: {measure or 'nothing'}, {order}: {_in_words(scores)}")
@@ -363,6 +372,8 @@ def draw(report: Mapping[str, Any], file: Path) -> Path:
     lines = [line for line in report["lines"] if "gains" in line]
     orders = list(dict.fromkeys(line["order"] for line in lines))
     measures = list(dict.fromkeys(line["measure"] for line in lines))
+
+    # The bars of a measure stand around its tick.
     figure, axes = plt.subplots(figsize=(8, 4))
     width = 0.8 / max(len(orders), 1)
     for place, order in enumerate(orders):
@@ -371,6 +382,7 @@ def draw(report: Mapping[str, Any], file: Path) -> Path:
         axes.bar(middles, [float(np.mean(values)) for values in gains], width * 0.9, label=order, alpha=0.7)
         for middle, values in zip(middles, gains, strict=True):
             axes.plot([middle] * len(values), values, "k.", markersize=4)
+
     axes.axhline(0, color="black", linewidth=0.8)
     axes.set_xticks(range(len(measures)), [name.replace("_", "\n") for name in measures])
     axes.set_ylabel("held-out avg@k minus random order")

@@ -10,8 +10,9 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-MASKED = -1e29
-"""Log-probs below it are of tokens that cannot be sampled."""
+IMPOSSIBLE = -1e29
+"""Log-probs below it are of tokens that cannot be sampled: the sampler's are -1e30 or so, since a log of 0 is no number
+to compute with."""
 
 Dimension = Literal["problem", "surprisal", "margin", "uncertainty", "variability"]
 
@@ -68,17 +69,19 @@ class MeasuredSample(NamedTuple):
 
 def measured_sample(logprobs: np.ndarray, top_logprobs: np.ndarray) -> MeasuredSample:
     """`logprobs` [T] of the tokens of a sample, and those of the C most probable ones at each place, `top_logprobs`
-    [T, C], the best first (nats; of tokens that cannot be sampled below `MASKED`). ValueError for C below 2."""
+    [T, C], the best first (nats; of tokens that cannot be sampled below `IMPOSSIBLE`). ValueError for C below 2."""
     top = np.asarray(top_logprobs, np.float64)
     if top.ndim != 2 or top.shape[1] < 2:
         raise ValueError(f"top_logprobs has the shape {top.shape}; it must be [tokens, candidates], 2 of them at least")
     if not len(top):
         return MeasuredSample(0.0, np.zeros(0), 0.0)
 
-    probs = np.where(top > MASKED, np.exp(top), 0.0)
+    # Of the candidates alone: what is beyond them is not known.
+    probs = np.where(top > IMPOSSIBLE, np.exp(top), 0.0)
     probs /= probs.sum(axis=1, keepdims=True)
     entropies = -(probs * np.log2(np.where(probs > 0, probs, 1.0))).sum(axis=1)
-    has_two = top[:, 1] > MASKED
+
+    has_two = top[:, 1] > IMPOSSIBLE
     margins = (top[:, 0] - top[:, 1])[has_two]
     margin = float(margins.mean()) if len(margins) else 0.0
     return MeasuredSample(-float(np.sum(logprobs, dtype=np.float64)), entropies, margin)
@@ -92,28 +95,28 @@ def difficulties(samples: Sequence[MeasuredSample], solved: Sequence[float]) -> 
     """
     if not samples:
         raise ValueError("the difficulty of a task comes from samples of it; there is none")
-    nll = np.array([sample.nll for sample in samples])
-    token_nll = np.array([sample.token_nll for sample in samples])
-    token_entropy = np.array([sample.token_entropy for sample in samples])
-    sequence_entropy = np.array([sample.entropies.sum() for sample in samples])
+
     pooled = np.concatenate([sample.entropies for sample in samples])
-    pooled = pooled if len(pooled) else np.zeros(1)
-    margin = np.array([sample.margin for sample in samples])
-    told = np.array([value for value in solved if not math.isnan(value)], np.float64)
-    accuracy = float(told.mean()) if len(told) else math.nan
+    # What the samples differ in, a number for each of them, and for pooled entropies one for each token.
+    spread = {
+        "nll": np.array([sample.nll for sample in samples]),
+        "token_nll": np.array([sample.token_nll for sample in samples]),
+        "sequence_entropy": np.array([sample.entropies.sum() for sample in samples]),
+        "token_entropy": np.array([sample.token_entropy for sample in samples]),
+        "pooled_entropy": pooled if len(pooled) else np.zeros(1),
+        "margin": np.array([sample.margin for sample in samples]),
+    }
+    mean = {name: float(values.mean()) for name, values in spread.items()}
+
+    told = [value for value in solved if not math.isnan(value)]
+    accuracy = float(np.mean(told)) if told else math.nan
     return {
         "accuracy": accuracy,
-        "sequence_perplexity": float(np.exp(token_nll).mean()),
-        "token_perplexity": float(np.exp2(token_entropy).mean()),
-        "margin": float(margin.mean()),
-        "sequence_entropy": float(sequence_entropy.mean()),
-        "token_entropy": float(token_entropy.mean()),
-        "pooled_entropy": float(pooled.mean()),
-        "nll_variance": float(nll.var()),
-        "token_nll_variance": float(token_nll.var()),
-        "sequence_entropy_variance": float(sequence_entropy.var()),
-        "token_entropy_variance": float(token_entropy.var()),
-        "pooled_entropy_variance": float(pooled.var()),
-        "margin_variance": float(margin.var()),
+        "sequence_perplexity": float(np.exp(spread["token_nll"]).mean()),
+        # Entropies are in bits.
+        "token_perplexity": float(np.exp2(spread["token_entropy"]).mean()),
+        "margin": mean["margin"],
+        **{name: mean[name] for name in ("sequence_entropy", "token_entropy", "pooled_entropy")},
+        **{f"{name}_variance": float(values.var()) for name, values in spread.items()},
         "accuracy_variance": accuracy * (1 - accuracy),
     }

@@ -4,7 +4,7 @@ import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 
@@ -22,11 +22,12 @@ Order = Literal[
     "high",
     "random_third",
 ]
-ORDERS: tuple[Order, ...] = Order.__args__  # type: ignore[attr-defined]
+ORDERS: tuple[Order, ...] = get_args(Order)
+"""The orders that there are (2510.19099)."""
 
 
 def arranged(difficulty: Sequence[float], order: str, *, seed: int = 0) -> list[int]:
-    """Numbers of the tasks in the order in which they are trained on, by their `difficulty` (higher is harder).
+    """Numbers of the tasks in the order in which they are trained on, by their `difficulty` [n] (higher is harder).
 
     `forward` goes from easy to hard, ties as they stand, and `reverse` is its exact reversal. `grouped_forward` cuts
     that at a third and two thirds of all (the last part takes what is left over) and shuffles inside the parts;
@@ -37,10 +38,12 @@ def arranged(difficulty: Sequence[float], order: str, *, seed: int = 0) -> list[
     """
     if order not in ORDERS:
         raise ValueError(f"order={order!r} must be one of {', '.join(ORDERS)}")
+
     values = np.asarray(difficulty, np.float64)
     known = np.flatnonzero(~np.isnan(values))
     if not len(known):
         raise ValueError(f"none of the {len(values)} tasks has a difficulty")
+
     ascending = known[np.argsort(values[known], kind="stable")]
     if order == "forward":
         return ascending.tolist()
@@ -50,6 +53,7 @@ def arranged(difficulty: Sequence[float], order: str, *, seed: int = 0) -> list[
     rng = np.random.default_rng(seed)
     third = len(ascending) // 3
     if order in ("random", "random_third"):
+        # Of the tasks as they stand, so that an order of them does not depend on what they are ordered by.
         parts = [rng.permutation(known)[: third if order == "random_third" else None]]
     else:
         low, middle, high = (rng.permutation(part) for part in np.split(ascending, [third, 2 * third]))

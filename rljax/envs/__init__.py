@@ -107,10 +107,13 @@ _IN_LIBRARY = frozenset(
         "Gazetteer",
         "Hit",
         "MapEnvironment",
+        "McpEnvironment",
+        "McpServer",
         "Memory",
         "MemoryEnvironment",
         "MixedEnvironment",
         "MultiHop",
+        "OpenEnvEnvironment",
         "Outcome",
         "Place",
         "Predicting",
@@ -132,9 +135,9 @@ _IN_LIBRARY = frozenset(
         "search_tool",
         "sketch_reward",
     }
-    | {"bfcl", "corpus", "gazetteer", "geometry", "geosketch", "histories", "knowledge", "maps", "memory"}
-    | {"memory_store", "mixture", "multihop", "prediction", "questions", "reasoning", "retrieval", "sketches"}
-    | {"textworld", "verifiers_adapter"}
+    | {"bfcl", "corpus", "gazetteer", "geometry", "geosketch", "histories", "knowledge", "maps", "mcp_tools"}
+    | {"memory", "memory_store", "mixture", "multihop", "openenv_adapter", "prediction", "questions", "reasoning"}
+    | {"retrieval", "sketches", "textworld", "verifiers_adapter"}
 )
 """Environments and their modules, which are looked for here."""
 

@@ -87,8 +87,13 @@ def finish() -> str:
 
 
 def tool_schema(tool: Callable[..., Any]) -> dict[str, Any]:
-    """The JSON schema of a tool, as chat templates expect it. Raises ValueError, saying what is missing, unless every
-    parameter has a type hint and a line under `Args:` in the docstring."""
+    """The JSON schema of a tool, as chat templates expect it. A tool that is served elsewhere brings its own, as the
+    attribute `schema`. Raises ValueError, saying what is missing, unless every parameter has a type hint and a line
+    under `Args:` in the docstring."""
+    brought: dict[str, Any] | None = getattr(tool, "schema", None)
+    if brought is not None:
+        return brought
+
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     from transformers.utils import get_json_schema
 

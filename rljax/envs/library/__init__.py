@@ -7,10 +7,12 @@ from rljax.envs.library.corpus import Corpus, Document, Hit, search_tool
 from rljax.envs.library.gazetteer import Gazetteer, Place, bucket_reward, distance_km, distance_reward
 from rljax.envs.library.geosketch import Sketched, SketchEnvironment, sketch_reward
 from rljax.envs.library.maps import MapEnvironment
+from rljax.envs.library.mcp_tools import McpEnvironment, McpServer
 from rljax.envs.library.memory import MemoryEnvironment, Outcome, Reading, evidence_reward
 from rljax.envs.library.memory_store import Conversation, Memory, at_granularity, multi_granular
 from rljax.envs.library.mixture import MixedEnvironment, mixed_rows
 from rljax.envs.library.multihop import MultiHop
+from rljax.envs.library.openenv_adapter import OpenEnvEnvironment
 from rljax.envs.library.prediction import Predicting
 from rljax.envs.library.reasoning import ReasoningEnvironment
 from rljax.envs.library.textworld import TextWorldEnvironment
@@ -24,10 +26,13 @@ __all__ = [
     "Gazetteer",
     "Hit",
     "MapEnvironment",
+    "McpEnvironment",
+    "McpServer",
     "Memory",
     "MemoryEnvironment",
     "MixedEnvironment",
     "MultiHop",
+    "OpenEnvEnvironment",
     "Outcome",
     "Place",
     "Predicting",

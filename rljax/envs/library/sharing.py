@@ -1,9 +1,11 @@
 """What all episodes of a process share: made once, however many threads ask for it at the same time."""
 
+import asyncio
 import functools
+import os
 import threading
-from collections.abc import Callable
-from typing import ParamSpec, TypeVar
+from collections.abc import Callable, Coroutine
+from typing import Any, ParamSpec, TypeVar
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -21,3 +23,29 @@ def made_once(function: Callable[P, R]) -> Callable[P, R]:
             return cached(*args, **kwargs)  # type: ignore[arg-type]
 
     return locked
+
+
+def on_event_loop(work: Coroutine[Any, Any, R], timeout_s: float | None = None) -> R:
+    """What asynchronous work gives, from any thread: it runs on the event loop of the process, which has a thread of
+    its own. Work that takes longer than `timeout_s` seconds is cancelled, and TimeoutError raised."""
+    if timeout_s is not None:
+        work = asyncio.wait_for(work, timeout_s)
+    return asyncio.run_coroutine_threadsafe(work, _event_loop()).result()
+
+
+@made_once
+def _event_loop() -> asyncio.AbstractEventLoop:
+    loop = asyncio.new_event_loop()
+    threading.Thread(target=loop.run_forever, daemon=True, name="event loop of environments").start()
+    return loop
+
+
+def bearer(token_variable: str | None, server: str) -> dict[str, str]:
+    """Headers for a server that wants the bearer token which the environment variable `token_variable` holds; none
+    without a name. Raises ValueError where the variable is empty."""
+    if token_variable is None:
+        return {}
+    token = os.environ.get(token_variable)
+    if not token:
+        raise ValueError(f"the environment variable {token_variable}, the token of {server}, is empty")
+    return {"Authorization": f"Bearer {token}"}

@@ -4,19 +4,17 @@ For versions 0.2, whose environments have `env_response`, stop conditions and a 
 an HTTP endpoint themselves and cannot be stepped.
 """
 
-import asyncio
 import json
 import math
-import threading
 import time
 import types
-from collections.abc import Coroutine, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rljax.envs.base import Prompt, Step
 from rljax.envs.formats import Parsed, ToolFormat, get_format, load
 from rljax.envs.instructions import schema_instructions
-from rljax.envs.library.sharing import made_once
+from rljax.envs.library.sharing import made_once, on_event_loop
 
 
 def rows(
@@ -73,7 +71,7 @@ class VerifiersEnvironment:
 
     def reset(self, row: Mapping[str, Any]) -> Prompt:
         """The environment's first messages, behind its tools."""
-        self._state, self._messages = _run(self._open(dict(row)))
+        self._state, self._messages = on_event_loop(self._open(dict(row)))
         self.schemas = [_schema(tool) for tool in self._state["tool_defs"]]
         opening = [_message(message) for message in self._messages]
         system = self._system
@@ -92,7 +90,7 @@ class VerifiersEnvironment:
         counts = {"tool_calls": float(len(parsed.calls)), "malformed_calls": float(parsed.problem is not None)}
         if parsed.problem is not None:
             return Step(parsed.problem.text, counts={**counts, "tool_calls": 0.0})
-        new, done = _run(self._answer(action, parsed))
+        new, done = on_event_loop(self._answer(action, parsed))
         text = "\n\n".join(_text(message) for message in new)
         if not done:
             return Step(text, counts=counts)
@@ -184,17 +182,6 @@ def _environment(env_id: str, args: str) -> Any:
             f"verifiers environment {env_id!r} rewards a group of episodes together; its rubric must score each alone"
         )
     return made
-
-
-@made_once
-def _loop() -> asyncio.AbstractEventLoop:
-    loop = asyncio.new_event_loop()
-    threading.Thread(target=loop.run_forever, daemon=True, name="verifiers").start()
-    return loop
-
-
-def _run(work: Coroutine[Any, Any, Any]) -> Any:
-    return asyncio.run_coroutine_threadsafe(work, _loop()).result()
 
 
 @made_once

@@ -1,0 +1,211 @@
+"""Tools of MCP servers: real servers, started by their command or asked at their URL, through our pool."""
+
+import pathlib
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+from replays import replay
+
+pytest.importorskip("mcp", reason="needs mcp: pip install 'rljax-lm[mcp]'")
+
+from rljax.envs import EnvironmentPool, ToolBox, ToolCall, replay_same
+from rljax.envs.library import McpEnvironment, McpServer
+
+COMMAND = [sys.executable, str(pathlib.Path(__file__).with_name("mcp_server_program.py"))]
+
+
+def is_exact(answer, row):
+    return float(str(answer).strip() == row["answer"])
+
+
+ROW = {"prompt": "What is 3 + 4?", "answer": "7"}
+
+
+def call(name: str, arguments: str = "{}") -> str:
+    return f'<tool_call>{{"name": "{name}", "arguments": {arguments}}}</tool_call>'
+
+
+@pytest.fixture(scope="module")
+def server():
+    opened = McpServer(COMMAND, env={"GREETING": "hello"}, timeout_s=20.0)
+    yield opened
+    opened.close()
+
+
+@pytest.fixture(scope="module")
+def box(server):
+    return ToolBox(server.tools, timeout_s=1.5)
+
+
+def test_tools_are_listed_with_the_schemas_of_the_server(server, box):
+    assert box.names == ("add", "keep", "variable", "refuse", "picture", "wait", "die")
+    add = box.schemas[0]["function"]
+    assert add["description"] == "Add two numbers."
+    assert add["parameters"]["required"] == ["a"]
+    assert add["parameters"]["properties"]["b"]["type"] == "integer"
+
+
+def test_a_call_gives_the_text_of_the_result(box):
+    assert box.call(ToolCall("add", {"a": 3, "b": 4})).text == "7"
+    assert box.call(ToolCall("add", {"a": 3})).text == "5"
+    assert box.call(ToolCall("variable", {"name": "GREETING"})).text == "hello"
+    assert box.call(ToolCall("picture", {})).text == "Here it is.\n[image/png, which cannot be shown]"
+
+
+def test_what_is_wrong_with_a_call_is_told_by_its_kind(server, box):
+    assert box.call(ToolCall("add", {"a": "three"})).failure == "wrong_type"
+    assert box.call(ToolCall("add", {})).failure == "missing_argument"
+    assert box.call(ToolCall("none", {})).failure == "unknown_tool"
+    refused = box.call(ToolCall("refuse", {"text": "no"}))
+    assert refused.failure == "tool_raised"
+    assert "refuse failed: McpToolError: Error executing tool refuse" in refused.text
+    assert box.call(ToolCall("wait", {"seconds": 5.0})).failure == "tool_timeout"
+    assert server.problem is None
+
+
+def test_many_threads_call_at_the_same_time(box):
+    found: dict[int, str] = {}
+
+    def work(number: int):
+        found[number] = box.call(ToolCall("add", {"a": number, "b": number})).text
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(40)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == {number: str(2 * number) for number in range(40)}
+
+
+def test_an_episode_ends_with_an_answer_that_is_scored():
+    environment = McpEnvironment(COMMAND, is_exact, only=["add"], task="Use the tools.")
+    opening = environment.reset({**ROW, "prompt": [{"role": "user", "content": ROW["prompt"]}]})
+    assert opening[0]["role"] == "system"
+    assert "add" in opening[0]["content"] and "keep" not in opening[0]["content"]
+    assert opening[0]["content"].startswith("Use the tools.")
+
+    step = environment.step(call("add", '{"a": 3, "b": 4}'))
+    assert (step.observation, step.done, step.counts["tool_calls"]) == ("7", False, 1.0)
+    last = environment.step("7")
+    assert (last.reward, last.done) == (1.0, True)
+
+
+def test_a_final_tool_of_ones_own_ends_an_episode():
+    environment = McpEnvironment(COMMAND, is_exact, own_tools=["rljax.envs:answer"])
+    environment.reset(ROW)
+    step = environment.step(call("answer", '{"answer": "7"}'))
+    assert (step.reward, step.done) == (1.0, True)
+
+
+def test_shared_episodes_have_one_server_and_others_one_each():
+    def kept_by(environment) -> tuple[str, str]:
+        environment.reset(ROW)
+        number, _, _, process = environment.step(call("keep", '{"text": "x"}')).observation.split()
+        return number, process
+
+    shared = [McpEnvironment(COMMAND, is_exact) for _ in range(2)]
+    (first, process), (second, same) = (kept_by(environment) for environment in shared)
+    assert process == same and int(second) == int(first) + 1
+
+    own = [McpEnvironment(COMMAND, is_exact, shared=False) for _ in range(2)]
+    (first, process), (second, other) = (kept_by(environment) for environment in own)
+    assert process != other and first == second == "1"
+    for environment in own:
+        environment.close()
+        environment.close()
+    deadline = time.monotonic() + 10.0
+    while pathlib.Path(f"/proc/{process}").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not pathlib.Path(f"/proc/{process}").exists()
+
+
+def test_an_episode_can_be_forked_by_repeating_its_calls():
+    own = [McpEnvironment(COMMAND, is_exact, shared=False) for _ in range(2)]
+    opening = own[0].reset(ROW)
+    step = own[0].step(call("add", '{"a": 1}'))
+    replay_same(own[1], ROW, opening, [call("add", '{"a": 1}')], [step])
+    again, steps = replay(McpEnvironment(COMMAND, is_exact), ROW, [call("add", '{"a": 1}'), "7"])
+    assert (again, steps[0]) == (opening, step) and steps[1].reward == 1.0
+    for environment in own:
+        environment.close()
+
+
+def test_a_pool_plays_episodes_and_a_server_that_dies_costs_one_alone():
+    def make():
+        return McpEnvironment(COMMAND, is_exact)
+
+    def played(pool, *actions):
+        episode = pool.start(ROW).result()
+        for action in actions:
+            pool.step(episode, action).result()
+        return episode
+
+    with EnvironmentPool(make, workers=2) as pool:
+        good = played(pool, call("add", '{"a": 3, "b": 4}'), "7")
+        bad = played(pool, call("die"))
+        after = played(pool, call("add", '{"a": 3, "b": 4}'), "7")
+    assert (good.end, good.reward) == ("done", 1.0)
+    assert bad.end == "raised" and "MCP server" in bad.error and "failed" in bad.error
+    assert (after.end, after.reward) == ("done", 1.0)
+
+
+def test_a_server_is_asked_at_its_url():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    process = subprocess.Popen([*COMMAND, str(port)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        url = f"http://127.0.0.1:{port}/mcp"
+        deadline = time.monotonic() + 30.0
+        while True:
+            try:
+                server = McpServer(url, timeout_s=5.0)
+                break
+            except ValueError:
+                assert time.monotonic() < deadline
+                time.sleep(0.1)
+        add = ToolBox(server.tools[:1])
+        assert add.call(ToolCall("add", {"a": 3, "b": 4})).text == "7"
+
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        assert add.call(ToolCall("add", {"a": 3, "b": 4})).failure is not None
+        assert server.problem is not None
+        server.close()
+    finally:
+        process.kill()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        ({"server": ["no_such_program"]}, "'no_such_program' does not answer"),
+        ({"server": [sys.executable, "-c", "print('hello')"]}, "does not answer"),
+        ({"server": [sys.executable, "-c", "import time; time.sleep(60)"], "timeout_s": 0.5}, "does not answer"),
+        ({"server": "http://127.0.0.1:9/mcp"}, "does not answer"),
+        ({"server": "python server.py"}, "must be a URL, or the words of a command as a list"),
+        ({"server": "http://127.0.0.1:9/mcp", "env": {"A": "1"}}, "is for a command"),
+        ({"server": COMMAND, "token_variable": "TOKEN"}, "is for a URL"),
+        ({"server": "http://127.0.0.1:9/mcp", "token_variable": "NO_SUCH_TOKEN"}, "NO_SUCH_TOKEN"),
+    ],
+)
+def test_a_server_that_cannot_work_is_named(arguments, told):
+    with pytest.raises(ValueError, match=told):
+        McpServer(**arguments)
+
+
+def test_an_unknown_name_in_only_is_told_with_those_there_are():
+    with pytest.raises(ValueError, match=r"only names \['divide'\].*it has \['add'"):
+        McpEnvironment(COMMAND, is_exact, only=["divide"]).reset(ROW)
+
+
+def test_a_reward_that_is_none_is_refused():
+    with pytest.raises(ValueError, match="no_such_module"):
+        McpEnvironment(COMMAND, "no_such_module:reward")
+    with pytest.raises(ValueError, match="is not a function"):
+        McpEnvironment(COMMAND, "math:pi")

@@ -1,5 +1,6 @@
 """Tools of MCP servers: real servers, started by their command or asked at their URL, through our pool."""
 
+import json
 import pathlib
 import signal
 import socket
@@ -13,8 +14,23 @@ from replays import replay
 
 pytest.importorskip("mcp", reason="needs mcp: pip install 'rljax-lm[mcp]'")
 
+from rljax.algorithms import GRPO
 from rljax.envs import EnvironmentPool, ToolBox, ToolCall, replay_same
 from rljax.envs.library import McpEnvironment, McpServer
+from rljax.experiment import (
+    CheckpointConfig,
+    Config,
+    EvaluationConfig,
+    FreshModel,
+    MultiTurn,
+    OptimizerConfig,
+    RowsData,
+    SamplingConfig,
+    UpdateConfig,
+    WarmupConfig,
+)
+from rljax.experiment.train import train
+from rljax.tasks import Example
 
 COMMAND = [sys.executable, str(pathlib.Path(__file__).with_name("mcp_server_program.py"))]
 
@@ -209,3 +225,49 @@ def test_a_reward_that_is_none_is_refused():
         McpEnvironment(COMMAND, "no_such_module:reward")
     with pytest.raises(ValueError, match="is not a function"):
         McpEnvironment(COMMAND, "math:pi")
+
+
+def sums(size: int):
+    return [{"prompt": f"{number}+1", "answer": str(number + 1)} for number in range(size)]
+
+
+def demonstrations(examples):
+    """A call, its result and the answer."""
+    made = []
+    for example in examples:
+        number, answer = example.prompt.split("+")[0], example.columns["answer"]
+        asked = call("add", json.dumps({"a": int(number), "b": 1}))
+        turns = [f"{asked}\n", answer, f"\n{answer}\n"]
+        made.append(Example(example.prompt, {"completion": turns}))
+    return made
+
+
+@pytest.mark.slow
+def test_a_run_is_trained_with_tools_of_a_server(tmp_path):
+    config = Config(
+        steps=2,
+        prompts_per_step=2,
+        algorithm=GRPO(group_size=4),
+        model=FreshModel(
+            alphabet="".join(map(chr, range(32, 127))) + "\n", num_layers=1, embed_dim=64, num_heads=2, num_kv_heads=2
+        ),
+        data=RowsData(rows="test_envs_mcp:sums", args={"size": 20}, test_fraction=0.2),
+        actor=MultiTurn(
+            make="rljax.envs.library:McpEnvironment",
+            args={"server": COMMAND, "reward": "test_envs_mcp:is_exact", "only": ["add"], "system": ""},
+            context_length=256,
+            prefill_chunks=(16, 64),
+            workers=4,
+        ),
+        sampling=SamplingConfig(max_new_tokens=80, truncated_is_wrong=False),
+        update=UpdateConfig(pack_length=256, head_chunk=256),
+        evaluation=EvaluationConfig(problems=0),
+        checkpoint=CheckpointConfig(every=0),
+        warmup=WarmupConfig(
+            steps=150, batch_size=8, demonstrations=demonstrations, optimizer=OptimizerConfig(learning_rate=3e-3)
+        ),
+    )
+    train(config, str(tmp_path))
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert sum(line["rollout/component/tool_calls"] for line in lines) > 0
+    assert all(line["play/failed"] == 0 for line in lines)

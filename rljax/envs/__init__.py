@@ -122,6 +122,7 @@ _IN_LIBRARY = frozenset(
         "SketchEnvironment",
         "Sketched",
         "TextWorldEnvironment",
+        "VerifiersAgent",
         "VerifiersEnvironment",
         "at_granularity",
         "bucket_reward",
@@ -137,7 +138,7 @@ _IN_LIBRARY = frozenset(
     }
     | {"bfcl", "corpus", "gazetteer", "geometry", "geosketch", "histories", "knowledge", "maps", "mcp_tools"}
     | {"memory", "memory_store", "mixture", "multihop", "openenv_adapter", "prediction", "questions", "reasoning"}
-    | {"retrieval", "sketches", "textworld", "verifiers_adapter"}
+    | {"retrieval", "sketches", "textworld", "verifiers_adapter", "verifiers_agent"}
 )
 """Environments and their modules, which are looked for here."""
 

@@ -17,6 +17,7 @@ from rljax.envs.library.prediction import Predicting
 from rljax.envs.library.reasoning import ReasoningEnvironment
 from rljax.envs.library.textworld import TextWorldEnvironment
 from rljax.envs.library.verifiers_adapter import VerifiersEnvironment
+from rljax.envs.library.verifiers_agent import VerifiersAgent
 
 __all__ = [
     "BfclEnvironment",
@@ -41,6 +42,7 @@ __all__ = [
     "SketchEnvironment",
     "Sketched",
     "TextWorldEnvironment",
+    "VerifiersAgent",
     "VerifiersEnvironment",
     "at_granularity",
     "bucket_reward",

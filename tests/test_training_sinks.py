@@ -1,5 +1,6 @@
 """Trackers receive what `metrics.jsonl` has: each real package writes offline, and is read back by its own means."""
 
+import json
 import logging
 
 import pytest
@@ -13,6 +14,25 @@ LINES = {
 }
 
 
+RECORDS = [
+    {
+        "step": step,
+        "prompt_id": 7,
+        "sample": sample,
+        "prompt": [{"role": "user", "content": "2 + 2?"}] if sample else "2 + 2?",
+        "completion": f" {sample + 4}",
+        "reward": 1.0 - sample,
+        "components": {"exact": 1.0 - sample},
+        "finish_reason": "eos",
+        "error": None,
+        "tokens": [1, 2],
+    }
+    for step in LINES
+    for sample in (0, 1, 2)
+]
+"""Rollouts of each step, of which trackers get two."""
+
+
 def needed(package):
     return pytest.importorskip(package, reason=f"{package} is not installed (the extra of that name)")
 
@@ -20,10 +40,10 @@ def needed(package):
 def write_in_two_starts(folder, **log):
     """Steps 1 and 2, and the third in a start that goes on."""
     for start, steps in ((0, (1, 2)), (2, (3,))):
-        with RunFolder(folder, config={"name": "walk", "steps": 3, "log": log}) as run:
+        with RunFolder(folder, config={"name": "walk", "steps": 3, "log": {"traces": 2, **log}}) as run:
             run.start(start)
             for step in steps:
-                run.log_step(step, LINES[step])
+                run.log_step(step, LINES[step], [record for record in RECORDS if record["step"] == step])
     found = {line.pop("step"): line for line in read_jsonl(folder / "metrics.jsonl")}
     assert found == LINES
     return found
@@ -37,8 +57,51 @@ def test_trackio_received_what_jsonl_has(tmp_path, monkeypatch):
     # It writes from a thread of its own, which a run waits for at its end.
     (run,) = trackio.Api().runs("words")
     assert run.name.startswith("walk-")
-    logs = trackio.sqlite_storage.SQLiteStorage.get_logs("words", run.name)
+    storage = trackio.sqlite_storage.SQLiteStorage
+    logs = storage.get_logs("words", run.name)
+    logs = [log for log in logs if "loss/total" in log or "time/total_s" in log]
     assert {log.pop("step"): {k: v for k, v in log.items() if k != "timestamp"} for log in logs} == want
+
+    traces = storage.get_traces("words", run.name)
+    assert len(traces) == 6
+    by_place = {(trace["metadata"]["step"], trace["metadata"]["sample"]): trace for trace in traces}
+    trace = by_place[(2, 1)]
+    assert trace["messages"] == [{"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": " 5"}]
+    assert (trace["metadata"]["reward"], trace["metadata"]["components"]) == (0.0, '{"exact": 0.0}')
+
+
+def test_wandb_received_what_jsonl_has(tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    wandb = needed("wandb")
+    want = write_in_two_starts(tmp_path / "run", wandb_project="words")
+
+    got: dict[int, dict[str, float]] = {}
+    tables = []
+    files = sorted((tmp_path / "run" / "wandb").glob("offline-run-*/run-*.wandb"))
+    assert len(files) == 2
+    for file in files:
+        for record in wandb_records(wandb, file):
+            items = {item.key or ".".join(item.nested_key): json.loads(item.value_json) for item in record}
+            step = int(items.pop("_step"))
+            numbers = {name: value for name, value in items.items() if isinstance(value, (int, float))}
+            got.setdefault(step, {}).update({k: v for k, v in numbers.items() if not k.startswith("_")})
+            tables += [value for name, value in items.items() if name == "rollouts"]
+    assert {step: {k: v for k, v in line.items() if k in want[step]} for step, line in got.items()} == want
+    assert len(tables) == 3 and all((table["ncols"], table["nrows"]) == (10, 2) for table in tables)
+
+
+def wandb_records(wandb, file):
+    """The history of a run from the file that an offline run leaves."""
+    from wandb.proto.wandb_internal_pb2 import Record
+    from wandb.sdk.internal.datastore import DataStore
+
+    store = DataStore()
+    store.open_for_scan(str(file))
+    while (data := store.scan_data()) is not None:
+        record = Record()
+        record.ParseFromString(data)
+        if record.WhichOneof("record_type") == "history":
+            yield record.history.item
 
 
 def test_mlflow_received_what_jsonl_has(tmp_path, monkeypatch):
@@ -57,6 +120,14 @@ def test_mlflow_received_what_jsonl_has(tmp_path, monkeypatch):
     assert got == want
     assert mlflow.artifacts.load_dict(f"runs:/{run.info.run_id}/config.json")["steps"] == 3
 
+    for step in LINES:
+        table = mlflow.artifacts.load_dict(f"runs:/{run.info.run_id}/rollouts/step_{step:06d}.json")
+        rows = [dict(zip(table["columns"], row)) for row in table["data"]]
+        assert [(row["step"], row["completion"], row["reward"]) for row in rows] == [
+            (step, " 4", 1.0),
+            (step, " 5", 0.0),
+        ]
+
 
 class Away:
     """A tracker whose service is away from the second step on."""
@@ -68,6 +139,9 @@ class Away:
         if step > 1:
             raise ConnectionError("no route")
         self.got.append(step)
+
+    def write_rollouts(self, step, records):
+        self.got.append((step, len(records)))
 
     def flush(self):
         pass
@@ -90,6 +164,17 @@ def test_a_tracker_that_fails_gets_no_more_and_the_run_goes_on(tmp_path, monkeyp
     messages = [record.getMessage() for record in caplog.records]
     (said,) = [message for message in messages if message.startswith("W&B")]
     assert said.startswith("W&B failed at step 2 and gets no more metrics of this start (ConnectionError: no route)")
+
+
+def test_trackers_get_as_many_rollouts_as_the_config_says_before_their_metrics(tmp_path, monkeypatch):
+    away = Away()
+    monkeypatch.setattr(sinks.Trackers, "open", lambda *_: {"trackio": away})
+    for traces in (0, 5):
+        with RunFolder(tmp_path, config={"steps": 1, "log": {"traces": traces}}, fresh=True) as run:
+            monkeypatch.setattr(away, "close", lambda **_: None)
+            run.start(0)
+            run.log_step(1, LINES[1], RECORDS[:3])
+    assert away.got == [1, (1, 3), 1]
 
 
 def test_an_id_of_a_tracker_is_new_where_a_run_starts_over(tmp_path):

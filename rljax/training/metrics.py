@@ -4,12 +4,12 @@ import contextlib
 import json
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from absl import logging
 
-from rljax.training.sinks import ID_FILES, TensorBoardSink, Trackers, drop_local_place, local_place
+from rljax.training.sinks import ID_FILES, Sink, TensorBoardSink, Trackers, drop_local_place, local_place
 from rljax.training.storage import AnyPath, GrowingFile, as_path, remove_tree, replace_text
 
 NO_TRACKERS = Trackers()
@@ -58,9 +58,17 @@ class MetricsWriter:
         self._lines.append(json.dumps(line) + "\n")
         self._tensorboard.write(step, values)
 
+        self._tell_trackers(step, lambda sink: sink.write(step, values))
+
+    def write_rollouts(self, step: int, records: Sequence[Mapping[str, Any]]) -> None:
+        """Rollouts of `step` for the trackers to show, before its metrics; the run folder has them elsewhere."""
+        if records:
+            self._tell_trackers(step, lambda sink: sink.write_rollouts(step, records))
+
+    def _tell_trackers(self, step: int, tell: Callable[[Sink], None]) -> None:
         for name, sink in list(self._trackers.items()):
             try:
-                sink.write(step, values)
+                tell(sink)
             except Exception as error:
                 # A service that is away must not end a run, whose metrics are all in its folder.
                 del self._trackers[name]

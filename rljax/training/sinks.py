@@ -1,10 +1,11 @@
 """Where metrics go beside `metrics.jsonl`: TensorBoard always; Weights & Biases, trackio and MLflow where asked."""
 
 import dataclasses
+import json
 import re
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -13,10 +14,14 @@ from rljax.training.storage import AnyPath, GrowingFile, copy_files, is_remote, 
 
 @runtime_checkable
 class Sink(Protocol):
-    """Takes the metrics of a run, step by step."""
+    """Takes the metrics of a run, step by step, and rollouts to look at."""
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """The metrics of the step that brings the count to `step`."""
+        ...
+
+    def write_rollouts(self, step: int, records: Sequence[Mapping[str, Any]]) -> None:
+        """Some rollouts of that step, before its metrics, as lines of `rollouts/`."""
         ...
 
     def flush(self) -> None:
@@ -85,6 +90,9 @@ class TensorBoardSink:
         if time.monotonic() - self._copied >= GrowingFile.UPLOAD_S:
             self.flush()
 
+    def write_rollouts(self, step: int, records: Sequence[Mapping[str, Any]]) -> None:
+        """It has no place for them; they are in the run folder."""
+
     def flush(self) -> None:
         if self._copy_to is not None:
             copy_files(self._local, self._copy_to)
@@ -97,7 +105,7 @@ class TensorBoardSink:
 
 
 class WandbSink:
-    """A run of Weights & Biases (the extra `wandb`)."""
+    """A run of Weights & Biases (the extra `wandb`); rollouts are the table `rollouts`."""
 
     def __init__(self, project: str, folder: AnyPath, local: Path, name: str, config: Mapping[str, Any]):
         import wandb
@@ -115,6 +123,13 @@ class WandbSink:
     def write(self, step: int, values: Mapping[str, float]) -> None:
         self._run.log(dict(values), step=step)
 
+    def write_rollouts(self, step: int, records: Sequence[Mapping[str, Any]]) -> None:
+        import wandb
+
+        columns = _as_columns(records)
+        rows = [list(row) for row in zip(*columns.values(), strict=True)]
+        self._run.log({"rollouts": wandb.Table(columns=list(columns), data=rows)}, step=step)
+
     def flush(self) -> None:
         """It sends by itself."""
 
@@ -124,7 +139,7 @@ class WandbSink:
 
 class TrackioSink:
     """A run of trackio (the extra `trackio`): in `TRACKIO_DIR` of this machine, or in the Space or on the server that
-    its own variables name."""
+    its own variables name. Rollouts are traces: what was asked and said, and beside it the reward and its parts."""
 
     def __init__(self, project: str, folder: AnyPath, name: str, config: Mapping[str, Any]):
         import trackio
@@ -136,6 +151,13 @@ class TrackioSink:
     def write(self, step: int, values: Mapping[str, float]) -> None:
         self._run.log(dict(values), step=step)
 
+    def write_rollouts(self, step: int, records: Sequence[Mapping[str, Any]]) -> None:
+        import trackio
+
+        for record in records:
+            about = {name: value for name, value in _as_row(record).items() if name not in ("prompt", "completion")}
+            self._run.log({"rollouts": trackio.Trace(messages=_messages_of(record), metadata=about)}, step=step)
+
     def flush(self) -> None:
         """It sends by itself."""
 
@@ -145,7 +167,8 @@ class TrackioSink:
 
 class MlflowSink:
     """A run of MLflow (the extra `mlflow`), on the server or in the folder that `MLFLOW_TRACKING_URI` names. Its names
-    know no `@`: `eval/avg@4` is `eval/avg_at_4` there."""
+    know no `@`: `eval/avg@4` is `eval/avg_at_4` there. Rollouts are tables in `rollouts/`, one
+    a step."""
 
     def __init__(self, experiment: str, folder: AnyPath, name: str, config: Mapping[str, Any]):
         from mlflow import MlflowClient
@@ -170,11 +193,35 @@ class MlflowSink:
         for start in range(0, len(metrics), 1000):
             self._client.log_batch(self._id, metrics=metrics[start : start + 1000], synchronous=True)
 
+    def write_rollouts(self, step: int, records: Sequence[Mapping[str, Any]]) -> None:
+        self._client.log_table(self._id, _as_columns(records), f"rollouts/step_{step:06d}.json")
+
     def flush(self) -> None:
         """What is written has been sent."""
 
     def close(self, *, uploads: bool = True) -> None:
         self._client.set_terminated(self._id)
+
+
+def _messages_of(record: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """A rollout as a conversation: the chat that it continues, or text, and all that came after it."""
+    prompt = record["prompt"]
+    asked = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else [dict(message) for message in prompt]
+    return [*asked, {"role": "assistant", "content": record["completion"]}]
+
+
+def _as_row(record: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a rollout a table shows; texts and numbers alone."""
+    prompt = record["prompt"]
+    row = {"step": record["step"], "prompt_id": record["prompt_id"], "sample": record["sample"]}
+    row["prompt"] = prompt if isinstance(prompt, str) else json.dumps(prompt, ensure_ascii=False)
+    row |= {name: record.get(name) for name in ("completion", "reward", "advantage", "finish_reason", "error")}
+    return row | {"components": json.dumps(record.get("components") or {})}
+
+
+def _as_columns(records: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
+    rows = [_as_row(record) for record in records]
+    return {name: [row[name] for row in rows] for name in rows[0]}
 
 
 def _mlflow_name(name: str) -> str:

@@ -1,6 +1,8 @@
 """The site has every page, and every page of the site is there. Building it is slow, and strict."""
 
+import ast
 import importlib.util
+import inspect
 import re
 import subprocess
 import sys
@@ -81,6 +83,19 @@ def test_messages_that_are_explained_are_those_of_the_source():
 def test_configs_that_recipes_name_are_there():
     named = set(re.findall(r"`?(papers/\w+)", (DOCS / "recipes.md").read_text()))
     assert named and all((ROOT / "configs" / f"{name}.py").exists() for name in named)
+
+
+def test_docstrings_hold_no_reference_that_leads_nowhere():
+    """`[axis][axis]` outside of code is a link to Markdown, and its target a fault to a strict build."""
+    found = {}
+    for file in sorted((ROOT / "rljax").rglob("*.py")):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if not (isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)):
+                continue
+            prose = re.sub(r"`[^`]*`|^ {4,}.*$", "", inspect.cleandoc(str(node.value.value)), flags=re.M)
+            if re.search(r"\w\][\[(]", prose):
+                found[f"{file.relative_to(ROOT)}:{node.lineno}"] = prose
+    assert not found
 
 
 @pytest.mark.slow

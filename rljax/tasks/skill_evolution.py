@@ -72,7 +72,7 @@ def proposals(evolve: Evolver, deployed: Sequence[Skill], evidence: Evidence, *,
 
 
 class Trial(NamedTuple):
-    """Outcomes of incumbent and candidate on the same tasks with the same random numbers, [tasks][repeats]."""
+    """Outcomes of incumbent and candidate on the same tasks with the same random numbers, by task and repeat."""
 
     tasks: Sequence[int]
     """Ids of the examples."""

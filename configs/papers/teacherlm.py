@@ -4,6 +4,7 @@
 
 The model of the warm-up is the annotator. Look at round-01/rows: what it says of each word, what is dropped and why,
 and what is laid out of the rest; and at held-out avg@8 behind a start that nobody has shown the question.
+`--config=papers/teacherlm:answers_only` learns the answers of the same words, and nothing beside them.
 """
 
 import dataclasses
@@ -24,6 +25,8 @@ from rljax.experiment import (
 )
 from rljax.experiment.stage_parts import StageParts
 from rljax.tasks import DataStage, Reaches, Withholds, annotated, kept, laid_out, stage
+
+SIZES = ("full", "smoke", "answers_only")
 
 
 def annotations(parts: StageParts) -> list[DataStage]:
@@ -51,9 +54,17 @@ def annotations(parts: StageParts) -> list[DataStage]:
     ]
 
 
+def answers_only(parts: StageParts) -> list[DataStage]:
+    """No field, and nothing to filter."""
+    return [stage("laid-out", laid_out, fields={}, end="={answer}", seed=parts.seed)]
+
+
 def get_config(size: str = "full") -> Config:
+    if size not in SIZES:
+        raise ValueError(f"--config=...:{size}: the size must be one of {', '.join(SIZES)}")
+
     smoke = size == "smoke"
-    config = spelling_config(GRPO(), size, demonstrations=by_heart if smoke else about_words)
+    config = spelling_config(GRPO(), "smoke" if smoke else "full", demonstrations=by_heart if smoke else about_words)
     config.name = "teacherlm"
     config.model = dataclasses.replace(config.model, alphabet=ALPHABET)
     config.data = RowsData(
@@ -69,7 +80,7 @@ def get_config(size: str = "full") -> Config:
     if smoke:
         learn_by_heart(config, steps=400)
     config.stages = StagesConfig(
-        make=annotations,
+        make=answers_only if size == "answers_only" else annotations,
         steps=2 if smoke else 300,
         batch_size=2 if smoke else 64,
         optimizer=OptimizerConfig(learning_rate=2e-3, schedule="cosine", warmup_steps=20, total_steps=300),

@@ -1,5 +1,6 @@
 """Tools of MCP servers: real servers, started by their command or asked at their URL, through our pool."""
 
+import http.server
 import json
 import pathlib
 import signal
@@ -195,6 +196,28 @@ def test_a_server_is_asked_at_its_url():
         server.close()
     finally:
         process.kill()
+
+
+def test_a_token_goes_to_the_server_and_into_no_message(monkeypatch):
+    heard = []
+
+    class Refusing(http.server.BaseHTTPRequestHandler):
+        def do_POST(self):
+            heard.append(self.headers["authorization"])
+            self.send_response(401)
+            self.end_headers()
+
+        def log_message(self, *args):
+            pass
+
+    listening = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Refusing)
+    threading.Thread(target=listening.serve_forever, daemon=True).start()
+    monkeypatch.setenv("TOOLS_TOKEN", "a-secret")
+    with pytest.raises(ValueError, match="does not answer") as raised:
+        McpServer(f"http://127.0.0.1:{listening.server_port}/mcp", token_variable="TOOLS_TOKEN", timeout_s=10.0)
+    listening.shutdown()
+    assert heard and set(heard) == {"Bearer a-secret"}
+    assert "a-secret" not in str(raised.value)
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,9 @@
 """Tools of MCP servers: real servers, started by their command or asked at their URL, through our pool."""
 
+import contextlib
 import http.server
 import json
+import os
 import pathlib
 import signal
 import socket
@@ -17,7 +19,7 @@ pytest.importorskip("mcp", reason="needs mcp: pip install 'rljax-lm[mcp]'")
 
 from rljax.algorithms import GRPO
 from rljax.envs import EnvironmentPool, ToolBox, ToolCall, replay_same
-from rljax.envs.library import McpEnvironment, McpServer
+from rljax.envs.library import McpEnvironment, McpServer, mcp_tools
 from rljax.experiment import (
     CheckpointConfig,
     Config,
@@ -171,6 +173,128 @@ def test_a_pool_plays_episodes_and_a_server_that_dies_costs_one_alone():
     assert (after.end, after.reward) == ("done", 1.0)
 
 
+RAW = [sys.executable, pathlib.Path(__file__).with_name("mcp_raw_program.py")]
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("internal", "upstream API returned 500"),
+        ("custom", "no such document"),
+        ("wrong_structure", "nvalid structured content"),
+        ("wrong_result", "content"),
+    ],
+)
+def test_a_call_that_fails_while_the_server_stands_costs_nobody_else_anything(name, told):
+    one, other = (McpEnvironment(RAW, is_exact) for _ in range(2))
+    one.reset(ROW)
+    other.reset(ROW)
+    step = one.step(call(name))
+    assert told in step.observation and step.counts["tool_errors"] == 1.0
+    assert other.step("7").reward == 1.0
+    assert one.step(call("fine")).observation == other_process(RAW)
+
+
+def other_process(command):
+    again = McpEnvironment(command, is_exact)
+    again.reset(ROW)
+    return again.step(call("fine")).observation
+
+
+def test_what_a_model_writes_breaks_no_connection():
+    environment = McpEnvironment(COMMAND, is_exact)
+    environment.reset(ROW)
+    for text in ('"\\ud83d"', '"\ud83d"', '"\\u0000"', "[" * 300 + "]" * 300, "1e999", '{"a": {"b": NaN}}', "null"):
+        step = environment.step(call("keep", f'{{"text": {text}}}'))
+        assert step.observation and not step.done
+    assert environment.step(call("add", '{"a": 3, "b": 4}')).observation == "7"
+
+
+@pytest.mark.parametrize("name", ["any_schema", "no_properties", "wrong_enum"])
+def test_odd_schemas_leave_the_server_to_decide(name):
+    environment = McpEnvironment(RAW, is_exact)
+    environment.reset(ROW)
+    arguments = "{}" if name == "no_properties" else '{"x": 1}'
+    assert environment.step(call(name, arguments)).observation.startswith("fine")
+    assert environment.step(call("open", '{"whatever": [1, 2]}')).observation.startswith("fine")
+
+
+@pytest.mark.parametrize("how", ["stopped", "deaf"])
+def test_a_server_that_answers_nothing_more_is_replaced(how, monkeypatch):
+    monkeypatch.setattr(mcp_tools, "_PING_S", 0.5)
+    server = {"server": [*RAW, how], "timeout_s": 1.0}  # a connection of its own
+    environment = McpEnvironment(server, is_exact)
+    environment.reset(ROW)
+    process = environment.step(call("fine")).observation.split()[-1]
+    if how == "stopped":
+        os.kill(int(process), signal.SIGSTOP)
+    else:
+        with contextlib.suppress(RuntimeError):  # found at once by a version of the package
+            environment.step(call("not_text"))
+    again = McpEnvironment(server, is_exact)
+    again.reset(ROW)
+    other = again.step(call("fine")).observation.split()[-1]
+    assert other != process
+    assert wait_until(lambda: not pathlib.Path(f"/proc/{process}").exists())
+
+
+def wait_until(is_so):
+    deadline = time.monotonic() + 20.0
+    while not is_so() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return is_so()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the kernel of Linux ends them")
+def test_servers_end_with_their_process_however_it_ends():
+    program = (
+        "import os, signal, sys; from rljax.envs.library import McpServer; "
+        f"server = McpServer({[str(word) for word in RAW]} + ['stays']); "
+        "print(server.tools[0](), flush=True); os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    process = done.stdout.split()[-1]
+    assert wait_until(lambda: not pathlib.Path(f"/proc/{process}").exists())
+
+
+def test_who_waits_for_a_server_that_does_not_start_shares_the_failure_and_nobody_else_waits():
+    standing = McpEnvironment(COMMAND, is_exact)
+    standing.reset(ROW)
+    dead = {"server": [sys.executable, "-c", "import time; time.sleep(60)"], "timeout_s": 1.5}
+    took = {}
+
+    def reset(name, server):
+        began = time.monotonic()
+        try:
+            McpEnvironment(server, is_exact).reset(ROW)
+        except ValueError as error:
+            assert "does not answer" in str(error)
+        took[name] = time.monotonic() - began
+
+    threads = [threading.Thread(target=reset, args=(f"dead{n}", dead)) for n in range(4)]
+    threads += [threading.Thread(target=reset, args=("standing", COMMAND))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert took["standing"] < 1.0
+    assert max(took.values()) < 4.0  # four attempts in turn would be 6
+
+
+def test_misuse_is_told():
+    environment = McpEnvironment(COMMAND, is_exact, shared=False)
+    with pytest.raises(RuntimeError, match="step comes behind reset"):
+        environment.step("7")
+    environment.reset(ROW)
+    environment.close()
+    with pytest.raises(RuntimeError, match="before close"):
+        environment.step("7")
+    with pytest.raises(ValueError, match=r"server has \['serve'\]; it must have server"):
+        McpEnvironment({"serve": COMMAND}, is_exact)
+    with pytest.raises(ValueError, match="only='add' must be a list"):
+        McpEnvironment(COMMAND, is_exact, only="add")
+
+
 def test_a_server_is_asked_at_its_url():
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -223,7 +347,8 @@ def test_a_token_goes_to_the_server_and_into_no_message(monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
-        ({"server": ["no_such_program"]}, "'no_such_program' does not answer"),
+        ({"server": ["no_such_program"]}, r"\['no_such_program'\] must be the words of a command"),
+        ({"server": []}, r"\[\] must be the words of a command"),
         ({"server": [sys.executable, "-c", "print('hello')"]}, "does not answer"),
         ({"server": [sys.executable, "-c", "import time; time.sleep(60)"], "timeout_s": 0.5}, "does not answer"),
         ({"server": "http://127.0.0.1:9/mcp"}, "does not answer"),

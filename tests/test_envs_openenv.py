@@ -121,6 +121,7 @@ def test_tools_of_a_server_are_called_in_our_formats(servers):
             "<tool_call>{no json}</tool_call>",
             call("add", a=3, b=4) + call("add", a=1, b=1),
             call("divide", a=1),
+            call("add", a="three", b="\ud83d"),
             call("submit", answer=7) + call("add", a=1, b=1),
         )
     assert '"name": "add"' in episode.opening[0]["content"]
@@ -128,10 +129,11 @@ def test_tools_of_a_server_are_called_in_our_formats(servers):
     texts = [step.observation for step in episode.steps]
     assert texts[0] == "Call a tool, or give the final answer."
     assert texts[2] == "7\n\n2"
-    assert texts[3].startswith("divide failed: ")
-    assert texts[4] == "submitted"
+    assert texts[3] == "There is no tool 'divide'; the tools are add, submit."
+    assert texts[4].startswith("add failed: ")
+    assert texts[5] == "submitted"
     assert (episode.end, episode.reward) == ("done", 1.0)
-    assert (episode.counts["tool_calls"], episode.counts["malformed_calls"]) == (4.0, 1.0)
+    assert (episode.counts["tool_calls"], episode.counts["malformed_calls"]) == (4.0, 2.0)
 
 
 def test_other_actions_are_made_by_a_function(servers):
@@ -203,3 +205,43 @@ def test_a_server_that_fails_or_has_no_room_costs_the_episode(servers):
     assert first.end is None
     assert second.end == "raised" and "has no room for another session" in second.error
     assert "max_concurrent_envs" in second.error
+
+
+def test_a_session_that_is_lost_is_not_replaced_by_one_that_was_never_reset():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, str(PROGRAM), "sums", str(port)]
+    url = f"http://127.0.0.1:{port}"
+    first = subprocess.Popen(command)
+    _wait_for(first, url)
+    try:
+        with EnvironmentPool(lambda: OpenEnvEnvironment(url), workers=2) as pool:
+            episode = played(pool, {"prompt": "What is 3 + 4?"}, call("add", a=3, b=4))
+            first.kill()
+            first.wait()
+            second = subprocess.Popen(command)
+            try:
+                _wait_for(second, url)
+                pool.step(episode, call("submit", answer=7)).result()
+            finally:
+                second.kill()
+                second.wait()
+    finally:
+        first.kill()
+    assert episode.end == "raised" and episode.reward == 0.0
+    assert url in episode.error
+
+
+def test_a_step_behind_a_failure_or_before_a_reset_is_told(servers):
+    environment = OpenEnvEnvironment(servers["guessing"])
+    with pytest.raises(RuntimeError, match="step comes behind reset"):
+        environment.step("5")
+    environment.reset({"prompt": "", "reset": {"seed": 1}})
+    with pytest.raises(RuntimeError, match=rf"OpenEnv server {servers['guessing']} failed: .*EXECUTION_ERROR"):
+        environment.step("raise")
+    with pytest.raises(RuntimeError, match="step comes behind reset"):
+        environment.step("5")
+    assert environment.reset({"prompt": "", "reset": {"seed": 1}}) == "Guess a number from 1 to 9."
+    assert environment.step("5 (code: VALIDATION_ERROR)").observation
+    environment.close()

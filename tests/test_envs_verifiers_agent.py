@@ -12,6 +12,7 @@ pytest.importorskip("verifiers.v1", reason="needs verifiers 0.4: pip install 'rl
 if shutil.which("uv") is None:
     pytest.skip("needs uv on the path: pip install 'rljax-lm[verifiers-v1]'", allow_module_level=True)
 
+import verifiers_sums
 from test_rollouts_endpoint import CONFIG as MODEL
 from test_rollouts_endpoint import make_tokenizer, params
 
@@ -104,6 +105,26 @@ def test_what_fails_costs_the_sample(policy):
         agent("http://127.0.0.1:9/v1", rows(SUMS)[0])
     with pytest.raises(ValueError, match="the taskset has 4 tasks, and the row wants index 7"):
         agent(f"{policy}/v1", {"index": 7})
+
+
+@pytest.mark.parametrize("where", ["agent", "env"])
+def test_an_episode_that_is_tried_again_has_the_reward_of_the_try_that_worked(policy, where):
+    verifiers_sums.TRIES.clear()
+    with pytest.raises(RuntimeError, match="KeyError"):
+        VerifiersAgent(SUMS, args={"flaky": 2, "size": 3})(f"{policy}/v1", {"index": 2})
+    verifiers_sums.TRIES.clear()
+    agent = VerifiersAgent(SUMS, args={"flaky": 2}, **{where: {"retries": {"max_retries": 1}}})
+    assert agent(f"{policy}/v1", {"index": 2}) == 0.5
+
+
+def test_tasks_that_were_away_are_read_again(policy):
+    agent = VerifiersAgent(SUMS, args={"lost": True})
+    with pytest.raises(ConnectionError, match="the data are away"):
+        agent(f"{policy}/v1", {"index": 2})
+    assert agent(f"{policy}/v1", {"index": 2}) == 0.5
+    assert agent(f"{policy}/v1", {"index": 1}) == 1.5
+    with pytest.raises(ValueError, match="the row wants index -1"):
+        agent(f"{policy}/v1", {"index": -1})
 
 
 def test_what_cannot_work_is_named(policy):

@@ -154,6 +154,8 @@ class ToolBox:
         known = parameters.get("properties", {})
         missing = [name for name in parameters.get("required", ()) if name not in call.arguments]
         extra = [str(name)[:50] for name in call.arguments if name not in known]
+        if parameters.get("additionalProperties"):  # of a tool that is served elsewhere
+            extra = []
         usage = f"{call.name} takes {', '.join(known) or 'no arguments'}."
         if missing:
             return ToolResult(f"{call.name} needs the argument {', '.join(missing)}. {usage}", MISSING_ARGUMENT)
@@ -162,7 +164,7 @@ class ToolBox:
 
         # names first: of a call with wrong names the model learns what to write, not what is wrong with it
         for name, value in call.arguments.items():
-            if problem := mismatch(value, known[name]):
+            if problem := mismatch(value, known.get(name, {})):
                 return ToolResult(f"The argument {name} of {call.name} {problem}.", WRONG_TYPE)
         return None
 

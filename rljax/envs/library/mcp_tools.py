@@ -2,10 +2,16 @@
 environment whose questions are answered with them."""
 
 import asyncio
+import collections
 import contextlib
 import importlib
+import inspect
 import json
+import os
+import shutil
+import sys
 import threading
+import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from typing import Any
 
@@ -14,9 +20,14 @@ from rljax.envs.formats import ToolFormat, load
 from rljax.envs.library.sharing import bearer, made_once, on_event_loop
 from rljax.envs.tool_environment import ToolEnvironment
 from rljax.envs.tools import ToolBox
+from rljax.tasks.examples import whole_text
 
-_REFUSED = (-32602, -32601)
-"""JSON-RPC codes of a server that stands and does not take a call: invalid params, method not found."""
+_GONE = -32000
+_LATE = (-32001, 408)
+"""Codes with which the package says that a connection is closed, and that an answer did not come in time."""
+
+_PING_S = 5.0
+"""Seconds in which a server that stands says so."""
 
 _STOPPING_S = 5.0
 """Seconds that a server has to end before it is left."""
@@ -28,33 +39,36 @@ class McpServer:
     `server` is the URL of one that runs (streamable HTTP), or the words of a command that starts one and speaks with it
     through its standard input and output. A command gets `env` beside the few harmless variables that the package
     passes on. A URL is asked with the bearer token in the environment variable `token_variable`, if it is named.
-    `timeout_s` is for the start, and for each call.
+    `timeout_s` is for the start, and for each call. On Linux a command's server ends with this process, however that
+    ends.
 
-    Raises ImportError without the package, ValueError for a server that does not start or answer, has no tools, or
-    a `token_variable` that is not set.
+    A call that fails while the server stands raises McpToolError; one that meets no server any more breaks the
+    connection. Raises ImportError without the package, ValueError for a server that does not start or answer, has no
+    tools, or a `token_variable` that is not set.
     """
 
     def __init__(
         self,
-        server: str | Sequence[str],
+        server: str | Sequence[str | os.PathLike[str]],
         *,
         env: Mapping[str, str] | None = None,
         token_variable: str | None = None,
         timeout_s: float = 30.0,
     ):
         _package()
-        self.name = server if isinstance(server, str) else " ".join(server)
+        asked = server if isinstance(server, str) else [os.fspath(word) for word in server]
+        self.name = asked if isinstance(asked, str) else " ".join(asked)
         self.timeout_s = timeout_s
         self._problem: BaseException | None = None
-        transport = _transport(server, dict(env or {}), token_variable)
+        transport = _transport(asked, dict(env or {}), token_variable)
 
         self._stop = asyncio.Event()
         try:
             self._served, listed = on_event_loop(self._open(transport), timeout_s)
         except Exception as error:
             raise ValueError(
-                f"MCP server {self.name!r} does not answer ({_told(error)}); it must be the URL of a running server, "
-                "or the words of a command that starts one and speaks through its standard output alone"
+                f"MCP server {self.name!r} does not answer ({told_in_a_line(error)}); it must be the URL of a running "
+                "server, or the words of a command that starts one and speaks through its standard output alone"
             ) from error
 
         self.tools: tuple[Callable[..., str], ...] = tuple(self._tool(tool) for tool in listed)
@@ -65,8 +79,20 @@ class McpServer:
 
     @property
     def problem(self) -> BaseException | None:
-        """What broke the connection; None while it stands. The tools of a broken one all fail."""
+        """What broke the connection, as far as a call or `is_standing` has found it; the tools of a broken one all
+        fail."""
         return self._problem
+
+    def is_standing(self) -> bool:
+        """Whether the server answers. One that does not within seconds breaks the connection."""
+        if self._problem is None:
+            try:
+                on_event_loop(self._session.send_ping(), _PING_S)
+            except Exception as error:
+                # one that refuses a ping has answered
+                if getattr(getattr(error, "error", None), "code", _GONE) in (_GONE, *_LATE):
+                    self._problem = self._problem or error
+        return self._problem is None
 
     def close(self) -> None:
         """End the connection, and the server if it was started here. A second call does nothing."""
@@ -130,17 +156,17 @@ class McpServer:
 
     def _call(self, name: str, arguments: dict[str, Any]) -> str:
         if self._problem is not None:
-            raise ConnectionError(f"the MCP server is gone ({_told(self._problem)})")
+            raise ConnectionError(f"the MCP server is gone ({told_in_a_line(self._problem)})")
         try:
             # longer than the tool box waits, which has a word for a call that hangs
-            answer = on_event_loop(self._session.call_tool(name, arguments), self.timeout_s + 1.0)
-        except TimeoutError:
-            raise
+            answer = on_event_loop(
+                self._session.call_tool(name, without_half_characters(arguments)), self.timeout_s + 1.0
+            )
         except Exception as error:
-            if getattr(getattr(error, "error", None), "code", None) in _REFUSED:
-                raise McpToolError(_told(error)) from error
-            self._problem = error  # a tool that fails is an answer: this is the connection
-            raise
+            # the call alone, or the server
+            if self.is_standing():
+                raise McpToolError(told_in_a_line(error)) from error
+            raise ConnectionError(f"the MCP server is gone ({told_in_a_line(error)})") from error
         result = answer.model_dump(by_alias=True, mode="json")
         text = text_of(result)
         if result.get("isError"):
@@ -149,7 +175,7 @@ class McpServer:
 
 
 class McpToolError(Exception):
-    """A tool said that it failed."""
+    """A tool failed, or was called in a way that it does not take; its server stands."""
 
 
 class McpEnvironment:
@@ -165,14 +191,14 @@ class McpEnvironment:
     others did. Else every episode has a connection of its own and, with a command, a server of its own, which may keep
     what the episode did; a fork starts another and repeats the calls.
 
-    A server that fails, not just one of its tools, costs the episode; the next one connects anew. Raises ImportError
-    without the package, ValueError for a `reward` that is none and, in `reset`, as `McpServer` and for an unknown name
-    in `only`.
+    A server that is gone, not just a tool that fails, costs the episodes that call it; the next reset connects anew.
+    Raises ImportError without the package, ValueError for arguments that are none of `McpServer` and a `reward` that is
+    no function; in `reset` as `McpServer` and `ToolBox`, and for an unknown name in `only`.
     """
 
     def __init__(
         self,
-        server: str | Sequence[str] | Mapping[str, Any],
+        server: str | Sequence[str | os.PathLike[str]] | Mapping[str, Any],
         reward: str | Callable[[Any, Mapping[str, Any]], float],
         *,
         shared: bool = True,
@@ -184,6 +210,11 @@ class McpEnvironment:
     ):
         _package()
         self._arguments = dict(server) if isinstance(server, Mapping) else {"server": server}
+        known = set(inspect.signature(McpServer).parameters)
+        if "server" not in self._arguments or not set(self._arguments) <= known:
+            raise ValueError(f"server has {sorted(self._arguments)}; it must have server, and may have {sorted(known)}")
+        if isinstance(only, str):
+            raise ValueError(f"only={only!r} must be a list of names")
         self._reward = load(reward) if isinstance(reward, str) else reward
         if not callable(self._reward):
             raise ValueError(f"reward {reward!r} is not a function of the answer and the row")
@@ -206,11 +237,12 @@ class McpEnvironment:
         return self._turns.reset(row)
 
     def step(self, action: str) -> Step:
-        """As `ToolEnvironment.step`. Raises RuntimeError where the server is gone."""
-        assert self._server is not None, "step before reset"
+        """As `ToolEnvironment.step`. Raises RuntimeError where a call finds the server gone, and behind `close`."""
+        if self._server is None:
+            raise RuntimeError("the episode has no MCP server: step comes behind reset, and before close")
         step = self._turns.step(action)
-        if self._server.problem is not None:
-            raise RuntimeError(f"MCP server {self._server.name!r} failed: {_told(self._server.problem)}")
+        if step.counts["tool_errors"] and self._server.problem is not None:
+            raise RuntimeError(f"MCP server {self._server.name!r} failed: {told_in_a_line(self._server.problem)}")
         return step
 
     def close(self) -> None:
@@ -230,9 +262,34 @@ class McpEnvironment:
 
 def schema_of(listed: Mapping[str, Any]) -> dict[str, Any]:
     """The schema of a tool as chat templates expect it, from that of a server's list."""
-    parameters = {"type": "object", "properties": {}, **(listed.get("inputSchema") or {})}
+    parameters = {"type": "object", "properties": {}, **_tidy(listed.get("inputSchema"))}
     function = {"name": listed["name"], "description": listed.get("description") or "", "parameters": parameters}
     return {"type": "function", "function": function}
+
+
+def _tidy(schema: Any) -> dict[str, Any]:
+    """A schema without what is none: any value fits in its place, and the server decides."""
+    if not isinstance(schema, Mapping):
+        return {}
+    tidy = dict(schema)
+    if "properties" in tidy:
+        found = tidy["properties"]
+        tidy["properties"] = {k: _tidy(v) for k, v in found.items()} if isinstance(found, Mapping) else {}
+    for name in ("items", "additionalProperties"):
+        if isinstance(tidy.get(name), Mapping):
+            tidy[name] = _tidy(tidy[name])
+    for name, kind in (
+        ("anyOf", list),
+        ("prefixItems", list),
+        ("enum", list),
+        ("required", list),
+        ("type", (str, list)),
+    ):
+        if name in tidy and not isinstance(tidy[name], kind):
+            del tidy[name]
+        elif name in ("anyOf", "prefixItems") and name in tidy:
+            tidy[name] = [_tidy(one) for one in tidy[name]]
+    return tidy
 
 
 def text_of(result: Mapping[str, Any]) -> str:
@@ -254,18 +311,60 @@ def _part(part: Mapping[str, Any]) -> str:
     return f"[{kind}, which cannot be shown]"
 
 
-_SHARED: dict[str, McpServer] = {}
-_SHARED_LOCK = threading.Lock()
+class _Place:
+    """Of a server that all episodes of a process share."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.server: McpServer | None = None
+        self.failure: tuple[float, str] | None = None
+        """When the last attempt to connect ended, and how."""
+
+
+_PLACES: collections.defaultdict[str, _Place] = collections.defaultdict(_Place)
+_PLACES_LOCK = threading.Lock()
 
 
 def _shared_server(arguments: Mapping[str, Any]) -> McpServer:
-    """One for a process, for as long as it stands."""
-    key = json.dumps(arguments, sort_keys=True)
-    with _SHARED_LOCK:
-        server = _SHARED.get(key)
-        if server is None or server.problem is not None:
-            server = _SHARED[key] = McpServer(**arguments)
-        return server
+    """One for a process, for as long as it stands. Who waits while another connects shares its failure."""
+    with _PLACES_LOCK:
+        place = _PLACES[json.dumps(arguments, sort_keys=True, default=os.fspath)]
+    asked = time.monotonic()
+    before = place.server
+    if before is not None and before.is_standing():
+        return before
+
+    with place.lock:
+        if place.server is not before and place.server is not None:
+            return place.server
+        if place.failure is not None and place.failure[0] > asked:
+            raise ValueError(place.failure[1])
+        try:
+            place.server = McpServer(**arguments)
+        except ValueError as error:
+            place.failure = (time.monotonic(), str(error))
+            raise
+    if before is not None:
+        before.close()
+    return place.server
+
+
+def without_half_characters(value: Any) -> Any:
+    """JSON-like values without half characters, which no server can be sent."""
+    if isinstance(value, str):
+        return whole_text(value)
+    if isinstance(value, Mapping):
+        return {without_half_characters(key): without_half_characters(one) for key, one in value.items()}
+    return [without_half_characters(one) for one in value] if isinstance(value, (list, tuple)) else value
+
+
+_WITH_PARENT = (
+    sys.executable,
+    "-ISc",
+    "import ctypes, os, sys; ctypes.CDLL(None).prctl(1, 9); os.getppid() == 1 and sys.exit(1); "
+    "os.execvp(sys.argv[1], sys.argv[1:])",
+)
+"""Starts the command behind it, which the kernel kills when this process ends (PR_SET_PDEATHSIG)."""
 
 
 def _transport(server: str | Sequence[str], env: dict[str, str], token_variable: str | None) -> Callable[[], Any]:
@@ -274,8 +373,9 @@ def _transport(server: str | Sequence[str], env: dict[str, str], token_variable:
     if not isinstance(server, str):
         if token_variable is not None:
             raise ValueError(f"token_variable {token_variable!r} is for a URL; give a command its variables by env")
-        command, *args = server
-        # what it prints beside the protocol would stand between the lines of a run
+        if not server or shutil.which(server[0]) is None:
+            raise ValueError(f"MCP server {server} must be the words of a command, whose first is a program here")
+        command, *args = [*_WITH_PARENT, *server] if sys.platform == "linux" else server
         return lambda: mcp.stdio_client(mcp.StdioServerParameters(command=command, args=args, env=env or None))
 
     if not server.startswith(("http://", "https://")):
@@ -313,7 +413,7 @@ def _package() -> Any:
     return mcp
 
 
-def _told(error: BaseException) -> str:
+def told_in_a_line(error: BaseException) -> str:
     """One line, of the innermost error where several came together."""
     while isinstance(error, BaseExceptionGroup):
         error = error.exceptions[0]

@@ -1,5 +1,6 @@
 """Environments behind a server of OpenEnv: its tasks as rows, its steps as turns, its rewards as they come."""
 
+import contextlib
 import json
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -7,12 +8,19 @@ from typing import Any
 from rljax.envs.base import Prompt, Step
 from rljax.envs.formats import Parsed, ToolFormat, after_thinking, get_format, load
 from rljax.envs.instructions import schema_instructions
-from rljax.envs.library.mcp_tools import schema_of, text_of
+from rljax.envs.library.mcp_tools import schema_of, text_of, told_in_a_line, without_half_characters
 from rljax.envs.library.sharing import bearer, made_once, on_event_loop
 from rljax.envs.tool_environment import NUDGE
+from rljax.tasks.examples import whole_text
 
 _NOT_SHOWN = ("done", "reward", "metadata")
 """Fields of every observation that are not for the policy to read."""
+
+_INVALID = "VALIDATION_ERROR"
+_NO_ROOM = "CAPACITY_REACHED"
+"""Codes at the end of what the server says."""
+
+_CLOSING_S = 10.0
 
 _CALL = {"tool_name", "arguments"}
 """Fields of an action that is a call of a tool."""
@@ -51,16 +59,18 @@ class OpenEnvEnvironment:
 
     Where actions have one text field, a turn is what follows the thinking. Where they are calls of tools, the server's
     tools are called in `tool_format`; a call that cannot be read, and a turn without one, lead to an observation of
-    which the server never hears. For other actions, `act` is the field that the turn goes into, or a function (or
+    which the server never hears, nor does it of a tool that is not there. For other
+    actions, `act` is the field that the turn goes into, or a function (or
     `module:function`) of the turn that gives the action; its ValueError is an observation. Steps count `tool_calls` and
-    `malformed_calls`: an action that the server's schema refuses is one of these.
+    `malformed_calls`: an action that the server calls invalid (VALIDATION_ERROR) is one of these.
 
     The reward is the sum over the steps; that of a reset does not count. `system` stands before the opening; by default
     it says which tools there are. A server on another machine may want the bearer token that the environment variable
     `token_variable` holds. A session must do the same again for the same `reset` and actions, since forks repeat them.
 
     Raises ImportError without the package, ValueError for an address where no server answers, and for actions that need
-    `act`; RuntimeError for a server that fails or has no room, in `reset` and `step`.
+    `act`; RuntimeError for a server that fails, is gone or has no room, in `reset` and `step`; the session
+    takes no further step then.
     """
 
     def __init__(
@@ -90,18 +100,17 @@ class OpenEnvEnvironment:
     def reset(self, row: Mapping[str, Any]) -> Prompt:
         """Open a session, and read the first observation."""
         self.close()
-        client = _package().GenericEnvClient(
+        client = _session_class()(
             self._url, message_timeout_s=self._timeout_s, headers=bearer(self._token_variable, self._url)
         )
+        self._client = client
         try:
-            on_event_loop(_awaited(client.connect))
-            self._client = client
-            opened = on_event_loop(self._open(client, dict(row.get("reset") or {})))
-        except (ConnectionError, OSError, TimeoutError) as error:
-            raise RuntimeError(f"OpenEnv server {self._url} does not answer ({error!r:.200})") from error
-        except RuntimeError as error:
-            if "CAPACITY_REACHED" not in str(error):
-                raise
+            opened = on_event_loop(self._open(client, without_half_characters(dict(row.get("reset") or {}))))
+        except Exception as error:
+            if not str(error).endswith(f"(code: {_NO_ROOM})"):
+                raise RuntimeError(
+                    f"OpenEnv server {self._url} does not open an episode ({told_in_a_line(error)})"
+                ) from error
             raise RuntimeError(
                 f"OpenEnv server {self._url} has no room for another session ({error}); raise its max_concurrent_envs "
                 "to at least the episodes that are open at a time"
@@ -112,6 +121,8 @@ class OpenEnvEnvironment:
 
     def step(self, action: str) -> Step:
         """Hand the turn to the server and read its answer."""
+        if self._client is None:
+            raise RuntimeError("the episode has no session: step comes behind reset, and before close or a failure")
         if self._act is None:
             return self._called(self.format.parse(action))
         try:
@@ -124,7 +135,8 @@ class OpenEnvEnvironment:
         """End the session."""
         client, self._client = self._client, None
         if client is not None:
-            on_event_loop(_awaited(client.close))
+            with contextlib.suppress(Exception):  # the session ends with its connection
+                on_event_loop(_awaited(client.close), _CLOSING_S)
 
     async def _open(self, client: Any, arguments: dict[str, Any]) -> Any:
         opened = await client.reset(**arguments)
@@ -154,7 +166,12 @@ class OpenEnvEnvironment:
         texts: list[str] = []
         reward = 0.0
         counts = {"tool_calls": 0.0, "malformed_calls": 0.0}
+        known = [schema["function"]["name"] for schema in self.schemas]
         for call in parsed.calls:
+            if call.name not in known:
+                texts.append(f"There is no tool {whole_text(call.name[:50])!r}; the tools are {', '.join(known)}.")
+                counts["malformed_calls"] += 1.0
+                continue
             taken = self._taken({"type": "call_tool", "tool_name": call.name, "arguments": dict(call.arguments)})
             texts.append(taken.observation)
             reward += taken.reward
@@ -170,11 +187,13 @@ class OpenEnvEnvironment:
 
     def _taken(self, action: dict[str, Any]) -> Step:
         try:
-            result = on_event_loop(_awaited(self._client.step, action))
-        except RuntimeError as error:
-            if "VALIDATION_ERROR" not in str(error):
-                raise RuntimeError(f"OpenEnv server {self._url} failed: {error}") from error
-            return Step(f"The action is refused; it takes {self._fields}.", counts={"malformed_calls": 1.0})
+            result = on_event_loop(_awaited(self._client.step, without_half_characters(action)))
+        except Exception as error:
+            # of what a server calls invalid, its session stands
+            if str(error).endswith(f"(code: {_INVALID})"):
+                return Step(f"The action is refused; it takes {self._fields}.", counts={"malformed_calls": 1.0})
+            self.close()
+            raise RuntimeError(f"OpenEnv server {self._url} failed: {told_in_a_line(error)}") from error
         return Step(self._shown(result.observation), float(result.reward or 0.0), bool(result.done))
 
     def _shown(self, observation: Mapping[str, Any]) -> str:
@@ -253,6 +272,24 @@ def _asked(url: str, method: str, path: str, token_variable: str | None, data: A
         return answer.json()
     except (httpx.HTTPError, httpx.InvalidURL, ValueError) as error:
         raise ValueError(f"OpenEnv server {url} does not answer {method} {path} ({error!r:.300})") from error
+
+
+@made_once
+def _session_class() -> type[Any]:
+    """A client of one session: that of the package connects anew, to an episode that was never reset."""
+
+    class Session(_package().GenericEnvClient):  # type: ignore[misc]
+        first: Any = None
+
+        async def _connect_async(self) -> Any:
+            # called before every message
+            found = await super()._connect_async()
+            self.first = self.first or self._ws
+            if self._ws is not self.first:
+                raise ConnectionError("the connection was lost, and the session with it")
+            return found
+
+    return Session
 
 
 async def _awaited(call: Callable[..., Any], *args: Any) -> Any:

@@ -25,18 +25,19 @@ def made_once(function: Callable[P, R]) -> Callable[P, R]:
     return locked
 
 
-def on_event_loop(work: Coroutine[Any, Any, R], timeout_s: float | None = None) -> R:
-    """What asynchronous work gives, from any thread: it runs on the event loop of the process, which has a thread of
-    its own. Work that takes longer than `timeout_s` seconds is cancelled, and TimeoutError raised."""
+def on_event_loop(work: Coroutine[Any, Any, R], timeout_s: float | None = None, *, of: str = "environments") -> R:
+    """What asynchronous work gives, from any thread: it runs on an event loop of the process, which has a thread of its
+    own, one for each name in `of`. Work that takes longer than `timeout_s` seconds is cancelled, and TimeoutError
+    raised."""
     if timeout_s is not None:
         work = asyncio.wait_for(work, timeout_s)
-    return asyncio.run_coroutine_threadsafe(work, _event_loop()).result()
+    return asyncio.run_coroutine_threadsafe(work, _event_loop(of)).result()
 
 
 @made_once
-def _event_loop() -> asyncio.AbstractEventLoop:
+def _event_loop(of: str) -> asyncio.AbstractEventLoop:
     loop = asyncio.new_event_loop()
-    threading.Thread(target=loop.run_forever, daemon=True, name="event loop of environments").start()
+    threading.Thread(target=loop.run_forever, daemon=True, name=f"event loop of {of}").start()
     return loop
 
 

@@ -71,7 +71,7 @@ class VerifiersEnvironment:
 
     def reset(self, row: Mapping[str, Any]) -> Prompt:
         """The environment's first messages, behind its tools."""
-        self._state, self._messages = on_event_loop(self._open(dict(row)))
+        self._state, self._messages = on_event_loop(self._open(dict(row)), of="verifiers")
         self.schemas = [_schema(tool) for tool in self._state["tool_defs"]]
         opening = [_message(message) for message in self._messages]
         system = self._system
@@ -90,7 +90,7 @@ class VerifiersEnvironment:
         counts = {"tool_calls": float(len(parsed.calls)), "malformed_calls": float(parsed.problem is not None)}
         if parsed.problem is not None:
             return Step(parsed.problem.text, counts={**counts, "tool_calls": 0.0})
-        new, done = on_event_loop(self._answer(action, parsed))
+        new, done = on_event_loop(self._answer(action, parsed), of="verifiers")
         text = "\n\n".join(_text(message) for message in new)
         if not done:
             return Step(text, counts=counts)

@@ -2,8 +2,10 @@
 rows, and an agent for `config.actor = BlackBox(...)` that plays them."""
 
 import asyncio
+import itertools
 import json
 import math
+import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -51,9 +53,10 @@ class VerifiersAgent:
     agent as `verifiers` has them (`harness`, `runtime`, `max_turns`, ...); by default it is the chat loop `null` in a
     process of its own, for which `uv` must be on the path. `env` holds further settings of the environment.
 
-    An episode's reward is that of its trace. Whatever fails in it costs the sample: an error of the task, the harness,
-    the runtime or the endpoint. Raises ImportError without the package, ValueError for names and settings that
-    `verifiers` does not take, and for an environment of several agents: each would need rewards of its own.
+    An episode's reward is that of its trace. Whatever fails in it, and in all of its `retries`, costs the sample: an
+    error of the task, the harness, the runtime or the endpoint. Raises ImportError without the package, ValueError for
+    names and settings that `verifiers` does not take, and for an environment of several agents: each would need rewards
+    of its own.
     """
 
     def __init__(
@@ -69,43 +72,53 @@ class VerifiersAgent:
 
     def __call__(self, base_url: str, row: Mapping[str, Any]) -> float:
         """The reward of an episode on the row's task."""
-        return on_event_loop(self._served.play(base_url, int(row["index"])))
+        task = self._served.task(int(row["index"]))
+        return on_event_loop(self._served.play(base_url, task), of="verifiers")
 
 
 class _Served:
-    """What plays the tasks of an environment, for as long as the process lives. On the event loop but for its making,
-    which raises as `VerifiersAgent` does."""
+    """What plays the tasks of an environment, for as long as the process lives. Its making raises as `VerifiersAgent`
+    does."""
 
     def __init__(self, *made_of: str):
         self._made_of = made_of
-        self._tasks = iter(_environment(*made_of).taskset)
+        self._taskset = _environment(*made_of).taskset
+        self._tasks = iter(self._taskset)
         self._known: list[Any] = []
-        self._lock = asyncio.Lock()
+        self._reading = threading.Lock()
+        self._opening = asyncio.Lock()
         self._serving: _Serving | None = None
 
-    async def play(self, base_url: str, index: int) -> float:
+    def task(self, index: int) -> Any:
+        """A task, of those that are read as far as they are asked for; from any thread."""
+        with self._reading:
+            while 0 <= index >= len(self._known):
+                try:
+                    self._known.append(next(self._tasks))
+                except StopIteration:
+                    break
+                except Exception:
+                    # an iterator that has raised is at its end: the next to ask reads anew
+                    self._tasks = itertools.islice(iter(self._taskset), len(self._known), None)
+                    raise
+            if not 0 <= index < len(self._known):
+                raise ValueError(f"the taskset has {len(self._known)} tasks, and the row wants index {index}")
+            return self._known[index]
+
+    async def play(self, base_url: str, task: Any) -> float:
+        """On the event loop."""
         vf = _verifiers()
         client = vf.EvalClientConfig(base_url=base_url, api_key_var=TOKEN_VARIABLE)
         context = vf.ModelContext(client=client, model="policy", sampling=vf.SamplingConfig())
-        task = self._task(index)
         serving = await self._entered()
         try:
-            episode = await serving.environment.run_episode(task, context)
+            [slot] = serving.environment.slots(task)
+            return _reward_of(await serving.environment.run_slot(slot, context))
         finally:
             serving.leave()
-        return _reward_of(episode)
-
-    def _task(self, index: int) -> Any:
-        """Tasks are read as far as they are asked for."""
-        while len(self._known) <= index:
-            try:
-                self._known.append(next(self._tasks))
-            except StopIteration:
-                raise ValueError(f"the taskset has {len(self._known)} tasks, and the row wants index {index}") from None
-        return self._known[index]
 
     async def _entered(self) -> "_Serving":
-        async with self._lock:
+        async with self._opening:
             if self._serving is None or self._serving.is_spent:
                 opened = _Serving(_loaded(*self._made_of), SERVED_EPISODES)
                 await opened.open()
@@ -153,9 +166,11 @@ class _Serving:
 
 
 def _reward_of(episode: Any) -> float:
-    errors = [*episode.errors, *(error for trace in episode.traces for error in trace.errors)]
-    if errors:
-        raise RuntimeError(f"the episode of verifiers failed: {errors[0].type}: {errors[0].message}"[:500])
+    # errors of attempts that were made again stay beside a success
+    if not (episode.ok and all(trace.ok for trace in episode.traces)):
+        errors = [*episode.errors, *(error for trace in episode.traces for error in trace.errors)]
+        told = f"{errors[-1].type}: {errors[-1].message}" if errors else "it says not why"
+        raise RuntimeError(f"the episode of verifiers failed: {told}"[:500])
     if len(episode.traces) != 1:
         raise RuntimeError(f"the episode of verifiers has {len(episode.traces)} traces; only one can be rewarded")
     reward = float(episode.traces[0].reward)

@@ -10,10 +10,12 @@ import pytest
 from rljax.experiment import (
     CheckpointConfig,
     EvaluationConfig,
+    HubData,
     OptimizerConfig,
     SamplingConfig,
     StagesConfig,
     WarmupConfig,
+    commits,
 )
 from rljax.experiment.build import build
 from rljax.experiment.rounds import run_rounds
@@ -86,6 +88,33 @@ def test_a_round_leaves_rows_and_weights_and_is_not_made_twice(tmp_path, capsys)
     longer = dataclasses.replace(config, stages=dataclasses.replace(config.stages, steps=4))
     with pytest.raises(ValueError, match=r"config\.stages\.steps was 1 and is 4, since round 0; name"):
         run_rounds(longer, str(tmp_path))
+
+
+def test_all_rounds_read_the_commit_that_they_began_with(tmp_path, monkeypatch):
+    """Though the branch of the hub has moved between two starts."""
+    config = config_of(make=sampled, rounds=1, steps=1)
+    config = dataclasses.replace(config, warmup=WarmupConfig(), evaluation=EvaluationConfig(problems=-1))
+    own = config.data
+    newest = ["1" * 40]
+
+    class Branch(HubData):
+        def load(self):
+            assert self.revision == "1" * 40, "another commit was read"
+            return own.load()
+
+    monkeypatch.setattr(commits, "commit_of", lambda path, revision: newest[0])
+    config = dataclasses.replace(config, data=Branch("user/echo"))
+    scores = run_rounds(config, str(tmp_path))
+    held = json.loads((tmp_path / "data.json").read_text())
+    assert held == {"path": "user/echo", "revision": config.data.revision, "commit": "1" * 40}
+
+    newest[0] = "2" * 40
+    two = dataclasses.replace(config, stages=dataclasses.replace(config.stages, rounds=2))
+    assert run_rounds(two, str(tmp_path))[:2] == scores
+    trained = json.loads((tmp_path / "round-02" / "trained" / "config.json").read_text())
+    assert trained["data"]["revision"] == "1" * 40
+    with pytest.raises(AssertionError, match="another commit was read"):
+        run_rounds(two, str(tmp_path), fresh=True)
 
 
 @pytest.mark.slow

@@ -6,6 +6,7 @@ WORKDIR/round-01/trained/ the supervised run on them
 WORKDIR/round-00.json     the config, and what the start scores on held-out problems
 WORKDIR/round-01.json     the same behind round 1
 WORKDIR/summary.json      the scores of all rounds
+WORKDIR/data.json         the commit of the hub's data, of which all rounds are
 """
 
 import contextlib
@@ -21,6 +22,7 @@ import numpy as np
 
 from rljax.evaluation import Evaluation
 from rljax.experiment.build import Run, build, held_out_examples
+from rljax.experiment.commits import COMMIT_FILE, source_of
 from rljax.experiment.config import Config, changed_fields, to_dict
 from rljax.experiment.evaluate import checkpoint_params
 from rljax.experiment.fine_tune import run_in_folder
@@ -52,6 +54,12 @@ def run_rounds(config: Config, workdir: str, *, fresh: bool = False) -> list[dic
     if fresh:
         _empty(path)
     path.mkdir(parents=True, exist_ok=True)
+
+    # All rounds read the rows of one commit, whatever the hub has by then.
+    source, commit = source_of(config, [path])
+    if commit is not None:
+        _write_json(path / COMMIT_FILE, commit)
+        config = dataclasses.replace(config, data=source)
 
     # Mistakes in the stages before hours of updates.
     run = build(config)
@@ -250,7 +258,7 @@ def _score_file(path: Path, number: int) -> Path:
 
 def _empty(path: Path) -> None:
     """Takes away what these rounds have written, and nothing else."""
-    for found in (path / "start", path / "summary.json", *path.glob("round-[0-9][0-9]*")):
+    for found in (path / "start", path / "summary.json", path / COMMIT_FILE, *path.glob("round-[0-9][0-9]*")):
         if found.is_dir():
             shutil.rmtree(found)
         else:

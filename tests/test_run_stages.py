@@ -3,6 +3,8 @@ of a turn in pieces."""
 
 import dataclasses
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -117,6 +119,21 @@ def test_all_rounds_read_the_commit_that_they_began_with(tmp_path, monkeypatch):
         run_rounds(two, str(tmp_path), fresh=True)
 
 
+def test_a_second_start_takes_nothing_from_rounds_that_are_under_way(tmp_path):
+    (tmp_path / "round-01").mkdir()
+    program = (
+        "import pathlib, sys; from rljax.training.lock import lock; "
+        f"lock(pathlib.Path({str(tmp_path)!r})); print('locked', flush=True); sys.stdin.read()"
+    )
+    other = subprocess.Popen([sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert other.stdout.readline() == b"locked\n"
+    with pytest.raises(ValueError, match=rf"is in use by another run \(process {other.pid} on"):
+        run_rounds(config_of(), str(tmp_path), fresh=True)
+    assert (tmp_path / "round-01").is_dir()
+    other.kill()
+    other.communicate()
+
+
 @pytest.mark.slow
 def test_rounds_that_are_stopped_anywhere_make_the_same_rows_and_the_same_weights(tmp_path):
     straight = run_rounds(config_of(), str(tmp_path / "straight"))
@@ -162,7 +179,7 @@ def test_rounds_that_are_stopped_anywhere_make_the_same_rows_and_the_same_weight
 def test_what_cannot_work_is_named_before_anything_is_trained(changes, says, tmp_path):
     with pytest.raises(ValueError, match=says):
         run_rounds(dataclasses.replace(config_of(), **changes), str(tmp_path / "run"))
-    assert not list((tmp_path / "run").glob("*"))
+    assert {file.name for file in (tmp_path / "run").glob("*")} <= {"lock"}
 
 
 def test_rounds_are_kept_in_a_folder_and_not_at_an_address(tmp_path, monkeypatch):

@@ -35,6 +35,7 @@ from rljax.parallel import use_mesh
 from rljax.settings import check_config, shown
 from rljax.tasks import DataStage, Example, Row, run_stages
 from rljax.training import WarmupConfig, fingerprint, is_remote, writable
+from rljax.training.lock import lock, unlock
 from rljax.training.storage import replace_text
 from rljax.types import Params
 
@@ -44,17 +45,25 @@ _FREE = ("name", "log", "checkpoint")
 
 def run_rounds(config: Config, workdir: str, *, fresh: bool = False) -> list[dict[str, Any]]:
     """`config.stages` in `workdir`, going on from what is there; returns the scores of the start and of each round, as
-    `summary.json` holds them. ValueError for what cannot work, an address in place of a folder, and a folder of another
-    config."""
+    `summary.json` holds them. ValueError for what cannot work, an address in place of a folder, a folder of another
+    config, and one in use by another process."""
     check_config(config)
     _check(config)
     if is_remote(workdir):
         raise ValueError(f"--workdir={workdir} is an address; rounds keep their files in a local folder")
     path = Path(str(writable(workdir)))
-    if fresh:
-        _empty(path)
     path.mkdir(parents=True, exist_ok=True)
+    # The order is important: what another process writes must not be taken away.
+    lock(path)
+    try:
+        if fresh:
+            _empty(path)
+        return _rounds_in(config, path)
+    finally:
+        unlock(path)
 
+
+def _rounds_in(config: Config, path: Path) -> list[dict[str, Any]]:
     # All rounds read the rows of one commit, whatever the hub has by then.
     source, commit = source_of(config, [path])
     if commit is not None:

@@ -73,8 +73,9 @@ def get_config(size: str = "full") -> Config:
         test_args=HELD_OUT,
         chat=False,
     )
-    config.actor = SingleTurn(rewards=(RewardConfig("annotated_words:right_word"),), prompt_buckets=(16,))
-    # Fields of eleven, six and eleven letters, their marks, and the answer.
+    config.actor = SingleTurn(rewards=(RewardConfig("annotated_words:right_word"),), prompt_buckets=(16, 48))
+    # Fields of eleven, six and eleven letters, their marks, and the answer. The checker reads what was said of one, which
+    # may be as long.
     config.sampling = SamplingConfig(max_new_tokens=44)
     config.checkpoint = CheckpointConfig(every=100, keep_last=1)
     if smoke:

@@ -74,8 +74,8 @@ def get_config(size: str = "full") -> Config:
         chat=False,
     )
     config.actor = SingleTurn(rewards=(RewardConfig("annotated_words:right_word"),), prompt_buckets=(16, 48))
-    # Fields of eleven, six and eleven letters, their marks, and the answer. The checker reads what was said for a chain,
-    # which may be as long.
+    # Fields of eleven, six and eleven letters, their marks, and the answer. The checker reads what was said
+    # for a chain, which may be as long.
     config.sampling = SamplingConfig(max_new_tokens=44)
     config.checkpoint = CheckpointConfig(every=100, keep_last=1)
     if smoke:

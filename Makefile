@@ -66,7 +66,7 @@ notebooks: $(VENV)/.notebooks
 	$(BIN)/python notebooks/execute.py --out=notebooks/out $(NAME)
 
 # build/site, with every warning an error.
-docs: $(VENV)/.docs
+docs: $(VENV)/.base
 	$(BIN)/python -m mkdocs build --strict
 
 lint: $(VENV)/.base
@@ -99,10 +99,6 @@ $(VENV)/.model: $(VENV)/.base
 
 $(VENV)/.notebooks: $(VENV)/.base
 	@$(BIN)/python -m pip install -q -e '.[notebooks]'
-	@touch $@
-
-$(VENV)/.docs: $(VENV)/.base
-	@$(BIN)/python -m pip install -q -e '.[docs]'
 	@touch $@
 
 # What the parity tests compare with. They skip with a reason where it cannot be had (PARITY=0 leaves it out).

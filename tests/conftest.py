@@ -37,6 +37,7 @@ COSTLY = (
     "test_docs_code",
     "test_docs_first_run",
     "test_docs_papers",
+    "test_docs_site",
     "test_envs_ray",
     "test_envs_sandbox",
     "test_cli_command_line",

@@ -120,6 +120,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--ignore", action="append", default=[], help="one more key that may differ, `*` for any text")
     parser.add_argument("--show", type=int, default=20, help="differences to print")
     options = parser.parse_args(arguments)
+
     for path in (options.a, options.b):
         if not path.exists():
             parser.error(f"{path} does not exist")
@@ -132,7 +133,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(line)
     if len(found) > options.show:
         print(f"... {len(found) - options.show} more (--show={len(found)})")
+
     compared = f"{counts.values} values of {counts.records} records in {counts.files} files"
+    # Two empty folders are no proof.
     if not counts.files:
         print("nothing to compare")
         return 1

@@ -17,12 +17,9 @@ from replays import replay
 
 pytest.importorskip("mcp", reason="needs mcp: pip install 'rljax-lm[mcp]'")
 
-from rljax.algorithms import GRPO
 from rljax.envs import EnvironmentPool, ToolBox, ToolCall, replay_same
 from rljax.envs.library import McpEnvironment, McpServer, mcp_tools
 from rljax.experiment import (
-    CheckpointConfig,
-    Config,
     EvaluationConfig,
     FreshModel,
     MultiTurn,
@@ -34,6 +31,7 @@ from rljax.experiment import (
 )
 from rljax.experiment.train import train
 from rljax.tasks import Example
+from rljax.testing import tiny_config
 
 COMMAND = [sys.executable, str(pathlib.Path(__file__).with_name("mcp_server_program.py"))]
 
@@ -257,6 +255,28 @@ def test_servers_end_with_their_process_however_it_ends():
     assert wait_until(lambda: not pathlib.Path(f"/proc/{process}").exists())
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="the kernel of Linux ends them")
+def test_a_server_starts_under_the_first_process_of_a_container():
+    if subprocess.run(["unshare", "--pid", "--fork", "true"], capture_output=True).returncode:
+        pytest.skip("this user may not make a namespace of processes")
+    program = (
+        "import os; assert os.getpid() == 1; from rljax.envs.library import McpServer; "
+        f"server = McpServer({[str(word) for word in RAW]}); print(server.tools[0]()); server.close()"
+    )
+    command = ["unshare", "--pid", "--fork", "--kill-child", sys.executable, "-c", program]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.stdout.startswith("fine"), done.stderr[-2000:]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the kernel of Linux ends them")
+def test_a_server_whose_parent_has_ended_does_not_start():
+    words = mcp_tools.with_parent(["true"])
+    assert subprocess.run(words).returncode == 0
+    elsewhere = [word if word != str(os.getpid()) else str(os.getppid()) for word in words]
+    done = subprocess.run(elsewhere, capture_output=True, text=True)
+    assert done.returncode == 1 and "its parent has ended" in done.stderr
+
+
 def test_who_waits_for_a_server_that_does_not_start_shares_the_failure_and_nobody_else_waits():
     standing = McpEnvironment(COMMAND, is_exact)
     standing.reset(ROW)
@@ -291,6 +311,10 @@ def test_misuse_is_told():
         environment.step("7")
     with pytest.raises(ValueError, match=r"server has \['serve'\]; it must have server"):
         McpEnvironment({"serve": COMMAND}, is_exact)
+    with pytest.raises(ValueError, match=r"\['no_such_program'\] must be the words of a command"):
+        McpEnvironment(["no_such_program"], is_exact)
+    with pytest.raises(ValueError, match="NO_SUCH_TOKEN"):
+        McpEnvironment({"server": "http://127.0.0.1:9/mcp", "token_variable": "NO_SUCH_TOKEN"}, is_exact)
     with pytest.raises(ValueError, match="only='add' must be a list"):
         McpEnvironment(COMMAND, is_exact, only="add")
 
@@ -392,10 +416,9 @@ def demonstrations(examples):
 
 @pytest.mark.slow
 def test_a_run_is_trained_with_tools_of_a_server(tmp_path):
-    config = Config(
+    config = tiny_config(
         steps=2,
         prompts_per_step=2,
-        algorithm=GRPO(group_size=4),
         model=FreshModel(
             alphabet="".join(map(chr, range(32, 127))) + "\n", num_layers=1, embed_dim=64, num_heads=2, num_kv_heads=2
         ),
@@ -409,10 +432,12 @@ def test_a_run_is_trained_with_tools_of_a_server(tmp_path):
         ),
         sampling=SamplingConfig(max_new_tokens=80, truncated_is_wrong=False),
         update=UpdateConfig(pack_length=256, head_chunk=256),
-        evaluation=EvaluationConfig(problems=0),
-        checkpoint=CheckpointConfig(every=0),
+        evaluation=EvaluationConfig(problems=2, samples=2),
         warmup=WarmupConfig(
-            steps=150, batch_size=8, demonstrations=demonstrations, optimizer=OptimizerConfig(learning_rate=3e-3)
+            steps=150,
+            batch_size=8,
+            demonstrations=demonstrations,
+            optimizer=OptimizerConfig(learning_rate=3e-3),
         ),
     )
     train(config, str(tmp_path))

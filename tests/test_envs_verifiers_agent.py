@@ -16,21 +16,19 @@ import verifiers_sums
 from test_rollouts_endpoint import CONFIG as MODEL
 from test_rollouts_endpoint import make_tokenizer, params
 
-from rljax.algorithms import GRPO
 from rljax.envs.library import VerifiersAgent, verifiers_agent
 from rljax.envs.library.verifiers_agent import rows
 from rljax.experiment import (
     BlackBox,
-    CheckpointConfig,
-    Config,
+    EvaluationConfig,
     PretrainedModel,
     RowsData,
     SamplingConfig,
     UpdateConfig,
-    WarmupConfig,
 )
 from rljax.experiment.train import train
 from rljax.models import save_hf
+from rljax.testing import tiny_config
 
 SUMS = "verifiers_sums"
 TEN = {"size": 10, "failing": -1}
@@ -143,10 +141,9 @@ def test_what_cannot_work_is_named(policy):
 def test_a_run_is_trained_on_its_tasks(tmp_path):
     """With the real endpoint and decoder."""
     save_hf(str(tmp_path / "model"), MODEL, params(), tokenizer=make_tokenizer())
-    config = Config(
+    config = tiny_config(
         steps=1,
         prompts_per_step=2,
-        algorithm=GRPO(group_size=2),
         data=RowsData(
             rows="rljax.envs.library.verifiers_agent:rows", args={"taskset": SUMS, "args": TEN}, test_fraction=0.3
         ),
@@ -160,8 +157,7 @@ def test_a_run_is_trained_on_its_tasks(tmp_path):
         ),
         sampling=SamplingConfig(max_new_tokens=8, truncated_is_wrong=False),
         update=UpdateConfig(pack_length=128, head_chunk=256),
-        warmup=WarmupConfig(steps=0),
-        checkpoint=CheckpointConfig(every=0),
+        evaluation=EvaluationConfig(problems=2, samples=2),
     )
     train(config, str(tmp_path / "run"))
     line = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[0])

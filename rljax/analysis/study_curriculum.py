@@ -86,6 +86,8 @@ def study_curriculum(config: Config, workdir: str, options: CurriculumOptions | 
     with RunFolder(workdir, config=to_dict(config), fresh=True) as folder:
         for one in of_seeds(run, options.seeds):
             seeds.append(_one_seed(one, folder, options))
+
+        # Difficulties of single tasks are in the files of the seeds.
         report = {
             "study": "curriculum",
             "options": dataclasses.asdict(options),
@@ -97,6 +99,7 @@ def study_curriculum(config: Config, workdir: str, options: CurriculumOptions | 
         file = folder.write_json("curriculum.json", report)
         page = Path(folder.path) / "curriculum.md"
         page.write_text(page_of(report, draw(report, page.with_suffix(".png")).name))
+
     say(f"\n{table(report)}\n\npage    {page}\nfigures {file}")
     return report
 
@@ -173,6 +176,8 @@ def _one_seed(run: Run, folder: RunFolder, options: CurriculumOptions) -> dict[s
         lacking = np.isnan(list(difficulty.values())).any(axis=0)
         if lacking.any():
             say(f"seed {seed}: {lacking.sum()} tasks are left out: no reward could tell whether they are solved")
+
+        # Each from the same weights.
         train = _by_demonstrations(run) if options.trained_by == "demonstrations" else _by_rollouts(run)
         arms = []
         for measure, order in arms_of(options):
@@ -181,6 +186,7 @@ def _one_seed(run: Run, folder: RunFolder, options: CurriculumOptions) -> dict[s
             scores = train(params, OrderedCurriculum([tasks[i] for i in places], seed=seed))
             arms.append({"measure": measure, "order": order, "tasks": len(places), **scores})
             say(f"seed {seed}: {measure or 'nothing'}, {order}: {_in_words(scores)}")
+
     return {
         "seed": seed,
         "start": start,

@@ -167,5 +167,5 @@ class LogConfig:
     """MLflow experiment to log to (the extra `mlflow`), where `MLFLOW_TRACKING_URI` says; empty is none."""
 
     traces: int = field(default=4, least=0)
-    """Rollouts of each written step that these three get too, prompt and completion among it: trackio as traces, the
-    others as a table. 0 keeps what the policy reads and says in the run folder."""
+    """Rollouts of each written step, prompts and completions, that these three get too: trackio as traces, the others
+    as a table. 0 keeps what the policy reads and says in the run folder."""

@@ -49,6 +49,7 @@ class MetricsWriter:
         self._folder = folder
         self._local = local_place(folder)
         self._tensorboard = TensorBoardSink(folder, self._local, resume_after)
+        self._traces = trackers.traces
         self._trackers = trackers.open(folder, self._local, run_name, config or {})
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
@@ -61,9 +62,9 @@ class MetricsWriter:
         self._tell_trackers(step, lambda sink: sink.write(step, values))
 
     def write_rollouts(self, step: int, records: Sequence[Mapping[str, Any]]) -> None:
-        """Rollouts of `step` for the trackers to show, before its metrics; the run folder has them elsewhere."""
-        if records:
-            self._tell_trackers(step, lambda sink: sink.write_rollouts(step, records))
+        """The first rollouts of `step`, as many as trackers are to show, before its metrics; the run folder has all."""
+        if shown := records[: self._traces]:
+            self._tell_trackers(step, lambda sink: sink.write_rollouts(step, shown))
 
     def _tell_trackers(self, step: int, tell: Callable[[Sink], None]) -> None:
         for name, sink in list(self._trackers.items()):

@@ -239,8 +239,7 @@ class RunFolder:
                 folder.mkdir(parents=True, exist_ok=True)
                 write_text(folder / f"step_{step:06d}.jsonl", "".join(lines))
         if self._writer is not None:
-            shown = (self.config.get("log") or {}).get("traces", 0)
-            self._writer.write_rollouts(step, records[:shown])
+            self._writer.write_rollouts(step, records)
 
     def status(self, line: str) -> None:
         """Shows what is under way behind the bar of the loop, until the step is logged."""

@@ -35,16 +35,18 @@ class Sink(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Trackers:
-    """The services that get metrics, by the names that they put a run under; an empty name is none."""
+    """The services that get metrics, by the names that they put a run under; an empty name is none. And of how many
+    rollouts of a step they are told (`traces`)."""
 
     wandb_project: str = ""
     trackio_project: str = ""
     mlflow_experiment: str = ""
+    traces: int = 0
 
     @classmethod
     def of(cls, log: Mapping[str, Any]) -> "Trackers":
         """Those that `config.log` names."""
-        return cls(**{field.name: log.get(field.name, "") for field in dataclasses.fields(cls)})
+        return cls(**{field.name: log.get(field.name, field.default) for field in dataclasses.fields(cls)})
 
     def open(self, folder: AnyPath, local: Path, name: str, config: Mapping[str, Any]) -> dict[str, Sink]:
         """A sink for each, by name. They keep in `folder` under which id a resumed run goes on, and other files in
@@ -167,8 +169,7 @@ class TrackioSink:
 
 class MlflowSink:
     """A run of MLflow (the extra `mlflow`), on the server or in the folder that `MLFLOW_TRACKING_URI` names. Its names
-    know no `@`: `eval/avg@4` is `eval/avg_at_4` there. Rollouts are tables in `rollouts/`, one
-    a step."""
+    know no `@`: `eval/avg@4` is `eval/avg_at_4` there. Rollouts are tables in `rollouts/`, one a step."""
 
     def __init__(self, experiment: str, folder: AnyPath, name: str, config: Mapping[str, Any]):
         from mlflow import MlflowClient

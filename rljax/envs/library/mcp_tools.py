@@ -1,7 +1,6 @@
 """Tools of servers that speak the Model Context Protocol (MCP): a server's tools as those of a tool box, and an
 environment whose questions are answered with them."""
 
-import asyncio
 import collections
 import contextlib
 import importlib
@@ -17,7 +16,8 @@ from typing import Any
 
 from rljax.envs.base import Prompt, Step
 from rljax.envs.formats import ToolFormat, load
-from rljax.envs.library.sharing import bearer, made_once, on_event_loop
+from rljax.envs.library.sharing import HeldOpen, bearer, made_once, on_event_loop
+from rljax.envs.sandbox import kernel
 from rljax.envs.tool_environment import ToolEnvironment
 from rljax.envs.tools import ToolBox
 from rljax.tasks.examples import whole_text
@@ -56,15 +56,14 @@ class McpServer:
         timeout_s: float = 30.0,
     ):
         _package()
-        asked = server if isinstance(server, str) else [os.fspath(word) for word in server]
-        self.name = asked if isinstance(asked, str) else " ".join(asked)
+        self.name = server if isinstance(server, str) else " ".join(map(os.fspath, server))
         self.timeout_s = timeout_s
         self._problem: BaseException | None = None
-        transport = _transport(asked, dict(env or {}), token_variable)
+        transport = _transport(server, env, token_variable)
 
-        self._stop = asyncio.Event()
+        self._held = HeldOpen()
         try:
-            self._served, listed = on_event_loop(self._open(transport), timeout_s)
+            self._session, listed = on_event_loop(self._held.enter(_session(transport)), timeout_s)
         except Exception as error:
             raise ValueError(
                 f"MCP server {self.name!r} does not answer ({told_in_a_line(error)}); it must be the URL of a running "
@@ -81,67 +80,23 @@ class McpServer:
     def problem(self) -> BaseException | None:
         """What broke the connection, as far as a call or `is_standing` has found it; the tools of a broken one all
         fail."""
-        return self._problem
+        return self._problem or self._held.failure
 
     def is_standing(self) -> bool:
         """Whether the server answers. One that does not within seconds breaks the connection."""
-        if self._problem is None:
+        if self.problem is None:
             try:
                 on_event_loop(self._session.send_ping(), _PING_S)
             except Exception as error:
                 # one that refuses a ping has answered
                 if getattr(getattr(error, "error", None), "code", _GONE) in (_GONE, *_LATE):
                     self._problem = self._problem or error
-        return self._problem is None
+        return self.problem is None
 
     def close(self) -> None:
         """End the connection, and the server if it was started here. A second call does nothing."""
-        on_event_loop(self._close())
-
-    async def _open(self, transport: Callable[[], Any]) -> tuple[asyncio.Task[None], list[dict[str, Any]]]:
-        ready: asyncio.Future[list[dict[str, Any]]] = asyncio.get_running_loop().create_future()
-        # the package wants a connection to be opened and closed by one task
-        served = asyncio.create_task(self._serve(transport, ready))
-        try:
-            return served, await ready
-        except BaseException:
-            served.cancel()
-            raise
-
-    async def _serve(self, transport: Callable[[], Any], ready: asyncio.Future[list[dict[str, Any]]]) -> None:
-        mcp = _package()
-        try:
-            async with transport() as (read, write, *_), mcp.ClientSession(read, write) as session:
-                self._session = session
-                await session.initialize()
-                ready.set_result(await self._listed())
-                await self._stop.wait()
-        except BaseException as error:
-            self._problem = self._problem or error
-            if not ready.done():
-                ready.set_exception(error if isinstance(error, Exception) else RuntimeError(repr(error)))
-            if isinstance(error, asyncio.CancelledError):
-                raise
-
-    async def _listed(self) -> list[dict[str, Any]]:
-        types = _package().types
-        tools: list[dict[str, Any]] = []
-        cursor = None
-        while True:
-            page = await self._session.list_tools(params=types.PaginatedRequestParams(cursor=cursor))
-            # names of fields differ between versions of the package, those of the protocol do not
-            listed = page.model_dump(by_alias=True, mode="json")
-            tools += listed["tools"]
-            cursor = listed.get("nextCursor")
-            if not cursor:
-                return tools
-
-    async def _close(self) -> None:
-        self._stop.set()
         self._problem = self._problem or RuntimeError("the connection was closed")
-        done, _ = await asyncio.wait([self._served], timeout=_STOPPING_S)
-        if not done:
-            self._served.cancel()
+        on_event_loop(self._held.leave(_STOPPING_S))
 
     def _tool(self, listed: Mapping[str, Any]) -> Callable[..., str]:
         name = listed["name"]
@@ -155,8 +110,8 @@ class McpServer:
         return tool
 
     def _call(self, name: str, arguments: dict[str, Any]) -> str:
-        if self._problem is not None:
-            raise ConnectionError(f"the MCP server is gone ({told_in_a_line(self._problem)})")
+        if self.problem is not None:
+            raise ConnectionError(f"the MCP server is gone ({told_in_a_line(self.problem)})")
         try:
             # longer than the tool box waits, which has a word for a call that hangs
             answer = on_event_loop(
@@ -192,8 +147,9 @@ class McpEnvironment:
     what the episode did; a fork starts another and repeats the calls.
 
     A server that is gone, not just a tool that fails, costs the episodes that call it; the next reset connects anew.
-    Raises ImportError without the package, ValueError for arguments that are none of `McpServer` and a `reward` that is
-    no function; in `reset` as `McpServer` and `ToolBox`, and for an unknown name in `only`.
+    Raises ImportError without the package, ValueError for arguments that `McpServer` does not take, a program or token
+    that is not there, and a `reward` that is no function; in `reset` as `McpServer` and `ToolBox`, and for an unknown
+    name in `only`.
     """
 
     def __init__(
@@ -209,12 +165,13 @@ class McpEnvironment:
         task: str = "",
     ):
         _package()
-        self._arguments = dict(server) if isinstance(server, Mapping) else {"server": server}
+        self._arguments: dict[str, Any] = dict(server) if isinstance(server, Mapping) else {"server": server}
         known = set(inspect.signature(McpServer).parameters)
         if "server" not in self._arguments or not set(self._arguments) <= known:
             raise ValueError(f"server has {sorted(self._arguments)}; it must have server, and may have {sorted(known)}")
         if isinstance(only, str):
             raise ValueError(f"only={only!r} must be a list of names")
+        _transport(**{name: value for name, value in self._arguments.items() if name != "timeout_s"})
         self._reward = load(reward) if isinstance(reward, str) else reward
         if not callable(self._reward):
             raise ValueError(f"reward {reward!r} is not a function of the answer and the row")
@@ -260,6 +217,28 @@ class McpEnvironment:
         return [by_name[name] for name in self._only]
 
 
+@contextlib.asynccontextmanager
+async def _session(transport: Callable[[], Any]) -> AsyncIterator[tuple[Any, list[dict[str, Any]]]]:
+    """A session with a server, and its tools as it lists them."""
+    async with transport() as (read, write, *_), _package().ClientSession(read, write) as session:
+        await session.initialize()
+        yield session, await _listed(session)
+
+
+async def _listed(session: Any) -> list[dict[str, Any]]:
+    types = _package().types
+    tools: list[dict[str, Any]] = []
+    cursor = None
+    while True:
+        page = await session.list_tools(params=types.PaginatedRequestParams(cursor=cursor))
+        # names of fields differ between versions of the package, those of the protocol do not
+        listed = page.model_dump(by_alias=True, mode="json")
+        tools += listed["tools"]
+        cursor = listed.get("nextCursor")
+        if not cursor:
+            return tools
+
+
 def schema_of(listed: Mapping[str, Any]) -> dict[str, Any]:
     """The schema of a tool as chat templates expect it, from that of a server's list."""
     parameters = {"type": "object", "properties": {}, **_tidy(listed.get("inputSchema"))}
@@ -267,28 +246,32 @@ def schema_of(listed: Mapping[str, Any]) -> dict[str, Any]:
     return {"type": "function", "function": function}
 
 
+_KINDS: dict[str, Any] = {
+    "type": (str, list),
+    "required": list,
+    "enum": list,
+    "anyOf": list,
+    "prefixItems": list,
+    "properties": Mapping,
+}
+"""What parts of a schema are, which a tool box relies on."""
+
+
 def _tidy(schema: Any) -> dict[str, Any]:
     """A schema without what is none: any value fits in its place, and the server decides."""
     if not isinstance(schema, Mapping):
         return {}
-    tidy = dict(schema)
+    tidy = {name: part for name, part in schema.items() if isinstance(part, _KINDS.get(name, object))}
+
+    # schemas within it
+    for name in ("anyOf", "prefixItems"):
+        if name in tidy:
+            tidy[name] = [_tidy(one) for one in tidy[name]]
     if "properties" in tidy:
-        found = tidy["properties"]
-        tidy["properties"] = {k: _tidy(v) for k, v in found.items()} if isinstance(found, Mapping) else {}
-    for name in ("items", "additionalProperties"):
+        tidy["properties"] = {name: _tidy(one) for name, one in tidy["properties"].items()}
+    for name in ("items", "additionalProperties"):  # which may be True and False, too
         if isinstance(tidy.get(name), Mapping):
             tidy[name] = _tidy(tidy[name])
-    for name, kind in (
-        ("anyOf", list),
-        ("prefixItems", list),
-        ("enum", list),
-        ("required", list),
-        ("type", (str, list)),
-    ):
-        if name in tidy and not isinstance(tidy[name], kind):
-            del tidy[name]
-        elif name in ("anyOf", "prefixItems") and name in tidy:
-            tidy[name] = [_tidy(one) for one in tidy[name]]
     return tidy
 
 
@@ -359,24 +342,36 @@ def without_half_characters(value: Any) -> Any:
 
 
 _WITH_PARENT = (
-    sys.executable,
-    "-ISc",
-    "import ctypes, os, sys; ctypes.CDLL(None).prctl(1, 9); os.getppid() == 1 and sys.exit(1); "
-    "os.execvp(sys.argv[1], sys.argv[1:])",
+    "import os, sys; _, folder, parent, *words = sys.argv; sys.path.append(folder); "
+    "from kernel import die_with_parent; die_with_parent(); "
+    "sys.exit('its parent has ended') if os.getppid() != int(parent) else os.execvp(words[0], words)"
 )
-"""Starts the command behind it, which the kernel kills when this process ends (PR_SET_PDEATHSIG)."""
 
 
-def _transport(server: str | Sequence[str], env: dict[str, str], token_variable: str | None) -> Callable[[], Any]:
-    """What opens the streams of a connection."""
+def with_parent(words: Sequence[str]) -> list[str]:
+    """The words of a command that runs `words` and that the kernel kills when this process ends, on Linux; elsewhere
+    `words`."""
+    if sys.platform != "linux":
+        return list(words)
+    return [sys.executable, "-ISc", _WITH_PARENT, os.path.dirname(kernel.__file__), str(os.getpid()), *words]
+
+
+def _transport(
+    server: str | Sequence[str | os.PathLike[str]],
+    env: Mapping[str, str] | None = None,
+    token_variable: str | None = None,
+) -> Callable[[], Any]:
+    """What opens the streams of a connection. ValueError for a server that cannot be."""
     mcp = _package()
     if not isinstance(server, str):
+        words = [os.fspath(word) for word in server]
         if token_variable is not None:
             raise ValueError(f"token_variable {token_variable!r} is for a URL; give a command its variables by env")
-        if not server or shutil.which(server[0]) is None:
-            raise ValueError(f"MCP server {server} must be the words of a command, whose first is a program here")
-        command, *args = [*_WITH_PARENT, *server] if sys.platform == "linux" else server
-        return lambda: mcp.stdio_client(mcp.StdioServerParameters(command=command, args=args, env=env or None))
+        if not words or shutil.which(words[0]) is None:
+            raise ValueError(f"MCP server {words} must be the words of a command, whose first is a program here")
+        command, *args = with_parent(words)
+        settings = mcp.StdioServerParameters(command=command, args=args, env=dict(env) if env else None)
+        return lambda: mcp.stdio_client(settings)
 
     if not server.startswith(("http://", "https://")):
         raise ValueError(f"MCP server {server!r} must be a URL, or the words of a command as a list")

@@ -21,6 +21,7 @@ _NO_ROOM = "CAPACITY_REACHED"
 """Codes at the end of what the server says."""
 
 _CLOSING_S = 10.0
+"""Seconds that a session has to end before it is left."""
 
 _CALL = {"tool_name", "arguments"}
 """Fields of an action that is a call of a tool."""
@@ -58,9 +59,8 @@ class OpenEnvEnvironment:
     function of the observation (or `module:function`) that gives text.
 
     Where actions have one text field, a turn is what follows the thinking. Where they are calls of tools, the server's
-    tools are called in `tool_format`; a call that cannot be read, and a turn without one, lead to an observation of
-    which the server never hears, nor does it of a tool that is not there. For other
-    actions, `act` is the field that the turn goes into, or a function (or
+    tools are called in `tool_format`; of a call that cannot be read, a tool that is not there and a turn without a call
+    the server never hears. For other actions, `act` is the field that the turn goes into, or a function (or
     `module:function`) of the turn that gives the action; its ValueError is an observation. Steps count `tool_calls` and
     `malformed_calls`: an action that the server calls invalid (VALIDATION_ERROR) is one of these.
 
@@ -69,8 +69,8 @@ class OpenEnvEnvironment:
     `token_variable` holds. A session must do the same again for the same `reset` and actions, since forks repeat them.
 
     Raises ImportError without the package, ValueError for an address where no server answers, and for actions that need
-    `act`; RuntimeError for a server that fails, is gone or has no room, in `reset` and `step`; the session
-    takes no further step then.
+    `act`; RuntimeError for a server that fails, is gone or has no room, in `reset` and `step`; the
+    session takes no further step then.
     """
 
     def __init__(
@@ -167,11 +167,13 @@ class OpenEnvEnvironment:
         reward = 0.0
         counts = {"tool_calls": 0.0, "malformed_calls": 0.0}
         known = [schema["function"]["name"] for schema in self.schemas]
+
         for call in parsed.calls:
             if call.name not in known:
                 texts.append(f"There is no tool {whole_text(call.name[:50])!r}; the tools are {', '.join(known)}.")
                 counts["malformed_calls"] += 1.0
                 continue
+
             taken = self._taken({"type": "call_tool", "tool_name": call.name, "arguments": dict(call.arguments)})
             texts.append(taken.observation)
             reward += taken.reward

@@ -5,6 +5,7 @@ import functools
 import os
 import threading
 from collections.abc import Callable, Coroutine
+from contextlib import AbstractAsyncContextManager
 from typing import Any, ParamSpec, TypeVar
 
 P = ParamSpec("P")
@@ -39,6 +40,50 @@ def _event_loop(of: str) -> asyncio.AbstractEventLoop:
     loop = asyncio.new_event_loop()
     threading.Thread(target=loop.run_forever, daemon=True, name=f"event loop of {of}").start()
     return loop
+
+
+class HeldOpen:
+    """An asynchronous context that stays open until it is released: packages built on anyio want it to be left by the
+    task that entered it, so it has one of its own. On one event loop alone."""
+
+    def __init__(self) -> None:
+        self._over = asyncio.Event()
+        self.failure: BaseException | None = None
+        """What ended it before it was released."""
+
+    async def enter(self, context: AbstractAsyncContextManager[R]) -> R:
+        """What the context gives. Raises what entering it raises, and RuntimeError in the place of what is no
+        Exception."""
+        ready: asyncio.Future[R] = asyncio.get_running_loop().create_future()
+        self._task = asyncio.create_task(self._hold(context, ready))
+        try:
+            return await ready
+        except BaseException:
+            self._task.cancel()
+            raise
+
+    def release(self) -> None:
+        """Let the task leave the context, whenever it gets to that."""
+        self._over.set()
+
+    async def leave(self, timeout_s: float) -> None:
+        """Leave the context, or give it up if that takes longer than `timeout_s` seconds."""
+        self.release()
+        done, _ = await asyncio.wait([self._task], timeout=timeout_s)
+        if not done:
+            self._task.cancel()
+
+    async def _hold(self, context: AbstractAsyncContextManager[R], ready: "asyncio.Future[R]") -> None:
+        try:
+            async with context as value:
+                ready.set_result(value)
+                await self._over.wait()
+        except BaseException as error:
+            self.failure = error
+            if not ready.done():
+                ready.set_exception(error if isinstance(error, Exception) else RuntimeError(repr(error)))
+            if isinstance(error, asyncio.CancelledError):
+                raise
 
 
 def bearer(token_variable: str | None, server: str) -> dict[str, str]:

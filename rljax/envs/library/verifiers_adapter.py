@@ -172,6 +172,8 @@ def _environment(env_id: str, args: str) -> Any:
         ) from error
     finally:
         module.signal = ours
+
+    # what cannot be played turn by turn, each alone
     if not isinstance(made, vf.MultiTurnEnv):
         raise ValueError(
             f"verifiers environment {env_id!r} is a {type(made).__name__}; it must be a MultiTurnEnv (of a group, "

@@ -7,10 +7,9 @@ import json
 import math
 import threading
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
-from rljax.envs.library.sharing import made_once, on_event_loop
+from rljax.envs.library.sharing import HeldOpen, made_once, on_event_loop
 
 SERVED_EPISODES = 256
 """Episodes after which what serves them is opened anew: it keeps an HTTP client for every endpoint it has spoken to."""
@@ -120,36 +119,21 @@ class _Served:
     async def _entered(self) -> "_Serving":
         async with self._opening:
             if self._serving is None or self._serving.is_spent:
-                opened = _Serving(_loaded(*self._made_of), SERVED_EPISODES)
-                await opened.open()
+                opened = _Serving(_loaded(*self._made_of))
+                await opened.held.enter(opened.environment.serving())
                 self._serving = opened
             self._serving.enter()
             return self._serving
 
 
-@dataclass(eq=False)
 class _Serving:
-    """An environment whose servers are up. On the event loop alone."""
+    """An environment whose servers are up, for so many episodes. On the event loop alone."""
 
-    environment: Any
-    _left: int
-    _under_way: int = 0
-
-    async def open(self) -> None:
-        ready: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._over = asyncio.Event()
-        self._task = asyncio.create_task(self._serve(ready))
-        await ready
-
-    async def _serve(self, ready: asyncio.Future[None]) -> None:
-        try:
-            async with self.environment.serving():
-                ready.set_result(None)
-                await self._over.wait()
-        except Exception as error:
-            if ready.done():
-                raise
-            ready.set_exception(error)
+    def __init__(self, environment: Any):
+        self.environment = environment
+        self.held = HeldOpen()
+        self._left = SERVED_EPISODES
+        self._under_way = 0
 
     @property
     def is_spent(self) -> bool:
@@ -162,7 +146,7 @@ class _Serving:
     def leave(self) -> None:
         self._under_way -= 1
         if self.is_spent and self._under_way == 0:
-            self._over.set()
+            self.held.release()
 
 
 def _reward_of(episode: Any) -> float:
@@ -179,16 +163,8 @@ def _reward_of(episode: Any) -> float:
     return reward
 
 
-_served = made_once(_Served)
-
-
 def _as_json(settings: Mapping[str, Any] | None) -> str:
     return json.dumps(dict(settings or {}), sort_keys=True)
-
-
-@made_once
-def _environment(taskset: str, args: str, env: str) -> Any:
-    return _loaded(taskset, args, env)
 
 
 def _loaded(taskset: str, args: str, env: str) -> Any:
@@ -208,6 +184,10 @@ def _loaded(taskset: str, args: str, env: str) -> Any:
         raise ValueError(
             f"verifiers cannot make an environment of {settings} with the agent {agent} ({error})"
         ) from error
+
+
+_environment = made_once(_loaded)
+_served = made_once(_Served)
 
 
 def _verifiers() -> Any:

@@ -30,8 +30,6 @@ OF_THE_MACHINE = (
     "peak_memory*",
     "play/busy_share",  # shares of the wall time
     "play/row_occupancy",
-    "play/prefill_tokens",  # the rows that turns find free hold what was said there before
-    "play/reused_share",
 )
 """Keys that tell of the machine or of the process; what lies below them is not compared either."""
 NO_RESULTS = ("checkpoints", "model", "initial", "tensorboard", "config.json", "versions.json")

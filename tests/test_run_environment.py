@@ -97,6 +97,7 @@ def make_config(algorithm=None, alphabet="n0123456789:;?y<> \n", **changes) -> C
             context_length=512,
             prefill_chunks=(8, 64, 256),
             workers=4,
+            answers_after=1,  # so that two runs can be compared to the last bit
         ),
         algorithm=algorithm or GRPO(group_size=4, kl_coef=0.0),
         sampling=SamplingConfig(max_new_tokens=6, truncated_is_wrong=False),

@@ -8,20 +8,12 @@ from typing import Any
 from rljax.models import abstract_params, config_from_hf
 from rljax.training import fingerprint, read_jsonl, restore_params
 
-_OF_THE_PROCESS = (
-    "time/",
-    "compile/",
-    "play/busy_share",
-    "play/row_occupancy",
-    "play/prefill_tokens",
-    "play/reused_share",
-)
-"""Metrics that tell of the process rather than of the run: how long it took, what it compiled again, and what it had to
-compute again, since which row an episode finds free depends on when environments answer."""
+_OF_THE_PROCESS = ("time/", "compile/", "play/busy_share")
+"""Metrics that tell of the process rather than of the run: how long it took, and what it compiled again."""
 
 
 def run_metrics(folder: str | Path) -> list[dict[str, Any]]:
-    """The lines of metrics of a run folder, without those that depend on the machine's time."""
+    """The lines of metrics of a run folder, without times and compiles."""
     lines = read_jsonl(Path(folder) / "metrics.jsonl")
     return [{k: v for k, v in line.items() if not k.startswith(_OF_THE_PROCESS)} for line in lines]
 

@@ -56,7 +56,7 @@ class McpServer:
         timeout_s: float = 30.0,
     ):
         _package()
-        self.name = server if isinstance(server, str) else " ".join(map(os.fspath, server))
+        self.name = server if isinstance(server, str) else " ".join(os.fspath(word) for word in server)
         self.timeout_s = timeout_s
         self._problem: BaseException | None = None
         transport = _transport(server, env, token_variable)

@@ -74,10 +74,12 @@ lint: $(VENV)/.base
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/python docs/reference.py --check
 
 format: $(VENV)/.base
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+	$(BIN)/python docs/reference.py
 
 lock:
 	uv pip compile pyproject.toml --extra dev --universal --python-version 3.11 \

@@ -1,12 +1,14 @@
 """Writes the pages of reference, which are read off the source.
 
 python docs/reference.py            # functions.md, interfaces.md, configuration.md; texts of metrics for the viewer
+python docs/reference.py --check    # writes nothing, and fails where a page is out of date
 """
 
 import ast
 import functools
 import json
 import re
+import sys
 import textwrap
 from collections.abc import Iterator
 from pathlib import Path
@@ -278,8 +280,12 @@ def _capital(text: str) -> str:
 
 
 def main() -> None:
-    for file, page in PAGES.items():
-        (ROOT / file).write_text(page())
+    pages = {ROOT / file: page() for file, page in PAGES.items()}
+    if "--check" in sys.argv[1:]:
+        old = [path.relative_to(ROOT) for path, text in pages.items() if path.read_text() != text]
+        sys.exit(f"out of date, run `python docs/reference.py`: {', '.join(map(str, old))}" if old else 0)
+    for path, text in pages.items():
+        path.write_text(text)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ import numpy as np
 
 from rljax.analysis.arena_statistics import sign_flip_p
 from rljax.analysis.compare import of_seeds, with_seed
-from rljax.evaluation import answers, evaluate
+from rljax.evaluation import evaluate, sampled_answers
 from rljax.experiment.build import Run, build, held_out_examples
 from rljax.experiment.config import Config, to_dict
 from rljax.experiment.report import aligned, describe_run, say
@@ -206,8 +206,7 @@ def arms_of(options: CurriculumOptions) -> list[tuple[str, Order]]:
 def _measure(run: Run, tasks: Sequence[Example], samples: int) -> list[dict[str, float]]:
     # What is sampled has the model's own log-probs at temperature 1 alone.
     asked = dataclasses.replace(run.config.evaluation, samples=samples, temperature=1.0, top_p=1.0)
-    _, groups = answers(run.actor, tasks, asked)
-    return [_measured(group) for group in groups]
+    return [_measured(group) for group in sampled_answers(run.actor, tasks, asked)]
 
 
 def _measured(group: ScoredGroup) -> dict[str, float]:

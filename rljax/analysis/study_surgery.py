@@ -28,7 +28,7 @@ from rljax.analysis.surgery import (
     gate_inputs,
     of_each_layer,
 )
-from rljax.evaluation import answers
+from rljax.evaluation import sampled_answers
 from rljax.experiment.build import Run, build
 from rljax.experiment.config import Config, to_dict
 from rljax.experiment.report import aligned, describe_run, say
@@ -277,7 +277,7 @@ def _measure(run: Run, base: Params, calm: Texts, kind: str, alpha: float, param
     evaluation = run.config.evaluation
     asked = [example for example in run.dataset.test if example.columns[LABEL]][: evaluation.problems or None]
     run.actor.set_params(params, 0)
-    _, sampled = answers(run.actor, asked, evaluation)
+    sampled = sampled_answers(run.actor, asked, evaluation)
     results = [result for group in sampled for result in group.results if result.is_valid]
     perplexity, divergence = reading(run.decoder, params, base, calm)
     return Edit(

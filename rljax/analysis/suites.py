@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rljax.evaluation import answers
+from rljax.evaluation import greedy_answers
 from rljax.experiment.build import Run, build
 from rljax.experiment.config import Config, to_dict
 from rljax.experiment.evaluate import checkpoint_params, run_checkpoints
@@ -55,7 +55,7 @@ def study_suite(suite: Suite, config: Config, workdir: str, *, checkpoint: str |
     say(describe_run(run))
 
     with RunFolder(workdir, config=to_dict(config), fresh=True) as folder:
-        greedy, step = greedy_answers(run, folder, asked, checkpoint=checkpoint)
+        greedy, step = answered(run, folder, asked, checkpoint=checkpoint)
         records = [suite.record(group) for group in greedy]
         report = {"study": suite.name, "checkpoint": checkpoint, "step": step, **suite.summarise(records)}
         report |= {"answers": records, "versions": versions()}
@@ -67,7 +67,7 @@ def study_suite(suite: Suite, config: Config, workdir: str, *, checkpoint: str |
     return report
 
 
-def greedy_answers(
+def answered(
     run: Run, folder: RunFolder, asked: Sequence[Example], *, checkpoint: str | None
 ) -> tuple[list[ScoredGroup], int]:
     """A greedy answer to every example, in order, and the training step of the weights: those of the newest checkpoint
@@ -79,8 +79,7 @@ def greedy_answers(
         else:
             params, step = checkpoint_params(run, checkpoint)
         run.actor.set_params(params, step)
-        greedy, _ = answers(run.actor, asked, dataclasses.replace(run.config.evaluation, samples=1))
-    return greedy, step
+        return greedy_answers(run.actor, asked, run.config.evaluation), step
 
 
 def finite(value: Any) -> Any:

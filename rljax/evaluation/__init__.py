@@ -11,7 +11,15 @@ from rljax.evaluation.estimators import (
     pass_at_k,
     standard_error,
 )
-from rljax.evaluation.evaluate import Estimate, Evaluation, answers, evaluate, summarize
+from rljax.evaluation.evaluate import (
+    Estimate,
+    Evaluation,
+    answers,
+    evaluate,
+    greedy_answers,
+    sampled_answers,
+    summarize,
+)
 from rljax.evaluation.selection import (
     Candidates,
     Select,
@@ -49,12 +57,14 @@ __all__ = [
     "expected_score",
     "fewest_calls",
     "first",
+    "greedy_answers",
     "maj_at_k",
     "majority",
     "medoid",
     "oracle_score",
     "paired_difference",
     "pass_at_k",
+    "sampled_answers",
     "standard_error",
     "summarize",
     "surest",

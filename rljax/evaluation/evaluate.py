@@ -73,9 +73,17 @@ def answers(
     actor: Actor, examples: Sequence[Example], config: EvaluationConfig
 ) -> tuple[list[ScoredGroup], list[ScoredGroup]]:
     """A greedy answer to every example, and `config.samples` at `config.temperature`; groups in order."""
-    greedy = _groups(actor, examples, 1, sampling_params(temperature=0.0), config.batch_prompts)
-    sampled = _groups(actor, examples, config.samples, config.sampled(), config.batch_prompts)
-    return greedy, sampled
+    return greedy_answers(actor, examples, config), sampled_answers(actor, examples, config)
+
+
+def greedy_answers(actor: Actor, examples: Sequence[Example], config: EvaluationConfig) -> list[ScoredGroup]:
+    """A greedy answer to every example, groups in order."""
+    return _groups(actor, examples, 1, sampling_params(temperature=0.0), config.batch_prompts)
+
+
+def sampled_answers(actor: Actor, examples: Sequence[Example], config: EvaluationConfig) -> list[ScoredGroup]:
+    """`config.samples` answers to every example at `config.temperature`, groups in order."""
+    return _groups(actor, examples, config.samples, config.sampled(), config.batch_prompts)
 
 
 def summarize(

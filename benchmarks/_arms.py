@@ -1,4 +1,5 @@
-"""What benchmarks share that train several arms with several seeds: arguments, results that are made once, and JSON."""
+"""What benchmarks share that train several arms with several seeds: arguments, a warm start that arms have in common,
+results that are made once, and JSON."""
 
 import argparse
 import json
@@ -8,7 +9,19 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from _environments import HOME, relaunch_with_allocator
+
+from rljax.experiment import Config, PretrainedModel
+from rljax.experiment.build import Run, build
+from rljax.experiment.sft import warm_up
+from rljax.models import save_hf
+from rljax.parallel import use_mesh
+from rljax.rollouts import ScoredGroup
+from rljax.training import RunFolder
+from rljax.types import Params
+
+CONFIGS = Path(__file__).resolve().parent.parent / "configs" / "papers"
 
 Result = dict[str, Any]
 """Of one run, as JSON holds it: its arm and seed, and what was measured."""
@@ -24,16 +37,18 @@ def measure_arms(
     said: Callable[[Result], str],
     table: Callable[[Sequence[Result], Mapping[str, Any]], str],
 ) -> None:
-    """The command of a benchmark: `--preset`, `--workdir`, `--json`, `--arms`. Prints `said` of every run as it ends,
-    and the `table` of all.
+    """The command of a benchmark: `--preset`, `--workdir`, `--json`, `--arms`, `--seeds`. Prints `said` of every run as
+    it ends, and the `table` of all.
 
     `compete(arm, seed, preset, folder)` is a run; its result is kept in a file of `folder`, and not made again.
+    Modules of configs/papers can be imported by it.
     """
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--preset", choices=presets, default="small")
     parser.add_argument("--workdir", default=f"runs/{name}")
     parser.add_argument("--json", metavar="FILE", help="write the result there")
     parser.add_argument("--arms", default=",".join(arms), help="comma-separated, of " + ", ".join(arms))
+    parser.add_argument("--seeds", metavar="N,N", help="by default those of the preset, from 0 on")
     arguments = parser.parse_args()
     chosen = arguments.arms.split(",")
     if unknown := sorted(set(chosen) - set(arms)):
@@ -45,8 +60,12 @@ def measure_arms(
     folder = Path(arguments.workdir) / arguments.preset
     folder.mkdir(parents=True, exist_ok=True)
 
+    if str(CONFIGS) not in sys.path:
+        sys.path.insert(0, str(CONFIGS))
+
     results = []
-    for seed in range(preset["seeds"]):
+    seeds = [int(seed) for seed in arguments.seeds.split(",")] if arguments.seeds else range(preset["seeds"])
+    for seed in seeds:
         for arm in chosen:
             results.append(_made_once(arm, seed, preset, folder, compete))
             print(f"{arm}, seed {seed}: {said(results[-1])}", file=sys.stderr, flush=True)
@@ -65,6 +84,24 @@ def _made_once(arm: str, seed: int, preset: Mapping[str, Any], folder: Path, com
         file.with_suffix(".part").write_text(json.dumps(result) + "\n")
         file.with_suffix(".part").rename(file)
     return json.loads(file.read_text())
+
+
+def warmed_up(config: Config, target: Path, look: Callable[[Run, Params], None] | None = None) -> PretrainedModel:
+    """The model of `config` behind its warm-up, made once: the Hugging Face folder `target`. `look` sees its run."""
+    if not (target / "config.json").exists():
+        run = build(config)
+        with run.actor, RunFolder(target.with_suffix(".log"), fresh=True) as log, use_mesh(run.mesh):
+            params = warm_up(run, log)
+            save_hf(target, run.decoder, params, tokenizer=run.tokenizer)
+            if look is not None:
+                look(run, params)
+    return PretrainedModel(path=str(target), dtype="float32", param_dtype="float32")
+
+
+def components(groups: Sequence[ScoredGroup], names: Sequence[str]) -> dict[str, float]:
+    """Means over all samples of what rewards and environments count; 0 where a sample has no such count."""
+    results = [result.components for group in groups for result in group.results]
+    return {name: float(np.mean([result.get(name, 0.0) for result in results])) for name in names}
 
 
 def scores_of(evaluation: Any) -> tuple[float, float]:

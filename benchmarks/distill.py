@@ -22,21 +22,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from _arms import Result, measure_arms, scores_of
+from _arms import CONFIGS, Result, measure_arms, scores_of, warmed_up
 
 from rljax.algorithms import GKD, GRPO, OnPolicyDistillation
 from rljax.analysis.compare import Spent, train_on_budget
 from rljax.experiment import Config, ModelTeacher, PretrainedModel, WarmupConfig
 from rljax.experiment.build import build
-from rljax.experiment.sft import warm_up
 from rljax.experiment.train import evaluate_run
-from rljax.models import save_hf
 from rljax.parallel import use_mesh
 from rljax.tasks import Example
-from rljax.training import RunFolder
 
 # What configs of papers share is no package.
-sys.path.append(str(Path(__file__).resolve().parent.parent / "configs" / "papers"))
+sys.path.append(str(CONFIGS))
 
 from spelling import spelling_config, two_tasks_config
 
@@ -98,16 +95,14 @@ def teacher_config(name: str, preset: Mapping[str, Any]) -> Config:
 
 
 def model_of(config: Config, target: Path) -> PretrainedModel:
-    """What the warm-up of `config` makes, as a Hugging Face folder, made once."""
-    if not (target / "config.json").exists():
-        run = build(config)
-        with run.actor, RunFolder(target.with_suffix(".log"), fresh=True) as log, use_mesh(run.mesh):
-            params = warm_up(run, log)
-            save_hf(target, run.decoder, params, tokenizer=run.tokenizer)
-            run.state = run.init_state(params)
-            found = scores_of(evaluate_run(run, run.policy(), 0))
+    """What the warm-up of `config` makes, made once, and what it can do."""
+
+    def look(run, params):
+        run.state = run.init_state(params)
+        found = scores_of(evaluate_run(run, run.policy(), 0))
         print(f"{target.name}: avg@8 {found[0]:.3f}, greedy {found[1]:.3f}", file=sys.stderr, flush=True)
-    return PretrainedModel(path=str(target), dtype="float32", param_dtype="float32")
+
+    return warmed_up(config, target, look)
 
 
 def compete(arm: str, seed: int, preset: Mapping[str, Any], folder: Path) -> Result:

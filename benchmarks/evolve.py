@@ -8,28 +8,23 @@ is which tasks are drawn. A run ends when it has sampled `tokens` tokens, those 
 them. Held-out avg@8 and greedy accuracy are measured at its beginning and its end.
 """
 
-import importlib.util
+import importlib
 import math
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from _arms import Result, measure_arms, scores_of
+from _arms import Result, measure_arms, scores_of, warmed_up
 
 from rljax.analysis.compare import train_on_budget
-from rljax.experiment import Config, PretrainedModel, UniformTasks, WarmupConfig
+from rljax.experiment import Config, UniformTasks, WarmupConfig
 from rljax.experiment.build import build
-from rljax.experiment.sft import warm_up
 from rljax.experiment.train import evaluate_run
-from rljax.models import save_hf
 from rljax.parallel import use_mesh
 from rljax.tasks import medium_share
-from rljax.training import RunFolder
 
-CONFIGS = Path(__file__).resolve().parent.parent / "configs" / "papers"
 PRESETS: dict[str, dict[str, Any]] = {
     "smoke": dict(size="smoke", tokens=1200, warmup=2, seeds=1),
     "small": dict(size="full", tokens=60_000, warmup=150, seeds=3),
@@ -42,35 +37,18 @@ ARMS = {BASELINE: "coevolve", "CoEvolve": "coevolve", "D2Evo": "d2evo"}
 
 def config_of(arm: str, preset: Mapping[str, Any]) -> Config:
     """The run of an arm, with its warm-up."""
-    if str(CONFIGS) not in sys.path:
-        sys.path.insert(0, str(CONFIGS))
-    spec = importlib.util.spec_from_file_location(ARMS[arm], CONFIGS / f"{ARMS[arm]}.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-
-    config: Config = module.get_config(preset["size"])
+    config: Config = importlib.import_module(ARMS[arm]).get_config(preset["size"])
     config.warmup.steps = preset["warmup"]
     if arm == BASELINE:
         config.curriculum = UniformTasks()
     return config
 
 
-def initial_model(preset: Mapping[str, Any], folder: Path) -> Path:
-    """The warmed-up model of all arms as a Hugging Face folder, made once."""
-    target = folder / "initial"
-    if not (target / "config.json").exists():
-        run = build(config_of(BASELINE, preset))
-        with run.actor, RunFolder(folder / "warmup", fresh=True) as log, use_mesh(run.mesh):
-            save_hf(target, run.decoder, warm_up(run, log), tokenizer=run.tokenizer)
-    return target
-
-
 def compete(arm: str, seed: int, preset: Mapping[str, Any], folder: Path) -> Result:
     """One run: the score at its beginning and its end, and what became of proposed tasks."""
     config = config_of(arm, preset)
     config.seed = seed
-    config.model = PretrainedModel(path=str(initial_model(preset, folder)), dtype="float32", param_dtype="float32")
+    config.model = warmed_up(config_of(BASELINE, preset), folder / "initial")
     config.warmup = WarmupConfig()
     run = build(config)
     curve: list[list[float]] = []

@@ -32,6 +32,7 @@ SMALLEST = {
     "forest.py": ("--preset=smoke",),
     "growth.py": ("--preset=smoke",),
     "maps.py": ("--preset=smoke",),
+    "memory.py": ("--preset=smoke",),
     "numerics.py": ("--preset=smoke",),
     "objectives.py": ("--preset=smoke",),
     "overlap.py": ("--preset=smoke",),
@@ -145,12 +146,23 @@ def test_tasks_that_evolve_are_compared_at_equal_tokens(run, tmp_path):
 
 @pytest.mark.slow
 def test_answers_on_a_map_are_measured_before_and_after_and_over_samples(run, tmp_path):
-    report = run("maps.py", *SMALLEST["maps.py"], f"--workdir={tmp_path}")
+    (report,) = run("maps.py", *SMALLEST["maps.py"], f"--workdir={tmp_path}")["results"]
+    assert len(report["trained"]) == 1
     for when in ("before", "after"):
         table = report[when]["at_k"]
         assert set(table) == {"mean", "majority", "medoid", "fewest calls", "verifier", "oracle"}
         assert all(table["oracle"][k] >= table[rule][k] for rule in table for k in ("1", "2"))
-        assert set(report[when]["sampled"]) == {"within_25_km", "within_200_km", "within_750_km", "within_2500_km"}
+        assert set(report[when]["greedy"]) == {"within_25_km", "within_200_km", "within_750_km", "within_2500_km"}
+
+
+@pytest.mark.slow
+def test_a_searched_memory_is_measured_before_and_after_under_both_rewards(run, tmp_path):
+    paid, unpaid = run("memory.py", *SMALLEST["memory.py"], f"--workdir={tmp_path}")["results"]
+    assert paid["before"] == unpaid["before"] and (paid["arm"], unpaid["arm"]) == (
+        "answers and evidence",
+        "answers alone",
+    )
+    assert set(paid["after"]) == {"is_right", "evidence_recall", "sufficient", "tool_calls", "read_share"}
 
 
 def test_growth_is_measured_and_ragged_updates_compile_nothing_after_the_warm_up(run):

@@ -20,6 +20,7 @@ import rljax.algorithms
 import rljax.losses
 import rljax.trees.forks
 from rljax.algorithms import DISTRIBUTION_RECIPES, FOREST_RECIPES, PREFERENCE_RECIPES, RECIPES
+from rljax.evaluation import Candidates, verifier_prompt
 from rljax.experiment.check import check
 from rljax.experiment.config import to_dict
 from rljax.experiment.rounds import run_rounds
@@ -152,11 +153,21 @@ def test_whatever_the_small_map_says_can_be_read_by_its_model(neighbours):
     environment = atlas.Atlas()
     environment.reset({"prompt": "paris 800 berlin 600:", "latitude": 45.46, "longitude": 9.19})
     actions = ("~paris 800;", "~nowhere 800;", "~paris 99999;", "?nowhere;", "a/b;", "what", "paris/milan;", "?milan;")
-    steps = [environment.step(action) for action in (*actions, "=45.46 9.19")]
+    steps = [environment.step(action) for action in (*actions, "=nowhere", "=milan")]
     assert all(set(step.observation) <= set(atlas.ALPHABET) for step in steps)
     assert [step.observation for step in steps[1:6]] == [atlas.WRONG] * 5
-    assert steps[-2].observation == "45.46 9.19"
+    assert steps[-3].observation == "45.46 9.19"
     assert steps[-1].done and steps[-1].reward == 1.0 and steps[-1].observation == ""
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0), (1, 2, 0)])
+def test_a_verifier_without_a_model_takes_the_city_that_both_clues_fit(neighbours, order):
+    atlas = importlib.import_module("atlas")
+    example = atlas.questions("test")[0]
+    texts = ["=oslo", f"~paris 800; {example['city']}\n={example['city']}", "?nowhere; no\n=never told"]
+    candidates = Candidates([atlas.answer_of(text) for text in texts], texts=texts)
+    asked = verifier_prompt(example["prompt"], candidates, order=order)
+    assert atlas.read_by_clues(asked) == str(order.index(1) + 1)
 
 
 def test_whatever_the_small_memory_says_can_be_read_by_its_model_and_its_demonstrations_are_episodes(neighbours):
@@ -171,9 +182,9 @@ def test_whatever_the_small_memory_says_can_be_read_by_its_model_and_its_demonst
         assert [f" {step.observation}\n" for step in steps[:-1]] == turns[1::2]
         assert [step.done for step in steps] == [False] * (len(steps) - 1) + [True]
 
-        # One in five reads what it needs, and knows it then.
-        is_careful = examples.index(example) < len(diary.KINDS)
-        assert not is_careful or steps[-1].counts["is_right"] == 1.0
+        # Two in five read what they need, if it is found, and know it then.
+        is_careful = examples.index(example) // len(diary.KINDS) % 5 < 2
+        assert not is_careful or steps[-1].counts["is_right"] == 1.0 or turns[-1].endswith(diary.UNKNOWN)
     assert environment.step("what").observation == environment.step("!nowhere;").observation == diary.WRONG
 
 

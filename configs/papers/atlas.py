@@ -4,11 +4,13 @@
     ~paris 800; milan oslo  a call for cities about so far away, and what comes back
     ?milan; 45.46 9.19      a call for coordinates
     milan/berlin; 842       a call for a distance
-    =45.46 9.19             the answer, which ends the episode
+    =milan                  the answer, which ends the episode: where the city of this name lies
 
 Cities have names of up to seven letters; distances are rounded to 200 km, so that two to four cities fit the first one.
 Which of them it is the second tells: a policy that does not compare distances is right as often as it guesses well.
-Held-out rows ask for cities of other countries.
+Held-out rows have other first clues.
+
+An answer is a name: a model of characters learns the coordinates of the cities it is trained on by heart.
 """
 
 import functools
@@ -22,23 +24,25 @@ from typing import Any
 from rljax.envs import Parsed, ParseProblem, Step, ToolCall, ToolFormat
 from rljax.envs.library import Gazetteer, MapEnvironment, Place, distance_km
 from rljax.envs.library.gazetteer import gazetteer_of
-from rljax.envs.library.maps import candidates, is_of_split, rounded
+from rljax.envs.library.maps import candidates, rounded
 from rljax.tasks import Example
 
 ALPHABET = "abcdefghijklmnopqrstuvwxyz0123456789=?:;~/-. \n"
 TO_KM = 200.0
 """What distances of questions are rounded to."""
 FARTHEST_KM = 1500.0
+HELD_OUT = 0.2
+"""Share of first clues."""
 WRONG = "no"
 """What comes back from a call that is none, or that fails."""
 
 _NEIGHBOURS = re.compile(r"~([a-z]+) (\d{1,5})")
 _DISTANCE = re.compile(r"([a-z]+)/([a-z]+)")
-_ANSWER = re.compile(r"=(-?\d{1,3}(?:\.\d+)?) (-?\d{1,3}(?:\.\d+)?)")
+_ANSWER = re.compile(r"=([a-z]+)")
 
 
 def parse(text: str) -> Parsed:
-    """`?name`, `~name km`, `name/name` or `=latitude longitude`; anything else is a problem."""
+    """`?name`, `~name km`, `name/name` or `=name` of a city there is; anything else is a problem."""
     text = text.removesuffix(";")
     if text[:1] == "?":
         return Parsed((ToolCall("find", {"name": text[1:]}),))
@@ -48,8 +52,8 @@ def parse(text: str) -> Parsed:
         return Parsed((ToolCall("neighbours", {"place": match[1], **bounds}),))
     if match := _DISTANCE.fullmatch(text):
         return Parsed((ToolCall("distance", {"a": match[1], "b": match[2]}),))
-    if match := _ANSWER.fullmatch(text):
-        return Parsed((ToolCall("answer", {"latitude": float(match[1]), "longitude": float(match[2])}),))
+    if point := answer_of(text):
+        return Parsed((ToolCall("answer", dict(zip(("latitude", "longitude"), point, strict=True))),))
     return Parsed(problem=ParseProblem("malformed", WRONG))
 
 
@@ -95,7 +99,8 @@ class Atlas(MapEnvironment):
 
 @functools.cache
 def questions(split: str) -> list[dict[str, Any]]:
-    """Every question of which two to four cities fit the first clue, and one fits both."""
+    """Every question whose first clue two to four cities fit, and one of them the second. A first clue is of one
+    split. Cities are not: one that is never asked for in training is one that training learns to pass over."""
     world = small_world()
     indices = range(len(world.places))
     far = [[rounded(km, TO_KM) if km < FARTHEST_KM else 0 for km in world.distances(p)] for p in world.places]
@@ -106,9 +111,10 @@ def questions(split: str) -> list[dict[str, Any]]:
             if far[first][i]:
                 rings.setdefault(far[first][i], []).append(i)
 
-        for ring in rings.values():
-            wanted = [i for i in ring if is_of_split(world.places[i], split, 0.2)] if 2 <= len(ring) <= 4 else []
-            for target, second in itertools.product(wanted, indices):
+        for near, ring in rings.items():
+            is_held_out = random.Random(f"{world.places[first].name} {near}").random() < HELD_OUT
+            is_asked = 2 <= len(ring) <= 4 and is_held_out == (split == "test")
+            for target, second in itertools.product(ring if is_asked else [], indices):
                 km = far[target][second]
                 if km and second != first and [far[i][second] for i in ring].count(km) == 1:
                     made.append(_question(world.places[target], [(first, far[target][first]), (second, km)]))
@@ -139,8 +145,9 @@ def rows(size: int, split: str = "train", seed: int = 0) -> list[dict[str, Any]]
 
 def flawed(examples: Sequence[Example]) -> list[Example]:
     """Demonstrations of every training row, of which half look at the map as they should, and then take one of the
-    cities that fit the first clue, whichever it is; most of them check a distance and do not mind what it says. The
-    others answer with the coordinates of a city of the question, or with numbers that they make up."""
+    cities that fit the first clue, whichever it is; most of them check some of the distances and do not mind what they
+    say. The others answer with a city of the question, or with any."""
+    every = [place.name for place in small_world().places]
     made = []
     for index, example in enumerate(examples):
         rng = random.Random(index)
@@ -149,28 +156,20 @@ def flawed(examples: Sequence[Example]) -> list[Example]:
             case 0 | 1:
                 turns = _looked_up(first, second, rng)
             case 2:
-                turns = _of(str(rng.choice([first, second])["place"]))
+                turns = [f"={rng.choice([first, second])['place']}"]
             case _:
-                turns = [f"={rng.randint(-6000, 6000) / 100:g} {rng.randint(-17000, 17000) / 100:g}"]
+                turns = [f"={rng.choice(every)}"]
         made.append(Example(example.prompt, {"completion": turns}))
     return made
 
 
 def _looked_up(first: Mapping[str, Any], second: Mapping[str, Any], rng: random.Random) -> list[str]:
     fitting = sorted(place.name for place in candidates(small_world(), [first], TO_KM))
-    name = rng.choice(fitting)
     turns = [f"~{first['place']} {first['km']};", f" {' '.join(fitting)}\n"]
-    if rng.random() < 0.7:
+    for name in rng.sample(fitting, rng.randint(0, len(fitting))):
         far = distance_km(_point(name), _point(second["place"]))
         turns += [f"{name}/{second['place']};", f" {far:.0f}\n"]
-    return turns + _of(name)
-
-
-def _of(name: str) -> list[str]:
-    """Looking a city up, and its coordinates as the answer."""
-    latitude, longitude = _point(name)
-    said = f"{latitude:g} {longitude:g}"
-    return [f"?{name};", f" {said}\n", f"={said}"]
+    return [*turns, f"={rng.choice(fitting)}"]
 
 
 def _point(name: str) -> tuple[float, float]:
@@ -178,14 +177,14 @@ def _point(name: str) -> tuple[float, float]:
 
 
 def answer_of(text: str) -> tuple[float, float] | None:
-    """The coordinates that an episode ends with."""
-    _, mark, said = text.rpartition("=")
-    match = _ANSWER.match(mark + said)
-    return (float(match[1]), float(match[2])) if match else None
+    """Latitude and longitude of the city that an episode ends with."""
+    match = _ANSWER.fullmatch(text[text.rfind("=") :]) if "=" in text else None
+    return _point(match[1]) if match and small_world().find(match[1]) else None
 
 
 _CLUE = re.compile(r"([a-z]+) (\d+)")
-_NUMBERED = re.compile(r"^Answer (\d+):\n(.*?)(?=^Answer \d+:|\Z)", flags=re.MULTILINE | re.DOTALL)
+_NUMBERED = re.compile(r"^Answer (\d+):\n(.*?)(?:\n\n|\Z)", flags=re.MULTILINE | re.DOTALL)
+"""An answer of the prompt; there is no blank line in an episode."""
 
 
 def read_by_clues(prompt: str) -> str:

@@ -1,20 +1,23 @@
-"""A memory for a character model: what was said of ana? The environment is `rljax.envs.library.memory`.
+"""A memory for a character model: what was said of ka? The environment is `rljax.envs.library.memory`.
 
-    ana town:               the question: where does she live?
-    ?ana town; h3 b0 k4     a call for what fits, best first, and what comes back: ids
-    !h3; 2 ana town elvas, ben pet cat
+    town ka:                the question: where does ka live?
+    ?town ka; h3 b0 k4      a call for what fits, best first, and what comes back: ids
+    !h3; 2 town ka elvas, pet bu cat
                             a call that opens one: the day, and what was told
-    ~ana town; b0           a call for what fits and is not open yet
-    &ana town; b0 h3 k4     a call for what fits best and what it is linked with
-    =elvas                  the answer, which ends the episode; unknown is one, too
+    ~town ka; b0            a call for what fits and is not open yet
+    &town ka; b0 h3 k4      a call for what fits best and what it is linked with
+    =town ka elvas          the answer, which ends the episode; unknown is one, too
 
-`ana friend town:` asks for the town of her friend, whom another conversation names. Of what is told twice the later
-holds. Held-out rows are other histories, of other people.
+`town friend ka:` asks for the town of her friend, whom another conversation names. Of what is told twice the later
+holds. Held-out rows are other histories.
+
+The last word of an answer counts. Before it stands what it answers, as it is told: a small model finds again what
+followed the same few letters, and little else.
 """
 
 import random
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from rljax.envs import Parsed, ParseProblem, Step, ToolCall, ToolFormat
@@ -39,24 +42,25 @@ def parse(text: str) -> Parsed:
     if text[:1] not in _CALLS:
         return Parsed(problem=ParseProblem("malformed", WRONG))
     name, argument = _CALLS[text[0]]
-    return Parsed((ToolCall(name, {argument: text[1:]}),))
+    said = text[1:] if text[0] != "=" else text[text.rfind(" ") + 1 :].removeprefix("=")
+    return Parsed((ToolCall(name, {argument: said}),))
 
 
 FORMAT = ToolFormat("diary", parse, stop_strings=(";",), wrap=(" ", "\n"))
 
 
 def _name(rng: random.Random) -> str:
-    # No English word that a search leaves out ends in one of these letters.
-    return rng.choice("bdfgklmnprstvz") + rng.choice("aeiou") + rng.choice("bgklmz")
+    # Without e and o, no name is an English word that a search leaves out.
+    return rng.choice("bdfgklmnprstvz") + rng.choice("aiu")
 
 
 def _ask(asked: histories.Asked) -> str:
     friend = f"{histories.FRIEND} " if asked.kind == histories.TWO_HOP else ""
-    return f"{asked.person} {friend}{asked.attribute}:"
+    return f"{asked.attribute} {friend}{asked.person}:"
 
 
 SHORT = histories.Wording(
-    tell=lambda fact: f"{fact.person} {fact.attribute} {fact.value}".lower(),
+    tell=lambda fact: f"{fact.attribute} {fact.person} {fact.value}".lower(),
     ask=_ask,
     headline=lambda day, people: str(day),
     name=_name,
@@ -89,6 +93,11 @@ def paid(outcome: Outcome) -> float:
     return evidence_reward(outcome, recall_weight=0.3)
 
 
+def paid_for_answers(outcome: Outcome) -> float:
+    """As `paid`, and nothing for evidence."""
+    return evidence_reward(outcome, recall_weight=0.0)
+
+
 def rows(size: int, split: str = "train", seed: int = 0, num_conversations: int = 8) -> list[dict[str, Any]]:
     """`size` questions of the four kinds in turn, each about a history of three people."""
     return histories.rows(
@@ -96,9 +105,25 @@ def rows(size: int, split: str = "train", seed: int = 0, num_conversations: int 
     )
 
 
+def demonstrations(examples: Sequence[Example]) -> list[Example]:
+    """What the warm-up learns from: a search in three rows, which is `flawed`, and in the others a `repetition`. From
+    searches alone a model of this size learns to look, and names any town where it has read one."""
+    repeated = [repetition(example, random.Random(seed)) for seed, example in enumerate([*examples, *examples])]
+    return flawed(examples) + repeated
+
+
+def repetition(example: Example, rng: random.Random) -> Example:
+    """Five things that were told, and the same in another order."""
+    conversations = example.columns["conversations"]
+    told = [turn.lower() for conversation in conversations for turn in conversation["turns"][1:]]
+    told = rng.sample(told, min(5, len(told)))
+    return Example(f"{', '.join(told)}:", {"completion": ", ".join(rng.sample(told, len(told)))})
+
+
 def flawed(examples: Sequence[Example]) -> list[Example]:
-    """Demonstrations of every training row, of which two in five read what they need. The others answer from the
-    headlines, open one conversation and take what they find there, or open one and say that it was never said."""
+    """Demonstrations of every training row, of which two in five read what they need. The others open what fits best,
+    or any of what was found, or nothing. All of them say what they have read, or that it was never said: what is
+    wrong with them is where they look."""
     made = []
     environment = Diary()
     for index, example in enumerate(examples):
@@ -108,11 +133,11 @@ def flawed(examples: Sequence[Example]) -> list[Example]:
             case 0 | 1:
                 play.careful()
             case 2:
-                play.hasty(rng)
+                play.shallow(lambda found: found[0])
             case 3:
-                play.shallow(rng)
+                play.shallow(rng.choice)
             case _:
-                play.gives_up()
+                play.hasty()
         made.append(Example(example.prompt, {"completion": play.turns}))
     return made
 
@@ -123,49 +148,50 @@ class _Play:
     def __init__(self, environment: Diary, example: Example):
         self._environment = environment
         self._environment.reset({"prompt": example.prompt, **example.columns})
-        self._asked: Mapping[str, str] = example.columns["asked"]
+        asked: Mapping[str, str] = example.columns["asked"]
+        self._person, self._attribute = asked["person"], asked["attribute"]
+        self._is_of_friend = asked["kind"] == histories.TWO_HOP
         self.turns: list[str] = []
 
     def careful(self) -> None:
         """Opens the two best of every search, the second of them by looking for what is missing; the later holds."""
-        person = self._asked["person"]
-        if self._asked["kind"] == histories.TWO_HOP:
-            person = self._looked_up(person, histories.FRIEND)
-        self._say(f"={self._looked_up(person, self._asked['attribute']) if person != UNKNOWN else UNKNOWN}")
+        person = self._looked_up(self._person, histories.FRIEND) if self._is_of_friend else self._person
+        if person == UNKNOWN:
+            self._answer(self._person, UNKNOWN)
+        else:
+            self._answer(person, self._looked_up(person, self._attribute))
 
-    def hasty(self, rng: random.Random) -> None:
-        """Searches, opens nothing, and names a value."""
-        self._say(f"?{self._asked['person']} {self._asked['attribute']};")
-        self._say(f"={rng.choice(histories.VALUES[self._asked['attribute']]).lower()}")
+    def shallow(self, choose: Callable[[list[str]], str]) -> None:
+        """Opens one of what was found."""
+        found = self._say(f"?{self._attribute} {self._person};").split()
+        said = self._say(f"!{choose(found)};")
+        self._answer(self._person, _last_told([said], self._person, self._attribute))
 
-    def shallow(self, rng: random.Random) -> None:
-        """Opens what fits best, and names something that is told there."""
-        found = self._say(f"?{self._asked['person']} {self._asked['attribute']};")
-        said = self._say(f"!{found.split()[0]};")
-        self._say(f"={rng.choice(_TOLD.findall(said))[2]}")
+    def hasty(self) -> None:
+        """Searches, and opens nothing."""
+        self._say(f"?{self._attribute} {self._person};")
+        self._answer(self._person, UNKNOWN)
 
-    def gives_up(self) -> None:
-        """Opens what fits best, and says that it was never said."""
-        found = self._say(f"?{self._asked['person']} {self._asked['attribute']};")
-        self._say(f"!{found.split()[0]};")
-        self._say(f"={UNKNOWN}")
+    def _answer(self, person: str, value: str) -> None:
+        self._say(f"={self._attribute} {person} {value}")
 
     def _looked_up(self, person: str, attribute: str) -> str:
-        first = self._say(f"?{person} {attribute};").split()[0]
+        first = self._say(f"?{attribute} {person};").split()[0]
         said = [self._say(f"!{first};")]
-        more = self._say(f"~{person} {attribute};").split()[0]
+        more = self._say(f"~{attribute} {person};").split()[0]
         if more != WRONG:
             said.append(self._say(f"!{more};"))
 
         # Begins with the day, so the later one comes last.
-        said.sort(key=lambda text: int(text.split()[0]))
-        told = [
-            value for text in said for who, what, value in _TOLD.findall(text) if (who, what) == (person, attribute)
-        ]
-        return told[-1] if told else UNKNOWN
+        return _last_told(sorted(said, key=lambda text: int(text.split()[0])), person, attribute)
 
     def _say(self, action: str) -> str:
         step = self._environment.step(action)
         before, after = FORMAT.wrap
         self.turns += [action] if step.done else [action, f"{before}{step.observation}{after}"]
         return step.observation
+
+
+def _last_told(said: Sequence[str], person: str, attribute: str) -> str:
+    told = [value for text in said for what, who, value in _TOLD.findall(text) if (what, who) == (attribute, person)]
+    return told[-1] if told else UNKNOWN

@@ -32,14 +32,14 @@ def get_config(size: str = "full") -> Config:
 
     config.data = RowsData(
         rows="atlas:rows",
-        args={"size": 40 if smoke else 4000, "split": "train"},
+        args={"size": 40 if smoke else 20_000, "split": "train"},
         test_args={"size": 4 if smoke else 64, "split": "test"},
     )
     config.actor = dataclasses.replace(
         config.actor,
         make="atlas:Atlas",
         tool_format="atlas:FORMAT",
-        context_length=160,
+        context_length=192,
         limits=EnvironmentLimits(turns=6, observation_tokens=48),
     )
     config.sampling = SamplingConfig(max_new_tokens=20)
@@ -51,10 +51,13 @@ def get_config(size: str = "full") -> Config:
         length_buckets=(512,),
         score_buckets=(512,),
         microbatch_buckets=(),
-        trajectory_buckets=(160,),
+        trajectory_buckets=(192,),
     )
 
-    # Behind 300 steps it cannot copy a name or coordinates yet.
+    # At the demo's rate the policy forgets what it copies within forty steps.
+    config.optimizer = dataclasses.replace(config.optimizer, learning_rate=2e-4)
+
+    # Behind 300 steps it cannot copy a name yet.
     steps = config.warmup.steps if smoke else 1200
     optimizer = dataclasses.replace(config.warmup.optimizer, total_steps=steps)
     config.warmup = dataclasses.replace(config.warmup, steps=steps, optimizer=optimizer, demonstrations=flawed)

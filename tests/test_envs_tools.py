@@ -374,6 +374,41 @@ def test_neither_environments_nor_search_load_jax():
     assert done.stdout.split() == ["False", "False", "False"]
 
 
+def test_others_may_import_jax_while_the_first_corpus_is_made():
+    """A trace in another thread does, and episodes begin in threads of their own."""
+    pytest.importorskip("bm25s")
+    code = """
+import threading
+import jax
+from rljax.envs.library import Corpus, Document
+
+failed, going = [], True
+
+def imports():
+    while going:
+        try:
+            import jax.lax
+        except ImportError as error:
+            failed.append(error)
+
+def makes():
+    Corpus([Document("1", "", "a word")])
+
+threads = [threading.Thread(target=imports), *(threading.Thread(target=makes) for _ in range(3))]
+for thread in threads:
+    thread.start()
+for thread in threads[1:]:
+    thread.join()
+going = False
+threads[0].join()
+
+from bm25s import selection
+print(len(failed), selection.JAX_IS_AVAILABLE)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["0", "False"], done.stderr
+
+
 def test_the_search_example_of_the_docs_runs():
     pytest.importorskip("bm25s")
     page = (Path(__file__).parent.parent / "docs" / "environments.md").read_text()

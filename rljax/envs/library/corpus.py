@@ -1,5 +1,6 @@
 """Search over a local corpus: BM25 over JSONL or Parquet documents, the index kept on disk beside them."""
 
+import builtins
 import hashlib
 import importlib
 import json
@@ -8,6 +9,7 @@ import os
 import shutil
 import sys
 import tempfile
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +20,7 @@ from jaxtyping import Float
 
 from rljax.envs.tools import cut
 
-_ABSENT = object()
+_IMPORTING = threading.Lock()
 _TOKENS = {"stopwords": "en", "show_progress": False}
 
 
@@ -133,24 +135,29 @@ def search_tool(corpus: Corpus, *, top_k: int = 3, max_chars: int = 600) -> Call
 
 
 def _import_bm25s() -> Any:
-    """bm25s, without the jax that it would take if it found it: on import it runs a program on the default device."""
-    if "bm25s" in sys.modules:
+    """bm25s, without the jax that it would take if it found it: on import it runs a program on the default device.
+
+    It alone is refused jax. Others import it at any moment: a trace that is under way in another thread does.
+    """
+    with _IMPORTING:
+        if "bm25s" not in sys.modules:
+            genuine = builtins.__import__
+
+            def without_jax(name: str, globals: Any = None, *rest: Any, **named: Any) -> Any:
+                asking = str((globals or {}).get("__name__"))
+                if name.partition(".")[0] == "jax" and asking.partition(".")[0] == "bm25s":
+                    raise ImportError("bm25s runs without jax here")
+                return genuine(name, globals, *rest, **named)
+
+            builtins.__import__ = without_jax
+            try:
+                importlib.import_module("bm25s")
+            except ImportError:
+                raise ImportError("search over a corpus needs bm25s: pip install 'rljax-lm[agents]'") from None
+            finally:
+                builtins.__import__ = genuine
+            logging.getLogger("bm25s").setLevel(logging.WARNING)  # it turns itself up to DEBUG
         return sys.modules["bm25s"]
-    modules: dict[str, Any] = sys.modules
-    hidden = {name: modules.get(name, _ABSENT) for name in ("jax", "jax.lax")}
-    try:
-        modules.update(dict.fromkeys(hidden))  # None makes an import fail
-        module = importlib.import_module("bm25s")
-        logging.getLogger("bm25s").setLevel(logging.WARNING)  # it turns itself up to DEBUG
-        return module
-    except ImportError:
-        raise ImportError("search over a corpus needs bm25s: pip install 'rljax-lm[agents]'") from None
-    finally:
-        for name, module in hidden.items():
-            if module is _ABSENT:
-                modules.pop(name, None)
-            else:
-                modules[name] = module
 
 
 def _save(index: Any, folder: Path) -> None:

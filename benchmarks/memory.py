@@ -9,6 +9,7 @@ answered `samples` times, before and after.
 
 import dataclasses
 import importlib
+import math
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -58,7 +59,7 @@ def compete(arm: str, seed: int, preset: Mapping[str, Any], folder: Path) -> Res
         before = _counted(run, 0)
         for step in range(preset["steps"]):
             metrics, _ = train_step(run, step)
-            trained.append({name: metrics[f"rollout/component/{name}"] for name in COUNTS})
+            trained.append({name: metrics.get(f"rollout/component/{name}", math.nan) for name in COUNTS})
         after = _counted(run, preset["steps"])
     seconds = time.perf_counter() - began
     return {"arm": arm, "seed": seed, "before": before, "after": after, "trained": trained, "seconds": seconds}
@@ -82,7 +83,8 @@ def show(results: Sequence[Result], preset: Mapping[str, Any]) -> str:
             f"{means['sufficient']:.3f} | {means['tool_calls']:.1f} | {means['read_share']:.2f} |"
         )
 
-    lines.append(line("before", [results[0]["before"]]))
+    starts = {result["seed"]: result["before"] for result in results}
+    lines.append(line("before", list(starts.values())))
     for arm in dict.fromkeys(result["arm"] for result in results):
         lines.append(line(arm, [result["after"] for result in results if result["arm"] == arm]))
     return "\n".join(lines)

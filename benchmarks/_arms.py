@@ -2,8 +2,11 @@
 results that are made once, and JSON."""
 
 import argparse
+import dataclasses
 import json
+import re
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,9 +15,10 @@ import jax
 import numpy as np
 from _environments import HOME, relaunch_with_allocator
 
-from rljax.experiment import Config, PretrainedModel
+from rljax.experiment import Config, PretrainedModel, RowsData
 from rljax.experiment.build import Run, build
 from rljax.experiment.sft import warm_up
+from rljax.experiment.train import train_step
 from rljax.models import save_hf
 from rljax.parallel import use_mesh
 from rljax.rollouts import ScoredGroup
@@ -48,7 +52,7 @@ def measure_arms(
     parser.add_argument("--workdir", default=f"runs/{name}")
     parser.add_argument("--json", metavar="FILE", help="write the result there")
     parser.add_argument("--arms", default=",".join(arms), help="comma-separated, of " + ", ".join(arms))
-    parser.add_argument("--seeds", metavar="N,N", help="by default those of the preset, from 0 on")
+    parser.add_argument("--seeds", metavar="N,N", type=_seeds, help="by default those of the preset, from 0 on")
     arguments = parser.parse_args()
     chosen = arguments.arms.split(",")
     if unknown := sorted(set(chosen) - set(arms)):
@@ -64,8 +68,7 @@ def measure_arms(
         sys.path.insert(0, str(CONFIGS))
 
     results = []
-    seeds = [int(seed) for seed in arguments.seeds.split(",")] if arguments.seeds else range(preset["seeds"])
-    for seed in seeds:
+    for seed in arguments.seeds or range(preset["seeds"]):
         for arm in chosen:
             results.append(_made_once(arm, seed, preset, folder, compete))
             print(f"{arm}, seed {seed}: {said(results[-1])}", file=sys.stderr, flush=True)
@@ -74,6 +77,12 @@ def measure_arms(
     if arguments.json:
         report = {"benchmark": name, "setting": {"preset": arguments.preset, **preset}, "results": results}
         Path(arguments.json).write_text(json.dumps(report, indent=1) + "\n")
+
+
+def _seeds(text: str) -> list[int]:
+    if not re.fullmatch(r"\d+(,\d+)*", text):
+        raise argparse.ArgumentTypeError(f"{text!r} must be whole numbers with commas between them, such as 0,1,2")
+    return [int(seed) for seed in text.split(",")]
 
 
 def _made_once(arm: str, seed: int, preset: Mapping[str, Any], folder: Path, compete: Callable[..., Result]) -> Result:
@@ -96,6 +105,34 @@ def warmed_up(config: Config, target: Path, look: Callable[[Run, Params], None] 
             if look is not None:
                 look(run, params)
     return PretrainedModel(path=str(target), dtype="float32", param_dtype="float32")
+
+
+def sized(config: Config, preset: Mapping[str, Any]) -> Config:
+    """`config` with a preset's steps of warm-up, and as many held-out problems and samples of each as it says."""
+    optimizer = dataclasses.replace(config.warmup.optimizer, total_steps=preset["warmup"])
+    config.warmup = dataclasses.replace(config.warmup, steps=preset["warmup"], optimizer=optimizer)
+
+    assert isinstance(config.data, RowsData)
+    config.data = dataclasses.replace(config.data, test_args={**config.data.test_args, "size": preset["problems"]})
+    config.evaluation = dataclasses.replace(config.evaluation, problems=preset["problems"], samples=preset["samples"])
+    return config
+
+
+def before_and_after(
+    run: Run, steps: int, *, measure: Callable[[Run], Any], watch: Callable[[Mapping[str, float]], Any]
+) -> Result:
+    """Trains a run from its own weights: what `measure` finds with the sampler at its weights before and after, what
+    `watch` keeps of the metrics of each step, and seconds."""
+    began = time.perf_counter()
+    with run.actor, use_mesh(run.mesh):
+        run.state = run.init_state(run.initial_params())
+        run.actor.set_params(run.policy(), 0)
+        before = measure(run)
+
+        trained = [watch(train_step(run, step)[0]) for step in range(steps)]
+        run.actor.set_params(run.policy(), steps)
+        after = measure(run)
+    return {"before": before, "after": after, "trained": trained, "seconds": time.perf_counter() - began}
 
 
 def components(groups: Sequence[ScoredGroup], names: Sequence[str]) -> dict[str, float]:

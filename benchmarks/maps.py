@@ -8,22 +8,18 @@ verifier is no model: it compares the place of each answer with the distances th
 may check as well (`atlas.read_by_clues`).
 """
 
-import dataclasses
 import importlib
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from _arms import Result, components, measure_arms, warmed_up
+from _arms import Result, before_and_after, components, measure_arms, sized, warmed_up
 
 from rljax.envs.library import distance_km, distance_reward
 from rljax.evaluation import Candidates, answers, at_k, by_verifier, fewest_calls, majority, medoid
 from rljax.experiment import Config, WarmupConfig
 from rljax.experiment.build import Run, build
-from rljax.experiment.train import train_step
-from rljax.parallel import use_mesh
 from rljax.rollouts import ScoredGroup
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -34,42 +30,24 @@ ARM = "GRPO"
 THRESHOLDS = ("within_25_km", "within_200_km", "within_750_km", "within_2500_km")
 
 
-def config_of(seed: int, preset: Mapping[str, Any]) -> Config:
-    """The run of the config, in the sizes of a preset."""
-    config: Config = importlib.import_module("map_agent").get_config(preset["size"])
-    config.seed = seed
-    optimizer = dataclasses.replace(config.warmup.optimizer, total_steps=preset["warmup"])
-    config.warmup = dataclasses.replace(config.warmup, steps=preset["warmup"], optimizer=optimizer)
-    config.data = dataclasses.replace(config.data, test_args={**config.data.test_args, "size": preset["problems"]})
-    config.evaluation = dataclasses.replace(config.evaluation, problems=preset["problems"], samples=preset["samples"])
-    return config
-
-
 def compete(arm: str, seed: int, preset: Mapping[str, Any], folder: Path) -> Result:
-    """One run: `measured` before and after, and the reward of what it trained on."""
-    config = config_of(seed, preset)
+    """One run: `measured` before and after, and the mean reward of each step that it trained on."""
+    config: Config = sized(importlib.import_module("map_agent").get_config(preset["size"]), preset)
+    config.seed = seed
     config.model = warmed_up(config, folder / f"initial-{seed}")
     config.warmup = WarmupConfig()
-    run = build(config)
-    began = time.perf_counter()
 
-    trained = []
-    with run.actor, use_mesh(run.mesh):
-        run.state = run.init_state(run.initial_params())
-        before = measured(run, 0)
-        for step in range(preset["steps"]):
-            metrics, _ = train_step(run, step)
-            trained.append(metrics["rollout/reward_mean"])
-        after = measured(run, preset["steps"])
-    seconds = time.perf_counter() - began
-    return {"arm": arm, "seed": seed, "before": before, "after": after, "trained": trained, "seconds": seconds}
+    def reward(metrics: Mapping[str, float]) -> float:
+        return metrics["rollout/reward_mean"]
+
+    found = before_and_after(build(config), preset["steps"], measure=measured, watch=reward)
+    return {"arm": arm, "seed": seed, **found}
 
 
-def measured(run: Run, version: int) -> dict[str, Any]:
+def measured(run: Run) -> dict[str, Any]:
     """Acc@km and mean reward of the policy: greedy, sampled, and of what rules take of k samples."""
     atlas = importlib.import_module("atlas")
     config = run.config.evaluation
-    run.actor.set_params(run.policy(), version)
     greedy, sampled = answers(run.actor, run.dataset.test[: config.problems], config)
     table = [candidates_of(group) for group in sampled]
     questions = [str(group.example.prompt) for group in sampled]
@@ -115,6 +93,7 @@ def show(results: Sequence[Result], preset: Mapping[str, Any]) -> str:
         f"| policy | {' | '.join(f'Acc@{name}' for name in names)} | Acc@25 km by seed | greedy | reward | calls |",
         "|---" * 9 + "|",
     ]
+
     for when in ("before", "after"):
         runs = [result[when] for result in results]
         cells = [f"{np.mean([run['sampled'][name] for run in runs]):.3f}" for name in THRESHOLDS]
@@ -130,6 +109,7 @@ def show(results: Sequence[Result], preset: Mapping[str, Any]) -> str:
     lines += ["", f"| Acc@25 km | k | {' | '.join(rules)} |", "|---" * (len(rules) + 2) + "|"]
     for when in ("before", "after"):
         for k in results[0][when]["at_k"]["mean"]:
+            # the mean over seeds of every rule
             cells = [f"{np.mean([result[when]['at_k'][rule][k] for result in results]):.3f}" for rule in rules]
             lines.append(f"| {when} | {k} | {' | '.join(cells)} |")
     return "\n".join(lines)

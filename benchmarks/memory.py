@@ -10,19 +10,16 @@ answered `samples` times, before and after.
 import dataclasses
 import importlib
 import math
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from _arms import Result, components, measure_arms, warmed_up
+from _arms import Result, before_and_after, components, measure_arms, sized, warmed_up
 
 from rljax.evaluation import sampled_answers
 from rljax.experiment import Config, MultiTurn, WarmupConfig
 from rljax.experiment.build import Run, build
-from rljax.experiment.train import train_step
-from rljax.parallel import use_mesh
 
 PRESETS: dict[str, dict[str, Any]] = {
     "smoke": dict(size="smoke", warmup=2, steps=1, problems=4, samples=2, seeds=1),
@@ -32,43 +29,26 @@ ARMS = {"answers and evidence": "diary:paid", "answers alone": "diary:paid_for_a
 COUNTS = ("is_right", "evidence_recall", "sufficient", "tool_calls", "read_share")
 
 
-def config_of(preset: Mapping[str, Any]) -> Config:
-    """The run of the config, in the sizes of a preset."""
-    config: Config = importlib.import_module("memory_agent").get_config(preset["size"])
-    optimizer = dataclasses.replace(config.warmup.optimizer, total_steps=preset["warmup"])
-    config.warmup = dataclasses.replace(config.warmup, steps=preset["warmup"], optimizer=optimizer)
-    config.evaluation = dataclasses.replace(config.evaluation, problems=preset["problems"], samples=preset["samples"])
-    config.data = dataclasses.replace(config.data, test_args={**config.data.test_args, "size": preset["problems"]})
-    return config
-
-
 def compete(arm: str, seed: int, preset: Mapping[str, Any], folder: Path) -> Result:
     """One run: what is counted in held-out episodes before and after, and in those that it trained on."""
-    config = config_of(preset)
+    config: Config = sized(importlib.import_module("memory_agent").get_config(preset["size"]), preset)
     config.model = warmed_up(config, folder / "initial")
-    config.seed = seed
     config.warmup = WarmupConfig()
+    config.seed = seed
     assert isinstance(config.actor, MultiTurn)
     config.actor = dataclasses.replace(config.actor, args={"reward": ARMS[arm]})
-    run = build(config)
-    began = time.perf_counter()
 
-    trained = []
-    with run.actor, use_mesh(run.mesh):
-        run.state = run.init_state(run.initial_params())
-        before = _counted(run, 0)
-        for step in range(preset["steps"]):
-            metrics, _ = train_step(run, step)
-            trained.append({name: metrics.get(f"rollout/component/{name}", math.nan) for name in COUNTS})
-        after = _counted(run, preset["steps"])
-    seconds = time.perf_counter() - began
-    return {"arm": arm, "seed": seed, "before": before, "after": after, "trained": trained, "seconds": seconds}
+    found = before_and_after(build(config), preset["steps"], measure=_counted, watch=_of_a_step)
+    return {"arm": arm, "seed": seed, **found}
 
 
-def _counted(run: Run, version: int) -> dict[str, float]:
-    run.actor.set_params(run.policy(), version)
+def _counted(run: Run) -> dict[str, float]:
     asked = run.dataset.test[: run.config.evaluation.problems]
     return components(sampled_answers(run.actor, asked, run.config.evaluation), COUNTS)
+
+
+def _of_a_step(metrics: Mapping[str, float]) -> dict[str, float]:
+    return {name: metrics.get(f"rollout/component/{name}", math.nan) for name in COUNTS}
 
 
 def show(results: Sequence[Result], preset: Mapping[str, Any]) -> str:

@@ -106,6 +106,7 @@ def configuration() -> str:
         "[papers.md](papers.md).",
         "",
     ]
+
     for cls in config_classes():
         text += [f"## {cls.__name__}", f"{first_paragraph(cls)} (`{cls.__module__}`)", ""]
         fields = field_texts(cls)

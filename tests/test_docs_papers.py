@@ -160,7 +160,7 @@ def test_whatever_the_small_map_says_can_be_read_by_its_model(neighbours):
     assert steps[-1].done and steps[-1].reward == 1.0 and steps[-1].observation == ""
 
 
-@pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0), (1, 2, 0)])
+@pytest.mark.parametrize("order", [(0, 1, 2), (1, 2, 0), (2, 0, 1)])
 def test_a_verifier_without_a_model_takes_the_city_that_both_clues_fit(neighbours, order):
     atlas = importlib.import_module("atlas")
     example = atlas.questions("test")[0]
@@ -172,8 +172,9 @@ def test_a_verifier_without_a_model_takes_the_city_that_both_clues_fit(neighbour
 
 def test_whatever_the_small_memory_says_can_be_read_by_its_model_and_its_demonstrations_are_episodes(neighbours):
     diary = importlib.import_module("diary")
-    examples = [Example(row.pop("prompt"), row) for row in diary.rows(20)]
-    for example, demonstration in zip(examples, diary.flawed(examples), strict=True):
+    examples = [Example(row.pop("prompt"), row) for row in diary.rows(40)]
+    is_right = []
+    for index, (example, demonstration) in enumerate(zip(examples, diary.flawed(examples), strict=True)):
         turns = demonstration.columns["completion"]
         assert set(str(example.prompt) + "".join(turns)) <= set(diary.ALPHABET)
         environment = diary.Diary()
@@ -182,9 +183,13 @@ def test_whatever_the_small_memory_says_can_be_read_by_its_model_and_its_demonst
         assert [f" {step.observation}\n" for step in steps[:-1]] == turns[1::2]
         assert [step.done for step in steps] == [False] * (len(steps) - 1) + [True]
 
-        # Two in five read what they need, if it is found, and know it then.
-        is_careful = examples.index(example) // len(diary.KINDS) % 5 < 2
-        assert not is_careful or steps[-1].counts["is_right"] == 1.0 or turns[-1].endswith(diary.UNKNOWN)
+        # What was opened is read: who has all of it is right.
+        assert steps[-1].counts["is_right"] >= steps[-1].counts["sufficient"]
+        if index // len(diary.KINDS) % 5 < 2:
+            is_right.append(steps[-1].counts["is_right"])
+
+    # Two in five read what they need, where a search finds it.
+    assert len(is_right) == 16 and sum(is_right) >= 14
     assert environment.step("what").observation == environment.step("!nowhere;").observation == diary.WRONG
 
 

@@ -122,6 +122,7 @@ def study_surgery(config: Config, workdir: str, options: SurgeryOptions | None =
         for one in of_seeds(run, options.seeds):
             seeds.append(_one_seed(one, folder, options))
             say(_seed_in_words(seeds[-1]))
+
         lines = summarise(seeds)
         report = {
             "study": "surgery",

@@ -100,6 +100,8 @@ def summarize(
     samples = config.samples
     solved = np.array([[result.is_solved for result in group.results] for group in sampled])
     counts = solved.sum(axis=1)
+
+    # one value for each problem, whose mean is the estimate
     per_problem = {"greedy": np.array([float(group.results[0].is_solved) for group in greedy])}
     per_problem[f"avg@{samples}"] = counts / samples
     for k in _powers_of_two(samples):
@@ -115,6 +117,7 @@ def summarize(
         "truncated_share": float(np.mean([s.finish_reason == "length" for g in sampled for s in g.samples])),
         "invalid_rewards": float(sum(not r.is_valid for g in [*greedy, *sampled] for r in g.results)),
     }
+
     problems = [_record(g, s) for g, s in zip(greedy, sampled, strict=True)]
     return Evaluation(step, len(sampled), samples, config.temperature, config.top_p, estimates, metrics, problems)
 

@@ -312,16 +312,19 @@ def _shared_server(arguments: Mapping[str, Any]) -> McpServer:
     """One for a process, for as long as it stands. Who waits while another connects shares its failure."""
     with _PLACES_LOCK:
         place = _PLACES[json.dumps(arguments, sort_keys=True, default=os.fspath)]
+
     asked = time.monotonic()
     before = place.server
     if before is not None and before.is_standing():
         return before
 
     with place.lock:
+        # Another has connected meanwhile, or has tried to since this one asked.
         if place.server is not before and place.server is not None:
             return place.server
         if place.failure is not None and place.failure[0] > asked:
             raise ValueError(place.failure[1])
+
         try:
             place.server = McpServer(**arguments)
         except ValueError as error:

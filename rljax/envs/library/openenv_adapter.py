@@ -201,6 +201,7 @@ class OpenEnvEnvironment:
     def _shown(self, observation: Mapping[str, Any]) -> str:
         if callable(self._observe):
             return str(self._observe(observation))
+
         if self._observe is not None:
             if self._observe not in observation:
                 raise RuntimeError(
@@ -209,8 +210,11 @@ class OpenEnvEnvironment:
                 )
             value = observation[self._observe]
             return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
         if set(observation) >= {"tool_name", "result", "error"}:
             return _result_of_call(observation)
+
+        # A text alone is shown as it is; more than that needs its names.
         left = {
             key: value
             for key, value in observation.items()

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from rljax.envs import check_chat_template
 from rljax.text import (
     ByteTokenizer,
     CharTokenizer,
@@ -31,6 +32,7 @@ TRICKY = [
     "😀👩‍👧 ١٢٣ ½",
     " leading and trailing ",
 ]
+CALLING = [{"role": "assistant", "content": "a", "tool_calls": [{"function": {"name": "f", "arguments": {}}}]}]
 
 
 def package_folder(name: str) -> Path:
@@ -290,6 +292,33 @@ class TestPlain:
         tokenizer.save(tmp_path)
         assert load_tokenizer(tmp_path).encode("cab") == tokenizer.encode("cab")
 
+    def test_characters_take_conversations_where_they_are_to(self, tmp_path):
+        tokenizer = CharTokenizer("abc ", chat=True)
+        # Two characters more than control tokens: a, b, c and space are 2 to 5, roles 6 to 9, the end of a turn 1.
+        assert tokenizer.special_tokens == {"<|system|>": 6, "<|user|>": 7, "<|assistant|>": 8, "<|tool|>": 9}
+        messages = [
+            {"role": "developer", "content": "a"},
+            {"role": "user", "content": "b c"},
+            {"role": "assistant", "content": "c"},
+            {"role": "observation", "content": ""},
+        ]
+        whole = [6, 2, 1, 7, 3, 5, 4, 1, 8, 4, 1, 9, 1]
+        assert tokenizer.apply_chat_template(messages, add_generation_prompt=False) == whole
+        assert tokenizer.apply_chat_template(messages) == [*whole, 8]
+        assert tokenizer.decode(whole) == "ab cc" and tokenizer.vocab_size == 10
+        assert render_prompt(tokenizer, "ab", chat=True) == [7, 2, 3, 1, 8]
+
+        tokenizer.save(tmp_path)
+        assert load_tokenizer(tmp_path).apply_chat_template(messages) == [*whole, 8]
+        # Files of before there were conversations.
+        (tmp_path / "char_tokenizer.json").write_text('{"kind": "characters", "alphabet": "abc "}')
+        assert not load_tokenizer(tmp_path).has_chat_template
+
+    def test_a_template_of_characters_only_appends(self):
+        tokenizer = CharTokenizer("".join(map(chr, range(32, 127))) + "\n", chat=True)
+        for role in ("user", "tool", "ipython"):
+            check_chat_template(tokenizer, role=role)
+
     def test_bytes_take_any_text(self, tmp_path):
         tokenizer = ByteTokenizer()
         assert tokenizer.decode(tokenizer.encode("déjà 😀")) == "déjà 😀"
@@ -484,7 +513,9 @@ def test_an_unknown_split_rule_is_named(tmp_path):
         (lambda t: CharTokenizer("abca"), r"repeated: \['a'\]"),
         (lambda t: CharTokenizer("ab").encode("abx"), "character 'x'"),
         (lambda t: render_prompt(CharTokenizer("ab"), [{"role": "user", "content": "a"}]), "no chat template"),
-        (lambda t: render_prompt(CharTokenizer("ab"), "a", chat=True), "no chat template"),
+        (lambda t: render_prompt(CharTokenizer("ab"), "a", chat=True), "no chat template.* chat=True"),
+        (lambda t: render_prompt(CharTokenizer("ab", chat=True), "c", chat=True), "character 'c'"),
+        (lambda t: render_prompt(CharTokenizer("ab", chat=True), CALLING), "no form for tool_calls"),
         (lambda t: render_prompt(t, ""), "has no tokens"),
         (lambda t: encode_text(t, "a\ud800"), r"holds half of a character \('\\ud800' in"),
         (lambda t: encode_text(t, "\udfff<|im_end|>"), "holds half of a character"),

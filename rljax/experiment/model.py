@@ -166,13 +166,15 @@ class FreshModel:
     param_dtype: Dtype = "float32"
     """Of the weights as they are loaded: float32 or bfloat16. Training keeps its own in float32 whatever it says, so
     bfloat16 saves memory where weights are only read, as in `rljax eval`."""
+    chat: bool = False
+    """Whether it takes conversations, in a chat template of characters: `rljax.text.CharTokenizer`."""
 
     def tokenizer_of(self) -> Tokenizer:
         with placed("config.model"):
-            return CharTokenizer(self.alphabet)
+            return CharTokenizer(self.alphabet, chat=self.chat)
 
     def decoder_of(self, tokenizer: Tokenizer) -> DecoderConfig:
-        other = ("alphabet", "experts", "experts_per_token")
+        other = ("alphabet", "chat", "experts", "experts_per_token")
         shape = {name: value for name, value in dataclasses.asdict(self).items() if name not in other}
         shape["dtype"] = compute_dtype(self.dtype)
         with placed("config.model"):

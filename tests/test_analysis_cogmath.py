@@ -63,8 +63,10 @@ def test_where_nothing_is_solved_there_is_no_share_among_solved():
 
 
 @pytest.mark.slow
-def test_the_study_answers_every_follow_up_and_leaves_a_page(tmp_path):
+def test_the_study_answers_every_follow_up_and_leaves_a_page(tmp_path, capsys):
     report = study_cogmath(smoke(), str(tmp_path))
+    said = capsys.readouterr().err
+    assert "answers: 100%" in said and "10/10" in said
     assert json.loads((tmp_path / "cogmath.json").read_text())["readable"] == report["readable"]
     assert [(r["problem"], r["dimension"]) for r in report["answers"]] == [(0, i) for i in range(10)]
     assert (tmp_path / "cogmath.png").exists() and "## The first problem" in (tmp_path / "cogmath.md").read_text()

@@ -71,7 +71,11 @@ def test_a_run_converts_to_a_folder_that_trains_again(trained):
 def test_a_checkpoint_evaluates_as_the_run_did(trained, capsys):
     _, config, run = trained
     evaluation = evaluate_model(config, checkpoint=str(run))
-    assert "avg@2" in capsys.readouterr().out
+    said = capsys.readouterr()
+    assert "avg@2" in said.out
+    # Every held-out example is answered greedily and sampled.
+    asked = 2 * len(evaluation.problems)
+    assert "answers: 100%" in said.err and f"{asked}/{asked}" in said.err
     assert evaluation.metrics == json.loads((run / "evaluations" / "step_000002.json").read_text())["metrics"]
 
 

@@ -71,7 +71,12 @@ def answered(
     run: Run, folder: RunFolder, asked: Sequence[Example], *, checkpoint: str | None
 ) -> tuple[list[ScoredGroup], int]:
     """A greedy answer to every example, in order, and the training step of the weights: those of the newest checkpoint
-    of the run folder `checkpoint`, or of the config's own model after its warm-up, whose curve `folder` keeps."""
+    of the run folder `checkpoint`, or of the config's own model after its warm-up, whose curve `folder` keeps. `folder`
+    shows how far it is."""
+
+    def report(count: int) -> None:
+        folder.progress("answers", count, len(asked), {}, unit="answer")
+
     with run.actor, use_mesh(run.mesh):
         if checkpoint is None:
             params = warm_up(run, folder)
@@ -79,7 +84,7 @@ def answered(
         else:
             params, step = checkpoint_params(run, checkpoint)
         run.actor.set_params(params, step)
-        return greedy_answers(run.actor, asked, run.config.evaluation), step
+        return greedy_answers(run.actor, asked, run.config.evaluation, report=report), step
 
 
 def finite(value: Any) -> Any:

@@ -12,6 +12,7 @@ from rljax.evaluation.estimators import (
     standard_error,
 )
 from rljax.evaluation.evaluate import (
+    Answered,
     Estimate,
     Evaluation,
     answers,
@@ -39,6 +40,7 @@ from rljax.evaluation.selection import (
 )
 
 __all__ = [
+    "Answered",
     "Candidates",
     "Difference",
     "Estimate",

@@ -1,7 +1,7 @@
 """Held-out evaluation: greedy accuracy, avg@k, pass@k and maj@k with intervals over problems."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,11 @@ from rljax.tasks import Example
 EVALUATION_STEP = 2**30
 """Step folded into the keys of evaluation samples: no training step uses it, so they repeat from one evaluation to the
 next (the same noise before and after) and never coincide with training samples."""
+
+Answered = Callable[[int], None]
+"""Told after every batch how many examples have been answered; examples that are answered twice, greedily and
+sampled, count twice."""
+
 
 RIGHT = True
 """The vote of every right answer; no text equals it."""
@@ -62,28 +67,41 @@ class Evaluation:
         return cls(**{**data, "estimates": estimates, "problems": problems})
 
 
-def evaluate(actor: Actor, examples: Sequence[Example], config: EvaluationConfig, *, step: int = 0) -> Evaluation:
+def evaluate(
+    actor: Actor,
+    examples: Sequence[Example],
+    config: EvaluationConfig,
+    *,
+    step: int = 0,
+    report: Answered = lambda count: None,
+) -> Evaluation:
     """`actor` answers every example as `config` says, with the weights that it has: those of training step `step`, as
     the result says. See `summarize`."""
-    greedy, sampled = answers(actor, examples, config)
+    greedy, sampled = answers(actor, examples, config, report=report)
     return summarize(greedy, sampled, config, step=step)
 
 
 def answers(
-    actor: Actor, examples: Sequence[Example], config: EvaluationConfig
+    actor: Actor, examples: Sequence[Example], config: EvaluationConfig, *, report: Answered = lambda count: None
 ) -> tuple[list[ScoredGroup], list[ScoredGroup]]:
     """A greedy answer to every example, and `config.samples` at `config.temperature`; groups in order."""
-    return greedy_answers(actor, examples, config), sampled_answers(actor, examples, config)
+    greedy = greedy_answers(actor, examples, config, report=report)
+    sampled = sampled_answers(actor, examples, config, report=lambda count: report(len(greedy) + count))
+    return greedy, sampled
 
 
-def greedy_answers(actor: Actor, examples: Sequence[Example], config: EvaluationConfig) -> list[ScoredGroup]:
+def greedy_answers(
+    actor: Actor, examples: Sequence[Example], config: EvaluationConfig, *, report: Answered = lambda count: None
+) -> list[ScoredGroup]:
     """A greedy answer to every example, groups in order."""
-    return _groups(actor, examples, 1, sampling_params(temperature=0.0), config.batch_prompts)
+    return _groups(actor, examples, 1, sampling_params(temperature=0.0), config.batch_prompts, report)
 
 
-def sampled_answers(actor: Actor, examples: Sequence[Example], config: EvaluationConfig) -> list[ScoredGroup]:
+def sampled_answers(
+    actor: Actor, examples: Sequence[Example], config: EvaluationConfig, *, report: Answered = lambda count: None
+) -> list[ScoredGroup]:
     """`config.samples` answers to every example at `config.temperature`, groups in order."""
-    return _groups(actor, examples, config.samples, config.sampled(), config.batch_prompts)
+    return _groups(actor, examples, config.samples, config.sampled(), config.batch_prompts, report)
 
 
 def summarize(
@@ -123,7 +141,12 @@ def summarize(
 
 
 def _groups(
-    actor: Actor, examples: Sequence[Example], samples: int, sampling: SamplingParams, batch_prompts: int
+    actor: Actor,
+    examples: Sequence[Example],
+    samples: int,
+    sampling: SamplingParams,
+    batch_prompts: int,
+    report: Answered,
 ) -> list[ScoredGroup]:
     """A group of `samples` for each example, in order."""
     evaluated = actor.for_evaluation(sampling)
@@ -133,6 +156,7 @@ def _groups(
         batch = examples[start : start + batch_prompts]
         evaluated.submit(number_groups(batch, samples), plan, EVALUATION_STEP)
         groups += evaluated.ready(len(batch))
+        report(len(groups))
     return groups
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+from tqdm import tqdm
 
 from rljax.evaluation import Evaluation
 from rljax.experiment.build import Run, build, held_out_examples
@@ -48,7 +49,8 @@ def _evaluate_model(config: Config, checkpoint: str | None, step: int | None, js
             params = run.initial_params()
         else:
             params, step = checkpoint_params(run, checkpoint, step)
-        evaluation = evaluate_run(run, params, step or 0)
+        with tqdm(total=2 * len(examples), desc="answers", dynamic_ncols=True, disable=not is_main_process()) as bar:
+            evaluation = evaluate_run(run, params, step or 0, report=lambda count: bar.update(count - bar.n))
 
     if is_main_process():
         print(evaluation_table(evaluation))

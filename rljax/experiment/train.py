@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from absl import logging
 
-from rljax.evaluation import Evaluation, evaluate
+from rljax.evaluation import Answered, Evaluation, evaluate
 from rljax.experiment.build import Run, build, held_out_examples, stack_rows
 from rljax.experiment.changes import review_changes
 from rljax.experiment.commits import COMMIT_FILE, source_of
@@ -668,9 +668,12 @@ def check_same_problems(run: Run, evaluation: Evaluation, file: AnyPath) -> None
         )
 
 
-def evaluate_run(run: Run, params: Params, step: int) -> Evaluation:
-    """The evaluation that `config.evaluation` describes, of `params`."""
+def evaluate_run(run: Run, params: Params, step: int, report: Answered = lambda count: None) -> Evaluation:
+    """The evaluation that `config.evaluation` describes, of `params`. `report` is told how many answers there are of
+    two for each held-out example."""
     config = run.config.evaluation
     examples = held_out_examples(run)
     with run.stops.abandonable(), run.pulse("evaluation"):
-        return run.pipeline.evaluate(step, params, lambda: evaluate(run.actor, examples, config, step=step))
+        return run.pipeline.evaluate(
+            step, params, lambda: evaluate(run.actor, examples, config, step=step, report=report)
+        )

@@ -247,13 +247,13 @@ class RunFolder:
         if bar is not None:
             bar.set_postfix_str(line)
 
-    def progress(self, label: str, done: int, total: int, metrics: Mapping[str, Any]) -> None:
+    def progress(self, label: str, done: int, total: int, metrics: Mapping[str, Any], *, unit: str = "step") -> None:
         """A bar for work outside the loop, such as the supervised warm-up."""
         if not is_main_process():
             return
         if self._bar is None or self._bar.desc != label:
             self._close_bar()
-            self._bar = tqdm(total=total, desc=label, unit="step", dynamic_ncols=True)
+            self._bar = tqdm(total=total, desc=label, unit=unit, dynamic_ncols=True)
         self._bar.n = done
         self._bar.set_postfix_str(progress_line(metrics))
 

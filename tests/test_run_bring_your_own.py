@@ -8,9 +8,18 @@ import jax
 import numpy as np
 import pytest
 
-from rljax.experiment import CheckpointConfig, FileData, PretrainedModel, RewardConfig, SingleTurn, WarmupConfig
+from rljax.algorithms import GRPO, RandomForks
+from rljax.experiment import (
+    CheckpointConfig,
+    FileData,
+    MultiTurn,
+    PretrainedModel,
+    RewardConfig,
+    SingleTurn,
+    WarmupConfig,
+)
 from rljax.experiment.convert import convert
-from rljax.experiment.evaluate import evaluate_model
+from rljax.experiment.evaluate import evaluate_model, of_answers
 from rljax.experiment.fine_tune import fine_tune
 from rljax.experiment.train import train
 from rljax.models import abstract_params, load_model
@@ -77,6 +86,28 @@ def test_a_checkpoint_evaluates_as_the_run_did(trained, capsys):
     asked = 2 * len(evaluation.problems)
     assert "answers: 100%" in said.err and f"{asked}/{asked}" in said.err
     assert evaluation.metrics == json.loads((run / "evaluations" / "step_000002.json").read_text())["metrics"]
+
+
+def test_what_only_answers_decodes_what_is_asked_and_no_more_than_a_step():
+    def sizes(config, samples):
+        actor = of_answers(config, samples).actor
+        return [
+            getattr(actor, name) for name in ("prompt_slots", "sample_slots", "decode_rows") if hasattr(actor, name)
+        ]
+
+    config = tiny_config(prompts_per_step=8, algorithm=GRPO(group_size=64, kl_coef=0.0))
+    config.evaluation.batch_prompts = 10
+    assert sizes(config, 1) == [8, 1] and sizes(config, 100) == [8, 64]
+    config.evaluation.batch_prompts = 4
+    assert sizes(config, 2) == [4, 2]
+
+    # What a config says stays, and so does what methods with forks need.
+    chosen = dataclasses.replace(config, actor=dataclasses.replace(config.actor, prompt_slots=6))
+    assert sizes(chosen, 1) == [6, 1]
+    assert sizes(dataclasses.replace(config, algorithm=RandomForks()), 1) == [0, 0]
+    turns = dataclasses.replace(config, actor=MultiTurn(make="m:f"))
+    assert sizes(turns, 2) == [8] and of_answers(turns, 2).actor.conversations == 8
+    assert sizes(turns, 1000) == [8 * 64]
 
 
 def test_supervised_fine_tuning_learns_and_resumes(trained, tmp_path, monkeypatch):

@@ -29,7 +29,7 @@ from rljax.analysis.two_models import at_random, divergence_above, entropy_above
 from rljax.evaluation.evaluate import EVALUATION_STEP
 from rljax.experiment.build import Run, build, stack_rows
 from rljax.experiment.config import Config, to_dict
-from rljax.experiment.evaluate import checkpoint_params, run_checkpoints
+from rljax.experiment.evaluate import checkpoint_params, of_answers, run_checkpoints
 from rljax.experiment.report import aligned, describe_run, say
 from rljax.parallel import use_mesh
 from rljax.plans import RolloutPlan
@@ -117,7 +117,7 @@ def study(
         if folder is not None:
             run_checkpoints(folder)
 
-    run = build(config)
+    run = build(of_answers(config, config.evaluation.samples))
     say(describe_run(run))
 
     with run.actor, use_mesh(run.mesh):

@@ -31,6 +31,7 @@ from rljax.analysis.surgery import (
 from rljax.evaluation import sampled_answers
 from rljax.experiment.build import Run, build
 from rljax.experiment.config import Config, to_dict
+from rljax.experiment.evaluate import of_answers
 from rljax.experiment.report import aligned, describe_run, say
 from rljax.experiment.sft import demonstration_row, warm_up
 from rljax.models import DecoderConfig, hidden_states, logits
@@ -113,7 +114,7 @@ def study_surgery(config: Config, workdir: str, options: SurgeryOptions | None =
     """
     options = options or SurgeryOptions()
     options.check()
-    run = build(config)
+    run = build(of_answers(config, config.evaluation.samples))
     _check(run)
     say(describe_run(run))
 

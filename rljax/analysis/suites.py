@@ -9,7 +9,7 @@ from typing import Any
 from rljax.evaluation import greedy_answers
 from rljax.experiment.build import Run, build
 from rljax.experiment.config import Config, to_dict
-from rljax.experiment.evaluate import checkpoint_params, run_checkpoints
+from rljax.experiment.evaluate import checkpoint_params, of_answers, run_checkpoints
 from rljax.experiment.report import describe_run, say
 from rljax.experiment.sft import warm_up
 from rljax.parallel import use_mesh
@@ -50,7 +50,7 @@ def study_suite(suite: Suite, config: Config, workdir: str, *, checkpoint: str |
     """
     if checkpoint is not None:
         run_checkpoints(checkpoint)
-    run = build(config)
+    run = build(of_answers(config, samples=1))
     asked = suite.asked(run)
     say(describe_run(run))
 

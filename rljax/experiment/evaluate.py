@@ -1,5 +1,6 @@
 """What `rljax eval` does."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -37,7 +38,7 @@ def _evaluate_model(config: Config, checkpoint: str | None, step: int | None, js
     check_config(config)
     # The rows that training has left out, where a run is looked at.
     held_in = [] if checkpoint is None else [as_path(checkpoint)]
-    run = build(config, source=source_of(config, held_in)[0])
+    run = build(of_answers(config, config.evaluation.samples), source=source_of(config, held_in)[0])
     examples = held_out_examples(run)
     check_equal(config=to_dict(config), data=[example.id for example in examples])
     # Before an evaluation that may take long, and would be lost. Process 0 writes it, and may alone see the folder.
@@ -58,6 +59,27 @@ def _evaluate_model(config: Config, checkpoint: str | None, step: int | None, js
             text = json.dumps(evaluation.to_dict(), indent=2, ensure_ascii=False) + "\n"
             Path(json_file).write_bytes(text.encode("utf-8", "backslashreplace"))
     return evaluation
+
+
+def of_answers(config: Config, samples: int) -> Config:
+    """`config` with a decoder of as many rows as an evaluation asks for at once, `config.evaluation.batch_prompts`
+    times `samples`, where it has those of a training step, and of no more than these. For what trains nothing: rows
+    that have nothing to say cost as much as others."""
+    plan = config.algorithm.build().plan
+    if plan.forks is not None:
+        return config
+
+    asked = config.evaluation.batch_prompts
+    rows = min(asked * samples, config.prompts_per_step * plan.group_size)
+    sizes = {
+        "prompt_slots": min(asked, config.prompts_per_step),
+        "sample_slots": min(samples, plan.group_size),
+        "decode_rows": rows,
+        "conversations": rows,
+    }
+    # A size of 0 stands for what a step needs.
+    own = {name: size for name, size in sizes.items() if getattr(config.actor, name, None) == 0}
+    return dataclasses.replace(config, actor=dataclasses.replace(config.actor, **own)) if own else config
 
 
 def checkpoint_params(run: Run, folder: str, step: int | None = None) -> tuple[Params, int]:

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -78,8 +79,9 @@ def of_answers(config: Config, samples: int) -> Config:
         "conversations": rows,
     }
     # A size of 0 stands for what a step needs.
-    own = {name: size for name, size in sizes.items() if getattr(config.actor, name, None) == 0}
-    return dataclasses.replace(config, actor=dataclasses.replace(config.actor, **own)) if own else config
+    actor: Any = config.actor
+    own = {name: size for name, size in sizes.items() if getattr(actor, name, None) == 0}
+    return dataclasses.replace(config, actor=dataclasses.replace(actor, **own)) if own else config
 
 
 def checkpoint_params(run: Run, folder: str, step: int | None = None) -> tuple[Params, int]:

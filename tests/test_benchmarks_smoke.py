@@ -29,6 +29,7 @@ SMALLEST = {
     "engines.py": ("--preset=smoke",),
     "episodes.py": ("--preset=smoke",),
     "evolve.py": ("--preset=smoke", "--arms=CoEvolve,D2Evo"),
+    "folding.py": ("--preset=smoke", "--arms=folded"),
     "forest.py": ("--preset=smoke",),
     "growth.py": ("--preset=smoke",),
     "maps.py": ("--preset=smoke",),
@@ -153,6 +154,15 @@ def test_answers_on_a_map_are_measured_before_and_after_and_over_samples(run, tm
         assert set(table) == {"mean", "majority", "medoid", "fewest calls", "verifier", "oracle"}
         assert all(table["oracle"][k] >= table[rule][k] for rule in table for k in ("1", "2"))
         assert set(report[when]["greedy"]) == {"within_25_km", "within_200_km", "within_750_km", "within_2500_km"}
+
+
+@pytest.mark.slow
+def test_a_trail_is_walked_before_and_after_in_a_context_that_is_folded(run, tmp_path):
+    (report,) = run("folding.py", *SMALLEST["folding.py"], f"--workdir={tmp_path}")["results"]
+    # Two trails, each once greedily and once sampled; keys and values of 32 conversations of 224 tokens.
+    assert set(report["before"]) == set(report["after"]) == {"greedy", "sampled"}
+    assert len(report["trained"]) == 1 and report["trained"][0]["conversations"] >= 1
+    assert report["context_bytes"] >= 32 * 224 * 2 * 2 * 4 * 32 * 4
 
 
 @pytest.mark.slow

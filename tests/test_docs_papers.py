@@ -44,6 +44,7 @@ SHARED = {
     "shop_and_words",
     "hidden_rules",
     "tables",
+    "trail",
 }
 """What configs of the folder import."""
 PREFERENCES = {"dpo", "reward_model"}

@@ -2,6 +2,7 @@
 and that an episode counts once however often it was folded."""
 
 import dataclasses
+import importlib
 import importlib.util
 import sys
 from pathlib import Path
@@ -17,6 +18,7 @@ import rljax.advantages as A
 from rljax.envs import Step
 from rljax.experiment import PretrainedModel
 from rljax.experiment.check import check
+from rljax.experiment.sft import demonstration_row
 from rljax.experiment.train import train
 from rljax.losses import token_mean
 from rljax.models import save_hf
@@ -26,6 +28,7 @@ from rljax.rollouts.black_box.folding import NOTE, latest_alone, results_shown
 from rljax.sampling import Stops, TurnDecoder, TurnDecoderSpec, sampling_params
 from rljax.tasks import Example
 from rljax.testing import run_metrics
+from rljax.text import Dialogue
 
 CONFIGS = Path(__file__).parent.parent / "configs" / "papers"
 CONTEXT = 160
@@ -182,12 +185,62 @@ def context_folding():
 
 def test_the_config_says_how_to_run_it_and_is_valid_in_both_sizes(context_folding):
     assert "    rljax train --config=papers/context_folding --workdir=runs/context_folding\n" in context_folding.__doc__
-    for size in ("full", "smoke"):
+    for size in ("full", "smoke", "characters", "whole"):
         config = context_folding.get_config(size)
         check(config)
         assert isinstance(config.actor.load_agent(), FoldingAgent)
-    with pytest.raises(ValueError, match="big: the size must be one of full, smoke"):
+    with pytest.raises(ValueError, match="big: the size must be one of full, smoke, characters, whole"):
         context_folding.get_config("big")
+
+
+@pytest.mark.parametrize("size", ["characters", "whole"])
+def test_demonstrations_stand_in_the_contexts_that_the_agent_makes(context_folding, monkeypatch, size):
+    config = context_folding.get_config(size)
+    tokenizer = config.model.tokenizer_of()
+    trail = importlib.import_module("trail")
+    (row,) = trail.rows(1, "train")
+    environment = trail.Trail()
+    asked = []
+
+    def ask(self, base_url, messages, tools):
+        """Says what is right; the tokens are those of an endpoint."""
+        asked.append(messages)
+        stage = row["stages"][len(asked) - 1]
+        text = f"{row['way']} {stage[row['way']]}"
+        total = len(tokenizer.apply_chat_template(messages)) + len(text) + 1
+        assert total <= config.actor.context_length
+        choice = {"message": {"content": text}, "finish_reason": "stop"}
+        return {"choices": [choice], "usage": {"total_tokens": total}}
+
+    monkeypatch.setattr(FoldingAgent, "_ask", ask)
+    agent = config.actor.load_agent()
+    assert agent._play(environment, "", row) == 1.0 and len(asked) == trail.PLACES
+
+    example = Example(row["prompt"], row)
+    dialogue = Dialogue(tokenizer, role="user")
+
+    def rows_of(demonstrations):
+        return [demonstration_row(dialogue, made.prompt, made.columns["completion"], 0, 0) for made in demonstrations]
+
+    contexts = []
+    for demonstration in rows_of(config.warmup.demonstrations([example], share=0.0)):
+        said = demonstration.action_mask
+        starts = np.flatnonzero(said & ~np.concatenate([[False], said[:-1]]))
+        contexts += [demonstration.tokens[:start].tolist() for start in starts]
+    assert contexts == [tokenizer.apply_chat_template(messages) for messages in asked]
+    (whole,) = rows_of(trail.strayed_in_one([example], share=0.0))
+    assert 8 * trail.CONTEXT < len(whole.tokens) <= trail.WHOLE_CONTEXT
+
+    # A share of turns takes the other way, to where it leads.
+    made = config.warmup.demonstrations([example], share=0.5)
+    turns = [turn for demonstration in made for turn in demonstration.columns["completion"][::2]]
+    taken = [
+        next(way for way in trail.WAYS if turn == f"{way} {stage[way]}")
+        for turn, stage in zip(turns, row["stages"], strict=True)
+    ]
+    assert 0.2 < np.mean([way != row["way"] for way in taken]) < 0.8
+    environment.reset(row)
+    assert environment.step("by air").done
 
 
 @pytest.mark.slow

@@ -3,8 +3,8 @@
     rljax stages --config=papers/expert_iteration --workdir=runs/expert
 
 Look at the table at the end: held-out avg@8 rises from 0.17 to 0.64 and 0.74 in two rounds, with no answer but the
-model's own (0.19 to 0.76 and 0.83 with seed 1), and the third adds next to nothing. Every round trains the weights of the start anew. round-01/rows holds the
-answers, their rewards and what was kept.
+model's own (0.19 to 0.76 and 0.83 with seed 1), and the third adds next to nothing. Every round trains the weights of
+the start anew. round-01/rows holds the answers, their rewards and what was kept.
 """
 
 import dataclasses

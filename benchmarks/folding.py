@@ -26,8 +26,8 @@ ARMS = {"folded": "characters", "whole": "whole"}
 
 
 def compete(arm: str, seed: int, preset: Mapping[str, Any], folder: Path) -> Result:
-    """One run: what held-out trails earn before and after, the mean reward and the tokens said of each step, and the
-    bytes of what the sampler remembers."""
+    """One run: what held-out trails earn before and after, the mean reward of each step and the conversations of its
+    episodes, and the bytes that the sampler keeps of them."""
     config: Config = sized(importlib.import_module("context_folding").get_config(ARMS[arm]), preset)
     config.seed = seed
     config.model = warmed_up(config, folder / f"initial-{arm}-{seed}")

@@ -55,13 +55,19 @@ def looped(parent, q, k, v, g, beta):
     share = v.shape[1] // k.shape[1]
     for token in range(len(parent)):
         for head in range(v.shape[1]):
-            memory = np.zeros((k.shape[-1], v.shape[-1]))
-            for i in path_to(parent, token):
-                key = k[i, head // share]
-                memory = memory * np.exp(g[i, head])
-                memory += np.outer(key, beta[i, head] * (v[i, head] - key @ memory))
-            out[token, head] = q[token, head // share] @ memory
+            out[token, head] = q[token, head // share] @ looped_memory(parent, token, head, k, v, g, beta)
     return out
+
+
+def looped_memory(parent, token, head, k, v, g, beta):
+    """What a head remembers behind a token."""
+    share = v.shape[1] // k.shape[1]
+    memory = np.zeros((k.shape[-1], v.shape[-1]))
+    for i in path_to(parent, token):
+        key = k[i, head // share]
+        memory = memory * np.exp(g[i, head])
+        memory += np.outer(key, beta[i, head] * (v[i, head] - key @ memory))
+    return memory
 
 
 def single(x, padding=0):
@@ -153,12 +159,14 @@ class TestForest:
         parent = list(range(-1, 99))
         unit = lambda x: x / np.sqrt(np.sum(x * x, axis=-1, keepdims=True) + 1e-6)  # noqa: E731
         exact = looped(parent, unit(q) * 8**-0.5, unit(k), v, g, beta)
+        behind = [looped_memory(parent, 99, head, unit(k), v, g, beta) for head in range(4)]
         np.testing.assert_allclose(theirs[0].numpy(), exact, atol=1e-4)
+        np.testing.assert_allclose(memory[0].numpy(), behind, atol=1e-4)
+
         q, k = (unit_length(jnp.asarray(x, jnp.float32)) for x in (q, k))
         np.testing.assert_allclose(over(parent, (q * 8**-0.5, k, v, g, beta)), exact, atol=2e-6)
-
-        _, behind = prompt_delta(*(single(x) for x in (k, k, v, g, beta)), jnp.asarray([100]))
-        np.testing.assert_allclose(behind[0], memory[0].numpy(), atol=1e-4)
+        _, own = prompt_delta(*(single(x) for x in (k, k, v, g, beta)), jnp.asarray([100]))
+        np.testing.assert_allclose(own[0], behind, atol=2e-6)
 
 
 class TestSteps:

@@ -183,7 +183,7 @@ def context_folding():
     sys.modules.pop("paper_context_folding")
 
 
-def test_the_config_says_how_to_run_it_and_is_valid_in_both_sizes(context_folding):
+def test_the_config_says_how_to_run_it_and_is_valid_in_all_sizes(context_folding):
     assert "    rljax train --config=papers/context_folding --workdir=runs/context_folding\n" in context_folding.__doc__
     for size in ("full", "smoke", "characters", "whole"):
         config = context_folding.get_config(size)

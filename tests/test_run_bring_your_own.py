@@ -106,7 +106,7 @@ def test_what_only_answers_decodes_what_is_asked_and_no_more_than_a_step():
     assert sizes(chosen, 1) == [6, 1]
     assert sizes(dataclasses.replace(config, algorithm=RandomForks()), 1) == [0, 0]
     turns = dataclasses.replace(config, actor=MultiTurn(make="m:f"))
-    assert sizes(turns, 2) == [8] and of_answers(turns, 2).actor.conversations == 8
+    assert sizes(turns, 2) == [8] and of_answers(turns, 2).actor.conversations == 0
     assert sizes(turns, 1000) == [8 * 64]
 
 

@@ -294,7 +294,7 @@ class TestPlain:
 
     def test_characters_take_conversations_where_they_are_to(self, tmp_path):
         tokenizer = CharTokenizer("abc ", chat=True)
-        # Two characters more than control tokens: a, b, c and space are 2 to 5, roles 6 to 9, the end of a turn 1.
+        # The end of a turn is 1, a, b, c and space are 2 to 5, roles 6 to 9.
         assert tokenizer.special_tokens == {"<|system|>": 6, "<|user|>": 7, "<|assistant|>": 8, "<|tool|>": 9}
         messages = [
             {"role": "developer", "content": "a"},

@@ -56,6 +56,23 @@ def get_config(size: str = "full") -> Config:
     conversations = 2 if smoke else 4
     runs = 2 if smoke else 8
     questions = {"size": 8 if smoke else 1000, "num_pages": 240 if smoke else 1000, "split": "train"}
+
+    # What is discarded at three quarters leaves room for the latest result and an answer to it.
+    actor = BlackBox(
+        agent="rljax.rollouts.black_box:FoldingAgent",
+        args={
+            "make": "rljax.envs.library:MultiHop",
+            "args": {"tool_format": "tags", "early_exit": False},
+            "keep": 5,
+            "most": 8,
+            "discard_beyond": context * 3 // 4,
+            "turns": 4 if smoke else 32,
+        },
+        context_length=context,
+        prefill_chunks=(64, 256),
+        trained_conversations=conversations,
+    )
+
     return Config(
         name="context_folding",
         steps=2 if smoke else 200,
@@ -67,20 +84,7 @@ def get_config(size: str = "full") -> Config:
             test_args={"size": 4 if smoke else 64, "split": "test"},
         ),
         algorithm=GRPOOfEpisodes(group_size=runs * conversations, kl_coef=0.0),
-        actor=BlackBox(
-            agent="rljax.rollouts.black_box:FoldingAgent",
-            args={
-                "make": "rljax.envs.library:MultiHop",
-                "args": {"tool_format": "tags", "early_exit": False},
-                "keep": 5,
-                "most": 8,
-                "discard_beyond": context * 3 // 4,
-                "turns": 4 if smoke else 32,
-            },
-            context_length=context,
-            prefill_chunks=(64, 256),
-            trained_conversations=conversations,
-        ),
+        actor=actor,
         sampling=SamplingConfig(max_new_tokens=16 if smoke else 128),
         update=UpdateConfig(pack_length=context, head_chunk=256),
         optimizer=OptimizerConfig(learning_rate=1e-6),
@@ -94,22 +98,27 @@ def get_config(size: str = "full") -> Config:
 def of_characters(*, folds: bool) -> Config:
     """A model of characters on a trail, of which its context holds an eighth if it `folds`, and all if not."""
     context, folding, demonstrations = (CONTEXT, FOLDING, strayed) if folds else (WHOLE_CONTEXT, WHOLE, strayed_in_one)
-    prompts, runs = 4, 8
-    conversations = 8 if folds else 1
-    rows = prompts * runs * conversations
 
+    # A folded trail is some twenty conversations, of which those that said most are trained on; else it is one.
+    prompts, runs = 4, 8
+    episodes = prompts * runs
+    conversations = 8 if folds else 1
+    rows = episodes * conversations
+
+    # All episodes of a step are under way at once.
     actor = BlackBox(
         agent="rljax.rollouts.black_box:FoldingAgent",
         args={"make": "trail:Trail", **folding},
         tool_format="tags",
         context_length=context,
-        conversations=prompts * runs,
-        decode_rows=prompts * runs,
-        workers=prompts * runs,
-        prefill_chunks=(64, 224),
+        conversations=episodes,
+        decode_rows=episodes,
+        workers=episodes,
+        prefill_chunks=(64, CONTEXT),
         trained_conversations=conversations,
     )
-    # One size of everything, so that the update compiles once. A warm-up's step has as many tokens in either form.
+
+    # One size of everything, so that the update compiles once; about as many tokens in either form.
     update = UpdateConfig(
         pack_length=context,
         microbatch_size=16 if folds else 2,
@@ -118,6 +127,15 @@ def of_characters(*, folds: bool) -> Config:
         row_buckets=(rows,),
         microbatch_buckets=(),
         trajectory_buckets=(context,),
+    )
+
+    # So many updates until what was read is copied; a demonstration without folding fills eight contexts.
+    steps = 800
+    warmup = WarmupConfig(
+        steps=steps,
+        batch_size=64 if folds else 8,
+        demonstrations=demonstrations,
+        optimizer=OptimizerConfig(learning_rate=3e-3, schedule="cosine", warmup_steps=20, total_steps=steps),
     )
     shape = {"num_layers": 2, "embed_dim": 128, "num_heads": 4, "num_kv_heads": 4, "head_dim": 32, "mlp_dim": 384}
 
@@ -132,12 +150,7 @@ def of_characters(*, folds: bool) -> Config:
         sampling=SamplingConfig(max_new_tokens=8),
         update=update,
         optimizer=OptimizerConfig(learning_rate=3e-4),
-        warmup=WarmupConfig(
-            steps=800,
-            batch_size=64 if folds else 8,
-            demonstrations=demonstrations,
-            optimizer=OptimizerConfig(learning_rate=3e-3, schedule="cosine", warmup_steps=20, total_steps=800),
-        ),
+        warmup=warmup,
         evaluation=EvaluationConfig(problems=64, samples=4, batch_prompts=16),
         checkpoint=CheckpointConfig(every=0),
     )

@@ -56,13 +56,13 @@ class Trail:
         return Step(_told(self._stages[self._at]))
 
 
-def rows(size: int, split: str = "train", seed: int = 0, places: int = PLACES) -> list[dict[str, Any]]:
-    """`size` trails of `places` places; those of the splits are drawn apart."""
+def rows(size: int, split: str = "train", seed: int = 0) -> list[dict[str, Any]]:
+    """`size` trails; those of the splits are drawn apart."""
     rng = random.Random(f"{split} {seed}")
     made = []
     for _ in range(size):
         way = rng.choice(WAYS)
-        stages = [_stage(rng) for _ in range(places)]
+        stages = [_stage(rng) for _ in range(PLACES)]
         made.append({"prompt": f"{way}: {_told(stages[0])}", "way": way, "stages": stages})
     return made
 

@@ -21,7 +21,6 @@ Answered = Callable[[int], None]
 """Told after every batch how many examples have been answered; examples that are answered twice, greedily and
 sampled, count twice."""
 
-
 RIGHT = True
 """The vote of every right answer; no text equals it."""
 

@@ -65,18 +65,18 @@ def _evaluate_model(config: Config, checkpoint: str | None, step: int | None, js
 def of_answers(config: Config, samples: int) -> Config:
     """`config` with a decoder of as many rows as an evaluation asks for at once, `config.evaluation.batch_prompts`
     times `samples`, where it has those of a training step, and of no more than these. For what trains nothing: rows
-    that have nothing to say cost as much as others."""
+    that have nothing to say cost as much as others. Actors within others, and those of methods with forks, stay as they
+    are."""
     plan = config.algorithm.build().plan
     if plan.forks is not None:
         return config
 
+    # Conversations are not among them: idle ones cost no time, and an agent may hold several.
     asked = config.evaluation.batch_prompts
-    rows = min(asked * samples, config.prompts_per_step * plan.group_size)
     sizes = {
         "prompt_slots": min(asked, config.prompts_per_step),
         "sample_slots": min(samples, plan.group_size),
-        "decode_rows": rows,
-        "conversations": rows,
+        "decode_rows": min(asked * samples, config.prompts_per_step * plan.group_size),
     }
     # A size of 0 stands for what a step needs.
     actor: Any = config.actor

@@ -89,7 +89,7 @@ class CharTokenizer(_Plain):
             if message.get("tool_calls"):
                 raise ValueError("characters have no form for tool_calls; write calls into the content of messages")
             role = _ROLE_OF.get(message["role"], "tool")
-            ids += [self.special_tokens[f"<|{role}|>"], *self.encode(message["content"] or ""), self.eos_id]
+            ids += [self.special_tokens[f"<|{role}|>"], *self.encode(message.get("content") or ""), self.eos_id]
         return [*ids, self.special_tokens["<|assistant|>"]] if add_generation_prompt else ids
 
     def save(self, folder: str | os.PathLike) -> None:
